@@ -1,0 +1,155 @@
+"""How mpillm speaks: text, tables and progress, on rank 0 only, to people at a terminal and to batch logs alike."""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TextIO
+
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+from rich.markup import escape
+
+# A batch log wants a line now and then, not a bar redrawn ten times a second.
+LOG_INTERVAL_SECONDS = 5.0
+
+
+class Progress:
+    """One long piece of work: `advance` it, and `show` the figures that people want to watch."""
+
+    def __init__(self, console: "Console", description: str, total: float, unit: str, start: float = 0) -> None:
+        self._console, self._description, self._unit = console, description, unit
+        self._total, self._done, self._first = total, start, start
+        self._figures = ""
+        self._started = self._spoke = time.monotonic()
+
+    def advance(self, amount: float = 1, **figures: str) -> None:
+        """Tell that `amount` more is done; `figures` (name=text) replace those shown before."""
+        self._done += amount
+        if figures:
+            self._figures = "  ".join(f"{name} {text}" for name, text in figures.items())
+        self._update()
+
+    def _update(self) -> None:
+        now = time.monotonic()
+        if now - self._spoke >= LOG_INTERVAL_SECONDS:
+            self._spoke = now
+            self._console.say(self._line(now))
+
+    def _line(self, now: float) -> str:
+        done, total = f"{self._done:,.0f}", f"{self._total:,.0f}"
+        rate = (self._done - self._first) / max(now - self._started, 1e-9)
+        left = f"  {clock((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
+        return f"{self._description} {done}/{total} {self._unit}  {self._figures}{left}".rstrip()
+
+    def finish(self) -> None:
+        self._console.say(self._line(time.monotonic()))
+
+
+class _Bar(Progress):
+    """The same on a terminal: a bar drawn by rich."""
+
+    def __init__(self, console: "Console", rich_console: rich.console.Console, description: str, total: float,
+                 unit: str, start: float) -> None:  # fmt: skip
+        super().__init__(console, description, total, unit, start)
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}"),
+            rich.progress.TextColumn("{task.fields[figures]}"),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=rich_console,
+        )
+        self._task = self._bar.add_task(description, total=total, completed=int(start), figures="")
+        self._bar.start()
+
+    def _update(self) -> None:
+        self._bar.update(self._task, completed=self._done, figures=self._figures)
+
+    def finish(self) -> None:
+        self._bar.stop()
+
+
+class _Silent(Progress):
+    def _update(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class Console:
+    """Speaks where `speaks` is true (rank 0), and is silent elsewhere."""
+
+    def __init__(self, speaks: bool = True, stream: TextIO | None = None) -> None:
+        self.speaks = speaks
+        self._stream = stream or sys.stdout
+        self._out = rich.console.Console(file=self._stream, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        if self.speaks:
+            self._out.print(escape(text))
+
+    def warn(self, text: str) -> None:
+        if self.speaks:
+            self._out.print(f"[yellow]warning:[/] {escape(text)}")
+
+    def write(self, text: str) -> None:
+        """Text as it is, without a line end: for output that streams."""
+        if self.speaks:
+            self._stream.write(text)
+            self._stream.flush()
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table whose first column is text and whose other columns are figures, set to the right."""
+        if not self.speaks:
+            return
+        table = rich.table.Table(title=escape(title), box=rich.box.SIMPLE_HEAD, title_justify="left")
+        for index, column in enumerate(columns):
+            table.add_column(escape(column), justify="right" if index else "left")
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in row))
+        self._out.print(table)
+
+    def facts(self, title: str, facts: Mapping[str, str]) -> None:
+        """A table of two columns without a head: a name and what it is."""
+        if not self.speaks:
+            return
+        table = rich.table.Table(title=escape(title), box=rich.box.SIMPLE, show_header=False, title_justify="left")
+        for name, text in facts.items():
+            table.add_row(f"[bold]{escape(name)}[/]", escape(text))
+        self._out.print(table)
+
+    @contextmanager
+    def progress(self, description: str, total: float, unit: str = "", start: float = 0) -> Iterator[Progress]:
+        """Show work of `total` `unit` while the block runs; `start` of it was done before."""
+        progress: Progress
+        if not self.speaks:
+            progress = _Silent(self, description, total, unit, start)
+        elif self._out.is_terminal:
+            progress = _Bar(self, self._out, description, total, unit, start)
+        else:
+            progress = Progress(self, description, total, unit, start)
+        try:
+            yield progress
+        finally:
+            progress.finish()
+
+
+def clock(seconds: float) -> str:
+    """75 → `1:15`, 7,500 → `2:05:00`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def binary_bytes(count: float) -> str:
+    """1,536 → `1.5 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"

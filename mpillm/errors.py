@@ -1,0 +1,60 @@
+"""What can go wrong, as one tree.
+
+    MpillmError
+    ├── UsageError        what was typed: a path, an option, a value
+    ├── RecipeError       a recipe's key, type or number
+    ├── LaunchError       MPI itself: no library, a wrong start
+    ├── LayoutError       a mesh or a batch that the ranks cannot share
+    ├── CommError         a message or a reduction that cannot be done
+    ├── DataError         a source, a shard, a manifest, a tokenizer
+    │   └── MismatchError two things that were made for each other's kin: shards and tokenizer, model and data
+    ├── CheckpointError   a checkpoint that cannot be written or read
+    └── DivergedError     a loss or a gradient that is no longer a number
+
+Each message holds the rule, the values and the way out. The command line prints it without a traceback and exits
+with `exit_code`.
+"""
+
+
+class MpillmError(Exception):
+    """The root: every error that is the user's to mend."""
+
+    exit_code = 1
+
+
+class UsageError(MpillmError):
+    exit_code = 2
+
+
+class RecipeError(MpillmError, ValueError):
+    """A ValueError too, so that a settings class may raise it from `__post_init__` under pydantic."""
+
+    exit_code = 2
+
+
+class LaunchError(MpillmError):
+    pass
+
+
+class LayoutError(MpillmError):
+    exit_code = 2
+
+
+class CommError(MpillmError):
+    pass
+
+
+class DataError(MpillmError):
+    pass
+
+
+class MismatchError(DataError):
+    pass
+
+
+class CheckpointError(MpillmError):
+    pass
+
+
+class DivergedError(MpillmError):
+    exit_code = 3

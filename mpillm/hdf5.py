@@ -1,0 +1,126 @@
+"""HDF5 files of contiguous arrays: laid out by h5py, written and read by byte offset.
+
+A contiguous HDF5 dataset is a plain run of bytes at a known place, so reading it by offset is as fast as a raw file
+(docs/notes.md), while h5ls, h5py, MATLAB and Julia still open it. Nothing here keeps an h5py handle open, so readers
+may be forked, pickled and used from threads.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import xxhash
+
+ALIGNMENT_BYTES = 4096
+ALIGNMENT_THRESHOLD_BYTES = 65536
+# One call of write(2) or preadv(2) moves at most 2^31 - 4096 bytes on Linux.
+LARGEST_CALL_BYTES = 1 << 30
+
+Bytes = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an array lies in its file: `nbytes` bytes from byte `offset`, row-major, little-endian."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def layout(path: Path, arrays: Mapping[str, tuple[Any, tuple[int, ...]]], attributes: Mapping[str, Any]) -> dict[str, Place]:
+    """Create the file at `path` with space for `arrays` (name → dtype, shape), and tell where each lies.
+
+    The values are not written yet. No time stamps are stored, so equal contents give equal bytes.
+    """
+    with h5py.File(
+        path, "w", libver=("v108", "v110"), locking=False,
+        alignment_threshold=ALIGNMENT_THRESHOLD_BYTES, alignment_interval=ALIGNMENT_BYTES,
+    ) as file:  # fmt: skip
+        places = {name: _allocate(file, name, np.dtype(dtype), shape) for name, (dtype, shape) in arrays.items()}
+        for key, value in attributes.items():
+            file.attrs[key] = value
+    return places
+
+
+def _allocate(file: h5py.File, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Place:
+    create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    create.set_obj_track_times(False)
+    link = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    link.set_create_intermediate_group(True)
+    dtype = dtype.newbyteorder("<")
+    dataset = h5py.h5d.create(
+        file.id, name.encode(), h5py.h5t.py_create(dtype), h5py.h5s.create_simple(shape) if shape else
+        h5py.h5s.create(h5py.h5s.SCALAR), create, link,
+    )  # fmt: skip
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    # HDF5 gives an empty dataset no place in the file.
+    return Place(dtype.str, shape, dataset.get_offset() if nbytes else 0, nbytes)
+
+
+def places(path: Path) -> tuple[dict[str, Place], dict[str, Any]]:
+    """The arrays of the file and its root attributes, as HDF5 itself tells them. Raises OSError if it is no HDF5 file."""
+    found: dict[str, Place] = {}
+
+    def visit(name: str, item: h5py.HLObject) -> None:
+        if isinstance(item, h5py.Dataset):
+            found[name] = Place(item.dtype.str, item.shape, item.id.get_offset() or 0, item.nbytes)
+
+    with h5py.File(path, "r", locking=False) as file:
+        file.visititems(visit)
+        return found, dict(file.attrs)
+
+
+@contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def write_at(descriptor: int, values: np.ndarray[Any, Any], offset: int) -> None:
+    """Write the bytes of a C-contiguous array at `offset`. Raises OSError (ENOSPC on a full disk)."""
+    for start, piece in _pieces(memoryview(values.reshape(-1)).cast("B")):
+        done = 0
+        while done < len(piece):
+            done += os.pwrite(descriptor, piece[done:], offset + start + done)
+
+
+def read_at(descriptor: int, values: np.ndarray[Any, Any], offset: int) -> None:
+    """Fill a C-contiguous array from the bytes at `offset`. Raises EOFError when the file ends too early."""
+    for start, piece in _pieces(memoryview(values.reshape(-1)).cast("B")):
+        done = 0
+        while done < len(piece):
+            got = os.preadv(descriptor, [piece[done:]], offset + start + done)
+            if got == 0:
+                raise EOFError(f"the file ends before byte {offset + start + len(piece)}")
+            done += got
+
+
+def _pieces(whole: memoryview) -> Iterator[tuple[int, memoryview]]:
+    for start in range(0, len(whole), LARGEST_CALL_BYTES):
+        yield start, whole[start : start + LARGEST_CALL_BYTES]
+
+
+def block_hashes(values: np.ndarray[Any, Any], block_bytes: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """xxh3-64 of each `block_bytes` bytes of a C-contiguous array (the last block may be short)."""
+    whole = memoryview(values.reshape(-1)).cast("B") if values.size else memoryview(b"")
+    starts = range(0, len(whole), block_bytes)
+    return np.array([xxhash.xxh3_64_intdigest(whole[s : s + block_bytes]) for s in starts], dtype="<u8")
+
+
+def digest(values: np.ndarray[Any, Any] | Bytes) -> str:
+    """xxh3-128 of the bytes, as 32 hexadecimal digits."""
+    if isinstance(values, np.ndarray):
+        values = memoryview(values.reshape(-1)).cast("B") if values.size else b""
+    return xxhash.xxh3_128_hexdigest(values)

@@ -1,0 +1,104 @@
+"""The suite is true at 1, 2, 3 and 4 ranks: `pytest`, then `mpirun -n N pytest`.
+
+Tests take the communicator as the fixture `comm` and a folder that all ranks share as `folder`. A test that starts
+processes of its own (the command line, mpirun) is marked `alone` and runs in the serial pass only.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mpi4py import MPI
+
+WORLD = MPI.COMM_WORLD
+# A singleton start leaves these behind; a child mpirun that inherits them believes to be part of the parent's job.
+FOREIGN = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "MPI_LOCAL")
+ALLOWED = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Rank 0 speaks."""
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    if WORLD.rank and reporter:
+        reporter._tw._file = Path(os.devnull).open("w")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if WORLD.size > 1 and item.get_closest_marker("alone"):
+            item.add_marker(pytest.mark.skip(reason="starts processes of its own: serial pass only"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Under mpirun a failing rank ends the job with its report; else the others would wait for it in a message."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.failed and WORLD.size > 1:
+        item.config.pluginmanager.getplugin("capturemanager").suspend_global_capture(in_=True)
+        print(f"\nrank {WORLD.rank} of {WORLD.size} failed in {item.nodeid}\n{report.longreprtext}", file=sys.stderr)
+        sys.stderr.flush()
+        WORLD.Abort(1)
+
+
+@pytest.fixture(scope="session")
+def comm() -> MPI.Intracomm:
+    return WORLD
+
+
+@pytest.fixture
+def folder(comm: MPI.Intracomm) -> Iterator[Path]:
+    """An empty folder, the same one on each rank, removed when all ranks are done with it."""
+    path = Path(comm.bcast(tempfile.mkdtemp(prefix="mpillm-test-") if comm.rank == 0 else None))
+    yield path
+    comm.Barrier()
+    if comm.rank == 0:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k in ALLOWED or not k.startswith(FOREIGN)}
+    if os.geteuid() == 0:
+        kept |= dict.fromkeys(ALLOWED, "1")
+    return kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | extra
+
+
+def mpirun_command(ranks: int) -> list[str]:
+    """How this site's mpirun starts `ranks` processes, more than the cores if need be."""
+    folders = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    mpirun = shutil.which("mpirun", path=folders) or shutil.which("mpiexec", path=folders)
+    assert mpirun, "the suite needs an mpirun; jobs/test.sh installs one"
+    oversubscribe = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+    return [mpirun, "-n", str(ranks), *(oversubscribe if "Open MPI" in MPI.Get_library_version() else [])]
+
+
+@pytest.fixture(scope="session")
+def python() -> Run:
+    """Run `python ARGUMENTS…` on `ranks` processes (under mpirun when more than one) and return what came of it."""
+
+    def run(*arguments: str | Path, ranks: int = 1, timeout: float = 240, **environment: str) -> "subprocess.CompletedProcess[str]":
+        command = [*(mpirun_command(ranks) if ranks > 1 else []), sys.executable, *map(str, arguments)]
+        return subprocess.run(
+            command, env=clean_environment(**environment), timeout=timeout, text=True, capture_output=True,
+            stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def mpillm(python: Run) -> Run:
+    """Run `mpillm ARGUMENTS…` as a user would; `ranks=2` starts it under mpirun."""
+
+    def run(*arguments: str | Path, **settings: object) -> "subprocess.CompletedProcess[str]":
+        return python("-m", "mpillm", *arguments, **settings)
+
+    return run
