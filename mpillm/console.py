@@ -10,7 +10,7 @@ import rich.box
 import rich.console
 import rich.progress
 import rich.table
-from rich.markup import escape
+from rich.text import Text
 
 # A batch log wants a line now and then, not a bar redrawn ten times a second.
 LOG_INTERVAL_SECONDS = 5.0
@@ -84,18 +84,21 @@ class _Silent(Progress):
 class Console:
     """Speaks where `speaks` is true (rank 0), and is silent elsewhere."""
 
-    def __init__(self, speaks: bool = True, stream: TextIO | None = None) -> None:
+    def __init__(self, speaks: bool = True, stream: TextIO | None = None, watched: bool | None = None) -> None:
+        """`watched`: whether the stream ends at a terminal; None: the stream itself knows."""
         self.speaks = speaks
         self._stream = stream or sys.stdout
-        self._out = rich.console.Console(file=self._stream, highlight=False, soft_wrap=True)
+        self._out = rich.console.Console(
+            file=self._stream, highlight=False, emoji=False, soft_wrap=True, force_terminal=watched
+        )
 
     def say(self, text: str) -> None:
         if self.speaks:
-            self._out.print(escape(text))
+            self._out.print(Text(text))
 
     def warn(self, text: str) -> None:
         if self.speaks:
-            self._out.print(f"[yellow]warning:[/] {escape(text)}")
+            self._out.print(Text.assemble(("warning:", "yellow"), " ", text))
 
     def write(self, text: str) -> None:
         """Text as it is, without a line end: for output that streams."""
@@ -107,20 +110,20 @@ class Console:
         """A table whose first column is text and whose other columns are figures, set to the right."""
         if not self.speaks:
             return
-        table = rich.table.Table(title=escape(title), box=rich.box.SIMPLE_HEAD, title_justify="left")
+        table = rich.table.Table(title=Text(title), box=rich.box.SIMPLE_HEAD, title_justify="left")
         for index, column in enumerate(columns):
-            table.add_column(escape(column), justify="right" if index else "left")
+            table.add_column(Text(column), justify="right" if index else "left")
         for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
+            table.add_row(*(Text(cell) for cell in row))
         self._out.print(table)
 
     def facts(self, title: str, facts: Mapping[str, str]) -> None:
         """A table of two columns without a head: a name and what it is."""
         if not self.speaks:
             return
-        table = rich.table.Table(title=escape(title), box=rich.box.SIMPLE, show_header=False, title_justify="left")
+        table = rich.table.Table(title=Text(title), box=rich.box.SIMPLE, show_header=False, title_justify="left")
         for name, text in facts.items():
-            table.add_row(f"[bold]{escape(name)}[/]", escape(text))
+            table.add_row(Text(name, "bold"), Text(text))
         self._out.print(table)
 
     @contextmanager

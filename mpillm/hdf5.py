@@ -20,6 +20,7 @@ ALIGNMENT_BYTES = 4096
 ALIGNMENT_THRESHOLD_BYTES = 65536
 # One call of write(2) or preadv(2) moves at most 2^31 - 4096 bytes on Linux.
 LARGEST_CALL_BYTES = 1 << 30
+READ_WRITE = os.O_RDWR
 
 Bytes = bytes | bytearray | memoryview
 
@@ -34,7 +35,9 @@ class Place:
     nbytes: int
 
 
-def layout(path: Path, arrays: Mapping[str, tuple[Any, tuple[int, ...]]], attributes: Mapping[str, Any]) -> dict[str, Place]:
+def layout(
+    path: Path, arrays: Mapping[str, tuple[Any, tuple[int, ...]]], attributes: Mapping[str, Any]
+) -> dict[str, Place]:
     """Create the file at `path` with space for `arrays` (name → dtype, shape), and tell where each lies.
 
     The values are not written yet. No time stamps are stored, so equal contents give equal bytes.
@@ -67,16 +70,29 @@ def _allocate(file: h5py.File, name: str, dtype: np.dtype[Any], shape: tuple[int
 
 
 def places(path: Path) -> tuple[dict[str, Place], dict[str, Any]]:
-    """The arrays of the file and its root attributes, as HDF5 itself tells them. Raises OSError if it is no HDF5 file."""
+    """The arrays of the file and its root attributes, as HDF5 itself tells them.
+
+    Raises OSError if it is no HDF5 file or an array is not contiguous.
+    """
     found: dict[str, Place] = {}
 
     def visit(name: str, item: h5py.HLObject) -> None:
         if isinstance(item, h5py.Dataset):
-            found[name] = Place(item.dtype.str, item.shape, item.id.get_offset() or 0, item.nbytes)
+            found[name] = Place(item.dtype.str, item.shape, _offset(item, name), item.nbytes)
 
     with h5py.File(path, "r", locking=False) as file:
         file.visititems(visit)
         return found, dict(file.attrs)
+
+
+def _offset(dataset: h5py.Dataset, name: str) -> int:
+    offset = dataset.id.get_offset()
+    if offset is None and dataset.nbytes:
+        raise OSError(
+            f"the array {name} is chunked, compact or never written, so it has no place to be read from; "
+            "store it contiguous"
+        )
+    return offset or 0
 
 
 @contextmanager
@@ -90,7 +106,7 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 
 def write_at(descriptor: int, values: np.ndarray[Any, Any], offset: int) -> None:
     """Write the bytes of a C-contiguous array at `offset`. Raises OSError (ENOSPC on a full disk)."""
-    for start, piece in _pieces(memoryview(values.reshape(-1)).cast("B")):
+    for start, piece in _pieces(octets(values)):
         done = 0
         while done < len(piece):
             done += os.pwrite(descriptor, piece[done:], offset + start + done)
@@ -98,13 +114,18 @@ def write_at(descriptor: int, values: np.ndarray[Any, Any], offset: int) -> None
 
 def read_at(descriptor: int, values: np.ndarray[Any, Any], offset: int) -> None:
     """Fill a C-contiguous array from the bytes at `offset`. Raises EOFError when the file ends too early."""
-    for start, piece in _pieces(memoryview(values.reshape(-1)).cast("B")):
+    for start, piece in _pieces(octets(values)):
         done = 0
         while done < len(piece):
             got = os.preadv(descriptor, [piece[done:]], offset + start + done)
             if got == 0:
                 raise EOFError(f"the file ends before byte {offset + start + len(piece)}")
             done += got
+
+
+def octets(values: np.ndarray[Any, Any]) -> memoryview:
+    """The memory of a C-contiguous array as bytes."""
+    return values.reshape(-1).view(np.uint8).data
 
 
 def _pieces(whole: memoryview) -> Iterator[tuple[int, memoryview]]:
@@ -114,13 +135,11 @@ def _pieces(whole: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 def block_hashes(values: np.ndarray[Any, Any], block_bytes: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """xxh3-64 of each `block_bytes` bytes of a C-contiguous array (the last block may be short)."""
-    whole = memoryview(values.reshape(-1)).cast("B") if values.size else memoryview(b"")
+    whole = octets(values)
     starts = range(0, len(whole), block_bytes)
     return np.array([xxhash.xxh3_64_intdigest(whole[s : s + block_bytes]) for s in starts], dtype="<u8")
 
 
 def digest(values: np.ndarray[Any, Any] | Bytes) -> str:
     """xxh3-128 of the bytes, as 32 hexadecimal digits."""
-    if isinstance(values, np.ndarray):
-        values = memoryview(values.reshape(-1)).cast("B") if values.size else b""
-    return xxhash.xxh3_128_hexdigest(values)
+    return xxhash.xxh3_128_hexdigest(octets(values) if isinstance(values, np.ndarray) else values)

@@ -1,0 +1,196 @@
+"""The front door: one short function a verb. Rooms are imported inside the verbs, so that `--help` loads none."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpillm.console import Console
+from mpillm.launch.ranks import rank_from_environment
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+app = typer.Typer(
+    name="mpillm",
+    help="Train large language models on classic HPC clusters, over MPI alone. Each verb runs with or without mpirun.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Trained = Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What each verb is handed: all ranks, a voice, and this rank's number of threads."""
+
+    comm: "MPI.Intracomm"
+    console: Console
+    threads: int
+
+
+@contextmanager
+def _job(debug: bool, torch_threads: bool = False) -> Iterator[Job]:
+    """Open MPI, let ranks fail together, and give each its share of the cores."""
+    from mpillm.comm.together import fail_together
+    from mpillm.comm.world import open_world
+    from mpillm.launch.signals import interrupt_on_terminate
+    from mpillm.launch.terminal import watched
+    from mpillm.launch.threads import threads_per_rank
+
+    interrupt_on_terminate()
+    with fail_together(None, debug=debug):
+        comm = open_world()
+    with fail_together(comm, debug=debug):
+        threads = threads_per_rank(comm, os.environ)
+        # The tokenizers' own thread pool reads its size from the environment alone.
+        os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        if torch_threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        yield Job(comm, Console(speaks=comm.rank == 0, watched=watched(os.environ)), threads)
+
+
+@app.command(epilog="Example: mpirun -n 2 mpillm prepare stdlib --out prepared/stdlib --vocab-size 4096")
+def prepare(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SOURCE…",
+            help="Text files, folders, .jsonl files (field text), or stdlib: the source of Python's own library.",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to make.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="bpe (trained on the text), bytes, or a tokenizer.json.")] = "bpe",
+    vocab_size: Annotated[int, typer.Option(help="Tokens of the BPE, specials included.")] = 8192,
+    validation: Annotated[float, typer.Option(help="The share of documents held out for validation.")] = 0.05,
+    glob: Annotated[str, typer.Option(help="Which files of a folder.")] = "**/*",
+    end_of_text: Annotated[
+        str | None, typer.Option(help="The token that ends a document, for a FILE tokenizer.")
+    ] = None,
+    shard_bytes: Annotated[int, typer.Option(help="Bytes of tokens in a shard, about.")] = 256 << 20,
+    seed: Annotated[int, typer.Option(help="Decides the documents' order and split.")] = 0,
+    workers: Annotated[int, typer.Option(help="Threads a rank; 0: its share of the cores.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another dataset in --out.")] = False,
+    verify: Annotated[Path | None, typer.Option(help="Check every byte of a prepared folder instead.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Turn text into tokens: HDF5 shards and a manifest, the same bytes for any number of ranks."""
+    if verify is None and (not sources or out is None):
+        raise typer.BadParameter("name at least one SOURCE and --out DIR, or --verify DIR")
+    if workers:
+        os.environ["RAYON_NUM_THREADS"] = str(workers)
+    with _job(debug) as job:
+        from mpillm.tokens.prepare import PrepareOptions
+        from mpillm.tokens.prepare import prepare as run
+        from mpillm.tokens.verify import verify as check
+
+        if verify is not None:
+            check(verify, job.comm, job.console)
+            return
+        assert out is not None
+        options = PrepareOptions(
+            sources=tuple(sources or ()), out=out, tokenizer=tokenizer, vocab_size=vocab_size, validation=validation,
+            glob=glob, workers=workers or job.threads, shard_bytes=shard_bytes, seed=seed, end_of_text=end_of_text,
+            overwrite=overwrite,
+        )  # fmt: skip
+        run(options, job.comm, job.console)
+
+
+@app.command(epilog="Example: mpirun -n 2 mpillm train jobs/recipes/quickstart.toml --set train.steps=200")
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to train, on what, and how.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a setting of the recipe.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model as a recipe says, the data shared by the ranks."""
+    with _job(debug, torch_threads=True) as job:
+        from mpillm.train.loop import train as run
+        from mpillm.train.recipe import load_recipe
+
+        run(load_recipe(recipe, overrides or ()), job.comm, job.console, resume)
+
+
+@app.command(epilog="Example: mpirun -n 2 mpillm evaluate runs/quickstart --baselines")
+def evaluate(
+    trained: Trained,
+    data: Annotated[Path | None, typer.Option(help="Another prepared folder than the run's own.")] = None,
+    baselines: Annotated[bool, typer.Option("--baselines", help="Score a unigram and a bigram model too.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Loss, perplexity and bits per byte over the whole validation set."""
+    with _job(debug, torch_threads=True) as job:
+        from mpillm.infer.report import report
+
+        report(trained, data, baselines, as_json, job.comm, job.console)
+
+
+@app.command(epilog="Example: mpillm generate runs/quickstart --prompt 'def ' --max-tokens 100 --seed 1")
+def generate(
+    trained: Trained,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    max_tokens: Annotated[int, typer.Option(help="Tokens at the most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0: from all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that make up this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Go on from a prompt; rank 0 computes and speaks."""
+    with _job(debug, torch_threads=True) as job:
+        from mpillm.infer.generate import Sampling
+        from mpillm.infer.report import speak
+
+        speak(trained, prompt, Sampling(max_tokens, temperature, top_k, top_p, seed), job.comm, job.console)
+
+
+@app.callback(invoke_without_command=True)
+def _door(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version (with --verbose: of all parts).")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Tell more.")] = False,
+) -> None:
+    if version:
+        from mpillm.launch.versions import package_version, versions
+
+        if verbose:
+            Console().facts("versions", versions())
+        else:
+            Console().say(f"mpillm {package_version('mpillm')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; help and mistakes in typing are told once, by the first rank."""
+    rank = rank_from_environment(os.environ)
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    try:
+        code = app(standalone_mode=False)
+    except Exception as failure:
+        if not hasattr(failure, "show"):
+            raise
+        if rank == 0:
+            failure.show()
+        else:
+            # A launcher kills the rest once a rank leaves with an error: the first rank must speak before that.
+            time.sleep(1)
+        code = getattr(failure, "exit_code", 1)
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""How do ranks talk? Meshes, buffers, collectives, and leaving together when something fails."""

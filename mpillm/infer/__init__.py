@@ -1,0 +1,1 @@
+"""How is the result used? Evaluate and generate."""

@@ -1,0 +1,87 @@
+"""Text from a model, token by token, with a key/value cache."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from mpillm.errors import UsageError
+from mpillm.models.decoder import Cache, Decoder
+from mpillm.tokens.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits.
+
+    `temperature` 0 takes the likeliest; `top_k` 0 and `top_p` 1 are off.
+    """
+
+    max_tokens: Annotated[int, Gt(0)] = 200
+    temperature: Annotated[float, Ge(0)] = 0.8
+    top_k: Annotated[int, Ge(0)] = 50
+    top_p: Annotated[float, Gt(0)] = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, fits in (
+            ("max-tokens", self.max_tokens, self.max_tokens > 0),
+            ("temperature", self.temperature, self.temperature >= 0),
+            ("top-k", self.top_k, self.top_k >= 0),
+            ("top-p", self.top_p, 0 < self.top_p <= 1),
+        ):
+            if not fits:
+                raise UsageError(f"--{name} {value} makes no sense; see mpillm generate --help for what it may be")
+
+
+def generate(model: Decoder, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
+    """Yield pieces of text that follow the prompt, until `max_tokens` or the end of the document.
+
+    The same seed yields the same text. An empty prompt begins a new document.
+    """
+    decoder = tokenizer.stream()
+    for token in sample_tokens(model, tokenizer.encode(prompt) or [tokenizer.eot_id], sampling):
+        if token == tokenizer.eot_id:
+            break
+        yield decoder.push(token)
+    yield decoder.finish()
+
+
+def sample_tokens(model: Decoder, prompt: list[int], sampling: Sampling) -> Iterator[int]:
+    """Yield `max_tokens` token ids that follow `prompt`.
+
+    When the text passes the model's context, the older half is forgotten and the cache is filled anew.
+    """
+    context = model.config.context
+    seen = prompt[-context:]
+    generator = torch.Generator().manual_seed(sampling.seed)
+    cache = Cache(model.config, 1, torch.device("cpu"))
+    new = seen
+    for _ in range(sampling.max_tokens):
+        if cache.length + len(new) > context:
+            seen = seen[-(context // 2 or 1) :]
+            cache, new = Cache(model.config, 1, torch.device("cpu")), seen
+        with torch.inference_mode():
+            logits_V = model(torch.tensor([new]), cache=cache)[0, -1]
+        token = draw(logits_V, sampling, generator)
+        seen, new = [*seen, token], [token]
+        yield token
+
+
+def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token id. Top-p is nucleus sampling (Holtzman et al. 2020), after top-k."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = logits_V.float() / sampling.temperature
+    if 0 < sampling.top_k < logits_V.numel():
+        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(sampling.top_k).values[-1], -torch.inf)
+    probability_V = logits_V.softmax(0)
+    if sampling.top_p < 1:
+        sorted_V, order_V = probability_V.sort(descending=True)
+        # A token stays if those likelier than it do not fill the nucleus yet: so at least one stays.
+        outside_V = sorted_V.cumsum(0) - sorted_V >= sampling.top_p
+        probability_V = probability_V.index_fill(0, order_V[outside_V], 0.0)
+    return int(torch.multinomial(probability_V, 1, generator=generator))

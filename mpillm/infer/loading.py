@@ -1,0 +1,44 @@
+"""From a checkpoint to something that computes: the model with its weights, and its tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mpillm.console import Console
+from mpillm.models.config import DecoderConfig
+from mpillm.models.decoder import Decoder
+from mpillm.tokens.tokenizer import Tokenizer
+from mpillm.weights.checkpoint import Checkpoint
+from mpillm.weights.finding import find
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    model: Decoder
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+
+
+def load(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
+    """The model and tokenizer of a run (its newest whole checkpoint) or of one checkpoint. Every rank calls it.
+
+    Raises CheckpointError or MismatchError.
+    """
+    checkpoint = find(path, comm, console)
+    model = Decoder(DecoderConfig(**checkpoint.facts["recipe"]["model"]))
+    checkpoint.load(model_tensors(model))
+    facts = checkpoint.facts["tokenizer"]
+    tokenizer = Tokenizer.from_json(checkpoint.text(TOKENIZER), facts["name"], facts["end_of_text"])
+    return Loaded(model.eval(), tokenizer, checkpoint)
+
+
+def model_tensors(model: Decoder) -> dict[str, torch.Tensor]:
+    """A model's weights by their names in a checkpoint (`model/layers/0/attention/query/weight`), a tied one once."""
+    return {f"model/{name.replace('.', '/')}": weight.detach() for name, weight in model.named_parameters()}

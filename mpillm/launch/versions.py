@@ -1,0 +1,29 @@
+"""Which versions are at work: the first question of every bug report."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("mpillm", "mpi4py", "torch", "h5py", "numpy", "tokenizers")
+
+
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    """Name → version of mpillm, the MPI library, the packages that matter, HDF5 and Python. Loads MPI and h5py."""
+    found = {name: package_version(name) for name in PACKAGES}
+    import h5py
+
+    found["HDF5"] = h5py.version.hdf5_version
+    try:
+        from mpi4py import MPI
+
+        found["MPI"] = MPI.Get_library_version().split("\n")[0].strip("\0 ")
+    except (ImportError, RuntimeError) as failure:
+        found["MPI"] = f"none: {failure}"
+    found["Python"] = platform.python_version()
+    return found

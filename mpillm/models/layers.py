@@ -1,0 +1,136 @@
+"""The parts of a Transformer layer.
+
+Shapes: B sequences, T positions, S positions attended to, C width, H heads, K heads of keys and values,
+D width of a head.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mpillm.models.config import DecoderConfig
+
+
+def make_norm(config: DecoderConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.width, eps=config.norm_epsilon)
+    return nn.LayerNorm(config.width, eps=config.norm_epsilon)
+
+
+class Rotary(nn.Module):
+    """Rotary positions (Su et al. 2021): each pair of features turns by an angle that grows with the position."""
+
+    cos_TD: Tensor
+    sin_TD: Tensor
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        half = config.head_width // 2
+        frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = torch.outer(torch.arange(config.context, dtype=torch.float64), frequencies)
+        angles_TD = torch.cat([angles, angles], dim=-1)
+        self.register_buffer("cos_TD", angles_TD.cos().float(), persistent=False)
+        self.register_buffer("sin_TD", angles_TD.sin().float(), persistent=False)
+
+    def forward(self, x_BHTD: Tensor, first: int) -> Tensor:
+        """Turn x, whose first position is `first`."""
+        last = first + x_BHTD.shape[-2]
+        cos_TD, sin_TD = self.cos_TD[first:last].to(x_BHTD.dtype), self.sin_TD[first:last].to(x_BHTD.dtype)
+        left, right = x_BHTD.chunk(2, dim=-1)
+        return x_BHTD * cos_TD + torch.cat([-right, left], dim=-1) * sin_TD
+
+
+class LayerCache:
+    """Keys and values of one layer for the positions seen so far: two tensors (B, K, context, D)."""
+
+    def __init__(self, config: DecoderConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (batch, config.key_value_heads, config.context, config.head_width)
+        self._k_BKSD = torch.zeros(shape, device=device, dtype=dtype)
+        self._v_BKSD = torch.zeros(shape, device=device, dtype=dtype)
+
+    def extend(self, k_BKTD: Tensor, v_BKTD: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Store T new positions from `first` on and return all positions up to the last."""
+        last = first + k_BKTD.shape[-2]
+        self._k_BKSD[:, :, first:last] = k_BKTD
+        self._v_BKSD[:, :, first:last] = v_BKTD
+        return self._k_BKSD[:, :, :last], self._v_BKSD[:, :, :last]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (Ainslie et al. 2023) through torch's scaled_dot_product_attention."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        key_value = config.key_value_heads * config.head_width
+        self.heads, self.kv_heads, self.head_width = config.heads, config.key_value_heads, config.head_width
+        self.query = nn.Linear(config.width, config.width, bias=config.bias)
+        self.key = nn.Linear(config.width, key_value, bias=config.bias)
+        self.value = nn.Linear(config.width, key_value, bias=config.bias)
+        self.output = nn.Linear(config.width, config.width, bias=config.bias)
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        rotary: Rotary | None,
+        mask_TS: Tensor | None,
+        cache: LayerCache | None,
+        first: int,
+    ) -> Tensor:
+        """`mask_TS` (True: may attend) replaces the causal mask where it is given."""
+        batch, length, width = x_BTC.shape
+        q_BHTD = self.query(x_BTC).view(batch, length, self.heads, self.head_width).transpose(1, 2)
+        k_BKTD = self.key(x_BTC).view(batch, length, self.kv_heads, self.head_width).transpose(1, 2)
+        v_BKTD = self.value(x_BTC).view(batch, length, self.kv_heads, self.head_width).transpose(1, 2)
+        if rotary is not None:
+            q_BHTD, k_BKTD = rotary(q_BHTD, first), rotary(k_BKTD, first)
+        if cache is not None:
+            k_BKTD, v_BKTD = cache.extend(k_BKTD, v_BKTD, first)
+        a_BHTD = F.scaled_dot_product_attention(
+            q_BHTD, k_BKTD, v_BKTD, attn_mask=mask_TS, is_causal=mask_TS is None and length > 1,
+            enable_gqa=self.heads != self.kv_heads,
+        )  # fmt: skip
+        y_BTC: Tensor = self.output(a_BHTD.transpose(1, 2).reshape(batch, length, width))
+        return y_BTC
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020) or GELU."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate = (
+            nn.Linear(config.width, config.hidden_width, bias=config.bias) if config.activation == "swiglu" else None
+        )
+        self.up = nn.Linear(config.width, config.hidden_width, bias=config.bias)
+        self.down = nn.Linear(config.hidden_width, config.width, bias=config.bias)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        if self.gate is None:
+            inside = F.gelu(self.up(x_BTC), approximate="tanh")
+        else:
+            inside = F.silu(self.gate(x_BTC)) * self.up(x_BTC)
+        y_BTC: Tensor = self.down(inside)
+        return y_BTC
+
+
+class Layer(nn.Module):
+    """Pre-norm: each part reads the normed stream and adds to it."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.forward_norm = make_norm(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        rotary: Rotary | None,
+        mask_TS: Tensor | None,
+        cache: LayerCache | None,
+        first: int,
+    ) -> Tensor:
+        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), rotary, mask_TS, cache, first)
+        y_BTC: Tensor = x_BTC + self.feed_forward(self.forward_norm(x_BTC))
+        return y_BTC

@@ -1,0 +1,1 @@
+"""How is one training step spread over ranks?"""

@@ -1,0 +1,1 @@
+"""Where do batches come from? Sources, tokenizer, HDF5 shards, order, sampler."""

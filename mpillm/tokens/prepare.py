@@ -1,0 +1,251 @@
+"""Sources to a dataset: survey, tokenizer, encoding, exchange, manifest. The same bytes on any number of ranks."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpillm.comm.patience import patient_barrier
+from mpillm.console import Console, binary_bytes
+from mpillm.errors import DataError, UsageError
+from mpillm.files import flush, make_folder, write_text
+from mpillm.tokens import exchange
+from mpillm.tokens.agreement import on_root
+from mpillm.tokens.manifest import NAME, SPLITS, Manifest, Split, tokenizer_facts
+from mpillm.tokens.sources import Piece, list_pieces
+from mpillm.tokens.spill import Spill, spill
+from mpillm.tokens.splitting import split_of
+from mpillm.tokens.survey import Survey, survey
+from mpillm.tokens.tokenizer import Tokenizer, check_vocab_size
+from mpillm.tokens.vocabulary import load_or_make, train_together
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES = 4 << 10, 2 << 30
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What `mpillm prepare` is told. `workers` threads a rank read ahead; they don't change the dataset.
+
+    `tokenizer`: "bpe" (trained on about `tokenizer_bytes` of the texts), "bytes", or the path of a tokenizer.json.
+    `validation`: the fraction of the documents that is kept for evaluation. `shard_bytes`: of tokens, about.
+    """
+
+    sources: tuple[str, ...]
+    out: Path
+    tokenizer: str = "bpe"
+    vocab_size: int = 8192
+    validation: float = 0.05
+    glob: str = "**/*"
+    workers: int = 2
+    shard_bytes: int = 256 << 20
+    tokenizer_bytes: int = 32 << 20
+    seed: int = 0
+    end_of_text: str | None = None
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Raises UsageError for a number out of its range."""
+        if not 0 <= self.validation < 1:
+            raise UsageError(
+                f"--validation is a fraction of the documents, from 0 to below 1; got {self.validation}; try 0.05"
+            )
+        if not SMALLEST_SHARD_BYTES <= self.shard_bytes <= LARGEST_SHARD_BYTES:
+            raise UsageError(
+                f"a shard holds {SMALLEST_SHARD_BYTES:,} to {LARGEST_SHARD_BYTES:,} bytes of tokens, "
+                f"got {self.shard_bytes:,}; try {256 << 20:,}"
+            )
+        if self.workers < 1 or self.tokenizer_bytes < 1 or not 0 <= self.seed < 1 << 63:
+            raise UsageError(
+                "workers and tokenizer bytes are 1 or more and a seed is 0 or more, "
+                f"got {self.workers}, {self.tokenizer_bytes} and {self.seed}"
+            )
+        if self.tokenizer == "bpe":
+            check_vocab_size(self.vocab_size)
+
+
+def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) -> Manifest:
+    """Make the dataset `options.out`, or find it already made. Every rank of `comm` calls it with equal options.
+
+    The folder appears when it's whole, under its name; before that, and after an error, there is none. Raises
+    UsageError and DataError on every rank alike for what can be foreseen; a file that one rank cannot read, or a full
+    disk (OSError), raises there alone.
+    """
+    options.check()
+    out = options.out.absolute()
+
+    def foresee() -> tuple[list[Piece], str | None, str]:
+        _check_out(out)
+        loaded = load_or_make(options.tokenizer, options.end_of_text)
+        pieces = list_pieces(options.sources, options.glob, out.resolve())
+        return (pieces, loaded.to_json(), loaded.name) if loaded else (pieces, None, "bpe")
+
+    pieces, tokenizer_json, name = on_root(comm, foresee)
+    found = survey(pieces, options.sources, options.seed, options.workers, comm, console)
+    prep = _prep(options, found, tokenizer_json)
+    made = on_root(comm, lambda: _already(out, prep, options.overwrite))
+    if made is not None:
+        console.say(f"{options.out} is already prepared from these sources with these options")
+        return made
+    with _partial_folder(out, comm) as partial:
+        if tokenizer_json is None:
+            tokenizer_json = train_together(found, options.vocab_size, options.tokenizer_bytes, comm, console)
+        tokenizer = Tokenizer.from_json(tokenizer_json, name, options.end_of_text)
+        manifest = _write(options, found, tokenizer, prep, partial, comm, console)
+        on_root(comm, lambda: _publish(partial, out))
+    manifest = Manifest(out, manifest.tokenizer, manifest.prep, manifest.splits)
+    _report(manifest, options, console)
+    return manifest
+
+
+def _check_out(out: Path) -> None:
+    """Raise UsageError when `out` holds something that isn't a dataset: that's never ours to replace."""
+    if out.exists() and not (out.is_dir() and ((out / NAME).exists() or not any(out.iterdir()))):
+        raise UsageError(f"{out} exists and is no prepared dataset; choose another --out, or move it away")
+    make_folder(out.parent)
+
+
+def _prep(options: PrepareOptions, found: Survey, tokenizer_json: str | None) -> dict[str, Any]:
+    """All that decides the dataset's bytes."""
+    trained = {"vocab_size": options.vocab_size, "tokenizer_bytes": options.tokenizer_bytes}
+    return {
+        "sources": list(options.sources),
+        "glob": options.glob,
+        "content": found.content,
+        "n_docs": found.n_docs,
+        "n_bytes": found.n_bytes,
+        "tokenizer": trained
+        if tokenizer_json is None
+        else {"sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest()},
+        "end_of_text": options.end_of_text,
+        "validation": options.validation,
+        "shard_bytes": options.shard_bytes,
+        "seed": options.seed,
+    }
+
+
+def _already(out: Path, prep: dict[str, Any], overwrite: bool) -> Manifest | None:
+    """The dataset at `out` if it's the one that is asked for. Raises UsageError when it's another."""
+    if overwrite or not (out / NAME).exists():
+        return None
+    way_out = "give --overwrite to replace it, or choose another --out"
+    try:
+        manifest = Manifest.load(out)
+        for name, split in manifest.splits.items():
+            if split.n_tokens:
+                manifest.check_shards(name)
+    except DataError as failure:
+        raise UsageError(f"{out} exists but is damaged ({failure}); {way_out}") from failure
+    differing = [key for key, value in prep.items() if manifest.prep.get(key) != value]
+    if differing:
+        there = ", ".join(f"{key} {manifest.prep.get(key)} there, {prep[key]} now" for key in differing[:3])
+        raise UsageError(f"{out} exists and was prepared otherwise ({there}); {way_out}")
+    return manifest
+
+
+@contextmanager
+def _partial_folder(out: Path, comm: "MPI.Intracomm") -> Iterator[Path]:
+    """A new folder beside `out` in which the dataset grows; removed when the block raises."""
+    partial = out.with_name(f".{out.name}.partial")
+
+    def make() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        make_folder(partial)
+
+    on_root(comm, make)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write(options: PrepareOptions, found: Survey, tokenizer: Tokenizer, prep: dict[str, Any], partial: Path,
+           comm: "MPI.Intracomm", console: Console) -> Manifest:  # fmt: skip
+    """Encode, exchange and write everything into `partial`; the manifest comes last. Every rank calls it."""
+    encoded = _encode(options, found, tokenizer, partial, comm, console)
+    where = exchange.plan(encoded, options.shard_bytes, comm)
+    attributes = {
+        "vocab_size": tokenizer.vocab_size,
+        "eot_id": tokenizer.eot_id,
+        "tokenizer_sha256": tokenizer.sha256,
+        "tokenizer_name": tokenizer.name,
+        "seed": options.seed,
+        "prep_config": json.dumps(prep),
+        "sources": json.dumps(options.sources),
+    }
+    with console.progress("writing", len(where.shards), "shards") as progress:
+        shards = exchange.write_shards(encoded, where, partial, attributes, comm, progress)
+    encoded.path.unlink()
+    totals = comm.allreduce(np.array([encoded.index["nbytes"][encoded.index["split"] == i].sum() for i in (0, 1)]))
+
+    def manifest() -> Manifest:
+        splits = {
+            name: _totals(int(n_bytes), [shard for split, shard in shards if split == name])
+            for name, n_bytes in zip(SPLITS, totals, strict=True)
+        }
+        made = Manifest(partial, tokenizer_facts(tokenizer), prep, splits)
+        write_text(partial / "tokenizer.json", tokenizer.to_json())
+        made.save()
+        return made
+
+    return on_root(comm, manifest)
+
+
+def _encode(options: PrepareOptions, found: Survey, tokenizer: Tokenizer, partial: Path, comm: "MPI.Intracomm",
+            console: Console) -> Spill:  # fmt: skip
+    counts = np.zeros(2, np.int64)
+    comm.Allreduce(
+        np.bincount(split_of(found.documents["key"], options.validation), minlength=2).astype(np.int64), counts
+    )
+    cut = options.validation > 0 and not counts.all()
+    if cut:
+        console.say(
+            f"the hash puts all {found.n_docs:,} documents into one split, so each is cut: its last "
+            f"{options.validation:.1%}, from a line's start, is for validation"
+        )
+    path = partial / f".spill-{comm.rank:05d}"
+    own = int(found.documents["nbytes"].sum())
+    with console.progress("encoding, rank 0's", own, "bytes") as progress:
+        encoded = spill(
+            found, tokenizer, path, options.validation, cut, options.seed, options.workers, progress
+        )  # fmt: skip
+    patient_barrier(comm)
+    return encoded
+
+
+def _totals(n_bytes: int, shards: list[Any]) -> Split:
+    return Split(sum(s.n_tokens for s in shards), sum(s.n_docs for s in shards), n_bytes, tuple(shards))
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Give the folder its name; what had it before goes only then."""
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    flush(partial)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    flush(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _report(manifest: Manifest, options: PrepareOptions, console: Console) -> None:
+    rows = []
+    splits = [*manifest.splits.items(), ("total", None)]
+    for name, split in splits:
+        parts = list(manifest.splits.values()) if split is None else [split]
+        docs, n_bytes, tokens = (sum(getattr(p, f) for p in parts) for f in ("n_docs", "n_bytes", "n_tokens"))
+        shards = sum(len(p.shards) for p in parts)
+        ratio = f"{n_bytes / tokens:.2f}" if tokens else "–"
+        rows.append([name, f"{docs:,}", binary_bytes(n_bytes), f"{tokens:,}", ratio, f"{shards:,}"])
+    title = f"{options.out}: tokenizer {manifest.tokenizer['name']} of {manifest.vocab_size:,} tokens"
+    console.table(title, ["split", "documents", "text", "tokens", "bytes/token", "shards"], rows)

@@ -1,0 +1,127 @@
+"""Tokens by their number, out of a split's shards: opened lazily, read by byte offset, never through HDF5."""
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from mpillm import hdf5
+from mpillm.errors import DataError
+from mpillm.tokens.manifest import Manifest, Split
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Int64s = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class TokenReader:
+    """The tokens of one split as one long run, numbered from 0. Every rank opens its own; none keeps an HDF5 handle."""
+
+    def __init__(self, folder: Path, name: str, split: Split) -> None:
+        self.folder, self.name, self.split = folder, name, split
+        shards = split.shards
+        self.dtype = np.dtype(shards[0].dtype)
+        # Shard i holds the tokens firsts[i] … firsts[i + 1] - 1.
+        self.firsts = np.concatenate(([0], np.cumsum([shard.n_tokens for shard in shards], dtype=np.int64)))
+        self.n_tokens = int(self.firsts[-1])
+        # Token t of shard i lies at byte bases[i] + t · itemsize.
+        self.bases = np.array([shard.tokens_offset for shard in shards], np.int64)
+        self.bases -= self.firsts[:-1] * self.dtype.itemsize
+        self._descriptors = [-1] * len(shards)
+        self._doc_ends: list[Int64s | None] = [None] * len(shards)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def n_docs(self) -> int:
+        return self.split.n_docs
+
+    def close(self) -> None:
+        """Let the files go; reading again opens them again."""
+        for shard, descriptor in enumerate(self._descriptors):
+            if descriptor >= 0:
+                self._descriptors[shard] = -1
+                os.close(descriptor)
+        self._doc_ends = [None] * len(self._doc_ends)
+
+    def shards_of(self, positions: Int64s) -> Int64s:
+        """The shard of each global token position, both of shape (n,)."""
+        if len(self.firsts) == 2:
+            return np.zeros(len(positions), np.int64)
+        return np.searchsorted(self.firsts, positions, "right") - 1
+
+    def offsets_of(self, positions: Int64s, shards: Int64s) -> Int64s:
+        """The byte offset of each position in the file of its shard."""
+        return self.bases[shards] + positions * self.dtype.itemsize
+
+    def descriptors(self, shards: Sequence[int]) -> list[int]:
+        """An open file descriptor for each of `shards`. Raises DataError when a file cannot be opened."""
+        known = self._descriptors
+        found = [known[shard] for shard in shards]
+        if min(found, default=0) < 0:
+            found = [self._descriptor(shard) for shard in shards]
+        return found
+
+    def _descriptor(self, shard: int) -> int:
+        if self._descriptors[shard] < 0:
+            path = self.folder / self.split.shards[shard].file
+            try:
+                self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as failure:
+                hint = (
+                    "raise `ulimit -n`"
+                    if failure.errno == errno.EMFILE
+                    else "copy it back or prepare the dataset again"
+                )
+                raise DataError(f"cannot open the shard {path}: {failure.strerror}; {hint}") from failure
+        return self._descriptors[shard]
+
+    def read(self, start: int, out: Array) -> None:
+        """Fill `out` (C-contiguous, of `self.dtype`) with the tokens from position `start` on, across shards.
+
+        Raises DataError when there are fewer, or when a file has shrunk.
+        """
+        flat = out.reshape(-1)
+        if start < 0 or start + len(flat) > self.n_tokens or out.dtype != self.dtype:
+            raise DataError(
+                f"the {self.name} split has {self.n_tokens:,} tokens of {self.dtype}, asked for {len(flat):,} of "
+                f"{out.dtype} from {start:,}; ask for less"
+            )
+        shard, done = int(np.searchsorted(self.firsts, start, "right")) - 1, 0
+        while done < len(flat):
+            count = min(len(flat) - done, int(self.firsts[shard + 1]) - start - done)
+            offset = int(self.bases[shard]) + (start + done) * self.dtype.itemsize
+            try:
+                hdf5.read_at(self._descriptor(shard), flat[done : done + count], offset)
+            except EOFError as failure:
+                path = self.folder / self.split.shards[shard].file
+                raise DataError(f"{path} has shrunk while in use: {failure}; copy it again") from failure
+            shard, done = shard + 1, done + count
+
+    def doc_ends(self, shard: int) -> Int64s:
+        """Where the documents of a shard end, counted from the shard's first token: a memory map, int64 (n_docs,)."""
+        known = self._doc_ends[shard]
+        if known is None:
+            info = self.split.shards[shard]
+            mapped = np.memmap(
+                self.folder / info.file, "<u8", "r", info.doc_ends_offset, shape=(info.n_docs,)
+            )  # fmt: skip
+            # Viewed as signed: searching unsigned numbers for signed ones would copy the whole map as floats.
+            known = self._doc_ends[shard] = np.asarray(mapped).view(np.int64)
+        return known
+
+
+def open_split(folder: str | Path, split: str = "train") -> TokenReader:
+    """Open a split by its manifest alone; sizes and offsets of its shards are checked here. Raises DataError."""
+    manifest = Manifest.load(folder)
+    manifest.check_shards(split)
+    return TokenReader(manifest.folder, split, manifest.split(split))

@@ -1,0 +1,133 @@
+"""One shard of tokens: an immutable HDF5 file of contiguous arrays, in the format `mpillm.tokens` version 1.
+
+    /tokens      <u2 or <u4  the ids of all documents, one after the other, each ended by the end-of-text token
+    /doc_ends    <u8         where each document ends in /tokens (exclusive, so the last one equals n_tokens)
+    /doc_source  <u2         which of the sources each document came from
+    /doc_key     <u8         xxh3-64 of each document's text, seeded
+    /block_xxh3  <u8         xxh3-64 of each MiB of /tokens (the last one may be short)
+
+Equal contents give equal bytes: no times, no paths, no rank numbers.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from mpillm import hdf5
+from mpillm.errors import DataError
+from mpillm.files import replacing
+
+FORMAT = "mpillm.tokens"
+VERSION = 1
+BLOCK_BYTES = 1 << 20
+READ_BYTES = 16 << 20
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the manifest tells of a shard: enough to read it without HDF5. Sizes and offsets are bytes.
+
+    `xxh3_128` is the digest of /block_xxh3, `rest_xxh3_128` that of every byte of the file outside /tokens.
+    """
+
+    file: str
+    nbytes: int
+    dtype: str
+    n_tokens: int
+    n_docs: int
+    tokens_offset: int
+    doc_ends_offset: int
+    xxh3_128: str
+    rest_xxh3_128: str
+
+    @property
+    def tokens_nbytes(self) -> int:
+        return self.n_tokens * np.dtype(self.dtype).itemsize
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The contents of a shard: `tokens` (n_tokens,) u2 or u4; the others (n_docs,): u8, u2, u8."""
+
+    tokens: Array
+    ends: Array
+    source: Array
+    key: Array
+
+
+def write_shard(path: Path, documents: Documents, attributes: Mapping[str, Any]) -> ShardInfo:
+    """Write the shard whole or not at all. One rank calls it; needs at least one document.
+
+    `attributes` are those of the dataset (vocabulary, split, seed …); the counts are added. Raises OSError.
+    """
+    blocks = hdf5.block_hashes(documents.tokens, BLOCK_BYTES)
+    arrays = {
+        "tokens": documents.tokens,
+        "doc_ends": documents.ends.astype("<u8"),
+        "doc_source": documents.source.astype("<u2"),
+        "doc_key": documents.key.astype("<u8"),
+        "block_xxh3": blocks,
+    }
+    own = {
+        "format": FORMAT,
+        "version": VERSION,
+        "n_tokens": len(documents.tokens),
+        "n_docs": len(documents.ends),
+        "block_bytes": BLOCK_BYTES,
+        # The file has its name only once it's whole.
+        "complete": True,
+    }
+    with replacing(path) as temporary:
+        shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+        places = hdf5.layout(temporary, shapes, {**own, **attributes})
+        with hdf5.opened(temporary, flags=os.O_RDWR) as descriptor:
+            for name, array in arrays.items():
+                hdf5.write_at(descriptor, array, places[name].offset)
+        tokens = places["tokens"]
+        return ShardInfo(
+            path.name, temporary.stat().st_size, tokens.dtype, len(documents.tokens), len(documents.ends),
+            tokens.offset, places["doc_ends"].offset, hdf5.digest(blocks),
+            rest_digest(temporary, tokens.offset, tokens.nbytes),
+        )  # fmt: skip
+
+
+def rest_digest(path: Path, tokens_offset: int, tokens_nbytes: int) -> str:
+    """xxh3-128 of the file's bytes but for /tokens: the HDF5 structure, the attributes, the tables."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        state.update(file.read(tokens_offset))
+        file.seek(tokens_offset + tokens_nbytes)
+        while chunk := file.read(READ_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def read_attributes(path: Path) -> tuple[dict[str, hdf5.Place], dict[str, Any]]:
+    """The arrays' places and the root attributes as HDF5 tells them. Raises DataError."""
+    try:
+        return hdf5.places(path)
+    except (OSError, RuntimeError, ValueError, KeyError) as failure:
+        raise DataError(f"{path} is no HDF5 file: {failure}; prepare the dataset again") from failure
+
+
+def token_blocks(path: Path, info: ShardInfo) -> Iterator[tuple[int, int]]:
+    """The number and the xxh3-64 of each block of /tokens, read in order; ends early where the file does."""
+    with path.open("rb") as file:
+        file.seek(info.tokens_offset)
+        left, number = info.tokens_nbytes, 0
+        while left:
+            block = file.read(min(BLOCK_BYTES, left))
+            if not block:
+                return
+            yield number, xxhash.xxh3_64_intdigest(block)
+            left, number = left - len(block), number + 1

@@ -1,0 +1,97 @@
+"""Read a whole dataset again and compare every byte with what was written."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpillm import hdf5
+from mpillm.comm.patience import patient_barrier
+from mpillm.console import Console
+from mpillm.errors import DataError, MpillmError
+from mpillm.tokens.manifest import Manifest, check_shard
+from mpillm.tokens.shards import (
+    BLOCK_BYTES,
+    FORMAT,
+    VERSION,
+    ShardInfo,
+    read_attributes,
+    rest_digest,
+    token_blocks,
+)
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+AGAIN = "copy the file again or prepare the dataset again"
+
+
+def verify(folder: str | Path, comm: "MPI.Intracomm", console: Console) -> Manifest:
+    """Check all shards against the manifest, shared out over the ranks. Every rank of `comm` calls it.
+
+    Raises on every rank alike the first fault found: DataError (a missing, short or changed file, with the bad block)
+    or MismatchError (another tokenizer.json).
+    """
+    manifest = Manifest.load(folder)
+    manifest.load_tokenizer()
+    shards = [(name, shard) for name, split in manifest.splits.items() for shard in split.shards]
+    total = sum(shard.nbytes for _, shard in shards)
+    fault = None
+    mine = range(comm.rank, len(shards), comm.size)
+    with console.progress("verifying, rank 0's", sum(shards[i][1].nbytes for i in mine), "bytes") as progress:
+        for number in mine:
+            try:
+                verify_shard(manifest, *shards[number])
+            except MpillmError as failure:
+                fault = (number, failure)
+                break
+            progress.advance(shards[number][1].nbytes)
+    patient_barrier(comm)
+    faults = [found for found in comm.allgather(fault) if found]
+    if faults:
+        raise min(faults, key=lambda found: found[0])[1]
+    tokens = sum(split.n_tokens for split in manifest.splits.values())
+    console.say(f"{manifest.folder}: {len(shards)} shards, {tokens:,} tokens, {total:,} bytes: as they were written")
+    return manifest
+
+
+def verify_shard(manifest: Manifest, split: str, shard: ShardInfo) -> None:
+    """Check one shard. Raises DataError naming the file, and the block and bytes where the tokens differ."""
+    path = manifest.folder / shard.file
+    check_shard(path, shard)
+    # First what everything else is read from.
+    if rest_digest(path, shard.tokens_offset, shard.tokens_nbytes) != shard.rest_xxh3_128:
+        raise DataError(f"{path} is damaged outside /tokens (its structure, attributes or document tables); {AGAIN}")
+    places, attributes = read_attributes(path)
+    _check_attributes(path, manifest, split, shard, attributes)
+    table = places["block_xxh3"]
+    expected = np.empty(table.shape, "<u8")
+    with hdf5.opened(path) as descriptor:
+        hdf5.read_at(descriptor, expected, table.offset)
+    if hdf5.digest(expected) != shard.xxh3_128 or places["tokens"].offset != shard.tokens_offset:
+        raise DataError(f"the table of block hashes in {path} isn't the one in the manifest; {AGAIN}")
+    for block, found in token_blocks(path, shard):
+        if found != int(expected[block]):
+            start = shard.tokens_offset + block * BLOCK_BYTES
+            stop = min(start + BLOCK_BYTES, shard.tokens_offset + shard.tokens_nbytes)
+            raise DataError(
+                f"{path} is damaged in block {block} of /tokens (bytes {start:,} to {stop:,}): xxh3 "
+                f"{int(expected[block]):016x} was written, {found:016x} is there; {AGAIN}"
+            )
+
+
+def _check_attributes(path: Path, manifest: Manifest, split: str, shard: ShardInfo, attributes: dict[str, Any]) -> None:
+    expected = {
+        "format": FORMAT,
+        "version": VERSION,
+        "split": split,
+        "n_tokens": shard.n_tokens,
+        "n_docs": shard.n_docs,
+        "vocab_size": manifest.vocab_size,
+        "eot_id": manifest.eot_id,
+        "tokenizer_sha256": manifest.tokenizer["sha256"],
+        "complete": True,
+    }
+    for name, value in expected.items():
+        if attributes.get(name) != value:
+            raise DataError(f"{path}: attribute {name} should be {value}, found {attributes.get(name)}; {AGAIN}")

@@ -1,0 +1,75 @@
+"""The tokenizer of a dataset: loaded, or trained on a sample that doesn't depend on the number of ranks."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpillm.comm.patience import patient_barrier
+from mpillm.console import Console
+from mpillm.tokens.agreement import on_root
+from mpillm.tokens.order import mix
+from mpillm.tokens.sources import read_piece
+from mpillm.tokens.survey import Survey
+from mpillm.tokens.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+SAMPLE_SALT = np.uint64(0x5A3F1E)
+BINS = 1 << 16
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def load_or_make(spec: str, end_of_text: str | None) -> Tokenizer | None:
+    """The tokenizer that `spec` names, or None where one is to be trained ("bpe"). Raises UsageError, DataError."""
+    if spec == "bpe":
+        return None
+    return byte_tokenizer() if spec == "bytes" else Tokenizer.load(spec, end_of_text)
+
+
+def train_together(survey: Survey, vocab_size: int, sample_bytes: int, comm: "MPI.Intracomm", console: Console) -> str:
+    """The JSON of a BPE trained by rank 0 on about `sample_bytes` of all ranks' documents. Every rank calls it."""
+    gathered = comm.gather(_own_sample(survey, sample_bytes, comm))
+    patient_barrier(comm)
+
+    def train() -> str:
+        assert gathered is not None
+        sample = sorted(item for own in gathered for item in own)
+        texts, left = [], sample_bytes
+        for _, _, text in sample:
+            texts.append(text[: max(left, 0)])
+            left -= len(text)
+        console.say(f"training a BPE of {vocab_size:,} tokens on {sum(map(len, texts)):,} characters")
+        tokenizer = train_bpe(texts, vocab_size)
+        if tokenizer.vocab_size < vocab_size:
+            console.say(f"the text has pairs for {tokenizer.vocab_size:,} tokens only; the vocabulary is that small")
+        return tokenizer.to_json()
+
+    return on_root(comm, train)
+
+
+def _own_sample(survey: Survey, sample_bytes: int, comm: "MPI.Intracomm") -> list[tuple[int, int, str]]:
+    """(mixed key, ordinal, text) of this rank's documents among those with the smallest mixed keys.
+
+    Where to stop is read off a histogram of bytes over the mixed keys that all ranks sum, so no rank ever holds the
+    keys of all documents. The last bin is taken whole: the sample is cut to size where it's sorted.
+    """
+    mixed = mix(survey.documents["key"] ^ SAMPLE_SALT)
+    bins = (mixed >> np.uint64(48)).astype(np.int64)
+    own, histogram = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
+    np.add.at(own, bins, survey.documents["nbytes"])
+    comm.Allreduce(own, histogram)
+    last_bin = int(np.searchsorted(np.cumsum(histogram), sample_bytes))
+    chosen = bins <= last_bin
+    sample: list[tuple[int, int, str]] = []
+    for number in survey.mine:
+        rows = survey.of_piece(number)
+        wanted = chosen[np.searchsorted(survey.documents["ordinal"], rows["ordinal"])]
+        if wanted.any():
+            texts = read_piece(survey.pieces[number]).documents
+            sample += [
+                (int(mix(rows["key"][i : i + 1] ^ SAMPLE_SALT)[0]), int(rows["ordinal"][i]), texts[i][:sample_bytes])
+                for i in np.flatnonzero(wanted).tolist()
+            ]
+    return sample

@@ -1,0 +1,1 @@
+"""Who runs the show? Recipe, optimizer, loop, record."""

@@ -1,0 +1,1 @@
+"""Where do parameters rest? Layout-free HDF5 checkpoints."""
