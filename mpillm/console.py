@@ -115,16 +115,18 @@ class Console:
             table.add_column(Text(column), justify="right" if index else "left")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        self._out.print(table)
+        self._out.print(table, soft_wrap=False)
 
     def facts(self, title: str, facts: Mapping[str, str]) -> None:
         """A table of two columns without a head: a name and what it is."""
         if not self.speaks:
             return
         table = rich.table.Table(title=Text(title), box=rich.box.SIMPLE, show_header=False, title_justify="left")
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for name, text in facts.items():
             table.add_row(Text(name, "bold"), Text(text))
-        self._out.print(table)
+        self._out.print(table, soft_wrap=False)
 
     @contextmanager
     def progress(self, description: str, total: float, unit: str = "", start: float = 0) -> Iterator[Progress]:

@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Rank 0 speaks."""
     reporter = config.pluginmanager.getplugin("terminalreporter")
     if WORLD.rank and reporter:
-        reporter._tw._file = Path(os.devnull).open("w")
+        reporter._tw._file = Path(os.devnull).open("w")  # noqa: SIM115
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -84,7 +84,9 @@ def mpirun_command(ranks: int) -> list[str]:
 def python() -> Run:
     """Run `python ARGUMENTS…` on `ranks` processes (under mpirun when more than one) and return what came of it."""
 
-    def run(*arguments: str | Path, ranks: int = 1, timeout: float = 240, **environment: str) -> "subprocess.CompletedProcess[str]":
+    def run(
+        *arguments: str | Path, ranks: int = 1, timeout: float = 240, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
         command = [*(mpirun_command(ranks) if ranks > 1 else []), sys.executable, *map(str, arguments)]
         return subprocess.run(
             command, env=clean_environment(**environment), timeout=timeout, text=True, capture_output=True,

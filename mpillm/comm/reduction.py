@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 Algorithm = Literal["auto", "ring", "native", "reference"]
 
-# A ring pays its latency 2(p−1) times, a library's tree about log2(p) times: the blocks must be worth the trips.
+# A ring pays its latency 2(p−1) times, a library's tree about log2(p) times: the blocks must be worth the
+# trips.
 RING_BLOCK_BYTES = 4 * 1024 * 1024
 # MPI's classic interface counts to 2³¹ − 1; some libraries err near it.
 NATIVE_PIECE_ELEMENTS = 2**30
@@ -44,6 +45,24 @@ def allreduce(comm: "MPI.Intracomm", array: Any, algorithm: Algorithm = "auto") 
         _native(comm, buffer)
     else:
         _reference(comm, buffer)
+
+
+def start_allreduce(comm: "MPI.Intracomm", array: Any) -> "list[MPI.Request]":
+    """Begin a native allreduce of `array`; its sum is there once all the requests are complete.
+
+    Most libraries move nothing unless called: Test the requests now and then during the work that should hide
+    them. Every rank calls it, in the same order. Raises CommError for 16-bit floats (see `can_start`).
+    """
+    from mpi4py import MPI
+
+    buffer = as_buffer(array)
+    choose(buffer, comm.size, "native")
+    return [comm.Iallreduce(MPI.IN_PLACE, buffer.flat[first:stop]) for first, stop in native_pieces(buffer.count)]
+
+
+def can_start(array: Any) -> bool:
+    """Whether `start_allreduce` takes `array`'s element type."""
+    return as_buffer(array).element not in ADDED_BY_TORCH
 
 
 def reduce_scatter(comm: "MPI.Intracomm", array: Any) -> Span:
@@ -69,12 +88,12 @@ def choose(buffer: Buffer, size: int, algorithm: Algorithm) -> Algorithm:
     if algorithm not in known:
         near = get_close_matches(str(algorithm), known, n=1, cutoff=0.0)[0]
         raise CommError(f"no allreduce is called {algorithm!r}; did you mean {near!r}? Known: {', '.join(known)}")
-    without_mpi_type = buffer.element in ADDED_BY_TORCH
-    if algorithm == "native" and without_mpi_type:
+    if algorithm == "native" and buffer.element in ADDED_BY_TORCH:
         raise CommError(f"MPI has no {buffer.element} to add; take allreduce = 'ring' or 'auto', or reduce in float32")
     if algorithm != "auto":
         return algorithm
-    return "ring" if without_mpi_type or buffer.octets.size >= size * RING_BLOCK_BYTES else "native"
+    # Of the short types MPI lacks the floats, and Open MPI's sum of the integers saturates where others wrap.
+    return "ring" if buffer.itemsize < 4 or buffer.octets.size >= size * RING_BLOCK_BYTES else "native"
 
 
 def native_pieces(count: int) -> list[Span]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from mpillm.launch.ranks import RANK_VARIABLES
 
@@ -17,6 +18,6 @@ def watched(environment: Mapping[str, str]) -> bool:
     if not any(variable in environment for variable in RANK_VARIABLES):
         return True
     try:
-        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+        return str(Path(f"/proc/{os.getppid()}/fd/1").readlink()).startswith(("/dev/pts/", "/dev/tty"))
     except OSError:
         return False

@@ -44,7 +44,8 @@ class DecoderConfig:
             )
         if self.heads % self.key_value_heads:
             raise RecipeError(
-                f"{self.heads} heads are not divisible by {self.key_value_heads} kv_heads; use a divisor of {self.heads}"
+                f"{self.heads} heads are not divisible by {self.key_value_heads} kv_heads; "
+                f"use a divisor of {self.heads}"
             )
         if self.positions == "rotary" and self.head_width % 2:
             raise RecipeError(

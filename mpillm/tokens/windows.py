@@ -4,6 +4,7 @@ B windows of T tokens: `tokens_BT`.
 """
 
 import os
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,26 +39,25 @@ class Plan:
     def __init__(self, reader: TokenReader, starts: Int64s, length: int, boundaries: bool = True) -> None:
         """`starts` int64 (n,), each in [0, n_tokens - length]."""
         self.reader, self.starts, self.length = reader, starts, length
-        self.shards = reader.shards_of(starts)
-        self.offsets = reader.offsets_of(starts, self.shards)
-        self.crossing = np.flatnonzero(starts + length > reader.firsts[self.shards + 1])
+        shards = reader.shards_of(starts)
+        # Lists: a batch is read in a Python loop, and taking numbers out of arrays would cost as much as the loop.
+        self.shards: list[int] = shards.tolist()
+        self.offsets: list[int] = reader.offsets_of(starts, shards).tolist()
+        self.crossing: list[int] = np.flatnonzero(starts + length > reader.firsts[shards + 1]).tolist()
         self.ends, self.splits = document_ends(reader, starts, length) if boundaries else _no_ends(len(starts))
 
     def fetch(self, first: int, out: Array) -> None:
         """Fill the rows of `out` (B, length) with the windows `first` … `first` + B - 1. Raises DataError."""
         last, nbytes = first + len(out), self.length * self.reader.dtype.itemsize
-        descriptors = self.reader.descriptors(self.shards[first:last].tolist())
-        preadv, short = os.preadv, []
-        for row, descriptor, offset in zip(out, descriptors, self.offsets[first:last].tolist(), strict=True):
-            if preadv(descriptor, (row,), offset) != nbytes:
-                short.append(row)
-        across = self.crossing[np.searchsorted(self.crossing, first) : np.searchsorted(self.crossing, last)]
-        if short or across.size:
-            self._mend(first, out, {*across.tolist()} if not short else {*range(first, last)})
-
-    def _mend(self, first: int, out: Array, windows: set[int]) -> None:
-        """Read anew what one call couldn't: windows across two shards, and reads that a signal cut short."""
-        for window in windows:
+        descriptors = self.reader.descriptors(self.shards[first:last])
+        rows = self.reader.row_views(out)
+        preadv, short = os.preadv, False
+        for descriptor, row, offset in zip(descriptors, rows, self.offsets[first:last], strict=True):
+            if preadv(descriptor, row, offset) != nbytes:
+                short = True
+        # Read anew what one call couldn't: windows across two shards, and all when a read came short.
+        across = self.crossing[bisect_left(self.crossing, first) : bisect_left(self.crossing, last)]
+        for window in range(first, last) if short else across:
             self.reader.read(int(self.starts[window]), out[window - first])
 
     def windows(self, first: int, tokens_BT: Array) -> Windows:
@@ -68,9 +68,9 @@ class Plan:
 
     def advise(self, first: int, count: int) -> None:
         """Ask the kernel to read windows ahead (POSIX_FADV_WILLNEED): cold random reads then overlap."""
-        descriptors = self.reader.descriptors(self.shards[first : first + count].tolist())
+        descriptors = self.reader.descriptors(self.shards[first : first + count])
         nbytes, advise = self.length * self.reader.dtype.itemsize, os.posix_fadvise
-        for descriptor, offset in zip(descriptors, self.offsets[first : first + count].tolist(), strict=True):
+        for descriptor, offset in zip(descriptors, self.offsets[first : first + count], strict=True):
             advise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 

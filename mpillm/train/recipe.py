@@ -87,7 +87,8 @@ def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
 
     table = {**table, "model": _with_shape(table.get("model", {}))}
     try:
-        return TypeAdapter(Recipe).validate_python(table)
+        # As JSON: pydantic's strict mode takes tables for sections only from there.
+        return TypeAdapter(Recipe).validate_json(json.dumps(table, default=str))
     except ValidationError as failure:
         faults = [_fault(error["type"], error["loc"], error["msg"], error["input"]) for error in failure.errors()]
     raise RecipeError(f"the recipe {source}: " + "; ".join(faults))

@@ -17,6 +17,7 @@ from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.sampler import Sampler
 from mpillm.tokens.windows import Windows
 from mpillm.train.optimizer import learning_rate, make_optimizer, set_rate
+from mpillm.train.overview import rows_at_once
 from mpillm.train.recipe import Recipe
 
 
@@ -69,12 +70,12 @@ class Trainer:
         global_tokens = self.recipe.train.batch * self.recipe.model.context
         self._buckets.zero()
         total = 0.0
-        at_once = self.recipe.train.microbatch or self._rows
+        at_once = rows_at_once(self.recipe, self.axis.size)
         for first in range(0, self._rows, at_once):
             rows = slice(first, first + at_once)
+            loss = self._loss(ids_BT[rows], documents_BT[rows] if documents_BT is not None else None) / global_tokens
             if first + at_once >= self._rows:
                 self._buckets.begin_last_microbatch()
-            loss = self._loss(ids_BT[rows], documents_BT[rows] if documents_BT is not None else None) / global_tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         self._buckets.reduce()

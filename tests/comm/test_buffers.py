@@ -64,8 +64,5 @@ def test_what_cannot_travel(array, rule):
 
 @pytest.mark.alone
 def test_comm_on_numpy_loads_no_torch(python):
-    done = python(
-        "-c",
-        "import mpillm.comm.reduction as r, numpy, sys; r.as_buffer(numpy.ones(3)); assert 'torch' not in sys.modules",
-    )
-    assert done.returncode == 0, done.stderr
+    script = "import mpillm.comm.reduction as r, numpy, sys; r.as_buffer(numpy.ones(3)); print('torch' in sys.modules)"
+    assert python("-c", script).stdout == "False\n"

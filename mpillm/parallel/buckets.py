@@ -1,0 +1,80 @@
+"""Gradients in a few flat buckets: each parameter's `grad` is a view into one, set once.
+
+So a reduction takes a few large messages and copies nothing. The buckets hold the parameters in reverse
+order, since the backward pass completes them so (Li et al., "PyTorch Distributed", VLDB 2020, section 3.2).
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+# Each gradient begins on a cache line of its own.
+ALIGNMENT_BYTES = 64
+NORM_PIECE_ELEMENTS = 32 * 1024
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Some gradients in one flat row of memory."""
+
+    flat: Tensor
+    parameters: list[nn.Parameter]
+    views: list[Tensor]
+    """The gradient of each parameter, in its shape, inside `flat`."""
+    missing: int = 0
+    """Gradients that the last microbatch still owes."""
+    started: bool = False
+    requests: "list[MPI.Request]" = field(default_factory=list)
+
+
+def group_parameters(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
+    """Cut the reversed list into runs of at most `bucket_bytes` (at least one parameter each), one dtype a
+    run.
+    """
+    groups: list[list[nn.Parameter]] = []
+    for dtype in dict.fromkeys(parameter.dtype for parameter in reversed(parameters)):
+        filled = math.inf
+        for parameter in reversed(parameters):
+            if parameter.dtype == dtype:
+                size = padded(parameter) * parameter.itemsize
+                if filled + size > bucket_bytes:
+                    groups.append([])
+                    filled = 0
+                groups[-1].append(parameter)
+                filled += size
+    return groups
+
+
+def padded(parameter: Tensor) -> int:
+    """Elements that the gradient takes in its bucket, rounded up to whole cache lines."""
+    line = ALIGNMENT_BYTES // parameter.itemsize
+    return -(-parameter.numel() // line) * line
+
+
+def make_bucket(parameters: list[nn.Parameter]) -> Bucket:
+    """A bucket of zeros into which the `grad` of each of `parameters` points."""
+    first = parameters[0]
+    flat = torch.zeros(sum(map(padded, parameters)), dtype=first.dtype, device=first.device)
+    views, start = [], 0
+    for parameter in parameters:
+        views.append(flat[start : start + parameter.numel()].view(parameter.shape))
+        parameter.grad = views[-1]
+        start += padded(parameter)
+    return Bucket(flat, parameters, views)
+
+
+def square_sum(flat: Tensor) -> float:
+    """The sum of squares of `flat` in float64."""
+    # In pieces that stay in the cache: vector_norm(dtype=float64) takes six times as long (60 ms for 19 M
+    # elements).
+    total = 0.0
+    for first in range(0, flat.numel(), NORM_PIECE_ELEMENTS):
+        wide = flat[first : first + NORM_PIECE_ELEMENTS].double()
+        total += float(torch.dot(wide, wide))
+    return total

@@ -1,0 +1,232 @@
+"""Data parallel: every rank holds the whole model and a share of the batch; gradients are summed over the
+ranks.
+
+Sums are never divided: who calls scales the loss of each microbatch by 1 / (tokens of the global batch), and
+the sum over microbatches and ranks is the mean over all tokens, however unequal the shares.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Annotated, Literal
+
+import xxhash
+from annotated_types import Ge, Gt
+from torch import Tensor, nn
+
+from mpillm.comm.buffers import as_buffer
+from mpillm.comm.mesh import Axis, on_one_node
+from mpillm.comm.reduction import allreduce, can_start, choose, start_allreduce
+from mpillm.errors import CommError, LayoutError, RecipeError
+from mpillm.parallel.buckets import Bucket, group_parameters, make_bucket, square_sum
+
+BCAST_PIECE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How the ranks share a training step."""
+
+    data: Annotated[int, Ge(0)] = 0
+    """Ranks that share the batch; 0: all of them."""
+    allreduce: Literal["auto", "ring", "native"] = "auto"
+    """Who sums the gradients: our ring, the MPI library, or whichever is faster for the size."""
+    overlap: Literal["auto", "after", "behind"] = "auto"
+    """Reduce after the backward pass, or behind it while it runs; auto: after on one node, behind over a
+    network.
+    """
+    bucket_bytes: Annotated[int, Gt(0)] = 32 * 1024 * 1024
+    """Gradients travel in messages of about this size."""
+
+    def __post_init__(self) -> None:
+        if self.allreduce == "ring" and self.overlap == "behind":
+            raise RecipeError(
+                "overlap = 'behind' needs the library's MPI_Iallreduce, and allreduce = 'ring' is ours; "
+                "set allreduce = 'auto' or overlap = 'after'"
+            )
+
+
+class GradientBuckets:
+    """The gradients of `parameters` (tied ones once, frozen ones not at all), of any float types, on the CPU.
+
+    Every rank of `axis` makes it, with the same parameters in the same order; differing ones raise CommError.
+    Clear the gradients with `zero`, never with an optimizer's `zero_grad`, which would drop the views.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], axis: Axis, settings: ParallelSettings) -> None:
+        self.axis, self.settings = axis, settings
+        trained = list(dict.fromkeys(p for p in parameters if p.requires_grad))
+        self.buckets = [make_bucket(group) for group in group_parameters(trained, settings.bucket_bytes)]
+        self._check_layout()
+        self.behind = axis.size > 1 and self._overlaps()
+        self._startable = [bucket for bucket in self.buckets if self.behind and can_start(bucket.flat)]
+        self._last = False
+        for bucket in self._startable:
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(_Hook(self, bucket))  # type: ignore[no-untyped-call]
+
+    def _overlaps(self) -> bool:
+        if self.settings.overlap == "auto" and self.settings.allreduce != "ring":
+            return not on_one_node(self.axis.comm)
+        return self.settings.overlap == "behind"
+
+    def _check_layout(self) -> None:
+        for bucket in self.buckets:
+            choose(as_buffer(bucket.flat), self.axis.size, self.settings.allreduce)
+        own = [(bucket.flat.numel(), str(bucket.flat.dtype), len(bucket.views)) for bucket in self.buckets]
+        for rank, other in enumerate(self.axis.comm.allgather(own)):
+            if other != own:
+                raise CommError(
+                    f"gradients can be summed only where all ranks train the same parameters: rank {self.axis.rank} "
+                    f"has buckets {own}, rank {rank} has {other}; give every rank the same model and settings"
+                )
+
+    def zero(self) -> None:
+        """Set all gradients to zero, and put the views back where something took them away."""
+        for bucket in self.buckets:
+            bucket.flat.zero_()
+            for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
+                if parameter.grad is not view:
+                    parameter.grad = view
+
+    def begin_last_microbatch(self) -> None:
+        """Call before the last backward pass ahead of `reduce`: behind it, complete buckets start on their
+        way.
+        """
+        self._last = True
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.parameters)
+
+    def completed(self, bucket: Bucket) -> None:
+        """One more gradient of `bucket` is final: start what is complete, and make the library move."""
+        if not self._last:
+            return
+        bucket.missing -= 1
+        # In bucket order, whatever order this rank's graph had: MPI matches collectives by their order.
+        for candidate in self._startable:
+            if candidate.missing:
+                break
+            if not candidate.started:
+                self._start(candidate)
+        for candidate in self._startable:
+            candidate.requests = [request for request in candidate.requests if not request.Test()]
+
+    def _start(self, bucket: Bucket) -> None:
+        bucket.requests, bucket.started = start_allreduce(self.axis.comm, bucket.flat), True
+
+    def reduce(self) -> None:
+        """Sum the gradients over the axis, in place. Every rank of the axis calls it, after its backward
+        passes.
+
+        Raises CommError when a gradient is no longer in its bucket.
+        """
+        self._check_views()
+        if self.axis.size == 1:
+            return
+        for bucket in self.buckets:
+            if bucket not in self._startable:
+                allreduce(self.axis.comm, bucket.flat, self.settings.allreduce)
+            elif not bucket.started:
+                self._start(bucket)
+        for bucket in self.buckets:
+            for request in bucket.requests:
+                request.Wait()
+            bucket.requests, bucket.started = [], False
+        self._last = False
+
+    def _check_views(self) -> None:
+        for bucket in self.buckets:
+            for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
+                if parameter.grad is not view:
+                    raise CommError(
+                        f"the gradient of a parameter of shape {tuple(parameter.shape)} is no longer in its bucket; "
+                        "clear gradients with buckets.zero(), not with optimizer.zero_grad()"
+                    )
+
+    def norm(self) -> float:
+        """The 2-norm of all gradients, summed in float64. After `reduce` it is the same on every rank: no
+        message.
+        """
+        return math.sqrt(sum(square_sum(bucket.flat) for bucket in self.buckets))
+
+    def clip_(self, max_norm: float) -> float:
+        """Scale all gradients so that their norm is `max_norm` at most; return the norm that they had."""
+        norm = self.norm()
+        if math.isfinite(norm) and norm > max_norm:
+            for bucket in self.buckets:
+                bucket.flat.mul_(max_norm / norm)
+        return norm
+
+
+@dataclass(frozen=True, eq=False)
+class _Hook:
+    """What autograd calls when a parameter's gradient has been added."""
+
+    buckets: GradientBuckets
+    bucket: Bucket
+
+    def __call__(self, parameter: Tensor) -> None:
+        self.buckets.completed(self.bucket)
+
+
+def share_batch(global_batch: int, axis: Axis) -> tuple[int, int]:
+    """(first, count): which sequences of the global batch are this rank's. Equal shares, in rank order.
+
+    Raises LayoutError, on every rank, when the ranks do not divide the batch.
+    """
+    share, rest = divmod(global_batch, axis.size)
+    if rest or share < 1:
+        below, above = share * axis.size, (share + 1) * axis.size
+        batches = f"{below} or {above}" if below > 0 else f"{above}"
+        ranks = max((n for n in range(1, axis.size) if global_batch > 0 and global_batch % n == 0), default=0)
+        raise LayoutError(
+            f"a global batch of {global_batch} sequences cannot be shared by {axis.size} ranks; use {batches}"
+            + (f", or {ranks} rank{'s' * (ranks > 1)} along {axis.name}" if ranks else "")
+        )
+    return axis.rank * share, share
+
+
+def broadcast_parameters(parameters: Iterable[Tensor], axis: Axis, root: int = 0) -> None:
+    """Overwrite `parameters` (contiguous, on the CPU) by those of rank `root`, bit by bit.
+
+    Every rank of the axis calls it, with the same shapes in the same order.
+    """
+    for parameter in parameters:
+        octets = as_buffer(parameter).octets
+        for first in range(0, octets.size, BCAST_PIECE_BYTES):
+            axis.comm.Bcast(octets[first : first + BCAST_PIECE_BYTES], root)
+
+
+def check_same(parameters: Iterable[Tensor], axis: Axis) -> None:
+    """Prove that all ranks hold bitwise the same `parameters`, by comparing digests (XXH3, 128 bits).
+
+    Every rank of the axis calls it. Where they differ, all raise CommError with the ranks that stand apart
+    from the most and the first parameter that differs.
+    """
+    digests = [_digest(parameter) for parameter in parameters]
+    total = xxhash.xxh3_128_hexdigest(repr(digests).encode())
+    if len(set(axis.comm.allgather(total))) == 1:
+        return
+    index, apart = first_difference(axis.comm.allgather(digests))
+    raise CommError(
+        f"the ranks along {axis.name} must hold the same weights, but {', '.join(f'rank {rank}' for rank in apart)} of "
+        f"{axis.size} stands apart, first in parameter {index} of {len(digests)}; start all ranks from one seed or "
+        "checkpoint"
+    )
+
+
+def first_difference(everywhere: list[list[str]]) -> tuple[int, list[int]]:
+    """Of each rank's digests: where they first differ, and the ranks apart from the majority (a tie: from
+    rank 0).
+    """
+    for index, found in enumerate(zip_longest(*everywhere)):
+        usual = Counter(found).most_common(1)[0][0]
+        if apart := [rank for rank, digest in enumerate(found) if digest != usual]:
+            return index, apart
+    raise AssertionError("called with equal digests")
+
+
+def _digest(parameter: Tensor) -> str:
+    return f"{tuple(parameter.shape)} {xxhash.xxh3_128_hexdigest(as_buffer(parameter).octets.data)}"

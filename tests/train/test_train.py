@@ -1,0 +1,218 @@
+"""Whole runs, through the library and through the command line, at any number of ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mpi4py import MPI
+
+from mpillm.console import Console
+from mpillm.errors import DivergedError, LayoutError, MismatchError, UsageError
+from mpillm.tokens.prepare import PrepareOptions, prepare
+from mpillm.train.loop import train
+from mpillm.train.recipe import Recipe, parse_recipe
+from mpillm.weights.finding import find
+
+QUIET = Console(speaks=False)
+TIMES = ("step_seconds", "tokens_per_second")
+
+
+@pytest.fixture
+def data(folder: Path, comm: MPI.Intracomm) -> Path:
+    """A small dataset of bytes: the text of this file and its neighbours."""
+    out = folder / "data"
+    source = str(Path(__file__).parents[1])
+    options = PrepareOptions(sources=(source,), out=out, tokenizer="bytes", glob="**/test_*.py", validation=0.1)
+    prepare(options, comm, QUIET)
+    return out
+
+
+def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe:
+    table: dict[str, dict[str, object]] = {
+        "model": {"layers": 2, "width": 32, "heads": 4, "context": 32},
+        "data": {"path": str(dataset)},
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 5},
+        "train": {"run": str(run), "steps": 12, "batch": 12},
+    }
+    for name, section in sections.items():
+        table[name] = {**table.get(name, {}), **section}
+    return parse_recipe(table, "test")
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(run: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(run)]
+
+
+def same_weights(one: Path, other: Path, comm: MPI.Intracomm) -> bool:
+    hashes = [
+        {name: [piece.xxh3_128 for piece in entry.pieces] for name, entry in find(run, comm, QUIET).tensors.items()}
+        for run in (one, other)
+    ]
+    return hashes[0] == hashes[1]
+
+
+def test_losses_are_those_of_one_process(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    settings = {"train": {"steps": 50, "microbatch": 4}}
+    train(recipe(data, folder / "all", **settings), comm, QUIET)
+    if comm.rank == 0:
+        train(recipe(data, folder / "one", **settings), MPI.COMM_SELF, QUIET)
+        together = [line["loss"] for line in metrics(folder / "all") if "loss" in line]
+        alone = [line["loss"] for line in metrics(folder / "one") if "loss" in line]
+        assert len(alone) == 50
+        assert together == pytest.approx(alone, rel=1e-5)
+        assert alone[-1] < 0.8 * alone[0]
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    whole = {"train": {"save_every": 5, "evaluate_every": 4}}
+    train(recipe(data, folder / "whole", **whole), comm, QUIET)
+    # The same run, cut short behind step 7 (its newest checkpoint is that of step 5), then resumed.
+    train(recipe(data, folder / "cut", **whole), comm, QUIET)
+    comm.Barrier()
+    if comm.rank == 0:
+        for newer in ("step-00000010", "step-00000012"):
+            (folder / "cut/checkpoints" / newer).rename(folder / newer)
+        lines = (folder / "cut/metrics.jsonl").read_text().splitlines(keepends=True)
+        (folder / "cut/metrics.jsonl").write_text("".join(lines[:8]) + lines[8][:20])
+    comm.Barrier()
+    train(recipe(data, folder / "cut", **whole), comm, QUIET, resume=True)
+    assert untimed(folder / "cut") == untimed(folder / "whole")
+    assert same_weights(folder / "cut", folder / "whole", comm)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    settings = {"train": {"save_every": 6}}
+    for name in ("whole", "hurt"):
+        train(recipe(data, folder / name, **settings), comm, QUIET)
+    comm.Barrier()
+    if comm.rank == 0:
+        file = folder / "hurt/checkpoints/step-00000012/rank-00000.h5"
+        file.write_bytes(file.read_bytes()[:1000])
+    comm.Barrier()
+    train(recipe(data, folder / "hurt", **settings), comm, QUIET, resume=True)
+    assert untimed(folder / "hurt") == untimed(folder / "whole")
+    assert same_weights(folder / "hurt", folder / "whole", comm)
+
+
+def test_a_run_leaves_what_people_look_for(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    run = folder / "run"
+    train(recipe(data, run, train={"evaluate_every": 6, "save_every": 4, "keep": 2}), comm, QUIET)
+    steps = [line for line in metrics(run) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    wanted = {"step", "loss", "tokens", "tokens_per_second", "learning_rate", "grad_norm", "step_seconds"}
+    assert set(steps[0]) == wanted
+    assert steps[-1]["tokens"] == 12 * 12 * 32
+    assert [line["step"] for line in metrics(run) if "validation_loss" in line] == [6, 12]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert "learning_rate = 0.003" in (run / "recipe.toml").read_text()
+
+
+def test_the_document_mask_trains_otherwise(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    for name, mask in (("plain", False), ("masked", True)):
+        table = {"train": {"steps": 3}, "data": {"document_mask": mask}, "model": {"context": 256}}
+        train(recipe(data, folder / name, **table), comm, QUIET)
+    plain, masked = metrics(folder / "plain"), metrics(folder / "masked")
+    assert plain[-2]["loss"] == pytest.approx(masked[-2]["loss"], rel=0.05)
+    assert plain[-2]["loss"] != masked[-2]["loss"]
+
+
+def test_products_in_bfloat16_learn_too(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    train(recipe(data, folder / "half", train={"dtype": "bfloat16", "steps": 30}), comm, QUIET)
+    losses = [line["loss"] for line in metrics(folder / "half") if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_diverging_run_names_step_and_checkpoint(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    train(recipe(data, folder / "run", train={"steps": 4}), comm, QUIET)
+    wild = {"train": {"steps": 30}, "optimizer": {"learning_rate": 1e30, "clip": 0.0}}
+    with pytest.raises(
+        DivergedError, match=r"at step \d+ .*(rank|ranks).* the last good checkpoint is .*step-00000004"
+    ):
+        train(recipe(data, folder / "run", **wild), comm, QUIET, resume=True)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    train(recipe(data, folder / "run", train={"steps": 2}), comm, QUIET)
+    with pytest.raises(UsageError, match="holds a run already; --resume goes on with it"):
+        train(recipe(data, folder / "run"), comm, QUIET)
+    with pytest.raises(MismatchError, match=r"model\.width was 32 and is 64"):
+        train(recipe(data, folder / "run", model={"width": 64}), comm, QUIET, resume=True)
+    train(recipe(data, folder / "run", train={"steps": 2}), comm, QUIET, resume=True)
+    assert len(metrics(folder / "run")) == 3
+
+
+def test_a_batch_that_the_ranks_do_not_divide(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    if comm.size == 1:
+        pytest.skip("one rank divides every batch")
+    with pytest.raises(LayoutError, match=f"13 sequences.*{comm.size} ranks"):
+        train(recipe(data, folder / "run", train={"batch": 13}), comm, QUIET)
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.alone
+def test_an_interrupt_saves_nothing_half_and_tells_the_way_on(data: Path, folder: Path) -> None:
+    path = folder / "long.toml"
+    path.write_text(
+        f'[model]\nlayers = 1\nwidth = 32\nheads = 2\ncontext = 32\n[data]\npath = "{data}"\n'
+        f'[train]\nrun = "{folder / "run"}"\nsteps = 1000000\nbatch = 4\nsave_every = 20\n'
+    )
+    command = [sys.executable, "-m", "mpillm", "train", str(path)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    limit = time.monotonic() + 60
+    while not (folder / "run/checkpoints/step-00000020").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "mpillm: interrupted: the last good checkpoint is" in errors
+    assert "Traceback" not in errors
+    assert not list((folder / "run/checkpoints").glob(".*"))
+    find(folder / "run", MPI.COMM_SELF, QUIET).verify()
+
+
+@pytest.mark.alone
+def test_one_rank_that_raises_ends_the_job_with_its_reason(data: Path, folder: Path, python) -> None:  # type: ignore[no-untyped-def]
+    script = folder / "raise.py"
+    script.write_text(
+        "import sys\n"
+        "from mpillm.comm.together import fail_together\n"
+        "from mpillm.comm.world import open_world\n"
+        "from mpillm.console import Console\n"
+        "from mpillm.train import loop, trainer\n"
+        "from mpillm.train.recipe import parse_recipe\n"
+        "comm = open_world()\n"
+        "class Faulty(trainer.Trainer):\n"
+        "    def _loss(self, ids, documents):\n"
+        "        if comm.rank == 1 and len(self.seen) == 3:\n"
+        "            raise RuntimeError('the cable burnt')\n"
+        "        self.seen.append(1)\n"
+        "        return super()._loss(ids, documents)\n"
+        "    seen = []\n"
+        "loop.Trainer = Faulty\n"
+        "table = {'model': {'layers': 1, 'width': 32, 'heads': 2, 'context': 32}, 'data': {'path': sys.argv[1]},\n"
+        "         'train': {'run': sys.argv[2], 'steps': 100, 'batch': 6}}\n"
+        "with fail_together(comm):\n"
+        "    loop.train(parse_recipe(table, 'x'), comm, Console(comm.rank == 0))\n"
+    )
+    begun = time.monotonic()
+    done = python(script, data, folder / "run", ranks=3, timeout=120)
+    assert done.returncode != 0
+    assert "rank 1 of 3" in done.stderr
+    assert "RuntimeError: the cable burnt" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - begun < 100
