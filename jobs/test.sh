@@ -10,6 +10,6 @@ OMP_NUM_THREADS=1
 export OMP_NUM_THREADS
 for ranks in 1 2 3 4; do
     echo "== the suite at $ranks rank(s) =="
-    run_ranks "$ranks" pytest -q "$@"
+    run_ranks "$ranks" pytest -q --color=no "$@"
 done
 echo "the suite passes at 1, 2, 3 and 4 ranks"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mpillm.comm.mesh import Mesh
+from mpillm.comm.patience import patient_barrier
 from mpillm.console import Console, Progress
 from mpillm.errors import DivergedError, MismatchError, UsageError
 from mpillm.files import make_folder, write_text
@@ -126,6 +127,8 @@ class Run:
         finally:
             record.draw()
             record.close()
+        # When any rank returns, the run's files are whole.
+        patient_barrier(self._comm)
         self._console.say(f"finished: {self._last_saved}, {self._folder / METRICS}, {self._folder / 'loss.png'}")
 
     def _one_step(self, step: int, record: Record, progress: Progress) -> None:

@@ -2,8 +2,8 @@
 
     python tests/peers/reading.py --rounds 15 --windows 16384
 
-All variants read the same windows of one run, at new random places each round, in an order that turns from round to
-round, warm, into a reused batch buffer. Figures are CPU time (time.process_time).
+Every variant reads windows at new random places each round (its own: the same ones would lie in the CPU's cache after
+the first variant), in an order that turns from round to round, warm, into a reused batch buffer. Figures are CPU time (time.process_time).
 """
 
 import argparse
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,22 +117,23 @@ def measure(corpus: Corpus, rounds: int, windows: int) -> dict[str, list[float]]
     generator = np.random.default_rng(int(time.time()))
     seconds: dict[str, list[float]] = {}
     for number in range(rounds):
-        starts = generator.integers(0, corpus.n_tokens - CONTEXT, windows)
+        draw = partial(generator.integers, 0, corpus.n_tokens - CONTEXT, windows)
         reader = open_split(corpus.dataset)
         plain = Sampler(reader, CONTEXT, ROWS, number, readahead=False)
         ahead = Sampler(reader, CONTEXT, ROWS, number, readahead=True)
-        variants: dict[str, Callable[[], None]] = {
-            "preadv, raw file": lambda s=starts: raw_preadv(corpus, s, buffer),
-            "preadv, raw file, sliced views": lambda s=starts: raw_preadv_tuned(corpus, s, buffer),
-            "numpy.memmap slices, raw file": lambda s=starts: raw_memmap(corpus, s, buffer),
-            "shard reader, fetch": lambda r=reader, s=starts: shard_fetch(r, s, buffer),
-            "whole sample": lambda s=plain: whole_sample(s, 0, windows, buffer),
-            "whole sample, readahead on": lambda s=ahead: whole_sample(s, 0, windows, buffer),
+        variants: dict[str, Callable[[Ids], None]] = {
+            "preadv, raw file": lambda s: raw_preadv(corpus, s, buffer),
+            "preadv, raw file, sliced views": lambda s: raw_preadv_tuned(corpus, s, buffer),
+            "numpy.memmap slices, raw file": lambda s: raw_memmap(corpus, s, buffer),
+            "shard reader, fetch": lambda s, r=reader: shard_fetch(r, s, buffer),
+            "whole sample": lambda s, p=plain: whole_sample(p, 0, len(s), buffer),
+            "whole sample, readahead on": lambda s, a=ahead: whole_sample(a, 0, len(s), buffer),
         }
         names = list(variants)
         for name in names[number % len(names) :] + names[: number % len(names)]:
+            starts = draw()
             begun = time.process_time()
-            variants[name]()
+            variants[name](starts)
             seconds.setdefault(name, []).append((time.process_time() - begun) / windows)
         reader.close()
     return seconds
