@@ -12,8 +12,9 @@ import rich.progress
 import rich.table
 from rich.text import Text
 
-# A batch log wants a line now and then, not a bar redrawn ten times a second.
+# A batch log wants a line now and then, not a bar redrawn ten times a second: soon at first, seldom in a long run.
 LOG_INTERVAL_SECONDS = 5.0
+LONGEST_LOG_INTERVAL_SECONDS = 60.0
 
 
 class Progress:
@@ -34,7 +35,8 @@ class Progress:
 
     def _update(self) -> None:
         now = time.monotonic()
-        if now - self._spoke >= LOG_INTERVAL_SECONDS:
+        interval = min(max(LOG_INTERVAL_SECONDS, (now - self._started) / 20), LONGEST_LOG_INTERVAL_SECONDS)
+        if now - self._spoke >= interval:
             self._spoke = now
             self._console.say(self._line(now))
 

@@ -119,9 +119,6 @@ def _prep(options: PrepareOptions, found: Survey, tokenizer_json: str | None) ->
     return {
         "sources": list(options.sources),
         "glob": options.glob,
-        "content": found.content,
-        "n_docs": found.n_docs,
-        "n_bytes": found.n_bytes,
         "tokenizer": trained
         if tokenizer_json is None
         else {"sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest()},
@@ -129,6 +126,9 @@ def _prep(options: PrepareOptions, found: Survey, tokenizer_json: str | None) ->
         "validation": options.validation,
         "shard_bytes": options.shard_bytes,
         "seed": options.seed,
+        "n_docs": found.n_docs,
+        "n_bytes": found.n_bytes,
+        "content": found.content,
     }
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mpillm.errors import DataError, UsageError
 
 STDLIB = "stdlib"
@@ -111,14 +113,11 @@ def _cut(source: int, path: Path, found: bool) -> Iterator[Piece]:
 
 def share(pieces: Sequence[Piece], rank: int, size: int) -> range:
     """The numbers of the pieces that `rank` of `size` reads: a run of neighbours with about its share of the bytes."""
-    total = sum(piece.nbytes for piece in pieces)
-    before, bounds = 0, [len(pieces)] * (size + 1)
-    for number, piece in enumerate(pieces):
-        # A piece goes to the rank in whose share its middle lies.
-        owner = min(size - 1, (2 * before + piece.nbytes) * size // max(1, 2 * total))
-        bounds[: owner + 1] = [min(bound, number) for bound in bounds[: owner + 1]]
-        before += piece.nbytes
-    return range(bounds[rank], bounds[rank + 1])
+    nbytes = np.array([piece.nbytes for piece in pieces], np.float64)
+    # A piece goes to the rank in whose share its middle lies.
+    middles = np.cumsum(nbytes) - nbytes / 2
+    first, last = np.searchsorted(middles, nbytes.sum() * np.array([rank, rank + 1]) / size)
+    return range(int(first), int(last))
 
 
 def read_pieces(pieces: Sequence[Piece], threads: int) -> Iterator[Texts]:

@@ -135,7 +135,7 @@ class Run:
         result = self._trainer.step(step)
         tokens = self._recipe.train.batch * self._recipe.model.context
         record.add(_metrics(step + 1, result, tokens))
-        progress.advance(1, loss=f"{result.loss:.4f}", tokens_per_second=f"{tokens / result.seconds:,.0f}")
+        progress.advance(1, **{"loss": f"{result.loss:.4f}", "tokens/s": f"{tokens / result.seconds:,.0f}"})
         settings, done = self._recipe.train, step + 1
         last = done == settings.steps
         if last or (settings.evaluate_every and done % settings.evaluate_every == 0):

@@ -2,8 +2,9 @@
 
     python tests/peers/reading.py --rounds 15 --windows 16384
 
-Every variant reads windows at new random places each round (its own: the same ones would lie in the CPU's cache after
-the first variant), in an order that turns from round to round, warm, into a reused batch buffer. Figures are CPU time (time.process_time).
+Every variant reads windows at new random places each round (its own: those of the variant before would lie in the
+CPU's cache), in an order that turns from round to round, warm, into a reused batch buffer. Figures are CPU time
+(time.process_time).
 """
 
 import argparse

@@ -1,0 +1,157 @@
+"""A small trained model, scored and made to speak, at any number of ranks."""
+
+import itertools
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+
+from mpillm.console import Console
+from mpillm.errors import MismatchError, UsageError
+from mpillm.infer.baselines import baselines
+from mpillm.infer.evaluate import Score, evaluate
+from mpillm.infer.generate import Sampling, draw, generate, sample_tokens
+from mpillm.infer.loading import Loaded, load
+from mpillm.infer.report import report
+from mpillm.models.config import DecoderConfig
+from mpillm.models.decoder import create
+from mpillm.tokens.prepare import PrepareOptions, prepare
+from mpillm.tokens.reader import open_split
+from mpillm.train.loop import train
+from mpillm.train.recipe import parse_recipe
+
+QUIET = Console(speaks=False)
+
+
+@pytest.fixture
+def trained(folder: Path, comm: MPI.Intracomm) -> Path:
+    """A run of a few steps on the bytes of the tests."""
+    source, out = str(Path(__file__).parents[1]), folder / "data"
+    prepare(PrepareOptions((source,), out, tokenizer="bytes", glob="**/test_*.py", validation=0.1), comm, QUIET)
+    table = {
+        "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "context": 48},
+        "data": {"path": str(out)},
+        "optimizer": {"learning_rate": 5e-3, "warmup_steps": 5},
+        "train": {"run": str(folder / "run"), "steps": 30, "batch": 12},
+    }
+    train(parse_recipe(table, "test"), comm, QUIET)
+    return folder / "run"
+
+
+def loaded_and_score(trained: Path, comm: MPI.Intracomm) -> tuple[Loaded, Score]:
+    loaded = load(trained, comm, QUIET)
+    with open_split(trained.parent / "data", "validation") as reader:
+        return loaded, evaluate(loaded.model, reader, comm, QUIET)
+
+
+def test_the_score_is_the_same_at_any_number_of_ranks(trained: Path, comm: MPI.Intracomm) -> None:
+    _, score = loaded_and_score(trained, comm)
+    _, alone = loaded_and_score(trained, MPI.COMM_SELF)
+    assert score == alone
+    assert comm.allgather(score) == [score] * comm.size
+
+
+def test_the_score_is_the_mean_over_every_target(trained: Path, comm: MPI.Intracomm) -> None:
+    """Against the plain way: one window after the other, one loss a token."""
+    loaded, score = loaded_and_score(trained, comm)
+    with open_split(trained.parent / "data", "validation") as reader:
+        tokens = np.empty(reader.n_tokens, reader.dtype)
+        reader.read(0, tokens)
+        text_bytes = reader.split.n_bytes
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    losses = []
+    with torch.inference_mode():
+        for first in range(0, len(ids) - 1, 48):
+            window = ids[first : first + 49]
+            logits = loaded.model(window[None, :-1])[0].double().log_softmax(-1)
+            losses += (-logits[torch.arange(len(window) - 1), window[1:]]).tolist()
+    assert score.tokens == len(losses) == len(ids) - 1
+    assert score.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert score.perplexity == pytest.approx(math.exp(score.loss))
+    assert score.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / text_bytes, rel=1e-5)
+
+
+def test_baselines_are_probabilities_and_in_order(trained: Path, comm: MPI.Intracomm) -> None:
+    data = trained.parent / "data"
+    with open_split(data) as reader, open_split(data, "validation") as held_out:
+        counted = baselines(reader, held_out, 257)
+        tokens = np.empty(reader.n_tokens, reader.dtype)
+        reader.read(0, tokens)
+        targets = np.empty(held_out.n_tokens, held_out.dtype)
+        held_out.read(0, targets)
+    assert counted.bigram.loss < counted.unigram.loss < math.log(257)
+    ids = tokens.tolist()
+    counts, pairs = Counter(ids), Counter(itertools.pairwise(ids))
+    kinds = Counter(before for before, _ in pairs)
+
+    def unigram(token: int) -> float:
+        return (counts[token] + 1) / (len(ids) + 257)
+
+    def bigram(before: int, token: int) -> float:
+        if not counts[before]:
+            return unigram(token)
+        return (pairs[before, token] + kinds[before] * unigram(token)) / (counts[before] + kinds[before])
+
+    both = list(zip(targets[:-1].tolist(), targets[1:].tolist(), strict=True))
+    assert counted.unigram.loss == pytest.approx(-np.mean([math.log(unigram(b)) for _, b in both]))
+    assert counted.bigram.loss == pytest.approx(-np.mean([math.log(bigram(a, b)) for a, b in both]))
+    assert sum(bigram(ids[0], token) for token in range(257)) == pytest.approx(1, abs=0.01)
+
+
+def test_the_same_seed_gives_the_same_text(trained: Path, comm: MPI.Intracomm) -> None:
+    loaded = load(trained, comm, QUIET)
+    texts = [
+        "".join(generate(loaded.model, loaded.tokenizer, "def test_", Sampling(max_tokens=120, seed=seed)))
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    assert comm.allgather(texts) == [texts] * comm.size
+
+
+def test_the_cache_and_the_slide_change_no_likeliest_token() -> None:
+    """Greedy, with the cache, against the plain way: the whole context anew for each token."""
+    model = create(DecoderConfig(layers=2, width=32, heads=4, context=24, vocab_size=60), seed=5).eval()
+    prompt, expected = [1, 2, 3], [1, 2, 3]
+    for _ in range(21):
+        with torch.inference_mode():
+            expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
+    found = list(sample_tokens(model, prompt, Sampling(max_tokens=21, temperature=0.0)))
+    assert prompt + found == expected
+    assert len(list(sample_tokens(model, prompt, Sampling(max_tokens=100)))) == 100
+    assert len(list(sample_tokens(model, list(range(50)), Sampling(max_tokens=5)))) == 5
+
+
+def test_draws_follow_temperature_top_k_and_top_p() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    generator = torch.Generator().manual_seed(0)
+
+    def seen(**settings: float) -> Counter[int]:
+        sampling = Sampling(**{"temperature": 1.0, "top_k": 0, **settings})  # type: ignore[arg-type]
+        return Counter(draw(logits, sampling, generator) for _ in range(2000))
+
+    assert set(seen(temperature=0.0)) == {0}
+    assert set(seen(top_k=2)) == {0, 1}
+    assert set(seen(top_p=0.6)) == {0, 1}
+    assert set(seen(top_p=0.01)) == {0}
+    full = seen()
+    assert [full[token] / 2000 for token in range(4)] == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
+def test_sampling_that_makes_no_sense(wrong: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong)).replace("_", "-")):
+        Sampling(**wrong)  # type: ignore[arg-type]
+
+
+def test_data_of_another_tokenizer_is_refused(trained: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    source = str(Path(__file__).parents[1])
+    options = PrepareOptions((source,), folder / "bpe", vocab_size=300, glob="**/test_*.py", validation=0.1)
+    prepare(options, comm, QUIET)
+    with pytest.raises(MismatchError, match="was made with the tokenizer bpe"):
+        report(trained, folder / "bpe", False, False, comm, QUIET)

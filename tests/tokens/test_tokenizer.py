@@ -1,0 +1,138 @@
+"""Tokenizers: round trips, one rule for the dtype, streams, and what a wrong file says."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpillm.errors import DataError, UsageError
+from mpillm.tokens.tokenizer import PART_CHARACTERS, Tokenizer, byte_tokenizer, token_dtype, train_bpe
+
+TEXTS = ["the cat sat on the mat\n", "naïve café 😀 – the end", "def f(x):\n    return x + 1\n\n\n  \nlast  line"] * 9
+BPE = train_bpe(TEXTS, 400)
+BYTES = byte_tokenizer()
+BOTH = pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
+any_text = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65535, "<u2"), (65536, "<u2"), (65537, "<u4")])
+def test_two_bytes_hold_every_id_up_to_65536_tokens(vocab_size, dtype):
+    assert token_dtype(vocab_size) == np.dtype(dtype)
+
+
+@BOTH
+@given(text=any_text)
+def test_any_text_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    [ids] = tokenizer.encode_batch([text])
+    assert tokenizer.decode(ids) == text
+    assert ids.dtype == tokenizer.dtype
+
+
+@BOTH
+@given(ids=st.lists(st.integers(0, 300), max_size=40))
+def test_a_stream_says_what_decode_says(tokenizer, ids):
+    stream = tokenizer.stream()
+    assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids)
+
+
+def test_a_stream_holds_back_half_a_character():
+    stream = BYTES.stream()
+    assert [stream.push(byte) for byte in "é!".encode()] == ["", "é", "!"]
+    stream.push(0xF0)
+    assert stream.finish() == "\ufffd"
+
+
+def test_a_stream_of_a_tokenizer_that_is_not_byte_level():
+    """Metaspace drops the first space of what it decodes: a stream must not lose the others."""
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁a": 0, "▁b": 1, "</s>": 2, "é": 3}, "</s>"))
+    inner.pre_tokenizer, inner.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    foreign = Tokenizer.from_json(inner.to_str())
+    stream = foreign.stream()
+    assert "".join([*map(stream.push, [0, 1, 3, 0]), stream.finish()]) == foreign.decode([0, 1, 3, 0]) == "a bé a"
+
+
+@BOTH
+def test_the_json_is_kept_as_it_is(tokenizer, folder, comm):
+    path = folder / f"own-{comm.rank}.json"
+    path.write_text(tokenizer.to_json())
+    again = Tokenizer.load(path)
+    assert again.to_json() == tokenizer.to_json()
+    assert (again.sha256, again.vocab_size, again.eot_id) == (tokenizer.sha256, tokenizer.vocab_size, tokenizer.eot_id)
+    assert again.name == f"own-{comm.rank}"
+
+
+def test_byte_ids_are_byte_values_and_the_same_as_the_librarys():
+    text = "héllo\t\0 wörld"
+    assert BYTES.encode(text) == list(text.encode())
+    assert (BYTES.vocab_size, BYTES.eot_id, BYTES.name) == (257, 256, "bytes")
+    library = tokenizers.Tokenizer.from_str(BYTES.to_json())
+    assert library.encode(text).ids == BYTES.encode(text)
+    assert library.decode(BYTES.encode(text)) == text
+    assert Tokenizer.from_json(BYTES.to_json())._is_bytes
+    assert not BPE._is_bytes
+
+
+def test_a_special_token_in_a_text_is_text():
+    assert BPE.eot_id not in BPE.encode("a<|endoftext|>b")
+    assert BPE.decode([*BPE.encode("a"), BPE.eot_id]) == "a"
+
+
+def test_a_long_text_is_cut_without_changing_an_id():
+    text = "".join(f"line {i} \n\n  \t\nx = {i}\n\n" + "y\n" * (i % 7) for i in range(PART_CHARACTERS // 8))
+    assert len(text) > 2 * PART_CHARACTERS
+    assert BPE.encode(text) == tokenizers.Tokenizer.from_str(BPE.to_json()).encode(text).ids
+    assert BPE.decode(BPE.encode_batch([text])[0]) == text
+
+
+@pytest.mark.alone
+def test_training_gives_the_same_bytes_on_any_number_of_threads(python):
+    program = (
+        "import pathlib, mpillm.tokens.tokenizer as t; texts = [p.read_text() for p in "
+        "sorted(pathlib.Path(t.__file__).parent.parent.rglob('*.py'))]; print(t.train_bpe(texts, 1000).sha256)"
+    )
+    runs = [python("-c", program, RAYON_NUM_THREADS=threads) for threads in ("1", "2", "2")]
+    assert {run.returncode for run in runs} == {0}, runs[0].stderr
+    assert len({run.stdout for run in runs}) == 1
+
+
+def test_the_vocabulary_holds_every_byte():
+    with pytest.raises(UsageError, match=r"at least 257 tokens; got --vocab-size 256"):
+        train_bpe(TEXTS, 256)
+    assert train_bpe(TEXTS, 257).vocab_size == 257
+
+
+def foreign_json(*special):
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    inner.add_special_tokens(list(special))
+    return inner.to_str()
+
+
+@pytest.mark.parametrize("token", ["</s>", "<eos>", "<|end_of_text|>", "<|im_end|>"])
+def test_a_foreign_end_of_text_is_found(token):
+    found = Tokenizer.from_json(foreign_json("<pad>", token))
+    assert (found.end_of_text, found.eot_id) == (token, 3)
+
+
+def test_an_unknown_end_of_text_must_be_named():
+    with pytest.raises(DataError, match="--end-of-text TOKEN"):
+        Tokenizer.from_json(foreign_json("[FIN]"))
+    assert Tokenizer.from_json(foreign_json("[FIN]"), end_of_text="[FIN]").eot_id == 2
+    with pytest.raises(DataError, match="isn't in the vocabulary"):
+        Tokenizer.from_json(foreign_json("[FIN]"), end_of_text="[END]")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "no json", json.dumps({"model": 1}), "[1]"])
+def test_what_is_no_tokenizer(text, folder, comm):
+    path = folder / f"{comm.rank}.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=f"{comm.rank}.json"):
+        Tokenizer.load(path)
+
+
+def test_a_missing_tokenizer():
+    with pytest.raises(UsageError, match="cannot read the tokenizer"):
+        Tokenizer.load("/nowhere/tokenizer.json")
