@@ -37,5 +37,5 @@ set -- "$ROOT/jobs/recipes/quickstart.toml" --set "train.run=$run"
 mpillm_on_ranks train "$@"
 mpillm_on_ranks evaluate "$run" --baselines
 echo
-echo "\$ mpillm generate $run --prompt 'def '"
-run_ranks 1 mpillm generate "$run" --prompt 'def ' --max-tokens 200
+echo "\$ mpillm generate $run --prompt 'class Node:' --max-tokens 150"
+run_ranks 1 mpillm generate "$run" --prompt 'class Node:' --max-tokens 150

@@ -91,10 +91,10 @@ def draw_loss(metrics: list[Metrics], path: Path) -> None:
 
 
 def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """An exponential average over some fiftieth of the run."""
-    weight = 1 / max(1, len(points) / 50)
+    """An exponential average over some fiftieth of the run, and over less at its steep beginning."""
+    window = max(1.0, len(points) / 50)
     smooth, level = [], points[0][1]
-    for step, value in points:
-        level += weight * (value - level)
+    for index, (step, value) in enumerate(points):
+        level += (value - level) / min(1 + index / 4, window)
         smooth.append((step, level))
     return smooth
