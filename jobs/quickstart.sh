@@ -1,5 +1,6 @@
 #!/bin/sh
 # The main job on this machine: text in, a model that answers out. `sh jobs/quickstart.sh [--short] [--ranks N]`
+# The data and the run lie in the repository, or in the folder that MPILLM_QUICKSTART names. Run again, it goes on.
 set -eu
 # shellcheck source=jobs/environment.sh
 . "$(dirname -- "$0")/environment.sh"
@@ -9,7 +10,7 @@ while [ $# -gt 0 ]; do
     case $1 in
     --short) name=quickstart-short steps=60 ;;
     --ranks)
-        [ $# -gt 1 ] || die "--ranks wants a number"
+        case ${2:-} in '' | 0* | *[!0-9]*) die "--ranks wants a number from 1, such as --ranks 2" ;; esac
         ranks=$2
         shift
         ;;
@@ -23,19 +24,27 @@ folder=${MPILLM_QUICKSTART:-$ROOT}
 mkdir -p "$folder"
 cd "$folder"
 run=runs/$name
+recipe=jobs/recipes/quickstart.toml
+[ -f "$recipe" ] || recipe=$ROOT/$recipe
 
-mpillm_on_ranks() {
-    echo
-    echo "\$ mpirun -n $ranks mpillm $*"
-    run_ranks "$ranks" mpillm "$@"
+# Say a command as one would type it, then run it: say_and_run RANKS VERB...
+say_and_run() {
+    processes_wanted=$1
+    shift
+    shown=mpillm
+    [ "$processes_wanted" -eq 1 ] || shown="mpirun -n $processes_wanted mpillm"
+    for word; do
+        case $word in *' '*) word="'$word'" ;; esac
+        shown="$shown $word"
+    done
+    printf '\n$ %s\n' "$shown"
+    run_ranks "$processes_wanted" mpillm "$@"
 }
 
-mpillm_on_ranks prepare stdlib --out prepared/stdlib --vocab-size 2048
-set -- "$ROOT/jobs/recipes/quickstart.toml" --set "train.run=$run"
-[ -z "$steps" ] || set -- "$@" --set "train.steps=$steps"
+set -- "$recipe" --set "train.run=$run" ${steps:+--set "train.steps=$steps"}
 [ ! -d "$run" ] || set -- "$@" --resume
-mpillm_on_ranks train "$@"
-mpillm_on_ranks evaluate "$run" --baselines
-echo
-echo "\$ mpillm generate $run --prompt 'class Node:' --max-tokens 150"
-run_ranks 1 mpillm generate "$run" --prompt 'class Node:' --max-tokens 150
+
+say_and_run "$ranks" prepare stdlib --out prepared/stdlib --vocab-size 2048
+say_and_run "$ranks" train "$@"
+say_and_run "$ranks" evaluate "$run" --baselines
+say_and_run 1 generate "$run" --prompt 'class Node:' --max-tokens 150

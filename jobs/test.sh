@@ -6,10 +6,11 @@ set -eu
 
 prepare_environment dev
 cd "$ROOT"
-OMP_NUM_THREADS=1
-export OMP_NUM_THREADS
-for ranks in 1 2 3 4; do
-    echo "== the suite at $ranks rank(s) =="
+export OMP_NUM_THREADS=1
+echo "== the suite, serially =="
+run_ranks 1 pytest -q --color=no "$@"
+for ranks in 2 3 4; do
+    echo "== the suite at $ranks ranks =="
     run_ranks "$ranks" pytest -q --color=no "$@"
 done
 echo "the suite passes at 1, 2, 3 and 4 ranks"

@@ -90,6 +90,7 @@ class TokenReader:
         Views made once take a tenth off a warm read, and slices of one view are faster made than rows of an array.
         """
         if self._viewed[0] is not out:
+            assert out.flags.c_contiguous, "a copy would be filled in place of the rows"
             flat = out.reshape(-1).data.cast("B")
             nbytes = len(flat) // len(out)
             self._viewed = (out, [(flat[start : start + nbytes],) for start in range(0, len(flat), nbytes)])

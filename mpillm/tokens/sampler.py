@@ -39,7 +39,7 @@ class Sampler:
         Fills `out` (count, context + 1) of the reader's dtype, or a new array. Any rank may call it for any rows, in
         any order; a rank that asks for the same rows at each step is served from one plan.
         """
-        assert 0 <= first <= first + count <= self.global_batch
+        assert 0 <= first < first + count <= self.global_batch
         if out is None:
             out = np.empty((count, self.context + 1), self.reader.dtype)
         plan, row = self._plan(step, first, count)

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpillm.comm.agreement import on_root
 from mpillm.console import Console
-from mpillm.errors import CheckpointError, MpillmError
+from mpillm.errors import CheckpointError
 from mpillm.weights.checkpoint import INDEX, Checkpoint
 
 if TYPE_CHECKING:
@@ -20,19 +21,11 @@ def newest_whole(run: Path, comm: "MPI.Intracomm", console: Console) -> Checkpoi
     with a warning. Raises CheckpointError when there are checkpoints but none is whole: a run never starts anew
     without being asked to.
     """
-    found: str | MpillmError | None = None
-    if comm.rank == 0:
-        try:
-            found = _newest_whole(run / CHECKPOINTS, console)
-        except MpillmError as failure:
-            found = failure
-    found = comm.bcast(found)
-    if isinstance(found, MpillmError):
-        raise found
-    return Checkpoint(Path(found)) if found else None
+    found = on_root(comm, lambda: _newest_whole(run / CHECKPOINTS, console))
+    return Checkpoint(found) if found else None
 
 
-def _newest_whole(folder: Path, console: Console) -> str | None:
+def _newest_whole(folder: Path, console: Console) -> Path | None:
     candidates = sorted(folder.glob("step-*"), reverse=True)
     for candidate in candidates:
         try:
@@ -40,7 +33,7 @@ def _newest_whole(folder: Path, console: Console) -> str | None:
         except CheckpointError as failure:
             console.warn(f"passing over a checkpoint that is not whole: {failure}")
         else:
-            return str(candidate)
+            return candidate
     if candidates:
         raise CheckpointError(
             f"none of the {len(candidates)} checkpoints in {folder} is whole; restore one from a backup, "

@@ -1,13 +1,14 @@
 """Each error is the user's to mend, and tells the shell which kind it was."""
 
 import re
+from typing import Any
 
 import pytest
 
 from mpillm import errors
 from mpillm.errors import DataError, MismatchError, MpillmError, RecipeError, UsageError
 
-TREE = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+TREE: dict[str, Any] = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
 
 
 def test_every_error_stems_from_the_root() -> None:

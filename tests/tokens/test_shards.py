@@ -5,6 +5,7 @@ import json
 import h5py
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from mpillm import hdf5
 from mpillm.errors import DataError, MismatchError
@@ -12,6 +13,8 @@ from mpillm.tokens.manifest import Manifest, Split, check_tokenizer, tokenizer_f
 from mpillm.tokens.reader import open_split
 from mpillm.tokens.shards import BLOCK_BYTES, Documents, write_shard
 from mpillm.tokens.tokenizer import byte_tokenizer, train_bpe
+
+pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="no messages: serial pass only")
 
 LENGTHS = [[5, 1, 700_000, 3], [2], [40, 60]]
 

@@ -7,9 +7,12 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from mpi4py import MPI
 
 from mpillm.errors import DataError, UsageError
 from mpillm.tokens.tokenizer import PART_CHARACTERS, Tokenizer, byte_tokenizer, token_dtype, train_bpe
+
+pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="no messages: serial pass only")
 
 TEXTS = ["the cat sat on the mat\n", "naïve café 😀 – the end", "def f(x):\n    return x + 1\n\n\n  \nlast  line"] * 9
 BPE = train_bpe(TEXTS, 400)
