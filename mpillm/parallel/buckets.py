@@ -1,6 +1,6 @@
-"""Gradients in a few flat buckets: each parameter's `grad` is a view into one, set once.
+"""Gradients in a few flat buckets: each parameter's `grad` becomes a view into one.
 
-So a reduction takes a few large messages and copies nothing. The buckets hold the parameters in reverse
+So a reduction takes a few large messages. The buckets hold the parameters in reverse
 order, since the backward pass completes them so (Li et al., "PyTorch Distributed", VLDB 2020, section 3.2).
 """
 
@@ -58,15 +58,25 @@ def padded(parameter: Tensor) -> int:
 
 
 def make_bucket(parameters: list[nn.Parameter]) -> Bucket:
-    """A bucket of zeros into which the `grad` of each of `parameters` points."""
+    """A bucket of zeros with room for the gradient of each of `parameters`."""
     first = parameters[0]
     flat = torch.zeros(sum(map(padded, parameters)), dtype=first.dtype, device=first.device)
     views, start = [], 0
     for parameter in parameters:
         views.append(flat[start : start + parameter.numel()].view(parameter.shape))
-        parameter.grad = views[-1]
         start += padded(parameter)
     return Bucket(flat, parameters, views)
+
+
+def lay(parameter: nn.Parameter, view: Tensor) -> None:
+    """Make `view` the parameter's gradient, with the values of the one that it had; zeros if it had none."""
+    if parameter.grad is view:
+        return
+    if parameter.grad is None:
+        view.zero_()
+    else:
+        view.copy_(parameter.grad)
+    parameter.grad = view
 
 
 def square_sum(flat: Tensor) -> float:

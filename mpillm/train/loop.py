@@ -17,6 +17,7 @@ from mpillm.infer.loading import TOKENIZER, model_tensors
 from mpillm.models.config import DecoderConfig
 from mpillm.parallel.data import check_same, share_batch
 from mpillm.tokens.manifest import Manifest
+from mpillm.tokens.order import WindowOrder
 from mpillm.tokens.reader import open_split
 from mpillm.train.optimizer import optimizer_tensors, set_steps
 from mpillm.train.overview import tell_plan
@@ -40,8 +41,10 @@ def train(recipe: Recipe, comm: "MPI.Intracomm", console: Console, resume: bool 
     recipe = replace(recipe, model=_with_vocabulary(recipe, manifest))
     mesh = Mesh(comm, {"data": recipe.parallel.data or comm.size})
     share_batch(recipe.train.batch, mesh.axis("data"))
-    checkpoint = _place(recipe, manifest, comm, console, resume)
     with open_split(recipe.data.path, "train") as reader:
+        # Refused before the run has a folder: a dataset that is shorter than one context.
+        WindowOrder(reader.n_tokens, recipe.model.context, recipe.train.seed)
+        checkpoint = _place(recipe, manifest, comm, console, resume)
         tell_plan(recipe, mesh, reader, comm, console)
         trainer = Trainer(recipe, reader, mesh.axis("data"))
         run = Run(recipe, manifest, trainer, comm, console)

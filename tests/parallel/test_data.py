@@ -8,6 +8,7 @@ from torch import nn
 
 from mpillm.comm.mesh import Mesh
 from mpillm.errors import CommError, LayoutError, RecipeError
+from mpillm.parallel.buckets import lay
 from mpillm.parallel.data import (
     GradientBuckets,
     ParallelSettings,
@@ -141,6 +142,7 @@ def test_buckets_hold_each_parameter_once_in_reverse(axis, net):
     assert net.head.weight is net.embedding.weight
     assert net.frozen.grad is None
     for bucket in buckets:
+        assert [lay(p, view) for p, view in zip(bucket.parameters, bucket.views, strict=True)]
         first, stop = bucket.flat.data_ptr(), bucket.flat.data_ptr() + bucket.flat.nbytes
         assert bucket.flat.nbytes <= 8192 or len(bucket.parameters) == 1
         for parameter in bucket.parameters:
@@ -183,18 +185,22 @@ def test_clip(axis, net, max_norm):
 
 def test_not_a_number_is_told_not_spread(axis, net):
     buckets = GradientBuckets(net.parameters(), axis, ParallelSettings())
-    buckets.zero()
     buckets.buckets[0].flat[0], buckets.buckets[0].flat[1] = float("inf"), 2.0
     assert buckets.clip_(1.0) == float("inf")
     assert buckets.buckets[0].flat[1] == 2.0
 
 
-def test_views_lost_and_found(axis, net):
+@pytest.mark.parametrize("to_none", [True, False])
+def test_an_optimizer_may_clear_the_gradients(axis, net, to_none):
+    ids = batch(axis.size)
     buckets = GradientBuckets(net.parameters(), axis, ParallelSettings())
-    torch.optim.SGD(net.parameters()).zero_grad(set_to_none=True)
-    with pytest.raises(CommError, match=r"clear gradients with buckets.zero\(\)"):
-        buckets.reduce()
-    run_step(buckets, net, batch(ROWS * axis.size), axis)
+    run_step(buckets, net, ids, axis)
+    expected = [bucket.flat.clone() for bucket in buckets.buckets]
+    torch.optim.SGD(net.parameters()).zero_grad(set_to_none=to_none)
+    (loss(net, ids[axis.rank : axis.rank + 1]) / ids[:, 1:].numel()).backward()
+    buckets.reduce()
+    for bucket, flat in zip(buckets.buckets, expected, strict=True):
+        torch.testing.assert_close(bucket.flat, flat, rtol=1e-5, atol=1e-8)
 
 
 def test_another_model_on_one_rank(axis):

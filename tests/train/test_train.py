@@ -12,7 +12,7 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.console import Console
-from mpillm.errors import DivergedError, LayoutError, MismatchError, UsageError
+from mpillm.errors import DataError, DivergedError, LayoutError, MismatchError, UsageError
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.train.loop import train
 from mpillm.train.recipe import Recipe, parse_recipe
@@ -157,6 +157,12 @@ def test_a_batch_that_the_ranks_do_not_divide(data: Path, folder: Path, comm: MP
         pytest.skip("one rank divides every batch")
     with pytest.raises(LayoutError, match=f"13 sequences.*{comm.size} ranks"):
         train(recipe(data, folder / "run", train={"batch": 13}), comm, QUIET)
+    assert not (folder / "run").exists()
+
+
+def test_a_dataset_shorter_than_one_context(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    with pytest.raises(DataError, match="context"):
+        train(recipe(data, folder / "run", model={"context": 10_000_000}), comm, QUIET)
     assert not (folder / "run").exists()
 
 
