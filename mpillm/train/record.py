@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class Record:
     def draw(self) -> None:
         """(Re)draw loss.png from the metrics so far."""
         if self._writes:
-            draw_loss(list(read_metrics(self._run / METRICS)), self._run / PICTURE)
+            with suppress(OSError):  # a full disk has a worse thing to tell than that its picture is missing
+                draw_loss(list(read_metrics(self._run / METRICS)), self._run / PICTURE)
 
     def close(self) -> None:
         if self._writes:
