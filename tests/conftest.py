@@ -5,6 +5,7 @@ processes of its own (the command line, mpirun) is marked `alone` and runs in th
 """
 
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ ALLOWED = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.hookimpl(trylast=True)  # the reporter must be there
 def pytest_configure(config: pytest.Config) -> None:
     """Rank 0 speaks."""
     reporter = config.pluginmanager.getplugin("terminalreporter")
@@ -62,6 +64,21 @@ def folder(comm: MPI.Intracomm) -> Iterator[Path]:
     comm.Barrier()
     if comm.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def documents(folder: Path, comm: MPI.Intracomm) -> Path:
+    """A folder of 200 short documents of made-up sentences, the same in every run."""
+    path = folder / "documents"
+    if comm.rank == 0:
+        chance = random.Random(7)
+        words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(2, 7))) for _ in range(300)]
+        path.mkdir()
+        for number in range(200):
+            sentences = [" ".join(chance.choices(words, k=8)) + ".\n" for _ in range(chance.randint(3, 12))]
+            (path / f"{number:03d}.txt").write_text("".join(sentences))
+    comm.Barrier()
+    return path
 
 
 def clean_environment(**extra: str) -> dict[str, str]:

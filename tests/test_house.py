@@ -267,7 +267,7 @@ def test_a_forgotten_file_is_found(tmp_path: Path) -> None:
 
 
 def test_planted_unfinished_work_is_found(tmp_path: Path) -> None:
-    plant(tmp_path, a="x = 1  # TODO later\n", b="path = '/home/someone/data'\n", runs__c="# FIXME\n", d="'a/work/b'\n")
+    plant(tmp_path, a="x = 1  # TODO later\n", b="path = '/home/someone/data'\n", runs__c="# FIXME\n", d="'a/home/b'\n")
     (tmp_path / "e.md").write_text("mktemp -d job.XXXXXX, https://example.org/home/page\n")
     faults = unfinished_faults(tmp_path)
     assert [fault.partition(":")[0] for fault in faults] == ["a.py", "b.py"]

@@ -28,10 +28,10 @@ QUIET = Console(speaks=False)
 
 
 @pytest.fixture
-def trained(folder: Path, comm: MPI.Intracomm) -> Path:
-    """A run of a few steps on the bytes of the tests."""
-    source, out = str(Path(__file__).parents[1]), folder / "data"
-    prepare(PrepareOptions((source,), out, tokenizer="bytes", glob="**/test_*.py", validation=0.1), comm, QUIET)
+def trained(folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
+    """A run of a few steps on bytes."""
+    out = folder / "data"
+    prepare(PrepareOptions((str(documents),), out, tokenizer="bytes", validation=0.1), comm, QUIET)
     table = {
         "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "context": 48},
         "data": {"path": str(out)},
@@ -149,9 +149,9 @@ def test_sampling_that_makes_no_sense(wrong: dict[str, float]) -> None:
         Sampling(**wrong)  # type: ignore[arg-type]
 
 
-def test_data_of_another_tokenizer_is_refused(trained: Path, folder: Path, comm: MPI.Intracomm) -> None:
-    source = str(Path(__file__).parents[1])
-    options = PrepareOptions((source,), folder / "bpe", vocab_size=300, glob="**/test_*.py", validation=0.1)
-    prepare(options, comm, QUIET)
+def test_data_of_another_tokenizer_is_refused(
+    trained: Path, documents: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
+    prepare(PrepareOptions((str(documents),), folder / "bpe", vocab_size=300, validation=0.1), comm, QUIET)
     with pytest.raises(MismatchError, match="was made with the tokenizer bpe"):
         report(trained, folder / "bpe", False, False, comm, QUIET)

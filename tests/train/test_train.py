@@ -23,12 +23,10 @@ TIMES = ("step_seconds", "tokens_per_second")
 
 
 @pytest.fixture
-def data(folder: Path, comm: MPI.Intracomm) -> Path:
-    """A small dataset of bytes: the text of this file and its neighbours."""
+def data(folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
+    """A small dataset of bytes."""
     out = folder / "data"
-    source = str(Path(__file__).parents[1])
-    options = PrepareOptions(sources=(source,), out=out, tokenizer="bytes", glob="**/test_*.py", validation=0.1)
-    prepare(options, comm, QUIET)
+    prepare(PrepareOptions((str(documents),), out, tokenizer="bytes", validation=0.1), comm, QUIET)
     return out
 
 
