@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mpillm.comm.shared import SharedRows
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -27,6 +29,8 @@ class Bucket:
     parameters: list[nn.Parameter]
     views: list[Tensor]
     """The gradient of each parameter, in its shape, inside `flat`."""
+    shared: SharedRows | None = None
+    """The memory that `flat` is a row of, where the ranks share it."""
     missing: int = 0
     """Gradients that the last microbatch still owes."""
     started: bool = False
@@ -57,15 +61,18 @@ def padded(parameter: Tensor) -> int:
     return -(-parameter.numel() // line) * line
 
 
-def make_bucket(parameters: list[nn.Parameter]) -> Bucket:
-    """A bucket of zeros with room for the gradient of each of `parameters`."""
+def make_bucket(parameters: list[nn.Parameter], shared: SharedRows | None = None) -> Bucket:
+    """A bucket of zeros with room for the gradient of each of `parameters`: this rank's row of `shared`, if given."""
     first = parameters[0]
-    flat = torch.zeros(sum(map(padded, parameters)), dtype=first.dtype, device=first.device)
+    if shared is None:
+        flat = torch.zeros(sum(map(padded, parameters)), dtype=first.dtype, device=first.device)
+    else:
+        flat = torch.from_numpy(shared.own)
     views, start = [], 0
     for parameter in parameters:
         views.append(flat[start : start + parameter.numel()].view(parameter.shape))
         start += padded(parameter)
-    return Bucket(flat, parameters, views)
+    return Bucket(flat, parameters, views, shared)
 
 
 def lay(parameter: nn.Parameter, view: Tensor) -> None:

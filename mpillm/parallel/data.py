@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
+import torch
 import xxhash
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
@@ -19,10 +21,16 @@ from torch import Tensor, nn
 from mpillm.comm.buffers import as_buffer
 from mpillm.comm.mesh import Axis, on_one_node
 from mpillm.comm.reduction import allreduce, can_start, choose, start_allreduce
+from mpillm.comm.shared import SharedRows
 from mpillm.errors import CommError, LayoutError, RecipeError
-from mpillm.parallel.buckets import Bucket, group_parameters, lay, make_bucket, square_sum
+from mpillm.parallel.buckets import Bucket, group_parameters, lay, make_bucket, padded, square_sum
 
 BCAST_PIECE_BYTES = 2**30
+# What NumPy adds as it is; other types travel.
+SHARED_DTYPES: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+}
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,10 @@ class ParallelSettings:
 
     data: Annotated[int, Ge(0)] = 0
     """Ranks that share the batch; 0: all of them."""
-    allreduce: Literal["auto", "ring", "native"] = "auto"
-    """Who sums the gradients: our ring, the MPI library, or whichever is faster for the size."""
+    allreduce: Literal["auto", "ring", "native", "shared"] = "auto"
+    """Who sums the gradients: our ring, the MPI library, or the ranks of a node in memory that they share; auto: that
+    where it can be had, else whichever of the others is faster for the size.
+    """
     overlap: Literal["auto", "after", "behind"] = "auto"
     """Reduce after the backward pass, or behind it while it runs; auto: after on one node, behind over a
     network.
@@ -41,9 +51,9 @@ class ParallelSettings:
     """Gradients travel in messages of about this size."""
 
     def __post_init__(self) -> None:
-        if self.allreduce == "ring" and self.overlap == "behind":
+        if self.allreduce in ("ring", "shared") and self.overlap == "behind":
             raise RecipeError(
-                "overlap = 'behind' needs the library's MPI_Iallreduce, and allreduce = 'ring' is ours; "
+                f"overlap = 'behind' needs the library's MPI_Iallreduce, and allreduce = {self.allreduce!r} is ours; "
                 "set allreduce = 'auto' or overlap = 'after'"
             )
 
@@ -58,9 +68,12 @@ class GradientBuckets:
     def __init__(self, parameters: Iterable[nn.Parameter], axis: Axis, settings: ParallelSettings) -> None:
         self.axis, self.settings = axis, settings
         trained = list(dict.fromkeys(p for p in parameters if p.requires_grad))
-        self.buckets = [make_bucket(group) for group in group_parameters(trained, settings.bucket_bytes)]
-        self._check_layout()
+        groups = group_parameters(trained, settings.bucket_bytes)
+        self._check_layout(groups)
         self.behind = axis.size > 1 and self._overlaps()
+        self.buckets = [make_bucket(group, self._share(group)) for group in groups]
+        for bucket in self.buckets:
+            choose(as_buffer(bucket.flat), axis.size, self._algorithm)
         self._startable = [bucket for bucket in self.buckets if self.behind and can_start(bucket.flat)]
         self._last = False
         for bucket in self.buckets:
@@ -68,21 +81,54 @@ class GradientBuckets:
                 hook = _Hook(self, bucket, view)
                 parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
+    @property
+    def _algorithm(self) -> Literal["auto", "ring", "native"]:
+        """What sums a bucket that is not in shared memory."""
+        return "auto" if self.settings.allreduce == "shared" else self.settings.allreduce
+
     def _overlaps(self) -> bool:
-        if self.settings.overlap == "auto" and self.settings.allreduce != "ring":
+        if self.settings.overlap == "auto" and self.settings.allreduce in ("auto", "native"):
             return not on_one_node(self.axis.comm)
         return self.settings.overlap == "behind"
 
-    def _check_layout(self) -> None:
-        for bucket in self.buckets:
-            choose(as_buffer(bucket.flat), self.axis.size, self.settings.allreduce)
-        own = [(bucket.flat.numel(), str(bucket.flat.dtype), len(bucket.views)) for bucket in self.buckets]
+    def _share(self, group: list[nn.Parameter]) -> SharedRows | None:
+        """Memory that the ranks share for the gradients of `group`, where that is wanted and can be had."""
+        wanted = self.settings.allreduce == "shared"
+        if self.axis.size == 1 or self.behind or self.settings.allreduce not in ("auto", "shared"):
+            return None
+        if not on_one_node(self.axis.comm):
+            if wanted:
+                raise CommError(
+                    f"allreduce = 'shared' needs all {self.axis.size} ranks along {self.axis.name} on one node; "
+                    "set allreduce = 'auto'"
+                )
+            return None
+        if group[0].dtype not in SHARED_DTYPES:
+            return None
+        shared = SharedRows.share(self.axis.comm, sum(map(padded, group)), SHARED_DTYPES[group[0].dtype])
+        if shared is None and wanted:
+            raise CommError("allreduce = 'shared' found too little shared memory; enlarge /dev/shm or set 'auto'")
+        return shared
+
+    def _check_layout(self, groups: list[list[nn.Parameter]]) -> None:
+        own = [(sum(map(padded, group)), str(group[0].dtype), len(group)) for group in groups]
         for rank, other in enumerate(self.axis.comm.allgather(own)):
             if other != own:
                 raise CommError(
                     f"gradients can be summed only where all ranks train the same parameters: rank {self.axis.rank} "
                     f"has buckets {own}, rank {rank} has {other}; give every rank the same model and settings"
                 )
+
+    def close(self) -> None:
+        """Let go of the gradients and of shared memory. Every rank of the axis calls it; nothing else after it."""
+        for bucket in self.buckets:
+            for parameter in bucket.parameters:
+                parameter.grad = None
+            bucket.views.clear()
+            bucket.flat = torch.empty(0)
+            if bucket.shared is not None:
+                bucket.shared.free()
+        self.buckets = []
 
     def zero(self) -> None:
         """Forget all gradients, before the first backward pass of a step."""
@@ -126,8 +172,10 @@ class GradientBuckets:
         if self.axis.size == 1:
             return
         for bucket in self.buckets:
-            if bucket not in self._startable:
-                allreduce(self.axis.comm, bucket.flat, self.settings.allreduce)
+            if bucket.shared is not None:
+                bucket.shared.allreduce()
+            elif bucket not in self._startable:
+                allreduce(self.axis.comm, bucket.flat, self._algorithm)
             elif not bucket.started:
                 self._start(bucket)
         for bucket in self.buckets:

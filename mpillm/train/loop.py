@@ -49,6 +49,7 @@ def train(recipe: Recipe, comm: "MPI.Intracomm", console: Console, resume: bool 
         trainer = Trainer(recipe, reader, mesh.axis("data"))
         run = Run(recipe, manifest, trainer, comm, console)
         run.go(checkpoint)
+        trainer.close()
 
 
 def _with_vocabulary(recipe: Recipe, manifest: Manifest) -> DecoderConfig:

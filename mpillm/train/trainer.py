@@ -48,6 +48,10 @@ class Trainer:
     def autocast(self) -> torch.dtype | None:
         return torch.bfloat16 if self.recipe.train.dtype == "bfloat16" else None
 
+    def close(self) -> None:
+        """Give shared memory back. Every rank of the axis calls it, after the last step."""
+        self._buckets.close()
+
     def step(self, step: int) -> StepResult:
         """Step number `step`, counted from 0. Raises DivergedError on all ranks when a number is no longer finite."""
         begun = time.perf_counter()

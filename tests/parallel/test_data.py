@@ -22,6 +22,7 @@ WIDTH, ROWS = 24, 5
 BEHIND = ParallelSettings(overlap="behind", bucket_bytes=4096)
 SETTINGS = [
     ParallelSettings(),
+    ParallelSettings(allreduce="shared", bucket_bytes=4096),
     ParallelSettings(allreduce="ring", bucket_bytes=4096),
     ParallelSettings(allreduce="native", overlap="after", bucket_bytes=1),
     BEHIND,

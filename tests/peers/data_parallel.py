@@ -32,7 +32,7 @@ from mpillm.models.decoder import create, loss_sum
 from mpillm.parallel.data import GradientBuckets, ParallelSettings
 
 OURS = {
-    "after auto": ParallelSettings(overlap="after"),
+    "after shared": ParallelSettings(overlap="after", allreduce="shared"),
     "after ring": ParallelSettings(overlap="after", allreduce="ring"),
     "after native": ParallelSettings(overlap="after", allreduce="native"),
     "behind": ParallelSettings(overlap="behind"),
