@@ -25,6 +25,7 @@ class Progress:
         self._total, self._done, self._first = total, start, start
         self._figures = ""
         self._started = self._spoke = time.monotonic()
+        self._said = ""
 
     def advance(self, amount: float = 1, **figures: str) -> None:
         """Tell that `amount` more is done; `figures` (name=text) replace those shown before."""
@@ -37,8 +38,14 @@ class Progress:
         now = time.monotonic()
         interval = min(max(LOG_INTERVAL_SECONDS, (now - self._started) / 20), LONGEST_LOG_INTERVAL_SECONDS)
         if now - self._spoke >= interval:
-            self._spoke = now
-            self._console.say(self._line(now))
+            self._say(now)
+
+    def _say(self, now: float) -> None:
+        self._spoke = now
+        line = self._line(now)
+        if line != self._said:
+            self._said = line
+            self._console.say(line)
 
     def _line(self, now: float) -> str:
         done, total = f"{self._done:,.0f}", f"{self._total:,.0f}"
@@ -47,7 +54,7 @@ class Progress:
         return f"{self._description} {done}/{total} {self._unit}  {self._figures}{left}".rstrip()
 
     def finish(self) -> None:
-        self._console.say(self._line(time.monotonic()))
+        self._say(time.monotonic())
 
 
 class _Bar(Progress):
