@@ -31,6 +31,8 @@ class TokenReader:
         self.bases = np.array([shard.tokens_offset for shard in shards], np.int64)
         self.bases -= self.firsts[:-1] * self.dtype.itemsize
         self._descriptors = [-1] * len(shards)
+        # Descriptors that were handed out before the last close are stale.
+        self.times_closed = 0
         self._doc_ends: list[Int64s | None] = [None] * len(shards)
         self._viewed: tuple[Array | None, list[tuple[memoryview]]] = (None, [])
 
@@ -48,6 +50,7 @@ class TokenReader:
 
     def close(self) -> None:
         """Let the files go; reading again opens them again."""
+        self.times_closed += 1
         for shard, descriptor in enumerate(self._descriptors):
             if descriptor >= 0:
                 self._descriptors[shard] = -1
@@ -67,8 +70,10 @@ class TokenReader:
 
     def descriptors(self, shards: Sequence[int]) -> list[int]:
         """An open file descriptor for each of `shards`. Raises DataError when a file cannot be opened."""
-        found = [self._descriptors[shard] for shard in shards]
-        return [self._descriptor(shard) for shard in shards] if -1 in found else found
+        if -1 in self._descriptors:
+            for shard in set(shards):
+                self._descriptor(shard)
+        return list(map(self._descriptors.__getitem__, shards))
 
     def _descriptor(self, shard: int) -> int:
         if self._descriptors[shard] < 0:

@@ -43,16 +43,20 @@ class Plan:
         # Lists: a batch is read in a Python loop, and taking numbers out of arrays would cost as much as the loop.
         self.shards: list[int] = shards.tolist()
         self.offsets: list[int] = reader.offsets_of(starts, shards).tolist()
+        # The descriptor of each window's file, once for the whole plan.
+        self._files: list[int] = []
+        self._opened = -1
         self.crossing: list[int] = np.flatnonzero(starts + length > reader.firsts[shards + 1]).tolist()
         self.ends, self.splits = document_ends(reader, starts, length) if boundaries else _no_ends(len(starts))
 
     def fetch(self, first: int, out: Array) -> None:
         """Fill the rows of `out` (B, length) with the windows `first` … `first` + B - 1. Raises DataError."""
         last, nbytes = first + len(out), self.length * self.reader.dtype.itemsize
-        descriptors = self.reader.descriptors(self.shards[first:last])
+        if self._opened != self.reader.times_closed:
+            self._files, self._opened = self.reader.descriptors(self.shards), self.reader.times_closed
         rows = self.reader.row_views(out)
         # The loop is map and sum, so that all of it but the calls runs in C.
-        short = sum(map(os.preadv, descriptors, rows, self.offsets[first:last])) != len(out) * nbytes
+        short = sum(map(os.preadv, self._files[first:last], rows, self.offsets[first:last])) != len(out) * nbytes
         # Read anew what one call couldn't: windows across two shards, and all when a read came short.
         across = self.crossing[bisect_left(self.crossing, first) : bisect_left(self.crossing, last)]
         for window in range(first, last) if short else across:
