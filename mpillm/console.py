@@ -18,7 +18,7 @@ LONGEST_LOG_INTERVAL_SECONDS = 60.0
 
 
 class Progress:
-    """One long piece of work: `advance` it, and `show` the figures that people want to watch."""
+    """One long piece of work: `advance` it, with the figures that people want to watch."""
 
     def __init__(self, console: "Console", description: str, total: float, unit: str, start: float = 0) -> None:
         self._console, self._description, self._unit = console, description, unit

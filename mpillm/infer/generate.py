@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from annotated_types import Ge, Gt
 from torch import Tensor
 
 from mpillm.errors import UsageError
@@ -20,10 +18,10 @@ class Sampling:
     `temperature` 0 takes the likeliest; `top_k` 0 and `top_p` 1 are off.
     """
 
-    max_tokens: Annotated[int, Gt(0)] = 200
-    temperature: Annotated[float, Ge(0)] = 0.8
-    top_k: Annotated[int, Ge(0)] = 50
-    top_p: Annotated[float, Gt(0)] = 1.0
+    max_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -100,14 +100,11 @@ def create(config: DecoderConfig, seed: int, device: torch.device | None = None)
     """An initialised decoder on `device` (the CPU where none is given)."""
     with torch.device("meta"):
         model = Decoder(config)
-    return materialise(model, seed, device or torch.device("cpu"))
-
-
-def materialise(model: Decoder, seed: int, device: torch.device) -> Decoder:
-    model = model.to_empty(device=device)
-    if model.config.tied:
+    model = model.to_empty(device=device or torch.device("cpu"))
+    # Making the memory real undoes what stood in it: the tie, and the table of angles.
+    if config.tied:
         model.head.weight = model.embedding.weight
     if model.rotary is not None:
-        model.rotary = Rotary(model.config).to(device)
+        model.rotary = Rotary(config).to(model.embedding.weight.device)
     initialise(model, seed)
     return model
