@@ -131,7 +131,7 @@ def listed(house: Path) -> set[str]:
     """The files in the dictionary of meson.build."""
     found, room = set(), ""
     for key, file in re.findall(
-        r"^  '(\w*)': \[|'(\w+\.(?:py|c|h))'", (house / "meson.build").read_text(), re.MULTILINE
+        r"^  '(\w*)': \[|'(\w+\.(?:pyi?|c|h))'", (house / "meson.build").read_text(), re.MULTILINE
     ):
         if file:
             found.add(f"{room}/{file}" if room else file)
@@ -141,7 +141,7 @@ def listed(house: Path) -> set[str]:
 
 
 def existing(house: Path) -> set[str]:
-    return {str(path.relative_to(house)) for path in house.rglob("*") if path.suffix in (".py", ".c", ".h")}
+    return {str(path.relative_to(house)) for path in house.rglob("*") if path.suffix in (".py", ".pyi", ".c", ".h")}
 
 
 def word_faults(house: Path) -> list[str]:

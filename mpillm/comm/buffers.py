@@ -1,9 +1,10 @@
 """What may travel: C-contiguous NumPy arrays and torch CPU tensors, seen flat.
 
 A Buffer shares its array's memory. Messages carry bytes, so that every element type travels alike; MPI knows
-no bfloat16, and most libraries no float16.
+no bfloat16, and most libraries no float16. Arithmetic is done by the compiled kernel, 16-bit floats in float32.
 """
 
+import functools
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpillm.comm import kernel
 from mpillm.errors import CommError
 
 WHOLE = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-ELEMENTS = ("float32", "float64", "float16", "bfloat16", *WHOLE)
-# torch adds these in vectors; NumPy adds float16 one by one and knows no bfloat16.
-ADDED_BY_TORCH = ("float16", "bfloat16")
+SHORT_FLOATS = ("float16", "bfloat16")
+FLOATS = ("float32", "float64", *SHORT_FLOATS)
+# The kernel counts on the order of these two.
+ELEMENTS = (*FLOATS, *WHOLE)
+REDUCTIONS = ("sum", "max", "min")
 
 
 @dataclass(frozen=True)
@@ -26,78 +30,108 @@ class Buffer:
     element: str
     """One of ELEMENTS."""
     flat: Any
-    """1-dim NumPy array or torch tensor whose library knows how to add the element type."""
+    """1-dim NumPy array, or torch tensor for the types that NumPy has not."""
     octets: NDArray[np.uint8]
     """The same memory as bytes."""
+    count: int
+    itemsize: int
+    """Bytes of one element."""
+    writable: bool = True
 
     @property
-    def count(self) -> int:
-        """The number of elements."""
-        return int(self.flat.shape[0])
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return int(self.flat.itemsize)
+    def code(self) -> int:
+        """The element type as the kernel counts them."""
+        return ELEMENTS.index(self.element)
 
     def raw(self, first: int, stop: int) -> NDArray[np.uint8]:
         """The bytes of elements `first` to `stop`, for MPI to send or receive."""
         return self.octets[first * self.itemsize : stop * self.itemsize]
 
-    def add(self, target: slice, source: "Buffer", source_slice: slice) -> None:
-        """self[target] += source[source_slice], in place, in the element type itself."""
-        view = self.flat[target]
-        view += source.flat[source_slice]
+    def part(self, first: int, stop: int) -> "Buffer":
+        """Elements `first` to `stop` as a Buffer of their own."""
+        return Buffer(
+            self.element, self.flat[first:stop], self.raw(first, stop), stop - first, self.itemsize, self.writable
+        )
+
+    def combine(self, op: str, target: slice, source: "Buffer", source_slice: slice) -> None:
+        """self[target] = self[target] op source[source_slice], in place; `op` is one of REDUCTIONS."""
+        kernel.combine(
+            self.code, REDUCTIONS.index(op), self.raw(target.start, target.stop),
+            source.raw(source_slice.start, source_slice.stop),
+        )  # fmt: skip
+
+    def scale(self, factor: float) -> None:
+        """self *= factor, in place; floats only."""
+        kernel.scale(self.code, self.octets, factor)
 
     def empty(self, count: int) -> "Buffer":
         """A new buffer of `count` elements of the same type, its contents undefined."""
-        return as_buffer(
-            np.empty(count, self.flat.dtype) if isinstance(self.flat, np.ndarray) else self.flat.new_empty(count)
-        )
+        octets = np.empty(count * self.itemsize, np.uint8)
+        return from_octets(octets, self.element)
 
 
-def as_buffer(array: Any) -> Buffer:
+@functools.cache
+def element_of(dtype: Any) -> str:
+    """The name of a NumPy or torch element type, without its library's: NumPy takes its time to tell."""
+    return dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
+
+
+def from_octets(octets: NDArray[np.uint8], element: str) -> Buffer:
+    """Bytes as a row of `element`: a torch tensor for bfloat16, else a NumPy array, over the same memory."""
+    if element == "bfloat16":
+        import torch
+
+        return _from_torch(torch.from_numpy(octets.view(np.int16)).view(torch.bfloat16))
+    return _from_numpy(octets.view(element))
+
+
+def as_buffer(array: Any, writable: bool = True) -> Buffer:
     """A C-contiguous NumPy array or torch CPU tensor of any shape as a flat Buffer, without a copy.
 
-    Raises CommError for another kind of array, another element type, a gap in its memory or a read-only one.
+    Raises CommError for another kind of array, another element type, a gap in its memory, or a read-only one where
+    `writable` asks for one that can take a result.
     """
     if isinstance(array, Buffer):
-        return array
-    if isinstance(array, np.ndarray):
-        return _from_numpy(array)
-    torch = sys.modules.get("torch")  # who passes a tensor has loaded torch; comm itself never does
-    if torch is not None and isinstance(array, torch.Tensor):
-        return _from_torch(array)
-    if hasattr(array, "__cuda_array_interface__"):
-        raise CommError(_no_device("a CUDA array"))
-    raise CommError(
-        f"messages carry NumPy arrays and torch tensors, not {type(array).__name__}; wrap it with numpy.asarray"
-    )
+        buffer = array
+    elif isinstance(array, np.ndarray):
+        buffer = _from_numpy(array)
+    else:
+        torch = sys.modules.get("torch")  # who passes a tensor has loaded torch; comm itself never does
+        if torch is not None and isinstance(array, torch.Tensor):
+            buffer = _from_torch(array)
+        elif hasattr(array, "__cuda_array_interface__"):
+            raise CommError(_no_device("a CUDA array"))
+        else:
+            raise CommError(
+                f"messages carry NumPy arrays and torch tensors, not {type(array).__name__}; wrap it with numpy.asarray"
+            )
+    if writable and not buffer.writable:
+        raise CommError("a read-only array cannot take a result; pass a copy of it, or another array as out")
+    return buffer
 
 
 def _from_numpy(array: NDArray[Any]) -> Buffer:
-    element = array.dtype.name
+    element = element_of(array.dtype)
     _check(element, array.flags.c_contiguous, array.shape, "numpy.ascontiguousarray")
     if not array.dtype.isnative:
         raise CommError(
             f"an array of byte order {array.dtype.str!r} cannot be summed; convert it with .astype({element!r})"
         )
-    if not array.flags.writeable:
-        raise CommError("a read-only array cannot take a result; pass a copy of it")
     flat = array.reshape(-1)
-    return Buffer(element, flat, flat.view(np.uint8))
+    return Buffer(element, flat, flat.view(np.uint8), flat.size, flat.itemsize, array.flags.writeable)
 
 
 def _from_torch(tensor: Any) -> Buffer:
     if tensor.device.type != "cpu":
         raise CommError(_no_device(f"a tensor on {tensor.device}"))
-    element = str(tensor.dtype).removeprefix("torch.")
+    element = element_of(tensor.dtype)
     _check(element, tensor.is_contiguous(), tuple(tensor.shape), ".contiguous()")
     flat = tensor.detach().reshape(-1)
-    if element not in ADDED_BY_TORCH:
+    if element != "bfloat16":
         return _from_numpy(flat.numpy())
-    # int16 has their size, and NumPy knows it: the memory stays the same.
-    return Buffer(element, flat, flat.view(sys.modules["torch"].int16).numpy().view(np.uint8))
+    # int16 has its size, and NumPy knows it: the memory stays the same.
+    octets = flat.view(sys.modules["torch"].int16).numpy().view(np.uint8)
+    return Buffer(element, flat, octets, flat.numel(), 2)
 
 
 def _check(element: str, contiguous: bool, shape: tuple[int, ...], remedy: str) -> None:

@@ -1,115 +1,243 @@
-"""The one interpreter of collective algorithms: runs a list of steps over mpi4py, in segments.
+"""The one interpreter of collective algorithms: runs the rounds of a schedule over mpi4py, waiting or not.
 
-Segments keep the scratch memory small and in the cache, let a network carry both ways at once, and keep each
-message far below the 2³¹ elements that MPI's classic interface can count.
+A lane is all that goes one way between this rank and one peer in one round: messages in a fixed order, of which some
+are in flight. Segments flow from round to round: one that was received and combined is sent on while its successor
+arrives, so both ways of a link stay busy from the first to the last segment.
 
-No deadlock: in each step a rank posts its send of segment i before it waits for its receive of segment i or
-for its send of segment i − IN_FLIGHT. So whatever a rank waits for is owed by a rank that stands earlier in
-its list, and the earliest of all is never kept waiting.
+No circle of waiting can form. A rank opens a round once it has posted all of the round before, and all rounds before
+that are complete; within a round, segment i waits only for segments up to i (a send for room among those in flight; a
+sum until the same segment, as it was, has left). So whatever a message waits for lies in an earlier round, or in the
+same round at no later a segment, on this rank or another; and the earliest of all waits for nothing. Messages match
+because both ends post a pair's messages in one order: round by round, and in a round the lane's.
 """
 
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import attrgetter, sub
 from typing import TYPE_CHECKING
 
-from mpillm.comm.algorithms import Step
 from mpillm.comm.buffers import Buffer
+from mpillm.comm.transfers import Round, Transfer
 
 if TYPE_CHECKING:
+    import numpy as np
     from mpi4py import MPI
+    from numpy.typing import NDArray
 
-# Measured in docs/notes.md: two segments of scratch stay inside a core's cache.
 SEGMENT_BYTES = 256 * 1024
 IN_FLIGHT = 2
-# Any one tag will do: MPI keeps the order of messages between two ranks, and the communicator is the axis's
-# own.
-TAG = 77
-
-Span = tuple[int, int]
+# MPI's classic interface counts to 2³¹ − 1; some libraries err near it.
+LARGEST_MESSAGE_BYTES = 2**30 - 1
 
 
-def run(
-    steps: Sequence[Step],
-    comm: "MPI.Intracomm",
-    buffer: Buffer,
-    bounds: Sequence[int],
-    segment_bytes: int = SEGMENT_BYTES,
-) -> None:
-    """Run this rank's `steps` on `buffer`, cut into blocks at `bounds` (in elements).
+class Run:
+    """One rank's part in one collective: begun by its making, carried on by `progress` or `wait`.
 
-    Every rank of `comm` calls it with its own list of one algorithm, and the same count, element type and
-    segments.
+    `bounds`: of the blocks, in elements, in both buffers. `target`: `source` itself unless the operation is alltoall.
+    `op`: "sum", "max" or "min", for arrivals that are added. `segment_bytes`: the longest message; None sends whole
+    blocks. `tag`: the same on all ranks, another for each run that is not complete. `in_flight`: the segments open at
+    once in each lane.
+
+    Every rank of `comm` makes one with its own rounds of one schedule, and the same bounds, element type and segments.
+    The buffers are in use until `progress` or `wait` tells that all is done.
     """
-    segment = max(1, segment_bytes // buffer.itemsize)
-    largest = max((stop - first for first, stop in pairwise(bounds)), default=0)
-    adds = any(step.combine == "add" for step in steps)
-    scratch = buffer.empty(min(IN_FLIGHT * segment, largest) if adds else 0)
-    for step in steps:
-        sends = _Sends(step, comm, buffer, cut(bounds, step.send_block, segment))
-        receives = _Receives(step, comm, buffer, cut(bounds, step.receive_block, segment), scratch)
-        for index in range(max(len(sends.spans), len(receives.spans))):
-            sends.post(index)
-            receives.finish(index)
-        sends.finish()
+
+    sent_bytes: int
+    """Of the messages posted so far, as `received_bytes`."""
+    received_bytes: int
+
+    def __init__(
+        self,
+        rounds: Sequence[Round],
+        comm: "MPI.Intracomm",
+        source: Buffer,
+        target: Buffer,
+        bounds: Sequence[int],
+        op: str = "sum",
+        segment_bytes: int | None = None,
+        tag: int = 0,
+        in_flight: int = IN_FLIGHT,
+    ) -> None:
+        from mpi4py.MPI import Request
+
+        self.comm, self.source, self.target, self.op, self.tag = comm, source, target, op, tag
+        self.segment = max(1, min(segment_bytes or LARGEST_MESSAGE_BYTES, LARGEST_MESSAGE_BYTES) // source.itemsize)
+        self.in_flight = in_flight
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self._testsome, self._waitsome = Request.Testsome, Request.Waitsome
+        self._rounds, self._bounds = rounds, bounds
+        self._opened = self._turn = 0
+        self._live: list[_Lane] = []
+        self._scratch: list[Buffer] = []
+        self._open()
+
+    def progress(self) -> bool:
+        """Do all that can be done without waiting; True when this rank's part is complete."""
+        while self._live:
+            waiting = [lane for lane in self._live if lane.requests]
+            arrived = self._testsome([lane.requests[0] for lane in waiting])
+            if not arrived:
+                return False
+            self._completed([waiting[index] for index in arrived])
+        return True
+
+    def wait(self) -> None:
+        """Block inside MPI until this rank's part is complete."""
+        while self._live:
+            waiting = [lane for lane in self._live if lane.requests]
+            arrived = self._waitsome([lane.requests[0] for lane in waiting])
+            assert arrived, "no message is open, yet not all is done: a round overwrites what it sends"
+            self._completed([waiting[index] for index in arrived])
+
+    def _completed(self, lanes: "list[_Lane]") -> None:
+        """Note the oldest message of each of `lanes` as complete; post and combine all that may be now.
+
+        What hangs on a lane stands behind it among the live ones, so that going through them once is enough.
+        """
+        for lane in lanes:
+            lane.requests.popleft()
+            lane.complete += 1
+        for lane in self._live:
+            lane.advance()
+        self._live = [lane for lane in self._live if lane.done < lane.count]
+        self._open()
+
+    def _open(self) -> None:
+        """Open the next rounds for as long as the last one is all posted and those before it are complete."""
+        while self._opened < len(self._rounds):
+            for lane in self._live:
+                if lane.posted < lane.count or lane.turn < self._turn:
+                    return
+            lanes = self._lanes(self._rounds[self._opened])
+            self._opened += 1
+            if lanes:
+                self._turn += 1
+                for lane in reversed(lanes):  # receives first: what finds one open is not copied twice
+                    lane.turn = self._turn
+                    lane.advance()
+                self._live += lanes
+
+    def _lanes(self, transfers: Round) -> "list[_Lane]":
+        """The round's lanes that carry anything, sends first."""
+        sends: list[_Lane] = []
+        arrivals: list[_Lane] = []
+        for (action, _), group in groupby(transfers, key=_BY_LANE):
+            lane = _KINDS[action](self, list(group), self._bounds)
+            if lane.count:
+                (sends if action == "send" else arrivals).append(lane)
+        if self.source is self.target:
+            for lane in sends:
+                lane.after = [other for other in self._live if type(other) is not _Sends and lane.hangs_on(other)]
+            for lane in arrivals:
+                earlier = self._live + sends if type(lane) is _Adds else self._live
+                lane.after = [other for other in earlier if lane.hangs_on(other)]
+        return sends + arrivals
+
+    def borrow(self, count: int) -> Buffer:
+        """Scratch memory of at least `count` elements, new or given back by a lane that is done."""
+        if count and self._scratch and self._scratch[-1].count >= count:
+            return self._scratch.pop()
+        return self.target.empty(count)
+
+    def give_back(self, memory: Buffer) -> None:
+        self._scratch.append(memory)
 
 
-def cut(bounds: Sequence[int], block: int | None, segment: int) -> list[Span]:
-    """Block `block` as spans (first, stop) of at most `segment` elements; none for no block."""
-    if block is None:
-        return []
-    first, stop = bounds[block], bounds[block + 1]
-    return [(start, min(start + segment, stop)) for start in range(first, stop, segment)]
+class _Lane:
+    """Messages between this rank and one peer, one way, in one round; segment i is posted, complete and done in turn.
 
+    `after`: the live lanes of which no overlapping segment may be undone when one of this lane reads or writes its own.
+    """
 
-class _Sends:
-    """The sending half of a step."""
+    def __init__(self, run: Run, transfers: Sequence[Transfer], bounds: Sequence[int]) -> None:
+        self.starts: list[int] = []
+        self.stops: list[int] = []
+        total = 0
+        for transfer in transfers:
+            first, stop = bounds[transfer.block], bounds[transfer.block + transfer.width]
+            if first < stop:
+                cuts = range(first, stop, run.segment)
+                self.starts += cuts
+                self.stops += cuts[1:]
+                self.stops.append(stop)
+                total += stop - first
+        self.count = len(self.starts)
+        # What makes up one segment at most goes all at once.
+        self.slots = self.count if total <= run.segment else min(run.in_flight, self.count)
+        self.posted = self.complete = self.done = self.turn = 0
+        self.requests: deque[MPI.Request] = deque()
+        self.after: list[_Lane] = []
+        self._run, self._peer = run, transfers[0].peer
 
-    def __init__(self, step: Step, comm: "MPI.Intracomm", buffer: Buffer, spans: list[Span]) -> None:
-        self.spans = spans
-        self._comm, self._buffer, self._peer = comm, buffer, step.send_to
-        self._requests: deque[MPI.Request] = deque()
+    def hangs_on(self, other: "_Lane") -> bool:
+        """Whether the two may touch the same memory."""
+        return other.starts[0] < self.stops[-1] and self.starts[0] < other.stops[-1]
 
-    def post(self, index: int) -> None:
-        """Start to send segment `index`, if there is one, and wait for the one IN_FLIGHT before it."""
-        if index < len(self.spans) and self._peer is not None:
-            self._requests.append(self._comm.Isend(self._buffer.raw(*self.spans[index]), self._peer, TAG))
-            if len(self._requests) > IN_FLIGHT:
-                self._requests.popleft().Wait()
+    def advance(self) -> None:
+        """Post the next segments, as far as there is room and their memory is free."""
+        self.done = self.complete
+        while self.posted < self.count and self.posted - self.done < self.slots and self._is_free(self.posted):
+            self._post(self.posted)
+            self.posted += 1
 
-    def finish(self) -> None:
-        for request in self._requests:
-            request.Wait()
-
-
-class _Receives:
-    """The receiving half: IN_FLIGHT receives stand open, so that no sender waits while this rank adds."""
-
-    def __init__(self, step: Step, comm: "MPI.Intracomm", buffer: Buffer, spans: list[Span], scratch: Buffer) -> None:
-        self.spans = spans
-        self._segment = spans[0][1] - spans[0][0] if spans else 0  # all but the last are as long
-        self._comm, self._buffer, self._scratch = comm, buffer, scratch
-        self._adds, self._peer = step.combine == "add", step.receive_from
-        self._requests: deque[MPI.Request] = deque()
-        for index in range(IN_FLIGHT):
-            self._post(index)
-
-    def _place(self, index: int) -> slice:
-        """Where in the scratch segment `index` arrives: the segments take turns."""
-        first, stop = self.spans[index]
-        start = index % IN_FLIGHT * self._segment
-        return slice(start, start + stop - first)
+    def _is_free(self, index: int) -> bool:
+        for other in self.after:
+            last = bisect_left(other.starts, self.stops[index]) - 1
+            if last >= other.done and other.stops[last] > self.starts[index]:
+                return False
+        return True
 
     def _post(self, index: int) -> None:
-        if index < len(self.spans) and self._peer is not None:
-            place = self._place(index)
-            memory = self._scratch.raw(place.start, place.stop) if self._adds else self._buffer.raw(*self.spans[index])
-            self._requests.append(self._comm.Irecv(memory, self._peer, TAG))
+        raise NotImplementedError
 
-    def finish(self, index: int) -> None:
-        """Wait for segment `index`, if there is one, add it, and open the receive IN_FLIGHT after it."""
-        if index < len(self.spans):
-            self._requests.popleft().Wait()
-            if self._adds:
-                self._buffer.add(slice(*self.spans[index]), self._scratch, self._place(index))
-            self._post(index + IN_FLIGHT)
+    def _receive(self, memory: "NDArray[np.uint8]") -> None:
+        self.requests.append(self._run.comm.Irecv(memory, self._peer, self._run.tag))
+        self._run.received_bytes += memory.size
+
+
+class _Sends(_Lane):
+    def _post(self, index: int) -> None:
+        run = self._run
+        memory = run.source.raw(self.starts[index], self.stops[index])
+        self.requests.append(run.comm.Isend(memory, self._peer, run.tag))
+        run.sent_bytes += memory.size
+
+
+class _Copies(_Lane):
+    def _post(self, index: int) -> None:
+        self._receive(self._run.target.raw(self.starts[index], self.stops[index]))
+
+
+class _Adds(_Lane):
+    """Segments arrive in scratch memory, `slots` of them in turn, and are combined from there."""
+
+    def __init__(self, run: Run, transfers: Sequence[Transfer], bounds: Sequence[int]) -> None:
+        super().__init__(run, transfers, bounds)
+        self._longest = max(map(sub, self.stops, self.starts), default=0)
+        self._memory = run.borrow(self.slots * self._longest)
+
+    def advance(self) -> None:
+        while self.done < self.complete and self._is_free(self.done):
+            own = slice(self.starts[self.done], self.stops[self.done])
+            self._run.target.combine(self._run.op, own, self._memory, self._place(self.done))
+            self.done += 1
+            if self.done == self.count:
+                self._run.give_back(self._memory)
+        while self.posted < self.count and self.posted - self.done < self.slots:
+            self._post(self.posted)
+            self.posted += 1
+
+    def _post(self, index: int) -> None:
+        place = self._place(index)
+        self._receive(self._memory.raw(place.start, place.stop))
+
+    def _place(self, index: int) -> slice:
+        start = index % self.slots * self._longest
+        return slice(start, start + self.stops[index] - self.starts[index])
+
+
+_BY_LANE = attrgetter("action", "peer")
+_KINDS: Mapping[str, type[_Lane]] = {"send": _Sends, "add": _Adds, "copy": _Copies}

@@ -5,16 +5,13 @@ order, since the backward pass completes them so (Li et al., "PyTorch Distribute
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mpillm.comm.shared import SharedRows
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
+from mpillm.comm.group import Group, Handle, Prepared
+from mpillm.comm.node import SharedRows
 
 # Each gradient begins on a cache line of its own.
 ALIGNMENT_BYTES = 64
@@ -29,12 +26,14 @@ class Bucket:
     parameters: list[nn.Parameter]
     views: list[Tensor]
     """The gradient of each parameter, in its shape, inside `flat`."""
+    sum: Prepared
+    """The all-reduce of `flat`."""
     shared: SharedRows | None = None
-    """The memory that `flat` is a row of, where the ranks share it."""
+    """The memory that `flat` is a row of, where the ranks of a node share it."""
     missing: int = 0
     """Gradients that the last microbatch still owes."""
-    started: bool = False
-    requests: "list[MPI.Request]" = field(default_factory=list)
+    handle: Handle | None = None
+    """The sum, where it has begun."""
 
 
 def group_parameters(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
@@ -61,18 +60,18 @@ def padded(parameter: Tensor) -> int:
     return -(-parameter.numel() // line) * line
 
 
-def make_bucket(parameters: list[nn.Parameter], shared: SharedRows | None = None) -> Bucket:
-    """A bucket of zeros with room for the gradient of each of `parameters`: this rank's row of `shared`, if given."""
-    first = parameters[0]
-    if shared is None:
-        flat = torch.zeros(sum(map(padded, parameters)), dtype=first.dtype, device=first.device)
-    else:
-        flat = torch.from_numpy(shared.own)
+def make_bucket(parameters: list[nn.Parameter], group: Group, algorithm: str, share: bool) -> Bucket:
+    """A bucket of zeros with room for the gradient of each of `parameters`; in memory that the node's ranks share, if
+    `share` and if it can be had. Every rank of `group` makes it.
+    """
+    dtype, count = parameters[0].dtype, sum(map(padded, parameters))
+    shared = group.allocate(count, str(dtype).removeprefix("torch.")) if share else None
+    flat = torch.zeros(count, dtype=dtype) if shared is None else torch.from_numpy(shared.own).view(dtype)
     views, start = [], 0
     for parameter in parameters:
         views.append(flat[start : start + parameter.numel()].view(parameter.shape))
         start += padded(parameter)
-    return Bucket(flat, parameters, views, shared)
+    return Bucket(flat, parameters, views, group.prepare("allreduce", flat, algorithm=algorithm), shared)
 
 
 def lay(parameter: nn.Parameter, view: Tensor) -> None:

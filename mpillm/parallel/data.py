@@ -7,30 +7,24 @@ the sum over microbatches and ranks is the mean over all tokens, however unequal
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import xxhash
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from mpillm.comm.buffers import as_buffer
-from mpillm.comm.mesh import Axis, on_one_node
-from mpillm.comm.reduction import allreduce, can_start, choose, start_allreduce
-from mpillm.comm.shared import SharedRows
-from mpillm.errors import CommError, LayoutError, RecipeError
+from mpillm.comm.choice import Profile
+from mpillm.comm.group import Group
+from mpillm.comm.mesh import Axis
+from mpillm.errors import CommError, LayoutError
 from mpillm.parallel.buckets import Bucket, group_parameters, lay, make_bucket, padded, square_sum
 
 BCAST_PIECE_BYTES = 2**30
-# What NumPy adds as it is; other types travel.
-SHARED_DTYPES: dict[torch.dtype, np.dtype[Any]] = {
-    torch.float32: np.dtype(np.float32),
-    torch.float64: np.dtype(np.float64),
-}
 
 
 @dataclass(frozen=True)
@@ -39,9 +33,19 @@ class ParallelSettings:
 
     data: Annotated[int, Ge(0)] = 0
     """Ranks that share the batch; 0: all of them."""
-    allreduce: Literal["auto", "ring", "native", "shared"] = "auto"
-    """Who sums the gradients: our ring, the MPI library, or the ranks of a node in memory that they share; auto: that
-    where it can be had, else whichever of the others is faster for the size.
+    allreduce: Literal[
+        "auto",
+        "shared",
+        "two-level",
+        "ring",
+        "segmented-ring",
+        "recursive-doubling",
+        "rabenseifner",
+        "binomial",
+        "native",
+    ] = "auto"
+    """Who sums the gradients: the ranks of a node in memory that they share, one of our lists of messages, or the MPI
+    library; auto: whichever is fastest by the cluster's profile, or by what was measured elsewhere.
     """
     overlap: Literal["auto", "after", "behind"] = "auto"
     """Reduce after the backward pass, or behind it while it runs; auto: after on one node, behind over a
@@ -49,13 +53,16 @@ class ParallelSettings:
     """
     bucket_bytes: Annotated[int, Gt(0)] = 32 * 1024 * 1024
     """Gradients travel in messages of about this size."""
+    profile: str = ""
+    """The cluster profile that `mpillm bench … --save` wrote; empty: `cluster.json` in the run's folder, if there is
+    one.
+    """
+    debug: bool = False
+    """Compare the ranks' collective calls before data moves."""
 
-    def __post_init__(self) -> None:
-        if self.allreduce in ("ring", "shared") and self.overlap == "behind":
-            raise RecipeError(
-                f"overlap = 'behind' needs the library's MPI_Iallreduce, and allreduce = {self.allreduce!r} is ours; "
-                "set allreduce = 'auto' or overlap = 'after'"
-            )
+
+def _silent(text: str) -> None:
+    pass
 
 
 class GradientBuckets:
@@ -65,50 +72,34 @@ class GradientBuckets:
     After `reduce` each parameter's `grad` is a view into a bucket; one that no backward pass reached is zero.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], axis: Axis, settings: ParallelSettings) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], axis: Axis, settings: ParallelSettings,
+        profile: Profile | None = None, warn: Callable[[str], None] = _silent,
+    ) -> None:  # fmt: skip
+        """`profile`: the cluster's, which chooses algorithms; `warn` is told what had to be done without."""
         self.axis, self.settings = axis, settings
         trained = list(dict.fromkeys(p for p in parameters if p.requires_grad))
         groups = group_parameters(trained, settings.bucket_bytes)
         self._check_layout(groups)
+        self._group = Group(axis.comm, profile=profile, debug=settings.debug, warn=warn)
         self.behind = axis.size > 1 and self._overlaps()
-        self.buckets = [make_bucket(group, self._share(group)) for group in groups]
-        for bucket in self.buckets:
-            choose(as_buffer(bucket.flat), axis.size, self._algorithm)
-        self._startable = [bucket for bucket in self.buckets if self.behind and can_start(bucket.flat)]
+        share = settings.allreduce in ("auto", "shared", "two-level") and axis.size > len(self._group.nodes)
+        self.buckets = [make_bucket(group, self._group, settings.allreduce, share) for group in groups]
         self._last = False
         for bucket in self.buckets:
             for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
                 hook = _Hook(self, bucket, view)
                 parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
-    @property
-    def _algorithm(self) -> Literal["auto", "ring", "native"]:
-        """What sums a bucket that is not in shared memory."""
-        return "auto" if self.settings.allreduce == "shared" else self.settings.allreduce
-
     def _overlaps(self) -> bool:
-        if self.settings.overlap == "auto" and self.settings.allreduce in ("auto", "native"):
-            return not on_one_node(self.axis.comm)
+        if self.settings.overlap == "auto":
+            return len(self._group.nodes) > 1
         return self.settings.overlap == "behind"
 
-    def _share(self, group: list[nn.Parameter]) -> SharedRows | None:
-        """Memory that the ranks share for the gradients of `group`, where that is wanted and can be had."""
-        wanted = self.settings.allreduce == "shared"
-        if self.axis.size == 1 or self.behind or self.settings.allreduce not in ("auto", "shared"):
-            return None
-        if not on_one_node(self.axis.comm):
-            if wanted:
-                raise CommError(
-                    f"allreduce = 'shared' needs all {self.axis.size} ranks along {self.axis.name} on one node; "
-                    "set allreduce = 'auto'"
-                )
-            return None
-        if group[0].dtype not in SHARED_DTYPES:
-            return None
-        shared = SharedRows.share(self.axis.comm, sum(map(padded, group)), SHARED_DTYPES[group[0].dtype])
-        if shared is None and wanted:
-            raise CommError("allreduce = 'shared' found too little shared memory; enlarge /dev/shm or set 'auto'")
-        return shared
+    @property
+    def algorithms(self) -> list[str]:
+        """What sums the buckets, without repetition."""
+        return list(dict.fromkeys(bucket.sum.algorithm for bucket in self.buckets))
 
     def _check_layout(self, groups: list[list[nn.Parameter]]) -> None:
         own = [(sum(map(padded, group)), str(group[0].dtype), len(group)) for group in groups]
@@ -129,6 +120,7 @@ class GradientBuckets:
             if bucket.shared is not None:
                 bucket.shared.free()
         self.buckets = []
+        self._group.free()
 
     def zero(self) -> None:
         """Forget all gradients, before the first backward pass of a step."""
@@ -150,17 +142,13 @@ class GradientBuckets:
         if not self._last:
             return
         bucket.missing -= 1
-        # In bucket order, whatever order this rank's graph had: MPI matches collectives by their order.
-        for candidate in self._startable:
+        # In bucket order, whatever order this rank's graph had: all ranks must start alike.
+        for candidate in self.buckets if self.behind else ():
             if candidate.missing:
                 break
-            if not candidate.started:
-                self._start(candidate)
-        for candidate in self._startable:
-            candidate.requests = [request for request in candidate.requests if not request.Test()]
-
-    def _start(self, bucket: Bucket) -> None:
-        bucket.requests, bucket.started = start_allreduce(self.axis.comm, bucket.flat), True
+            if candidate.handle is None:
+                candidate.handle = candidate.sum.start()
+        self._group.progress()
 
     def reduce(self) -> None:
         """Sum the gradients over the axis, in place. Every rank of the axis calls it, after its backward
@@ -172,16 +160,15 @@ class GradientBuckets:
         if self.axis.size == 1:
             return
         for bucket in self.buckets:
-            if bucket.shared is not None:
-                bucket.shared.allreduce()
-            elif bucket not in self._startable:
-                allreduce(self.axis.comm, bucket.flat, self._algorithm)
-            elif not bucket.started:
-                self._start(bucket)
+            if bucket.handle is None:
+                if self.behind:
+                    bucket.handle = bucket.sum.start()
+                else:
+                    bucket.sum.run()
         for bucket in self.buckets:
-            for request in bucket.requests:
-                request.Wait()
-            bucket.requests, bucket.started = [], False
+            if bucket.handle is not None:
+                bucket.handle.wait()
+                bucket.handle = None
         self._last = False
 
     def norm(self) -> float:

@@ -17,7 +17,7 @@ def test_torch_memory_is_shared(element):
     assert (buffer.element, buffer.count, buffer.itemsize) == (element, 6, tensor.element_size())
     other = buffer.empty(4)
     other.octets[:] = np.concatenate([buffer.raw(1, 4), buffer.raw(5, 6)])
-    buffer.add(slice(2, 4), other, slice(0, 2))
+    buffer.combine("sum", slice(2, 4), other, slice(0, 2))
     assert tensor.flatten().tolist() == [0, 1, 3, 5, 4, 5]
     assert buffer.octets.size == 6 * tensor.element_size()
 
@@ -27,7 +27,7 @@ def test_numpy_memory_is_shared(element):
     array = np.arange(6, dtype=element).reshape(3, 2)
     buffer = as_buffer(array)
     assert (buffer.element, buffer.count, buffer.itemsize) == (element, 6, array.itemsize)
-    buffer.add(slice(0, 2), as_buffer(np.full(3, 7, element)), slice(1, 3))
+    buffer.combine("sum", slice(0, 2), as_buffer(np.full(3, 7, element)), slice(1, 3))
     assert array.reshape(-1).tolist() == [7, 8, 2, 3, 4, 5]
 
 
@@ -64,5 +64,5 @@ def test_what_cannot_travel(array, rule):
 
 @pytest.mark.alone
 def test_comm_on_numpy_loads_no_torch(python):
-    script = "import mpillm.comm.reduction as r, numpy, sys; r.as_buffer(numpy.ones(3)); print('torch' in sys.modules)"
+    script = "import mpillm.comm.group as g, numpy, sys; g.as_buffer(numpy.ones(3)); print('torch' in sys.modules)"
     assert python("-c", script).stdout == "False\n"

@@ -1,45 +1,222 @@
-"""The interpreter: any list of steps, cut in segments, at any number of ranks."""
+"""The interpreter: any schedule, whole or in segments, waiting or not, at any number of ranks."""
+
+import random
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
+import torch
+from mpi4py import MPI
 
-from mpillm.comm.algorithms import Step, block_bounds, ring_allreduce
+from mpillm.comm.algorithms import (
+    ALGORITHMS,
+    FIXED_ORDER,
+    Transfer,
+    block_bounds,
+    schedule,
+    sent_elements,
+    tree_split,
+)
 from mpillm.comm.buffers import as_buffer
-from mpillm.comm.interpreter import cut, run
+from mpillm.comm.interpreter import Run
+
+PAIRS = [(operation, algorithm) for operation, lists in ALGORITHMS.items() for algorithm in lists]
+REDUCING = [pair for pair in PAIRS if pair[0] in ("allreduce", "reduce_scatter", "reduce")]
+COUNTS = [0, 1, 2, 5, 23, 100, 3001]
+SEGMENTS = [None, 8, 64, 4096]
 
 
-def test_cut():
-    assert cut([0, 5, 12], 1, 3) == [(5, 8), (8, 11), (11, 12)]
-    assert cut([0, 5, 5], 1, 3) == []
-    assert cut([0, 5], None, 3) == []
+class Rendezvous(MPI.Intracomm):
+    """A send completes only once its receive has begun, whatever its size: nothing is hidden by eager messages."""
+
+    def Isend(self, *arguments):  # noqa: N802 - MPI's own name
+        return self.Issend(*arguments)
 
 
-@pytest.mark.parametrize("segment_bytes", [1, 8, 24, 40, 4096])
-@pytest.mark.parametrize("count", [0, 1, 2, 5, 23, 100])
-def test_segments(comm, segment_bytes, count):
-    array = (np.arange(count) + 1.0) * (comm.rank + 1)
-    steps = ring_allreduce(comm.rank, comm.size)
-    run(steps, comm, as_buffer(array), block_bounds(count, comm.size), segment_bytes)
-    np.testing.assert_array_equal(array, (np.arange(count) + 1.0) * sum(range(1, comm.size + 1)))
+def begin(comm, operation, algorithm, array, root=0, target=None, **settings):
+    plan = schedule(operation, algorithm, comm.rank, comm.size, root)
+    source = as_buffer(array)
+    bounds = block_bounds(source.count, plan.blocks)
+    return Run(plan.rounds, comm, source, source if target is None else as_buffer(target), bounds, **settings)
 
 
-def test_one_sided_steps(comm):
-    """A chain: each rank but the first receives, each but the last sends, and nobody else moves."""
-    before = comm.rank - 1 if comm.rank else None
-    after = comm.rank + 1 if comm.rank + 1 < comm.size else None
-    receive = Step(None, None, before, None if before is None else 0, "copy")
-    send = Step(after, None if after is None else 0, None, None, "copy")
+def values(count, rank):
+    return np.random.default_rng([count, rank]).integers(-1000, 1000, count).astype(float)
+
+
+def prepared(operation, count, rank, size, root=0):
+    """(the array before, what must be right after, where) on `rank`."""
+    rows = [values(count, each) for each in range(size)]
+    bounds = block_bounds(count, size)
+    everywhere, own = slice(None), slice(bounds[rank], bounds[rank + 1])
+    if operation == "allgather":
+        array = np.full(count, np.nan)
+        array[own] = rows[0][own]
+        return array, rows[0], everywhere
+    if operation == "broadcast":
+        return rows[rank], rows[root], everywhere
+    where = {"allreduce": everywhere, "reduce_scatter": own, "reduce": everywhere if rank == root else slice(0)}
+    return rows[rank].copy(), np.sum(rows, axis=0), where[operation]
+
+
+@pytest.mark.parametrize("segment_bytes", SEGMENTS)
+@pytest.mark.parametrize(("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"])
+def test_every_list(comm, operation, algorithm, segment_bytes):
+    for turn, count in enumerate(COUNTS):
+        root = turn % comm.size if operation in ("broadcast", "reduce") else 0
+        array, expected, where = prepared(operation, count, comm.rank, comm.size, root)
+        run = begin(comm, operation, algorithm, array, root, segment_bytes=segment_bytes, tag=turn)
+        run.wait()
+        np.testing.assert_array_equal(array[where], expected[where])
+        assert run.progress()
+        assert run.sent_bytes == 8 * sent_elements(operation, algorithm, comm.rank, comm.size, count, root)
+        assert comm.allreduce(run.received_bytes) == comm.allreduce(run.sent_bytes)
+
+
+@pytest.mark.parametrize("segment_bytes", SEGMENTS)
+def test_alltoall(comm, segment_bytes):
+    for length in COUNTS[:-1]:
+        rows = [values(length * comm.size, rank).reshape(comm.size, length) for rank in range(comm.size)]
+        source, target = rows[comm.rank], np.full((comm.size, length), np.nan)
+        target[comm.rank] = source[comm.rank]
+        run = begin(comm, "alltoall", "pairwise", source, target=target, segment_bytes=segment_bytes)
+        run.wait()
+        np.testing.assert_array_equal(target, [row[comm.rank] for row in rows])
+        assert run.sent_bytes == run.received_bytes == 8 * length * (comm.size - 1)
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 5])
+@pytest.mark.parametrize(("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"])
+def test_no_rank_waits_in_a_circle(comm, operation, algorithm, in_flight):
+    """Under rendezvous, with ranks late by turns, many segments, and an array that each run changes for the next."""
+    strict, late = Rendezvous(comm), random.Random(comm.rank)
+    for turn in range(4):
+        array, expected, where = prepared(operation, 100, comm.rank, comm.size)
+        run = begin(strict, operation, algorithm, array, segment_bytes=16, in_flight=in_flight)
+        while turn % 2 and not run.progress():
+            time.sleep(late.choice([0, 0, 0.0002]))
+        run.wait()
+        np.testing.assert_array_equal(array[where], expected[where])
+
+
+@pytest.mark.parametrize("op", ["max", "min", "sum"])
+@pytest.mark.parametrize(("operation", "algorithm"), REDUCING)
+def test_every_way_to_combine(comm, operation, algorithm, op):
+    rows = np.array([values(23, rank) for rank in range(comm.size)])
+    array = rows[comm.rank].copy()
+    begin(comm, operation, algorithm, array, op=op, segment_bytes=32).wait()
+    where = prepared(operation, 23, comm.rank, comm.size)[2]
+    np.testing.assert_array_equal(array[where], getattr(rows, op)(axis=0)[where])
+
+
+@pytest.mark.parametrize("segment_bytes", SEGMENTS)
+@pytest.mark.parametrize("algorithm", sorted(FIXED_ORDER & set(ALGORITHMS["allreduce"])))
+def test_one_order_one_sum(comm, algorithm, segment_bytes):
+    """Numbers whose sum depends on the order of adding come out bitwise as in the canonical tree."""
+    rows = [np.random.default_rng(rank).standard_normal(999).astype(np.float32) ** 9 for rank in range(comm.size)]
+
+    def tree(lo, hi):
+        return rows[lo] if hi - lo == 1 else tree(lo, tree_split(lo, hi)) + tree(tree_split(lo, hi), hi)
+
+    array = rows[comm.rank].copy()
+    begin(comm, "allreduce", algorithm, array, segment_bytes=segment_bytes).wait()
+    np.testing.assert_array_equal(array, tree(0, comm.size))
+
+
+@pytest.mark.parametrize("element", ["bfloat16", "float16", "int8"])
+def test_short_elements(comm, element):
+    tensor = torch.full((301,), comm.rank + 1).to(getattr(torch, element))
+    begin(comm, "allreduce", "ring", tensor, segment_bytes=15).wait()
+    assert (tensor == comm.size * (comm.size + 1) // 2).all()
+
+
+def test_two_runs_at_once(comm):
+    """Odd and even ranks carry two runs on in opposite orders; their tags keep them apart."""
+    arrays = [values(3001, comm.rank), values(500, comm.rank)]
+    expected = [sum(values(len(array), rank) for rank in range(comm.size)) for array in arrays]
+    lists = [("ring", 256), ("rabenseifner", 8)]
+    order = [0, 1] if comm.rank % 2 else [1, 0]
+    runs = {}
+    for which in order:
+        algorithm, segment_bytes = lists[which]
+        runs[which] = begin(comm, "allreduce", algorithm, arrays[which], segment_bytes=segment_bytes, tag=10 + which)
+    while not all([runs[which].progress() for which in order]):  # noqa: C419 - each must be carried on
+        pass
+    for array, whole in zip(arrays, expected, strict=True):
+        np.testing.assert_array_equal(array, whole)
+
+
+def test_progress_never_waits(comm):
+    """The last rank begins only when all others have called progress in vain."""
+    array, last = np.ones(1000), comm.size - 1
+    if comm.rank != last:
+        run = begin(comm, "allreduce", "ring", array, segment_bytes=64)
+        assert not run.progress()
+        assert not run.progress()
+        comm.send(None, last, tag=1)
+    else:
+        for rank in range(last):
+            comm.recv(source=rank, tag=1)
+        run = begin(comm, "allreduce", "ring", array, segment_bytes=64)
+    run.wait()
+    assert (array == comm.size).all()
+
+
+def test_two_rounds_are_open_at_most(comm):
+    """A rank that all others keep waiting has posted no more than two partners' blocks."""
+    source, target = np.ones((comm.size, 10)), np.zeros((comm.size, 10))
+    if comm.rank:
+        comm.Barrier()
+    run = begin(Rendezvous(comm), "alltoall", "pairwise", source, target=target)
+    if comm.rank == 0:
+        assert not run.progress() or comm.size == 1
+        assert run.sent_bytes == run.received_bytes == min(2, comm.size - 1) * 80
+        comm.Barrier()
+    run.wait()
+    assert run.sent_bytes == (comm.size - 1) * 80
+
+
+def test_scratch_memory_is_small(comm):
+    array = np.ones(2**20)
+    tracemalloc.start()
+    try:
+        begin(comm, "allreduce", "ring", array, segment_bytes=4096, in_flight=3).wait()
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (array == comm.size).all()
+    assert peak_bytes < array.nbytes / 16
+
+
+def test_a_chain_of_one_sided_rounds(comm):
+    """Each rank but the first receives, then each but the last sends what came."""
+    receive = (Transfer(comm.rank - 1, 0, "copy"),) if comm.rank else ()
+    send = (Transfer(comm.rank + 1, 0, "send"),) if comm.rank + 1 < comm.size else ()
+    rounds = [receive if turn == comm.rank else send if turn == comm.rank + 1 else () for turn in range(comm.size + 1)]
     array = np.full(1000, comm.rank, np.int32)
-    run([receive, send], comm, as_buffer(array), [0, 1000], 256)
+    buffer = as_buffer(array)
+    Run(rounds, comm, buffer, buffer, [0, 1000], segment_bytes=256).wait()
     assert (array == 0).all()
 
 
-def test_a_slow_rank_locks_nobody(comm):
-    """Blocks of many segments with one rank always late: the others' posts must not overrun or lock."""
-    count = 64 * comm.size
-    array = np.ones(count, np.float32)
-    for _ in range(5):
-        if comm.rank == comm.size - 1:
-            sum(range(200_000))
-        run(ring_allreduce(comm.rank, comm.size), comm, as_buffer(array), block_bounds(count, comm.size), 16)
-    assert (array == comm.size**5).all()
+@pytest.mark.parametrize(("block", "opened_bytes"), [(0, 0), (1, 256)])
+def test_no_receive_opens_over_what_has_not_left(comm, block, opened_bytes):
+    """Block 0 is sent, then a block received: over block 0 only once the late partner has taken it."""
+    other = comm.rank ^ 1
+    if other >= comm.size:
+        return
+    array = np.full(64, float(comm.rank))
+    buffer = as_buffer(array)
+    send, receive = (Transfer(other, 0, "send"),), (Transfer(other, block, "copy"),)
+    if comm.rank % 2:
+        comm.recv(source=other, tag=1)
+        Run([(Transfer(other, 1, "copy"),), send], Rendezvous(comm), buffer, buffer, [0, 32, 64]).wait()
+        assert (array == np.repeat([comm.rank, other], 32)).all()
+    else:
+        run = Run([send, receive], Rendezvous(comm), buffer, buffer, [0, 32, 64])
+        assert not run.progress()
+        assert (run.sent_bytes, run.received_bytes) == (256, opened_bytes)
+        comm.send(None, other, tag=1)
+        run.wait()
+        assert (array[32 * block : 32 * block + 32] == other).all()

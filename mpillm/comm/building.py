@@ -1,0 +1,166 @@
+"""How a call becomes stages: the copies, messages, sums and scalings that make up one collective."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpillm.comm import kernel, native
+from mpillm.comm.algorithms import schedule
+from mpillm.comm.buffers import SHORT_FLOATS, Buffer, from_octets
+from mpillm.comm.choice import KIB, Wish
+from mpillm.comm.interpreter import Run
+from mpillm.comm.node import Node
+from mpillm.comm.reference import reference
+from mpillm.comm.stages import Listed, Stage, Work, chain
+from mpillm.comm.transfers import block_bounds
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+# Measured in docs/notes.md, over TCP and within a node.
+SEGMENT_BYTES = 256 * KIB
+IN_FLIGHT = 4
+# Between nodes: below, few rounds; above, few bytes, both ways at once.
+FEW_ROUNDS_BYTES = 256 * KIB
+
+
+class Builder:
+    """Builds the stages of one group's collectives. `across` joins the ranks of equal place on all nodes (or, where
+    nodes are uneven, each node's first rank; None on the others).
+    """
+
+    def __init__(
+        self, comm: "MPI.Intracomm", node: Node | None, across: "MPI.Intracomm | None", even: bool,
+        next_tag: Callable[[], int],
+    ) -> None:  # fmt: skip
+        self._comm, self._node, self._across, self._even = comm, node, across, even
+        self._next_tag = next_tag
+
+    def build(self, wish: Wish, algorithm: str, source: Buffer, target: Buffer) -> Stage:
+        """The stages of `wish` by `algorithm`; `source` is `target` where it works in place."""
+        if wish.operation == "barrier":
+            if self._node is not None and algorithm == "shared":
+                return self._node.prepare("barrier", None, None)
+            return native.barrier(self._comm)
+        if self._comm.size == 1:
+            return Work(lambda: None if source is target else np.copyto(target.octets, source.octets))
+        if algorithm == "shared":
+            return self._shared(wish, source, target)
+        if wish.fixed_order and wish.op in ("sum", "mean") and source.element in SHORT_FLOATS:
+            return self._widened(wish, algorithm, source, target)
+        stages = [self._summed(wish, algorithm, source, target)]
+        if wish.op == "mean" and (wish.operation != "reduce" or self._comm.rank == wish.root):
+            result = self._own(target) if wish.operation == "reduce_scatter" and source is target else target
+            stages.append(Work(functools.partial(result.scale, 1 / self._comm.size)))
+        return chain(*stages)
+
+    def _summed(self, wish: Wish, algorithm: str, source: Buffer, target: Buffer) -> Stage:
+        op = "sum" if wish.op == "mean" else wish.op
+        if algorithm == "native":
+            return native.stage(self._comm, wish.operation, source, target, op, wish.root)
+        if algorithm == "reference":
+            return Work(functools.partial(reference, self._comm, wish, source, target))
+        if algorithm == "two-level":
+            return self._two_level(wish, source, target, op)
+        return self._by_list(wish.operation, algorithm, source, target, op, wish.root)
+
+    def _shared(self, wish: Wish, source: Buffer, target: Buffer) -> Stage:
+        """All ranks are on one node: the team does it, mean and all."""
+        assert self._node is not None
+        root = self._comm.rank == wish.root
+        gives, takes = source, target
+        if wish.operation == "broadcast":
+            return self._node.prepare("broadcast", gives if root else None, None if root else takes, root=wish.root)
+        op, scale = ("sum", 1 / self._comm.size) if wish.op == "mean" else (wish.op, 1.0)
+        result = None if wish.operation == "reduce" and not root else takes
+        return self._node.prepare(wish.operation, gives, result, op, scale, wish.root)
+
+    # ---- lists ----
+
+    def _own(self, whole: Buffer) -> Buffer:
+        bounds = block_bounds(whole.count, self._comm.size)
+        return whole.part(bounds[self._comm.rank], bounds[self._comm.rank + 1])
+
+    def _by_list(self, operation: str, algorithm: str, source: Buffer, target: Buffer, op: str, root: int) -> Stage:
+        """A list works in one array, in place; what is to be kept or goes elsewhere is copied before and behind."""
+        if operation == "alltoall":
+            return self._exchange_blocks(algorithm, source, target)
+        whole, before, behind = target, [], []
+        if operation == "reduce_scatter" and source is not target:
+            whole = source.empty(source.count)
+            before = [_copy(source, whole)]
+            behind = [_copy(self._own(whole), target)]
+        elif operation == "allgather" and source is not target:
+            before = [_copy(source, self._own(target))]
+        elif operation == "reduce" and self._comm.rank != root:
+            whole = source.empty(source.count)
+            before = [_copy(source, whole)]
+        elif source is not target:
+            before = [_copy(source, target)]
+        return chain(*before, self._listed(self._comm, operation, algorithm, whole, whole, op, root), *behind)
+
+    def _exchange_blocks(self, algorithm: str, source: Buffer, target: Buffer) -> Stage:
+        given = source.empty(source.count) if source is target else source
+        before = [_copy(source, given)] if source is target else [_copy(self._own(source), self._own(target))]
+        return chain(*before, self._listed(self._comm, "alltoall", algorithm, given, target, "sum", 0))
+
+    def _listed(
+        self, comm: "MPI.Intracomm", operation: str, algorithm: str, source: Buffer, target: Buffer, op: str, root: int
+    ) -> Stage:
+        segmented = algorithm == "segmented-ring"
+        plan = schedule(operation, "ring" if segmented else algorithm, comm.rank, comm.size, root)
+        bounds = block_bounds(target.count, plan.blocks)
+        segment = SEGMENT_BYTES if segmented else None
+        return Listed(lambda: Run(plan.rounds, comm, source, target, bounds, op, segment, self._next_tag(), IN_FLIGHT))
+
+    # ---- two levels ----
+
+    def _two_level(self, wish: Wish, source: Buffer, target: Buffer, op: str) -> Stage:
+        """Sum within each node, then between nodes, then spread within: each byte crosses the network once a node.
+
+        Where the nodes are even, each rank takes a stripe across; else each node's first rank takes the whole.
+        """
+        assert self._node is not None
+        before = [] if source is target else [_copy(source, target)]
+        if self._even:
+            bounds = block_bounds(target.count, self._node.comm.size)
+            stripe = target.part(bounds[self._node.comm.rank], bounds[self._node.comm.rank + 1])
+            first = self._node.prepare("reduce_scatter", target, target, op)
+            last = self._node.prepare("allgather", target, target)
+        else:
+            stripe, leads = target, self._node.comm.rank == 0
+            first = self._node.prepare("reduce", target, target if leads else None, op)
+            last = self._node.prepare("broadcast", target if leads else None, None if leads else target)
+        between = []
+        if self._across is not None and self._across.size > 1:
+            algorithm = _between(wish, stripe.octets.size)
+            between = [self._listed(self._across, "allreduce", algorithm, stripe, stripe, op, 0)]
+        return chain(*before, first, *between, last)
+
+    # ---- fixed order of 16-bit floats ----
+
+    def _widened(self, wish: Wish, algorithm: str, source: Buffer, target: Buffer) -> Stage:
+        """The sum in float32 from end to end, rounded once: what the node's team gives, at twice the bytes."""
+        wide_source = _float32(source.count)
+        wide_target = wide_source if source is target else _float32(target.count)
+        inner = self.build(wish, algorithm, wide_source, wide_target)
+        takes = wish.operation != "reduce" or self._comm.rank == wish.root
+        narrow = Work(lambda: kernel.narrow(target.code, target.octets, wide_target.octets) if takes else None)
+        return chain(Work(lambda: kernel.widen(source.code, wide_source.octets, source.octets)), inner, narrow)
+
+
+def _between(wish: Wish, nbytes: int) -> str:
+    if nbytes < FEW_ROUNDS_BYTES:
+        return "recursive-doubling"
+    return "rabenseifner" if wish.fixed_order else "segmented-ring"
+
+
+def _float32(count: int) -> Buffer:
+    return from_octets(np.empty(4 * count, np.uint8), "float32")
+
+
+def _copy(source: Buffer, target: Buffer) -> Stage:
+    work: Callable[[], Any] = functools.partial(np.copyto, target.octets, source.octets)
+    return Work(work)

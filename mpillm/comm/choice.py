@@ -1,0 +1,178 @@
+"""Which algorithm for which call: what can run, and which of those is fastest, by a cluster's profile or by a table.
+
+The table holds what docs/notes.md measured; a profile that `mpillm bench … --save` wrote on the cluster knows better.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Protocol
+
+from mpillm.comm.algorithms import ALGORITHMS, FIXED_ORDER
+from mpillm.comm.buffers import FLOATS, SHORT_FLOATS
+from mpillm.errors import CommError
+
+OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall", "barrier")
+REDUCING = ("allreduce", "reduce_scatter", "reduce")
+OPS = ("sum", "mean", "max", "min")
+KIB, MIB = 1024, 1024 * 1024
+
+
+class Profile(Protocol):
+    """What a cluster's profile answers; profile.py has it."""
+
+    def best(
+        self, operation: str, nbytes: int, element: str, nodes: int, ranks: int, allowed: Sequence[str],
+        device: str = "cpu",
+    ) -> str | None: ...  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks of a communicator lie on nodes."""
+
+    nodes: tuple[tuple[int, ...], ...]
+    """The ranks of each node, in order of their first rank."""
+    shares_memory: bool
+    """Whether the ranks of each node have a team in shared memory."""
+    library: str = ""
+    """The MPI library's name."""
+
+    @property
+    def size(self) -> int:
+        return sum(len(ranks) for ranks in self.nodes)
+
+    @property
+    def even(self) -> bool:
+        """Whether all nodes have equally many ranks."""
+        return len({len(ranks) for ranks in self.nodes}) == 1
+
+    @property
+    def two_level(self) -> bool:
+        """Whether there is something to gain: several nodes, several ranks on one of them, and shared memory there."""
+        return self.shares_memory and 1 < len(self.nodes) < self.size
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether each node is a whole subtree of the canonical order: 2^k neighbours on every node."""
+        each = len(self.nodes[0])
+        in_order = all(ranks == tuple(range(i * each, (i + 1) * each)) for i, ranks in enumerate(self.nodes))
+        return in_order and each & (each - 1) == 0
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a call asks for, beside its arrays. Checked when it is made; raises CommError."""
+
+    operation: str
+    op: str = "sum"
+    root: int = 0
+    algorithm: str = "auto"
+    fixed_order: bool = False
+
+    def __post_init__(self) -> None:
+        check_known(self.operation, OPERATIONS, "operation")
+        check_known(self.op, OPS, "reduction")
+
+
+def check_known(word: str, known: Sequence[str], what: str) -> None:
+    """Raise CommError unless `word` is one of `known`."""
+    if word not in known:
+        near = get_close_matches(str(word), known, n=1, cutoff=0.0)[0]
+        raise CommError(f"no {what} is called {word!r}; did you mean {near!r}? Known: {', '.join(known)}")
+
+
+def available(operation: str, layout: Layout) -> tuple[str, ...]:
+    """The algorithms that can run `operation` here, `auto` first."""
+    one_node = layout.size == 1 or (layout.shares_memory and len(layout.nodes) == 1)
+    lists = list(ALGORITHMS.get(operation, ()))
+    if "ring" in lists:
+        lists.insert(lists.index("ring") + 1, "segmented-ring")
+    if operation == "allreduce" and layout.two_level:
+        lists.append("two-level")
+    return (
+        "auto",
+        *(["shared"] if one_node else []),
+        *lists,
+        "native",
+        *(["reference"] if operation != "barrier" else []),
+    )
+
+
+def choose(wish: Wish, element: str, nbytes: int, layout: Layout, in_shared: bool, profile: Profile | None) -> str:
+    """The algorithm for a call. `in_shared`: the arrays lie in node-shared memory.
+
+    Raises CommError for an algorithm that does not exist, can't run here, or can't keep the order asked for.
+    """
+    if wish.op == "mean" and element not in FLOATS:
+        raise CommError(f"a mean of {element} is no {element}; reduce by sum, or convert to a float type")
+    able = available(wish.operation, layout)
+    algorithm = wish.algorithm
+    if algorithm == "two-level" and len(layout.nodes) == 1:
+        # A recipe for a cluster runs on a laptop too.
+        algorithm = "shared" if "shared" in able else "auto"
+    _check_able(wish.operation, algorithm, able, layout)
+    ordered = wish.fixed_order and wish.operation in REDUCING
+    if ordered:
+        able = tuple(name for name in able if _keeps_order(name, layout))
+    if algorithm == "auto":
+        known = None
+        if profile is not None:
+            allowed = [name for name in able if name not in ("auto", "reference")]
+            known = profile.best(wish.operation, nbytes, element, len(layout.nodes), layout.size, allowed)
+        return known or table(wish.operation, element, nbytes, layout, in_shared, able)
+    if algorithm not in able:
+        raise CommError(
+            f"{algorithm} cannot keep the fixed order of a sum here; take one of {', '.join(able)}, "
+            "or leave fixed_order out"
+        )
+    return algorithm
+
+
+def _check_able(operation: str, algorithm: str, able: Sequence[str], layout: Layout) -> None:
+    needs = {
+        "shared": "all ranks on one node, and room in its shared memory",
+        "two-level": "several nodes, several ranks on one of them, and room in its shared memory",
+    }
+    if algorithm in needs and algorithm not in able and operation != "barrier":
+        raise CommError(
+            f"{operation} by {algorithm} needs {needs[algorithm]}; here are {layout.size} ranks on {len(layout.nodes)} "
+            f"node(s), shared memory {'can' if layout.shares_memory else 'cannot'} be had; take one of {', '.join(able)}"
+        )
+    check_known(algorithm, able, f"algorithm for {operation}")
+
+
+def _keeps_order(algorithm: str, layout: Layout) -> bool:
+    if algorithm == "two-level":
+        return layout.keeps_order
+    return algorithm in FIXED_ORDER or algorithm in ("auto", "shared", "reference")
+
+
+def table(operation: str, element: str, nbytes: int, layout: Layout, in_shared: bool, able: Sequence[str]) -> str:
+    """The choice without a profile."""
+    return next(name for name in _preferences(operation, element, nbytes, layout, in_shared) if name in able)
+
+
+def _preferences(operation: str, element: str, nbytes: int, layout: Layout, in_shared: bool) -> list[str]:
+    native_wins = operation not in REDUCING or element not in SHORT_FLOATS
+    if len(layout.nodes) == 1:
+        if native_wins and not in_shared and _native_beats_stage(layout.library, nbytes):
+            return ["native", "shared", "rabenseifner", "recursive-halving", "ring"]
+        return ["shared", "native", "rabenseifner", "recursive-halving", "binomial", "ring"]
+    if nbytes < 64 * KIB and native_wins:
+        return ["native", *_by_size(nbytes)]
+    return ["two-level", *_by_size(nbytes), "native"]
+
+
+def _by_size(nbytes: int) -> list[str]:
+    """Over a network: few rounds for small arrays, few bytes and both directions at once for large ones."""
+    if nbytes < 256 * KIB:
+        return ["recursive-doubling", "recursive-halving", "rabenseifner", "binomial", "pairwise"]
+    return ["segmented-ring", "rabenseifner", "recursive-halving", "scatter-allgather", "binomial", "pairwise"]
+
+
+def _native_beats_stage(library: str, nbytes: int) -> bool:
+    """Private arrays on one node: where the library's own single copy beats two copies through our stage."""
+    if "Intel" in library:
+        return 4 * KIB <= nbytes < 2 * MIB
+    return 2 * MIB <= nbytes < 8 * MIB

@@ -1,0 +1,340 @@
+"""The collectives of mpillm: a group of ranks, and what they do together.
+
+    group = Group(comm)
+    group.allreduce(array)                          # in place, by the fastest algorithm that is known here
+    ready = group.prepare("allreduce", array)       # checked and chosen once, run any number of times
+    ready.run()
+    handle = ready.start(); ...; handle.wait()      # behind other work; test it now and then, or nothing moves
+
+Arrays are C-contiguous NumPy arrays or torch CPU tensors of any shape (buffers.py). All ranks call the same operations
+in the same order with arrays of the same type and count; `debug` finds a rank that doesn't, before data moves. An array
+in node-shared memory (`allocate`) is reduced fastest; all ranks must then pass the same part of their rows.
+"""
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpillm.comm import choice
+from mpillm.comm.buffers import Buffer, as_buffer
+from mpillm.comm.building import Builder
+from mpillm.comm.choice import Layout, Profile, Wish
+from mpillm.comm.exchanging import exchange_stage
+from mpillm.comm.node import Node, SharedRows
+from mpillm.comm.stages import Stage
+from mpillm.comm.transfers import block_bounds
+from mpillm.errors import CommError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+# Every MPI offers at least 2¹⁵ tags. Two runs meet in a tag only when 2¹⁴ others began between them.
+FIRST_TAG, TAGS = 1024, 1 << 14
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+class Group:
+    """The ranks of `comm`, which is duplicated. Every rank makes it, with the same arguments.
+
+    `profile`: the cluster's, which chooses the algorithms. `debug`: compare the ranks' calls before data moves. `warn`
+    is told, on one rank a node, what had to be done without.
+    """
+
+    def __init__(
+        self, comm: "MPI.Intracomm", *, profile: Profile | None = None, debug: bool = False,
+        warn: Callable[[str], None] = _silent,
+    ) -> None:  # fmt: skip
+        from mpi4py import MPI
+
+        self.comm: MPI.Intracomm = comm.Dup()
+        self.rank, self.size = comm.rank, comm.size
+        self.profile, self.debug, self._warn = profile, debug, warn
+        node_comm: MPI.Intracomm = self.comm.Split_type(MPI.COMM_TYPE_SHARED)  # type: ignore[assignment]
+        node = Node.create(node_comm, warn) if self.size > 1 else None
+        shares = bool(self.comm.allreduce(node is not None, MPI.LAND))
+        self._node = node if shares else None
+        first = node_comm.bcast(self.rank)
+        places: dict[int, list[int]] = {}
+        for rank, leader in enumerate(self.comm.allgather(first)):
+            places.setdefault(leader, []).append(rank)
+        library = MPI.Get_library_version()
+        self.layout = Layout(tuple(tuple(ranks) for ranks in places.values()), shares, library)
+        self._across = self._join_across(node_comm.rank) if self.layout.two_level else None
+        self._node_comm = node_comm
+        tags = itertools.cycle(range(FIRST_TAG, FIRST_TAG + TAGS))
+        self._builder = Builder(self.comm, self._node, self._across, self.layout.even, tags.__next__)
+        self._calls = itertools.count(1)
+        self.under_way: list[Handle] = []
+        self._queue: deque[Handle] = deque()
+
+    def _join_across(self, place: int) -> "MPI.Intracomm | None":
+        """The ranks of the same place on each node; where nodes are uneven, their first ranks alone."""
+        from mpi4py import MPI
+
+        color = place if self.layout.even else 0 if place == 0 else MPI.UNDEFINED
+        across = self.comm.Split(color, self.rank)
+        return None if across == MPI.COMM_NULL else across  # type: ignore[return-value]
+
+    @property
+    def nodes(self) -> list[list[int]]:
+        """The ranks of each node."""
+        return [list(ranks) for ranks in self.layout.nodes]
+
+    def algorithms(self, operation: str) -> tuple[str, ...]:
+        """The algorithms that can run `operation` here, `auto` first."""
+        choice.check_known(operation, choice.OPERATIONS, "operation")
+        return choice.available(operation, self.layout)
+
+    def allocate(self, count: int, element: str) -> SharedRows | None:
+        """Node-shared memory for `count` elements of type `element` a rank, or None on every rank where some node can't
+        give it. Every rank calls it; `free` it when no view is used any more.
+        """
+        from mpi4py import MPI
+
+        if self._node is None:
+            return None
+        rows = self._node.allocate(count, element, self._warn)
+        if self.comm.allreduce(rows is not None, MPI.LAND):
+            return rows
+        if rows is not None:
+            rows.free()
+        return None
+
+    # ---- collectives ----
+
+    def allreduce(self, array: Any, out: Any = None, **wish: Any) -> None:
+        """Reduce over all ranks: the result on every rank, in `array` or in `out` of the same count.
+
+        `op`: sum, mean (floats only), max, min. `algorithm`: one of `algorithms("allreduce")`. `fixed_order`: sum in
+        the one tree that depends on the ranks' numbers alone, the same bits by every algorithm that can.
+        """
+        self.prepare("allreduce", array, out, **wish).run()
+
+    def reduce_scatter(self, array: Any, out: Any = None, **wish: Any) -> None:
+        """Reduce so that this rank's block, of `block_bounds(count, size)`, is whole: in its place in `array`, whose
+        other blocks then hold no one's result, or in `out` of the block's count.
+        """
+        self.prepare("reduce_scatter", array, out, **wish).run()
+
+    def allgather(self, array: Any, out: Any = None, **wish: Any) -> None:
+        """Fill `array` with every rank's own block of it; or `out` with every rank's `array`, which is such a block."""
+        self.prepare("allgather", array, out, **wish).run()
+
+    def broadcast(self, array: Any, root: int = 0, **wish: Any) -> None:
+        """Overwrite `array` by that of rank `root`."""
+        self.prepare("broadcast", array, root=root, **wish).run()
+
+    def reduce(self, array: Any, out: Any = None, root: int = 0, **wish: Any) -> None:
+        """Reduce over all ranks: the result on rank `root` alone, in `array` or `out`; others keep their arrays."""
+        self.prepare("reduce", array, out, root=root, **wish).run()
+
+    def alltoall(self, array: Any, out: Any = None, **wish: Any) -> None:
+        """Block i of `array` goes to rank i, whose blocks are ordered by where they came from. The ranks must divide
+        the count.
+        """
+        self.prepare("alltoall", array, out, **wish).run()
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        self.prepare("barrier").run()
+
+    def prepare(
+        self, operation: str, array: Any = None, out: Any = None, *, op: str = "sum", root: int = 0,
+        algorithm: str = "auto", fixed_order: bool = False,
+    ) -> "Prepared":  # fmt: skip
+        """Check a collective and choose its algorithm, once; the arrays' memory is read and written by each run.
+
+        Every rank prepares the same, in the same order. Raises CommError for arrays, counts, an operation or an
+        algorithm that don't fit.
+        """
+        wish = Wish(operation, op, root, algorithm, fixed_order)
+        if operation == "barrier":
+            source = target = as_buffer(np.empty(0, np.uint8))
+        else:
+            source = as_buffer(array, writable=out is None and self._takes(wish))
+            target = source if out is None else as_buffer(out)
+            _check_arrays(wish, source, target, self.rank, self.size)
+        in_shared = self._node is not None and self._node.shares(source)
+        nbytes = max(source.octets.size, target.octets.size)
+        chosen = choice.choose(wish, source.element, nbytes, self.layout, in_shared, self.profile)
+        stage = self._builder.build(wish, chosen, source, target)
+        facts = (operation, source.element, source.count, op, root, algorithm, fixed_order)
+        return Prepared(self, chosen, stage, facts, queued=chosen == "two-level")
+
+    def _takes(self, wish: Wish) -> bool:
+        """Whether this rank's array is written to by an operation in place."""
+        rooted = {"broadcast": self.rank != wish.root, "reduce": self.rank == wish.root}
+        return rooted.get(wish.operation, True)
+
+    # ---- point to point ----
+
+    def send(self, array: Any, to: int, tag: int = 0) -> None:
+        """Send `array` to rank `to`, which receives an array of the same type and count under the same tag."""
+        self.prepare_exchange(array, to, tag=tag).run()
+
+    def receive(self, array: Any, source: int, tag: int = 0) -> None:
+        """Fill `array` with what rank `source` sends."""
+        self.prepare_exchange(out=array, source=source, tag=tag).run()
+
+    def exchange(self, array: Any, to: int, out: Any, source: int, tag: int = 0) -> None:
+        """Send `array` to rank `to` and receive `out` from rank `source`, at once: a ring of calls cannot lock."""
+        self.prepare_exchange(array, to, out, source, tag=tag).run()
+
+    def prepare_exchange(
+        self, array: Any = None, to: int | None = None, out: Any = None, source: int | None = None, *, tag: int = 0
+    ) -> "Prepared":
+        """A send (`array`, `to`), a receive (`out`, `source`) or both, ready to run any number of times. Only the ranks
+        that take part prepare it. `tag` is below 1,024.
+        """
+        if not 0 <= tag < FIRST_TAG:
+            raise CommError(f"tag {tag} is out of range; take one from 0 to {FIRST_TAG - 1}")
+        given = None if array is None else as_buffer(array, writable=False)
+        taken = None if out is None else as_buffer(out)
+        for what, buffer, peer in (("array", given, to), ("out", taken, source)):
+            if (buffer is None) != (peer is None) or (peer is not None and not 0 <= peer < self.size):
+                raise CommError(f"an exchange needs {what} and its rank from 0 to {self.size - 1}, not rank {peer}")
+        return Prepared(self, "native", exchange_stage(self.comm, given, to, taken, source, tag), None, queued=False)
+
+    def check_call(self, facts: tuple[Any, ...]) -> None:
+        """With `debug`: raise CommError on every rank unless all are about to make the same call."""
+        call = next(self._calls)
+        everywhere = self.comm.allgather((call, *facts))
+        names = ("call", "operation", "type", "count", "op", "root", "algorithm", "fixed_order")
+        for rank, theirs in enumerate(everywhere):
+            differing = [
+                f"{name} {one!r} on rank 0 and {other!r} on rank {rank}"
+                for name, one, other in zip(names, everywhere[0], theirs, strict=True)
+                if one != other
+            ]
+            if differing:
+                raise CommError(
+                    f"collective call {call}: all ranks must make the same call, but there is {'; '.join(differing)}"
+                )
+
+    def begun(self, handle: "Handle", queued: bool) -> None:
+        """Note a handle as under way. Operations of several stages share the node's team: those queue up, and each
+        begins when the one before it is done, in one order on all ranks.
+        """
+        self.under_way.append(handle)
+        if queued:
+            self._queue.append(handle)
+            handle.begin(first=len(self._queue) == 1)
+
+    def ended(self, handle: "Handle") -> None:
+        self.under_way.remove(handle)
+        if self._queue and self._queue[0] is handle:
+            self._queue.popleft()
+            if self._queue:
+                self._queue[0].begin(first=True)
+
+    def progress(self) -> None:
+        """Move all that is under way on, without waiting."""
+        for handle in list(self.under_way):
+            handle.test()
+
+    def free(self) -> None:
+        """Give communicators and shared memory back; every rank calls it, and uses no prepared call afterwards."""
+        while self.under_way:
+            self.under_way[0].wait()
+        for comm in (self._across, self._node_comm, self.comm):
+            if comm is not None:
+                comm.Free()
+
+
+class Prepared:
+    """One call, ready to run. `algorithm` tells what was chosen."""
+
+    def __init__(
+        self, group: Group, algorithm: str, stage: Stage, facts: tuple[Any, ...] | None, *, queued: bool
+    ) -> None:
+        self.algorithm = algorithm
+        self._group, self._run_stage, self._stage = group, stage.run, stage
+        self._facts, self._queued = facts, queued
+        self._handle: Handle | None = None
+
+    def run(self) -> None:
+        """Do it, and return when this rank's part is done."""
+        if self._group.under_way or self._group.debug:
+            # What is under way must go on meanwhile: another rank may wait for that first.
+            self.start().wait()
+        else:
+            self._run_stage()
+
+    def start(self) -> "Handle":
+        """Begin; nothing of the arrays may be touched until the handle is done. One at a time."""
+        if self._handle is not None and not self._handle.test():
+            raise CommError("a prepared call was started again before it was done; wait for its handle first")
+        if self._group.debug and self._facts is not None:
+            self._group.check_call(self._facts)
+        self._handle = Handle(self._group, self._stage, self._queued)
+        return self._handle
+
+
+class Handle:
+    """An operation under way. `done`: whether it was seen to be complete."""
+
+    def __init__(self, group: Group, stage: Stage, queued: bool) -> None:
+        self._group, self._stage = group, stage
+        self._began = self.done = False
+        group.begun(self, queued)
+        if not queued:
+            self.begin(first=True)
+
+    def begin(self, first: bool) -> None:
+        """Start, where it is the first of its queue."""
+        if first:
+            self._began = True
+            self._stage.start()
+
+    def test(self) -> bool:
+        """Move on without waiting; whether it is done."""
+        if not self.done and self._began and self._stage.test():
+            self.done = True
+            self._group.ended(self)
+        return self.done
+
+    def wait(self) -> None:
+        """Return when it is done. All else that is under way goes on meanwhile, so ranks may wait in any order."""
+        while not self.done:
+            if self._group.under_way == [self]:
+                self._stage.wait()
+                self.test()
+            else:
+                self._group.progress()
+                os.sched_yield()
+
+
+def _check_arrays(wish: Wish, source: Buffer, target: Buffer, rank: int, size: int) -> None:
+    """Raise CommError unless the arrays fit each other and the operation."""
+    if source.element != target.element:
+        raise CommError(f"array holds {source.element} and out holds {target.element}; both must be of one type")
+    if not 0 <= wish.root < size:
+        raise CommError(f"root {wish.root} is no rank of this group; take one from 0 to {size - 1}")
+    if wish.operation == "alltoall" and source.count % size:
+        raise CommError(
+            f"alltoall needs a block of equal length for each of {size} ranks; {source.count} elements are not "
+            "divisible"
+        )
+    if wish.operation == "broadcast" and source is not target:
+        raise CommError("broadcast works in place; leave out away")
+    if source is target or (wish.operation == "reduce" and rank != wish.root):
+        return
+    wanted = source.count
+    if wish.operation in ("reduce_scatter", "allgather"):
+        whole = source.count if wish.operation == "reduce_scatter" else target.count
+        first, stop = block_bounds(whole, size)[rank : rank + 2]
+        block, given = (target, "out") if wish.operation == "reduce_scatter" else (source, "array")
+        if block.count != stop - first:
+            raise CommError(
+                f"{wish.operation} of {whole} elements gives rank {rank} of {size} a block of {stop - first}; {given} "
+                f"holds {block.count}"
+            )
+    elif target.count != wanted:
+        raise CommError(f"{wish.operation} of {wanted} elements needs an out of as many; it holds {target.count}")

@@ -1,0 +1,436 @@
+/* Python's door to arithmetic.c and team.c: the module mpillm.comm.kernel. node.py and buffers.py use it, nobody else. */
+#define PY_SSIZE_T_CLEAN
+#define _GNU_SOURCE
+#include <Python.h>
+
+#include <errno.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/types.h>
+
+#include "team.h"
+
+/* How long a wait may keep Python from handling a signal. */
+#define SIGNAL_SECONDS 0.05
+/* How long others may keep a rank waiting until it looks whether they still live. */
+#define SUSPICION_SECONDS 0.5
+/* Steps that one test may take: a small operation needs three, a large one is to leave the caller's work its time. */
+#define MOVES_A_TEST 4
+
+/* ---- Team ---- */
+
+typedef struct {
+    PyObject_HEAD
+    Py_buffer memory;
+    struct team team;
+    unsigned spins;
+    PyObject *error;
+    pid_t *processes; /* of the ranks, 0 for one that cannot be asked */
+} Team;
+
+static PyTypeObject OperationType;
+
+static int team_init(Team *self, PyObject *arguments, PyObject *keywords) {
+    static char *names[] = {"memory", "rank", "size", "stage_bytes", "spins", "processes", "error", NULL};
+    PyObject *processes;
+    Py_ssize_t stage_bytes;
+    if (self->memory.obj != NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "a team is made once");
+        return -1;
+    }
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "w*iinIO!O", names, &self->memory, &self->team.rank,
+                                     &self->team.size, &stage_bytes, &self->spins, &PyTuple_Type, &processes,
+                                     &self->error))
+        return -1;
+    Py_INCREF(self->error);
+    const int size = self->team.size;
+    self->team.memory = self->memory.buf;
+    self->team.stage_bytes = (size_t)stage_bytes;
+    atomic_flag_clear(&self->team.busy);
+    if (size < 1 || size > MOST_ROWS || self->team.rank < 0 || self->team.rank >= size ||
+        stage_bytes < 64 * (Py_ssize_t)size || PyTuple_GET_SIZE(processes) != size ||
+        (size_t)self->memory.len < team_bytes(size, (size_t)stage_bytes)) {
+        PyErr_SetString(PyExc_ValueError, "a team's rank, size, stage, processes and memory must fit each other");
+        return -1;
+    }
+    self->processes = PyMem_Calloc((size_t)size, sizeof *self->processes);
+    if (self->processes == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (int rank = 0; rank < size; rank++)
+        self->processes[rank] = (pid_t)PyLong_AsLong(PyTuple_GET_ITEM(processes, rank));
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static void team_dealloc(Team *self) {
+    if (self->memory.obj != NULL)
+        PyBuffer_Release(&self->memory);
+    PyMem_Free(self->processes);
+    Py_XDECREF(self->error);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+/* ---- Operation ---- */
+
+typedef struct {
+    PyObject_HEAD
+    Team *team;
+    Py_buffer source, target;
+    PyObject *held; /* what keeps the rows' memory alive */
+    unsigned char **rows;
+    struct operation operation;
+} Operation;
+
+static bool fill_rows(Operation *self, PyObject *rows) {
+    if (rows == Py_None)
+        return true;
+    if (!PyTuple_Check(rows) || PyTuple_GET_SIZE(rows) != self->team->team.size) {
+        PyErr_SetString(PyExc_ValueError, "rows are a tuple of one writable buffer a rank");
+        return false;
+    }
+    const size_t nbytes = self->operation.count * itemsize_of(self->operation.element);
+    self->rows = PyMem_Calloc((size_t)self->team->team.size, sizeof *self->rows);
+    if (self->rows == NULL) {
+        PyErr_NoMemory();
+        return false;
+    }
+    for (int rank = 0; rank < self->team->team.size; rank++) {
+        Py_buffer row;
+        if (PyObject_GetBuffer(PyTuple_GET_ITEM(rows, rank), &row, PyBUF_WRITABLE) < 0)
+            return false;
+        self->rows[rank] = row.buf;
+        const bool fits = (size_t)row.len == nbytes;
+        PyBuffer_Release(&row); /* `held` keeps the objects, and they keep their memory */
+        if (!fits) {
+            PyErr_SetString(PyExc_ValueError, "each row holds all elements");
+            return false;
+        }
+    }
+    Py_INCREF(rows);
+    self->held = rows;
+    self->operation.rows = self->rows;
+    return true;
+}
+
+/* Which elements of the whole array a buffer holds: all, or the own block alone. Its element 0, or where that would be. */
+static bool place(Operation *self, const Py_buffer *buffer, bool own_block, unsigned char **first) {
+    const struct operation *op = &self->operation;
+    const size_t size = (size_t)op->team->size, rank = (size_t)op->team->rank, itemsize = itemsize_of(op->element);
+    const size_t whole = op->count / size, rest = op->count % size;
+    const size_t begin = own_block ? whole * rank + rest * rank / size : 0;
+    const size_t stop = own_block ? whole * (rank + 1) + rest * (rank + 1) / size : op->count;
+    if ((size_t)buffer->len != (stop - begin) * itemsize) {
+        PyErr_Format(PyExc_ValueError, "a buffer of %zd bytes is to hold %zu elements of %zu bytes", buffer->len,
+                     stop - begin, itemsize);
+        return false;
+    }
+    *first = (unsigned char *)((uintptr_t)buffer->buf - begin * itemsize);
+    return true;
+}
+
+static PyObject *team_operation(Team *self, PyObject *arguments, PyObject *keywords) {
+    static char *names[] = {"kind", "source", "target", "count", "element", "reduction",
+                            "scale", "root", "flat", "rows", NULL};
+    int kind, element, reduction, root, flat;
+    PyObject *source, *target, *rows;
+    Py_ssize_t count;
+    double scale;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "iOOniidipO", names, &kind, &source, &target, &count, &element,
+                                     &reduction, &scale, &root, &flat, &rows))
+        return NULL;
+    if (kind < 0 || kind >= N_KINDS || element < 0 || element >= N_ELEMENTS || reduction < 0 ||
+        reduction >= N_REDUCTIONS || count < 0 || root < 0 || root >= self->team.size) {
+        PyErr_SetString(PyExc_ValueError, "an operation's numbers are out of range");
+        return NULL;
+    }
+    Operation *made = PyObject_New(Operation, &OperationType);
+    if (made == NULL)
+        return NULL;
+    memset((char *)made + sizeof(PyObject), 0, sizeof *made - sizeof(PyObject));
+    Py_INCREF(self);
+    made->team = self;
+    struct operation *op = &made->operation;
+    op->team = &self->team;
+    op->kind = (enum kind)kind;
+    op->element = (enum element)element;
+    op->reduction = (enum reduction)reduction;
+    op->scale = scale;
+    op->root = root;
+    op->count = (size_t)count;
+    op->flat = flat;
+    unsigned char *first;
+    if (source != Py_None) {
+        if (PyObject_GetBuffer(source, &made->source, PyBUF_SIMPLE) < 0 ||
+            !place(made, &made->source, kind == ALLGATHER && target != Py_None && source != target, &first))
+            goto fail;
+        op->source = first;
+    }
+    if (target != Py_None) {
+        if (PyObject_GetBuffer(target, &made->target, PyBUF_WRITABLE) < 0 ||
+            !place(made, &made->target, kind == REDUCE_SCATTER && source != target, &first))
+            goto fail;
+        op->target = first;
+    }
+    if (!fill_rows(made, rows))
+        goto fail;
+    if (op->flat && op->count > piece_elements(&self->team, 1, op->element)) {
+        PyErr_SetString(PyExc_ValueError, "a flat operation fits into one half stage");
+        goto fail;
+    }
+    return (PyObject *)made;
+fail:
+    Py_DECREF(made);
+    return NULL;
+}
+
+static void operation_dealloc(Operation *self) {
+    if (self->source.obj != NULL)
+        PyBuffer_Release(&self->source);
+    if (self->target.obj != NULL)
+        PyBuffer_Release(&self->target);
+    PyMem_Free(self->rows);
+    Py_XDECREF(self->held);
+    Py_XDECREF(self->team);
+    PyObject_Free(self);
+}
+
+/* Raise the team's error where a rank that this one waits for is no longer there. */
+static bool all_live(Team *team) {
+    const int rank = awaited(&team->team);
+    if (rank < 0 || team->processes[rank] <= 0 || kill(team->processes[rank], 0) == 0 || errno != ESRCH)
+        return true;
+    PyErr_Format(team->error,
+                 "rank %d of this node (process %d) ended while rank %d waited for it in a collective; its own output "
+                 "tells why, a checkpoint brings the run back",
+                 rank, (int)team->processes[rank], team->team.rank);
+    return false;
+}
+
+static bool wait_for(Operation *self) {
+    double waited = 0;
+    for (;;) {
+        bool done;
+        Py_BEGIN_ALLOW_THREADS
+        done = drive(&self->operation, SIGNAL_SECONDS, self->team->spins);
+        Py_END_ALLOW_THREADS
+        if (done)
+            return true;
+        waited += SIGNAL_SECONDS;
+        if (PyErr_CheckSignals() < 0 || (waited > SUSPICION_SECONDS && !all_live(self->team)))
+            return false;
+    }
+}
+
+/* A started operation is held until it is done, since the team knows its address. */
+static bool begin(Operation *self) {
+    if (self->operation.started && !self->operation.done) {
+        PyErr_SetString(self->team->error, "an operation was started again before it was done; wait for it first");
+        return false;
+    }
+    while (atomic_flag_test_and_set_explicit(&self->team->team.busy, memory_order_acquire))
+        ;
+    start(&self->operation);
+    atomic_flag_clear_explicit(&self->team->team.busy, memory_order_release);
+    return true;
+}
+
+/* It is done, and no longer held. */
+static void settle(Operation *self) {
+    self->operation.started = false;
+    Py_DECREF(self);
+}
+
+static PyObject *operation_start(Operation *self, PyObject *unused) {
+    (void)unused;
+    if (!begin(self))
+        return NULL;
+    Py_INCREF(self);
+    progress(&self->team->team);
+    Py_RETURN_NONE;
+}
+
+static PyObject *operation_test(Operation *self, PyObject *unused) {
+    (void)unused;
+    if (self->operation.started && !self->operation.done) {
+        Py_BEGIN_ALLOW_THREADS
+        for (int moves = 0; moves < MOVES_A_TEST && !self->operation.done; moves++)
+            if (!progress(&self->team->team))
+                break;
+        Py_END_ALLOW_THREADS
+    }
+    if (self->operation.started && self->operation.done)
+        settle(self);
+    return PyBool_FromLong(!self->operation.started);
+}
+
+static PyObject *operation_wait(Operation *self, PyObject *unused) {
+    (void)unused;
+    if (self->operation.started) {
+        if (!wait_for(self))
+            return NULL; /* still held: the team goes on to know it */
+        settle(self);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *operation_run(Operation *self, PyObject *unused) {
+    if (!begin(self))
+        return NULL;
+    Py_INCREF(self);
+    return operation_wait(self, unused);
+}
+
+static PyMethodDef operation_methods[] = {
+    {"run", (PyCFunction)operation_run, METH_NOARGS, "Start it and wait until it is done."},
+    {"start", (PyCFunction)operation_start, METH_NOARGS, "Start it; test or wait tell when it is done."},
+    {"test", (PyCFunction)operation_test, METH_NOARGS, "Move on without waiting; whether it is done."},
+    {"wait", (PyCFunction)operation_wait, METH_NOARGS, "Return when it is done."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyTypeObject OperationType = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "mpillm.comm.kernel.Operation",
+    .tp_doc = "One collective of a team, ready to run any number of times.",
+    .tp_basicsize = sizeof(Operation),
+    .tp_dealloc = (destructor)operation_dealloc,
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_methods = operation_methods,
+};
+
+static PyMethodDef team_methods[] = {
+    {"operation", (PyCFunction)(void (*)(void))team_operation, METH_VARARGS | METH_KEYWORDS,
+     "operation(kind, source, target, count, element, reduction, scale, root, flat, rows) -> Operation"},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyTypeObject TeamType = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "mpillm.comm.kernel.Team",
+    .tp_doc = "Team(memory, rank, size, stage_bytes, spins, processes, error): the ranks of one node.",
+    .tp_basicsize = sizeof(Team),
+    .tp_new = PyType_GenericNew,
+    .tp_init = (initproc)team_init,
+    .tp_dealloc = (destructor)team_dealloc,
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_methods = team_methods,
+};
+
+/* ---- functions ---- */
+
+static PyObject *kernel_combine(PyObject *module, PyObject *arguments) {
+    (void)module;
+    Py_buffer target, source;
+    int element, reduction;
+    if (!PyArg_ParseTuple(arguments, "iiw*y*", &element, &reduction, &target, &source))
+        return NULL;
+    const bool fits = element >= 0 && element < N_ELEMENTS && reduction >= 0 && reduction < N_REDUCTIONS &&
+                      target.len == source.len && (size_t)target.len % itemsize_of((enum element)element) == 0;
+    if (fits) {
+        const unsigned char *sources[2] = {target.buf, source.buf};
+        unsigned char *targets[1] = {target.buf};
+        const size_t count = (size_t)target.len / itemsize_of((enum element)element);
+        Py_BEGIN_ALLOW_THREADS
+        reduce_rows(sources, 2, targets, 1, count, (enum element)element, (enum reduction)reduction, 1.0);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&target);
+    PyBuffer_Release(&source);
+    if (fits)
+        Py_RETURN_NONE;
+    PyErr_SetString(PyExc_ValueError, "target and source must be of one element type and length");
+    return NULL;
+}
+
+static PyObject *kernel_scale(PyObject *module, PyObject *arguments) {
+    (void)module;
+    Py_buffer target;
+    int element;
+    double factor;
+    if (!PyArg_ParseTuple(arguments, "iw*d", &element, &target, &factor))
+        return NULL;
+    const bool fits = element >= FLOAT32 && element <= BFLOAT16 &&
+                      (size_t)target.len % itemsize_of((enum element)element) == 0;
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        scale_row(target.buf, (size_t)target.len / itemsize_of((enum element)element), (enum element)element, factor);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&target);
+    if (fits)
+        Py_RETURN_NONE;
+    PyErr_SetString(PyExc_ValueError, "only floats are scaled");
+    return NULL;
+}
+
+/* float32 to a 16-bit float or back, whichever of the two rows is `element`. */
+static PyObject *convert(PyObject *arguments, bool widens) {
+    Py_buffer target, source;
+    int element;
+    if (!PyArg_ParseTuple(arguments, "iw*y*", &element, &target, &source))
+        return NULL;
+    const Py_buffer *narrow_row = widens ? &source : &target, *wide_row = widens ? &target : &source;
+    const bool fits = (element == FLOAT16 || element == BFLOAT16) && wide_row->len == 2 * narrow_row->len;
+    if (fits) {
+        const size_t n = (size_t)narrow_row->len / 2;
+        Py_BEGIN_ALLOW_THREADS
+        if (widens)
+            widen(target.buf, source.buf, n, (enum element)element);
+        else
+            narrow(target.buf, source.buf, n, (enum element)element);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&target);
+    PyBuffer_Release(&source);
+    if (fits)
+        Py_RETURN_NONE;
+    PyErr_SetString(PyExc_ValueError, "one row of 16-bit floats and one of as many float32");
+    return NULL;
+}
+
+static PyObject *kernel_widen(PyObject *module, PyObject *arguments) {
+    (void)module;
+    return convert(arguments, true);
+}
+
+static PyObject *kernel_narrow(PyObject *module, PyObject *arguments) {
+    (void)module;
+    return convert(arguments, false);
+}
+
+static PyObject *kernel_team_bytes(PyObject *module, PyObject *arguments) {
+    (void)module;
+    int size;
+    Py_ssize_t stage_bytes;
+    if (!PyArg_ParseTuple(arguments, "in", &size, &stage_bytes))
+        return NULL;
+    return PyLong_FromSize_t(team_bytes(size, (size_t)stage_bytes));
+}
+
+static PyMethodDef functions[] = {
+    {"combine", kernel_combine, METH_VARARGS, "combine(element, reduction, target, source): target op= source."},
+    {"scale", kernel_scale, METH_VARARGS, "scale(element, target, factor): target *= factor, floats only."},
+    {"widen", kernel_widen, METH_VARARGS, "widen(element, target, source): 16-bit floats into float32."},
+    {"narrow", kernel_narrow, METH_VARARGS, "narrow(element, target, source): float32 into 16-bit floats."},
+    {"team_bytes", kernel_team_bytes, METH_VARARGS, "team_bytes(size, stage_bytes): what a Team's memory must hold."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "kernel", "Arithmetic on rows of memory, and collectives in memory that a node shares.", -1,
+    functions, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit_kernel(void) {
+    if (PyType_Ready(&TeamType) < 0 || PyType_Ready(&OperationType) < 0)
+        return NULL;
+    PyObject *module = PyModule_Create(&definition);
+    if (module == NULL)
+        return NULL;
+    if (PyModule_AddObjectRef(module, "Team", (PyObject *)&TeamType) < 0 ||
+        PyModule_AddObjectRef(module, "Operation", (PyObject *)&OperationType) < 0 ||
+        PyModule_AddIntConstant(module, "MOST_RANKS", MOST_ROWS) < 0) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
+}

@@ -1,0 +1,163 @@
+"""The ranks of one node as a team: collectives in memory that they share, run by the compiled kernel.
+
+- push: arrays that lie in shared memory themselves. Each rank sums its block over all of them and writes the sum into
+  every one, so each byte moves once.
+- flat: small arrays, anywhere. Each rank shows a copy of its own, and each sums all copies: one wait.
+- staged: arrays anywhere. Pieces pass through a small stage that all ranks see, in three steps a chunk; `team.c` tells.
+
+All of them sum in the one tree order of `algorithms.tree_split`, so they agree bit for bit.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpillm.comm import kernel
+from mpillm.comm.buffers import ELEMENTS, REDUCTIONS, Buffer
+from mpillm.comm.memory import Rows, share
+from mpillm.errors import CommError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+KINDS = ("allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall", "barrier")
+PUSHED = ("allreduce", "reduce_scatter", "allgather")
+# Measured in docs/notes.md: what passes between two waits stays in a core's second cache.
+STAGE_BYTES = 256 * 1024
+STAGE_BYTES_A_RANK = 16 * 1024
+# Up to here one wait with more reading beats two waits with less.
+FLAT_BYTES = 64 * 1024
+FLAT_PUSH_BYTES = 512
+# How often a waiting rank looks at a flag before it offers its core to others: some 50 µs where each has its own.
+SPINS = 1000
+SPINS_CROWDED = 20
+
+
+class SharedRows:
+    """Node-shared memory for `count` elements a rank, the form in which sums are fastest. `own` is this rank's row.
+
+    Every rank of the node may read and write all rows; the collectives keep order between them.
+    """
+
+    def __init__(self, rows: Rows, count: int, element: str) -> None:
+        """See `Node.allocate`, which finds the memory."""
+        self.element, self.count = element, count
+        self.octets = rows.rows
+        self.rank = rows.rank
+        # NumPy has no bfloat16: as_buffer and torch know these two bytes by another name.
+        self._dtype = np.dtype("uint16" if element == "bfloat16" else element)
+
+    @property
+    def own(self) -> NDArray[Any]:
+        """This rank's row as a NumPy array; bfloat16 as uint16."""
+        return self.octets[self.rank].view(self._dtype)
+
+    @property
+    def buffer(self) -> Buffer:
+        """This rank's row as the collectives take it, of its own element type."""
+        own = self.octets[self.rank]
+        return Buffer(self.element, self.own, own, self.count, self._dtype.itemsize)
+
+    def find(self, octets: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], ...] | None:
+        """Every rank's bytes at the place of `octets`, where that lies in this rank's row; else None."""
+        first = octets.ctypes.data - self.octets[self.rank].ctypes.data
+        if not 0 <= first <= first + octets.size <= self.octets[self.rank].size:
+            return None
+        return tuple(row[first : first + octets.size] for row in self.octets)
+
+    def free(self) -> None:
+        """Let go of the memory; it is given back when no view of it is left."""
+        self.octets = ()
+
+
+class Node:
+    """The team of this rank's node. Every rank of `comm`, all of one node, makes it through `create`."""
+
+    def __init__(self, comm: "MPI.Intracomm", memory: Rows, stage_bytes: int) -> None:
+        self.comm, self._memory = comm, memory
+        crowded = comm.size > len(os.sched_getaffinity(0))
+        self._team = kernel.Team(
+            memory.whole, comm.rank, comm.size, stage_bytes, SPINS_CROWDED if crowded else SPINS,
+            tuple(_processes(comm)), CommError,
+        )  # fmt: skip
+        self._flat_bytes = min(FLAT_BYTES, stage_bytes)
+        self._shared: list[SharedRows] = []
+
+    @classmethod
+    def create(cls, comm: "MPI.Intracomm", warn: Callable[[str], None]) -> "Node | None":
+        """The team, or None on every rank where shared memory can't be had; `warn` is told why, on rank 0 of `comm`."""
+        if comm.size > kernel.MOST_RANKS:
+            return None
+        stage_bytes = max(STAGE_BYTES, STAGE_BYTES_A_RANK * comm.size)
+        # The flags begin as zeros.
+        needed = kernel.team_bytes(comm.size, stage_bytes)
+        memory = share(comm, -(-needed // comm.size))
+        if isinstance(memory, str):
+            if comm.rank == 0:
+                warn(f"{memory}; collectives within the node fall back to messages, which is slower")
+            return None
+        return cls(comm, memory, stage_bytes)
+
+    def allocate(self, count: int, element: str, warn: Callable[[str], None]) -> SharedRows | None:
+        """Shared memory for `count` elements a rank, or None on every rank (and a warning). Every rank calls it."""
+        itemsize = 2 if element == "bfloat16" else np.dtype(element).itemsize
+        rows = share(self.comm, count * itemsize)
+        if isinstance(rows, str):
+            if self.comm.rank == 0:
+                warn(f"{rows}; arrays stay private to their ranks, and sums of them are slower")
+            return None
+        shared = SharedRows(rows, count, element)
+        self._shared.append(shared)
+        return shared
+
+    def prepare(
+        self,
+        kind: str,
+        source: Buffer | None,
+        target: Buffer | None,
+        op: str = "sum",
+        scale: float = 1.0,
+        root: int = 0,
+    ) -> kernel.Operation:
+        """A collective of the team, ready to run. Every rank of the node prepares the same, in the same order.
+
+        `source` and `target` may be the same buffer. A reduce_scatter's target, and an allgather's source, is either
+        the whole array or the own block alone. None: this rank gives, or takes, nothing.
+        """
+        given = source or target
+        if given is None:
+            return self._team.operation(KINDS.index(kind), None, None, 0, 0, 0, 1.0, root, False, None)
+        # The longer of the two is the whole array.
+        count = max(buffer.count for buffer in (source, target) if buffer is not None)
+        nbytes = count * given.itemsize
+        rows = self._rows_of(source) if kind in PUSHED and source is target else None
+        if kind == "allreduce" and nbytes <= FLAT_PUSH_BYTES:
+            rows = None
+        flat = kind in ("allreduce", "reduce") and nbytes <= self._flat_bytes and rows is None
+        return self._team.operation(
+            KINDS.index(kind), source.octets if source else None, target.octets if target else None, count,
+            ELEMENTS.index(given.element), REDUCTIONS.index(op), scale, root, flat, rows,
+        )  # fmt: skip
+
+    def shares(self, buffer: Buffer) -> bool:
+        """Whether `buffer` lies in memory that `allocate` gave."""
+        return self._rows_of(buffer) is not None
+
+    def _rows_of(self, buffer: Buffer | None) -> tuple[NDArray[np.uint8], ...] | None:
+        """All ranks' rows, where `buffer` lies in shared memory (every rank passes the same part of its row)."""
+        if buffer is not None and buffer.count:
+            self._shared = [shared for shared in self._shared if shared.octets]
+            for shared in self._shared:
+                if rows := shared.find(buffer.octets):
+                    return rows
+        return None
+
+
+def _processes(comm: "MPI.Intracomm") -> list[int]:
+    """The ranks' process ids; 0 for those of another process namespace, which can't be asked for a sign of life."""
+    own = Path("/proc/self/ns/pid").stat().st_ino
+    return [process if space == own else 0 for process, space in comm.allgather((os.getpid(), own))]

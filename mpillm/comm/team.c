@@ -1,0 +1,312 @@
+/*
+ * The team's memory is a line of flags a rank, then a stage a rank. A rank's only flag counts how often it has published:
+ * a release store, which an acquire load of another rank answers, so that all it wrote before is seen behind. All ranks
+ * run the same operations in the same order and publish equally often; so "all others have published as often as I" is
+ * the only thing that anyone ever waits for.
+ *
+ * An array is cut into a block a rank, blocks into pieces, and piece i of every block makes up chunk i. A chunk takes
+ * three steps: each rank writes into its stage what others need of it; each sums its own block's piece; each reads the
+ * others' sums. Ranks publish behind each step that others wait for.
+ *
+ * The stage has two halves that take turns by chunk. A rank writes into a half only after a wait within the chunk before,
+ * which the others reached only when they had read what was there.
+ */
+#define _GNU_SOURCE
+#include "team.h"
+
+#include <sched.h>
+#include <string.h>
+#include <time.h>
+
+#if defined(__x86_64__)
+#define PAUSE() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define PAUSE() __asm__ volatile("isb")
+#else
+#define PAUSE() atomic_signal_fence(memory_order_seq_cst)
+#endif
+
+/* What one call of progress may move, so that a poll between computations stays short. */
+#define PROGRESS_BYTES ((size_t)1 << 20)
+/* Who has waited this long may oversleep a little. */
+#define PATIENCE_SECONDS 0.01
+#define NAP_NANOSECONDS 50000
+
+static size_t stages_offset(int size) { return ((size_t)size * LINE_BYTES + 4095) / 4096 * 4096; }
+
+size_t team_bytes(int size, size_t stage_bytes) { return stages_offset(size) + (size_t)size * HALVES * stage_bytes; }
+
+static _Atomic uint64_t *flag_of(const struct team *team, int rank) {
+    return (_Atomic uint64_t *)(void *)(team->memory + (size_t)rank * LINE_BYTES);
+}
+
+static void publish(struct team *team) {
+    team->published++;
+    atomic_store_explicit(flag_of(team, team->rank), team->published, memory_order_release);
+}
+
+int awaited(const struct team *team) {
+    for (int rank = 0; rank < team->size; rank++)
+        if (atomic_load_explicit(flag_of(team, rank), memory_order_acquire) < team->published)
+            return rank;
+    return -1;
+}
+
+/* ---- places ---- */
+
+size_t piece_elements(const struct team *team, int blocks, enum element element) {
+    return team->stage_bytes / (size_t)blocks / 64 * 64 / itemsize_of(element);
+}
+
+static int blocks_of(const struct operation *op) { return op->flat || op->kind == BROADCAST ? 1 : op->team->size; }
+
+/* block_bounds of algorithms.py. */
+static size_t bound(const struct operation *op, int block, int blocks) {
+    const size_t whole = op->count / (size_t)blocks, rest = op->count % (size_t)blocks;
+    return whole * (size_t)block + rest * (size_t)block / (size_t)blocks;
+}
+
+/* Where the present piece of a block lies: bytes from the array's beginning and in a stage, and its elements. */
+struct place {
+    size_t offset, staged, n;
+};
+
+static struct place place_of(const struct operation *op, int block) {
+    const int blocks = blocks_of(op);
+    const size_t itemsize = itemsize_of(op->element), most = piece_elements(op->team, blocks, op->element);
+    const size_t first = bound(op, block, blocks) + op->piece * most, stop = bound(op, block + 1, blocks);
+    const size_t left = first < stop ? stop - first : 0;
+    return (struct place){first * itemsize, (size_t)block * most * itemsize, left < most ? left : most};
+}
+
+static unsigned char *stage_of(const struct team *team, int rank) {
+    const size_t half = (size_t)rank * HALVES + team->chunks % HALVES;
+    return team->memory + stages_offset(team->size) + half * team->stage_bytes;
+}
+
+static bool is_last_piece(const struct operation *op) {
+    const int blocks = blocks_of(op);
+    const size_t longest = op->count / (size_t)blocks + (op->count % (size_t)blocks != 0);
+    return (op->piece + 1) * piece_elements(op->team, blocks, op->element) >= longest;
+}
+
+/* ---- the steps ---- */
+
+static void write_block(const struct operation *op, int block) {
+    const struct place place = place_of(op, block);
+    memcpy(stage_of(op->team, op->team->rank) + place.staged, op->source + place.offset,
+           place.n * itemsize_of(op->element));
+}
+
+/* Copy what `rank` has staged of its block `staged_block` to the place of `block` in the target. */
+static void read_block(const struct operation *op, int rank, int staged_block, int block) {
+    const struct place from = place_of(op, staged_block), to = place_of(op, block);
+    memcpy(op->target + to.offset, stage_of(op->team, rank) + from.staged, to.n * itemsize_of(op->element));
+}
+
+static void keep_own_block(const struct operation *op) {
+    const struct place place = place_of(op, op->team->rank);
+    if (op->target != NULL && op->target != op->source)
+        memcpy(op->target + place.offset, op->source + place.offset, place.n * itemsize_of(op->element));
+}
+
+/* Sum this rank's piece over all ranks, into its target and its stage as the kind wants. */
+static void reduce_own(const struct operation *op) {
+    const struct team *team = op->team;
+    const int block = op->flat ? 0 : team->rank;
+    const struct place place = place_of(op, block);
+    const unsigned char *sources[MOST_ROWS];
+    unsigned char *targets[2];
+    int n_targets = 0;
+    for (int rank = 0; rank < team->size; rank++)
+        sources[rank] = stage_of(team, rank) + place.staged;
+    sources[team->rank] = op->source + place.offset;
+    if (op->target != NULL)
+        targets[n_targets++] = op->target + place.offset;
+    if (!op->flat && op->kind != REDUCE_SCATTER)
+        targets[n_targets++] = stage_of(team, team->rank) + place.staged;
+    if (n_targets > 0)
+        reduce_rows(sources, team->size, targets, n_targets, place.n, op->element, op->reduction, op->scale);
+}
+
+static void write_step(const struct operation *op) {
+    const struct team *team = op->team;
+    if (op->flat || (op->kind == BROADCAST && team->rank == op->root))
+        write_block(op, 0);
+    else if (op->kind == ALLGATHER)
+        write_block(op, team->rank);
+    else if (op->kind != BROADCAST)
+        /* From the right neighbour on, so that not all ranks read one rank's memory at a time. */
+        for (int turn = 1; turn < team->size; turn++)
+            write_block(op, (team->rank + turn) % team->size);
+}
+
+static void read_step(const struct operation *op) {
+    const struct team *team = op->team;
+    if (op->target == NULL)
+        return;
+    if (op->kind == BROADCAST) {
+        read_block(op, op->root, 0, 0);
+        return;
+    }
+    for (int turn = 1; turn < team->size; turn++) {
+        const int rank = (team->rank + turn) % team->size;
+        read_block(op, rank, op->kind == ALLTOALL ? team->rank : rank, rank);
+    }
+    if (op->kind == ALLTOALL || op->kind == ALLGATHER)
+        keep_own_block(op);
+}
+
+static void end_chunk(struct operation *op) {
+    op->done = is_last_piece(op);
+    op->step = 0;
+    op->piece++;
+    op->team->chunks++;
+}
+
+/* Is there a third step, for which the sums must be published? */
+static bool spreads_sums(const struct operation *op) {
+    return !op->flat && (op->kind == ALLREDUCE || op->kind == REDUCE);
+}
+
+static void staged_step(struct operation *op) {
+    switch (op->step) {
+    case 0:
+        write_step(op);
+        publish(op->team);
+        op->step = 1;
+        return;
+    case 1:
+        if (op->kind == ALLREDUCE || op->kind == REDUCE_SCATTER || op->kind == REDUCE)
+            reduce_own(op);
+        else
+            read_step(op);
+        if (!spreads_sums(op)) {
+            end_chunk(op);
+            return;
+        }
+        publish(op->team);
+        op->step = 2;
+        return;
+    default:
+        read_step(op);
+        end_chunk(op);
+    }
+}
+
+/* All arrays lie in shared memory: no stage between. Each rank works on its own block: sums it over all rows and pushes
+ * the sum into every row (all-reduce) or its own (reduce-scatter), or pushes what it has there (all-gather). */
+static void push_piece(const struct operation *op, size_t first, size_t n) {
+    const struct team *team = op->team;
+    const size_t offset = first * itemsize_of(op->element);
+    const unsigned char *sources[MOST_ROWS];
+    unsigned char *targets[MOST_ROWS];
+    int n_sources = 0, n_targets = 0;
+    for (int rank = 0; rank < team->size; rank++) {
+        if (op->kind != ALLGATHER || rank == team->rank)
+            sources[n_sources++] = op->rows[rank] + offset;
+        if (op->kind == ALLREDUCE || (op->kind == ALLGATHER) == (rank != team->rank))
+            targets[n_targets++] = op->rows[rank] + offset;
+    }
+    if (n_targets > 0)
+        reduce_rows(sources, n_sources, targets, n_targets, n, op->element, op->reduction, op->scale);
+}
+
+static void push_step(struct operation *op) {
+    struct team *team = op->team;
+    const size_t most = PROGRESS_BYTES / itemsize_of(op->element);
+    const size_t first = bound(op, team->rank, team->size) + op->piece * most;
+    const size_t stop = bound(op, team->rank + 1, team->size);
+    if (op->step == 1 && first < stop) {
+        push_piece(op, first, stop - first < most ? stop - first : most);
+        op->piece++;
+        return;
+    }
+    if (op->step < 2)
+        publish(team);
+    else
+        op->done = true;
+    op->step++;
+}
+
+/* One step of the operation, if it need not wait; whether it moved. */
+static bool step(struct operation *op) {
+    const bool begins = op->step == 0;
+    const bool pushes_on = op->rows != NULL && op->step == 1 && op->piece > 0;
+    if (!begins && !pushes_on && awaited(op->team) >= 0)
+        return false;
+    if (op->kind == BARRIER) {
+        if (begins)
+            publish(op->team);
+        op->done = !begins;
+        op->step = 1;
+    } else if (op->rows != NULL) {
+        push_step(op);
+    } else {
+        staged_step(op);
+    }
+    return true;
+}
+
+void start(struct operation *op) {
+    struct team *team = op->team;
+    op->step = 0;
+    op->piece = 0;
+    op->started = true;
+    op->done = false;
+    op->next = NULL;
+    if (team->first == NULL)
+        team->first = op;
+    else
+        team->last->next = op;
+    team->last = op;
+}
+
+static bool progress_alone(struct team *team) {
+    struct operation *op = team->first;
+    if (op == NULL || !step(op))
+        return false;
+    if (op->done)
+        team->first = op->next;
+    return true;
+}
+
+bool progress(struct team *team) {
+    if (atomic_flag_test_and_set_explicit(&team->busy, memory_order_acquire))
+        return false;
+    const bool moved = progress_alone(team);
+    atomic_flag_clear_explicit(&team->busy, memory_order_release);
+    return moved;
+}
+
+static double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+bool drive(struct operation *op, double limit_seconds, unsigned spins) {
+    unsigned waited = 0;
+    double began = 0;
+    while (!op->done) {
+        if (progress(op->team)) {
+            waited = 0;
+            continue;
+        }
+        if (++waited < spins) {
+            PAUSE();
+            continue;
+        }
+        if (waited == spins)
+            began = now();
+        sched_yield();
+        if (waited % 16 == 0) {
+            const double seconds = now() - began;
+            if (seconds > limit_seconds)
+                return false;
+            if (seconds > PATIENCE_SECONDS)
+                nanosleep(&(struct timespec){0, NAP_NANOSECONDS}, NULL);
+        }
+    }
+    return true;
+}

@@ -1,0 +1,67 @@
+"""What a collective algorithm is made of: transfers, gathered in rounds, one schedule for each rank.
+
+The k-th round of one rank meets only the k-th rounds of others, and nothing in a round waits for a later one; so
+no circle of waiting can form, whatever the algorithm.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Arrival = Literal["add", "copy"]
+Move = tuple[int, int, int]
+"""(block, sending rank, receiving rank): a transfer as seen from outside."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One transfer as one rank sees it, of `width` adjacent blocks from `block` on."""
+
+    peer: int
+    block: int
+    action: Literal["send", "add", "copy"]
+    """"add": receive and combine into the own blocks (sum, max or min); "copy": receive over them."""
+    width: int = 1
+
+
+Round = tuple[Transfer, ...]
+"""All are posted at once, then all completed. A send carries the block as the earlier rounds left it.
+
+Transfers to one peer, and those from one peer, stand in rising order of blocks, the same at both ends.
+"""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What one rank does."""
+
+    blocks: int
+    """The array is cut into so many blocks by block_bounds(count, blocks)."""
+    rounds: tuple[Round, ...]
+
+
+def block_bounds(count: int, size: int) -> list[int]:
+    """`size` + 1 bounds that cut `count` elements into blocks that differ by one element at most."""
+    return [count * block // size for block in range(size + 1)]
+
+
+def one_round(rank: int, moves: Iterable[Move], arrival: Arrival) -> Round:
+    """The moves that `rank` takes part in, adjacent blocks of one peer put together; one from itself is none."""
+    own: list[Transfer] = []
+    for block, sender, receiver in moves:
+        if rank == sender != receiver:
+            own.append(Transfer(receiver, block, "send"))
+        elif rank == receiver != sender:
+            own.append(Transfer(sender, block, arrival))
+    merged: list[Transfer] = []
+    for transfer in sorted(own, key=lambda t: (t.action, t.peer, t.block)):
+        last = merged[-1] if merged else None
+        if (
+            last
+            and (last.action, last.peer) == (transfer.action, transfer.peer)
+            and last.block + last.width == transfer.block
+        ):
+            merged[-1] = Transfer(last.peer, last.block, last.action, last.width + 1)
+        else:
+            merged.append(transfer)
+    return tuple(merged)
