@@ -160,6 +160,67 @@ def generate(
         speak(trained, prompt, Sampling(max_tokens, temperature, top_k, top_p, seed), job.comm, job.console)
 
 
+@app.command(epilog="Example: mpirun -n 2 mpillm bench allreduce --sizes 64K:64M:x4 --check --plot allreduce.png")
+def bench(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="allreduce, reduce-scatter, allgather, broadcast, reduce, alltoall, barrier, latency, bandwidth, "
+            "bibw, message-rate, overlap, memory, gemm, filesystem, or all.",
+        ),
+    ],
+    sizes: Annotated[str, typer.Option(help="1K:256M:x2, 1M:4M:+1M or a list such as 64,1M.")] = "",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, int32 …; float32 where none is named.")] = "",
+    algorithms: Annotated[
+        str, typer.Option(help="auto,native,shared,ring,gloo,nccl …; all that can run where none is named.")
+    ] = "",
+    iterations: Annotated[int, typer.Option(help="Rounds that are timed.")] = 20,
+    warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 3,
+    check: Annotated[bool, typer.Option("--check", help="Count wrong elements.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    in_place: Annotated[bool, typer.Option("--in-place", help="The result replaces the data.")] = False,
+    buffers: Annotated[str, typer.Option(help="warm: the same each time; fresh: new pages each time.")] = "warm",
+    op: Annotated[str, typer.Option(help="sum, mean, max or min.")] = "sum",
+    node_shared: Annotated[
+        bool | None,
+        typer.Option("--node-shared/--private", help="Where the data lies; by default shared for auto and shared."),
+    ] = None,
+    as_json: Json = False,
+    csv: Annotated[str, typer.Option(metavar="FILE", help="Write the figures; - prints them instead.")] = "",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw bandwidth over size.")] = None,
+    save: Annotated[Path | None, typer.Option(metavar="PROFILE.json", help="Write the cluster profile.")] = None,
+    profile: Annotated[Path | None, typer.Option(metavar="PROFILE.json", help="Let auto choose by it.")] = None,
+    folder: Annotated[Path | None, typer.Option(metavar="DIR", help="Which file system to measure.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure messages, memory, arithmetic and files as OSU and nccl-tests do, and write the cluster profile."""
+    with _job(debug, torch_threads=True) as job:
+        from mpillm.bench.filesystem import TrainingPaths
+        from mpillm.bench.options import BenchOptions
+        from mpillm.bench.run import run
+        from mpillm.comm.mesh import on_one_node
+        from mpillm.tokens.manifest import Manifest, Split
+        from mpillm.tokens.reader import open_split
+        from mpillm.tokens.shards import Documents, write_shard
+        from mpillm.tokens.windows import Plan
+        from mpillm.weights.checkpoint import Checkpoint
+        from mpillm.weights.saving import save as save_checkpoint
+
+        if on_one_node(job.comm):
+            # gloo, a peer, takes its network from the environment alone, and else from the host's name.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        options = BenchOptions(
+            what=what, sizes=sizes, dtype=dtype, algorithms=algorithms, iterations=iterations, warmup=warmup,
+            check=check, device=device, in_place=in_place, buffers=buffers, op=op, node_shared=node_shared,
+            as_json=as_json, csv=csv, plot=plot, save=save, profile=profile, folder=folder, threads=job.threads,
+        )  # fmt: skip
+        paths = TrainingPaths(
+            Documents, write_shard, Split, Manifest, open_split, Plan, save_checkpoint, Checkpoint
+        )  # fmt: skip
+        run(options, job.comm, job.console, paths)
+
+
 @app.callback(invoke_without_command=True)
 def _door(
     version: Annotated[

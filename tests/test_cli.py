@@ -64,7 +64,7 @@ def test_versions(mpillm) -> None:  # type: ignore[no-untyped-def]
     assert all(word in told for word in ("mpi4py", "torch", "h5py", "MPI", "HDF5"))
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "evaluate", "generate"])
+@pytest.mark.parametrize("verb", ["prepare", "train", "evaluate", "generate", "bench"])
 def test_help_shows_an_example(mpillm, verb: str) -> None:  # type: ignore[no-untyped-def]
     done = mpillm(verb, "--help")
     assert done.returncode == 0

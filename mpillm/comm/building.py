@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 # Measured in docs/notes.md, over TCP and within a node.
-SEGMENT_BYTES = 256 * KIB
-IN_FLIGHT = 4
+SEGMENT_BYTES = 60 * KIB
+IN_FLIGHT = 8
 # Between nodes: below, few rounds; above, few bytes, both ways at once.
 FEW_ROUNDS_BYTES = 256 * KIB
 

@@ -23,7 +23,7 @@ class Profile(Protocol):
 
     def best(
         self, operation: str, nbytes: int, element: str, nodes: int, ranks: int, allowed: Sequence[str],
-        device: str = "cpu",
+        device: str = "cpu", node_shared: bool = False,
     ) -> str | None: ...  # fmt: skip
 
 
@@ -119,7 +119,8 @@ def choose(wish: Wish, element: str, nbytes: int, layout: Layout, in_shared: boo
         known = None
         if profile is not None:
             allowed = [name for name in able if name not in ("auto", "reference")]
-            known = profile.best(wish.operation, nbytes, element, len(layout.nodes), layout.size, allowed)
+            where = (len(layout.nodes), layout.size)
+            known = profile.best(wish.operation, nbytes, element, *where, allowed, node_shared=in_shared)
         return known or table(wish.operation, element, nbytes, layout, in_shared, able)
     if algorithm not in able:
         raise CommError(
@@ -137,7 +138,7 @@ def _check_able(operation: str, algorithm: str, able: Sequence[str], layout: Lay
     if algorithm in needs and algorithm not in able and operation != "barrier":
         raise CommError(
             f"{operation} by {algorithm} needs {needs[algorithm]}; here are {layout.size} ranks on {len(layout.nodes)} "
-            f"node(s), shared memory {'can' if layout.shares_memory else 'cannot'} be had; take one of {', '.join(able)}"
+            f"node(s), with{'' if layout.shares_memory else 'out'} shared memory; take one of {', '.join(able)}"
         )
     check_known(algorithm, able, f"algorithm for {operation}")
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mpillm.comm.agreement import on_root
 from mpillm.comm.mesh import Mesh
 from mpillm.comm.patience import patient_barrier
+from mpillm.comm.profile import ClusterProfile, describe_cluster, load_profile
 from mpillm.console import Console, Progress
 from mpillm.errors import DivergedError, MismatchError, UsageError
 from mpillm.files import make_folder, write_text
@@ -22,7 +24,7 @@ from mpillm.tokens.reader import open_split
 from mpillm.train.optimizer import optimizer_tensors, set_steps
 from mpillm.train.overview import tell_plan
 from mpillm.train.recipe import Recipe, write_recipe
-from mpillm.train.record import METRICS, RECIPE, Record
+from mpillm.train.record import CLUSTER, METRICS, RECIPE, Record
 from mpillm.train.trainer import StepResult, Trainer
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.finding import CHECKPOINTS, newest_whole
@@ -46,10 +48,25 @@ def train(recipe: Recipe, comm: "MPI.Intracomm", console: Console, resume: bool 
         WindowOrder(reader.n_tokens, recipe.model.context, recipe.train.seed)
         checkpoint = _place(recipe, manifest, comm, console, resume)
         tell_plan(recipe, mesh, reader, comm, console)
-        trainer = Trainer(recipe, reader, mesh.axis("data"))
+        trainer = Trainer(recipe, reader, mesh.axis("data"), _profile(recipe, comm, console), console.warn)
+        if comm.size > 1:
+            console.say(f"gradients: {trainer.describe()}")
         run = Run(recipe, manifest, trainer, comm, console)
         run.go(checkpoint)
         trainer.close()
+
+
+def _profile(recipe: Recipe, comm: "MPI.Intracomm", console: Console) -> ClusterProfile | None:
+    """The cluster's profile: the recipe's, else one that lies in the run's folder, else none. Every rank calls it."""
+    beside = Path(recipe.train.run) / CLUSTER
+    here = describe_cluster(comm)
+    named = Path(recipe.parallel.profile) if recipe.parallel.profile else None
+
+    def load() -> ClusterProfile | None:
+        path = named or (beside if beside.exists() else None)
+        return load_profile(path, console.warn, here) if path else None
+
+    return on_root(comm, load)
 
 
 def _with_vocabulary(recipe: Recipe, manifest: Manifest) -> DecoderConfig:

@@ -9,6 +9,7 @@ from typing import Any
 from mpillm.files import replacing, write_text
 
 METRICS, PICTURE, EVENTS, RECIPE = "metrics.jsonl", "loss.png", "tensorboard", "recipe.toml"
+CLUSTER = "cluster.json"
 Metrics = dict[str, float]
 
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpillm.comm.mesh import Axis
+from mpillm.comm.profile import ClusterProfile
 from mpillm.errors import DivergedError
 from mpillm.models.decoder import Decoder, create, loss_sum
 from mpillm.parallel.data import GradientBuckets, share_batch
@@ -34,12 +36,16 @@ class StepResult:
 class Trainer:
     """Model, optimizer, gradients and samples of one rank; `step` runs them. Every rank of the axis steps alike."""
 
-    def __init__(self, recipe: Recipe, reader: TokenReader, axis: Axis) -> None:
+    def __init__(
+        self, recipe: Recipe, reader: TokenReader, axis: Axis, profile: ClusterProfile | None = None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
+        """`profile`: the cluster's, which chooses how gradients meet; `warn` is told what had to be done without."""
         self.recipe, self.axis = recipe, axis
         self._first, self._rows = share_batch(recipe.train.batch, axis)
         self.model: Decoder = create(recipe.model, recipe.train.seed)
         self.optimizer = make_optimizer(self.model, recipe.optimizer)
-        self._buckets = GradientBuckets(self.model.parameters(), axis, recipe.parallel)
+        self._buckets = GradientBuckets(self.model.parameters(), axis, recipe.parallel, profile, warn)
         self._sampler = Sampler(
             reader, recipe.model.context, recipe.train.batch, recipe.train.seed, boundaries=recipe.data.document_mask
         )
@@ -47,6 +53,13 @@ class Trainer:
     @property
     def autocast(self) -> torch.dtype | None:
         return torch.bfloat16 if self.recipe.train.dtype == "bfloat16" else None
+
+    def describe(self) -> str:
+        """How gradients meet: `2 buckets by shared, after the backward pass`."""
+        buckets = len(self._buckets.buckets)
+        when = "behind" if self._buckets.behind else "after"
+        by = " and ".join(self._buckets.algorithms)
+        return f"{buckets} bucket{'s' * (buckets != 1)} by {by}, {when} the backward pass"
 
     def close(self) -> None:
         """Give shared memory back. Every rank of the axis calls it, after the last step."""

@@ -293,7 +293,7 @@ def test_neighbours(group):
         ("allreduce", (np.ones(3), np.ones(4)), {}, "needs an out of as many; it holds 4"),
         ("allreduce", (np.ones(3), np.ones(3, np.float32)), {}, "array holds float64 and out holds float32"),
         ("allreduce", (np.ones(3),), {"op": "summ"}, "no reduction is called 'summ'; did you mean 'sum'"),
-        ("allreduce", (np.ones(3),), {"algorithm": "rign"}, "no algorithm for allreduce is called 'rign'; did you mean 'ring'"),
+        ("allreduce", (np.ones(3),), {"algorithm": "rign"}, "allreduce is called 'rign'; did you mean 'ring'"),
         ("alreduce", (np.ones(3),), {}, "did you mean 'allreduce'"),
         ("allreduce", (np.ones((3, 3))[:, 1],), {}, "C-contiguous"),
         ("allreduce", (np.broadcast_to(np.zeros(1), (1,)),), {}, "read-only"),

@@ -1,0 +1,88 @@
+"""From a run's results to the cluster profile that `comm` and `plan` read; pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpillm.bench.contestants import COPY, FLOOR, SHARED_PRIVATE
+from mpillm.bench.fit import fit
+from mpillm.bench.options import COLLECTIVES
+from mpillm.bench.pairs import fastest
+from mpillm.bench.peers import PEERS
+from mpillm.bench.report import Row, Section
+from mpillm.comm.profile import Cluster, ClusterProfile, CollectiveCost, Cost, PointToPointCost
+
+
+def make_profile(
+    sections: Sequence[Section], cluster: Cluster, ranks: int, device: str, made: str, probe: Mapping[str, Any]
+) -> ClusterProfile:
+    """`made`: the date; `probe`: what is known of the GPU. Peers and the choice of `auto` are not kept."""
+    rows = {section.what: section.rows for section in sections}
+    collectives = [
+        entry for what in COLLECTIVES for entry in collective_costs(rows.get(what, []), cluster, ranks, device)
+    ]
+    return ClusterProfile(
+        made, cluster, tuple(collectives), tuple(point_to_point(rows)), memory(rows), tuple(gemm(rows, device)),
+        filesystem(rows), dict(probe),
+    )  # fmt: skip
+
+
+def cost_of(rows: Sequence[Row]) -> Cost:
+    """Points and line of rows with `bytes` and `median_seconds`, at least one."""
+    points = tuple(sorted((row["bytes"], row["median_seconds"]) for row in rows))
+    line = fit(points)
+    return Cost(points, line.latency_seconds, line.bytes_per_second, line.relative_error)
+
+
+def collective_costs(rows: Sequence[Row], cluster: Cluster, ranks: int, device: str) -> list[CollectiveCost]:
+    names = dict.fromkeys(row["algorithm"] for row in rows)
+    kept = [name for name in names if name not in ("auto", FLOOR, *PEERS)]
+    found = []
+    for name in kept:
+        own = [row for row in rows if row["algorithm"] == name]
+        found.append(CollectiveCost(
+            own[0]["operation"], "shared" if name == SHARED_PRIVATE else name, own[0]["element"], device,
+            cluster.nodes, ranks, cluster.ranks_per_node, own[0]["node_shared"], cost_of(own),
+        ))  # fmt: skip
+    return found
+
+
+def point_to_point(rows: Mapping[str, list[Row]]) -> list[PointToPointCost]:
+    latency = rows.get("latency", [])
+    found = []
+    for level in dict.fromkeys(row["level"] for row in latency):
+        best = {what: fastest(what, rows.get(what, []), level) for what in ("bandwidth", "bibw", "message-rate")}
+        found.append(PointToPointCost(
+            level, cost_of([row for row in latency if row["level"] == level]),
+            best["bandwidth"], best["bibw"], best["message-rate"],
+        ))  # fmt: skip
+    return found
+
+
+def memory(rows: Mapping[str, list[Row]]) -> dict[str, Any]:
+    """Kernel → bytes a second of a rank while all work, at the largest size; `floor`: (bytes, seconds) of a copy."""
+    found: dict[str, Any] = {}
+    for row in rows.get("memory", []):  # sizes ascend
+        found[f"{row['kernel']}_bytes_per_second"] = row["bytes_per_second"]
+    copies = {row["bytes"]: row["median_seconds"] for row in rows.get("memory", []) if row["kernel"] == "copy"}
+    for what in COLLECTIVES:
+        floors = [row for row in rows.get(what, []) if row["algorithm"] == FLOOR and row["chosen"] == COPY]
+        copies = {row["bytes"]: row["median_seconds"] for row in floors} | copies
+    return found | ({"floor": [[size, copies[size]] for size in sorted(copies)]} if copies else {})
+
+
+def gemm(rows: Mapping[str, list[Row]], device: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "element": row["element"], "edge": row["edge"], "device": device,
+            "flops_per_second": row["flops_per_second"],
+        }
+        for row in rows.get("gemm", [])
+    ]  # fmt: skip
+
+
+def filesystem(rows: Mapping[str, list[Row]]) -> dict[str, Any]:
+    """`read_windows_cold_bytes_per_second` and its like, of all ranks together, at the largest size."""
+    return {
+        row["path"].replace(",", "").replace(" ", "_") + "_bytes_per_second": row["all_bytes_per_second"]
+        for row in rows.get("filesystem", [])
+    }

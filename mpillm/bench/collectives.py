@@ -1,0 +1,137 @@
+"""The benchmark of one collective: every algorithm, size by size, beside the library's own and the memory floor."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mpillm.bench import figures
+from mpillm.bench.arrays import Shape, fitting_count
+from mpillm.bench.contestants import (
+    FLOOR,
+    Contestant,
+    Memory,
+    contestants,
+    floor,
+    floor_kind,
+    peers_wanted,
+    select,
+    tried,
+)
+from mpillm.bench.figures import Seconds
+from mpillm.bench.options import COLLECTIVES
+from mpillm.bench.pattern import count_wrong
+from mpillm.bench.peers import Peer, joined
+from mpillm.bench.report import TIME_COLUMNS, Row, Section, Show, scaled, spread, text, whole
+from mpillm.bench.setting import Bench
+from mpillm.bench.timing import interleave
+
+COLUMNS: dict[str, Show] = {
+    "bytes": whole("bytes"), "count": whole("count"), "type": text("element"),
+    "algorithm": lambda row: row["algorithm"] + f" ({row['chosen']})" * (row["algorithm"] in ("auto", FLOOR)),
+    **TIME_COLUMNS,
+    "algbw GB/s": scaled("algorithm_bytes_per_second", 1e-9), "busbw GB/s": scaled("bus_bytes_per_second", 1e-9),
+    "#wrong": text("wrong"), "× native": spread("native_ratio"), "of floor": scaled("floor_ratio", 1),
+}  # fmt: skip
+
+
+def run_collective(bench: Bench, what: str) -> list[Section]:
+    """Measure the collective that the command line calls `what`. Every rank calls it, with the same options."""
+    options, operation = bench.options, COLLECTIVES[what]
+    here = bench.group.algorithms(operation)
+    names = select(options.algorithm_names, here, bench.note, what)
+    shapes = shapes_of(bench, what)
+    rows: list[Row] = []
+    with (
+        joined(bench.comm, peers_wanted(options), bench.note) as peers,
+        bench.progress(what, len(shapes) * (options.iterations + options.warmup)) as advance,
+    ):
+        for shape in shapes:
+            rows += _measure(bench, shape, names, peers, advance)
+    title = f"{what}: {bench.comm.size} rank{'s' * (bench.comm.size > 1)}" + f", {options.op}" * _reduces(operation)
+    return [Section(what, title, rows, COLUMNS)]
+
+
+def _reduces(operation: str) -> bool:
+    return operation in ("allreduce", "reduce_scatter", "reduce")
+
+
+def shapes_of(bench: Bench, what: str) -> list[Shape]:
+    """What is measured, by size; sizes that come to the same count are taken once."""
+    options, comm, operation = bench.options, bench.comm, COLLECTIVES[what]
+    sizes = (0,) if operation == "barrier" else options.sizes_of(what)
+    counts = [fitting_count(operation, size, options.element, comm.size) if size else 0 for size in sizes]
+    op = options.op if _reduces(operation) else "sum"
+    return [
+        Shape(operation, count, options.element, comm.size, comm.rank, options.in_place, op)
+        for count in dict.fromkeys(counts)
+    ]
+
+
+def _measure(
+    bench: Bench, shape: Shape, names: list[str], peers: Mapping[str, Peer], advance: Callable[[], None]
+) -> list[Row]:
+    options, group = bench.options, bench.group
+    memory = Memory(group, shape, options)
+    entries = contestants(group, peers, memory, names, options)
+    chosen = keep_able(bench, entries)
+    wrong = _check(bench, entries) if options.check else {}
+    makes = {name: entry.make for name, entry in entries.items()}
+    if shape.count and options.device == "cpu":
+        makes[FLOOR] = floor(shape)
+    seconds = interleave(
+        bench.comm, makes, options.iterations, options.warmup, fresh=options.buffers == "fresh", advance=advance
+    )
+    if options.check:
+        wrong = {name: max(before, _check(bench, entries)[name]) for name, before in wrong.items()}
+    facts = {name: {"chosen": chosen[name], "wrong": wrong.get(name)} for name in entries}
+    facts = {name: fact | {"node_shared": memory.is_shared(name)} for name, fact in facts.items()}
+    entries.clear()
+    makes.clear()
+    memory.free()
+    return rows_of(shape, seconds, facts)
+
+
+def keep_able(bench: Bench, entries: dict[str, Contestant]) -> dict[str, str]:
+    """Take those out of `entries` that cannot do it here, with a note; the others' names with what they chose."""
+    chosen = {}
+    for name in list(entries):
+        chosen[name], reason = tried(bench.group, entries[name])
+        if reason:
+            shape = entries.pop(name).memory.shape
+            bench.note(f"{name} is left out of {shape.operation} in {shape.element}: {reason}")
+    return chosen
+
+
+def _check(bench: Bench, entries: Mapping[str, Contestant]) -> dict[str, int]:
+    """Wrong elements on all ranks together, by algorithm."""
+    counts = {}
+    for name, entry in entries.items():
+        shape = entry.memory.shape
+        result, _ = entry.try_out()
+        mine = count_wrong(shape.operation, result, shape.bounds, shape.rank, shape.element, shape.op, shape.root)
+        counts[name] = int(bench.comm.allreduce(mine))
+    return counts
+
+
+def rows_of(shape: Shape, seconds: Mapping[str, Seconds], facts: Mapping[str, Row]) -> list[Row]:
+    """The table's rows of one size, from the times of each contestant, the floor among them."""
+    native, memory = seconds.get("native"), seconds.get(FLOOR)
+    least = None
+    if memory is not None and shape.ranks > 1:
+        least = figures.times(memory).median * figures.floor_share(shape.operation, shape.ranks)
+    rows = []
+    for name, own in seconds.items():
+        row: dict[str, Any] = {
+            "operation": shape.operation, "bytes": shape.nbytes, "count": shape.count, "element": shape.element,
+            "algorithm": name, "chosen": floor_kind(shape) if name == FLOOR else name, "wrong": None,
+            "node_shared": False, **facts.get(name, {}),
+        }  # fmt: skip
+        row |= figures.collective_row(shape.operation, shape.nbytes, shape.ranks, own)
+        row |= {"native_ratio": None, "native_ratio_q1": None, "native_ratio_q3": None}
+        if native is not None and name != FLOOR:
+            row |= figures.ratios(native, own)
+        if name == FLOOR:
+            # The row tells the pass over memory itself; a bus bandwidth it has not.
+            row["bus_bytes_per_second"] = None
+        row["floor_ratio"] = least / row["median_seconds"] if least and name != FLOOR else None
+        rows.append(row)
+    return rows

@@ -1,0 +1,208 @@
+"""Who takes part in a collective's benchmark: mpillm's algorithms, the library's own, torch's peers, the memory floor.
+
+All private contestants use one pair of arrays and all node-shared ones another: their turns rotate, so none finds its
+data warmer than the others do.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpillm.bench.arrays import Shape, as_element, new_array
+from mpillm.bench.options import BenchOptions
+from mpillm.bench.peers import PEERS, Peer
+from mpillm.bench.timing import Call, Make
+from mpillm.comm.algorithms import ALGORITHMS
+from mpillm.errors import MpillmError, UsageError
+
+if TYPE_CHECKING:
+    from mpillm.comm.group import Group
+    from mpillm.comm.node import SharedRows
+
+FLOOR = "floor"
+COPY, IN_PLACE = "copy", "pass in place"
+SLOW = ("reference",)
+# Exist somewhere, if not for this operation or on this machine.
+KNOWN = {
+    "auto", "native", "reference", "shared", "segmented-ring", "two-level", *PEERS, *chain(*ALGORITHMS.values()),
+}  # fmt: skip
+SHARED_BY_DEFAULT = ("auto", "shared")
+SHARED_PRIVATE = "shared, private"
+"""The node-shared algorithm on private arrays: what auto must know where the data is not the library's to place."""
+
+
+def select(asked: tuple[str, ...], here: tuple[str, ...], note: Callable[[str], None], operation: str) -> list[str]:
+    """The names to measure of those that can run `here`; without any asked for all but the slow reference.
+
+    Raises UsageError for a name that exists nowhere; one that cannot run here is noted.
+    """
+    unknown = [name for name in asked if name not in KNOWN.union(here)]
+    if unknown:
+        raise UsageError(
+            f"--algorithms {unknown[0]!r} is unknown; for {operation} there are {', '.join((*here, *PEERS))}"
+        )
+    for name in asked:
+        if name not in here and name not in PEERS:
+            note(f"{operation} has no {name} on this job")
+    return [name for name in asked if name in here] if asked else [name for name in here if name not in SLOW]
+
+
+def peers_wanted(options: BenchOptions) -> tuple[str, ...]:
+    """The peers asked for; where none was asked for, those that fit the device."""
+    fitting = PEERS if options.device == "cuda" else PEERS[:1]
+    return tuple(name for name in (options.algorithm_names or fitting) if name in PEERS)
+
+
+class Memory:
+    """The arrays of one shape: a private pair and, where it can be had, a node-shared pair. Every rank makes it."""
+
+    def __init__(self, group: "Group", shape: Shape, options: BenchOptions) -> None:
+        self.shape, self._options = shape, options
+        self._fresh = options.buffers == "fresh"
+        self._rows: list[SharedRows | None] = []
+        self._kept: dict[bool, tuple[Any, Any]] = {}
+        counts = shape.counts()
+        if options.node_shared is not False and options.device == "cpu" and shape.count and shape.ranks > 1:
+            self._rows = [group.allocate(count, shape.element) if count else None for count in counts]
+        owns = [rows.own if rows is not None else None for rows in self._rows]
+        if owns and owns[0] is not None and (owns[1] is not None or not counts[1]):
+            self._kept[True] = (self._typed(owns[0]), None if owns[1] is None else self._typed(owns[1]))
+
+    def _typed(self, own: Any) -> Any:
+        return as_element(own, self.shape.element) if isinstance(own, np.ndarray) else own
+
+    def pair(self, algorithm: str) -> tuple[Any, Any]:
+        """(source, target or None) for a call of `algorithm`: new each time with `--buffers fresh`, else kept."""
+        shared = self.is_shared(algorithm)
+        if not shared and (self._fresh or False not in self._kept):
+            source, target = self.shape.counts()
+            new = self._new(source), self._new(target) if target or not self.shape.same_array else None
+            if self._fresh:
+                return new
+            self._kept[False] = new
+        return self._kept[shared]
+
+    def is_shared(self, algorithm: str) -> bool:
+        wanted = self._options.node_shared
+        return True in self._kept and (algorithm in SHARED_BY_DEFAULT if wanted is None else wanted)
+
+    def _new(self, count: int) -> Any:
+        return new_array(count, self.shape.element, self._options.device, self._fresh)
+
+    def free(self) -> None:
+        """Give node-shared memory back. Every rank calls it."""
+        self._kept.clear()
+        for rows in self._rows:
+            if rows is not None:
+                rows.free()
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`prepare(source, target)` makes ready and gives the call, with the name of what was chosen."""
+
+    name: str
+    memory: Memory
+    prepare: Callable[[Any, Any], tuple[Call, str]]
+    synchronize: Callable[[], None] | None = None
+    """On a GPU: return when the call's work is done."""
+
+    def make(self) -> Call:
+        """For the clock: arrays, written by this rank; then the bare call."""
+        source, target = self.memory.pair(self.name)
+        if self.memory.shape.operation != "barrier":
+            source[...] = 0
+        call, _ = self.prepare(source, target)
+        return self._finished(call)
+
+    def try_out(self) -> tuple[Any, str]:
+        """Call once on known data; the result, and the algorithm that was chosen."""
+        shape = self.memory.shape
+        source, target = self.memory.pair(self.name)
+        shape.fill_source(source)
+        if target is not None:
+            target[...] = 0
+        call, chosen = self.prepare(source, target)
+        self._finished(call)()
+        return shape.result(source, target), chosen
+
+    def _finished(self, call: Call) -> Call:
+        synchronize = self.synchronize
+        if synchronize is None:
+            return call
+
+        def synchronized() -> None:
+            call()
+            synchronize()
+
+        return synchronized
+
+
+def contestants(
+    group: "Group", peers: Mapping[str, Peer], memory: Memory, names: list[str], options: BenchOptions
+) -> dict[str, Contestant]:
+    """One for each of `names` and `peers`, in that order.
+
+    Where nothing else was asked for, the algorithm `shared` takes part twice: on node-shared and on private arrays.
+    """
+    shape, synchronize = memory.shape, _synchronizer(options.device)
+
+    def ours(name: str) -> Callable[[Any, Any], tuple[Call, str]]:
+        def prepare(source: Any, target: Any) -> tuple[Call, str]:
+            prepared = group.prepare(
+                shape.operation, source, None if shape.same_array else target, op=shape.op, root=shape.root,
+                algorithm=name,
+            )  # fmt: skip
+            return prepared.bare if name == "native" else prepared.run, prepared.algorithm
+
+        return prepare
+
+    def theirs(peer: Peer) -> Callable[[Any, Any], tuple[Call, str]]:
+        return lambda source, target: (peer.prepare(shape, source, target), peer.name)
+
+    found = {name: Contestant(name, memory, ours(name), synchronize) for name in names}
+    if "shared" in found and not options.algorithms and options.node_shared is None and memory.is_shared("shared"):
+        found[SHARED_PRIVATE] = Contestant(SHARED_PRIVATE, memory, ours("shared"), synchronize)
+    return found | {name: Contestant(name, memory, theirs(peer), synchronize) for name, peer in peers.items()}
+
+
+def floor(shape: Shape) -> Make:
+    """What memory allows: every rank at once reads the whole array and writes as much; see `figures.floor_share`.
+
+    Out of place a warm copy. In place each number is read and written where it lies, which moves less: a copy must
+    often fetch what it is about to overwrite. A pass in place took half a copy's time from 1 to 128 MiB.
+    """
+    source = np.ones(max(1, shape.nbytes // 8), np.uint64)
+    if floor_kind(shape) == COPY:
+        target = source.copy()
+        return lambda: lambda: np.copyto(target, source)
+    return lambda: lambda: np.invert(source, out=source)
+
+
+def floor_kind(shape: Shape) -> str:
+    return IN_PLACE if shape.same_array else COPY
+
+
+def _synchronizer(device: str) -> Callable[[], None] | None:
+    if device != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.synchronize
+
+
+def tried(group: "Group", contestant: Contestant) -> tuple[str, str]:
+    """Call `contestant` once: the algorithm that it chose, and why it cannot do its operation on this job ("": it can).
+
+    Every rank of the group calls it, and all agree.
+    """
+    chosen = reason = ""
+    try:
+        chosen = contestant.try_out()[1]
+    except (MpillmError, RuntimeError, KeyError, ValueError) as failure:
+        reason = str(failure).strip().partition("\n")[0] or type(failure).__name__
+    reasons: list[str] = group.comm.allgather(reason)
+    return chosen, next((text for text in reasons if text), "")

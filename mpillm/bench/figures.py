@@ -1,0 +1,74 @@
+"""What is made of measured times: order statistics, bandwidths as nccl-tests counts them, ratios with their spread."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Seconds = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one call, over the iterations; each iteration counts as long as its slowest rank took."""
+
+    least: float
+    median: float
+    p99: float
+    most: float
+
+    def row(self) -> dict[str, float]:
+        return {
+            "min_seconds": self.least, "median_seconds": self.median, "p99_seconds": self.p99, "max_seconds": self.most,
+        }  # fmt: skip
+
+
+def times(seconds: Seconds) -> Times:
+    return Times(*(float(value) for value in np.percentile(seconds, [0, 50, 99, 100])))
+
+
+def bus_factor(operation: str, ranks: int) -> float:
+    """busbw / algbw: the bytes that each rank must pass through its link for a byte of the array.
+
+    From nccl-tests, PERFORMANCE.md. 0 for the barrier, which has no bytes.
+    """
+    others = (ranks - 1) / ranks
+    factors = {"allreduce": 2 * others, "broadcast": 1.0, "reduce": 1.0, "barrier": 0.0}
+    return factors.get(operation, others)
+
+
+def floor_share(operation: str, ranks: int) -> float:
+    """What part of the bytes of a copy of the whole array an average rank must read and write at the least.
+
+    An all-reduce reads the array once and writes it once, as a copy does. A rank of an all-gather reads its block and
+    writes the array; a reduce-scatter the other way round. A broadcast is read by its root and written by the others.
+    """
+    block = 1 / ranks
+    shares = {"reduce_scatter": (1 + block) / 2, "allgather": (1 + block) / 2, "reduce": (1 + block) / 2}
+    return {**shares, "broadcast": 0.5, "barrier": 0.0}.get(operation, 1.0)
+
+
+def ratios(native: Seconds, own: Seconds) -> dict[str, float]:
+    """How many times as fast as `native`: quartiles of the ratios within a round, so that a noisy round is fair."""
+    low, middle, high = np.percentile(native / own, [25, 50, 75])
+    return {"native_ratio": float(middle), "native_ratio_q1": float(low), "native_ratio_q3": float(high)}
+
+
+def overlap(alone: float, compute: float, together: float) -> float:
+    """The part of an operation that ran behind computation, 0 to 1, as OSU's osu_iallreduce counts it."""
+    return min(1.0, max(0.0, 1 - (together - compute) / alone))
+
+
+def rate(nbytes: float, seconds: float) -> float:
+    return nbytes / seconds if seconds > 0 else 0.0
+
+
+def collective_row(operation: str, nbytes: int, ranks: int, seconds: Seconds) -> dict[str, Any]:
+    """The figures of one algorithm at one size; see docs/bench.md for the keys."""
+    found = times(seconds)
+    speed = rate(nbytes, found.median)
+    return {
+        **found.row(), "algorithm_bytes_per_second": speed,
+        "bus_bytes_per_second": speed * bus_factor(operation, ranks),
+    }  # fmt: skip

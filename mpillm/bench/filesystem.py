@@ -1,0 +1,208 @@
+"""Reading shards and writing checkpoints by the very functions that training calls; `cli` hands them in.
+
+bench may import neither tokens nor weights, so TrainingPaths names what it takes of them.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpillm.bench import figures
+from mpillm.bench.report import TIME_COLUMNS, Row, Section, Show, scaled, text, whole
+from mpillm.bench.setting import Bench
+from mpillm.bench.timing import Call, slowest
+from mpillm.comm.agreement import on_root
+from mpillm.errors import UsageError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+WINDOW_TOKENS = 1025
+ROWS = 64
+WINDOWS = 16 * ROWS
+MEAN_DOCUMENT_TOKENS = 4096
+TENSORS = 16
+COLUMNS: dict[str, Show] = {
+    "path": text("path"), "bytes": whole("bytes"), **TIME_COLUMNS, "MB/s all": scaled("all_bytes_per_second", 1e-6),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingPaths:
+    """The parts of tokens and weights that touch files, as they are called there."""
+
+    documents: Callable[..., Any]
+    """tokens.shards.Documents"""
+    write_shard: Callable[..., Any]
+    """tokens.shards.write_shard"""
+    split: Callable[..., Any]
+    """tokens.manifest.Split"""
+    manifest: Callable[..., Any]
+    """tokens.manifest.Manifest"""
+    open_split: Callable[..., Any]
+    """tokens.reader.open_split"""
+    plan: Callable[..., Any]
+    """tokens.windows.Plan"""
+    save: Callable[..., Path]
+    """weights.saving.save"""
+    checkpoint: Callable[..., Any]
+    """weights.checkpoint.Checkpoint"""
+
+
+def run_filesystem(bench: Bench, paths: TrainingPaths) -> list[Section]:
+    """Shards and checkpoints of each size (bytes a rank) under `--folder`; all is removed. Every rank calls it.
+
+    Raises UsageError where no folder is named, or it is not there or cannot be written to.
+    """
+    options, rows = bench.options, list[Row]()
+    if options.folder is None:
+        if options.what != "all":
+            raise UsageError("bench filesystem needs --folder DIR: an existing folder on the file system to measure")
+        bench.note("filesystem is left out; name a folder on the file system to measure with --folder DIR")
+        return []
+    sizes = options.sizes_of("filesystem")
+    with (
+        temporary_folder(bench.comm, options.folder) as folder,
+        bench.progress("filesystem", 2 * len(sizes)) as advance,
+    ):
+        for size in sizes:
+            rows += _tokens(bench, paths, folder / f"tokens-{size}", size)
+            advance()
+            rows += _checkpoint(bench, paths, folder / f"checkpoint-{size}", size)
+            advance()
+    return [Section("filesystem", f"filesystem: {options.folder}, {bench.comm.size} ranks at once", rows, COLUMNS)]
+
+
+@contextmanager
+def temporary_folder(comm: "MPI.Intracomm", parent: Path) -> Iterator[Path]:
+    """A new folder in `parent`, the same on each rank, removed with all that is in it. Every rank enters it."""
+    path = on_root(comm, lambda: _new_folder(parent))
+    try:
+        yield path
+        comm.Barrier()
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    if comm.rank == 0:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _new_folder(parent: Path) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="mpillm-bench-", dir=parent))
+    except OSError as failure:
+        raise UsageError(
+            f"--folder {parent}: {failure.strerror}; name an existing folder that you may write to"
+        ) from failure
+
+
+def _tokens(bench: Bench, paths: TrainingPaths, folder: Path, nbytes: int) -> list[Row]:
+    """Write a shard a rank, then read random windows of all shards: warm, cold, and cold with the kernel told ahead."""
+    comm, options = bench.comm, bench.options
+    on_root(comm, folder.mkdir)
+    tokens = np.random.default_rng(comm.rank).integers(0, 32768, max(nbytes // 2, 2 * WINDOW_TOKENS), np.uint16)
+    ends = np.append(np.arange(MEAN_DOCUMENT_TOKENS, len(tokens), MEAN_DOCUMENT_TOKENS), len(tokens))
+    nothing = np.zeros(len(ends), np.uint64)
+    documents = paths.documents(tokens, ends, nothing, nothing)
+    started = time.perf_counter()
+    info = paths.write_shard(folder / f"train-{comm.rank:05d}.h5", documents, {})
+    written = np.array([time.perf_counter() - started])
+    shards = tuple(comm.allgather(info))
+    total = sum(shard.n_tokens for shard in shards)
+    split = paths.split(total, len(ends) * comm.size, 0, shards)
+    empty = paths.split(0, 0, 0, ())
+    on_root(comm, lambda: paths.manifest(folder, {}, {}, {"train": split, "validation": empty}).save())
+    rows = [_row("write shards", tokens.nbytes, comm.size, slowest(comm, written))]
+    out = np.empty((ROWS, WINDOW_TOKENS), np.uint16)
+    draw = np.random.default_rng(1000 + comm.rank)
+    with paths.open_split(folder, "train") as reader:
+
+        def read(ahead: bool) -> float:
+            plan = paths.plan(reader, draw.integers(0, total - WINDOW_TOKENS, WINDOWS), WINDOW_TOKENS)
+            started = time.perf_counter()
+            if ahead:
+                plan.advise(0, WINDOWS)
+            for first in range(0, WINDOWS, ROWS):
+                plan.fetch(first, out)
+            return time.perf_counter() - started
+
+        ways = {"warm": (False, False), "cold": (True, False), "cold, told ahead": (True, True)}
+        moved = WINDOWS * WINDOW_TOKENS * 2
+        for name, (cold, ahead) in ways.items():
+            forget = _forgetter(comm, folder) if cold else lambda: None
+            seconds = _rounds(comm, lambda ahead=ahead: read(ahead), forget, options.iterations)  # type: ignore[misc]
+            rows.append(_row(f"read windows, {name}", moved, comm.size, seconds))
+    return rows
+
+
+def _checkpoint(bench: Bench, paths: TrainingPaths, folder: Path, nbytes: int) -> list[Row]:
+    """All ranks write one checkpoint of `nbytes` a rank, and each reads the whole of it back, as a resumed run does."""
+    import torch
+
+    comm = bench.comm
+    on_root(comm, folder.mkdir)
+    count = max(1, nbytes * comm.size // 4 // TENSORS)
+    tensors = {f"model/layers/{index}/weight": torch.full((count,), float(index)) for index in range(TENSORS)}
+    whole = TENSORS * count * 4
+    iterations = min(3, bench.options.iterations)
+    made: list[Path] = []
+
+    def save() -> float:
+        started = time.perf_counter()
+        made.append(paths.save(folder, tensors, {"step": 1}, {}, comm))
+        return time.perf_counter() - started
+
+    def load() -> float:
+        started = time.perf_counter()
+        paths.checkpoint(made[-1]).load(tensors)
+        return time.perf_counter() - started
+
+    written = _rounds(comm, save, lambda: None, iterations)
+    warm = _rounds(comm, load, lambda: None, iterations)
+    cold = _rounds(comm, load, _forgetter(comm, made[-1]), iterations)
+    # One checkpoint is written by all; every rank reads all of it.
+    return [
+        _row("write checkpoint", whole, 1, written),
+        _row("read checkpoint, warm", whole, comm.size, warm),
+        _row("read checkpoint, cold", whole, comm.size, cold),
+    ]
+
+
+def _rounds(comm: "MPI.Intracomm", once: Callable[[], float], before: Call, iterations: int) -> figures.Seconds:
+    measured = []
+    for _ in range(iterations):
+        before()
+        comm.Barrier()
+        measured.append(once())
+    return slowest(comm, np.array(measured))
+
+
+def _forgetter(comm: "MPI.Intracomm", folder: Path) -> Call:
+    """What asks the kernel to drop the pages of the folder's files; a file system in memory cannot."""
+
+    def forget() -> None:
+        comm.Barrier()
+        for path in sorted(folder.iterdir()):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+    return forget
+
+
+def _row(path: str, nbytes: int, ranks: int, seconds: figures.Seconds) -> Row:
+    times = figures.times(seconds)
+    return {
+        "path": path, "bytes": nbytes, **times.row(),
+        "all_bytes_per_second": figures.rate(ranks * nbytes, times.median),
+    }  # fmt: skip

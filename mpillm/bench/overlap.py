@@ -1,0 +1,131 @@
+"""How much of an all-reduce runs behind computation, polled and left alone, as OSU's osu_iallreduce counts it."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mpillm.bench import figures
+from mpillm.bench.arrays import Shape, fitting_count
+from mpillm.bench.collectives import keep_able
+from mpillm.bench.contestants import SHARED_PRIVATE, Memory, contestants, peers_wanted, select
+from mpillm.bench.peers import Peer, joined
+from mpillm.bench.report import Row, Section, Show, scaled, text, whole
+from mpillm.bench.setting import Bench
+from mpillm.bench.timing import Call, interleave, slowest
+
+SLICES = 40
+"""The computation is cut so often at the most, and the operation is polled between."""
+EDGE = 64
+"""Of the matrices that are multiplied: they stay in a core's cache, so that it is the core that is kept busy."""
+Start = Callable[[], Any]
+
+
+def computation(seconds: float) -> tuple[Call, int]:
+    """One unit of work, and how many units last `seconds` on this rank."""
+    import torch
+
+    left, right, product = torch.ones(EDGE, EDGE), torch.ones(EDGE, EDGE), torch.empty(EDGE, EDGE)
+
+    def unit() -> None:
+        torch.mm(left, right, out=product)
+
+    trials = []
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(20):
+            unit()
+        trials.append((time.perf_counter() - started) / 20)
+    return unit, max(1, round(seconds / min(trials)))
+
+
+def work(unit: Call, units: int, between: Call = lambda: None) -> None:
+    """`units` of work in up to SLICES slices of one length, `between` called after each."""
+    each = -(-units // SLICES)
+    for _ in range(units // each):
+        for _ in range(each):
+            unit()
+        between()
+
+
+def run_overlap(bench: Bench) -> list[Section]:
+    """Every algorithm of the all-reduce at every size. Every rank calls it, with the same options."""
+    options, comm = bench.options, bench.comm
+    names = select(options.algorithm_names, bench.group.algorithms("allreduce"), bench.note, "overlap")
+    sizes, rows = options.sizes_of("overlap"), list[Row]()
+    with joined(comm, peers_wanted(options), bench.note) as peers, bench.progress("overlap", len(sizes)) as advance:
+        for size in sizes:
+            count = fitting_count("allreduce", size, options.element, comm.size)
+            rows += _measure(
+                bench, Shape("allreduce", count, options.element, comm.size, comm.rank, True), names, peers
+            )
+            advance()
+    title = f"overlap of allreduce with matrix products, in {SLICES} slices at the most"
+    return [Section("overlap", title, rows, COLUMNS)]
+
+
+COLUMNS: dict[str, Show] = {
+    "bytes": whole("bytes"), "type": text("element"), "algorithm": text("algorithm"),
+    "alone µs": scaled("alone_seconds", 1e6), "compute µs": scaled("compute_seconds", 1e6),
+    "polled µs": scaled("polled_seconds", 1e6), "left alone µs": scaled("unpolled_seconds", 1e6),
+    "overlap polled %": scaled("polled_overlap", 100), "left alone %": scaled("unpolled_overlap", 100),
+}  # fmt: skip
+
+
+def _measure(bench: Bench, shape: Shape, names: list[str], peers: Mapping[str, Peer]) -> list[Row]:
+    options = bench.options
+    memory = Memory(bench.group, shape, options)
+    entries = contestants(bench.group, peers, memory, names, options)
+    entries.pop(SHARED_PRIVATE, None)
+    keep_able(bench, entries)
+    rows = []
+    for name in entries:
+        source, _ = memory.pair(name)
+        source[...] = 0
+        if name in peers:
+            figures_of_one = _one(bench, peers[name].start(shape, source, None), _torch_poll)
+        else:
+            figures_of_one = _one(bench, bench.group.prepare("allreduce", source, algorithm=name).start, _poll)
+        rows.append({"bytes": shape.nbytes, "element": shape.element, "algorithm": name} | figures_of_one)
+        del source
+    entries.clear()
+    memory.free()
+    return rows
+
+
+def _poll(handle: Any) -> object:
+    return handle.test()
+
+
+def _torch_poll(handle: Any) -> object:
+    return handle.is_completed()
+
+
+def _one(bench: Bench, start: Start, poll: Callable[[Any], object]) -> Row:
+    """Alone, the computation alone, and both together in two ways, in turns."""
+    comm, rounds = bench.comm, (bench.options.iterations, bench.options.warmup)
+    alone = figures.times(interleave(comm, {"alone": lambda: lambda: start().wait()}, 3, 1)["alone"]).median
+    unit, units = computation(alone)
+    units = int(slowest(comm, np.array([float(units)]))[0])
+
+    def unpolled() -> None:
+        handle = start()
+        work(unit, units)
+        handle.wait()
+
+    def polled() -> None:
+        handle = start()
+        work(unit, units, lambda: poll(handle))
+        handle.wait()
+
+    ways: dict[str, Call] = {
+        "alone": lambda: start().wait(), "compute": lambda: work(unit, units), "polled": polled, "unpolled": unpolled,
+    }  # fmt: skip
+    seconds = interleave(comm, {way: lambda call=call: call for way, call in ways.items()}, *rounds)  # type: ignore[misc]
+    median = {way: figures.times(found).median for way, found in seconds.items()}
+    shares = {
+        f"{way}_overlap": figures.overlap(median["alone"], median["compute"], median[way])
+        for way in ("polled", "unpolled")
+    }
+    return {f"{way}_seconds": value for way, value in median.items()} | shares

@@ -1,0 +1,64 @@
+"""Bandwidth over size as a picture: a line an algorithm, the memory floor drawn in."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpillm.bench import figures
+from mpillm.bench.contestants import FLOOR
+from mpillm.bench.report import Row, Section
+from mpillm.files import replacing
+
+# The key that tells a line's rows from another's.
+LINE_OF = {"memory": "kernel", "latency": "level", "bandwidth": "level", "bibw": "level", "message-rate": "level"}
+Line = list[tuple[int, float]]
+
+
+def lines_of(section: Section, ranks: int) -> dict[str, Line]:
+    """Name → (bytes, GB/s) of the array through the operation; nothing for a benchmark without sizes in bytes."""
+    lines: dict[str, Line] = {}
+    for row in section.rows:
+        name, speed = _point(section.what, row, ranks)
+        if name and speed and row.get("bytes"):
+            lines.setdefault(name, []).append((row["bytes"], speed / 1e9))
+    return lines
+
+
+def _point(what: str, row: Row, ranks: int) -> tuple[str, float]:
+    if what in LINE_OF:
+        return row[LINE_OF[what]], row["bytes_per_second"]
+    if "algorithm_bytes_per_second" not in row:
+        return "", 0.0
+    if row["algorithm"] != FLOOR:
+        return row["algorithm"], row["algorithm_bytes_per_second"]
+    share = figures.floor_share(row["operation"], ranks)
+    return "memory floor", row["algorithm_bytes_per_second"] / share if share and ranks > 1 else 0.0
+
+
+def drawn(sections: Sequence[Section], ranks: int) -> list[tuple[str, dict[str, Line]]]:
+    """(title, lines) of each benchmark that makes a picture."""
+    found = [(section.title, lines_of(section, ranks)) for section in sections]
+    return [(title, lines) for title, lines in found if lines]
+
+
+def draw(sections: Sequence[Section], ranks: int, path: Path) -> None:
+    """Write the picture, PNG, one panel a benchmark. Needs at least one that `drawn` finds. Raises OSError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = drawn(sections, ranks)
+    figure = Figure(figsize=(8, 4.5 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots(len(panels), squeeze=False)
+    for (title, lines), axis in zip(panels, axes[:, 0], strict=True):
+        for name, points in lines.items():
+            style = (
+                {"color": "black", "linestyle": "--"} if name == "memory floor" else {"marker": "o", "markersize": 3}
+            )
+            axis.plot(*zip(*points, strict=True), label=name, **style)
+        axis.set(xscale="log", yscale="log", xlabel="bytes", ylabel="GB/s", title=title)
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -1,0 +1,102 @@
+"""`mpillm bench`: runs what was asked for, tells the results and writes the files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpillm.bench.arrays import keep_pages
+from mpillm.bench.cluster import make_profile
+from mpillm.bench.collectives import run_collective
+from mpillm.bench.filesystem import TrainingPaths, run_filesystem
+from mpillm.bench.gemm import run_gemm
+from mpillm.bench.memory import run_memory
+from mpillm.bench.options import COLLECTIVES, STDOUT, BenchOptions
+from mpillm.bench.overlap import run_overlap
+from mpillm.bench.pairs import run_message_rate, run_pairs
+from mpillm.bench.plot import draw, drawn
+from mpillm.bench.report import Section, as_csv, as_json, tell
+from mpillm.bench.setting import Bench, header
+from mpillm.comm.agreement import on_root
+from mpillm.comm.group import Group
+from mpillm.comm.profile import Cluster, describe_cluster, load_profile
+from mpillm.console import Console
+from mpillm.errors import UsageError
+from mpillm.files import make_folder, write_text
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+def run(options: BenchOptions, comm: "MPI.Intracomm", console: Console, paths: TrainingPaths) -> None:
+    """Every rank of `comm` calls it, with the same options. Raises UsageError for what cannot be asked for here."""
+    on_root(comm, lambda: _check_places(options))
+    _check_device(options)
+    quiet = Console(speaks=False) if options.quiet else console
+    cluster = describe_cluster(comm)
+    profile = load_profile(options.profile, quiet.warn, cluster) if options.profile else None
+    kept = options.buffers == "warm" and keep_pages()
+    group = Group(comm, profile=profile, warn=quiet.warn)
+    bench = Bench(options, comm, group, quiet)
+    facts = header(bench, cluster, kept)
+    sections = [section for what in options.benchmarks() for section in _measure(bench, what, paths)]
+    group.free()
+    on_root(comm, lambda: _write(bench, sections, cluster, facts))
+    if options.as_json:
+        console.write(as_json(facts, sections, bench.notes))
+    elif options.csv == STDOUT:
+        console.write(as_csv(sections))
+    else:
+        tell(facts, sections, bench.notes, console)
+
+
+def _measure(bench: Bench, what: str, paths: TrainingPaths) -> list[Section]:
+    if what in COLLECTIVES:
+        return run_collective(bench, what)
+    if what == "filesystem":
+        return run_filesystem(bench, paths)
+    others: dict[str, Callable[[Bench], list[Section]]] = {
+        "overlap": run_overlap, "memory": run_memory, "gemm": run_gemm, "message-rate": run_message_rate,
+    }  # fmt: skip
+    return others[what](bench) if what in others else run_pairs(bench, what)
+
+
+def _files(options: BenchOptions) -> list[Path]:
+    named = [Path(options.csv)] if options.csv not in ("", STDOUT) else []
+    return named + [path for path in (options.plot, options.save) if path is not None]
+
+
+def _check_places(options: BenchOptions) -> None:
+    """A long run should not end in a file that cannot be written."""
+    for path in _files(options):
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; name a file in it")
+        make_folder(path.parent)
+
+
+def _check_device(options: BenchOptions) -> None:
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device cuda needs a GPU and a torch built for it, this is torch {torch.__version__}")
+
+
+def _write(bench: Bench, sections: list[Section], cluster: Cluster, facts: dict[str, str]) -> None:
+    """Rank 0 writes the files that were asked for."""
+    options = bench.options
+    if options.csv not in ("", STDOUT):
+        write_text(Path(options.csv), as_csv(sections))
+    if options.plot is not None:
+        if drawn(sections, bench.comm.size):
+            draw(sections, bench.comm.size, options.plot)
+        else:
+            bench.note(f"no picture: {options.what} measures no bandwidth over size")
+    if options.save is not None:
+        probe = _gpu_facts() if options.device == "cuda" else {}
+        make_profile(sections, cluster, bench.comm.size, options.device, facts["date"], probe).save(options.save)
+
+
+def _gpu_facts() -> dict[str, Any]:
+    import torch
+
+    return {"device": torch.cuda.get_device_name(), "devices": torch.cuda.device_count()}

@@ -1,0 +1,84 @@
+"""The clock: contestants take turns round by round, in a rotating order, so that a noisy machine is noisy for all."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpillm.bench.figures import Seconds
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Call = Callable[[], object]
+Make = Callable[[], Call]
+"""Makes ready outside the clock what the call then does inside it."""
+# So long at the least does the clock run, that its own cost and a barrier's parting are small beside it.
+LEAST_SECONDS = 200e-6
+LARGEST_BATCH = 1000
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """["a", "b", "c"], 1 → ["b", "c", "a"]."""
+    start = turn % len(names) if names else 0
+    return names[start:] + names[:start]
+
+
+def batch_of(seconds: float) -> int:
+    """Calls to time in one go."""
+    return min(LARGEST_BATCH, max(1, math.ceil(LEAST_SECONDS / max(seconds, 1e-9))))
+
+
+def interleave(
+    comm: "MPI.Intracomm",
+    contestants: Mapping[str, Make],
+    iterations: int,
+    warmup: int,
+    *,
+    fresh: bool = False,
+    advance: Call = lambda: None,
+) -> dict[str, Seconds]:
+    """Seconds a call of each contestant in each iteration (iterations,), of the slowest rank; the same on every rank.
+
+    Every rank of `comm` calls it with the same names. A barrier goes before each timed batch and is not counted.
+    `fresh`: make anew for each iteration, and time a single call; `advance` is called after each round.
+    """
+    names = list(contestants)
+    kept = {} if fresh else {name: make() for name, make in contestants.items()}
+    batches = dict.fromkeys(names, 1)
+    if not fresh:
+        alone = np.array([_timed(comm, kept[name], 1) for name in names for _ in range(2)]).reshape(-1, 2)
+        for name, seconds in zip(names, slowest(comm, alone.min(1)), strict=True):
+            batches[name] = batch_of(float(seconds))
+    measured = np.zeros((len(names), warmup + iterations))
+    for turn in range(warmup + iterations):
+        for name in rotated(names, turn):
+            call = contestants[name]() if fresh else kept[name]
+            measured[names.index(name), turn] = _timed(comm, call, batches[name])
+            del call
+        advance()
+    return dict(zip(names, slowest(comm, measured)[:, warmup:], strict=True))
+
+
+def _timed(comm: "MPI.Intracomm", call: Call, batch: int) -> float:
+    comm.Barrier()
+    if batch == 1:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+    turns = range(batch)
+    started = time.perf_counter()
+    for _ in turns:
+        call()
+    return (time.perf_counter() - started) / batch
+
+
+def slowest(comm: "MPI.Intracomm", seconds: Seconds) -> Seconds:
+    """Each figure's maximum over the ranks. Every rank calls it."""
+    from mpi4py import MPI
+
+    most = np.empty_like(seconds)
+    comm.Allreduce(np.ascontiguousarray(seconds), most, MPI.MAX)
+    return most

@@ -1,0 +1,128 @@
+"""Who is measured: names that exist, peers that fit, arrays that lie where they should, wrong results that are seen."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from mpillm.bench.arrays import Shape
+from mpillm.bench.contestants import Contestant, Memory, contestants, peers_wanted, select, tried
+from mpillm.bench.options import BenchOptions
+from mpillm.bench.pattern import count_wrong
+from mpillm.bench.peers import joined
+from mpillm.comm.group import Group
+from mpillm.errors import CommError, UsageError
+
+HERE = ("auto", "ring", "native", "reference")
+
+
+def test_names() -> None:
+    notes: list[str] = []
+    assert select((), HERE, notes.append, "allreduce") == ["auto", "ring", "native"]
+    assert select(("reference", "gloo", "auto"), HERE, notes.append, "allreduce") == ["reference", "auto"]
+    assert select(("gloo",), HERE, notes.append, "allreduce") == []
+    assert notes == []
+    assert select(("pairwise", "ring"), HERE, notes.append, "allreduce") == ["ring"]
+    assert notes == ["allreduce has no pairwise on this job"]
+    with pytest.raises(UsageError, match=r"'rign' is unknown; .*auto, ring, native, reference, gloo, nccl"):
+        select(("ring", "rign"), HERE, notes.append, "allreduce")
+
+
+def test_peers() -> None:
+    assert peers_wanted(BenchOptions("all")) == ("gloo",)
+    assert peers_wanted(BenchOptions("all", device="cuda")) == ("gloo", "nccl")
+    assert peers_wanted(BenchOptions("all", algorithms="ring")) == ()
+    assert peers_wanted(BenchOptions("all", algorithms="nccl, ring")) == ("nccl",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"what": "allreduc"}, "did you mean allreduce"),
+        ({"dtype": "bfloat"}, "did you mean bfloat16"),
+        ({"device": "tpu"}, "--device 'tpu'"),
+        ({"buffers": "cold"}, "--buffers 'cold'"),
+        ({"op": "avg"}, "--op 'avg'"),
+        ({"sizes": "many"}, "no size"),
+        ({"iterations": 0}, "--iterations of 1"),
+        ({"warmup": -1}, "--warmup of 0"),
+        ({"what": "gemm", "sizes": "1G"}, "edges of square matrices"),
+        ({"as_json": True, "csv": "-"}, "standard output"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        BenchOptions(**{"what": "all"} | settings)
+
+
+@pytest.fixture
+def group(comm: MPI.Intracomm) -> Any:
+    made = Group(comm)
+    yield made
+    made.free()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("operation", ["allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall"])
+def test_everyone_is_right(comm: MPI.Intracomm, group: Group, operation: str, in_place: bool) -> None:
+    shape = Shape(operation, 60 * comm.size, "float32", comm.size, comm.rank, in_place)
+    notes: list[str] = []
+    memory = Memory(group, shape, BenchOptions("all", in_place=in_place))
+    with joined(comm, ("gloo",), notes.append) as peers:
+        names = list(group.algorithms(operation))
+        for name, entry in contestants(group, peers, memory, names, BenchOptions("all")).items():
+            chosen, reason = tried(group, entry)
+            assert not reason or name == "gloo", reason
+            if reason:
+                continue
+            assert chosen == name.partition(",")[0] or name == "auto"
+            result, _ = entry.try_out()
+            assert count_wrong(operation, result, shape.bounds, comm.rank, "float32", "sum", 0) == 0
+    memory.free()
+
+
+def test_a_wrong_result_is_counted(comm: MPI.Intracomm, group: Group) -> None:
+    shape = Shape("allreduce", 100, "bfloat16", comm.size, comm.rank, True)
+    memory = Memory(group, shape, BenchOptions("all", in_place=True))
+
+    def spoilt(source: Any, target: Any) -> Any:
+        prepared = group.prepare("allreduce", source)
+
+        def run() -> None:
+            prepared.run()
+            source[50 + comm.rank] += 1
+
+        return run, prepared.algorithm
+
+    result, _ = Contestant("auto", memory, spoilt).try_out()
+    assert count_wrong("allreduce", result, shape.bounds, comm.rank, "bfloat16", "sum", 0) == 1
+    memory.free()
+
+
+def test_what_one_rank_cannot_do_no_rank_does(comm: MPI.Intracomm, group: Group) -> None:
+    shape = Shape("allreduce", 10, "float32", comm.size, comm.rank, True)
+    memory = Memory(group, shape, BenchOptions("all", in_place=True))
+
+    def refused(source: Any, target: Any) -> Any:
+        if comm.rank == comm.size - 1:
+            raise CommError("not here\nand not there")
+        return (lambda: None), "none"
+
+    assert tried(group, Contestant("none", memory, refused))[1] == "not here"
+    memory.free()
+
+
+def test_arrays_are_kept_or_new(comm: MPI.Intracomm, group: Group) -> None:
+    shape, options = Shape("allreduce", 1000, "float32", comm.size, comm.rank, False), BenchOptions("all")
+    warm = Memory(group, shape, options)
+    assert warm.pair("native")[0] is warm.pair("ring")[0]
+    assert warm.is_shared("auto") == (group.size > 1 and "shared" in group.algorithms("allreduce"))
+    assert not warm.is_shared("native")
+    assert np.shares_memory(warm.pair("auto")[0], warm.pair("native")[0]) == (not warm.is_shared("auto"))
+    fresh = Memory(group, shape, replace(options, buffers="fresh", node_shared=False))
+    assert fresh.pair("auto")[0] is not fresh.pair("auto")[0]
+    assert not fresh.is_shared("auto")
+    for memory in (warm, fresh):
+        memory.free()

@@ -1,0 +1,65 @@
+"""The clock's turns, and that all ranks see the same figures."""
+
+import time
+
+import numpy as np
+from mpi4py import MPI
+
+from mpillm.bench.arrays import itemsize, keep_pages, new_array
+from mpillm.bench.timing import LARGEST_BATCH, batch_of, interleave, rotated, slowest
+from mpillm.comm.buffers import ELEMENTS
+
+
+def test_turns_rotate() -> None:
+    assert [rotated(["a", "b", "c"], turn) for turn in (0, 1, 2, 3)] == [
+        ["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"],
+    ]  # fmt: skip
+    assert rotated([], 3) == []
+
+
+def test_short_calls_are_timed_in_batches() -> None:
+    assert batch_of(1.0) == 1
+    assert batch_of(1e-5) == 20
+    assert batch_of(0.0) == LARGEST_BATCH
+
+
+def test_each_round_calls_everyone_and_all_ranks_agree(comm: MPI.Intracomm) -> None:
+    calls: list[str] = []
+    makes = {name: lambda name=name: lambda: (calls.append(name), time.sleep(1e-3)) for name in ("a", "b")}
+    rounds: list[int] = []
+    found = interleave(comm, makes, 4, 1, advance=lambda: rounds.append(1))  # type: ignore[arg-type]
+    assert len(rounds) == 5
+    assert calls[4:] == ["a", "b", "b", "a", "a", "b", "b", "a", "a", "b"]
+    assert all(seconds.shape == (4,) for seconds in found.values())
+    for seconds in found.values():
+        assert all((other == seconds).all() for other in comm.allgather(seconds))
+
+
+def test_fresh_makes_anew_each_time(comm: MPI.Intracomm) -> None:
+    made: list[int] = []
+
+    def make() -> "type[int]":
+        made.append(1)
+        return int
+
+    interleave(comm, {"a": make}, 3, 2, fresh=True)
+    assert len(made) == 5
+
+
+def test_the_slowest_rank_counts(comm: MPI.Intracomm) -> None:
+    assert slowest(comm, np.array([1.0, -1.0]) * comm.rank).tolist() == [comm.size - 1, 0]
+
+
+def test_new_arrays_of_every_type() -> None:
+    for element in ELEMENTS:
+        for pages in (False, True):
+            array = new_array(5, element, "cpu", pages)
+            array[...] = 3
+            assert len(array) == 5
+            assert str(array.dtype).removeprefix("torch.") == element
+            assert array.nbytes == 5 * itemsize(element)
+    assert len(new_array(0, "float32", "cpu", pages=True)) == 0
+
+
+def test_malloc_can_be_asked() -> None:
+    assert keep_pages() in (True, False)
