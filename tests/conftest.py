@@ -11,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -99,12 +99,15 @@ def mpirun_command(ranks: int) -> list[str]:
 
 @pytest.fixture(scope="session")
 def python() -> Run:
-    """Run `python ARGUMENTS…` on `ranks` processes (under mpirun when more than one) and return what came of it."""
+    """Run `python ARGUMENTS…` on `ranks` processes (under mpirun when more than one) and return what came of it.
+
+    `before`: a command that starts the one that is made.
+    """
 
     def run(
-        *arguments: str | Path, ranks: int = 1, timeout: float = 240, **environment: str
+        *arguments: str | Path, ranks: int = 1, timeout: float = 240, before: Sequence[str] = (), **environment: str
     ) -> "subprocess.CompletedProcess[str]":
-        command = [*(mpirun_command(ranks) if ranks > 1 else []), sys.executable, *map(str, arguments)]
+        command = [*before, *(mpirun_command(ranks) if ranks > 1 else []), sys.executable, *map(str, arguments)]
         return subprocess.run(
             command, env=clean_environment(**environment), timeout=timeout, text=True, capture_output=True,
             stdin=subprocess.DEVNULL, check=False,
