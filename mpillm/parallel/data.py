@@ -21,10 +21,13 @@ from mpillm.comm.buffers import as_buffer
 from mpillm.comm.choice import Profile
 from mpillm.comm.group import Group
 from mpillm.comm.mesh import Axis
+from mpillm.comm.progress import ProgressThread
 from mpillm.errors import CommError, LayoutError
 from mpillm.parallel.buckets import Bucket, group_parameters, lay, make_bucket, padded, square_sum
 
 BCAST_PIECE_BYTES = 2**30
+# Measured in docs/notes.md: how long the thread that moves messages behind the backward pass sleeps between two looks.
+PROGRESS_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class GradientBuckets:
         self._check_layout(groups)
         self._group = Group(axis.comm, profile=profile, debug=settings.debug, warn=warn)
         self.behind = axis.size > 1 and self._overlaps()
+        self._thread = ProgressThread(self._group, PROGRESS_SECONDS) if self.behind else None
         share = settings.allreduce in ("auto", "shared", "two-level") and axis.size > len(self._group.nodes)
         self.buckets = [make_bucket(group, self._group, settings.allreduce, share) for group in groups]
         self._last = False
@@ -120,6 +124,8 @@ class GradientBuckets:
             if bucket.shared is not None:
                 bucket.shared.free()
         self.buckets = []
+        if self._thread is not None:
+            self._thread.end()
         self._group.free()
 
     def zero(self) -> None:
@@ -142,13 +148,17 @@ class GradientBuckets:
         if not self._last:
             return
         bucket.missing -= 1
+        if self._thread is None:
+            return
         # In bucket order, whatever order this rank's graph had: all ranks must start alike.
-        for candidate in self.buckets if self.behind else ():
-            if candidate.missing:
-                break
-            if candidate.handle is None:
-                candidate.handle = candidate.sum.start()
-        self._group.progress()
+        with self._thread.paused():
+            for candidate in self.buckets:
+                if candidate.missing:
+                    break
+                if candidate.handle is None:
+                    candidate.handle = candidate.sum.start()
+            self._group.progress()
+        self._thread.resume()
 
     def reduce(self) -> None:
         """Sum the gradients over the axis, in place. Every rank of the axis calls it, after its backward
@@ -157,9 +167,9 @@ class GradientBuckets:
         for bucket in self.buckets:
             for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
                 lay(parameter, view)
-        if self.axis.size == 1:
-            return
-        for bucket in self.buckets:
+        if self._thread is not None:
+            self._thread.pause()
+        for bucket in self.buckets if self.axis.size > 1 else ():
             if bucket.handle is None:
                 if self.behind:
                     bucket.handle = bucket.sum.start()

@@ -1,6 +1,7 @@
 """Data parallel beside its peers: tokens a second of one training loop, its gradients summed in several ways.
 
     mpirun -n 2 python tests/peers/data_parallel.py [--rounds 11 --steps 3 --width 384 --layers 8 --json FILE]
+    … --ways 'auto,behind segmented-ring' --bucket-mib 8       some of our ways, with buckets of another size
 
 - none: the loop without communication, each rank for itself: what cannot be beaten
 - ddp gloo: torch's DistributedDataParallel over gloo, its gradients in bucket views
@@ -17,6 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +34,14 @@ from mpillm.models.decoder import create, loss_sum
 from mpillm.parallel.data import GradientBuckets, ParallelSettings
 
 OURS = {
+    "auto": ParallelSettings(),
     "after shared": ParallelSettings(overlap="after", allreduce="shared"),
-    "after ring": ParallelSettings(overlap="after", allreduce="ring"),
+    "after two-level": ParallelSettings(overlap="after", allreduce="two-level"),
+    "after segmented-ring": ParallelSettings(overlap="after", allreduce="segmented-ring"),
     "after native": ParallelSettings(overlap="after", allreduce="native"),
-    "behind": ParallelSettings(overlap="behind"),
+    "behind segmented-ring": ParallelSettings(overlap="behind", allreduce="segmented-ring"),
+    "behind two-level": ParallelSettings(overlap="behind", allreduce="two-level"),
+    "behind native": ParallelSettings(overlap="behind", allreduce="native"),
 }
 Step = Callable[[], None]
 
@@ -77,7 +83,7 @@ def our_step(new_model: Callable[[], nn.Module], ids: torch.Tensor, axis: Axis, 
 
 
 def join_gloo(comm: MPI.Intracomm) -> None:
-    """torch.distributed over loopback; the ranks meet in a file."""
+    """torch.distributed over loopback, or the network that GLOO_SOCKET_IFNAME names; the ranks meet in a file."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     path = comm.bcast(tempfile.mktemp(prefix="mpillm-gloo-") if comm.rank == 0 else None)
     store = torch.distributed.FileStore(path, comm.size)
@@ -132,7 +138,7 @@ def tell(result: dict[str, dict[str, object]]) -> None:
             for peer, value in row.items()
             if peer.startswith("to ")
         )
-        print(f"{name:13s} {spread(row['tokens_per_second'], 0):26s} tokens/s  {ratios}", flush=True)
+        print(f"{name:21s} {spread(row['tokens_per_second'], 0):26s} tokens/s  {ratios}", flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -141,8 +147,17 @@ def arguments() -> argparse.Namespace:
         ("rounds", 11), ("steps", 3), ("width", 384), ("layers", 8), ("vocab", 8192), ("rows", 4), ("length", 128),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--ways", default="auto,after native", help=f"of ours, with commas: {', '.join(OURS)}")
+    parser.add_argument("--bucket-mib", type=int, default=0, help="the size of our buckets, where not the default's")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     return parser.parse_args()
+
+
+def ours(options: argparse.Namespace) -> dict[str, ParallelSettings]:
+    chosen = {name: OURS[name] for name in options.ways.split(",") if name}
+    if not options.bucket_mib:
+        return chosen
+    return {name: replace(settings, bucket_bytes=options.bucket_mib << 20) for name, settings in chosen.items()}
 
 
 def main() -> None:
@@ -159,7 +174,7 @@ def main() -> None:
         "ddp gloo": plain_step(
             new_model, ids, lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True)
         ),
-        **{name: our_step(new_model, ids, mesh.axis("data"), settings) for name, settings in OURS.items()},
+        **{name: our_step(new_model, ids, mesh.axis("data"), settings) for name, settings in ours(options).items()},
     }
     rates = measure(steps, comm, options.rounds, options.steps, options.rows * options.length)
     if comm.rank == 0:
