@@ -15,6 +15,8 @@ from rich.text import Text
 # A batch log wants a line now and then, not a bar redrawn ten times a second: soon at first, seldom in a long run.
 LOG_INTERVAL_SECONDS = 5.0
 LONGEST_LOG_INTERVAL_SECONDS = 60.0
+# A file or a pipe has no width of its own: a table in it is as wide as its columns need, up to this.
+LOG_COLUMNS = 240
 
 
 class Progress:
@@ -100,6 +102,8 @@ class Console:
         self._out = rich.console.Console(
             file=self._stream, highlight=False, emoji=False, soft_wrap=True, force_terminal=watched
         )
+        if not self._out.is_terminal:
+            self._out.width = max(self._out.width, LOG_COLUMNS)
 
     def say(self, text: str) -> None:
         if self.speaks:

@@ -1,6 +1,5 @@
 """Arrays to measure with: of any element type, on the CPU or a GPU, new or kept, private or node-shared."""
 
-import ctypes
 import mmap
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,6 @@ import numpy as np
 from mpillm.bench.pattern import fill, pattern
 from mpillm.comm.transfers import block_bounds
 
-# From glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 ITEMSIZE = {"bfloat16": 2}
 IN_BLOCKS = ("reduce_scatter", "allgather", "alltoall")
 """The operations that cut the array in equal blocks, one a rank."""
@@ -105,13 +102,3 @@ def as_tensor(array: Any) -> Any:
     import torch
 
     return torch.from_numpy(array)
-
-
-def keep_pages() -> bool:
-    """From now on this process's C library keeps the memory that it frees, so that no page is faulted in twice.
-
-    Without it an MPI library that allocates room for each large call pays for page faults again and again: right for
-    `--buffers fresh`, wrong where the speed of its algorithm is asked for. False where there is no glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))

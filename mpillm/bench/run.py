@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpillm.bench.arrays import keep_pages
 from mpillm.bench.cluster import make_profile
 from mpillm.bench.collectives import run_collective
 from mpillm.bench.filesystem import TrainingPaths, run_filesystem
@@ -22,6 +21,7 @@ from mpillm.comm.profile import Cluster, describe_cluster, load_profile
 from mpillm.console import Console
 from mpillm.errors import UsageError
 from mpillm.files import make_folder, write_text
+from mpillm.pages import keep_pages
 
 if TYPE_CHECKING:
     from mpi4py import MPI

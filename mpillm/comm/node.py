@@ -32,8 +32,8 @@ STAGE_BYTES_A_RANK = 16 * 1024
 # Up to here one wait with more reading beats two waits with less.
 FLAT_BYTES = 64 * 1024
 FLAT_PUSH_BYTES = 512
-# How often a waiting rank looks at a flag before it offers its core to others: some 50 µs where each has its own.
-SPINS = 1000
+# How often a waiting rank looks at a flag before it offers its core to others: some 10 µs where each has its own.
+SPINS = 200
 SPINS_CROWDED = 20
 
 

@@ -17,6 +17,7 @@ from mpillm.files import make_folder, write_text
 from mpillm.infer.evaluate import evaluate
 from mpillm.infer.loading import TOKENIZER, model_tensors
 from mpillm.models.config import DecoderConfig
+from mpillm.pages import keep_pages
 from mpillm.parallel.data import check_same, share_batch
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.order import WindowOrder
@@ -39,6 +40,7 @@ def train(recipe: Recipe, comm: "MPI.Intracomm", console: Console, resume: bool 
 
     `resume`: go on from the newest whole checkpoint of the run, if it has one. Raises MpillmError's kinds.
     """
+    keep_pages()
     manifest = Manifest.load(recipe.data.path)
     recipe = replace(recipe, model=_with_vocabulary(recipe, manifest))
     mesh = Mesh(comm, {"data": recipe.parallel.data or comm.size})

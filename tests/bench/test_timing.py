@@ -5,7 +5,7 @@ import time
 import numpy as np
 from mpi4py import MPI
 
-from mpillm.bench.arrays import itemsize, keep_pages, new_array
+from mpillm.bench.arrays import itemsize, new_array
 from mpillm.bench.timing import LARGEST_BATCH, batch_of, interleave, rotated, slowest
 from mpillm.comm.buffers import ELEMENTS
 
@@ -59,7 +59,3 @@ def test_new_arrays_of_every_type() -> None:
             assert str(array.dtype).removeprefix("torch.") == element
             assert array.nbytes == 5 * itemsize(element)
     assert len(new_array(0, "float32", "cpu", pages=True)) == 0
-
-
-def test_malloc_can_be_asked() -> None:
-    assert keep_pages() in (True, False)

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mpillm.comm.mesh import Axis, Mesh
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import create, loss_sum
+from mpillm.pages import keep_pages
 from mpillm.parallel.data import GradientBuckets, ParallelSettings
 
 OURS = {
@@ -162,6 +163,7 @@ def ours(options: argparse.Namespace) -> dict[str, ParallelSettings]:
 
 def main() -> None:
     comm, options = MPI.COMM_WORLD, arguments()
+    keep_pages()  # as `mpillm train` does; here for the peers too
     torch.set_num_threads(1)
     join_gloo(comm)
     mesh = Mesh(comm, {"data": comm.size})
