@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import xxhash
 from annotated_types import Ge, Gt
@@ -22,6 +23,7 @@ from mpillm.comm.choice import Profile
 from mpillm.comm.group import Group
 from mpillm.comm.mesh import Axis
 from mpillm.comm.progress import ProgressThread
+from mpillm.comm.transfers import block_bounds
 from mpillm.errors import CommError, LayoutError
 from mpillm.parallel.buckets import Bucket, group_parameters, lay, make_bucket, padded, square_sum
 
@@ -182,11 +184,22 @@ class GradientBuckets:
         self._last = False
 
     def norm(self) -> float:
-        """The 2-norm of all gradients, summed in float64; after `reduce` the same on every rank."""
-        return math.sqrt(sum(square_sum(bucket.flat) for bucket in self.buckets))
+        """The 2-norm of all gradients, in float64, the same on every rank. Each reads its own part of the buckets: every
+        rank of the axis calls it, after `reduce`, when all hold the same.
+        """
+        own = 0.0
+        for bucket in self.buckets:
+            first, stop = block_bounds(bucket.flat.numel(), self.axis.size)[self.axis.rank : self.axis.rank + 2]
+            own += square_sum(bucket.flat[first:stop])
+        parts = np.empty(self.axis.size)
+        self.axis.comm.Allgather(np.array([own]), parts)
+        return math.sqrt(math.fsum(parts))
 
     def clip_(self, max_norm: float) -> float:
-        """Scale all gradients so that their norm is `max_norm` at most; return the norm that they had."""
+        """Scale all gradients so that their norm is `max_norm` at most; return the norm that they had.
+
+        Every rank of the axis calls it.
+        """
         norm = self.norm()
         if math.isfinite(norm) and norm > max_norm:
             for bucket in self.buckets:

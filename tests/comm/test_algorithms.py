@@ -276,3 +276,19 @@ def test_bounds(count, size):
     lengths = [stop - first for first, stop in pairwise(bounds)]
     assert (bounds[0], bounds[-1], len(bounds)) == (0, count, size + 1)
     assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("inner", ["segmented-ring", "recursive-doubling", "rabenseifner"])
+def test_two_levels_add_each_rank_once(inner):
+    """Within each node the team's tree, then a list between the ranks of equal place: building.py's two-level, whose
+    order is the canonical one where nodes hold 2^k neighbours and the list keeps it.
+    """
+    for nodes, each in ((n, k) for n in (2, 3, 5, 8, 16) for k in (1, 2, 3, 4, 7) if n * k <= 64):
+        sums = Sums()
+        # Each rank of a node has its stripe of the node's sum; all stripes of a node are alike, symbolically.
+        of_node = [sums.canonical(node * each, (node + 1) * each) for node in range(nodes)]
+        plans = schedules("allreduce", inner.removeprefix("segmented-"), nodes)
+        state = execute(plans, [[value] * plans[0].blocks for value in of_node], sums)
+        assert all(value[0] == (1 << nodes * each) - 1 for blocks in state for value in blocks)
+        if each & (each - 1) == 0 and inner in FIXED_ORDER:
+            assert all(value == sums.canonical(0, nodes * each) for blocks in state for value in blocks)
