@@ -173,7 +173,7 @@ def bench(
     sizes: Annotated[str, typer.Option(help="1K:256M:x2, 1M:4M:+1M or a list such as 64,1M.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, int32 …; float32 where none is named.")] = "",
     algorithms: Annotated[
-        str, typer.Option(help="auto,native,shared,ring,gloo,nccl …; all that can run where none is named.")
+        str, typer.Option(help="auto,native,shared,ring,gloo …; all that can run where none is named.")
     ] = "",
     iterations: Annotated[int, typer.Option(help="Rounds that are timed.")] = 20,
     warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 3,
@@ -218,7 +218,7 @@ def bench(
         paths = TrainingPaths(
             Documents, write_shard, Split, Manifest, open_split, Plan, save_checkpoint, Checkpoint
         )  # fmt: skip
-        run(options, job.comm, job.console, paths)
+        run(options, job.comm, job.console, paths, environment=dict(os.environ))
 
 
 @app.callback(invoke_without_command=True)

@@ -131,7 +131,7 @@ def listed(house: Path) -> set[str]:
     """The files in the dictionary of meson.build."""
     found, room = set(), ""
     for key, file in re.findall(
-        r"^  '(\w*)': \[|'(\w+\.(?:pyi?|c|h))'", (house / "meson.build").read_text(), re.MULTILINE
+        r"^  '([\w/]*)': \[|'(\w+\.(?:pyi?|c|h))'", (house / "meson.build").read_text(), re.MULTILINE
     ):
         if file:
             found.add(f"{room}/{file}" if room else file)

@@ -13,6 +13,7 @@ from mpillm.bench.contestants import (
     floor,
     floor_kind,
     peers_wanted,
+    runnable,
     select,
     tried,
 )
@@ -36,7 +37,7 @@ COLUMNS: dict[str, Show] = {
 def run_collective(bench: Bench, what: str) -> list[Section]:
     """Measure the collective that the command line calls `what`. Every rank calls it, with the same options."""
     options, operation = bench.options, COLLECTIVES[what]
-    here = bench.group.algorithms(operation)
+    here = runnable(bench.group, operation, options)
     names = select(options.algorithm_names, here, bench.note, what)
     shapes = shapes_of(bench, what)
     rows: list[Row] = []

@@ -16,6 +16,7 @@ from mpillm.bench.options import BenchOptions
 from mpillm.bench.peers import PEERS, Peer
 from mpillm.bench.timing import Call, Make
 from mpillm.comm.algorithms import ALGORITHMS
+from mpillm.comm.gpu.gpus import WAYS
 from mpillm.errors import MpillmError, UsageError
 
 if TYPE_CHECKING:
@@ -27,11 +28,17 @@ COPY, IN_PLACE = "copy", "pass in place"
 SLOW = ("reference",)
 # Exist somewhere, if not for this operation or on this machine.
 KNOWN = {
-    "auto", "native", "reference", "shared", "segmented-ring", "two-level", *PEERS, *chain(*ALGORITHMS.values()),
+    "auto", "native", "reference", "shared", "segmented-ring", "two-level", *WAYS, *PEERS, *chain(*ALGORITHMS.values()),
 }  # fmt: skip
 SHARED_BY_DEFAULT = ("auto", "shared")
 SHARED_PRIVATE = "shared, private"
 """The node-shared algorithm on private arrays: what auto must know where the data is not the library's to place."""
+
+
+def runnable(group: "Group", operation: str, options: BenchOptions) -> tuple[str, ...]:
+    """The algorithms that can run `operation` on the arrays asked for. Every rank of the group calls it."""
+    on_gpu = options.device == "cuda"
+    return group.algorithms(operation, new_array(0, options.element, options.device) if on_gpu else None)
 
 
 def select(asked: tuple[str, ...], here: tuple[str, ...], note: Callable[[str], None], operation: str) -> list[str]:

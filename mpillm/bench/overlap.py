@@ -9,7 +9,7 @@ import numpy as np
 from mpillm.bench import figures
 from mpillm.bench.arrays import Shape, fitting_count
 from mpillm.bench.collectives import keep_able
-from mpillm.bench.contestants import SHARED_PRIVATE, Memory, contestants, peers_wanted, select
+from mpillm.bench.contestants import SHARED_PRIVATE, Memory, contestants, peers_wanted, runnable, select
 from mpillm.bench.peers import Peer, joined
 from mpillm.bench.report import Row, Section, Show, scaled, text, whole
 from mpillm.bench.setting import Bench
@@ -52,7 +52,7 @@ def work(unit: Call, units: int, between: Call = lambda: None) -> None:
 def run_overlap(bench: Bench) -> list[Section]:
     """Every algorithm of the all-reduce at every size. Every rank calls it, with the same options."""
     options, comm = bench.options, bench.comm
-    names = select(options.algorithm_names, bench.group.algorithms("allreduce"), bench.note, "overlap")
+    names = select(options.algorithm_names, runnable(bench.group, "allreduce", options), bench.note, "overlap")
     sizes, rows = options.sizes_of("overlap"), list[Row]()
     with joined(comm, peers_wanted(options), bench.note) as peers, bench.progress("overlap", len(sizes)) as advance:
         for size in sizes:

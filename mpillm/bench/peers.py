@@ -16,7 +16,8 @@ from mpillm.comm.mesh import on_one_node
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-PEERS = ("gloo", "nccl")
+PEERS = ("gloo", "torch-nccl")
+# mpillm's own nccl is another contestant.
 PATIENCE = timedelta(seconds=60)
 
 
@@ -91,11 +92,11 @@ def joined(comm: "MPI.Intracomm", wanted: tuple[str, ...], note: Callable[[str],
             yield {}
             return
         groups: dict[str, Any] = {"gloo": dist.group.WORLD}
-        if "nccl" in wanted:
+        if "torch-nccl" in wanted:
             if reason := _no_nccl(comm):
-                note(f"left out: nccl: {reason}")
+                note(f"left out: torch-nccl: {reason}")
             else:
-                groups["nccl"] = dist.new_group(backend="nccl")
+                groups["torch-nccl"] = dist.new_group(backend="nccl")
         yield {name: Peer(name, group) for name, group in groups.items() if name in wanted}
         comm.Barrier()
 

@@ -1,6 +1,7 @@
 """`mpillm bench`: runs what was asked for, tells the results and writes the files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,9 @@ from mpillm.bench.plot import draw, drawn
 from mpillm.bench.report import Section, as_csv, as_json, tell
 from mpillm.bench.setting import Bench, header
 from mpillm.comm.agreement import on_root
+from mpillm.comm.gpu.probe import probe
 from mpillm.comm.group import Group
-from mpillm.comm.profile import Cluster, describe_cluster, load_profile
+from mpillm.comm.profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.console import Console
 from mpillm.errors import UsageError
 from mpillm.files import make_folder, write_text
@@ -27,20 +29,32 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-def run(options: BenchOptions, comm: "MPI.Intracomm", console: Console, paths: TrainingPaths) -> None:
-    """Every rank of `comm` calls it, with the same options. Raises UsageError for what cannot be asked for here."""
+def run(
+    options: BenchOptions, comm: "MPI.Intracomm", console: Console, paths: TrainingPaths,
+    environment: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Every rank of `comm` calls it, with the same options. Raises UsageError for what cannot be asked for here.
+
+    `environment`: the process's, for the child that tries what MPI does with a GPU's memory; None: it isn't tried.
+    """
     on_root(comm, lambda: _check_places(options))
-    _check_device(options)
+    _check_device(options, comm)
     quiet = Console(speaks=False) if options.quiet else console
     cluster = describe_cluster(comm)
     profile = load_profile(options.profile, quiet.warn, cluster) if options.profile else None
     kept = options.buffers == "warm" and keep_pages()
+    gpu: dict[str, Any] = {}
+    if options.device == "cuda":
+        known = profile or ClusterProfile("", cluster)
+        gpu = {**known.gpu_probe, **on_root(comm, lambda: _gpu_facts(environment))}
+        # What was found holds for this very run.
+        profile = replace(known, gpu_probe=gpu)
     group = Group(comm, profile=profile, warn=quiet.warn)
     bench = Bench(options, comm, group, quiet)
     facts = header(bench, cluster, kept)
     sections = [section for what in options.benchmarks() for section in _measure(bench, what, paths)]
     group.free()
-    on_root(comm, lambda: _write(bench, sections, cluster, facts))
+    on_root(comm, lambda: _write(bench, sections, cluster, facts, gpu))
     if options.as_json:
         console.write(as_json(facts, sections, bench.notes))
     elif options.csv == STDOUT:
@@ -73,15 +87,22 @@ def _check_places(options: BenchOptions) -> None:
         make_folder(path.parent)
 
 
-def _check_device(options: BenchOptions) -> None:
+def _check_device(options: BenchOptions, comm: "MPI.Intracomm") -> None:
+    """Raise UsageError without a GPU; else the ranks of a node take its GPUs in turn."""
     if options.device == "cuda":
         import torch
+        from mpi4py import MPI
 
         if not torch.cuda.is_available():
             raise UsageError(f"--device cuda needs a GPU and a torch built for it, this is torch {torch.__version__}")
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        torch.cuda.set_device(node.rank % torch.cuda.device_count())
+        node.Free()
 
 
-def _write(bench: Bench, sections: list[Section], cluster: Cluster, facts: dict[str, str]) -> None:
+def _write(
+    bench: Bench, sections: list[Section], cluster: Cluster, facts: dict[str, str], gpu: Mapping[str, Any]
+) -> None:
     """Rank 0 writes the files that were asked for."""
     options = bench.options
     if options.csv not in ("", STDOUT):
@@ -92,11 +113,12 @@ def _write(bench: Bench, sections: list[Section], cluster: Cluster, facts: dict[
         else:
             bench.note(f"no picture: {options.what} measures no bandwidth over size")
     if options.save is not None:
-        probe = _gpu_facts() if options.device == "cuda" else {}
-        make_profile(sections, cluster, bench.comm.size, options.device, facts["date"], probe).save(options.save)
+        make_profile(sections, cluster, bench.comm.size, options.device, facts["date"], gpu).save(options.save)
 
 
-def _gpu_facts() -> dict[str, Any]:
+def _gpu_facts(environment: Mapping[str, str] | None) -> dict[str, Any]:
+    """Of rank 0's node: its GPUs, and under `mpi` which operations the MPI library does with their memory."""
     import torch
 
-    return {"device": torch.cuda.get_device_name(), "devices": torch.cuda.device_count()}
+    taken = {} if environment is None else {"mpi": probe(environment)}
+    return {"device": torch.cuda.get_device_name(), "devices": torch.cuda.device_count()} | taken

@@ -145,5 +145,6 @@ def _check(element: str, contiguous: bool, shape: tuple[int, ...], remedy: str) 
 
 def _no_device(what: str) -> str:
     return (
-        f"messages carry memory of the CPU, this is {what}; copy it with .cpu() first (GPUs come with a later release)"
+        f"messages carry memory of the CPU, this is {what}; copy it with .cpu() first. Collectives take a GPU's, too, "
+        "for array and out alike"
     )

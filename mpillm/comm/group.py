@@ -6,9 +6,11 @@
     ready.run()
     handle = ready.start(); ...; handle.wait()      # behind other work; test it now and then, or nothing moves
 
-Arrays are C-contiguous NumPy arrays or torch CPU tensors of any shape (buffers.py). All ranks call the same operations
-in the same order with arrays of the same type and count; `debug` finds a rank that doesn't, before data moves. An array
-in node-shared memory (`allocate`) is reduced fastest; all ranks must then pass the same part of their rows.
+Arrays are C-contiguous NumPy arrays or torch CPU tensors of any shape (buffers.py); on a GPU, torch CUDA tensors and
+CuPy arrays (gpu/), and then a call takes its place in the stream that is current when it begins. All ranks call the
+same operations in the same order with arrays of the same type and count; `debug` finds a rank that doesn't, before data
+moves. An array in node-shared memory (`allocate`) is reduced fastest; all ranks must then pass the same part of their
+rows.
 """
 
 import itertools
@@ -24,6 +26,9 @@ from mpillm.comm.buffers import Buffer, as_buffer
 from mpillm.comm.building import Builder
 from mpillm.comm.choice import Layout, Profile, Wish
 from mpillm.comm.exchanging import exchange_stage
+from mpillm.comm.gpu.arrays import as_device_buffer
+from mpillm.comm.gpu.buffer import DeviceBuffer, is_on_device
+from mpillm.comm.gpu.gpus import Gpus
 from mpillm.comm.node import Node, SharedRows
 from mpillm.comm.stages import Stage
 from mpillm.comm.transfers import block_bounds
@@ -73,6 +78,7 @@ class Group:
         self._calls = itertools.count(1)
         self.under_way: list[Handle] = []
         self._queue: deque[Handle] = deque()
+        self._gpus: Gpus | None = None
 
     def _join_across(self, place: int) -> "MPI.Intracomm | None":
         """The ranks of the same place on each node; where nodes are uneven, their first ranks alone."""
@@ -87,9 +93,13 @@ class Group:
         """The ranks of each node."""
         return [list(ranks) for ranks in self.layout.nodes]
 
-    def algorithms(self, operation: str) -> tuple[str, ...]:
-        """The algorithms that can run `operation` here, `auto` first."""
+    def algorithms(self, operation: str, like: Any = None) -> tuple[str, ...]:
+        """The algorithms that can run `operation` here, `auto` first; for arrays on a GPU one of them is `like`, and
+        every rank calls it.
+        """
         choice.check_known(operation, choice.OPERATIONS, "operation")
+        if operation != "barrier" and is_on_device(like):
+            return self._on_gpus().algorithms(operation, like)
         return choice.available(operation, self.layout)
 
     def allocate(self, count: int, element: str) -> SharedRows | None:
@@ -155,6 +165,8 @@ class Group:
         algorithm that don't fit.
         """
         wish = Wish(operation, op, root, algorithm, fixed_order)
+        if operation != "barrier" and is_on_device(array):
+            return self._prepare_on_gpu(wish, array, out)
         if operation == "barrier":
             source = target = as_buffer(np.empty(0, np.uint8))
         else:
@@ -167,6 +179,28 @@ class Group:
         stage = self._builder.build(wish, chosen, source, target)
         facts = (operation, source.element, source.count, op, root, algorithm, fixed_order)
         return Prepared(self, chosen, stage, facts, queued=chosen == "two-level")
+
+    def _prepare_on_gpu(self, wish: Wish, array: Any, out: Any) -> "Prepared":
+        source = as_device_buffer(array, writable=out is None and self._takes(wish))
+        target = source if out is None else as_device_buffer(out)
+        _check_arrays(wish, source, target, self.rank, self.size)
+        chosen, stage = self._on_gpus().prepare(wish, source, target)
+        facts = (
+            wish.operation, source.element, source.count, wish.op, wish.root, wish.algorithm, wish.fixed_order
+        )  # fmt: skip
+        # NCCL keeps its own order, on the stream; the others share memory or a communicator.
+        return Prepared(self, chosen, stage, facts, queued=chosen != "nccl", mark=stage.mark)
+
+    def _on_gpus(self) -> Gpus:
+        if self._gpus is None:
+            self._settle()
+            self._gpus = Gpus(Group(self.comm, profile=self.profile), self.profile, self._settle)
+        return self._gpus
+
+    def _settle(self) -> None:
+        """Wait for all that is under way: to make communicators, ranks wait for each other without moving it on."""
+        while self.under_way:
+            self.under_way[0].wait()
 
     def _takes(self, wish: Wish) -> bool:
         """Whether this rank's array is written to by an operation in place."""
@@ -241,8 +275,9 @@ class Group:
 
     def free(self) -> None:
         """Give communicators and shared memory back; every rank calls it, and uses no prepared call afterwards."""
-        while self.under_way:
-            self.under_way[0].wait()
+        self._settle()
+        if self._gpus is not None:
+            self._gpus.free()
         for comm in (self._across, self._node_comm, self.comm):
             if comm is not None:
                 comm.Free()
@@ -254,11 +289,12 @@ class Prepared:
     """
 
     def __init__(
-        self, group: Group, algorithm: str, stage: Stage, facts: tuple[Any, ...] | None, *, queued: bool
-    ) -> None:
+        self, group: Group, algorithm: str, stage: Stage, facts: tuple[Any, ...] | None, *, queued: bool,
+        mark: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         self.algorithm = algorithm
         self._group, self.bare, self._stage = group, stage.run, stage
-        self._facts, self._queued = facts, queued
+        self._facts, self._queued, self._mark = facts, queued, mark
         self._handle: Handle | None = None
 
     def run(self) -> None:
@@ -275,6 +311,8 @@ class Prepared:
             raise CommError("a prepared call was started again before it was done; wait for its handle first")
         if self._group.debug and self._facts is not None:
             self._group.check_call(self._facts)
+        if self._mark is not None:
+            self._mark()
         self._handle = Handle(self._group, self._stage, self._queued)
         return self._handle
 
@@ -313,7 +351,9 @@ class Handle:
                 os.sched_yield()
 
 
-def _check_arrays(wish: Wish, source: Buffer, target: Buffer, rank: int, size: int) -> None:
+def _check_arrays(
+    wish: Wish, source: Buffer | DeviceBuffer, target: Buffer | DeviceBuffer, rank: int, size: int
+) -> None:
     """Raise CommError unless the arrays fit each other and the operation."""
     if source.element != target.element:
         raise CommError(f"array holds {source.element} and out holds {target.element}; both must be of one type")

@@ -184,8 +184,9 @@ class GradientBuckets:
         self._last = False
 
     def norm(self) -> float:
-        """The 2-norm of all gradients, in float64, the same on every rank. Each reads its own part of the buckets: every
-        rank of the axis calls it, after `reduce`, when all hold the same.
+        """The 2-norm of all gradients, in float64, the same on every rank; each reads its own part of the buckets.
+
+        Every rank of the axis calls it, after `reduce`, when all hold the same.
         """
         own = 0.0
         for bucket in self.buckets:

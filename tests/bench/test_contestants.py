@@ -26,15 +26,15 @@ def test_names() -> None:
     assert notes == []
     assert select(("pairwise", "ring"), HERE, notes.append, "allreduce") == ["ring"]
     assert notes == ["allreduce has no pairwise on this job"]
-    with pytest.raises(UsageError, match=r"'rign' is unknown; .*auto, ring, native, reference, gloo, nccl"):
+    with pytest.raises(UsageError, match=r"'rign' is unknown; .*auto, ring, native, reference, gloo, torch-nccl"):
         select(("ring", "rign"), HERE, notes.append, "allreduce")
 
 
 def test_peers() -> None:
     assert peers_wanted(BenchOptions("all")) == ("gloo",)
-    assert peers_wanted(BenchOptions("all", device="cuda")) == ("gloo", "nccl")
+    assert peers_wanted(BenchOptions("all", device="cuda")) == ("gloo", "torch-nccl")
     assert peers_wanted(BenchOptions("all", algorithms="ring")) == ()
-    assert peers_wanted(BenchOptions("all", algorithms="nccl, ring")) == ("nccl",)
+    assert peers_wanted(BenchOptions("all", algorithms="torch-nccl, ring")) == ("torch-nccl",)
 
 
 @pytest.mark.parametrize(

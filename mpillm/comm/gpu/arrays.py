@@ -1,0 +1,105 @@
+"""What may travel from a GPU: C-contiguous torch CUDA tensors, CuPy arrays and their like, without a copy."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mpillm.comm.buffers import ELEMENTS, element_of
+from mpillm.comm.gpu.buffer import DeviceBuffer, is_on_device, load_cupy
+from mpillm.errors import CommError
+
+
+def as_device_buffer(array: Any, writable: bool = True) -> DeviceBuffer:
+    """A C-contiguous array on a GPU, of any shape, as a flat DeviceBuffer, without a copy.
+
+    Raises CommError for an array on the CPU, without CuPy, and for what `as_buffer` refuses on the CPU.
+    """
+    if isinstance(array, DeviceBuffer):
+        buffer = array
+    elif not is_on_device(array):
+        raise CommError(
+            f"array and out must lie on one GPU; out is a {type(array).__name__} on the CPU. Make it with .to(device)"
+        )
+    else:
+        cupy = load_cupy()
+        torch = sys.modules.get("torch")
+        is_tensor = torch is not None and isinstance(array, torch.Tensor)
+        buffer = _from_torch(cupy, array) if is_tensor else _from_interface(cupy, array)
+    if writable and not buffer.writable:
+        raise CommError("a read-only array cannot take a result; pass a copy of it, or another array as out")
+    return buffer
+
+
+def _from_torch(cupy: Any, tensor: Any) -> DeviceBuffer:
+    element = element_of(tensor.dtype)
+    _check(element, tensor.is_contiguous(), tuple(tensor.shape), ".contiguous()")
+    device, torch = int(tensor.device.index), sys.modules["torch"]
+    kept = tensor.detach()
+
+    def current() -> int:
+        return int(torch.cuda.current_stream(device).cuda_stream)
+
+    return _buffer(cupy, element, kept.numel(), int(kept.data_ptr()), kept, device, current, True)
+
+
+def _from_interface(cupy: Any, array: Any) -> DeviceBuffer:
+    interface = array.__cuda_array_interface__
+    shape = tuple(interface["shape"])
+    # The interface has no word for bfloat16; a CuPy array of it has.
+    kind = np.dtype(getattr(array, "dtype", interface["typestr"]))
+    element = element_of(kind)
+    strides, wanted = interface.get("strides"), _strides(shape, kind.itemsize)
+    count = int(np.prod(shape, dtype=np.int64))
+    _check(element, strides is None or tuple(strides) == wanted or count == 0, shape, "cupy.ascontiguousarray")
+    if not kind.isnative:
+        raise CommError(f"an array of byte order {kind.str!r} cannot be summed; convert it with .astype({element!r})")
+    pointer, read_only = interface["data"]
+    device = _device_of(cupy, array, int(pointer))
+    current = _stream_of(cupy, array, device)
+    return _buffer(cupy, element, count, int(pointer), array, device, current, not read_only)
+
+
+def _buffer(
+    cupy: Any, element: str, count: int, pointer: int, owner: Any, device: int, current: Callable[[], int],
+    writable: bool,
+) -> DeviceBuffer:  # fmt: skip
+    kind = np.dtype("uint16" if element == "bfloat16" else element)
+    memory = cupy.cuda.UnownedMemory(pointer, count * kind.itemsize, owner, device)
+    flat = cupy.ndarray((count,), kind, cupy.cuda.MemoryPointer(memory, 0))
+    return DeviceBuffer(element, flat, count, pointer, device, current, cupy, writable)
+
+
+def _strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Of a C-contiguous array, in bytes."""
+    return tuple(itemsize * int(np.prod(shape[dim + 1 :], dtype=np.int64)) for dim in range(len(shape)))
+
+
+def _device_of(cupy: Any, array: Any, pointer: int) -> int:
+    if isinstance(array, cupy.ndarray):
+        return int(array.device.id)
+    # An array without elements has no address to be asked about.
+    return int(cupy.cuda.runtime.pointerGetAttributes(pointer).device if pointer else cupy.cuda.runtime.getDevice())
+
+
+def _stream_of(cupy: Any, array: Any, device: int) -> Callable[[], int]:
+    """CuPy's current stream; for another library's array the one that its interface names, where it names one."""
+
+    def current() -> int:
+        named = None if isinstance(array, cupy.ndarray) else array.__cuda_array_interface__.get("stream")
+        if named is not None:
+            return int(named)
+        with cupy.cuda.Device(device):
+            return int(cupy.cuda.get_current_stream().ptr)
+
+    return current
+
+
+def _check(element: str, contiguous: bool, shape: tuple[int, ...], remedy: str) -> None:
+    if element not in ELEMENTS:
+        raise CommError(f"elements of type {element} cannot travel; convert to one of {', '.join(ELEMENTS)}")
+    if not contiguous:
+        raise CommError(
+            f"a message needs C-contiguous memory, this array of shape {shape} has gaps; make it so with {remedy}"
+        )

@@ -1,0 +1,123 @@
+"""Memory of a GPU as the collectives see it: flat rows of elements, the counterpart of buffers.py.
+
+CuPy is loaded when the first array on a GPU comes, never before. It knows no bfloat16: that is seen as uint16 here, and
+summed by the kernels of arithmetic.py.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mpillm.comm.buffers import Buffer
+from mpillm.comm.gpu import arithmetic
+from mpillm.errors import CommError
+
+
+@dataclass(frozen=True)
+class DeviceBytes:
+    """Memory of a GPU as MPI takes it: by its address alone, for libraries that a probe has shown to take such."""
+
+    pointer: int
+    size: int
+    owner: Any
+    """Keeps the memory alive."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"shape": (self.size,), "typestr": "|u1", "data": (self.pointer, False), "strides": None, "version": 3}
+
+
+@dataclass(frozen=True)
+class DeviceBuffer:
+    """An array's memory on a GPU as one flat row of elements; to the list algorithms it is what a Buffer is."""
+
+    element: str
+    """One of ELEMENTS."""
+    flat: Any
+    """1-dim CuPy array; uint16 for bfloat16."""
+    count: int
+    pointer: int
+    device: int
+    current_stream: Callable[[], int]
+    """The handle of the stream on which the array's library would work now."""
+    library: Any
+    """The module cupy; numpy where the CPU stands in for a GPU (trial.py, tests)."""
+    writable: bool = True
+
+    @property
+    def itemsize(self) -> int:
+        return int(self.flat.dtype.itemsize)
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.itemsize
+
+    def at(self, first: int) -> int:
+        """The address of element `first`."""
+        return self.pointer + first * self.itemsize
+
+    def raw(self, first: int, stop: int) -> DeviceBytes:
+        """The bytes of elements `first` to `stop`, for MPI to send or receive."""
+        return DeviceBytes(self.at(first), (stop - first) * self.itemsize, self.flat)
+
+    @property
+    def octets(self) -> DeviceBytes:
+        return self.raw(0, self.count)
+
+    def part(self, first: int, stop: int) -> "DeviceBuffer":
+        """Elements `first` to `stop` as a buffer of their own."""
+        return replace(self, flat=self.flat[first:stop], count=stop - first, pointer=self.at(first))
+
+    def combine(self, op: str, target: slice, source: "DeviceBuffer", source_slice: slice) -> None:
+        """self[target] = self[target] op source[source_slice], by a kernel on CuPy's current stream; it has run when
+        this returns, so that the sum may be sent on.
+        """
+        arithmetic.combine(self.library, self.element, op, self.flat[target], source.flat[source_slice])
+        self.settle()
+
+    def scale(self, factor: float) -> None:
+        """self *= factor, in place, on CuPy's current stream; floats only."""
+        arithmetic.scale(self.library, self.element, self.flat, factor)
+
+    def copy_from(self, source: "DeviceBuffer") -> None:
+        """Overwrite all elements by `source`'s, on CuPy's current stream."""
+        self.library.copyto(self.flat, source.flat)
+
+    def settle(self) -> None:
+        """Return when CuPy's current stream has done its work."""
+        if self.library is not np:
+            self.library.cuda.get_current_stream().synchronize()
+
+    def empty(self, count: int) -> "DeviceBuffer":
+        """A new buffer of `count` elements of the same type on the same GPU, its contents undefined."""
+        if self.library is np:
+            flat: Any = np.empty(count, self.flat.dtype)
+            return replace(self, flat=flat, count=count, pointer=int(flat.ctypes.data), writable=True)
+        with self.library.cuda.Device(self.device):
+            flat = self.library.empty(count, self.flat.dtype)
+        return replace(self, flat=flat, count=count, pointer=int(flat.data.ptr), writable=True)
+
+
+def load_cupy() -> Any:
+    """The module cupy; raises CommError with the way out where it cannot be had."""
+    try:
+        import cupy
+    except ImportError as failure:
+        raise CommError(
+            f"arrays on a GPU travel through CuPy, which cannot be loaded ({failure}); install mpillm[cuda12], or "
+            "mpillm[cuda13] for CUDA 13, or copy the array to the CPU first"
+        ) from failure
+    return cupy
+
+
+def is_on_device(array: Any) -> bool:
+    """Whether `array` is a torch CUDA tensor, or else an object with `__cuda_array_interface__`."""
+    if array is None or isinstance(array, np.ndarray | Buffer):
+        return False
+    torch = sys.modules.get("torch")  # who passes a tensor has loaded torch
+    if torch is not None and isinstance(array, torch.Tensor):
+        return bool(array.device.type == "cuda")
+    return isinstance(array, DeviceBuffer) or hasattr(array, "__cuda_array_interface__")
