@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 # Every MPI offers at least 2¹⁵ tags. Two runs meet in a tag only when 2¹⁴ others began between them.
 FIRST_TAG, TAGS = 1024, 1 << 14
+# What ranks must agree on: what `debug` compares.
+FACTS = ("operation", "type", "count", "op", "root", "algorithm", "fixed_order", "place in node-shared memory")
 
 
 def _silent(text: str) -> None:
@@ -173,21 +175,18 @@ class Group:
             source = as_buffer(array, writable=out is None and self._takes(wish))
             target = source if out is None else as_buffer(out)
             _check_arrays(wish, source, target, self.rank, self.size)
-        in_shared = self._node is not None and self._node.shares(source)
+        place = None if self._node is None else self._node.place(source)
         nbytes = max(source.octets.size, target.octets.size)
-        chosen = choice.choose(wish, source.element, nbytes, self.layout, in_shared, self.profile)
+        chosen = choice.choose(wish, source.element, nbytes, self.layout, place is not None, self.profile)
         stage = self._builder.build(wish, chosen, source, target)
-        facts = (operation, source.element, source.count, op, root, algorithm, fixed_order)
-        return Prepared(self, chosen, stage, facts, queued=chosen == "two-level")
+        return Prepared(self, chosen, stage, _facts(wish, source, place), queued=chosen == "two-level")
 
     def _prepare_on_gpu(self, wish: Wish, array: Any, out: Any) -> "Prepared":
         source = as_device_buffer(array, writable=out is None and self._takes(wish))
         target = source if out is None else as_device_buffer(out)
         _check_arrays(wish, source, target, self.rank, self.size)
         chosen, stage = self._on_gpus().prepare(wish, source, target)
-        facts = (
-            wish.operation, source.element, source.count, wish.op, wish.root, wish.algorithm, wish.fixed_order
-        )  # fmt: skip
+        facts = _facts(wish, source, None)
         # NCCL keeps its own order, on the stream; the others share memory or a communicator.
         return Prepared(self, chosen, stage, facts, queued=chosen != "nccl", mark=stage.mark)
 
@@ -240,7 +239,7 @@ class Group:
         """With `debug`: raise CommError on every rank unless all are about to make the same call."""
         call = next(self._calls)
         everywhere = self.comm.allgather((call, *facts))
-        names = ("call", "operation", "type", "count", "op", "root", "algorithm", "fixed_order")
+        names = ("call", *FACTS)
         for rank, theirs in enumerate(everywhere):
             differing = [
                 f"{name} {one!r} on rank 0 and {other!r} on rank {rank}"
@@ -349,6 +348,11 @@ class Handle:
             else:
                 self._group.progress()
                 os.sched_yield()
+
+
+def _facts(wish: Wish, source: Buffer | DeviceBuffer, place: int | None) -> tuple[Any, ...]:
+    """The values of FACTS."""
+    return (wish.operation, source.element, source.count, wish.op, wish.root, wish.algorithm, wish.fixed_order, place)
 
 
 def _check_arrays(

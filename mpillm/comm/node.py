@@ -62,12 +62,11 @@ class SharedRows:
         own = self.octets[self.rank]
         return Buffer(self.element, self.own, own, self.count, self._dtype.itemsize)
 
-    def find(self, octets: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], ...] | None:
-        """Every rank's bytes at the place of `octets`, where that lies in this rank's row; else None."""
-        first = octets.ctypes.data - self.octets[self.rank].ctypes.data
-        if not 0 <= first <= first + octets.size <= self.octets[self.rank].size:
-            return None
-        return tuple(row[first : first + octets.size] for row in self.octets)
+    def place_of(self, octets: NDArray[np.uint8]) -> int | None:
+        """Where in this rank's row `octets` begins, in bytes; None where it lies elsewhere."""
+        own = self.octets[self.rank]
+        first = int(octets.ctypes.data - own.ctypes.data)
+        return first if 0 <= first <= first + octets.size <= own.size else None
 
     def free(self) -> None:
         """Let go of the memory; it is given back when no view of it is left."""
@@ -134,7 +133,7 @@ class Node:
         # The longer of the two is the whole array.
         count = max(buffer.count for buffer in (source, target) if buffer is not None)
         nbytes = count * given.itemsize
-        rows = self._rows_of(source) if kind in PUSHED and source is target else None
+        rows = self._rows_of(given) if kind in PUSHED and source is target else None
         if kind == "allreduce" and nbytes <= FLAT_PUSH_BYTES:
             rows = None
         flat = kind in ("allreduce", "reduce") and nbytes <= self._flat_bytes and rows is None
@@ -143,17 +142,25 @@ class Node:
             ELEMENTS.index(given.element), REDUCTIONS.index(op), scale, root, flat, rows,
         )  # fmt: skip
 
-    def shares(self, buffer: Buffer) -> bool:
-        """Whether `buffer` lies in memory that `allocate` gave."""
-        return self._rows_of(buffer) is not None
+    def place(self, buffer: Buffer) -> int | None:
+        """Where in this rank's row `buffer` begins, in bytes, if it lies in memory that `allocate` gave; else None."""
+        found = self._find(buffer)
+        return None if found is None else found[1]
 
-    def _rows_of(self, buffer: Buffer | None) -> tuple[NDArray[np.uint8], ...] | None:
+    def _rows_of(self, buffer: Buffer) -> tuple[NDArray[np.uint8], ...] | None:
         """All ranks' rows, where `buffer` lies in shared memory (every rank passes the same part of its row)."""
-        if buffer is not None and buffer.count:
-            self._shared = [shared for shared in self._shared if shared.octets]
-            for shared in self._shared:
-                if rows := shared.find(buffer.octets):
-                    return rows
+        found = self._find(buffer)
+        if found is None:
+            return None
+        shared, first = found
+        return tuple(row[first : first + buffer.octets.size] for row in shared.octets)
+
+    def _find(self, buffer: Buffer) -> tuple[SharedRows, int] | None:
+        self._shared = [shared for shared in self._shared if shared.octets]
+        for shared in self._shared if buffer.count else ():
+            first = shared.place_of(buffer.octets)
+            if first is not None:
+                return shared, first
         return None
 
 

@@ -343,6 +343,20 @@ def test_debug_finds_who_calls_otherwise(comm, call, words):
     careful.free()
 
 
+def test_debug_finds_who_is_elsewhere_in_shared_memory(comm):
+    careful = Group(comm, debug=True)
+    rows = careful.allocate(100, "float32")
+    if comm.size == 1 or rows is None:
+        pytest.skip("needs another rank, and shared memory")
+    first = 10 if comm.rank else 0
+    with pytest.raises(CommError, match="place in node-shared memory 0 on rank 0 and 40 on rank 1"):
+        careful.allreduce(rows.own[first : first + 50])
+    with pytest.raises(CommError, match="place in node-shared memory 0 on rank 0 and None on rank 1"):
+        careful.allreduce(np.ones(50, np.float32) if comm.rank else rows.own[:50])
+    rows.free()
+    careful.free()
+
+
 @pytest.mark.parametrize("algorithm", ["auto", "ring", "native"])
 def test_more_than_2_to_the_31(group, algorithm):
     if group.size != 2:
