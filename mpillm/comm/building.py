@@ -1,6 +1,7 @@
 """How a call becomes stages: the copies, messages, sums and scalings that make up one collective."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,8 @@ import numpy as np
 from mpillm.comm import kernel, native
 from mpillm.comm.algorithms import schedule
 from mpillm.comm.buffers import SHORT_FLOATS, Buffer, from_octets
-from mpillm.comm.choice import KIB, Wish
-from mpillm.comm.interpreter import Run
+from mpillm.comm.choice import FEW_ROUNDS_BYTES, KIB, Wish
+from mpillm.comm.interpreter import Run, Scratch
 from mpillm.comm.node import Node
 from mpillm.comm.reference import reference
 from mpillm.comm.stages import Listed, Stage, Work, chain
@@ -19,11 +20,11 @@ from mpillm.comm.transfers import block_bounds
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# Measured in docs/notes.md, over TCP and within a node.
+# Measured in docs/notes.md. Over TCP, Open MPI sends up to 64 KiB without asking; what it asks for first waits behind
+# all that is under way, so that a link which is busy both ways stands half empty.
 SEGMENT_BYTES = 60 * KIB
 IN_FLIGHT = 8
-# Between nodes: below, few rounds; above, few bytes, both ways at once.
-FEW_ROUNDS_BYTES = 256 * KIB
+TAGS_ACROSS = 1 << 14
 
 
 class Builder:
@@ -37,6 +38,9 @@ class Builder:
     ) -> None:  # fmt: skip
         self._comm, self._node, self._across, self._even = comm, node, across, even
         self._next_tag = next_tag
+        # Where nodes are uneven not every rank is in `across`, so its runs are counted apart.
+        self._next_tag_across = itertools.cycle(range(TAGS_ACROSS)).__next__
+        self._scratch = Scratch()
 
     def build(self, wish: Wish, algorithm: str, source: Buffer, target: Buffer) -> Stage:
         """The stages of `wish` by `algorithm`; `source` is `target` where it works in place."""
@@ -113,7 +117,12 @@ class Builder:
         plan = schedule(operation, "ring" if segmented else algorithm, comm.rank, comm.size, root)
         bounds = block_bounds(target.count, plan.blocks)
         segment = SEGMENT_BYTES if segmented else None
-        return Listed(lambda: Run(plan.rounds, comm, source, target, bounds, op, segment, self._next_tag(), IN_FLIGHT))
+        next_tag = self._next_tag_across if comm is self._across else self._next_tag
+
+        def begin() -> Run:
+            return Run(plan.rounds, comm, source, target, bounds, op, segment, next_tag(), IN_FLIGHT, self._scratch)
+
+        return Listed(begin)
 
     # ---- two levels ----
 

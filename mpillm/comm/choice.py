@@ -15,7 +15,13 @@ from mpillm.errors import CommError
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall", "barrier")
 REDUCING = ("allreduce", "reduce_scatter", "reduce")
 OPS = ("sum", "mean", "max", "min")
+SHORT_INTEGERS = ("int8", "uint8", "int16", "uint16")
 KIB, MIB = 1024, 1024 * 1024
+# Measured in docs/notes.md. Below, between processes that share no memory, the library's own has the shortest latency.
+FEW_BYTES = 64 * KIB
+# From here on few rounds are worth less than few bytes, and within a node our ring passes the library's own.
+FEW_ROUNDS_BYTES = 256 * KIB
+RING_BYTES = 8 * MIB
 
 
 class Profile(Protocol):
@@ -155,19 +161,22 @@ def table(operation: str, element: str, nbytes: int, layout: Layout, in_shared: 
 
 
 def _preferences(operation: str, element: str, nbytes: int, layout: Layout, in_shared: bool) -> list[str]:
-    native_wins = operation not in REDUCING or element not in SHORT_FLOATS
-    if len(layout.nodes) == 1:
-        if native_wins and not in_shared and _native_beats_stage(layout.library, nbytes):
-            return ["native", "shared", "rabenseifner", "recursive-halving", "ring"]
-        return ["shared", "native", "rabenseifner", "recursive-halving", "binomial", "ring"]
-    if nbytes < 64 * KIB and native_wins:
+    # 16-bit floats the libraries add slowly or not at all; short integers saturate in Open MPI, where ours wrap.
+    native_wins = operation not in REDUCING or not (element in SHORT_FLOATS or element in SHORT_INTEGERS)
+    if len(layout.nodes) == 1 and layout.shares_memory:
+        staged = native_wins and not in_shared and _native_beats_stage(layout.library, nbytes)
+        return ["native", "shared"] if staged else ["shared", "native", *_by_size(nbytes)]
+    one_node = len(layout.nodes) == 1
+    if native_wins and nbytes < (RING_BYTES if one_node else FEW_BYTES):
         return ["native", *_by_size(nbytes)]
+    if one_node and nbytes >= FEW_ROUNDS_BYTES:
+        return ["ring", *_by_size(nbytes), "native"]
     return ["two-level", *_by_size(nbytes), "native"]
 
 
 def _by_size(nbytes: int) -> list[str]:
     """Over a network: few rounds for small arrays, few bytes and both directions at once for large ones."""
-    if nbytes < 256 * KIB:
+    if nbytes < FEW_ROUNDS_BYTES:
         return ["recursive-doubling", "recursive-halving", "rabenseifner", "binomial", "pairwise"]
     return ["segmented-ring", "rabenseifner", "recursive-halving", "scatter-allgather", "binomial", "pairwise"]
 

@@ -18,7 +18,7 @@ from itertools import groupby
 from operator import attrgetter, sub
 from typing import TYPE_CHECKING
 
-from mpillm.comm.buffers import Buffer
+from mpillm.comm.buffers import Buffer, from_octets
 from mpillm.comm.transfers import Round, Transfer
 
 if TYPE_CHECKING:
@@ -30,6 +30,27 @@ SEGMENT_BYTES = 256 * 1024
 IN_FLIGHT = 2
 # MPI's classic interface counts to 2³¹ − 1; some libraries err near it.
 LARGEST_MESSAGE_BYTES = 2**30 - 1
+# What scratch memory is kept between runs; a longer piece is rare, and its room better given back.
+KEPT_BYTES = 256 * 1024 * 1024
+
+
+class Scratch:
+    """Memory for what arrives and is combined, kept from run to run: fresh pages cost as much as the messages."""
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.uint8]] = []
+
+    def borrow(self, like: Buffer, count: int) -> Buffer:
+        """At least `count` elements of the type of `like`. Pieces too short for this are let go."""
+        while count and self._free:
+            memory = self._free.pop()
+            if memory.size >= count * like.itemsize:
+                return from_octets(memory[: memory.size // like.itemsize * like.itemsize], like.element)
+        return like.empty(count)
+
+    def give_back(self, memory: Buffer) -> None:
+        if 0 < memory.octets.size <= KEPT_BYTES:
+            self._free.append(memory.octets)
 
 
 class Run:
@@ -38,7 +59,7 @@ class Run:
     `bounds`: of the blocks, in elements, in both buffers. `target`: `source` itself unless the operation is alltoall.
     `op`: "sum", "max" or "min", for arrivals that are added. `segment_bytes`: the longest message; None sends whole
     blocks. `tag`: the same on all ranks, another for each run that is not complete. `in_flight`: the segments open at
-    once in each lane.
+    once in each lane. `scratch`: kept by the caller from run to run.
 
     Every rank of `comm` makes one with its own rounds of one schedule, and the same bounds, element type and segments.
     The buffers are in use until `progress` or `wait` tells that all is done.
@@ -59,6 +80,7 @@ class Run:
         segment_bytes: int | None = None,
         tag: int = 0,
         in_flight: int = IN_FLIGHT,
+        scratch: Scratch | None = None,
     ) -> None:
         from mpi4py.MPI import Request
 
@@ -71,7 +93,7 @@ class Run:
         self._rounds, self._bounds = rounds, bounds
         self._opened = self._turn = 0
         self._live: list[_Lane] = []
-        self._scratch: list[Buffer] = []
+        self.scratch = scratch or Scratch()
         self._open()
 
     def progress(self) -> bool:
@@ -135,15 +157,6 @@ class Run:
                 earlier = self._live + sends if type(lane) is _Adds else self._live
                 lane.after = [other for other in earlier if lane.hangs_on(other)]
         return sends + arrivals
-
-    def borrow(self, count: int) -> Buffer:
-        """Scratch memory of at least `count` elements, new or given back by a lane that is done."""
-        if count and self._scratch and self._scratch[-1].count >= count:
-            return self._scratch.pop()
-        return self.target.empty(count)
-
-    def give_back(self, memory: Buffer) -> None:
-        self._scratch.append(memory)
 
 
 class _Lane:
@@ -217,7 +230,7 @@ class _Adds(_Lane):
     def __init__(self, run: Run, transfers: Sequence[Transfer], bounds: Sequence[int]) -> None:
         super().__init__(run, transfers, bounds)
         self._longest = max(map(sub, self.stops, self.starts), default=0)
-        self._memory = run.borrow(self.slots * self._longest)
+        self._memory = run.scratch.borrow(run.target, self.slots * self._longest)
 
     def advance(self) -> None:
         while self.done < self.complete and self._is_free(self.done):
@@ -225,7 +238,7 @@ class _Adds(_Lane):
             self._run.target.combine(self._run.op, own, self._memory, self._place(self.done))
             self.done += 1
             if self.done == self.count:
-                self._run.give_back(self._memory)
+                self._run.scratch.give_back(self._memory)
         while self.posted < self.count and self.posted - self.done < self.slots:
             self._post(self.posted)
             self.posted += 1
