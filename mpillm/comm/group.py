@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 # Every MPI offers at least 2¹⁵ tags. Two runs meet in a tag only when 2¹⁴ others began between them.
 FIRST_TAG, TAGS = 1024, 1 << 14
 # What ranks must agree on: what `debug` compares.
-FACTS = ("operation", "type", "count", "op", "root", "algorithm", "fixed_order", "place in node-shared memory")
+FACTS = (
+    "operation", "type", "count", "op", "root", "algorithm", "fixed_order", "place in node-shared memory",
+    "out's place in node-shared memory",
+)  # fmt: skip
 
 
 def _silent(text: str) -> None:
@@ -175,18 +178,20 @@ class Group:
             source = as_buffer(array, writable=out is None and self._takes(wish))
             target = source if out is None else as_buffer(out)
             _check_arrays(wish, source, target, self.rank, self.size)
-        place = None if self._node is None else self._node.place(source)
+        node = self._node
+        pushes = node is not None and node.pushes(operation, source, target)
+        places = (None, None) if node is None else (node.place(source), node.place(target))
         nbytes = max(source.octets.size, target.octets.size)
-        chosen = choice.choose(wish, source.element, nbytes, self.layout, place is not None, self.profile)
+        chosen = choice.choose(wish, source.element, nbytes, self.layout, pushes, self.profile)
         stage = self._builder.build(wish, chosen, source, target)
-        return Prepared(self, chosen, stage, _facts(wish, source, place), queued=chosen == "two-level")
+        return Prepared(self, chosen, stage, _facts(wish, source, places), queued=chosen == "two-level")
 
     def _prepare_on_gpu(self, wish: Wish, array: Any, out: Any) -> "Prepared":
         source = as_device_buffer(array, writable=out is None and self._takes(wish))
         target = source if out is None else as_device_buffer(out)
         _check_arrays(wish, source, target, self.rank, self.size)
         chosen, stage = self._on_gpus().prepare(wish, source, target)
-        facts = _facts(wish, source, None)
+        facts = _facts(wish, source, (None, None))
         # NCCL keeps its own order, on the stream; the others share memory or a communicator.
         return Prepared(self, chosen, stage, facts, queued=chosen != "nccl", mark=stage.mark)
 
@@ -350,9 +355,10 @@ class Handle:
                 os.sched_yield()
 
 
-def _facts(wish: Wish, source: Buffer | DeviceBuffer, place: int | None) -> tuple[Any, ...]:
+def _facts(wish: Wish, source: Buffer | DeviceBuffer, places: tuple[int | None, int | None]) -> tuple[Any, ...]:
     """The values of FACTS."""
-    return (wish.operation, source.element, source.count, wish.op, wish.root, wish.algorithm, wish.fixed_order, place)
+    wanted = (wish.op, wish.root, wish.algorithm, wish.fixed_order)
+    return (wish.operation, source.element, source.count, *wanted, *places)
 
 
 def _check_arrays(

@@ -30,7 +30,8 @@ class Team:
     ) -> None: ...  # fmt: skip
     def operation(
         self, kind: int, source: Buffer | None, target: Buffer | None, count: int, element: int, reduction: int,
-        scale: float, root: int, flat: bool, rows: tuple[Buffer, ...] | None,
+        scale: float, root: int, flat: bool, source_rows: tuple[Buffer, ...] | None,
+        target_rows: tuple[Buffer, ...] | None,
     ) -> Operation: ...  # fmt: skip
 
 def combine(element: int, reduction: int, target: Buffer, source: Buffer, /) -> None: ...

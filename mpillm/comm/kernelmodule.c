@@ -77,12 +77,13 @@ typedef struct {
     PyObject_HEAD
     Team *team;
     Py_buffer source, target;
-    PyObject *held; /* what keeps the rows' memory alive */
-    unsigned char **rows;
+    PyObject *held[2]; /* what keeps the rows' memory alive: of the sources, and of the targets */
+    unsigned char **rows[2];
     struct operation operation;
 } Operation;
 
-static bool fill_rows(Operation *self, PyObject *rows) {
+/* Which rows there are: of the sources (0) and of the targets (1). A row holds the whole array. */
+static bool fill_rows(Operation *self, int which, PyObject *rows) {
     if (rows == Py_None)
         return true;
     if (!PyTuple_Check(rows) || PyTuple_GET_SIZE(rows) != self->team->team.size) {
@@ -90,16 +91,17 @@ static bool fill_rows(Operation *self, PyObject *rows) {
         return false;
     }
     const size_t nbytes = self->operation.count * itemsize_of(self->operation.element);
-    self->rows = PyMem_Calloc((size_t)self->team->team.size, sizeof *self->rows);
-    if (self->rows == NULL) {
+    unsigned char **places = PyMem_Calloc((size_t)self->team->team.size, sizeof *places);
+    if (places == NULL) {
         PyErr_NoMemory();
         return false;
     }
+    self->rows[which] = places;
     for (int rank = 0; rank < self->team->team.size; rank++) {
         Py_buffer row;
         if (PyObject_GetBuffer(PyTuple_GET_ITEM(rows, rank), &row, PyBUF_WRITABLE) < 0)
             return false;
-        self->rows[rank] = row.buf;
+        places[rank] = row.buf;
         const bool fits = (size_t)row.len == nbytes;
         PyBuffer_Release(&row); /* `held` keeps the objects, and they keep their memory */
         if (!fits) {
@@ -108,9 +110,22 @@ static bool fill_rows(Operation *self, PyObject *rows) {
         }
     }
     Py_INCREF(rows);
-    self->held = rows;
-    self->operation.rows = self->rows;
+    self->held[which] = rows;
     return true;
+}
+
+/* Does the operation have the rows, and the arrays of its own, that it needs to do without the stage? */
+static bool can_push(const struct operation *op) {
+    switch (op->kind) {
+    case ALLREDUCE:
+        return op->source_rows != NULL && op->target_rows != NULL;
+    case REDUCE_SCATTER:
+        return op->source_rows != NULL && op->target != NULL;
+    case ALLGATHER:
+        return op->target_rows != NULL && op->source != NULL;
+    default:
+        return false;
+    }
 }
 
 /* Which elements of the whole array a buffer holds: all, or the own block alone. Its element 0, or where that would be. */
@@ -131,13 +146,13 @@ static bool place(Operation *self, const Py_buffer *buffer, bool own_block, unsi
 
 static PyObject *team_operation(Team *self, PyObject *arguments, PyObject *keywords) {
     static char *names[] = {"kind", "source", "target", "count", "element", "reduction",
-                            "scale", "root", "flat", "rows", NULL};
+                            "scale", "root", "flat", "source_rows", "target_rows", NULL};
     int kind, element, reduction, root, flat;
-    PyObject *source, *target, *rows;
+    PyObject *source, *target, *source_rows, *target_rows;
     Py_ssize_t count;
     double scale;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "iOOniidipO", names, &kind, &source, &target, &count, &element,
-                                     &reduction, &scale, &root, &flat, &rows))
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "iOOniidipOO", names, &kind, &source, &target, &count,
+                                     &element, &reduction, &scale, &root, &flat, &source_rows, &target_rows))
         return NULL;
     if (kind < 0 || kind >= N_KINDS || element < 0 || element >= N_ELEMENTS || reduction < 0 ||
         reduction >= N_REDUCTIONS || count < 0 || root < 0 || root >= self->team.size) {
@@ -172,8 +187,15 @@ static PyObject *team_operation(Team *self, PyObject *arguments, PyObject *keywo
             goto fail;
         op->target = first;
     }
-    if (!fill_rows(made, rows))
+    if (!fill_rows(made, 0, source_rows) || !fill_rows(made, 1, target_rows))
         goto fail;
+    op->source_rows = made->rows[0];
+    op->target_rows = made->rows[1];
+    op->pushes = can_push(op);
+    if ((op->source_rows != NULL || op->target_rows != NULL) && !op->pushes) {
+        PyErr_SetString(PyExc_ValueError, "an operation with rows needs all that its kind works on");
+        goto fail;
+    }
     if (op->flat && op->count > piece_elements(&self->team, 1, op->element)) {
         PyErr_SetString(PyExc_ValueError, "a flat operation fits into one half stage");
         goto fail;
@@ -189,8 +211,10 @@ static void operation_dealloc(Operation *self) {
         PyBuffer_Release(&self->source);
     if (self->target.obj != NULL)
         PyBuffer_Release(&self->target);
-    PyMem_Free(self->rows);
-    Py_XDECREF(self->held);
+    for (int which = 0; which < 2; which++) {
+        PyMem_Free(self->rows[which]);
+        Py_XDECREF(self->held[which]);
+    }
     Py_XDECREF(self->team);
     PyObject_Free(self);
 }
@@ -300,7 +324,7 @@ static PyTypeObject OperationType = {
 
 static PyMethodDef team_methods[] = {
     {"operation", (PyCFunction)(void (*)(void))team_operation, METH_VARARGS | METH_KEYWORDS,
-     "operation(kind, source, target, count, element, reduction, scale, root, flat, rows) -> Operation"},
+     "operation(kind, source, target, count, element, reduction, scale, root, flat, source_rows, target_rows)"},
     {NULL, NULL, 0, NULL},
 };
 

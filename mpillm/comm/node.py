@@ -1,7 +1,7 @@
 """The ranks of one node as a team: collectives in memory that they share, run by the compiled kernel.
 
-- push: arrays that lie in shared memory themselves. Each rank sums its block over all of them and writes the sum into
-  every one, so each byte moves once.
+- push: arrays that lie in shared memory themselves. Each rank sums its block over all sources and writes the sum into
+  every target, so each byte moves once.
 - flat: small arrays, anywhere. Each rank shows a copy of its own, and each sums all copies: one wait.
 - staged: arrays anywhere. Pieces pass through a small stage that all ranks see, in three steps a chunk; `team.c` tells.
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 KINDS = ("allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall", "barrier")
 PUSHED = ("allreduce", "reduce_scatter", "allgather")
+ManyRows = tuple[NDArray[np.uint8], ...] | None
 # Measured in docs/notes.md: what passes between two waits stays in a core's second cache.
 STAGE_BYTES = 256 * 1024
 STAGE_BYTES_A_RANK = 16 * 1024
@@ -129,25 +130,39 @@ class Node:
         """
         given = source or target
         if given is None:
-            return self._team.operation(KINDS.index(kind), None, None, 0, 0, 0, 1.0, root, False, None)
+            return self._team.operation(KINDS.index(kind), None, None, 0, 0, 0, 1.0, root, False, None, None)
         # The longer of the two is the whole array.
         count = max(buffer.count for buffer in (source, target) if buffer is not None)
         nbytes = count * given.itemsize
-        rows = self._rows_of(given) if kind in PUSHED and source is target else None
+        rows = self._rows(kind, source, target)
         if kind == "allreduce" and nbytes <= FLAT_PUSH_BYTES:
-            rows = None
-        flat = kind in ("allreduce", "reduce") and nbytes <= self._flat_bytes and rows is None
+            rows = None, None
+        flat = kind in ("allreduce", "reduce") and nbytes <= self._flat_bytes and rows == (None, None)
         return self._team.operation(
             KINDS.index(kind), source.octets if source else None, target.octets if target else None, count,
-            ELEMENTS.index(given.element), REDUCTIONS.index(op), scale, root, flat, rows,
+            ELEMENTS.index(given.element), REDUCTIONS.index(op), scale, root, flat, *rows,
         )  # fmt: skip
+
+    def pushes(self, kind: str, source: Buffer, target: Buffer) -> bool:
+        """Whether the arrays lie so that the stage is not needed."""
+        return self._rows(kind, source, target) != (None, None)
+
+    def _rows(self, kind: str, source: Buffer | None, target: Buffer | None) -> tuple[ManyRows, ManyRows]:
+        """All ranks' rows of the sources and of the targets that `kind` works on without the stage; else None, None."""
+        if kind not in PUSHED or source is None or target is None:
+            return None, None
+        sources = None if kind == "allgather" else self._rows_of(source)
+        targets = None if kind == "reduce_scatter" else self._rows_of(target)
+        if kind == "allreduce" and (sources is None or targets is None):
+            return None, None
+        return sources, targets
 
     def place(self, buffer: Buffer) -> int | None:
         """Where in this rank's row `buffer` begins, in bytes, if it lies in memory that `allocate` gave; else None."""
         found = self._find(buffer)
         return None if found is None else found[1]
 
-    def _rows_of(self, buffer: Buffer) -> tuple[NDArray[np.uint8], ...] | None:
+    def _rows_of(self, buffer: Buffer) -> ManyRows:
         """All ranks' rows, where `buffer` lies in shared memory (every rank passes the same part of its row)."""
         found = self._find(buffer)
         if found is None:

@@ -194,8 +194,8 @@ static void staged_step(struct operation *op) {
     }
 }
 
-/* All arrays lie in shared memory: no stage between. Each rank works on its own block: sums it over all rows and pushes
- * the sum into every row (all-reduce) or its own (reduce-scatter), or pushes what it has there (all-gather). */
+/* The arrays lie in shared memory: no stage between. Each rank works on its own block: sums it over all source rows and
+ * pushes the sum into every target row (all-reduce) or keeps it (reduce-scatter), or pushes what it has (all-gather). */
 static void push_piece(const struct operation *op, size_t first, size_t n) {
     const struct team *team = op->team;
     const size_t offset = first * itemsize_of(op->element);
@@ -203,11 +203,16 @@ static void push_piece(const struct operation *op, size_t first, size_t n) {
     unsigned char *targets[MOST_ROWS];
     int n_sources = 0, n_targets = 0;
     for (int rank = 0; rank < team->size; rank++) {
-        if (op->kind != ALLGATHER || rank == team->rank)
-            sources[n_sources++] = op->rows[rank] + offset;
-        if (op->kind == ALLREDUCE || (op->kind == ALLGATHER) == (rank != team->rank))
-            targets[n_targets++] = op->rows[rank] + offset;
+        const bool own = rank == team->rank;
+        if (op->kind != ALLGATHER)
+            sources[n_sources++] = op->source_rows[rank] + offset;
+        if (op->kind != REDUCE_SCATTER && !(op->kind == ALLGATHER && own && op->source == op->target))
+            targets[n_targets++] = op->target_rows[rank] + offset;
     }
+    if (op->kind == ALLGATHER)
+        sources[n_sources++] = op->source + offset;
+    if (op->kind == REDUCE_SCATTER)
+        targets[n_targets++] = op->target + offset;
     if (n_targets > 0)
         reduce_rows(sources, n_sources, targets, n_targets, n, op->element, op->reduction, op->scale);
 }
@@ -232,7 +237,7 @@ static void push_step(struct operation *op) {
 /* One step of the operation, if it need not wait; whether it moved. */
 static bool step(struct operation *op) {
     const bool begins = op->step == 0;
-    const bool pushes_on = op->rows != NULL && op->step == 1 && op->piece > 0;
+    const bool pushes_on = op->pushes && op->step == 1 && op->piece > 0;
     if (!begins && !pushes_on && awaited(op->team) >= 0)
         return false;
     if (op->kind == BARRIER) {
@@ -240,7 +245,7 @@ static bool step(struct operation *op) {
             publish(op->team);
         op->done = !begins;
         op->step = 1;
-    } else if (op->rows != NULL) {
+    } else if (op->pushes) {
         push_step(op);
     } else {
         staged_step(op);

@@ -38,7 +38,10 @@ struct operation {
     size_t count;
     const unsigned char *source; /* where element 0 of the whole array is, or would be */
     unsigned char *target;       /* likewise; NULL where this rank takes no result */
-    unsigned char *const *rows;  /* each rank's array, where all lie in shared memory; else NULL */
+    /* Each rank's array, where all lie in shared memory; else NULL. */
+    unsigned char *const *source_rows;
+    unsigned char *const *target_rows;
+    bool pushes;                 /* there are the rows that this kind needs to do without the stage */
     bool flat;                   /* every rank reads the whole arrays of all: one wait, for small ones */
     /* Where it stands. */
     int step;

@@ -253,6 +253,32 @@ def test_shared_memory_is_reduced_where_it_lies(group):
         rows.free()
 
 
+def test_shared_memory_out_of_place(group):
+    """Sources and targets in shared memory, or the one that an operation can push through."""
+    count = 5000 * group.size
+    rows, results = group.allocate(count, "float32"), group.allocate(count, "float32")
+    if rows is None or results is None:
+        pytest.skip("the ranks share no memory")
+    everyone = parts("float32", count, group.size)
+    first, stop = block_bounds(count, group.size)[group.rank : group.rank + 2]
+    for turn in range(3):
+        rows.own[:] = everyone[group.rank].numpy()
+        results.own[:] = -turn
+        group.allreduce(rows.buffer, results.buffer)
+        check(torch.from_numpy(results.own), "allreduce", "sum", everyone, group.rank)
+        assert (rows.own == everyone[group.rank].numpy()).all()
+        block = torch.zeros(stop - first)
+        group.reduce_scatter(rows.buffer, block)
+        torch.testing.assert_close(block, everyone.sum(0)[first:stop], rtol=1e-5, atol=1e-5)
+        group.allgather(everyone[group.rank, first:stop].contiguous(), results.buffer)
+        check(torch.from_numpy(results.own), "allgather", "sum", everyone, group.rank)
+        group.allreduce(rows.buffer, block := torch.zeros(count))  # a private target: through the stage
+        check(block, "allreduce", "sum", everyone, group.rank)
+        group.barrier()
+    rows.free()
+    results.free()
+
+
 def test_barrier_keeps_all(group):
     """Nobody passes before everybody came."""
     for _ in range(20):

@@ -97,11 +97,20 @@ def test_unaligned_rows():
         (lambda: kernel.narrow(0, np.empty(3, np.float16), np.empty(3, np.float32)), "as many float32"),
         (lambda: kernel.Team(np.zeros(100, np.uint8), 0, 2, 4096, 1, (1, 2), ValueError), "must fit each other"),
         (lambda: kernel.Team(np.zeros(99999, np.uint8), 2, 2, 4096, 1, (1, 2), ValueError), "must fit each other"),
-        (lambda: team().operation(0, np.zeros(3, "f"), np.zeros(4, "f"), 4, 0, 0, 1.0, 0, False, None), "is to hold 4"),
-        (lambda: team().operation(9, None, None, 0, 0, 0, 1.0, 0, False, None), "out of range"),
-        (lambda: team().operation(0, None, None, 4, 0, 0, 1.0, 0, False, (np.zeros(3, "f"),)), "holds all elements"),
-        (lambda: team().operation(0, None, None, 4, 0, 0, 1.0, 0, False, ()), "one writable buffer a rank"),
-        (lambda: team().operation(0, *[np.zeros(9999, "f")] * 2, 9999, 0, 0, 1.0, 0, True, None), "one half stage"),
+        (
+            lambda: team().operation(0, np.zeros(3, "f"), np.zeros(4, "f"), 4, 0, 0, 1.0, 0, False, None, None),
+            "is to hold 4",
+        ),
+        (lambda: team().operation(9, None, None, 0, 0, 0, 1.0, 0, False, None, None), "out of range"),
+        (
+            lambda: team().operation(0, None, None, 4, 0, 0, 1.0, 0, False, (np.zeros(3, "f"),), None),
+            "holds all elements",
+        ),
+        (lambda: team().operation(0, None, None, 4, 0, 0, 1.0, 0, False, (), None), "one writable buffer a rank"),
+        (
+            lambda: team().operation(0, *[np.zeros(9999, "f")] * 2, 9999, 0, 0, 1.0, 0, True, None, None),
+            "one half stage",
+        ),
     ],
 )
 def test_mistakes_are_refused(call, rule):
@@ -114,7 +123,9 @@ def team():
 
 
 def test_memory_lives_as_long_as_an_operation():
-    operation = team().operation(0, np.ones(1000, "f"), target := np.zeros(1000, "f"), 1000, 0, 0, 1.0, 0, False, None)
+    operation = team().operation(
+        0, np.ones(1000, "f"), target := np.zeros(1000, "f"), 1000, 0, 0, 1.0, 0, False, None, None
+    )
     for _ in range(3):
         operation.run()
     assert (target == 1).all()

@@ -79,7 +79,7 @@ def test_a_rank_that_is_gone_is_named():
     memory = np.zeros(kernel.team_bytes(2, 4096), np.uint8)
     team = kernel.Team(memory, 0, 2, 4096, 100, (os.getpid(), gone.pid), CommError)
     array = np.ones(1000, np.float32)
-    operation = team.operation(0, array, array, 1000, 0, 0, 1.0, 0, False, None)
+    operation = team.operation(0, array, array, 1000, 0, 0, 1.0, 0, False, None, None)
     started = time.monotonic()
     with pytest.raises(CommError, match=f"rank 1 of this node \\(process {gone.pid}\\) ended while rank 0 waited"):
         operation.run()
@@ -93,7 +93,7 @@ def test_a_signal_is_handled_while_waiting():
         "import os, numpy\nfrom mpillm.comm import kernel\n"
         "memory = numpy.zeros(kernel.team_bytes(2, 4096), numpy.uint8)\n"
         "team = kernel.Team(memory, 0, 2, 4096, 100, (0, 0), ValueError)\n"
-        "print('waiting', flush=True)\nteam.operation(6, None, None, 0, 0, 0, 1.0, 0, False, None).run()\n"
+        "print('waiting', flush=True)\nteam.operation(6, None, None, 0, 0, 0, 1.0, 0, False, None, None).run()\n"
     )
     waiting = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -120,7 +120,7 @@ for turn in range(300):
     flat = count * 4 <= 4096 and turn % 2 == 1
     if turn % 50 == 0 and rank:
         time.sleep(0.01)
-    team.operation(0, array, array, count, 6, 0, 1.0, 0, flat, None).run()
+    team.operation(0, array, array, count, 6, 0, 1.0, 0, flat, None, None).run()
     assert (array == 2 * turn + 1).all(), turn
 print("right")
 """
