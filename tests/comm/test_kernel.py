@@ -131,3 +131,16 @@ def test_memory_lives_as_long_as_an_operation():
     assert (target == 1).all()
     with pytest.raises((ValueError, BufferError), match=r"resize|cannot"):
         target.resize(5)
+
+
+@pytest.mark.parametrize("element", SHORT_FLOATS)
+def test_pairs_of_short_floats(element):
+    """Two rows are summed in one go: every value with its neighbours and with many others, at odd places and lengths."""
+    for shift, length in ((1, 65536), (77, 65535), (4099, 65533), (32768, 7)):
+        one, two = HALVES[:length].copy(), np.roll(HALVES, shift)[:length].copy()
+        expected = (as_torch(one, element).float() + as_torch(two, element).float()).to(getattr(torch, element))
+        kernel.combine(ELEMENTS.index(element), 0, one, two)
+        torch.testing.assert_close(as_torch(one, element), expected, rtol=0, atol=0, equal_nan=True)
+    memory = np.zeros(1001, np.uint16)
+    kernel.combine(ELEMENTS.index(element), 0, memory[1:], HALVES[5:1005])
+    assert np.array_equal(memory[1:], HALVES[5:1005])

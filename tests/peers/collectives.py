@@ -29,7 +29,7 @@ def bench(name: str, environment: Path, dtype: str, buffers: str, options: argpa
     command = [
         *launch, "python", "-m", "mpillm", "bench", "allreduce", "--json", "--check",
         "--algorithms", f"{options.algorithm},native,gloo", "--sizes", options.sizes, "--dtype", dtype,
-        "--buffers", buffers, "--iterations", str(options.iterations),
+        "--buffers", buffers, "--iterations", str(options.iterations), *options.bench.split(),
     ]  # fmt: skip
     path = os.pathsep.join([str(environment / "bin"), os.environ["PATH"]])
     settings = os.environ | OPEN_MPI | {"PATH": path, "OMP_NUM_THREADS": "1"}
@@ -87,6 +87,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", default="float32,bfloat16,float16")
     parser.add_argument("--buffers", default="warm,fresh")
     parser.add_argument("--algorithm", default="auto", help="whom to set beside native and gloo")
+    parser.add_argument("--bench", default="--in-place", help="more options of bench; in place, as training sums")
     parser.add_argument("--iterations", type=int, default=21)
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     return parser.parse_args()
