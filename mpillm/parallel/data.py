@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import xxhash
-from annotated_types import Ge, Gt
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from mpillm.comm.buffers import as_buffer
@@ -30,6 +30,8 @@ from mpillm.parallel.buckets import Bucket, group_parameters, lay, make_bucket, 
 BCAST_PIECE_BYTES = 2**30
 # Measured in docs/notes.md: how long the thread that moves messages behind the backward pass sleeps between two looks.
 PROGRESS_SECONDS = 1e-3
+# Behind the backward pass the first bucket should set out early; after it few, long ones are best.
+BEHIND_BYTES, AFTER_BYTES = 4 << 20, 32 << 20
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class ParallelSettings:
     """Reduce after the backward pass, or behind it while it runs; auto: after on one node, behind over a
     network.
     """
-    bucket_bytes: Annotated[int, Gt(0)] = 32 * 1024 * 1024
-    """Gradients travel in messages of about this size."""
+    bucket_bytes: Annotated[int, Ge(0)] = 0
+    """Gradients travel in messages of about this size; 0: 32 MiB after the backward pass, 4 MiB behind it."""
     profile: str = ""
     """The cluster profile that `mpillm bench … --save` wrote; empty: `cluster.json` in the run's folder, if there is
     one.
@@ -84,10 +86,10 @@ class GradientBuckets:
         """`profile`: the cluster's, which chooses algorithms; `warn` is told what had to be done without."""
         self.axis, self.settings = axis, settings
         trained = list(dict.fromkeys(p for p in parameters if p.requires_grad))
-        groups = group_parameters(trained, settings.bucket_bytes)
-        self._check_layout(groups)
         self._group = Group(axis.comm, profile=profile, debug=settings.debug, warn=warn)
         self.behind = axis.size > 1 and self._overlaps()
+        groups = group_parameters(trained, settings.bucket_bytes or (BEHIND_BYTES if self.behind else AFTER_BYTES))
+        self._check_layout(groups)
         self._thread = ProgressThread(self._group, PROGRESS_SECONDS) if self.behind else None
         share = settings.allreduce in ("auto", "shared", "two-level") and axis.size > len(self._group.nodes)
         self.buckets = [make_bucket(group, self._group, settings.allreduce, share) for group in groups]
