@@ -189,8 +189,6 @@ run_ranks() {
     *"Open MPI"* | *OpenRTE* | *PRRTE*)
         # It counts whole cores where the system counts hardware threads, and binds all threads of a rank to one.
         set -- --map-by :OVERSUBSCRIBE --bind-to none "$@"
-        # Shared windows need no UCX, and where it finds no network it complains of that as an error.
-        export OMPI_MCA_osc="${OMPI_MCA_osc:-^ucx}"
         if [ "$(id -u)" -eq 0 ]; then
             export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
         fi

@@ -112,7 +112,7 @@ def as_buffer(array: Any, writable: bool = True) -> Buffer:
 
 def _from_numpy(array: NDArray[Any]) -> Buffer:
     element = element_of(array.dtype)
-    _check(element, array.flags.c_contiguous, array.shape, "numpy.ascontiguousarray")
+    check_memory(element, array.flags.c_contiguous, array.shape, "numpy.ascontiguousarray")
     if not array.dtype.isnative:
         raise CommError(
             f"an array of byte order {array.dtype.str!r} cannot be summed; convert it with .astype({element!r})"
@@ -125,7 +125,7 @@ def _from_torch(tensor: Any) -> Buffer:
     if tensor.device.type != "cpu":
         raise CommError(_no_device(f"a tensor on {tensor.device}"))
     element = element_of(tensor.dtype)
-    _check(element, tensor.is_contiguous(), tuple(tensor.shape), ".contiguous()")
+    check_memory(element, tensor.is_contiguous(), tuple(tensor.shape), ".contiguous()")
     flat = tensor.detach().reshape(-1)
     if element != "bfloat16":
         return _from_numpy(flat.numpy())
@@ -134,7 +134,8 @@ def _from_torch(tensor: Any) -> Buffer:
     return Buffer(element, flat, octets, flat.numel(), 2)
 
 
-def _check(element: str, contiguous: bool, shape: tuple[int, ...], remedy: str) -> None:
+def check_memory(element: str, contiguous: bool, shape: tuple[int, ...], remedy: str) -> None:
+    """Raise CommError for an element type that can't travel, or memory with gaps; `remedy` closes them."""
     if element not in ELEMENTS:
         raise CommError(f"elements of type {element} cannot travel; convert to one of {', '.join(ELEMENTS)}")
     if not contiguous:

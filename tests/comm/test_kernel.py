@@ -135,7 +135,7 @@ def test_memory_lives_as_long_as_an_operation():
 
 @pytest.mark.parametrize("element", SHORT_FLOATS)
 def test_pairs_of_short_floats(element):
-    """Two rows are summed in one go: every value with its neighbours and with many others, at odd places and lengths."""
+    """Two rows are summed in one go: every value with its neighbours and with others, at odd places and lengths."""
     for shift, length in ((1, 65536), (77, 65535), (4099, 65533), (32768, 7)):
         one, two = HALVES[:length].copy(), np.roll(HALVES, shift)[:length].copy()
         expected = (as_torch(one, element).float() + as_torch(two, element).float()).to(getattr(torch, element))

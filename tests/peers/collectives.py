@@ -18,7 +18,7 @@ from typing import Any
 
 Row = dict[str, Any]
 LARGE_BYTES = 64 * 1024
-OPEN_MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_osc": "^ucx"}
+OPEN_MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
 def bench(name: str, environment: Path, dtype: str, buffers: str, options: argparse.Namespace) -> list[Row]:

@@ -60,6 +60,8 @@ find_mpi() {
         *) die "whose mpirun is $mpirun? say --mpi openmpi, mpich or intel" ;;
         esac
     fi
+    # mpirun starts the other host's daemon through a shell, and quotes no path.
+    case $mpirun in *' '*) lacks "$mpirun lies in a folder with a space in its name" ;; esac
     case $mpi in
     openmpi | mpich | intel) ;;
     *) die "--mpi is openmpi, mpich or intel, not $mpi" ;;
@@ -137,7 +139,7 @@ set_environment() {
     # UCX and libfabric would notice that both hosts run on one kernel, and leave the link aside.
     export UCX_TLS=tcp,self UCX_NET_DEVICES=eth0 FI_PROVIDER=tcp FI_TCP_IFACE=eth0 GLOO_SOCKET_IFNAME=eth0
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-    export OMPI_MCA_pml="${OMPI_MCA_pml:-ob1}" OMPI_MCA_osc="${OMPI_MCA_osc:-^ucx}"
+    export OMPI_MCA_pml="${OMPI_MCA_pml:-ob1}"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     first=${ranks%,*} second=${ranks#*,}
     if [ $((first + second)) -gt "$(nproc)" ]; then

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mpillm.comm.buffers import ELEMENTS, element_of
+from mpillm.comm.buffers import check_memory, element_of
 from mpillm.comm.gpu.buffer import DeviceBuffer, is_on_device, load_cupy
 from mpillm.errors import CommError
 
@@ -34,7 +34,7 @@ def as_device_buffer(array: Any, writable: bool = True) -> DeviceBuffer:
 
 def _from_torch(cupy: Any, tensor: Any) -> DeviceBuffer:
     element = element_of(tensor.dtype)
-    _check(element, tensor.is_contiguous(), tuple(tensor.shape), ".contiguous()")
+    check_memory(element, tensor.is_contiguous(), tuple(tensor.shape), ".contiguous()")
     device, torch = int(tensor.device.index), sys.modules["torch"]
     kept = tensor.detach()
 
@@ -52,7 +52,7 @@ def _from_interface(cupy: Any, array: Any) -> DeviceBuffer:
     element = element_of(kind)
     strides, wanted = interface.get("strides"), _strides(shape, kind.itemsize)
     count = int(np.prod(shape, dtype=np.int64))
-    _check(element, strides is None or tuple(strides) == wanted or count == 0, shape, "cupy.ascontiguousarray")
+    check_memory(element, strides is None or tuple(strides) == wanted or count == 0, shape, "cupy.ascontiguousarray")
     if not kind.isnative:
         raise CommError(f"an array of byte order {kind.str!r} cannot be summed; convert it with .astype({element!r})")
     pointer, read_only = interface["data"]
@@ -94,12 +94,3 @@ def _stream_of(cupy: Any, array: Any, device: int) -> Callable[[], int]:
             return int(cupy.cuda.get_current_stream().ptr)
 
     return current
-
-
-def _check(element: str, contiguous: bool, shape: tuple[int, ...], remedy: str) -> None:
-    if element not in ELEMENTS:
-        raise CommError(f"elements of type {element} cannot travel; convert to one of {', '.join(ELEMENTS)}")
-    if not contiguous:
-        raise CommError(
-            f"a message needs C-contiguous memory, this array of shape {shape} has gaps; make it so with {remedy}"
-        )
