@@ -7,6 +7,7 @@ from typing import Any
 from mpillm.bench import figures
 from mpillm.bench.contestants import FLOOR
 from mpillm.bench.report import Row, Section
+from mpillm.console import binary_bytes
 from mpillm.files import replacing
 
 # The key that tells a line's rows from another's.
@@ -47,7 +48,7 @@ def draw(sections: Sequence[Section], ranks: int, path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = drawn(sections, ranks)
-    figure = Figure(figsize=(8, 4.5 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(9, 4.5 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots(len(panels), squeeze=False)
     for (title, lines), axis in zip(panels, axes[:, 0], strict=True):
@@ -56,9 +57,11 @@ def draw(sections: Sequence[Section], ranks: int, path: Path) -> None:
                 {"color": "black", "linestyle": "--"} if name == "memory floor" else {"marker": "o", "markersize": 3}
             )
             axis.plot(*zip(*points, strict=True), label=name, **style)
-        axis.set(xscale="log", yscale="log", xlabel="bytes", ylabel="GB/s", title=title)
+        axis.set(yscale="log", xlabel="size of the array", ylabel="GB/s", title=title)
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda nbytes, _: binary_bytes(nbytes).replace(".0 ", " "))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        # Beside the picture: there is always a line where a legend would lie.
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
