@@ -185,4 +185,4 @@ def _native_beats_stage(library: str, nbytes: int) -> bool:
     """Private arrays on one node: where the library's own single copy beats two copies through our stage."""
     if "Intel" in library:
         return 4 * KIB <= nbytes < 2 * MIB
-    return 2 * MIB <= nbytes < 8 * MIB
+    return "Open MPI" in library and 2 * MIB <= nbytes < 8 * MIB

@@ -23,6 +23,8 @@ def test_within_a_node_shared_memory_is_taken():
     assert chosen(NODE, 64 * KIB) == "shared"
     assert chosen(NODE, 4 * MIB) == "native"  # private arrays, where one copy beats two
     assert chosen(NODE, 4 * MIB, "bfloat16") == "shared"
+    assert chosen(Layout(((0, 1),), True, "MPICH"), 4 * MIB) == "shared"
+    assert chosen(Layout(((0, 1),), True, "Intel(R) MPI"), 64 * KIB) == "native"
     assert chosen(ALONE, 4 * MIB) in available("allreduce", ALONE)
     assert chosen(BARE_NODE, 64 * MIB) != "shared"
 
