@@ -46,11 +46,12 @@ def train(recipe: Recipe, comm: "MPI.Intracomm", console: Console, resume: bool 
     mesh = Mesh(comm, {"data": recipe.parallel.data or comm.size})
     share_batch(recipe.train.batch, mesh.axis("data"))
     with open_split(recipe.data.path, "train") as reader:
-        # Refused before the run has a folder: a dataset that is shorter than one context.
+        # Refused before the run has a folder: a dataset that is shorter than one context, a profile that is missing.
         WindowOrder(reader.n_tokens, recipe.model.context, recipe.train.seed)
+        profile = _profile(recipe, comm, console)
         checkpoint = _place(recipe, manifest, comm, console, resume)
         tell_plan(recipe, mesh, reader, comm, console)
-        trainer = Trainer(recipe, reader, mesh.axis("data"), _profile(recipe, comm, console), console.warn)
+        trainer = Trainer(recipe, reader, mesh.axis("data"), profile, console.warn)
         if comm.size > 1:
             console.say(f"gradients: {trainer.describe()}")
         run = Run(recipe, manifest, trainer, comm, console)

@@ -1,16 +1,19 @@
 """Whole runs, through the library and through the command line, at any number of ranks."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mpi4py import MPI
 
+from mpillm.comm.profile import ClusterProfile, CollectiveCost, Cost, describe_cluster
 from mpillm.console import Console
 from mpillm.errors import DataError, DivergedError, LayoutError, MismatchError, UsageError
 from mpillm.tokens.prepare import PrepareOptions, prepare
@@ -162,6 +165,38 @@ def test_a_dataset_shorter_than_one_context(data: Path, folder: Path, comm: MPI.
     with pytest.raises(DataError, match="context"):
         train(recipe(data, folder / "run", model={"context": 10_000_000}), comm, QUIET)
     assert not (folder / "run").exists()
+
+
+def test_the_clusters_profile_chooses_how_gradients_meet(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    here = describe_cluster(comm)
+    slow, fast = (
+        Cost(((1024, 1.0), (1 << 24, 1.0)), 1.0, 1e9, 0.0),
+        Cost(((1024, 1e-6), (1 << 24, 1e-6)), 1e-6, 1e9, 0.0),
+    )
+    costs = tuple(
+        CollectiveCost("allreduce", name, "float32", "cpu", here.nodes, comm.size, here.ranks_per_node, True, cost)
+        for name, cost in (("shared", slow), ("native", slow), ("rabenseifner", fast))
+    )
+    run = folder / "run"
+    if comm.rank == 0:
+        run.mkdir()
+        ClusterProfile("today", here, costs).save(run / "cluster.json")
+        ClusterProfile("today", replace(here, mpi_version="0.1"), costs).save(folder / "foreign.json")
+    comm.Barrier()
+    told = io.StringIO()
+    train(recipe(data, run), comm, Console(comm.rank == 0, told))
+    if comm.rank == 0 and comm.size > 1:
+        assert "gradients: 1 bucket by rabenseifner, after the backward pass" in told.getvalue()
+    foreign = {"parallel": {"profile": str(folder / "foreign.json")}}
+    told = io.StringIO()
+    train(recipe(data, folder / "other", **foreign), comm, Console(comm.rank == 0, told))
+    if comm.rank == 0:
+        assert told.getvalue().count("is of another cluster") == 1
+        assert "rabenseifner" not in told.getvalue()
+    missing = {"parallel": {"profile": str(folder / "nowhere.json")}}
+    with pytest.raises(UsageError, match="there is no profile"):
+        train(recipe(data, folder / "third", **missing), comm, QUIET)
+    assert not (folder / "third").exists()
 
 
 @pytest.mark.alone
