@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from numpy.typing import NDArray
 
-SEGMENT_BYTES = 256 * 1024
 IN_FLIGHT = 2
 # MPI's classic interface counts to 2³¹ − 1; some libraries err near it.
 LARGEST_MESSAGE_BYTES = 2**30 - 1
