@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from mpillm.bench.pattern import fill, pattern
+from mpillm.comm.buffers import from_octets, itemsize_of
 from mpillm.comm.transfers import block_bounds
 
-ITEMSIZE = {"bfloat16": 2}
 IN_BLOCKS = ("reduce_scatter", "allgather", "alltoall")
 """The operations that cut the array in equal blocks, one a rank."""
 
@@ -29,7 +29,7 @@ class Shape:
 
     @property
     def nbytes(self) -> int:
-        return self.count * itemsize(self.element)
+        return self.count * itemsize_of(self.element)
 
     @property
     def bounds(self) -> list[int]:
@@ -62,14 +62,10 @@ class Shape:
         return source
 
 
-def itemsize(element: str) -> int:
-    return ITEMSIZE.get(element) or np.dtype(element).itemsize
-
-
 def fitting_count(operation: str, nbytes: int, element: str, ranks: int) -> int:
     """Elements in `nbytes`, at least one; where the array is cut in equal blocks a multiple of `ranks`."""
     block = ranks if operation in IN_BLOCKS else 1
-    return max(1, nbytes // itemsize(element) // block) * block
+    return max(1, nbytes // itemsize_of(element) // block) * block
 
 
 def new_array(count: int, element: str, device: str, pages: bool = False) -> Any:
@@ -81,18 +77,9 @@ def new_array(count: int, element: str, device: str, pages: bool = False) -> Any
         import torch
 
         return torch.empty(count, dtype=getattr(torch, element), device="cuda")
-    nbytes = count * itemsize(element)
+    nbytes = count * itemsize_of(element)
     raw = np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8, nbytes) if pages else np.empty(nbytes, np.uint8)
-    return as_element(raw, element)
-
-
-def as_element(raw: Any, element: str) -> Any:
-    """A NumPy array's memory seen as `element`; bfloat16 as a torch tensor."""
-    if element != "bfloat16":
-        return raw.view(element)
-    import torch
-
-    return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)
+    return from_octets(raw, element).flat
 
 
 def as_tensor(array: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.bench.arrays import Shape, as_element, new_array
+from mpillm.bench.arrays import Shape, new_array
 from mpillm.bench.options import BenchOptions
 from mpillm.bench.peers import PEERS, Peer
 from mpillm.bench.timing import Call, Make
@@ -74,12 +74,9 @@ class Memory:
         counts = shape.counts()
         if options.node_shared is not False and options.device == "cpu" and shape.count and shape.ranks > 1:
             self._rows = [group.allocate(count, shape.element) if count else None for count in counts]
-        owns = [rows.own if rows is not None else None for rows in self._rows]
-        if owns and owns[0] is not None and (owns[1] is not None or not counts[1]):
-            self._kept[True] = (self._typed(owns[0]), None if owns[1] is None else self._typed(owns[1]))
-
-    def _typed(self, own: Any) -> Any:
-        return as_element(own, self.shape.element) if isinstance(own, np.ndarray) else own
+        flats = [rows.buffer.flat if rows is not None else None for rows in self._rows]
+        if flats and flats[0] is not None and (flats[1] is not None or not counts[1]):
+            self._kept[True] = (flats[0], flats[1])
 
     def pair(self, algorithm: str) -> tuple[Any, Any]:
         """(source, target or None) for a call of `algorithm`: new each time with `--buffers fresh`, else kept."""

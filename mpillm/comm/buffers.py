@@ -76,6 +76,11 @@ def element_of(dtype: Any) -> str:
     return dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
 
 
+def itemsize_of(element: str) -> int:
+    """Bytes of one element of that name."""
+    return 2 if element == "bfloat16" else np.dtype(element).itemsize
+
+
 def from_octets(octets: NDArray[np.uint8], element: str) -> Buffer:
     """Bytes as a row of `element`: a torch tensor for bfloat16, else a NumPy array, over the same memory."""
     if element == "bfloat16":

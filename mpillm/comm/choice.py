@@ -19,9 +19,10 @@ SHORT_INTEGERS = ("int8", "uint8", "int16", "uint16")
 KIB, MIB = 1024, 1024 * 1024
 # Measured in docs/notes.md. Below, between processes that share no memory, the library's own has the shortest latency.
 FEW_BYTES = 64 * KIB
-# From here on few rounds are worth less than few bytes, and within a node our ring passes the library's own.
+# From here on few rounds are worth less than few bytes.
 FEW_ROUNDS_BYTES = 256 * KIB
-RING_BYTES = 8 * MIB
+# From here on our ring is as fast within a node as the library's own.
+RING_BYTES = 64 * MIB
 
 
 class Profile(Protocol):

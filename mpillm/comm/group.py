@@ -46,8 +46,8 @@ FACTS = (
 )  # fmt: skip
 
 
-def _silent(text: str) -> None:
-    pass
+def silent(text: str) -> None:
+    """What warnings are told to where nobody listens."""
 
 
 class Group:
@@ -59,7 +59,7 @@ class Group:
 
     def __init__(
         self, comm: "MPI.Intracomm", *, profile: Profile | None = None, debug: bool = False,
-        warn: Callable[[str], None] = _silent,
+        warn: Callable[[str], None] = silent,
     ) -> None:  # fmt: skip
         from mpi4py import MPI
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.comm import kernel
-from mpillm.comm.buffers import ELEMENTS, REDUCTIONS, Buffer
+from mpillm.comm.buffers import ELEMENTS, REDUCTIONS, Buffer, from_octets, itemsize_of
 from mpillm.comm.memory import Rows, share
 from mpillm.errors import CommError
 
@@ -60,8 +60,7 @@ class SharedRows:
     @property
     def buffer(self) -> Buffer:
         """This rank's row as the collectives take it, of its own element type."""
-        own = self.octets[self.rank]
-        return Buffer(self.element, self.own, own, self.count, self._dtype.itemsize)
+        return from_octets(self.octets[self.rank], self.element)
 
     def place_of(self, octets: NDArray[np.uint8]) -> int | None:
         """Where in this rank's row `octets` begins, in bytes; None where it lies elsewhere."""
@@ -104,8 +103,7 @@ class Node:
 
     def allocate(self, count: int, element: str, warn: Callable[[str], None]) -> SharedRows | None:
         """Shared memory for `count` elements a rank, or None on every rank (and a warning). Every rank calls it."""
-        itemsize = 2 if element == "bfloat16" else np.dtype(element).itemsize
-        rows = share(self.comm, count * itemsize)
+        rows = share(self.comm, count * itemsize_of(element))
         if isinstance(rows, str):
             if self.comm.rank == 0:
                 warn(f"{rows}; arrays stay private to their ranks, and sums of them are slower")

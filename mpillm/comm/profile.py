@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from mpillm.comm.mesh import hosts, local_ranks
 from mpillm.errors import UsageError
 from mpillm.files import write_json
 
@@ -220,9 +221,7 @@ def describe_cluster(comm: "MPI.Intracomm") -> Cluster:
     """What this job runs on, as rank 0 sees it. Every rank of `comm` calls it."""
     from mpi4py import MPI
 
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    nodes, ranks = int(comm.allreduce(int(node.rank == 0))), node.size
-    node.Free()
+    nodes, ranks = hosts(comm), local_ranks(comm)
     name, version = MPI.get_vendor()
     cpu_model, cores = processor()
     here = Cluster(cpu_model, cores, name, ".".join(map(str, version)), nodes, ranks)

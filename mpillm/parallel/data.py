@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mpillm.comm.buffers import as_buffer
 from mpillm.comm.choice import Profile
-from mpillm.comm.group import Group
+from mpillm.comm.group import Group, silent
 from mpillm.comm.mesh import Axis
 from mpillm.comm.progress import ProgressThread
 from mpillm.comm.transfers import block_bounds
@@ -68,10 +68,6 @@ class ParallelSettings:
     """Compare the ranks' collective calls before data moves."""
 
 
-def _silent(text: str) -> None:
-    pass
-
-
 class GradientBuckets:
     """The gradients of `parameters` (tied ones once, frozen ones not at all), of any float types, on the CPU.
 
@@ -81,7 +77,7 @@ class GradientBuckets:
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], axis: Axis, settings: ParallelSettings,
-        profile: Profile | None = None, warn: Callable[[str], None] = _silent,
+        profile: Profile | None = None, warn: Callable[[str], None] = silent,
     ) -> None:  # fmt: skip
         """`profile`: the cluster's, which chooses algorithms; `warn` is told what had to be done without."""
         self.axis, self.settings = axis, settings

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpillm.comm.group import silent
 from mpillm.comm.mesh import Axis
 from mpillm.comm.profile import ClusterProfile
 from mpillm.errors import DivergedError
@@ -38,7 +39,7 @@ class Trainer:
 
     def __init__(
         self, recipe: Recipe, reader: TokenReader, axis: Axis, profile: ClusterProfile | None = None,
-        warn: Callable[[str], None] = lambda text: None,
+        warn: Callable[[str], None] = silent,
     ) -> None:  # fmt: skip
         """`profile`: the cluster's, which chooses how gradients meet; `warn` is told what had to be done without."""
         self.recipe, self.axis = recipe, axis

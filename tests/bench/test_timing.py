@@ -5,9 +5,9 @@ import time
 import numpy as np
 from mpi4py import MPI
 
-from mpillm.bench.arrays import itemsize, new_array
+from mpillm.bench.arrays import new_array
 from mpillm.bench.timing import LARGEST_BATCH, batch_of, interleave, rotated, slowest
-from mpillm.comm.buffers import ELEMENTS
+from mpillm.comm.buffers import ELEMENTS, itemsize_of
 
 
 def test_turns_rotate() -> None:
@@ -57,5 +57,5 @@ def test_new_arrays_of_every_type() -> None:
             array[...] = 3
             assert len(array) == 5
             assert str(array.dtype).removeprefix("torch.") == element
-            assert array.nbytes == 5 * itemsize(element)
+            assert array.nbytes == 5 * itemsize_of(element)
     assert len(new_array(0, "float32", "cpu", pages=True)) == 0
