@@ -1,6 +1,7 @@
 """The front door: one short function a verb. Rooms are imported inside the verbs, so that `--help` loads none."""
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -116,14 +117,17 @@ def train(
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a setting of the recipe.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Leave RUN/trace.json: when each rank did what, for Perfetto or Chrome.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Train a model as a recipe says, the data shared by the ranks."""
+    """Train a model as a recipe says, the data and the layers shared by the ranks."""
     with _job(debug, torch_threads=True) as job:
         from mpillm.train.loop import train as run
         from mpillm.train.recipe import load_recipe
 
-        run(load_recipe(recipe, overrides or ()), job.comm, job.console, resume)
+        run(load_recipe(recipe, overrides or ()), job.comm, job.console, resume, trace)
 
 
 @app.command(epilog="Example: mpirun -n 2 mpillm evaluate runs/quickstart --baselines")
@@ -219,6 +223,47 @@ def bench(
             Documents, write_shard, Split, Manifest, open_split, Plan, save_checkpoint, Checkpoint
         )  # fmt: skip
         run(options, job.comm, job.console, paths, environment=dict(os.environ))
+
+
+@app.command(epilog="Example: mpillm schedule 1f1b --stages 4 --microbatches 8 --svg 1f1b.svg")
+def schedule(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v, a .csv file, or all: a comparison.",
+        ),
+    ],
+    stages: Annotated[int, typer.Option(metavar="P", help="Ranks of the pipeline; 0: as a .csv file has.")] = 0,
+    microbatches: Annotated[int, typer.Option(metavar="M", help="Microbatches; 0: as a .csv file has.")] = 0,
+    chunks: Annotated[int, typer.Option(metavar="V", help="Stages a rank; 0: as is usual for the schedule.")] = 0,
+    costs: Annotated[
+        str,
+        typer.Option(
+            metavar="F,B,W,T",
+            help="What a rank's forward, the input half and the weights half of its backward, and a message take.",
+        ),
+    ] = "1,1,1,0",
+    svg: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the chart.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the chart.")] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Write the schedule, a row a rank.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw a pipeline schedule, and tell how long ranks wait and what they store; no MPI, no torch."""
+    from mpillm.comm.together import fail_together
+    from mpillm.launch.terminal import watched
+
+    if rank_from_environment(os.environ):
+        return
+    with fail_together(None, debug=debug):
+        from mpillm.parallel.schedule_report import ScheduleOptions, report
+
+        options = ScheduleOptions(
+            name=name, ranks=stages, microbatches=microbatches, chunks=chunks, costs=costs, svg=svg, png=png, csv=csv,
+            as_json=as_json, width=shutil.get_terminal_size((120, 24)).columns, coloured=watched(os.environ),
+        )  # fmt: skip
+        report(options, Console(watched=options.coloured))
 
 
 @app.callback(invoke_without_command=True)

@@ -1,4 +1,4 @@
-"""The compiled kernel: arithmetic on rows of memory, and collectives in memory that the ranks of a node share.
+"""The compiled kernel: arithmetic on rows of memory; collectives and messages in memory that the ranks of a node share.
 
 `element` and `reduction` are indices into buffers.ELEMENTS and buffers.REDUCTIONS, `kind` into node.KINDS. Rows are
 objects with the buffer protocol; their lengths are checked, and a mistake raises ValueError.
@@ -34,8 +34,28 @@ class Team:
         target_rows: tuple[Buffer, ...] | None,
     ) -> Operation: ...  # fmt: skip
 
+class Mailbox:
+    """One end of a way for messages from one process to another, through `slots` slots of `slot_bytes` each.
+
+    `memory` holds `mailbox_bytes`, zero at first and the same at both ends; one end `sends`, the other receives. One
+    thread calls at a time. What waits raises `error` when the process `peer_process` (0: it can't be asked) is gone;
+    what meets a message of another length than its buffer's raises it too.
+    """
+
+    def __init__(
+        self, memory: Buffer, slots: int, slot_bytes: int, sends: bool, peer_rank: int, peer_process: int, spins: int,
+        error: type[Exception],
+    ) -> None: ...  # fmt: skip
+    def try_send(self, buffer: Buffer, /) -> bool: ...
+    def send(self, buffer: Buffer, limit_seconds: float = ..., /) -> bool: ...
+    def try_receive(self, buffer: Buffer, /) -> bool: ...
+    def receive(self, buffer: Buffer, limit_seconds: float = ..., /) -> bool: ...
+    def check(self) -> None:
+        """Raise where the peer is gone and this end would wait for ever."""
+
 def combine(element: int, reduction: int, target: Buffer, source: Buffer, /) -> None: ...
 def scale(element: int, target: Buffer, factor: float, /) -> None: ...
 def widen(element: int, target: Buffer, source: Buffer, /) -> None: ...
 def narrow(element: int, target: Buffer, source: Buffer, /) -> None: ...
 def team_bytes(size: int, stage_bytes: int, /) -> int: ...
+def mailbox_bytes(slots: int, slot_bytes: int, /) -> int: ...

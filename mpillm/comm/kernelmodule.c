@@ -1,13 +1,16 @@
-/* Python's door to arithmetic.c and team.c: the module mpillm.comm.kernel. node.py and buffers.py use it, nobody else. */
+/* The module mpillm.comm.kernel: Python's door to arithmetic.c and team.c and, by mailboxtype.c, to mailbox.c. Only comm
+ * uses it. */
 #define PY_SSIZE_T_CLEAN
 #define _GNU_SOURCE
 #include <Python.h>
 
 #include <errno.h>
+#include <math.h>
 #include <signal.h>
 #include <string.h>
-#include <sys/types.h>
 
+#include "kernelmodule.h"
+#include "mailbox.h"
 #include "team.h"
 
 /* How long a wait may keep Python from handling a signal. */
@@ -16,6 +19,26 @@
 #define SUSPICION_SECONDS 0.5
 /* Steps that one test may take: a small operation needs three, a large one is to leave the caller's work its time. */
 #define MOVES_A_TEST 4
+
+/* ---- Waiting ---- */
+
+bool is_gone(pid_t process) { return process > 0 && kill(process, 0) != 0 && errno == ESRCH; }
+
+int wait_for(void *waiting, bool (*step)(void *, double), bool (*may_come)(void *), double limit_seconds) {
+    for (double waited = 0;; waited += SIGNAL_SECONDS) {
+        const double left = limit_seconds - waited, slice = left < SIGNAL_SECONDS ? left : SIGNAL_SECONDS;
+        bool done;
+        Py_BEGIN_ALLOW_THREADS
+        done = step(waiting, slice);
+        Py_END_ALLOW_THREADS
+        if (done)
+            return 1;
+        if (PyErr_CheckSignals() < 0 || (waited > SUSPICION_SECONDS && !may_come(waiting)))
+            return -1;
+        if (slice < SIGNAL_SECONDS)
+            return 0;
+    }
+}
 
 /* ---- Team ---- */
 
@@ -219,31 +242,22 @@ static void operation_dealloc(Operation *self) {
     PyObject_Free(self);
 }
 
+static bool drive_operation(void *waiting, double limit_seconds) {
+    Operation *self = waiting;
+    return drive(&self->operation, limit_seconds, self->team->spins);
+}
+
 /* Raise the team's error where a rank that this one waits for is no longer there. */
-static bool all_live(Team *team) {
+static bool all_live(void *waiting) {
+    const Team *team = ((Operation *)waiting)->team;
     const int rank = awaited(&team->team);
-    if (rank < 0 || team->processes[rank] <= 0 || kill(team->processes[rank], 0) == 0 || errno != ESRCH)
+    if (rank < 0 || !is_gone(team->processes[rank]))
         return true;
     PyErr_Format(team->error,
                  "rank %d of this node (process %d) ended while rank %d waited for it in a collective; its own output "
                  "tells why, a checkpoint brings the run back",
                  rank, (int)team->processes[rank], team->team.rank);
     return false;
-}
-
-static bool wait_for(Operation *self) {
-    double waited = 0;
-    for (;;) {
-        bool done;
-        Py_BEGIN_ALLOW_THREADS
-        done = drive(&self->operation, SIGNAL_SECONDS, self->team->spins);
-        Py_END_ALLOW_THREADS
-        if (done)
-            return true;
-        waited += SIGNAL_SECONDS;
-        if (PyErr_CheckSignals() < 0 || (waited > SUSPICION_SECONDS && !all_live(self->team)))
-            return false;
-    }
 }
 
 /* A started operation is held until it is done, since the team knows its address. */
@@ -291,7 +305,7 @@ static PyObject *operation_test(Operation *self, PyObject *unused) {
 static PyObject *operation_wait(Operation *self, PyObject *unused) {
     (void)unused;
     if (self->operation.started) {
-        if (!wait_for(self))
+        if (wait_for(self, drive_operation, all_live, INFINITY) < 0)
             return NULL; /* still held: the team goes on to know it */
         settle(self);
     }
@@ -430,28 +444,39 @@ static PyObject *kernel_team_bytes(PyObject *module, PyObject *arguments) {
     return PyLong_FromSize_t(team_bytes(size, (size_t)stage_bytes));
 }
 
+static PyObject *kernel_mailbox_bytes(PyObject *module, PyObject *arguments) {
+    (void)module;
+    Py_ssize_t slots, slot_bytes;
+    if (!PyArg_ParseTuple(arguments, "nn", &slots, &slot_bytes))
+        return NULL;
+    return PyLong_FromSize_t(mailbox_bytes((size_t)slots, (size_t)slot_bytes));
+}
+
 static PyMethodDef functions[] = {
     {"combine", kernel_combine, METH_VARARGS, "combine(element, reduction, target, source): target op= source."},
     {"scale", kernel_scale, METH_VARARGS, "scale(element, target, factor): target *= factor, floats only."},
     {"widen", kernel_widen, METH_VARARGS, "widen(element, target, source): 16-bit floats into float32."},
     {"narrow", kernel_narrow, METH_VARARGS, "narrow(element, target, source): float32 into 16-bit floats."},
     {"team_bytes", kernel_team_bytes, METH_VARARGS, "team_bytes(size, stage_bytes): what a Team's memory must hold."},
+    {"mailbox_bytes", kernel_mailbox_bytes, METH_VARARGS,
+     "mailbox_bytes(slots, slot_bytes): what a Mailbox's memory must hold."},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "kernel", "Arithmetic on rows of memory, and collectives in memory that a node shares.", -1,
+    PyModuleDef_HEAD_INIT, "kernel", "Arithmetic on rows of memory; collectives and messages in shared memory.", -1,
     functions, NULL, NULL, NULL, NULL,
 };
 
 PyMODINIT_FUNC PyInit_kernel(void) {
-    if (PyType_Ready(&TeamType) < 0 || PyType_Ready(&OperationType) < 0)
+    if (PyType_Ready(&TeamType) < 0 || PyType_Ready(&OperationType) < 0 || PyType_Ready(&MailboxType) < 0)
         return NULL;
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL)
         return NULL;
     if (PyModule_AddObjectRef(module, "Team", (PyObject *)&TeamType) < 0 ||
         PyModule_AddObjectRef(module, "Operation", (PyObject *)&OperationType) < 0 ||
+        PyModule_AddObjectRef(module, "Mailbox", (PyObject *)&MailboxType) < 0 ||
         PyModule_AddIntConstant(module, "MOST_RANKS", MOST_ROWS) < 0) {
         Py_DECREF(module);
         return NULL;

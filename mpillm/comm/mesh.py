@@ -6,7 +6,7 @@ place on one node. So the axis that talks most is named last.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
@@ -97,6 +97,24 @@ def rank_at(places: Mapping[str, int], axes: Mapping[str, int]) -> int:
     for name, size in axes.items():
         rank = rank * size + places[name]
     return rank
+
+
+def by_hosts(comm: "MPI.Intracomm") -> "MPI.Intracomm":
+    """`comm` with the ranks of each node side by side, nodes in the order of their first ranks; rank 0 stays rank 0.
+    Every rank of `comm` calls it. Launchers may deal ranks out to nodes in turns.
+    """
+    from mpi4py import MPI
+
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    first = node.bcast(comm.rank)
+    node.Free()
+    ordered: MPI.Intracomm = comm.Split(0, key=host_order(comm.allgather(first)).index(comm.rank))  # type: ignore[assignment]
+    return ordered
+
+
+def host_order(first_ranks: Sequence[int]) -> list[int]:
+    """The ranks by node; `first_ranks[rank]` is the first rank of its node."""
+    return sorted(range(len(first_ranks)), key=lambda rank: (first_ranks[rank], rank))
 
 
 def local_ranks(comm: "MPI.Intracomm") -> int:

@@ -14,23 +14,10 @@
 #define _GNU_SOURCE
 #include "team.h"
 
-#include <sched.h>
 #include <string.h>
-#include <time.h>
-
-#if defined(__x86_64__)
-#define PAUSE() __builtin_ia32_pause()
-#elif defined(__aarch64__)
-#define PAUSE() __asm__ volatile("isb")
-#else
-#define PAUSE() atomic_signal_fence(memory_order_seq_cst)
-#endif
 
 /* What one call of progress may move, so that a poll between computations stays short. */
 #define PROGRESS_BYTES ((size_t)1 << 20)
-/* Who has waited this long may oversleep a little. */
-#define PATIENCE_SECONDS 0.01
-#define NAP_NANOSECONDS 50000
 
 static size_t stages_offset(int size) { return ((size_t)size * LINE_BYTES + 4095) / 4096 * 4096; }
 
@@ -284,34 +271,13 @@ bool progress(struct team *team) {
     return moved;
 }
 
-static double now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
-
 bool drive(struct operation *op, double limit_seconds, unsigned spins) {
-    unsigned waited = 0;
-    double began = 0;
+    struct patience patience = {0};
     while (!op->done) {
-        if (progress(op->team)) {
-            waited = 0;
-            continue;
-        }
-        if (++waited < spins) {
-            PAUSE();
-            continue;
-        }
-        if (waited == spins)
-            began = now();
-        sched_yield();
-        if (waited % 16 == 0) {
-            const double seconds = now() - began;
-            if (seconds > limit_seconds)
-                return false;
-            if (seconds > PATIENCE_SECONDS)
-                nanosleep(&(struct timespec){0, NAP_NANOSECONDS}, NULL);
-        }
+        if (progress(op->team))
+            patience.waited = 0;
+        else if (!be_patient(&patience, spins, limit_seconds))
+            return false;
     }
     return true;
 }

@@ -8,9 +8,8 @@
 #include <stdint.h>
 
 #include "arithmetic.h"
+#include "flags.h"
 
-/* Two cache lines: processors fetch them in pairs, and a flag that shares one with another's is slow for both. */
-#define LINE_BYTES 128
 /* The stage is used in two halves, in turns: see team.c. */
 #define HALVES 2
 

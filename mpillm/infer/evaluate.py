@@ -1,14 +1,17 @@
 """How well a model foretells text: loss, perplexity and bits per byte over a whole split, shared by the ranks."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from mpillm.console import Console
+from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import Decoder, loss_sum
-from mpillm.tokens.evaluation import EvaluationBatch, evaluation_batches, read_evaluation
+from mpillm.tokens.evaluation import evaluation_batches, read_evaluation
 from mpillm.tokens.reader import TokenReader
 
 if TYPE_CHECKING:
@@ -39,33 +42,79 @@ class Score:
         return {**asdict(self), "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
 
 
-def evaluate(
-    model: Decoder, reader: TokenReader, comm: "MPI.Intracomm", console: Console, autocast: torch.dtype | None = None
-) -> Score:
+def rows_at_once(config: DecoderConfig) -> int:
+    """Sequences in a batch of the evaluation."""
+    return max(1, BATCH_TOKENS // config.context)
+
+
+class Scorer(Protocol):
+    """A model that can be scored, whole or in stages."""
+
+    @property
+    def config(self) -> DecoderConfig: ...
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(i, n): which of n shares of the batches is this rank's; ranks that hold stages of one model have one."""
+
+    def score(
+        self, count: int, read: Callable[[int], Tensor], shape_of: Callable[[int], tuple[int, int]],
+        done: Callable[[], None],
+    ) -> dict[int, float]:  # fmt: skip
+        """The summed loss of each of `count` batches, on the rank that knows it; `read(number)` gives the ids
+        (B, T + 1), and `shape_of` (B, T). `done` is called once a batch, on some rank.
+        """
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """Each rank of `comm` has all of the model. `autocast`: the type of the products, where not the weights'."""
+
+    model: Decoder
+    comm: "MPI.Intracomm"
+    autocast: torch.dtype | None = None
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.model.config
+
+    @property
+    def share(self) -> tuple[int, int]:
+        return self.comm.rank, self.comm.size
+
+    def score(
+        self, count: int, read: Callable[[int], Tensor], shape_of: Callable[[int], tuple[int, int]],
+        done: Callable[[], None],
+    ) -> dict[int, float]:  # fmt: skip
+        losses = {}
+        with torch.inference_mode():
+            for number in range(count):
+                ids_BT = read(number)
+                with torch.autocast("cpu", dtype=self.autocast, enabled=self.autocast is not None):
+                    logits_BTV = self.model(ids_BT[:, :-1])
+                losses[number] = float(loss_sum(logits_BTV, ids_BT[:, 1:]))
+                done()
+        return losses
+
+
+def evaluate(scorer: Scorer, reader: TokenReader, comm: "MPI.Intracomm", console: Console) -> Score:
     """Score each token of the split but the first, in windows of the model's context.
 
     Every rank calls it and gets the same score. The batches are the same at any number of ranks and their losses are
-    added in the same order, so the score is too. `autocast`: the type of the products, where not the weights'.
+    added exactly, so the score is too.
     """
-    config = model.config
-    batches = evaluation_batches(reader.n_tokens, config.context, max(1, BATCH_TOKENS // config.context))
-    mine = range(comm.rank, len(batches), comm.size)
-    losses: dict[int, float] = {}
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode(), console.progress("evaluate", len(mine), "batches") as progress:
-        for index in mine:
-            losses[index] = _batch_loss(model, reader, batches[index], autocast)
-            progress.advance()
-    model.train(was_training)
-    every = {index: loss for part in comm.allgather(losses) for index, loss in part.items()}
+    config = scorer.config
+    batches = evaluation_batches(reader.n_tokens, config.context, rows_at_once(config))
+    share, shares = scorer.share
+    mine = batches[share::shares]
+
+    def read(number: int) -> Tensor:
+        return torch.from_numpy(read_evaluation(reader, mine[number]).tokens_BT.astype("int64"))
+
+    with console.progress("evaluate", len(mine), "batches") as progress:
+        losses = scorer.score(
+            len(mine), read, lambda number: (mine[number].rows, mine[number].length), progress.advance
+        )
+    total = math.fsum(loss for part in comm.allgather(list(losses.values())) for loss in part)
     targets = reader.n_tokens - 1
-    total = math.fsum(every[index] for index in range(len(batches)))
     return Score(total / targets, targets, reader.split.n_bytes)
-
-
-def _batch_loss(model: Decoder, reader: TokenReader, batch: EvaluationBatch, autocast: torch.dtype | None) -> float:
-    tokens_BT = torch.from_numpy(read_evaluation(reader, batch).tokens_BT.astype("int64"))
-    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-        logits_BTV = model(tokens_BT[:, :-1])
-    return float(loss_sum(logits_BTV, tokens_BT[:, 1:]))

@@ -1,5 +1,6 @@
 """From a checkpoint to something that computes: the model with its weights, and its tokenizer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,4 +42,9 @@ def load(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
 
 def model_tensors(model: Decoder) -> dict[str, torch.Tensor]:
     """A model's weights by their names in a checkpoint (`model/layers/0/attention/query/weight`), a tied one once."""
-    return {f"model/{name.replace('.', '/')}": weight.detach() for name, weight in model.named_parameters()}
+    return weight_tensors(dict(model.named_weights()))
+
+
+def weight_tensors(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights, by their names in the whole model, by their names in a checkpoint."""
+    return {f"model/{name.replace('.', '/')}": weight.detach() for name, weight in weights.items()}

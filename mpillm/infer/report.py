@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mpillm.comm.patience import patient_barrier
 from mpillm.console import Console
 from mpillm.infer.baselines import baselines as score_baselines
-from mpillm.infer.evaluate import Score, evaluate
+from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import Sampling, generate
 from mpillm.infer.loading import Loaded, load
 from mpillm.tokens.manifest import Manifest, check_tokenizer
@@ -29,7 +29,8 @@ def report(
     manifest = Manifest.load(folder)
     check_tokenizer(manifest, loaded.tokenizer)
     with open_split(folder, "validation") as reader:
-        scores = {"model": evaluate(loaded.model, reader, comm, Console(speaks=False) if as_json else console)}
+        scorer = WholeModel(loaded.model, comm)
+        scores = {"model": evaluate(scorer, reader, comm, Console(speaks=False) if as_json else console)}
         if baselines and comm.rank == 0:
             with open_split(folder, "train") as train:
                 counted = score_baselines(train, reader, manifest.vocab_size)

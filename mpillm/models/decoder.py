@@ -1,7 +1,10 @@
-"""A modern decoder on one device: token ids in, logits out.
+"""A modern decoder on one device: token ids in, logits out; or a run of its layers, which hands the stream on.
 
 Shapes: B sequences, T positions, C width, V vocabulary.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import xxhash
@@ -26,50 +29,77 @@ class Cache:
         self.length = 0
 
 
+@dataclass(frozen=True)
+class Part:
+    """Layers `first` to `last` − 1. The embedding stands before the model's first layer, norm and head behind its
+    last.
+    """
+
+    first: int
+    last: int
+
+
 class Decoder(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
+    """The whole model, or the `part` of it: the names of weights are the whole model's."""
+
+    def __init__(self, config: DecoderConfig, part: Part | None = None) -> None:
         super().__init__()
+        part = part or Part(0, config.layers)
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
+        self.begins, self.ends = part.first == 0, part.last == config.layers
+        learned = self.begins and config.positions == "learned"
+        self.embedding = nn.Embedding(config.vocab_size, config.width) if self.begins else None
+        self.position = nn.Embedding(config.context, config.width) if learned else None
         self.rotary = Rotary(config) if config.positions == "rotary" else None
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.norm = make_norm(config)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        if config.tied:
+        self.layers = nn.ModuleDict({str(index): Layer(config) for index in range(part.first, part.last)})
+        self.norm = make_norm(config) if self.ends else None
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False) if self.ends else None
+        self.tie()
+
+    def tie(self) -> None:
+        """Let the head be the embedding, where the model wants it and has both."""
+        if self.config.tied and self.head is not None and self.embedding is not None:
             self.head.weight = self.embedding.weight
 
-    def forward(self, ids_BT: Tensor, document_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Logits (B, T, V) of the token that follows each position.
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights by their names in the whole model, where a tied head bears the embedding's."""
+        for name, weight in self.named_parameters():
+            yield ("embedding.weight" if self.config.tied and name == "head.weight" else name), weight
+
+    def forward(self, given: Tensor, document_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Logits (B, T, V) of the token that follows each position of `given`, the token ids (B, T).
+
+        A part that does not begin the model is given the stream (B, T, C) of the part before; one that does not end it
+        returns the stream.
 
         `document_BT` numbers the document of each position: with it, a position attends only to its own document.
-        With a `cache` the ids are the T positions after those that it holds, and it grows by T.
+        With a `cache` the T positions are those after what it holds, and it grows by T.
         Raises ValueError when the positions pass the context.
         """
         first = cache.length if cache else 0
-        length = ids_BT.shape[1]
+        length = given.shape[1]
         if first + length > self.config.context:
             raise ValueError(f"{first + length} positions pass the context of {self.config.context}")
-        x_BTC = self.embedding(ids_BT)
+        x_BTC = given if self.embedding is None else self.embedding(given)
         if self.position is not None:
             x_BTC = x_BTC + self.position.weight[first : first + length]
-        mask_TS = _mask(ids_BT, document_BT, first)
-        for index, layer in enumerate(self.layers):
-            x_BTC = layer(x_BTC, self.rotary, mask_TS, cache.layers[index] if cache else None, first)
-        if cache:
+        mask_TS = _mask(length, document_BT, first, given.device)
+        for index, layer in self.layers.items():
+            x_BTC = layer(x_BTC, self.rotary, mask_TS, cache.layers[int(index)] if cache else None, first)
+        if cache and self.ends:
             cache.length += length
-        logits_BTV: Tensor = self.head(self.norm(x_BTC))
-        return logits_BTV
+        if self.norm is not None and self.head is not None:
+            return self.head(self.norm(x_BTC))  # type: ignore[no-any-return]
+        return x_BTC
 
 
-def _mask(ids_BT: Tensor, document_BT: Tensor | None, first: int) -> Tensor | None:
+def _mask(length: int, document_BT: Tensor | None, first: int, device: torch.device) -> Tensor | None:
     """True where a position may attend; None where the plain causal mask, or none at all, says it."""
-    length = ids_BT.shape[1]
     if document_BT is not None:
         same_BTS = document_BT[:, :, None] == document_BT[:, None, :]
         return same_BTS.tril()[:, None]
     if first and length > 1:
-        return torch.ones(length, first + length, dtype=torch.bool, device=ids_BT.device).tril(first)
+        return torch.ones(length, first + length, dtype=torch.bool, device=device).tril(first)
     return None
 
 
@@ -82,7 +112,7 @@ def loss_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 def initialise(model: Decoder, seed: int) -> None:
     """Set each weight as a pure function of (seed, its name, its shape): alike on any rank, device and layout."""
     deviation = INITIAL_DEVIATION / (2 * model.config.layers) ** 0.5
-    for name, weight in model.named_parameters():
+    for name, weight in model.named_weights():
         if name.endswith("bias"):
             weight.zero_()
         elif weight.dim() == 1:
@@ -96,15 +126,14 @@ def initialise(model: Decoder, seed: int) -> None:
             weight.copy_(values)
 
 
-def create(config: DecoderConfig, seed: int, device: torch.device | None = None) -> Decoder:
-    """An initialised decoder on `device` (the CPU where none is given)."""
+def create(config: DecoderConfig, seed: int, device: torch.device | None = None, part: Part | None = None) -> Decoder:
+    """An initialised decoder, or the `part` of it, on `device` (the CPU where none is given)."""
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Decoder(config, part)
     model = model.to_empty(device=device or torch.device("cpu"))
     # Making the memory real undoes what stood in it: the tie, and the table of angles.
-    if config.tied:
-        model.head.weight = model.embedding.weight
+    model.tie()
     if model.rotary is not None:
-        model.rotary = Rotary(config).to(model.embedding.weight.device)
+        model.rotary = Rotary(config).to(next(model.parameters()).device)
     initialise(model, seed)
     return model

@@ -8,24 +8,25 @@ from typing import TYPE_CHECKING
 import torch
 
 from mpillm.comm.agreement import on_root
-from mpillm.comm.mesh import Mesh
 from mpillm.comm.patience import patient_barrier
 from mpillm.comm.profile import ClusterProfile, describe_cluster, load_profile
 from mpillm.console import Console, Progress
 from mpillm.errors import DivergedError, MismatchError, UsageError
 from mpillm.files import make_folder, write_text
 from mpillm.infer.evaluate import evaluate
-from mpillm.infer.loading import TOKENIZER, model_tensors
+from mpillm.infer.loading import TOKENIZER, weight_tensors
 from mpillm.models.config import DecoderConfig
 from mpillm.pages import keep_pages
 from mpillm.parallel.data import check_same, share_batch
+from mpillm.parallel.layout import make_mesh, plan_layout
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.order import WindowOrder
 from mpillm.tokens.reader import open_split
 from mpillm.train.optimizer import optimizer_tensors, set_steps
 from mpillm.train.overview import tell_plan
 from mpillm.train.recipe import Recipe, write_recipe
-from mpillm.train.record import CLUSTER, METRICS, RECIPE, Record
+from mpillm.train.record import CLUSTER, METRICS, RECIPE, TRACE, Record
+from mpillm.train.timing import Timing
 from mpillm.train.trainer import StepResult, Trainer
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.finding import CHECKPOINTS, newest_whole
@@ -35,26 +36,32 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-def train(recipe: Recipe, comm: "MPI.Intracomm", console: Console, resume: bool = False) -> None:
+def train(recipe: Recipe, comm: "MPI.Intracomm", console: Console, resume: bool = False, trace: bool = False) -> None:
     """Train as the recipe says. Every rank calls it.
 
-    `resume`: go on from the newest whole checkpoint of the run, if it has one. Raises MpillmError's kinds.
+    `resume`: go on from the newest whole checkpoint of the run, if it has one. `trace`: leave a file that shows when
+    each rank did what. Raises MpillmError's kinds.
     """
     keep_pages()
     manifest = Manifest.load(recipe.data.path)
     recipe = replace(recipe, model=_with_vocabulary(recipe, manifest))
-    mesh = Mesh(comm, {"data": recipe.parallel.data or comm.size})
-    share_batch(recipe.train.batch, mesh.axis("data"))
+    settings, parallel = recipe.train, recipe.parallel
+    mesh = make_mesh(comm, parallel, recipe.model, settings.batch)
+    data = mesh.axis("data")
+    _, rows = share_batch(settings.batch, data)
+    layout = plan_layout(recipe.model, parallel, data.size, rows, settings.microbatch, settings.fixed_order)
     with open_split(recipe.data.path, "train") as reader:
         # Refused before the run has a folder: a dataset that is shorter than one context, a profile that is missing.
-        WindowOrder(reader.n_tokens, recipe.model.context, recipe.train.seed)
+        WindowOrder(reader.n_tokens, recipe.model.context, settings.seed)
         profile = _profile(recipe, comm, console)
         checkpoint = _place(recipe, manifest, comm, console, resume)
-        tell_plan(recipe, mesh, reader, comm, console)
-        trainer = Trainer(recipe, reader, mesh.axis("data"), profile, console.warn)
-        if comm.size > 1:
+        tell_plan(recipe, mesh, layout, reader, console)
+        trainer = Trainer(recipe, reader, mesh, layout, profile, console.warn)
+        if data.size > 1:
             console.say(f"gradients: {trainer.describe()}")
-        run = Run(recipe, manifest, trainer, comm, console)
+        if layout.schedule.ranks > 1:
+            console.say(f"stages: {trainer.describe_pipeline()}")
+        run = Run(recipe, manifest, trainer, console, trace)
         run.go(checkpoint)
         trainer.close()
 
@@ -123,11 +130,12 @@ class Run:
     """A run under way."""
 
     def __init__(
-        self, recipe: Recipe, manifest: Manifest, trainer: Trainer, comm: "MPI.Intracomm", console: Console
+        self, recipe: Recipe, manifest: Manifest, trainer: Trainer, console: Console, trace: bool = False
     ) -> None:
         self._recipe, self._manifest, self._trainer = recipe, manifest, trainer
-        self._comm, self._console = comm, console
+        self._comm, self._console = trainer.mesh.comm, console
         self._folder = Path(recipe.train.run)
+        self._timing, self._trace = Timing(trainer.mesh, trainer.layout, trainer.clock_offset), trace
         self._last_saved: Path | None = None
 
     def go(self, checkpoint: Checkpoint | None) -> None:
@@ -140,7 +148,7 @@ class Run:
             return
         if self._comm.rank == 0:
             write_text(self._folder / RECIPE, write_recipe(self._recipe))
-        check_same(self._trainer.model.parameters(), self._trainer.axis)
+        check_same(self._trainer.weights.values(), self._trainer.mesh.axis("data"))
         record = Record(self._folder, done, writes=self._comm.rank == 0)
         try:
             with self._console.progress("train", steps, "steps", start=done) as progress:
@@ -151,6 +159,9 @@ class Run:
         finally:
             record.draw()
             record.close()
+        self._timing.tell(self._console)
+        if self._trace:
+            self._timing.write(self._folder / TRACE, self._console)
         # When any rank returns, the run's files are whole.
         patient_barrier(self._comm)
         self._console.say(f"finished: {self._last_saved}, {self._folder / METRICS}, {self._folder / 'loss.png'}")
@@ -158,6 +169,7 @@ class Run:
     def _one_step(self, step: int, record: Record, progress: Progress) -> None:
         result = self._trainer.step(step)
         tokens = self._recipe.train.batch * self._recipe.model.context
+        self._timing.add(result.spans, result.others, result.bubble)
         record.add(_metrics(step + 1, result, tokens))
         progress.advance(1, **{"loss": f"{result.loss:.4f}", "tokens/s": f"{tokens / result.seconds:,.0f}"})
         settings, done = self._recipe.train, step + 1
@@ -172,7 +184,7 @@ class Run:
             return
         with open_split(self._recipe.data.path, "validation") as reader:
             quiet = Console(speaks=False)
-            score = evaluate(self._trainer.model, reader, self._comm, quiet, self._trainer.autocast)
+            score = evaluate(self._trainer.model, reader, self._comm, quiet)
         record.add({"step": done, "validation_loss": score.loss})
         self._console.say(f"step {done:,}: validation loss {score.loss:.4f}, perplexity {score.perplexity:,.2f}")
 
@@ -195,7 +207,7 @@ class Run:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         trainer = self._trainer
-        return {**model_tensors(trainer.model), **optimizer_tensors(trainer.model, trainer.optimizer)}
+        return {**weight_tensors(trainer.weights), **optimizer_tensors(trainer.weights, trainer.optimizer)}
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:
         """Fill weights and averages; return how many steps are done."""
@@ -220,6 +232,7 @@ class Run:
 
 
 def _metrics(step: int, result: StepResult, tokens: int) -> dict[str, float]:
+    bubble = {"bubble": result.bubble} if result.bubble else {}
     return {
         "step": step,
         "loss": result.loss,
@@ -228,4 +241,5 @@ def _metrics(step: int, result: StepResult, tokens: int) -> dict[str, float]:
         "learning_rate": result.learning_rate,
         "grad_norm": result.grad_norm,
         "step_seconds": result.seconds,
+        **bubble,
     }

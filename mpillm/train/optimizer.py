@@ -1,6 +1,7 @@
 """AdamW, its rates, and its state as named tensors."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -48,16 +49,17 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
     return settings.learning_rate * (settings.final_share + (1 - settings.final_share) * height)
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW over the model's parameters, fused, with its state allocated."""
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
+def make_optimizer(weights: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over `weights`, fused, with its state allocated."""
+    weights = list(weights)
+    matrices = [weight for weight in weights if weight.dim() > 1]
+    vectors = [weight for weight in weights if weight.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True,
     )  # fmt: skip
-    for weight in model.parameters():
+    for weight in weights:
         optimizer.state[weight] = {"step": torch.zeros(()), **{slot: torch.zeros_like(weight) for slot in SLOTS}}
     return optimizer
 
@@ -73,10 +75,10 @@ def set_steps(optimizer: torch.optim.AdamW, steps: int) -> None:
         state["step"].fill_(steps)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """The checkpoint's names of the optimizer's averages: `optimizer/exp_avg/layers/0/…`."""
+def optimizer_tensors(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """The checkpoint's names of the optimizer's averages of `weights`: `optimizer/exp_avg/layers/0/…`."""
     return {
         f"optimizer/{slot}/{name.replace('.', '/')}": optimizer.state[weight][slot]
         for slot in SLOTS
-        for name, weight in model.named_parameters()
+        for name, weight in weights.items()
     }

@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, MinLen
 
 from mpillm.errors import RecipeError
 from mpillm.models.config import SHAPES, DecoderConfig
-from mpillm.parallel.data import ParallelSettings
+from mpillm.parallel.settings import ParallelSettings
 from mpillm.train.optimizer import OptimizerSettings
 
 Positive = Annotated[int, Gt(0)]
@@ -38,8 +38,10 @@ class TrainSettings:
     batch: Positive = 32
     """Sequences a step over all ranks."""
     microbatch: Many = 0
-    """Sequences that a rank computes at once; 0: all of its share."""
+    """Sequences that a rank computes at once; 0: all of its share, or in a pipeline a fitting part of it."""
     seed: Many = 0
+    fixed_order: bool = False
+    """Sum gradients in one order whatever the layout, so that the bits are the same; a little slower."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: products in bfloat16, weights and sums in float32."""
     evaluate_every: Many = 0

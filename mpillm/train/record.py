@@ -9,7 +9,7 @@ from typing import Any
 from mpillm.files import replacing, write_text
 
 METRICS, PICTURE, EVENTS, RECIPE = "metrics.jsonl", "loss.png", "tensorboard", "recipe.toml"
-CLUSTER = "cluster.json"
+CLUSTER, TRACE = "cluster.json", "trace.json"
 Metrics = dict[str, float]
 
 

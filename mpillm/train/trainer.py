@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,99 +10,145 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpillm.comm.clocks import clock_offset
 from mpillm.comm.group import silent
-from mpillm.comm.mesh import Axis
+from mpillm.comm.mesh import Mesh, coordinates
 from mpillm.comm.profile import ClusterProfile
+from mpillm.comm.together import ranks_text
 from mpillm.errors import DivergedError
-from mpillm.models.decoder import Decoder, create, loss_sum
-from mpillm.parallel.data import GradientBuckets, share_batch
+from mpillm.infer.evaluate import rows_at_once
+from mpillm.parallel.layout import Layout
+from mpillm.parallel.model import Passes, ShardedModel
+from mpillm.parallel.simulating import Span
+from mpillm.parallel.stage import Batch
 from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.sampler import Sampler
 from mpillm.tokens.windows import Windows
 from mpillm.train.optimizer import learning_rate, make_optimizer, set_rate
-from mpillm.train.overview import rows_at_once
 from mpillm.train.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over the global batch, nats a token, from the weights before the update."""
+    """`loss`: mean over the global batch, nats a token, from the weights before the update. `bubble`: waiting over
+    computing in the pipelines, their mean; 0 without one. `spans`: when this rank computed, and `others`: what it did
+    besides, in seconds of perf_counter.
+    """
 
     loss: float
     learning_rate: float
     grad_norm: float
     seconds: float
+    bubble: float
+    spans: list[Span]
+    others: list[tuple[str, float, float]]
 
 
 class Trainer:
-    """Model, optimizer, gradients and samples of one rank; `step` runs them. Every rank of the axis steps alike."""
+    """Model, optimizer, gradients and samples of one rank; `step` runs them. Every rank of the mesh steps alike."""
 
     def __init__(
-        self, recipe: Recipe, reader: TokenReader, axis: Axis, profile: ClusterProfile | None = None,
+        self, recipe: Recipe, reader: TokenReader, mesh: Mesh, layout: Layout, profile: ClusterProfile | None = None,
         warn: Callable[[str], None] = silent,
     ) -> None:  # fmt: skip
-        """`profile`: the cluster's, which chooses how gradients meet; `warn` is told what had to be done without."""
-        self.recipe, self.axis = recipe, axis
-        self._first, self._rows = share_batch(recipe.train.batch, axis)
-        self.model: Decoder = create(recipe.model, recipe.train.seed)
-        self.optimizer = make_optimizer(self.model, recipe.optimizer)
-        self._buckets = GradientBuckets(self.model.parameters(), axis, recipe.parallel, profile, warn)
+        """`profile`: the cluster's, which chooses how ranks talk; `warn` is told what had to be done without."""
+        self.recipe, self.mesh, self.layout = recipe, mesh, layout
+        self.model = ShardedModel(
+            recipe.model, recipe.train.seed, mesh, layout, recipe.parallel, fixed_order=recipe.train.fixed_order,
+            autocast=torch.bfloat16 if recipe.train.dtype == "bfloat16" else None, profile=profile,
+            scored_rows=rows_at_once(recipe.model), warn=warn,
+        )  # fmt: skip
+        self.weights = self.model.named_weights()
+        self.optimizer = make_optimizer(self.weights.values(), recipe.optimizer)
         self._sampler = Sampler(
             reader, recipe.model.context, recipe.train.batch, recipe.train.seed, boundaries=recipe.data.document_mask
         )
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.recipe.train.dtype == "bfloat16" else None
+        self.clock_offset = clock_offset(mesh.comm)
+        self._pipelines = pipelines(mesh, layout)
 
     def describe(self) -> str:
         """How gradients meet: `2 buckets by shared, after the backward pass`."""
-        buckets = len(self._buckets.buckets)
-        when = "behind" if self._buckets.behind else "after"
-        by = " and ".join(self._buckets.algorithms)
-        return f"{buckets} bucket{'s' * (buckets != 1)} by {by}, {when} the backward pass"
+        buckets = self.model.buckets
+        count, when = len(buckets.buckets), "behind" if buckets.behind else "after"
+        by = " and ".join(buckets.algorithms)
+        return f"{count} bucket{'s' * (count != 1)} by {by}, {when} the backward pass"
+
+    def describe_pipeline(self) -> str:
+        """How streams pass between stages: `handed over by shared`."""
+        pipeline = self.model.pipeline
+        ways = " and ".join(pipeline.ways)
+        return f"{self.layout.schedule.stages} on {pipeline.axis.size} ranks, handed over by {ways}"
 
     def close(self) -> None:
-        """Give shared memory back. Every rank of the axis calls it, after the last step."""
-        self._buckets.close()
+        """Give shared memory back. Every rank calls it, after the last step."""
+        self.model.close()
 
     def step(self, step: int) -> StepResult:
         """Step number `step`, counted from 0. Raises DivergedError on all ranks when a number is no longer finite."""
-        begun = time.perf_counter()
-        local_loss = self._gradients(step)
-        losses = np.empty(self.axis.size)
-        self.axis.comm.Allgather(np.array([local_loss]), losses)
-        norm = self._buckets.clip_(self.recipe.optimizer.clip or math.inf)
+        clock = time.perf_counter
+        begun = clock()
+        batch = self._batch(step)
+        read = clock()
+        passes = self.model.train(batch)
+        losses, bubble = self._share(passes)
+        norm = self.model.clip_(self.recipe.optimizer.clip)
         _check_finite(step, losses, norm)
+        reduced = clock()
         rate = learning_rate(self.recipe.optimizer, step, self.recipe.train.steps)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
-        return StepResult(math.fsum(losses), rate, norm, time.perf_counter() - begun)
+        # Exact, so neither the order nor the layout matters.
+        loss = math.fsum(loss for row in losses.values() for loss in row)
+        ended = clock()
+        others = [("read", begun, read), ("reduce", passes.ended, reduced), ("update", reduced, ended)]
+        return StepResult(loss, rate, norm, ended - begun, bubble, passes.spans, others)
 
-    def _gradients(self, step: int) -> float:
-        """Leave the gradients of the global batch in the buckets; return this rank's part of its mean loss."""
-        windows = self._sampler.windows(step, self._first, self._rows)
-        ids_BT = torch.from_numpy(windows.tokens_BT.astype(np.int64))
-        documents_BT = document_numbers(windows) if self.recipe.data.document_mask else None
+    def _batch(self, step: int) -> Batch:
+        """This rank's share of the batch; all ranks of a pipeline read the same, if they need it at all."""
+        recipe, layout, model = self.recipe, self.layout, self.model
         # Each microbatch adds its share of the mean over the global batch, so microbatches need not be equal.
-        global_tokens = self.recipe.train.batch * self.recipe.model.context
-        self._buckets.zero()
-        total = 0.0
-        at_once = rows_at_once(self.recipe, self.axis.size)
-        for first in range(0, self._rows, at_once):
-            rows = slice(first, first + at_once)
-            loss = self._loss(ids_BT[rows], documents_BT[rows] if documents_BT is not None else None) / global_tokens
-            if first + at_once >= self._rows:
-                self._buckets.begin_last_microbatch()
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        self._buckets.reduce()
-        return total
+        scale = recipe.train.batch * recipe.model.context
+        if not (model.begins or model.ends or recipe.data.document_mask):
+            return Batch([], [None] * layout.microbatches, scale)
+        first = self.mesh.axis("data").rank * layout.rows
+        windows = self._sampler.windows(step, first, layout.rows)
+        ids_BT = torch.from_numpy(windows.tokens_BT.astype(np.int64))
+        documents_BT = document_numbers(windows) if recipe.data.document_mask else None
+        return Batch(
+            [ids_BT[a:b] for a, b in layout.bounds],
+            [None if documents_BT is None else documents_BT[a:b] for a, b in layout.bounds], scale,
+        )  # fmt: skip
 
-    def _loss(self, ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
-        with torch.autocast("cpu", dtype=self.autocast, enabled=self.autocast is not None):
-            logits_BTV = self.model(ids_BT[:, :-1], documents_BT)
-        return loss_sum(logits_BTV, ids_BT[:, 1:])
+    def _share(self, passes: Passes) -> tuple[dict[int, list[float]], float]:
+        """Let all ranks know of all passes: the losses by the rank that has them, and the bubble."""
+        spans, offset = passes.spans, self.clock_offset
+        own = np.zeros(4 + self.layout.microbatches)
+        own[0], own[1] = spans[0].begin - offset, spans[-1].end - offset
+        own[2], own[3] = sum(span.end - span.begin for span in spans), bool(passes.losses)
+        own[4 : 4 + len(passes.losses)] = passes.losses
+        every = np.empty((self.mesh.comm.size, own.size))
+        self.mesh.comm.Allgather(own, every)
+        losses = {rank: row[4:].tolist() for rank, row in enumerate(every) if row[3]}
+        return losses, measured_bubble(every[:, 0], every[:, 1], every[:, 2], self._pipelines)
+
+
+def pipelines(mesh: Mesh, layout: Layout) -> list[list[int]]:
+    """The ranks of each pipeline; none where each has one rank."""
+    if layout.schedule.ranks == 1:
+        return []
+    found: dict[int, list[int]] = {}
+    for rank in range(mesh.comm.size):
+        found.setdefault(coordinates(rank, mesh.sizes)["data"], []).append(rank)
+    return list(found.values())
+
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def measured_bubble(begins: Floats, ends: Floats, busy: Floats, groups: Sequence[Sequence[int]]) -> float:
+    """Waiting over computing, as simulating.Timeline counts it, of each group of ranks; their mean. All by rank."""
+    bubbles = [(ends[group].max() - begins[group].min()) / busy[group].mean() - 1 for group in map(list, groups)]
+    return float(np.mean(bubbles)) if bubbles else 0.0
 
 
 def document_numbers(windows: Windows) -> Tensor:
@@ -114,12 +160,11 @@ def document_numbers(windows: Windows) -> Tensor:
     return torch.from_numpy(begins.cumsum(1)[:, :-1])
 
 
-def _check_finite(step: int, losses: np.ndarray[Any, np.dtype[np.float64]], norm: float) -> None:
-    bad = np.flatnonzero(~np.isfinite(losses))
-    if bad.size:
-        raise DivergedError(
-            f"the run diverged: at step {step + 1} the loss of rank {', '.join(map(str, bad))} is {losses[bad[0]]}"
-        )
+def _check_finite(step: int, losses: dict[int, list[float]], norm: float) -> None:
+    bad = {rank: row for rank, row in losses.items() if not np.isfinite(row).all()}
+    if bad:
+        first = next(loss for row in bad.values() for loss in row if not math.isfinite(loss))
+        raise DivergedError(f"the run diverged: at step {step + 1} the loss of {ranks_text(list(bad))} is {first}")
     if not math.isfinite(norm):
         raise DivergedError(
             f"the run diverged: at step {step + 1} the norm of the summed gradients is {norm} on all ranks"

@@ -1,7 +1,7 @@
 """Writing checkpoints: all ranks write their share side by side, and one rename makes it a checkpoint."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,15 +22,20 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def share(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
-    """Which rank writes which tensor: the largest first, each to the rank that has least to write so far.
+def share(held: Sequence[Mapping[str, int]]) -> list[list[str]]:
+    """Which rank writes which tensor: the largest first, each to the rank that holds it and has least to write so far.
 
-    `sizes` in bytes. The same on each rank, so nobody has to be told.
+    `held[rank]`: the bytes of each tensor that the rank holds. The same on each rank, so nobody has to be told.
     """
-    shares: list[list[str]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
+    holders: dict[str, list[int]] = {}
+    for rank, names in enumerate(held):
+        for name in names:
+            holders.setdefault(name, []).append(rank)
+    sizes = {name: nbytes for names in held for name, nbytes in names.items()}
+    shares: list[list[str]] = [[] for _ in held]
+    loads = [0] * len(held)
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        rank = loads.index(min(loads))
+        rank = min(holders[name], key=lambda rank: (loads[rank], rank))
         shares[rank].append(name)
         loads[rank] += sizes[name]
     return [sorted(names) for names in shares]
@@ -45,15 +50,17 @@ def save(
 ) -> Path:
     """Write `folder`/step-N, where N is `facts["step"]`, and return it.
 
-    Every rank calls it with the same tensors (CPU, contiguous) and facts. `texts`: small files (name → contents) that
+    Every rank calls it with the tensors that it holds (CPU, contiguous) and the same facts; a name that several ranks
+    hold is the same tensor on each. `texts`: small files (name → contents) that
     go along. Until the rename the checkpoint does not exist; on any failure, of any rank, the temporary folder is
     removed and every rank raises CheckpointError.
     """
     target = step_folder(folder, facts["step"])
     temporary = folder / f".{target.name}.tmp"
+    own = {name: tensors[name] for name in share(comm.allgather(_sizes(tensors)))[comm.rank]}
     try:
         _together(comm, temporary, lambda: _begin(temporary, texts) if comm.rank == 0 else None)
-        written = _together(comm, temporary, lambda: _write_share(temporary, tensors, comm))
+        written = _together(comm, temporary, lambda: _write_share(temporary, own, comm.rank))
         _together(comm, temporary, lambda: _commit(temporary, target, facts, written) if comm.rank == 0 else None)
     except KeyboardInterrupt:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -84,12 +91,12 @@ def _begin(temporary: Path, texts: Mapping[str, str]) -> None:
         (temporary / name).write_text(text, encoding="utf-8")
 
 
-def _write_share(temporary: Path, tensors: Mapping[str, Tensor], comm: "MPI.Intracomm") -> dict[str, Entry]:
+def _write_share(temporary: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Entry]:
     """This rank's tensors into its own file; a rank without any writes none."""
-    arrays = {name: raw(tensors[name]) for name in share(_sizes(tensors), comm.size)[comm.rank]}
+    arrays = {name: raw(tensor) for name, tensor in tensors.items()}
     if not arrays:
         return {}
-    path = temporary / f"rank-{comm.rank:05d}.h5"
+    path = temporary / f"rank-{rank:05d}.h5"
     places = hdf5.layout(path, {name: (array.dtype, array.shape) for name, array in arrays.items()}, {})
     entries = {}
     with hdf5.opened(path, flags=hdf5.READ_WRITE) as descriptor:

@@ -13,7 +13,7 @@ from mpi4py import MPI
 from mpillm.console import Console
 from mpillm.errors import MismatchError, UsageError
 from mpillm.infer.baselines import baselines
-from mpillm.infer.evaluate import Score, evaluate
+from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import Sampling, draw, generate, sample_tokens
 from mpillm.infer.loading import Loaded, load
 from mpillm.infer.report import report
@@ -45,7 +45,7 @@ def trained(folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
 def loaded_and_score(trained: Path, comm: MPI.Intracomm) -> tuple[Loaded, Score]:
     loaded = load(trained, comm, QUIET)
     with open_split(trained.parent / "data", "validation") as reader:
-        return loaded, evaluate(loaded.model, reader, comm, QUIET)
+        return loaded, evaluate(WholeModel(loaded.model, comm), reader, comm, QUIET)
 
 
 def test_the_score_is_the_same_at_any_number_of_ranks(trained: Path, comm: MPI.Intracomm) -> None:

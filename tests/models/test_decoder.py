@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mpillm.models.config import DecoderConfig
-from mpillm.models.decoder import Cache, Decoder, create, loss_sum
+from mpillm.models.decoder import Cache, Decoder, Part, create, loss_sum
 from mpillm.models.layers import Rotary
 
 SMALL = {"layers": 2, "width": 32, "heads": 4, "context": 16, "vocab_size": 50}
@@ -84,8 +84,8 @@ def test_weights_follow_from_the_seed_and_the_name_alone() -> None:
     for (name, weight), again in zip(one.named_parameters(), same.parameters(), strict=True):
         assert torch.equal(weight, again), name
     assert not torch.equal(one.embedding.weight, other.embedding.weight)
-    assert torch.equal(one.layers[1].attention.query.weight, deeper.layers[1].attention.query.weight)
-    assert float(deeper.layers[0].attention.output.weight.detach().std()) == pytest.approx(0.02 / 8**0.5, rel=0.1)
+    assert torch.equal(one.layers["1"].attention.query.weight, deeper.layers["1"].attention.query.weight)
+    assert float(deeper.layers["0"].attention.output.weight.detach().std()) == pytest.approx(0.02 / 8**0.5, rel=0.1)
 
 
 def test_a_tied_head_is_the_embedding() -> None:
@@ -97,3 +97,20 @@ def test_a_tied_head_is_the_embedding() -> None:
 def test_passing_the_context_is_refused() -> None:
     with pytest.raises(ValueError, match="17 positions pass the context of 16"):
         make()(ids(1, 17))
+
+
+@pytest.mark.parametrize("kind", KINDS[::6])
+def test_parts_in_a_row_are_the_whole(kind: dict[str, object]) -> None:
+    whole = make(layers=3, **kind)
+    config, documents = whole.config, torch.tensor([[0] * 6 + [1] * 10] * 2)
+    parts = [create(config, 1, part=Part(*part)).eval() for part in ((0, 1), (1, 2), (2, 3))]
+    x = ids()
+    for part in parts:
+        x = part(x, documents)
+    assert torch.equal(x, whole(ids(), documents))
+    weights = {name: weight for part in parts for name, weight in part.named_weights()}
+    assert {name: tuple(weight.shape) for name, weight in weights.items()} == {
+        name: tuple(weight.shape) for name, weight in whole.named_weights()
+    }
+    for name, weight in whole.named_weights():
+        assert torch.equal(weight, weights[name]), name

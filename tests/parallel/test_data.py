@@ -9,14 +9,9 @@ from torch import nn
 from mpillm.comm.mesh import Mesh
 from mpillm.errors import CommError, LayoutError
 from mpillm.parallel.buckets import lay
-from mpillm.parallel.data import (
-    GradientBuckets,
-    ParallelSettings,
-    broadcast_parameters,
-    check_same,
-    first_difference,
-    share_batch,
-)
+from mpillm.parallel.data import broadcast_parameters, check_same, first_difference, share_batch
+from mpillm.parallel.gradients import GradientBuckets
+from mpillm.parallel.settings import ParallelSettings
 
 WIDTH, ROWS = 24, 5
 BEHIND = ParallelSettings(overlap="behind", bucket_bytes=4096)
@@ -96,7 +91,7 @@ def run_step(buckets, net, ids, axis, microbatch=2):
 def test_gradients_are_the_whole_batch_s(axis, net, settings):
     ids = batch(ROWS * axis.size)
     expected = whole_batch_gradients(net, ids)
-    buckets = GradientBuckets(net.parameters(), axis, settings)
+    buckets = GradientBuckets([net.parameters()], axis, settings)
     for _ in range(2):  # the second step finds what the first left
         run_step(buckets, net, ids, axis)
         for name, parameter in net.named_parameters():
@@ -111,7 +106,7 @@ def test_behind_equals_after(axis, net):
     after, behind = copy.deepcopy(net), net
     for model, overlap in ((after, "after"), (behind, "behind")):
         settings = ParallelSettings(allreduce="native", overlap=overlap, bucket_bytes=2048)
-        run_step(GradientBuckets(model.parameters(), axis, settings), model, ids, axis)
+        run_step(GradientBuckets([model.parameters()], axis, settings), model, ids, axis)
     for one, other in zip(after.parameters(), behind.parameters(), strict=True):
         if one.grad is not None:
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-8)
@@ -120,14 +115,14 @@ def test_behind_equals_after(axis, net):
 def test_ranks_agree_bitwise(axis, net):
     for settings in SETTINGS:
         model = copy.deepcopy(net)
-        buckets = GradientBuckets(model.parameters(), axis, settings)
+        buckets = GradientBuckets([model.parameters()], axis, settings)
         run_step(buckets, model, batch(ROWS * axis.size), axis)
         check_same([bucket.flat for bucket in buckets.buckets], axis)
 
 
 def test_behind_where_ranks_use_different_parameters(axis, net):
     """Buckets complete in another order, or never, on another rank: MPI must still see one order."""
-    buckets = GradientBuckets(net.parameters(), axis, ParallelSettings(overlap="behind", bucket_bytes=1))
+    buckets = GradientBuckets([net.parameters()], axis, ParallelSettings(overlap="behind", bucket_bytes=1))
     rows = torch.ones(2, WIDTH)
     for _ in range(2):
         buckets.zero()
@@ -140,7 +135,7 @@ def test_behind_where_ranks_use_different_parameters(axis, net):
 
 
 def test_buckets_hold_each_parameter_once_in_reverse(axis, net):
-    buckets = GradientBuckets(net.parameters(), axis, ParallelSettings(bucket_bytes=8192)).buckets
+    buckets = GradientBuckets([net.parameters()], axis, ParallelSettings(bucket_bytes=8192)).buckets
     held = [parameter for bucket in buckets for parameter in bucket.parameters]
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     assert [id(p) for p in held] == [id(p) for p in reversed(trained)]
@@ -160,7 +155,7 @@ def test_mixed_types(axis):
     torch.manual_seed(1)
     pair = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6).bfloat16(), nn.Linear(6, 6)])
     for overlap, algorithm in (("after", "auto"), ("behind", "auto"), ("after", "native")):
-        buckets = GradientBuckets(pair.parameters(), axis, ParallelSettings(overlap=overlap, allreduce=algorithm))
+        buckets = GradientBuckets([pair.parameters()], axis, ParallelSettings(overlap=overlap, allreduce=algorithm))
         assert [bucket.flat.dtype for bucket in buckets.buckets] == [torch.float32, torch.bfloat16]
         buckets.zero()
         buckets.begin_last_microbatch()
@@ -173,7 +168,7 @@ def test_mixed_types(axis):
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])
 def test_clip(axis, net, max_norm):
-    buckets = GradientBuckets(net.parameters(), axis, ParallelSettings(bucket_bytes=4096))
+    buckets = GradientBuckets([net.parameters()], axis, ParallelSettings(bucket_bytes=4096))
     run_step(buckets, net, batch(ROWS * axis.size), axis)
     for bucket in buckets.buckets:
         bucket.flat.mul_(100)
@@ -188,7 +183,7 @@ def test_clip(axis, net, max_norm):
 
 
 def test_not_a_number_is_told_not_spread(axis, net):
-    buckets = GradientBuckets(net.parameters(), axis, ParallelSettings())
+    buckets = GradientBuckets([net.parameters()], axis, ParallelSettings())
     buckets.buckets[0].flat[0], buckets.buckets[0].flat[1] = float("inf"), 2.0
     assert buckets.clip_(1.0) == float("inf")
     assert buckets.buckets[0].flat[1] == 2.0
@@ -197,7 +192,7 @@ def test_not_a_number_is_told_not_spread(axis, net):
 @pytest.mark.parametrize("to_none", [True, False])
 def test_an_optimizer_may_clear_the_gradients(axis, net, to_none):
     ids = batch(axis.size)
-    buckets = GradientBuckets(net.parameters(), axis, ParallelSettings())
+    buckets = GradientBuckets([net.parameters()], axis, ParallelSettings())
     run_step(buckets, net, ids, axis)
     expected = [bucket.flat.clone() for bucket in buckets.buckets]
     torch.optim.SGD(net.parameters()).zero_grad(set_to_none=to_none)
@@ -212,7 +207,7 @@ def test_another_model_on_one_rank(axis):
         pytest.skip("needs another rank")
     width = 5 if axis.rank == 0 else 6
     with pytest.raises(CommError, match=r"the same parameters: rank \d has buckets"):
-        GradientBuckets(nn.Linear(width, 40).parameters(), axis, ParallelSettings())
+        GradientBuckets([nn.Linear(width, 40).parameters()], axis, ParallelSettings())
 
 
 def test_share_batch(axis):

@@ -32,7 +32,8 @@ from mpillm.comm.mesh import Axis, Mesh
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import create, loss_sum
 from mpillm.pages import keep_pages
-from mpillm.parallel.data import GradientBuckets, ParallelSettings
+from mpillm.parallel.gradients import GradientBuckets
+from mpillm.parallel.settings import ParallelSettings
 
 OURS = {
     "auto": ParallelSettings(),
@@ -71,7 +72,7 @@ def plain_step(new_model: Callable[[], nn.Module], ids: torch.Tensor, wrap: Call
 def our_step(new_model: Callable[[], nn.Module], ids: torch.Tensor, axis: Axis, settings: ParallelSettings) -> Step:
     model = new_model()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    buckets = GradientBuckets(model.parameters(), axis, settings)
+    buckets = GradientBuckets([model.parameters()], axis, settings)
 
     def step() -> None:
         buckets.zero()

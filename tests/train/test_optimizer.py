@@ -37,7 +37,7 @@ def test_short_runs_have_rates_too() -> None:
 
 def test_decay_acts_on_matrices_only() -> None:
     model = create(DecoderConfig(layers=1, width=16, heads=2, vocab_size=20, context=8, bias=True), seed=0)
-    optimizer = make_optimizer(model, OptimizerSettings(learning_rate=0.1, weight_decay=0.5))
+    optimizer = make_optimizer(model.parameters(), OptimizerSettings(learning_rate=0.1, weight_decay=0.5))
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
@@ -58,14 +58,14 @@ def test_the_state_of_a_new_optimizer_is_whole() -> None:
         optimizer.step()
 
     model = create(config, 0)
-    optimizer = make_optimizer(model, OptimizerSettings())
+    optimizer = make_optimizer(model.parameters(), OptimizerSettings())
     step(model, optimizer)
     other = create(config, 1)
     other.load_state_dict(model.state_dict())
-    carried = make_optimizer(other, OptimizerSettings())
+    carried = make_optimizer(other.parameters(), OptimizerSettings())
     set_steps(carried, 1)
-    for name, tensor in optimizer_tensors(other, carried).items():
-        tensor.copy_(optimizer_tensors(model, optimizer)[name])
+    for name, tensor in optimizer_tensors(dict(other.named_parameters()), carried).items():
+        tensor.copy_(optimizer_tensors(dict(model.named_parameters()), optimizer)[name])
     step(model, optimizer)
     step(other, carried)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

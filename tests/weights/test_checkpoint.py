@@ -63,7 +63,7 @@ def test_any_hdf5_tool_may_look(folder: Path) -> None:
 
 def test_shares_are_even_and_complete() -> None:
     sizes = {f"t{i}": 1000 - 7 * i for i in range(40)}
-    shares = share(sizes, 3)
+    shares = share([sizes] * 3)
     assert sorted(name for names in shares for name in names) == sorted(sizes)
     loads = [sum(sizes[name] for name in names) for names in shares]
     assert max(loads) - min(loads) <= max(sizes.values())

@@ -1,0 +1,206 @@
+/* Python's type over mailbox.c. */
+#define PY_SSIZE_T_CLEAN
+#define _GNU_SOURCE
+#include <Python.h>
+
+#include <math.h>
+#include <stdint.h>
+
+#include "flags.h"
+#include "kernelmodule.h"
+#include "mailbox.h"
+
+typedef struct {
+    PyObject_HEAD
+    Py_buffer memory;
+    struct mailbox box;
+    int sends;
+    bool busy; /* a thread copies or waits; read and written with Python's lock held */
+    int peer_rank;
+    int peer_process;
+    unsigned spins;
+    PyObject *error;
+} Mailbox;
+
+static int mailbox_init(Mailbox *self, PyObject *arguments, PyObject *keywords) {
+    static char *names[] = {"memory",    "slots",        "slot_bytes", "sends",
+                            "peer_rank", "peer_process", "spins",      "error", NULL};
+    Py_ssize_t slots, slot_bytes;
+    if (self->memory.obj != NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "a mailbox is made once");
+        return -1;
+    }
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "w*nnpiiIO", names, &self->memory, &slots, &slot_bytes,
+                                     &self->sends, &self->peer_rank, &self->peer_process, &self->spins, &self->error))
+        return -1;
+    Py_INCREF(self->error);
+    self->box.memory = self->memory.buf;
+    self->box.slots = (size_t)slots;
+    self->box.slot_bytes = (size_t)slot_bytes;
+    if (slots < 1 || slot_bytes < 0 || (uintptr_t)self->memory.buf % sizeof(uint64_t) != 0 ||
+        (size_t)self->memory.len < mailbox_bytes((size_t)slots, (size_t)slot_bytes)) {
+        PyErr_SetString(PyExc_ValueError, "a mailbox's slots and its memory must fit each other");
+        return -1;
+    }
+    return 0;
+}
+
+static void mailbox_dealloc(Mailbox *self) {
+    if (self->memory.obj != NULL)
+        PyBuffer_Release(&self->memory);
+    Py_XDECREF(self->error);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+/* ---- one call ---- */
+
+typedef struct {
+    Mailbox *mailbox;
+    Py_buffer buffer;
+    struct arrival arrival;
+    bool fits;
+} Call;
+
+/* Take the arguments (buffer, limit_seconds) of a call that sends or receives, and the mailbox for it. */
+static bool begin(Mailbox *self, PyObject *arguments, bool sends, Call *call, double *limit_seconds) {
+    *limit_seconds = INFINITY;
+    if (self->memory.obj == NULL || sends != (bool)self->sends || self->busy) {
+        PyErr_SetString(PyExc_RuntimeError, "a mailbox sends or receives, as it was made to, in one thread at a time");
+        return false;
+    }
+    if (!PyArg_ParseTuple(arguments, sends ? "y*|d" : "w*|d", &call->buffer, limit_seconds))
+        return false;
+    call->mailbox = self;
+    call->arrival = (struct arrival){call->buffer.buf, (size_t)call->buffer.len, 0};
+    call->fits = !sends || (size_t)call->buffer.len <= self->box.slot_bytes;
+    self->busy = true;
+    return true;
+}
+
+/* Let the mailbox go; True, False, or the exception that is set or the length calls for. */
+static PyObject *end(Call *call, int done) {
+    Mailbox *self = call->mailbox;
+    const Py_ssize_t nbytes = call->buffer.len;
+    PyBuffer_Release(&call->buffer);
+    self->busy = false;
+    if (done < 0)
+        return NULL;
+    if (call->fits)
+        return PyBool_FromLong(done);
+    if (self->sends)
+        PyErr_Format(self->error, "a message of %zd bytes to rank %d is longer than the %zu of a slot", nbytes,
+                     self->peer_rank, self->box.slot_bytes);
+    else
+        PyErr_Format(self->error,
+                     "rank %d sent a message of %zu bytes, the array for it holds %zd; both ends must agree on lengths",
+                     self->peer_rank, message_bytes(&self->box), nbytes);
+    return NULL;
+}
+
+/* Whether the call is done with: sent, received, or seen to be impossible. */
+static bool try_once(Call *call, bool *moved) {
+    struct mailbox *box = &call->mailbox->box;
+    *moved = false;
+    if (call->mailbox->sends) {
+        if (call->fits && !has_room(box))
+            return false;
+        if (call->fits)
+            put_message(box, call->arrival.target, call->arrival.nbytes);
+        return true;
+    }
+    const enum outcome outcome = take_message(box, &call->arrival);
+    *moved = outcome == SOME;
+    call->fits = outcome != ANOTHER_LENGTH;
+    return outcome == WHOLE || !call->fits;
+}
+
+static bool keep_trying(void *waiting, double limit_seconds) {
+    Call *call = waiting;
+    struct patience patience = {0};
+    bool moved;
+    while (!try_once(call, &moved)) {
+        if (moved)
+            patience.waited = 0;
+        else if (!be_patient(&patience, call->mailbox->spins, limit_seconds))
+            return false;
+    }
+    return true;
+}
+
+/* Raise the mailbox's error where the peer is gone and has left nothing behind to go on with. */
+static bool may_come(const Mailbox *self) {
+    if (!is_gone((pid_t)self->peer_process) || (self->sends ? has_room(&self->box) : has_arrived(&self->box)))
+        return true;
+    PyErr_Format(self->error,
+                 "rank %d (process %d) has died while this rank waited %s; its own output tells why, a checkpoint "
+                 "brings the run back",
+                 self->peer_rank, self->peer_process, self->sends ? "to send it a message" : "for its message");
+    return false;
+}
+
+static bool call_may_succeed(void *waiting) { return may_come(((Call *)waiting)->mailbox); }
+
+/* ---- methods ---- */
+
+static PyObject *attempt(Mailbox *self, PyObject *arguments, bool sends) {
+    Call call;
+    double unused;
+    if (!begin(self, arguments, sends, &call, &unused))
+        return NULL;
+    /* A long message is copied without Python's lock. */
+    bool done = false, moved;
+    if (sends ? has_room(&self->box) || !call.fits : has_arrived(&self->box)) {
+        Py_BEGIN_ALLOW_THREADS
+        done = try_once(&call, &moved);
+        Py_END_ALLOW_THREADS
+    }
+    return end(&call, done);
+}
+
+static PyObject *wait(Mailbox *self, PyObject *arguments, bool sends) {
+    Call call;
+    double limit_seconds;
+    if (!begin(self, arguments, sends, &call, &limit_seconds))
+        return NULL;
+    return end(&call, wait_for(&call, keep_trying, call_may_succeed, limit_seconds));
+}
+
+static PyObject *mailbox_try_send(Mailbox *self, PyObject *arguments) { return attempt(self, arguments, true); }
+
+static PyObject *mailbox_try_receive(Mailbox *self, PyObject *arguments) { return attempt(self, arguments, false); }
+
+static PyObject *mailbox_send(Mailbox *self, PyObject *arguments) { return wait(self, arguments, true); }
+
+static PyObject *mailbox_receive(Mailbox *self, PyObject *arguments) { return wait(self, arguments, false); }
+
+static PyObject *mailbox_check(Mailbox *self, PyObject *unused) {
+    (void)unused;
+    if (self->memory.obj != NULL && !may_come(self))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef mailbox_methods[] = {
+    {"try_send", (PyCFunction)mailbox_try_send, METH_VARARGS,
+     "try_send(buffer): copy it into a slot; False: none is free."},
+    {"send", (PyCFunction)mailbox_send, METH_VARARGS,
+     "send(buffer, limit_seconds=inf): the same, waiting for a slot; False: the limit has passed."},
+    {"try_receive", (PyCFunction)mailbox_try_receive, METH_VARARGS,
+     "try_receive(buffer): fill it with the oldest message; False: none has arrived."},
+    {"receive", (PyCFunction)mailbox_receive, METH_VARARGS,
+     "receive(buffer, limit_seconds=inf): the same, waiting for it; False: the limit has passed."},
+    {"check", (PyCFunction)mailbox_check, METH_NOARGS,
+     "Raise where the peer is gone and this end would wait for ever."},
+    {NULL, NULL, 0, NULL},
+};
+
+PyTypeObject MailboxType = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "mpillm.comm.kernel.Mailbox",
+    .tp_doc = "Mailbox(memory, slots, slot_bytes, sends, peer_rank, peer_process, spins, error): one end of a way.",
+    .tp_basicsize = sizeof(Mailbox),
+    .tp_new = PyType_GenericNew,
+    .tp_init = (initproc)mailbox_init,
+    .tp_dealloc = (destructor)mailbox_dealloc,
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_methods = mailbox_methods,
+};

@@ -1,0 +1,182 @@
+"""A schedule's timeline as a chart: a line a rank, time from left to right; on a terminal, or as a picture.
+
+A kind of action has its letter and its colour. Later chunks of a rank have darker shades; on a terminal those with odd
+numbers also have small letters, for where there is no colour.
+"""
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from mpillm.errors import UsageError
+from mpillm.files import replacing
+from mpillm.parallel.actions import Schedule
+from mpillm.parallel.simulating import Span, Timeline
+
+KINDS = {
+    "F": ("forward", (122, 162, 247)),
+    "B": ("backward", (115, 200, 130)),
+    "I": ("backward of the input", (90, 205, 205)),
+    "W": ("backward of the weights", (240, 190, 90)),
+}
+"""Letter → (what it is, red green blue)."""
+DARKEST = 0.6
+# Below this mean of red, green and blue, white letters are read more easily than black ones.
+DARK = 120
+IDLE = "·"
+# Points; a digit is about six tenths as wide as it is high.
+FONT_POINTS, DIGIT_SHARE = 7, 0.65
+
+
+def gantt_text(timeline: Timeline, schedule: Schedule, width: int) -> list[Text]:
+    """The chart in lines of at most `width` columns: legend, a line a rank, time.
+
+    To scale, with the microbatch in each cell, if that finds room; else a column is a slice of time, and has the letter
+    of what is done in its middle.
+    """
+    names = [f"rank {rank} " for rank in range(schedule.ranks)]
+    margin = max(map(len, names))
+    columns, labelled = _scale(timeline, max(width - margin, 1))
+    lines = [Text(line) for line in textwrap.wrap(_legend(schedule, None if labelled else columns), max(width, 20))]
+    for name, spans in zip(names, timeline.spans, strict=True):
+        line = Text(name.ljust(margin), no_wrap=True)
+        cells = _cells(spans, columns, schedule) if labelled else _slices(spans, columns, timeline.makespan, schedule)
+        for text, style in cells:
+            line.append(text, style)
+        line.append(IDLE * (int(timeline.makespan * columns + 1e-6) + margin - len(line)), "dim")
+        lines.append(line)
+    return [*lines, Text(_ruler("time".ljust(margin), timeline.makespan, columns))]
+
+
+def _scale(timeline: Timeline, room: int) -> tuple[float, bool]:
+    """(columns for a unit of time, whether each cell has room for its label), with a space behind labels if it fits."""
+    spans = [span for row in timeline.spans for span in row if span.end > span.begin]
+    for space in (1, 0):
+        needed = max((1 + len(str(s.action.microbatch)) + space) / (s.end - s.begin) for s in spans)
+        if needed * timeline.makespan <= room + 1e-6:
+            return needed, True
+    return room / timeline.makespan, False
+
+
+def _cells(spans: tuple[Span, ...], columns: float, schedule: Schedule) -> Iterator[tuple[str, str]]:
+    """(text, style) of the waits and the actions of a rank."""
+    at = 0
+    for span in spans:
+        begin, end = int(span.begin * columns + 1e-6), int(span.end * columns + 1e-6)
+        yield IDLE * (begin - at), "dim"
+        label = f"{_letter(span, schedule)}{span.action.microbatch}"
+        yield label[: end - begin].ljust(end - begin), _style(span, schedule)
+        at = end
+
+
+def _slices(spans: tuple[Span, ...], columns: float, makespan: float, schedule: Schedule) -> Iterator[tuple[str, str]]:
+    following = iter(spans)
+    span = next(following, None)
+    for column in range(int(makespan * columns + 1e-6)):
+        middle = (column + 0.5) / columns
+        while span is not None and span.end <= middle:
+            span = next(following, None)
+        if span is None or span.begin > middle:
+            yield IDLE, "dim"
+        else:
+            yield _letter(span, schedule), _style(span, schedule)
+
+
+def _letter(span: Span, schedule: Schedule) -> str:
+    kind = span.action.kind
+    return kind.lower() if schedule.chunk_of[span.action.stage] % 2 else kind
+
+
+def _colour(kind: str, chunk: int, schedule: Schedule) -> str:
+    chunks = max(schedule.chunk_of) + 1
+    light = 1 - (1 - DARKEST) * chunk / max(chunks - 1, 1)
+    return "#" + "".join(f"{round(part * light):02x}" for part in KINDS[kind][1])
+
+
+def _colours(span: Span, schedule: Schedule) -> tuple[str, str]:
+    """(of the letters, of the cell)."""
+    cell = _colour(span.action.kind, schedule.chunk_of[span.action.stage], schedule)
+    return ("white" if sum(bytes.fromhex(cell[1:])) < 3 * DARK else "black"), cell
+
+
+def _style(span: Span, schedule: Schedule) -> str:
+    return " on ".join(_colours(span, schedule))
+
+
+def _legend(schedule: Schedule, columns: float | None) -> str:
+    """`columns` of a unit of time, where cells are not labelled."""
+    present = {action.kind for row in schedule.rows for action in row}
+    return "  ".join(
+        [f"{kind} {name}" for kind, (name, _) in KINDS.items() if kind in present]
+        + (["number: microbatch"] if columns is None else [f"a column: {1 / columns:.3g} of time"])
+        + ["small letters: chunk 1 (3, …) of a rank"] * (max(schedule.chunk_of) > 0)
+        + [f"{IDLE} waits"]
+    )
+
+
+def _ruler(name: str, makespan: float, columns: float) -> str:
+    """Round times below their columns, at least ten columns apart."""
+    step = next(
+        size * 10.0**power for power in range(-9, 15) for size in (1, 2, 5) if size * 10.0**power * columns >= 10
+    )
+    line = name
+    for tick in range(int(makespan / step + 1e-9) + 1):
+        line = line.ljust(len(name) + int(tick * step * columns + 1e-6)) + f"{tick * step:g}"
+    return line
+
+
+def gantt_picture(timeline: Timeline, schedule: Schedule, path: Path) -> None:
+    """Write the chart as .svg or .png, by the name of `path`. Raises UsageError for another name, OSError."""
+    kind = path.suffix.removeprefix(".")
+    if kind not in ("svg", "png"):
+        raise UsageError(f"a chart is drawn as .svg or .png, not as {path.name}; end its name so")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 1.6 + 0.4 * schedule.ranks), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots()
+    for rank, spans in enumerate(timeline.spans):
+        _draw_rank(axes, rank, spans, schedule, figure.get_figwidth() * 72 * 0.92 / timeline.makespan)
+    axes.set(xlabel="time", ylabel="rank", xlim=(0, timeline.makespan), ylim=(schedule.ranks - 0.5, -0.5))
+    axes.set_yticks(range(schedule.ranks))
+    axes.set_title(
+        f"{schedule.name}: {schedule.ranks} ranks, {schedule.stages} stages, {schedule.microbatches} microbatches, "
+        f"bubble {timeline.bubble:.1%}"
+    )
+    _draw_legend(figure, schedule)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=120)
+
+
+def _draw_rank(axes: Any, rank: int, spans: tuple[Span, ...], schedule: Schedule, points: float) -> None:
+    """One call a colour: thousands of separate cells would take seconds. `points`: of a unit of time."""
+    bars: dict[str, list[tuple[float, float]]] = {}
+    for span in spans:
+        ink, colour = _colours(span, schedule)
+        duration, label = span.end - span.begin, str(span.action.microbatch)
+        bars.setdefault(colour, []).append((span.begin, duration))
+        if len(label) * FONT_POINTS * DIGIT_SHARE <= duration * points:
+            place = ((span.begin + span.end) / 2, rank)
+            axes.text(*place, label, ha="center", va="center", fontsize=FONT_POINTS, color=ink, clip_on=True)
+    for colour, places in bars.items():
+        narrowest = min(duration for _, duration in places) * points
+        line = 0.4 if narrowest > FONT_POINTS / 2 else 0.0
+        axes.broken_barh(places, (rank - 0.4, 0.8), facecolors=colour, edgecolors="white", linewidth=line)
+
+
+def _draw_legend(figure: Any, schedule: Schedule) -> None:
+    from matplotlib.patches import Patch
+
+    chunks = max(schedule.chunk_of) + 1
+    present = {action.kind for row in schedule.rows for action in row}
+    patches = [
+        Patch(color=_colour(kind, chunk, schedule), label=f"{name}, chunk {chunk}" if chunks > 1 else name)
+        for kind, (name, _) in KINDS.items()
+        if kind in present
+        for chunk in range(chunks)
+    ]
+    figure.legend(handles=patches, fontsize="small", loc="outside lower center", ncols=min(len(patches), 6))

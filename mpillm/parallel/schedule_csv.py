@@ -1,0 +1,74 @@
+"""Schedules as CSV files: one row a rank, cells such as `0F0`, `1B3`, `0W2`; an empty cell is idle time.
+
+The form of torch.distributed.pipelining and torchtitan, where a file holds computations only: stage, kind, microbatch;
+B is a whole backward, I the half for the stage's input, W the half for its weights.
+"""
+
+import csv
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from mpillm.errors import LayoutError
+from mpillm.parallel.actions import Action, Kind, Schedule
+from mpillm.parallel.checking import check
+
+_CELL = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
+
+
+def read_schedule(path: Path) -> Schedule:
+    """The schedule in the file `path`, checked. Stages and microbatches are counted from its cells.
+
+    In older files B is the half for the input: it is read as I where the same stage and microbatch has a W and no I.
+    Raises LayoutError for a file that cannot be read, a cell that says nothing, or a schedule that cannot run.
+    """
+    rows = [_actions(path, number, cells) for number, cells in enumerate(_lines(path), 1)]
+    while rows and not rows[-1]:
+        rows.pop()
+    if not rows:
+        raise LayoutError(f"{path} holds no actions; write a row a rank, with cells such as 0F0,1F0,1B0,0B0")
+    every = [action for row in rows for action in row]
+    named = set(every)
+    schedule = Schedule(
+        path.name,
+        tuple(tuple(_as_half(action, named) for action in row) for row in rows),
+        max(action.stage for action in every) + 1,
+        max(action.microbatch for action in every) + 1,
+    )
+    check(schedule)
+    return schedule
+
+
+def write_schedule(schedule: Schedule) -> str:
+    """The text of a file that `read_schedule` turns back into `schedule`."""
+    return "".join(",".join(map(str, row)) + "\n" for row in schedule.rows)
+
+
+def _lines(path: Path) -> list[list[str]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as failure:
+        reason = getattr(failure, "strerror", None) or failure
+        raise LayoutError(f"cannot read the schedule {path}: {reason}; name a CSV file, a row a rank") from failure
+
+
+def _actions(path: Path, row: int, cells: list[str]) -> list[Action]:
+    found = []
+    for column, cell in enumerate(cells, 1):
+        text = cell.strip()
+        match = _CELL.fullmatch(text)
+        if match:
+            found.append(Action(int(match[1]), cast("Kind", match[2]), int(match[3])))
+        elif text:
+            raise LayoutError(
+                f"{path}, row {row}, column {column}: {text!r} is no action; a cell is a stage, then F, B, I or W, "
+                "then a microbatch, such as 0F3, or empty (messages follow from the rest, so leave out theirs)"
+            )
+    return found
+
+
+def _as_half(action: Action, named: set[Action]) -> Action:
+    alone = action.kind == "B" and replace(action, kind="W") in named and replace(action, kind="I") not in named
+    return replace(action, kind="I") if alone else action

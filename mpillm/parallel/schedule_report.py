@@ -1,0 +1,185 @@
+"""What `mpillm schedule` prints and writes: a chart and its figures, or all schedules beside one another."""
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import rich.console
+from rich.text import Text
+
+from mpillm.console import Console
+from mpillm.errors import LayoutError, UsageError
+from mpillm.files import write_text
+from mpillm.parallel.actions import Schedule
+from mpillm.parallel.gantt import gantt_picture, gantt_text
+from mpillm.parallel.schedule_csv import write_schedule
+from mpillm.parallel.schedules import NAMES, make_schedule
+from mpillm.parallel.simulating import Costs, Timeline, simulate
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    name: str
+    """One of NAMES, a .csv file, or all."""
+    ranks: int = 0
+    microbatches: int = 0
+    chunks: int = 0
+    costs: str = "1,1,1,0"
+    """F, B (the input half), W, of a rank's whole share of the model and one microbatch; T, of a message."""
+    svg: Path | None = None
+    png: Path | None = None
+    csv: Path | None = None
+    as_json: bool = False
+    width: int = 120
+    """Columns of the terminal."""
+    coloured: bool = False
+
+
+@dataclass(frozen=True)
+class ShareCosts:
+    forward: float
+    backward_input: float
+    backward_weight: float
+    transfer: float
+
+    @classmethod
+    def parse(cls, text: str) -> "ShareCosts":
+        """`1,1,1,0`: F, B, W, T. Raises UsageError."""
+        try:
+            numbers = [float(part) for part in text.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != 4 or not all(math.isfinite(n) and n >= 0 for n in numbers) or not any(numbers[:3]):
+            raise UsageError(
+                f"--costs takes F,B,W,T, four numbers from 0 up, and not {text!r}: what a forward, the input half and "
+                "the weights half of a backward, and a message take, such as 1,1,1,0"
+            )
+        return cls(*numbers)
+
+    def of_stages(self, schedule: Schedule) -> Costs:
+        """Each stage takes its part of a rank's share: so schedules with one and with more stages a rank compare."""
+        part = schedule.ranks / schedule.stages
+        halves = (self.backward_input * part, self.backward_weight * part)
+        return Costs.even(schedule.stages, self.forward * part, *halves, self.transfer)
+
+
+def report(options: ScheduleOptions, console: Console) -> None:
+    """Print the chart and the figures of a schedule, or a comparison of all, and write the files that are asked for.
+
+    Raises UsageError and LayoutError.
+    """
+    costs = ShareCosts.parse(options.costs)
+    if options.name in (ALL, *NAMES) and not (options.ranks and options.microbatches):
+        raise UsageError(f"{options.name} needs --stages P and --microbatches M; only a .csv file has its own numbers")
+    if options.name == ALL:
+        _compare(options, costs, console)
+        return
+    schedule = make_schedule(options.name, options.ranks, options.microbatches, options.chunks)
+    timeline = simulate(schedule, costs.of_stages(schedule))
+    written = _write_files(options, schedule, timeline)
+    if options.as_json:
+        console.write(json.dumps(figures(schedule, timeline) | {"costs": asdict(costs)}) + "\n")
+        return
+    console.write(_drawn(gantt_text(timeline, schedule, options.width), options))
+    console.facts(f"{schedule.name}: {_numbers(schedule)}", _facts(schedule, timeline))
+    for path in written:
+        console.say(f"wrote {path}")
+
+
+def figures(schedule: Schedule, timeline: Timeline) -> dict[str, Any]:
+    """What a schedule costs, as plain values; times in the unit of the costs."""
+    held = [len(schedule.stages_of(rank)) for rank in range(schedule.ranks)]
+    return {
+        "schedule": schedule.name,
+        "ranks": schedule.ranks,
+        "chunks": max(held),
+        "microbatches": schedule.microbatches,
+        "makespan": timeline.makespan,
+        "ideal": sum(timeline.busy) / schedule.ranks,
+        "bubble": timeline.bubble,
+        "busy": timeline.busy,
+        "peaks": [peak / chunks for peak, chunks in zip(timeline.peaks, held, strict=True)],
+        "messages": sum(schedule.target(action) is not None for row in schedule.rows for action in row),
+    }
+
+
+def _numbers(schedule: Schedule) -> str:
+    return f"{schedule.ranks} ranks, {schedule.stages} stages, {schedule.microbatches} microbatches"
+
+
+def _facts(schedule: Schedule, timeline: Timeline) -> dict[str, str]:
+    found = figures(schedule, timeline)
+    peaks = ", ".join(_short(peak) for peak in found["peaks"])
+    return {
+        "makespan": _short(found["makespan"]),
+        "ideal": f"{_short(found['ideal'])} (computing alone, the mean of the ranks)",
+        "bubble": f"{found['bubble']:.1%} (makespan over ideal, less 1)",
+        "stored at most": f"{peaks} (rank by rank: microbatches' activations of a rank's whole share of the model)",
+        "messages": f"{found['messages']:,} a step",
+    }
+
+
+def _compare(options: ScheduleOptions, costs: ShareCosts, console: Console) -> None:
+    if options.svg or options.png or options.csv:
+        raise UsageError("a file holds one schedule: name one instead of all for --svg, --png or --csv")
+    found, left_out = [], {}
+    for name in NAMES:
+        try:
+            schedule = make_schedule(name, options.ranks, options.microbatches, options.chunks)
+        except LayoutError as failure:
+            left_out[name] = str(failure)
+        else:
+            found.append(figures(schedule, simulate(schedule, costs.of_stages(schedule))))
+    if options.as_json:
+        console.write(json.dumps({"schedules": found, "left_out": left_out, "costs": asdict(costs)}) + "\n")
+        return
+    console.table(
+        f"{options.ranks} ranks, {options.microbatches} microbatches",
+        ["schedule", "stages a rank", "makespan", "bubble", "stored at most", "messages"],
+        [
+            [
+                row["schedule"], str(row["chunks"]), _short(row["makespan"]), f"{row['bubble']:.1%}",
+                _short(max(row["peaks"])), f"{row['messages']:,}",
+            ]
+            for row in found
+        ],
+    )  # fmt: skip
+    for name, reason in left_out.items():
+        console.say(f"left out: {reason if reason.startswith(name) else f'{name}: {reason}'}")
+
+
+def _write_files(options: ScheduleOptions, schedule: Schedule, timeline: Timeline) -> list[Path]:
+    """The files that were written. Raises UsageError for one that cannot be."""
+    for option, path in (("svg", options.svg), ("png", options.png)):
+        if path is not None and path.suffix != f".{option}":
+            raise UsageError(f"--{option} takes the name of a .{option} file, not {path}")
+    written = [path for path in (options.svg, options.png, options.csv) if path is not None]
+    for path in written:
+        try:
+            if path is options.csv:
+                write_text(path, write_schedule(schedule))
+            else:
+                gantt_picture(timeline, schedule, path)
+        except OSError as failure:
+            raise UsageError(
+                f"cannot write {path}: {failure.strerror}; name a file in a folder that you may write to"
+            ) from failure
+    return written
+
+
+def _drawn(lines: Sequence[Text], options: ScheduleOptions) -> str:
+    paper = io.StringIO()
+    pen = rich.console.Console(file=paper, force_terminal=options.coloured, highlight=False, soft_wrap=True)
+    for line in lines:
+        pen.print(line)
+    return paper.getvalue()
+
+
+def _short(number: float) -> str:
+    return f"{number:,.6g}"

@@ -1,0 +1,114 @@
+"""When each rank computed what: the bubble beside the simulator's, and a trace to look at."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from mpillm.comm.mesh import Mesh, coordinates
+from mpillm.console import Console
+from mpillm.files import write_text
+from mpillm.parallel.layout import Layout
+from mpillm.parallel.simulating import Costs, Span, simulate
+
+# Steps whose spans are kept for a trace, the newest: enough to look at, few enough for memory.
+TRACED_STEPS = 32
+# The first steps of a run warm caches up and are no measure.
+WARM_STEPS = 2
+KINDS = {"F": "forward", "B": "backward", "I": "backward of the input", "W": "backward of the weights"}
+
+
+Event = tuple[str, float, float]
+"""What was done, from when to when, in seconds."""
+
+
+class Timing:
+    """Gathers the spans of this rank's steps. Every rank of `mesh` makes it and calls its methods together."""
+
+    def __init__(self, mesh: Mesh, layout: Layout, clock_offset: float) -> None:
+        """`clock_offset`: see comm/clocks.py."""
+        self._mesh, self._layout, self._offset = mesh, layout, clock_offset
+        self._steps: list[list[Event]] = []
+        self._bubbles: list[float] = []
+        self._seconds: dict[tuple[int, str], list[float]] = {}
+
+    def add(self, spans: Sequence[Span], others: Sequence[Event], bubble: float) -> None:
+        """One more step, on this rank's clock: when it computed on the pipeline's stages, and what else it did."""
+        events = [*((str(span.action), span.begin, span.end) for span in spans), *others]
+        self._steps = [*self._steps[-TRACED_STEPS + 1 :], events]
+        self._bubbles.append(bubble)
+        if len(self._bubbles) > WARM_STEPS:
+            for span in spans:
+                key = (span.action.stage, span.action.kind)
+                self._seconds.setdefault(key, []).append(span.end - span.begin)
+
+    def tell(self, console: Console) -> None:
+        """Print the bubble as measured and as simulated with the stages' measured times."""
+        schedule = self._layout.schedule
+        own = {key: fmean(seconds) for key, seconds in self._seconds.items()}
+        gathered: list[Mapping[tuple[int, str], float]] = self._mesh.comm.allgather(own)
+        if schedule.ranks == 1 or not any(gathered):
+            return
+        costs = measured_costs(schedule.stages, gathered)
+        rows = [
+            ["measured, median of the steps", f"{median(self._bubbles[WARM_STEPS:]):.1%}"],
+            ["simulated, with the stages' measured times", f"{simulate(schedule, costs).bubble:.1%}"],
+            ["simulated, with even stages", f"{simulate(schedule, Costs.even(schedule.stages)).bubble:.1%}"],
+        ]
+        console.table(f"{schedule.name}: waiting over computing", ["", "bubble"], rows)
+
+    def write(self, path: Path, console: Console) -> None:
+        """The newest steps as a trace of Chrome's format."""
+        comm, offset = self._mesh.comm, self._offset
+        own = [[(name, begin - offset, end - offset) for name, begin, end in step] for step in self._steps]
+        gathered: list[list[list[Event]]] | None = comm.gather(own)
+        if gathered is None:
+            return
+        names = {
+            rank: ", ".join(f"{axis} {place}" for axis, place in coordinates(rank, self._mesh.sizes).items())
+            for rank in range(comm.size)
+        }
+        events = trace_events(gathered, names, len(self._bubbles) - len(self._steps) + 1)
+        write_text(path, json.dumps(events))
+        console.say(f"the last {len(self._steps)} steps: {path}, for https://ui.perfetto.dev or chrome://tracing")
+
+
+def measured_costs(stages: int, gathered: Iterable[Mapping[tuple[int, str], float]]) -> Costs:
+    """Mean seconds by stage and kind over the ranks that have them; a backward that stays whole counts as its input's
+    half.
+    """
+    found: dict[tuple[int, str], list[float]] = {}
+    for part in gathered:
+        for key, seconds in part.items():
+            found.setdefault(key, []).append(seconds)
+    mean = {key: fmean(seconds) for key, seconds in found.items()}
+
+    def row(*kinds: str) -> tuple[float, ...]:
+        """By stage, of the first of `kinds` that it has."""
+        return tuple(next((mean[s, kind] for kind in kinds if (s, kind) in mean), 0.0) for s in range(stages))
+
+    return Costs(row("F"), row("I", "B"), row("W"))
+
+
+def trace_events(
+    gathered: Sequence[Sequence[Sequence[Event]]], names: Mapping[int, str], first_step: int
+) -> dict[str, Any]:
+    """The trace as Chrome and Perfetto read it (Google, "Trace event format"): a track a rank, times in µs from the
+    first event on. `gathered[rank][step]`, on one clock; `names`: what stands behind each rank's number.
+    """
+    zero = min((begin for steps in gathered for step in steps for _, begin, _ in step), default=0.0)
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "pid": 0, "tid": rank, "name": "thread_name", "args": {"name": f"rank {rank} ({name})"}}
+        for rank, name in names.items()
+    ]
+    for rank, steps in enumerate(gathered):
+        for step, found in enumerate(steps, first_step):
+            events += [
+                {
+                    "ph": "X", "pid": 0, "tid": rank, "name": name, "cat": KINDS.get(name.strip("0123456789"), "step"),
+                    "ts": 1e6 * (begin - zero), "dur": 1e6 * (end - begin), "args": {"step": step},
+                }
+                for name, begin, end in found
+            ]  # fmt: skip
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
