@@ -171,7 +171,7 @@ def bench(
         typer.Argument(
             metavar="WHAT",
             help="allreduce, reduce-scatter, allgather, broadcast, reduce, alltoall, barrier, latency, bandwidth, "
-            "bibw, message-rate, overlap, memory, gemm, filesystem, or all.",
+            "bibw, message-rate, handover, overlap, memory, gemm, filesystem, or all.",
         ),
     ],
     sizes: Annotated[str, typer.Option(help="1K:256M:x2, 1M:4M:+1M or a list such as 64,1M.")] = "",

@@ -1,7 +1,7 @@
 """From a run's results to the cluster profile that `comm` and `plan` read; pure."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from mpillm.bench.contestants import COPY, FLOOR, SHARED_PRIVATE
 from mpillm.bench.fit import fit
@@ -9,6 +9,7 @@ from mpillm.bench.options import COLLECTIVES
 from mpillm.bench.pairs import fastest
 from mpillm.bench.peers import PEERS
 from mpillm.bench.report import Row, Section
+from mpillm.comm.edges import Way
 from mpillm.comm.profile import Cluster, ClusterProfile, CollectiveCost, Cost, PointToPointCost
 
 
@@ -22,7 +23,7 @@ def make_profile(
     ]
     return ClusterProfile(
         made, cluster, tuple(collectives), tuple(point_to_point(rows)), memory(rows), tuple(gemm(rows, device)),
-        filesystem(rows), dict(probe),
+        filesystem(rows), dict(probe), handover(rows),
     )  # fmt: skip
 
 
@@ -55,6 +56,16 @@ def point_to_point(rows: Mapping[str, list[Row]]) -> list[PointToPointCost]:
             level, cost_of([row for row in latency if row["level"] == level]),
             best["bandwidth"], best["bibw"], best["message-rate"],
         ))  # fmt: skip
+    return found
+
+
+def handover(rows: Mapping[str, list[Row]]) -> dict[Way, Cost]:
+    """Way within a node → what a message takes to arrive while its sender computes, which is how pipelines send."""
+    found: dict[Way, Cost] = {}
+    for way in get_args(Way):
+        own = [row for row in rows.get("handover", []) if (row["level"], row["way"]) == ("node", way)]
+        if own:
+            found[way] = cost_of([{"bytes": row["bytes"], "median_seconds": row["behind_work_seconds"]} for row in own])
     return found
 
 

@@ -13,11 +13,11 @@ COLLECTIVES = {
     "reduce": "reduce", "alltoall": "alltoall", "barrier": "barrier",
 }  # fmt: skip
 POINT_TO_POINT = ("latency", "bandwidth", "bibw", "message-rate")
-BENCHMARKS = (*COLLECTIVES, *POINT_TO_POINT, "overlap", "memory", "gemm", "filesystem")
+BENCHMARKS = (*COLLECTIVES, *POINT_TO_POINT, "handover", "overlap", "memory", "gemm", "filesystem")
 ALL = "all"
 DEFAULT_SIZES = {
-    **dict.fromkeys(COLLECTIVES, "1K:64M:x4"), **dict.fromkeys(POINT_TO_POINT, "1:4M:x4"), "overlap": "64K:16M:x4",
-    "memory": "16K:64M:x4", "gemm": "128:2K:x2", "filesystem": "64M",
+    **dict.fromkeys(COLLECTIVES, "1K:64M:x4"), **dict.fromkeys(POINT_TO_POINT, "1:4M:x4"),
+    "handover": "64K:16M:x4", "overlap": "64K:16M:x4", "memory": "16K:64M:x4", "gemm": "128:2K:x2", "filesystem": "64M",
 }  # fmt: skip
 # What a matrix's edge may be: three of them in float32 take 12 GiB.
 LARGEST_EDGE = 32 * 1024

@@ -9,6 +9,7 @@ from mpillm.bench.cluster import make_profile
 from mpillm.bench.collectives import run_collective
 from mpillm.bench.filesystem import TrainingPaths, run_filesystem
 from mpillm.bench.gemm import run_gemm
+from mpillm.bench.handover import run_handover
 from mpillm.bench.memory import run_memory
 from mpillm.bench.options import COLLECTIVES, STDOUT, BenchOptions
 from mpillm.bench.overlap import run_overlap
@@ -70,6 +71,7 @@ def _measure(bench: Bench, what: str, paths: TrainingPaths) -> list[Section]:
         return run_filesystem(bench, paths)
     others: dict[str, Callable[[Bench], list[Section]]] = {
         "overlap": run_overlap, "memory": run_memory, "gemm": run_gemm, "message-rate": run_message_rate,
+        "handover": run_handover,
     }  # fmt: skip
     return others[what](bench) if what in others else run_pairs(bench, what)
 

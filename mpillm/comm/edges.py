@@ -31,7 +31,7 @@ class Edge:
 class HandoverProfile(Protocol):
     """What a cluster's profile answers; profile.py has it."""
 
-    def handover(self, nbytes: int) -> Way | None:
+    def faster_way(self, nbytes: int) -> Way | None:
         """The way within a node that hands a message over sooner; None where that was not measured."""
 
 
@@ -72,5 +72,5 @@ def _wished_way(number: int, edge: Edge, node_of: Sequence[int], way: str, profi
         raise CommError(f"edge {number} ({edge}) leads to another node, which shares no memory; take way='auto'")
     if way == "messages" or not together:
         return "messages"
-    known = profile.handover(edge.nbytes) if way == "auto" and profile is not None else None
+    known = profile.faster_way(edge.nbytes) if way == "auto" and profile is not None else None
     return known or "shared"

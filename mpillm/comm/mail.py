@@ -43,7 +43,9 @@ AnyEnd = TypeVar("AnyEnd", bound=End)
 # How long this rank may look at one mailbox alone before the other edges get their turn.
 SLICE_SECONDS = 0.05
 # Who has waited so long may oversleep a little, and after the longer time asks whether the other rank still lives.
-PATIENCE_SECONDS, NAP_SECONDS, SUSPICION_SECONDS = 0.01, 50e-6, 0.5
+PATIENCE_SECONDS, SUSPICION_SECONDS = 0.01, 0.5
+# Not after each look: where an MPI library moves a message on by a small piece a look, naps would be most of its time.
+NAP_SECONDS, LOOKS_A_NAP = 50e-6, 16
 # How long the thread that moves messages on sleeps between two looks.
 PROGRESS_SECONDS = 1e-3
 
@@ -114,9 +116,9 @@ class Mail:
         with self._turn():
             if not end.arrived and not end.under_way:
                 raise CommError(f"edge {edge} ({self.edges[edge]}): nothing is expected; call expect before wait")
-        began = time.monotonic()
+        rest = _Rest()
         while not self._took(end):
-            self._rest(end, began)
+            self._rest(end, rest)
         self._settle()
 
     def progress(self) -> None:
@@ -131,14 +133,11 @@ class Mail:
 
         The receivers need not wait for their messages, but must have come to expect them.
         """
-        began = time.monotonic()
-        while True:
+        rest = _Rest()
+        self.progress()
+        while sending := [end for end in self._outgoing.values() if end.under_way]:
+            rest.offer_core(*sending)
             self.progress()
-            sending = [end for end in self._outgoing.values() if end.under_way]
-            if not sending:
-                break
-            for end in sending:
-                _yield(end, began)
         self._settle()
 
     def free(self) -> None:
@@ -189,14 +188,14 @@ class Mail:
                     other.move()
         return False
 
-    def _rest(self, end: Incoming, began: float) -> None:
+    def _rest(self, end: Incoming, rest: "_Rest") -> None:
         """Between two looks. While none of this rank's outboxes holds anything, the mailbox alone is watched."""
         pushes = any(isinstance(other, SharedOutgoing) and other.under_way for other in self._outgoing.values())
         if isinstance(end, SharedIncoming) and not pushes:
             end.block(SLICE_SECONDS)
-            _suspect(end, began)
+            rest.suspect(end)
         else:
-            _yield(end, began)
+            rest.offer_core(end)
 
     def _wake(self, end: End) -> None:
         if self._thread is not None and end in self._messages:
@@ -219,16 +218,22 @@ class _Moving:
             end.move()
 
 
-def _yield(end: End, began: float) -> None:
-    """Offer the core to others, after a while by sleeping."""
-    _suspect(end, began)
-    if time.monotonic() - began < PATIENCE_SECONDS:
-        os.sched_yield()
-    else:
-        time.sleep(NAP_SECONDS)
+class _Rest:
+    """What one does between two looks, the longer the more patiently."""
 
+    def __init__(self) -> None:
+        self._began, self._looks = time.monotonic(), 0
 
-def _suspect(end: End, began: float) -> None:
-    """Who has waited for long asks whether `end` can still get on."""
-    if time.monotonic() - began > SUSPICION_SECONDS:
-        end.check()
+    def offer_core(self, *ends: End) -> None:
+        self.suspect(*ends)
+        self._looks += 1
+        if self._looks % LOOKS_A_NAP == 0 and time.monotonic() - self._began > PATIENCE_SECONDS:
+            time.sleep(NAP_SECONDS)
+        else:
+            os.sched_yield()
+
+    def suspect(self, *ends: End) -> None:
+        """After a while, ask whether `ends` can still get on."""
+        if time.monotonic() - self._began > SUSPICION_SECONDS:
+            for end in ends:
+                end.check()

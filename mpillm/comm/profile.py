@@ -1,7 +1,8 @@
 """The cluster profile: what `mpillm bench --save` measured, a JSON file that the choice of algorithms reads.
 
     {"schema": "mpillm cluster profile", "version": 1, "made": DATE, "cluster": {…}, "collectives": [{…}, …],
-     "point_to_point": [{…}, …], "memory": {…}, "gemm": [{…}, …], "filesystem": {…}, "gpu_probe": {…}}
+     "point_to_point": [{…}, …], "memory": {…}, "gemm": [{…}, …], "filesystem": {…}, "gpu_probe": {…},
+     "handover": {"shared": {…}, "messages": {…}}}
 
 docs/bench.md tells every key. Sizes are bytes, times seconds, rates bytes a second.
 """
@@ -13,8 +14,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast, get_args
 
+from mpillm.comm.edges import Way
 from mpillm.comm.mesh import hosts, local_ranks
 from mpillm.errors import UsageError
 from mpillm.files import write_json
@@ -105,7 +107,9 @@ class PointToPointCost:
 
 @dataclass(frozen=True)
 class ClusterProfile:
-    """A whole profile. `memory`, `gemm`, `filesystem` and `gpu_probe` are as docs/bench.md tells them."""
+    """A whole profile. `memory`, `gemm`, `filesystem` and `gpu_probe` are as docs/bench.md tells them. `handover`: of a
+    message within a node while its sender computes, by each way; profiles from before it have none.
+    """
 
     made: str
     cluster: Cluster
@@ -115,6 +119,7 @@ class ClusterProfile:
     gemm: tuple[Mapping[str, Any], ...] = ()
     filesystem: Mapping[str, Any] = field(default_factory=dict)
     gpu_probe: Mapping[str, Any] = field(default_factory=dict)
+    handover: Mapping[Way, Cost] = field(default_factory=dict)
 
     def predict(
         self, operation: str, algorithm: str, nbytes: int, element: str, nodes: int, ranks: int, device: str = "cpu",
@@ -142,6 +147,13 @@ class ClusterProfile:
         seconds = {name: value for name, value in known.items() if value is not None}
         return min(seconds, key=lambda name: seconds[name]) if seconds else None
 
+    def faster_way(self, nbytes: int) -> Way | None:
+        """The way within a node that hands `nbytes` over sooner; None where that was not measured."""
+        if not self.handover:
+            return None
+        best: Way = min(self.handover, key=lambda way: self.handover[way].seconds(nbytes))
+        return best
+
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA, "version": VERSION, "made": self.made, "cluster": asdict(self.cluster),
@@ -149,6 +161,7 @@ class ClusterProfile:
             "point_to_point": [_flat(entry) for entry in self.point_to_point],
             "memory": dict(self.memory), "gemm": [dict(entry) for entry in self.gemm],
             "filesystem": dict(self.filesystem), "gpu_probe": dict(self.gpu_probe),
+            "handover": {way: asdict(cost) for way, cost in self.handover.items()},
         }  # fmt: skip
 
     @classmethod
@@ -160,6 +173,7 @@ class ClusterProfile:
             tuple(PointToPointCost(**_split(entry)) for entry in value["point_to_point"]),
             dict(value["memory"]), tuple(map(dict, value["gemm"])), dict(value["filesystem"]),
             dict(value["gpu_probe"]),
+            {_way(name): _split(cost)["cost"] for name, cost in value.get("handover", {}).items()},
         )  # fmt: skip
 
     def save(self, path: Path) -> None:
@@ -188,6 +202,12 @@ def _split(value: Mapping[str, Any]) -> dict[str, Any]:
         float(value["relative_error"]),
     )  # fmt: skip
     return {key: part for key, part in value.items() if key not in names} | {"cost": cost}
+
+
+def _way(name: str) -> Way:
+    if name not in get_args(Way):
+        raise ValueError(f"no way is called {name!r}")
+    return cast(Way, name)
 
 
 def load_profile(path: Path, warn: Warn, here: Cluster) -> ClusterProfile | None:

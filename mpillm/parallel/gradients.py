@@ -34,7 +34,8 @@ class GradientBuckets:
     all), of any float types, on the CPU.
 
     Every rank of `axis` makes it, with the same parameters in the same order; differing ones raise CommError.
-    After `reduce` each parameter's `grad` is a view into a bucket; one that no backward pass reached is zero.
+    After `reduce` each parameter's `grad` is a view into a bucket; one that no backward pass reached is zero. Where
+    there is nothing to sum, on an axis of one rank, there are no buckets: gradients stay where autograd put them.
     """
 
     def __init__(
@@ -52,12 +53,15 @@ class GradientBuckets:
         self.behind = axis.size > 1 and self._overlaps()
         nbytes = settings.bucket_bytes or (BEHIND_BYTES if self.behind else AFTER_BYTES)
         # The last stage first: its last backward pass comes first.
+        trained = [list(dict.fromkeys(p for p in parameters if p.requires_grad)) for parameters in stages]
         groups = [
             (stage, group)
-            for stage, parameters in reversed(list(enumerate(stages)))
-            for group in group_parameters(list(dict.fromkeys(p for p in parameters if p.requires_grad)), nbytes)
+            for stage, parameters in reversed(list(enumerate(trained)))
+            for group in group_parameters(parameters, nbytes)
         ]
         self._check_layout([group for _, group in groups])
+        self._loose = [] if axis.size > 1 or fixed_order else [p for parameters in trained for p in parameters]
+        groups = [] if self._loose else groups
         self._thread = ProgressThread(self._group, PROGRESS_SECONDS) if self.behind else None
         share = settings.allreduce in ("auto", "shared", "two-level") and axis.size > len(self._group.nodes)
         self.buckets = [
@@ -92,8 +96,8 @@ class GradientBuckets:
 
     def close(self) -> None:
         """Let go of the gradients and of shared memory. Every rank of the axis calls it; nothing else after it."""
+        self.zero()
         for bucket in self.buckets:
-            bucket.forget()
             bucket.views.clear()
             bucket.flat = torch.empty(0)
             if bucket.shared is not None:
@@ -110,6 +114,8 @@ class GradientBuckets:
         # parameters).
         for bucket in self.buckets:
             bucket.forget()
+        for parameter in self._loose:
+            parameter.grad = None
 
     def begin_last_microbatch(self, stage: int | None = None) -> None:
         """Call ahead of a step's last backward pass of `stage` (None: of all): behind it, complete buckets start on
@@ -145,10 +151,7 @@ class GradientBuckets:
         """Sum the gradients over the axis, in place. Every rank of the axis calls it, after its backward
         passes.
         """
-        for bucket in self.buckets:
-            if self.fixed_order:
-                bucket.unfold()
-            bucket.lay_all()
+        self._lay_all()
         if self._thread is not None:
             self._thread.pause()
         for bucket in self.buckets if self.axis.size > 1 else ():
@@ -164,6 +167,16 @@ class GradientBuckets:
             bucket.missing = len(bucket.parameters)
         self._last.clear()
 
+    def _lay_all(self) -> None:
+        """Give every parameter its gradient of all this rank's microbatches."""
+        for parameter in self._loose:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in self.buckets:
+            if self.fixed_order:
+                bucket.unfold()
+            bucket.lay_all()
+
     def norm(self, comm: "MPI.Intracomm | None" = None, twins: Collection[nn.Parameter] = ()) -> float:
         """The 2-norm of all gradients over `comm` (None: the axis), in float64, the same on every rank.
 
@@ -171,7 +184,9 @@ class GradientBuckets:
         exact arithmetic, so the layout leaves no trace. `twins`: parameters that are counted on another rank, or
         elsewhere on this one. Every rank of `comm` calls it, after `reduce`.
         """
-        pieces = norm_pieces(self.buckets, twins)
+        gradients = [pair for bucket in self.buckets for pair in zip(bucket.parameters, bucket.views, strict=True)]
+        gradients += [(parameter, parameter.grad) for parameter in self._loose if parameter.grad is not None]
+        pieces = norm_pieces(gradients, twins)
         first, stop = (len(pieces) * part // self.axis.size for part in (self.axis.rank, self.axis.rank + 1))
         own = [square_sum(piece) for piece in pieces[first:stop]]
         gathered = (comm or self.axis.comm).allgather(own)
@@ -185,6 +200,9 @@ class GradientBuckets:
         if math.isfinite(norm) and norm > max_norm:
             for bucket in self.buckets:
                 bucket.flat.mul_(max_norm / norm)
+            for parameter in self._loose:
+                assert parameter.grad is not None
+                parameter.grad.mul_(max_norm / norm)
         return norm
 
 

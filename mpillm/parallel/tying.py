@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mpillm.comm.group import Group, Prepared, silent
+from mpillm.comm.group import Group, silent
 from mpillm.comm.mesh import Axis
 from mpillm.models.decoder import Decoder
 
@@ -39,7 +39,6 @@ class Tie:
         pair: MPI.Intracomm = axis.comm.Split(color, axis.rank)  # type: ignore[assignment]
         self._group = Group(pair, warn=warn) if color else None
         pair.Free()
-        self._sum: Prepared | None = None
 
     @property
     def twins(self) -> list[nn.Parameter]:
@@ -52,16 +51,12 @@ class Tie:
         return self.twins if self._embedding is not None else []
 
     def reduce(self) -> None:
-        """Leave the sum of both gradients in both. Every rank calls it, each time with the gradients in the same place,
-        after their gradients were summed over the data axis.
-        """
+        """Leave the sum of both gradients in both. Every rank calls it, after the sums over the data axis."""
         own, other = self._embedding, self._head
         if self._group is not None:
             weight = own if own is not None else other
             assert weight is not None
-            if self._sum is None:
-                self._sum = self._group.prepare("allreduce", weight.grad)
-            self._sum.run()
+            self._group.allreduce(weight.grad)
         elif own is not None and other is not None:
             assert own.grad is not None
             assert other.grad is not None
@@ -69,7 +64,6 @@ class Tie:
 
     def close(self) -> None:
         """Every rank calls it."""
-        self._sum = None
         if self._group is not None:
             self._group.free()
 

@@ -27,7 +27,7 @@ def test_all_of_it_at_two_ranks(mpillm, folder: Path) -> None:  # type: ignore[n
     found = {part["benchmark"]: part["rows"] for part in value["results"]}
     expected = {
         "allreduce", "reduce-scatter", "allgather", "broadcast", "reduce", "alltoall", "barrier", "overlap", "memory",
-        "gemm", "filesystem", "latency", "bandwidth", "bibw", "message-rate",
+        "gemm", "filesystem", "latency", "bandwidth", "bibw", "message-rate", "handover",
     }  # fmt: skip
     assert set(found) == expected
     for what in ("allreduce", "reduce-scatter", "allgather", "broadcast", "reduce", "alltoall"):

@@ -43,7 +43,7 @@ def test_slots_fill_and_empty_in_order(slots):
 
 def test_messages_of_any_length_that_fits():
     sender, receiver = both_ends()
-    for turn, count in enumerate((0, 1, 127, 128, 129, 128 * 1024, 128 * 1024 + 1, 3 * 128 * 1024, LONG, 0, 5)):
+    for turn, count in enumerate((0, 1, 127, 128, 129, 64 * 1024, 64 * 1024 + 1, 3 * 64 * 1024, LONG, 0, 5)):
         array, got = octets(count, turn), np.zeros(count, np.uint8)
         assert sender.send(array)
         assert receiver.receive(got)

@@ -32,6 +32,7 @@ def profile() -> ClusterProfile:
     return ClusterProfile(
         "2026-11-25", HERE, (entry("ring", slow_start), entry("native", COST), entry("ring", COST, "bfloat16")),
         (PointToPointCost("node", COST, 1e10, 2e10, 1e6),), {"copy_bytes_per_second": 1e10}, ({"edge": 64},),
+        handover={"shared": COST, "messages": replace(COST, latency_seconds=1.0)},
     )  # fmt: skip
 
 
@@ -85,6 +86,24 @@ def test_the_best_of_those_allowed() -> None:
     assert best("allreduce", 100_000, "float32", 2, 8, ("ring", "native")) == "ring"
     assert best("allreduce", 1000, "float32", 2, 8, ("shared",)) is None
     assert best("broadcast", 1000, "float32", 2, 8, ("ring", "native")) is None
+
+
+def test_the_faster_way_of_a_hand_over() -> None:
+    assert profile().faster_way(10**9) == "shared"
+    assert replace(profile(), handover={}).faster_way(10**9) is None
+
+
+def test_a_profile_from_before_the_hand_over_was_measured(tmp_path: Path) -> None:
+    value = profile().to_json()
+    del value["handover"]
+    (tmp_path / "p").write_text(json.dumps(value))
+    assert load_profile(tmp_path / "p", print, HERE) == replace(profile(), handover={})
+
+
+@pytest.mark.parametrize("handover", [None, 1, {"shared": None}, {"shared": {}}, {"pigeon": {}}])
+def test_a_damaged_hand_over(tmp_path: Path, handover: object) -> None:
+    with pytest.raises(UsageError, match="damaged"):
+        load_profile(write(tmp_path / "p", handover=handover), print, HERE)
 
 
 def write(path: Path, **changes: Any) -> Path:
