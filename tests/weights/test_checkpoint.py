@@ -69,6 +69,14 @@ def test_shares_are_even_and_complete() -> None:
     assert max(loads) - min(loads) <= max(sizes.values())
 
 
+def test_only_holders_write() -> None:
+    shares = share([{"a": 5, "tied": 9}, {"b": 7, "tied": 9}, {"c": 1}])
+    assert sorted(name for names in shares for name in names) == ["a", "b", "c", "tied"]
+    assert shares[2] == ["c"]
+    assert shares[0] == ["tied"] or "a" in shares[0]
+    assert "b" in shares[1]
+
+
 @pytest.mark.parametrize("harm", ["truncate", "flip", "index", "no index", "missing file"])
 def test_a_damaged_checkpoint_is_passed_over(folder: Path, comm: MPI.Intracomm, harm: str) -> None:
     write(folder, comm, 1)
