@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpillm.comm.buffers import as_buffer
 from mpillm.comm.edges import Edge, HandoverProfile, Way, check_edges
@@ -28,7 +28,7 @@ from mpillm.comm.ends import (
     SharedIncoming,
     SharedOutgoing,
 )
-from mpillm.comm.group import Group, silent
+from mpillm.comm.group import silent
 from mpillm.comm.kernel import Mailbox
 from mpillm.comm.mailboxes import open_ways
 from mpillm.comm.progress import ProgressThread
@@ -76,9 +76,7 @@ class Mail:
         self._incoming = {n: self._incoming_end(n, boxes) for n, edge in enumerate(edges) if edge.receiver == self.rank}
         ends: list[End] = [*self._outgoing.values(), *self._incoming.values()]
         self._messages = [end for end in ends if isinstance(end, MessagesIncoming | MessagesOutgoing)]
-        # ProgressThread asks of a group for `progress` alone.
-        messages = cast(Group, _Moving(self._messages))
-        self._thread = ProgressThread(messages, PROGRESS_SECONDS) if self._messages else None
+        self._thread = ProgressThread(_Moving(self._messages), PROGRESS_SECONDS) if self._messages else None
 
     def _outgoing_end(self, number: int, boxes: Mapping[int, Mailbox]) -> Outgoing:
         if number in boxes:

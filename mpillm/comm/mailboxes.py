@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mpillm.comm import kernel
 from mpillm.comm.edges import Edge, HandoverProfile, Way, wished_ways
 from mpillm.comm.memory import Rows, share
-from mpillm.comm.node import SPINS, SPINS_CROWDED, _processes
+from mpillm.comm.node import SPINS, SPINS_CROWDED, processes
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _open_mailboxes(
     if any(reasons):
         return next(filter(None, reasons))
     own = {n: edge for n, edge in edges.items() if comm.rank in (edge.sender, edge.receiver)}
-    processes, spins = _processes(node), SPINS_CROWDED if node.size > len(os.sched_getaffinity(0)) else SPINS
+    alive, spins = processes(node), SPINS_CROWDED if node.size > len(os.sched_getaffinity(0)) else SPINS
 
     def open_one(number: int, edge: Edge) -> kernel.Mailbox:
         assert isinstance(memory, Rows)
@@ -64,7 +64,7 @@ def _open_mailboxes(
         peer = edge.receiver if sends else edge.sender
         return kernel.Mailbox(
             memory.rows[members.index(edge.sender)][first:stop], SLOTS, edge.nbytes, sends, peer,
-            processes[members.index(peer)], spins, CommError,
+            alive[members.index(peer)], spins, CommError,
         )  # fmt: skip
 
     return {number: open_one(number, edge) for number, edge in own.items()}

@@ -81,7 +81,7 @@ class Node:
         crowded = comm.size > len(os.sched_getaffinity(0))
         self._team = kernel.Team(
             memory.whole, comm.rank, comm.size, stage_bytes, SPINS_CROWDED if crowded else SPINS,
-            tuple(_processes(comm)), CommError,
+            tuple(processes(comm)), CommError,
         )  # fmt: skip
         self._flat_bytes = min(FLAT_BYTES, stage_bytes)
         self._shared: list[SharedRows] = []
@@ -177,7 +177,7 @@ class Node:
         return None
 
 
-def _processes(comm: "MPI.Intracomm") -> list[int]:
+def processes(comm: "MPI.Intracomm") -> list[int]:
     """The ranks' process ids; 0 for those of another process namespace, which can't be asked for a sign of life."""
     own = Path("/proc/self/ns/pid").stat().st_ino
     return [process if space == own else 0 for process, space in comm.allgather((os.getpid(), own))]

@@ -4,8 +4,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-from mpillm.comm.group import Group
+
+class Progressing(Protocol):
+    """What has something under way, such as a Group."""
+
+    def progress(self) -> None:
+        """Move it on, without waiting."""
 
 
 class ProgressThread:
@@ -15,7 +21,7 @@ class ProgressThread:
     backward pass of torch runs without it. MPI must allow calls from several threads, which mpi4py asks for by default.
     """
 
-    def __init__(self, group: Group, interval_seconds: float) -> None:
+    def __init__(self, group: Progressing, interval_seconds: float) -> None:
         self._group, self._interval_seconds = group, interval_seconds
         self._lock = threading.Lock()
         self._wanted = threading.Event()
