@@ -8,6 +8,7 @@ Some did not (they wait in a collective, or are done): this rank says why and ca
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # Long enough for ranks that meet the same fault one after the other on a slow file system.
 AGREEMENT_SECONDS = 2.0
+TELLING_SECONDS = 0.5
 INTERRUPTED = 130  # what a shell reports for a process ended by SIGINT: 128 + 2
 
 
@@ -97,6 +99,8 @@ def _leave(private: "MPI.Intracomm | None", reason: Reason, debug: bool) -> NoRe
         private.Free()
     else:
         _print(lone_message(reason, private.rank, private.size, host_name(), debug))
+        # On a busy host the launcher may end itself before it has passed the words on.
+        time.sleep(TELLING_SECONDS)
         private.Abort(reason.code)
     raise SystemExit(reason.code)
 
