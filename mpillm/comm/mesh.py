@@ -103,13 +103,18 @@ def by_hosts(comm: "MPI.Intracomm") -> "MPI.Intracomm":
     """`comm` with the ranks of each node side by side, nodes in the order of their first ranks; rank 0 stays rank 0.
     Every rank of `comm` calls it. Launchers may deal ranks out to nodes in turns.
     """
+    ordered: MPI.Intracomm = comm.Split(0, key=host_order(first_ranks(comm)).index(comm.rank))  # type: ignore[assignment]
+    return ordered
+
+
+def first_ranks(comm: "MPI.Intracomm") -> list[int]:
+    """For each rank of `comm` the first rank of its node. Every rank of `comm` calls it."""
     from mpi4py import MPI
 
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     first = node.bcast(comm.rank)
     node.Free()
-    ordered: MPI.Intracomm = comm.Split(0, key=host_order(comm.allgather(first)).index(comm.rank))  # type: ignore[assignment]
-    return ordered
+    return comm.allgather(first)
 
 
 def host_order(first_ranks: Sequence[int]) -> list[int]:
@@ -119,22 +124,13 @@ def host_order(first_ranks: Sequence[int]) -> list[int]:
 
 def local_ranks(comm: "MPI.Intracomm") -> int:
     """How many ranks of `comm` share this rank's node. Every rank of `comm` calls it."""
-    from mpi4py import MPI
-
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    count = node.size
-    node.Free()
-    return count
+    firsts = first_ranks(comm)
+    return firsts.count(firsts[comm.rank])
 
 
 def hosts(comm: "MPI.Intracomm") -> int:
     """How many nodes `comm` spans. Every rank of `comm` calls it."""
-    from mpi4py import MPI
-
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    count = comm.allreduce(int(node.rank == 0))
-    node.Free()
-    return int(count)
+    return len(set(first_ranks(comm)))
 
 
 def on_one_node(comm: "MPI.Intracomm") -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mpillm.console import Console
 from mpillm.models.config import DecoderConfig
-from mpillm.models.decoder import Decoder, loss_sum
+from mpillm.models.decoder import Decoder
+from mpillm.parallel.stage import ScoringStage
 from mpillm.tokens.evaluation import evaluation_batches, read_evaluation
 from mpillm.tokens.reader import TokenReader
 
@@ -86,15 +87,10 @@ class WholeModel:
         self, count: int, read: Callable[[int], Tensor], shape_of: Callable[[int], tuple[int, int]],
         done: Callable[[], None],
     ) -> dict[int, float]:  # fmt: skip
-        losses = {}
-        with torch.inference_mode():
-            for number in range(count):
-                ids_BT = read(number)
-                with torch.autocast("cpu", dtype=self.autocast, enabled=self.autocast is not None):
-                    logits_BTV = self.model(ids_BT[:, :-1])
-                losses[number] = float(loss_sum(logits_BTV, ids_BT[:, 1:]))
-                done()
-        return losses
+        stage = ScoringStage(self.model, read, self.autocast, done)
+        for number in range(count):
+            stage.forward(number, None)
+        return stage.losses
 
 
 def evaluate(scorer: Scorer, reader: TokenReader, comm: "MPI.Intracomm", console: Console) -> Score:

@@ -6,11 +6,16 @@ stage's input, which the stage before waits for, and W, the gradients of its wei
 No torch and no MPI here: who draws a schedule or plans with it loads neither.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Literal
 
 Kind = Literal["F", "B", "I", "W"]
+KINDS: Mapping[str, str] = MappingProxyType(
+    {"F": "forward", "B": "backward", "I": "backward of the input", "W": "backward of the weights"}
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -49,11 +54,6 @@ class Schedule:
         holders = {action.stage: rank for rank, row in enumerate(self.rows) for action in row}
         return tuple(holders.get(stage, -1) for stage in range(self.stages))
 
-    @cached_property
-    def splits_backward(self) -> bool:
-        """Whether any backward comes in two halves."""
-        return any(action.kind == "I" for row in self.rows for action in row)
-
     def stages_of(self, rank: int) -> list[int]:
         """The stages that `rank` holds, ascending."""
         return [stage for stage, holder in enumerate(self.rank_of) if holder == rank]
@@ -62,6 +62,11 @@ class Schedule:
     def chunk_of(self) -> tuple[int, ...]:
         """Which of its rank's stages each stage is, from 0."""
         return tuple(self.stages_of(rank).index(stage) for stage, rank in enumerate(self.rank_of))
+
+    @cached_property
+    def chunks(self) -> int:
+        """The stages of the rank that holds most."""
+        return max(self.chunk_of) + 1
 
     def needs(self, action: Action) -> Action | None:
         """What must be done before `action`, on whichever rank; None for the forward of stage 0."""
@@ -75,11 +80,16 @@ class Schedule:
         whole = Action(stage + 1, "B", microbatch)
         return whole if whole in self.places else Action(stage + 1, "I", microbatch)
 
-    def target(self, action: Action) -> int | None:
-        """The rank that the result of `action` is sent to; None where it stays: activations go to the next stage, the
-        gradient of the input to the one before.
+    def feeds(self, action: Action) -> int | None:
+        """The stage that takes the result of `action`: activations go to the next, the gradient of the input to the one
+        before; None where nobody takes it.
         """
         stage = action.stage + (1 if action.kind == "F" else -1)
-        if action.kind == "W" or not 0 <= stage < self.stages:
+        return stage if action.kind != "W" and 0 <= stage < self.stages else None
+
+    def target(self, action: Action) -> int | None:
+        """The rank that the result of `action` is sent to; None where it stays."""
+        stage = self.feeds(action)
+        if stage is None or self.rank_of[stage] == self.rank_of[action.stage]:
             return None
-        return self.rank_of[stage] if self.rank_of[stage] != self.rank_of[action.stage] else None
+        return self.rank_of[stage]

@@ -5,24 +5,22 @@ numbers also have small letters, for where there is no colour.
 """
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.text import Text
 
 from mpillm.errors import UsageError
 from mpillm.files import replacing
-from mpillm.parallel.actions import Schedule
+from mpillm.parallel.actions import KINDS, Schedule
 from mpillm.parallel.simulating import Span, Timeline
 
-KINDS = {
-    "F": ("forward", (122, 162, 247)),
-    "B": ("backward", (115, 200, 130)),
-    "I": ("backward of the input", (90, 205, 205)),
-    "W": ("backward of the weights", (240, 190, 90)),
-}
-"""Letter → (what it is, red green blue)."""
+COLOURS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
+    {"F": (122, 162, 247), "B": (115, 200, 130), "I": (90, 205, 205), "W": (240, 190, 90)}
+)
+"""Red, green, blue."""
 DARKEST = 0.6
 # Below this mean of red, green and blue, white letters are read more easily than black ones.
 DARK = 120
@@ -91,9 +89,8 @@ def _letter(span: Span, schedule: Schedule) -> str:
 
 
 def _colour(kind: str, chunk: int, schedule: Schedule) -> str:
-    chunks = max(schedule.chunk_of) + 1
-    light = 1 - (1 - DARKEST) * chunk / max(chunks - 1, 1)
-    return "#" + "".join(f"{round(part * light):02x}" for part in KINDS[kind][1])
+    light = 1 - (1 - DARKEST) * chunk / max(schedule.chunks - 1, 1)
+    return "#" + "".join(f"{round(part * light):02x}" for part in COLOURS[kind])
 
 
 def _colours(span: Span, schedule: Schedule) -> tuple[str, str]:
@@ -110,9 +107,9 @@ def _legend(schedule: Schedule, columns: float | None) -> str:
     """`columns` of a unit of time, where cells are not labelled."""
     present = {action.kind for row in schedule.rows for action in row}
     return "  ".join(
-        [f"{kind} {name}" for kind, (name, _) in KINDS.items() if kind in present]
+        [f"{kind} {name}" for kind, name in KINDS.items() if kind in present]
         + (["number: microbatch"] if columns is None else [f"a column: {1 / columns:.3g} of time"])
-        + ["small letters: chunk 1 (3, …) of a rank"] * (max(schedule.chunk_of) > 0)
+        + ["small letters: chunk 1 (3, …) of a rank"] * (schedule.chunks > 1)
         + [f"{IDLE} waits"]
     )
 
@@ -171,11 +168,11 @@ def _draw_rank(axes: Any, rank: int, spans: tuple[Span, ...], schedule: Schedule
 def _draw_legend(figure: Any, schedule: Schedule) -> None:
     from matplotlib.patches import Patch
 
-    chunks = max(schedule.chunk_of) + 1
+    chunks = schedule.chunks
     present = {action.kind for row in schedule.rows for action in row}
     patches = [
         Patch(color=_colour(kind, chunk, schedule), label=f"{name}, chunk {chunk}" if chunks > 1 else name)
-        for kind, (name, _) in KINDS.items()
+        for kind, name in KINDS.items()
         if kind in present
         for chunk in range(chunks)
     ]

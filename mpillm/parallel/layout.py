@@ -13,6 +13,7 @@ from mpillm.parallel.checking import ascending, check
 from mpillm.parallel.schedules import make_schedule
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.shares import share_layers
+from mpillm.parallel.simulating import Costs, Timeline, simulate
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -34,6 +35,11 @@ class Layout:
     @property
     def microbatches(self) -> int:
         return self.schedule.microbatches
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The schedule as it would run with even stages, in the time of one pass."""
+        return simulate(self.schedule, Costs.even(self.schedule.stages))
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:

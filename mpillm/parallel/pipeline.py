@@ -29,7 +29,7 @@ AHEAD = 2
 
 @dataclass(frozen=True)
 class Stream:
-    """What passes between stages: tensors of `shape_of(microbatch)` and `dtype`, of `nbytes` at the most."""
+    """What passes between stages: tensors of `shape_of(microbatch)` and `dtype`."""
 
     shape_of: Callable[[int], tuple[int, ...]]
     dtype: torch.dtype = torch.float32
@@ -144,8 +144,8 @@ class _Run:
                 f"stage {action.stage} made {tuple(made.shape)} of {made.dtype} in {action}, and the stages agreed on "
                 f"{tuple(wanted[0])} of {wanted[1]}; mend the stage"
             )
-        receiver = action.stage + (1 if action.kind == "F" else -1)
-        edge = self._edges.get((action.stage, receiver))
+        receiver = self._schedule.feeds(action)
+        edge = None if receiver is None else self._edges.get((action.stage, receiver))
         if edge is None:
             self._here[action] = made
         else:

@@ -98,7 +98,7 @@ def figures(schedule: Schedule, timeline: Timeline) -> dict[str, Any]:
     return {
         "schedule": schedule.name,
         "ranks": schedule.ranks,
-        "chunks": max(held),
+        "chunks": schedule.chunks,
         "microbatches": schedule.microbatches,
         "makespan": timeline.makespan,
         "ideal": sum(timeline.busy) / schedule.ranks,

@@ -5,7 +5,6 @@ import torch
 from mpillm.comm.mesh import Mesh, hosts
 from mpillm.console import Console, binary_bytes
 from mpillm.parallel.layout import Layout
-from mpillm.parallel.simulating import Costs, simulate
 from mpillm.tokens.reader import TokenReader
 from mpillm.train.recipe import Recipe
 
@@ -20,7 +19,7 @@ def memory_bytes(recipe: Recipe, layout: Layout) -> int:
     activations = model.activation_bytes(layout.microbatch, element)
     if schedule.ranks == 1:
         return STATE_BYTES_PER_PARAMETER * model.parameters + activations
-    peaks = simulate(schedule, Costs.even(schedule.stages)).peaks
+    peaks = layout.timeline.peaks
     logits = 2 * 4 * layout.microbatch * model.context * model.vocab_size
     embedding = model.vocab_size * model.width
 
@@ -42,15 +41,15 @@ def pipeline_facts(layout: Layout) -> dict[str, str]:
     schedule = layout.schedule
     if schedule.ranks == 1:
         return {}
-    timeline = simulate(schedule, Costs.even(schedule.stages))
-    held = len(schedule.stages_of(0))
+    timeline = layout.timeline
     shares = [
         " + ".join(str(layout.parts[stage].last - layout.parts[stage].first) for stage in schedule.stages_of(rank))
         for rank in range(schedule.ranks)
     ]
     return {
         "pipeline": f"{schedule.name}, {layout.microbatches} microbatches of {layout.microbatch} sequences, bubble "
-        f"{timeline.bubble:.1%} with even stages, activations of up to {max(timeline.peaks) / held:g} microbatches",
+        f"{timeline.bubble:.1%} with even stages, activations of up to {max(timeline.peaks) / schedule.chunks:g} "
+        "microbatches",
         "layers by rank": ", ".join(shares) + " (embedding with the first, head with the last)",
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 from mpillm.comm.mesh import Mesh, coordinates
 from mpillm.console import Console
 from mpillm.files import write_text
+from mpillm.parallel.actions import KINDS
 from mpillm.parallel.layout import Layout
 from mpillm.parallel.simulating import Costs, Span, simulate
 
@@ -16,7 +17,6 @@ from mpillm.parallel.simulating import Costs, Span, simulate
 TRACED_STEPS = 32
 # The first steps of a run warm caches up and are no measure.
 WARM_STEPS = 2
-KINDS = {"F": "forward", "B": "backward", "I": "backward of the input", "W": "backward of the weights"}
 
 
 Event = tuple[str, float, float]
@@ -54,7 +54,7 @@ class Timing:
         rows = [
             ["measured, median of the steps", f"{median(self._bubbles[WARM_STEPS:]):.1%}"],
             ["simulated, with the stages' measured times", f"{simulate(schedule, costs).bubble:.1%}"],
-            ["simulated, with even stages", f"{simulate(schedule, Costs.even(schedule.stages)).bubble:.1%}"],
+            ["simulated, with even stages", f"{self._layout.timeline.bubble:.1%}"],
         ]
         console.table(f"{schedule.name}: waiting over computing", ["", "bubble"], rows)
 

@@ -146,16 +146,8 @@ box.receive(numpy.zeros(8, numpy.uint8))
 
 
 @pytest.mark.alone
-def test_a_signal_is_handled_while_waiting():
-    waiting = subprocess.Popen(
-        [sys.executable, "-c", RECEIVER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert waiting.stdout is not None
-    assert waiting.stdout.readline() == "waiting\n"
-    time.sleep(0.2)
-    waiting.send_signal(signal.SIGINT)
-    _, told = waiting.communicate(timeout=20)
-    assert "KeyboardInterrupt" in told
+def test_a_signal_is_handled_while_waiting(interrupted):
+    assert "KeyboardInterrupt" in interrupted(RECEIVER)
 
 
 ONE_WAY = """

@@ -1,7 +1,6 @@
 """The node's team and its memory: what happens when there is no room, and when a rank is gone."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -87,7 +86,7 @@ def test_a_rank_that_is_gone_is_named():
 
 
 @pytest.mark.alone
-def test_a_signal_is_handled_while_waiting():
+def test_a_signal_is_handled_while_waiting(interrupted):
     """Ctrl-C must not wait for a peer that never comes."""
     script = (
         "import os, numpy\nfrom mpillm.comm import kernel\n"
@@ -95,15 +94,7 @@ def test_a_signal_is_handled_while_waiting():
         "team = kernel.Team(memory, 0, 2, 4096, 100, (0, 0), ValueError)\n"
         "print('waiting', flush=True)\nteam.operation(6, None, None, 0, 0, 0, 1.0, 0, False, None, None).run()\n"
     )
-    waiting = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert waiting.stdout is not None
-    assert waiting.stdout.readline() == "waiting\n"
-    time.sleep(0.2)
-    waiting.send_signal(signal.SIGINT)
-    _, told = waiting.communicate(timeout=20)
-    assert "KeyboardInterrupt" in told
+    assert "KeyboardInterrupt" in interrupted(script)
 
 
 TEAM_OF_TWO = """

@@ -101,11 +101,12 @@ def test_the_v_shaped_ones():
 
 
 def test_dualpipe_v_mostly_does_whole_backwards():
-    schedule = make_schedule("dualpipe-v", 4, 20)
-    halves = [sum(action.kind == "I" for action in row) for row in schedule.rows]
-    assert halves == [7, 6, 5, 4]
-    assert make_schedule("zb-v", 4, 20).splits_backward
-    assert not make_schedule("1f1b", 4, 20).splits_backward
+    def halves(name):
+        return [sum(action.kind == "I" for action in row) for row in make_schedule(name, 4, 20).rows]
+
+    assert halves("dualpipe-v") == [7, 6, 5, 4]
+    assert any(halves("zb-v"))
+    assert not any(halves("1f1b"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,21 +11,12 @@ from mpillm.errors import LayoutError
 from mpillm.infer.evaluate import WholeModel, evaluate
 from mpillm.infer.generate import Sampling, generate
 from mpillm.infer.loading import load
-from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.reader import open_split
 from mpillm.train.loop import train
 from mpillm.train.recipe import Recipe, parse_recipe
 from mpillm.weights.finding import find
 
 QUIET = Console(speaks=False)
-
-
-@pytest.fixture
-def data(folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
-    """A small dataset of bytes."""
-    out = folder / "data"
-    prepare(PrepareOptions((str(documents),), out, tokenizer="bytes", validation=0.1), comm, QUIET)
-    return out
 
 
 def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe:

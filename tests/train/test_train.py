@@ -16,21 +16,12 @@ from mpi4py import MPI
 from mpillm.comm.profile import ClusterProfile, CollectiveCost, Cost, describe_cluster
 from mpillm.console import Console
 from mpillm.errors import DataError, DivergedError, LayoutError, MismatchError, UsageError
-from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.train.loop import train
 from mpillm.train.recipe import Recipe, parse_recipe
 from mpillm.weights.finding import find
 
 QUIET = Console(speaks=False)
 TIMES = ("step_seconds", "tokens_per_second")
-
-
-@pytest.fixture
-def data(folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
-    """A small dataset of bytes."""
-    out = folder / "data"
-    prepare(PrepareOptions((str(documents),), out, tokenizer="bytes", validation=0.1), comm, QUIET)
-    return out
 
 
 def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe:
