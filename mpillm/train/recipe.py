@@ -92,8 +92,15 @@ def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
         # As JSON: pydantic's strict mode takes tables for sections only from there.
         return TypeAdapter(Recipe).validate_json(json.dumps(table, default=str))
     except ValidationError as failure:
-        faults = [_fault(error["type"], error["loc"], error["msg"], error["input"]) for error in failure.errors()]
-    raise RecipeError(f"the recipe {source}: " + "; ".join(faults))
+        # A setting of several types has a fault for each that it is not.
+        faults: dict[tuple[int | str, ...], list[str]] = {}
+        for error in failure.errors():
+            place = error["loc"][:2]
+            faults.setdefault(place, []).append(_fault(error["type"], place, error["msg"], error["input"]))
+    texts = [
+        " or ".join([first, *(other.rpartition(": ")[2] for other in others)]) for first, *others in faults.values()
+    ]
+    raise RecipeError(f"the recipe {source}: " + "; ".join(texts))
 
 
 def write_recipe(recipe: Recipe) -> str:

@@ -56,6 +56,8 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
         ("train.steps=1.5", "train.steps = 1.5"),
         ("train.steps=true", "train.steps = True"),
         ("train.steps=0", "train.steps = 0: input should be greater than 0"),
+        ("parallel.stages=even", "parallel.stages = 'even': input should be 'auto' or input should be a valid array"),
+        ("parallel.pipeline=0", "parallel.pipeline = 0: input should be greater than 0"),
         ("model.heads=7", "width 128 is not divisible by 7 heads; use a width of 126 or 133"),
         ("model.shape=tny", "model.shape = 'tny' is unknown, did you mean tiny"),
         ("optimizer.schedule=cosin", "did you mean cosine"),
