@@ -9,6 +9,7 @@ from mpillm.errors import LayoutError
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import Part
 from mpillm.parallel.actions import Schedule
+from mpillm.parallel.axes import mesh_sizes
 from mpillm.parallel.checking import ascending, check
 from mpillm.parallel.schedules import make_schedule
 from mpillm.parallel.settings import ParallelSettings
@@ -48,23 +49,11 @@ class Layout:
         return [(first, min(first + self.microbatch, self.rows)) for first in firsts]
 
 
-def mesh_sizes(settings: ParallelSettings, ranks: int) -> dict[str, int]:
-    """The sizes of the axes. Raises LayoutError where the pipeline does not divide the ranks."""
-    pipeline = settings.pipeline
-    if not settings.data and ranks % pipeline:
-        below, above = ranks // pipeline * pipeline, (ranks // pipeline + 1) * pipeline
-        raise LayoutError(
-            f"parallel.pipeline = {pipeline} must divide the ranks, and the job has {ranks}; start with -n "
-            f"{f'{below} or {above}' if below else above}, or choose another pipeline"
-        )
-    return {"data": settings.data or ranks // pipeline, "pipeline": pipeline}
-
-
 def make_mesh(comm: "MPI.Intracomm", settings: ParallelSettings, config: DecoderConfig, batch: int) -> Mesh:
     """The mesh of the ranks in the order of their hosts, the axis that moves most bytes innermost: that one stays
     within a node where it can. Every rank of `comm` calls it. `batch`: sequences of the global batch.
     """
-    sizes = mesh_sizes(settings, comm.size)
+    sizes = mesh_sizes(settings, comm.size, config.layers, batch)
     traffic = traffic_bytes(sizes, config, batch, max(1, settings.chunks))
     ordered = dict(sorted(sizes.items(), key=lambda axis: traffic[axis[0]]))
     return Mesh(by_hosts(comm), ordered)

@@ -12,8 +12,8 @@ Positive = Annotated[int, Gt(0)]
 class ParallelSettings:
     """How the ranks share a training step."""
 
-    data: Annotated[int, Ge(0)] = 0
-    """Ranks that share the batch; 0: all that the pipeline leaves."""
+    data: Literal["auto"] | Annotated[int, Ge(0)] = "auto"
+    """Ranks that share the batch; auto, or 0: all that the pipeline leaves."""
     pipeline: Annotated[int, Gt(0)] = 1
     """Ranks that share the layers."""
     schedule: str = "1f1b"

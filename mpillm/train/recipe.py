@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, MinLen
 from mpillm.errors import RecipeError
 from mpillm.models.config import SHAPES, DecoderConfig
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.train.optimizer import OptimizerSettings
+from mpillm.train.rates import OptimizerSettings
 
 Positive = Annotated[int, Gt(0)]
 Many = Annotated[int, Ge(0)]

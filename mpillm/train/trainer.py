@@ -24,7 +24,8 @@ from mpillm.parallel.stage import Batch
 from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.sampler import Sampler
 from mpillm.tokens.windows import Windows
-from mpillm.train.optimizer import learning_rate, make_optimizer, set_rate
+from mpillm.train.optimizer import make_optimizer, set_rate
+from mpillm.train.rates import learning_rate
 from mpillm.train.recipe import Recipe
 
 

@@ -1,13 +1,15 @@
 """Which layers each stage holds, and how ranks lie along the axes."""
 
 import itertools
+import re
 
 import pytest
 
 from mpillm.comm.mesh import host_order
 from mpillm.errors import LayoutError
 from mpillm.models.config import DecoderConfig
-from mpillm.parallel.layout import make_mesh, mesh_sizes, traffic_bytes
+from mpillm.parallel.axes import legal_layouts, mesh_sizes
+from mpillm.parallel.layout import make_mesh, traffic_bytes
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.shares import even_counts, head_flops, layer_flops, share_layers
 
@@ -67,8 +69,21 @@ def test_the_busiest_axis_is_innermost(comm):
 
 
 def test_a_pipeline_that_does_not_divide_the_ranks():
-    assert mesh_sizes(ParallelSettings(pipeline=3), 6) == {"data": 2, "pipeline": 3}
-    with pytest.raises(
-        LayoutError, match="pipeline = 4 must divide the ranks, and the job has 6; start with -n 4 or 8"
-    ):
-        mesh_sizes(ParallelSettings(pipeline=4), 6)
+    assert mesh_sizes(ParallelSettings(pipeline=3), 6, 6, 12) == {"data": 2, "pipeline": 3}
+    with pytest.raises(LayoutError, match="pipeline = 4 must divide the ranks, and the job has 6.* start with 4 or 8"):
+        mesh_sizes(ParallelSettings(pipeline=4), 6, 6, 12)
+
+
+def test_the_layouts_that_a_job_can_have():
+    assert mesh_sizes(ParallelSettings(data="auto"), 6, 6, 12) == {"data": 6, "pipeline": 1}
+    assert mesh_sizes(ParallelSettings(data=0, pipeline=2), 6, 6, 12) == {"data": 3, "pipeline": 2}
+    words = (
+        "parallel.data = 4 × parallel.pipeline = 1 needs 4 ranks, and the job has 2; take data=2 × pipeline=1 or "
+        'data=1 × pipeline=2 (parallel.data = "auto" is whatever the pipeline leaves), or start with 4'
+    )
+    with pytest.raises(LayoutError, match=re.escape(words)):
+        mesh_sizes(ParallelSettings(data=4), 2, 6, 12)
+    # A layer a rank at least, and a batch that the data axis divides.
+    assert legal_layouts(8, 3, 12) == [{"data": 4, "pipeline": 2}]
+    with pytest.raises(LayoutError, match="5 cannot share a batch of 12 sequences and 3 layers at all"):
+        mesh_sizes(ParallelSettings(data=4), 5, 3, 12)

@@ -5,7 +5,8 @@ import torch
 
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import create
-from mpillm.train.optimizer import OptimizerSettings, learning_rate, make_optimizer, optimizer_tensors, set_steps
+from mpillm.train.optimizer import make_optimizer, optimizer_tensors, set_steps
+from mpillm.train.rates import OptimizerSettings, learning_rate
 
 
 def rates(steps: int = 100, **settings: object) -> list[float]:
