@@ -41,15 +41,18 @@ class Job:
 
 
 @contextmanager
-def _job(debug: bool, torch_threads: bool = False) -> Iterator[Job]:
-    """Open MPI, let ranks fail together, and give each its share of the cores."""
+def _job(debug: bool, torch_threads: bool = False, stops_in_order: bool = False) -> Iterator[Job]:
+    """Open MPI, let ranks fail together, and give each its share of the cores. `stops_in_order`: the verb itself sees
+    to the signals that ask to stop.
+    """
     from mpillm.comm.together import fail_together
     from mpillm.comm.world import open_world
     from mpillm.launch.signals import interrupt_on_terminate
     from mpillm.launch.terminal import watched
     from mpillm.launch.threads import threads_per_rank
 
-    interrupt_on_terminate()
+    if not stops_in_order:
+        interrupt_on_terminate()
     with fail_together(None, debug=debug):
         comm = open_world()
     with fail_together(comm, debug=debug):
@@ -122,12 +125,22 @@ def train(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Train a model as a recipe says, the data and the layers shared by the ranks."""
-    with _job(debug, torch_threads=True) as job:
+    """Train a model as a recipe says, the data and the layers shared by the ranks.
+
+    SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or SIGURG to any rank, or the end of the job's time: the run saves and leaves with
+    exit code 75, and --resume goes on with it.
+    """
+    from mpillm.launch.batchjob import current_job, job_end
+    from mpillm.launch.signals import StopSignals
+
+    begun, signals = time.time(), StopSignals()
+    with _job(debug, torch_threads=True, stops_in_order=True) as job:
         from mpillm.train.loop import train as run
         from mpillm.train.recipe import load_recipe
+        from mpillm.train.running import Allotment
 
-        run(load_recipe(recipe, overrides or ()), job.comm, job.console, resume, trace)
+        allotment = Allotment(signals, current_job(os.environ), job_end(os.environ), begun)
+        run(load_recipe(recipe, overrides or ()), job.comm, job.console, resume, trace, allotment)
 
 
 @app.command(epilog="Example: mpirun -n 2 mpillm evaluate runs/quickstart --baselines")

@@ -9,7 +9,8 @@
     ├── DataError         a source, a shard, a manifest, a tokenizer
     │   └── MismatchError two things that were made for each other's kin: shards and tokenizer, model and data
     ├── CheckpointError   a checkpoint that cannot be written or read
-    └── DivergedError     a loss or a gradient that is no longer a number
+    ├── DivergedError     a loss or a gradient that is no longer a number
+    └── StoppedError      no fault: a run that was asked to stop, and is saved
 
 Each message holds the rule, the values and the way out. The command line prints it without a traceback and exits
 with `exit_code`.
@@ -20,6 +21,8 @@ class MpillmError(Exception):
     """The root: every error that is the user's to mend."""
 
     exit_code = 1
+    kind = "error"
+    """The word ahead of the message."""
 
 
 class UsageError(MpillmError):
@@ -58,3 +61,10 @@ class CheckpointError(MpillmError):
 
 class DivergedError(MpillmError):
     exit_code = 3
+
+
+class StoppedError(MpillmError):
+    """Its exit code is sysexits' EX_TEMPFAIL, on which a batch script submits the job again."""
+
+    exit_code = 75
+    kind = "stopped"

@@ -23,6 +23,7 @@ FOREIGN = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "MPI_LOCAL")
 ALLOWED = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Begin = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.hookimpl(trylast=True)  # the reporter must be there
@@ -97,6 +98,31 @@ def mpirun_command(ranks: int) -> list[str]:
     return [mpirun, "-n", str(ranks), *(oversubscribe if "Open MPI" in MPI.Get_library_version() else [])]
 
 
+def python_command(arguments: Sequence[str | Path], ranks: int, before: Sequence[str] = ()) -> list[str]:
+    return [*before, *(mpirun_command(ranks) if ranks > 1 else []), sys.executable, *map(str, arguments)]
+
+
+@pytest.fixture
+def begin() -> Iterator[Begin]:
+    """Begin `mpillm ARGUMENTS…` on `ranks` processes, and hand the process over; it is killed at the test's end."""
+    begun: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str | Path, ranks: int = 1, **environment: str) -> "subprocess.Popen[str]":
+        command = python_command(["-m", "mpillm", *arguments], ranks)
+        process = subprocess.Popen(
+            command, env=clean_environment(**environment), text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        begun.append(process)
+        return process
+
+    yield start
+    for process in begun:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
 @pytest.fixture(scope="session")
 def python() -> Run:
     """Run `python ARGUMENTS…` on `ranks` processes (under mpirun when more than one) and return what came of it.
@@ -107,9 +133,9 @@ def python() -> Run:
     def run(
         *arguments: str | Path, ranks: int = 1, timeout: float = 240, before: Sequence[str] = (), **environment: str
     ) -> "subprocess.CompletedProcess[str]":
-        command = [*before, *(mpirun_command(ranks) if ranks > 1 else []), sys.executable, *map(str, arguments)]
         return subprocess.run(
-            command, env=clean_environment(**environment), timeout=timeout, text=True, capture_output=True,
+            python_command(arguments, ranks, before), env=clean_environment(**environment), timeout=timeout,
+            text=True, capture_output=True,
             stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
 

@@ -42,7 +42,7 @@ def fail_together(comm: "MPI.Intracomm | None", *, debug: bool = False) -> Itera
 
     Every rank of `comm` enters it (it duplicates the communicator); `None` stands for a process without MPI.
     `debug` prints tracebacks. An exit with code 0 (SystemExit, typer.Exit) passes through untouched.
-    Exit codes: MpillmError's own, 130 when interrupted, 1 otherwise.
+    Exit codes: MpillmError's own (75 for a run that was asked to stop), 130 when interrupted, 1 otherwise.
     """
     private = comm.Dup() if comm is not None and comm.size > 1 else None
     try:
@@ -83,7 +83,7 @@ def reason_of(failure: BaseException) -> Reason:
         name = type(failure).__name__
         text = f"{name}: {text} (--debug shows where)" if text else f"{name} (--debug shows where)"
     trace = "".join(traceback.format_exception(failure))
-    return Reason(f"error: {text}", code, trace)
+    return Reason(f"{getattr(failure, 'kind', 'error')}: {text}", code, trace)
 
 
 def _leave(private: "MPI.Intracomm | None", reason: Reason, debug: bool) -> NoReturn:

@@ -33,6 +33,8 @@ class Passes:
     spans: list[Span]
     ended: float
     """When the last pass had ended and sums began: seconds of perf_counter."""
+    summed: float
+    """When the gradients were summed."""
 
 
 class ShardedModel:
@@ -105,7 +107,8 @@ class ShardedModel:
         if self._tie is not None:
             self._tie.reduce()
         losses = [stage.losses for stage in self._stages.values() if stage.losses]
-        return Passes([losses[0][number] for number in range(self.layout.microbatches)] if losses else [], spans, ended)
+        by_number = [losses[0][number] for number in range(self.layout.microbatches)] if losses else []
+        return Passes(by_number, spans, ended, time.perf_counter())
 
     def clip_(self, max_norm: float) -> float:
         """Scale the gradients of the whole model to a norm of `max_norm` at most (0: don't); return what it was."""

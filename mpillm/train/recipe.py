@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, MinLen
 
-from mpillm.errors import RecipeError
+from mpillm.errors import RecipeError, UsageError
+from mpillm.launch.walltime import seconds_of
 from mpillm.models.config import SHAPES, DecoderConfig
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.train.rates import OptimizerSettings
@@ -50,6 +51,17 @@ class TrainSettings:
     """0: only at the end."""
     keep: Positive = 3
     """How many checkpoints stay."""
+    time_limit: str = ""
+    """How long the job may take, such as 1:30:00 or 90m: the run saves and stops before it. Empty: as long as the batch
+    system says.
+    """
+
+    def __post_init__(self) -> None:
+        if self.time_limit:
+            try:
+                seconds_of(self.time_limit)
+            except UsageError as failure:
+                raise RecipeError(f"time_limit: {failure}") from failure
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mpillm.comm.clocks import clock_offset
 from mpillm.comm.group import silent
-from mpillm.comm.mesh import Mesh, coordinates
+from mpillm.comm.mesh import Mesh
 from mpillm.comm.profile import ClusterProfile
 from mpillm.comm.together import ranks_text
 from mpillm.errors import DivergedError
 from mpillm.infer.evaluate import rows_at_once
 from mpillm.parallel.layout import Layout
-from mpillm.parallel.model import Passes, ShardedModel
+from mpillm.parallel.model import ShardedModel
 from mpillm.parallel.simulating import Span
 from mpillm.parallel.stage import Batch
 from mpillm.tokens.reader import TokenReader
@@ -27,20 +27,20 @@ from mpillm.tokens.windows import Windows
 from mpillm.train.optimizer import make_optimizer, set_rate
 from mpillm.train.rates import learning_rate
 from mpillm.train.recipe import Recipe
+from mpillm.train.sharing import Shared, pipelines_of, share
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over the global batch, nats a token, from the weights before the update. `bubble`: waiting over
-    computing in the pipelines, their mean; 0 without one. `spans`: when this rank computed, and `others`: what it did
-    besides, in seconds of perf_counter.
+    """`loss`: mean over the global batch, nats a token, from the weights before the update. `shared`: what all ranks
+    told. `spans`: when this rank computed, and `others`: what it did besides, in seconds of perf_counter.
     """
 
     loss: float
     learning_rate: float
     grad_norm: float
     seconds: float
-    bubble: float
+    shared: Shared
     spans: list[Span]
     others: list[tuple[str, float, float]]
 
@@ -65,7 +65,7 @@ class Trainer:
             reader, recipe.model.context, recipe.train.batch, recipe.train.seed, boundaries=recipe.data.document_mask
         )
         self.clock_offset = clock_offset(mesh.comm)
-        self._pipelines = pipelines(mesh, layout)
+        self._pipelines = pipelines_of(mesh, layout)
 
     def describe(self) -> str:
         """How gradients meet: `2 buckets by shared, after the backward pass`."""
@@ -84,25 +84,28 @@ class Trainer:
         """Give shared memory back. Every rank calls it, after the last step."""
         self.model.close()
 
-    def step(self, step: int) -> StepResult:
-        """Step number `step`, counted from 0. Raises DivergedError on all ranks when a number is no longer finite."""
+    def step(self, step: int, wish: int = 0) -> StepResult:
+        """Step number `step`, counted from 0; `wish` comes to all ranks with it.
+
+        Raises DivergedError on all ranks when a number is no longer finite.
+        """
         clock = time.perf_counter
         begun = clock()
         batch = self._batch(step)
         read = clock()
         passes = self.model.train(batch)
-        losses, bubble = self._share(passes)
+        shared = share(self.mesh, self.layout, passes, self.clock_offset, wish, self._pipelines)
         norm = self.model.clip_(self.recipe.optimizer.clip)
-        _check_finite(step, losses, norm)
+        _check_finite(step, shared.losses, norm)
         reduced = clock()
         rate = learning_rate(self.recipe.optimizer, step, self.recipe.train.steps)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
         # Exact, so neither the order nor the layout matters.
-        loss = math.fsum(loss for row in losses.values() for loss in row)
+        loss = math.fsum(loss for row in shared.losses.values() for loss in row)
         ended = clock()
         others = [("read", begun, read), ("reduce", passes.ended, reduced), ("update", reduced, ended)]
-        return StepResult(loss, rate, norm, ended - begun, bubble, passes.spans, others)
+        return StepResult(loss, rate, norm, ended - begun, shared, passes.spans, others)
 
     def _batch(self, step: int) -> Batch:
         """This rank's share of the batch; all ranks of a pipeline read the same, if they need it at all."""
@@ -119,37 +122,6 @@ class Trainer:
             [ids_BT[a:b] for a, b in layout.bounds],
             [None if documents_BT is None else documents_BT[a:b] for a, b in layout.bounds], scale,
         )  # fmt: skip
-
-    def _share(self, passes: Passes) -> tuple[dict[int, list[float]], float]:
-        """Let all ranks know of all passes: the losses by the rank that has them, and the bubble."""
-        spans, offset = passes.spans, self.clock_offset
-        own = np.zeros(4 + self.layout.microbatches)
-        own[0], own[1] = spans[0].begin - offset, spans[-1].end - offset
-        own[2], own[3] = sum(span.end - span.begin for span in spans), bool(passes.losses)
-        own[4 : 4 + len(passes.losses)] = passes.losses
-        every = np.empty((self.mesh.comm.size, own.size))
-        self.mesh.comm.Allgather(own, every)
-        losses = {rank: row[4:].tolist() for rank, row in enumerate(every) if row[3]}
-        return losses, measured_bubble(every[:, 0], every[:, 1], every[:, 2], self._pipelines)
-
-
-def pipelines(mesh: Mesh, layout: Layout) -> list[list[int]]:
-    """The ranks of each pipeline; none where each has one rank."""
-    if layout.schedule.ranks == 1:
-        return []
-    found: dict[int, list[int]] = {}
-    for rank in range(mesh.comm.size):
-        found.setdefault(coordinates(rank, mesh.sizes)["data"], []).append(rank)
-    return list(found.values())
-
-
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-
-def measured_bubble(begins: Floats, ends: Floats, busy: Floats, groups: Sequence[Sequence[int]]) -> float:
-    """Waiting over computing, as simulating.Timeline counts it, of each group of ranks; their mean. All by rank."""
-    bubbles = [(ends[group].max() - begins[group].min()) / busy[group].mean() - 1 for group in map(list, groups)]
-    return float(np.mean(bubbles)) if bubbles else 0.0
 
 
 def document_numbers(windows: Windows) -> Tensor:

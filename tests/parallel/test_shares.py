@@ -70,7 +70,7 @@ def test_the_busiest_axis_is_innermost(comm):
 
 def test_a_pipeline_that_does_not_divide_the_ranks():
     assert mesh_sizes(ParallelSettings(pipeline=3), 6, 6, 12) == {"data": 2, "pipeline": 3}
-    with pytest.raises(LayoutError, match="pipeline = 4 must divide the ranks, and the job has 6.* start with 4 or 8"):
+    with pytest.raises(LayoutError, match=r"pipeline = 4 must divide the ranks, and the job has 6.* start with 4 or 8"):
         mesh_sizes(ParallelSettings(pipeline=4), 6, 6, 12)
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from mpillm.comm.clocks import clock_offset
 from mpillm.train.timing import measured_costs, trace_events
-from mpillm.train.trainer import measured_bubble
+from mpillm.train.sharing import measured_bubble
 
 
 def test_costs_are_means_over_the_ranks():

@@ -1,0 +1,57 @@
+"""The batch job that this process runs in, as the environment tells it: its number, its restarts, its end."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mpillm.errors import UsageError
+
+# Slurm before Flux: a Flux instance may run inside a Slurm job, and that job's end is the one that counts.
+JOB_VARIABLES = {"slurm": "SLURM_JOB_ID", "pbs": "PBS_JOBID", "lsf": "LSB_JOBID", "flux": "FLUX_JOB_ID"}
+END_VARIABLE = "MPILLM_JOB_END"
+RESTART_VARIABLE = "MPILLM_JOB_RESTART"
+# Slurm counts its requeues; the scripts of `mpillm submit` count elsewhere.
+RESTART_VARIABLES = ("SLURM_RESTART_COUNT", RESTART_VARIABLE)
+
+
+@dataclass(frozen=True)
+class CurrentJob:
+    scheduler: str
+    """slurm, pbs, lsf or flux."""
+    id: str
+    restart: int = 0
+    """How often the job was started before: 0 the first time."""
+
+
+def current_job(environment: Mapping[str, str]) -> CurrentJob | None:
+    """The batch job around this process, None outside of one."""
+    for scheduler, variable in JOB_VARIABLES.items():
+        if environment.get(variable):
+            return CurrentJob(scheduler, environment[variable], _restart(environment))
+    return None
+
+
+def job_end(environment: Mapping[str, str]) -> float | None:
+    """When the batch system ends this process, in unix seconds; None where nothing tells.
+
+    MPILLM_JOB_END, which the scripts of `mpillm submit` export and a user may set, goes before Slurm's own word.
+    Raises UsageError where MPILLM_JOB_END is no number.
+    """
+    wish = environment.get(END_VARIABLE, "")
+    if wish:
+        try:
+            return float(wish)
+        except ValueError:
+            raise UsageError(
+                f"{END_VARIABLE} is the end of the job in unix seconds, such as $(($(date +%s) + 3600)), "
+                f"and not {wish!r}; set it so or unset it"
+            ) from None
+    told = environment.get("SLURM_JOB_END_TIME", "")
+    return float(told) if told.isascii() and told.isdigit() else None
+
+
+def _restart(environment: Mapping[str, str]) -> int:
+    for variable in RESTART_VARIABLES:
+        count = environment.get(variable, "")
+        if count.isascii() and count.isdigit():
+            return int(count)
+    return 0

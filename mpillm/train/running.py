@@ -1,0 +1,260 @@
+"""A run under way: step after step, with its evaluations, its checkpoints, its record, and an end in good order."""
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpillm.comm.agreement import on_root
+from mpillm.comm.patience import patient_barrier
+from mpillm.comm.profile import describe_cluster
+from mpillm.comm.together import host_name
+from mpillm.console import Console, Progress
+from mpillm.errors import DivergedError, StoppedError
+from mpillm.files import write_text
+from mpillm.infer.evaluate import evaluate
+from mpillm.infer.loading import TOKENIZER, weight_tensors
+from mpillm.launch.batchjob import CurrentJob
+from mpillm.launch.lock import RunLock
+from mpillm.launch.signals import StopSignals
+from mpillm.launch.versions import package_version
+from mpillm.launch.walltime import seconds_of
+from mpillm.parallel.data import check_same
+from mpillm.parallel.layout import traffic_bytes
+from mpillm.tokens.manifest import Manifest
+from mpillm.tokens.reader import open_split
+from mpillm.train.diary import Diary, last_save_seconds
+from mpillm.train.optimizer import optimizer_tensors, set_steps
+from mpillm.train.recipe import Recipe, write_recipe
+from mpillm.train.record import METRICS, RECIPE, TRACE, Record
+from mpillm.train.stopping import Stopping
+from mpillm.train.timing import Timing
+from mpillm.train.trainer import StepResult, Trainer
+from mpillm.weights.checkpoint import Checkpoint
+from mpillm.weights.finding import CHECKPOINTS
+from mpillm.weights.saving import prune, save
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+PACKAGES = ("mpillm", "torch", "mpi4py", "h5py", "numpy")
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """What the surroundings of a run allow it and ask of it."""
+
+    signals: StopSignals | None = None
+    """None: nobody asks it to stop."""
+    job: CurrentJob | None = None
+    end: float | None = None
+    """When the batch system ends the job, in unix seconds; None: not known."""
+    begun: float = 0.0
+    """When the process began: train.time_limit counts from there. 0: now."""
+
+    def deadline(self, time_limit: str) -> float | None:
+        """The earlier of the batch system's end and the recipe's limit."""
+        limits = [self.end] if self.end is not None else []
+        if time_limit:
+            limits.append((self.begun or time.time()) + seconds_of(time_limit))
+        return min(limits, default=None)
+
+
+@contextmanager
+def held(folder: Path, comm: "MPI.Intracomm", job: CurrentJob | None) -> Iterator[None]:
+    """Keep other jobs from the run in `folder` while the block runs. Every rank calls it.
+
+    Raises UsageError where another job holds the run.
+    """
+    locks: list[RunLock] = []
+    on_root(comm, lambda: locks.append(RunLock(folder, job)))
+    try:
+        yield
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+class Run:
+    """Every rank makes it, and calls `go`."""
+
+    def __init__(
+        self, recipe: Recipe, manifest: Manifest, trainer: Trainer, console: Console, trace: bool, allotment: Allotment
+    ) -> None:
+        self._recipe, self._manifest, self._trainer = recipe, manifest, trainer
+        self._comm, self._console = trainer.mesh.comm, console
+        self._folder = Path(recipe.train.run)
+        self._timing, self._trace = Timing(trainer.mesh, trainer.layout, trainer.clock_offset), trace
+        self._diary = Diary(self._folder, writes=self._comm.rank == 0)
+        self._signals = allotment.signals
+        self._stopping = Stopping(
+            allotment.signals, allotment.deadline(recipe.train.time_limit), last_save_seconds(self._folder)
+        )
+        self._job = allotment.job
+        self._last_saved: Path | None = None
+        self._done = 0
+
+    def go(self, checkpoint: Checkpoint | None) -> None:
+        """Train from the checkpoint, or from the beginning, to the last step. Raises StoppedError, on every rank, when
+        the run was saved before that because somebody asked, or its time was up.
+        """
+        self._done, steps = self._restore(checkpoint), self._recipe.train.steps
+        if self._done >= steps:
+            self._diary.tell("finished")
+            self._console.say(
+                f"{self._folder} is at step {self._done:,} of {steps:,}: nothing to do (raise train.steps to go on)"
+            )
+            return
+        if self._comm.rank == 0:
+            write_text(self._folder / RECIPE, write_recipe(self._recipe))
+        self._diary.started(self._done, self._facts())
+        check_same(self._trainer.weights.values(), self._trainer.mesh.axis("data"))
+        reason = self._go_on(steps)
+        self._timing.tell(self._console)
+        if self._trace:
+            self._timing.write(self._folder / TRACE, self._console)
+        if not reason:
+            self._diary.ended("finished", self._done)
+        # When any rank returns, the run's files are whole.
+        patient_barrier(self._comm)
+        if reason:
+            raise StoppedError(f"{reason}; the run is saved as {self._last_saved}; --resume goes on from it")
+        self._console.say(f"finished: {self._last_saved}, {self._folder / METRICS}, {self._folder / 'loss.png'}")
+
+    def _go_on(self, steps: int) -> str:
+        """Step until the end, or until all agreed to stop: why, "" at the end."""
+        record = Record(self._folder, self._done, writes=self._comm.rank == 0)
+        reason = ""
+        try:
+            with (
+                self._signals.orderly() if self._signals else nullcontext(),
+                self._console.progress("train", steps, "steps", start=self._done) as progress,
+            ):
+                while self._done < steps and not reason:
+                    reason = self._one_step(record, progress)
+            if reason:
+                # Before a picture is drawn: time is short.
+                self._diary.ended("stopped", self._done, reason)
+        except BaseException as failure:
+            self._diary.ended("failed", self._done, str(failure) or type(failure).__name__)
+            if isinstance(failure, DivergedError | KeyboardInterrupt):
+                raise self._with_last_saved(failure) from failure
+            raise
+        finally:
+            record.draw()
+            record.close()
+        return reason
+
+    def _one_step(self, record: Record, progress: Progress) -> str:
+        """The next step and what is due after it; why all ranks stop now, else ""."""
+        begun, settings = time.perf_counter(), self._recipe.train
+        result = self._trainer.step(self._done, self._stopping.wish())
+        self._done = done = self._done + 1
+        tokens = settings.batch * self._recipe.model.context
+        self._timing.add(result.spans, result.others, result.shared.bubble)
+        record.add(_metrics(done, result, tokens))
+        progress.advance(1, **{"loss": f"{result.loss:.4f}", "tokens/s": f"{tokens / result.seconds:,.0f}"})
+        last = done == settings.steps
+        reason = "" if last else self._stopping.reason(result.shared.wishes)
+        if last or (settings.evaluate_every and done % settings.evaluate_every == 0 and not reason):
+            self._evaluate(record)
+        self._stopping.stepped(time.perf_counter() - begun)
+        if last or reason or (settings.save_every and done % settings.save_every == 0):
+            self._save(tokens)
+        return reason
+
+    def _evaluate(self, record: Record) -> None:
+        if not self._manifest.splits["validation"].n_tokens:
+            return
+        with open_split(self._recipe.data.path, "validation") as reader:
+            quiet = Console(speaks=False)
+            score = evaluate(self._trainer.model, reader, self._comm, quiet)
+        record.add({"step": self._done, "validation_loss": score.loss})
+        self._console.say(f"step {self._done:,}: validation loss {score.loss:.4f}, perplexity {score.perplexity:,.2f}")
+
+    def _save(self, step_tokens: int) -> None:
+        begun = time.perf_counter()
+        facts = {
+            "step": self._done,
+            "tokens": self._done * step_tokens,
+            "seed": self._recipe.train.seed,
+            "recipe": self._recipe.to_dict(),
+            "data": self._manifest.manifest_hash,
+            "tokenizer": dict(self._manifest.tokenizer),
+            "versions": {"torch": torch.__version__},
+            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        tokenizer = self._manifest.load_tokenizer()
+        folder = self._folder / CHECKPOINTS
+        saved = save(folder, self._tensors(), facts, {TOKENIZER: tokenizer.to_json()}, self._comm)
+        self._last_saved, seconds = saved, time.perf_counter() - begun
+        self._stopping.saved(seconds)
+        if self._comm.rank == 0:
+            self._diary.saved(self._done, saved, seconds, sum(path.stat().st_size for path in saved.iterdir()))
+            prune(folder, self._recipe.train.keep)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        trainer = self._trainer
+        return {**weight_tensors(trainer.weights), **optimizer_tensors(trainer.weights, trainer.optimizer)}
+
+    def _restore(self, checkpoint: Checkpoint | None) -> int:
+        """Fill weights and averages; return how many steps are done."""
+        if checkpoint is None:
+            return 0
+        checkpoint.load(self._tensors())
+        set_steps(self._trainer.optimizer, checkpoint.step)
+        self._last_saved = checkpoint.folder
+        self._console.say(f"going on from {checkpoint.folder}")
+        return checkpoint.step
+
+    def _facts(self) -> dict[str, Any]:
+        """What the history tells of a start. Every rank calls it."""
+        trainer, recipe = self._trainer, self._recipe
+        hosts: dict[str, list[int]] = {}
+        for rank, host in enumerate(self._comm.allgather(host_name())):
+            hosts.setdefault(host, []).append(rank)
+        cluster, schedule = describe_cluster(self._comm), trainer.layout.schedule
+        sizes = trainer.mesh.sizes
+        return {
+            "ranks": self._comm.size, "hosts": hosts, "mesh": trainer.mesh.describe(), "axes": sizes,
+            "traffic": traffic_bytes(sizes, recipe.model, recipe.train.batch, schedule.chunks),
+            "threads": torch.get_num_threads(), "steps": recipe.train.steps,
+            "tokens_per_step": recipe.train.batch * recipe.model.context, "parameters": recipe.model.parameters,
+            "mpi": cluster.mpi_name, "processor": cluster.cpu_model,
+            "versions": {name: package_version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "job": asdict(self._job) if self._job else None, "deadline": self._stopping.deadline,
+        }  # fmt: skip
+
+    def _with_last_saved(self, failure: BaseException) -> BaseException:
+        """The same failure, telling the last good checkpoint."""
+        last = self._last_saved
+        way_on = (
+            f"the last good checkpoint is {last}; --resume goes on from it" if last else "no checkpoint was saved yet"
+        )
+        text = f"{failure}; {way_on}" if str(failure) else way_on
+        if isinstance(failure, DivergedError):
+            text += ", perhaps with a lower optimizer.learning_rate"
+        return type(failure)(text)
+
+
+def _metrics(step: int, result: StepResult, tokens: int) -> dict[str, float]:
+    shared = result.shared
+    waiting = {
+        "bubble": shared.bubble, "data_seconds": shared.data_seconds, "pipeline_seconds": shared.pipeline_seconds
+    }  # fmt: skip
+    return {
+        "step": step,
+        "loss": result.loss,
+        "tokens": step * tokens,
+        "tokens_per_second": tokens / result.seconds,
+        "learning_rate": result.learning_rate,
+        "grad_norm": result.grad_norm,
+        "step_seconds": result.seconds,
+        "memory_bytes": shared.memory_bytes,
+        **{name: value for name, value in waiting.items() if value},
+    }

@@ -1,0 +1,32 @@
+import pytest
+
+from mpillm.errors import UsageError
+from mpillm.launch.batchjob import CurrentJob, current_job, job_end
+
+
+@pytest.mark.parametrize(
+    ("environment", "job"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "12"}, CurrentJob("slurm", "12", 0)),
+        ({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "3"}, CurrentJob("slurm", "12", 3)),
+        ({"PBS_JOBID": "7.head", "MPILLM_JOB_RESTART": "2"}, CurrentJob("pbs", "7.head", 2)),
+        ({"LSB_JOBID": "5", "MPILLM_JOB_RESTART": "x"}, CurrentJob("lsf", "5", 0)),
+        ({"FLUX_JOB_ID": "f2A", "SLURM_JOB_ID": "12"}, CurrentJob("slurm", "12", 0)),
+        ({"SLURM_JOB_ID": "", "FLUX_JOB_ID": "f2A"}, CurrentJob("flux", "f2A", 0)),
+    ],
+)
+def test_the_job_around_a_process(environment: dict[str, str], job: CurrentJob | None) -> None:
+    assert current_job(environment) == job
+
+
+def test_the_end_of_the_job() -> None:
+    assert job_end({}) is None
+    assert job_end({"SLURM_JOB_END_TIME": "1700000000"}) == 1_700_000_000
+    assert job_end({"SLURM_JOB_END_TIME": "1700000000", "MPILLM_JOB_END": "1600000000.5"}) == 1_600_000_000.5
+    assert job_end({"SLURM_JOB_END_TIME": "Unknown"}) is None
+
+
+def test_an_end_that_is_no_number() -> None:
+    with pytest.raises(UsageError, match="unix seconds"):
+        job_end({"MPILLM_JOB_END": "soon"})

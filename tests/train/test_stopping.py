@@ -1,0 +1,207 @@
+"""Runs that stop before their end: somebody asks, or time is up."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mpi4py import MPI
+
+from mpillm.console import Console
+from mpillm.launch.lock import LOCK
+from mpillm.train.diary import HISTORY, OUTCOME
+from mpillm.train.stopping import NONE, TIME_IS_UP, Stopping, margin_seconds
+from mpillm.weights.finding import find
+
+
+def test_a_margin_is_learnt_from_saves_and_steps() -> None:
+    assert margin_seconds(3600, None, 0.0) == 60
+    assert margin_seconds(100, None, 0.0) == 10
+    assert margin_seconds(5, None, 0.0) == 2
+    assert margin_seconds(3600, 40.0, 3.0) == 2 + 2 * 40 + 2 * 3
+    learning = Stopping(None, time.time() + 30)
+    assert learning.wish() == NONE
+    learning.saved(20)
+    assert learning.wish() == TIME_IS_UP
+    assert Stopping(None, time.time() + 30, save_seconds=20).wish() == TIME_IS_UP
+    slow = Stopping(None, time.time() + 30)
+    slow.stepped(15)
+    assert slow.wish() == TIME_IS_UP
+    assert Stopping(None, None).wish() == NONE
+
+
+def test_a_signal_goes_before_the_clock_and_names_its_rank() -> None:
+    stopping = Stopping(None, time.time() + 75)
+    assert stopping.reason([NONE, NONE]) == ""
+    assert stopping.reason([TIME_IS_UP, signal.SIGUSR1]) == "SIGUSR1 on rank 1"
+    assert stopping.reason([TIME_IS_UP, NONE]).startswith("the time limit is near: 1:1")
+
+
+def write_recipe(folder: Path, data: Path, **train: object) -> Path:
+    path = folder / "long.toml"
+    settings = {"run": str(folder / "run"), "steps": 1_000_000, "batch": 4, **train}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    path.write_text(
+        f'[model]\nlayers = 1\nwidth = 32\nheads = 2\ncontext = 32\n[data]\npath = "{data}"\n[train]\n'
+        + "\n".join(lines)
+    )
+    return path
+
+
+def wait_for(what: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    limit = time.monotonic() + 120
+    while not what():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def steps_of(run: Path) -> list[int]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def history(run: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run / HISTORY).read_text().splitlines()]
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(data: Path, folder: Path, begin, number: signal.Signals) -> None:  # type: ignore[no-untyped-def]
+    run = folder / "run"
+    process = begin("train", write_recipe(folder, data))
+    wait_for(lambda: len(steps_of(run)) > 3, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    done = steps_of(run)
+    assert done == list(range(1, len(done) + 1))
+    assert f"mpillm: stopped: {number.name} on rank 0; the run is saved as {run}/checkpoints/step-" in errors
+    assert "Traceback" not in errors
+    assert not list((run / "checkpoints").glob(".*"))
+    assert (run / OUTCOME).read_text() == "stopped\n"
+    assert not (run / LOCK).exists()
+    checkpoint = find(run, MPI.COMM_SELF, Console(speaks=False))
+    checkpoint.verify()
+    assert checkpoint.step == done[-1]
+    assert [(event["event"], event["step"]) for event in history(run)] == [
+        ("started", 0), ("saved", done[-1]), ("stopped", done[-1])
+    ]  # fmt: skip
+
+
+@pytest.mark.alone
+def test_all_ranks_stop_behind_one_step_when_one_is_asked(data: Path, folder: Path, mpillm, begin) -> None:  # type: ignore[no-untyped-def]
+    run, recipe = folder / "run", write_recipe(folder, data, steps=400, fixed_order=True, microbatch=2)
+    process = begin("train", recipe, ranks=2)
+    wait_for(lambda: len(steps_of(run)) > 3, process)
+    ranks = [pid for pid in all_below(process.pid) if b"mpillm" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(ranks[-1], signal.SIGUSR1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert errors.count("mpillm: stopped: SIGUSR1 on rank ") == 1, errors
+    stopped = steps_of(run)[-1]
+    assert (run / OUTCOME).read_text() == "stopped\n"
+    on = mpillm("train", recipe, "--resume", ranks=2)
+    assert on.returncode == 0, on.stderr
+    assert steps_of(run)[:-1] == list(range(1, 401))
+    assert [event["event"] for event in history(run)] == ["started", "saved", "stopped", "started", "saved", "finished"]
+    assert history(run)[3]["step"] == stopped
+    assert (run / OUTCOME).read_text() == "finished\n"
+    never_stopped = mpillm("train", recipe, "--set", f"train.run={folder / 'whole'}", ranks=2)
+    assert never_stopped.returncode == 0, never_stopped.stderr
+    assert losses(run) == losses(folder / "whole")
+
+
+def all_below(parent: int) -> list[int]:
+    """The processes that `parent` started, and those that they did."""
+    children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    return [pid for child in children for pid in (child, *all_below(child))]
+
+
+def losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] if "loss" in line else line["validation_loss"] for line in lines]
+
+
+@pytest.mark.alone
+def test_a_second_interrupt_ends_at_once(data: Path, folder: Path) -> None:
+    recipe = write_recipe(folder, data, save_every=20)
+    # A step that never ends, so that nothing is agreed on.
+    script = folder / "slow.py"
+    script.write_text(
+        "import sys, time\nfrom mpillm.train import running, trainer\nfrom mpillm.cli import main\n"
+        "class Slow(trainer.Trainer):\n"
+        "    def step(self, step, wish=0):\n"
+        "        if step == 25:\n            print('waiting', flush=True)\n            time.sleep(1000)\n"
+        "        return super().step(step, wish)\n"
+        "from mpillm.train import loop\nloop.Trainer = Slow\n"
+        f"sys.argv = ['mpillm', 'train', {str(recipe)!r}]\nmain()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert any("waiting" in line for line in iter(process.stdout.readline, ""))
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "mpillm: interrupted: the last good checkpoint is" in errors
+    assert "Traceback" not in errors
+    assert (folder / "run" / OUTCOME).read_text() == "failed\n"
+    assert not list((folder / "run/checkpoints").glob(".*"))
+    find(folder / "run", MPI.COMM_SELF, Console(speaks=False)).verify()
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("told_by", ["recipe", "batch system"])
+def test_a_run_saves_before_its_time_is_up(data: Path, folder: Path, mpillm, told_by: str) -> None:  # type: ignore[no-untyped-def]
+    recipe = write_recipe(folder, data)
+    if told_by == "recipe":
+        done = mpillm("train", recipe, "--set", "train.time_limit=15s", ranks=2)
+    else:
+        done = mpillm("train", recipe, ranks=2, MPILLM_JOB_END=str(time.time() + 15))
+    assert "mpillm: stopped: the time limit is near: 0:" in done.stderr, done.stderr
+    assert done.returncode != 0
+    assert (folder / "run" / OUTCOME).read_text() == "stopped\n"
+    saved = find(folder / "run", MPI.COMM_SELF, Console(speaks=False))
+    assert saved.step == steps_of(folder / "run")[-1]
+
+
+@pytest.mark.alone
+def test_a_run_that_another_job_holds_is_refused(data: Path, folder: Path, mpillm, begin) -> None:  # type: ignore[no-untyped-def]
+    recipe, run = write_recipe(folder, data), folder / "run"
+    process = begin("train", recipe)
+    wait_for(lambda: len(steps_of(run)) > 1, process)
+    second = mpillm("train", recipe, "--resume", ranks=2)
+    assert second.returncode != 0
+    assert second.stderr.count(f"the run {run} is held by process {process.pid} on ") == 1, second.stderr
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    # A holder that was killed takes nothing back, and stands in nobody's way.
+    process = begin("train", recipe, "--resume")
+    wait_for(lambda: (run / LOCK).exists() and "running" in (run / OUTCOME).read_text(), process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert (run / LOCK).exists()
+    last = mpillm("train", recipe, "--resume", "--set", f"train.steps={steps_of(run)[-1] + 5}")
+    assert last.returncode == 0, last.stderr
+    assert not (run / LOCK).exists()
+
+
+def test_a_time_limit_that_is_none(data: Path, folder: Path, mpillm) -> None:  # type: ignore[no-untyped-def]
+    if MPI.COMM_WORLD.size > 1:
+        pytest.skip("starts a process of its own")
+    done = mpillm("train", write_recipe(folder, data, time_limit="90"))
+    assert done.returncode == 2
+    assert "time_limit: a time is H:MM:SS" in done.stderr
