@@ -47,14 +47,18 @@ def _job(debug: bool, torch_threads: bool = False, stops_in_order: bool = False)
     """
     from mpillm.comm.together import fail_together
     from mpillm.comm.world import open_world
+    from mpillm.launch.lonely import one_voice, refuse_before_init, refuse_lonely_ranks
     from mpillm.launch.signals import interrupt_on_terminate
     from mpillm.launch.terminal import watched
     from mpillm.launch.threads import threads_per_rank
 
     if not stops_in_order:
         interrupt_on_terminate()
-    with fail_together(None, debug=debug):
-        comm = open_world()
+    with fail_together(None, debug=debug), one_voice(os.environ):
+        comm = open_world(lambda library: refuse_before_init(os.environ, library))
+        from mpi4py import MPI
+
+        refuse_lonely_ranks(os.environ, comm.size, MPI.Get_library_version())
     with fail_together(comm, debug=debug):
         threads = threads_per_rank(comm, os.environ)
         # The tokenizers' own thread pool reads its size from the environment alone.
@@ -123,6 +127,7 @@ def train(
     trace: Annotated[
         bool, typer.Option("--trace", help="Leave RUN/trace.json: when each rank did what, for Perfetto or Chrome.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Tell where each rank is: host, cores, GPU.")] = False,
     debug: Debug = False,
 ) -> None:
     """Train a model as a recipe says, the data and the layers shared by the ranks.
@@ -135,9 +140,12 @@ def train(
 
     begun, signals = time.time(), StopSignals()
     with _job(debug, torch_threads=True, stops_in_order=True) as job:
+        from mpillm.launch.placement import tell_placement
         from mpillm.train.loop import train as run
         from mpillm.train.recipe import load_recipe
         from mpillm.train.running import Allotment
+
+        tell_placement(job.comm, os.environ, job.console, verbose)
 
         allotment = Allotment(signals, current_job(os.environ), job_end(os.environ), begun)
         run(load_recipe(recipe, overrides or ()), job.comm, job.console, resume, trace, allotment)

@@ -19,7 +19,10 @@ from mpi4py import MPI
 
 WORLD = MPI.COMM_WORLD
 # A singleton start leaves these behind; a child mpirun that inherits them believes to be part of the parent's job.
-FOREIGN = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "MPI_LOCAL")
+FOREIGN = (
+    "OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "HYDI_", "MPI_LOCAL", "I_MPI_HYDRA", "I_MPI_MPIRUN", "MV2_COMM",
+    "MVP_COMM", "PALS_", "FLUX_TASK", "JSM_NAMESPACE", "SLURM_STEP", "SLURM_PROCID",
+)  # fmt: skip
 ALLOWED = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -1,21 +1,40 @@
-"""How many threads a rank may use, so that ranks which share cores do not crowd each other."""
+"""How many threads a rank may use, so that ranks which share cores do not crowd each other.
 
+A core counts once, however many hardware threads it has: torch's matrix products keep its arithmetic units busy from
+one thread, and a second only takes turns with it.
+"""
+
+import math
 import os
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mpillm.launch.launchers import number
+from mpillm.launch.topology import ROOT, cpu_limit, read_topology
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-def fair_threads(masks: Sequence[AbstractSet[int]], me: int) -> int:
+def fair_threads(masks: Sequence[AbstractSet[int]], me: int, limit: float = math.inf) -> int:
     """The threads due to process `me`, where process i of this node may run on the cores `masks[i]`; at least 1.
 
     A core that k processes may run on counts 1/k for each of them: right for ranks bound to cores of their own, for
-    ranks that float over a whole node, and for anything between.
+    ranks that float over a whole node, and for anything between. `limit` CPUs' worth of time, which all of them share,
+    is parted evenly.
     """
-    return max(1, int(sum(1 / sum(core in mask for mask in masks) for core in masks[me]) + 1e-9))
+    due = sum(1 / sum(core in mask for mask in masks) for core in masks[me])
+    return max(1, int(min(due, limit / len(masks)) + 1e-9))
+
+
+def allowance(environment: Mapping[str, str], root: Path = ROOT) -> float:
+    """The CPUs that the job may use of this node, by its control groups and by Slurm, which need not bind it to them.
+
+    Infinite where neither sets a limit.
+    """
+    return min(cpu_limit(root), number(environment, "SLURM_CPUS_ON_NODE") or math.inf)
 
 
 def threads_per_rank(comm: "MPI.Intracomm", environment: Mapping[str, str]) -> int:
@@ -26,8 +45,8 @@ def threads_per_rank(comm: "MPI.Intracomm", environment: Mapping[str, str]) -> i
     from mpi4py import MPI
 
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    masks: list[set[int]] = local.allgather(os.sched_getaffinity(0))
-    threads = fair_threads(masks, local.rank)
+    masks: list[set[int]] = local.allgather(read_topology().cores(os.sched_getaffinity(0)))
+    threads = fair_threads(masks, local.rank, allowance(environment))
     local.Free()
     wish = environment.get("OMP_NUM_THREADS", "").split(",")[0]
     return int(wish) if wish.isdigit() and int(wish) else threads

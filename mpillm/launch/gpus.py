@@ -1,0 +1,48 @@
+"""The GPUs that this process may use, counted without a GPU library: those take seconds and memory to load."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mpillm.launch.topology import ROOT
+
+# What hides GPUs from a process, by maker; the first that is set counts.
+VISIBLE = {"cuda": ("CUDA_VISIBLE_DEVICES",), "rocm": ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")}
+
+
+def visible_gpus(environment: Mapping[str, str], root: Path = ROOT) -> list[str]:
+    """The names of the GPUs that this process sees, in the order of its devices: `cuda 0`, `cuda GPU-8f3b…`, `rocm 1`.
+
+    The name is the driver's, not the process's own number: where CUDA_VISIBLE_DEVICES=2,3, device 0 is `cuda 2`.
+    """
+    for maker, count in (("cuda", _nvidia_gpus(root)), ("rocm", _amd_gpus(root))):
+        if count:
+            return [f"{maker} {name}" for name in _seen(environment, VISIBLE[maker], count)]
+    return []
+
+
+def gpu_of(local_rank: int, gpus: Sequence[str]) -> str:
+    """The GPU of the node's rank `local_rank`, in turn; "" without any."""
+    return gpus[local_rank % len(gpus)] if gpus else ""
+
+
+def _seen(environment: Mapping[str, str], variables: Sequence[str], count: int) -> list[str]:
+    """The names that the first variable which is set lists, up to the first that names no GPU, as CUDA reads it."""
+    for variable in variables:
+        if variable in environment:
+            names = [name.strip() for name in environment[variable].split(",")]
+            known = [bool(re.match(r"GPU-|MIG-", name)) or (name.isdigit() and int(name) < count) for name in names]
+            return names[: known.index(False)] if False in known else names
+    return [str(number) for number in range(count)]
+
+
+def _nvidia_gpus(root: Path) -> int:
+    """By the driver's own list; in a container that lacks it, by the devices that it was given."""
+    listed = len(list((root / "proc/driver/nvidia/gpus").glob("*")))
+    return listed or len(list((root / "dev").glob("nvidia[0-9]*")))
+
+
+def _amd_gpus(root: Path) -> int:
+    """By the nodes of AMD's compute driver: those with vector units are GPUs, the others CPUs."""
+    nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("*/properties")
+    return sum(bool(re.search(r"^simd_count [1-9]", node.read_text(encoding="ascii"), re.MULTILINE)) for node in nodes)

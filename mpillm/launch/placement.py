@@ -1,0 +1,206 @@
+"""Where the ranks are: host, cores, sockets, threads, GPU; and whether they crowd each other or leave cores idle."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpillm.console import Console
+from mpillm.launch.gpus import gpu_of, visible_gpus
+from mpillm.launch.launchers import detect, launcher_named
+from mpillm.launch.threads import allowance, threads_per_rank
+from mpillm.launch.topology import ROOT, job_cpus, ranges_text, read_topology
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+COLUMNS = ("host", "ranks", "local", "cores", "socket", "NUMA", "threads", "GPU")
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank's: what it is given of its node."""
+
+    rank: int
+    host: str
+    local_rank: int
+    local_size: int
+    cpus: frozenset[int]
+    """The hardware threads that it may run on."""
+    cores: frozenset[int]
+    """Their cores, each named by its lowest CPU."""
+    threads: int
+    sockets: frozenset[int] = frozenset()
+    numa: frozenset[int] = frozenset()
+    gpu: str = ""
+    """The one that its local rank stands for, such as `cuda 2`; "" without any."""
+    offered_cores: int = 1
+    """The cores that the node offers to all ranks of the job there."""
+    limit: float = float("inf")
+    """The CPUs' worth of time that all ranks of the job get there."""
+    launcher: str = ""
+    """Its name in launchers.LAUNCHERS."""
+
+
+def placement(comm: "MPI.Intracomm", environment: Mapping[str, str], root: Path = ROOT) -> list[Place]:
+    """The place of each rank of `comm`, in their order, on every rank. Every rank calls it."""
+    from mpi4py import MPI
+
+    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    topology, cpus, limit = read_topology(root), os.sched_getaffinity(0), allowance(environment, root)
+    offered = job_cpus(root) or cpus
+    mine = Place(
+        rank=comm.rank,
+        host=MPI.Get_processor_name(),
+        local_rank=local.rank,
+        local_size=local.size,
+        cpus=frozenset(cpus),
+        cores=frozenset(topology.cores(cpus)),
+        threads=threads_per_rank(comm, environment),
+        sockets=frozenset(topology.sockets(cpus)),
+        numa=frozenset(topology.numa_nodes(cpus)),
+        gpu=gpu_of(local.rank, visible_gpus(environment, root)),
+        offered_cores=cores_within(limit, len(offered), len(topology.cores(offered))),
+        limit=limit,
+        launcher=detect(environment).launcher,
+    )
+    local.Free()
+    return comm.allgather(mine)
+
+
+def tell_placement(comm: "MPI.Intracomm", environment: Mapping[str, str], console: Console, verbose: bool) -> None:
+    """Warn of ranks that crowd each other or leave cores idle; `verbose`: show where each is. Every rank calls it."""
+    places = placement(comm, environment)
+    if verbose:
+        console.table("placement", COLUMNS, table_rows(places))
+    for text in (oversubscription(places), narrow_binding(places)):
+        if text:
+            console.warn(text)
+
+
+def cores_within(limit: float, cpus: int, cores: int) -> int:
+    """How many of a node's `cores`, with `cpus` hardware threads in all, `limit` CPUs amount to; at least 1."""
+    return max(1, int(min(cores, limit * cores / cpus)))
+
+
+def table_rows(places: Sequence[Place]) -> list[tuple[str, ...]]:
+    """A row for each run of like ranks, under COLUMNS; hosts whose ranks lie alike are shown once."""
+    hosts = by_host(places)
+    alike: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    for host, there in hosts.items():
+        alike.setdefault(tuple((str(place.local_rank), *_cells(place)) for place in there), []).append(host)
+    rows = []
+    for names in alike.values():
+        host = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} alike"
+        rows += [
+            (host, ranges_text(p.rank for p in run), ranges_text(p.local_rank for p in run), *_cells(run[0]))
+            for run in _runs(hosts[names[0]])
+        ]
+    return rows
+
+
+def oversubscription(places: Sequence[Place]) -> str:
+    """A warning where more threads than CPUs can run on a host; "" where each has its own.
+
+    Ranks that wait for a message spin, so a thread without a CPU of its own holds all of them up. CPUs are those that
+    the ranks may run on, in time no more than the job's limit.
+    """
+    crowds = [crowd for there in by_host(places).values() if (crowd := _worst_crowd(there))]
+    if not crowds:
+        return ""
+    there, cpus, room = max(crowds, key=lambda crowd: sum(place.threads for place in crowd[0]) / crowd[2])
+    others = f" (and {_count(len(crowds) - 1, 'host')} more like it)" if len(crowds) > 1 else ""
+    only = f"{room:g} CPUs' worth of time" if room < len(cpus) else f"{_count(len(cpus), 'CPU')} ({ranges_text(cpus)})"
+    return (
+        f"host {there[0].host}{others}: {_ranks(there)} of the job run {sum(place.threads for place in there)} threads "
+        f"on {only}, so they wait for each other; {_ways_out(there, room)}"
+    )
+
+
+def narrow_binding(places: Sequence[Place]) -> str:
+    """A hint where the ranks of a host may run on half of the cores that it offers to the job, or fewer; "" elsewhere.
+
+    Open MPI binds each rank to one core unless told otherwise: `mpirun -n 2` leaves 62 of 64 cores idle.
+    """
+    idle = [there for there in by_host(places).values() if 2 * _used_cores(there) <= there[0].offered_cores]
+    if not idle:
+        return ""
+    there = max(idle, key=lambda there: there[0].offered_cores / _used_cores(there))
+    used, offered = _used_cores(there), there[0].offered_cores
+    others = f" (and {_count(len(idle) - 1, 'host')} more like it)" if len(idle) > 1 else ""
+    return (
+        f"{_count(len(there), 'rank')} on host {there[0].host}{others} may run on {used} of its {offered} cores; "
+        f"{_widen(there[0])}"
+    )
+
+
+def by_host(places: Sequence[Place]) -> dict[str, list[Place]]:
+    """Host → its places, hosts and places in the order of ranks."""
+    hosts: dict[str, list[Place]] = {}
+    for place in places:
+        hosts.setdefault(place.host, []).append(place)
+    return hosts
+
+
+def _worst_crowd(there: Sequence[Place]) -> tuple[list[Place], frozenset[int], float] | None:
+    """The ranks of one host that run the most threads for their CPUs, these CPUs, and how many count; None if all fit.
+
+    Threads fit when no set of CPUs is asked for more than it has by the ranks that may run there alone (Hall's
+    theorem); the sets worth a look are the masks of the ranks and all of them together.
+    """
+    everything = frozenset[int]().union(*(place.cpus for place in there))
+    crowds = []
+    for cpus in {everything, *(place.cpus for place in there)}:
+        inside = [place for place in there if place.cpus <= cpus]
+        room = min(len(cpus), max(1.0, there[0].limit)) if cpus == everything else len(cpus)
+        if sum(place.threads for place in inside) > room:
+            crowds.append((inside, cpus, room))
+    return max(crowds, key=lambda crowd: sum(place.threads for place in crowd[0]) / crowd[2], default=None)
+
+
+def _ways_out(there: Sequence[Place], room: float) -> str:
+    fewer = f"start {_count(int(room), 'rank')} there at the most" if len(there) > room else ""
+    offered = there[0].offered_cores
+    wider = _widen(there[0]) if _used_cores(there) < offered else ""
+    fair = max(1, int(room / len(there)))
+    threads = f"set OMP_NUM_THREADS={fair}" if any(place.threads > fair for place in there) else ""
+    return " or ".join(way for way in (threads, wider, fewer) if way)
+
+
+def _used_cores(there: Sequence[Place]) -> int:
+    return len(frozenset[int]().union(*(place.cores for place in there)))
+
+
+def _widen(place: Place) -> str:
+    """How this place's launcher gives each rank of the host its share of the cores."""
+    launcher = launcher_named(place.launcher)
+    if launcher is None or not launcher.widen:
+        return "start with a wider mask (`taskset --pid --cpu-list $$` shows the shell's own)"
+    return launcher.widen.format(cores=max(1, place.offered_cores // place.local_size))
+
+
+def _runs(there: Sequence[Place]) -> list[list[Place]]:
+    """Neighbours that differ in nothing but their ranks, together."""
+    runs: list[list[Place]] = []
+    for place in there:
+        if runs and _cells(runs[-1][0]) == _cells(place):
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return runs
+
+
+def _cells(place: Place) -> tuple[str, ...]:
+    """What the table tells of a place apart from its host and ranks."""
+    lists = (ranges_text(numbers) or NONE for numbers in (place.cores, place.sockets, place.numa))
+    return (*lists, str(place.threads), place.gpu or NONE)
+
+
+def _ranks(there: Sequence[Place]) -> str:
+    return f"{'ranks' if len(there) > 1 else 'rank'} {ranges_text(place.rank for place in there)}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"

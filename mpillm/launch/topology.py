@@ -1,0 +1,119 @@
+"""The node as Linux tells it: which CPUs share a core, a socket, a NUMA node, and how many of them one may use.
+
+A CPU is Linux's word: a hardware thread. A core holds one, or several that share its arithmetic units.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SYSTEM = Path("sys/devices/system")
+ROOT = Path("/")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """CPU → its core (named by the core's lowest CPU), socket, NUMA node; empty where Linux does not tell."""
+
+    core: Mapping[int, int] = field(default_factory=dict)
+    socket: Mapping[int, int] = field(default_factory=dict)
+    numa: Mapping[int, int] = field(default_factory=dict)
+
+    def cores(self, cpus: Iterable[int]) -> set[int]:
+        """The cores of these CPUs; a CPU of which nothing is known is a core of its own."""
+        return {self.core.get(cpu, cpu) for cpu in cpus}
+
+    def sockets(self, cpus: Iterable[int]) -> set[int]:
+        return {self.socket[cpu] for cpu in cpus if cpu in self.socket}
+
+    def numa_nodes(self, cpus: Iterable[int]) -> set[int]:
+        return {self.numa[cpu] for cpu in cpus if cpu in self.numa}
+
+
+def read_topology(root: Path = ROOT) -> Topology:
+    """This node's; `root` holds `sys`."""
+    core, socket = {}, {}
+    for folder in (root / SYSTEM / "cpu").glob("cpu[0-9]*"):
+        cpu, told = int(folder.name[3:]), folder / "topology"
+        siblings = parse_cpus(_read(told / "thread_siblings_list"))
+        if siblings:  # a CPU that is switched off has none
+            core[cpu] = min(siblings)
+        package = _read(told / "physical_package_id")
+        if package.isdigit():
+            socket[cpu] = int(package)
+    numa = {
+        cpu: int(folder.name[4:])
+        for folder in (root / SYSTEM / "node").glob("node[0-9]*")
+        for cpu in parse_cpus(_read(folder / "cpulist"))
+    }
+    return Topology(core, socket, numa)
+
+
+def job_cpus(root: Path = ROOT) -> set[int]:
+    """The CPUs that the node offers to this job or container, whatever narrower mask this process is bound to."""
+    for folder in _control_groups(root, "cpuset"):
+        for name in ("cpuset.cpus.effective", "cpuset.effective_cpus"):
+            cpus = parse_cpus(_read(folder / name))
+            if cpus:
+                return cpus
+    return parse_cpus(_read(root / SYSTEM / "cpu" / "online"))
+
+
+def cpu_limit(root: Path = ROOT) -> float:
+    """How many CPUs' worth of time this job or container gets by its control groups; infinite without a limit.
+
+    A container may be given 2 CPUs of time and see 64 in its mask.
+    """
+    return min((_quota(folder) for folder in _control_groups(root, "cpu")), default=math.inf)
+
+
+def parse_cpus(text: str) -> set[int]:
+    """Linux's list of CPUs: `0-3,8` → {0, 1, 2, 3, 8}."""
+    ranges = re.findall(r"(\d+)(?:-(\d+))?", text)
+    return {cpu for first, last in ranges for cpu in range(int(first), int(last or first) + 1)}
+
+
+def ranges_text(numbers: Iterable[int]) -> str:
+    """{0, 1, 2, 3, 8} → `0–3,8`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
+
+
+def _control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of this process's control groups, the innermost first, in version 2 and 1.
+
+    A container often sees its own group as the top folder, and in /proc a path that only its host knows.
+    """
+    mounts = root / "sys/fs/cgroup"
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            tops = (mounts, mounts / "unified")
+        elif controller in controllers.split(","):
+            tops = (mounts / controllers, mounts / controller)
+        else:
+            continue
+        within = Path(path.lstrip("/"))
+        yield from (top / part for top in tops for part in (within, *within.parents) if (top / part).is_dir())
+
+
+def _quota(folder: Path) -> float:
+    """A control group's own limit, in CPUs: version 2 writes `max 100000` or `200000 100000`, version 1 two files."""
+    told = _read(folder / "cpu.max") or f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}"
+    limit = re.fullmatch(r"(\d+) ([1-9]\d*)", told)
+    return int(limit[1]) / int(limit[2]) if limit else math.inf
+
+
+def _read(path: Path) -> str:
+    """A file's text; "" where it is missing or Linux does not let us."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
