@@ -3,13 +3,15 @@
 Shapes: B sequences, T positions, C width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from mpillm.models.config import DecoderConfig
 from mpillm.models.layers import Layer, LayerCache, Rotary, make_norm
@@ -126,14 +128,21 @@ def initialise(model: Decoder, seed: int) -> None:
             weight.copy_(values)
 
 
+class WithoutValues(TorchFunctionMode):
+    """Inside it modules are made with memory and no values, for whoever sets them all: weights are drawn once.
+
+    On the meta device they would have no memory, and torch loads its compiler there, which takes as long as torch.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return None if getattr(func, "__module__", "") == nn.init.__name__ else func(*args, **(kwargs or {}))
+
+
 def create(config: DecoderConfig, seed: int, device: torch.device | None = None, part: Part | None = None) -> Decoder:
     """An initialised decoder, or the `part` of it, on `device` (the CPU where none is given)."""
-    with torch.device("meta"):
+    with device or torch.device("cpu"), WithoutValues():
         model = Decoder(config, part)
-    model = model.to_empty(device=device or torch.device("cpu"))
-    # Making the memory real undoes what stood in it: the tie, and the table of angles.
-    model.tie()
-    if model.rotary is not None:
-        model.rotary = Rotary(config).to(next(model.parameters()).device)
     initialise(model, seed)
     return model

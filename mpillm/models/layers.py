@@ -26,11 +26,13 @@ class Rotary(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         half = config.head_width // 2
-        frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
-        angles = torch.outer(torch.arange(config.context, dtype=torch.float64), frequencies)
+        # The same bits on every device.
+        cpu, device = torch.device("cpu"), torch.get_default_device()
+        frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=cpu) / half)
+        angles = torch.outer(torch.arange(config.context, dtype=torch.float64, device=cpu), frequencies)
         angles_TD = torch.cat([angles, angles], dim=-1)
-        self.register_buffer("cos_TD", angles_TD.cos().float(), persistent=False)
-        self.register_buffer("sin_TD", angles_TD.sin().float(), persistent=False)
+        self.register_buffer("cos_TD", angles_TD.cos().float().to(device), persistent=False)
+        self.register_buffer("sin_TD", angles_TD.sin().float().to(device), persistent=False)
 
     def forward(self, x_BHTD: Tensor, first: int) -> Tensor:
         """Turn x, whose first position is `first`."""

@@ -1,5 +1,6 @@
 """AdamW, and its state as named tensors."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -10,13 +11,20 @@ from mpillm.train.rates import OptimizerSettings
 SLOTS = ("exp_avg", "exp_avg_sq")
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, without its compiler, which it would load only to keep it away: that takes as long as torch itself."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 def make_optimizer(weights: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW over `weights`, fused, with its state allocated."""
     weights = list(weights)
     matrices = [weight for weight in weights if weight.dim() > 1]
     vectors = [weight for weight in weights if weight.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
+    optimizer = AdamW(
         [group for group in groups if group["params"]], lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True,
     )  # fmt: skip

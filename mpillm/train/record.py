@@ -1,10 +1,10 @@
 """What a run leaves behind for people and programs: metrics.jsonl, TensorBoard events, loss.png."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from mpillm.files import replacing, write_text
 
@@ -35,7 +35,7 @@ class Record:
         kept = [metrics for metrics in read_metrics(run / METRICS) if metrics["step"] <= last_step]
         write_text(run / METRICS, "".join(_line(metrics) for metrics in kept))
         self._file = (run / METRICS).open("a", encoding="utf-8")
-        self._events = _event_writer(run / EVENTS, last_step)
+        self._events = _Events(run / EVENTS, last_step)
 
     def add(self, metrics: Metrics) -> None:
         """One object: a step, or an evaluation (`step`, `validation_loss`)."""
@@ -43,9 +43,7 @@ class Record:
             return
         self._file.write(_line(metrics))
         self._file.flush()
-        for name, value in metrics.items():
-            if name != "step":
-                self._events.add_scalar(name, value, int(metrics["step"]))
+        self._events.add(metrics)
 
     def draw(self) -> None:
         """(Re)draw loss.png from the metrics so far."""
@@ -63,11 +61,32 @@ def _line(metrics: Metrics) -> str:
     return json.dumps(metrics) + "\n"
 
 
-def _event_writer(folder: Path, last_step: int) -> Any:
-    # Imported here: it takes a second, and only rank 0 needs it.
-    from torch.utils.tensorboard import SummaryWriter
+class _Events:
+    """TensorBoard's event file, by TensorBoard's own writer: torch's, around it, takes a second to load."""
 
-    return SummaryWriter(str(folder), purge_step=last_step + 1 if last_step else None)
+    def __init__(self, folder: Path, last_step: int) -> None:
+        """What an earlier try told beyond `last_step` no longer holds."""
+        # Imported here: only rank 0 needs it.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = Event, Summary
+        self._writer = EventFileWriter(str(folder))
+        if last_step:
+            begin = SessionLog(status=SessionLog.START)
+            self._writer.add_event(Event(wall_time=time.time(), step=last_step + 1, session_log=begin))
+
+    def add(self, metrics: Metrics) -> None:
+        values = [
+            self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items() if name != "step"
+        ]
+        self._writer.add_event(
+            self._event(wall_time=time.time(), step=int(metrics["step"]), summary=self._summary(value=values))
+        )
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def draw_loss(metrics: list[Metrics], path: Path) -> None:
