@@ -134,7 +134,8 @@ def silent_seconds(folder: Path) -> float:
     except OSError:
         return max(0.0, time.time() - _modified(folder / LOCK))
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def is_alive(folder: Path) -> bool:

@@ -1,0 +1,56 @@
+"""Long curves made short for a picture: fewer points with every spike kept, and a smooth line through noise."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Curve = NDArray[np.float64]
+MOST_POINTS = 2000
+# The smooth line is a median over this share of the steps, and there is none for fewer steps than this.
+SMOOTH_SHARE, FEWEST_TO_SMOOTH = 1 / 50, 20
+
+
+def curve(values: ArrayLike) -> Curve:
+    """As float64; what is no number or infinite is NaN, where a picture has a gap."""
+    found = np.array(values, dtype=np.float64)
+    found[~np.isfinite(found)] = np.nan
+    return found
+
+
+def thin(x: Curve, y: Curve, most: int = MOST_POINTS) -> tuple[Curve, Curve]:
+    """At most `most` (4 or more) of the points: the lowest and the highest of each bin, the first and the last.
+
+    A bin without any number stays as a gap.
+    """
+    if len(x) <= most:
+        return x, y
+    bins = (most - 2) // 2
+    starts = np.linspace(0, len(x), bins + 1).astype(np.int64)
+    chosen = {0, len(x) - 1}
+    for first, end in pairwise(starts):
+        part = y[first:end]
+        chosen.add(int(first + np.argmin(np.where(np.isnan(part), np.inf, part))))
+        chosen.add(int(first + np.argmax(np.where(np.isnan(part), -np.inf, part))))
+    index: NDArray[Any] = np.array(sorted(chosen))
+    return x[index], y[index]
+
+
+def smooth(x: Curve, y: Curve, most: int = MOST_POINTS // 4) -> tuple[Curve, Curve]:
+    """At most `most` points, each the median of a window around it: a single slow step doesn't bend the line.
+
+    Gaps are left out of a median; a window without any number is a gap. The window is cut evenly at the steep
+    beginning, so that the line begins where the curve does, and on the right alone at the end, so that one last value
+    doesn't bend it.
+    """
+    half = max(1, int(len(y) * SMOOTH_SHARE / 2))
+    at = np.unique(np.linspace(0, len(y) - 1, most).astype(np.int64))
+    medians = [_median(y[i - min(i, half) : i + min(i, half) + 1]) for i in at]
+    return x[at], np.array(medians)
+
+
+def _median(values: Curve) -> float:
+    there = values[~np.isnan(values)]
+    return float(np.median(there)) if len(there) else math.nan

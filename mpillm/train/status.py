@@ -1,0 +1,247 @@
+"""What `mpillm status` tells: where a run stands, how fast it goes, and what to do next."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mpillm.console import Console, clock
+from mpillm.errors import MpillmError
+from mpillm.launch.schedulers import is_over
+from mpillm.launch.walltime import clock_time
+from mpillm.train.history import KILLED, RUNNING, Attempt
+from mpillm.train.record import RECIPE
+from mpillm.train.standing import FINISHED, SUBMITTED, UNKNOWN, Kept, Standing, read_run
+
+Ask = Callable[[str, str], str]
+"""(scheduler, job id) → what the scheduler says of the job, in a word; empty where it says nothing."""
+# More names than these are counted, not told.
+MOST_HOSTS = 4
+
+
+def status(run: Path, console: Console, as_json: bool = False, ask: Ask | None = None) -> None:
+    """Print where a run stands, as a table or as one JSON object. Raises UsageError where there is no run."""
+    found = figures(read_run(run), ask)
+    if as_json:
+        console.write(json.dumps(_plain(found), ensure_ascii=False) + "\n")
+    else:
+        console.facts(str(run), facts(found))
+
+
+def figures(standing: Standing, ask: Ask | None = None) -> dict[str, Any]:
+    """Where a run stands, as plain values: seconds, bytes, unix seconds; None for what nothing tells."""
+    last = standing.attempts[-1] if standing.attempts else None
+    job = dict(standing.job) or (last.job if last else {})
+    job_state = _asked(job, ask)
+    step_seconds = _median(standing.recent("step_seconds"))
+    deadline = last.facts.get("deadline") if last and last.how == RUNNING else None
+    newest = standing.checkpoints[-1] if standing.checkpoints else None
+    return {
+        "run": str(standing.run),
+        "state": standing.state,
+        "reason": standing.reason,
+        "holder": standing.holder,
+        "job": {**{key: job.get(key) for key in ("scheduler", "id", "output")}, "state": job_state} if job else None,
+        "step": standing.step,
+        "steps": standing.goal or None,
+        "loss": _last(standing.steps.get("loss", ())),
+        "recent_loss": _mean(standing.recent("loss")),
+        "validation_loss": _last(standing.evaluations.get("validation_loss", ())),
+        "validation_step": _count(standing.evaluations.get("step", ())),
+        "tokens": _count(standing.steps.get("tokens", ())),
+        "tokens_per_second": _median(standing.recent("tokens_per_second")),
+        "step_seconds": step_seconds,
+        "seconds_left": step_seconds * standing.steps_left if step_seconds is not None and standing.goal else None,
+        "seconds_to_deadline": deadline - standing.now if isinstance(deadline, int | float) else None,
+        "checkpoint": _checkpoint(newest, standing.now),
+        "attempts": [_attempt(attempt) for attempt in standing.attempts],
+        "next": next_thing(standing, newest, job_state),
+    }
+
+
+def facts(found: Mapping[str, Any]) -> dict[str, str]:
+    """The rows of the table; what nothing tells is left out."""
+    rows = {
+        "state": state_text(found),
+        "job": _job_text(found["job"]),
+        "step": f"{found['step']:,}" + (f" of {found['steps']:,}" if found["steps"] else ""),
+        "loss": _loss_text(found),
+        "validation loss": _validation_text(found),
+        "speed": _speed_text(found),
+        "time left": _left_text(found),
+        "checkpoint": _checkpoint_text(found["checkpoint"]),
+        "attempts": _attempts_text(found["attempts"]),
+        "next": found["next"],
+    }
+    return {name: text for name, text in rows.items() if text}
+
+
+def next_thing(standing: Standing, newest: Kept | None, job_state: str) -> str:
+    """What is to be done next, by whom."""
+    run, state = standing.run, standing.state
+    if state == RUNNING:
+        return f"it goes on by itself; mpillm report {run} draws it"
+    if state == FINISHED:
+        return f"mpillm evaluate {run}, mpillm generate {run} --prompt TEXT, mpillm report {run}"
+    if job_state and not is_over(job_state):
+        return "the job goes on by itself"
+    log = f"look into {standing.job.get('output') or 'what the job printed'}, then "
+    mend = {"failed": "mend what failed, then ", KILLED: log}.get(state, "")
+    on = f"goes on from step {newest.step:,}" if newest else "begins at step 1: no checkpoint was saved yet"
+    return f"{mend}{_way_on(standing)} {on}"
+
+
+def _way_on(standing: Standing) -> str:
+    """The command that goes on with the run, on as many nodes and ranks as before."""
+    job, recipe = standing.job, standing.run / RECIPE
+    if isinstance(job.get("nodes"), int) and isinstance(job.get("seconds"), int):
+        size = (
+            f"--nodes {job['nodes']} --ranks-per-node {job.get('ranks_per_node')} --time {clock_time(job['seconds'])}"
+        )
+        asked = "".join(f" --{key} {job[key]}" for key in ("partition", "account") if job.get(key))
+        return f"mpillm submit {recipe} {size}{asked} --resume"
+    ranks = standing.attempts[-1].facts.get("ranks") if standing.attempts else None
+    launcher = f"mpirun -n {ranks} " if isinstance(ranks, int) and ranks > 1 else ""
+    return f"{launcher}mpillm train {recipe} --resume"
+
+
+def _asked(job: Mapping[str, Any], ask: Ask | None) -> str:
+    if ask is None or not job.get("scheduler") or not job.get("id"):
+        return ""
+    try:
+        return ask(str(job["scheduler"]), str(job["id"]))
+    except MpillmError:
+        # The run's own files tell the rest.
+        return ""
+
+
+def host_names(names: Sequence[str]) -> str:
+    """`n1, n2`, and of many the first few and how many more."""
+    more = len(names) - MOST_HOSTS
+    return ", ".join(names[:MOST_HOSTS]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def moment(seconds: float) -> str:
+    """Unix seconds → `2026-11-26 14:00:00`, as the clock here shows it."""
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def state_text(found: Mapping[str, Any]) -> str:
+    """The state in a phrase: where, since when, why. `found`: of `figures`."""
+    state, reason = str(found["state"]), f": {found['reason']}" if found["reason"] else ""
+    last = found["attempts"][-1] if found["attempts"] else None
+    held = f"; held by {found['holder']}" if found["holder"] and state not in (RUNNING, FINISHED) else ""
+    if state == SUBMITTED:
+        return f"submitted, not started yet{held}"
+    if state == UNKNOWN:
+        return f"unknown: an mpillm that keeps no history trained it, or nobody did{held}"
+    if last is None:
+        return f"{state} {found['holder']}".rstrip()
+    if state == RUNNING:
+        where = f" on {host_names(last['hosts'])}" if last["hosts"] else ""
+        return f"running{where} since {moment(last['began'])} ({clock(last['seconds'])})"
+    if state == KILLED:
+        return f"killed without a word; last sign {moment(last['ended'])}{held}"
+    return f"{state} {moment(last['ended'])}{reason}{held}"
+
+
+def _job_text(job: Mapping[str, Any] | None) -> str:
+    if not job:
+        return ""
+    state = f": {job['state']}" if job["state"] else ""
+    return f"{job['scheduler']} {job['id']}{state}" + (f"; its output: {job['output']}" if job["output"] else "")
+
+
+def _loss_text(found: Mapping[str, Any]) -> str:
+    if found["loss"] is None:
+        return ""
+    mean = f" (mean of the last steps {found['recent_loss']:.4f})" if found["recent_loss"] is not None else ""
+    return f"{found['loss']:.4f}{mean}"
+
+
+def _validation_text(found: Mapping[str, Any]) -> str:
+    loss = found["validation_loss"]
+    return "" if loss is None else f"{loss:.4f} at step {found['validation_step']:,}"
+
+
+def _speed_text(found: Mapping[str, Any]) -> str:
+    rate, seconds = found["tokens_per_second"], found["step_seconds"]
+    return "" if rate is None or seconds is None else f"{rate:,.0f} tokens/s, {seconds:.3g} s a step"
+
+
+def _left_text(found: Mapping[str, Any]) -> str:
+    left, deadline = found["seconds_left"], found["seconds_to_deadline"]
+    if left is None or found["state"] == FINISHED:
+        return ""
+    steps = f"{clock(left)} for {found['steps'] - found['step']:,} steps"
+    if deadline is None:
+        return steps
+    if deadline <= 0:
+        return f"{steps}; the job's time is over"
+    short = ", too early: it will save and stop before" if deadline < left else ""
+    return f"{steps}; the job ends in {clock(deadline)}{short}"
+
+
+def _checkpoint_text(checkpoint: Mapping[str, Any] | None) -> str:
+    if checkpoint is None:
+        return "none yet"
+    return f"{checkpoint['path']}, {clock(checkpoint['age_seconds'])} ago"
+
+
+def _attempts_text(attempts: Sequence[Mapping[str, Any]]) -> str:
+    if len(attempts) < 2:
+        return ""
+    ends = [attempt["how"] for attempt in attempts]
+    return f"{len(ends)}: " + ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
+
+
+def _attempt(attempt: Attempt) -> dict[str, Any]:
+    return {
+        "began": attempt.began.timestamp(),
+        "ended": attempt.ended.timestamp(),
+        "seconds": attempt.seconds,
+        "first_step": attempt.first_step,
+        "last_step": attempt.last_step,
+        "how": attempt.how,
+        "reason": attempt.reason,
+        "ranks": attempt.facts.get("ranks"),
+        "hosts": list(attempt.hosts),
+        "job": attempt.job or None,
+    }
+
+
+def _checkpoint(newest: Kept | None, now: float) -> dict[str, Any] | None:
+    if newest is None:
+        return None
+    age = max(0.0, now - newest.written)
+    return {"path": str(newest.folder), "step": newest.step, "bytes": newest.bytes, "age_seconds": age}
+
+
+def _last(values: Sequence[float]) -> float | None:
+    return values[-1] if values else None
+
+
+def _count(values: Sequence[float]) -> int | None:
+    return int(values[-1]) if values and math.isfinite(values[-1]) else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: null stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
