@@ -1,14 +1,15 @@
 """The front door: one short function a verb. Rooms are imported inside the verbs, so that `--help` loads none."""
 
+import importlib
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -69,6 +70,18 @@ def _job(debug: bool, torch_threads: bool = False, stops_in_order: bool = False)
 
             torch.set_num_threads(threads)
         yield Job(comm, Console(speaks=comm.rank == 0, watched=watched(os.environ)), threads)
+
+
+@contextmanager
+def _first_alone(debug: bool) -> Iterator[Console]:
+    """For verbs that need one process and no MPI: under a launcher all but the first leave at once."""
+    from mpillm.comm.together import fail_together
+    from mpillm.launch.terminal import watched
+
+    if rank_from_environment(os.environ):
+        raise typer.Exit
+    with fail_together(None, debug=debug):
+        yield Console(watched=watched(os.environ))
 
 
 @app.command(epilog="Example: mpirun -n 2 mpillm prepare stdlib --out prepared/stdlib --vocab-size 4096")
@@ -272,19 +285,131 @@ def schedule(
     debug: Debug = False,
 ) -> None:
     """Draw a pipeline schedule, and tell how long ranks wait and what they store; no MPI, no torch."""
-    from mpillm.comm.together import fail_together
-    from mpillm.launch.terminal import watched
-
-    if rank_from_environment(os.environ):
-        return
-    with fail_together(None, debug=debug):
+    with _first_alone(debug) as console:
+        from mpillm.launch.terminal import watched
         from mpillm.parallel.schedule_report import ScheduleOptions, report
 
         options = ScheduleOptions(
             name=name, ranks=stages, microbatches=microbatches, chunks=chunks, costs=costs, svg=svg, png=png, csv=csv,
             as_json=as_json, width=shutil.get_terminal_size((120, 24)).columns, coloured=watched(os.environ),
         )  # fmt: skip
-        report(options, Console(watched=options.coloured))
+        report(options, console)
+
+
+def _late(module: str, name: str) -> Callable[..., Any]:
+    """A function of another room, imported when it is called: what that room needs may be what is missing."""
+    return lambda *given: getattr(importlib.import_module(module), name)(*given)
+
+
+@app.command(epilog="Example: mpirun -n 4 mpillm doctor /scratch/me --json")
+def doctor(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="PATH…", help="Folders that runs and data will lie in; else this one and the temporary one."
+        ),
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(metavar="PROFILE.json", help="A cluster profile to judge.")] = None,
+    hosts: Annotated[str, typer.Option(metavar="A,B,…", help="Hosts to reach; else those of the allocation.")] = "",
+    gpus: Annotated[int | None, typer.Option(help="GPUs that each host should have.")] = None,
+    site: Annotated[Path | None, typer.Option(metavar="SITE.toml", help="Another site file than your own.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Look for what would keep a run from starting or make it slow: alone, or under mpirun on every host."""
+    from mpillm.comm.together import fail_together
+    from mpillm.launch.terminal import watched
+
+    with fail_together(None, debug=debug):
+        from mpillm.launch.doctor.options import DoctorOptions, Probes
+        from mpillm.launch.doctor.run import doctor as run
+
+        names = tuple(filter(None, hosts.split(",")))
+        options = DoctorOptions(tuple(paths or ()), profile, names, gpus, site, as_json)
+        probes = Probes(
+            gpu_probe=_late("mpillm.comm.gpu.probe", "probe"),
+            describe_cluster=_late("mpillm.comm.profile", "describe_cluster"),
+            load_profile=_late("mpillm.comm.profile", "load_profile"),
+        )
+        console = Console(speaks=rank_from_environment(os.environ) == 0, watched=watched(os.environ))
+        raise typer.Exit(run(options, console, probes, os.environ))
+
+
+@app.command(epilog="Example: mpillm submit recipe.toml --nodes 2 --ranks-per-node 64 --time 12:00:00 --dry-run")
+def submit(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to train.")],
+    nodes: Annotated[int, typer.Option(help="Nodes of the job.")],
+    ranks_per_node: Annotated[int, typer.Option(help="Ranks on each.")],
+    time: Annotated[str, typer.Option(help="Wall time: 1:30:00, 2-00:00:00, 90m, 2h.")],
+    scheduler: Annotated[str, typer.Option(help="slurm, pbs, lsf, or auto: the one that is here.")] = "auto",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a setting of the recipe.")
+    ] = None,
+    site: Annotated[
+        Path | None, typer.Option(metavar="SITE.toml", help="Instead of ~/.config/mpillm/site.toml.")
+    ] = None,
+    partition: Annotated[str, typer.Option(help="Slurm's partition, the queue of PBS and LSF.")] = "",
+    account: Annotated[str, typer.Option(help="The project that pays.")] = "",
+    name: Annotated[str, typer.Option(help="The job's name; else the recipe's.")] = "",
+    threads: Annotated[int, typer.Option(help="Threads a rank; 0: the node's cores shared out, or 1.")] = 0,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs to ask for; else as the site file says.")] = None,
+    stage: Annotated[bool, typer.Option("--stage", help="Copy the shards to each node first.")] = False,
+    oversubscribe: Annotated[bool, typer.Option("--oversubscribe", help="Allow more threads than cores.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
+    max_restarts: Annotated[int, typer.Option(help="How often a job that ran out of time is submitted again.")] = 100,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the script, and do nothing.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a batch script beside the run, show it, and hand it to Slurm, PBS or LSF; no MPI, no torch."""
+    with _first_alone(debug) as console:
+        from mpillm.launch.site import load_site
+        from mpillm.launch.submit import SubmitOptions, SubmittedRecipe
+        from mpillm.launch.submit import submit as run
+        from mpillm.parallel.axes import mesh_sizes
+        from mpillm.train.recipe import load_recipe, write_recipe
+
+        options = SubmitOptions(
+            nodes=nodes, ranks_per_node=ranks_per_node, time=time, scheduler=scheduler, partition=partition,
+            account=account, name=name, threads=threads, gpus_per_node=gpus_per_node, stage=stage,
+            oversubscribe=oversubscribe, resume=resume, max_restarts=max_restarts, dry_run=dry_run, as_json=as_json,
+        )  # fmt: skip
+        plan = load_recipe(recipe, overrides or ())
+        submitted = SubmittedRecipe(
+            recipe.stem, plan.train.run, plan.data.path, plan.parallel.profile, write_recipe(plan)
+        )
+
+        def check_ranks(ranks: int) -> None:
+            mesh_sizes(plan.parallel, ranks, plan.model.layers, plan.train.batch)
+
+        run(options, submitted, load_site(site, os.environ), console, os.environ, check_ranks)
+
+
+@app.command(epilog="Example: mpillm status runs/quickstart")
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Where a run stands: its last step, speed, time left, checkpoint and job; no MPI, no torch."""
+    with _first_alone(debug) as console:
+        from mpillm.launch.schedulers import job_state
+        from mpillm.train.status import status as tell
+
+        tell(run, console, as_json, lambda scheduler, job: job_state(scheduler, job, os.environ) or "")
+
+
+@app.command(epilog="Example: mpillm report runs/quickstart --out quickstart.html")
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Instead of RUN/report.html.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Draw a run as one HTML file that needs no network: curves, hosts, recipe, failures and restarts."""
+    with _first_alone(debug) as console:
+        from mpillm.train.report import report as write
+
+        write(run, console, out)
 
 
 @app.callback(invoke_without_command=True)

@@ -113,6 +113,11 @@ class Console:
         if self.speaks:
             self._out.print(Text.assemble(("warning:", "yellow"), " ", text))
 
+    def styled(self, parts: Sequence[tuple[str, str]]) -> None:
+        """A line of parts, each with rich's name of its style, "" for none."""
+        if self.speaks:
+            self._out.print(Text.assemble(*parts))
+
     def write(self, text: str) -> None:
         """Text as it is, without a line end: for output that streams."""
         if self.speaks:

@@ -28,7 +28,8 @@ BELOW: dict[str, set[str]] = {
     "train": {"comm", "models", "launch", "parallel", "tokens", "weights", "infer"},
 }
 TEXTS = {".py", ".sh", ".md", ".toml", ".txt", ".build", ".c", ".h", ".yaml", ".job"}
-IGNORED = {".git", ".venv", "build", "dist", "prepared", "runs"}
+SOURCES = (".py", ".pyi", ".c", ".h", ".j2")
+IGNORED = {".git", ".venv", ".venv-mpich", ".venv-openmpi", ".venv-system", "build", "dist", "prepared", "runs"}
 UNFINISHED = r"\b(?:TODO|FIXME|XXX)\b|(?<![\w.}>)*-])/(?:root|home|Users|work)/\w+"
 LARGEST_MEDIAN, LARGEST_FILE = 200, 600
 LARGEST_P95, LARGEST_BODY = 40, 80
@@ -131,7 +132,7 @@ def listed(house: Path) -> set[str]:
     """The files in the dictionary of meson.build."""
     found, room = set(), ""
     for key, file in re.findall(
-        r"^  '([\w/]*)': \[|'(\w+\.(?:pyi?|c|h))'", (house / "meson.build").read_text(), re.MULTILINE
+        r"^  '([\w/]*)': \[|'([\w.]+\.(?:pyi?|c|h|j2))'", (house / "meson.build").read_text(), re.MULTILINE
     ):
         if file:
             found.add(f"{room}/{file}" if room else file)
@@ -141,7 +142,7 @@ def listed(house: Path) -> set[str]:
 
 
 def existing(house: Path) -> set[str]:
-    return {str(path.relative_to(house)) for path in house.rglob("*") if path.suffix in (".py", ".pyi", ".c", ".h")}
+    return {str(path.relative_to(house)) for path in house.rglob("*") if path.suffix in SOURCES}
 
 
 def word_faults(house: Path) -> list[str]:
@@ -258,6 +259,11 @@ def test_planted_words_are_found(tmp_path: Path) -> None:
         assert word in faults
     assert "more than a docstring" in faults
     assert "launch/a.py" not in faults
+
+
+def test_every_template_of_a_batch_script_is_installed() -> None:
+    there = {path.name for path in (ROOT / "jobs/templates").iterdir()}
+    assert set(re.findall(r"'(\w+\.sh)'", (ROOT / "meson.build").read_text())) == there
 
 
 def test_a_forgotten_file_is_found(tmp_path: Path) -> None:

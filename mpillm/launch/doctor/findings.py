@@ -1,0 +1,110 @@
+"""What a check found: an area, a name, a verdict, the facts and the way out; and how those of many hosts become one."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["ok", "warning", "error"]
+VERDICTS: tuple[Verdict, ...] = ("error", "warning", "ok")
+NUMBER = re.compile(r"(\d[\d,]*(?:\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the report. `remedy` is empty where all is well."""
+
+    area: str
+    name: str
+    verdict: Verdict
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finding and the hosts that it is true of; none where it is of the whole job."""
+
+    finding: Finding
+    hosts: tuple[str, ...] = ()
+
+
+def guarded(area: str, name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """What `check` found; where it raises, an error finding that says so, so that no other rank waits for this one."""
+    try:
+        return list(check())
+    except Exception as failure:
+        found = f"this check itself failed: {type(failure).__name__}: {failure}"
+        return [Finding(area, name, "error", found, "report it, with the output of `mpillm doctor --json`")]
+
+
+def merge(by_host: Mapping[str, Sequence[Finding]]) -> list[Row]:
+    """Findings that are equal but for their numbers as one row, in the order in which they first come."""
+    groups: dict[tuple[str, ...], list[tuple[str, Finding]]] = {}
+    for host, findings in by_host.items():
+        for finding in findings:
+            groups.setdefault(_likeness(finding), []).append((host, finding))
+    return [_row(group) for group in groups.values()]
+
+
+def _likeness(finding: Finding) -> tuple[str, ...]:
+    texts = (finding.found, finding.remedy)
+    return (finding.area, finding.name, finding.verdict, *(NUMBER.sub("#", text) for text in texts))
+
+
+def _row(group: Sequence[tuple[str, Finding]]) -> Row:
+    first = group[0][1]
+    found = ranged([finding.found for _, finding in group])
+    remedy = ranged([finding.remedy for _, finding in group])
+    hosts = dict.fromkeys(host for host, _ in group)
+    return Row(Finding(first.area, first.name, first.verdict, found, remedy), tuple(hosts))
+
+
+def ranged(texts: Sequence[str]) -> str:
+    """["3 GiB free", "5 GiB free"] → `3–5 GiB free`; the texts differ in their numbers alone."""
+    parts = [NUMBER.split(text) for text in texts]
+    joined = []
+    for column in zip(*parts, strict=True):
+        values = sorted(set(column), key=lambda value: (_number(value), value))
+        joined.append(values[0] if len(values) == 1 else f"{values[0]}–{values[-1]}")
+    return "".join(joined)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return 0.0
+
+
+def worst(rows: Iterable[Row]) -> Verdict:
+    found = {row.finding.verdict for row in rows}
+    return next((verdict for verdict in VERDICTS if verdict in found), "ok")
+
+
+def count(rows: Iterable[Row]) -> dict[Verdict, int]:
+    """Verdict → how many rows have it, errors first."""
+    verdicts = [row.finding.verdict for row in rows]
+    return {verdict: verdicts.count(verdict) for verdict in VERDICTS}
+
+
+def hosts_text(names: Sequence[str], most: int = 6) -> str:
+    """n1, n2, n3, n7 → `n1–n3, n7`; more than `most` runs of names end in `and 9 more`."""
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and name == _next(runs[-1][-1]):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    texts = [run[0] if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs[:most]]
+    left = sum(map(len, runs[most:]))
+    return ", ".join(texts) + (f" and {left} more" if left else "")
+
+
+def _next(name: str) -> str:
+    """n09 → n10: the name whose number is one more; "" where it has none. Only the last number counts."""
+    found = re.fullmatch(r"(.*?)(\d+)(\D*)", name)
+    if not found:
+        return ""
+    head, number, tail = found.groups()
+    return f"{head}{int(number) + 1:0{len(number)}d}{tail}"

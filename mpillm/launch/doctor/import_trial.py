@@ -1,0 +1,42 @@
+"""A child of doctor: imports the modules that it is told, one after the other, and writes what came of each.
+
+`import_trial.py SYS_PATH NAME…` writes a JSON object a line: {"name", "failure", "facts"}. A module that takes the
+process down is the one after the last line.
+"""
+
+import importlib
+import json
+import sys
+import time
+from types import ModuleType
+from typing import Any
+
+
+def facts_of(name: str, module: ModuleType) -> dict[str, Any]:
+    if name == "h5py":
+        return {"hdf5": module.version.hdf5_version}
+    if name == "torch":
+        cuda = module.cuda
+        count = cuda.device_count() if cuda.is_available() else 0
+        return {
+            "cuda": module.version.cuda or "", "hip": module.version.hip or "",
+            "gpus": [cuda.get_device_name(index) for index in range(count)],
+        }  # fmt: skip
+    return {}
+
+
+def main() -> None:
+    sys.path += [folder for folder in json.loads(sys.argv[1]) if folder not in sys.path]
+    for name in sys.argv[2:]:
+        started, failure, facts = time.perf_counter(), "", {}
+        try:
+            facts = facts_of(name, importlib.import_module(name))
+        except Exception as raised:
+            failure = f"{type(raised).__name__}: {raised}".splitlines()[0]
+        facts["seconds"] = round(time.perf_counter() - started, 2)
+        sys.stdout.write(json.dumps({"name": name, "failure": failure, "facts": facts}) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

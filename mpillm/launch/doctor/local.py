@@ -1,0 +1,114 @@
+"""Everything that one rank of a host finds out about it, without a message to any other."""
+
+import socket
+import tempfile
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mpillm.launch.batchjob import current_job
+from mpillm.launch.doctor import folders, gpu, machine, mpi, network, software
+from mpillm.launch.doctor.children import without_launcher
+from mpillm.launch.doctor.findings import Finding, guarded
+from mpillm.launch.doctor.options import DoctorOptions, Probes
+from mpillm.launch.gpus import visible_gpus
+from mpillm.launch.threads import allowance
+from mpillm.launch.topology import read_topology
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the checks of a host must know of the job around it."""
+
+    masks: Sequence[AbstractSet[int]]
+    """The CPUs that each rank on this host may run on."""
+    ranks: int = 1
+    """Of the whole job."""
+    hosts: int = 1
+    site_gpus: int = 0
+    """GPUs of a host by the site file, 0 where it says nothing."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """One host's findings, and its facts: what → value, by which hosts are compared."""
+
+    host: str
+    findings: tuple[Finding, ...] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def wished_paths(options: DoctorOptions, environment: Mapping[str, str]) -> tuple[Path, ...]:
+    """The folders that the user named, else the current one and the one for temporary files."""
+    here = (Path.cwd(), Path(environment.get("TMPDIR") or tempfile.gettempdir()))
+    return tuple(dict.fromkeys(options.paths or here))
+
+
+def examine(
+    options: DoctorOptions, probes: Probes, environment: Mapping[str, str], look: mpi.Look, job: Job
+) -> Local:  # fmt: skip
+    """All checks of this host. `environment` is the process's own. Each check that raises becomes a finding."""
+    quiet = without_launcher(environment)
+    facts: dict[str, str] = {"MPI library": look.library.text}
+    imports: dict[str, software.Imported] = {}
+
+    def check_software() -> list[Finding]:
+        found = software.read_software(quiet, probes.kernel)
+        imports.update(found.imports)
+        names = ("mpillm", "torch", "h5py", "numpy")
+        facts.update({"Python": found.python} | {name: found.versions.get(name, "") for name in names})
+        return software.judge_software(found, probes.kernel)
+
+    findings = guarded(software.AREA, "packages", check_software)
+    findings += guarded(machine.AREA, "host", lambda: check_machine(environment, job, facts))
+    findings += guarded(network.AREA, "interfaces", lambda: check_network(job, facts))
+    findings += guarded(
+        gpu.AREA, "count", lambda: check_gpus(options, probes, environment, job, imports.get("torch"), facts)
+    )
+    for path in wished_paths(options, environment):
+        findings += guarded(folders.AREA, str(path), partial(check_folder, path, environment, quiet))
+    return Local(socket.gethostname(), tuple(findings), facts)
+
+
+def check_folder(path: Path, environment: Mapping[str, str], quiet: Mapping[str, str]) -> list[Finding]:
+    return folders.judge_folder(folders.read_folder(path, quiet), environment)
+
+
+def check_machine(environment: Mapping[str, str], job: Job, facts: dict[str, str]) -> list[Finding]:
+    topology, memory = read_topology(), machine.read_memory()
+    cores = machine.cores_of(job.masks, topology, allowance(environment), machine.threads_wish(environment))
+    facts |= {
+        "Linux": machine.system(), "processor": machine.processor(), "cores": str(cores.all_cores),
+        "memory": f"{round(memory.total / (1 << 30))} GiB",
+    }  # fmt: skip
+    return [
+        *machine.judge_parts(topology, facts["processor"], facts["Linux"]),
+        machine.judge_cores(cores),
+        machine.judge_memory(memory, cores.ranks),
+        machine.judge_shared(machine.read_shared(), cores.ranks),
+        *machine.judge_limits(machine.read_limits(), job.ranks, bool(network.read_ports())),
+    ]
+
+
+def check_network(job: Job, facts: dict[str, str]) -> list[Finding]:
+    ports = network.read_ports()
+    facts["InfiniBand"] = ", ".join(port.text for port in ports) or "none"
+    return [network.judge_interfaces(network.read_interfaces(), job.hosts), network.judge_ports(ports)]
+
+
+def check_gpus(
+    options: DoctorOptions, probes: Probes, environment: Mapping[str, str], job: Job, torch: software.Imported | None,
+    facts: dict[str, str],
+) -> list[Finding]:  # fmt: skip
+    """What torch's import told of GPUs; whether MPI takes their memory is tried only where there are some."""
+    told: Mapping[str, Any] = torch.facts if torch else {}
+    names, seen = list(told.get("gpus", ())), len(visible_gpus(environment))
+    facts["GPUs"] = f"{len(names)} × {names[0]}" if names else "none"
+    wanted, whose = options.gpus, "--gpus"
+    if wanted is None and job.site_gpus and current_job(environment):
+        wanted, whose = job.site_gpus, "the site file"
+    findings = [gpu.judge_gpus(names, seen, wanted, software.build_of(told), whose)]
+    return findings + ([gpu.judge_aware(probes.gpu_probe(environment))] if names else [])
