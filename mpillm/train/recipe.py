@@ -119,9 +119,14 @@ def write_recipe(recipe: Recipe) -> str:
     """The recipe as TOML, whole: every setting with its resolved value."""
     sections = []
     for name, section in recipe.to_dict().items():
-        lines = [f"{key} = {json.dumps(value)}" for key, value in section.items()]
+        lines = [f"{key} = {_toml(value)}" for key, value in section.items()]
         sections.append("\n".join([f"[{name}]", *lines]))
     return "\n\n".join(sections) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """JSON's words are TOML's, but for two: pairs of surrogates, and a bare delete character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _override(table: dict[str, Any], override: str) -> None:

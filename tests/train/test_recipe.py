@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,8 @@ def test_a_run_is_named_after_its_recipe(tmp_path: Path) -> None:
 def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
     recipe = load(tmp_path)
     assert load(tmp_path, write_recipe(recipe)) == recipe
+    odd = replace(recipe, train=replace(recipe.train, run="a 'b' \"c\" \\ \x7f é 🦜 $(d)"))
+    assert load(tmp_path, write_recipe(odd)) == odd
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,214 @@
+"""`mpillm submit`: a recipe, a site and a few numbers become a batch job."""
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mpillm.console import Console, clock
+from mpillm.errors import UsageError
+from mpillm.files import make_folder, write_json, write_text
+from mpillm.launch.batch import Job, render, stop_seconds_for
+from mpillm.launch.batchjob import END_VARIABLE, RESTART_VARIABLE
+from mpillm.launch.lock import is_alive, read_holder
+from mpillm.launch.locking import MOUNTS, hdf5_file_locking
+from mpillm.launch.schedulers import SCHEDULERS, find_scheduler, hand_over, is_over, job_state
+from mpillm.launch.site import Site
+from mpillm.launch.walltime import seconds_of
+
+SCRIPT, RECIPE, JOB = "job.sh", "job.toml", "job.json"
+# What a run leaves that has begun; train, which names them, is a floor above.
+TRACES = ("metrics.jsonl", "checkpoints")
+
+
+@dataclass(frozen=True)
+class SubmitOptions:
+    nodes: int
+    ranks_per_node: int
+    time: str
+    """Wall time: 1:30:00, 90m …"""
+    scheduler: str = "auto"
+    partition: str = ""
+    account: str = ""
+    name: str = ""
+    """Empty: the recipe's."""
+    threads: int = 0
+    """Per rank; 0: the node's cores shared out, as the site tells them, else 1."""
+    gpus_per_node: int | None = None
+    """None: as the site has."""
+    stage: bool = False
+    oversubscribe: bool = False
+    resume: bool = False
+    max_restarts: int = 100
+    dry_run: bool = False
+    as_json: bool = False
+
+
+@dataclass(frozen=True)
+class SubmittedRecipe:
+    """What submit needs of a recipe, which it cannot read itself: train is a floor above."""
+
+    name: str
+    run: str
+    data: str
+    profile: str
+    text: str
+    """The whole resolved recipe, as TOML."""
+
+
+def submit(
+    options: SubmitOptions, recipe: SubmittedRecipe, site: Site, console: Console, environment: Mapping[str, str],
+    check_ranks: Callable[[int], None] | None = None,
+) -> None:  # fmt: skip
+    """Write RUN/job.toml and RUN/job.sh, hand the script to the batch system, and note the job in RUN/job.json.
+
+    With `dry_run` print the script and leave no trace. `check_ranks` raises where the recipe's layout does not fit so
+    many ranks. Raises UsageError for what can't be asked for, LaunchError with the batch system's words.
+    """
+    scheduler = find_scheduler(site.scheduler if options.scheduler == "auto" else options.scheduler, environment)
+    site = _with_environment(site, environment)
+    job = make_job(options, recipe, site, Path.cwd(), _mountinfo())
+    script = render(scheduler, job, site)
+    if check_ranks:
+        check_ranks(job.ranks)
+    run = Path(job.run)
+    _check_unused(run, options.resume)
+    if options.dry_run:
+        console.write(_as_json(scheduler, job, script, None) if options.as_json else script)
+        return
+    _check_here(run, job, site, environment)
+    make_folder(run)
+    write_text(run / RECIPE, recipe.text)
+    write_text(run / SCRIPT, script)
+    if not options.as_json:
+        console.write(script)
+    kept = {name: value for name, value in environment.items() if name not in (END_VARIABLE, RESTART_VARIABLE)}
+    facts = _facts(scheduler, job, hand_over(scheduler, job.run, kept))
+    write_json(run / JOB, facts)
+    if options.as_json:
+        console.write(_as_json(scheduler, job, script, facts))
+    else:
+        console.say(
+            f"job {facts['id']} is submitted to {SCHEDULERS[scheduler].title}: {_count(job.nodes, 'node')} × "
+            f"{_count(job.ranks_per_node, 'rank')} × {_count(job.threads, 'thread')} for {clock(job.seconds)}\n"
+            f"its output: {facts['output']}"
+        )
+
+
+def make_job(options: SubmitOptions, recipe: SubmittedRecipe, site: Site, folder: Path, mountinfo: str) -> Job:
+    """The job that is asked for, its numbers checked against the site's nodes. `folder`: where paths start.
+
+    Raises UsageError.
+    """
+    for name, count in (("--nodes", options.nodes), ("--ranks-per-node", options.ranks_per_node)):
+        if count < 1:
+            raise UsageError(f"{name} is a number from 1, and not {count}")
+    if min(options.threads, options.max_restarts, options.gpus_per_node or 0) < 0:
+        raise UsageError("--threads, --gpus-per-node and --max-restarts are numbers from 0")
+    threads = options.threads or max(1, site.cores_per_node // options.ranks_per_node)
+    _check_cores(options, site, threads)
+    gpus = site.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
+    if site.gpus_per_node and gpus > site.gpus_per_node:
+        raise UsageError(f"--gpus-per-node {gpus}: a node has {site.gpus_per_node}, as the site file tells")
+    seconds = seconds_of(options.time)
+    run, data = (os.path.abspath(folder / path) for path in (recipe.run, recipe.data))  # noqa: PTH100 # keeps links
+    program = site.program or (
+        (f"{site.environment}/bin/python" if site.environment else sys.executable),
+        "-m",
+        "mpillm",
+    )
+    profile = ("--set", f"parallel.profile={site.profile}") if site.profile and not recipe.profile else ()
+    return Job(
+        name=options.name or job_name(recipe.name), run=run, folder=str(folder),
+        command=(*program, "train", f"{run}/{RECIPE}", "--resume", *profile),
+        nodes=options.nodes, ranks_per_node=options.ranks_per_node, threads=threads, seconds=seconds,
+        stop_seconds=site.stop_seconds or stop_seconds_for(seconds), gpus_per_node=gpus,
+        partition=options.partition or site.partition, account=options.account or site.account,
+        max_restarts=options.max_restarts, data=data, stage=options.stage, oversubscribe=options.oversubscribe,
+        cores_per_node=site.cores_per_node,
+        hdf5_file_locking=hdf5_file_locking(site.hdf5_file_locking, (run, data), mountinfo),
+    )  # fmt: skip
+
+
+def job_name(text: str) -> str:
+    """A recipe's name as a job's name: what no batch system takes becomes a hyphen."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text, flags=re.ASCII).strip("-._")[:15] or "mpillm"
+
+
+def _check_cores(options: SubmitOptions, site: Site, threads: int) -> None:
+    wanted = options.ranks_per_node * threads
+    if site.cores_per_node and wanted > site.cores_per_node and not options.oversubscribe:
+        raise UsageError(
+            f"{options.ranks_per_node} ranks × {threads} threads need {wanted} cores a node, and the site file's "
+            f"nodes have {site.cores_per_node}; lower --ranks-per-node or --threads, or say --oversubscribe"
+        )
+
+
+def _check_unused(run: Path, resume: bool) -> None:
+    if run.exists() and not run.is_dir():
+        raise UsageError(f"the run {run} is a file; name another train.run")
+    if not resume and any((run / trace).exists() for trace in TRACES):
+        raise UsageError(f"{run} holds a run already; --resume goes on with it, or name another train.run")
+
+
+def _check_here(run: Path, job: Job, site: Site, environment: Mapping[str, str]) -> None:
+    """What would fail only after hours in the queue is refused now."""
+    if is_alive(run):
+        holder = read_holder(run)
+        raise UsageError(f"the run {run} is held by {holder.describe() if holder else 'a job'}; wait for it or end it")
+    queued = read_job(run)
+    state = job_state(queued.get("scheduler", ""), queued.get("id", ""), environment) if queued else None
+    if state and not is_over(state):
+        raise UsageError(
+            f"the run {run} is submitted already, as job {queued['id']} ({state}); wait for it or cancel it"
+        )
+    if not Path(job.data).is_dir():
+        raise UsageError(f"there is no folder {job.data} of data; `mpillm prepare` makes it")
+    if site.environment and not os.access(f"{site.environment}/bin/python", os.X_OK):
+        raise UsageError(f"there is no Python in environment = {site.environment!r}; mend the site file")
+
+
+def read_job(run: Path) -> dict[str, str]:
+    """What was noted of the run's newest job, as texts; empty where nothing was."""
+    try:
+        noted = json.loads((run / JOB).read_text(encoding="utf-8"))
+        return {str(key): str(value) for key, value in noted.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _with_environment(site: Site, environment: Mapping[str, str]) -> Site:
+    """Where the site names no environment, and no other way to start mpillm, the job runs in this one."""
+    here = sys.prefix if sys.prefix != sys.base_prefix or (Path(sys.prefix) / "conda-meta").is_dir() else ""
+    return replace(site, environment=here) if here and not site.environment and not site.program else site
+
+
+def _facts(scheduler: str, job: Job, number: str) -> dict[str, Any]:
+    # pbs.sh replaces the line of "id".
+    return {
+        "scheduler": scheduler, "id": number, "name": job.name, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "nodes": job.nodes, "ranks_per_node": job.ranks_per_node, "threads": job.threads,
+        "gpus_per_node": job.gpus_per_node, "seconds": job.seconds, "partition": job.partition,
+        "account": job.account, "folder": job.folder, "output": f"{job.run}/job-{number}.out",
+    }  # fmt: skip
+
+
+def _as_json(scheduler: str, job: Job, script: str, facts: Mapping[str, Any] | None) -> str:
+    told = {"scheduler": scheduler, "run": job.run, "command": list(job.command), "script": script, "job": facts}
+    return json.dumps(told, ensure_ascii=False) + "\n"
+
+
+def _mountinfo() -> str:
+    try:
+        return MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

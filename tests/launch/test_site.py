@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import pytest
+
+from mpillm.errors import UsageError
+from mpillm.launch.site import Site, leading_variable, load_site, parse_site
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "jobs" / "sites").glob("*.toml"))
+HOME = {"HOME": "/h/me"}
+
+
+def test_without_a_file_the_defaults_hold(tmp_path: Path) -> None:
+    assert load_site(None, {"HOME": str(tmp_path)}) == Site()
+
+
+def test_where_the_file_is_looked_for(tmp_path: Path) -> None:
+    for name, folder in (("own", ".config/mpillm"), ("xdg", "x/mpillm")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "site.toml").write_text(f'account = "{name}"\n')
+    named, told = tmp_path / "named.toml", tmp_path / "told.toml"
+    named.write_text('account = "named"\n')
+    told.write_text('account = "told"\n')
+    home = {"HOME": str(tmp_path)}
+    assert load_site(None, home).account == "own"
+    assert load_site(None, home | {"XDG_CONFIG_HOME": str(tmp_path / "x")}).account == "xdg"
+    assert load_site(None, home | {"MPILLM_SITE": str(told)}).account == "told"
+    assert load_site(named, home | {"MPILLM_SITE": str(told)}).account == "named"
+
+
+def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
+    for path, environment in ((tmp_path / "no.toml", {}), (None, {"MPILLM_SITE": str(tmp_path / "no.toml")})):
+        with pytest.raises(UsageError, match=r"cannot read the site file .*no\.toml"):
+            load_site(path, environment)
+    with pytest.raises(UsageError, match="cannot read the site file"):
+        load_site(tmp_path, {})
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="not valid TOML"):
+        load_site(tmp_path / "binary.toml", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("acount = 'x'", "unknown key acount, did you mean account"),
+        ("xyzzy = 1", r"unknown key xyzzy \(known: scheduler, "),
+        ("cores_per_node = '8'", r"cores_per_node = '8': input should be a valid integer"),
+        ("cores_per_node = -1", "cores_per_node = -1: input should be greater than or equal to 0"),
+        ("modules = 'GCC'", "modules = 'GCC': input should be a valid"),
+        ("modules = ['GCC; rm']", r"each of modules is a word .*'GCC; rm'"),
+        ("modules = ['-GCC']", "each of modules"),
+        ("launcher = 'aprun'", "launcher = 'aprun': input should be ''"),
+        ("partition = 'a b'", "partition is a word"),
+        ('account = "a\\n#SBATCH --x"', "account is a word"),
+        ("constraint = '$(x)'", "constraint has no space"),
+        ("directives = ['exclusive']", "each of directives starts with -"),
+        ('directives = ["--a\\nrm"]', "each of directives starts with -"),
+        ("variables = {'A-B' = 'x'}", "the name of each of variables starts with a letter"),
+        ("variables = {UID = '0'}", "bash lets nobody set UID"),
+        ("variables = {A = 1}", "variables.A = 1: input should be a valid string"),
+        ('variables = {A = "x\\ny"}', r"variables.A = 'x\\ny' holds '\\n'"),
+        ("environment = 'venv'", "environment is a whole path"),
+        ("environment = '$NOT_SET/venv'", "begins with \\$NOT_SET, which is not set"),
+        ("node_local = 'tmp'", "node_local is a folder such as"),
+        ('launcher_arguments = ["a\\tb"]', r"holds '\\t'"),
+        ("= 1", "not valid TOML"),
+        ("account = 'a'\nqos = 1\nxyz = 2", "qos = 1: .*; unknown key xyz"),
+    ],
+)
+def test_faults_are_told_with_the_way_out(text: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told) as failure:
+        parse_site(text, "site.toml", HOME)
+    assert str(failure.value).startswith("the site file site.toml")
+
+
+def test_paths_begin_with_home_or_a_variable() -> None:
+    site = parse_site("environment = '~/venv'\nprofile = '$WORK_DIR/c.json'\n", "s", HOME | {"WORK_DIR": "/w"})
+    assert (site.environment, site.profile) == ("/h/me/venv", "/w/c.json")
+    assert parse_site("environment = '${HOME}/v'", "s", HOME).environment == "/h/me/v"
+
+
+def test_a_leading_variable() -> None:
+    assert leading_variable("$TMPDIR/x y") == ("TMPDIR", "/x y")
+    assert leading_variable("${TMPDIR}") == ("TMPDIR", "")
+    assert leading_variable("/a/$B") == ("", "/a/$B")
+    assert leading_variable("$A-b") == ("", "$A-b")
+    assert leading_variable("$(x)/y") == ("", "$(x)/y")
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 8
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_each_example_is_valid(path: Path) -> None:
+    site = load_site(path, HOME)
+    assert site.scheduler in ("slurm", "pbs", "lsf")
