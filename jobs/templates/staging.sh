@@ -1,6 +1,10 @@
 {# The data's files go to each node's own disk; where one node lacks room, all read the shared folder. #}
 data={{ job.data }} nodes={{ job.nodes }}
 staged=''
+unstage() {
+    [ -z "$staged" ] || "${each_node[@]}" rm -rf -- "$staged"
+    staged=''
+}
 stage_here() {
     source=$1 target=$2
     (umask 077 && mkdir -- "$target") || return 1
@@ -33,7 +37,6 @@ if [ -n "$staged" ]; then
         command+=(--set "data.path=$staged")
     else
         say "the copy failed: training reads $data itself"
-        "${each_node[@]}" rm -rf -- "$staged"
-        staged=''
+        unstage
     fi
 fi

@@ -43,6 +43,8 @@ def _own_half() -> "MPI.Datatype | None":
         return None
     one, two = np.ones(1, np.float16), np.ones(1, np.float16)
     try:
+        # Open MPI 4 without it still hands out a type, which has no size, and a sum of which ends the process.
+        half.Get_size()
         MPI.SUM.Reduce_local([one, 1, half], [two, 1, half])
     except MPI.Exception:
         return None

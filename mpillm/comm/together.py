@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Long enough for ranks that meet the same fault one after the other on a slow file system.
 AGREEMENT_SECONDS = 2.0
 TELLING_SECONDS = 0.5
+# Of reasons: the word that stays ahead of the ranks.
+KINDS = ("error", "stopped")
 INTERRUPTED = 130  # what a shell reports for a process ended by SIGINT: 128 + 2
 
 
@@ -101,7 +103,10 @@ def _leave(private: "MPI.Intracomm | None", reason: Reason, debug: bool) -> NoRe
         _print(lone_message(reason, private.rank, private.size, host_name(), debug))
         # On a busy host the launcher may end itself before it has passed the words on.
         time.sleep(TELLING_SECONDS)
-        private.Abort(reason.code)
+        from mpi4py import MPI
+
+        # The world, and not its duplicate: of that, MPICH's launcher now and then gives an exit code of its own.
+        MPI.COMM_WORLD.Abort(reason.code)
     raise SystemExit(reason.code)
 
 
@@ -125,7 +130,10 @@ def lone_message(reason: Reason, rank: int, size: int, host: str, debug: bool = 
 def _told(reason: Reason, who: str, debug: bool) -> str:
     """`mpillm: error: rank 2 of 4: what`: the kind first, so that a log can be searched for it."""
     words = reason.text or f"error: left with exit code {reason.code}"
-    line = f"mpillm: error: {who}{words.removeprefix('error: ')}\n" if who else f"mpillm: {words}\n"
+    kind, _, rest = words.partition(": ")
+    if who:
+        words = f"{kind}: {who}{rest}" if kind in KINDS else f"error: {who}{words}"
+    line = f"mpillm: {words}\n"
     return reason.trace + line if debug else line
 
 
@@ -156,6 +164,9 @@ def _print(text: str) -> None:
 
 
 def _ignore_interrupts() -> None:
-    """For the rest of this process's short life: a second Ctrl-C would print a traceback over the reason."""
+    """For the rest of this process's short life: a second Ctrl-C, or the SIGTERM that launchers send once another rank
+    has left, would print a traceback over the reason, or keep this rank from the others.
+    """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)

@@ -7,7 +7,8 @@ from mpillm.errors import UsageError
 
 # Slurm before Flux: a Flux instance may run inside a Slurm job, and that job's end is the one that counts.
 JOB_VARIABLES = {"slurm": "SLURM_JOB_ID", "pbs": "PBS_JOBID", "lsf": "LSB_JOBID", "flux": "FLUX_JOB_ID"}
-END_VARIABLE = "MPILLM_JOB_END"
+END_VARIABLE, SLURM_END_VARIABLE = "MPILLM_JOB_END", "SLURM_JOB_END_TIME"
+END_VARIABLES = (END_VARIABLE, SLURM_END_VARIABLE)
 RESTART_VARIABLE = "MPILLM_JOB_RESTART"
 # Slurm counts its requeues; the scripts of `mpillm submit` count elsewhere.
 RESTART_VARIABLES = ("SLURM_RESTART_COUNT", RESTART_VARIABLE)
@@ -45,7 +46,7 @@ def job_end(environment: Mapping[str, str]) -> float | None:
                 f"{END_VARIABLE} is the end of the job in unix seconds, such as $(($(date +%s) + 3600)), "
                 f"and not {wish!r}; set it so or unset it"
             ) from None
-    told = environment.get("SLURM_JOB_END_TIME", "")
+    told = environment.get(SLURM_END_VARIABLE, "")
     return float(told) if told.isascii() and told.isdigit() else None
 
 

@@ -58,7 +58,7 @@ def is_gone(holder: Holder, me: Holder, silent_seconds: float) -> bool:
     if holder.system == me.system:
         return _born(holder.pid) != holder.born
     if holder.job and me.job and (holder.job.scheduler, holder.job.id) == (me.job.scheduler, me.job.id):
-        return holder.job.restart < me.job.restart
+        return holder.job.restart < me.job.restart or silent_seconds > DEAD_SECONDS
     return silent_seconds > DEAD_SECONDS
 
 
@@ -97,10 +97,17 @@ class RunLock:
 
     def _make(self) -> bool:
         try:
-            with self._path.open("x", encoding="utf-8") as file:
-                json.dump(asdict(self._me), file)
+            file = self._path.open("x", encoding="utf-8")
         except FileExistsError:
             return False
+        except OSError as failure:
+            raise UsageError(f"cannot make {self._path}: {failure.strerror}; free some space there") from failure
+        try:
+            with file:
+                json.dump(asdict(self._me), file)
+        except OSError as failure:
+            self._path.unlink()
+            raise UsageError(f"cannot write {self._path}: {failure.strerror}; free some space there") from failure
         return True
 
     def _set_aside(self, judged: Holder | None) -> None:
@@ -110,9 +117,9 @@ class RunLock:
             self._path.rename(aside)
             if _read(aside) != judged:
                 # Somebody else was faster, and this is the lock of that one.
-                with suppress(OSError):
-                    os.link(aside, self._path)
-            aside.unlink()
+                aside.rename(self._path)
+            else:
+                aside.unlink()
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
@@ -140,8 +147,11 @@ def silent_seconds(folder: Path) -> float:
 
 def is_alive(folder: Path) -> bool:
     """Whether a job holds the run in `folder` now, as far as can be known from here."""
-    holder = read_holder(folder)
-    return holder is not None and not is_gone(holder, this_process(None), silent_seconds(folder))
+    holder, me = read_holder(folder), this_process(None)
+    if holder is None:
+        return False
+    # Silence is asked for by a file that is made, so only where it counts.
+    return not is_gone(holder, me, 0.0 if holder.system == me.system else silent_seconds(folder))
 
 
 def _read(path: Path) -> Holder | None:
@@ -161,9 +171,12 @@ def _modified(path: Path) -> float:
 
 
 def _born(pid: int) -> str:
-    """The start time of a process, "" where there is none: proc(5), field 22 of stat."""
+    """The start time of a process, "" where none runs: proc(5), fields 3 and 22 of stat. One that ended and that nobody
+    asked for (Z) does not run.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        return "" if fields[0] in ("Z", "X") else fields[19]
     except (OSError, IndexError):
         return ""
 

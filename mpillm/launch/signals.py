@@ -32,6 +32,7 @@ class StopSignals:
         self.number = 0
         """The first signal that came; 0 while none has."""
         self._orderly = False
+        self._interrupts = 0
         for number in (*NOTED, *ENDING):
             signal.signal(number, self._note)
 
@@ -45,7 +46,8 @@ class StopSignals:
             self._orderly = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        impatient = number == signal.SIGINT == self.number
+        self._interrupts += number == signal.SIGINT
+        impatient = number == signal.SIGINT and self._interrupts > 1
         if number in ENDING and (impatient or not self._orderly):
             raise KeyboardInterrupt
         self.number = self.number or number

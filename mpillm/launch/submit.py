@@ -14,7 +14,7 @@ from mpillm.console import Console, clock
 from mpillm.errors import UsageError
 from mpillm.files import make_folder, write_json, write_text
 from mpillm.launch.batch import Job, render, stop_seconds_for
-from mpillm.launch.batchjob import END_VARIABLE, RESTART_VARIABLE
+from mpillm.launch.batchjob import END_VARIABLES, RESTART_VARIABLES
 from mpillm.launch.lock import is_alive, read_holder
 from mpillm.launch.locking import MOUNTS, hdf5_file_locking
 from mpillm.launch.schedulers import SCHEDULERS, find_scheduler, hand_over, is_over, job_state
@@ -87,7 +87,8 @@ def submit(
     write_text(run / SCRIPT, script)
     if not options.as_json:
         console.write(script)
-    kept = {name: value for name, value in environment.items() if name not in (END_VARIABLE, RESTART_VARIABLE)}
+    # Those of a job around this one are not the new job's.
+    kept = {name: value for name, value in environment.items() if name not in (*END_VARIABLES, *RESTART_VARIABLES)}
     facts = _facts(scheduler, job, hand_over(scheduler, job.run, kept))
     write_json(run / JOB, facts)
     if options.as_json:

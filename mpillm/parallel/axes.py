@@ -16,6 +16,7 @@ def mesh_sizes(settings: ParallelSettings, ranks: int, layers: int, batch: int) 
     wanted = {"data": data or max(1, ranks // pipeline), "pipeline": pipeline}
     needed = wanted["data"] * pipeline
     if needed == ranks:
+        _check_shares(wanted, ranks, layers, batch)
         return wanted
     have = f"the job has {ranks}; {_way_out(ranks, layers, batch)}"
     if not data:
@@ -30,6 +31,18 @@ def mesh_sizes(settings: ParallelSettings, ranks: int, layers: int, batch: int) 
     )
 
 
+def _check_shares(sizes: dict[str, int], ranks: int, layers: int, batch: int) -> None:
+    """Raise LayoutError where an axis is longer than what it shares out."""
+    if sizes in legal_layouts(ranks, layers, batch):
+        return
+    data, pipeline = sizes["data"], sizes["pipeline"]
+    faults = [
+        f"a global batch of {batch} sequences cannot be shared by {data} ranks" * (batch % data > 0),
+        f"{layers} layers cannot be shared by {pipeline} stages" * (pipeline > layers),
+    ]
+    raise LayoutError(f"{' and '.join(filter(None, faults))}; {_way_out(ranks, layers, batch)}")
+
+
 def legal_layouts(ranks: int, layers: int, batch: int) -> list[dict[str, int]]:
     """All sizes of the axes that `ranks` can have: the data axis divides the batch, the pipeline has a layer a rank."""
     pairs = [(ranks // pipeline, pipeline) for pipeline in range(1, min(ranks, layers) + 1) if ranks % pipeline == 0]
@@ -39,7 +52,10 @@ def legal_layouts(ranks: int, layers: int, batch: int) -> list[dict[str, int]]:
 def _way_out(ranks: int, layers: int, batch: int) -> str:
     legal = [describe(layout) for layout in legal_layouts(ranks, layers, batch)]
     if not legal:
-        return f"{ranks} cannot share a batch of {batch} sequences and {layers} layers at all: change train.batch"
+        return (
+            f"no layout of {ranks} ranks shares a batch of {batch} sequences and {layers} layer{'s' * (layers > 1)}: "
+            f"take a train.batch that {ranks} divides"
+        )
     told = " or ".join(legal[:TOLD_LAYOUTS]) + (
         f" (and {len(legal) - TOLD_LAYOUTS} more)" * (len(legal) > TOLD_LAYOUTS)
     )

@@ -14,14 +14,12 @@ Metrics = dict[str, float]
 
 
 def read_metrics(path: Path) -> Iterator[Metrics]:
-    """The objects of a metrics file; a last line that was cut short by a crash is left out."""
+    """The objects of a metrics file; a line that was cut short by a crash is left out."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with suppress(ValueError):
             yield json.loads(line)
-        except ValueError:
-            return
 
 
 class Record:
@@ -72,8 +70,9 @@ class _Events:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = Event, Summary
+        again = any(folder.glob("events.out.*"))
         self._writer = EventFileWriter(str(folder))
-        if last_step:
+        if again:
             begin = SessionLog(status=SessionLog.START)
             self._writer.add_event(Event(wall_time=time.time(), step=last_step + 1, session_log=begin))
 

@@ -2,8 +2,8 @@
 
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from mpillm.comm.patience import patient_barrier
 from mpillm.comm.profile import describe_cluster
 from mpillm.comm.together import host_name
 from mpillm.console import Console, Progress
-from mpillm.errors import DivergedError, StoppedError
+from mpillm.errors import CheckpointError, DivergedError, StoppedError
 from mpillm.files import write_text
 from mpillm.infer.evaluate import evaluate
 from mpillm.infer.loading import TOKENIZER, weight_tensors
@@ -31,7 +31,7 @@ from mpillm.tokens.reader import open_split
 from mpillm.train.diary import Diary, last_save_seconds
 from mpillm.train.optimizer import optimizer_tensors, set_steps
 from mpillm.train.recipe import Recipe, write_recipe
-from mpillm.train.record import METRICS, RECIPE, TRACE, Record
+from mpillm.train.record import METRICS, RECIPE, TRACE, Metrics, Record, read_metrics
 from mpillm.train.stopping import Stopping
 from mpillm.train.timing import Timing
 from mpillm.train.trainer import StepResult, Trainer
@@ -92,8 +92,11 @@ class Run:
         self._timing, self._trace = Timing(trainer.mesh, trainer.layout, trainer.clock_offset), trace
         self._diary = Diary(self._folder, writes=self._comm.rank == 0)
         self._signals = allotment.signals
+        # The ranks may have been told different ends, and one clock must do for all.
+        deadline = self._comm.bcast(allotment.deadline(recipe.train.time_limit))
+        self._deadline = deadline
         self._stopping = Stopping(
-            allotment.signals, allotment.deadline(recipe.train.time_limit), last_save_seconds(self._folder)
+            allotment.signals, deadline if self._comm.rank == 0 else None, last_save_seconds(self._folder)
         )
         self._job = allotment.job
         self._last_saved: Path | None = None
@@ -103,51 +106,57 @@ class Run:
         """Train from the checkpoint, or from the beginning, to the last step. Raises StoppedError, on every rank, when
         the run was saved before that because somebody asked, or its time was up.
         """
+        with self._signals.orderly() if self._signals else nullcontext():
+            reason = self._go(checkpoint)
+            # When any rank returns, the run's files are whole.
+            patient_barrier(self._comm)
+        if reason:
+            raise StoppedError(f"{reason}; the run is saved as {self._last_saved}; --resume goes on from it")
+
+    def _go(self, checkpoint: Checkpoint | None) -> str:
+        """Why the run stopped before its end; "" where it did not."""
         self._done, steps = self._restore(checkpoint), self._recipe.train.steps
-        if self._done >= steps:
-            self._diary.tell("finished")
+        if self._done >= steps and not self._owes_evaluation():
+            self._diary.ended("finished", self._done)
             self._console.say(
                 f"{self._folder} is at step {self._done:,} of {steps:,}: nothing to do (raise train.steps to go on)"
             )
-            return
-        if self._comm.rank == 0:
-            write_text(self._folder / RECIPE, write_recipe(self._recipe))
-        self._diary.started(self._done, self._facts())
-        check_same(self._trainer.weights.values(), self._trainer.mesh.axis("data"))
+            return ""
         reason = self._go_on(steps)
         self._timing.tell(self._console)
         if self._trace:
             self._timing.write(self._folder / TRACE, self._console)
         if not reason:
-            self._diary.ended("finished", self._done)
-        # When any rank returns, the run's files are whole.
-        patient_barrier(self._comm)
-        if reason:
-            raise StoppedError(f"{reason}; the run is saved as {self._last_saved}; --resume goes on from it")
-        self._console.say(f"finished: {self._last_saved}, {self._folder / METRICS}, {self._folder / 'loss.png'}")
+            self._console.say(f"finished: {self._last_saved}, {self._folder / METRICS}, {self._folder / 'loss.png'}")
+        return reason
 
     def _go_on(self, steps: int) -> str:
         """Step until the end, or until all agreed to stop: why, "" at the end."""
-        record = Record(self._folder, self._done, writes=self._comm.rank == 0)
-        reason = ""
+        record, reason = None, ""
         try:
-            with (
-                self._signals.orderly() if self._signals else nullcontext(),
-                self._console.progress("train", steps, "steps", start=self._done) as progress,
-            ):
+            if self._comm.rank == 0:
+                write_text(self._folder / RECIPE, write_recipe(self._recipe))
+            self._diary.started(self._done, self._facts())
+            check_same(self._trainer.weights.values(), self._trainer.mesh.axis("data"))
+            owed = self._owes_evaluation()
+            record = Record(self._folder, self._done, writes=self._comm.rank == 0)
+            if owed:
+                self._evaluate(record)
+            with self._console.progress("train", steps, "steps", start=self._done) as progress:
                 while self._done < steps and not reason:
                     reason = self._one_step(record, progress)
-            if reason:
-                # Before a picture is drawn: time is short.
-                self._diary.ended("stopped", self._done, reason)
         except BaseException as failure:
-            self._diary.ended("failed", self._done, str(failure) or type(failure).__name__)
-            if isinstance(failure, DivergedError | KeyboardInterrupt):
-                raise self._with_last_saved(failure) from failure
-            raise
+            raised = self._with_last_saved(failure)
+            with suppress(OSError):  # a full disk has its own reason to tell
+                self._diary.ended("failed", self._done, str(failure) or type(failure).__name__)
+            raise raised from failure
+        else:
+            # Before a picture is drawn: time may be short.
+            self._diary.ended("stopped" if reason else "finished", self._done, reason)
         finally:
-            record.draw()
-            record.close()
+            if record is not None:
+                record.draw()
+                record.close()
         return reason
 
     def _one_step(self, record: Record, progress: Progress) -> str:
@@ -161,12 +170,28 @@ class Run:
         progress.advance(1, **{"loss": f"{result.loss:.4f}", "tokens/s": f"{tokens / result.seconds:,.0f}"})
         last = done == settings.steps
         reason = "" if last else self._stopping.reason(result.shared.wishes)
-        if last or (settings.evaluate_every and done % settings.evaluate_every == 0 and not reason):
+        if reason:
+            reason = self._comm.bcast(reason)
+        saving = self._save(tokens) if last or reason or _due(settings.save_every, done) else 0.0
+        # Behind the save: an evaluation may take longer than there is time. What a stop leaves out, a resume makes up.
+        if self._evaluation_is_due() and not reason:
             self._evaluate(record)
-        self._stopping.stepped(time.perf_counter() - begun)
-        if last or reason or (settings.save_every and done % settings.save_every == 0):
-            self._save(tokens)
+        self._stopping.stepped(time.perf_counter() - begun - saving)
         return reason
+
+    def _evaluation_is_due(self) -> bool:
+        settings = self._recipe.train
+        return self._done == settings.steps or _due(settings.evaluate_every, self._done)
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the run was ended between the save of this step and its evaluation. Every rank calls it."""
+        if not (self._done and self._evaluation_is_due() and self._manifest.splits["validation"].n_tokens):
+            return False
+        told = any(line["step"] == self._done and "validation_loss" in line for line in self._read_metrics())
+        return not self._comm.bcast(told)
+
+    def _read_metrics(self) -> Iterable[Metrics]:
+        return read_metrics(self._folder / METRICS) if self._comm.rank == 0 else ()
 
     def _evaluate(self, record: Record) -> None:
         if not self._manifest.splits["validation"].n_tokens:
@@ -177,7 +202,8 @@ class Run:
         record.add({"step": self._done, "validation_loss": score.loss})
         self._console.say(f"step {self._done:,}: validation loss {score.loss:.4f}, perplexity {score.perplexity:,.2f}")
 
-    def _save(self, step_tokens: int) -> None:
+    def _save(self, step_tokens: int) -> float:
+        """The seconds that it took."""
         begun = time.perf_counter()
         facts = {
             "step": self._done,
@@ -197,6 +223,7 @@ class Run:
         if self._comm.rank == 0:
             self._diary.saved(self._done, saved, seconds, sum(path.stat().st_size for path in saved.iterdir()))
             prune(folder, self._recipe.train.keep)
+        return seconds
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         trainer = self._trainer
@@ -227,19 +254,27 @@ class Run:
             "tokens_per_step": recipe.train.batch * recipe.model.context, "parameters": recipe.model.parameters,
             "mpi": cluster.mpi_name, "processor": cluster.cpu_model,
             "versions": {name: package_version(name) for name in PACKAGES} | {"python": platform.python_version()},
-            "job": asdict(self._job) if self._job else None, "deadline": self._stopping.deadline,
+            "job": asdict(self._job) if self._job else None, "deadline": self._deadline,
         }  # fmt: skip
 
     def _with_last_saved(self, failure: BaseException) -> BaseException:
-        """The same failure, telling the last good checkpoint."""
+        """The same failure, telling the last good checkpoint, where it is one that a run may meet."""
         last = self._last_saved
         way_on = (
             f"the last good checkpoint is {last}; --resume goes on from it" if last else "no checkpoint was saved yet"
         )
-        text = f"{failure}; {way_on}" if str(failure) else way_on
         if isinstance(failure, DivergedError):
-            text += ", perhaps with a lower optimizer.learning_rate"
-        return type(failure)(text)
+            return type(failure)(f"{failure}; {way_on}, perhaps with a lower optimizer.learning_rate")
+        if isinstance(failure, KeyboardInterrupt):
+            return type(failure)(way_on)
+        if isinstance(failure, OSError):
+            place = failure.filename or self._folder
+            return CheckpointError(f"{place}: {failure.strerror or failure}; mend that, and then: {way_on}")
+        return failure
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _metrics(step: int, result: StepResult, tokens: int) -> dict[str, float]:

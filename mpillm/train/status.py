@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -18,6 +19,9 @@ from mpillm.train.standing import FINISHED, SUBMITTED, UNKNOWN, Kept, Standing, 
 
 Ask = Callable[[str, str], str]
 """(scheduler, job id) → what the scheduler says of the job, in a word; empty where it says nothing."""
+# What a job was asked with, besides its size, and would be asked with again.
+KEPT = ("partition", "account", "threads", "gpus-per-node")
+SUBMITTED_RECIPE = "job.toml"
 # More names than these are counted, not told.
 MOST_HOSTS = 4
 
@@ -82,7 +86,7 @@ def facts(found: Mapping[str, Any]) -> dict[str, str]:
 def next_thing(standing: Standing, newest: Kept | None, job_state: str) -> str:
     """What is to be done next, by whom."""
     run, state = standing.run, standing.state
-    if state == RUNNING:
+    if state == RUNNING or standing.holder:
         return f"it goes on by itself; mpillm report {run} draws it"
     if state == FINISHED:
         return f"mpillm evaluate {run}, mpillm generate {run} --prompt TEXT, mpillm report {run}"
@@ -96,12 +100,17 @@ def next_thing(standing: Standing, newest: Kept | None, job_state: str) -> str:
 
 def _way_on(standing: Standing) -> str:
     """The command that goes on with the run, on as many nodes and ranks as before."""
-    job, recipe = standing.job, standing.run / RECIPE
+    job = standing.job
+    # Before training began there is the job's recipe alone.
+    path = standing.run / (RECIPE if (standing.run / RECIPE).exists() else SUBMITTED_RECIPE)
+    recipe = shlex.quote(str(path))
     if isinstance(job.get("nodes"), int) and isinstance(job.get("seconds"), int):
         size = (
             f"--nodes {job['nodes']} --ranks-per-node {job.get('ranks_per_node')} --time {clock_time(job['seconds'])}"
         )
-        asked = "".join(f" --{key} {job[key]}" for key in ("partition", "account") if job.get(key))
+        asked = "".join(
+            f" --{key} {shlex.quote(str(job[key.replace('-', '_')]))}" for key in KEPT if job.get(key.replace("-", "_"))
+        )
         return f"mpillm submit {recipe} {size}{asked} --resume"
     ranks = standing.attempts[-1].facts.get("ranks") if standing.attempts else None
     launcher = f"mpirun -n {ranks} " if isinstance(ranks, int) and ranks > 1 else ""

@@ -33,8 +33,10 @@ class Stopping:
     """The wish of this rank, and what all agreed on."""
 
     def __init__(self, signals: StopSignals | None, deadline: float | None, save_seconds: float | None = None) -> None:
-        """`deadline`: when the job ends, in unix seconds. `save_seconds`: of the newest save of an earlier job."""
-        self._signals, self.deadline = signals, deadline
+        """`deadline`: when the job ends, in unix seconds; None on a rank that does not look at the clock.
+        `save_seconds`: of the newest save of an earlier job.
+        """
+        self._signals, self._deadline = signals, deadline
         self._save_seconds = save_seconds
         self._step_seconds = 0.0
         self._begun = time.time()
@@ -50,17 +52,21 @@ class Stopping:
         """What this rank has to say at a step: a signal's number, TIME_IS_UP or NONE."""
         if self._signals is not None and self._signals.number:
             return self._signals.number
-        if self.deadline is None:
+        if self._deadline is None:
             return NONE
-        margin = margin_seconds(self.deadline - self._begun, self._save_seconds, self._step_seconds)
-        return TIME_IS_UP if time.time() + margin >= self.deadline else NONE
+        margin = margin_seconds(self._deadline - self._begun, self._save_seconds, self._step_seconds)
+        return TIME_IS_UP if time.time() + margin >= self._deadline else NONE
 
     def reason(self, wishes: Sequence[int]) -> str:
-        """Why all ranks stop, in words; "" where they go on. `wishes`: by rank."""
+        """Why all ranks stop, in words; "" where they go on, on all ranks or on none. `wishes`: by rank. Rank 0 has the
+        words for all: the others do not know the time.
+        """
         asked = next((rank for rank, wish in enumerate(wishes) if wish not in (NONE, TIME_IS_UP)), None)
         if asked is not None:
             return f"{signal_name(wishes[asked])} on rank {asked}"
-        if TIME_IS_UP in wishes and self.deadline is not None:
-            end = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.deadline))
-            return f"the time limit is near: {clock(max(0.0, self.deadline - time.time()))} to {end}"
-        return ""
+        return self._told_by_clock() if TIME_IS_UP in wishes else ""
+
+    def _told_by_clock(self) -> str:
+        left = (self._deadline or 0.0) - time.time()
+        end = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self._deadline or 0.0))
+        return f"the time limit is near: {clock(left)} to {end}" if left > 0 else f"the time limit was over at {end}"

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mpi4py import MPI
 
 from mpillm.comm.edges import wished_ways
 from mpillm.comm.mail import Edge, Mail
@@ -362,6 +363,8 @@ def with_little_memory(folder, python):
     """Run FALLS_BACK on 2 ranks in a mount namespace whose /dev/shm is full."""
     if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode:
         pytest.skip("a mount namespace needs root, or a kernel that allows it to users")
+    if "MPICH" in MPI.Get_library_version():
+        pytest.skip("MPICH itself does not start where /dev/shm is full")
 
     def run(way: str):
         script = folder / "falls_back.py"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from mpillm.comm import kernel
 from mpillm.comm.memory import Rows, share
@@ -136,6 +137,8 @@ def with_little_memory(folder, python):
         pytest.skip("a mount namespace needs root, or a kernel that allows it to users")
 
     def run(free_bytes: int, count: int):
+        if not free_bytes and "MPICH" in MPI.Get_library_version():
+            pytest.skip("MPICH itself does not start where /dev/shm is full")
         script = folder / "sums.py"
         script.write_text(SUMS)
         shell = (

@@ -56,8 +56,24 @@ def test_who_is_gone() -> None:
     # The same batch job, started anew: its former self cannot run any more, and its later self does.
     assert is_gone(replace(far, job=replace(JOB, restart=0)), me, 0)
     assert not is_gone(replace(far, job=JOB), me, 0)
+    # A job that its batch system ran again, and does not count.
+    assert is_gone(replace(far, job=JOB), me, DEAD_SECONDS + 1)
     assert not is_gone(replace(far, job=replace(JOB, restart=2)), me, 0)
     assert not is_gone(replace(far, job=CurrentJob("slurm", "11", 0)), me, 0)
+
+
+def test_a_process_that_ended_and_that_nobody_asked_for_holds_nothing(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from mpillm.launch.lock import RunLock\n"
+        "RunLock(Path(sys.argv[1]), None); print('taken', flush=True); os._exit(0)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.read() == "taken\n"
+    while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        pass
+    RunLock(tmp_path, None).release()
+    child.wait()
 
 
 def test_a_silent_lock_of_elsewhere_is_taken_after_a_while(tmp_path: Path) -> None:

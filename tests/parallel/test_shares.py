@@ -83,7 +83,9 @@ def test_the_layouts_that_a_job_can_have():
     )
     with pytest.raises(LayoutError, match=re.escape(words)):
         mesh_sizes(ParallelSettings(data=4), 2, 6, 12)
+    with pytest.raises(LayoutError, match="a global batch of 9 sequences cannot be shared by 2 ranks; take data=1"):
+        mesh_sizes(ParallelSettings(), 2, 2, 9)
     # A layer a rank at least, and a batch that the data axis divides.
     assert legal_layouts(8, 3, 12) == [{"data": 4, "pipeline": 2}]
-    with pytest.raises(LayoutError, match="5 cannot share a batch of 12 sequences and 3 layers at all"):
+    with pytest.raises(LayoutError, match="no layout of 5 ranks shares a batch of 12 sequences and 3 layers: take"):
         mesh_sizes(ParallelSettings(data=4), 5, 3, 12)

@@ -153,8 +153,9 @@ set_environment() {
 run_inside() {
     case $mpi in
     openmpi)
-        set -- --host "host1:$first,host2:$second" --map-by slot:OVERSUBSCRIBE --bind-to none \
-            --prtemca plm_ssh_agent /run/agent "$@"
+        # The first name is Open MPI 5's, the second 4's.
+        export PRTE_MCA_plm_ssh_agent=/run/agent OMPI_MCA_plm_rsh_agent=/run/agent
+        set -- --host "host1:$first,host2:$second" --map-by slot:OVERSUBSCRIBE --bind-to none "$@"
         ;;
     mpich) set -- -launcher ssh -launcher-exec /run/agent -hosts "host1:$first,host2:$second" "$@" ;;
     intel)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,11 @@ from mpi4py import MPI
 
 from mpillm.comm.profile import ClusterProfile, CollectiveCost, Cost, describe_cluster
 from mpillm.console import Console
-from mpillm.errors import DataError, DivergedError, LayoutError, MismatchError, UsageError
+from mpillm.errors import DataError, DivergedError, LayoutError, MismatchError, StoppedError, UsageError
+from mpillm.launch.signals import StopSignals
 from mpillm.train.loop import train
 from mpillm.train.recipe import Recipe, parse_recipe
+from mpillm.train.running import Allotment
 from mpillm.weights.finding import find
 
 QUIET = Console(speaks=False)
@@ -73,6 +76,27 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(data: Path, folder: Path
         (folder / "cut/metrics.jsonl").write_text("".join(lines[:8]) + lines[8][:20])
     comm.Barrier()
     train(recipe(data, folder / "cut", **whole), comm, QUIET, resume=True)
+    assert untimed(folder / "cut") == untimed(folder / "whole")
+    assert same_weights(folder / "cut", folder / "whole", comm)
+
+
+class Asked(StopSignals):
+    """Somebody who asked one rank to stop, before the run began."""
+
+    def __init__(self, here: bool) -> None:
+        self.number, self._orderly = signal.SIGUSR1 * here, False
+
+
+def test_a_stop_leaves_out_nothing_that_was_due(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    table = {"train": {"evaluate_every": 1, "steps": 3}}
+    train(recipe(data, folder / "whole", **table), comm, QUIET)
+    stops = recipe(data, folder / "cut", **table)
+    for step in (1, 2):
+        asked = Allotment(Asked(comm.rank == comm.size - 1))
+        words = rf"SIGUSR1 on rank {comm.size - 1}; the run is saved as .*step-0000000{step}"
+        with pytest.raises(StoppedError, match=words):
+            train(stops, comm, QUIET, resume=step > 1, allotment=asked)
+    train(stops, comm, QUIET, resume=True)
     assert untimed(folder / "cut") == untimed(folder / "whole")
     assert same_weights(folder / "cut", folder / "whole", comm)
 

@@ -4,6 +4,7 @@ import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,8 +44,10 @@ class Local:
 
 def wished_paths(options: DoctorOptions, environment: Mapping[str, str]) -> tuple[Path, ...]:
     """The folders that the user named, else the current one and the one for temporary files."""
-    here = (Path.cwd(), Path(environment.get("TMPDIR") or tempfile.gettempdir()))
-    return tuple(dict.fromkeys(options.paths or here))
+    here = Path(environment.get("PWD") or "/")
+    with suppress(FileNotFoundError):  # the current folder was removed
+        here = Path.cwd()
+    return tuple(dict.fromkeys(options.paths or (here, Path(environment.get("TMPDIR") or tempfile.gettempdir()))))
 
 
 def examine(

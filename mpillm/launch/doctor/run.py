@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mpillm.console import Console
 from mpillm.errors import LaunchError
 from mpillm.launch.batchjob import current_job
-from mpillm.launch.doctor import alike, batch, machine, mpi, neighbours, reach, sharing
+from mpillm.launch.doctor import alike, batch, folders, machine, mpi, neighbours, reach, sharing
 from mpillm.launch.doctor.children import without_launcher
 from mpillm.launch.doctor.findings import Finding, Row, guarded, merge
 from mpillm.launch.doctor.local import Job, Local, examine, wished_paths
@@ -174,7 +174,9 @@ def _lost(
         sys.stderr.flush()
     # Where messages are lost rank 0 notices too, a little later, and has more to tell.
     time.sleep(ABORT_SECONDS if meeting and comm.rank else 1)
-    comm.Abort(1)
+    from mpi4py import MPI
+
+    MPI.COMM_WORLD.Abort(1)
     raise SystemExit(1)
 
 
@@ -209,7 +211,7 @@ def _collect(
     facts |= {one.host: one.facts for one in told}
     rows += [Row(finding) for finding in [*_of_job(options, environment, look, comm.size), of_site]]
     meet(comm)
-    rows += [Row(finding) for finding in _of_hosts(world, options, environment, facts)]
+    rows += [Row(finding) for finding in _of_hosts(world, options, environment, facts, rows)]
     rows += [Row(finding) for finding in _of_ranks(world, environment)]
     rows += [Row(finding) for finding in _of_profile(world, options, probes, site)]
 
@@ -241,14 +243,17 @@ def _of_job(
 
 
 def _of_hosts(
-    world: World, options: DoctorOptions, environment: Mapping[str, str], facts: Mapping[str, Mapping[str, str]]
+    world: World, options: DoctorOptions, environment: Mapping[str, str], facts: Mapping[str, Mapping[str, str]],
+    rows: Sequence[Row],
 ) -> list[Finding]:  # fmt: skip
-    """Whether the hosts are alike and share the folders. Every rank calls it."""
+    """Whether the hosts are alike and share the folders. Every rank calls it; `rows`: what is known on rank 0."""
     if len(world.hosts) < 2:
         return []
+    # A file server that hangs takes whoever asks it with it.
+    ill = {row.finding.name for row in rows if (row.finding.area, row.finding.verdict) == (folders.AREA, "error")}
     # The folder for temporary files is each host's own, and should be.
     paths = options.paths or wished_paths(options, environment)[:1]
-    paths = world.comm.bcast(paths)
+    paths = world.comm.bcast([path for path in paths if str(path) not in ill])
     seen = sharing.seen_by(world.comm, paths, world.leads, world.host)
     judged = [sharing.judge_sharing(path, hosts, bool(options.paths)) for path, hosts in seen.items()]
     return alike.judge_alike(facts) + [finding for finding in judged if finding]

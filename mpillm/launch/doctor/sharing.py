@@ -24,7 +24,9 @@ def seen_by(comm: "MPI.Intracomm", paths: Sequence[Path], leader: bool, host: st
     it; one rank a host, the `leader`, looks.
     """
     name = comm.bcast(f".mpillm-doctor-{secrets.token_hex(8)}" if comm.rank == 0 else None)
-    written = comm.bcast([_leave(path / name, name) for path in paths] if comm.rank == 0 else None)
+    left = [_leave(path / name, name) for path in paths] if comm.rank == 0 else None
+    meet(comm)
+    written = comm.bcast(left)
     looks = [leader and there and _look(path / name, name) for path, there in zip(paths, written, strict=True)]
     meet(comm)
     if comm.rank == 0:
