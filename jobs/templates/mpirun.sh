@@ -27,6 +27,10 @@ case $version in
     done
     ;;
 *Intel* | *HYDRA*)
+{% if scheduler == "slurm" %}
+    # It starts its helpers by srun, whose own MPI would get in the way.
+    export SLURM_MPI_TYPE=none
+{% endif %}
     launch=("$launcher" -n {{ job.ranks }} -hosts "$host_list" -prepend-rank{% if not placed %} -ppn {{ job.ranks_per_node }}{% endif %})
 {% if job.stage %}
     each_node=("$launcher" -n {{ job.nodes }} -hosts "$host_list" -ppn 1)

@@ -159,6 +159,11 @@ def test_mpich_without_pmix_is_stopped_before_it_aborts() -> None:
         refuse_before_init(SRUN_PMIX, MPICH)
     with pytest.raises(LonelyError, match="a PMIx launcher started this process"):
         refuse_before_init({"PMIX_RANK": "0"}, MPICH)
+    # It ends each process in MPI_Init, where Open MPI 5 lets each be alone.
+    with pytest.raises(LaunchError, match=r"srun --mpi=none tells its .* Open MPI 4\.1\.4, .*; start them with srun"):
+        refuse_before_init(SRUN, "Open MPI v4.1.4, package: Debian OpenMPI")
+    refuse_before_init(SRUN, OPEN_MPI)
+    refuse_before_init(SRUN_PMIX, "Open MPI v4.1.4, package: Debian OpenMPI")
     for environment, library in (
         (OMPI_5, OPEN_MPI), (OMPI_5, INTEL), (HYDRA, MPICH), (SRUN_PMI2, MPICH), ({}, MPICH),
         (OMPI_5 | HYDRA, MPICH), (OMPI_5, MPICH.replace("ofi", "ofi --with-pmix=/usr")),

@@ -181,7 +181,7 @@ def test_more_ranks_than_cores_where_it_is_meant(place: Path, capsys: pytest.Cap
     out = capsys.readouterr().out
     # A Slurm that is asked for more CPUs than a node has refuses the job: the crowding is srun's affair.
     assert "#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=16\n" in out
-    assert "--ntasks-per-node=4 --kill-on-bad-exit=1 --label --overcommit" in out
+    assert "--ntasks-per-node=4 --kill-on-bad-exit=0 --wait=60 --label --overcommit" in out
 
 
 def test_what_would_fail_later_is_refused_now(place: Path) -> None:
