@@ -70,14 +70,14 @@ def refuse_before_init(environment: Mapping[str, str], library: str) -> None:
     """Raise LonelyError where MPI_Init would end this process without a word that helps.
 
     MPICH that was built without PMIx aborts in MPI_Init when it finds PMIX_RANK and no PMI_RANK, as under Open MPI's
-    mpirun and srun --mpi=pmix; Open MPI 4 does under srun --mpi=none. `library` as in `refuse_lonely_ranks`; MPI tells it
-    before MPI_Init too.
+    mpirun and srun --mpi=pmix; Open MPI 4 does under srun --mpi=none. `library` as in `refuse_lonely_ranks`; MPI tells
+    it before MPI_Init too.
     """
     started = detect(environment)
     if started.launcher == launchers.SRUN.name and started.details["mpi"] == "none" and _is_open_mpi_4(library):
         raise LonelyError(
-            f"{_command(started)} tells its processes nothing of each other, and mpi4py loaded {library_name(library)}, "
-            f"which does not start so; {cure(started, library)}"
+            f"{_command(started)} tells its processes nothing of each other, and mpi4py loaded "
+            f"{library_name(library)}, which does not start so; {cure(started, library)}"
         )
     knows = not library.startswith("MPICH Version") or re.search(r"pmix|with-pmi|with-slurm", library)
     if knows or "PMIX_RANK" not in environment or number(environment, "PMI_RANK") is not None:
