@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from mpillm.files import make_folder, write_json, write_text
 from mpillm.launch.batch import Job, render, stop_seconds_for
 from mpillm.launch.batchjob import END_VARIABLES, RESTART_VARIABLES
 from mpillm.launch.lock import is_alive, read_holder
-from mpillm.launch.locking import MOUNTS, hdf5_file_locking
+from mpillm.launch.locking import hdf5_file_locking
+from mpillm.launch.mounts import Mount, read_mounts
 from mpillm.launch.schedulers import SCHEDULERS, find_scheduler, hand_over, is_over, job_state
 from mpillm.launch.site import Site
 from mpillm.launch.walltime import seconds_of
@@ -72,7 +73,7 @@ def submit(
     """
     scheduler = find_scheduler(site.scheduler if options.scheduler == "auto" else options.scheduler, environment)
     site = _with_environment(site, environment)
-    job = make_job(options, recipe, site, Path.cwd(), _mountinfo())
+    job = make_job(options, recipe, site, Path.cwd(), read_mounts())
     script = render(scheduler, job, site)
     if check_ranks:
         check_ranks(job.ranks)
@@ -101,7 +102,7 @@ def submit(
         )
 
 
-def make_job(options: SubmitOptions, recipe: SubmittedRecipe, site: Site, folder: Path, mountinfo: str) -> Job:
+def make_job(options: SubmitOptions, recipe: SubmittedRecipe, site: Site, folder: Path, mounts: Sequence[Mount]) -> Job:
     """The job that is asked for, its numbers checked against the site's nodes. `folder`: where paths start.
 
     Raises UsageError.
@@ -132,7 +133,7 @@ def make_job(options: SubmitOptions, recipe: SubmittedRecipe, site: Site, folder
         partition=options.partition or site.partition, account=options.account or site.account,
         max_restarts=options.max_restarts, data=data, stage=options.stage, oversubscribe=options.oversubscribe,
         cores_per_node=site.cores_per_node,
-        hdf5_file_locking=hdf5_file_locking(site.hdf5_file_locking, (run, data), mountinfo),
+        hdf5_file_locking=hdf5_file_locking(site.hdf5_file_locking, (run, data), mounts),
     )  # fmt: skip
 
 
@@ -202,13 +203,6 @@ def _facts(scheduler: str, job: Job, number: str) -> dict[str, Any]:
 def _as_json(scheduler: str, job: Job, script: str, facts: Mapping[str, Any] | None) -> str:
     told = {"scheduler": scheduler, "run": job.run, "command": list(job.command), "script": script, "job": facts}
     return json.dumps(told, ensure_ascii=False) + "\n"
-
-
-def _mountinfo() -> str:
-    try:
-        return MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return ""
 
 
 def _count(number: int, what: str) -> str:

@@ -37,6 +37,12 @@ def allowance(environment: Mapping[str, str], root: Path = ROOT) -> float:
     return min(cpu_limit(root), number(environment, "SLURM_CPUS_ON_NODE") or math.inf)
 
 
+def threads_wish(environment: Mapping[str, str]) -> int | None:
+    """OMP_NUM_THREADS, where the user set it: of nested parallelism the outermost."""
+    wish = environment.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(wish) if wish.isdigit() and int(wish) else None
+
+
 def threads_per_rank(comm: "MPI.Intracomm", environment: Mapping[str, str]) -> int:
     """The threads of this rank: OMP_NUM_THREADS where the user set it, else its fair share of the node's cores.
 
@@ -48,5 +54,4 @@ def threads_per_rank(comm: "MPI.Intracomm", environment: Mapping[str, str]) -> i
     masks: list[set[int]] = local.allgather(read_topology().cores(os.sched_getaffinity(0)))
     threads = fair_threads(masks, local.rank, allowance(environment))
     local.Free()
-    wish = environment.get("OMP_NUM_THREADS", "").split(",")[0]
-    return int(wish) if wish.isdigit() and int(wish) else threads
+    return threads_wish(environment) or threads

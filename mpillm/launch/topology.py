@@ -53,7 +53,7 @@ def read_topology(root: Path = ROOT) -> Topology:
 
 def job_cpus(root: Path = ROOT) -> set[int]:
     """The CPUs that the node offers to this job or container, whatever narrower mask this process is bound to."""
-    for folder in _control_groups(root, "cpuset"):
+    for folder in control_groups(root, "cpuset"):
         for name in ("cpuset.cpus.effective", "cpuset.effective_cpus"):
             cpus = parse_cpus(_read(folder / name))
             if cpus:
@@ -66,7 +66,7 @@ def cpu_limit(root: Path = ROOT) -> float:
 
     A container may be given 2 CPUs of time and see 64 in its mask.
     """
-    return min((_quota(folder) for folder in _control_groups(root, "cpu")), default=math.inf)
+    return min((_quota(folder) for folder in control_groups(root, "cpu")), default=math.inf)
 
 
 def parse_cpus(text: str) -> set[int]:
@@ -86,7 +86,7 @@ def ranges_text(numbers: Iterable[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
 
 
-def _control_groups(root: Path, controller: str) -> Iterator[Path]:
+def control_groups(root: Path, controller: str) -> Iterator[Path]:
     """The folders of this process's control groups, the innermost first, in version 2 and 1.
 
     A container often sees its own group as the top folder, and in /proc a path that only its host knows.

@@ -1,7 +1,7 @@
 """Reading a run's history: who trained it when, and how each attempt ended. Needs neither torch nor MPI."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -113,17 +113,6 @@ def _went_on(attempt: Attempt, event: Event) -> Attempt:
     if event.name in ENDS:
         return replace(attempt, how=event.name, reason=str(event.facts.get("reason") or ""))
     return attempt
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 3, 8 → `0–3, 8`."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number <= parts[-1][-1] + 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ", ".join("–".join(map(str, part)) for part in parts)
 
 
 def object_at(facts: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import Any
 from mpillm.console import Console, binary_bytes, clock
 from mpillm.errors import UsageError
 from mpillm.files import write_text
+from mpillm.launch.topology import ranges_text
 from mpillm.launch.versions import package_version
-from mpillm.train.history import KILLED, Attempt, object_at, ranges
+from mpillm.train.history import KILLED, Attempt, object_at
 from mpillm.train.report_drawing import draw, draw_attempts, short
 from mpillm.train.report_page import Figure, Page, Picture, Table, render
 from mpillm.train.report_plots import plots
@@ -131,7 +132,7 @@ def _job(attempt: Attempt) -> str:
 def _hosts_table(attempts: Sequence[Attempt]) -> Table:
     """Of the newest attempt."""
     hosts = attempts[-1].hosts if attempts else {}
-    rows = [[name, str(len(ranks)), ranges(ranks)] for name, ranks in hosts.items()]
+    rows = [[name, str(len(ranks)), ranges_text(ranks)] for name, ranks in hosts.items()]
     facts = attempts[-1].facts if attempts else {}
     told = [
         f"mesh {facts['mesh']}" if facts.get("mesh") else "",

@@ -13,13 +13,13 @@ from typing import Any
 
 from mpillm.errors import UsageError
 from mpillm.launch.lock import LOCK, is_alive, read_holder
+from mpillm.launch.submit import JOB
 from mpillm.train.diary import HISTORY
 from mpillm.train.history import KILLED, RUNNING, Attempt, attempts, object_at, read_history
 from mpillm.train.record import METRICS, RECIPE, read_metrics
 
 # As mpillm.weights names them, which would load torch.
 CHECKPOINTS, INDEX = "checkpoints", "index.json"
-JOB = "job.json"
 SUBMITTED, UNKNOWN, FINISHED = "submitted", "unknown", "finished"
 # Steps that stand for how it goes now.
 RECENT = 50

@@ -12,6 +12,7 @@ from typing import Any
 from mpillm.console import Console, clock
 from mpillm.errors import MpillmError
 from mpillm.launch.schedulers import is_over
+from mpillm.launch.submit import RECIPE as SUBMITTED_RECIPE
 from mpillm.launch.walltime import clock_time
 from mpillm.train.history import KILLED, RUNNING, Attempt
 from mpillm.train.record import RECIPE
@@ -21,7 +22,6 @@ Ask = Callable[[str, str], str]
 """(scheduler, job id) → what the scheduler says of the job, in a word; empty where it says nothing."""
 # What a job was asked with, besides its size, and would be asked with again.
 KEPT = ("partition", "account", "threads", "gpus-per-node")
-SUBMITTED_RECIPE = "job.toml"
 # More names than these are counted, not told.
 MOST_HOSTS = 4
 

@@ -11,7 +11,8 @@ import pytest
 
 from mpillm.errors import UsageError
 from mpillm.launch.batch import Job, render, stop_seconds_for
-from mpillm.launch.locking import hdf5_file_locking, mount_of, mounts_of
+from mpillm.launch.locking import hdf5_file_locking
+from mpillm.launch.mounts import mounts_of
 from mpillm.launch.quoting import Verbatim, finalize, quote
 from mpillm.launch.schedulers import SCHEDULERS
 from mpillm.launch.site import Site, load_site
@@ -211,12 +212,6 @@ short line
     ],
 )
 def test_hdf5_locks_where_the_file_system_can(path: str, wanted: str) -> None:
-    assert hdf5_file_locking(None, ["/data", path], MOUNTINFO) == wanted
-    assert hdf5_file_locking(True, [path], MOUNTINFO) == "TRUE"
-    assert hdf5_file_locking(False, [path], MOUNTINFO) == "FALSE"
-
-
-def test_this_machine_has_a_root() -> None:
-    mount = mount_of("/", mounts_of(Path("/proc/self/mountinfo").read_text()))
-    assert mount is not None
-    assert mount.place == "/"
+    assert hdf5_file_locking(None, ["/data", path], mounts_of(MOUNTINFO)) == wanted
+    assert hdf5_file_locking(True, [path], []) == "TRUE"
+    assert hdf5_file_locking(False, [path], []) == "FALSE"

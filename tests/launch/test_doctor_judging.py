@@ -291,25 +291,6 @@ def test_cuda_awareness_is_told():
     assert gpu.judge_aware({"messages": False, "allreduce": False}).verdict == "warning"
 
 
-MOUNTS = (
-    "22 27 0:21 / /proc rw - proc proc rw\n27 1 254:0 / / rw shared:1 - ext4 /dev/vda rw\n"
-    "40 27 0:50 / /scratch rw - lustre mds:/scratch rw\n41 40 0:51 / /scratch/my\\040data rw - nfs4 server:/x rw\n"
-    "42 27 0:52 / /tmp rw - xfs /dev/vdb rw\n43 27 0:53 / /tmp rw - tmpfs tmpfs rw\n"
-)
-
-
-@pytest.mark.parametrize(
-    ("path", "kind"),
-    [
-        ("/", "ext4"), ("/apps/me", "ext4"), ("/scratch", "lustre"), ("/scratches", "ext4"),
-        ("/scratch/my data/run", "nfs4"), ("/tmp/x", "tmpfs"),
-    ],
-)  # fmt: skip
-def test_the_file_system_of_a_path(path, kind):
-    assert folders.kind_of(path, folders.mounts_of(MOUNTS)) == kind
-    assert folders.kind_of(path, []) == "unknown"
-
-
 @pytest.mark.parametrize("number", [*folders.FAILURES, errno.ENOSPC, errno.EIO])
 def test_each_failure_of_a_folder_has_a_way_out(number):
     (found,) = folders.judge_folder(folders.Folder("/x", "nfs4", GIB, 0, None, (number, "write")), {})

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpillm.train.diary import HISTORY, Diary
-from mpillm.train.history import Event, attempts, ranges, read_history
+from mpillm.train.history import Event, attempts, read_history
 
 NOON = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
 START = {"ranks": 2, "hosts": {"n1": [0], "n2": [1]}, "job": {"scheduler": "slurm", "id": "7", "restart": 1}}
@@ -96,10 +96,3 @@ def test_lines_that_tell_nothing_are_left_out(tmp_path: Path) -> None:
     text = "\n".join([*odd, *lines(), *odd])
     path.write_bytes(text.encode("utf-8", errors="surrogateescape"))
     assert [e.name for e in read_history(path)] == [e.name for e in STORY]
-
-
-def test_ranges() -> None:
-    assert ranges([0, 1, 2, 3, 8]) == "0–3, 8"
-    assert ranges([5, 3, 4]) == "3–5"
-    assert ranges([]) == ""
-    assert ranges([2, 0]) == "0, 2"

@@ -7,6 +7,7 @@ from typing import Literal
 
 Verdict = Literal["ok", "warning", "error"]
 VERDICTS: tuple[Verdict, ...] = ("error", "warning", "ok")
+MISSED = "report it, with the output of `mpillm doctor --json`"
 NUMBER = re.compile(r"(\d[\d,]*(?:\.\d+)?)")
 
 
@@ -35,7 +36,7 @@ def guarded(area: str, name: str, check: Callable[[], Iterable[Finding]]) -> lis
         return list(check())
     except Exception as failure:
         found = f"this check itself failed: {type(failure).__name__}: {failure}"
-        return [Finding(area, name, "error", found, "report it, with the output of `mpillm doctor --json`")]
+        return [Finding(area, name, "error", found, MISSED)]
 
 
 def merge(by_host: Mapping[str, Sequence[Finding]]) -> list[Row]:

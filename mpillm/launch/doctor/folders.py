@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from mpillm.console import binary_bytes
 from mpillm.launch.doctor.children import run, trial
 from mpillm.launch.doctor.findings import Finding
+from mpillm.launch.mounts import mount_of, read_mounts
 
 AREA = "folders"
 MIB = 1 << 20
@@ -22,7 +23,6 @@ LITTLE_ROOM_BYTES = 1 << 30
 SLOW_BYTES_PER_SECOND = 10e6
 LOCKING_VARIABLE = "HDF5_USE_FILE_LOCKING"
 IN_MEMORY = ("tmpfs", "ramfs")
-MOUNTS = Path("/proc/self/mountinfo")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Folder:
 def read_folder(path: Path, environment: Mapping[str, str]) -> Folder:
     """Try `path` in a child; this process itself touches it only when the child has come back."""
     ended = trial("folder_trial", [str(path), str(TRIAL_BYTES)], environment, TRIAL_SECONDS)
-    kind = kind_of(os.path.abspath(path), mounts())  # noqa: PTH100 # resolving links would touch the folder
+    kind = _kind(os.path.abspath(path))  # noqa: PTH100 # resolving links would touch the folder
     if ended.code is None:
         return Folder(str(path), kind, hung=TRIAL_SECONDS)
     if ended.code != 0:
@@ -56,7 +56,7 @@ def read_folder(path: Path, environment: Mapping[str, str]) -> Folder:
     failure = tuple(told["failure"]) if told["failure"] else None
     if failure and failure[1] == "open":
         return Folder(str(path), kind, failure=failure)
-    kind = kind_of(str(path.resolve()), mounts())
+    kind = _kind(str(path.resolve()))
     room = os.statvfs(path)
     return Folder(
         str(path), kind, room.f_blocks * room.f_frsize, room.f_bavail * room.f_frsize,
@@ -65,34 +65,9 @@ def read_folder(path: Path, environment: Mapping[str, str]) -> Folder:
     )  # fmt: skip
 
 
-def mounts(table: Path = MOUNTS) -> list[tuple[str, str]]:
-    """Mount points and their file systems' types, in the order of mounting."""
-    try:
-        return mounts_of(table.read_text(encoding="utf-8", errors="surrogateescape"))
-    except OSError:
-        return []
-
-
-def mounts_of(text: str) -> list[tuple[str, str]]:
-    """proc(5): the fifth field of a line is the mount point, the type follows a lone hyphen."""
-    found = []
-    for line in text.splitlines():
-        head, _, tail = line.partition(" - ")
-        fields = head.split()
-        if len(fields) > 4 and tail:
-            place = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
-            found.append((place, tail.split()[0]))
-    return found
-
-
-def kind_of(path: str, mounted: Sequence[tuple[str, str]]) -> str:
-    """The type of the file system that `path` lies on: of the longest mount point above it, the last mounted."""
-    above = [(len(place), turn, kind) for turn, (place, kind) in enumerate(mounted) if _within(path, place)]
-    return max(above)[2] if above else "unknown"
-
-
-def _within(path: str, place: str) -> bool:
-    return path == place or path.startswith(place.rstrip("/") + "/")
+def _kind(path: str) -> str:
+    mount = mount_of(path, read_mounts())
+    return mount.kind if mount else "unknown"
 
 
 def stripes(path: Path, environment: Mapping[str, str]) -> int | None:

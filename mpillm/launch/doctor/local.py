@@ -16,7 +16,7 @@ from mpillm.launch.doctor.children import without_launcher
 from mpillm.launch.doctor.findings import Finding, guarded
 from mpillm.launch.doctor.options import DoctorOptions, Probes
 from mpillm.launch.gpus import visible_gpus
-from mpillm.launch.threads import allowance
+from mpillm.launch.threads import allowance, threads_wish
 from mpillm.launch.topology import read_topology
 
 
@@ -82,7 +82,7 @@ def check_folder(path: Path, environment: Mapping[str, str], quiet: Mapping[str,
 
 def check_machine(environment: Mapping[str, str], job: Job, facts: dict[str, str]) -> list[Finding]:
     topology, memory = read_topology(), machine.read_memory()
-    cores = machine.cores_of(job.masks, topology, allowance(environment), machine.threads_wish(environment))
+    cores = machine.cores_of(job.masks, topology, allowance(environment), threads_wish(environment))
     facts |= {
         "Linux": machine.system(), "processor": machine.processor(), "cores": str(cores.all_cores),
         "memory": f"{round(memory.total / (1 << 30))} GiB",

@@ -5,14 +5,14 @@ import platform
 import re
 import resource
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
 from mpillm.console import binary_bytes
 from mpillm.launch.doctor.findings import Finding, Verdict
-from mpillm.launch.topology import Topology
+from mpillm.launch.topology import Topology, control_groups
 
 AREA = "host"
 MIB = 1 << 20
@@ -27,6 +27,8 @@ LEAST_MEMORY_A_RANK = 1 << 30
 LEAST_OPEN_FILES = 1024
 LEAST_LOCKED_BYTES = 64 * MIB
 UNLIMITED = -1
+# Of version 2 and 1 of control groups.
+MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,8 @@ def read_memory(root: Path = Path("/")) -> Memory:
 
 def memory_limit(root: Path = Path("/")) -> int:
     """The tightest limit of this process's control groups, in bytes; a huge number without one."""
-    top, limits = root / "sys/fs/cgroup", [1 << 62]
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        within = Path(path.lstrip("/"))
-        for group in (within, *within.parents):
-            if controllers == "":
-                limits += _number(top / group / "memory.max")
-            elif "memory" in controllers.split(","):
-                limits += _number(top / "memory" / group / "memory.limit_in_bytes")
-    return min(limits)
+    files = [group / name for group in control_groups(root, "memory") for name in MEMORY_LIMITS]
+    return min([1 << 62, *(number for file in files for number in _number(file))])
 
 
 def _number(path: Path) -> list[int]:
@@ -140,11 +134,6 @@ def cores_of(masks: Sequence[AbstractSet[int]], topology: Topology, allowed: flo
         len(masks), len(cpus), len(topology.cores(cpus)), allowed,
         len(set(topology.core.values())) or len(cpus), threads,
     )  # fmt: skip
-
-
-def threads_wish(environment: Mapping[str, str]) -> int | None:
-    wish = environment.get("OMP_NUM_THREADS", "").split(",")[0]
-    return int(wish) if wish.isdigit() and int(wish) else None
 
 
 def judge_shared(shared: Shared, ranks: int) -> Finding:

@@ -18,7 +18,7 @@ from mpillm.errors import LaunchError
 from mpillm.launch.batchjob import current_job
 from mpillm.launch.doctor import alike, batch, folders, machine, mpi, neighbours, reach, sharing
 from mpillm.launch.doctor.children import without_launcher
-from mpillm.launch.doctor.findings import Finding, Row, guarded, merge
+from mpillm.launch.doctor.findings import MISSED, Finding, Row, guarded, merge
 from mpillm.launch.doctor.local import Job, Local, examine, wished_paths
 from mpillm.launch.doctor.meeting import meet
 from mpillm.launch.doctor.options import DoctorOptions, Probes
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 FIRST_SPEAKS_SECONDS, ABORT_SECONDS = 5.0, 60.0
 SITE_VARIABLE = "MPILLM_SITE"
 """launch.site's, which needs packages."""
-MISSED = "report it, with the output of `mpillm doctor --json`"
 
 
 @dataclass(frozen=True)
