@@ -81,9 +81,12 @@ def _waits(standing: Standing) -> Plot | None:
     if not axes or not steps.get(STEP_SECONDS):
         return None
     whole = curve(steps[STEP_SECONDS])
+    # The step is rank 0's, the waiting a mean of all: at the first step others may wait for longer than it takes.
     whole[whole <= 0] = np.nan
     lines = [
-        Line(axis, colour, curve(steps["step"]), curve(100 * curve(steps[axis + WAIT]) / whole), True)
+        Line(
+            axis, colour, curve(steps["step"]), np.minimum(100.0, curve(100 * curve(steps[axis + WAIT]) / whole)), True
+        )
         for axis, colour in zip(axes, AXIS_COLOURS, strict=False)
     ]
     medians = ", ".join(f"{line.label} {np.nanmedian(line.y):.1f}%" for line in lines if np.isfinite(line.y).any())
