@@ -1,11 +1,15 @@
 """Square matrix products with this rank's threads, all ranks at once: the rate that a model's layers can hope for."""
 
+from collections.abc import Sequence
+
 from mpillm.bench import figures
 from mpillm.bench.report import TIME_COLUMNS, Row, Section, Show, scaled, text, whole
 from mpillm.bench.setting import Bench
 from mpillm.bench.timing import interleave
 from mpillm.errors import UsageError
 
+# Processors without bfloat16 multiply it a hundred times slower than float32: minutes for one large edge.
+LONGEST_SECONDS = 1.0
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 COLUMNS: dict[str, Show] = {
     "type": text("element"), "edge": whole("edge"), **TIME_COLUMNS,
@@ -25,7 +29,7 @@ def run_gemm(bench: Bench) -> list[Section]:
     with bench.progress("gemm", len(edges) * (options.iterations + options.warmup)) as advance:
         for edge in edges:
             makes = {}
-            for element in elements:
+            for element in _bearable(bench, elements, edge, rows):
                 left, right, out = (
                     torch.ones(edge, edge, dtype=getattr(torch, element), device=options.device) for _ in range(3)
                 )
@@ -36,10 +40,24 @@ def run_gemm(bench: Bench) -> list[Section]:
                         torch.cuda.synchronize()
 
                 makes[element] = lambda call=call: call
+            if not makes:
+                break
             seconds = interleave(comm, makes, options.iterations, options.warmup, advance=advance)
             rows += [_row(element, edge, comm.size, figures.times(own)) for element, own in seconds.items()]
     title = f"gemm: {comm.size} rank{'s' * (comm.size > 1)} at once, {options.threads} threads each"
     return [Section("gemm", title, rows, COLUMNS)]
+
+
+def _bearable(bench: Bench, elements: Sequence[str], edge: int, rows: Sequence[Row]) -> list[str]:
+    """The types whose product of this edge will not take too long, by that of a smaller one; the same on all ranks."""
+    kept = []
+    for element in elements:
+        before = next((row for row in reversed(rows) if row["element"] == element), None)
+        if before and before["median_seconds"] * (edge / before["edge"]) ** 3 > LONGEST_SECONDS:
+            bench.note(f"gemm: {element} is too slow here for edges beyond {before['edge']:,}")
+        else:
+            kept.append(element)
+    return kept
 
 
 def _row(element: str, edge: int, ranks: int, times: figures.Times) -> Row:
