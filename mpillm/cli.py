@@ -158,8 +158,7 @@ def train(
         from mpillm.train.recipe import load_recipe
         from mpillm.train.running import Allotment
 
-        tell_placement(job.comm, os.environ, job.console, verbose)
-
+        tell_placement(job.comm, os.environ, job.threads, job.console, verbose)
         allotment = Allotment(signals, current_job(os.environ), job_end(os.environ), begun)
         run(load_recipe(recipe, overrides or ()), job.comm, job.console, resume, trace, allotment)
 

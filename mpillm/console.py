@@ -111,7 +111,7 @@ class Console:
 
     def warn(self, text: str) -> None:
         if self.speaks:
-            self._out.print(Text.assemble(("warning:", "yellow"), " ", text))
+            self.styled([("warning:", "yellow"), (f" {text}", "")])
 
     def styled(self, parts: Sequence[tuple[str, str]]) -> None:
         """A line of parts, each with rich's name of its style, "" for none."""
@@ -167,6 +167,11 @@ def clock(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def counted(number: float, what: str) -> str:
+    """1 → `1 rank`, 3 → `3 ranks`, 2.5 → `2.5 ranks`."""
+    return f"{number:g} {what}{'' if number == 1 else 's'}"
 
 
 def binary_bytes(count: float) -> str:

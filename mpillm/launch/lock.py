@@ -57,9 +57,11 @@ def is_gone(holder: Holder, me: Holder, silent_seconds: float) -> bool:
     """
     if holder.system == me.system:
         return _born(holder.pid) != holder.born
-    if holder.job and me.job and (holder.job.scheduler, holder.job.id) == (me.job.scheduler, me.job.id):
-        return holder.job.restart < me.job.restart or silent_seconds > DEAD_SECONDS
-    return silent_seconds > DEAD_SECONDS
+    again = bool(
+        holder.job and me.job and (holder.job.scheduler, holder.job.id) == (me.job.scheduler, me.job.id)
+        and holder.job.restart < me.job.restart
+    )  # fmt: skip
+    return again or silent_seconds > DEAD_SECONDS
 
 
 class RunLock:
@@ -85,8 +87,8 @@ class RunLock:
         for _ in range(2):
             if self._make():
                 return
-            holder, silence = read_holder(folder), silent_seconds(folder)
-            if silence < DEAD_SECONDS if holder is None else not is_gone(holder, self._me, silence):
+            holder = read_holder(folder)
+            if not _left_behind(folder, holder, self._me):
                 raise UsageError(
                     f"the run {folder} is held by {holder.describe() if holder else 'a job that begins just now'}; "
                     "wait for it, end it, or name another train.run (one that died elsewhere is free "
@@ -139,19 +141,23 @@ def silent_seconds(folder: Path) -> float:
         probe.touch()
         return probe.stat().st_mtime - (folder / LOCK).stat().st_mtime
     except OSError:
-        return max(0.0, time.time() - _modified(folder / LOCK))
+        return max(0.0, time.time() - modified(folder / LOCK))
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
 
 
-def is_alive(folder: Path) -> bool:
-    """Whether a job holds the run in `folder` now, as far as can be known from here."""
-    holder, me = read_holder(folder), this_process(None)
-    if holder is None:
-        return False
+def live_holder(folder: Path) -> Holder | None:
+    """Who holds the run in `folder` now, as far as can be known from here."""
+    holder = read_holder(folder)
+    return None if holder is None or _left_behind(folder, holder, this_process(None)) else holder
+
+
+def _left_behind(folder: Path, holder: Holder | None, me: Holder) -> bool:
+    """Whether the lock in `folder` is of a `holder` that is gone; of one that cannot be read (None) silence tells."""
     # Silence is asked for by a file that is made, so only where it counts.
-    return not is_gone(holder, me, 0.0 if holder.system == me.system else silent_seconds(folder))
+    silence = 0.0 if holder is not None and holder.system == me.system else silent_seconds(folder)
+    return silence >= DEAD_SECONDS if holder is None else is_gone(holder, me, silence)
 
 
 def _read(path: Path) -> Holder | None:
@@ -163,7 +169,8 @@ def _read(path: Path) -> Holder | None:
         return None
 
 
-def _modified(path: Path) -> float:
+def modified(path: Path) -> float:
+    """When a file was last written, in unix seconds; 0 where it is not there."""
     try:
         return path.stat().st_mtime
     except OSError:

@@ -17,20 +17,13 @@ from pathlib import Path
 from mpillm.errors import LaunchError
 from mpillm.launch import launchers
 from mpillm.launch.launchers import Started, detect, number
+from mpillm.launch.libraries import named
 from mpillm.launch.ranks import rank_from_environment
 
 ALONE_VARIABLE = "MPILLM_ALONE"
 # A launcher kills the rest once a rank leaves with an error: the first rank must speak before that.
 TELLING_SECONDS = 1.0
 
-# What MPI_Get_library_version says.
-LIBRARIES = (
-    ("Open MPI", r"Open MPI v?([\w.]+)"),
-    ("Intel MPI", r"Intel\(R\) MPI Library (?:Version )?([\w.]+)"),
-    ("Cray MPICH", r"CRAY MPICH version ([\w.]+)"),
-    ("MVAPICH", r"MVAPICH2? Version\s*:?\s*([\w.]+)"),
-    ("MPICH", r"MPICH Version:\s*([\w.]+)"),
-)
 # srun's --mpi for each of them.
 SLURM_MPI = {
     "Open MPI": "pmix",
@@ -61,7 +54,7 @@ def refuse_lonely_ranks(environment: Mapping[str, str], mpi_size: int, library: 
     if mpi_size > 1 or (started.size or 1) < 2 or environment.get(ALONE_VARIABLE, "0") not in ("", "0"):
         return
     raise LonelyError(
-        f"{_command(started)} started {started.size} processes, but mpi4py loaded {library_name(library)}, in which "
+        f"{_command(started)} started {started.size} processes, but mpi4py loaded {named(library).text}, in which "
         f"each is alone; {cure(started, library)} ({ALONE_VARIABLE}=1 if each is meant to work by itself)"
     )
 
@@ -74,19 +67,31 @@ def refuse_before_init(environment: Mapping[str, str], library: str) -> None:
     it before MPI_Init too.
     """
     started = detect(environment)
-    if started.launcher == launchers.SRUN.name and started.details["mpi"] == "none" and _is_open_mpi_4(library):
+    if (
+        started.launcher == launchers.SRUN.name
+        and started.details["mpi"] == "none"
+        and named(library).text.startswith("Open MPI 4.")
+    ):
         raise LonelyError(
             f"{_command(started)} tells its processes nothing of each other, and mpi4py loaded "
-            f"{library_name(library)}, which does not start so; {cure(started, library)}"
+            f"{named(library).text}, which does not start so; {cure(started, library)}"
         )
     knows = not library.startswith("MPICH Version") or re.search(r"pmix|with-pmi|with-slurm", library)
     if knows or "PMIX_RANK" not in environment or number(environment, "PMI_RANK") is not None:
         return
     count = f"{started.size} processes" if started.size else "this process"
     raise LonelyError(
-        f"{_command(started)} started {count} by PMIx, but mpi4py loaded {library_name(library)}, which was built "
+        f"{_command(started)} started {count} by PMIx, but mpi4py loaded {named(library).text}, which was built "
         f"without PMIx; {cure(started, library)}"
     )
+
+
+@contextmanager
+def without_foreign_warning() -> Iterator[None]:
+    """Import MPI within it: mpi4py's own warning of a foreign launcher comes from each rank and names no cure."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
+        yield
 
 
 @contextmanager
@@ -94,12 +99,10 @@ def one_voice(environment: Mapping[str, str]) -> Iterator[None]:
     """Open MPI within it: a LonelyError goes on from the first rank by environment alone.
 
     The others wait until it has spoken and leave through SystemExit, with the same code and no word. Any other error
-    may be one rank's own and goes on from there. mpi4py's own warning of a foreign launcher is held back: it comes from
-    each rank and names no cure.
+    may be one rank's own and goes on from there.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
+        with without_foreign_warning():
             yield
     except LonelyError as failure:
         if rank_from_environment(environment) == 0:
@@ -108,18 +111,12 @@ def one_voice(environment: Mapping[str, str]) -> Iterator[None]:
         raise SystemExit(failure.exit_code) from None
 
 
-def library_name(library: str) -> str:
-    """`Open MPI v5.0.11, package: …` → `Open MPI 5.0.11`; the first line where it is none that we know."""
-    family, version = _library(library)
-    return f"{family} {version}".strip()
-
-
 def cure(started: Started, library: str, maps: Path = Path("/proc/self/maps")) -> str:
     """What connects the ranks of this MPI: how to start them, or what to install instead.
 
     `maps`: the files that this process has loaded, which tell where this MPI lies.
     """
-    family, _ = _library(library)
+    family = named(library).name
     if started.launcher == launchers.SRUN.name:
         return _cure_of_srun(started.details["mpi"], family)
     if started.launcher in SITE_LAUNCHERS:
@@ -159,17 +156,3 @@ def _command(started: Started) -> str:
     if "version" in started.details:
         return started.launcher.replace(")", f" {started.details['version']})")
     return f"{started.launcher} --mpi={started.details['mpi']}" if "mpi" in started.details else started.launcher
-
-
-def _is_open_mpi_4(library: str) -> bool:
-    family, version = _library(library)
-    return family == "Open MPI" and version.startswith("4.")
-
-
-def _library(library: str) -> tuple[str, str]:
-    """Family and version."""
-    for family, pattern in LIBRARIES:
-        found = re.search(pattern, library)
-        if found:
-            return family, found.group(1).rstrip(".,")
-    return library.strip("\0 \n").split("\n")[0], ""

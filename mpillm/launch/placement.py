@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpillm.console import Console
+from mpillm.console import Console, counted
 from mpillm.launch.gpus import gpu_of, visible_gpus
 from mpillm.launch.launchers import detect, launcher_named
-from mpillm.launch.threads import allowance, threads_per_rank
+from mpillm.launch.threads import allowance
 from mpillm.launch.topology import ROOT, job_cpus, ranges_text, read_topology
 
 if TYPE_CHECKING:
@@ -44,8 +44,10 @@ class Place:
     """Its name in launchers.LAUNCHERS."""
 
 
-def placement(comm: "MPI.Intracomm", environment: Mapping[str, str], root: Path = ROOT) -> list[Place]:
-    """The place of each rank of `comm`, in their order, on every rank. Every rank calls it."""
+def placement(
+    comm: "MPI.Intracomm", environment: Mapping[str, str], threads: int, root: Path = ROOT
+) -> list[Place]:  # fmt: skip
+    """The place of each rank of `comm`, in their order, on every rank. Every rank calls it; `threads`: of this one."""
     from mpi4py import MPI
 
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -58,7 +60,7 @@ def placement(comm: "MPI.Intracomm", environment: Mapping[str, str], root: Path 
         local_size=local.size,
         cpus=frozenset(cpus),
         cores=frozenset(topology.cores(cpus)),
-        threads=threads_per_rank(comm, environment),
+        threads=threads,
         sockets=frozenset(topology.sockets(cpus)),
         numa=frozenset(topology.numa_nodes(cpus)),
         gpu=gpu_of(local.rank, visible_gpus(environment, root)),
@@ -70,9 +72,11 @@ def placement(comm: "MPI.Intracomm", environment: Mapping[str, str], root: Path 
     return comm.allgather(mine)
 
 
-def tell_placement(comm: "MPI.Intracomm", environment: Mapping[str, str], console: Console, verbose: bool) -> None:
+def tell_placement(
+    comm: "MPI.Intracomm", environment: Mapping[str, str], threads: int, console: Console, verbose: bool
+) -> None:  # fmt: skip
     """Warn of ranks that crowd each other or leave cores idle; `verbose`: show where each is. Every rank calls it."""
-    places = placement(comm, environment)
+    places = placement(comm, environment, threads)
     if verbose:
         console.table("placement", COLUMNS, table_rows(places))
     for text in (oversubscription(places), narrow_binding(places)):
@@ -111,8 +115,8 @@ def oversubscription(places: Sequence[Place]) -> str:
     if not crowds:
         return ""
     there, cpus, room = max(crowds, key=lambda crowd: sum(place.threads for place in crowd[0]) / crowd[2])
-    others = f" (and {_count(len(crowds) - 1, 'host')} more like it)" if len(crowds) > 1 else ""
-    only = f"{room:g} CPUs' worth of time" if room < len(cpus) else f"{_count(len(cpus), 'CPU')} ({ranges_text(cpus)})"
+    others = f" (and {counted(len(crowds) - 1, 'host')} more like it)" if len(crowds) > 1 else ""
+    only = f"{room:g} CPUs' worth of time" if room < len(cpus) else f"{counted(len(cpus), 'CPU')} ({ranges_text(cpus)})"
     return (
         f"host {there[0].host}{others}: {_ranks(there)} of the job run {sum(place.threads for place in there)} threads "
         f"on {only}, so they wait for each other; {_ways_out(there, room)}"
@@ -129,9 +133,9 @@ def narrow_binding(places: Sequence[Place]) -> str:
         return ""
     there = max(idle, key=lambda there: there[0].offered_cores / _used_cores(there))
     used, offered = _used_cores(there), there[0].offered_cores
-    others = f" (and {_count(len(idle) - 1, 'host')} more like it)" if len(idle) > 1 else ""
+    others = f" (and {counted(len(idle) - 1, 'host')} more like it)" if len(idle) > 1 else ""
     return (
-        f"{_count(len(there), 'rank')} on host {there[0].host}{others} may run on {used} of its {offered} cores; "
+        f"{counted(len(there), 'rank')} on host {there[0].host}{others} may run on {used} of its {offered} cores; "
         f"{_widen(there[0])}"
     )
 
@@ -161,7 +165,7 @@ def _worst_crowd(there: Sequence[Place]) -> tuple[list[Place], frozenset[int], f
 
 
 def _ways_out(there: Sequence[Place], room: float) -> str:
-    fewer = f"start {_count(int(room), 'rank')} there at the most" if len(there) > room else ""
+    fewer = f"start {counted(int(room), 'rank')} there at the most" if len(there) > room else ""
     offered = there[0].offered_cores
     wider = _widen(there[0]) if _used_cores(there) < offered else ""
     fair = max(1, int(room / len(there)))
@@ -200,7 +204,3 @@ def _cells(place: Place) -> tuple[str, ...]:
 
 def _ranks(there: Sequence[Place]) -> str:
     return f"{'ranks' if len(there) > 1 else 'rank'} {ranges_text(place.rank for place in there)}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number != 1 else ''}"

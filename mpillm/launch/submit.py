@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpillm.console import Console, clock
+from mpillm.console import Console, clock, counted
 from mpillm.errors import UsageError
 from mpillm.files import make_folder, write_json, write_text
 from mpillm.launch.batch import Job, render, stop_seconds_for
 from mpillm.launch.batchjob import END_VARIABLES, RESTART_VARIABLES
-from mpillm.launch.lock import is_alive, read_holder
+from mpillm.launch.lock import live_holder
 from mpillm.launch.locking import hdf5_file_locking
 from mpillm.launch.mounts import Mount, read_mounts
 from mpillm.launch.schedulers import SCHEDULERS, find_scheduler, hand_over, is_over, job_state
@@ -96,8 +96,8 @@ def submit(
         console.write(_as_json(scheduler, job, script, facts))
     else:
         console.say(
-            f"job {facts['id']} is submitted to {SCHEDULERS[scheduler].title}: {_count(job.nodes, 'node')} × "
-            f"{_count(job.ranks_per_node, 'rank')} × {_count(job.threads, 'thread')} for {clock(job.seconds)}\n"
+            f"job {facts['id']} is submitted to {SCHEDULERS[scheduler].title}: {counted(job.nodes, 'node')} × "
+            f"{counted(job.ranks_per_node, 'rank')} × {counted(job.threads, 'thread')} for {clock(job.seconds)}\n"
             f"its output: {facts['output']}"
         )
 
@@ -160,11 +160,10 @@ def _check_unused(run: Path, resume: bool) -> None:
 
 def _check_here(run: Path, job: Job, site: Site, environment: Mapping[str, str]) -> None:
     """What would fail only after hours in the queue is refused now."""
-    if is_alive(run):
-        holder = read_holder(run)
-        raise UsageError(f"the run {run} is held by {holder.describe() if holder else 'a job'}; wait for it or end it")
+    if holder := live_holder(run):
+        raise UsageError(f"the run {run} is held by {holder.describe()}; wait for it or end it")
     queued = read_job(run)
-    state = job_state(queued.get("scheduler", ""), queued.get("id", ""), environment) if queued else None
+    state = job_state(str(queued.get("scheduler")), str(queued.get("id")), environment) if queued else None
     if state and not is_over(state):
         raise UsageError(
             f"the run {run} is submitted already, as job {queued['id']} ({state}); wait for it or cancel it"
@@ -175,13 +174,13 @@ def _check_here(run: Path, job: Job, site: Site, environment: Mapping[str, str])
         raise UsageError(f"there is no Python in environment = {site.environment!r}; mend the site file")
 
 
-def read_job(run: Path) -> dict[str, str]:
-    """What was noted of the run's newest job, as texts; empty where nothing was."""
+def read_job(run: Path) -> dict[str, Any]:
+    """What was noted of the run's newest job; empty where nothing was, or nothing that can be read."""
     try:
         noted = json.loads((run / JOB).read_text(encoding="utf-8"))
-        return {str(key): str(value) for key, value in noted.items()}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return {}
+    return noted if isinstance(noted, dict) else {}
 
 
 def _with_environment(site: Site, environment: Mapping[str, str]) -> Site:
@@ -203,7 +202,3 @@ def _facts(scheduler: str, job: Job, number: str) -> dict[str, Any]:
 def _as_json(scheduler: str, job: Job, script: str, facts: Mapping[str, Any] | None) -> str:
     told = {"scheduler": scheduler, "run": job.run, "command": list(job.command), "script": script, "job": facts}
     return json.dumps(told, ensure_ascii=False) + "\n"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

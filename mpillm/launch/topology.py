@@ -37,16 +37,16 @@ def read_topology(root: Path = ROOT) -> Topology:
     core, socket = {}, {}
     for folder in (root / SYSTEM / "cpu").glob("cpu[0-9]*"):
         cpu, told = int(folder.name[3:]), folder / "topology"
-        siblings = parse_cpus(_read(told / "thread_siblings_list"))
+        siblings = parse_cpus(text_of(told / "thread_siblings_list"))
         if siblings:  # a CPU that is switched off has none
             core[cpu] = min(siblings)
-        package = _read(told / "physical_package_id")
+        package = text_of(told / "physical_package_id")
         if package.isdigit():
             socket[cpu] = int(package)
     numa = {
         cpu: int(folder.name[4:])
         for folder in (root / SYSTEM / "node").glob("node[0-9]*")
-        for cpu in parse_cpus(_read(folder / "cpulist"))
+        for cpu in parse_cpus(text_of(folder / "cpulist"))
     }
     return Topology(core, socket, numa)
 
@@ -55,10 +55,10 @@ def job_cpus(root: Path = ROOT) -> set[int]:
     """The CPUs that the node offers to this job or container, whatever narrower mask this process is bound to."""
     for folder in control_groups(root, "cpuset"):
         for name in ("cpuset.cpus.effective", "cpuset.effective_cpus"):
-            cpus = parse_cpus(_read(folder / name))
+            cpus = parse_cpus(text_of(folder / name))
             if cpus:
                 return cpus
-    return parse_cpus(_read(root / SYSTEM / "cpu" / "online"))
+    return parse_cpus(text_of(root / SYSTEM / "cpu" / "online"))
 
 
 def cpu_limit(root: Path = ROOT) -> float:
@@ -92,7 +92,7 @@ def control_groups(root: Path, controller: str) -> Iterator[Path]:
     A container often sees its own group as the top folder, and in /proc a path that only its host knows.
     """
     mounts = root / "sys/fs/cgroup"
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in text_of(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             tops = (mounts, mounts / "unified")
@@ -106,13 +106,14 @@ def control_groups(root: Path, controller: str) -> Iterator[Path]:
 
 def _quota(folder: Path) -> float:
     """A control group's own limit, in CPUs: version 2 writes `max 100000` or `200000 100000`, version 1 two files."""
-    told = _read(folder / "cpu.max") or f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}"
+    quota, period = (text_of(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    told = text_of(folder / "cpu.max") or f"{quota} {period}"
     limit = re.fullmatch(r"(\d+) ([1-9]\d*)", told)
     return int(limit[1]) / int(limit[2]) if limit else math.inf
 
 
-def _read(path: Path) -> str:
-    """A file's text; "" where it is missing or Linux does not let us."""
+def text_of(path: Path) -> str:
+    """A file of Linux's, stripped; "" where it cannot be read: a network card that is down refuses its speed."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

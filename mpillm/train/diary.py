@@ -9,11 +9,11 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from mpillm.files import flush, write_text
+from mpillm.train.history import SAVED, STARTED, read_history
 
 HISTORY, OUTCOME = "history.jsonl", "outcome"
 Outcome = Literal["running", "finished", "stopped", "failed"]
@@ -26,11 +26,11 @@ class Diary:
         self._folder, self._writes = folder, writes
 
     def started(self, step: int, facts: Mapping[str, Any]) -> None:
-        self._add("started", step, facts)
+        self._add(STARTED, step, facts)
         self.tell("running")
 
     def saved(self, step: int, checkpoint: Path, seconds: float, nbytes: int) -> None:
-        self._add("saved", step, {
+        self._add(SAVED, step, {
             "checkpoint": str(checkpoint.relative_to(self._folder)), "seconds": seconds, "bytes": nbytes,
         })  # fmt: skip
 
@@ -48,10 +48,12 @@ class Diary:
             return
         line = json.dumps({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **facts})
         path = self._folder / HISTORY
-        # A job that was killed may have left half a line.
-        torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n" * torn + line + "\n")
+        with path.open("a+b") as file:
+            # A job that was killed may have left half a line.
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = "\n" * (file.read() != b"\n") + line
+            file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         flush(self._folder)
@@ -59,12 +61,6 @@ class Diary:
 
 def last_save_seconds(folder: Path) -> float | None:
     """How long the newest save of the run took; None where it has none."""
-    path = folder / HISTORY
-    if not path.exists():
-        return None
-    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
-        with suppress(ValueError, KeyError, TypeError):
-            event = json.loads(line)
-            if event["event"] == "saved":
-                return float(event["seconds"])
-    return None
+    told = (event.facts.get("seconds") for event in read_history(folder / HISTORY) if event.name == SAVED)
+    seconds = [value for value in told if isinstance(value, int | float)]
+    return float(seconds[-1]) if seconds else None

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.comm.agreement import on_root
-from mpillm.comm.profile import ClusterProfile, describe_cluster, load_profile
+from mpillm.comm.profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.console import Console
 from mpillm.errors import MismatchError, UsageError
 from mpillm.files import make_folder
@@ -22,7 +22,8 @@ from mpillm.train.record import CLUSTER, METRICS
 from mpillm.train.running import Allotment, Run, held
 from mpillm.train.trainer import Trainer
 from mpillm.weights.checkpoint import Checkpoint
-from mpillm.weights.finding import CHECKPOINTS, newest_whole
+from mpillm.weights.finding import newest_whole
+from mpillm.weights.places import CHECKPOINTS
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -50,7 +51,8 @@ def train(
     with open_split(recipe.data.path, "train") as reader:
         # Refused before the run has a folder: a dataset that is shorter than one context, a profile that is missing.
         WindowOrder(reader.n_tokens, recipe.model.context, settings.seed)
-        profile = _profile(recipe, comm, console)
+        cluster = describe_cluster(comm)
+        profile = _profile(recipe, comm, console, cluster)
         folder = Path(settings.run)
         make_folder(folder)
         with held(folder, comm, allotment.job):
@@ -61,15 +63,16 @@ def train(
                 console.say(f"gradients: {trainer.describe()}")
             if layout.schedule.ranks > 1:
                 console.say(f"stages: {trainer.describe_pipeline()}")
-            run = Run(recipe, manifest, trainer, console, trace, allotment)
+            run = Run(recipe, manifest, trainer, console, trace, allotment, cluster)
             run.go(checkpoint)
             trainer.close()
 
 
-def _profile(recipe: Recipe, comm: "MPI.Intracomm", console: Console) -> ClusterProfile | None:
+def _profile(
+    recipe: Recipe, comm: "MPI.Intracomm", console: Console, here: Cluster
+) -> ClusterProfile | None:  # fmt: skip
     """The cluster's profile: the recipe's, else one that lies in the run's folder, else none. Every rank calls it."""
     beside = Path(recipe.train.run) / CLUSTER
-    here = describe_cluster(comm)
     named = Path(recipe.parallel.profile) if recipe.parallel.profile else None
 
     def load() -> ClusterProfile | None:

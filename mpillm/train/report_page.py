@@ -34,7 +34,7 @@ class Picture:
 class Table:
     title: str
     columns: Sequence[str]
-    """None: a table of names and what they are."""
+    """Empty: a table of names and what they are."""
     rows: Sequence[Sequence[str]]
     figures: frozenset[int] = frozenset()
     """Which columns are set to the right."""

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 
 from mpillm.comm.agreement import on_root
 from mpillm.comm.patience import patient_barrier
-from mpillm.comm.profile import describe_cluster
+from mpillm.comm.profile import Cluster
 from mpillm.comm.together import host_name
 from mpillm.console import Console, Progress
 from mpillm.errors import CheckpointError, DivergedError, StoppedError
@@ -31,12 +31,12 @@ from mpillm.tokens.reader import open_split
 from mpillm.train.diary import Diary, last_save_seconds
 from mpillm.train.optimizer import optimizer_tensors, set_steps
 from mpillm.train.recipe import Recipe, write_recipe
-from mpillm.train.record import METRICS, RECIPE, TRACE, Metrics, Record, read_metrics
+from mpillm.train.record import METRICS, RECIPE, TRACE, Record, read_metrics
 from mpillm.train.stopping import Stopping
 from mpillm.train.timing import Timing
 from mpillm.train.trainer import StepResult, Trainer
 from mpillm.weights.checkpoint import Checkpoint
-from mpillm.weights.finding import CHECKPOINTS
+from mpillm.weights.places import CHECKPOINTS
 from mpillm.weights.saving import prune, save
 
 if TYPE_CHECKING:
@@ -84,21 +84,20 @@ class Run:
     """Every rank makes it, and calls `go`."""
 
     def __init__(
-        self, recipe: Recipe, manifest: Manifest, trainer: Trainer, console: Console, trace: bool, allotment: Allotment
-    ) -> None:
+        self, recipe: Recipe, manifest: Manifest, trainer: Trainer, console: Console, trace: bool, allotment: Allotment,
+        cluster: Cluster,
+    ) -> None:  # fmt: skip
         self._recipe, self._manifest, self._trainer = recipe, manifest, trainer
         self._comm, self._console = trainer.mesh.comm, console
         self._folder = Path(recipe.train.run)
         self._timing, self._trace = Timing(trainer.mesh, trainer.layout, trainer.clock_offset), trace
         self._diary = Diary(self._folder, writes=self._comm.rank == 0)
         self._signals = allotment.signals
-        # The ranks may have been told different ends, and one clock must do for all.
-        deadline = self._comm.bcast(allotment.deadline(recipe.train.time_limit))
-        self._deadline = deadline
-        self._stopping = Stopping(
-            allotment.signals, deadline if self._comm.rank == 0 else None, last_save_seconds(self._folder)
-        )
-        self._job = allotment.job
+        # The ranks may have been told different ends, and one clock must do for all: rank 0's.
+        self._deadline = self._comm.bcast(allotment.deadline(recipe.train.time_limit))
+        times = (self._deadline, last_save_seconds(self._folder)) if self._comm.rank == 0 else (None, None)
+        self._stopping = Stopping(allotment.signals, *times)
+        self._job, self._cluster = allotment.job, cluster
         self._last_saved: Path | None = None
         self._done = 0
 
@@ -116,13 +115,14 @@ class Run:
     def _go(self, checkpoint: Checkpoint | None) -> str:
         """Why the run stopped before its end; "" where it did not."""
         self._done, steps = self._restore(checkpoint), self._recipe.train.steps
-        if self._done >= steps and not self._owes_evaluation():
+        owed = self._owes_evaluation()
+        if self._done >= steps and not owed:
             self._diary.ended("finished", self._done)
             self._console.say(
                 f"{self._folder} is at step {self._done:,} of {steps:,}: nothing to do (raise train.steps to go on)"
             )
             return ""
-        reason = self._go_on(steps)
+        reason = self._go_on(steps, owed)
         self._timing.tell(self._console)
         if self._trace:
             self._timing.write(self._folder / TRACE, self._console)
@@ -130,15 +130,14 @@ class Run:
             self._console.say(f"finished: {self._last_saved}, {self._folder / METRICS}, {self._folder / 'loss.png'}")
         return reason
 
-    def _go_on(self, steps: int) -> str:
-        """Step until the end, or until all agreed to stop: why, "" at the end."""
+    def _go_on(self, steps: int, owed: bool) -> str:
+        """Step until the end, or until all agreed to stop: why, "" at the end. `owed`: an evaluation comes first."""
         record, reason = None, ""
         try:
             if self._comm.rank == 0:
                 write_text(self._folder / RECIPE, write_recipe(self._recipe))
             self._diary.started(self._done, self._facts())
             check_same(self._trainer.weights.values(), self._trainer.mesh.axis("data"))
-            owed = self._owes_evaluation()
             record = Record(self._folder, self._done, writes=self._comm.rank == 0)
             if owed:
                 self._evaluate(record)
@@ -187,11 +186,11 @@ class Run:
         """Whether the run was ended between the save of this step and its evaluation. Every rank calls it."""
         if not (self._done and self._evaluation_is_due() and self._manifest.splits["validation"].n_tokens):
             return False
-        told = any(line["step"] == self._done and "validation_loss" in line for line in self._read_metrics())
-        return not self._comm.bcast(told)
-
-    def _read_metrics(self) -> Iterable[Metrics]:
-        return read_metrics(self._folder / METRICS) if self._comm.rank == 0 else ()
+        metrics = self._folder / METRICS
+        return not on_root(
+            self._comm,
+            lambda: any(line["step"] == self._done and "validation_loss" in line for line in read_metrics(metrics)),
+        )
 
     def _evaluate(self, record: Record) -> None:
         if not self._manifest.splits["validation"].n_tokens:
@@ -245,8 +244,7 @@ class Run:
         hosts: dict[str, list[int]] = {}
         for rank, host in enumerate(self._comm.allgather(host_name())):
             hosts.setdefault(host, []).append(rank)
-        cluster, schedule = describe_cluster(self._comm), trainer.layout.schedule
-        sizes = trainer.mesh.sizes
+        cluster, schedule, sizes = self._cluster, trainer.layout.schedule, trainer.mesh.sizes
         return {
             "ranks": self._comm.size, "hosts": hosts, "mesh": trainer.mesh.describe(), "axes": sizes,
             "traffic": traffic_bytes(sizes, recipe.model, recipe.train.batch, schedule.chunks),

@@ -1,6 +1,5 @@
 """Where a run stands, from the files in its folder alone: read once, without torch, MPI or the job's help."""
 
-import json
 import math
 import time
 import tomllib
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.errors import UsageError
-from mpillm.launch.lock import LOCK, is_alive, read_holder
-from mpillm.launch.submit import JOB
+from mpillm.launch.lock import LOCK, Holder, live_holder, modified
+from mpillm.launch.submit import JOB, read_job
 from mpillm.train.diary import HISTORY
 from mpillm.train.history import KILLED, RUNNING, Attempt, attempts, object_at, read_history
 from mpillm.train.record import METRICS, RECIPE, read_metrics
+from mpillm.weights.places import CHECKPOINTS, INDEX
 
-# As mpillm.weights names them, which would load torch.
-CHECKPOINTS, INDEX = "checkpoints", "index.json"
 SUBMITTED, UNKNOWN, FINISHED = "submitted", "unknown", "finished"
 # Steps that stand for how it goes now.
 RECENT = 50
@@ -91,13 +89,12 @@ def read_run(run: Path, now: float | None = None) -> Standing:
     metrics = list(read_metrics(run / METRICS))
     steps = columns(line for line in metrics if "validation_loss" not in line)
     evaluations = columns(line for line in metrics if "validation_loss" in line)
-    recipe, job = read_recipe(run / RECIPE), read_object(run / JOB)
+    recipe, job = read_recipe(run / RECIPE), read_job(run)
     reached = int(steps["step"][-1]) if steps else 0
-    tried = _attempts(run, reached, now)
+    holder, tried = _attempts(run, reached, now)
     if tried and tried[-1].how == KILLED:
         # Between a look at the lock and one at the history a job may have begun or ended.
-        tried = _attempts(run, reached, now)
-    holder = read_holder(run) if is_alive(run) else None
+        holder, tried = _attempts(run, reached, now)
     state, reason = _state(tried, holder is not None, reached, recipe, job)
     return Standing(
         run, run.resolve().name, now, state, reason, holder.describe() if holder else "", steps, evaluations,
@@ -152,15 +149,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
         return {}
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where it cannot be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def kept(run: Path) -> list[Kept]:
     """The checkpoints of a run, the oldest first. One that is removed meanwhile is left out."""
     found = []
@@ -173,17 +161,12 @@ def kept(run: Path) -> list[Kept]:
     return found
 
 
-def _attempts(run: Path, reached: int, now: float) -> list[Attempt]:
-    alive = is_alive(run)
-    sign = now if alive else max(_modified(run / LOCK), _modified(run / METRICS))
-    return attempts(read_history(run / HISTORY), alive, datetime.fromtimestamp(sign, UTC), reached)
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
+def _attempts(run: Path, reached: int, now: float) -> tuple[Holder | None, list[Attempt]]:
+    """Who holds the run, and the attempts at it."""
+    holder = live_holder(run)
+    sign = now if holder else max(modified(run / LOCK), modified(run / METRICS))
+    tried = attempts(read_history(run / HISTORY), holder is not None, datetime.fromtimestamp(sign, UTC), reached)
+    return holder, tried
 
 
 def _state(

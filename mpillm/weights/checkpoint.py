@@ -19,9 +19,9 @@ from torch import Tensor
 
 from mpillm import hdf5
 from mpillm.errors import CheckpointError, MismatchError
+from mpillm.weights.places import INDEX
 
 FORMAT, VERSION = "mpillm.checkpoint", 1
-INDEX = "index.json"
 # HDF5 has no bfloat16: it is stored as its two bytes, and the index tells the type.
 STORED_AS = {torch.bfloat16: torch.int16}
 

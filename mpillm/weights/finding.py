@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 from mpillm.comm.agreement import on_root
 from mpillm.console import Console
 from mpillm.errors import CheckpointError
-from mpillm.weights.checkpoint import INDEX, Checkpoint
+from mpillm.weights.checkpoint import Checkpoint
+from mpillm.weights.places import CHECKPOINTS, INDEX
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-CHECKPOINTS = "checkpoints"
 
 
 def newest_whole(run: Path, comm: "MPI.Intracomm", console: Console) -> Checkpoint | None:

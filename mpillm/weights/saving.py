@@ -10,7 +10,8 @@ from torch import Tensor
 from mpillm import hdf5
 from mpillm.errors import CheckpointError
 from mpillm.files import flush, write_json
-from mpillm.weights.checkpoint import INDEX, Entry, Piece, dtype_name, index_json, raw
+from mpillm.weights.checkpoint import Entry, Piece, dtype_name, index_json, raw
+from mpillm.weights.places import INDEX
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from mpillm.comm.gpu.probe import CHILD, TRIALS, probe, without_launcher
+from mpillm.comm.gpu.probe import CHILD, TRIALS, probe
+from mpillm.lone import without_launcher
 
 pytestmark = pytest.mark.alone
 ON_THE_CPU = (*CHILD[:-1], "cpu")

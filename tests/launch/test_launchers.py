@@ -11,9 +11,9 @@ from mpi4py import MPI
 
 from mpillm.errors import LaunchError
 from mpillm.launch.launchers import LAUNCHERS, Started, detect, launcher_named
+from mpillm.launch.libraries import named
 from mpillm.launch.lonely import (
     LonelyError,
-    library_name,
     mpirun_of,
     one_voice,
     refuse_before_init,
@@ -196,7 +196,7 @@ def test_the_mpirun_beside_the_library_is_named(tmp_path: Path) -> None:
 
 
 def test_the_library_at_work_is_named_shortly() -> None:
-    name = library_name(MPI.Get_library_version())
+    name = named(MPI.Get_library_version()).text
     assert len(name) < 40
     assert name.split()[-1][0].isdigit(), name
 

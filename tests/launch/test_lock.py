@@ -11,7 +11,16 @@ import pytest
 
 from mpillm.errors import UsageError
 from mpillm.launch.batchjob import CurrentJob
-from mpillm.launch.lock import DEAD_SECONDS, LOCK, RunLock, is_alive, is_gone, read_holder, silent_seconds, this_process
+from mpillm.launch.lock import (
+    DEAD_SECONDS,
+    LOCK,
+    RunLock,
+    is_gone,
+    live_holder,
+    read_holder,
+    silent_seconds,
+    this_process,
+)
 
 JOB = CurrentJob("slurm", "12", 1)
 
@@ -23,14 +32,14 @@ def plant(folder: Path, **changes: object) -> None:
 
 def test_a_lock_is_taken_once_and_given_back(tmp_path: Path) -> None:
     lock = RunLock(tmp_path, JOB)
-    assert is_alive(tmp_path)
+    assert live_holder(tmp_path)
     holder = read_holder(tmp_path)
     assert holder is not None
     assert (holder.pid, holder.job) == (os.getpid(), JOB)
     with pytest.raises(UsageError, match=rf"is held by job 12 \(slurm\), process {os.getpid()} on .* wait for it"):
         RunLock(tmp_path, None)
     lock.release()
-    assert not is_alive(tmp_path)
+    assert not live_holder(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -41,7 +50,7 @@ def test_a_lock_whose_process_is_gone_is_taken(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     assert read_holder(tmp_path) is not None
-    assert not is_alive(tmp_path)
+    assert not live_holder(tmp_path)
     RunLock(tmp_path, None).release()
     assert list(tmp_path.iterdir()) == []
 

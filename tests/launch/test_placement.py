@@ -274,7 +274,7 @@ def test_a_good_use_of_the_cores_needs_no_hint(there: list[Place]) -> None:
 
 
 def test_every_rank_learns_the_place_of_all(comm: MPI.Intracomm) -> None:
-    found = placement(comm, {})
+    found = placement(comm, {}, threads_per_rank(comm, {}))
     assert [place.rank for place in found] == list(range(comm.size))
     mine = found[comm.rank]
     assert mine.host == MPI.Get_processor_name()
@@ -289,7 +289,8 @@ def test_every_rank_learns_the_place_of_all(comm: MPI.Intracomm) -> None:
 
 
 def test_the_users_threads_are_told_and_crowds_noticed(comm: MPI.Intracomm) -> None:
-    found = placement(comm, {"OMP_NUM_THREADS": "1000"})
+    many = {"OMP_NUM_THREADS": "1000"}
+    found = placement(comm, many, threads_per_rank(comm, many))
     assert {place.threads for place in found} == {1000}
     assert "OMP_NUM_THREADS=" in oversubscription(found)
 
@@ -299,7 +300,8 @@ def test_places_under_mpirun(python, folder: Path) -> None:  # type: ignore[no-u
     script = folder / "places.py"
     script.write_text(
         "import os\nfrom mpi4py import MPI\nfrom mpillm.launch.placement import placement, table_rows\n"
-        "places = placement(MPI.COMM_WORLD, os.environ)\n"
+        "from mpillm.launch.threads import threads_per_rank\n"
+        "places = placement(MPI.COMM_WORLD, os.environ, threads_per_rank(MPI.COMM_WORLD, os.environ))\n"
         "if MPI.COMM_WORLD.rank == 0:\n    print([place.local_rank for place in places], places[0].launcher)\n"
     )
     done = python(script, ranks=3)

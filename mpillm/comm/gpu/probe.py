@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO
 
 from mpillm.comm.gpu.direct import ARITHMETIC, MESSAGES
+from mpillm.lone import without_launcher
 
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall")
 TRIALS = (MESSAGES, *OPERATIONS, ARITHMETIC)
@@ -21,18 +22,6 @@ READY = "ready"
 CHILD = (sys.executable, "-m", "mpillm.comm.gpu.trial", "cuda")
 # One child, with the import of CuPy; and all of them.
 CHILD_SECONDS, ALL_SECONDS = 60.0, 240.0
-
-LAUNCHERS = (
-    "OMPI_COMM_", "OMPI_UNIVERSE_", "OMPI_MCA_orte", "OMPI_MCA_ess", "OMPI_MCA_pmix", "OMPI_APP_", "OMPI_FILE_",
-    "OMPI_FIRST_", "OMPI_NUM_", "OMPI_ARGV", "OMPI_COMMAND", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "HYDI_", "MPI_LOCAL",
-    "I_MPI_HYDRA", "PMI2_", "SLURM_", "PALS_", "PBS_", "LSB_", "JSM_",
-)  # fmt: skip
-"""Beginnings of the names by which a launcher tells a process that it is one of a job. A user's settings stay."""
-
-
-def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that is in no job."""
-    return {name: value for name, value in environment.items() if not name.startswith(LAUNCHERS)}
 
 
 def probe(

@@ -8,11 +8,12 @@ from typing import Any
 from mpillm.errors import MpillmError
 from mpillm.launch.batchjob import CurrentJob
 from mpillm.launch.doctor.findings import Finding
+from mpillm.launch.schedulers import SCHEDULERS
 
 AREA, PROFILE_AREA = "batch system", "cluster profile"
-SYSTEMS = {"sbatch": "Slurm", "qsub": "PBS", "bsub": "LSF", "flux": "Flux"}
+# Flux can start ranks, and `mpillm submit` has no script for it.
+SYSTEMS = {system.submit[0]: system.title for system in SCHEDULERS.values()} | {"flux": "Flux"}
 STARTERS = ("srun", "jsrun", "flux", "aprun")
-PROFILE_WAY_OUT = "make one with `mpirun … mpillm bench all --save PROFILE.json`"
 
 
 def find_systems(environment: Mapping[str, str]) -> dict[str, str]:
@@ -60,5 +61,4 @@ def judge_profile(path: Path, load: Callable[[Path, Callable[[str], None], Any],
 def _split(sentence: str, verdict: Any) -> Finding:
     """comm.profile's sentences end in the way out."""
     found, _, remedy = sentence.rpartition("; ")
-    return Finding(PROFILE_AREA, "stale" if verdict == "warning" else "unusable", verdict, found or sentence,
-                   remedy if found else PROFILE_WAY_OUT)  # fmt: skip
+    return Finding(PROFILE_AREA, "stale" if verdict == "warning" else "unusable", verdict, found, remedy)

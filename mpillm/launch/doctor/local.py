@@ -12,12 +12,12 @@ from typing import Any
 
 from mpillm.launch.batchjob import current_job
 from mpillm.launch.doctor import folders, gpu, machine, mpi, network, software
-from mpillm.launch.doctor.children import without_launcher
 from mpillm.launch.doctor.findings import Finding, guarded
 from mpillm.launch.doctor.options import DoctorOptions, Probes
 from mpillm.launch.gpus import visible_gpus
 from mpillm.launch.threads import allowance, threads_wish
 from mpillm.launch.topology import read_topology
+from mpillm.lone import without_launcher
 
 
 @dataclass(frozen=True)

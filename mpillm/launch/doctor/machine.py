@@ -10,9 +10,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpillm.console import binary_bytes
+from mpillm.console import binary_bytes, counted
 from mpillm.launch.doctor.findings import Finding, Verdict
-from mpillm.launch.topology import Topology, control_groups
+from mpillm.launch.topology import Topology, control_groups, text_of
 
 AREA = "host"
 MIB = 1 << 20
@@ -98,15 +98,17 @@ def system() -> str:
 
 
 def processor(table: Path = Path("/proc/cpuinfo")) -> str:
-    found = re.search(r"^(?:model name|cpu|Model)\s*:\s*(.+)$", _read(table), re.MULTILINE)
+    found = re.search(r"^(?:model name|cpu|Model)\s*:\s*(.+)$", text_of(table), re.MULTILINE)
     return found[1].strip() if found else platform.machine()
 
 
 def read_memory(root: Path = Path("/")) -> Memory:
     """`root` holds `proc` and `sys`."""
-    told = {key: int(kib) * 1024 for key, kib in re.findall(r"^(\w+):\s+(\d+) kB", _read(root / "proc/meminfo"), re.M)}
-    total = told.get("MemTotal", 0)
-    return Memory(total, min(total, memory_limit(root)), told.get("MemAvailable", total))
+    lines = {
+        key: int(kib) * 1024 for key, kib in re.findall(r"^(\w+):\s+(\d+) kB", text_of(root / "proc/meminfo"), re.M)
+    }
+    total = lines.get("MemTotal", 0)
+    return Memory(total, min(total, memory_limit(root)), lines.get("MemAvailable", total))
 
 
 def memory_limit(root: Path = Path("/")) -> int:
@@ -116,15 +118,8 @@ def memory_limit(root: Path = Path("/")) -> int:
 
 
 def _number(path: Path) -> list[int]:
-    text = _read(path).strip()
+    text = text_of(path)
     return [int(text)] if text.isdigit() else []
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def cores_of(masks: Sequence[AbstractSet[int]], topology: Topology, allowed: float, threads: int | None) -> Cores:
@@ -161,7 +156,7 @@ def judge_shared(shared: Shared, ranks: int) -> Finding:
 def judge_cores(cores: Cores) -> Finding:
     """Whether the ranks here have cores enough: an error where more than two would share a hardware thread."""
     ranks, usable = cores.ranks, cores.usable
-    many = f"{_count(ranks, 'rank')} on {_count(usable, 'core')}"
+    many = f"{counted(ranks, 'rank')} on {counted(usable, 'core')}"
     if ranks > usable:
         most = min(cores.cpus, cores.allowed)
         verdict: Verdict = "error" if ranks > 2 * most else "warning"
@@ -169,7 +164,7 @@ def judge_cores(cores: Cores) -> Finding:
         return Finding(AREA, "cores", verdict, found, _more_cores(ranks, usable))
     if cores.threads and cores.threads * ranks > usable:
         crowd = cores.threads * ranks
-        found = f"{many}, and OMP_NUM_THREADS={cores.threads}: {crowd} threads crowd {_count(usable, 'core')}"
+        found = f"{many}, and OMP_NUM_THREADS={cores.threads}: {crowd} threads crowd {counted(usable, 'core')}"
         remedy = f"export OMP_NUM_THREADS={max(1, int(usable // ranks))}, or unset it: mpillm shares the cores out"
         return Finding(AREA, "cores", "warning", found, remedy)
     return Finding(AREA, "cores", "ok", f"{many} ({cores_text(cores)})")
@@ -181,12 +176,8 @@ def cores_text(cores: Cores) -> str:
     if cores.cpus != cores.cores:
         text += f", {cores.cpus} hardware threads"
     if cores.allowed < cores.cores:
-        text += f", for the time of {_count(cores.allowed, 'CPU')} by the control group or Slurm"
+        text += f", for the time of {counted(cores.allowed, 'CPU')} by the control group or Slurm"
     return text
-
-
-def _count(number: float, what: str) -> str:
-    return f"{number:g} {what}{'' if number == 1 else 's'}"
 
 
 def _more_cores(ranks: int, usable: float) -> str:
@@ -204,7 +195,7 @@ def judge_memory(memory: Memory, ranks: int) -> Finding:
     if memory.limit < memory.total:
         found += f", the control group's limit on a host of {binary_bytes(memory.total)}"
     if free < ranks * LEAST_MEMORY_A_RANK:
-        found += f" for {_count(ranks, 'rank')}, of which torch alone takes some 0.5 GiB each"
+        found += f" for {counted(ranks, 'rank')}, of which torch alone takes some 0.5 GiB each"
         return Finding(AREA, "memory", "warning", found, "end what else runs here, or ask for more (sbatch --mem=…)")
     return Finding(AREA, "memory", "ok", found)
 
@@ -212,7 +203,7 @@ def judge_memory(memory: Memory, ranks: int) -> Finding:
 def judge_parts(topology: Topology, name: str, host_system: str) -> list[Finding]:
     """What kind of host it is: nothing of it can be wrong, all of it belongs to a report."""
     sockets, nodes = len(set(topology.socket.values())) or 1, len(set(topology.numa.values())) or 1
-    found = f"{name}, {_count(sockets, 'socket')}, {_count(nodes, 'NUMA node')}"
+    found = f"{name}, {counted(sockets, 'socket')}, {counted(nodes, 'NUMA node')}"
     return [Finding(AREA, "processor", "ok", found), Finding(AREA, "system", "ok", host_system)]
 
 

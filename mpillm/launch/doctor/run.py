@@ -7,7 +7,6 @@ that are no job leave with one report, of the first of them.
 import os
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,15 +16,16 @@ from mpillm.console import Console
 from mpillm.errors import LaunchError
 from mpillm.launch.batchjob import current_job
 from mpillm.launch.doctor import alike, batch, folders, machine, mpi, neighbours, reach, sharing
-from mpillm.launch.doctor.children import without_launcher
 from mpillm.launch.doctor.findings import MISSED, Finding, Row, guarded, merge
 from mpillm.launch.doctor.local import Job, Local, examine, wished_paths
 from mpillm.launch.doctor.meeting import meet
 from mpillm.launch.doctor.options import DoctorOptions, Probes
 from mpillm.launch.doctor.report import tell
 from mpillm.launch.launchers import Started, detect
-from mpillm.launch.lonely import refuse_before_init, refuse_lonely_ranks
+from mpillm.launch.lonely import refuse_before_init, refuse_lonely_ranks, without_foreign_warning
 from mpillm.launch.placement import narrow_binding, placement
+from mpillm.launch.threads import threads_per_rank
+from mpillm.lone import without_launcher
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -78,9 +78,8 @@ def doctor(options: DoctorOptions, console: Console, probes: Probes, environment
 
 
 def open_quietly() -> "MPI.Intracomm":
-    """MPI_COMM_WORLD. Importing mpi4py.MPI calls MPI_Init; its own warning of a foreign launcher names no cure."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
+    """MPI_COMM_WORLD. Importing mpi4py.MPI calls MPI_Init."""
+    with without_foreign_warning():
         from mpi4py import MPI
     return MPI.COMM_WORLD
 
@@ -91,12 +90,12 @@ def _refusal(environment: Mapping[str, str], started: Started, look: mpi.Look) -
         return []
     if not look.library.name:
         return mpi.judge_library(look)
-    shared = machine.judge_shared(machine.read_shared(), 1)
+    shared = machine.read_shared()
     try:
         refuse_before_init(environment, look.says)
     except LaunchError as failure:
         return mpi.judge_start(str(failure), look)
-    return [shared] if machine.read_shared().free < machine.FATAL_SHARED_BYTES else []
+    return [machine.judge_shared(shared, 1)] if shared.free < machine.FATAL_SHARED_BYTES else []
 
 
 def _refuse(findings: Sequence[Finding], started: Started, options: DoctorOptions, console: Console) -> int:
@@ -261,7 +260,7 @@ def _of_hosts(
 def _of_ranks(world: World, environment: Mapping[str, str]) -> list[Finding]:
     """Where the ranks are, and how their messages pass. Every rank calls it."""
     comm = world.comm
-    places = placement(comm, environment)
+    places = placement(comm, environment, threads_per_rank(comm, environment))
     narrow = narrow_binding(places)
     found, _, remedy = narrow.partition("; ")
     findings = [Finding(machine.AREA, "binding", "warning", found, remedy)] if narrow else []
