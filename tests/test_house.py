@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "mpillm"
 
-GROUND = {"files", "hdf5", "console", "pages", "lone"}
+GROUND = {"files", "hdf5", "console", "pages", "lone", "pmix"}
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     **{room: {"errors"} | GROUND for room in GROUND},

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mpillm.errors import LaunchError
+from mpillm.pmix import wait_until_all_began
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -30,4 +31,6 @@ def open_world(check: Callable[[str], None] | None = None) -> "MPI.Intracomm":
         if check is not None:
             check(MPI.Get_library_version())
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        if MPI.COMM_WORLD.size > 1:
+            wait_until_all_began()
     return MPI.COMM_WORLD

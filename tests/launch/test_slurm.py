@@ -225,6 +225,14 @@ def test_a_cancelled_job_saves_and_stays_away(slurm: Any, running: tuple[str, Pa
     assert len(losses(run)) == stop["step"]
 
 
+@pytest.mark.skipif(MPI_TYPE != "pmix", reason="only Open MPI's ranks are started by PMIx")
+def test_no_rank_speaks_before_all_are_there(slurm: Any) -> None:
+    late_rank = Path(__file__).parents[1] / "peers" / "late_rank.py"
+    srun = ("srun", "--nodes=2", "--ntasks=2", f"--mpi={MPI_TYPE}")
+    done = slurm.run(*srun, sys.executable, late_rank, slurm.folder / "late")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_doctor_knows_the_right_launcher(slurm: Any) -> None:
     def findings(mpi: str) -> dict[str, dict[str, Any]]:
         doctor = [sys.executable, "-m", "mpillm", "doctor", slurm.folder, "--json"]

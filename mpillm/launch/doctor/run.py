@@ -26,6 +26,7 @@ from mpillm.launch.lonely import refuse_before_init, refuse_lonely_ranks, withou
 from mpillm.launch.placement import narrow_binding, placement
 from mpillm.launch.threads import threads_per_rank
 from mpillm.lone import without_launcher
+from mpillm.pmix import wait_until_all_began
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -81,6 +82,8 @@ def open_quietly() -> "MPI.Intracomm":
     """MPI_COMM_WORLD. Importing mpi4py.MPI calls MPI_Init."""
     with without_foreign_warning():
         from mpi4py import MPI
+    if MPI.COMM_WORLD.size > 1:
+        wait_until_all_began()
     return MPI.COMM_WORLD
 
 
