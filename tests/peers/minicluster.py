@@ -57,9 +57,10 @@ until [ -S "$1/munge/socket" ]; do sleep 0.05; done
 slurmctld -D -c -i >"$1/log/slurmctld.out" 2>&1 &
 touch "$1/head.ready"
 {STAY}"""
+# A node that comes back has its old address: what others remember of it holds. With a new one a job was not launched.
 LINK = f"""set -e
 ip netns add "$1"
-ip link add "$1" type veth peer name eth0 netns "$1"
+ip link add "$1" type veth peer name eth0 address "$(printf 02:00:00:00:00:%02x "$2")" netns "$1"
 ip link set "$1" master bridge up
 ip -n "$1" address add {NETWORK}.$2/24 dev eth0
 ip -n "$1" link set eth0 up
