@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from contextlib import suppress
 
 LIBRARY = "libpmix.so.2"
 # What PMIx 4 and 5 call pmix_info_t has 544 bytes: a key of 512, flags and a value.
@@ -9,8 +10,10 @@ INFO_BYTES = 1024
 COLLECT_DATA, BOOL = b"pmix.collect", 1
 
 
-def wait_until_all_began() -> None:
-    """Return once MPI_Init has returned on every rank. Each calls it after its own MPI_Init, before its first message.
+def wait_until_all_began(ranks: int) -> None:
+    """Return once MPI_Init has returned on all `ranks` of MPI_COMM_WORLD; one alone waits for nobody.
+
+    Each calls it after its own MPI_Init, before its first message.
 
     A message that reaches a rank of Open MPI 5 within MPI_Init may end it with a segmentation fault (issue 12495 and
     pull request 13559 of github.com/open-mpi/ompi). A barrier of PMIx at the end of MPI_Init should rule that out, but
@@ -18,11 +21,10 @@ def wait_until_all_began() -> None:
 
     Returns at once where the process uses no PMIx: of other libraries nothing of the kind is known.
     """
-    try:
+    if ranks == 1:
+        return
+    with suppress(OSError, AttributeError):
         pmix = ctypes.CDLL(LIBRARY, mode=os.RTLD_NOLOAD)
         info, yes = ctypes.create_string_buffer(INFO_BYTES), ctypes.c_bool(True)
         if pmix.PMIx_Info_load(info, COLLECT_DATA, ctypes.byref(yes), ctypes.c_uint16(BOOL)) == 0:
-            # The ranks of this MPI_COMM_WORLD, all of them.
             pmix.PMIx_Fence(None, ctypes.c_size_t(0), info, ctypes.c_size_t(1))
-    except (OSError, AttributeError):
-        return

@@ -20,8 +20,7 @@ from mpi4py import MPI
 from mpillm.pmix import wait_until_all_began
 
 WORLD = MPI.COMM_WORLD
-if WORLD.size > 1:
-    wait_until_all_began()
+wait_until_all_began(WORLD.size)
 # A singleton start leaves these behind; a child mpirun that inherits them believes to be part of the parent's job.
 FOREIGN = (
     "OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "HYDI_", "MPI_LOCAL", "I_MPI_HYDRA", "I_MPI_MPIRUN", "MV2_COMM",

@@ -31,6 +31,5 @@ def open_world(check: Callable[[str], None] | None = None) -> "MPI.Intracomm":
         if check is not None:
             check(MPI.Get_library_version())
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
-        if MPI.COMM_WORLD.size > 1:
-            wait_until_all_began()
+        wait_until_all_began(MPI.COMM_WORLD.size)
     return MPI.COMM_WORLD

@@ -19,5 +19,5 @@ def test_no_rank_speaks_before_all_are_there(python, tmp_path):
 
 def test_ranks_may_meet_at_any_time(comm):
     for _ in range(3):
-        wait_until_all_began()
+        wait_until_all_began(comm.size)
     comm.Barrier()

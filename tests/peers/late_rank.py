@@ -15,6 +15,6 @@ sign = Path(sys.argv[1])
 if MPI.COMM_WORLD.rank == 0:
     time.sleep(1)
     sign.touch()
-wait_until_all_began()
+wait_until_all_began(MPI.COMM_WORLD.size)
 assert MPI.COMM_WORLD.size > 1
 assert sign.exists(), f"rank {MPI.COMM_WORLD.rank} did not wait"

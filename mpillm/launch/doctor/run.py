@@ -82,8 +82,7 @@ def open_quietly() -> "MPI.Intracomm":
     """MPI_COMM_WORLD. Importing mpi4py.MPI calls MPI_Init."""
     with without_foreign_warning():
         from mpi4py import MPI
-    if MPI.COMM_WORLD.size > 1:
-        wait_until_all_began()
+    wait_until_all_began(MPI.COMM_WORLD.size)
     return MPI.COMM_WORLD
 
 
