@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpillm.bench.pattern import fill, pattern
-from mpillm.comm.buffers import from_octets, itemsize_of
+from mpillm.comm.buffers import from_octets, itemsize_of, new_octets
 from mpillm.comm.transfers import block_bounds
 
 IN_BLOCKS = ("reduce_scatter", "allgather", "alltoall")
@@ -69,7 +69,7 @@ def fitting_count(operation: str, nbytes: int, element: str, ranks: int) -> int:
 
 
 def new_array(count: int, element: str, device: str, pages: bool = False) -> Any:
-    """A flat array, its contents undefined: NumPy's, or torch's for bfloat16 and on a GPU.
+    """A flat array from a page's beginning on, its contents undefined: NumPy's, or torch's for bfloat16 and on a GPU.
 
     `pages`: from pages that no one has touched, whatever malloc has kept; not on a GPU.
     """
@@ -78,7 +78,7 @@ def new_array(count: int, element: str, device: str, pages: bool = False) -> Any
 
         return torch.empty(count, dtype=getattr(torch, element), device="cuda")
     nbytes = count * itemsize_of(element)
-    raw = np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8, nbytes) if pages else np.empty(nbytes, np.uint8)
+    raw = np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8, nbytes) if pages else new_octets(nbytes)
     return from_octets(raw, element).flat
 
 

@@ -1,7 +1,7 @@
 """Who takes part in a collective's benchmark: mpillm's algorithms, the library's own, torch's peers, the memory floor.
 
-All private contestants use one pair of arrays and all node-shared ones another: their turns rotate, so none finds its
-data warmer than the others do.
+All private contestants use one pair of arrays and all node-shared ones another: their order changes from turn to
+turn, so none finds its data warmer than the others do.
 """
 
 from collections.abc import Callable, Mapping

@@ -11,7 +11,7 @@ from mpillm.bench.overlap import computation
 from mpillm.bench.pairs import Pair, pairs
 from mpillm.bench.report import Row, Section, Show, figure, scaled, text, whole
 from mpillm.bench.setting import Bench
-from mpillm.bench.timing import Call, interleave, rotated
+from mpillm.bench.timing import Call, in_turn, interleave
 from mpillm.comm.clocks import clock_offset
 from mpillm.comm.mail import Edge, Mail
 from mpillm.comm.patience import patient_bcast
@@ -108,7 +108,7 @@ def behind_work(
     # [0]: when it arrived, less when it was sent, each known on one rank; their sum is what it took. [1]: the sender's.
     clock = np.zeros((2, len(names), warmup + iterations))
     for turn in range(warmup + iterations):
-        for name in rotated(names, turn):
+        for name in in_turn(names, turn):
             hand, place = hands[name], (names.index(name), turn)
             if pair.rank:
                 hand.expect(incoming)

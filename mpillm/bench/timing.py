@@ -1,8 +1,9 @@
-"""The clock: contestants take turns round by round, in a rotating order, so that a noisy machine is noisy for all."""
+"""The clock: contestants take turns round by round, in changing order, so that a noisy machine is noisy for all."""
 
 import math
+import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,10 +21,13 @@ LEAST_SECONDS = 200e-6
 LARGEST_BATCH = 1000
 
 
-def rotated(names: list[str], turn: int) -> list[str]:
-    """["a", "b", "c"], 1 → ["b", "c", "a"]."""
-    start = turn % len(names) if names else 0
-    return names[start:] + names[:start]
+def in_turn(names: Sequence[str], turn: int) -> list[str]:
+    """The order of round `turn`: by chance, but the same on all ranks and in each run; odd rounds go backwards.
+
+    In a rotation each would follow the same neighbour nearly always, and find the caches as that one leaves them.
+    """
+    order = random.Random(turn // 2).sample(names, len(names))
+    return order[::-1] if turn % 2 else order
 
 
 def batch_of(seconds: float) -> int:
@@ -54,7 +58,7 @@ def interleave(
             batches[name] = batch_of(float(seconds))
     measured = np.zeros((len(names), warmup + iterations))
     for turn in range(warmup + iterations):
-        for name in rotated(names, turn):
+        for name in in_turn(names, turn):
             call = contestants[name]() if fresh else kept[name]
             measured[names.index(name), turn] = _timed(comm, call, batches[name])
             del call

@@ -9,9 +9,10 @@ import numpy as np
 
 from mpillm.comm import kernel, native
 from mpillm.comm.algorithms import schedule
-from mpillm.comm.buffers import SHORT_FLOATS, Buffer, from_octets
+from mpillm.comm.buffers import SHORT_FLOATS, Buffer, from_octets, new_octets
 from mpillm.comm.choice import FEW_ROUNDS_BYTES, KIB, Wish
-from mpillm.comm.interpreter import Run, Scratch
+from mpillm.comm.interpreter import Scratch
+from mpillm.comm.lockstep import make_steps
 from mpillm.comm.node import Node
 from mpillm.comm.reference import reference
 from mpillm.comm.stages import Listed, Stage, Work, chain
@@ -115,14 +116,9 @@ class Builder:
     ) -> Stage:
         segmented = algorithm == "segmented-ring"
         plan = schedule(operation, "ring" if segmented else algorithm, comm.rank, comm.size, root)
-        bounds = block_bounds(target.count, plan.blocks)
         segment = SEGMENT_BYTES if segmented else None
         next_tag = self._next_tag_across if comm is self._across else self._next_tag
-
-        def begin() -> Run:
-            return Run(plan.rounds, comm, source, target, bounds, op, segment, next_tag(), IN_FLIGHT, self._scratch)
-
-        return Listed(begin)
+        return Listed(make_steps(plan, comm, source, target, op, segment, IN_FLIGHT, self._scratch), next_tag)
 
     # ---- two levels ----
 
@@ -167,7 +163,7 @@ def _between(wish: Wish, nbytes: int) -> str:
 
 
 def _float32(count: int) -> Buffer:
-    return from_octets(np.empty(4 * count, np.uint8), "float32")
+    return from_octets(new_octets(4 * count), "float32")
 
 
 def _copy(source: Buffer, target: Buffer) -> Stage:

@@ -22,7 +22,7 @@ FEW_BYTES = 64 * KIB
 # From here on few rounds are worth less than few bytes.
 FEW_ROUNDS_BYTES = 256 * KIB
 # From here on our ring is as fast within a node as the library's own.
-RING_BYTES = 64 * MIB
+RING_BYTES = 32 * MIB
 
 
 class Profile(Protocol):

@@ -1,5 +1,7 @@
 """The one interpreter of collective algorithms: runs the rounds of a schedule over mpi4py, waiting or not.
 
+A Run is made once for its arrays and begun any number of times: what can be known before is worked out once.
+
 A lane is all that goes one way between this rank and one peer in one round: messages in a fixed order, of which some
 are in flight. Segments flow from round to round: one that was received and combined is sent on while its successor
 arrives, so both ways of a link stay busy from the first to the last segment.
@@ -12,13 +14,13 @@ because both ends post a pair's messages in one order: round by round, and in a 
 """
 
 from bisect import bisect_left
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter, sub
 from typing import TYPE_CHECKING
 
-from mpillm.comm.buffers import Buffer, from_octets
+from mpillm.comm.buffers import Buffer
 from mpillm.comm.transfers import Round, Transfer
 
 if TYPE_CHECKING:
@@ -36,37 +38,40 @@ KEPT_BYTES = 256 * 1024 * 1024
 class Scratch:
     """Memory for what arrives and is combined, kept from run to run: fresh pages cost as much as the messages."""
 
-    def __init__(self) -> None:
-        self._free: list[NDArray[np.uint8]] = []
+    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
+        """`kept_bytes`: the longest piece that is kept; 0 keeps none."""
+        self._kept_bytes = kept_bytes
+        self._free: defaultdict[str, list[Buffer]] = defaultdict(list)
 
     def borrow(self, like: Buffer, count: int) -> Buffer:
         """At least `count` elements of the type of `like`. Pieces too short for this are let go."""
-        while count and self._free:
-            memory = self._free.pop()
-            if memory.size >= count * like.itemsize:
-                return from_octets(memory[: memory.size // like.itemsize * like.itemsize], like.element)
+        free = self._free[like.element]
+        while count and free:
+            memory = free.pop()
+            if memory.count >= count:
+                return memory
         return like.empty(count)
 
     def give_back(self, memory: Buffer) -> None:
-        if 0 < memory.octets.size <= KEPT_BYTES:
-            self._free.append(memory.octets)
+        if 0 < memory.count * memory.itemsize <= self._kept_bytes:
+            self._free[memory.element].append(memory)
 
 
 class Run:
-    """One rank's part in one collective: begun by its making, carried on by `progress` or `wait`.
+    """One rank's part in one collective: `begin` it, then carry it on by `progress` or `wait`; again when it is done.
 
     `bounds`: of the blocks, in elements, in both buffers. `target`: `source` itself unless the operation is alltoall.
     `op`: "sum", "max" or "min", for arrivals that are added. `segment_bytes`: the longest message; None sends whole
-    blocks. `tag`: the same on all ranks, another for each run that is not complete. `in_flight`: the segments open at
-    once in each lane. `scratch`: kept by the caller from run to run.
+    blocks. `in_flight`: the segments open at once in each lane. `scratch`: kept by the caller from run to run; without
+    it, memory is fresh each time.
 
     Every rank of `comm` makes one with its own rounds of one schedule, and the same bounds, element type and segments.
-    The buffers are in use until `progress` or `wait` tells that all is done.
+    The buffers are in use from `begin` until `progress` or `wait` tells that all is done.
     """
 
-    sent_bytes: int
-    """Of the messages posted so far, as `received_bytes`."""
-    received_bytes: int
+    sent_bytes = 0
+    """Of the messages posted since `begin`, as `received_bytes`."""
+    received_bytes = 0
 
     def __init__(
         self,
@@ -77,22 +82,26 @@ class Run:
         bounds: Sequence[int],
         op: str = "sum",
         segment_bytes: int | None = None,
-        tag: int = 0,
         in_flight: int = IN_FLIGHT,
         scratch: Scratch | None = None,
     ) -> None:
         from mpi4py.MPI import Request
 
-        self.comm, self.source, self.target, self.op, self.tag = comm, source, target, op, tag
+        self.comm, self.source, self.target, self.op = comm, source, target, op
         self.segment = max(1, min(segment_bytes or LARGEST_MESSAGE_BYTES, LARGEST_MESSAGE_BYTES) // source.itemsize)
         self.in_flight = in_flight
-        self.sent_bytes = 0
-        self.received_bytes = 0
+        self.tag = 0
         self._testsome, self._waitsome = Request.Testsome, Request.Waitsome
-        self._rounds, self._bounds = rounds, bounds
-        self._opened = self._turn = 0
+        self._coming, self.bounds = iter(rounds), bounds
+        self._rounds: list[list[_Lane]] = []
+        self._opened = 0
         self._live: list[_Lane] = []
-        self.scratch = scratch or Scratch()
+        self.scratch = scratch or Scratch(kept_bytes=0)
+
+    def begin(self, tag: int = 0) -> None:
+        """Post the first messages. `tag`: the same on all ranks, another than that of any run that is not complete."""
+        self.tag = tag
+        self.sent_bytes = self.received_bytes = self._opened = 0
         self._open()
 
     def progress(self) -> bool:
@@ -122,54 +131,64 @@ class Run:
             lane.requests.popleft()
             lane.complete += 1
         for lane in self._live:
-            lane.advance()
+            if lane.done < lane.complete or lane.posted < lane.count:
+                lane.advance()
         self._live = [lane for lane in self._live if lane.done < lane.count]
         self._open()
 
     def _open(self) -> None:
         """Open the next rounds for as long as the last one is all posted and those before it are complete."""
-        while self._opened < len(self._rounds):
+        while True:
             for lane in self._live:
-                if lane.posted < lane.count or lane.turn < self._turn:
+                if lane.posted < lane.count or lane.round < self._opened:
                     return
-            lanes = self._lanes(self._rounds[self._opened])
+            if self._opened == len(self._rounds) and not self._make_round():
+                return
+            lanes = self._rounds[self._opened]
             self._opened += 1
-            if lanes:
-                self._turn += 1
-                for lane in reversed(lanes):  # receives first: what finds one open is not copied twice
-                    lane.turn = self._turn
-                    lane.advance()
-                self._live += lanes
+            for lane in reversed(lanes):  # receives first: what finds one open is not copied twice
+                lane.open()
+            self._live += lanes
 
-    def _lanes(self, transfers: Round) -> "list[_Lane]":
-        """The round's lanes that carry anything, sends first."""
-        sends: list[_Lane] = []
-        arrivals: list[_Lane] = []
-        for (action, _), group in groupby(transfers, key=_BY_LANE):
-            lane = _KINDS[action](self, list(group), self._bounds)
-            if lane.count:
-                (sends if action == "send" else arrivals).append(lane)
-        if self.source is self.target:
-            for lane in sends:
-                lane.after = [other for other in self._live if type(other) is not _Sends and lane.hangs_on(other)]
-            for lane in arrivals:
-                earlier = self._live + sends if type(lane) is _Adds else self._live
-                lane.after = [other for other in earlier if lane.hangs_on(other)]
-        return sends + arrivals
+    def _make_round(self) -> bool:
+        """Make the lanes of the next round that carries anything, sends first; False where there is none."""
+        for transfers in self._coming:
+            sends: list[_Lane] = []
+            arrivals: list[_Lane] = []
+            for (action, _), group in groupby(transfers, key=_BY_LANE):
+                lane = _KINDS[action](self, len(self._rounds) + 1, list(group))
+                if lane.count:
+                    (sends if action == "send" else arrivals).append(lane)
+            if sends or arrivals:
+                if self.source is self.target:
+                    self._order(sends, arrivals)
+                self._rounds.append(sends + arrivals)
+                return True
+        return False
+
+    def _order(self, sends: "list[_Lane]", arrivals: "list[_Lane]") -> None:
+        """Note what in the round before, and in this one, touches the same memory: no older round is live beside it."""
+        before = self._rounds[-1] if self._rounds else []
+        for lane in sends:
+            lane.after = [other for other in before if type(other) is not _Sends and lane.hangs_on(other)]
+        for lane in arrivals:
+            earlier = before + sends if type(lane) is _Adds else before
+            lane.after = [other for other in earlier if lane.hangs_on(other)]
 
 
 class _Lane:
     """Messages between this rank and one peer, one way, in one round; segment i is posted, complete and done in turn.
 
-    `after`: the live lanes of which no overlapping segment may be undone when one of this lane reads or writes its own.
+    `round`: its number, from 1. `after`: the lanes of which no overlapping segment may be undone when one of this lane
+    reads or writes its own.
     """
 
-    def __init__(self, run: Run, transfers: Sequence[Transfer], bounds: Sequence[int]) -> None:
+    def __init__(self, run: Run, number: int, transfers: Sequence[Transfer]) -> None:
         self.starts: list[int] = []
         self.stops: list[int] = []
         total = 0
         for transfer in transfers:
-            first, stop = bounds[transfer.block], bounds[transfer.block + transfer.width]
+            first, stop = run.bounds[transfer.block], run.bounds[transfer.block + transfer.width]
             if first < stop:
                 cuts = range(first, stop, run.segment)
                 self.starts += cuts
@@ -179,10 +198,16 @@ class _Lane:
         self.count = len(self.starts)
         # What makes up one segment at most goes all at once.
         self.slots = self.count if total <= run.segment else min(run.in_flight, self.count)
-        self.posted = self.complete = self.done = self.turn = 0
+        self.posted = self.complete = self.done = 0
         self.requests: deque[MPI.Request] = deque()
         self.after: list[_Lane] = []
+        self.round = number
         self._run, self._peer = run, transfers[0].peer
+
+    def open(self) -> None:
+        """Begin, from the first segment on."""
+        self.posted = self.complete = self.done = 0
+        self.advance()
 
     def hangs_on(self, other: "_Lane") -> bool:
         """Whether the two may touch the same memory."""
@@ -197,6 +222,8 @@ class _Lane:
 
     def _is_free(self, index: int) -> bool:
         for other in self.after:
+            if other.done == other.count:
+                continue
             last = bisect_left(other.starts, self.stops[index]) - 1
             if last >= other.done and other.stops[last] > self.starts[index]:
                 return False
@@ -206,8 +233,9 @@ class _Lane:
         raise NotImplementedError
 
     def _receive(self, memory: "NDArray[np.uint8]") -> None:
-        self.requests.append(self._run.comm.Irecv(memory, self._peer, self._run.tag))
-        self._run.received_bytes += memory.size
+        run = self._run
+        self.requests.append(run.comm.Irecv(memory, self._peer, run.tag))
+        run.received_bytes += memory.size
 
 
 class _Sends(_Lane):
@@ -226,10 +254,15 @@ class _Copies(_Lane):
 class _Adds(_Lane):
     """Segments arrive in scratch memory, `slots` of them in turn, and are combined from there."""
 
-    def __init__(self, run: Run, transfers: Sequence[Transfer], bounds: Sequence[int]) -> None:
-        super().__init__(run, transfers, bounds)
+    _memory: Buffer
+
+    def __init__(self, run: Run, number: int, transfers: Sequence[Transfer]) -> None:
+        super().__init__(run, number, transfers)
         self._longest = max(map(sub, self.stops, self.starts), default=0)
-        self._memory = run.scratch.borrow(run.target, self.slots * self._longest)
+
+    def open(self) -> None:
+        self._memory = self._run.scratch.borrow(self._run.target, self.slots * self._longest)
+        super().open()
 
     def advance(self) -> None:
         while self.done < self.complete and self._is_free(self.done):
@@ -238,6 +271,7 @@ class _Adds(_Lane):
             self.done += 1
             if self.done == self.count:
                 self._run.scratch.give_back(self._memory)
+                del self._memory
         while self.posted < self.count and self.posted - self.done < self.slots:
             self._post(self.posted)
             self.posted += 1

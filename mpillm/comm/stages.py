@@ -20,9 +20,10 @@ class Stage(Protocol):
     def wait(self) -> None: ...
 
 
-class Progress(Protocol):
-    """A list of rounds on its way; interpreter.py has it."""
+class Steps(Protocol):
+    """A list of rounds, to begin under a tag and carry on; interpreter.py has it."""
 
+    def begin(self, tag: int) -> None: ...
     def progress(self) -> bool: ...
     def wait(self) -> None: ...
 
@@ -47,28 +48,18 @@ class Work:
 
 
 class Listed:
-    """A list algorithm; `begin` makes it ready to go, with a tag of its own."""
+    """A list algorithm; each run has a tag of its own."""
 
-    def __init__(self, begin: Callable[[], Progress]) -> None:
-        self._begin = begin
-        self._under_way: Progress | None = None
+    def __init__(self, steps: Steps, next_tag: Callable[[], int]) -> None:
+        self._steps, self._next_tag = steps, next_tag
+        self.test, self.wait = steps.progress, steps.wait
 
     def run(self) -> None:
-        self._begin().wait()
+        self.start()
+        self.wait()
 
     def start(self) -> None:
-        self._under_way = self._begin()
-        self.test()
-
-    def test(self) -> bool:
-        if self._under_way is not None and self._under_way.progress():
-            self._under_way = None
-        return self._under_way is None
-
-    def wait(self) -> None:
-        if self._under_way is not None:
-            self._under_way.wait()
-            self._under_way = None
+        self._steps.begin(self._next_tag())
 
 
 class Library:

@@ -6,6 +6,7 @@ no circle of waiting can form, whatever the algorithm.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 Arrival = Literal["add", "copy"]
@@ -38,6 +39,11 @@ class Schedule:
     blocks: int
     """The array is cut into so many blocks by block_bounds(count, blocks)."""
     rounds: tuple[Round, ...]
+
+    @cached_property
+    def widest(self) -> int:
+        """The most blocks that one message carries."""
+        return max((transfer.width for transfers in self.rounds for transfer in transfers), default=0)
 
 
 def block_bounds(count: int, size: int) -> list[int]:

@@ -1,20 +1,25 @@
 """The clock's turns, and that all ranks see the same figures."""
 
+import itertools
 import time
 
 import numpy as np
 from mpi4py import MPI
 
 from mpillm.bench.arrays import new_array
-from mpillm.bench.timing import LARGEST_BATCH, batch_of, interleave, rotated, slowest
+from mpillm.bench.timing import LARGEST_BATCH, batch_of, in_turn, interleave, slowest
 from mpillm.comm.buffers import ELEMENTS, itemsize_of
 
 
-def test_turns_rotate() -> None:
-    assert [rotated(["a", "b", "c"], turn) for turn in (0, 1, 2, 3)] == [
-        ["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"],
-    ]  # fmt: skip
-    assert rotated([], 3) == []
+def test_no_one_follows_the_same_neighbour_always() -> None:
+    """Each comes before each other as often as behind it, and directly behind each other now and then."""
+    names = ["a", "b", "c", "d"]
+    orders = [in_turn(names, turn) for turn in range(60)]
+    assert all(sorted(order) == names for order in orders)
+    for one, other in itertools.permutations(names, 2):
+        assert sum(order.index(one) < order.index(other) for order in orders) == 30
+        assert 5 < sum((one, other) in itertools.pairwise(order) for order in orders) < 25
+    assert in_turn([], 3) == []
 
 
 def test_short_calls_are_timed_in_batches() -> None:
@@ -29,7 +34,7 @@ def test_each_round_calls_everyone_and_all_ranks_agree(comm: MPI.Intracomm) -> N
     rounds: list[int] = []
     found = interleave(comm, makes, 4, 1, advance=lambda: rounds.append(1))  # type: ignore[arg-type]
     assert len(rounds) == 5
-    assert calls[4:] == ["a", "b", "b", "a", "a", "b", "b", "a", "a", "b"]
+    assert calls[4:] == [name for turn in range(5) for name in in_turn(["a", "b"], turn)]
     assert all(seconds.shape == (4,) for seconds in found.values())
     for seconds in found.values():
         assert all((other == seconds).all() for other in comm.allgather(seconds))

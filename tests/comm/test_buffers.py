@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpillm.comm.buffers import ELEMENTS, WHOLE, as_buffer
+from mpillm.comm.buffers import ELEMENTS, PAGE_BYTES, WHOLE, as_buffer, new_octets
 from mpillm.errors import CommError
 
 
@@ -29,6 +29,15 @@ def test_numpy_memory_is_shared(element):
     assert (buffer.element, buffer.count, buffer.itemsize) == (element, 6, array.itemsize)
     buffer.combine("sum", slice(0, 2), as_buffer(np.full(3, 7, element)), slice(1, 3))
     assert array.reshape(-1).tolist() == [7, 8, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4096, 100_001])
+def test_new_memory_begins_where_it_is_asked_to(nbytes):
+    for place in (0, 64, PAGE_BYTES // 2):
+        octets = new_octets(nbytes, place)
+        assert octets.size == nbytes
+        assert nbytes == 0 or octets.ctypes.data % PAGE_BYTES == place
+        octets.fill(1)
 
 
 def test_parameters_and_scalars():

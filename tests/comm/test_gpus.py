@@ -252,6 +252,16 @@ def test_many_segments_overlap(gpu, gpu_group, monkeypatch):
     assert gpu[1].busiest >= 3 or gpu_group.size == 1, "the caller, down, and up"
 
 
+@pytest.mark.parametrize("segment_bytes", [1024, 2**20])
+@pytest.mark.parametrize("operation", MOVING)
+def test_long_lists(gpu, gpu_group, monkeypatch, operation, segment_bytes):
+    """Lists of as many rounds as there are ranks, each of whole blocks or of segments, through memory used before."""
+    monkeypatch.setattr("mpillm.comm.gpu.direct.SEGMENT_BYTES", segment_bytes)
+    if gpu_group.size > 1:
+        count = 80_000 * gpu_group.size + (0 if operation == "alltoall" else 1)
+        run_once(gpu, gpu_group, operation, "device-mpi", "bfloat16", count, in_place=True)
+
+
 def test_handles_in_any_order(gpu, gpu_group):
     cupy, machine = gpu
     names = [name for name in ways(gpu_group, "allreduce", cupy) if name != "reference"]

@@ -1,4 +1,4 @@
-"""The interpreter: any schedule, whole or in segments, waiting or not, at any number of ranks."""
+"""The interpreter, and the lock step: any schedule, whole or in segments, waiting or not, at any number of ranks."""
 
 import random
 import time
@@ -19,12 +19,13 @@ from mpillm.comm.algorithms import (
     tree_split,
 )
 from mpillm.comm.buffers import as_buffer
-from mpillm.comm.interpreter import Run
+from mpillm.comm.interpreter import KEPT_BYTES, Run, Scratch
+from mpillm.comm.lockstep import LockStep, make_steps
 
 PAIRS = [(operation, algorithm) for operation, lists in ALGORITHMS.items() for algorithm in lists]
 REDUCING = [pair for pair in PAIRS if pair[0] in ("allreduce", "reduce_scatter", "reduce")]
 COUNTS = [0, 1, 2, 5, 23, 100, 3001]
-SEGMENTS = [None, 8, 64, 4096]
+SEGMENTS = ["lock step", None, 8, 64, 4096]
 
 
 class Rendezvous(MPI.Intracomm):
@@ -34,11 +35,19 @@ class Rendezvous(MPI.Intracomm):
         return self.Issend(*arguments)
 
 
-def begin(comm, operation, algorithm, array, root=0, target=None, **settings):
+def make(comm, operation, algorithm, array, root=0, target=None, segment_bytes=None, in_flight=2, op="sum"):
     plan = schedule(operation, algorithm, comm.rank, comm.size, root)
     source = as_buffer(array)
-    bounds = block_bounds(source.count, plan.blocks)
-    return Run(plan.rounds, comm, source, source if target is None else as_buffer(target), bounds, **settings)
+    memory = (comm, source, source if target is None else as_buffer(target), block_bounds(source.count, plan.blocks))
+    if segment_bytes == "lock step":
+        return LockStep(plan.rounds, *memory, op, Scratch())
+    return Run(plan.rounds, *memory, op, segment_bytes, in_flight)
+
+
+def begin(*arguments, tag=0, **settings):
+    steps = make(*arguments, **settings)
+    steps.begin(tag)
+    return steps
 
 
 def values(count, rank):
@@ -86,26 +95,28 @@ def test_alltoall(comm, segment_bytes):
         assert run.sent_bytes == run.received_bytes == 8 * length * (comm.size - 1)
 
 
-@pytest.mark.parametrize("in_flight", [1, 2, 5])
+@pytest.mark.parametrize("in_flight", [None, 1, 2, 5])
 @pytest.mark.parametrize(("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"])
 def test_no_rank_waits_in_a_circle(comm, operation, algorithm, in_flight):
     """Under rendezvous, with ranks late by turns, many segments, and an array that each run changes for the next."""
     strict, late = Rendezvous(comm), random.Random(comm.rank)
     for turn in range(4):
         array, expected, where = prepared(operation, 100, comm.rank, comm.size)
-        run = begin(strict, operation, algorithm, array, segment_bytes=16, in_flight=in_flight)
+        segment_bytes = 16 if in_flight else "lock step"
+        run = begin(strict, operation, algorithm, array, segment_bytes=segment_bytes, in_flight=in_flight)
         while turn % 2 and not run.progress():
             time.sleep(late.choice([0, 0, 0.0002]))
         run.wait()
         np.testing.assert_array_equal(array[where], expected[where])
 
 
+@pytest.mark.parametrize("segment_bytes", ["lock step", 32])
 @pytest.mark.parametrize("op", ["max", "min", "sum"])
 @pytest.mark.parametrize(("operation", "algorithm"), REDUCING)
-def test_every_way_to_combine(comm, operation, algorithm, op):
+def test_every_way_to_combine(comm, operation, algorithm, op, segment_bytes):
     rows = np.array([values(23, rank) for rank in range(comm.size)])
     array = rows[comm.rank].copy()
-    begin(comm, operation, algorithm, array, op=op, segment_bytes=32).wait()
+    begin(comm, operation, algorithm, array, op=op, segment_bytes=segment_bytes).wait()
     where = prepared(operation, 23, comm.rank, comm.size)[2]
     np.testing.assert_array_equal(array[where], getattr(rows, op)(axis=0)[where])
 
@@ -124,11 +135,65 @@ def test_one_order_one_sum(comm, algorithm, segment_bytes):
     np.testing.assert_array_equal(array, tree(0, comm.size))
 
 
+@pytest.mark.parametrize("segment_bytes", ["lock step", 15])
 @pytest.mark.parametrize("element", ["bfloat16", "float16", "int8"])
-def test_short_elements(comm, element):
+def test_short_elements(comm, element, segment_bytes):
     tensor = torch.full((301,), comm.rank + 1).to(getattr(torch, element))
-    begin(comm, "allreduce", "ring", tensor, segment_bytes=15).wait()
+    begin(comm, "allreduce", "ring", tensor, segment_bytes=segment_bytes).wait()
     assert (tensor == comm.size * (comm.size + 1) // 2).all()
+
+
+@pytest.mark.parametrize("segment_bytes", SEGMENTS)
+@pytest.mark.parametrize(("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"])
+def test_begun_again_and_again(comm, operation, algorithm, segment_bytes):
+    """What was made once runs any number of times, over what lies in the array then."""
+    memory = np.empty(100)
+    steps = make(comm, operation, algorithm, memory, segment_bytes=segment_bytes)
+    sent = []
+    for turn in range(3):
+        array, expected, where = prepared(operation, 100, comm.rank, comm.size)
+        memory[:] = array * (turn + 1)
+        steps.begin(tag=turn)
+        if turn == 1:
+            while not steps.progress():
+                pass
+        steps.wait()
+        np.testing.assert_array_equal(memory[where], expected[where] * (turn + 1))
+        sent.append((steps.sent_bytes, steps.received_bytes))
+    assert len(set(sent)) == 1
+
+
+@pytest.mark.parametrize(("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"])
+def test_some_ranks_in_lock_step(comm, operation, algorithm):
+    """Messages of whole blocks match, however each rank goes through its rounds."""
+    for odd in (0, 1):
+        array, expected, where = prepared(operation, 101, comm.rank, comm.size)
+        kind = "lock step" if comm.rank % 2 == odd else None
+        begin(comm, operation, algorithm, array, segment_bytes=kind).wait()
+        np.testing.assert_array_equal(array[where], expected[where])
+
+
+def test_which_way_is_taken(comm):
+    buffer = as_buffer(np.zeros(1000))
+    plan = schedule("allreduce", "recursive-doubling", 0, 4)
+    ways = {size: make_steps(plan, comm, buffer, buffer, "sum", size, 2, Scratch()) for size in (None, 8000, 7999, 8)}
+    kinds = {size: type(steps) for size, steps in ways.items()}
+    assert kinds == {None: LockStep, 8000: LockStep, 7999: Run, 8: Run}
+
+
+def test_scratch_keeps_what_fits():
+    scratch, like, other = Scratch(), as_buffer(np.zeros(4)), as_buffer(np.zeros(4, np.float32))
+    first = scratch.borrow(like, 100)
+    scratch.give_back(first)
+    assert scratch.borrow(other, 10) is not first
+    assert scratch.borrow(like, 100) is first
+    scratch.give_back(first)
+    assert scratch.borrow(like, 101).count == 101
+    scratch.give_back(as_buffer(np.empty(KEPT_BYTES + 1, np.uint8)))
+    assert scratch.borrow(as_buffer(np.zeros(1, np.uint8)), 1).count == 1
+    fleeting = Scratch(kept_bytes=0)
+    fleeting.give_back(first)
+    assert fleeting.borrow(like, 1) is not first
 
 
 def test_two_runs_at_once(comm):
@@ -147,18 +212,19 @@ def test_two_runs_at_once(comm):
         np.testing.assert_array_equal(array, whole)
 
 
-def test_progress_never_waits(comm):
+@pytest.mark.parametrize("segment_bytes", ["lock step", 64])
+def test_progress_never_waits(comm, segment_bytes):
     """The last rank begins only when all others have called progress in vain."""
     array, last = np.ones(1000), comm.size - 1
     if comm.rank != last:
-        run = begin(comm, "allreduce", "ring", array, segment_bytes=64)
+        run = begin(comm, "allreduce", "ring", array, segment_bytes=segment_bytes)
         assert not run.progress()
         assert not run.progress()
         comm.send(None, last, tag=1)
     else:
         for rank in range(last):
             comm.recv(source=rank, tag=1)
-        run = begin(comm, "allreduce", "ring", array, segment_bytes=64)
+        run = begin(comm, "allreduce", "ring", array, segment_bytes=segment_bytes)
     run.wait()
     assert (array == comm.size).all()
 
@@ -196,12 +262,23 @@ def test_a_chain_of_one_sided_rounds(comm):
     rounds = [receive if turn == comm.rank else send if turn == comm.rank + 1 else () for turn in range(comm.size + 1)]
     array = np.full(1000, comm.rank, np.int32)
     buffer = as_buffer(array)
-    Run(rounds, comm, buffer, buffer, [0, 1000], segment_bytes=256).wait()
+    run = Run(rounds, comm, buffer, buffer, [0, 1000], segment_bytes=256)
+    run.begin()
+    run.wait()
     assert (array == 0).all()
 
 
+def by_run(*arguments):
+    return Run(*arguments)
+
+
+def by_lock_step(*arguments):
+    return LockStep(*arguments, "sum", Scratch())
+
+
+@pytest.mark.parametrize("way", [by_run, by_lock_step])
 @pytest.mark.parametrize(("block", "opened_bytes"), [(0, 0), (1, 256)])
-def test_no_receive_opens_over_what_has_not_left(comm, block, opened_bytes):
+def test_no_receive_opens_over_what_has_not_left(comm, block, opened_bytes, way):
     """Block 0 is sent, then a block received: over block 0 only once the late partner has taken it."""
     other = comm.rank ^ 1
     if other >= comm.size:
@@ -211,10 +288,13 @@ def test_no_receive_opens_over_what_has_not_left(comm, block, opened_bytes):
     send, receive = (Transfer(other, 0, "send"),), (Transfer(other, block, "copy"),)
     if comm.rank % 2:
         comm.recv(source=other, tag=1)
-        Run([(Transfer(other, 1, "copy"),), send], Rendezvous(comm), buffer, buffer, [0, 32, 64]).wait()
+        run = way([(Transfer(other, 1, "copy"),), send], Rendezvous(comm), buffer, buffer, [0, 32, 64])
+        run.begin()
+        run.wait()
         assert (array == np.repeat([comm.rank, other], 32)).all()
     else:
-        run = Run([send, receive], Rendezvous(comm), buffer, buffer, [0, 32, 64])
+        run = way([send, receive], Rendezvous(comm), buffer, buffer, [0, 32, 64])
+        run.begin()
         assert not run.progress()
         assert (run.sent_bytes, run.received_bytes) == (256, opened_bytes)
         comm.send(None, other, tag=1)

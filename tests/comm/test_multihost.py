@@ -15,6 +15,7 @@ import torch
 from mpillm.comm import building
 from mpillm.comm.buffers import as_buffer
 from mpillm.comm.group import Group
+from mpillm.comm.lockstep import make_steps
 
 TWO_HOSTS = Path(__file__).parents[1] / "peers" / "two_hosts.sh"
 UNAVAILABLE = 77
@@ -125,12 +126,11 @@ def test_two_levels_send_each_byte_once_a_host(group, monkeypatch):
         pytest.skip("needs two hosts, of which one has two ranks")
     runs = []
 
-    class Noted(building.Run):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            runs.append(self)
+    def noted(*arguments):
+        runs.append(make_steps(*arguments))
+        return runs[-1]
 
-    monkeypatch.setattr(building, "Run", Noted)
+    monkeypatch.setattr(building, "make_steps", noted)
     array = array_of(group, COUNT)
     nbytes = 4 * COUNT
     ready = group.prepare("allreduce", array, algorithm="two-level")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from mpillm.bench.timing import in_turn
 from mpillm.comm.mesh import Mesh
 from mpillm.pages import keep_pages
 from mpillm.parallel.actions import Schedule
@@ -93,7 +94,7 @@ def main() -> None:
     }
     found: dict[str, list[float]] = {name: [] for name in NAMES}
     for turn in range(options.rounds + 1):
-        for name in [*NAMES[turn % len(NAMES) :], *NAMES[: turn % len(NAMES)]]:
+        for name in in_turn(NAMES, turn):
             seconds = contestants[name].makespan()
             if turn:
                 found[name].append(seconds)

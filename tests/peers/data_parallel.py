@@ -7,8 +7,8 @@
 - ddp gloo: torch's DistributedDataParallel over gloo, its gradients in bucket views
 - the others: mpillm's GradientBuckets, by algorithm and overlap
 
-All take the same model, AdamW(fused=True), batch and one thread a rank. They take turns within each round, in a
-rotating order, so that a noisy machine is noisy for all; ratios are taken within a round.
+All take the same model, AdamW(fused=True), batch and one thread a rank. They take turns within each round, in
+changing order, so that a noisy machine is noisy for all; ratios are taken within a round.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from mpi4py import MPI
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mpillm.bench.timing import in_turn
 from mpillm.comm.mesh import Axis, Mesh
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import create, loss_sum
@@ -99,7 +100,7 @@ def measure(
     rates: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name in in_turn(names, turn):
             comm.Barrier()
             started = time.perf_counter()
             for _ in range(repeats):

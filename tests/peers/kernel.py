@@ -4,7 +4,7 @@
 
 All work on the same rows of shared memory, sum their own block over all rows and write it into every row; NumPy and
 torch call the kernel's barrier before and after, since Python has no flags that keep memory in order. They take turns
-within each round, in a rotating order; ratios are taken within a round. `no flags` leaves the barriers out: what is
+within each round, in changing order; ratios are taken within a round. `no flags` leaves the barriers out: what is
 left is arithmetic.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from mpillm.bench.timing import rotated
+from mpillm.bench.timing import in_turn
 from mpillm.comm.algorithms import block_bounds
 from mpillm.comm.buffers import from_octets
 from mpillm.comm.group import Group
@@ -54,7 +54,7 @@ def measure(group: Group, calls: dict[str, Call], rounds: int, nbytes: int) -> d
     batch = max(1, min(100, 2**20 // nbytes))
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
-        for name in rotated(list(calls), turn):
+        for name in in_turn(list(calls), turn):
             call = calls[name]
             group.barrier()
             began = time.perf_counter()

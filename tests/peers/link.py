@@ -3,7 +3,7 @@
     sh tests/peers/two_hosts.sh [--ranks-per-host 2] python tests/peers/link.py [--sizes 1M,4M --rounds 7 --json FILE]
 
 First plain TCP sockets measure the link, one way and both ways at once. Then the algorithms of mpillm, `native` and
-torch's gloo take turns within each round, in a rotating order. What went over the link is read from the network
+torch's gloo take turns within each round, in changing order. What went over the link is read from the network
 interface's counters, of the sockets too, so headers count on both sides; the busier direction counts.
 `--try 60K*8,1M*2` adds the segmented ones with other segments and numbers in flight. On a cluster, `--interface` names
 the link.
@@ -26,6 +26,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpillm.bench.sizes import parse_sizes
+from mpillm.bench.timing import in_turn
 from mpillm.comm import building
 from mpillm.comm.group import Group
 
@@ -186,11 +187,11 @@ def contestants(group: Group, nbytes: int, gloo: Any, options: argparse.Namespac
 
 
 def interleave(comm: MPI.Intracomm, calls: dict[str, Call], options: argparse.Namespace) -> dict[str, Measured]:
-    """Each of `calls` once a round, in a rotating order; the first, unmeasured round warms up."""
+    """Each of `calls` once a round, in changing order; the first, unmeasured round warms up."""
     found = {name: Measured() for name in calls}
     names = list(calls)
     for turn in range(options.rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name in in_turn(names, turn):
             seconds, sent = timed(comm, calls[name], options.interface)
             if turn:
                 found[name].seconds.append(seconds)

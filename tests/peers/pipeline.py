@@ -4,7 +4,7 @@
     mpirun -n 2 python tests/peers/pipeline.py --only 'ours 1f1b'      one alone: for its peak of resident memory
 
 Both take the same untied decoder, cut in the same stages, the same microbatches, AdamW(fused=True) and one thread a
-rank; torch's stages talk over gloo. They take turns within each round, in a rotating order, and ratios are taken within
+rank; torch's stages talk over gloo. They take turns within each round, in changing order, and ratios are taken within
 a round. Busy time is what the stages' passes take, waiting apart; the bubble is waiting over computing.
 """
 

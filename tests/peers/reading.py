@@ -3,7 +3,7 @@
     python tests/peers/reading.py --rounds 15 --windows 16384
 
 Every variant reads windows at new random places each round (its own: those of the variant before would lie in the
-CPU's cache), in an order that turns from round to round, warm, into a reused batch buffer. Figures are CPU time
+CPU's cache), in an order that changes from round to round, warm, into a reused batch buffer. Figures are CPU time
 (time.process_time).
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from mpillm.bench.timing import in_turn
 from mpillm.tokens.manifest import Manifest, Split
 from mpillm.tokens.reader import TokenReader, open_split
 from mpillm.tokens.sampler import PLANNED_SAMPLES, Sampler
@@ -131,7 +132,7 @@ def measure(corpus: Corpus, rounds: int, windows: int) -> dict[str, list[float]]
             "whole sample, readahead on": lambda s, a=ahead: whole_sample(a, 0, len(s), buffer),
         }
         names = list(variants)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in in_turn(names, number):
             starts = draw()
             begun = time.process_time()
             variants[name](starts)

@@ -4,6 +4,7 @@ CuPy is loaded when the first array on a GPU comes, never before. It knows no bf
 summed by the kernels of arithmetic.py.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -77,6 +78,10 @@ class DeviceBuffer:
         """
         arithmetic.combine(self.library, self.element, op, self.flat[target], source.flat[source_slice])
         self.settle()
+
+    def combining(self, op: str, target: slice, source: "DeviceBuffer", source_slice: slice) -> Callable[[], object]:
+        """`combine` as a call, to be made any number of times."""
+        return functools.partial(self.combine, op, target, source, source_slice)
 
     def scale(self, factor: float) -> None:
         """self *= factor, in place, on CuPy's current stream; floats only."""

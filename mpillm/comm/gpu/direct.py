@@ -13,7 +13,8 @@ from mpillm.comm.algorithms import ALGORITHMS, schedule
 from mpillm.comm.buffers import SHORT_FLOATS, Buffer
 from mpillm.comm.choice import KIB, MIB, REDUCING, Wish
 from mpillm.comm.gpu.buffer import DeviceBuffer
-from mpillm.comm.interpreter import Run
+from mpillm.comm.interpreter import IN_FLIGHT, Scratch
+from mpillm.comm.lockstep import make_steps
 from mpillm.comm.stages import Listed, Stage, Work, chain
 from mpillm.comm.transfers import block_bounds
 
@@ -109,12 +110,14 @@ class DeviceMessages:
 
     def _listed(self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer) -> Stage:
         algorithm = list_for(operation, target.nbytes)
-        steps = schedule(operation, algorithm, self._comm.rank, self._comm.size, root)
-        bounds = block_bounds(target.count, steps.blocks)
+        plan = schedule(operation, algorithm, self._comm.rank, self._comm.size, root)
         given, taken = _seen(source), _seen(target)
         if source is target:
             given = taken
-        return Listed(lambda: Run(steps.rounds, self._comm, given, taken, bounds, op, SEGMENT_BYTES, TAG))
+        # CuPy keeps freed memory itself.
+        scratch = Scratch(kept_bytes=0)
+        steps = make_steps(plan, self._comm, given, taken, op, SEGMENT_BYTES, IN_FLIGHT, scratch)
+        return Listed(steps, lambda: TAG)
 
 
 def _seen(buffer: DeviceBuffer) -> Buffer:

@@ -1,0 +1,160 @@
+"""Schedules of whole blocks, round by round: all of a round is posted at once, then all completed, then combined.
+
+What interpreter.py does for segments, with much less to think about: where each message is a block, or the array is
+short, Python's own time is what an algorithm costs beyond its messages.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from mpillm.comm.buffers import Buffer
+from mpillm.comm.interpreter import LARGEST_MESSAGE_BYTES, Run, Scratch
+from mpillm.comm.transfers import Round, Schedule, block_bounds
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from mpillm.comm.stages import Steps
+
+_Part = tuple[int, int, int]
+"""(peer, first element, the element behind its last)."""
+
+
+def make_steps(
+    plan: Schedule, comm: "MPI.Intracomm", source: Buffer, target: Buffer, op: str, segment_bytes: int | None,
+    in_flight: int, scratch: Scratch,
+) -> "Steps":  # fmt: skip
+    """A rank's part in `plan`, ready to begin: in lock step where no message is longer than a segment, else a Run.
+
+    The arguments are those of `Run`.
+    """
+    bounds = block_bounds(target.count, plan.blocks)
+    longest_bytes = plan.widest * -(-target.count // plan.blocks) * target.itemsize
+    if longest_bytes <= min(segment_bytes or LARGEST_MESSAGE_BYTES, LARGEST_MESSAGE_BYTES):
+        return LockStep(plan.rounds, comm, source, target, bounds, op, scratch)
+    return Run(plan.rounds, comm, source, target, bounds, op, segment_bytes, in_flight, scratch)
+
+
+class LockStep:
+    """One rank's part in one collective, with the words of `Run`; another rank's part may be a Run."""
+
+    sent_bytes = 0
+    received_bytes = 0
+
+    def __init__(
+        self, rounds: Sequence[Round], comm: "MPI.Intracomm", source: Buffer, target: Buffer, bounds: Sequence[int],
+        op: str, scratch: Scratch,
+    ) -> None:  # fmt: skip
+        from mpi4py.MPI import Request
+
+        self._receive, self._send = comm.Irecv, comm.Isend
+        self._testall, self._waitall = Request.Testall, Request.Waitall
+        self._target, self._op, self._scratch = target, op, scratch
+        self._rounds: list[_Messages] = []
+        for transfers in rounds:
+            messages = _Messages(transfers, source, target, bounds, self._rounds[-1:])
+            if messages.sends or messages.received_bytes:
+                self._rounds.append(messages)
+        self._added = max((messages.added for messages in self._rounds), default=0)
+        self._memory: Buffer | None = None
+        self._walk: Iterator[list[MPI.Request]] = iter(())
+        self._awaited: list[MPI.Request] | None = None
+
+    def begin(self, tag: int = 0) -> None:
+        """As `Run.begin`."""
+        self.sent_bytes = self.received_bytes = 0
+        self._walk = self._through_rounds(tag)
+        self._awaited = next(self._walk, None)
+
+    def progress(self) -> bool:
+        """As `Run.progress`."""
+        while self._awaited is not None:
+            if not self._testall(self._awaited):
+                return False
+            self._awaited = next(self._walk, None)
+        return True
+
+    def wait(self) -> None:
+        """As `Run.wait`."""
+        while self._awaited is not None:
+            self._waitall(self._awaited)
+            self._awaited = next(self._walk, None)
+
+    def _through_rounds(self, tag: int) -> "Iterator[list[MPI.Request]]":
+        """Give the messages that must be complete before it goes on.
+
+        What a round sends may still be leaving while the next one goes on. What it then waits for lies in an earlier
+        round, so no circle of waiting can form.
+        """
+        receive, send, memory = self._receive, self._send, self._borrow()
+        leaving: list[MPI.Request] = []
+        for messages in self._rounds:
+            if messages.overwrites_leaving:
+                sent = [send(octets, peer, tag) for octets, peer in messages.sends]
+                yield leaving
+                leaving = []
+                arriving = [receive(octets, peer, tag) for octets, peer in messages.arrivals]
+            else:  # receives first: what finds one open is not copied twice
+                arriving = [receive(octets, peer, tag) for octets, peer in messages.arrivals]
+                sent = [send(octets, peer, tag) for octets, peer in messages.sends]
+            self.sent_bytes += messages.sent_bytes
+            self.received_bytes += messages.received_bytes
+            if messages.sums_over_sent:
+                arriving, sent = arriving + sent, []
+            yield arriving + leaving
+            leaving = sent
+            for combine in messages.sums:
+                combine()
+        yield leaving
+        if memory is not None:
+            self._scratch.give_back(memory)
+
+    def _borrow(self) -> Buffer | None:
+        """Where added messages arrive: as a rule the memory of the last run, with all its parts cut out."""
+        if self._added == 0:
+            return None
+        memory = self._scratch.borrow(self._target, self._added)
+        if memory is not self._memory:
+            self._memory = memory
+            for messages in self._rounds:
+                messages.arrive_in(memory, self._target, self._op)
+        return memory
+
+
+class _Messages:
+    """What one round sends, receives and sums, each piece of memory cut out once. `before`: the round before, if any.
+
+    `overwrites_leaving`: it receives over what the round before sends. `sums_over_sent`: it sums into what it sends.
+    """
+
+    def __init__(
+        self, transfers: Round, source: Buffer, target: Buffer, bounds: Sequence[int], before: "Sequence[_Messages]"
+    ) -> None:
+        parts: dict[str, list[_Part]] = {"send": [], "add": [], "copy": []}
+        for transfer in transfers:
+            first, stop = bounds[transfer.block], bounds[transfer.block + transfer.width]
+            if first < stop:
+                parts[transfer.action].append((transfer.peer, first, stop))
+        self._sent, self._adds, copies = parts["send"], parts["add"], parts["copy"]
+        in_place = source is target
+        self.overwrites_leaving = in_place and any(_touch(copies, earlier._sent) for earlier in before)
+        self.sums_over_sent = in_place and _touch(self._adds, self._sent)
+        self.sends = [(source.raw(first, stop), peer) for peer, first, stop in self._sent]
+        self._copies = self.arrivals = [(target.raw(first, stop), peer) for peer, first, stop in copies]
+        self.sums: list[Callable[[], object]] = []
+        self.added = sum(stop - first for _, first, stop in self._adds)
+        self.sent_bytes = sum(octets.size for octets, _ in self.sends)
+        self.received_bytes = sum(octets.size for octets, _ in self._copies) + self.added * target.itemsize
+
+    def arrive_in(self, memory: Buffer, target: Buffer, op: str) -> None:
+        """What is added comes into `memory` from now on, and is summed from there."""
+        self.arrivals, self.sums, end = list(self._copies), [], 0
+        for peer, first, stop in self._adds:
+            begin, end = end, end + stop - first
+            self.arrivals.append((memory.raw(begin, end), peer))
+            self.sums.append(target.combining(op, slice(first, stop), memory, slice(begin, end)))
+
+
+def _touch(ones: "Sequence[_Part]", others: "Sequence[_Part]") -> bool:
+    """Whether two of them lie in the same memory."""
+    return any(first < end and begin < stop for _, first, stop in ones for _, begin, end in others)
