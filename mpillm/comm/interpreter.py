@@ -52,9 +52,12 @@ class Scratch:
                 return memory
         return like.empty(count)
 
-    def give_back(self, memory: Buffer) -> None:
-        if 0 < memory.count * memory.itemsize <= self._kept_bytes:
+    def give_back(self, memory: Buffer) -> bool:
+        """Whether it is kept; else the caller had better let go of it, too."""
+        kept = 0 < memory.count * memory.itemsize <= self._kept_bytes
+        if kept:
             self._free[memory.element].append(memory)
+        return kept
 
 
 class Run:

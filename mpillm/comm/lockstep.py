@@ -28,10 +28,10 @@ def make_steps(
 
     The arguments are those of `Run`.
     """
-    bounds = block_bounds(target.count, plan.blocks)
-    longest_bytes = plan.widest * -(-target.count // plan.blocks) * target.itemsize
+    longest_bytes = plan.widest * plan.longest(target.count) * target.itemsize
     if longest_bytes <= min(segment_bytes or LARGEST_MESSAGE_BYTES, LARGEST_MESSAGE_BYTES):
-        return LockStep(plan.rounds, comm, source, target, bounds, op, scratch)
+        return LockStep(plan, comm, source, target, op, scratch)
+    bounds = block_bounds(target.count, plan.blocks)
     return Run(plan.rounds, comm, source, target, bounds, op, segment_bytes, in_flight, scratch)
 
 
@@ -42,20 +42,17 @@ class LockStep:
     received_bytes = 0
 
     def __init__(
-        self, rounds: Sequence[Round], comm: "MPI.Intracomm", source: Buffer, target: Buffer, bounds: Sequence[int],
-        op: str, scratch: Scratch,
-    ) -> None:  # fmt: skip
+        self, plan: Schedule, comm: "MPI.Intracomm", source: Buffer, target: Buffer, op: str, scratch: Scratch
+    ) -> None:
         from mpi4py.MPI import Request
 
         self._receive, self._send = comm.Irecv, comm.Isend
         self._testall, self._waitall = Request.Testall, Request.Waitall
-        self._target, self._op, self._scratch = target, op, scratch
-        self._rounds: list[_Messages] = []
-        for transfers in rounds:
-            messages = _Messages(transfers, source, target, bounds, self._rounds[-1:])
-            if messages.sends or messages.received_bytes:
-                self._rounds.append(messages)
-        self._added = max((messages.added for messages in self._rounds), default=0)
+        self._source, self._target, self._op, self._scratch = source, target, op, scratch
+        self._bounds = block_bounds(target.count, plan.blocks)
+        self._coming = iter(plan.rounds)
+        self._made: list[_Messages] = []
+        self._added = plan.most_added * plan.longest(target.count)
         self._memory: Buffer | None = None
         self._walk: Iterator[list[MPI.Request]] = iter(())
         self._awaited: list[MPI.Request] | None = None
@@ -86,9 +83,10 @@ class LockStep:
         What a round sends may still be leaving while the next one goes on. What it then waits for lies in an earlier
         round, so no circle of waiting can form.
         """
-        receive, send, memory = self._receive, self._send, self._borrow()
+        receive, send = self._receive, self._send
+        self._borrow()
         leaving: list[MPI.Request] = []
-        for messages in self._rounds:
+        for messages in self._rounds():
             if messages.overwrites_leaving:
                 sent = [send(octets, peer, tag) for octets, peer in messages.sends]
                 yield leaving
@@ -106,19 +104,29 @@ class LockStep:
             for combine in messages.sums:
                 combine()
         yield leaving
-        if memory is not None:
-            self._scratch.give_back(memory)
+        if self._memory is not None and not self._scratch.give_back(self._memory):
+            self._arrive_in(None)
 
-    def _borrow(self) -> Buffer | None:
-        """Where added messages arrive: as a rule the memory of the last run, with all its parts cut out."""
-        if self._added == 0:
-            return None
-        memory = self._scratch.borrow(self._target, self._added)
+    def _rounds(self) -> "Iterator[_Messages]":
+        """Those that carry anything, made when they are first reached."""
+        yield from self._made
+        for transfers in self._coming:
+            messages = _Messages(transfers, self._source, self._target, self._bounds, self._made[-1:])
+            if messages.sends or messages.received_bytes:
+                messages.arrive_in(self._memory, self._target, self._op)
+                self._made.append(messages)
+                yield messages
+
+    def _borrow(self) -> None:
+        """Have memory for what is added: that of the last run as a rule, and then its parts are cut out already."""
+        memory = self._scratch.borrow(self._target, self._added) if self._added else None
         if memory is not self._memory:
-            self._memory = memory
-            for messages in self._rounds:
-                messages.arrive_in(memory, self._target, self._op)
-        return memory
+            self._arrive_in(memory)
+
+    def _arrive_in(self, memory: Buffer | None) -> None:
+        self._memory = memory
+        for messages in self._made:
+            messages.arrive_in(memory, self._target, self._op)
 
 
 class _Messages:
@@ -142,13 +150,15 @@ class _Messages:
         self.sends = [(source.raw(first, stop), peer) for peer, first, stop in self._sent]
         self._copies = self.arrivals = [(target.raw(first, stop), peer) for peer, first, stop in copies]
         self.sums: list[Callable[[], object]] = []
-        self.added = sum(stop - first for _, first, stop in self._adds)
+        added = sum(stop - first for _, first, stop in self._adds)
         self.sent_bytes = sum(octets.size for octets, _ in self.sends)
-        self.received_bytes = sum(octets.size for octets, _ in self._copies) + self.added * target.itemsize
+        self.received_bytes = sum(octets.size for octets, _ in self._copies) + added * target.itemsize
 
-    def arrive_in(self, memory: Buffer, target: Buffer, op: str) -> None:
-        """What is added comes into `memory` from now on, and is summed from there."""
+    def arrive_in(self, memory: Buffer | None, target: Buffer, op: str) -> None:
+        """What is added comes into `memory` from now on, and is summed from there; None: let go of what there was."""
         self.arrivals, self.sums, end = list(self._copies), [], 0
+        if memory is None:
+            return
         for peer, first, stop in self._adds:
             begin, end = end, end + stop - first
             self.arrivals.append((memory.raw(begin, end), peer))

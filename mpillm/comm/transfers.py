@@ -45,6 +45,15 @@ class Schedule:
         """The most blocks that one message carries."""
         return max((transfer.width for transfers in self.rounds for transfer in transfers), default=0)
 
+    @cached_property
+    def most_added(self) -> int:
+        """The most blocks that arrive in one round to be added."""
+        return max((sum(t.width for t in transfers if t.action == "add") for transfers in self.rounds), default=0)
+
+    def longest(self, count: int) -> int:
+        """The most elements that a block has where the array has `count`."""
+        return -(-count // self.blocks)
+
 
 def block_bounds(count: int, size: int) -> list[int]:
     """`size` + 1 bounds that cut `count` elements into blocks that differ by one element at most."""

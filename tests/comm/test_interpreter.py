@@ -12,6 +12,7 @@ from mpi4py import MPI
 from mpillm.comm.algorithms import (
     ALGORITHMS,
     FIXED_ORDER,
+    Schedule,
     Transfer,
     block_bounds,
     schedule,
@@ -38,10 +39,10 @@ class Rendezvous(MPI.Intracomm):
 def make(comm, operation, algorithm, array, root=0, target=None, segment_bytes=None, in_flight=2, op="sum"):
     plan = schedule(operation, algorithm, comm.rank, comm.size, root)
     source = as_buffer(array)
-    memory = (comm, source, source if target is None else as_buffer(target), block_bounds(source.count, plan.blocks))
+    memory = (comm, source, source if target is None else as_buffer(target))
     if segment_bytes == "lock step":
-        return LockStep(plan.rounds, *memory, op, Scratch())
-    return Run(plan.rounds, *memory, op, segment_bytes, in_flight)
+        return LockStep(plan, *memory, op, Scratch())
+    return Run(plan.rounds, *memory, block_bounds(source.count, plan.blocks), op, segment_bytes, in_flight)
 
 
 def begin(*arguments, tag=0, **settings):
@@ -163,6 +164,22 @@ def test_begun_again_and_again(comm, operation, algorithm, segment_bytes):
     assert len(set(sent)) == 1
 
 
+def test_scratch_that_is_not_kept_is_held_during_a_run_only(comm):
+    array = np.ones(2**18)
+    buffer = as_buffer(array)
+    tracemalloc.start()
+    try:
+        steps = LockStep(schedule("allreduce", "ring", comm.rank, comm.size), comm, buffer, buffer, "sum", Scratch(0))
+        for turn in (1, 2):
+            before = tracemalloc.get_traced_memory()[0]
+            steps.begin()
+            steps.wait()
+            assert (array == comm.size**turn).all()
+            assert tracemalloc.get_traced_memory()[0] - before < 2**15
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize(("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"])
 def test_some_ranks_in_lock_step(comm, operation, algorithm):
     """Messages of whole blocks match, however each rank goes through its rounds."""
@@ -184,15 +201,15 @@ def test_which_way_is_taken(comm):
 def test_scratch_keeps_what_fits():
     scratch, like, other = Scratch(), as_buffer(np.zeros(4)), as_buffer(np.zeros(4, np.float32))
     first = scratch.borrow(like, 100)
-    scratch.give_back(first)
+    assert scratch.give_back(first)
     assert scratch.borrow(other, 10) is not first
     assert scratch.borrow(like, 100) is first
     scratch.give_back(first)
     assert scratch.borrow(like, 101).count == 101
-    scratch.give_back(as_buffer(np.empty(KEPT_BYTES + 1, np.uint8)))
+    assert not scratch.give_back(as_buffer(np.empty(KEPT_BYTES + 1, np.uint8)))
     assert scratch.borrow(as_buffer(np.zeros(1, np.uint8)), 1).count == 1
     fleeting = Scratch(kept_bytes=0)
-    fleeting.give_back(first)
+    assert not fleeting.give_back(first)
     assert fleeting.borrow(like, 1) is not first
 
 
@@ -268,12 +285,12 @@ def test_a_chain_of_one_sided_rounds(comm):
     assert (array == 0).all()
 
 
-def by_run(*arguments):
-    return Run(*arguments)
+def by_run(comm, buffer, rounds):
+    return Run(rounds, comm, buffer, buffer, block_bounds(buffer.count, 2))
 
 
-def by_lock_step(*arguments):
-    return LockStep(*arguments, "sum", Scratch())
+def by_lock_step(comm, buffer, rounds):
+    return LockStep(Schedule(2, tuple(rounds)), comm, buffer, buffer, "sum", Scratch())
 
 
 @pytest.mark.parametrize("way", [by_run, by_lock_step])
@@ -288,12 +305,12 @@ def test_no_receive_opens_over_what_has_not_left(comm, block, opened_bytes, way)
     send, receive = (Transfer(other, 0, "send"),), (Transfer(other, block, "copy"),)
     if comm.rank % 2:
         comm.recv(source=other, tag=1)
-        run = way([(Transfer(other, 1, "copy"),), send], Rendezvous(comm), buffer, buffer, [0, 32, 64])
+        run = way(Rendezvous(comm), buffer, [(Transfer(other, 1, "copy"),), send])
         run.begin()
         run.wait()
         assert (array == np.repeat([comm.rank, other], 32)).all()
     else:
-        run = way([send, receive], Rendezvous(comm), buffer, buffer, [0, 32, 64])
+        run = way(Rendezvous(comm), buffer, [send, receive])
         run.begin()
         assert not run.progress()
         assert (run.sent_bytes, run.received_bytes) == (256, opened_bytes)
