@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.comm import kernel
+from mpillm.comm.memory import PAGE_BYTES
 from mpillm.errors import CommError
 
 WHOLE = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -22,9 +23,6 @@ FLOATS = ("float32", "float64", *SHORT_FLOATS)
 # The kernel counts on the order of these two.
 ELEMENTS = (*FLOATS, *WHOLE)
 REDUCTIONS = ("sum", "max", "min")
-# Some processors copy 2.7 times as slowly where the target stands 1 to 31 bytes further in its page than the source
-# (docs/notes.md). Arrays stand near the beginning of a page as a rule, so what they are copied to stands amidst one.
-PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,8 @@ class Buffer:
 
     def empty(self, count: int) -> "Buffer":
         """A new buffer of `count` elements of the same type, its contents undefined."""
+        # Some processors copy at a third of their speed where the target stands 1 to 31 bytes further in its page than
+        # the source (docs/notes.md). Arrays stand near a page's beginning as a rule, what they are copied to amidst it.
         return from_octets(new_octets(count * self.itemsize, PAGE_BYTES // 2), self.element)
 
 

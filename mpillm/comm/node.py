@@ -89,12 +89,12 @@ class Node:
     @classmethod
     def create(cls, comm: "MPI.Intracomm", warn: Callable[[str], None]) -> "Node | None":
         """The team, or None on every rank where shared memory can't be had; `warn` is told why, on rank 0 of `comm`."""
-        if comm.size > kernel.MOST_RANKS:
-            return None
         stage_bytes = max(STAGE_BYTES, STAGE_BYTES_A_RANK * comm.size)
-        # The flags begin as zeros.
-        needed = kernel.team_bytes(comm.size, stage_bytes)
-        memory = share(comm, -(-needed // comm.size))
+        if comm.size > kernel.MOST_RANKS:
+            memory: str | Rows = f"{comm.size} ranks share a node, and at most {kernel.MOST_RANKS} sum in its memory"
+        else:
+            # The flags begin as zeros.
+            memory = share(comm, -(-kernel.team_bytes(comm.size, stage_bytes) // comm.size))
         if isinstance(memory, str):
             if comm.rank == 0:
                 warn(f"{memory}; collectives within the node fall back to messages, which is slower")

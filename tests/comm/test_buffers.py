@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpillm.comm.buffers import ELEMENTS, PAGE_BYTES, WHOLE, as_buffer, new_octets
+from mpillm.comm.buffers import ELEMENTS, WHOLE, as_buffer, new_octets
+from mpillm.comm.memory import PAGE_BYTES
 from mpillm.errors import CommError
 
 

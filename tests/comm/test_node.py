@@ -11,6 +11,7 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.comm import kernel
+from mpillm.comm.group import Group
 from mpillm.comm.memory import Rows, share
 from mpillm.comm.mesh import on_one_node
 from mpillm.errors import CommError
@@ -102,6 +103,7 @@ TEAM_OF_TWO = """
 import mmap, sys, time
 import numpy as np
 from mpillm.comm import kernel
+from mpillm.comm.group import Group
 rank = int(sys.argv[2])
 with open(sys.argv[1], "r+b") as file:
     memory = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
@@ -170,6 +172,20 @@ def test_a_small_shared_memory_falls_back_with_one_warning(with_little_memory, f
     assert "no room left" in done.stdout
     assert ("shared" in done.stdout.partition("algorithms:")[2]) == bool(free_bytes)
     assert "rows: False" in done.stdout
+
+
+def test_more_ranks_than_a_team_takes_fall_back_with_one_warning(comm, monkeypatch):
+    monkeypatch.setattr(kernel, "MOST_RANKS", 1)
+    told = []
+    group = Group(comm, warn=told.append)
+    assert ("shared" in group.algorithms("allreduce")) == (comm.size == 1)
+    array = np.ones(100)
+    group.allreduce(array)
+    assert (array == comm.size).all()
+    if on_one_node(comm):
+        rule = f"{comm.size} ranks share a node, and at most 1 sum in its memory; collectives within the node fall back"
+        assert [text[: len(rule)] for text in told] == ([rule] if comm.rank == 0 < comm.size - 1 else [])
+    group.free()
 
 
 @pytest.mark.alone

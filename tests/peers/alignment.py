@@ -13,7 +13,8 @@ import numpy as np
 from mpi4py import MPI
 
 from mpillm.bench.timing import in_turn, slowest
-from mpillm.comm.buffers import PAGE_BYTES, new_octets
+from mpillm.comm.buffers import new_octets
+from mpillm.comm.memory import PAGE_BYTES
 
 PLACES = (0, 4, 16, 28, 32, 64, 1024, PAGE_BYTES // 2, PAGE_BYTES - 16)
 
