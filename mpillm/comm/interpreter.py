@@ -1,6 +1,7 @@
-"""The one interpreter of collective algorithms: runs the rounds of a schedule over mpi4py, waiting or not.
+"""The interpreter of collective algorithms: runs the rounds of a schedule over mpi4py, waiting or not.
 
-A Run is made once for its arrays and begun any number of times: what can be known before is worked out once.
+It takes any schedule and segments; where no message is longer than a segment, lockstep.py does the same with less. A
+Run is made once for its arrays and begun any number of times: what can be known before is worked out once.
 
 A lane is all that goes one way between this rank and one peer in one round: messages in a fixed order, of which some
 are in flight. Segments flow from round to round: one that was received and combined is sent on while its successor

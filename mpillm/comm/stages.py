@@ -21,7 +21,7 @@ class Stage(Protocol):
 
 
 class Steps(Protocol):
-    """A list of rounds, to begin under a tag and carry on; interpreter.py has it."""
+    """A list of rounds, to begin under a tag and carry on: one of lockstep.py or interpreter.py."""
 
     def begin(self, tag: int) -> None: ...
     def progress(self) -> bool: ...
