@@ -1,6 +1,7 @@
 """Collective algorithms as data: for each rank a list of rounds of transfers, pure and free of MPI.
 
-`interpreter.py` and `lockstep.py` run any such list; the tests run it symbolically, for 1 to 64 ranks; `total_sent` prices it.
+`interpreter.py` and `lockstep.py` run any such list; the tests run it symbolically, for 1 to 64 ranks; `total_sent`
+prices it.
 
 - ring: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", Journal of
   Parallel and Distributed Computing 69 (2009). Each rank sends 2(p−1)/p of the array, the least possible, in
