@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from mpillm.comm.buffers import Buffer
 from mpillm.comm.transfers import Round, Transfer
+from mpillm.errors import CommError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 IN_FLIGHT = 2
 # MPI's classic interface counts to 2³¹ − 1; some libraries err near it.
 LARGEST_MESSAGE_BYTES = 2**30 - 1
+LEFT_EARLY = "a collective was left before its end, so it cannot run again: end the job, or prepare another group"
 # What scratch memory is kept between runs; a longer piece is rare, and its room better given back.
 KEPT_BYTES = 256 * 1024 * 1024
 
@@ -104,6 +106,8 @@ class Run:
 
     def begin(self, tag: int = 0) -> None:
         """Post the first messages. `tag`: the same on all ranks, another than that of any run that is not complete."""
+        if self._live:
+            raise CommError(LEFT_EARLY)
         self.tag = tag
         self.sent_bytes = self.received_bytes = self._opened = 0
         self._open()
@@ -136,7 +140,7 @@ class Run:
             lane.complete += 1
         for lane in self._live:
             if lane.done < lane.complete or lane.posted < lane.count:
-                lane.advance()
+                lane.advance(self)
         self._live = [lane for lane in self._live if lane.done < lane.count]
         self._open()
 
@@ -151,7 +155,7 @@ class Run:
             lanes = self._rounds[self._opened]
             self._opened += 1
             for lane in reversed(lanes):  # receives first: what finds one open is not copied twice
-                lane.open()
+                lane.open(self)
             self._live += lanes
 
     def _make_round(self) -> bool:
@@ -184,7 +188,7 @@ class _Lane:
     """Messages between this rank and one peer, one way, in one round; segment i is posted, complete and done in turn.
 
     `round`: its number, from 1. `after`: the lanes of which no overlapping segment may be undone when one of this lane
-    reads or writes its own.
+    reads or writes its own. It has no hold of its run: a circle would keep a caller's arrays until Python looks for it.
     """
 
     def __init__(self, run: Run, number: int, transfers: Sequence[Transfer]) -> None:
@@ -206,22 +210,22 @@ class _Lane:
         self.requests: deque[MPI.Request] = deque()
         self.after: list[_Lane] = []
         self.round = number
-        self._run, self._peer = run, transfers[0].peer
+        self._peer = transfers[0].peer
 
-    def open(self) -> None:
+    def open(self, run: Run) -> None:
         """Begin, from the first segment on."""
         self.posted = self.complete = self.done = 0
-        self.advance()
+        self.advance(run)
 
     def hangs_on(self, other: "_Lane") -> bool:
         """Whether the two may touch the same memory."""
         return other.starts[0] < self.stops[-1] and self.starts[0] < other.stops[-1]
 
-    def advance(self) -> None:
+    def advance(self, run: Run) -> None:
         """Post the next segments, as far as there is room and their memory is free."""
         self.done = self.complete
         while self.posted < self.count and self.posted - self.done < self.slots and self._is_free(self.posted):
-            self._post(self.posted)
+            self._post(run, self.posted)
             self.posted += 1
 
     def _is_free(self, index: int) -> bool:
@@ -233,26 +237,24 @@ class _Lane:
                 return False
         return True
 
-    def _post(self, index: int) -> None:
+    def _post(self, run: Run, index: int) -> None:
         raise NotImplementedError
 
-    def _receive(self, memory: "NDArray[np.uint8]") -> None:
-        run = self._run
+    def _receive(self, run: Run, memory: "NDArray[np.uint8]") -> None:
         self.requests.append(run.comm.Irecv(memory, self._peer, run.tag))
         run.received_bytes += memory.size
 
 
 class _Sends(_Lane):
-    def _post(self, index: int) -> None:
-        run = self._run
+    def _post(self, run: Run, index: int) -> None:
         memory = run.source.raw(self.starts[index], self.stops[index])
         self.requests.append(run.comm.Isend(memory, self._peer, run.tag))
         run.sent_bytes += memory.size
 
 
 class _Copies(_Lane):
-    def _post(self, index: int) -> None:
-        self._receive(self._run.target.raw(self.starts[index], self.stops[index]))
+    def _post(self, run: Run, index: int) -> None:
+        self._receive(run, run.target.raw(self.starts[index], self.stops[index]))
 
 
 class _Adds(_Lane):
@@ -264,25 +266,25 @@ class _Adds(_Lane):
         super().__init__(run, number, transfers)
         self._longest = max(map(sub, self.stops, self.starts), default=0)
 
-    def open(self) -> None:
-        self._memory = self._run.scratch.borrow(self._run.target, self.slots * self._longest)
-        super().open()
+    def open(self, run: Run) -> None:
+        self._memory = run.scratch.borrow(run.target, self.slots * self._longest)
+        super().open(run)
 
-    def advance(self) -> None:
+    def advance(self, run: Run) -> None:
         while self.done < self.complete and self._is_free(self.done):
             own = slice(self.starts[self.done], self.stops[self.done])
-            self._run.target.combine(self._run.op, own, self._memory, self._place(self.done))
+            run.target.combine(run.op, own, self._memory, self._place(self.done))
             self.done += 1
             if self.done == self.count:
-                self._run.scratch.give_back(self._memory)
+                run.scratch.give_back(self._memory)
                 del self._memory
         while self.posted < self.count and self.posted - self.done < self.slots:
-            self._post(self.posted)
+            self._post(run, self.posted)
             self.posted += 1
 
-    def _post(self, index: int) -> None:
+    def _post(self, run: Run, index: int) -> None:
         place = self._place(index)
-        self._receive(self._memory.raw(place.start, place.stop))
+        self._receive(run, self._memory.raw(place.start, place.stop))
 
     def _place(self, index: int) -> slice:
         start = index % self.slots * self._longest

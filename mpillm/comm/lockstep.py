@@ -1,4 +1,4 @@
-"""Schedules of whole blocks, round by round: all of a round is posted at once, then all completed, then combined.
+"""Schedules of whole blocks, round by round: all of a round is posted at once; when it is there, it is combined.
 
 What interpreter.py does for segments, with much less to think about: where each message is a block, or the array is
 short, Python's own time is what an algorithm costs beyond its messages.
@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mpillm.comm.buffers import Buffer
-from mpillm.comm.interpreter import LARGEST_MESSAGE_BYTES, Run, Scratch
+from mpillm.comm.interpreter import LARGEST_MESSAGE_BYTES, LEFT_EARLY, Run, Scratch
 from mpillm.comm.transfers import Round, Schedule, block_bounds
+from mpillm.errors import CommError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -59,6 +60,8 @@ class LockStep:
 
     def begin(self, tag: int = 0) -> None:
         """As `Run.begin`."""
+        if self._awaited is not None:
+            raise CommError(LEFT_EARLY)
         self.sent_bytes = self.received_bytes = 0
         self._walk = self._through_rounds(tag)
         self._awaited = next(self._walk, None)
@@ -80,8 +83,8 @@ class LockStep:
     def _through_rounds(self, tag: int) -> "Iterator[list[MPI.Request]]":
         """Give the messages that must be complete before it goes on.
 
-        What a round sends may still be leaving while the next one goes on. What it then waits for lies in an earlier
-        round, so no circle of waiting can form.
+        What a round sends may still be leaving while the next one goes on. Before a rank has posted all of a round it
+        waits for messages of earlier rounds only, so no circle of waiting can form.
         """
         receive, send = self._receive, self._send
         self._borrow()
@@ -111,7 +114,9 @@ class LockStep:
         """Those that carry anything, made when they are first reached."""
         yield from self._made
         for transfers in self._coming:
-            messages = _Messages(transfers, self._source, self._target, self._bounds, self._made[-1:])
+            messages = _Messages(
+                transfers, self._source, self._target, self._bounds, self._made[-1] if self._made else None
+            )
             if messages.sends or messages.received_bytes:
                 messages.arrive_in(self._memory, self._target, self._op)
                 self._made.append(messages)
@@ -136,7 +141,7 @@ class _Messages:
     """
 
     def __init__(
-        self, transfers: Round, source: Buffer, target: Buffer, bounds: Sequence[int], before: "Sequence[_Messages]"
+        self, transfers: Round, source: Buffer, target: Buffer, bounds: Sequence[int], before: "_Messages | None"
     ) -> None:
         parts: dict[str, list[_Part]] = {"send": [], "add": [], "copy": []}
         for transfer in transfers:
@@ -145,7 +150,7 @@ class _Messages:
                 parts[transfer.action].append((transfer.peer, first, stop))
         self._sent, self._adds, copies = parts["send"], parts["add"], parts["copy"]
         in_place = source is target
-        self.overwrites_leaving = in_place and any(_touch(copies, earlier._sent) for earlier in before)
+        self.overwrites_leaving = in_place and before is not None and _touch(copies, before._sent)
         self.sums_over_sent = in_place and _touch(self._adds, self._sent)
         self.sends = [(source.raw(first, stop), peer) for peer, first, stop in self._sent]
         self._copies = self.arrivals = [(target.raw(first, stop), peer) for peer, first, stop in copies]

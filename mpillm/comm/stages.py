@@ -48,7 +48,7 @@ class Work:
 
 
 class Listed:
-    """A list algorithm; each run has a tag of its own."""
+    """A list algorithm; each run is given a tag."""
 
     def __init__(self, steps: Steps, next_tag: Callable[[], int]) -> None:
         self._steps, self._next_tag = steps, next_tag
@@ -102,6 +102,8 @@ class Chain:
         self._index = 0
         if self._stages:
             self._stages[0].start()
+        # A list behind a copy takes its tag now, on every rank, and not when someone first looks.
+        self.test()
 
     def test(self) -> bool:
         while self._index < len(self._stages):

@@ -28,7 +28,8 @@ class Transfer:
 Round = tuple[Transfer, ...]
 """All are posted at once, then all completed. A send carries the block as the earlier rounds left it.
 
-Transfers to one peer, and those from one peer, stand in rising order of blocks, the same at both ends.
+Transfers to one peer, and those from one peer, stand in rising order of blocks, the same at both ends; those from one
+peer are all added or all copied.
 """
 
 

@@ -154,12 +154,13 @@ def test_both_ends_agree(operation, algorithm):
         plans = schedules(operation, algorithm, size, root)
         assert len({plan.blocks for plan in plans}) == 1
         for turn in range(max(len(plan.rounds) for plan in plans)):
-            ends = {"send": {}, "receive": {}}
+            ends, kinds = {"send": {}, "receive": {}}, {}
             for rank, plan in enumerate(plans):
                 for t in plan.rounds[turn] if turn < len(plan.rounds) else ():
                     assert t.peer != rank
                     way = (rank, t.peer) if t.action == "send" else (t.peer, rank)
                     end = ends["send" if t.action == "send" else "receive"]
+                    assert kinds.setdefault((*way, t.action == "send"), t.action) == t.action
                     end.setdefault(way, []).append((t.block if operation != "alltoall" else None, t.width))
             assert ends["send"] == ends["receive"]
             assert operation == "alltoall" or all(spans == sorted(spans) for spans in ends["send"].values())

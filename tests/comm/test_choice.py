@@ -26,7 +26,8 @@ def test_within_a_node_shared_memory_is_taken():
     assert chosen(Layout(((0, 1),), True, "MPICH"), 4 * MIB) == "shared"
     assert chosen(Layout(((0, 1),), True, "Intel(R) MPI"), 64 * KIB) == "native"
     assert chosen(ALONE, 4 * MIB) in available("allreduce", ALONE)
-    assert chosen(BARE_NODE, 64 * MIB) != "shared"
+    assert chosen(BARE_NODE, 32 * MIB) == "ring"
+    assert chosen(BARE_NODE, 32 * MIB - 4) == "native"
 
 
 @pytest.mark.parametrize("element", ["int8", "uint16", "float16", "bfloat16"])

@@ -255,7 +255,7 @@ def test_many_segments_overlap(gpu, gpu_group, monkeypatch):
 @pytest.mark.parametrize("segment_bytes", [1024, 2**20])
 @pytest.mark.parametrize("operation", MOVING)
 def test_long_lists(gpu, gpu_group, monkeypatch, operation, segment_bytes):
-    """Lists of as many rounds as there are ranks, each of whole blocks or of segments, through memory used before."""
+    """Lists of as many rounds as there are ranks, each of whole blocks or of segments."""
     monkeypatch.setattr("mpillm.comm.gpu.direct.SEGMENT_BYTES", segment_bytes)
     if gpu_group.size > 1:
         count = 80_000 * gpu_group.size + (0 if operation == "alltoall" else 1)

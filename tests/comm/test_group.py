@@ -206,6 +206,21 @@ def test_handles_in_any_order(group):
     assert all((array == total).all() for array in arrays)
 
 
+def test_a_look_between_two_starts_changes_nothing(group):
+    """A list behind a copy has its tag from its start on, whether or not a rank looked at it before the next start."""
+    own, other = np.full(30_000, group.rank + 1.0, np.float32), np.full(500, group.rank + 1.0, np.float32)
+    out = np.empty_like(own)
+    first = group.prepare("allreduce", own, out, algorithm="ring").start()
+    if group.rank % 2:
+        first.test()
+    second = group.prepare("allreduce", other, algorithm="ring").start()
+    first.wait()
+    second.wait()
+    total = sum(range(1, group.size + 1))
+    assert (out == total).all()
+    assert (other == total).all()
+
+
 def test_handles_are_polled_to_their_end(group):
     for operation in ("allreduce", "alltoall", "broadcast", "reduce_scatter", "allgather", "reduce", "barrier"):
         for algorithm in group.algorithms(operation):

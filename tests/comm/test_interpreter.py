@@ -1,8 +1,10 @@
 """The interpreter, and the lock step: any schedule, whole or in segments, waiting or not, at any number of ranks."""
 
+import gc
 import random
 import time
 import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from mpillm.comm.algorithms import (
 from mpillm.comm.buffers import as_buffer
 from mpillm.comm.interpreter import KEPT_BYTES, Run, Scratch
 from mpillm.comm.lockstep import LockStep, make_steps
+from mpillm.errors import CommError
 
 PAIRS = [(operation, algorithm) for operation, lists in ALGORITHMS.items() for algorithm in lists]
 REDUCING = [pair for pair in PAIRS if pair[0] in ("allreduce", "reduce_scatter", "reduce")]
@@ -196,6 +199,56 @@ def test_which_way_is_taken(comm):
     ways = {size: make_steps(plan, comm, buffer, buffer, "sum", size, 2, Scratch()) for size in (None, 8000, 7999, 8)}
     kinds = {size: type(steps) for size, steps in ways.items()}
     assert kinds == {None: LockStep, 8000: LockStep, 7999: Run, 8: Run}
+    wide = schedule("broadcast", "scatter-allgather", 0, 4)  # its first message carries two blocks of four
+    ways = {size: make_steps(wide, comm, buffer, buffer, "sum", size, 2, Scratch()) for size in (4000, 3999)}
+    assert {size: type(steps) for size, steps in ways.items()} == {4000: LockStep, 3999: Run}
+
+
+@pytest.mark.parametrize(("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"])
+def test_each_rank_takes_the_way_that_fits_it(comm, operation, algorithm):
+    """A segment between one block and the longest message: some ranks cut, others need not."""
+    array, expected, where = prepared(operation, 24 * comm.size, comm.rank, comm.size)
+    plan, buffer, scratch = schedule(operation, algorithm, comm.rank, comm.size), as_buffer(array), Scratch()
+    steps = make_steps(plan, comm, buffer, buffer, "sum", 8 * 30, 2, scratch)
+    steps.begin(1)
+    steps.wait()
+    np.testing.assert_array_equal(array[where], expected[where])
+
+
+def test_two_in_turn_through_one_scratch_memory(comm):
+    """Each finds what the other left: the messages of a shorter one are cut from a longer piece, and the other way."""
+    arrays, scratch = [np.ones(count) for count in (100, 1000, 10)], Scratch()
+    plan = schedule("allreduce", "rabenseifner", comm.rank, comm.size)
+    buffers = [as_buffer(array) for array in arrays]
+    steps = [LockStep(plan, comm, buffer, buffer, "sum", scratch) for buffer in buffers]
+    for turn in range(1, 4):
+        for each, array in zip(steps, arrays, strict=True):
+            each.begin()
+            each.wait()
+            assert (array == comm.size**turn).all()
+
+
+@pytest.mark.parametrize("segment_bytes", ["lock step", 64])
+def test_nothing_keeps_the_array_of_a_call_that_is_done(comm, segment_bytes):
+    array = np.ones(1000)
+    seen = weakref.ref(array)
+    gc.disable()
+    try:
+        steps = begin(comm, "allreduce", "ring", array, segment_bytes=segment_bytes)
+        steps.wait()
+        del steps, array
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("segment_bytes", ["lock step", 64])
+def test_what_was_left_early_cannot_begin_again(comm, segment_bytes):
+    steps = begin(Rendezvous(comm), "allreduce", "ring", np.ones(1000), segment_bytes=segment_bytes)
+    if comm.size > 1:
+        with pytest.raises(CommError, match="left before its end"):
+            steps.begin(1)
+    steps.wait()
 
 
 def test_scratch_keeps_what_fits():

@@ -103,7 +103,6 @@ TEAM_OF_TWO = """
 import mmap, sys, time
 import numpy as np
 from mpillm.comm import kernel
-from mpillm.comm.group import Group
 rank = int(sys.argv[2])
 with open(sys.argv[1], "r+b") as file:
     memory = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
