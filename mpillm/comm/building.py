@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,13 +11,14 @@ import numpy as np
 from mpillm.comm import kernel, native
 from mpillm.comm.algorithms import schedule
 from mpillm.comm.buffers import SHORT_FLOATS, Buffer, from_octets, new_octets
-from mpillm.comm.choice import FEW_ROUNDS_BYTES, KIB, Wish
+from mpillm.comm.choice import FEW_ROUNDS_BYTES, KIB, MIB, Wish
 from mpillm.comm.interpreter import Scratch
 from mpillm.comm.lockstep import make_steps
 from mpillm.comm.node import Node
 from mpillm.comm.reference import reference
 from mpillm.comm.stages import Listed, Stage, Work, chain
 from mpillm.comm.transfers import block_bounds
+from mpillm.comm.two_levels import Piece, Pieces
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 # all that is under way, so that a link which is busy both ways stands half empty.
 SEGMENT_BYTES = 60 * KIB
 IN_FLIGHT = 8
+# Two levels: of the pieces the first sum within the node and the last spreading hide behind nothing, so there are many.
+# But each waits a few times for the node's other ranks, which may look once a millisecond; and no message of a ring
+# between nodes is to get shorter than a segment.
+PIECE_BYTES, MOST_PIECES = 2 * MIB, 16
 TAGS_ACROSS = 1 << 14
 
 
@@ -129,20 +135,27 @@ class Builder:
         """
         assert self._node is not None
         before = [] if source is target else [_copy(source, target)]
+        algorithm = _between(wish, target.octets.size // (self._node.comm.size if self._even else 1))
+        bounds = block_bounds(target.count, _pieces(target.octets.size, self._comm.size))
+        pieces = [self._piece(target.part(first, stop), op, algorithm) for first, stop in pairwise(bounds)]
+        return chain(*before, Pieces(pieces))
+
+    def _piece(self, array: Buffer, op: str, algorithm: str) -> Piece:
+        assert self._node is not None
+        team = self._node.comm
         if self._even:
-            bounds = block_bounds(target.count, self._node.comm.size)
-            stripe = target.part(bounds[self._node.comm.rank], bounds[self._node.comm.rank + 1])
-            first = self._node.prepare("reduce_scatter", target, target, op)
-            last = self._node.prepare("allgather", target, target)
+            bounds = block_bounds(array.count, team.size)
+            stripe = array.part(bounds[team.rank], bounds[team.rank + 1])
+            summed = self._node.prepare("reduce_scatter", array, array, op)
+            spread = self._node.prepare("allgather", array, array)
         else:
-            stripe, leads = target, self._node.comm.rank == 0
-            first = self._node.prepare("reduce", target, target if leads else None, op)
-            last = self._node.prepare("broadcast", target if leads else None, None if leads else target)
-        between = []
-        if self._across is not None and self._across.size > 1:
-            algorithm = _between(wish, stripe.octets.size)
-            between = [self._listed(self._across, "allreduce", algorithm, stripe, stripe, op, 0)]
-        return chain(*before, first, *between, last)
+            stripe, leads = array, team.rank == 0
+            summed = self._node.prepare("reduce", array, array if leads else None, op)
+            spread = self._node.prepare("broadcast", array if leads else None, None if leads else array)
+        crossed: Stage = Work(lambda: None)
+        if self._across is not None:
+            crossed = self._listed(self._across, "allreduce", algorithm, stripe, stripe, op, 0)
+        return Piece(summed, crossed, spread)
 
     # ---- fixed order of 16-bit floats ----
 
@@ -160,6 +173,11 @@ def _between(wish: Wish, nbytes: int) -> str:
     if nbytes < FEW_ROUNDS_BYTES:
         return "recursive-doubling"
     return "rabenseifner" if wish.fixed_order else "segmented-ring"
+
+
+def _pieces(nbytes: int, ranks: int) -> int:
+    """How many pieces `two-level` cuts an array into."""
+    return max(1, min(MOST_PIECES, nbytes // max(PIECE_BYTES, ranks * SEGMENT_BYTES)))
 
 
 def _float32(count: int) -> Buffer:

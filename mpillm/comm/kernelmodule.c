@@ -103,6 +103,7 @@ typedef struct {
     PyObject *held[2]; /* what keeps the rows' memory alive: of the sources, and of the targets */
     unsigned char **rows[2];
     struct operation operation;
+    double idle_since; /* since when tests have found nothing to do; 0 where the last one did */
 } Operation;
 
 /* Which rows there are: of the sources (0) and of the targets (1). A row holds the whole array. */
@@ -269,6 +270,7 @@ static bool begin(Operation *self) {
     while (atomic_flag_test_and_set_explicit(&self->team->team.busy, memory_order_acquire))
         ;
     start(&self->operation);
+    self->idle_since = 0;
     atomic_flag_clear_explicit(&self->team->team.busy, memory_order_release);
     return true;
 }
@@ -277,6 +279,17 @@ static bool begin(Operation *self) {
 static void settle(Operation *self) {
     self->operation.started = false;
     Py_DECREF(self);
+}
+
+/* Whether to test again: who tests until it is done must hear of a rank that ended as well as one who waits. */
+static bool may_go_on(Operation *self, bool moved) {
+    const double now = moved ? 0 : seconds_now();
+    if (moved || self->idle_since == 0)
+        self->idle_since = now;
+    if (now - self->idle_since < SUSPICION_SECONDS)
+        return true;
+    self->idle_since = now;
+    return all_live(self);
 }
 
 static PyObject *operation_start(Operation *self, PyObject *unused) {
@@ -291,11 +304,13 @@ static PyObject *operation_start(Operation *self, PyObject *unused) {
 static PyObject *operation_test(Operation *self, PyObject *unused) {
     (void)unused;
     if (self->operation.started && !self->operation.done) {
+        int moves = 0;
         Py_BEGIN_ALLOW_THREADS
-        for (int moves = 0; moves < MOVES_A_TEST && !self->operation.done; moves++)
-            if (!progress(&self->team->team))
-                break;
+        while (moves < MOVES_A_TEST && !self->operation.done && progress(&self->team->team))
+            moves++;
         Py_END_ALLOW_THREADS
+        if (!self->operation.done && !may_go_on(self, moves > 0))
+            return NULL;
     }
     if (self->operation.started && self->operation.done)
         settle(self);

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mpillm.comm import kernel
 from mpillm.comm.buffers import ELEMENTS, REDUCTIONS, Buffer, from_octets, itemsize_of
 from mpillm.comm.memory import Rows, share
+from mpillm.comm.patience import share_cores
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Node:
 
     def __init__(self, comm: "MPI.Intracomm", memory: Rows, stage_bytes: int) -> None:
         self.comm, self._memory = comm, memory
-        crowded = comm.size > len(os.sched_getaffinity(0))
+        crowded = share_cores(comm)
         self._team = kernel.Team(
             memory.whole, comm.rank, comm.size, stage_bytes, SPINS_CROWDED if crowded else SPINS,
             tuple(processes(comm)), CommError,

@@ -1,5 +1,6 @@
 """Waiting that lets the core go: for the ranks that stand by while one rank works for long."""
 
+import os
 import time
 from typing import TYPE_CHECKING, TypeVar
 
@@ -8,6 +9,10 @@ if TYPE_CHECKING:
 
 FIRST_SLEEP_SECONDS = 50e-6
 LONGEST_SLEEP_SECONDS = 10e-3
+NAP_SECONDS = 100e-6
+# Who offers a core and has it back at once was alone on it.
+TAKEN_SECONDS = 100e-6
+NAPS = 1000
 
 Value = TypeVar("Value")
 
@@ -24,6 +29,30 @@ def wait_patiently(request: "MPI.Request", limit_seconds: float | None = None) -
         time.sleep(sleep_seconds)
         sleep_seconds = min(2 * sleep_seconds, LONGEST_SLEEP_SECONDS)
     return True
+
+
+def share_cores(comm: "MPI.Intracomm") -> bool:
+    """Whether the ranks of `comm`, all of one node, are more than their cores. Every rank calls it, with one answer."""
+    return comm.size > len(set().union(*comm.allgather(os.sched_getaffinity(0))))
+
+
+class Rest:
+    """To be called between two looks that found nothing: offers the core to others. Where they take it, it sleeps the
+    next times: who looks without a pause, and offers the core each time, still has a good part of it.
+    """
+
+    def __init__(self) -> None:
+        self._naps = 0
+
+    def __call__(self) -> None:
+        if self._naps:
+            self._naps -= 1
+            time.sleep(NAP_SECONDS)
+            return
+        began = time.monotonic()
+        os.sched_yield()
+        if time.monotonic() - began > TAKEN_SECONDS:
+            self._naps = NAPS
 
 
 def patient_barrier(comm: "MPI.Intracomm") -> None:

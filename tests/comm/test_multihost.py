@@ -41,6 +41,12 @@ def group(comm):
     made.free()
 
 
+@pytest.fixture(autouse=True)
+def pieces(monkeypatch):
+    """Two levels go in several pieces, at these counts too."""
+    monkeypatch.setattr(building, "PIECE_BYTES", 300_000)
+
+
 @pytest.mark.alone
 @pytest.mark.multihost
 @pytest.mark.parametrize("ranks_per_host", ["1", "2", "2,1"])

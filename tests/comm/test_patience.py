@@ -1,8 +1,15 @@
 """Waiting that lets the core go."""
 
+import itertools
+import os
+import subprocess
+import sys
 import time
 
-from mpillm.comm.patience import patient_barrier, patient_bcast, wait_patiently
+import pytest
+
+from mpillm.comm import patience
+from mpillm.comm.patience import Rest, patient_barrier, patient_bcast, share_cores, wait_patiently
 
 
 def test_waiting_ranks_sleep(comm):
@@ -34,3 +41,56 @@ def test_limit(comm):
         request = private.Ibarrier()
     request.Wait()
     private.Free()
+
+
+def test_ranks_that_share_cores(comm, monkeypatch):
+    def own(cores):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cores))
+        return share_cores(comm)
+
+    assert not own({comm.rank})  # each is bound to its own
+    assert not own(range(comm.size))
+    assert own({0}) == (comm.size > 1)
+
+
+@pytest.fixture
+def naps(monkeypatch):
+    """How long each took."""
+    taken, sleep = [], time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: (taken.append(seconds), sleep(seconds)))
+    return taken
+
+
+def test_who_offers_a_core_that_others_take_sleeps_a_while(naps, monkeypatch):
+    rest = Rest()
+    monkeypatch.setattr(os, "sched_yield", lambda: None)
+    monkeypatch.setattr(time, "monotonic", itertools.count(0, patience.TAKEN_SECONDS / 2).__next__)
+    for _ in range(10):
+        rest()
+    assert not naps
+    monkeypatch.setattr(time, "monotonic", itertools.count().__next__)
+    for _ in range(patience.NAPS + 1):
+        rest()
+    assert naps == [patience.NAP_SECONDS] * patience.NAPS
+    monkeypatch.setattr(time, "monotonic", itertools.count(0, patience.TAKEN_SECONDS / 2).__next__)
+    for _ in range(10):
+        rest()
+    assert len(naps) == patience.NAPS
+
+
+@pytest.mark.alone
+def test_a_busy_neighbour_is_noticed(naps):
+    core = {min(os.sched_getaffinity(0))}
+    before = os.sched_getaffinity(0)
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        os.sched_setaffinity(neighbour.pid, core)
+        os.sched_setaffinity(0, core)
+        rest, given_up = Rest(), time.monotonic() + 20
+        while not naps:
+            assert time.monotonic() < given_up
+            rest()
+    finally:
+        os.sched_setaffinity(0, before)
+        neighbour.kill()
+        neighbour.wait()

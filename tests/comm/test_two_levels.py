@@ -1,0 +1,193 @@
+"""Sums over two levels in pieces: their order, whatever takes how long; and real ones, over nodes made of one."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpillm.comm import building
+from mpillm.comm.buffers import as_buffer
+from mpillm.comm.building import Builder
+from mpillm.comm.choice import Wish
+from mpillm.comm.node import Node
+from mpillm.comm.two_levels import Piece, Pieces
+
+ENDLESS = 10**9
+
+
+class Slow:
+    """A stage that is done after `looks` tests, and tells what happens to it."""
+
+    def __init__(self, name, looks, told):
+        self.name, self.looks, self.told = name, looks, told
+        self.left = None
+
+    def start(self):
+        assert self.left is None, f"{self.name} began twice"
+        self.left = self.looks
+        self.told.append(f"begin {self.name}")
+
+    def test(self):
+        assert self.left is not None, f"{self.name} was tested before it began"
+        self.left -= 1
+        if self.left >= 0:
+            return False
+        self.left = None
+        self.told.append(f"end {self.name}")
+        return True
+
+    def wait(self):
+        self.told.append(f"wait {self.name}")
+        self.left = 0
+
+
+def slow_pieces(looks):
+    """`looks`: of each piece's three stages."""
+    told = []
+    names = ("summed", "crossed", "spread")
+    made = [
+        Piece(*(Slow(f"{name} {index}", n, told) for name, n in zip(names, each, strict=True)))
+        for index, each in enumerate(looks)
+    ]
+    return made, told
+
+
+looks = st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=1, max_size=6)
+
+
+@given(looks, st.booleans())
+def test_each_stage_once_behind_what_it_needs(looks, waits):
+    made, told = slow_pieces(looks)
+    pieces = Pieces(made)
+    for _ in range(2):  # it can run again
+        told.clear()
+        pieces.start()
+        if waits:
+            pieces.wait()
+        else:
+            assert any(pieces.test() for _ in range(1000))
+        assert pieces.test()
+        for index in range(len(looks)):
+            order = [
+                told.index(f"{what} {name} {index}")
+                for name in ("summed", "crossed", "spread")
+                for what in ("begin", "end")
+            ]
+            assert order == sorted(order)
+        begun = [line.removeprefix("begin ") for line in told if line.startswith("begin")]
+        assert len(begun) == len(set(begun)) == 3 * len(looks)
+
+
+@given(looks)
+def test_ranks_begin_in_one_order_whatever_takes_how_long(looks):
+    """The team's stages, and the lists, which take their tags when they begin."""
+    made, told = slow_pieces(looks)
+    Pieces(made).run()
+    within = [line.removeprefix("begin ") for line in told if "begin" in line and "crossed" not in line]
+    n = len(looks)
+    ahead = itertools.chain.from_iterable((f"summed {i + 1}", f"spread {i}") for i in range(n - 1))
+    assert within == ["summed 0", *ahead, f"spread {n - 1}"]
+    assert [line for line in told if "begin crossed" in line] == [f"begin crossed {i}" for i in range(n)]
+
+
+def test_the_node_works_while_a_piece_is_between_nodes():
+    made, told = slow_pieces([(0, 0, 0), (0, ENDLESS, 0), (0, 0, 0)])
+    pieces = Pieces(made)
+    pieces.start()
+    assert not pieces.test()
+    assert {"end spread 0", "end summed 2"} <= set(told)
+    assert "begin crossed 2" not in told
+
+
+def test_it_waits_inside_a_stage_only_where_that_is_alone():
+    """What waits in MPI moves no other stage on, and another rank may need that."""
+    made, told = slow_pieces([(0, 5, 0), (50, 50, 0)])
+    Pieces(made).run()
+    assert [line for line in told if line.startswith("wait")] == ["wait summed 1", "wait crossed 1"]
+    assert told.index("end crossed 0") < told.index("wait summed 1")
+
+
+# ---- real ones ----
+
+
+@pytest.fixture(scope="module")
+def build(comm):
+    """The stage of an all-reduce over two levels, where this node's ranks play two nodes."""
+    if comm.size == 1 or len(set(comm.allgather(_host()))) > 1:
+        pytest.skip("needs several ranks that share memory")
+    first = -(-comm.size // 2)
+    team = comm.Split(int(comm.rank >= first), comm.rank)
+    even = comm.size % 2 == 0
+    across = comm.Split(team.rank if even or team.rank == 0 else comm.size, comm.rank)
+    node = Node.create(team, pytest.fail)
+    builder = Builder(comm, node, across if even or team.rank == 0 else None, even, itertools.count(1).__next__)
+
+    def made(array, op="sum", fixed_order=False, out=None):
+        source = as_buffer(array)
+        wish = Wish("allreduce", op, algorithm="two-level", fixed_order=fixed_order)
+        return builder.build(wish, "two-level", source, source if out is None else as_buffer(out))
+
+    return made
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """2^20 + 3 elements of float32 make 13."""
+    monkeypatch.setattr(building, "PIECE_BYTES", 300_000)
+
+
+def _host():
+    from mpi4py import MPI
+
+    return MPI.Get_processor_name()
+
+
+def values(count, rank, turn=0):
+    return np.random.default_rng([count, rank, turn]).standard_normal(count).astype(np.float32)
+
+
+@pytest.mark.parametrize("op", ["sum", "mean", "max"])
+@pytest.mark.parametrize("count", [0, 1, 5, 100_000, 2**20 + 3])
+def test_sums_over_two_levels(small_pieces, comm, build, count, op):
+    array, out = values(count, comm.rank), np.zeros(count, np.float32)
+    given = array.copy()
+    build(array, op, out=out).run()
+    rows = np.array([values(count, rank) for rank in range(comm.size)], np.float64)
+    expected = {"sum": rows.sum, "mean": rows.mean, "max": rows.max}[op](0)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    assert (array == given).all()
+
+
+def test_cut_in_pieces_or_not_it_gives_the_same_bits(small_pieces, comm, build, monkeypatch):
+    count = 2**20 + 3
+    cut, whole = values(count, comm.rank), values(count, comm.rank)
+    build(cut, fixed_order=True).run()
+    monkeypatch.setattr(building, "MOST_PIECES", 1)
+    build(whole, fixed_order=True).run()
+    assert cut.tobytes() == whole.tobytes()
+
+
+def test_ranks_that_test_meet_ranks_that_wait(small_pieces, comm, build):
+    count = 2**20 + 3
+    array = np.empty(count, np.float32)
+    stage = build(array)
+    for turn in range(4):
+        array[:] = comm.rank + turn
+        if (comm.rank + turn) % 2:
+            stage.run()
+        else:
+            stage.start()
+            while not stage.test():
+                pass
+        assert (array == sum(rank + turn for rank in range(comm.size))).all()
+
+
+def test_pieces_are_few_for_many_ranks():
+    """No message of the ring between nodes gets shorter than a segment, as far as the array is long enough."""
+    for nbytes, ranks in itertools.product((0, 1, 10**5, 10**6, 10**8, 10**10), (2, 4, 64, 4096)):
+        pieces = building._pieces(nbytes, ranks)
+        assert 1 <= pieces <= building.MOST_PIECES
+        assert pieces == 1 or nbytes // pieces >= max(building.PIECE_BYTES, ranks * building.SEGMENT_BYTES)
+    assert building._pieces(10**8, 4) == building.MOST_PIECES
