@@ -1,9 +1,8 @@
 """How a call becomes stages: the copies, messages, sums and scalings that make up one collective."""
 
 import functools
-import itertools
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
 # all that is under way, so that a link which is busy both ways stands half empty.
 SEGMENT_BYTES = 60 * KIB
 IN_FLIGHT = 8
-# Two levels: of the pieces the first sum within the node and the last spreading hide behind nothing, so there are many.
-# But each waits a few times for the node's other ranks, which may look once a millisecond; and no message of a ring
-# between nodes is to get shorter than a segment.
+# Two levels: the first piece's sum within the node and the last one's spreading hide behind nothing, so pieces are
+# small. But each waits a few times for the node's other ranks, which may look once a millisecond; and no message of a
+# ring between nodes is to get shorter than a segment.
 PIECE_BYTES, MOST_PIECES = 2 * MIB, 16
 TAGS_ACROSS = 1 << 14
 
@@ -46,7 +45,7 @@ class Builder:
         self._comm, self._node, self._across, self._even = comm, node, across, even
         self._next_tag = next_tag
         # Where nodes are uneven not every rank is in `across`, so its runs are counted apart.
-        self._next_tag_across = itertools.cycle(range(TAGS_ACROSS)).__next__
+        self._next_tag_across = cycle(range(TAGS_ACROSS)).__next__
         self._scratch = Scratch()
 
     def build(self, wish: Wish, algorithm: str, source: Buffer, target: Buffer) -> Stage:

@@ -29,7 +29,7 @@ from mpillm.comm.gpu.arrays import as_device_buffer
 from mpillm.comm.gpu.buffer import DeviceBuffer, is_on_device
 from mpillm.comm.gpu.gpus import Gpus
 from mpillm.comm.node import Node, SharedRows
-from mpillm.comm.patience import Rest
+from mpillm.comm.patience import Breather
 from mpillm.comm.stages import Stage
 from mpillm.comm.transfers import block_bounds
 from mpillm.errors import CommError
@@ -78,7 +78,7 @@ class Group:
         self.layout = Layout(tuple(tuple(ranks) for ranks in places.values()), shares, library)
         self._across = self._join_across(node_comm.rank) if self.layout.two_level else None
         self._node_comm = node_comm
-        self.rest = Rest()
+        self.rest = Breather()
         tags = itertools.cycle(range(FIRST_TAG, FIRST_TAG + TAGS))
         self._builder = Builder(self.comm, self._node, self._across, self.layout.even, tags.__next__)
         self._calls = itertools.count(1)

@@ -14,7 +14,10 @@ Buffer: TypeAlias = NDArray[Any] | mmap.mmap
 MOST_RANKS: int
 
 class Operation:
-    """One collective of a team, ready to run any number of times. Its buffers stay exported while it lives."""
+    """One collective of a team, ready to run any number of times. Its buffers stay exported while it lives.
+
+    `run`, `wait` and, where it finds nothing to do for a while, `test` raise the team's error for a rank that ended.
+    """
 
     def run(self) -> None: ...
     def start(self) -> None: ...

@@ -252,7 +252,8 @@ static bool drive_operation(void *waiting, double limit_seconds) {
 static bool all_live(void *waiting) {
     const Team *team = ((Operation *)waiting)->team;
     const int rank = awaited(&team->team);
-    if (rank < 0 || !is_gone(team->processes[rank]))
+    /* One that has ended since may have given its part: asked again. */
+    if (rank < 0 || !is_gone(team->processes[rank]) || awaited(&team->team) != rank)
         return true;
     PyErr_Format(team->error,
                  "rank %d of this node (process %d) ended while rank %d waited for it in a collective; its own output "

@@ -1,4 +1,4 @@
-"""Waiting that lets the core go: for the ranks that stand by while one rank works for long."""
+"""Waiting that lets the core go: where one rank works for long, and where others compute on this rank's core."""
 
 import os
 import time
@@ -12,6 +12,7 @@ LONGEST_SLEEP_SECONDS = 10e-3
 NAP_SECONDS = 100e-6
 # Who offers a core and has it back at once was alone on it.
 TAKEN_SECONDS = 100e-6
+# Until the core is offered again: some 0.2 s.
 NAPS = 1000
 
 Value = TypeVar("Value")
@@ -36,9 +37,9 @@ def share_cores(comm: "MPI.Intracomm") -> bool:
     return comm.size > len(set().union(*comm.allgather(os.sched_getaffinity(0))))
 
 
-class Rest:
-    """To be called between two looks that found nothing: offers the core to others. Where they take it, it sleeps the
-    next times: who looks without a pause, and offers the core each time, still has a good part of it.
+class Breather:
+    """To be taken between two looks that found nothing: it offers the core to others. Where they take it, the next
+    ones are naps: who looks without a pause, and offers the core each time, still has a good part of it.
     """
 
     def __init__(self) -> None:

@@ -5,8 +5,10 @@ each node and the one before is spread there, so that neither the network nor th
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpillm.comm.patience import Rest
+from mpillm.comm.interpreter import LEFT_EARLY
+from mpillm.comm.patience import Breather
 from mpillm.comm.stages import Stage
+from mpillm.errors import CommError
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,11 @@ class Pieces:
     """A stage (stages.py): each of `pieces` in order. Every rank has equally many.
 
     What the ranks of a node do together must begin in one order on all of them: each piece is summed before the one
-    ahead of it is spread.
+    ahead of it is spread. One that was left early, by an error or Ctrl-C, does not start again.
     """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._rest = Rest()
+        self._rest = Breather()
         self._within, self._between = _Track(), _Track()
         for index, piece in enumerate(pieces):
             self._within.add(piece.summed, behind=0)
@@ -43,13 +45,15 @@ class Pieces:
         self.wait()
 
     def start(self) -> None:
+        if self._within.under_way or self._between.under_way:
+            raise CommError(LEFT_EARLY)
         self._within.done = self._between.done = 0
         self.test()
 
     def test(self) -> bool:
         while self._within.advance(self._between.done) or self._between.advance(self._within.done):
             pass
-        return self._within.done == len(self._within.stages)
+        return not self._within.under_way
 
     def wait(self) -> None:
         while not self.test():
@@ -73,6 +77,12 @@ class _Track:
     def add(self, stage: Stage, behind: int) -> None:
         self.stages.append(stage)
         self._behind.append(behind)
+        self.done = len(self.stages)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it has begun and is not at its end."""
+        return self.done < len(self.stages)
 
     def advance(self, others_done: int) -> bool:
         """Go as far as that is possible without waiting; whether a stage ended."""

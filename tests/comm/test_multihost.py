@@ -43,7 +43,7 @@ def group(comm):
 
 @pytest.fixture(autouse=True)
 def pieces(monkeypatch):
-    """Two levels go in several pieces, at these counts too."""
+    """Two levels go in several pieces at the counts of this file."""
     monkeypatch.setattr(building, "PIECE_BYTES", 300_000)
 
 

@@ -14,6 +14,7 @@ from mpillm.comm import kernel
 from mpillm.comm.group import Group
 from mpillm.comm.memory import Rows, share
 from mpillm.comm.mesh import on_one_node
+from mpillm.comm.node import KINDS
 from mpillm.errors import CommError
 
 SUMS = """
@@ -95,6 +96,17 @@ def test_a_rank_that_is_gone_is_named(end):
     with pytest.raises(CommError, match=f"rank 1 of this node \\(process {gone.pid}\\) ended while rank 0 waited"):
         end(operation)
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.alone
+def test_a_rank_that_is_late_is_not_accused():
+    memory = np.zeros(kernel.team_bytes(2, 4096), np.uint8)
+    team = kernel.Team(memory, 0, 2, 4096, 100, (os.getpid(), os.getpid()), CommError)
+    operation = team.operation(KINDS.index("barrier"), None, None, 0, 0, 0, 1.0, 0, False, None, None)
+    operation.start()
+    until = time.monotonic() + 1.5  # it asks after 0.5 s
+    while time.monotonic() < until:
+        assert not operation.test()
 
 
 @pytest.mark.alone

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from mpillm.comm import patience
-from mpillm.comm.patience import Rest, patient_barrier, patient_bcast, share_cores, wait_patiently
+from mpillm.comm.patience import Breather, patient_barrier, patient_bcast, share_cores, wait_patiently
 
 
 def test_waiting_ranks_sleep(comm):
@@ -62,19 +62,19 @@ def naps(monkeypatch):
 
 
 def test_who_offers_a_core_that_others_take_sleeps_a_while(naps, monkeypatch):
-    rest = Rest()
+    breather = Breather()
     monkeypatch.setattr(os, "sched_yield", lambda: None)
     monkeypatch.setattr(time, "monotonic", itertools.count(0, patience.TAKEN_SECONDS / 2).__next__)
     for _ in range(10):
-        rest()
+        breather()
     assert not naps
     monkeypatch.setattr(time, "monotonic", itertools.count().__next__)
     for _ in range(patience.NAPS + 1):
-        rest()
+        breather()
     assert naps == [patience.NAP_SECONDS] * patience.NAPS
     monkeypatch.setattr(time, "monotonic", itertools.count(0, patience.TAKEN_SECONDS / 2).__next__)
     for _ in range(10):
-        rest()
+        breather()
     assert len(naps) == patience.NAPS
 
 
@@ -86,10 +86,10 @@ def test_a_busy_neighbour_is_noticed(naps):
     try:
         os.sched_setaffinity(neighbour.pid, core)
         os.sched_setaffinity(0, core)
-        rest, given_up = Rest(), time.monotonic() + 20
+        breather, given_up = Breather(), time.monotonic() + 20
         while not naps:
             assert time.monotonic() < given_up
-            rest()
+            breather()
     finally:
         os.sched_setaffinity(0, before)
         neighbour.kill()

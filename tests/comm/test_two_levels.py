@@ -4,17 +4,20 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillm.comm import building
 from mpillm.comm.buffers import as_buffer
 from mpillm.comm.building import Builder
 from mpillm.comm.choice import Wish
+from mpillm.comm.mesh import on_one_node
 from mpillm.comm.node import Node
 from mpillm.comm.two_levels import Piece, Pieces
+from mpillm.errors import CommError
 
 ENDLESS = 10**9
+LONG = 2**20 + 3
 
 
 class Slow:
@@ -54,13 +57,16 @@ def slow_pieces(looks):
     return made, told
 
 
-looks = st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=1, max_size=6)
+times = st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=1, max_size=6)
 
 
-@given(looks, st.booleans())
+@settings(deadline=None)
+@given(times, st.booleans())
 def test_each_stage_once_behind_what_it_needs(looks, waits):
     made, told = slow_pieces(looks)
     pieces = Pieces(made)
+    assert pieces.test()  # nothing has begun, nothing is to be waited for
+    assert not told
     for _ in range(2):  # it can run again
         told.clear()
         pieces.start()
@@ -80,7 +86,8 @@ def test_each_stage_once_behind_what_it_needs(looks, waits):
         assert len(begun) == len(set(begun)) == 3 * len(looks)
 
 
-@given(looks)
+@settings(deadline=None)
+@given(times)
 def test_ranks_begin_in_one_order_whatever_takes_how_long(looks):
     """The team's stages, and the lists, which take their tags when they begin."""
     made, told = slow_pieces(looks)
@@ -109,27 +116,41 @@ def test_it_waits_inside_a_stage_only_where_that_is_alone():
     assert told.index("end crossed 0") < told.index("wait summed 1")
 
 
+def test_what_was_left_early_cannot_begin_again():
+    made, _ = slow_pieces([(0, ENDLESS, 0), (0, 0, 0)])
+    pieces = Pieces(made)
+    pieces.start()
+    assert not pieces.test()
+    with pytest.raises(CommError, match="left before its end"):
+        pieces.run()
+
+
 # ---- real ones ----
 
 
-@pytest.fixture(scope="module")
-def build(comm):
-    """The stage of an all-reduce over two levels, where this node's ranks play two nodes."""
-    if comm.size == 1 or len(set(comm.allgather(_host()))) > 1:
-        pytest.skip("needs several ranks that share memory")
-    first = -(-comm.size // 2)
-    team = comm.Split(int(comm.rank >= first), comm.rank)
-    even = comm.size % 2 == 0
-    across = comm.Split(team.rank if even or team.rank == 0 else comm.size, comm.rank)
-    node = Node.create(team, pytest.fail)
-    builder = Builder(comm, node, across if even or team.rank == 0 else None, even, itertools.count(1).__next__)
+class TwoLevels:
+    """All-reduces over two levels, where the ranks of one node play several, of `each` ranks or fewer."""
 
-    def made(array, op="sum", fixed_order=False, out=None):
+    def __init__(self, comm, each):
+        even = comm.size % each == 0
+        team = comm.Split(comm.rank // each, comm.rank)
+        leads = team.rank == 0
+        across = comm.Split(team.rank if even else int(leads), comm.rank)
+        self.node = Node.create(team, pytest.fail)
+        tags = itertools.count(1).__next__
+        self.builder = Builder(comm, self.node, across if even or leads else None, even, tags)
+
+    def build(self, array, op="sum", fixed_order=False, out=None):
         source = as_buffer(array)
         wish = Wish("allreduce", op, algorithm="two-level", fixed_order=fixed_order)
-        return builder.build(wish, "two-level", source, source if out is None else as_buffer(out))
+        return self.builder.build(wish, "two-level", source, source if out is None else as_buffer(out))
 
-    return made
+
+@pytest.fixture(scope="module", params=[1, 2])
+def levels(comm, request):
+    if comm.size <= request.param or not on_one_node(comm):
+        pytest.skip("needs several nodes' worth of ranks that share memory")
+    return TwoLevels(comm, request.param)
 
 
 @pytest.fixture
@@ -138,41 +159,47 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(building, "PIECE_BYTES", 300_000)
 
 
-def _host():
-    from mpi4py import MPI
-
-    return MPI.Get_processor_name()
-
-
 def values(count, rank, turn=0):
     return np.random.default_rng([count, rank, turn]).standard_normal(count).astype(np.float32)
 
 
 @pytest.mark.parametrize("op", ["sum", "mean", "max"])
-@pytest.mark.parametrize("count", [0, 1, 5, 100_000, 2**20 + 3])
-def test_sums_over_two_levels(small_pieces, comm, build, count, op):
+@pytest.mark.parametrize("count", [0, 1, 5, 100_000, LONG])
+def test_sums_over_two_levels(small_pieces, comm, levels, count, op):
     array, out = values(count, comm.rank), np.zeros(count, np.float32)
-    given = array.copy()
-    build(array, op, out=out).run()
+    kept = array.copy()
+    levels.build(array, op, out=out).run()
     rows = np.array([values(count, rank) for rank in range(comm.size)], np.float64)
     expected = {"sum": rows.sum, "mean": rows.mean, "max": rows.max}[op](0)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
-    assert (array == given).all()
+    assert (array == kept).all()
 
 
-def test_cut_in_pieces_or_not_it_gives_the_same_bits(small_pieces, comm, build, monkeypatch):
-    count = 2**20 + 3
-    cut, whole = values(count, comm.rank), values(count, comm.rank)
-    build(cut, fixed_order=True).run()
+def test_cut_in_pieces_or_not_it_gives_the_same_bits(small_pieces, comm, levels, monkeypatch):
+    cut, whole = values(LONG, comm.rank), values(LONG, comm.rank)
+    levels.build(cut, fixed_order=True).run()
     monkeypatch.setattr(building, "MOST_PIECES", 1)
-    build(whole, fixed_order=True).run()
+    levels.build(whole, fixed_order=True).run()
     assert cut.tobytes() == whole.tobytes()
 
 
-def test_ranks_that_test_meet_ranks_that_wait(small_pieces, comm, build):
-    count = 2**20 + 3
-    array = np.empty(count, np.float32)
-    stage = build(array)
+def test_pieces_of_memory_that_the_node_shares(small_pieces, comm, levels, monkeypatch):
+    """Pieces are summed where they lie, at any place of the rows."""
+    rows = levels.node.allocate(LONG, "float32", pytest.fail)
+    sums = levels.build(rows.buffer)
+    for turn in range(3):
+        rows.own[:] = values(LONG, comm.rank, turn)
+        private = rows.own.copy()
+        sums.run()
+        levels.build(private).run()
+        np.testing.assert_allclose(rows.own, private, rtol=1e-5, atol=1e-5)
+        comm.Barrier()  # others read this row until here
+    rows.free()
+
+
+def test_ranks_that_test_meet_ranks_that_wait(small_pieces, comm, levels):
+    array = np.empty(LONG, np.float32)
+    stage = levels.build(array)
     for turn in range(4):
         array[:] = comm.rank + turn
         if (comm.rank + turn) % 2:
@@ -185,7 +212,7 @@ def test_ranks_that_test_meet_ranks_that_wait(small_pieces, comm, build):
 
 
 def test_pieces_are_few_for_many_ranks():
-    """No message of the ring between nodes gets shorter than a segment, as far as the array is long enough."""
+    """A piece leaves each rank's block of a stripe a segment at least."""
     for nbytes, ranks in itertools.product((0, 1, 10**5, 10**6, 10**8, 10**10), (2, 4, 64, 4096)):
         pieces = building._pieces(nbytes, ranks)
         assert 1 <= pieces <= building.MOST_PIECES
