@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 from mpillm.comm import kernel
 from mpillm.comm.edges import Edge, HandoverProfile, Way, wished_ways
 from mpillm.comm.memory import Rows, share
-from mpillm.comm.node import SPINS, SPINS_CROWDED, processes
-from mpillm.comm.patience import share_cores
+from mpillm.comm.node import processes, spins_of
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def _open_mailboxes(
     if any(reasons):
         return next(filter(None, reasons))
     own = {n: edge for n, edge in edges.items() if comm.rank in (edge.sender, edge.receiver)}
-    alive, spins = processes(node), SPINS_CROWDED if share_cores(node) else SPINS
+    alive, spins = processes(node), spins_of(node)
 
     def open_one(number: int, edge: Edge) -> kernel.Mailbox:
         assert isinstance(memory, Rows)

@@ -79,9 +79,8 @@ class Node:
 
     def __init__(self, comm: "MPI.Intracomm", memory: Rows, stage_bytes: int) -> None:
         self.comm, self._memory = comm, memory
-        crowded = share_cores(comm)
         self._team = kernel.Team(
-            memory.whole, comm.rank, comm.size, stage_bytes, SPINS_CROWDED if crowded else SPINS,
+            memory.whole, comm.rank, comm.size, stage_bytes, spins_of(comm),
             tuple(processes(comm)), CommError,
         )  # fmt: skip
         self._flat_bytes = min(FLAT_BYTES, stage_bytes)
@@ -176,6 +175,11 @@ class Node:
             if first is not None:
                 return shared, first
         return None
+
+
+def spins_of(comm: "MPI.Intracomm") -> int:
+    """How often a rank of `comm`, a node's, looks at a flag before it offers its core. Every rank calls it."""
+    return SPINS_CROWDED if share_cores(comm) else SPINS
 
 
 def processes(comm: "MPI.Intracomm") -> list[int]:

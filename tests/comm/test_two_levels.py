@@ -136,6 +136,7 @@ class TwoLevels:
         team = comm.Split(comm.rank // each, comm.rank)
         leads = team.rank == 0
         across = comm.Split(team.rank if even else int(leads), comm.rank)
+        self.comms = (team, across)
         self.node = Node.create(team, pytest.fail)
         tags = itertools.count(1).__next__
         self.builder = Builder(comm, self.node, across if even or leads else None, even, tags)
@@ -150,7 +151,10 @@ class TwoLevels:
 def levels(comm, request):
     if comm.size <= request.param or not on_one_node(comm):
         pytest.skip("needs several nodes' worth of ranks that share memory")
-    return TwoLevels(comm, request.param)
+    made = TwoLevels(comm, request.param)
+    yield made
+    for part in made.comms:
+        part.Free()
 
 
 @pytest.fixture
@@ -183,7 +187,7 @@ def test_cut_in_pieces_or_not_it_gives_the_same_bits(small_pieces, comm, levels,
     assert cut.tobytes() == whole.tobytes()
 
 
-def test_pieces_of_memory_that_the_node_shares(small_pieces, comm, levels, monkeypatch):
+def test_pieces_of_memory_that_the_node_shares(small_pieces, comm, levels):
     """Pieces are summed where they lie, at any place of the rows."""
     rows = levels.node.allocate(LONG, "float32", pytest.fail)
     sums = levels.build(rows.buffer)
