@@ -35,15 +35,15 @@ TAGS_ACROSS = 1 << 14
 
 class Builder:
     """Builds the stages of one group's collectives. `across` joins the ranks of equal place on all nodes (or, where
-    nodes are uneven, each node's first rank; None on the others).
+    nodes are uneven, each node's first rank; None on the others). `moved`: told where messages of lists are complete.
     """
 
     def __init__(
         self, comm: "MPI.Intracomm", node: Node | None, across: "MPI.Intracomm | None", even: bool,
-        next_tag: Callable[[], int],
+        next_tag: Callable[[], int], moved: Callable[[], object],
     ) -> None:  # fmt: skip
         self._comm, self._node, self._across, self._even = comm, node, across, even
-        self._next_tag = next_tag
+        self._next_tag, self._moved = next_tag, moved
         # Where nodes are uneven not every rank is in `across`, so its runs are counted apart.
         self._next_tag_across = cycle(range(TAGS_ACROSS)).__next__
         self._scratch = Scratch()
@@ -123,7 +123,8 @@ class Builder:
         plan = schedule(operation, "ring" if segmented else algorithm, comm.rank, comm.size, root)
         segment = SEGMENT_BYTES if segmented else None
         next_tag = self._next_tag_across if comm is self._across else self._next_tag
-        return Listed(make_steps(plan, comm, source, target, op, segment, IN_FLIGHT, self._scratch), next_tag)
+        steps = make_steps(plan, comm, source, target, op, segment, IN_FLIGHT, self._scratch, self._moved)
+        return Listed(steps, next_tag)
 
     # ---- two levels ----
 

@@ -80,7 +80,7 @@ class Group:
         self._node_comm = node_comm
         self.rest = Breather()
         tags = itertools.cycle(range(FIRST_TAG, FIRST_TAG + TAGS))
-        self._builder = Builder(self.comm, self._node, self._across, self.layout.even, tags.__next__)
+        self._builder = Builder(self.comm, self._node, self._across, self.layout.even, tags.__next__, self.rest.moved)
         self._calls = itertools.count(1)
         self.under_way: list[Handle] = []
         self._queue: deque[Handle] = deque()
@@ -198,14 +198,10 @@ class Group:
 
     def _on_gpus(self) -> Gpus:
         if self._gpus is None:
-            self._settle()
-            self._gpus = Gpus(Group(self.comm, profile=self.profile), self.profile, self._settle)
+            # To make communicators, ranks wait for each other without moving on what is under way.
+            self.settle()
+            self._gpus = Gpus(Group(self.comm, profile=self.profile), self.profile, self.settle)
         return self._gpus
-
-    def _settle(self) -> None:
-        """Wait for all that is under way: to make communicators, ranks wait for each other without moving it on."""
-        while self.under_way:
-            self.under_way[0].wait()
 
     def _takes(self, wish: Wish) -> bool:
         """Whether this rank's array is written to by an operation in place."""
@@ -262,6 +258,7 @@ class Group:
         begins when the one before it is done, in one order on all ranks.
         """
         self.under_way.append(handle)
+        self.rest.began()
         if queued:
             self._queue.append(handle)
             handle.begin(first=len(self._queue) == 1)
@@ -278,9 +275,16 @@ class Group:
         for handle in list(self.under_way):
             handle.test()
 
+    def settle(self) -> None:
+        """Return when nothing is under way any more, sleeping where there is long to wait."""
+        self.progress()
+        while self.under_way:
+            self.rest()
+            self.progress()
+
     def free(self) -> None:
         """Give communicators and shared memory back; every rank calls it, and uses no prepared call afterwards."""
-        self._settle()
+        self.settle()
         if self._gpus is not None:
             self._gpus.free()
         for comm in (self._across, self._node_comm, self.comm):

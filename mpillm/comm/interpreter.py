@@ -16,7 +16,7 @@ because both ends post a pair's messages in one order: round by round, and in a 
 
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter, sub
 from typing import TYPE_CHECKING
@@ -69,7 +69,7 @@ class Run:
     `bounds`: of the blocks, in elements, in both buffers. `target`: `source` itself unless the operation is alltoall.
     `op`: "sum", "max" or "min", for arrivals that are added. `segment_bytes`: the longest message; None sends whole
     blocks. `in_flight`: the segments open at once in each lane. `scratch`: kept by the caller from run to run; without
-    it, memory is fresh each time.
+    it, memory is fresh each time. `moved` is called when `progress` finds that messages are complete.
 
     Every rank of `comm` makes one with its own rounds of one schedule, and the same bounds, element type and segments.
     The buffers are in use from `begin` until `progress` or `wait` tells that all is done.
@@ -90,6 +90,7 @@ class Run:
         segment_bytes: int | None = None,
         in_flight: int = IN_FLIGHT,
         scratch: Scratch | None = None,
+        moved: Callable[[], object] = lambda: None,
     ) -> None:
         from mpi4py.MPI import Request
 
@@ -103,6 +104,7 @@ class Run:
         self._opened = 0
         self._live: list[_Lane] = []
         self.scratch = scratch or Scratch(kept_bytes=0)
+        self._moved = moved
 
     def begin(self, tag: int = 0) -> None:
         """Post the first messages. `tag`: the same on all ranks, another than that of any run that is not complete."""
@@ -119,6 +121,7 @@ class Run:
             arrived = self._testsome([lane.requests[0] for lane in waiting])
             if not arrived:
                 return False
+            self._moved()
             self._completed([waiting[index] for index in arrived])
         return True
 

@@ -23,7 +23,7 @@ _Part = tuple[int, int, int]
 
 def make_steps(
     plan: Schedule, comm: "MPI.Intracomm", source: Buffer, target: Buffer, op: str, segment_bytes: int | None,
-    in_flight: int, scratch: Scratch,
+    in_flight: int, scratch: Scratch, moved: Callable[[], object] = lambda: None,
 ) -> "Steps":  # fmt: skip
     """A rank's part in `plan`, ready to begin: in lock step where no message is longer than a segment, else a Run.
 
@@ -31,9 +31,9 @@ def make_steps(
     """
     longest_bytes = plan.widest * plan.longest(target.count) * target.itemsize
     if longest_bytes <= min(segment_bytes or LARGEST_MESSAGE_BYTES, LARGEST_MESSAGE_BYTES):
-        return LockStep(plan, comm, source, target, op, scratch)
+        return LockStep(plan, comm, source, target, op, scratch, moved)
     bounds = block_bounds(target.count, plan.blocks)
-    return Run(plan.rounds, comm, source, target, bounds, op, segment_bytes, in_flight, scratch)
+    return Run(plan.rounds, comm, source, target, bounds, op, segment_bytes, in_flight, scratch, moved)
 
 
 class LockStep:
@@ -43,13 +43,15 @@ class LockStep:
     received_bytes = 0
 
     def __init__(
-        self, plan: Schedule, comm: "MPI.Intracomm", source: Buffer, target: Buffer, op: str, scratch: Scratch
-    ) -> None:
+        self, plan: Schedule, comm: "MPI.Intracomm", source: Buffer, target: Buffer, op: str, scratch: Scratch,
+        moved: Callable[[], object] = lambda: None,
+    ) -> None:  # fmt: skip
         from mpi4py.MPI import Request
 
         self._receive, self._send = comm.Irecv, comm.Isend
         self._testall, self._waitall = Request.Testall, Request.Waitall
         self._source, self._target, self._op, self._scratch = source, target, op, scratch
+        self._moved = moved
         self._bounds = block_bounds(target.count, plan.blocks)
         self._coming = iter(plan.rounds)
         self._made: list[_Messages] = []
@@ -71,6 +73,7 @@ class LockStep:
         while self._awaited is not None:
             if not self._testall(self._awaited):
                 return False
+            self._moved()
             self._awaited = next(self._walk, None)
         return True
 

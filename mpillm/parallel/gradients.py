@@ -160,10 +160,9 @@ class GradientBuckets:
                     bucket.handle = bucket.sum.start()
                 else:
                     bucket.sum.run()
+        self._group.settle()
         for bucket in self.buckets:
-            if bucket.handle is not None:
-                bucket.handle.wait()
-                bucket.handle = None
+            bucket.handle = None
             bucket.missing = len(bucket.parameters)
         self._last.clear()
 

@@ -1,6 +1,7 @@
 """The collectives beside their plain reference: operations, algorithms and element types, at any number of ranks."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -204,6 +205,18 @@ def test_handles_in_any_order(group):
         assert handle.test()
     total = sum(range(1, group.size + 1))
     assert all((array == total).all() for array in arrays)
+
+
+def test_settled_when_nothing_is_under_way(group):
+    group.settle()
+    arrays = {name: np.full(30_000, group.rank + 1.0, np.float32) for name in ways(group, "allreduce")}
+    handles = [group.prepare("allreduce", array, algorithm=name).start() for name, array in arrays.items()]
+    if group.rank == 0:
+        time.sleep(0.05)  # long enough for the others to sleep
+    group.settle()
+    assert all(handle.done for handle in handles)
+    assert not group.under_way
+    assert all((array == sum(range(1, group.size + 1))).all() for array in arrays.values())
 
 
 def test_a_look_between_two_starts_changes_nothing(group):

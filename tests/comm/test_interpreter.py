@@ -39,13 +39,17 @@ class Rendezvous(MPI.Intracomm):
         return self.Issend(*arguments)
 
 
-def make(comm, operation, algorithm, array, root=0, target=None, segment_bytes=None, in_flight=2, op="sum"):
+def make(
+    comm, operation, algorithm, array, root=0, target=None, segment_bytes=None, in_flight=2, op="sum",
+    moved=lambda: None,
+):  # fmt: skip
     plan = schedule(operation, algorithm, comm.rank, comm.size, root)
     source = as_buffer(array)
     memory = (comm, source, source if target is None else as_buffer(target))
     if segment_bytes == "lock step":
-        return LockStep(plan, *memory, op, Scratch())
-    return Run(plan.rounds, *memory, block_bounds(source.count, plan.blocks), op, segment_bytes, in_flight)
+        return LockStep(plan, *memory, op, Scratch(), moved)
+    bounds = block_bounds(source.count, plan.blocks)
+    return Run(plan.rounds, *memory, bounds, op, segment_bytes, in_flight, moved=moved)
 
 
 def begin(*arguments, tag=0, **settings):
@@ -297,6 +301,20 @@ def test_progress_never_waits(comm, segment_bytes):
         run = begin(comm, "allreduce", "ring", array, segment_bytes=segment_bytes)
     run.wait()
     assert (array == comm.size).all()
+
+
+@pytest.mark.parametrize("segment_bytes", ["lock step", 4096])
+def test_who_looks_is_told_of_what_moved(comm, segment_bytes):
+    looks, moved, array = [], [], np.ones(20_000)
+    run = begin(comm, "allreduce", "ring", array, segment_bytes=segment_bytes, moved=lambda: moved.append(len(looks)))
+    if comm.rank == 0:
+        time.sleep(0.05)
+    while not run.progress():
+        looks.append(run.received_bytes)
+    assert moved or comm.size == 1
+    # Whatever was posted between two looks, it was told in the second of them.
+    for look in range(1, len(looks)):
+        assert looks[look] == looks[look - 1] or look in moved
 
 
 def test_two_rounds_are_open_at_most(comm):

@@ -78,6 +78,32 @@ def test_who_offers_a_core_that_others_take_sleeps_a_while(naps, monkeypatch):
     assert len(naps) == patience.NAPS
 
 
+def test_what_has_not_moved_for_a_while_is_looked_at_less_often(naps, monkeypatch):
+    breather, now = Breather(), [1.0]
+    monkeypatch.setattr(os, "sched_yield", lambda: None)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def sleeps(seconds):
+        """Whether the breath `seconds` later is a nap."""
+        now[0] += seconds
+        before = len(naps)
+        breather()
+        return len(naps) > before
+
+    breather.began()
+    assert not sleeps(1)  # nobody tells of what moves
+    breather.moved()
+    assert not sleeps(patience.QUIET_SECONDS / 2)
+    assert sleeps(patience.QUIET_SECONDS)
+    assert sleeps(0)
+    breather.moved()
+    assert not sleeps(patience.QUIET_SECONDS / 2)
+    now[0] += 1
+    breather.began()
+    assert not sleeps(patience.QUIET_SECONDS / 2)
+    assert sleeps(patience.QUIET_SECONDS)
+
+
 @pytest.mark.alone
 def test_a_busy_neighbour_is_noticed(naps):
     core = {min(os.sched_getaffinity(0))}

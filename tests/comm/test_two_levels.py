@@ -139,7 +139,7 @@ class TwoLevels:
         self.comms = (team, across)
         self.node = Node.create(team, pytest.fail)
         tags = itertools.count(1).__next__
-        self.builder = Builder(comm, self.node, across if even or leads else None, even, tags)
+        self.builder = Builder(comm, self.node, across if even or leads else None, even, tags, lambda: None)
 
     def build(self, array, op="sum", fixed_order=False, out=None):
         source = as_buffer(array)
