@@ -78,9 +78,11 @@ class Group:
         self.layout = Layout(tuple(tuple(ranks) for ranks in places.values()), shares, library)
         self._across = self._join_across(node_comm.rank) if self.layout.two_level else None
         self._node_comm = node_comm
-        self.rest = Breather()
+        self._breather = Breather()
         tags = itertools.cycle(range(FIRST_TAG, FIRST_TAG + TAGS))
-        self._builder = Builder(self.comm, self._node, self._across, self.layout.even, tags.__next__, self.rest.moved)
+        self._builder = Builder(
+            self.comm, self._node, self._across, self.layout.even, tags.__next__, self._breather.moved
+        )
         self._calls = itertools.count(1)
         self.under_way: list[Handle] = []
         self._queue: deque[Handle] = deque()
@@ -185,7 +187,14 @@ class Group:
         nbytes = max(source.octets.size, target.octets.size)
         chosen = choice.choose(wish, source.element, nbytes, self.layout, pushes, self.profile)
         stage = self._builder.build(wish, chosen, source, target)
-        return Prepared(self, chosen, stage, _facts(wish, source, places), queued=chosen == "two-level")
+        return Prepared(
+            self,
+            chosen,
+            stage,
+            _facts(wish, source, places),
+            queued=chosen == "two-level",
+            segmented=chosen == "segmented-ring",
+        )
 
     def _prepare_on_gpu(self, wish: Wish, array: Any, out: Any) -> "Prepared":
         source = as_device_buffer(array, writable=out is None and self._takes(wish))
@@ -258,7 +267,7 @@ class Group:
         begins when the one before it is done, in one order on all ranks.
         """
         self.under_way.append(handle)
-        self.rest.began()
+        self._breather.moved()
         if queued:
             self._queue.append(handle)
             handle.begin(first=len(self._queue) == 1)
@@ -274,6 +283,10 @@ class Group:
         """Move all that is under way on, without waiting."""
         for handle in list(self.under_way):
             handle.test()
+
+    def rest(self) -> None:
+        """Between two looks at what is under way."""
+        self._breather(told=all(handle.segmented for handle in self.under_way))
 
     def settle(self) -> None:
         """Return when nothing is under way any more, sleeping where there is long to wait."""
@@ -299,11 +312,11 @@ class Prepared:
 
     def __init__(
         self, group: Group, algorithm: str, stage: Stage, facts: tuple[Any, ...] | None, *, queued: bool,
-        mark: Callable[[], None] | None = None,
+        segmented: bool = False, mark: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self.algorithm = algorithm
         self._group, self.bare, self._stage = group, stage.run, stage
-        self._facts, self._queued, self._mark = facts, queued, mark
+        self._facts, self._queued, self._segmented, self._mark = facts, queued, segmented, mark
         self._handle: Handle | None = None
 
     def run(self) -> None:
@@ -322,15 +335,17 @@ class Prepared:
             self._group.check_call(self._facts)
         if self._mark is not None:
             self._mark()
-        self._handle = Handle(self._group, self._stage, self._queued)
+        self._handle = Handle(self._group, self._stage, self._queued, self._segmented)
         return self._handle
 
 
 class Handle:
-    """An operation under way. `done`: whether it was seen to be complete."""
+    """An operation under way. `done`: whether it was seen to be complete. `segmented`: it tells the group's breather of
+    each short message.
+    """
 
-    def __init__(self, group: Group, stage: Stage, queued: bool) -> None:
-        self._group, self._stage = group, stage
+    def __init__(self, group: Group, stage: Stage, queued: bool, segmented: bool) -> None:
+        self._group, self._stage, self.segmented = group, stage, segmented
         self._began = self.done = False
         group.begun(self, queued)
         if not queued:

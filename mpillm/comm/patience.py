@@ -1,6 +1,5 @@
 """Waiting that lets the core go: where one rank works for long, and where others compute on this rank's core."""
 
-import math
 import os
 import time
 from typing import TYPE_CHECKING, TypeVar
@@ -15,8 +14,8 @@ NAP_SECONDS = 100e-6
 TAKEN_SECONDS = 100e-6
 # Until the core is offered again: some 0.2 s.
 NAPS = 1000
-# Longer than a segment of a list takes over 10 Gbit/s, so that faster networks are looked at without a pause.
-QUIET_SECONDS = 50e-6
+# A segment of a list takes half of it over 10 Gbit/s, so that such networks are looked at without a pause.
+QUIET_SECONDS = 100e-6
 
 Value = TypeVar("Value")
 
@@ -41,27 +40,26 @@ def share_cores(comm: "MPI.Intracomm") -> bool:
 
 
 class Breather:
-    """To be taken between two looks that found nothing: it offers the core to others. Where they take it, the next
-    ones are naps: who looks without a pause, and offers the core each time, still has a good part of it. So is each one
-    while what is waited for is known to move, but has not for a while: a slow network needs no more looks.
+    """To be taken between two looks: it offers the core to others. Where they take it, the next ones are naps: who
+    looks without a pause, and offers the core each time, still has a good part of it. So is each one while nothing
+    moves over a slow network, which needs no more looks.
     """
 
     def __init__(self) -> None:
         self._naps = 0
-        # Infinity: nobody tells of what moves.
-        self._moved_at = math.inf
+        self._moved = True
+        self._moved_at = 0.0
 
     def moved(self) -> None:
-        """Some of what is waited for has moved; who calls this once calls it each time."""
-        self._moved_at = time.monotonic()
+        """Something was found to have moved, or has begun."""
+        self._moved = True
 
-    def began(self) -> None:
-        """There is more to wait for, which deserves looks without a pause at first."""
-        self._moved_at = max(self._moved_at, time.monotonic())
-
-    def __call__(self) -> None:
+    def __call__(self, told: bool = False) -> None:
+        """`told`: `moved` is called for each part of all that is waited for."""
         began = time.monotonic()
-        if self._naps or began - self._moved_at > QUIET_SECONDS:
+        if self._moved:
+            self._moved, self._moved_at = False, began
+        if self._naps or (told and began - self._moved_at > QUIET_SECONDS):
             self._naps = max(0, self._naps - 1)
             time.sleep(NAP_SECONDS)
             return

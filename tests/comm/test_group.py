@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from mpillm.comm import patience
 from mpillm.comm.algorithms import block_bounds
 from mpillm.comm.buffers import ELEMENTS, FLOATS, SHORT_FLOATS, WHOLE, as_buffer
 from mpillm.comm.choice import OPERATIONS
@@ -207,12 +208,29 @@ def test_handles_in_any_order(group):
     assert all((array == total).all() for array in arrays)
 
 
+@pytest.mark.parametrize(("algorithm", "naps"), [("segmented-ring", True), ("ring", False)])
+def test_who_waits_long_for_segments_sleeps(group, monkeypatch, algorithm, naps):
+    if group.size == 1:
+        pytest.skip("needs another rank")
+    breather = group._breather
+    monkeypatch.setattr(breather, "_naps", 0)
+    monkeypatch.setattr(patience, "TAKEN_SECONDS", 1e9)  # whatever else runs on these cores
+    taken, sleep, array = [], time.sleep, np.full(200_000, group.rank + 1.0, np.float32)
+    group.comm.Barrier()
+    if group.rank == 0:
+        time.sleep(0.05)
+    monkeypatch.setattr(time, "sleep", lambda seconds: (taken.append(seconds), sleep(seconds)))
+    group.prepare("allreduce", array, algorithm=algorithm).start()
+    group.settle()
+    assert (array == sum(range(1, group.size + 1))).all()
+    if group.rank:
+        assert (patience.NAP_SECONDS in taken) == naps
+
+
 def test_settled_when_nothing_is_under_way(group):
     group.settle()
     arrays = {name: np.full(30_000, group.rank + 1.0, np.float32) for name in ways(group, "allreduce")}
     handles = [group.prepare("allreduce", array, algorithm=name).start() for name, array in arrays.items()]
-    if group.rank == 0:
-        time.sleep(0.05)  # long enough for the others to sleep
     group.settle()
     assert all(handle.done for handle in handles)
     assert not group.under_way

@@ -83,23 +83,18 @@ def test_what_has_not_moved_for_a_while_is_looked_at_less_often(naps, monkeypatc
     monkeypatch.setattr(os, "sched_yield", lambda: None)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
-    def sleeps(seconds):
+    def sleeps(seconds, told=True):
         """Whether the breath `seconds` later is a nap."""
         now[0] += seconds
         before = len(naps)
-        breather()
+        breather(told)
         return len(naps) > before
 
-    breather.began()
-    assert not sleeps(1)  # nobody tells of what moves
-    breather.moved()
-    assert not sleeps(patience.QUIET_SECONDS / 2)
-    assert sleeps(patience.QUIET_SECONDS)
+    assert not sleeps(0)
+    assert not sleeps(1, told=False)
     assert sleeps(0)
     breather.moved()
-    assert not sleeps(patience.QUIET_SECONDS / 2)
-    now[0] += 1
-    breather.began()
+    assert not sleeps(1)  # the look before it found something, however long ago that began
     assert not sleeps(patience.QUIET_SECONDS / 2)
     assert sleeps(patience.QUIET_SECONDS)
 
