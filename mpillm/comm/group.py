@@ -187,14 +187,8 @@ class Group:
         nbytes = max(source.octets.size, target.octets.size)
         chosen = choice.choose(wish, source.element, nbytes, self.layout, pushes, self.profile)
         stage = self._builder.build(wish, chosen, source, target)
-        return Prepared(
-            self,
-            chosen,
-            stage,
-            _facts(wish, source, places),
-            queued=chosen == "two-level",
-            segmented=chosen == "segmented-ring",
-        )
+        facts = _facts(wish, source, places)
+        return Prepared(self, chosen, stage, facts, queued=chosen == "two-level", segmented=chosen == "segmented-ring")
 
     def _prepare_on_gpu(self, wish: Wish, array: Any, out: Any) -> "Prepared":
         source = as_device_buffer(array, writable=out is None and self._takes(wish))
