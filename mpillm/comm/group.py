@@ -268,6 +268,7 @@ class Group:
 
     def ended(self, handle: "Handle") -> None:
         self.under_way.remove(handle)
+        self._breather.moved()
         if self._queue and self._queue[0] is handle:
             self._queue.popleft()
             if self._queue:
@@ -360,13 +361,12 @@ class Handle:
 
     def wait(self) -> None:
         """Return when it is done. All else that is under way goes on meanwhile, so ranks may wait in any order."""
-        while not self.done:
+        while not self.test():
             if self._group.under_way == [self]:
                 self._stage.wait()
-                self.test()
             else:
-                self._group.progress()
                 self._group.rest()
+                self._group.progress()
 
 
 def _facts(wish: Wish, source: Buffer | DeviceBuffer, places: tuple[int | None, int | None]) -> tuple[Any, ...]:

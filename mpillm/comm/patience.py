@@ -51,7 +51,7 @@ class Breather:
         self._moved_at = 0.0
 
     def moved(self) -> None:
-        """Something was found to have moved, or has begun."""
+        """Something was found to have moved, has begun or has ended."""
         self._moved = True
 
     def __call__(self, told: bool = False) -> None:

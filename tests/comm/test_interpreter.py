@@ -306,6 +306,7 @@ def test_progress_never_waits(comm, segment_bytes):
 @pytest.mark.parametrize("segment_bytes", ["lock step", 4096])
 def test_who_looks_is_told_of_what_moved(comm, segment_bytes):
     looks, moved, array = [], [], np.ones(20_000)
+    comm.Barrier()
     run = begin(comm, "allreduce", "ring", array, segment_bytes=segment_bytes, moved=lambda: moved.append(len(looks)))
     if comm.rank == 0:
         time.sleep(0.05)
