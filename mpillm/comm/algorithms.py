@@ -102,7 +102,10 @@ def _doubling_sent(size: int) -> int:
 def _ring_reduce_scatter(rank: int, size: int, root: int) -> list[Round]:
     right, left = (rank + 1) % size, (rank - 1) % size
     return [
-        (Transfer(left, (rank - turn - 2) % size, "add"), Transfer(right, (rank - turn - 1) % size, "send"))
+        (
+            Transfer(left, (rank - turn - 2) % size, "add", added=True),
+            Transfer(right, (rank - turn - 1) % size, "send", added=True),
+        )
         for turn in range(size - 1)
     ]
 

@@ -10,7 +10,7 @@ import numpy as np
 from mpillm.comm import kernel, native
 from mpillm.comm.algorithms import schedule
 from mpillm.comm.buffers import SHORT_FLOATS, Buffer, from_octets, new_octets
-from mpillm.comm.choice import FEW_ROUNDS_BYTES, KIB, MIB, Wish
+from mpillm.comm.choice import FEW_ROUNDS_BYTES, KIB, MIB, Layout, Wish
 from mpillm.comm.interpreter import Scratch
 from mpillm.comm.lockstep import make_steps
 from mpillm.comm.node import Node
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # all that is under way, so that a link which is busy both ways stands half empty.
 SEGMENT_BYTES = 60 * KIB
 IN_FLIGHT = 8
+# Within a node, what arrives to be added is summed while it is in the processor's cache. Over TCP, pieces that are
+# asked for one by one would leave the link empty between them.
+ADDED_BYTES = 512 * KIB
 # Two levels: the first piece's sum within the node and the last one's spreading hide behind nothing, so pieces are
 # small. But each waits a few times for the node's other ranks, which may look once a millisecond; and no message of a
 # ring between nodes is to get shorter than a segment.
@@ -39,10 +42,11 @@ class Builder:
     """
 
     def __init__(
-        self, comm: "MPI.Intracomm", node: Node | None, across: "MPI.Intracomm | None", even: bool,
+        self, comm: "MPI.Intracomm", node: Node | None, across: "MPI.Intracomm | None", layout: Layout,
         next_tag: Callable[[], int], moved: Callable[[], object],
     ) -> None:  # fmt: skip
-        self._comm, self._node, self._across, self._even = comm, node, across, even
+        self._comm, self._node, self._across, self._even = comm, node, across, layout.even
+        self._added_bytes = ADDED_BYTES if layout.on_one_node else None
         self._next_tag, self._moved = next_tag, moved
         # Where nodes are uneven not every rank is in `across`, so its runs are counted apart.
         self._next_tag_across = cycle(range(TAGS_ACROSS)).__next__
@@ -123,7 +127,9 @@ class Builder:
         plan = schedule(operation, "ring" if segmented else algorithm, comm.rank, comm.size, root)
         segment = SEGMENT_BYTES if segmented else None
         next_tag = self._next_tag_across if comm is self._across else self._next_tag
-        steps = make_steps(plan, comm, source, target, op, segment, IN_FLIGHT, self._scratch, self._moved)
+        steps = make_steps(
+            plan, comm, source, target, op, segment, IN_FLIGHT, self._scratch, self._moved, self._added_bytes
+        )
         return Listed(steps, next_tag)
 
     # ---- two levels ----

@@ -3,9 +3,11 @@
 The table holds what docs/notes.md measured; a profile that `mpillm bench … --save` wrote on the cluster knows better.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import inf
+from types import MappingProxyType
 from typing import Protocol
 
 from mpillm.comm.algorithms import ALGORITHMS, FIXED_ORDER
@@ -21,8 +23,25 @@ KIB, MIB = 1024, 1024 * 1024
 FEW_BYTES = 64 * KIB
 # From here on few rounds are worth less than few bytes.
 FEW_ROUNDS_BYTES = 256 * KIB
-# From here on our ring is as fast within a node as the library's own.
-RING_BYTES = 32 * MIB
+# From here on our ring is faster within a node than the library's own.
+RING_BYTES = 8 * MIB
+# By library and operation: what single copies between two processes do better, from so many bytes on, below so many.
+_OVER_STAGE: Mapping[str, Mapping[str, tuple[tuple[str, int, float], ...]]] = MappingProxyType(
+    {
+        "Open MPI": {
+            "allreduce": (("native", 2 * MIB, RING_BYTES), ("ring", RING_BYTES, inf)),
+            "allgather": (("native", 128 * KIB, inf),),
+            "broadcast": (("native", 64 * KIB, inf),),
+            "reduce": (("native", 128 * KIB, MIB),),
+        },
+        "MPICH": {"allreduce": (("ring", RING_BYTES, inf),), "allgather": (("ring", RING_BYTES, inf),)},
+        "Intel": {
+            "allreduce": (("native", 128 * KIB, 2 * MIB),),
+            "allgather": (("native", 128 * KIB, inf),),
+            "broadcast": (("native", 128 * KIB, inf),),
+        },
+    }
+)
 
 
 class Profile(Protocol):
@@ -48,6 +67,11 @@ class Layout:
     @property
     def size(self) -> int:
         return sum(len(ranks) for ranks in self.nodes)
+
+    @property
+    def on_one_node(self) -> bool:
+        """Whether all ranks are on one node, be there shared memory or not."""
+        return len(self.nodes) == 1
 
     @property
     def even(self) -> bool:
@@ -91,7 +115,7 @@ def check_known(word: str, known: Sequence[str], what: str) -> None:
 
 def available(operation: str, layout: Layout) -> tuple[str, ...]:
     """The algorithms that can run `operation` here, `auto` first."""
-    one_node = layout.size == 1 or (layout.shares_memory and len(layout.nodes) == 1)
+    one_team = layout.size == 1 or (layout.shares_memory and layout.on_one_node)
     lists = list(ALGORITHMS.get(operation, ()))
     if "ring" in lists:
         lists.insert(lists.index("ring") + 1, "segmented-ring")
@@ -99,7 +123,7 @@ def available(operation: str, layout: Layout) -> tuple[str, ...]:
         lists.append("two-level")
     return (
         "auto",
-        *(["shared"] if one_node else []),
+        *(["shared"] if one_team else []),
         *lists,
         "native",
         *(["reference"] if operation != "barrier" else []),
@@ -115,7 +139,7 @@ def choose(wish: Wish, element: str, nbytes: int, layout: Layout, in_shared: boo
         raise CommError(f"a mean of {element} is no {element}; reduce by sum, or convert to a float type")
     able = available(wish.operation, layout)
     algorithm = wish.algorithm
-    if algorithm == "two-level" and len(layout.nodes) == 1:
+    if algorithm == "two-level" and layout.on_one_node:
         # A recipe for a cluster runs on a laptop too.
         algorithm = "shared" if "shared" in able else "auto"
     _check_able(wish.operation, algorithm, able, layout)
@@ -164,13 +188,12 @@ def table(operation: str, element: str, nbytes: int, layout: Layout, in_shared: 
 def _preferences(operation: str, element: str, nbytes: int, layout: Layout, in_shared: bool) -> list[str]:
     # 16-bit floats the libraries add slowly or not at all; short integers saturate in Open MPI, where ours wrap.
     native_wins = operation not in REDUCING or not (element in SHORT_FLOATS or element in SHORT_INTEGERS)
-    if len(layout.nodes) == 1 and layout.shares_memory:
-        staged = native_wins and not in_shared and _native_beats_stage(layout.library, nbytes)
-        return ["native", "shared"] if staged else ["shared", "native", *_by_size(nbytes)]
-    one_node = len(layout.nodes) == 1
-    if native_wins and nbytes < (RING_BYTES if one_node else FEW_BYTES):
+    if layout.on_one_node and layout.shares_memory:
+        better = _over_stage(operation, nbytes, layout) if native_wins and not in_shared else []
+        return [*better, "shared", "native", *_by_size(nbytes)]
+    if native_wins and nbytes < (RING_BYTES if layout.on_one_node else FEW_BYTES):
         return ["native", *_by_size(nbytes)]
-    if one_node and nbytes >= FEW_ROUNDS_BYTES:
+    if layout.on_one_node and nbytes >= FEW_ROUNDS_BYTES:
         return ["ring", *_by_size(nbytes), "native"]
     return ["two-level", *_by_size(nbytes), "native"]
 
@@ -182,8 +205,10 @@ def _by_size(nbytes: int) -> list[str]:
     return ["segmented-ring", "rabenseifner", "recursive-halving", "scatter-allgather", "binomial", "pairwise"]
 
 
-def _native_beats_stage(library: str, nbytes: int) -> bool:
-    """Private arrays on one node: where the library's own single copy beats two copies through our stage."""
-    if "Intel" in library:
-        return 4 * KIB <= nbytes < 2 * MIB
-    return "Open MPI" in library and 2 * MIB <= nbytes < 8 * MIB
+def _over_stage(operation: str, nbytes: int, layout: Layout) -> list[str]:
+    """Private arrays on one node: what beats two copies through our stage. The more ranks, the less they weigh."""
+    if layout.size != 2:
+        return []
+    known = (spans for library, spans in _OVER_STAGE.items() if library in layout.library)
+    spans = next(known, {}).get(operation, ())
+    return [name for name, first, stop in spans if first <= nbytes < stop]

@@ -80,9 +80,7 @@ class Group:
         self._node_comm = node_comm
         self._breather = Breather()
         tags = itertools.cycle(range(FIRST_TAG, FIRST_TAG + TAGS))
-        self._builder = Builder(
-            self.comm, self._node, self._across, self.layout.even, tags.__next__, self._breather.moved
-        )
+        self._builder = Builder(self.comm, self._node, self._across, self.layout, tags.__next__, self._breather.moved)
         self._calls = itertools.count(1)
         self.under_way: list[Handle] = []
         self._queue: deque[Handle] = deque()

@@ -22,7 +22,7 @@ from operator import attrgetter, sub
 from typing import TYPE_CHECKING
 
 from mpillm.comm.buffers import Buffer
-from mpillm.comm.transfers import Round, Transfer
+from mpillm.comm.transfers import Round, Transfer, cut
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ class Run:
 
     `bounds`: of the blocks, in elements, in both buffers. `target`: `source` itself unless the operation is alltoall.
     `op`: "sum", "max" or "min", for arrivals that are added. `segment_bytes`: the longest message; None sends whole
-    blocks. `in_flight`: the segments open at once in each lane. `scratch`: kept by the caller from run to run; without
-    it, memory is fresh each time. `moved` is called when `progress` finds that messages are complete.
+    blocks. `added_bytes`: the longest of those that are added where they arrive; None: as the others. `in_flight`: the
+    segments open at once in each lane. `scratch`: kept by the caller from run to run; without it, memory is fresh each
+    time. `moved` is called when `progress` finds that messages are complete.
 
     Every rank of `comm` makes one with its own rounds of one schedule, and the same bounds, element type and segments.
     The buffers are in use from `begin` until `progress` or `wait` tells that all is done.
@@ -91,11 +92,14 @@ class Run:
         in_flight: int = IN_FLIGHT,
         scratch: Scratch | None = None,
         moved: Callable[[], object] = lambda: None,
+        added_bytes: int | None = None,
     ) -> None:
         from mpi4py.MPI import Request
 
         self.comm, self.source, self.target, self.op = comm, source, target, op
-        self.segment = max(1, min(segment_bytes or LARGEST_MESSAGE_BYTES, LARGEST_MESSAGE_BYTES) // source.itemsize)
+        longest_bytes = min(segment_bytes or LARGEST_MESSAGE_BYTES, LARGEST_MESSAGE_BYTES)
+        self.longest = max(1, longest_bytes // source.itemsize)
+        self.longest_added = max(1, min(longest_bytes, added_bytes or longest_bytes) // source.itemsize)
         self.in_flight = in_flight
         self.tag = 0
         self._testsome, self._waitsome = Request.Testsome, Request.Waitsome
@@ -197,18 +201,15 @@ class _Lane:
     def __init__(self, run: Run, number: int, transfers: Sequence[Transfer]) -> None:
         self.starts: list[int] = []
         self.stops: list[int] = []
-        total = 0
+        longest = run.longest_added if transfers[0].added else run.longest
         for transfer in transfers:
-            first, stop = run.bounds[transfer.block], run.bounds[transfer.block + transfer.width]
-            if first < stop:
-                cuts = range(first, stop, run.segment)
-                self.starts += cuts
-                self.stops += cuts[1:]
+            for start, stop in cut(run.bounds[transfer.block], run.bounds[transfer.block + transfer.width], longest):
+                self.starts.append(start)
                 self.stops.append(stop)
-                total += stop - first
         self.count = len(self.starts)
         # What makes up one segment at most goes all at once.
-        self.slots = self.count if total <= run.segment else min(run.in_flight, self.count)
+        total = sum(map(sub, self.stops, self.starts))
+        self.slots = self.count if total <= longest else min(run.in_flight, self.count)
         self.posted = self.complete = self.done = 0
         self.requests: deque[MPI.Request] = deque()
         self.after: list[_Lane] = []

@@ -2,6 +2,11 @@
 
 What interpreter.py does for segments, with much less to think about: where each message is a block, or the array is
 short, Python's own time is what an algorithm costs beyond its messages.
+
+Blocks that are added where they arrive may come in pieces, of which a rank takes two at a time: scratch memory is then
+so small that it stays in the processor's cache from the message to the sum. No circle of waiting can form: what a
+round sends is posted before the rank waits for any of its pieces, and no sum of these waits for what the same round
+sends (where one would overwrite it, all pieces are taken at once).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,21 +14,27 @@ from typing import TYPE_CHECKING
 
 from mpillm.comm.buffers import Buffer
 from mpillm.comm.interpreter import LARGEST_MESSAGE_BYTES, LEFT_EARLY, Run, Scratch
-from mpillm.comm.transfers import Round, Schedule, block_bounds
+from mpillm.comm.transfers import Round, Schedule, block_bounds, cut
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
+    import numpy as np
     from mpi4py import MPI
+    from numpy.typing import NDArray
 
     from mpillm.comm.stages import Steps
 
 _Part = tuple[int, int, int]
 """(peer, first element, the element behind its last)."""
+_Arrivals = list[tuple["NDArray[np.uint8]", int]]
+"""Where messages go, and from which peers they come."""
+# Pieces under way at a time: one is summed while the next arrives.
+IN_HAND = 2
 
 
 def make_steps(
     plan: Schedule, comm: "MPI.Intracomm", source: Buffer, target: Buffer, op: str, segment_bytes: int | None,
-    in_flight: int, scratch: Scratch, moved: Callable[[], object] = lambda: None,
+    in_flight: int, scratch: Scratch, moved: Callable[[], object] = lambda: None, added_bytes: int | None = None,
 ) -> "Steps":  # fmt: skip
     """A rank's part in `plan`, ready to begin: in lock step where no message is longer than a segment, else a Run.
 
@@ -31,9 +42,9 @@ def make_steps(
     """
     longest_bytes = plan.widest * plan.longest(target.count) * target.itemsize
     if longest_bytes <= min(segment_bytes or LARGEST_MESSAGE_BYTES, LARGEST_MESSAGE_BYTES):
-        return LockStep(plan, comm, source, target, op, scratch, moved)
+        return LockStep(plan, comm, source, target, op, scratch, moved, added_bytes)
     bounds = block_bounds(target.count, plan.blocks)
-    return Run(plan.rounds, comm, source, target, bounds, op, segment_bytes, in_flight, scratch, moved)
+    return Run(plan.rounds, comm, source, target, bounds, op, segment_bytes, in_flight, scratch, moved, added_bytes)
 
 
 class LockStep:
@@ -44,7 +55,7 @@ class LockStep:
 
     def __init__(
         self, plan: Schedule, comm: "MPI.Intracomm", source: Buffer, target: Buffer, op: str, scratch: Scratch,
-        moved: Callable[[], object] = lambda: None,
+        moved: Callable[[], object] = lambda: None, added_bytes: int | None = None,
     ) -> None:  # fmt: skip
         from mpi4py.MPI import Request
 
@@ -55,7 +66,11 @@ class LockStep:
         self._bounds = block_bounds(target.count, plan.blocks)
         self._coming = iter(plan.rounds)
         self._made: list[_Messages] = []
-        self._added = plan.most_added * plan.longest(target.count)
+        self._piece = max(1, (added_bytes or LARGEST_MESSAGE_BYTES) // target.itemsize)
+        added = plan.most_added * plan.longest(target.count)
+        if added > self._piece:
+            added = max(IN_HAND * self._piece, added if plan.sums_over_sent else 0)
+        self._added = added
         self._memory: Buffer | None = None
         self._walk: Iterator[list[MPI.Request]] = iter(())
         self._awaited: list[MPI.Request] | None = None
@@ -97,18 +112,23 @@ class LockStep:
                 sent = [send(octets, peer, tag) for octets, peer in messages.sends]
                 yield leaving
                 leaving = []
-                arriving = [receive(octets, peer, tag) for octets, peer in messages.arrivals]
-            else:  # receives first: what finds one open is not copied twice
-                arriving = [receive(octets, peer, tag) for octets, peer in messages.arrivals]
+            pieces = [
+                [receive(octets, peer, tag) for octets, peer in arrivals] for arrivals, _ in messages.pieces[:IN_HAND]
+            ]
+            if not messages.overwrites_leaving:  # receives first: what finds one open is not copied twice
                 sent = [send(octets, peer, tag) for octets, peer in messages.sends]
             self.sent_bytes += messages.sent_bytes
             self.received_bytes += messages.received_bytes
             if messages.sums_over_sent:
-                arriving, sent = arriving + sent, []
-            yield arriving + leaving
+                leaving, sent = leaving + sent, []
+            for index, (_, sums) in enumerate(messages.pieces, IN_HAND):
+                yield pieces.pop(0) + leaving
+                leaving = []
+                for combine in sums:
+                    combine()
+                if index < len(messages.pieces):
+                    pieces.append([receive(octets, peer, tag) for octets, peer in messages.pieces[index][0]])
             leaving = sent
-            for combine in messages.sums:
-                combine()
         yield leaving
         if self._memory is not None and not self._scratch.give_back(self._memory):
             self._arrive_in(None)
@@ -118,7 +138,7 @@ class LockStep:
         yield from self._made
         for transfers in self._coming:
             messages = _Messages(
-                transfers, self._source, self._target, self._bounds, self._made[-1] if self._made else None
+                transfers, self._source, self._target, self._bounds, self._piece, self._made[-1] if self._made else None
             )
             if messages.sends or messages.received_bytes:
                 messages.arrive_in(self._memory, self._target, self._op)
@@ -140,37 +160,46 @@ class LockStep:
 class _Messages:
     """What one round sends, receives and sums, each piece of memory cut out once. `before`: the round before, if any.
 
-    `overwrites_leaving`: it receives over what the round before sends. `sums_over_sent`: it sums into what it sends.
+    `piece`: the most elements of a message that is added. `pieces`: what arrives, and the sums behind it, in the order
+    in which it is taken. `overwrites_leaving`: it receives over what the round before sends. `sums_over_sent`: it sums
+    into what it sends.
     """
 
     def __init__(
-        self, transfers: Round, source: Buffer, target: Buffer, bounds: Sequence[int], before: "_Messages | None"
-    ) -> None:
+        self, transfers: Round, source: Buffer, target: Buffer, bounds: Sequence[int], piece: int,
+        before: "_Messages | None",
+    ) -> None:  # fmt: skip
         parts: dict[str, list[_Part]] = {"send": [], "add": [], "copy": []}
         for transfer in transfers:
             first, stop = bounds[transfer.block], bounds[transfer.block + transfer.width]
-            if first < stop:
-                parts[transfer.action].append((transfer.peer, first, stop))
-        self._sent, self._adds, copies = parts["send"], parts["add"], parts["copy"]
+            cuts = cut(first, stop, piece if transfer.added else max(1, stop - first))
+            parts[transfer.action] += [(transfer.peer, *ends) for ends in cuts]
+        self._piece, self._sent, self._adds, copies = piece, parts["send"], parts["add"], parts["copy"]
         in_place = source is target
         self.overwrites_leaving = in_place and before is not None and _touch(copies, before._sent)
         self.sums_over_sent = in_place and _touch(self._adds, self._sent)
         self.sends = [(source.raw(first, stop), peer) for peer, first, stop in self._sent]
-        self._copies = self.arrivals = [(target.raw(first, stop), peer) for peer, first, stop in copies]
-        self.sums: list[Callable[[], object]] = []
-        added = sum(stop - first for _, first, stop in self._adds)
+        self._copies = [(target.raw(first, stop), peer) for peer, first, stop in copies]
+        self.pieces: list[tuple[_Arrivals, list[Callable[[], object]]]] = [(self._copies, [])]
+        self._added = sum(stop - first for _, first, stop in self._adds)
         self.sent_bytes = sum(octets.size for octets, _ in self.sends)
-        self.received_bytes = sum(octets.size for octets, _ in self._copies) + added * target.itemsize
+        self.received_bytes = sum(octets.size for octets, _ in self._copies) + self._added * target.itemsize
 
     def arrive_in(self, memory: Buffer | None, target: Buffer, op: str) -> None:
         """What is added comes into `memory` from now on, and is summed from there; None: let go of what there was."""
-        self.arrivals, self.sums, end = list(self._copies), [], 0
+        self.pieces = [(list(self._copies), [])]
         if memory is None:
             return
-        for peer, first, stop in self._adds:
-            begin, end = end, end + stop - first
-            self.arrivals.append((memory.raw(begin, end), peer))
-            self.sums.append(target.combining(op, slice(first, stop), memory, slice(begin, end)))
+        in_turn = not self.sums_over_sent and self._added > self._piece
+        end = 0
+        for index, (peer, first, stop) in enumerate(self._adds):
+            begin = index % IN_HAND * self._piece if in_turn else end
+            end = begin + stop - first
+            if in_turn and index:
+                self.pieces.append(([], []))
+            arrivals, sums = self.pieces[-1]
+            arrivals.append((memory.raw(begin, end), peer))
+            sums.append(target.combining(op, slice(first, stop), memory, slice(begin, end)))
 
 
 def _touch(ones: "Sequence[_Part]", others: "Sequence[_Part]") -> bool:

@@ -4,8 +4,8 @@ The k-th round of one rank meets only the k-th rounds of others, and nothing in 
 no circle of waiting can form, whatever the algorithm.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -23,6 +23,8 @@ class Transfer:
     action: Literal["send", "add", "copy"]
     """"add": receive and combine into the own blocks (sum, max or min); "copy": receive over them."""
     width: int = 1
+    added: bool = False
+    """Whether it is added where it arrives; both ends say so, and cut it alike."""
 
 
 Round = tuple[Transfer, ...]
@@ -51,6 +53,18 @@ class Schedule:
         """The most blocks that arrive in one round to be added."""
         return max((sum(t.width for t in transfers if t.action == "add") for transfers in self.rounds), default=0)
 
+    @cached_property
+    def sums_over_sent(self) -> bool:
+        """Whether in some round blocks are sent and summed into."""
+        return any(
+            sent.block < summed.block + summed.width and summed.block < sent.block + sent.width
+            for transfers in self.rounds
+            for sent in transfers
+            if sent.action == "send"
+            for summed in transfers
+            if summed.action == "add"
+        )
+
     def longest(self, count: int) -> int:
         """The most elements that a block has where the array has `count`."""
         return -(-count // self.blocks)
@@ -61,14 +75,19 @@ def block_bounds(count: int, size: int) -> list[int]:
     return [count * block // size for block in range(size + 1)]
 
 
+def cut(first: int, stop: int, longest: int) -> Iterator[tuple[int, int]]:
+    """Elements `first` to `stop` in pieces (first, stop) of `longest` at most; an empty range has none."""
+    return ((start, min(start + longest, stop)) for start in range(first, stop, longest))
+
+
 def one_round(rank: int, moves: Iterable[Move], arrival: Arrival) -> Round:
     """The moves that `rank` takes part in, adjacent blocks of one peer put together; one from itself is none."""
     own: list[Transfer] = []
     for block, sender, receiver in moves:
         if rank == sender != receiver:
-            own.append(Transfer(receiver, block, "send"))
+            own.append(Transfer(receiver, block, "send", added=arrival == "add"))
         elif rank == receiver != sender:
-            own.append(Transfer(sender, block, arrival))
+            own.append(Transfer(sender, block, arrival, added=arrival == "add"))
     merged: list[Transfer] = []
     for transfer in sorted(own, key=lambda t: (t.action, t.peer, t.block)):
         last = merged[-1] if merged else None
@@ -77,7 +96,7 @@ def one_round(rank: int, moves: Iterable[Move], arrival: Arrival) -> Round:
             and (last.action, last.peer) == (transfer.action, transfer.peer)
             and last.block + last.width == transfer.block
         ):
-            merged[-1] = Transfer(last.peer, last.block, last.action, last.width + 1)
+            merged[-1] = replace(last, width=last.width + 1)
         else:
             merged.append(transfer)
     return tuple(merged)

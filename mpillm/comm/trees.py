@@ -70,7 +70,9 @@ def _halving_moves(node: tuple[int, int, int] | None, owners: Sequence[int]) -> 
 def spreading(rank: int, size: int, owners: Sequence[int]) -> list[Round]:
     """`halving` played backwards: each block goes from its owner down the tree to all."""
     turned: dict[str, Literal["send", "copy"]] = {"send": "copy", "add": "send"}
-    rounds = [[replace(t, action=turned[t.action]) for t in up] for up in reversed(halving(rank, size, owners))]
+    rounds = [
+        [replace(t, action=turned[t.action], added=False) for t in up] for up in reversed(halving(rank, size, owners))
+    ]
     return [tuple(sorted(down, key=lambda t: t.action)) for down in rounds]
 
 

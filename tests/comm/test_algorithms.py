@@ -149,7 +149,9 @@ def test_alltoall_turns_the_matrix(size):
 
 @pytest.mark.parametrize(("operation", "algorithm"), PAIRS)
 def test_both_ends_agree(operation, algorithm):
-    """Each send meets a receive of as many blocks in the same round, in one order for each pair of ranks."""
+    """Each send meets a receive of as many blocks in the same round, in one order for each pair of ranks, and both know
+    whether it is added there.
+    """
     for size, root in cases(operation):
         plans = schedules(operation, algorithm, size, root)
         assert len({plan.blocks for plan in plans}) == 1
@@ -161,7 +163,8 @@ def test_both_ends_agree(operation, algorithm):
                     way = (rank, t.peer) if t.action == "send" else (t.peer, rank)
                     end = ends["send" if t.action == "send" else "receive"]
                     assert kinds.setdefault((*way, t.action == "send"), t.action) == t.action
-                    end.setdefault(way, []).append((t.block if operation != "alltoall" else None, t.width))
+                    assert t.action == "send" or t.added == (t.action == "add")
+                    end.setdefault(way, []).append((t.block if operation != "alltoall" else None, t.width, t.added))
             assert ends["send"] == ends["receive"]
             assert operation == "alltoall" or all(spans == sorted(spans) for spans in ends["send"].values())
 

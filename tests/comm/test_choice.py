@@ -20,14 +20,32 @@ def chosen(layout, nbytes, element="float32", operation="allreduce", in_shared=F
 def test_within_a_node_shared_memory_is_taken():
     for nbytes in (64, 64 * KIB, 256 * MIB):
         assert chosen(NODE, nbytes, in_shared=True) == "shared"
-    assert chosen(NODE, 64 * KIB) == "shared"
-    assert chosen(NODE, 4 * MIB) == "native"  # private arrays, where one copy beats two
-    assert chosen(NODE, 4 * MIB, "bfloat16") == "shared"
-    assert chosen(Layout(((0, 1),), True, "MPICH"), 4 * MIB) == "shared"
-    assert chosen(Layout(((0, 1),), True, "Intel(R) MPI"), 64 * KIB) == "native"
     assert chosen(ALONE, 4 * MIB) in available("allreduce", ALONE)
-    assert chosen(BARE_NODE, 32 * MIB) == "ring"
-    assert chosen(BARE_NODE, 32 * MIB - 4) == "native"
+    assert chosen(BARE_NODE, 8 * MIB) == "ring"
+    assert chosen(BARE_NODE, 8 * MIB - 4) == "native"
+
+
+@pytest.mark.parametrize(
+    ("library", "operation", "taken"),
+    [
+        ("Open MPI v5", "allreduce", ("shared", "shared", "native", "ring")),
+        ("Open MPI v5", "allgather", ("shared", "native", "native", "native")),
+        ("Open MPI v5", "reduce_scatter", ("shared", "shared", "shared", "shared")),
+        ("MPICH Version: 4.3", "allreduce", ("shared", "shared", "shared", "ring")),
+        ("Intel(R) MPI Library 2021", "allreduce", ("shared", "native", "shared", "shared")),
+        ("another", "broadcast", ("shared", "shared", "shared", "shared")),
+    ],
+)
+def test_two_ranks_private_arrays_need_not_go_by_the_stage(library, operation, taken):
+    sizes = (64, 256 * KIB, 4 * MIB, 8 * MIB)
+    layout = Layout(((0, 1),), True, library)
+    assert tuple(chosen(layout, nbytes, operation=operation) for nbytes in sizes) == taken
+    for nbytes in sizes:
+        assert chosen(layout, nbytes, operation=operation, in_shared=True) == "shared"
+        assert chosen(Layout(((0, 1, 2),), True, library), nbytes, operation=operation) == "shared"
+        if operation != "allgather":
+            assert chosen(layout, nbytes, "bfloat16", operation) == "shared"
+            assert chosen(layout, nbytes, operation=operation, fixed_order=True) == "shared"
 
 
 @pytest.mark.parametrize("element", ["int8", "uint16", "float16", "bfloat16"])

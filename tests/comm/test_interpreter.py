@@ -29,7 +29,8 @@ from mpillm.errors import CommError
 PAIRS = [(operation, algorithm) for operation, lists in ALGORITHMS.items() for algorithm in lists]
 REDUCING = [pair for pair in PAIRS if pair[0] in ("allreduce", "reduce_scatter", "reduce")]
 COUNTS = [0, 1, 2, 5, 23, 100, 3001]
-SEGMENTS = ["lock step", None, 8, 64, 4096]
+PIECES = "lock step in pieces"
+SEGMENTS = ["lock step", PIECES, None, 8, 64, 4096]
 
 
 class Rendezvous(MPI.Intracomm):
@@ -46,10 +47,13 @@ def make(
     plan = schedule(operation, algorithm, comm.rank, comm.size, root)
     source = as_buffer(array)
     memory = (comm, source, source if target is None else as_buffer(target))
-    if segment_bytes == "lock step":
-        return LockStep(plan, *memory, op, Scratch(), moved)
+    if segment_bytes in ("lock step", PIECES):
+        return LockStep(plan, *memory, op, Scratch(), moved, 24 if segment_bytes == PIECES else None)
     bounds = block_bounds(source.count, plan.blocks)
-    return Run(plan.rounds, *memory, bounds, op, segment_bytes, in_flight, moved=moved)
+    added_bytes = None
+    if segment_bytes == "pieces":
+        segment_bytes, added_bytes = None, 24
+    return Run(plan.rounds, *memory, bounds, op, segment_bytes, in_flight, moved=moved, added_bytes=added_bytes)
 
 
 def begin(*arguments, tag=0, **settings):
@@ -103,22 +107,22 @@ def test_alltoall(comm, segment_bytes):
         assert run.sent_bytes == run.received_bytes == 8 * length * (comm.size - 1)
 
 
-@pytest.mark.parametrize("in_flight", [None, 1, 2, 5])
+@pytest.mark.parametrize("in_flight", ["lock step", PIECES, 1, 2, 5])
 @pytest.mark.parametrize(("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"])
 def test_no_rank_waits_in_a_circle(comm, operation, algorithm, in_flight):
     """Under rendezvous, with ranks late by turns, many segments, and an array that each run changes for the next."""
     strict, late = Rendezvous(comm), random.Random(comm.rank)
     for turn in range(4):
         array, expected, where = prepared(operation, 100, comm.rank, comm.size)
-        segment_bytes = 16 if in_flight else "lock step"
-        run = begin(strict, operation, algorithm, array, segment_bytes=segment_bytes, in_flight=in_flight)
+        way = {"segment_bytes": 16, "in_flight": in_flight} if type(in_flight) is int else {"segment_bytes": in_flight}
+        run = begin(strict, operation, algorithm, array, **way)
         while turn % 2 and not run.progress():
             time.sleep(late.choice([0, 0, 0.0002]))
         run.wait()
         np.testing.assert_array_equal(array[where], expected[where])
 
 
-@pytest.mark.parametrize("segment_bytes", ["lock step", 32])
+@pytest.mark.parametrize("segment_bytes", ["lock step", PIECES, 32])
 @pytest.mark.parametrize("op", ["max", "min", "sum"])
 @pytest.mark.parametrize(("operation", "algorithm"), REDUCING)
 def test_every_way_to_combine(comm, operation, algorithm, op, segment_bytes):
@@ -143,7 +147,7 @@ def test_one_order_one_sum(comm, algorithm, segment_bytes):
     np.testing.assert_array_equal(array, tree(0, comm.size))
 
 
-@pytest.mark.parametrize("segment_bytes", ["lock step", 15])
+@pytest.mark.parametrize("segment_bytes", ["lock step", PIECES, 15])
 @pytest.mark.parametrize("element", ["bfloat16", "float16", "int8"])
 def test_short_elements(comm, element, segment_bytes):
     tensor = torch.full((301,), comm.rank + 1).to(getattr(torch, element))
@@ -187,12 +191,13 @@ def test_scratch_that_is_not_kept_is_held_during_a_run_only(comm):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("ways", [("lock step", None), (PIECES, "pieces")])
 @pytest.mark.parametrize(("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"])
-def test_some_ranks_in_lock_step(comm, operation, algorithm):
-    """Messages of whole blocks match, however each rank goes through its rounds."""
+def test_some_ranks_in_lock_step(comm, operation, algorithm, ways):
+    """Messages match, of whole blocks or in pieces where they are added, however each rank goes through its rounds."""
     for odd in (0, 1):
         array, expected, where = prepared(operation, 101, comm.rank, comm.size)
-        kind = "lock step" if comm.rank % 2 == odd else None
+        kind = ways[comm.rank % 2 == odd]
         begin(comm, operation, algorithm, array, segment_bytes=kind).wait()
         np.testing.assert_array_equal(array[where], expected[where])
 
@@ -219,12 +224,13 @@ def test_each_rank_takes_the_way_that_fits_it(comm, operation, algorithm):
     np.testing.assert_array_equal(array[where], expected[where])
 
 
-def test_two_in_turn_through_one_scratch_memory(comm):
+@pytest.mark.parametrize("added_bytes", [None, 64])
+def test_two_in_turn_through_one_scratch_memory(comm, added_bytes):
     """Each finds what the other left: the messages of a shorter one are cut from a longer piece, and the other way."""
     arrays, scratch = [np.ones(count) for count in (100, 1000, 10)], Scratch()
     plan = schedule("allreduce", "rabenseifner", comm.rank, comm.size)
     buffers = [as_buffer(array) for array in arrays]
-    steps = [LockStep(plan, comm, buffer, buffer, "sum", scratch) for buffer in buffers]
+    steps = [LockStep(plan, comm, buffer, buffer, "sum", scratch, added_bytes=added_bytes) for buffer in buffers]
     for turn in range(1, 4):
         for each, array in zip(steps, arrays, strict=True):
             each.begin()
@@ -286,7 +292,7 @@ def test_two_runs_at_once(comm):
         np.testing.assert_array_equal(array, whole)
 
 
-@pytest.mark.parametrize("segment_bytes", ["lock step", 64])
+@pytest.mark.parametrize("segment_bytes", ["lock step", PIECES, 64])
 def test_progress_never_waits(comm, segment_bytes):
     """The last rank begins only when all others have called progress in vain."""
     array, last = np.ones(1000), comm.size - 1
@@ -343,6 +349,29 @@ def test_scratch_memory_is_small(comm):
         tracemalloc.stop()
     assert (array == comm.size).all()
     assert peak_bytes < array.nbytes / 16
+
+
+class NotedScratch(Scratch):
+    longest = 0
+
+    def borrow(self, like, count):
+        self.longest = max(self.longest, count)
+        return super().borrow(like, count)
+
+
+@pytest.mark.parametrize("added_bytes", [2**10, 2**17])
+@pytest.mark.parametrize(("operation", "algorithm"), REDUCING)
+def test_pieces_need_little_scratch_memory(comm, operation, algorithm, added_bytes):
+    """That of two pieces, unless a round sums over what it sends: then all that arrives waits until that has left."""
+    array, expected, where = prepared(operation, 2**16, comm.rank, comm.size)
+    buffer, scratch = as_buffer(array), NotedScratch()
+    plan = schedule(operation, algorithm, comm.rank, comm.size)
+    steps = LockStep(plan, comm, buffer, buffer, "sum", scratch, added_bytes=added_bytes)
+    steps.begin()
+    steps.wait()
+    np.testing.assert_array_equal(array[where], expected[where])
+    assert 8 * scratch.longest <= (array.nbytes if plan.sums_over_sent else 2 * added_bytes)
+    assert not plan.sums_over_sent or algorithm == "recursive-doubling"
 
 
 def test_a_chain_of_one_sided_rounds(comm):

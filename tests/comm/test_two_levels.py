@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mpillm.comm import building
 from mpillm.comm.buffers import as_buffer
 from mpillm.comm.building import Builder
-from mpillm.comm.choice import Wish
+from mpillm.comm.choice import Layout, Wish
 from mpillm.comm.mesh import on_one_node
 from mpillm.comm.node import Node
 from mpillm.comm.two_levels import Piece, Pieces
@@ -139,7 +139,9 @@ class TwoLevels:
         self.comms = (team, across)
         self.node = Node.create(team, pytest.fail)
         tags = itertools.count(1).__next__
-        self.builder = Builder(comm, self.node, across if even or leads else None, even, tags, lambda: None)
+        ranks = range(comm.size)
+        layout = Layout(tuple(tuple(ranks[first : first + each]) for first in ranks[::each]), True)
+        self.builder = Builder(comm, self.node, across if even or leads else None, layout, tags, lambda: None)
 
     def build(self, array, op="sum", fixed_order=False, out=None):
         source = as_buffer(array)
