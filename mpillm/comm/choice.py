@@ -25,19 +25,23 @@ FEW_BYTES = 64 * KIB
 FEW_ROUNDS_BYTES = 256 * KIB
 # From here on our ring is faster within a node than the library's own.
 RING_BYTES = 8 * MIB
-# By library and operation: what single copies between two processes do better, from so many bytes on, below so many.
+# The library's all-gather and all-to-all are one call, whose counts end at 2³¹; all others are cut.
+ONE_CALL = ("allgather", "alltoall")
+ONE_CALL_BYTES = 1024 * MIB
+# (algorithm, from so many bytes on, below so many), by library and operation: what beats the stage on private arrays of
+# two ranks, because it copies once.
 _OVER_STAGE: Mapping[str, Mapping[str, tuple[tuple[str, int, float], ...]]] = MappingProxyType(
     {
         "Open MPI": {
             "allreduce": (("native", 2 * MIB, RING_BYTES), ("ring", RING_BYTES, inf)),
-            "allgather": (("native", 128 * KIB, inf),),
+            "allgather": (("native", 128 * KIB, ONE_CALL_BYTES),),
             "broadcast": (("native", 64 * KIB, inf),),
             "reduce": (("native", 128 * KIB, MIB),),
         },
         "MPICH": {"allreduce": (("ring", RING_BYTES, inf),), "allgather": (("ring", RING_BYTES, inf),)},
         "Intel": {
             "allreduce": (("native", 128 * KIB, 2 * MIB),),
-            "allgather": (("native", 128 * KIB, inf),),
+            "allgather": (("native", 128 * KIB, ONE_CALL_BYTES),),
             "broadcast": (("native", 128 * KIB, inf),),
         },
     }
@@ -191,7 +195,7 @@ def _preferences(operation: str, element: str, nbytes: int, layout: Layout, in_s
     if layout.on_one_node and layout.shares_memory:
         better = _over_stage(operation, nbytes, layout) if native_wins and not in_shared else []
         return [*better, "shared", "native", *_by_size(nbytes)]
-    if native_wins and nbytes < (RING_BYTES if layout.on_one_node else FEW_BYTES):
+    if native_wins and nbytes < _lists_win_from(operation, layout):
         return ["native", *_by_size(nbytes)]
     if layout.on_one_node and nbytes >= FEW_ROUNDS_BYTES:
         return ["ring", *_by_size(nbytes), "native"]
@@ -205,8 +209,17 @@ def _by_size(nbytes: int) -> list[str]:
     return ["segmented-ring", "rabenseifner", "recursive-halving", "scatter-allgather", "binomial", "pairwise"]
 
 
+def _lists_win_from(operation: str, layout: Layout) -> float:
+    """The bytes from which on lists beat the library's own between processes that share no memory."""
+    if not layout.on_one_node:
+        return FEW_BYTES
+    if operation in ONE_CALL:
+        return ONE_CALL_BYTES
+    return RING_BYTES if operation in ("allreduce", "reduce_scatter") else inf
+
+
 def _over_stage(operation: str, nbytes: int, layout: Layout) -> list[str]:
-    """Private arrays on one node: what beats two copies through our stage. The more ranks, the less they weigh."""
+    """What beats the stage on private arrays of one node. Its two copies weigh less, the more ranks there are."""
     if layout.size != 2:
         return []
     known = (spans for library, spans in _OVER_STAGE.items() if library in layout.library)

@@ -48,7 +48,10 @@ def make_steps(
 
 
 class LockStep:
-    """One rank's part in one collective, with the words of `Run`; another rank's part may be a Run."""
+    """One rank's part in one collective, with the words of `Run`; another rank's part may be a Run.
+
+    `sent_bytes` and `received_bytes` grow as a round opens.
+    """
 
     sent_bytes = 0
     received_bytes = 0
@@ -101,8 +104,9 @@ class LockStep:
     def _through_rounds(self, tag: int) -> "Iterator[list[MPI.Request]]":
         """Give the messages that must be complete before it goes on.
 
-        What a round sends may still be leaving while the next one goes on. Before a rank has posted all of a round it
-        waits for messages of earlier rounds only, so no circle of waiting can form.
+        What a round sends may still be leaving while the next one goes on. Before a rank has posted what a round sends
+        it waits for messages of earlier rounds only, and then for pieces whose sends need nothing of this round: so no
+        circle of waiting can form.
         """
         receive, send = self._receive, self._send
         self._borrow()
@@ -169,37 +173,53 @@ class _Messages:
         self, transfers: Round, source: Buffer, target: Buffer, bounds: Sequence[int], piece: int,
         before: "_Messages | None",
     ) -> None:  # fmt: skip
+        blocks: dict[str, list[_Part]] = {"send": [], "add": [], "copy": []}
         parts: dict[str, list[_Part]] = {"send": [], "add": [], "copy": []}
         for transfer in transfers:
             first, stop = bounds[transfer.block], bounds[transfer.block + transfer.width]
-            cuts = cut(first, stop, piece if transfer.added else max(1, stop - first))
-            parts[transfer.action] += [(transfer.peer, *ends) for ends in cuts]
-        self._piece, self._sent, self._adds, copies = piece, parts["send"], parts["add"], parts["copy"]
+            if first < stop:
+                blocks[transfer.action].append((transfer.peer, first, stop))
+                cuts = cut(first, stop, piece if transfer.added else stop - first)
+                parts[transfer.action] += [(transfer.peer, *ends) for ends in cuts]
+        self._piece, self._sent, self._adds = piece, blocks["send"], parts["add"]
         in_place = source is target
-        self.overwrites_leaving = in_place and before is not None and _touch(copies, before._sent)
-        self.sums_over_sent = in_place and _touch(self._adds, self._sent)
-        self.sends = [(source.raw(first, stop), peer) for peer, first, stop in self._sent]
-        self._copies = [(target.raw(first, stop), peer) for peer, first, stop in copies]
-        self.pieces: list[tuple[_Arrivals, list[Callable[[], object]]]] = [(self._copies, [])]
-        self._added = sum(stop - first for _, first, stop in self._adds)
-        self.sent_bytes = sum(octets.size for octets, _ in self.sends)
-        self.received_bytes = sum(octets.size for octets, _ in self._copies) + self._added * target.itemsize
+        self.overwrites_leaving = in_place and before is not None and _touch(blocks["copy"], before._sent)
+        self.sums_over_sent = in_place and _touch(blocks["add"], self._sent)
+        self.sends = [(source.raw(first, stop), peer) for peer, first, stop in parts["send"]]
+        self._copies = [(target.raw(first, stop), peer) for peer, first, stop in parts["copy"]]
+        self.pieces: list[tuple[_Arrivals, list[Callable[[], object]]]]
+        self.sent_bytes = target.itemsize * _total(blocks["send"])
+        self.received_bytes = target.itemsize * (_total(blocks["add"]) + _total(blocks["copy"]))
 
     def arrive_in(self, memory: Buffer | None, target: Buffer, op: str) -> None:
         """What is added comes into `memory` from now on, and is summed from there; None: let go of what there was."""
         self.pieces = [(list(self._copies), [])]
         if memory is None:
             return
-        in_turn = not self.sums_over_sent and self._added > self._piece
-        end = 0
-        for index, (peer, first, stop) in enumerate(self._adds):
-            begin = index % IN_HAND * self._piece if in_turn else end
-            end = begin + stop - first
-            if in_turn and index:
+        turns = [self._adds] if self.sums_over_sent else _turns(self._adds, self._piece)
+        for number, turn in enumerate(turns):
+            if number:
                 self.pieces.append(([], []))
             arrivals, sums = self.pieces[-1]
-            arrivals.append((memory.raw(begin, end), peer))
-            sums.append(target.combining(op, slice(first, stop), memory, slice(begin, end)))
+            end = number % IN_HAND * self._piece
+            for peer, first, stop in turn:
+                begin, end = end, end + stop - first
+                arrivals.append((memory.raw(begin, end), peer))
+                sums.append(target.combining(op, slice(first, stop), memory, slice(begin, end)))
+
+
+def _total(parts: Sequence[_Part]) -> int:
+    return sum(stop - first for _, first, stop in parts)
+
+
+def _turns(parts: Sequence[_Part], most: int) -> list[list[_Part]]:
+    """Those that are taken together, in order: of `most` elements in all, or a single one."""
+    turns: list[list[_Part]] = [[]]
+    for part in parts:
+        if turns[-1] and _total([*turns[-1], part]) > most:
+            turns.append([])
+        turns[-1].append(part)
+    return turns
 
 
 def _touch(ones: "Sequence[_Part]", others: "Sequence[_Part]") -> bool:

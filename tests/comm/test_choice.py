@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpillm.comm.choice import KIB, MIB, Layout, Wish, available, choose
+from mpillm.comm.choice import KIB, MIB, REDUCING, Layout, Wish, available, choose
 from mpillm.errors import CommError
 
 ALONE = Layout(((0,),), False)
@@ -21,8 +21,19 @@ def test_within_a_node_shared_memory_is_taken():
     for nbytes in (64, 64 * KIB, 256 * MIB):
         assert chosen(NODE, nbytes, in_shared=True) == "shared"
     assert chosen(ALONE, 4 * MIB) in available("allreduce", ALONE)
-    assert chosen(BARE_NODE, 8 * MIB) == "ring"
+
+
+def test_on_a_node_without_shared_memory_the_ring_sums_what_is_large():
+    assert chosen(BARE_NODE, 8 * MIB) == chosen(BARE_NODE, 8 * MIB, operation="reduce_scatter") == "ring"
     assert chosen(BARE_NODE, 8 * MIB - 4) == "native"
+    for operation in ("allgather", "broadcast", "reduce", "alltoall"):
+        assert chosen(BARE_NODE, 1000 * MIB, operation=operation) == "native"
+
+
+@pytest.mark.parametrize("layout", [NODE, BARE_NODE, SPREAD])
+@pytest.mark.parametrize("operation", ["allgather", "alltoall"])
+def test_one_call_of_the_library_is_kept_below_its_counts(layout, operation):
+    assert chosen(layout, 1024 * MIB, operation=operation) != "native"
 
 
 @pytest.mark.parametrize(
@@ -31,8 +42,13 @@ def test_within_a_node_shared_memory_is_taken():
         ("Open MPI v5", "allreduce", ("shared", "shared", "native", "ring")),
         ("Open MPI v5", "allgather", ("shared", "native", "native", "native")),
         ("Open MPI v5", "reduce_scatter", ("shared", "shared", "shared", "shared")),
+        ("Open MPI v5", "broadcast", ("shared", "native", "native", "native")),
+        ("Open MPI v5", "reduce", ("shared", "native", "shared", "shared")),
         ("MPICH Version: 4.3", "allreduce", ("shared", "shared", "shared", "ring")),
+        ("MPICH Version: 4.3", "allgather", ("shared", "shared", "shared", "ring")),
         ("Intel(R) MPI Library 2021", "allreduce", ("shared", "native", "shared", "shared")),
+        ("Intel(R) MPI Library 2021", "allgather", ("shared", "native", "native", "native")),
+        ("Intel(R) MPI Library 2021", "broadcast", ("shared", "native", "native", "native")),
         ("another", "broadcast", ("shared", "shared", "shared", "shared")),
     ],
 )
@@ -43,7 +59,7 @@ def test_two_ranks_private_arrays_need_not_go_by_the_stage(library, operation, t
     for nbytes in sizes:
         assert chosen(layout, nbytes, operation=operation, in_shared=True) == "shared"
         assert chosen(Layout(((0, 1, 2),), True, library), nbytes, operation=operation) == "shared"
-        if operation != "allgather":
+        if operation in REDUCING:
             assert chosen(layout, nbytes, "bfloat16", operation) == "shared"
             assert chosen(layout, nbytes, operation=operation, fixed_order=True) == "shared"
 

@@ -213,12 +213,13 @@ def test_which_way_is_taken(comm):
     assert {size: type(steps) for size, steps in ways.items()} == {4000: LockStep, 3999: Run}
 
 
+@pytest.mark.parametrize("added_bytes", [None, 8 * 7])
 @pytest.mark.parametrize(("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"])
-def test_each_rank_takes_the_way_that_fits_it(comm, operation, algorithm):
+def test_each_rank_takes_the_way_that_fits_it(comm, operation, algorithm, added_bytes):
     """A segment between one block and the longest message: some ranks cut, others need not."""
     array, expected, where = prepared(operation, 24 * comm.size, comm.rank, comm.size)
     plan, buffer, scratch = schedule(operation, algorithm, comm.rank, comm.size), as_buffer(array), Scratch()
-    steps = make_steps(plan, comm, buffer, buffer, "sum", 8 * 30, 2, scratch)
+    steps = make_steps(plan, comm, buffer, buffer, "sum", 8 * 30, 2, scratch, added_bytes=added_bytes)
     steps.begin(1)
     steps.wait()
     np.testing.assert_array_equal(array[where], expected[where])
@@ -238,7 +239,7 @@ def test_two_in_turn_through_one_scratch_memory(comm, added_bytes):
             assert (array == comm.size**turn).all()
 
 
-@pytest.mark.parametrize("segment_bytes", ["lock step", 64])
+@pytest.mark.parametrize("segment_bytes", ["lock step", PIECES, 64])
 def test_nothing_keeps_the_array_of_a_call_that_is_done(comm, segment_bytes):
     array = np.ones(1000)
     seen = weakref.ref(array)
@@ -252,7 +253,7 @@ def test_nothing_keeps_the_array_of_a_call_that_is_done(comm, segment_bytes):
         gc.enable()
 
 
-@pytest.mark.parametrize("segment_bytes", ["lock step", 64])
+@pytest.mark.parametrize("segment_bytes", ["lock step", PIECES, 64])
 def test_what_was_left_early_cannot_begin_again(comm, segment_bytes):
     steps = begin(Rendezvous(comm), "allreduce", "ring", np.ones(1000), segment_bytes=segment_bytes)
     if comm.size > 1:
@@ -419,3 +420,30 @@ def test_no_receive_opens_over_what_has_not_left(comm, block, opened_bytes, way)
         comm.send(None, other, tag=1)
         run.wait()
         assert (array[32 * block : 32 * block + 32] == other).all()
+
+
+@pytest.mark.parametrize("added_bytes", [256, 40])
+def test_no_sum_goes_over_what_has_not_left(comm, added_bytes):
+    """Block 0 is sent, then pieces come to be added to it: only once the late partner has taken the block."""
+    other = comm.rank ^ 1
+    if other >= comm.size:
+        return
+    array = np.full(64, comm.rank + 1.0)
+    if comm.rank % 2:
+        for start in range(0, 256, added_bytes):
+            comm.Send(array.view(np.uint8)[start : min(start + added_bytes, 256)], other, 0)
+        comm.send(None, other, tag=1)
+        comm.recv(source=other, tag=1)
+        comm.Recv(array[:32], other, 0)
+        assert (array == np.repeat([other + 1, comm.rank + 1], 32)).all()
+        return
+    rounds = ((Transfer(other, 0, "send"),), (Transfer(other, 0, "add", added=True),))
+    buffer = as_buffer(array)
+    steps = LockStep(Schedule(2, rounds), Rendezvous(comm), buffer, buffer, "sum", Scratch(), added_bytes=added_bytes)
+    steps.begin()
+    comm.recv(source=other, tag=1)
+    assert not any(steps.progress() for _ in range(100))
+    assert (array == comm.rank + 1).all()
+    comm.send(None, other, tag=1)
+    steps.wait()
+    assert (array == np.repeat([comm.rank + other + 2, comm.rank + 1], 32)).all()

@@ -150,3 +150,16 @@ def test_two_levels_send_each_byte_once_a_host(group, monkeypatch):
     if socket.gethostname() in ("host1", "host2"):  # none but us is on this link
         for ranks in group.nodes:
             assert nbytes <= over_network[ranks[0]] < 1.2 * nbytes
+
+
+def test_only_within_a_node_blocks_come_in_pieces(group, monkeypatch):
+    given = []
+
+    def noted(*arguments):
+        given.append(arguments[-1])
+        return make_steps(*arguments)
+
+    monkeypatch.setattr(building, "make_steps", noted)
+    if group.size > 1:
+        group.prepare("allreduce", array_of(group, COUNT), algorithm="ring")
+        assert given == [building.ADDED_BYTES if len(group.nodes) == 1 else None]

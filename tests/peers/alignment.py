@@ -19,7 +19,7 @@ from mpillm.comm.buffers import new_octets
 from mpillm.comm.group import Group
 from mpillm.comm.memory import PAGE_BYTES
 
-PLACES = (0, 4, 16, 28, 32, 64, 1024, PAGE_BYTES // 2, PAGE_BYTES - 16)
+PLACES = (0, 4, 16, 28, 32, 64, 1024, PAGE_BYTES // 2, PAGE_BYTES // 2 + 16, PAGE_BYTES - 16)
 
 
 def main() -> None:
