@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mpillm.comm.buffers import Buffer
 from mpillm.comm.interpreter import LARGEST_MESSAGE_BYTES, LEFT_EARLY, Run, Scratch
-from mpillm.comm.transfers import Round, Schedule, block_bounds, cut
+from mpillm.comm.transfers import Round, Schedule, block_bounds, cut, sums_over_sent
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -173,23 +173,20 @@ class _Messages:
         self, transfers: Round, source: Buffer, target: Buffer, bounds: Sequence[int], piece: int,
         before: "_Messages | None",
     ) -> None:  # fmt: skip
-        blocks: dict[str, list[_Part]] = {"send": [], "add": [], "copy": []}
         parts: dict[str, list[_Part]] = {"send": [], "add": [], "copy": []}
         for transfer in transfers:
             first, stop = bounds[transfer.block], bounds[transfer.block + transfer.width]
-            if first < stop:
-                blocks[transfer.action].append((transfer.peer, first, stop))
-                cuts = cut(first, stop, piece if transfer.added else stop - first)
-                parts[transfer.action] += [(transfer.peer, *ends) for ends in cuts]
-        self._piece, self._sent, self._adds = piece, blocks["send"], parts["add"]
+            cuts = cut(first, stop, piece if transfer.added else max(1, stop - first))
+            parts[transfer.action] += [(transfer.peer, *ends) for ends in cuts]
+        self._piece, self._sent, self._adds, copies = piece, parts["send"], parts["add"], parts["copy"]
         in_place = source is target
-        self.overwrites_leaving = in_place and before is not None and _touch(blocks["copy"], before._sent)
-        self.sums_over_sent = in_place and _touch(blocks["add"], self._sent)
-        self.sends = [(source.raw(first, stop), peer) for peer, first, stop in parts["send"]]
-        self._copies = [(target.raw(first, stop), peer) for peer, first, stop in parts["copy"]]
+        self.overwrites_leaving = in_place and before is not None and _touch(copies, before._sent)
+        self.sums_over_sent = in_place and sums_over_sent(transfers)
+        self.sends = [(source.raw(first, stop), peer) for peer, first, stop in self._sent]
+        self._copies = [(target.raw(first, stop), peer) for peer, first, stop in copies]
         self.pieces: list[tuple[_Arrivals, list[Callable[[], object]]]]
-        self.sent_bytes = target.itemsize * _total(blocks["send"])
-        self.received_bytes = target.itemsize * (_total(blocks["add"]) + _total(blocks["copy"]))
+        self.sent_bytes = target.itemsize * _total(self._sent)
+        self.received_bytes = target.itemsize * (_total(self._adds) + _total(copies))
 
     def arrive_in(self, memory: Buffer | None, target: Buffer, op: str) -> None:
         """What is added comes into `memory` from now on, and is summed from there; None: let go of what there was."""

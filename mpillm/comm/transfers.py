@@ -55,15 +55,8 @@ class Schedule:
 
     @cached_property
     def sums_over_sent(self) -> bool:
-        """Whether in some round blocks are sent and summed into."""
-        return any(
-            sent.block < summed.block + summed.width and summed.block < sent.block + sent.width
-            for transfers in self.rounds
-            for sent in transfers
-            if sent.action == "send"
-            for summed in transfers
-            if summed.action == "add"
-        )
+        """Whether some round does."""
+        return any(map(sums_over_sent, self.rounds))
 
     def longest(self, count: int) -> int:
         """The most elements that a block has where the array has `count`."""
@@ -73,6 +66,13 @@ class Schedule:
 def block_bounds(count: int, size: int) -> list[int]:
     """`size` + 1 bounds that cut `count` elements into blocks that differ by one element at most."""
     return [count * block // size for block in range(size + 1)]
+
+
+def sums_over_sent(transfers: Round) -> bool:
+    """Whether blocks are sent and, in place, summed into in one round."""
+    sent = [t for t in transfers if t.action == "send"]
+    summed = [t for t in transfers if t.action == "add"]
+    return any(s.block < t.block + t.width and t.block < s.block + s.width for s in sent for t in summed)
 
 
 def cut(first: int, stop: int, longest: int) -> Iterator[tuple[int, int]]:
