@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.launch.ranks import rank_from_environment
 
 if TYPE_CHECKING:
@@ -327,8 +327,8 @@ def doctor(
         options = DoctorOptions(tuple(paths or ()), profile, names, gpus, site, as_json)
         probes = Probes(
             gpu_probe=_late("mpillm.comm.gpu.probe", "probe"),
-            describe_cluster=_late("mpillm.comm.profile", "describe_cluster"),
-            load_profile=_late("mpillm.comm.profile", "load_profile"),
+            describe_cluster=_late("mpillm.machine.cluster_profile", "describe_cluster"),
+            load_profile=_late("mpillm.machine.cluster_profile", "load_profile"),
         )
         console = Console(speaks=rank_from_environment(os.environ) == 0, watched=watched(os.environ))
         raise typer.Exit(run(options, console, probes, os.environ))
@@ -419,7 +419,7 @@ def _door(
     verbose: Annotated[bool, typer.Option("--verbose", help="Tell more.")] = False,
 ) -> None:
     if version:
-        from mpillm.launch.versions import package_version, versions
+        from mpillm.system.versions import package_version, versions
 
         if verbose:
             Console().facts("versions", versions())

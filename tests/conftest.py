@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from mpillm.pmix import wait_until_all_began
+from mpillm.system.pmix import wait_until_all_began
 
 WORLD = MPI.COMM_WORLD
 wait_until_all_began(WORLD.size)

@@ -10,7 +10,7 @@ from mpillm.bench.pairs import fastest
 from mpillm.bench.peers import PEERS
 from mpillm.bench.report import Row, Section
 from mpillm.comm.edges import Way
-from mpillm.comm.profile import Cluster, ClusterProfile, CollectiveCost, Cost, PointToPointCost
+from mpillm.machine.cluster_profile import Cluster, ClusterProfile, CollectiveCost, Cost, PointToPointCost
 
 
 def make_profile(

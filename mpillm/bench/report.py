@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 
 SCHEMA, VERSION = "mpillm bench", 1
 Row = dict[str, Any]

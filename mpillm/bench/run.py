@@ -20,11 +20,11 @@ from mpillm.bench.setting import Bench, header
 from mpillm.comm.agreement import on_root
 from mpillm.comm.gpu.probe import probe
 from mpillm.comm.group import Group
-from mpillm.comm.profile import Cluster, ClusterProfile, describe_cluster, load_profile
-from mpillm.console import Console
+from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
+from mpillm.system.console import Console
 from mpillm.errors import UsageError
-from mpillm.files import make_folder, write_text
-from mpillm.pages import keep_pages
+from mpillm.system.atomic import make_folder, write_text
+from mpillm.system.malloc import keep_pages
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -9,9 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from mpillm.bench.options import BenchOptions
-from mpillm.comm.profile import Cluster
+from mpillm.machine.cluster_profile import Cluster
 from mpillm.comm.together import ranks_text
-from mpillm.console import Console
+from mpillm.system.console import Console
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mpillm.errors import LaunchError
-from mpillm.pmix import wait_until_all_began
+from mpillm.system.pmix import wait_until_all_began
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import Decoder
 from mpillm.parallel.stage import ScoringStage

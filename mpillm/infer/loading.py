@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import Decoder
 from mpillm.tokens.tokenizer import Tokenizer

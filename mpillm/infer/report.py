@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.comm.patience import patient_barrier
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.infer.baselines import baselines as score_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import Sampling, generate

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from mpillm.launch.mounts import Mount, mount_of
+from mpillm.machine.mounts import Mount, mount_of
 
 
 def locks_fail(mount: Mount) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from mpillm.errors import LaunchError
 from mpillm.launch import launchers
 from mpillm.launch.launchers import Started, detect, number
-from mpillm.launch.libraries import named
+from mpillm.machine.mpi_names import named
 from mpillm.launch.ranks import rank_from_environment
 
 ALONE_VARIABLE = "MPILLM_ALONE"

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpillm.console import Console, counted
-from mpillm.launch.gpus import gpu_of, visible_gpus
+from mpillm.system.console import Console, counted
+from mpillm.machine.gpus import gpu_of, visible_gpus
 from mpillm.launch.launchers import detect, launcher_named
 from mpillm.launch.threads import allowance
-from mpillm.launch.topology import ROOT, job_cpus, ranges_text, read_topology
+from mpillm.machine.topology import ROOT, job_cpus, ranges_text, read_topology
 
 if TYPE_CHECKING:
     from mpi4py import MPI

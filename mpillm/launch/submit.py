@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpillm.console import Console, clock, counted
+from mpillm.system.console import Console, clock, counted
 from mpillm.errors import UsageError
-from mpillm.files import make_folder, write_json, write_text
+from mpillm.system.atomic import make_folder, write_json, write_text
 from mpillm.launch.batch import Job, render, stop_seconds_for
 from mpillm.launch.batchjob import END_VARIABLES, RESTART_VARIABLES
 from mpillm.launch.lock import live_holder
 from mpillm.launch.locking import hdf5_file_locking
-from mpillm.launch.mounts import Mount, read_mounts
+from mpillm.machine.mounts import Mount, read_mounts
 from mpillm.launch.schedulers import SCHEDULERS, find_scheduler, hand_over, is_over, job_state
 from mpillm.launch.site import Site
 from mpillm.launch.walltime import seconds_of

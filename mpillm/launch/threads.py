@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.launch.launchers import number
-from mpillm.launch.topology import ROOT, cpu_limit, read_topology
+from mpillm.machine.topology import ROOT, cpu_limit, read_topology
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -13,7 +13,7 @@ from typing import Any
 from rich.text import Text
 
 from mpillm.errors import UsageError
-from mpillm.files import replacing
+from mpillm.system.atomic import replacing
 from mpillm.parallel.actions import KINDS, Schedule
 from mpillm.parallel.simulating import Span, Timeline
 

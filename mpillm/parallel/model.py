@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mpillm.comm.group import silent
 from mpillm.comm.mesh import Mesh
-from mpillm.comm.profile import ClusterProfile
+from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import Decoder, create
 from mpillm.parallel.gradients import GradientBuckets

@@ -11,9 +11,9 @@ from typing import Any
 import rich.console
 from rich.text import Text
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import LayoutError, UsageError
-from mpillm.files import write_text
+from mpillm.system.atomic import write_text
 from mpillm.parallel.actions import Schedule
 from mpillm.parallel.gantt import gantt_picture, gantt_text
 from mpillm.parallel.schedule_csv import write_schedule

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm import hdf5
-from mpillm.console import Progress
+from mpillm.system import hdf5
+from mpillm.system.console import Progress
 from mpillm.tokens.manifest import SPLITS
 from mpillm.tokens.shards import Documents, ShardInfo, write_shard
 from mpillm.tokens.spill import Spill

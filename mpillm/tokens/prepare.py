@@ -13,9 +13,9 @@ import numpy as np
 
 from mpillm.comm.agreement import on_root
 from mpillm.comm.patience import patient_barrier
-from mpillm.console import Console, binary_bytes
+from mpillm.system.console import Console, binary_bytes
 from mpillm.errors import DataError, UsageError
-from mpillm.files import flush, make_folder, write_text
+from mpillm.system.atomic import flush, make_folder, write_text
 from mpillm.tokens import exchange
 from mpillm.tokens.manifest import NAME, SPLITS, Manifest, Split, tokenizer_facts
 from mpillm.tokens.sources import Piece, list_pieces

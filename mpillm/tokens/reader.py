@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from mpillm import hdf5
+from mpillm.system import hdf5
 from mpillm.errors import DataError
 from mpillm.tokens.manifest import Manifest, Split
 

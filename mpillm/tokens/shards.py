@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mpillm import hdf5
+from mpillm.system import hdf5
 from mpillm.errors import DataError
-from mpillm.files import replacing
+from mpillm.system.atomic import replacing
 
 FORMAT = "mpillm.tokens"
 VERSION = 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mpillm.console import Progress
+from mpillm.system.console import Progress
 from mpillm.errors import DataError
 from mpillm.tokens.sources import read_pieces
 from mpillm.tokens.splitting import TRAIN, VALIDATION, cut_tail, split_of

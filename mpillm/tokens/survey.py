@@ -7,7 +7,7 @@ import numpy as np
 import xxhash
 
 from mpillm.comm.patience import patient_barrier
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import DataError
 from mpillm.tokens.order import mix
 from mpillm.tokens.sources import Piece, read_pieces, share

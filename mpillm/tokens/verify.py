@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm import hdf5
+from mpillm.system import hdf5
 from mpillm.comm.patience import patient_barrier
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import DataError, MpillmError
 from mpillm.tokens.manifest import Manifest, check_shard
 from mpillm.tokens.shards import (

@@ -6,7 +6,7 @@ import numpy as np
 
 from mpillm.comm.agreement import on_root
 from mpillm.comm.patience import patient_barrier
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.tokens.order import mix
 from mpillm.tokens.sources import read_piece
 from mpillm.tokens.survey import Survey

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mpillm.files import flush, write_text
+from mpillm.system.atomic import flush, write_text
 from mpillm.train.history import SAVED, STARTED, read_history
 
 HISTORY, OUTCOME = "history.jsonl", "outcome"

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.comm.agreement import on_root
-from mpillm.comm.profile import Cluster, ClusterProfile, describe_cluster, load_profile
-from mpillm.console import Console
+from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
+from mpillm.system.console import Console
 from mpillm.errors import MismatchError, UsageError
-from mpillm.files import make_folder
+from mpillm.system.atomic import make_folder
 from mpillm.models.config import DecoderConfig
-from mpillm.pages import keep_pages
+from mpillm.system.malloc import keep_pages
 from mpillm.parallel.data import share_batch
 from mpillm.parallel.layout import make_mesh, plan_layout
 from mpillm.tokens.manifest import Manifest

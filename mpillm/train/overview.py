@@ -3,7 +3,7 @@
 import torch
 
 from mpillm.comm.mesh import Mesh, hosts
-from mpillm.console import Console, binary_bytes
+from mpillm.system.console import Console, binary_bytes
 from mpillm.parallel.layout import Layout
 from mpillm.tokens.reader import TokenReader
 from mpillm.train.recipe import Recipe

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from mpillm.files import replacing, write_text
+from mpillm.system.atomic import replacing, write_text
 
 METRICS, PICTURE, EVENTS, RECIPE = "metrics.jsonl", "loss.png", "tensorboard", "recipe.toml"
 CLUSTER, TRACE = "cluster.json", "trace.json"

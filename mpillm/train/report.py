@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpillm.console import Console, binary_bytes, clock
+from mpillm.system.console import Console, binary_bytes, clock
 from mpillm.errors import UsageError
-from mpillm.files import write_text
-from mpillm.launch.topology import ranges_text
-from mpillm.launch.versions import package_version
+from mpillm.system.atomic import write_text
+from mpillm.machine.topology import ranges_text
+from mpillm.system.versions import package_version
 from mpillm.train.history import KILLED, Attempt, object_at
 from mpillm.train.report_drawing import draw, draw_attempts, short
 from mpillm.train.report_page import Figure, Page, Picture, Table, render

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mpillm.console import binary_bytes
+from mpillm.system.console import binary_bytes
 from mpillm.train.curves import curve
 from mpillm.train.history import object_at
 from mpillm.train.report_drawing import Line, Plot, short

@@ -12,17 +12,17 @@ import torch
 
 from mpillm.comm.agreement import on_root
 from mpillm.comm.patience import patient_barrier
-from mpillm.comm.profile import Cluster
+from mpillm.machine.cluster_profile import Cluster
 from mpillm.comm.together import host_name
-from mpillm.console import Console, Progress
+from mpillm.system.console import Console, Progress
 from mpillm.errors import CheckpointError, DivergedError, StoppedError
-from mpillm.files import write_text
+from mpillm.system.atomic import write_text
 from mpillm.infer.evaluate import evaluate
 from mpillm.infer.loading import TOKENIZER, weight_tensors
 from mpillm.launch.batchjob import CurrentJob
 from mpillm.launch.lock import RunLock
 from mpillm.launch.signals import StopSignals
-from mpillm.launch.versions import package_version
+from mpillm.system.versions import package_version
 from mpillm.launch.walltime import seconds_of
 from mpillm.parallel.data import check_same
 from mpillm.parallel.layout import traffic_bytes

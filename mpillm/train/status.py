@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mpillm.console import Console, clock
+from mpillm.system.console import Console, clock
 from mpillm.errors import MpillmError
 from mpillm.launch.schedulers import is_over
 from mpillm.launch.submit import RECIPE as SUBMITTED_RECIPE

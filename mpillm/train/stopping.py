@@ -7,7 +7,7 @@ more; rank 0 alone looks at the clock.
 import time
 from collections.abc import Sequence
 
-from mpillm.console import clock
+from mpillm.system.console import clock
 from mpillm.launch.signals import StopSignals, signal_name
 
 NONE, TIME_IS_UP = 0, 1000

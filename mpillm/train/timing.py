@@ -7,8 +7,8 @@ from statistics import fmean, median
 from typing import Any
 
 from mpillm.comm.mesh import Mesh, coordinates
-from mpillm.console import Console
-from mpillm.files import write_text
+from mpillm.system.console import Console
+from mpillm.system.atomic import write_text
 from mpillm.parallel.actions import KINDS
 from mpillm.parallel.layout import Layout
 from mpillm.parallel.simulating import Costs, Span, simulate

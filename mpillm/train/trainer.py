@@ -13,7 +13,7 @@ from torch import Tensor
 from mpillm.comm.clocks import clock_offset
 from mpillm.comm.group import silent
 from mpillm.comm.mesh import Mesh
-from mpillm.comm.profile import ClusterProfile
+from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.comm.together import ranks_text
 from mpillm.errors import DivergedError
 from mpillm.infer.evaluate import rows_at_once

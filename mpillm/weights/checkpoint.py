@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpillm import hdf5
+from mpillm.system import hdf5
 from mpillm.errors import CheckpointError, MismatchError
 from mpillm.weights.places import INDEX
 

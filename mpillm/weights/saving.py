@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from mpillm import hdf5
+from mpillm.system import hdf5
 from mpillm.errors import CheckpointError
-from mpillm.files import flush, write_json
+from mpillm.system.atomic import flush, write_json
 from mpillm.weights.checkpoint import Entry, Piece, dtype_name, index_json, raw
 from mpillm.weights.places import INDEX
 

@@ -15,8 +15,8 @@ from mpillm.bench.setting import Bench
 from mpillm.comm.group import Group
 from mpillm.comm.mail import Edge, Mail
 from mpillm.comm.mesh import on_one_node
-from mpillm.comm.profile import Cluster, load_profile
-from mpillm.console import Console
+from mpillm.machine.cluster_profile import Cluster, load_profile
+from mpillm.system.console import Console
 
 CLUSTER = Cluster("Made Up 9000", 2, "Open MPI", "5.0.9", 1, 2)
 

@@ -7,7 +7,7 @@ from mpi4py import MPI
 from mpillm.bench.cluster import make_profile
 from mpillm.bench.pairs import WINDOW, Pair, fastest, many_pairs, pairs, ping_pong, stream, window_of
 from mpillm.bench.report import Section
-from mpillm.comm.profile import Cluster
+from mpillm.machine.cluster_profile import Cluster
 
 
 def test_a_pair_within_a_node_and_one_between() -> None:

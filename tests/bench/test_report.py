@@ -14,7 +14,7 @@ from mpillm.bench.options import BenchOptions
 from mpillm.bench.plot import draw, drawn
 from mpillm.bench.report import Section, as_csv, as_json, figure, tell
 from mpillm.bench.setting import binding, buffers_text, cores_text
-from mpillm.console import Console
+from mpillm.system.console import Console
 
 
 def section() -> Section:

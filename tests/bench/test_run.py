@@ -16,7 +16,7 @@ from mpillm.bench.overlap import run_overlap, work
 from mpillm.bench.run import run
 from mpillm.bench.setting import Bench
 from mpillm.comm.group import Group
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import UsageError
 from mpillm.tokens.manifest import Manifest, Split
 from mpillm.tokens.reader import open_split

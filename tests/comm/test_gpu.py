@@ -15,7 +15,7 @@ from mpillm.comm.choice import OPERATIONS
 from mpillm.comm.gpu.arrays import as_device_buffer
 from mpillm.comm.gpu.probe import TRIALS, probe
 from mpillm.comm.group import Group
-from mpillm.comm.profile import Cluster, ClusterProfile
+from mpillm.machine.cluster_profile import Cluster, ClusterProfile
 from mpillm.comm.transfers import block_bounds
 from mpillm.errors import CommError
 

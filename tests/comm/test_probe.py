@@ -7,7 +7,7 @@ import time
 import pytest
 
 from mpillm.comm.gpu.probe import CHILD, TRIALS, probe
-from mpillm.lone import without_launcher
+from mpillm.system.environment import without_launcher
 
 pytestmark = pytest.mark.alone
 ON_THE_CPU = (*CHILD[:-1], "cpu")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 
-from mpillm.comm.profile import (
+from mpillm.machine.cluster_profile import (
     Cluster,
     ClusterProfile,
     CollectiveCost,

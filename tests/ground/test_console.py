@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from mpillm import console
-from mpillm.console import Console, binary_bytes, clock
+from mpillm.system import console
+from mpillm.system.console import Console, binary_bytes, clock
 
 HOSTILE = ["[red]no markup[/red]", "[/]", "a:on:b :smile:", "x[0]", "back\\", "\\[x]", "[link=x]", "é → ×"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mpillm.errors import UsageError
-from mpillm.files import flush, make_folder, replacing, write_json, write_text
+from mpillm.system.atomic import flush, make_folder, replacing, write_json, write_text
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -18,7 +18,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from mpillm.files import write_text
+from mpillm.system.atomic import write_text
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from mpillm import hdf5
+from mpillm.system import hdf5
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 ARRAYS: Arrays = {

@@ -9,7 +9,7 @@ import pytest
 SCRIPT = """
 import resource, sys
 import numpy as np
-from mpillm.pages import keep_pages
+from mpillm.system.malloc import keep_pages
 
 if "keep" in sys.argv:
     assert keep_pages()

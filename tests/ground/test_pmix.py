@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from mpillm.pmix import wait_until_all_began
+from mpillm.system.pmix import wait_until_all_began
 
 LATE_RANK = Path(__file__).parents[1] / "peers" / "late_rank.py"
 

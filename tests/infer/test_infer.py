@@ -10,7 +10,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import MismatchError, UsageError
 from mpillm.infer.baselines import baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate

@@ -12,7 +12,7 @@ import pytest
 from mpillm.errors import UsageError
 from mpillm.launch.batch import Job, render, stop_seconds_for
 from mpillm.launch.locking import hdf5_file_locking
-from mpillm.launch.mounts import mounts_of
+from mpillm.machine.mounts import mounts_of
 from mpillm.launch.quoting import Verbatim, finalize, quote
 from mpillm.launch.schedulers import SCHEDULERS
 from mpillm.launch.site import Site, load_site

@@ -13,7 +13,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpillm.comm.profile import Cluster, ClusterProfile
+from mpillm.machine.cluster_profile import Cluster, ClusterProfile
 
 pytestmark = pytest.mark.alone
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
@@ -359,7 +359,7 @@ def test_a_check_that_raises_on_one_rank_is_an_error_and_no_hang(python, folder)
     script = folder / "broken.py"
     script.write_text(
         "import os, sys\n"
-        "from mpillm.console import Console\n"
+        "from mpillm.system.console import Console\n"
         "from mpillm.launch.doctor.options import DoctorOptions, Probes\n"
         "from mpillm.launch.doctor.run import doctor\n"
         "from mpillm.comm.gpu.probe import probe\n"

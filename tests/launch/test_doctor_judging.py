@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import UsageError
 from mpillm.launch.doctor import alike, batch, folders, gpu, machine, mpi, neighbours, network, reach, sharing, software
 from mpillm.launch.doctor.children import Ended
 from mpillm.launch.doctor.findings import Finding, Row, guarded, hosts_text, merge, ranged, worst
 from mpillm.launch.doctor.report import render, summary, tell
-from mpillm.launch.topology import Topology
-from mpillm.lone import without_launcher
+from mpillm.machine.topology import Topology
+from mpillm.system.environment import without_launcher
 
 GIB, MIB = 1 << 30, 1 << 20
 

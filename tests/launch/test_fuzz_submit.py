@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import MpillmError
 from mpillm.launch.site import load_site
 from mpillm.launch.submit import SubmitOptions, SubmittedRecipe, submit

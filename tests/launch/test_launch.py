@@ -8,7 +8,7 @@ import pytest
 from mpillm.launch.ranks import rank_from_environment
 from mpillm.launch.terminal import watched
 from mpillm.launch.threads import fair_threads, threads_per_rank
-from mpillm.launch.versions import versions
+from mpillm.system.versions import versions
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from mpillm.errors import LaunchError
 from mpillm.launch.launchers import LAUNCHERS, Started, detect, launcher_named
-from mpillm.launch.libraries import named
+from mpillm.machine.mpi_names import named
 from mpillm.launch.lonely import (
     LonelyError,
     mpirun_of,

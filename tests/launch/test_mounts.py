@@ -1,6 +1,6 @@
 import pytest
 
-from mpillm.launch.mounts import mount_of, mounts_of, read_mounts
+from mpillm.machine.mounts import mount_of, mounts_of, read_mounts
 
 MOUNTS = (
     "22 27 0:21 / /proc rw - proc proc rw\n27 1 254:0 / / rw shared:1 - ext4 /dev/vda rw\n"

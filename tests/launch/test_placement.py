@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from mpillm.launch.gpus import gpu_of, visible_gpus
+from mpillm.machine.gpus import gpu_of, visible_gpus
 from mpillm.launch.placement import (
     COLUMNS,
     Place,
@@ -17,7 +17,7 @@ from mpillm.launch.placement import (
     table_rows,
 )
 from mpillm.launch.threads import allowance, fair_threads, threads_per_rank
-from mpillm.launch.topology import Topology, cpu_limit, job_cpus, parse_cpus, ranges_text, read_topology
+from mpillm.machine.topology import Topology, cpu_limit, job_cpus, parse_cpus, ranges_text, read_topology
 
 
 def plant(root: Path, files: dict[str, str]) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.tokens.prepare import PrepareOptions, prepare
 
 pytestmark = [pytest.mark.alone, pytest.mark.slurm]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import LaunchError, UsageError
 from mpillm.launch.lock import RunLock
 from mpillm.launch.schedulers import find_scheduler, hand_over, is_over, job_state

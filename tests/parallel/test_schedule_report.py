@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import UsageError
 from mpillm.parallel.schedule_report import ScheduleOptions, ShareCosts, report
 from mpillm.parallel.schedules import NAMES, make_schedule

@@ -18,7 +18,7 @@ from mpi4py import MPI
 
 from mpillm.bench.timing import in_turn
 from mpillm.comm.mesh import Mesh
-from mpillm.pages import keep_pages
+from mpillm.system.malloc import keep_pages
 from mpillm.parallel.actions import Schedule
 from mpillm.parallel.pipeline import Pipeline, Stream
 from mpillm.parallel.schedules import NAMES, make_schedule

@@ -32,7 +32,7 @@ from mpillm.bench.timing import in_turn
 from mpillm.comm.mesh import Axis, Mesh
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import create, loss_sum
-from mpillm.pages import keep_pages
+from mpillm.system.malloc import keep_pages
 from mpillm.parallel.gradients import GradientBuckets
 from mpillm.parallel.settings import ParallelSettings
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mpi4py import MPI
 
-from mpillm.pmix import wait_until_all_began
+from mpillm.system.pmix import wait_until_all_began
 
 sign = Path(sys.argv[1])
 if MPI.COMM_WORLD.rank == 0:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from mpillm.comm.mesh import Mesh
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import create
-from mpillm.pages import keep_pages
+from mpillm.system.malloc import keep_pages
 from mpillm.parallel.layout import Layout, plan_layout
 from mpillm.parallel.model import ShardedModel
 from mpillm.parallel.settings import ParallelSettings

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import DataError, UsageError
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.prepare import PrepareOptions, prepare

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import DataError, MismatchError
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.prepare import PrepareOptions, prepare

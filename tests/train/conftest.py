@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.tokens.prepare import PrepareOptions, prepare
 
 

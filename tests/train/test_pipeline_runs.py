@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import LayoutError
 from mpillm.infer.evaluate import WholeModel, evaluate
 from mpillm.infer.generate import Sampling, generate

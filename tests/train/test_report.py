@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import escape
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import UsageError
 from mpillm.train.curves import curve, smooth, thin
 from mpillm.train.report import make_page, report

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import LaunchError, UsageError
 from mpillm.launch.lock import LOCK, RunLock
 from mpillm.train.diary import Diary
@@ -234,7 +234,7 @@ def test_the_login_node_stays_light(tmp_path: Path) -> None:
     run, diary = a_run(tmp_path)
     diary.started(0, facts())
     code = (
-        "import sys\nfrom pathlib import Path\nfrom mpillm.console import Console\n"
+        "import sys\nfrom pathlib import Path\nfrom mpillm.system.console import Console\n"
         "from mpillm.train.report import report\nfrom mpillm.train.status import status\n"
         "status(Path(sys.argv[1]), Console())\nreport(Path(sys.argv[1]), Console())\n"
         "print('loaded:', [name for name in ('torch', 'mpi4py', 'h5py', 'tokenizers') if name in sys.modules])\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.launch.lock import LOCK
 from mpillm.train.diary import HISTORY, OUTCOME
 from mpillm.train.stopping import NONE, TIME_IS_UP, Stopping, margin_seconds

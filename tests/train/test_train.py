@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from mpillm.comm.profile import ClusterProfile, CollectiveCost, Cost, describe_cluster
-from mpillm.console import Console
+from mpillm.machine.cluster_profile import ClusterProfile, CollectiveCost, Cost, describe_cluster
+from mpillm.system.console import Console
 from mpillm.errors import DataError, DivergedError, LayoutError, MismatchError, StoppedError, UsageError
 from mpillm.launch.signals import StopSignals
 from mpillm.train.loop import train
@@ -218,7 +218,7 @@ def test_one_rank_that_raises_ends_the_job_with_its_reason(data: Path, folder: P
         "import sys\n"
         "from mpillm.comm.together import fail_together\n"
         "from mpillm.comm.world import open_world\n"
-        "from mpillm.console import Console\n"
+        "from mpillm.system.console import Console\n"
         "from mpillm.train import loop, trainer\n"
         "from mpillm.train.recipe import parse_recipe\n"
         "comm = open_world()\n"

@@ -7,7 +7,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import CheckpointError, MismatchError
 from mpillm.weights.checkpoint import INDEX, Checkpoint
 from mpillm.weights.finding import CHECKPOINTS, find, newest_whole

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO
 
 from mpillm.comm.gpu.direct import ARITHMETIC, MESSAGES
-from mpillm.lone import without_launcher
+from mpillm.system.environment import without_launcher
 
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall")
 TRIALS = (MESSAGES, *OPERATIONS, ARITHMETIC)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpillm.console import binary_bytes
+from mpillm.system.console import binary_bytes
 from mpillm.launch.doctor.children import run, trial
 from mpillm.launch.doctor.findings import Finding
-from mpillm.launch.mounts import mount_of, read_mounts
+from mpillm.machine.mounts import mount_of, read_mounts
 
 AREA = "folders"
 MIB = 1 << 20

@@ -14,10 +14,10 @@ from mpillm.launch.batchjob import current_job
 from mpillm.launch.doctor import folders, gpu, machine, mpi, network, software
 from mpillm.launch.doctor.findings import Finding, guarded
 from mpillm.launch.doctor.options import DoctorOptions, Probes
-from mpillm.launch.gpus import visible_gpus
+from mpillm.machine.gpus import visible_gpus
 from mpillm.launch.threads import allowance, threads_wish
-from mpillm.launch.topology import read_topology
-from mpillm.lone import without_launcher
+from mpillm.machine.topology import read_topology
+from mpillm.system.environment import without_launcher
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpillm.console import binary_bytes, counted
+from mpillm.system.console import binary_bytes, counted
 from mpillm.launch.doctor.findings import Finding, Verdict
-from mpillm.launch.topology import Topology, control_groups, text_of
+from mpillm.machine.topology import Topology, control_groups, text_of
 
 AREA = "host"
 MIB = 1 << 20

@@ -9,7 +9,7 @@ from typing import Any
 
 from mpillm.launch.doctor.children import Ended, run, trial
 from mpillm.launch.doctor.findings import Finding, Verdict
-from mpillm.launch.libraries import UNKNOWN, Library, named
+from mpillm.machine.mpi_names import UNKNOWN, Library, named
 from mpillm.launch.lonely import mpirun_of
 
 AREA = "MPI"

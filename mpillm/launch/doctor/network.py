@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpillm.launch.doctor.findings import Finding
-from mpillm.launch.topology import text_of
+from mpillm.machine.topology import text_of
 
 AREA = "network"
 NET, INFINIBAND = Path("/sys/class/net"), Path("/sys/class/infiniband")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.launch.doctor.findings import Row, count, hosts_text, worst
 
 WIDTH = 100

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mpillm.console import Console
+from mpillm.system.console import Console
 from mpillm.errors import LaunchError
 from mpillm.launch.batchjob import current_job
 from mpillm.launch.doctor import alike, batch, folders, machine, mpi, neighbours, reach, sharing
@@ -25,8 +25,8 @@ from mpillm.launch.launchers import Started, detect
 from mpillm.launch.lonely import refuse_before_init, refuse_lonely_ranks, without_foreign_warning
 from mpillm.launch.placement import narrow_binding, placement
 from mpillm.launch.threads import threads_per_rank
-from mpillm.lone import without_launcher
-from mpillm.pmix import wait_until_all_began
+from mpillm.system.environment import without_launcher
+from mpillm.system.pmix import wait_until_all_began
 
 if TYPE_CHECKING:
     from mpi4py import MPI

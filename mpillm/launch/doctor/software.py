@@ -13,7 +13,7 @@ from typing import Any
 import mpillm
 from mpillm.launch.doctor.children import trial
 from mpillm.launch.doctor.findings import Finding
-from mpillm.launch.versions import package_version
+from mpillm.system.versions import package_version
 
 AREA = "software"
 MISSING = "not installed"

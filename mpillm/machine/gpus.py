@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mpillm.launch.topology import ROOT
+from mpillm.machine.topology import ROOT
 
 # What hides GPUs from a process, by maker; the first that is set counts.
 VISIBLE = {"cuda": ("CUDA_VISIBLE_DEVICES",), "rocm": ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, cast, get_args
 from mpillm.comm.edges import Way
 from mpillm.comm.mesh import hosts, local_ranks
 from mpillm.errors import UsageError
-from mpillm.files import write_json
+from mpillm.system.atomic import write_json
 
 if TYPE_CHECKING:
     from mpi4py import MPI
