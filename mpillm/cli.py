@@ -46,7 +46,7 @@ def _job(debug: bool, torch_threads: bool = False, stops_in_order: bool = False)
     """Open MPI, let ranks fail together, and give each its share of the cores. `stops_in_order`: the verb itself sees
     to the signals that ask to stop.
     """
-    from mpillm.comm.together import fail_together
+    from mpillm.comm.failure import fail_together
     from mpillm.comm.world import open_world
     from mpillm.launch.lonely import one_voice, refuse_before_init, refuse_lonely_ranks
     from mpillm.launch.signals import interrupt_on_terminate
@@ -75,7 +75,7 @@ def _job(debug: bool, torch_threads: bool = False, stops_in_order: bool = False)
 @contextmanager
 def _first_alone(debug: bool) -> Iterator[Console]:
     """For verbs that need one process and no MPI: under a launcher all but the first leave at once."""
-    from mpillm.comm.together import fail_together
+    from mpillm.comm.failure import fail_together
     from mpillm.launch.terminal import watched
 
     if rank_from_environment(os.environ):
@@ -316,7 +316,7 @@ def doctor(
     debug: Debug = False,
 ) -> None:
     """Look for what would keep a run from starting or make it slow: alone, or under mpirun on every host."""
-    from mpillm.comm.together import fail_together
+    from mpillm.comm.failure import fail_together
     from mpillm.launch.terminal import watched
 
     with fail_together(None, debug=debug):

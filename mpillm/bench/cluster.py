@@ -9,7 +9,7 @@ from mpillm.bench.options import COLLECTIVES
 from mpillm.bench.pairs import fastest
 from mpillm.bench.peers import PEERS
 from mpillm.bench.report import Row, Section
-from mpillm.comm.edges import Way
+from mpillm.comm.channels.channel import Way
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, CollectiveCost, Cost, PointToPointCost
 
 

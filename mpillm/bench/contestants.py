@@ -15,13 +15,13 @@ from mpillm.bench.arrays import Shape, new_array
 from mpillm.bench.options import BenchOptions
 from mpillm.bench.peers import PEERS, Peer
 from mpillm.bench.timing import Call, Make
-from mpillm.comm.algorithms import ALGORITHMS
-from mpillm.comm.gpu.gpus import WAYS
+from mpillm.comm.algorithms.catalog import ALGORITHMS
+from mpillm.comm.gpu.device_selection import WAYS
 from mpillm.errors import MpillmError, UsageError
 
 if TYPE_CHECKING:
-    from mpillm.comm.group import Group
-    from mpillm.comm.node import SharedRows
+    from mpillm.comm.communicator import Group
+    from mpillm.comm.shared.team import SharedRows
 
 FLOOR = "floor"
 COPY, IN_PLACE = "copy", "pass in place"

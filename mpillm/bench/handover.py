@@ -12,9 +12,9 @@ from mpillm.bench.pairs import Pair, pairs
 from mpillm.bench.report import Row, Section, Show, figure, scaled, text, whole
 from mpillm.bench.setting import Bench
 from mpillm.bench.timing import Call, in_turn, interleave
-from mpillm.comm.clocks import clock_offset
-from mpillm.comm.mail import Edge, Mail
-from mpillm.comm.patience import patient_bcast
+from mpillm.comm.clock_sync import clock_offset
+from mpillm.comm.channels.channel_set import Edge, Mail
+from mpillm.comm.waiting import patient_bcast
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from mpillm.bench.figures import Seconds
 from mpillm.bench.report import TIME_COLUMNS, Row, Section, Show, scaled, text, whole
 from mpillm.bench.setting import Bench
 from mpillm.bench.timing import batch_of
-from mpillm.comm.patience import patient_barrier
+from mpillm.comm.waiting import patient_barrier
 
 if TYPE_CHECKING:
     from mpi4py import MPI

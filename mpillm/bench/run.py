@@ -19,7 +19,7 @@ from mpillm.bench.report import Section, as_csv, as_json, tell
 from mpillm.bench.setting import Bench, header
 from mpillm.comm.agreement import on_root
 from mpillm.comm.gpu.probe import probe
-from mpillm.comm.group import Group
+from mpillm.comm.communicator import Group
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.system.console import Console
 from mpillm.errors import UsageError

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from mpillm.bench.options import BenchOptions
 from mpillm.machine.cluster_profile import Cluster
-from mpillm.comm.together import ranks_text
+from mpillm.comm.failure import ranks_text
 from mpillm.system.console import Console
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from mpillm.comm.group import Group
+    from mpillm.comm.communicator import Group
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from mpillm.comm.patience import patient_bcast
+from mpillm.comm.waiting import patient_bcast
 from mpillm.errors import MpillmError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.comm import kernel
-from mpillm.comm.memory import PAGE_BYTES
+from mpillm.comm.shared.segment import PAGE_BYTES
 from mpillm.errors import CommError
 
 WHOLE = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")

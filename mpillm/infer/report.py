@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpillm.comm.patience import patient_barrier
+from mpillm.comm.waiting import patient_barrier
 from mpillm.system.console import Console
 from mpillm.infer.baselines import baselines as score_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast, get_args
 
-from mpillm.comm.edges import Way
+from mpillm.comm.channels.channel import Way
 from mpillm.comm.mesh import hosts, local_ranks
 from mpillm.errors import UsageError
 from mpillm.system.atomic import write_json

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mpillm.comm.group import Group, Handle, Prepared
-from mpillm.comm.node import SharedRows
+from mpillm.comm.communicator import Group, Handle, Prepared
+from mpillm.comm.shared.team import SharedRows
 
 # Each gradient begins on a cache line of its own.
 ALIGNMENT_BYTES = 64

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mpillm.comm.choice import Profile
-from mpillm.comm.group import Group, silent
+from mpillm.comm.selection import Profile
+from mpillm.comm.communicator import Group, silent
 from mpillm.comm.mesh import Axis
-from mpillm.comm.progress import ProgressThread
+from mpillm.comm.progress_thread import ProgressThread
 from mpillm.errors import CommError
 from mpillm.parallel.buckets import Bucket, group_parameters, lay, make_bucket, norm_pieces, padded, square_sum
 from mpillm.parallel.settings import ParallelSettings

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpillm.comm.edges import HandoverProfile
-from mpillm.comm.group import silent
-from mpillm.comm.mail import Edge, Mail
+from mpillm.comm.channels.channel import HandoverProfile
+from mpillm.comm.communicator import silent
+from mpillm.comm.channels.channel_set import Edge, Mail
 from mpillm.comm.mesh import Axis
 from mpillm.errors import CommError
 from mpillm.parallel.actions import Action, Schedule

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mpillm.comm.group import Group, silent
+from mpillm.comm.communicator import Group, silent
 from mpillm.comm.mesh import Axis
 from mpillm.models.decoder import Decoder
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from mpillm.comm.patience import patient_barrier
+from mpillm.comm.waiting import patient_barrier
 from mpillm.system.console import Console
 from mpillm.errors import DataError
 from mpillm.tokens.order import mix

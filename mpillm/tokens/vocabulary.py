@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpillm.comm.agreement import on_root
-from mpillm.comm.patience import patient_barrier
+from mpillm.comm.waiting import patient_barrier
 from mpillm.system.console import Console
 from mpillm.tokens.order import mix
 from mpillm.tokens.sources import read_piece

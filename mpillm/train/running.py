@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mpillm.comm.agreement import on_root
-from mpillm.comm.patience import patient_barrier
+from mpillm.comm.waiting import patient_barrier
 from mpillm.machine.cluster_profile import Cluster
-from mpillm.comm.together import host_name
+from mpillm.comm.failure import host_name
 from mpillm.system.console import Console, Progress
 from mpillm.errors import CheckpointError, DivergedError, StoppedError
 from mpillm.system.atomic import write_text

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpillm.comm.clocks import clock_offset
-from mpillm.comm.group import silent
+from mpillm.comm.clock_sync import clock_offset
+from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Mesh
 from mpillm.machine.cluster_profile import ClusterProfile
-from mpillm.comm.together import ranks_text
+from mpillm.comm.failure import ranks_text
 from mpillm.errors import DivergedError
 from mpillm.infer.evaluate import rows_at_once
 from mpillm.parallel.layout import Layout

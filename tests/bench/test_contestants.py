@@ -12,7 +12,7 @@ from mpillm.bench.contestants import Contestant, Memory, contestants, peers_want
 from mpillm.bench.options import BenchOptions
 from mpillm.bench.pattern import count_wrong
 from mpillm.bench.peers import joined
-from mpillm.comm.group import Group
+from mpillm.comm.communicator import Group
 from mpillm.errors import CommError, UsageError
 
 HERE = ("auto", "ring", "native", "reference")

@@ -12,8 +12,8 @@ from mpillm.bench.handover import WORK_SECONDS, ByMail, ByRequests, Hand, behind
 from mpillm.bench.options import BenchOptions
 from mpillm.bench.report import Section
 from mpillm.bench.setting import Bench
-from mpillm.comm.group import Group
-from mpillm.comm.mail import Edge, Mail
+from mpillm.comm.communicator import Group
+from mpillm.comm.channels.channel_set import Edge, Mail
 from mpillm.comm.mesh import on_one_node
 from mpillm.machine.cluster_profile import Cluster, load_profile
 from mpillm.system.console import Console

@@ -150,7 +150,7 @@ def bfloat16_at(raw):
 
 
 def kernel_of(machine, name):
-    """What the kernels of arithmetic.py do, by torch."""
+    """What the kernels of device_arithmetic.py do, by torch."""
 
     def combine(a, b, out):
         function = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[name.rsplit("_", 1)[1]]
@@ -312,11 +312,11 @@ def build(seed=0):
 @contextmanager
 def pretended(seed=0):
     """sys.modules with a simulated CuPy in it; gives (cupy, machine)."""
-    from mpillm.comm.gpu import arithmetic
+    from mpillm.comm.gpu import device_arithmetic
 
     modules, machine = build(seed)
     before = {name: sys.modules.get(name) for name in modules}
-    caches = (arithmetic._bfloat16_combine, arithmetic._scaling)
+    caches = (device_arithmetic._bfloat16_combine, device_arithmetic._scaling)
     for cache in caches:
         cache.cache_clear()
     sys.modules.update(modules)

@@ -7,7 +7,7 @@ from itertools import pairwise, product
 import pytest
 from mpi4py import MPI
 
-from mpillm.comm.algorithms import (
+from mpillm.comm.algorithms.catalog import (
     ALGORITHMS,
     FIXED_ORDER,
     Transfer,

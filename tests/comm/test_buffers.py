@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mpillm.comm.buffers import ELEMENTS, WHOLE, as_buffer, new_octets
-from mpillm.comm.memory import PAGE_BYTES
+from mpillm.comm.shared.segment import PAGE_BYTES
 from mpillm.errors import CommError
 
 
@@ -74,5 +74,5 @@ def test_what_cannot_travel(array, rule):
 
 @pytest.mark.alone
 def test_comm_on_numpy_loads_no_torch(python):
-    script = "import mpillm.comm.group as g, numpy, sys; g.as_buffer(numpy.ones(3)); print('torch' in sys.modules)"
+    script = "import mpillm.comm.communicator as g, numpy, sys; g.as_buffer(numpy.ones(3)); print('torch' in sys.modules)"
     assert python("-c", script).stdout == "False\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpillm.comm.choice import KIB, MIB, REDUCING, Layout, Wish, available, choose
+from mpillm.comm.selection import KIB, MIB, REDUCING, Layout, Wish, available, choose
 from mpillm.errors import CommError
 
 ALONE = Layout(((0,),), False)

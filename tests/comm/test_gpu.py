@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from mpillm.comm.buffers import ELEMENTS, SHORT_FLOATS, WHOLE, as_buffer
-from mpillm.comm.choice import OPERATIONS
-from mpillm.comm.gpu.arrays import as_device_buffer
+from mpillm.comm.selection import OPERATIONS
+from mpillm.comm.gpu.device_arrays import as_device_buffer
 from mpillm.comm.gpu.probe import TRIALS, probe
-from mpillm.comm.group import Group
+from mpillm.comm.communicator import Group
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile
-from mpillm.comm.transfers import block_bounds
+from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.errors import CommError
 
 

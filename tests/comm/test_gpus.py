@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from mpillm.comm.buffers import ELEMENTS, as_buffer
-from mpillm.comm.choice import OPERATIONS, Wish
+from mpillm.comm.selection import OPERATIONS, Wish
 from mpillm.comm.gpu import nccl
-from mpillm.comm.gpu.arrays import as_device_buffer
-from mpillm.comm.gpu.buffer import is_on_device
-from mpillm.comm.gpu.direct import list_for, way
+from mpillm.comm.gpu.device_arrays import as_device_buffer
+from mpillm.comm.gpu.device_buffer import is_on_device
+from mpillm.comm.gpu.gpu_aware import list_for, way
 from mpillm.comm.gpu.probe import TRIALS
 from mpillm.comm.gpu.staging import Span, plan
-from mpillm.comm.group import Group
-from mpillm.comm.transfers import block_bounds
+from mpillm.comm.communicator import Group
+from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.errors import CommError
 
 specification = importlib.util.spec_from_file_location("simulated", Path(__file__).with_name("simulated_cupy.py"))
@@ -245,7 +245,7 @@ def test_other_reductions(gpu, gpu_group, op, element):
 
 def test_many_segments_overlap(gpu, gpu_group, monkeypatch):
     """Pinned memory far smaller than the array: copies down and up of different segments are on their way at once."""
-    monkeypatch.setattr("mpillm.comm.gpu.copies.SEGMENT_BYTES", 4096)
+    monkeypatch.setattr("mpillm.comm.gpu.pinned.SEGMENT_BYTES", 4096)
     for operation in MOVING:
         for in_place in (True, False) if operation != "broadcast" else (True,):
             run_once(gpu, gpu_group, operation, "staged", "float32", 12_000 * gpu_group.size, in_place)
@@ -256,7 +256,7 @@ def test_many_segments_overlap(gpu, gpu_group, monkeypatch):
 @pytest.mark.parametrize("operation", MOVING)
 def test_long_lists(gpu, gpu_group, monkeypatch, operation, segment_bytes):
     """Lists of as many rounds as there are ranks, each of whole blocks or of segments."""
-    monkeypatch.setattr("mpillm.comm.gpu.direct.SEGMENT_BYTES", segment_bytes)
+    monkeypatch.setattr("mpillm.comm.gpu.gpu_aware.SEGMENT_BYTES", segment_bytes)
     if gpu_group.size > 1:
         count = 80_000 * gpu_group.size + (0 if operation == "alltoall" else 1)
         run_once(gpu, gpu_group, operation, "device-mpi", "bfloat16", count, in_place=True)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from mpillm.comm import patience
-from mpillm.comm.algorithms import block_bounds
+from mpillm.comm import waiting
+from mpillm.comm.algorithms.catalog import block_bounds
 from mpillm.comm.buffers import ELEMENTS, FLOATS, SHORT_FLOATS, WHOLE, as_buffer
-from mpillm.comm.choice import OPERATIONS
-from mpillm.comm.group import Group
+from mpillm.comm.selection import OPERATIONS
+from mpillm.comm.communicator import Group
 from mpillm.errors import CommError
 
 REDUCING = ("allreduce", "reduce_scatter", "reduce")
@@ -214,7 +214,7 @@ def test_who_waits_long_for_segments_sleeps(group, monkeypatch, algorithm, naps)
         pytest.skip("needs another rank")
     breather = group._breather
     monkeypatch.setattr(breather, "_naps", 0)
-    monkeypatch.setattr(patience, "TAKEN_SECONDS", 1e9)  # whatever else runs on these cores
+    monkeypatch.setattr(waiting, "TAKEN_SECONDS", 1e9)  # whatever else runs on these cores
     taken, sleep, array = [], time.sleep, np.full(200_000, group.rank + 1.0, np.float32)
     group.comm.Barrier()
     if group.rank == 0:
@@ -224,7 +224,7 @@ def test_who_waits_long_for_segments_sleeps(group, monkeypatch, algorithm, naps)
     group.settle()
     assert (array == sum(range(1, group.size + 1))).all()
     if group.rank:
-        assert (patience.NAP_SECONDS in taken) == naps
+        assert (waiting.NAP_SECONDS in taken) == naps
 
 
 def test_settled_when_nothing_is_under_way(group):

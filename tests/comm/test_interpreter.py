@@ -11,7 +11,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpillm.comm.algorithms import (
+from mpillm.comm.algorithms.catalog import (
     ALGORITHMS,
     FIXED_ORDER,
     Schedule,
@@ -22,8 +22,8 @@ from mpillm.comm.algorithms import (
     tree_split,
 )
 from mpillm.comm.buffers import as_buffer
-from mpillm.comm.interpreter import KEPT_BYTES, Run, Scratch
-from mpillm.comm.lockstep import LockStep, make_steps
+from mpillm.comm.executors.segmented import KEPT_BYTES, Run, Scratch
+from mpillm.comm.executors.blockwise import LockStep, make_steps
 from mpillm.errors import CommError
 
 PAIRS = [(operation, algorithm) for operation, lists in ALGORITHMS.items() for algorithm in lists]

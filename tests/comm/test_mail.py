@@ -13,9 +13,9 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpillm.comm.edges import wished_ways
-from mpillm.comm.mail import Edge, Mail
-from mpillm.comm.mailboxes import SLOTS, lay_out
+from mpillm.comm.channels.channel import wished_ways
+from mpillm.comm.channels.channel_set import Edge, Mail
+from mpillm.comm.channels.setup import SLOTS, lay_out
 from mpillm.comm.mesh import on_one_node
 from mpillm.errors import CommError
 
@@ -304,7 +304,7 @@ import sys, time
 from pathlib import Path
 import numpy
 from mpi4py import MPI
-from mpillm.comm.mail import Edge, Mail
+from mpillm.comm.channels.channel_set import Edge, Mail
 
 comm, told = MPI.COMM_WORLD, Path(sys.argv[1])
 mail = Mail(comm, [Edge(0, 1, 4 << 20)], way="shared")
@@ -340,8 +340,8 @@ def test_the_sender_need_not_be_there(folder, python):
 FALLS_BACK = """
 import sys
 import numpy
-from mpillm.comm.mail import Edge, Mail
-from mpillm.comm.together import fail_together
+from mpillm.comm.channels.channel_set import Edge, Mail
+from mpillm.comm.failure import fail_together
 from mpillm.comm.world import open_world
 
 comm = open_world()
@@ -402,7 +402,7 @@ def test_a_full_shared_memory_is_an_error_where_it_was_asked_for(with_little_mem
 def test_a_killed_sender_ends_the_job(folder, python, way):
     script = folder / "killed.py"
     script.write_text(
-        "import os, signal, numpy\nfrom mpi4py import MPI\nfrom mpillm.comm.mail import Edge, Mail\n"
+        "import os, signal, numpy\nfrom mpi4py import MPI\nfrom mpillm.comm.channels.channel_set import Edge, Mail\n"
         f"mail = Mail(MPI.COMM_WORLD, [Edge(1, 0, 100)], way={way!r})\n"
         "if mail.rank == 1:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         "mail.expect(0, numpy.zeros(100, numpy.uint8))\nmail.wait(0)\n"

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from mpillm.comm import building
+from mpillm.comm.executors import dispatch
 from mpillm.comm.buffers import as_buffer
-from mpillm.comm.group import Group
-from mpillm.comm.lockstep import make_steps
+from mpillm.comm.communicator import Group
+from mpillm.comm.executors.blockwise import make_steps
 
 TWO_HOSTS = Path(__file__).parents[1] / "peers" / "two_hosts.sh"
 UNAVAILABLE = 77
@@ -44,7 +44,7 @@ def group(comm):
 @pytest.fixture(autouse=True)
 def pieces(monkeypatch):
     """Two levels go in several pieces at the counts of this file."""
-    monkeypatch.setattr(building, "PIECE_BYTES", 300_000)
+    monkeypatch.setattr(dispatch, "PIECE_BYTES", 300_000)
 
 
 @pytest.mark.alone
@@ -136,7 +136,7 @@ def test_two_levels_send_each_byte_once_a_host(group, monkeypatch):
         runs.append(make_steps(*arguments))
         return runs[-1]
 
-    monkeypatch.setattr(building, "make_steps", noted)
+    monkeypatch.setattr(dispatch, "make_steps", noted)
     array = array_of(group, COUNT)
     nbytes = 4 * COUNT
     ready = group.prepare("allreduce", array, algorithm="two-level")
@@ -159,7 +159,7 @@ def test_only_within_a_node_blocks_come_in_pieces(group, monkeypatch):
         given.append(arguments[-1])
         return make_steps(*arguments)
 
-    monkeypatch.setattr(building, "make_steps", noted)
+    monkeypatch.setattr(dispatch, "make_steps", noted)
     if group.size > 1:
         group.prepare("allreduce", array_of(group, COUNT), algorithm="ring")
-        assert given == [building.ADDED_BYTES if len(group.nodes) == 1 else None]
+        assert given == [dispatch.ADDED_BYTES if len(group.nodes) == 1 else None]

@@ -11,17 +11,17 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.comm import kernel
-from mpillm.comm.group import Group
-from mpillm.comm.memory import Rows, share
+from mpillm.comm.communicator import Group
+from mpillm.comm.shared.segment import Rows, share
 from mpillm.comm.mesh import on_one_node
-from mpillm.comm.node import KINDS
+from mpillm.comm.shared.team import KINDS
 from mpillm.errors import CommError
 
 SUMS = """
 import sys
 import numpy
-from mpillm.comm.group import Group
-from mpillm.comm.together import fail_together
+from mpillm.comm.communicator import Group
+from mpillm.comm.failure import fail_together
 from mpillm.comm.world import open_world
 
 comm = open_world()
@@ -214,7 +214,7 @@ def test_more_ranks_than_a_team_takes_fall_back_with_one_warning(comm, monkeypat
 def test_a_killed_rank_ends_the_job(folder, python, algorithm):
     script = folder / "killed.py"
     script.write_text(
-        "import os, signal, sys, numpy\nfrom mpi4py import MPI\nfrom mpillm.comm.group import Group\n"
+        "import os, signal, sys, numpy\nfrom mpi4py import MPI\nfrom mpillm.comm.communicator import Group\n"
         "group = Group(MPI.COMM_WORLD)\narray = numpy.ones(100000, numpy.float32)\n"
         f"ready = group.prepare('allreduce', array, op='max', algorithm={algorithm!r})\n"
         "for turn in range(10**9):\n    if turn == 50 and group.rank == 1:\n"

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from mpillm.comm import patience
-from mpillm.comm.patience import Breather, patient_barrier, patient_bcast, share_cores, wait_patiently
+from mpillm.comm import waiting
+from mpillm.comm.waiting import Breather, patient_barrier, patient_bcast, share_cores, wait_patiently
 
 
 def test_waiting_ranks_sleep(comm):
@@ -64,18 +64,18 @@ def naps(monkeypatch):
 def test_who_offers_a_core_that_others_take_sleeps_a_while(naps, monkeypatch):
     breather = Breather()
     monkeypatch.setattr(os, "sched_yield", lambda: None)
-    monkeypatch.setattr(time, "monotonic", itertools.count(0, patience.TAKEN_SECONDS / 2).__next__)
+    monkeypatch.setattr(time, "monotonic", itertools.count(0, waiting.TAKEN_SECONDS / 2).__next__)
     for _ in range(10):
         breather()
     assert not naps
     monkeypatch.setattr(time, "monotonic", itertools.count().__next__)
-    for _ in range(patience.NAPS + 1):
+    for _ in range(waiting.NAPS + 1):
         breather()
-    assert naps == [patience.NAP_SECONDS] * patience.NAPS
-    monkeypatch.setattr(time, "monotonic", itertools.count(0, patience.TAKEN_SECONDS / 2).__next__)
+    assert naps == [waiting.NAP_SECONDS] * waiting.NAPS
+    monkeypatch.setattr(time, "monotonic", itertools.count(0, waiting.TAKEN_SECONDS / 2).__next__)
     for _ in range(10):
         breather()
-    assert len(naps) == patience.NAPS
+    assert len(naps) == waiting.NAPS
 
 
 def test_what_has_not_moved_for_a_while_is_looked_at_less_often(naps, monkeypatch):
@@ -95,8 +95,8 @@ def test_what_has_not_moved_for_a_while_is_looked_at_less_often(naps, monkeypatc
     assert sleeps(0)
     breather.moved()
     assert not sleeps(1)  # the look before it found something, however long ago that began
-    assert not sleeps(patience.QUIET_SECONDS / 2)
-    assert sleeps(patience.QUIET_SECONDS)
+    assert not sleeps(waiting.QUIET_SECONDS / 2)
+    assert sleeps(waiting.QUIET_SECONDS)
 
 
 @pytest.mark.alone

@@ -27,7 +27,7 @@ def test_the_real_child_on_the_cpu():
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_real_child_as_a_job(python, ranks):
-    told = python("-m", "mpillm.comm.gpu.trial", "cpu", *TRIALS, ranks=ranks).stdout.splitlines()
+    told = python("-m", "mpillm.comm.gpu.probe_child", "cpu", *TRIALS, ranks=ranks).stdout.splitlines()
     assert told == ["ready", *(f"{name} ok" for name in TRIALS)]
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from mpillm.comm.together import Reason, exit_code, lone_message, message, ranks_text, reason_of
+from mpillm.comm.failure import Reason, exit_code, lone_message, message, ranks_text, reason_of
 from mpillm.errors import LayoutError, MpillmError, UsageError
 
 SCRIPT = """
 import os, signal, sys, time
 import numpy
-from mpillm.comm.together import fail_together
+from mpillm.comm.failure import fail_together
 from mpillm.comm.world import open_world
 from mpillm.errors import MpillmError, UsageError
 

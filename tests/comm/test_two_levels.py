@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpillm.comm import building
+from mpillm.comm.executors import dispatch
 from mpillm.comm.buffers import as_buffer
-from mpillm.comm.building import Builder
-from mpillm.comm.choice import Layout, Wish
+from mpillm.comm.executors.dispatch import Builder
+from mpillm.comm.selection import Layout, Wish
 from mpillm.comm.mesh import on_one_node
-from mpillm.comm.node import Node
-from mpillm.comm.two_levels import Piece, Pieces
+from mpillm.comm.shared.team import Node
+from mpillm.comm.executors.hierarchical import Piece, Pieces
 from mpillm.errors import CommError
 
 ENDLESS = 10**9
@@ -162,7 +162,7 @@ def levels(comm, request):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """2^20 + 3 elements of float32 make 13."""
-    monkeypatch.setattr(building, "PIECE_BYTES", 300_000)
+    monkeypatch.setattr(dispatch, "PIECE_BYTES", 300_000)
 
 
 def values(count, rank, turn=0):
@@ -184,7 +184,7 @@ def test_sums_over_two_levels(small_pieces, comm, levels, count, op):
 def test_cut_in_pieces_or_not_it_gives_the_same_bits(small_pieces, comm, levels, monkeypatch):
     cut, whole = values(LONG, comm.rank), values(LONG, comm.rank)
     levels.build(cut, fixed_order=True).run()
-    monkeypatch.setattr(building, "MOST_PIECES", 1)
+    monkeypatch.setattr(dispatch, "MOST_PIECES", 1)
     levels.build(whole, fixed_order=True).run()
     assert cut.tobytes() == whole.tobytes()
 
@@ -220,7 +220,7 @@ def test_ranks_that_test_meet_ranks_that_wait(small_pieces, comm, levels):
 def test_pieces_are_few_for_many_ranks():
     """A piece leaves each rank's block of a stripe a segment at least."""
     for nbytes, ranks in itertools.product((0, 1, 10**5, 10**6, 10**8, 10**10), (2, 4, 64, 4096)):
-        pieces = building._pieces(nbytes, ranks)
-        assert 1 <= pieces <= building.MOST_PIECES
-        assert pieces == 1 or nbytes // pieces >= max(building.PIECE_BYTES, ranks * building.SEGMENT_BYTES)
-    assert building._pieces(10**8, 4) == building.MOST_PIECES
+        pieces = dispatch._pieces(nbytes, ranks)
+        assert 1 <= pieces <= dispatch.MOST_PIECES
+        assert pieces == 1 or nbytes // pieces >= max(dispatch.PIECE_BYTES, ranks * dispatch.SEGMENT_BYTES)
+    assert dispatch._pieces(10**8, 4) == dispatch.MOST_PIECES

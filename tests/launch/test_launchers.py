@@ -210,7 +210,7 @@ def _foreign_environment(rank: int) -> dict[str, str]:
 
 START = """
 import os
-from mpillm.comm.together import fail_together
+from mpillm.comm.failure import fail_together
 from mpillm.launch.lonely import one_voice, refuse_before_init, refuse_lonely_ranks
 
 with fail_together(None), one_voice(os.environ):

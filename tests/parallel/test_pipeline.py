@@ -245,7 +245,7 @@ def test_microbatches_are_chosen_where_none_are_asked_for():
 SCRIPT = """
 import os, signal, sys, torch
 from mpillm.comm.mesh import Mesh
-from mpillm.comm.together import fail_together
+from mpillm.comm.failure import fail_together
 from mpillm.comm.world import open_world
 from mpillm.parallel.pipeline import Pipeline, Stream
 from mpillm.parallel.schedules import make_schedule

@@ -16,8 +16,8 @@ from mpi4py import MPI
 
 from mpillm.bench.timing import in_turn, slowest
 from mpillm.comm.buffers import new_octets
-from mpillm.comm.group import Group
-from mpillm.comm.memory import PAGE_BYTES
+from mpillm.comm.communicator import Group
+from mpillm.comm.shared.segment import PAGE_BYTES
 
 PLACES = (0, 4, 16, 28, 32, 64, 1024, PAGE_BYTES // 2, PAGE_BYTES // 2 + 16, PAGE_BYTES - 16)
 

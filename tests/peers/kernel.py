@@ -17,10 +17,10 @@ import torch
 from mpi4py import MPI
 
 from mpillm.bench.timing import in_turn
-from mpillm.comm.algorithms import block_bounds
+from mpillm.comm.algorithms.catalog import block_bounds
 from mpillm.comm.buffers import from_octets
-from mpillm.comm.group import Group
-from mpillm.comm.node import SharedRows
+from mpillm.comm.communicator import Group
+from mpillm.comm.shared.team import SharedRows
 
 PIECE_BYTES = 128 * 1024
 Call = Callable[[], object]

@@ -27,8 +27,8 @@ from mpi4py import MPI
 
 from mpillm.bench.sizes import parse_sizes
 from mpillm.bench.timing import in_turn
-from mpillm.comm import building
-from mpillm.comm.group import Group
+from mpillm.comm.executors import dispatch
+from mpillm.comm.communicator import Group
 
 OURS = ("native", "ring", "segmented-ring", "rabenseifner", "two-level")
 SEGMENTED = ("segmented-ring", "two-level")
@@ -146,12 +146,12 @@ def join_gloo(comm: MPI.Intracomm, interface: str) -> Callable[[Any], Call] | No
 @contextmanager
 def constants(segment_bytes: int, in_flight: int) -> Iterator[None]:
     """The builder's constants, for a while."""
-    kept = building.SEGMENT_BYTES, building.IN_FLIGHT
-    building.SEGMENT_BYTES, building.IN_FLIGHT = segment_bytes, in_flight
+    kept = dispatch.SEGMENT_BYTES, dispatch.IN_FLIGHT
+    dispatch.SEGMENT_BYTES, dispatch.IN_FLIGHT = segment_bytes, in_flight
     try:
         yield
     finally:
-        building.SEGMENT_BYTES, building.IN_FLIGHT = kept
+        dispatch.SEGMENT_BYTES, dispatch.IN_FLIGHT = kept
 
 
 def prepare(group: Group, array: Any, algorithm: str, text: str) -> Call:

@@ -1,6 +1,6 @@
 import pytest
 
-from mpillm.comm.clocks import clock_offset
+from mpillm.comm.clock_sync import clock_offset
 from mpillm.train.sharing import measured_bubble
 from mpillm.train.timing import measured_costs, trace_events
 

@@ -216,7 +216,7 @@ def test_one_rank_that_raises_ends_the_job_with_its_reason(data: Path, folder: P
     script = folder / "raise.py"
     script.write_text(
         "import sys\n"
-        "from mpillm.comm.together import fail_together\n"
+        "from mpillm.comm.failure import fail_together\n"
         "from mpillm.comm.world import open_world\n"
         "from mpillm.system.console import Console\n"
         "from mpillm.train import loop, trainer\n"

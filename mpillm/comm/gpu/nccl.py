@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from mpillm.comm.choice import REDUCING, Wish
-from mpillm.comm.gpu.buffer import DeviceBuffer, load_cupy
+from mpillm.comm.selection import REDUCING, Wish
+from mpillm.comm.gpu.device_buffer import DeviceBuffer, load_cupy
 from mpillm.comm.gpu.streams import stream_at
-from mpillm.comm.transfers import block_bounds
+from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-from mpillm.comm.gpu.direct import ARITHMETIC, MESSAGES
+from mpillm.comm.gpu.gpu_aware import ARITHMETIC, MESSAGES
 from mpillm.system.environment import without_launcher
 
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall")
 TRIALS = (MESSAGES, *OPERATIONS, ARITHMETIC)
 READY = "ready"
-CHILD = (sys.executable, "-m", "mpillm.comm.gpu.trial", "cuda")
+CHILD = (sys.executable, "-m", "mpillm.comm.gpu.probe_child", "cuda")
 # One child, with the import of CuPy; and all of them.
 CHILD_SECONDS, ALL_SECONDS = 60.0, 240.0
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
-from mpillm.comm.transfers import block_bounds
+from mpillm.comm.algorithms.schedule import block_bounds
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from mpillm.comm.gpu.buffer import DeviceBuffer
-from mpillm.comm.stages import Stage
+from mpillm.comm.gpu.device_buffer import DeviceBuffer
+from mpillm.comm.executors.request import Stage
 
 
 class Caller:

@@ -4,15 +4,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mpillm.comm.buffers import from_octets
-from mpillm.comm.choice import REDUCING, Layout, Wish
-from mpillm.comm.gpu.buffer import DeviceBuffer
-from mpillm.comm.gpu.copies import SLOTS, CudaCopies, Pinned
-from mpillm.comm.gpu.direct import DeviceMessages
+from mpillm.comm.selection import REDUCING, Layout, Wish
+from mpillm.comm.gpu.device_buffer import DeviceBuffer
+from mpillm.comm.gpu.pinned import SLOTS, CudaCopies, Pinned
+from mpillm.comm.gpu.gpu_aware import DeviceMessages
 from mpillm.comm.gpu.nccl import Nccl
 from mpillm.comm.gpu.staging import Host, Staged, plan
 from mpillm.comm.gpu.streams import Caller, Enqueued, Reached, Within, stream_at
-from mpillm.comm.stages import Stage, chain
-from mpillm.comm.transfers import block_bounds
+from mpillm.comm.executors.request import Stage, chain
+from mpillm.comm.algorithms.schedule import block_bounds
 
 if TYPE_CHECKING:
     from mpi4py import MPI

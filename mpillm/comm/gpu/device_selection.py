@@ -1,7 +1,7 @@
 """The GPU side of a group: which way for an array on a GPU, and the stages of it.
 
 - nccl: the GPUs among themselves (nccl.py).
-- device-mpi: device pointers handed to an MPI library that takes them (direct.py).
+- device-mpi: device pointers handed to an MPI library that takes them (gpu_aware.py).
 - staged: pinned host memory in segments, and between the hosts the best algorithm of the CPU (staging.py). The name of
   an algorithm of the CPU means the same by that algorithm.
 """
@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpillm.comm.buffers import FLOATS
-from mpillm.comm.choice import REDUCING, Profile, Wish, check_known
-from mpillm.comm.gpu import direct, nccl
-from mpillm.comm.gpu.arrays import as_device_buffer
-from mpillm.comm.gpu.buffer import DeviceBuffer
-from mpillm.comm.gpu.building import DeviceBuilder, HostGroup, whole_of
+from mpillm.comm.selection import REDUCING, Profile, Wish, check_known
+from mpillm.comm.gpu import nccl
+from mpillm.comm.gpu import gpu_aware
+from mpillm.comm.gpu.device_arrays import as_device_buffer
+from mpillm.comm.gpu.device_buffer import DeviceBuffer
+from mpillm.comm.gpu.device_dispatch import DeviceBuilder, HostGroup, whole_of
 from mpillm.comm.gpu.streams import Caller, Ordered
-from mpillm.comm.stages import Stage, Work
+from mpillm.comm.executors.request import Stage, Work
 from mpillm.errors import CommError
 
 WAYS = ("nccl", "device-mpi", "staged")
@@ -67,7 +68,7 @@ class Gpus:
         if chosen == "nccl" and isinstance(self._nccl, nccl.Nccl):
             return self._builder.by_nccl(self._nccl, *arrays)
         if chosen == "device-mpi":
-            return self._builder.by_pointers(direct.way(wish.operation, source.element, self._probe), *arrays)
+            return self._builder.by_pointers(gpu_aware.way(wish.operation, source.element, self._probe), *arrays)
         return self._builder.by_host("auto" if chosen == "staged" else chosen, *arrays)
 
     def _able(self, wish: Wish, buffer: DeviceBuffer) -> dict[str, str]:
@@ -83,7 +84,7 @@ class Gpus:
             able["nccl"] = self._joined(buffer)
             if isinstance(self._nccl, nccl.Nccl):
                 able["nccl"] = self._nccl.lacks(wish.operation, buffer.element, buffer.device)
-        if not direct.way(wish.operation, buffer.element, self._probe):
+        if not gpu_aware.way(wish.operation, buffer.element, self._probe):
             able["device-mpi"] = UNPROBED if not self._probe else "the probe in the profile found that it fails"
         return able
 

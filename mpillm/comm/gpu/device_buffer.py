@@ -1,7 +1,7 @@
 """Memory of a GPU as the collectives see it: flat rows of elements, the counterpart of buffers.py.
 
 CuPy is loaded when the first array on a GPU comes, never before. It knows no bfloat16: that is seen as uint16 here, and
-summed by the kernels of arithmetic.py.
+summed by the kernels of device_arithmetic.py.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mpillm.comm.buffers import Buffer
-from mpillm.comm.gpu import arithmetic
+from mpillm.comm.gpu import device_arithmetic
 from mpillm.errors import CommError
 
 
@@ -76,7 +76,7 @@ class DeviceBuffer:
         """self[target] = self[target] op source[source_slice], by a kernel on CuPy's current stream; it has run when
         this returns, so that the sum may be sent on.
         """
-        arithmetic.combine(self.library, self.element, op, self.flat[target], source.flat[source_slice])
+        device_arithmetic.combine(self.library, self.element, op, self.flat[target], source.flat[source_slice])
         self.settle()
 
     def combining(self, op: str, target: slice, source: "DeviceBuffer", source_slice: slice) -> Callable[[], object]:
@@ -85,7 +85,7 @@ class DeviceBuffer:
 
     def scale(self, factor: float) -> None:
         """self *= factor, in place, on CuPy's current stream; floats only."""
-        arithmetic.scale(self.library, self.element, self.flat, factor)
+        device_arithmetic.scale(self.library, self.element, self.flat, factor)
 
     def copy_from(self, source: "DeviceBuffer") -> None:
         """Overwrite all elements by `source`'s, on CuPy's current stream."""

@@ -1,4 +1,4 @@
-"""The child of probe.py: `python -m mpillm.comm.gpu.trial cuda messages allreduce …` tries one after the other.
+"""The child of probe.py: `python -m mpillm.comm.gpu.probe_child cuda messages allreduce …` tries one after the other.
 
 Each trial takes the very way of direct.py: small and large arrays, in place and not, blocking and not. With `cpu`
 in place of `cuda` it is tried on NumPy arrays.
@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpillm.comm import native
-from mpillm.comm.choice import Wish
-from mpillm.comm.gpu.buffer import DeviceBuffer, DeviceBytes
-from mpillm.comm.gpu.direct import ARITHMETIC, MESSAGES, DeviceMessages
+from mpillm.comm.executors import mpi_library
+from mpillm.comm.selection import Wish
+from mpillm.comm.gpu.device_buffer import DeviceBuffer, DeviceBytes
+from mpillm.comm.gpu.gpu_aware import ARITHMETIC, MESSAGES, DeviceMessages
 from mpillm.comm.gpu.probe import READY, tell
-from mpillm.comm.stages import Stage, Work
-from mpillm.comm.transfers import block_bounds
+from mpillm.comm.executors.request import Stage, Work
+from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.errors import MpillmError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Trial:
 
     def _arithmetic(self, count: int) -> Iterator[bool]:
         own, other = self._row(3.0, count), self._row(4.0, count)
-        kind, op = native.type_and_op("float32", "sum")
+        kind, op = mpi_library.type_and_op("float32", "sum")
         self._settle()
         op.Reduce_local(_message(own.octets, count, kind), _message(other.octets, count, kind))
         yield self._is(other.flat, 7.0)

@@ -17,8 +17,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpillm.comm.buffers import as_buffer
-from mpillm.comm.edges import Edge, HandoverProfile, Way, check_edges
-from mpillm.comm.ends import (
+from mpillm.comm.channels.channel import Edge, HandoverProfile, Way, check_edges
+from mpillm.comm.channels.endpoints import (
     End,
     Incoming,
     MessagesIncoming,
@@ -28,10 +28,10 @@ from mpillm.comm.ends import (
     SharedIncoming,
     SharedOutgoing,
 )
-from mpillm.comm.group import silent
+from mpillm.comm.communicator import silent
 from mpillm.comm.kernel import Mailbox
-from mpillm.comm.mailboxes import open_ways
-from mpillm.comm.progress import ProgressThread
+from mpillm.comm.channels.setup import open_ways
+from mpillm.comm.progress_thread import ProgressThread
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mpillm.comm import kernel
-from mpillm.comm.edges import Edge, HandoverProfile, Way, wished_ways
-from mpillm.comm.memory import Rows, share
-from mpillm.comm.node import processes, spins_of
+from mpillm.comm.channels.channel import Edge, HandoverProfile, Way, wished_ways
+from mpillm.comm.shared.segment import Rows, share
+from mpillm.comm.shared.team import processes, spins_of
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpillm.comm.buffers import check_memory, element_of
-from mpillm.comm.gpu.buffer import DeviceBuffer, is_on_device, load_cupy
+from mpillm.comm.gpu.device_buffer import DeviceBuffer, is_on_device, load_cupy
 from mpillm.errors import CommError
 
 

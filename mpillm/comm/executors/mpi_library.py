@@ -13,8 +13,8 @@ import numpy as np
 
 from mpillm.comm import kernel
 from mpillm.comm.buffers import ELEMENTS, REDUCTIONS, SHORT_FLOATS, Buffer
-from mpillm.comm.stages import Library, Stage, Work, chain
-from mpillm.comm.transfers import block_bounds
+from mpillm.comm.executors.request import Library, Stage, Work, chain
+from mpillm.comm.algorithms.schedule import block_bounds
 
 if TYPE_CHECKING:
     from mpi4py import MPI

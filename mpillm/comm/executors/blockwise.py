@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mpillm.comm.buffers import Buffer
-from mpillm.comm.interpreter import LARGEST_MESSAGE_BYTES, LEFT_EARLY, Run, Scratch
-from mpillm.comm.transfers import Round, Schedule, block_bounds, cut, sums_over_sent
+from mpillm.comm.executors.segmented import LARGEST_MESSAGE_BYTES, LEFT_EARLY, Run, Scratch
+from mpillm.comm.algorithms.schedule import Round, Schedule, block_bounds, cut, sums_over_sent
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from numpy.typing import NDArray
 
-    from mpillm.comm.stages import Steps
+    from mpillm.comm.executors.request import Steps
 
 _Part = tuple[int, int, int]
 """(peer, first element, the element behind its last)."""

@@ -7,8 +7,8 @@
 #include <stdint.h>
 
 #include "flags.h"
-#include "kernelmodule.h"
-#include "mailbox.h"
+#include "module.h"
+#include "spsc_queue.h"
 
 typedef struct {
     PyObject_HEAD

@@ -9,8 +9,8 @@
 #include <signal.h>
 #include <string.h>
 
-#include "kernelmodule.h"
-#include "mailbox.h"
+#include "module.h"
+#include "spsc_queue.h"
 #include "team.h"
 
 /* How long a wait may keep Python from handling a signal. */

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from mpillm.comm.buffers import Buffer
-from mpillm.comm.native import pieces
-from mpillm.comm.stages import Stage
+from mpillm.comm.executors.mpi_library import pieces
+from mpillm.comm.executors.request import Stage
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 
-from mpillm.comm.transfers import Round, Schedule, Transfer, block_bounds, one_round
-from mpillm.comm.trees import doubling, gathering, halving, levels, scattered_owners, spreading, tree_split
+from mpillm.comm.algorithms.schedule import Round, Schedule, Transfer, block_bounds, one_round
+from mpillm.comm.algorithms.trees import doubling, gathering, halving, levels, scattered_owners, spreading, tree_split
 from mpillm.errors import CommError
 
 __all__ = [

@@ -5,9 +5,9 @@ each node and the one before is spread there, so that neither the network nor th
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpillm.comm.interpreter import LEFT_EARLY
-from mpillm.comm.patience import Breather
-from mpillm.comm.stages import Stage
+from mpillm.comm.executors.segmented import LEFT_EARLY
+from mpillm.comm.waiting import Breather
+from mpillm.comm.executors.request import Stage
 from mpillm.errors import CommError
 
 

@@ -10,7 +10,7 @@ from math import inf
 from types import MappingProxyType
 from typing import Protocol
 
-from mpillm.comm.algorithms import ALGORITHMS, FIXED_ORDER
+from mpillm.comm.algorithms.catalog import ALGORITHMS, FIXED_ORDER
 from mpillm.comm.buffers import FLOATS, SHORT_FLOATS
 from mpillm.errors import CommError
 

@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.comm import choice
+from mpillm.comm import selection
 from mpillm.comm.buffers import Buffer, as_buffer
-from mpillm.comm.building import Builder
-from mpillm.comm.choice import Layout, Profile, Wish
-from mpillm.comm.exchanging import exchange_stage
-from mpillm.comm.gpu.arrays import as_device_buffer
-from mpillm.comm.gpu.buffer import DeviceBuffer, is_on_device
-from mpillm.comm.gpu.gpus import Gpus
-from mpillm.comm.node import Node, SharedRows
-from mpillm.comm.patience import Breather
-from mpillm.comm.stages import Stage
-from mpillm.comm.transfers import block_bounds
+from mpillm.comm.executors.dispatch import Builder
+from mpillm.comm.selection import Layout, Profile, Wish
+from mpillm.comm.channels.sendrecv import exchange_stage
+from mpillm.comm.gpu.device_arrays import as_device_buffer
+from mpillm.comm.gpu.device_buffer import DeviceBuffer, is_on_device
+from mpillm.comm.gpu.device_selection import Gpus
+from mpillm.comm.shared.team import Node, SharedRows
+from mpillm.comm.waiting import Breather
+from mpillm.comm.executors.request import Stage
+from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -103,10 +103,10 @@ class Group:
         """The algorithms that can run `operation` here, `auto` first; for arrays on a GPU one of them is `like`, and
         every rank calls it.
         """
-        choice.check_known(operation, choice.OPERATIONS, "operation")
+        selection.check_known(operation, selection.OPERATIONS, "operation")
         if operation != "barrier" and is_on_device(like):
             return self._on_gpus().algorithms(operation, like)
-        return choice.available(operation, self.layout)
+        return selection.available(operation, self.layout)
 
     def allocate(self, count: int, element: str) -> SharedRows | None:
         """Node-shared memory for `count` elements of type `element` a rank, or None on every rank where some node can't
@@ -183,7 +183,7 @@ class Group:
         pushes = node is not None and node.pushes(operation, source, target)
         places = (None, None) if node is None else (node.place(source), node.place(target))
         nbytes = max(source.octets.size, target.octets.size)
-        chosen = choice.choose(wish, source.element, nbytes, self.layout, pushes, self.profile)
+        chosen = selection.choose(wish, source.element, nbytes, self.layout, pushes, self.profile)
         stage = self._builder.build(wish, chosen, source, target)
         facts = _facts(wish, source, places)
         return Prepared(self, chosen, stage, facts, queued=chosen == "two-level", segmented=chosen == "segmented-ring")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from mpillm.comm.transfers import Move, Round, one_round
+from mpillm.comm.algorithms.schedule import Move, Round, one_round
 
 
 def tree_split(lo: int, hi: int) -> int:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpillm.comm.buffers import WHOLE, Buffer
-from mpillm.comm.choice import Wish
-from mpillm.comm.transfers import block_bounds
-from mpillm.comm.trees import tree_split
+from mpillm.comm.selection import Wish
+from mpillm.comm.algorithms.schedule import block_bounds
+from mpillm.comm.algorithms.trees import tree_split
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -8,15 +8,15 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from mpillm.comm import native
-from mpillm.comm.algorithms import ALGORITHMS, schedule
+from mpillm.comm.executors import mpi_library
+from mpillm.comm.algorithms.catalog import ALGORITHMS, schedule
 from mpillm.comm.buffers import SHORT_FLOATS, Buffer
-from mpillm.comm.choice import KIB, MIB, REDUCING, Wish
-from mpillm.comm.gpu.buffer import DeviceBuffer
-from mpillm.comm.interpreter import IN_FLIGHT, Scratch
-from mpillm.comm.lockstep import make_steps
-from mpillm.comm.stages import Listed, Stage, Work, chain
-from mpillm.comm.transfers import block_bounds
+from mpillm.comm.selection import KIB, MIB, REDUCING, Wish
+from mpillm.comm.gpu.device_buffer import DeviceBuffer
+from mpillm.comm.executors.segmented import IN_FLIGHT, Scratch
+from mpillm.comm.executors.blockwise import make_steps
+from mpillm.comm.executors.request import Listed, Stage, Work, chain
+from mpillm.comm.algorithms.schedule import block_bounds
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -80,11 +80,11 @@ class DeviceMessages:
     def _by_library(self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer) -> Stage:
         behind = []
         if operation == "reduce_scatter" and source is target:
-            # native.py would copy on the CPU what MPI puts at the array's beginning.
+            # mpi_library.py would copy on the CPU what MPI puts at the array's beginning.
             own = self._own(source)
             target = own.empty(own.count)
             behind = [self._copy(target, own)]
-        call = native.stage(self._comm, operation, _seen(source), _seen(target), op, root)
+        call = mpi_library.stage(self._comm, operation, _seen(source), _seen(target), op, root)
         return chain(self._reached(), call, *behind)
 
     def _by_list(self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer) -> Stage:

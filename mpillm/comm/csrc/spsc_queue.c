@@ -7,7 +7,7 @@
  * Message i lies in slot i modulo `slots`. Each end writes its own count alone.
  */
 #define _GNU_SOURCE
-#include "mailbox.h"
+#include "spsc_queue.h"
 
 #include <stdatomic.h>
 #include <string.h>

@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.comm import kernel, native
-from mpillm.comm.algorithms import schedule
+from mpillm.comm import kernel
+from mpillm.comm.executors import mpi_library
+from mpillm.comm.algorithms.catalog import schedule
 from mpillm.comm.buffers import SHORT_FLOATS, Buffer, from_octets, new_octets
-from mpillm.comm.choice import FEW_ROUNDS_BYTES, KIB, MIB, Layout, Wish
-from mpillm.comm.interpreter import Scratch
-from mpillm.comm.lockstep import make_steps
-from mpillm.comm.node import Node
-from mpillm.comm.reference import reference
-from mpillm.comm.stages import Listed, Stage, Work, chain
-from mpillm.comm.transfers import block_bounds
-from mpillm.comm.two_levels import Piece, Pieces
+from mpillm.comm.selection import FEW_ROUNDS_BYTES, KIB, MIB, Layout, Wish
+from mpillm.comm.executors.segmented import Scratch
+from mpillm.comm.executors.blockwise import make_steps
+from mpillm.comm.shared.team import Node
+from mpillm.comm.executors.reference import reference
+from mpillm.comm.executors.request import Listed, Stage, Work, chain
+from mpillm.comm.algorithms.schedule import block_bounds
+from mpillm.comm.executors.hierarchical import Piece, Pieces
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -57,7 +58,7 @@ class Builder:
         if wish.operation == "barrier":
             if self._node is not None and algorithm == "shared":
                 return self._node.prepare("barrier", None, None)
-            return native.barrier(self._comm)
+            return mpi_library.barrier(self._comm)
         if self._comm.size == 1:
             return Work(lambda: None if source is target else np.copyto(target.octets, source.octets))
         if algorithm == "shared":
@@ -73,7 +74,7 @@ class Builder:
     def _summed(self, wish: Wish, algorithm: str, source: Buffer, target: Buffer) -> Stage:
         op = "sum" if wish.op == "mean" else wish.op
         if algorithm == "native":
-            return native.stage(self._comm, wish.operation, source, target, op, wish.root)
+            return mpi_library.stage(self._comm, wish.operation, source, target, op, wish.root)
         if algorithm == "reference":
             return Work(functools.partial(reference, self._comm, wish, source, target))
         if algorithm == "two-level":

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from mpillm.comm import kernel
 from mpillm.comm.buffers import ELEMENTS, REDUCTIONS, Buffer, from_octets, itemsize_of
-from mpillm.comm.memory import Rows, share
-from mpillm.comm.patience import share_cores
+from mpillm.comm.shared.segment import Rows, share
+from mpillm.comm.waiting import share_cores
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.comm import kernel
-from mpillm.comm.native import pieces
+from mpillm.comm.executors.mpi_library import pieces
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:

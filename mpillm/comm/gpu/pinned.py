@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpillm.comm.gpu.buffer import DeviceBuffer, load_cupy
+from mpillm.comm.gpu.device_buffer import DeviceBuffer, load_cupy
 from mpillm.comm.gpu.staging import Span
 from mpillm.comm.gpu.streams import Caller
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from mpillm.comm.choice import check_known
+from mpillm.comm.selection import check_known
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from operator import attrgetter, sub
 from typing import TYPE_CHECKING
 
 from mpillm.comm.buffers import Buffer
-from mpillm.comm.transfers import Round, Transfer, cut
+from mpillm.comm.algorithms.schedule import Round, Transfer, cut
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
-from mpillm.comm.patience import wait_patiently
+from mpillm.comm.waiting import wait_patiently
 from mpillm.errors import MpillmError
 
 if TYPE_CHECKING:
