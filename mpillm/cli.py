@@ -320,8 +320,8 @@ def doctor(
     from mpillm.launch.terminal import watched
 
     with fail_together(None, debug=debug):
-        from mpillm.launch.doctor.options import DoctorOptions, Probes
-        from mpillm.launch.doctor.run import doctor as run
+        from mpillm.doctor.options import DoctorOptions, Probes
+        from mpillm.doctor.diagnose import doctor as run
 
         names = tuple(filter(None, hosts.split(",")))
         options = DoctorOptions(tuple(paths or ()), profile, names, gpus, site, as_json)

@@ -339,7 +339,7 @@ def test_a_pair_that_exchanges_no_message_is_told_and_not_waited_for(python, fol
     script.write_text(
         "from mpi4py import MPI\n"
         "from mpillm.errors import LaunchError\n"
-        "from mpillm.launch.doctor.neighbours import measure\n"
+        "from mpillm.doctor.ring_links import measure\n"
         "comm = MPI.COMM_WORLD\n"
         "try:\n"
         "    if comm.rank == 0:\n"
@@ -360,8 +360,8 @@ def test_a_check_that_raises_on_one_rank_is_an_error_and_no_hang(python, folder)
     script.write_text(
         "import os, sys\n"
         "from mpillm.system.console import Console\n"
-        "from mpillm.launch.doctor.options import DoctorOptions, Probes\n"
-        "from mpillm.launch.doctor.run import doctor\n"
+        "from mpillm.doctor.options import DoctorOptions, Probes\n"
+        "from mpillm.doctor.diagnose import doctor\n"
         "from mpillm.comm.gpu.probe import probe\n"
         "rank = int(os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK', 0)))\n"
         "def fail(path, warn, cluster):\n    raise ZeroDivisionError('planted')\n"

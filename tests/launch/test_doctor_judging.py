@@ -10,10 +10,20 @@ from hypothesis import strategies as st
 
 from mpillm.system.console import Console
 from mpillm.errors import UsageError
-from mpillm.launch.doctor import alike, batch, folders, gpu, machine, mpi, neighbours, network, reach, sharing, software
-from mpillm.launch.doctor.children import Ended
-from mpillm.launch.doctor.findings import Finding, Row, guarded, hosts_text, merge, ranged, worst
-from mpillm.launch.doctor.report import render, summary, tell
+from mpillm.doctor import homogeneous
+from mpillm.doctor import batch_system
+from mpillm.doctor import folders
+from mpillm.doctor import gpu_count
+from mpillm.doctor import host
+from mpillm.doctor import mpi_start
+from mpillm.doctor import ring_links
+from mpillm.doctor import network
+from mpillm.doctor import reach
+from mpillm.doctor import shared_folder
+from mpillm.doctor import software
+from mpillm.doctor.subprocesses import Ended
+from mpillm.doctor.findings import Finding, Row, guarded, hosts_text, merge, ranged, worst
+from mpillm.doctor.findings_report import render, summary, tell
 from mpillm.machine.topology import Topology
 from mpillm.system.environment import without_launcher
 
@@ -76,7 +86,7 @@ def test_a_check_that_raises_is_an_error_finding():
     ],
 )
 def test_what_mpi_libraries_and_launchers_call_themselves(says, library):
-    assert mpi.named(says).text == library
+    assert mpi_start.named(says).text == library
 
 
 @pytest.mark.parametrize(
@@ -90,38 +100,38 @@ def test_what_mpi_libraries_and_launchers_call_themselves(says, library):
     ],
 )
 def test_mpirun_and_library_agree(mpirun, started, verdict):
-    look = mpi.Look(mpi.Library("Open MPI", "5.0.11"), mpirun="/opt/mpi/bin/mpirun")
-    found = mpi.judge_mpirun(look, mpi.Mpirun("/usr/bin/mpirun", mpi.named(mpirun)), False, started)
+    look = mpi_start.Look(mpi_start.Library("Open MPI", "5.0.11"), mpirun="/opt/mpi/bin/mpirun")
+    found = mpi_start.judge_mpirun(look, mpi_start.Mpirun("/usr/bin/mpirun", mpi_start.named(mpirun)), False, started)
     assert found.verdict == verdict
     assert verdict == "ok" or "/opt/mpi/bin/mpirun" in found.remedy
 
 
 def test_hydra_starts_its_kin():
-    look = mpi.Look(mpi.Library("Intel MPI", "2021.11"))
+    look = mpi_start.Look(mpi_start.Library("Intel MPI", "2021.11"))
     assert (
-        mpi.judge_mpirun(look, mpi.Mpirun("/usr/bin/mpirun", mpi.Library("MPICH", "4.2")), False, False).verdict == "ok"
+        mpi_start.judge_mpirun(look, mpi_start.Mpirun("/usr/bin/mpirun", mpi_start.Library("MPICH", "4.2")), False, False).verdict == "ok"
     )
 
 
 def test_without_mpirun_ranks_are_the_batch_systems_to_start():
-    assert mpi.judge_mpirun(mpi.Look(), mpi.Mpirun(), False, False).verdict == "warning"
-    assert mpi.judge_mpirun(mpi.Look(), mpi.Mpirun(), True, False).verdict == "ok"
+    assert mpi_start.judge_mpirun(mpi_start.Look(), mpi_start.Mpirun(), False, False).verdict == "warning"
+    assert mpi_start.judge_mpirun(mpi_start.Look(), mpi_start.Mpirun(), True, False).verdict == "ok"
 
 
 def test_an_mpi_that_does_not_start_is_told_with_its_signal_and_its_words():
     library = '{"mpi4py": "4.1", "library": "MPICH Version: 5.0", "files": ""}\n'
     for code, word in ((-7, "was killed by SIGBUS"), (None, "did not end in time"), (15, "left with code 15: no pmi")):
-        found = mpi.judge_library(mpi.look_of(Ended(code, library, "---\nno pmi\n")))
+        found = mpi_start.judge_library(mpi_start.look_of(Ended(code, library, "---\nno pmi\n")))
         assert [one.verdict for one in found] == ["ok", "error"]
         assert word in found[1].found
         assert found[1].remedy
-    (missing,) = mpi.judge_library(
-        mpi.look_of(Ended(1, "", "Traceback …\n  line\nRuntimeError: cannot load MPI library\n"))
+    (missing,) = mpi_start.judge_library(
+        mpi_start.look_of(Ended(1, "", "Traceback …\n  line\nRuntimeError: cannot load MPI library\n"))
     )
     assert "RuntimeError: cannot load MPI library" in missing.found
-    good = mpi.judge_library(mpi.look_of(Ended(0, library + '{"thread_level": 3}\n')))
+    good = mpi_start.judge_library(mpi_start.look_of(Ended(0, library + '{"thread_level": 3}\n')))
     assert [one.verdict for one in good] == ["ok", "ok"]
-    assert mpi.judge_threads(1).verdict == "warning"
+    assert mpi_start.judge_threads(1).verdict == "warning"
 
 
 def test_needs_come_from_metadata_lines():
@@ -185,7 +195,7 @@ FOUR_CORES = Topology({cpu: cpu % 4 for cpu in range(8)}, dict.fromkeys(range(8)
     ],
 )
 def test_ranks_want_cores(masks, allowed, threads, verdict):
-    found = machine.judge_cores(machine.cores_of(masks, FOUR_CORES, allowed, threads))
+    found = host.judge_cores(host.cores_of(masks, FOUR_CORES, allowed, threads))
     assert found.verdict == verdict, found
     assert bool(found.remedy) == (verdict != "ok")
 
@@ -198,19 +208,19 @@ def test_ranks_want_cores(masks, allowed, threads, verdict):
     ],
 )  # fmt: skip
 def test_shared_memory(total, free, ranks, verdict):
-    found = machine.judge_shared(machine.Shared(total, free), ranks)
+    found = host.judge_shared(host.Shared(total, free), ranks)
     assert found.verdict == verdict, found
     assert bool(found.remedy) == (verdict != "ok")
 
 
 def test_limits():
-    few = machine.judge_limits(machine.Limits(256, 64 * 1024), 2, infiniband=True)
+    few = host.judge_limits(host.Limits(256, 64 * 1024), 2, infiniband=True)
     assert [one.verdict for one in few] == ["warning", "error"]
     assert "ulimit -n" in few[0].remedy
     assert "ulimit -l unlimited" in few[1].remedy
-    assert [one.verdict for one in machine.judge_limits(machine.Limits(1024, 64), 2, infiniband=False)] == ["ok"]
-    assert machine.judge_limits(machine.Limits(1024, -1), 5000, infiniband=True)[0].verdict == "warning"
-    assert machine.judge_locked(machine.UNLIMITED).verdict == "ok"
+    assert [one.verdict for one in host.judge_limits(host.Limits(1024, 64), 2, infiniband=False)] == ["ok"]
+    assert host.judge_limits(host.Limits(1024, -1), 5000, infiniband=True)[0].verdict == "warning"
+    assert host.judge_locked(host.UNLIMITED).verdict == "ok"
 
 
 def test_memory_and_its_control_group(tmp_path):
@@ -220,12 +230,12 @@ def test_memory_and_its_control_group(tmp_path):
     group = tmp_path / "sys/fs/cgroup/job/step"
     group.mkdir(parents=True)
     (group / "memory.max").write_text("max\n")
-    assert machine.read_memory(tmp_path) == machine.Memory(8 * GIB, 8 * GIB, 6 * GIB)
+    assert host.read_memory(tmp_path) == host.Memory(8 * GIB, 8 * GIB, 6 * GIB)
     (group.parent / "memory.max").write_text(f"{2 * GIB}\n")
-    memory = machine.read_memory(tmp_path)
+    memory = host.read_memory(tmp_path)
     assert memory.limit == 2 * GIB
-    assert machine.judge_memory(memory, 2).verdict == "ok"
-    crowded = machine.judge_memory(memory, 3)
+    assert host.judge_memory(memory, 2).verdict == "ok"
+    crowded = host.judge_memory(memory, 3)
     assert crowded.verdict == "warning"
     assert "control group" in crowded.found
 
@@ -280,16 +290,16 @@ def test_interfaces(tmp_path):
     ],
 )
 def test_gpus(names, devices, wanted, build, verdict, word):
-    found = gpu.judge_gpus(names, devices, wanted, build, "the site file")
+    found = gpu_count.judge_gpus(names, devices, wanted, build, "the site file")
     assert found.verdict == verdict
     assert word in found.found
     assert ("install torch" in found.remedy) == (build == "CPU" and devices > 0)
 
 
 def test_cuda_awareness_is_told():
-    assert gpu.judge_aware({"messages": True, "allreduce": True}).verdict == "ok"
-    assert "through the host: allreduce" in gpu.judge_aware({"messages": True, "allreduce": False}).found
-    assert gpu.judge_aware({"messages": False, "allreduce": False}).verdict == "warning"
+    assert gpu_count.judge_aware({"messages": True, "allreduce": True}).verdict == "ok"
+    assert "through the host: allreduce" in gpu_count.judge_aware({"messages": True, "allreduce": False}).found
+    assert gpu_count.judge_aware({"messages": False, "allreduce": False}).verdict == "warning"
 
 
 @pytest.mark.parametrize("number", [*folders.FAILURES, errno.ENOSPC, errno.EIO])
@@ -317,13 +327,13 @@ def test_a_folder_that_hangs_is_slow_or_short_of_room():
 
 def test_a_folder_that_some_hosts_do_not_share():
     seen = {"n1": True, "n2": False, "n3": False}
-    found = sharing.judge_sharing("/data", seen, asked=True)
+    found = shared_folder.judge_sharing("/data", seen, asked=True)
     assert found
     assert found.verdict == "error"
     assert "n2–n3 do not see what n1 writes" in found.found
-    assert sharing.judge_sharing("/data", seen, asked=False).verdict == "warning"
-    assert sharing.judge_sharing("/data", {"n1": True, "n2": True}, asked=True).verdict == "ok"
-    assert sharing.judge_sharing("/data", {}, asked=True) is None
+    assert shared_folder.judge_sharing("/data", seen, asked=False).verdict == "warning"
+    assert shared_folder.judge_sharing("/data", {"n1": True, "n2": True}, asked=True).verdict == "ok"
+    assert shared_folder.judge_sharing("/data", {}, asked=True) is None
 
 
 def test_hosts_by_what_came_of_them():
@@ -355,18 +365,18 @@ def test_the_hosts_of_an_allocation(tmp_path):
 
 def test_the_odd_host_is_named():
     hosts = {f"n{number}": {"Linux": "6.1", "cores": "64"} for number in range(1, 5)}
-    assert alike.judge_alike(hosts)[0].verdict == "ok"
-    assert alike.judge_alike({"n1": {"Linux": "6.1"}}) == []
+    assert homogeneous.judge_alike(hosts)[0].verdict == "ok"
+    assert homogeneous.judge_alike({"n1": {"Linux": "6.1"}}) == []
     hosts["n3"] = {"Linux": "5.14", "cores": "64"}
-    (found,) = alike.judge_alike(hosts)
+    (found,) = homogeneous.judge_alike(hosts)
     assert (found.verdict, found.found) == ("warning", "n3 has 5.14, the other 3 have 6.1")
-    (tie,) = alike.judge_alike({"n1": {"torch": "2.5"}, "n2": {"torch": "2.6"}})
+    (tie,) = homogeneous.judge_alike({"n1": {"torch": "2.5"}, "n2": {"torch": "2.6"}})
     assert tie.found == "n1 has 2.5; n2 has 2.6"
 
 
 @given(st.integers(2, 70))
 def test_each_pair_of_the_ring_once_and_each_rank_once_a_round(ranks):
-    rounds = neighbours.rounds(ranks)
+    rounds = ring_links.rounds(ranks)
     assert len(rounds) <= 3
     for pairs in rounds:
         busy = [rank for pair in pairs for rank in pair]
@@ -376,20 +386,20 @@ def test_each_pair_of_the_ring_once_and_each_rank_once_a_round(ranks):
 
 
 def pair(first, latency=2e-6, rate=1e10, hosts=("n1", "n2")):
-    return neighbours.Pair(first, first + 1, hosts, latency, rate)
+    return ring_links.Pair(first, first + 1, hosts, latency, rate)
 
 
 def test_a_pair_far_behind_its_like_is_named():
     pairs = [*(pair(first) for first in range(5)), pair(5, rate=1e9, hosts=("n6", "n7"))]
-    (found,) = neighbours.judge_neighbours(pairs, crowded=False)
+    (found,) = ring_links.judge_neighbours(pairs, crowded=False)
     assert found.verdict == "warning"
     assert "ranks 5 and 6 (n6 and n7) 1.00 GB/s" in found.found
     assert "median 2.0 µs, 10.00 GB/s" in found.found
-    assert neighbours.judge_neighbours(pairs, crowded=True)[0].verdict == "ok"
+    assert ring_links.judge_neighbours(pairs, crowded=True)[0].verdict == "ok"
     late = [*pairs[:5], pair(5, latency=1e-3)]
-    assert "1,000.0 µs" in neighbours.judge_neighbours(late, crowded=False)[0].found
-    assert neighbours.judge_neighbours(pairs[4:], crowded=False)[0].verdict == "ok", "two pairs have no median"
-    mixed = neighbours.judge_neighbours([pair(0, hosts=("n1", "n1")), *pairs[1:5]], crowded=False)
+    assert "1,000.0 µs" in ring_links.judge_neighbours(late, crowded=False)[0].found
+    assert ring_links.judge_neighbours(pairs[4:], crowded=False)[0].verdict == "ok", "two pairs have no median"
+    mixed = ring_links.judge_neighbours([pair(0, hosts=("n1", "n1")), *pairs[1:5]], crowded=False)
     assert [one.name for one in mixed] == ["within a host", "between hosts"]
 
 
@@ -400,12 +410,12 @@ def test_profiles_and_sites():
     def missing(path, warn, cluster):
         raise UsageError(f"there is no profile {path}; make one with X")
 
-    found = batch.judge_profile(Path("p.json"), stale, None)
+    found = batch_system.judge_profile(Path("p.json"), stale, None)
     assert (found.verdict, found.remedy) == ("warning", "make one with X")
-    found = batch.judge_profile(Path("p.json"), missing, None)
+    found = batch_system.judge_profile(Path("p.json"), missing, None)
     assert (found.verdict, found.found) == ("error", "there is no profile p.json")
-    assert batch.judge_profile(Path("p.json"), lambda *given: object(), None).verdict == "ok"
-    assert batch.judge_systems({}, None).verdict == "ok"
+    assert batch_system.judge_profile(Path("p.json"), lambda *given: object(), None).verdict == "ok"
+    assert batch_system.judge_systems({}, None).verdict == "ok"
 
 
 def test_a_process_in_no_job_keeps_the_users_settings():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpillm.system.console import binary_bytes, counted
-from mpillm.launch.doctor.findings import Finding, Verdict
+from mpillm.doctor.findings import Finding, Verdict
 from mpillm.machine.topology import Topology, control_groups, text_of
 
 AREA = "host"

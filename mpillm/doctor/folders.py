@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.system.console import binary_bytes
-from mpillm.launch.doctor.children import run, trial
-from mpillm.launch.doctor.findings import Finding
+from mpillm.doctor.subprocesses import run, trial
+from mpillm.doctor.findings import Finding
 from mpillm.machine.mounts import mount_of, read_mounts
 
 AREA = "folders"

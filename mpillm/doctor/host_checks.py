@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.launch.batchjob import current_job
-from mpillm.launch.doctor import folders, gpu, machine, mpi, network, software
-from mpillm.launch.doctor.findings import Finding, guarded
-from mpillm.launch.doctor.options import DoctorOptions, Probes
+from mpillm.doctor import folders
+from mpillm.doctor import gpu_count
+from mpillm.doctor import host
+from mpillm.doctor import mpi_start
+from mpillm.doctor import network
+from mpillm.doctor import software
+from mpillm.doctor.findings import Finding, guarded
+from mpillm.doctor.options import DoctorOptions, Probes
 from mpillm.machine.gpus import visible_gpus
 from mpillm.launch.threads import allowance, threads_wish
 from mpillm.machine.topology import read_topology
@@ -51,7 +56,7 @@ def wished_paths(options: DoctorOptions, environment: Mapping[str, str]) -> tupl
 
 
 def examine(
-    options: DoctorOptions, probes: Probes, environment: Mapping[str, str], look: mpi.Look, job: Job
+    options: DoctorOptions, probes: Probes, environment: Mapping[str, str], look: mpi_start.Look, job: Job
 ) -> Local:  # fmt: skip
     """All checks of this host. `environment` is the process's own. Each check that raises becomes a finding."""
     quiet = without_launcher(environment)
@@ -66,10 +71,10 @@ def examine(
         return software.judge_software(found, probes.kernel)
 
     findings = guarded(software.AREA, "packages", check_software)
-    findings += guarded(machine.AREA, "host", lambda: check_machine(environment, job, facts))
+    findings += guarded(host.AREA, "host", lambda: check_machine(environment, job, facts))
     findings += guarded(network.AREA, "interfaces", lambda: check_network(job, facts))
     findings += guarded(
-        gpu.AREA, "count", lambda: check_gpus(options, probes, environment, job, imports.get("torch"), facts)
+        gpu_count.AREA, "count", lambda: check_gpus(options, probes, environment, job, imports.get("torch"), facts)
     )
     for path in wished_paths(options, environment):
         findings += guarded(folders.AREA, str(path), partial(check_folder, path, environment, quiet))
@@ -81,18 +86,18 @@ def check_folder(path: Path, environment: Mapping[str, str], quiet: Mapping[str,
 
 
 def check_machine(environment: Mapping[str, str], job: Job, facts: dict[str, str]) -> list[Finding]:
-    topology, memory = read_topology(), machine.read_memory()
-    cores = machine.cores_of(job.masks, topology, allowance(environment), threads_wish(environment))
+    topology, memory = read_topology(), host.read_memory()
+    cores = host.cores_of(job.masks, topology, allowance(environment), threads_wish(environment))
     facts |= {
-        "Linux": machine.system(), "processor": machine.processor(), "cores": str(cores.all_cores),
+        "Linux": host.system(), "processor": host.processor(), "cores": str(cores.all_cores),
         "memory": f"{round(memory.total / (1 << 30))} GiB",
     }  # fmt: skip
     return [
-        *machine.judge_parts(topology, facts["processor"], facts["Linux"]),
-        machine.judge_cores(cores),
-        machine.judge_memory(memory, cores.ranks),
-        machine.judge_shared(machine.read_shared(), cores.ranks),
-        *machine.judge_limits(machine.read_limits(), job.ranks, bool(network.read_ports())),
+        *host.judge_parts(topology, facts["processor"], facts["Linux"]),
+        host.judge_cores(cores),
+        host.judge_memory(memory, cores.ranks),
+        host.judge_shared(host.read_shared(), cores.ranks),
+        *host.judge_limits(host.read_limits(), job.ranks, bool(network.read_ports())),
     ]
 
 
@@ -113,5 +118,5 @@ def check_gpus(
     wanted, whose = options.gpus, "--gpus"
     if wanted is None and job.site_gpus and current_job(environment):
         wanted, whose = job.site_gpus, "the site file"
-    findings = [gpu.judge_gpus(names, seen, wanted, software.build_of(told), whose)]
-    return findings + ([gpu.judge_aware(probes.gpu_probe(environment))] if names else [])
+    findings = [gpu_count.judge_gpus(names, seen, wanted, software.build_of(told), whose)]
+    return findings + ([gpu_count.judge_aware(probes.gpu_probe(environment))] if names else [])

@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpillm.launch.doctor.findings import Finding, hosts_text
-from mpillm.launch.doctor.folders import AREA
-from mpillm.launch.doctor.meeting import meet
+from mpillm.doctor.findings import Finding, hosts_text
+from mpillm.doctor.folders import AREA
+from mpillm.doctor.timed_barrier import meet
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpillm.launch.doctor.children import Ended, run, trial
-from mpillm.launch.doctor.findings import Finding, Verdict
+from mpillm.doctor.subprocesses import Ended, run, trial
+from mpillm.doctor.findings import Finding, Verdict
 from mpillm.machine.mpi_names import UNKNOWN, Library, named
 from mpillm.launch.lonely import mpirun_of
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from mpillm.launch.doctor.findings import Finding, hosts_text
+from mpillm.doctor.findings import Finding, hosts_text
 
 AREA = "hosts"
 REMEDIES = {

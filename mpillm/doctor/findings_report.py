@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mpillm.system.console import Console
-from mpillm.launch.doctor.findings import Row, count, hosts_text, worst
+from mpillm.doctor.findings import Row, count, hosts_text, worst
 
 WIDTH = 100
 VERDICT_COLUMNS, NAME_COLUMNS = 9, 18

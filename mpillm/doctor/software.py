@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import mpillm
-from mpillm.launch.doctor.children import trial
-from mpillm.launch.doctor.findings import Finding
+from mpillm.doctor.subprocesses import trial
+from mpillm.doctor.findings import Finding
 from mpillm.system.versions import package_version
 
 AREA = "software"

@@ -7,7 +7,7 @@ from typing import Any
 
 from mpillm.errors import MpillmError
 from mpillm.launch.batchjob import CurrentJob
-from mpillm.launch.doctor.findings import Finding
+from mpillm.doctor.findings import Finding
 from mpillm.launch.schedulers import SCHEDULERS
 
 AREA, PROFILE_AREA = "batch system", "cluster profile"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpillm.errors import LaunchError
-from mpillm.launch.doctor.findings import Finding
-from mpillm.launch.doctor.meeting import done_within
+from mpillm.doctor.findings import Finding
+from mpillm.doctor.timed_barrier import done_within
 
 if TYPE_CHECKING:
     from mpi4py import MPI

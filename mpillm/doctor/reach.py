@@ -10,8 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mpillm.launch.doctor.children import run
-from mpillm.launch.doctor.findings import Finding, hosts_text
+from mpillm.doctor.subprocesses import run
+from mpillm.doctor.findings import Finding, hosts_text
 
 AREA = "hosts"
 SSH_PORT = 22

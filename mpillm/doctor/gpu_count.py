@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from mpillm.launch.doctor.findings import Finding
+from mpillm.doctor.findings import Finding
 
 AREA = "GPU"
 MESSAGES = "messages"

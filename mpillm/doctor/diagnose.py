@@ -15,12 +15,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mpillm.system.console import Console
 from mpillm.errors import LaunchError
 from mpillm.launch.batchjob import current_job
-from mpillm.launch.doctor import alike, batch, folders, machine, mpi, neighbours, reach, sharing
-from mpillm.launch.doctor.findings import MISSED, Finding, Row, guarded, merge
-from mpillm.launch.doctor.local import Job, Local, examine, wished_paths
-from mpillm.launch.doctor.meeting import meet
-from mpillm.launch.doctor.options import DoctorOptions, Probes
-from mpillm.launch.doctor.report import tell
+from mpillm.doctor import homogeneous
+from mpillm.doctor import batch_system
+from mpillm.doctor import folders
+from mpillm.doctor import host
+from mpillm.doctor import mpi_start
+from mpillm.doctor import ring_links
+from mpillm.doctor import reach
+from mpillm.doctor import shared_folder
+from mpillm.doctor.findings import MISSED, Finding, Row, guarded, merge
+from mpillm.doctor.host_checks import Job, Local, examine, wished_paths
+from mpillm.doctor.timed_barrier import meet
+from mpillm.doctor.options import DoctorOptions, Probes
+from mpillm.doctor.findings_report import tell
 from mpillm.launch.launchers import Started, detect
 from mpillm.launch.lonely import refuse_before_init, refuse_lonely_ranks, without_foreign_warning
 from mpillm.launch.placement import narrow_binding, placement
@@ -65,7 +72,7 @@ def doctor(options: DoctorOptions, console: Console, probes: Probes, environment
     """
     environment = dict(environment)  # MPI_Init adds to it
     started = detect(environment)
-    look = mpi.look(without_launcher(environment), start=not started.launcher)
+    look = mpi_start.look(without_launcher(environment), start=not started.launcher)
     if refusal := _refusal(environment, started, look):
         return _refuse(refusal, started, options, console)
     if not look.library.name or look.failure:
@@ -74,7 +81,7 @@ def doctor(options: DoctorOptions, console: Console, probes: Probes, environment
     try:
         refuse_lonely_ranks(environment, comm.size, look.says)
     except LaunchError as failure:
-        return _refuse(mpi.judge_start(str(failure), look), started, options, console)
+        return _refuse(mpi_start.judge_start(str(failure), look), started, options, console)
     return _together(comm, options, console, probes, environment, look)
 
 
@@ -86,18 +93,18 @@ def open_quietly() -> "MPI.Intracomm":
     return MPI.COMM_WORLD
 
 
-def _refusal(environment: Mapping[str, str], started: Started, look: mpi.Look) -> list[Finding]:
+def _refusal(environment: Mapping[str, str], started: Started, look: mpi_start.Look) -> list[Finding]:
     """Why processes that a launcher started had better not call MPI_Init."""
     if not started.launcher:
         return []
     if not look.library.name:
-        return mpi.judge_library(look)
-    shared = machine.read_shared()
+        return mpi_start.judge_library(look)
+    shared = host.read_shared()
     try:
         refuse_before_init(environment, look.says)
     except LaunchError as failure:
-        return mpi.judge_start(str(failure), look)
-    return [machine.judge_shared(shared, 1)] if shared.free < machine.FATAL_SHARED_BYTES else []
+        return mpi_start.judge_start(str(failure), look)
+    return [host.judge_shared(shared, 1)] if shared.free < host.FATAL_SHARED_BYTES else []
 
 
 def _refuse(findings: Sequence[Finding], started: Started, options: DoctorOptions, console: Console) -> int:
@@ -105,7 +112,7 @@ def _refuse(findings: Sequence[Finding], started: Started, options: DoctorOption
     if started.rank == 0:
         tell([Row(finding) for finding in findings], {}, options.as_json, console)
         return 1
-    if started.local_rank == 0 and findings[0].area == machine.AREA:  # the fault is this host's, maybe not the first's
+    if started.local_rank == 0 and findings[0].area == host.AREA:  # the fault is this host's, maybe not the first's
         sys.stderr.write(f"mpillm: error: {os.uname().nodename}: {findings[0].name}: {findings[0].found}\n")
         sys.stderr.flush()
     time.sleep(FIRST_SPEAKS_SECONDS)
@@ -113,13 +120,13 @@ def _refuse(findings: Sequence[Finding], started: Started, options: DoctorOption
 
 
 def _alone(
-    options: DoctorOptions, console: Console, probes: Probes, environment: Mapping[str, str], look: mpi.Look
+    options: DoctorOptions, console: Console, probes: Probes, environment: Mapping[str, str], look: mpi_start.Look
 ) -> int:  # fmt: skip
     """All that can be said where MPI does not start."""
     of_site, site = _site(options, environment)
     job = Job([os.sched_getaffinity(0)], site_gpus=getattr(site, "gpus_per_node", 0))
     local = examine(options, probes, environment, look, job)
-    findings = [*mpi.judge_library(look), *local.findings, *_of_job(options, environment, look, 1), of_site]
+    findings = [*mpi_start.judge_library(look), *local.findings, *_of_job(options, environment, look, 1), of_site]
     return tell([Row(finding) for finding in findings], {local.host: local.facts}, options.as_json, console)
 
 
@@ -130,17 +137,17 @@ def _site(options: DoctorOptions, environment: Mapping[str, str]) -> tuple[Findi
         # A package that it needs may be what is missing.
         from mpillm.launch.site import load_site
 
-        return batch.judge_site(None if named is None else Path(named), lambda path: load_site(path, environment))
+        return batch_system.judge_site(None if named is None else Path(named), lambda path: load_site(path, environment))
     except ImportError as failure:
         found = f"cannot be read without its package: {failure}"
         return Finding(
-            batch.AREA, "site file", "warning", found, "install what is missing, as told under software"
+            batch_system.AREA, "site file", "warning", found, "install what is missing, as told under software"
         ), None
 
 
 def _together(
     comm: "MPI.Intracomm", options: DoctorOptions, console: Console, probes: Probes, environment: Mapping[str, str],
-    look: mpi.Look,
+    look: mpi_start.Look,
 ) -> int:  # fmt: skip
     """Every rank calls it. Where the ranks lose each other, each that notices says so, and the job is ended."""
     rows: list[Row] = []
@@ -167,7 +174,7 @@ def _lost(
     if comm.rank == 0:
         found, _, remedy = text.partition("; ")
         tell(
-            [*rows, Row(Finding(neighbours.AREA, "messages", "error", found, remedy))], facts, options.as_json, console
+            [*rows, Row(Finding(ring_links.AREA, "messages", "error", found, remedy))], facts, options.as_json, console
         )
     else:
         sys.stderr.write(f"mpillm: error: rank {comm.rank}: {text}\n")
@@ -195,7 +202,7 @@ def _world(comm: "MPI.Intracomm") -> World:
 
 
 def _collect(
-    world: World, options: DoctorOptions, probes: Probes, environment: Mapping[str, str], look: mpi.Look,
+    world: World, options: DoctorOptions, probes: Probes, environment: Mapping[str, str], look: mpi_start.Look,
     rows: list[Row], facts: dict[str, Mapping[str, str]],
 ) -> None:  # fmt: skip
     """Fill `rows` and `facts` on rank 0, what is known first, so that a later failure leaves it there."""
@@ -216,14 +223,14 @@ def _collect(
     rows += [Row(finding) for finding in _of_profile(world, options, probes, site)]
 
 
-def _of_library(comm: "MPI.Intracomm", look: mpi.Look) -> list[Finding]:
+def _of_library(comm: "MPI.Intracomm", look: mpi_start.Look) -> list[Finding]:
     from mpi4py import MPI
 
-    return mpi.judge_library(replace(look, thread_level=MPI.Query_thread()))
+    return mpi_start.judge_library(replace(look, thread_level=MPI.Query_thread()))
 
 
 def _of_job(
-    options: DoctorOptions, environment: Mapping[str, str], look: mpi.Look, ranks: int
+    options: DoctorOptions, environment: Mapping[str, str], look: mpi_start.Look, ranks: int
 ) -> list[Finding]:  # fmt: skip
     """What is asked once a job, and needs no messages."""
     if detect(environment).rank:
@@ -234,12 +241,12 @@ def _of_job(
         hosts = list(options.hosts) or ([] if ranks > 1 else listed)
         return reach.judge_hosts(reach.try_hosts(hosts, os.uname().nodename), scheduler)
 
-    findings = guarded(mpi.AREA, "mpirun", lambda: [
-        mpi.judge_mpirun(look, mpi.find_mpirun(environment), batch.starters(environment), ranks > 1)
+    findings = guarded(mpi_start.AREA, "mpirun", lambda: [
+        mpi_start.judge_mpirun(look, mpi_start.find_mpirun(environment), batch_system.starters(environment), ranks > 1)
     ])  # fmt: skip
     findings += guarded(reach.AREA, "reach", check_hosts)
-    systems = batch.find_systems(environment)
-    return [*findings, batch.judge_systems(systems, current_job(environment))]
+    systems = batch_system.find_systems(environment)
+    return [*findings, batch_system.judge_systems(systems, current_job(environment))]
 
 
 def _of_hosts(
@@ -254,9 +261,9 @@ def _of_hosts(
     # The folder for temporary files is each host's own, and should be.
     paths = options.paths or wished_paths(options, environment)[:1]
     paths = world.comm.bcast([path for path in paths if str(path) not in ill])
-    seen = sharing.seen_by(world.comm, paths, world.leads, world.host)
-    judged = [sharing.judge_sharing(path, hosts, bool(options.paths)) for path, hosts in seen.items()]
-    return alike.judge_alike(facts) + [finding for finding in judged if finding]
+    seen = shared_folder.seen_by(world.comm, paths, world.leads, world.host)
+    judged = [shared_folder.judge_sharing(path, hosts, bool(options.paths)) for path, hosts in seen.items()]
+    return homogeneous.judge_alike(facts) + [finding for finding in judged if finding]
 
 
 def _of_ranks(world: World, environment: Mapping[str, str]) -> list[Finding]:
@@ -265,16 +272,16 @@ def _of_ranks(world: World, environment: Mapping[str, str]) -> list[Finding]:
     places = placement(comm, environment, threads_per_rank(comm, environment))
     narrow = narrow_binding(places)
     found, _, remedy = narrow.partition("; ")
-    findings = [Finding(machine.AREA, "binding", "warning", found, remedy)] if narrow else []
+    findings = [Finding(host.AREA, "binding", "warning", found, remedy)] if narrow else []
     if comm.size < 2:
         return findings
     meet(comm)
     crowded = any(place.local_size > min(place.limit, len(_cpus(places, place.host))) for place in places)
-    led = neighbours.measure(comm, world.host_of)
+    led = ring_links.measure(comm, world.host_of)
     # A pair between which no message passes has said so by now.
-    meet(comm, neighbours.PATIENCE_SECONDS + 10)
+    meet(comm, ring_links.PATIENCE_SECONDS + 10)
     pairs = [pair for of_rank in comm.allgather(led) for pair in of_rank]
-    return findings + neighbours.judge_neighbours(pairs, crowded)
+    return findings + ring_links.judge_neighbours(pairs, crowded)
 
 
 def _cpus(places: Sequence[Any], host: str) -> frozenset[int]:
@@ -288,5 +295,5 @@ def _of_profile(world: World, options: DoctorOptions, probes: Probes, site: Any)
         return []
     cluster = probes.describe_cluster(world.comm)
     return guarded(
-        batch.PROFILE_AREA, path.name, lambda: [batch.judge_profile(path, probes.load_profile, cluster)]
+        batch_system.PROFILE_AREA, path.name, lambda: [batch_system.judge_profile(path, probes.load_profile, cluster)]
     ) if world.comm.rank == 0 else []  # fmt: skip

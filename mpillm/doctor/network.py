@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpillm.launch.doctor.findings import Finding
+from mpillm.doctor.findings import Finding
 from mpillm.machine.topology import text_of
 
 AREA = "network"
