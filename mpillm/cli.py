@@ -48,7 +48,7 @@ def _job(debug: bool, torch_threads: bool = False, stops_in_order: bool = False)
     """
     from mpillm.comm.failure import fail_together
     from mpillm.comm.world import open_world
-    from mpillm.launch.lonely import one_voice, refuse_before_init, refuse_lonely_ranks
+    from mpillm.launch.singleton import one_voice, refuse_before_init, refuse_lonely_ranks
     from mpillm.launch.signals import interrupt_on_terminate
     from mpillm.launch.terminal import watched
     from mpillm.launch.threads import threads_per_rank
@@ -148,7 +148,7 @@ def train(
     SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or SIGURG to any rank, or the end of the job's time: the run saves and leaves with
     exit code 75, and --resume goes on with it.
     """
-    from mpillm.launch.batchjob import current_job, job_end
+    from mpillm.launch.current_job import current_job, job_end
     from mpillm.launch.signals import StopSignals
 
     begun, signals = time.time(), StopSignals()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.errors import MpillmError
-from mpillm.launch.batchjob import CurrentJob
+from mpillm.launch.current_job import CurrentJob
 from mpillm.doctor.findings import Finding
 from mpillm.launch.schedulers import SCHEDULERS
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpillm.system.console import Console
 from mpillm.errors import LaunchError
-from mpillm.launch.batchjob import current_job
+from mpillm.launch.current_job import current_job
 from mpillm.doctor import homogeneous
 from mpillm.doctor import batch_system
 from mpillm.doctor import folders
@@ -29,7 +29,7 @@ from mpillm.doctor.timed_barrier import meet
 from mpillm.doctor.options import DoctorOptions, Probes
 from mpillm.doctor.findings_report import tell
 from mpillm.launch.launchers import Started, detect
-from mpillm.launch.lonely import refuse_before_init, refuse_lonely_ranks, without_foreign_warning
+from mpillm.launch.singleton import refuse_before_init, refuse_lonely_ranks, without_foreign_warning
 from mpillm.launch.placement import narrow_binding, placement
 from mpillm.launch.threads import threads_per_rank
 from mpillm.system.environment import without_launcher

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mpillm.launch.batchjob import current_job
+from mpillm.launch.current_job import current_job
 from mpillm.doctor import folders
 from mpillm.doctor import gpu_count
 from mpillm.doctor import host

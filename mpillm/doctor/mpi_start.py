@@ -10,7 +10,7 @@ from typing import Any
 from mpillm.doctor.subprocesses import Ended, run, trial
 from mpillm.doctor.findings import Finding, Verdict
 from mpillm.machine.mpi_names import UNKNOWN, Library, named
-from mpillm.launch.lonely import mpirun_of
+from mpillm.launch.singleton import mpirun_of
 
 AREA = "MPI"
 LOOK_SECONDS, INIT_SECONDS, MPIRUN_SECONDS = 60.0, 60.0, 20.0

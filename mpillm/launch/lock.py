@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.errors import UsageError
-from mpillm.launch.batchjob import CurrentJob
+from mpillm.launch.current_job import CurrentJob
 
 LOCK = "lock"
 # Metadata of a parallel file system may be late by some seconds; a lost holder should not cost long.

@@ -13,8 +13,8 @@ from typing import Any
 from mpillm.system.console import Console, clock, counted
 from mpillm.errors import UsageError
 from mpillm.system.atomic import make_folder, write_json, write_text
-from mpillm.launch.batch import Job, render, stop_seconds_for
-from mpillm.launch.batchjob import END_VARIABLES, RESTART_VARIABLES
+from mpillm.launch.batch_script import Job, render, stop_seconds_for
+from mpillm.launch.current_job import END_VARIABLES, RESTART_VARIABLES
 from mpillm.launch.lock import live_holder
 from mpillm.launch.locking import hdf5_file_locking
 from mpillm.machine.mounts import Mount, read_mounts

@@ -19,7 +19,7 @@ from mpillm.errors import CheckpointError, DivergedError, StoppedError
 from mpillm.system.atomic import write_text
 from mpillm.infer.evaluate import evaluate
 from mpillm.infer.loading import TOKENIZER, weight_tensors
-from mpillm.launch.batchjob import CurrentJob
+from mpillm.launch.current_job import CurrentJob
 from mpillm.launch.lock import RunLock
 from mpillm.launch.signals import StopSignals
 from mpillm.system.versions import package_version

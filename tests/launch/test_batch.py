@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mpillm.errors import UsageError
-from mpillm.launch.batch import Job, render, stop_seconds_for
+from mpillm.launch.batch_script import Job, render, stop_seconds_for
 from mpillm.launch.locking import hdf5_file_locking
 from mpillm.machine.mounts import mounts_of
 from mpillm.launch.quoting import Verbatim, finalize, quote

@@ -1,7 +1,7 @@
 import pytest
 
 from mpillm.errors import UsageError
-from mpillm.launch.batchjob import CurrentJob, current_job, job_end
+from mpillm.launch.current_job import CurrentJob, current_job, job_end
 
 
 @pytest.mark.parametrize(

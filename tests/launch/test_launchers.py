@@ -12,7 +12,7 @@ from mpi4py import MPI
 from mpillm.errors import LaunchError
 from mpillm.launch.launchers import LAUNCHERS, Started, detect, launcher_named
 from mpillm.machine.mpi_names import named
-from mpillm.launch.lonely import (
+from mpillm.launch.singleton import (
     LonelyError,
     mpirun_of,
     one_voice,
@@ -211,7 +211,7 @@ def _foreign_environment(rank: int) -> dict[str, str]:
 START = """
 import os
 from mpillm.comm.failure import fail_together
-from mpillm.launch.lonely import one_voice, refuse_before_init, refuse_lonely_ranks
+from mpillm.launch.singleton import one_voice, refuse_before_init, refuse_lonely_ranks
 
 with fail_together(None), one_voice(os.environ):
     import mpi4py

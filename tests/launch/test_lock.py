@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mpillm.errors import UsageError
-from mpillm.launch.batchjob import CurrentJob
+from mpillm.launch.current_job import CurrentJob
 from mpillm.launch.lock import (
     DEAD_SECONDS,
     LOCK,

@@ -23,7 +23,7 @@ from mpillm.train.status import Ask, figures, status
 HOLD = """
 import sys, time
 from pathlib import Path
-from mpillm.launch.batchjob import CurrentJob
+from mpillm.launch.current_job import CurrentJob
 from mpillm.launch.lock import RunLock
 RunLock(Path(sys.argv[1]), CurrentJob("slurm", "12"))
 print("held", flush=True)
