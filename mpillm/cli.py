@@ -363,8 +363,8 @@ def submit(
     """Write a batch script beside the run, show it, and hand it to Slurm, PBS or LSF; no MPI, no torch."""
     with _first_alone(debug) as console:
         from mpillm.launch.site import load_site
-        from mpillm.launch.submit import SubmitOptions, SubmittedRecipe
-        from mpillm.launch.submit import submit as run
+        from mpillm.runs.submit import SubmitOptions, SubmittedRecipe
+        from mpillm.runs.submit import submit as run
         from mpillm.parallel.axes import mesh_sizes
         from mpillm.train.recipe import load_recipe, write_recipe
 
@@ -393,7 +393,7 @@ def status(
     """Where a run stands: its last step, speed, time left, checkpoint and job; no MPI, no torch."""
     with _first_alone(debug) as console:
         from mpillm.launch.schedulers import job_state
-        from mpillm.train.status import status as tell
+        from mpillm.runs.status import status as tell
 
         tell(run, console, as_json, lambda scheduler, job: job_state(scheduler, job, os.environ) or "")
 
@@ -406,7 +406,7 @@ def report(
 ) -> None:
     """Draw a run as one HTML file that needs no network: curves, hosts, recipe, failures and restarts."""
     with _first_alone(debug) as console:
-        from mpillm.train.report import report as write
+        from mpillm.runs.report.run_report import report as write
 
         write(run, console, out)
 

@@ -18,7 +18,7 @@ from mpillm.tokens.order import WindowOrder
 from mpillm.tokens.reader import open_split
 from mpillm.train.overview import tell_plan
 from mpillm.train.recipe import Recipe
-from mpillm.train.record import CLUSTER, METRICS
+from mpillm.runs.metrics import CLUSTER, METRICS
 from mpillm.train.running import Allotment, Run, held
 from mpillm.train.trainer import Trainer
 from mpillm.weights.checkpoint import Checkpoint

@@ -20,7 +20,7 @@ from mpillm.system.atomic import write_text
 from mpillm.infer.evaluate import evaluate
 from mpillm.infer.loading import TOKENIZER, weight_tensors
 from mpillm.launch.current_job import CurrentJob
-from mpillm.launch.lock import RunLock
+from mpillm.runs.lock import RunLock
 from mpillm.launch.signals import StopSignals
 from mpillm.system.versions import package_version
 from mpillm.launch.walltime import seconds_of
@@ -28,10 +28,10 @@ from mpillm.parallel.data import check_same
 from mpillm.parallel.layout import traffic_bytes
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.reader import open_split
-from mpillm.train.diary import Diary, last_save_seconds
+from mpillm.runs.history_writer import Diary, last_save_seconds
 from mpillm.train.optimizer import optimizer_tensors, set_steps
 from mpillm.train.recipe import Recipe, write_recipe
-from mpillm.train.record import METRICS, RECIPE, TRACE, Record, read_metrics
+from mpillm.runs.metrics import METRICS, RECIPE, TRACE, Record, read_metrics
 from mpillm.train.stopping import Stopping
 from mpillm.train.timing import Timing
 from mpillm.train.trainer import StepResult, Trainer

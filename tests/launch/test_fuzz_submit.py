@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from mpillm.system.console import Console
 from mpillm.errors import MpillmError
 from mpillm.launch.site import load_site
-from mpillm.launch.submit import SubmitOptions, SubmittedRecipe, submit
+from mpillm.runs.submit import SubmitOptions, SubmittedRecipe, submit
 from mpillm.train.recipe import load_recipe, write_recipe
 
 CASES = 2000

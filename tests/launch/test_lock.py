@@ -11,7 +11,7 @@ import pytest
 
 from mpillm.errors import UsageError
 from mpillm.launch.current_job import CurrentJob
-from mpillm.launch.lock import (
+from mpillm.runs.lock import (
     DEAD_SECONDS,
     LOCK,
     RunLock,
@@ -45,7 +45,7 @@ def test_a_lock_is_taken_once_and_given_back(tmp_path: Path) -> None:
 
 def test_a_lock_whose_process_is_gone_is_taken(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from mpillm.launch.lock import RunLock\n"
+        "import os, sys; from pathlib import Path; from mpillm.runs.lock import RunLock\n"
         "RunLock(Path(sys.argv[1]), None); os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
@@ -73,7 +73,7 @@ def test_who_is_gone() -> None:
 
 def test_a_process_that_ended_and_that_nobody_asked_for_holds_nothing(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from mpillm.launch.lock import RunLock\n"
+        "import os, sys; from pathlib import Path; from mpillm.runs.lock import RunLock\n"
         "RunLock(Path(sys.argv[1]), None); print('taken', flush=True); os._exit(0)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

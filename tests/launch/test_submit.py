@@ -13,10 +13,10 @@ import pytest
 
 from mpillm.system.console import Console
 from mpillm.errors import LaunchError, UsageError
-from mpillm.launch.lock import RunLock
+from mpillm.runs.lock import RunLock
 from mpillm.launch.schedulers import find_scheduler, hand_over, is_over, job_state
 from mpillm.launch.site import Site
-from mpillm.launch.submit import SubmitOptions, SubmittedRecipe, job_name, read_job, submit
+from mpillm.runs.submit import SubmitOptions, SubmittedRecipe, job_name, read_job, submit
 from mpillm.train.recipe import load_recipe, write_recipe
 
 NASTY = "a 'b' $(touch CANARY) `touch CANARY` \"c\" \\ ü"

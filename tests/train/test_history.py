@@ -8,8 +8,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpillm.train.diary import HISTORY, Diary
-from mpillm.train.history import Event, attempts, read_history
+from mpillm.runs.history_writer import HISTORY, Diary
+from mpillm.runs.history import Event, attempts, read_history
 
 NOON = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
 START = {"ranks": 2, "hosts": {"n1": [0], "n2": [1]}, "job": {"scheduler": "slurm", "id": "7", "restart": 1}}

@@ -25,10 +25,10 @@ from markupsafe import escape
 
 from mpillm.system.console import Console
 from mpillm.errors import UsageError
-from mpillm.train.curves import curve, smooth, thin
-from mpillm.train.report import make_page, report
-from mpillm.train.report_page import render
-from mpillm.train.standing import read_run
+from mpillm.runs.report.downsample import curve, smooth, thin
+from mpillm.runs.report.run_report import make_page, report
+from mpillm.runs.report.page import render
+from mpillm.runs.state import read_run
 
 # A page knows nothing of ranks, and is too much work to be made on each of them.
 pytestmark = pytest.mark.alone

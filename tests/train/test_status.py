@@ -15,16 +15,16 @@ import pytest
 
 from mpillm.system.console import Console
 from mpillm.errors import LaunchError, UsageError
-from mpillm.launch.lock import LOCK, RunLock
-from mpillm.train.diary import Diary
-from mpillm.train.standing import JOB, columns, read_run
-from mpillm.train.status import Ask, figures, status
+from mpillm.runs.lock import LOCK, RunLock
+from mpillm.runs.history_writer import Diary
+from mpillm.runs.state import JOB, columns, read_run
+from mpillm.runs.status import Ask, figures, status
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from mpillm.launch.current_job import CurrentJob
-from mpillm.launch.lock import RunLock
+from mpillm.runs.lock import RunLock
 RunLock(Path(sys.argv[1]), CurrentJob("slurm", "12"))
 print("held", flush=True)
 time.sleep(600)
@@ -235,7 +235,7 @@ def test_the_login_node_stays_light(tmp_path: Path) -> None:
     diary.started(0, facts())
     code = (
         "import sys\nfrom pathlib import Path\nfrom mpillm.system.console import Console\n"
-        "from mpillm.train.report import report\nfrom mpillm.train.status import status\n"
+        "from mpillm.runs.report.run_report import report\nfrom mpillm.runs.status import status\n"
         "status(Path(sys.argv[1]), Console())\nreport(Path(sys.argv[1]), Console())\n"
         "print('loaded:', [name for name in ('torch', 'mpi4py', 'h5py', 'tokenizers') if name in sys.modules])\n"
     )

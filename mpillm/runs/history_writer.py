@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpillm.system.atomic import flush, write_text
-from mpillm.train.history import SAVED, STARTED, read_history
+from mpillm.runs.history import SAVED, STARTED, read_history
 
 HISTORY, OUTCOME = "history.jsonl", "outcome"
 Outcome = Literal["running", "finished", "stopped", "failed"]

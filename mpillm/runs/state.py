@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.errors import UsageError
-from mpillm.launch.lock import LOCK, Holder, live_holder, modified
-from mpillm.launch.submit import JOB, read_job
-from mpillm.train.diary import HISTORY
-from mpillm.train.history import KILLED, RUNNING, Attempt, attempts, object_at, read_history
-from mpillm.train.record import METRICS, RECIPE, read_metrics
+from mpillm.runs.lock import LOCK, Holder, live_holder, modified
+from mpillm.runs.submit import JOB, read_job
+from mpillm.runs.history_writer import HISTORY
+from mpillm.runs.history import KILLED, RUNNING, Attempt, attempts, object_at, read_history
+from mpillm.runs.metrics import METRICS, RECIPE, read_metrics
 from mpillm.weights.places import CHECKPOINTS, INDEX
 
 SUBMITTED, UNKNOWN, FINISHED = "submitted", "unknown", "finished"

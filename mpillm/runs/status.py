@@ -12,11 +12,11 @@ from typing import Any
 from mpillm.system.console import Console, clock
 from mpillm.errors import MpillmError
 from mpillm.launch.schedulers import is_over
-from mpillm.launch.submit import RECIPE as SUBMITTED_RECIPE
+from mpillm.runs.submit import RECIPE as SUBMITTED_RECIPE
 from mpillm.launch.walltime import clock_time
-from mpillm.train.history import KILLED, RUNNING, Attempt
-from mpillm.train.record import RECIPE
-from mpillm.train.standing import FINISHED, SUBMITTED, UNKNOWN, Kept, Standing, read_run
+from mpillm.runs.history import KILLED, RUNNING, Attempt
+from mpillm.runs.metrics import RECIPE
+from mpillm.runs.state import FINISHED, SUBMITTED, UNKNOWN, Kept, Standing, read_run
 
 Ask = Callable[[str, str], str]
 """(scheduler, job id) → what the scheduler says of the job, in a word; empty where it says nothing."""

@@ -10,13 +10,13 @@ from mpillm.errors import UsageError
 from mpillm.system.atomic import write_text
 from mpillm.machine.topology import ranges_text
 from mpillm.system.versions import package_version
-from mpillm.train.history import KILLED, Attempt, object_at
-from mpillm.train.report_drawing import draw, draw_attempts, short
-from mpillm.train.report_page import Figure, Page, Picture, Table, render
-from mpillm.train.report_plots import plots
-from mpillm.train.standing import Standing, read_run
-from mpillm.train.status import figures as status_figures
-from mpillm.train.status import host_names, moment, state_text
+from mpillm.runs.history import KILLED, Attempt, object_at
+from mpillm.runs.report.drawing import draw, draw_attempts, short
+from mpillm.runs.report.page import Figure, Page, Picture, Table, render
+from mpillm.runs.report.plots import plots
+from mpillm.runs.state import Standing, read_run
+from mpillm.runs.status import figures as status_figures
+from mpillm.runs.status import host_names, moment, state_text
 
 REPORT = "report.html"
 BANDS = (

@@ -15,7 +15,7 @@ from mpillm.errors import UsageError
 from mpillm.system.atomic import make_folder, write_json, write_text
 from mpillm.launch.batch_script import Job, render, stop_seconds_for
 from mpillm.launch.current_job import END_VARIABLES, RESTART_VARIABLES
-from mpillm.launch.lock import live_holder
+from mpillm.runs.lock import live_holder
 from mpillm.launch.locking import hdf5_file_locking
 from mpillm.machine.mounts import Mount, read_mounts
 from mpillm.launch.schedulers import SCHEDULERS, find_scheduler, hand_over, is_over, job_state

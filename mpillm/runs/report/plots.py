@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from mpillm.system.console import binary_bytes
-from mpillm.train.curves import curve
-from mpillm.train.history import object_at
-from mpillm.train.report_drawing import Line, Plot, short
-from mpillm.train.standing import Standing
+from mpillm.runs.report.downsample import curve
+from mpillm.runs.history import object_at
+from mpillm.runs.report.drawing import Line, Plot, short
+from mpillm.runs.state import Standing
 
 WAIT, STEP_SECONDS = "_seconds", "step_seconds"
 AXIS_COLOURS = ("a", "b", "c", "d")
