@@ -286,7 +286,7 @@ def schedule(
     """Draw a pipeline schedule, and tell how long ranks wait and what they store; no MPI, no torch."""
     with _first_alone(debug) as console:
         from mpillm.launch.terminal import watched
-        from mpillm.parallel.schedule_report import ScheduleOptions, report
+        from mpillm.parallel.pipeline.schedule_report import ScheduleOptions, report
 
         options = ScheduleOptions(
             name=name, ranks=stages, microbatches=microbatches, chunks=chunks, costs=costs, svg=svg, png=png, csv=csv,
@@ -365,7 +365,7 @@ def submit(
         from mpillm.launch.site import load_site
         from mpillm.runs.submit import SubmitOptions, SubmittedRecipe
         from mpillm.runs.submit import submit as run
-        from mpillm.parallel.axes import mesh_sizes
+        from mpillm.parallel.axis_sizes import mesh_sizes
         from mpillm.train.recipe import load_recipe, write_recipe
 
         options = SubmitOptions(

@@ -233,7 +233,7 @@ def test_help_loads_neither_mpi_nor_torch() -> None:
 def test_planted_faults_are_found(tmp_path: Path) -> None:
     upward = plant(tmp_path / "up", comm__mesh="from mpillm.models import decoder\n", models__decoder="")
     assert any("comm.mesh imports models.decoder" in fault for fault in floor_faults(upward))
-    hidden = plant(tmp_path / "hidden", tokens__a="def f():\n    import mpillm.parallel.data\n")
+    hidden = plant(tmp_path / "hidden", tokens__a="def f():\n    import mpillm.parallel.data.same_weights\n")
     assert any("tokens.a imports parallel.data" in fault for fault in floor_faults(hidden))
     assert any("no floor" in fault for fault in floor_faults(plant(tmp_path / "new", cellar__a="")))
     ring = plant(tmp_path / "ring", comm__a="from mpillm.comm.b import x\n", comm__b="import mpillm.comm.a\n")

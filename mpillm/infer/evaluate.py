@@ -11,7 +11,7 @@ from torch import Tensor
 from mpillm.system.console import Console
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import Decoder
-from mpillm.parallel.stage import ScoringStage
+from mpillm.parallel.pipeline.stage import ScoringStage
 from mpillm.tokens.evaluation import evaluation_batches, read_evaluation
 from mpillm.tokens.reader import TokenReader
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.actions import Action, Schedule
-from mpillm.parallel.simulating import Costs, simulate
+from mpillm.parallel.pipeline.actions import Action, Schedule
+from mpillm.parallel.pipeline.simulate import Costs, simulate
 
 
 @dataclass(frozen=True)

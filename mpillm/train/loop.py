@@ -11,8 +11,8 @@ from mpillm.errors import MismatchError, UsageError
 from mpillm.system.atomic import make_folder
 from mpillm.models.config import DecoderConfig
 from mpillm.system.malloc import keep_pages
-from mpillm.parallel.data import share_batch
-from mpillm.parallel.layout import make_mesh, plan_layout
+from mpillm.parallel.data.same_weights import share_batch
+from mpillm.parallel.step_plan import make_mesh, plan_layout
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.order import WindowOrder
 from mpillm.tokens.reader import open_split

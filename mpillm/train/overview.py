@@ -4,7 +4,7 @@ import torch
 
 from mpillm.comm.mesh import Mesh, hosts
 from mpillm.system.console import Console, binary_bytes
-from mpillm.parallel.layout import Layout
+from mpillm.parallel.step_plan import Layout
 from mpillm.tokens.reader import TokenReader
 from mpillm.train.recipe import Recipe
 

@@ -24,8 +24,8 @@ from mpillm.runs.lock import RunLock
 from mpillm.launch.signals import StopSignals
 from mpillm.system.versions import package_version
 from mpillm.launch.walltime import seconds_of
-from mpillm.parallel.data import check_same
-from mpillm.parallel.layout import traffic_bytes
+from mpillm.parallel.data.same_weights import check_same
+from mpillm.parallel.step_plan import traffic_bytes
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.reader import open_split
 from mpillm.runs.history_writer import Diary, last_save_seconds

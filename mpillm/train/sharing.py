@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from mpillm.comm.mesh import Mesh, coordinates
-from mpillm.parallel.layout import Layout
-from mpillm.parallel.model import Passes
+from mpillm.parallel.step_plan import Layout
+from mpillm.parallel.sharded_model import Passes
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 # Columns of a rank's row ahead of its losses: when its passes began and ended, what of that it computed, how long it

@@ -9,9 +9,9 @@ from typing import Any
 from mpillm.comm.mesh import Mesh, coordinates
 from mpillm.system.console import Console
 from mpillm.system.atomic import write_text
-from mpillm.parallel.actions import KINDS
-from mpillm.parallel.layout import Layout
-from mpillm.parallel.simulating import Costs, Span, simulate
+from mpillm.parallel.pipeline.actions import KINDS
+from mpillm.parallel.step_plan import Layout
+from mpillm.parallel.pipeline.simulate import Costs, Span, simulate
 
 # Steps whose spans are kept for a trace, the newest: enough to look at, few enough for memory.
 TRACED_STEPS = 32

@@ -17,10 +17,10 @@ from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.comm.failure import ranks_text
 from mpillm.errors import DivergedError
 from mpillm.infer.evaluate import rows_at_once
-from mpillm.parallel.layout import Layout
-from mpillm.parallel.model import ShardedModel
-from mpillm.parallel.simulating import Span
-from mpillm.parallel.stage import Batch
+from mpillm.parallel.step_plan import Layout
+from mpillm.parallel.sharded_model import ShardedModel
+from mpillm.parallel.pipeline.simulate import Span
+from mpillm.parallel.pipeline.stage import Batch
 from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.sampler import Sampler
 from mpillm.tokens.windows import Windows

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.actions import Action, Schedule
-from mpillm.parallel.checking import Step, ascending, check, programs, run_blocking
-from mpillm.parallel.schedules import NAMES, make_schedule
+from mpillm.parallel.pipeline.actions import Action, Schedule
+from mpillm.parallel.pipeline.check import Step, ascending, check, programs, run_blocking
+from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
 
 
 def action(text):

@@ -8,9 +8,9 @@ from torch import nn
 
 from mpillm.comm.mesh import Mesh
 from mpillm.errors import CommError, LayoutError
-from mpillm.parallel.buckets import lay
-from mpillm.parallel.data import broadcast_parameters, check_same, first_difference, share_batch
-from mpillm.parallel.gradients import GradientBuckets
+from mpillm.parallel.data.buckets import lay
+from mpillm.parallel.data.same_weights import broadcast_parameters, check_same, first_difference, share_batch
+from mpillm.parallel.data.replicated import GradientBuckets
 from mpillm.parallel.settings import ParallelSettings
 
 WIDTH, ROWS = 24, 5

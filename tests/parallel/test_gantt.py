@@ -6,9 +6,9 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.errors import UsageError
-from mpillm.parallel.gantt import gantt_picture, gantt_text
-from mpillm.parallel.schedules import NAMES, make_schedule
-from mpillm.parallel.simulating import Costs, simulate
+from mpillm.parallel.pipeline.gantt import gantt_picture, gantt_text
+from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
+from mpillm.parallel.pipeline.simulate import Costs, simulate
 
 
 def chart(name, ranks, microbatches, width, chunks=0, **costs):

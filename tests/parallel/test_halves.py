@@ -9,8 +9,8 @@ import torch
 
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import Part, create, loss_sum
-from mpillm.parallel.halves import SplitBackward
-from mpillm.parallel.tying import loosen
+from mpillm.parallel.pipeline.split_backward import SplitBackward
+from mpillm.parallel.pipeline.tying import loosen
 
 CONFIGS = [
     {},

@@ -10,13 +10,13 @@ from mpillm.comm.mesh import Mesh
 from mpillm.errors import CommError, LayoutError
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import create, loss_sum
-from mpillm.parallel.layout import plan_layout
-from mpillm.parallel.model import ShardedModel
-from mpillm.parallel.pipeline import Pipeline, Stream
-from mpillm.parallel.schedules import NAMES, forward_only, make_schedule
+from mpillm.parallel.step_plan import plan_layout
+from mpillm.parallel.sharded_model import ShardedModel
+from mpillm.parallel.pipeline.executor import Pipeline, Stream
+from mpillm.parallel.pipeline.catalog import NAMES, forward_only, make_schedule
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.parallel.simulating import Costs, simulate
-from mpillm.parallel.stage import Batch
+from mpillm.parallel.pipeline.simulate import Costs, simulate
+from mpillm.parallel.pipeline.stage import Batch
 
 ROWS, LAYERS = 8, 8
 PLAIN = DecoderConfig(layers=LAYERS, width=16, heads=2, context=12, vocab_size=40)
@@ -247,8 +247,8 @@ import os, signal, sys, torch
 from mpillm.comm.mesh import Mesh
 from mpillm.comm.failure import fail_together
 from mpillm.comm.world import open_world
-from mpillm.parallel.pipeline import Pipeline, Stream
-from mpillm.parallel.schedules import make_schedule
+from mpillm.parallel.pipeline.executor import Pipeline, Stream
+from mpillm.parallel.pipeline.catalog import make_schedule
 comm = open_world()
 
 class Stage:

@@ -4,8 +4,8 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.schedule_csv import read_schedule, write_schedule
-from mpillm.parallel.schedules import NAMES, make_schedule
+from mpillm.parallel.pipeline.schedule_csv import read_schedule, write_schedule
+from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
 
 
 @pytest.fixture

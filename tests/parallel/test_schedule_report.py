@@ -9,8 +9,8 @@ import pytest
 
 from mpillm.system.console import Console
 from mpillm.errors import UsageError
-from mpillm.parallel.schedule_report import ScheduleOptions, ShareCosts, report
-from mpillm.parallel.schedules import NAMES, make_schedule
+from mpillm.parallel.pipeline.schedule_report import ScheduleOptions, ShareCosts, report
+from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
 
 PAGE = Path(__file__).parents[2] / "docs/schedules.md"
 SIZE = ("--stages", "4", "--microbatches", "8")

@@ -6,11 +6,11 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.actions import Action
-from mpillm.parallel.checking import ascending, check, programs, run_blocking
-from mpillm.parallel.schedule_csv import write_schedule
-from mpillm.parallel.schedules import NAMES, forward_only, make_schedule
-from mpillm.parallel.simulating import Costs, simulate
+from mpillm.parallel.pipeline.actions import Action
+from mpillm.parallel.pipeline.check import ascending, check, programs, run_blocking
+from mpillm.parallel.pipeline.schedule_csv import write_schedule
+from mpillm.parallel.pipeline.catalog import NAMES, forward_only, make_schedule
+from mpillm.parallel.pipeline.simulate import Costs, simulate
 
 V_SHAPED = ("zb-v", "dualpipe-v")
 LEAST = {"interleaved": 1, "zb-v": 2, "dualpipe-v": 2}

@@ -8,10 +8,10 @@ import pytest
 from mpillm.comm.mesh import host_order
 from mpillm.errors import LayoutError
 from mpillm.models.config import DecoderConfig
-from mpillm.parallel.axes import legal_layouts, mesh_sizes
-from mpillm.parallel.layout import make_mesh, traffic_bytes
+from mpillm.parallel.axis_sizes import legal_layouts, mesh_sizes
+from mpillm.parallel.step_plan import make_mesh, traffic_bytes
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.parallel.shares import even_counts, head_flops, layer_flops, share_layers
+from mpillm.parallel.pipeline.partition import even_counts, head_flops, layer_flops, share_layers
 
 CONFIG = DecoderConfig(layers=12, width=64, heads=4, context=32, vocab_size=5000)
 

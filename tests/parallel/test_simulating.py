@@ -3,9 +3,9 @@
 import pytest
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.actions import Action, Schedule
-from mpillm.parallel.schedules import make_schedule
-from mpillm.parallel.simulating import Costs, simulate
+from mpillm.parallel.pipeline.actions import Action, Schedule
+from mpillm.parallel.pipeline.catalog import make_schedule
+from mpillm.parallel.pipeline.simulate import Costs, simulate
 
 
 def times(timeline):

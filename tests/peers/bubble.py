@@ -19,10 +19,10 @@ from mpi4py import MPI
 from mpillm.bench.timing import in_turn
 from mpillm.comm.mesh import Mesh
 from mpillm.system.malloc import keep_pages
-from mpillm.parallel.actions import Schedule
-from mpillm.parallel.pipeline import Pipeline, Stream
-from mpillm.parallel.schedules import NAMES, make_schedule
-from mpillm.parallel.simulating import Costs, Timeline, simulate
+from mpillm.parallel.pipeline.actions import Schedule
+from mpillm.parallel.pipeline.executor import Pipeline, Stream
+from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
+from mpillm.parallel.pipeline.simulate import Costs, Timeline, simulate
 from mpillm.train.timing import measured_costs
 
 SHAPE = (1, 64, 256)

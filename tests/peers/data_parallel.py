@@ -33,7 +33,7 @@ from mpillm.comm.mesh import Axis, Mesh
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import create, loss_sum
 from mpillm.system.malloc import keep_pages
-from mpillm.parallel.gradients import GradientBuckets
+from mpillm.parallel.data.replicated import GradientBuckets
 from mpillm.parallel.settings import ParallelSettings
 
 OURS = {

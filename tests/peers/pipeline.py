@@ -25,10 +25,10 @@ from mpillm.comm.mesh import Mesh
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import create
 from mpillm.system.malloc import keep_pages
-from mpillm.parallel.layout import Layout, plan_layout
-from mpillm.parallel.model import ShardedModel
+from mpillm.parallel.step_plan import Layout, plan_layout
+from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.parallel.stage import Batch
+from mpillm.parallel.pipeline.stage import Batch
 
 THEIRS = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
 

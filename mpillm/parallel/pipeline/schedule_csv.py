@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import cast
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.actions import Action, Kind, Schedule
-from mpillm.parallel.checking import check
+from mpillm.parallel.pipeline.actions import Action, Kind, Schedule
+from mpillm.parallel.pipeline.check import check
 
 _CELL = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mpillm.models.decoder import Decoder, loss_sum
-from mpillm.parallel.gradients import GradientBuckets
-from mpillm.parallel.halves import SplitBackward
+from mpillm.parallel.data.replicated import GradientBuckets
+from mpillm.parallel.pipeline.split_backward import SplitBackward
 
 
 class Stage(Protocol):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 
-from mpillm.parallel.actions import Action, Schedule
-from mpillm.parallel.ordering import execution_order
+from mpillm.parallel.pipeline.actions import Action, Schedule
+from mpillm.parallel.pipeline.order import execution_order
 
 
 @dataclass(frozen=True)

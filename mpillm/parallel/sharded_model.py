@@ -13,14 +13,14 @@ from mpillm.comm.mesh import Mesh
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import Decoder, create
-from mpillm.parallel.gradients import GradientBuckets
-from mpillm.parallel.layout import Layout
-from mpillm.parallel.pipeline import Pipeline, Stream
-from mpillm.parallel.schedules import forward_only
+from mpillm.parallel.data.replicated import GradientBuckets
+from mpillm.parallel.step_plan import Layout
+from mpillm.parallel.pipeline.executor import Pipeline, Stream
+from mpillm.parallel.pipeline.catalog import forward_only
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.parallel.simulating import Span
-from mpillm.parallel.stage import Batch, ModelStage, ScoringStage
-from mpillm.parallel.tying import Tie
+from mpillm.parallel.pipeline.simulate import Span
+from mpillm.parallel.pipeline.stage import Batch, ModelStage, ScoringStage
+from mpillm.parallel.pipeline.tying import Tie
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from mpillm.errors import UsageError
 from mpillm.system.atomic import replacing
-from mpillm.parallel.actions import KINDS, Schedule
-from mpillm.parallel.simulating import Span, Timeline
+from mpillm.parallel.pipeline.actions import KINDS, Schedule
+from mpillm.parallel.pipeline.simulate import Span, Timeline
 
 COLOURS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
     {"F": (122, 162, 247), "B": (115, 200, 130), "I": (90, 205, 205), "W": (240, 190, 90)}

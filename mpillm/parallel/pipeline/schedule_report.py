@@ -14,11 +14,11 @@ from rich.text import Text
 from mpillm.system.console import Console
 from mpillm.errors import LayoutError, UsageError
 from mpillm.system.atomic import write_text
-from mpillm.parallel.actions import Schedule
-from mpillm.parallel.gantt import gantt_picture, gantt_text
-from mpillm.parallel.schedule_csv import write_schedule
-from mpillm.parallel.schedules import NAMES, make_schedule
-from mpillm.parallel.simulating import Costs, Timeline, simulate
+from mpillm.parallel.pipeline.actions import Schedule
+from mpillm.parallel.pipeline.gantt import gantt_picture, gantt_text
+from mpillm.parallel.pipeline.schedule_csv import write_schedule
+from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
+from mpillm.parallel.pipeline.simulate import Costs, Timeline, simulate
 
 ALL = "all"
 

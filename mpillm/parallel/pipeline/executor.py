@@ -19,9 +19,9 @@ from mpillm.comm.communicator import silent
 from mpillm.comm.channels.channel_set import Edge, Mail
 from mpillm.comm.mesh import Axis
 from mpillm.errors import CommError
-from mpillm.parallel.actions import Action, Schedule
-from mpillm.parallel.simulating import Span
-from mpillm.parallel.stage import Stage
+from mpillm.parallel.pipeline.actions import Action, Schedule
+from mpillm.parallel.pipeline.simulate import Span
+from mpillm.parallel.pipeline.stage import Stage
 
 # Receives that are posted on each way between two stages: one to fill while another is computed on.
 AHEAD = 2

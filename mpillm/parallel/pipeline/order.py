@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.actions import Action, Schedule
+from mpillm.parallel.pipeline.actions import Action, Schedule
 
 
 @dataclass(frozen=True)

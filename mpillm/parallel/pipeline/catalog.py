@@ -11,9 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.actions import Action, Schedule
-from mpillm.parallel.schedule_csv import read_schedule
-from mpillm.parallel.schedule_rows import Row, dualpipe_v, gpipe, interleaved, one_f_one_b, rounds, zb_h1, zb_v
+from mpillm.parallel.pipeline.actions import Action, Schedule
+from mpillm.parallel.pipeline.schedule_csv import read_schedule
+from mpillm.parallel.pipeline.schedules import Row, dualpipe_v, gpipe, interleaved, one_f_one_b, rounds, zb_h1, zb_v
 
 
 def make_schedule(name: str, ranks: int, microbatches: int, chunks: int = 0) -> Schedule:

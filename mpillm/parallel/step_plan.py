@@ -8,13 +8,13 @@ from mpillm.comm.mesh import Mesh, by_hosts
 from mpillm.errors import LayoutError
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import Part
-from mpillm.parallel.actions import Schedule
-from mpillm.parallel.axes import mesh_sizes
-from mpillm.parallel.checking import ascending, check
-from mpillm.parallel.schedules import make_schedule
+from mpillm.parallel.pipeline.actions import Schedule
+from mpillm.parallel.axis_sizes import mesh_sizes
+from mpillm.parallel.pipeline.check import ascending, check
+from mpillm.parallel.pipeline.catalog import make_schedule
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.parallel.shares import share_layers
-from mpillm.parallel.simulating import Costs, Timeline, simulate
+from mpillm.parallel.pipeline.partition import share_layers
+from mpillm.parallel.pipeline.simulate import Costs, Timeline, simulate
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -15,7 +15,7 @@ In each, p ranks, m microbatches, v chunks (stages) a rank, r the rank.
 from collections import Counter, deque
 from typing import cast
 
-from mpillm.parallel.actions import Action, Kind
+from mpillm.parallel.pipeline.actions import Action, Kind
 
 
 class Row:

@@ -17,7 +17,7 @@ from mpillm.comm.communicator import Group, silent
 from mpillm.comm.mesh import Axis
 from mpillm.comm.progress_thread import ProgressThread
 from mpillm.errors import CommError
-from mpillm.parallel.buckets import Bucket, group_parameters, lay, make_bucket, norm_pieces, padded, square_sum
+from mpillm.parallel.data.buckets import Bucket, group_parameters, lay, make_bucket, norm_pieces, padded, square_sum
 from mpillm.parallel.settings import ParallelSettings
 
 if TYPE_CHECKING:

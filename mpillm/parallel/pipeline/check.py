@@ -7,9 +7,9 @@ sends that wait, knowing nothing of the schedule: the second proof beside the fi
 from itertools import product
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.actions import Action, Kind, Schedule
+from mpillm.parallel.pipeline.actions import Action, Kind, Schedule
 from mpillm.parallel.blocking import Step, programs, run_blocking
-from mpillm.parallel.ordering import execution_order
+from mpillm.parallel.pipeline.order import execution_order
 
 __all__ = ["Step", "ascending", "check", "programs", "run_blocking"]
 

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: schedules as lists of actions, their checks and simulator, the executor."""
