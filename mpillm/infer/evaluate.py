@@ -12,7 +12,7 @@ from mpillm.system.console import Console
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import Decoder
 from mpillm.parallel.pipeline.stage import ScoringStage
-from mpillm.tokens.evaluation import evaluation_batches, read_evaluation
+from mpillm.tokens.evaluation_windows import evaluation_batches, read_evaluation
 from mpillm.tokens.reader import TokenReader
 
 if TYPE_CHECKING:

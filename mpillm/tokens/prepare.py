@@ -16,14 +16,14 @@ from mpillm.comm.waiting import patient_barrier
 from mpillm.system.console import Console, binary_bytes
 from mpillm.errors import DataError, UsageError
 from mpillm.system.atomic import flush, make_folder, write_text
-from mpillm.tokens import exchange
+from mpillm.tokens import shuffle
 from mpillm.tokens.manifest import NAME, SPLITS, Manifest, Split, tokenizer_facts
 from mpillm.tokens.sources import Piece, list_pieces
-from mpillm.tokens.spill import Spill, spill
+from mpillm.tokens.encode import Spill, spill
 from mpillm.tokens.splitting import split_of
 from mpillm.tokens.survey import Survey, survey
 from mpillm.tokens.tokenizer import Tokenizer, check_vocab_size
-from mpillm.tokens.vocabulary import load_or_make, train_together
+from mpillm.tokens.train_tokenizer import load_or_make, train_together
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -172,7 +172,7 @@ def _write(options: PrepareOptions, found: Survey, tokenizer: Tokenizer, prep: d
            comm: "MPI.Intracomm", console: Console) -> Manifest:  # fmt: skip
     """Encode, exchange and write everything into `partial`; the manifest comes last. Every rank calls it."""
     encoded = _encode(options, found, tokenizer, partial, comm, console)
-    where = exchange.plan(encoded, options.shard_bytes, comm)
+    where = shuffle.plan(encoded, options.shard_bytes, comm)
     attributes = {
         "vocab_size": tokenizer.vocab_size,
         "eot_id": tokenizer.eot_id,
@@ -183,7 +183,7 @@ def _write(options: PrepareOptions, found: Survey, tokenizer: Tokenizer, prep: d
         "sources": json.dumps(options.sources),
     }
     with console.progress("writing", len(where.shards), "shards") as progress:
-        shards = exchange.write_shards(encoded, where, partial, attributes, comm, progress)
+        shards = shuffle.write_shards(encoded, where, partial, attributes, comm, progress)
     encoded.path.unlink()
     totals = comm.allreduce(np.array([encoded.index["nbytes"][encoded.index["split"] == i].sum() for i in (0, 1)]))
 

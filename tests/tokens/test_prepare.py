@@ -184,7 +184,7 @@ def test_an_interruption_leaves_no_folder(corpus, folder, comm, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mpillm.tokens.exchange.write_shard", interrupt)
+    monkeypatch.setattr("mpillm.tokens.shuffle.write_shard", interrupt)
     with pytest.raises(KeyboardInterrupt):
         # Each rank on its own: an interrupted rank leaves the others waiting, and the command line ends them.
         prepare(PrepareOptions(corpus[:1], folder / f"out{comm.rank}", "bytes"), MPI.COMM_SELF, QUIET)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpillm.errors import DataError
-from mpillm.tokens.evaluation import evaluation_batches, read_evaluation
+from mpillm.tokens.evaluation_windows import evaluation_batches, read_evaluation
 from mpillm.tokens.manifest import Manifest, Split
 from mpillm.tokens.reader import open_split
 from mpillm.tokens.sampler import Sampler

@@ -14,7 +14,7 @@ from mpillm.system import hdf5
 from mpillm.system.console import Progress
 from mpillm.tokens.manifest import SPLITS
 from mpillm.tokens.shards import Documents, ShardInfo, write_shard
-from mpillm.tokens.spill import Spill
+from mpillm.tokens.encode import Spill
 from mpillm.tokens.splitting import range_of, ranges_for
 
 if TYPE_CHECKING:
