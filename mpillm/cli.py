@@ -154,9 +154,9 @@ def train(
     begun, signals = time.time(), StopSignals()
     with _job(debug, torch_threads=True, stops_in_order=True) as job:
         from mpillm.launch.placement import tell_placement
-        from mpillm.train.loop import train as run
+        from mpillm.train.setup import train as run
         from mpillm.train.recipe import load_recipe
-        from mpillm.train.running import Allotment
+        from mpillm.train.loop import Allotment
 
         tell_placement(job.comm, os.environ, job.threads, job.console, verbose)
         allotment = Allotment(signals, current_job(os.environ), job_end(os.environ), begun)

@@ -15,7 +15,7 @@ from mpillm.errors import RecipeError, UsageError
 from mpillm.launch.walltime import seconds_of
 from mpillm.models.config import SHAPES, DecoderConfig
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.train.rates import OptimizerSettings
+from mpillm.train.lr_schedule import OptimizerSettings
 
 Positive = Annotated[int, Gt(0)]
 Many = Annotated[int, Ge(0)]

@@ -21,7 +21,7 @@ from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import create
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.reader import open_split
-from mpillm.train.loop import train
+from mpillm.train.setup import train
 from mpillm.train.recipe import parse_recipe
 
 QUIET = Console(speaks=False)

@@ -23,7 +23,7 @@ from mpillm.parallel.pipeline.actions import Schedule
 from mpillm.parallel.pipeline.executor import Pipeline, Stream
 from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
 from mpillm.parallel.pipeline.simulate import Costs, Timeline, simulate
-from mpillm.train.timing import measured_costs
+from mpillm.train.trace import measured_costs
 
 SHAPE = (1, 64, 256)
 

@@ -12,7 +12,7 @@ from mpillm.infer.evaluate import WholeModel, evaluate
 from mpillm.infer.generate import Sampling, generate
 from mpillm.infer.loading import load
 from mpillm.tokens.reader import open_split
-from mpillm.train.loop import train
+from mpillm.train.setup import train
 from mpillm.train.recipe import Recipe, parse_recipe
 from mpillm.weights.finding import find
 

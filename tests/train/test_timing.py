@@ -1,8 +1,8 @@
 import pytest
 
 from mpillm.comm.clock_sync import clock_offset
-from mpillm.train.sharing import measured_bubble
-from mpillm.train.timing import measured_costs, trace_events
+from mpillm.train.step_stats import measured_bubble
+from mpillm.train.trace import measured_costs, trace_events
 
 
 def test_costs_are_means_over_the_ranks():

@@ -14,9 +14,9 @@ from mpillm.machine.cluster_profile import ClusterProfile, CollectiveCost, Cost,
 from mpillm.system.console import Console
 from mpillm.errors import DataError, DivergedError, LayoutError, MismatchError, StoppedError, UsageError
 from mpillm.launch.signals import StopSignals
-from mpillm.train.loop import train
+from mpillm.train.setup import train
 from mpillm.train.recipe import Recipe, parse_recipe
-from mpillm.train.running import Allotment
+from mpillm.train.loop import Allotment
 from mpillm.weights.finding import find
 
 QUIET = Console(speaks=False)

@@ -24,10 +24,10 @@ from mpillm.parallel.pipeline.stage import Batch
 from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.sampler import Sampler
 from mpillm.tokens.windows import Windows
-from mpillm.train.optimizer import make_optimizer, set_rate
-from mpillm.train.rates import learning_rate
+from mpillm.train.optimizers.adamw import make_optimizer, set_rate
+from mpillm.train.lr_schedule import learning_rate
 from mpillm.train.recipe import Recipe
-from mpillm.train.sharing import Shared, pipelines_of, share
+from mpillm.train.step_stats import Shared, pipelines_of, share
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from mpillm.train.rates import OptimizerSettings
+from mpillm.train.lr_schedule import OptimizerSettings
 
 SLOTS = ("exp_avg", "exp_avg_sq")
 

@@ -1,0 +1,128 @@
+"""A run from its recipe to its last checkpoint."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpillm.comm.agreement import on_root
+from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
+from mpillm.system.console import Console
+from mpillm.errors import MismatchError, UsageError
+from mpillm.system.atomic import make_folder
+from mpillm.models.config import DecoderConfig
+from mpillm.system.malloc import keep_pages
+from mpillm.parallel.data.same_weights import share_batch
+from mpillm.parallel.step_plan import make_mesh, plan_layout
+from mpillm.tokens.manifest import Manifest
+from mpillm.tokens.order import WindowOrder
+from mpillm.tokens.reader import open_split
+from mpillm.train.print_plan import tell_plan
+from mpillm.train.recipe import Recipe
+from mpillm.runs.metrics import CLUSTER, METRICS
+from mpillm.train.loop import Allotment, Run, held
+from mpillm.train.step import Trainer
+from mpillm.weights.checkpoint import Checkpoint
+from mpillm.weights.finding import newest_whole
+from mpillm.weights.places import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+NOTHING_ALLOTTED = Allotment()
+
+
+def train(
+    recipe: Recipe, comm: "MPI.Intracomm", console: Console, resume: bool = False, trace: bool = False,
+    allotment: Allotment = NOTHING_ALLOTTED,
+) -> None:  # fmt: skip
+    """Train as the recipe says. Every rank calls it.
+
+    `resume`: go on from the newest whole checkpoint of the run, if it has one. `trace`: leave a file that shows when
+    each rank did what. Raises MpillmError's kinds.
+    """
+    keep_pages()
+    manifest = Manifest.load(recipe.data.path)
+    recipe = replace(recipe, model=_with_vocabulary(recipe, manifest))
+    settings, parallel = recipe.train, recipe.parallel
+    mesh = make_mesh(comm, parallel, recipe.model, settings.batch)
+    data = mesh.axis("data")
+    _, rows = share_batch(settings.batch, data)
+    layout = plan_layout(recipe.model, parallel, data.size, rows, settings.microbatch, settings.fixed_order)
+    with open_split(recipe.data.path, "train") as reader:
+        # Refused before the run has a folder: a dataset that is shorter than one context, a profile that is missing.
+        WindowOrder(reader.n_tokens, recipe.model.context, settings.seed)
+        cluster = describe_cluster(comm)
+        profile = _profile(recipe, comm, console, cluster)
+        folder = Path(settings.run)
+        make_folder(folder)
+        with held(folder, comm, allotment.job):
+            checkpoint = _place(recipe, manifest, comm, console, resume)
+            tell_plan(recipe, mesh, layout, reader, console)
+            trainer = Trainer(recipe, reader, mesh, layout, profile, console.warn)
+            if data.size > 1:
+                console.say(f"gradients: {trainer.describe()}")
+            if layout.schedule.ranks > 1:
+                console.say(f"stages: {trainer.describe_pipeline()}")
+            run = Run(recipe, manifest, trainer, console, trace, allotment, cluster)
+            run.go(checkpoint)
+            trainer.close()
+
+
+def _profile(
+    recipe: Recipe, comm: "MPI.Intracomm", console: Console, here: Cluster
+) -> ClusterProfile | None:  # fmt: skip
+    """The cluster's profile: the recipe's, else one that lies in the run's folder, else none. Every rank calls it."""
+    beside = Path(recipe.train.run) / CLUSTER
+    named = Path(recipe.parallel.profile) if recipe.parallel.profile else None
+
+    def load() -> ClusterProfile | None:
+        path = named or (beside if beside.exists() else None)
+        return load_profile(path, console.warn, here) if path else None
+
+    return on_root(comm, load)
+
+
+def _with_vocabulary(recipe: Recipe, manifest: Manifest) -> DecoderConfig:
+    """The model's settings with the vocabulary of the data."""
+    wanted, found = recipe.model.vocab_size, manifest.vocab_size
+    if wanted and wanted < found:
+        raise MismatchError(
+            f"model.vocab_size = {wanted:,} is smaller than the {found:,} of the data {recipe.data.path}; "
+            f"leave it out to take the data's"
+        )
+    return replace(recipe.model, vocab_size=wanted or found)
+
+
+def _place(
+    recipe: Recipe, manifest: Manifest, comm: "MPI.Intracomm", console: Console, resume: bool
+) -> Checkpoint | None:
+    """Where the run stands: its newest checkpoint, None at its beginning. Every rank calls it."""
+    folder = Path(recipe.train.run)
+    if not resume:
+        if comm.bcast((folder / METRICS).exists() or (folder / CHECKPOINTS).exists()):
+            raise UsageError(f"{folder} holds a run already; --resume goes on with it, or name another train.run")
+        return None
+    checkpoint = newest_whole(folder, comm, console)
+    if checkpoint is None:
+        console.say(f"{folder} has no checkpoint yet: beginning at step 1")
+        return None
+    _check_same_run(recipe, manifest, checkpoint)
+    return checkpoint
+
+
+def _check_same_run(recipe: Recipe, manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """A run goes on with the model, the order and the data that it began with."""
+    before, now = checkpoint.facts["recipe"], recipe.to_dict()
+    changes = [
+        f"{section}.{key} was {before[section].get(key)!r} and is {value!r}"
+        for section, keys in (("model", now["model"]), ("train", {"seed", "batch"}))
+        for key in keys
+        if before[section].get(key) != (value := now[section][key])
+    ]
+    if checkpoint.facts["data"] != manifest.manifest_hash:
+        changes.append(f"the data {recipe.data.path} is another dataset than the run began with")
+    if changes:
+        raise MismatchError(
+            f"--resume goes on with the same model, order and data, but {'; '.join(changes)}; "
+            f"mend the recipe, or name another train.run"
+        )
