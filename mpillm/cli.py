@@ -173,7 +173,7 @@ def evaluate(
 ) -> None:
     """Loss, perplexity and bits per byte over the whole validation set."""
     with _job(debug, torch_threads=True) as job:
-        from mpillm.infer.report import report
+        from mpillm.infer.print_results import report
 
         report(trained, data, baselines, as_json, job.comm, job.console)
 
@@ -192,7 +192,7 @@ def generate(
     """Go on from a prompt; rank 0 computes and speaks."""
     with _job(debug, torch_threads=True) as job:
         from mpillm.infer.generate import Sampling
-        from mpillm.infer.report import speak
+        from mpillm.infer.print_results import speak
 
         speak(trained, prompt, Sampling(max_tokens, temperature, top_k, top_p, seed), job.comm, job.console)
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpillm.bench import figures
-from mpillm.bench.arrays import Shape, fitting_count
-from mpillm.bench.contestants import (
+from mpillm.bench.sample_arrays import Shape, fitting_count
+from mpillm.bench.competitors import (
     FLOOR,
     Contestant,
     Memory,
@@ -21,8 +21,8 @@ from mpillm.bench.figures import Seconds
 from mpillm.bench.options import COLLECTIVES
 from mpillm.bench.pattern import count_wrong
 from mpillm.bench.peers import Peer, joined
-from mpillm.bench.report import TIME_COLUMNS, Row, Section, Show, scaled, spread, text, whole
-from mpillm.bench.setting import Bench
+from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, spread, text, whole
+from mpillm.bench.context import Bench
 from mpillm.bench.timing import interleave
 
 COLUMNS: dict[str, Show] = {

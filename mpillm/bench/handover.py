@@ -9,8 +9,8 @@ import numpy as np
 from mpillm.bench.figures import Seconds
 from mpillm.bench.overlap import computation
 from mpillm.bench.pairs import Pair, pairs
-from mpillm.bench.report import Row, Section, Show, figure, scaled, text, whole
-from mpillm.bench.setting import Bench
+from mpillm.bench.results import Row, Section, Show, figure, scaled, text, whole
+from mpillm.bench.context import Bench
 from mpillm.bench.timing import Call, in_turn, interleave
 from mpillm.comm.clock_sync import clock_offset
 from mpillm.comm.channels.channel_set import Edge, Mail

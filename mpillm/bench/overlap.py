@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from mpillm.bench import figures
-from mpillm.bench.arrays import Shape, fitting_count
+from mpillm.bench.sample_arrays import Shape, fitting_count
 from mpillm.bench.collectives import keep_able
-from mpillm.bench.contestants import SHARED_PRIVATE, Memory, contestants, peers_wanted, runnable, select
+from mpillm.bench.competitors import SHARED_PRIVATE, Memory, contestants, peers_wanted, runnable, select
 from mpillm.bench.peers import Peer, joined
-from mpillm.bench.report import Row, Section, Show, scaled, text, whole
-from mpillm.bench.setting import Bench
+from mpillm.bench.results import Row, Section, Show, scaled, text, whole
+from mpillm.bench.context import Bench
 from mpillm.bench.timing import Call, interleave, slowest
 
 SLICES = 40

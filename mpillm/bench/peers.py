@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpillm.bench.arrays import Shape, as_tensor
+from mpillm.bench.sample_arrays import Shape, as_tensor
 from mpillm.bench.timing import Call
 from mpillm.comm.mesh import on_one_node
 

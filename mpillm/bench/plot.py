@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.bench import figures
-from mpillm.bench.contestants import FLOOR
-from mpillm.bench.report import Row, Section
+from mpillm.bench.competitors import FLOOR
+from mpillm.bench.results import Row, Section
 from mpillm.system.console import binary_bytes
 from mpillm.system.atomic import replacing
 

@@ -5,18 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpillm.bench.cluster import make_profile
+from mpillm.bench.make_profile import make_profile
 from mpillm.bench.collectives import run_collective
 from mpillm.bench.filesystem import TrainingPaths, run_filesystem
 from mpillm.bench.gemm import run_gemm
 from mpillm.bench.handover import run_handover
-from mpillm.bench.memory import run_memory
+from mpillm.bench.memory_bandwidth import run_memory
 from mpillm.bench.options import COLLECTIVES, STDOUT, BenchOptions
 from mpillm.bench.overlap import run_overlap
 from mpillm.bench.pairs import run_message_rate, run_pairs
 from mpillm.bench.plot import draw, drawn
-from mpillm.bench.report import Section, as_csv, as_json, tell
-from mpillm.bench.setting import Bench, header
+from mpillm.bench.results import Section, as_csv, as_json, tell
+from mpillm.bench.context import Bench, header
 from mpillm.comm.agreement import on_root
 from mpillm.comm.gpu.probe import probe
 from mpillm.comm.communicator import Group

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpillm.bench.arrays import Shape
-from mpillm.bench.contestants import Contestant, Memory, contestants, peers_wanted, select, tried
+from mpillm.bench.sample_arrays import Shape
+from mpillm.bench.competitors import Contestant, Memory, contestants, peers_wanted, select, tried
 from mpillm.bench.options import BenchOptions
 from mpillm.bench.pattern import count_wrong
 from mpillm.bench.peers import joined

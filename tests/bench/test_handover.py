@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpillm.bench.cluster import make_profile
+from mpillm.bench.make_profile import make_profile
 from mpillm.bench.handover import WORK_SECONDS, ByMail, ByRequests, Hand, behind_work, round_trip, run_handover
 from mpillm.bench.options import BenchOptions
-from mpillm.bench.report import Section
-from mpillm.bench.setting import Bench
+from mpillm.bench.results import Section
+from mpillm.bench.context import Bench
 from mpillm.comm.communicator import Group
 from mpillm.comm.channels.channel_set import Edge, Mail
 from mpillm.comm.mesh import on_one_node

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpillm.bench.cluster import make_profile
+from mpillm.bench.make_profile import make_profile
 from mpillm.bench.pairs import WINDOW, Pair, fastest, many_pairs, pairs, ping_pong, stream, window_of
-from mpillm.bench.report import Section
+from mpillm.bench.results import Section
 from mpillm.machine.cluster_profile import Cluster
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpillm.bench.arrays import Shape, fitting_count, new_array
+from mpillm.bench.sample_arrays import Shape, fitting_count, new_array
 from mpillm.bench.pattern import EXACT, PERIOD, combined, count_wrong, fill, laid, pattern, wrong_elements
 from mpillm.comm.buffers import ELEMENTS
 

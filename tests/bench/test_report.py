@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpillm.bench.arrays import Shape
+from mpillm.bench.sample_arrays import Shape
 from mpillm.bench.collectives import COLUMNS, rows_of
 from mpillm.bench.options import BenchOptions
 from mpillm.bench.plot import draw, drawn
-from mpillm.bench.report import Section, as_csv, as_json, figure, tell
-from mpillm.bench.setting import binding, buffers_text, cores_text
+from mpillm.bench.results import Section, as_csv, as_json, figure, tell
+from mpillm.bench.context import binding, buffers_text, cores_text
 from mpillm.system.console import Console
 
 

@@ -14,7 +14,7 @@ from mpillm.bench.filesystem import TrainingPaths
 from mpillm.bench.options import COLLECTIVES, BenchOptions
 from mpillm.bench.overlap import run_overlap, work
 from mpillm.bench.run import run
-from mpillm.bench.setting import Bench
+from mpillm.bench.context import Bench
 from mpillm.comm.communicator import Group
 from mpillm.system.console import Console
 from mpillm.errors import UsageError

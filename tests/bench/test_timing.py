@@ -6,7 +6,7 @@ import time
 import numpy as np
 from mpi4py import MPI
 
-from mpillm.bench.arrays import new_array
+from mpillm.bench.sample_arrays import new_array
 from mpillm.bench.timing import LARGEST_BATCH, batch_of, in_turn, interleave, slowest
 from mpillm.comm.buffers import ELEMENTS, itemsize_of
 

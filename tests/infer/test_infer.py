@@ -16,7 +16,7 @@ from mpillm.infer.baselines import baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import Sampling, draw, generate, sample_tokens
 from mpillm.infer.loading import Loaded, load
-from mpillm.infer.report import report
+from mpillm.infer.print_results import report
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import create
 from mpillm.tokens.prepare import PrepareOptions, prepare

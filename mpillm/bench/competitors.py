@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.bench.arrays import Shape, new_array
+from mpillm.bench.sample_arrays import Shape, new_array
 from mpillm.bench.options import BenchOptions
 from mpillm.bench.peers import PEERS, Peer
 from mpillm.bench.timing import Call, Make

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from mpillm.bench.contestants import COPY, FLOOR, SHARED_PRIVATE
+from mpillm.bench.competitors import COPY, FLOOR, SHARED_PRIVATE
 from mpillm.bench.fit import fit
 from mpillm.bench.options import COLLECTIVES
 from mpillm.bench.pairs import fastest
 from mpillm.bench.peers import PEERS
-from mpillm.bench.report import Row, Section
+from mpillm.bench.results import Row, Section
 from mpillm.comm.channels.channel import Way
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, CollectiveCost, Cost, PointToPointCost
 
