@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpillm.system.console import Console
 from mpillm.launch.ranks import rank_from_environment
+from mpillm.system.console import Console
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -48,8 +48,8 @@ def _job(debug: bool, torch_threads: bool = False, stops_in_order: bool = False)
     """
     from mpillm.comm.failure import fail_together
     from mpillm.comm.world import open_world
-    from mpillm.launch.singleton import one_voice, refuse_before_init, refuse_lonely_ranks
     from mpillm.launch.signals import interrupt_on_terminate
+    from mpillm.launch.singleton import one_voice, refuse_before_init, refuse_lonely_ranks
     from mpillm.launch.terminal import watched
     from mpillm.launch.threads import threads_per_rank
 
@@ -154,9 +154,9 @@ def train(
     begun, signals = time.time(), StopSignals()
     with _job(debug, torch_threads=True, stops_in_order=True) as job:
         from mpillm.launch.placement import tell_placement
-        from mpillm.train.setup import train as run
-        from mpillm.train.recipe import load_recipe
         from mpillm.train.loop import Allotment
+        from mpillm.train.recipe import load_recipe
+        from mpillm.train.setup import train as run
 
         tell_placement(job.comm, os.environ, job.threads, job.console, verbose)
         allotment = Allotment(signals, current_job(os.environ), job_end(os.environ), begun)
@@ -173,9 +173,9 @@ def evaluate(
 ) -> None:
     """Loss, perplexity and bits per byte over the whole validation set."""
     with _job(debug, torch_threads=True) as job:
-        from mpillm.infer.print_results import report
+        from mpillm.infer.print_results import print_evaluation
 
-        report(trained, data, baselines, as_json, job.comm, job.console)
+        print_evaluation(trained, data, baselines, as_json, job.comm, job.console)
 
 
 @app.command(epilog="Example: mpillm generate runs/quickstart --prompt 'def ' --max-tokens 100 --seed 1")
@@ -192,9 +192,9 @@ def generate(
     """Go on from a prompt; rank 0 computes and speaks."""
     with _job(debug, torch_threads=True) as job:
         from mpillm.infer.generate import Sampling
-        from mpillm.infer.print_results import speak
+        from mpillm.infer.print_results import print_generation
 
-        speak(trained, prompt, Sampling(max_tokens, temperature, top_k, top_p, seed), job.comm, job.console)
+        print_generation(trained, prompt, Sampling(max_tokens, temperature, top_k, top_p, seed), job.comm, job.console)
 
 
 @app.command(epilog="Example: mpirun -n 2 mpillm bench allreduce --sizes 64K:64M:x4 --check --plot allreduce.png")
@@ -240,7 +240,7 @@ def bench(
         from mpillm.tokens.manifest import Manifest, Split
         from mpillm.tokens.reader import open_split
         from mpillm.tokens.shards import Documents, write_shard
-        from mpillm.tokens.windows import Plan
+        from mpillm.tokens.windows import ReadPlan
         from mpillm.weights.checkpoint import Checkpoint
         from mpillm.weights.saving import save as save_checkpoint
 
@@ -253,7 +253,7 @@ def bench(
             as_json=as_json, csv=csv, plot=plot, save=save, profile=profile, folder=folder, threads=job.threads,
         )  # fmt: skip
         paths = TrainingPaths(
-            Documents, write_shard, Split, Manifest, open_split, Plan, save_checkpoint, Checkpoint
+            Documents, write_shard, Split, Manifest, open_split, ReadPlan, save_checkpoint, Checkpoint
         )  # fmt: skip
         run(options, job.comm, job.console, paths, environment=dict(os.environ))
 
@@ -286,13 +286,13 @@ def schedule(
     """Draw a pipeline schedule, and tell how long ranks wait and what they store; no MPI, no torch."""
     with _first_alone(debug) as console:
         from mpillm.launch.terminal import watched
-        from mpillm.parallel.pipeline.schedule_report import ScheduleOptions, report
+        from mpillm.parallel.pipeline.schedule_report import ScheduleOptions, print_schedule
 
         options = ScheduleOptions(
             name=name, ranks=stages, microbatches=microbatches, chunks=chunks, costs=costs, svg=svg, png=png, csv=csv,
             as_json=as_json, width=shutil.get_terminal_size((120, 24)).columns, coloured=watched(os.environ),
         )  # fmt: skip
-        report(options, console)
+        print_schedule(options, console)
 
 
 def _late(module: str, name: str) -> Callable[..., Any]:
@@ -320,8 +320,8 @@ def doctor(
     from mpillm.launch.terminal import watched
 
     with fail_together(None, debug=debug):
-        from mpillm.doctor.options import DoctorOptions, Probes
         from mpillm.doctor.diagnose import doctor as run
+        from mpillm.doctor.options import DoctorOptions, Probes
 
         names = tuple(filter(None, hosts.split(",")))
         options = DoctorOptions(tuple(paths or ()), profile, names, gpus, site, as_json)
@@ -363,9 +363,9 @@ def submit(
     """Write a batch script beside the run, show it, and hand it to Slurm, PBS or LSF; no MPI, no torch."""
     with _first_alone(debug) as console:
         from mpillm.launch.site import load_site
+        from mpillm.parallel.axis_sizes import mesh_sizes
         from mpillm.runs.submit import SubmitOptions, SubmittedRecipe
         from mpillm.runs.submit import submit as run
-        from mpillm.parallel.axis_sizes import mesh_sizes
         from mpillm.train.recipe import load_recipe, write_recipe
 
         options = SubmitOptions(
@@ -393,7 +393,7 @@ def status(
     """Where a run stands: its last step, speed, time left, checkpoint and job; no MPI, no torch."""
     with _first_alone(debug) as console:
         from mpillm.launch.schedulers import job_state
-        from mpillm.runs.status import status as tell
+        from mpillm.runs.status import print_status as tell
 
         tell(run, console, as_json, lambda scheduler, job: job_state(scheduler, job, os.environ) or "")
 
@@ -406,7 +406,7 @@ def report(
 ) -> None:
     """Draw a run as one HTML file that needs no network: curves, hosts, recipe, failures and restarts."""
     with _first_alone(debug) as console:
-        from mpillm.runs.report.run_report import report as write
+        from mpillm.runs.report.run_report import write_report as write
 
         write(run, console, out)
 

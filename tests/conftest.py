@@ -92,7 +92,9 @@ def clean_environment(**extra: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k in ALLOWED or not k.startswith(FOREIGN)}
     if os.geteuid() == 0:
         kept |= dict.fromkeys(ALLOWED, "1")
-    return kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | extra
+    # Children run the same files as the tests: those of the checkout.
+    own = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(Path(__file__).parents[1])}
+    return kept | own | extra
 
 
 def mpirun_command(ranks: int) -> list[str]:

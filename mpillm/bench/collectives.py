@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpillm.bench import figures
-from mpillm.bench.sample_arrays import Shape, fitting_count
 from mpillm.bench.competitors import (
     FLOOR,
+    ArrayMemory,
     Contestant,
-    Memory,
     contestants,
     floor,
     floor_kind,
@@ -17,12 +16,13 @@ from mpillm.bench.competitors import (
     select,
     tried,
 )
+from mpillm.bench.context import Bench
 from mpillm.bench.figures import Seconds
 from mpillm.bench.options import COLLECTIVES
 from mpillm.bench.pattern import count_wrong
 from mpillm.bench.peers import Peer, joined
 from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, spread, text, whole
-from mpillm.bench.context import Bench
+from mpillm.bench.sample_arrays import Shape, fitting_count
 from mpillm.bench.timing import interleave
 
 COLUMNS: dict[str, Show] = {
@@ -71,7 +71,7 @@ def _measure(
     bench: Bench, shape: Shape, names: list[str], peers: Mapping[str, Peer], advance: Callable[[], None]
 ) -> list[Row]:
     options, group = bench.options, bench.group
-    memory = Memory(group, shape, options)
+    memory = ArrayMemory(group, shape, options)
     entries = contestants(group, peers, memory, names, options)
     chosen = keep_able(bench, entries)
     wrong = _check(bench, entries) if options.check else {}

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.bench.sample_arrays import Shape, new_array
 from mpillm.bench.options import BenchOptions
 from mpillm.bench.peers import PEERS, Peer
+from mpillm.bench.sample_arrays import Shape, new_array
 from mpillm.bench.timing import Call, Make
 from mpillm.comm.algorithms.catalog import ALGORITHMS
 from mpillm.comm.gpu.device_selection import WAYS
 from mpillm.errors import MpillmError, UsageError
 
 if TYPE_CHECKING:
-    from mpillm.comm.communicator import Group
+    from mpillm.comm.communicator import Communicator
     from mpillm.comm.shared.team import SharedRows
 
 FLOOR = "floor"
@@ -35,7 +35,7 @@ SHARED_PRIVATE = "shared, private"
 """The node-shared algorithm on private arrays: what auto must know where the data is not the library's to place."""
 
 
-def runnable(group: "Group", operation: str, options: BenchOptions) -> tuple[str, ...]:
+def runnable(group: "Communicator", operation: str, options: BenchOptions) -> tuple[str, ...]:
     """The algorithms that can run `operation` on the arrays asked for. Every rank of the group calls it."""
     on_gpu = options.device == "cuda"
     return group.algorithms(operation, new_array(0, options.element, options.device) if on_gpu else None)
@@ -63,10 +63,10 @@ def peers_wanted(options: BenchOptions) -> tuple[str, ...]:
     return tuple(name for name in (options.algorithm_names or fitting) if name in PEERS)
 
 
-class Memory:
+class ArrayMemory:
     """The arrays of one shape: a private pair and, where it can be had, a node-shared pair. Every rank makes it."""
 
-    def __init__(self, group: "Group", shape: Shape, options: BenchOptions) -> None:
+    def __init__(self, group: "Communicator", shape: Shape, options: BenchOptions) -> None:
         self.shape, self._options = shape, options
         self._fresh = options.buffers == "fresh"
         self._rows: list[SharedRows | None] = []
@@ -109,7 +109,7 @@ class Contestant:
     """`prepare(source, target)` makes ready and gives the call, with the name of what was chosen."""
 
     name: str
-    memory: Memory
+    memory: ArrayMemory
     prepare: Callable[[Any, Any], tuple[Call, str]]
     synchronize: Callable[[], None] | None = None
     """On a GPU: return when the call's work is done."""
@@ -146,7 +146,7 @@ class Contestant:
 
 
 def contestants(
-    group: "Group", peers: Mapping[str, Peer], memory: Memory, names: list[str], options: BenchOptions
+    group: "Communicator", peers: Mapping[str, Peer], memory: ArrayMemory, names: list[str], options: BenchOptions
 ) -> dict[str, Contestant]:
     """One for each of `names` and `peers`, in that order.
 
@@ -198,7 +198,7 @@ def _synchronizer(device: str) -> Callable[[], None] | None:
     return torch.cuda.synchronize
 
 
-def tried(group: "Group", contestant: Contestant) -> tuple[str, str]:
+def tried(group: "Communicator", contestant: Contestant) -> tuple[str, str]:
     """Call `contestant` once: the algorithm that it chose, and why it cannot do its operation on this job ("": it can).
 
     Every rank of the group calls it, and all agree.

@@ -9,14 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from mpillm.bench.options import BenchOptions
-from mpillm.machine.cluster_profile import Cluster
 from mpillm.comm.failure import ranks_text
+from mpillm.machine.cluster_profile import Cluster
 from mpillm.system.console import Console
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from mpillm.comm.communicator import Group
+    from mpillm.comm.communicator import Communicator
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Bench:
 
     options: BenchOptions
     comm: "MPI.Intracomm"
-    group: "Group"
+    group: "Communicator"
     console: Console
     notes: list[str] = field(default_factory=list)
     """What could not be measured, and why: the same on every rank."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpillm.bench import figures
-from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, text, whole
 from mpillm.bench.context import Bench
+from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, text, whole
 from mpillm.bench.timing import Call, slowest
 from mpillm.comm.agreement import on_root
 from mpillm.errors import UsageError

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from mpillm.bench import figures
-from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, text, whole
 from mpillm.bench.context import Bench
+from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, text, whole
 from mpillm.bench.timing import interleave
 from mpillm.errors import UsageError
 

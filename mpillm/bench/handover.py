@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from mpillm.bench.context import Bench
 from mpillm.bench.figures import Seconds
 from mpillm.bench.overlap import computation
 from mpillm.bench.pairs import Pair, pairs
 from mpillm.bench.results import Row, Section, Show, figure, scaled, text, whole
-from mpillm.bench.context import Bench
 from mpillm.bench.timing import Call, in_turn, interleave
+from mpillm.comm.channels.channel_set import Channel, ChannelSet
 from mpillm.comm.clock_sync import clock_offset
-from mpillm.comm.channels.channel_set import Edge, Mail
 from mpillm.comm.waiting import patient_bcast
 from mpillm.errors import CommError
 
@@ -44,7 +44,7 @@ class ByMail:
     """Both ranks of `pair` make it. Raises CommError, on both, where the way can't be had."""
 
     def __init__(self, pair: "MPI.Intracomm", nbytes: int, way: str) -> None:
-        self._mail = Mail(pair, [Edge(0, 1, nbytes), Edge(1, 0, nbytes)], way=way)
+        self._mail = ChannelSet(pair, [Channel(0, 1, nbytes), Channel(1, 0, nbytes)], way=way)
         self._out, self._back = pair.rank, 1 - pair.rank
         self.finish, self.free = self._mail.drain, self._mail.free
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from mpillm.bench import figures
-from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, text, whole
 from mpillm.bench.context import Bench
+from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, text, whole
 from mpillm.bench.timing import Call, interleave
 
 MOVED = {"copy": 2, "scale": 2, "add": 3, "triad": 3, "write": 1}

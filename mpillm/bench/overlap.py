@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from mpillm.bench import figures
-from mpillm.bench.sample_arrays import Shape, fitting_count
 from mpillm.bench.collectives import keep_able
-from mpillm.bench.competitors import SHARED_PRIVATE, Memory, contestants, peers_wanted, runnable, select
+from mpillm.bench.competitors import SHARED_PRIVATE, ArrayMemory, contestants, peers_wanted, runnable, select
+from mpillm.bench.context import Bench
 from mpillm.bench.peers import Peer, joined
 from mpillm.bench.results import Row, Section, Show, scaled, text, whole
-from mpillm.bench.context import Bench
+from mpillm.bench.sample_arrays import Shape, fitting_count
 from mpillm.bench.timing import Call, interleave, slowest
 
 SLICES = 40
@@ -75,7 +75,7 @@ COLUMNS: dict[str, Show] = {
 
 def _measure(bench: Bench, shape: Shape, names: list[str], peers: Mapping[str, Peer]) -> list[Row]:
     options = bench.options
-    memory = Memory(bench.group, shape, options)
+    memory = ArrayMemory(bench.group, shape, options)
     entries = contestants(bench.group, peers, memory, names, options)
     entries.pop(SHARED_PRIVATE, None)
     keep_able(bench, entries)

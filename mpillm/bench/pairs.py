@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpillm.bench import figures
+from mpillm.bench.context import Bench
 from mpillm.bench.figures import Seconds
 from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, text, whole
-from mpillm.bench.context import Bench
 from mpillm.bench.timing import batch_of
 from mpillm.comm.waiting import patient_barrier
 

@@ -7,8 +7,8 @@ from typing import Any
 from mpillm.bench import figures
 from mpillm.bench.competitors import FLOOR
 from mpillm.bench.results import Row, Section
-from mpillm.system.console import binary_bytes
 from mpillm.system.atomic import replacing
+from mpillm.system.console import binary_bytes
 
 # The key that tells a line's rows from another's.
 LINE_OF = {"memory": "kernel", "latency": "level", "bandwidth": "level", "bibw": "level", "message-rate": "level"}

@@ -5,25 +5,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpillm.bench.make_profile import make_profile
 from mpillm.bench.collectives import run_collective
+from mpillm.bench.context import Bench, header
 from mpillm.bench.filesystem import TrainingPaths, run_filesystem
 from mpillm.bench.gemm import run_gemm
 from mpillm.bench.handover import run_handover
+from mpillm.bench.make_profile import make_profile
 from mpillm.bench.memory_bandwidth import run_memory
 from mpillm.bench.options import COLLECTIVES, STDOUT, BenchOptions
 from mpillm.bench.overlap import run_overlap
 from mpillm.bench.pairs import run_message_rate, run_pairs
 from mpillm.bench.plot import draw, drawn
 from mpillm.bench.results import Section, as_csv, as_json, tell
-from mpillm.bench.context import Bench, header
 from mpillm.comm.agreement import on_root
+from mpillm.comm.communicator import Communicator
 from mpillm.comm.gpu.probe import probe
-from mpillm.comm.communicator import Group
-from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
-from mpillm.system.console import Console
 from mpillm.errors import UsageError
+from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.system.atomic import make_folder, write_text
+from mpillm.system.console import Console
 from mpillm.system.malloc import keep_pages
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def run(
         gpu = {**known.gpu_probe, **on_root(comm, lambda: _gpu_facts(environment))}
         # What was found holds for this very run.
         profile = replace(known, gpu_probe=gpu)
-    group = Group(comm, profile=profile, warn=quiet.warn)
+    group = Communicator(comm, profile=profile, warn=quiet.warn)
     bench = Bench(options, comm, group, quiet)
     facts = header(bench, cluster, kept)
     sections = [section for what in options.benchmarks() for section in _measure(bench, what, paths)]

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from mpillm.bench.pattern import fill, pattern
-from mpillm.comm.buffers import from_octets, itemsize_of, new_octets
 from mpillm.comm.algorithms.schedule import block_bounds
+from mpillm.comm.buffers import from_octets, itemsize_of, new_octets
 
 IN_BLOCKS = ("reduce_scatter", "allgather", "alltoall")
 """The operations that cut the array in equal blocks, one a rank."""

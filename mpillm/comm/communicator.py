@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpillm.comm import selection
+from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.comm.buffers import Buffer, as_buffer
-from mpillm.comm.executors.dispatch import Builder
-from mpillm.comm.selection import Layout, Profile, Wish
 from mpillm.comm.channels.sendrecv import exchange_stage
+from mpillm.comm.executors.dispatch import Dispatcher
+from mpillm.comm.executors.request import Request
 from mpillm.comm.gpu.device_arrays import as_device_buffer
 from mpillm.comm.gpu.device_buffer import DeviceBuffer, is_on_device
 from mpillm.comm.gpu.device_selection import Gpus
-from mpillm.comm.shared.team import Node, SharedRows
-from mpillm.comm.waiting import Breather
-from mpillm.comm.executors.request import Stage
-from mpillm.comm.algorithms.schedule import block_bounds
+from mpillm.comm.selection import CollectiveCall, NodeMap, Profile
+from mpillm.comm.shared.team import NodeTeam, SharedRows
+from mpillm.comm.waiting import Backoff
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def silent(text: str) -> None:
     """What warnings are told to where nobody listens."""
 
 
-class Group:
+class Communicator:
     """The ranks of `comm`, which is duplicated. Every rank makes it, with the same arguments.
 
     `profile`: the cluster's, which chooses the algorithms. `debug`: compare the ranks' calls before data moves. `warn`
@@ -67,7 +67,7 @@ class Group:
         self.rank, self.size = comm.rank, comm.size
         self.profile, self.debug, self._warn = profile, debug, warn
         node_comm: MPI.Intracomm = self.comm.Split_type(MPI.COMM_TYPE_SHARED)  # type: ignore[assignment]
-        node = Node.create(node_comm, warn) if self.size > 1 else None
+        node = NodeTeam.create(node_comm, warn) if self.size > 1 else None
         shares = bool(self.comm.allreduce(node is not None, MPI.LAND))
         self._node = node if shares else None
         first = node_comm.bcast(self.rank)
@@ -75,12 +75,14 @@ class Group:
         for rank, leader in enumerate(self.comm.allgather(first)):
             places.setdefault(leader, []).append(rank)
         library = MPI.Get_library_version()
-        self.layout = Layout(tuple(tuple(ranks) for ranks in places.values()), shares, library)
+        self.layout = NodeMap(tuple(tuple(ranks) for ranks in places.values()), shares, library)
         self._across = self._join_across(node_comm.rank) if self.layout.two_level else None
         self._node_comm = node_comm
-        self._breather = Breather()
+        self._breather = Backoff()
         tags = itertools.cycle(range(FIRST_TAG, FIRST_TAG + TAGS))
-        self._builder = Builder(self.comm, self._node, self._across, self.layout, tags.__next__, self._breather.moved)
+        self._builder = Dispatcher(
+            self.comm, self._node, self._across, self.layout, tags.__next__, self._breather.moved
+        )
         self._calls = itertools.count(1)
         self.under_way: list[Handle] = []
         self._queue: deque[Handle] = deque()
@@ -164,13 +166,13 @@ class Group:
     def prepare(
         self, operation: str, array: Any = None, out: Any = None, *, op: str = "sum", root: int = 0,
         algorithm: str = "auto", fixed_order: bool = False,
-    ) -> "Prepared":  # fmt: skip
+    ) -> "PersistentCollective":  # fmt: skip
         """Check a collective and choose its algorithm, once; the arrays' memory is read and written by each run.
 
         Every rank prepares the same, in the same order. Raises CommError for arrays, counts, an operation or an
         algorithm that don't fit.
         """
-        wish = Wish(operation, op, root, algorithm, fixed_order)
+        wish = CollectiveCall(operation, op, root, algorithm, fixed_order)
         if operation != "barrier" and is_on_device(array):
             return self._prepare_on_gpu(wish, array, out)
         if operation == "barrier":
@@ -186,25 +188,27 @@ class Group:
         chosen = selection.choose(wish, source.element, nbytes, self.layout, pushes, self.profile)
         stage = self._builder.build(wish, chosen, source, target)
         facts = _facts(wish, source, places)
-        return Prepared(self, chosen, stage, facts, queued=chosen == "two-level", segmented=chosen == "segmented-ring")
+        return PersistentCollective(
+            self, chosen, stage, facts, queued=chosen == "two-level", segmented=chosen == "segmented-ring"
+        )
 
-    def _prepare_on_gpu(self, wish: Wish, array: Any, out: Any) -> "Prepared":
+    def _prepare_on_gpu(self, wish: CollectiveCall, array: Any, out: Any) -> "PersistentCollective":
         source = as_device_buffer(array, writable=out is None and self._takes(wish))
         target = source if out is None else as_device_buffer(out)
         _check_arrays(wish, source, target, self.rank, self.size)
         chosen, stage = self._on_gpus().prepare(wish, source, target)
         facts = _facts(wish, source, (None, None))
         # NCCL keeps its own order, on the stream; the others share memory or a communicator.
-        return Prepared(self, chosen, stage, facts, queued=chosen != "nccl", mark=stage.mark)
+        return PersistentCollective(self, chosen, stage, facts, queued=chosen != "nccl", mark=stage.mark)
 
     def _on_gpus(self) -> Gpus:
         if self._gpus is None:
             # To make communicators, ranks wait for each other without moving on what is under way.
             self.settle()
-            self._gpus = Gpus(Group(self.comm, profile=self.profile), self.profile, self.settle)
+            self._gpus = Gpus(Communicator(self.comm, profile=self.profile), self.profile, self.settle)
         return self._gpus
 
-    def _takes(self, wish: Wish) -> bool:
+    def _takes(self, wish: CollectiveCall) -> bool:
         """Whether this rank's array is written to by an operation in place."""
         rooted = {"broadcast": self.rank != wish.root, "reduce": self.rank == wish.root}
         return rooted.get(wish.operation, True)
@@ -225,7 +229,7 @@ class Group:
 
     def prepare_exchange(
         self, array: Any = None, to: int | None = None, out: Any = None, source: int | None = None, *, tag: int = 0
-    ) -> "Prepared":
+    ) -> "PersistentCollective":
         """A send (`array`, `to`), a receive (`out`, `source`) or both, ready to run any number of times. Only the ranks
         that take part prepare it. `tag` is below 1,024.
         """
@@ -236,7 +240,9 @@ class Group:
         for what, buffer, peer in (("array", given, to), ("out", taken, source)):
             if (buffer is None) != (peer is None) or (peer is not None and not 0 <= peer < self.size):
                 raise CommError(f"an exchange needs {what} and its rank from 0 to {self.size - 1}, not rank {peer}")
-        return Prepared(self, "native", exchange_stage(self.comm, given, to, taken, source, tag), None, queued=False)
+        return PersistentCollective(
+            self, "native", exchange_stage(self.comm, given, to, taken, source, tag), None, queued=False
+        )
 
     def check_call(self, facts: tuple[Any, ...]) -> None:
         """With `debug`: raise CommError on every rank unless all are about to make the same call."""
@@ -298,13 +304,13 @@ class Group:
                 comm.Free()
 
 
-class Prepared:
+class PersistentCollective:
     """One call, ready to run. `algorithm` tells what was chosen. `bare` is `run` for who knows that nothing else is
     under way: a benchmark, where the library's own is to pay for nothing of ours.
     """
 
     def __init__(
-        self, group: Group, algorithm: str, stage: Stage, facts: tuple[Any, ...] | None, *, queued: bool,
+        self, group: Communicator, algorithm: str, stage: Request, facts: tuple[Any, ...] | None, *, queued: bool,
         segmented: bool = False, mark: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self.algorithm = algorithm
@@ -337,7 +343,7 @@ class Handle:
     each short message.
     """
 
-    def __init__(self, group: Group, stage: Stage, queued: bool, segmented: bool) -> None:
+    def __init__(self, group: Communicator, stage: Request, queued: bool, segmented: bool) -> None:
         self._group, self._stage, self.segmented = group, stage, segmented
         self._began = self.done = False
         group.begun(self, queued)
@@ -367,14 +373,16 @@ class Handle:
                 self._group.progress()
 
 
-def _facts(wish: Wish, source: Buffer | DeviceBuffer, places: tuple[int | None, int | None]) -> tuple[Any, ...]:
+def _facts(
+    wish: CollectiveCall, source: Buffer | DeviceBuffer, places: tuple[int | None, int | None]
+) -> tuple[Any, ...]:
     """The values of FACTS."""
     wanted = (wish.op, wish.root, wish.algorithm, wish.fixed_order)
     return (wish.operation, source.element, source.count, *wanted, *places)
 
 
 def _check_arrays(
-    wish: Wish, source: Buffer | DeviceBuffer, target: Buffer | DeviceBuffer, rank: int, size: int
+    wish: CollectiveCall, source: Buffer | DeviceBuffer, target: Buffer | DeviceBuffer, rank: int, size: int
 ) -> None:
     """Raise CommError unless the arrays fit each other and the operation."""
     if source.element != target.element:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 Buffer: TypeAlias = NDArray[Any] | mmap.mmap
 
 MOST_RANKS: int
+SOURCE_HASH: str
 
 class Operation:
     """One collective of a team, ready to run any number of times. Its buffers stay exported while it lives.
@@ -37,10 +38,10 @@ class Team:
         target_rows: tuple[Buffer, ...] | None,
     ) -> Operation: ...  # fmt: skip
 
-class Mailbox:
+class SpscQueue:
     """One end of a way for messages from one process to another, through `slots` slots of `slot_bytes` each.
 
-    `memory` holds `mailbox_bytes`, zero at first and the same at both ends; one end `sends`, the other receives. One
+    `memory` holds `spsc_queue_bytes`, zero at first and the same at both ends; one end `sends`, the other receives. One
     thread calls at a time. What waits raises `error` when the process `peer_process` (0: it can't be asked) is gone;
     what meets a message of another length than its buffer's raises it too.
     """
@@ -61,4 +62,4 @@ def scale(element: int, target: Buffer, factor: float, /) -> None: ...
 def widen(element: int, target: Buffer, source: Buffer, /) -> None: ...
 def narrow(element: int, target: Buffer, source: Buffer, /) -> None: ...
 def team_bytes(size: int, stage_bytes: int, /) -> int: ...
-def mailbox_bytes(slots: int, slot_bytes: int, /) -> int: ...
+def spsc_queue_bytes(slots: int, slot_bytes: int, /) -> int: ...

@@ -58,7 +58,7 @@ class Profile(Protocol):
 
 
 @dataclass(frozen=True)
-class Layout:
+class NodeMap:
     """How the ranks of a communicator lie on nodes."""
 
     nodes: tuple[tuple[int, ...], ...]
@@ -96,7 +96,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Wish:
+class CollectiveCall:
     """What a call asks for, beside its arrays. Checked when it is made; raises CommError."""
 
     operation: str
@@ -117,7 +117,7 @@ def check_known(word: str, known: Sequence[str], what: str) -> None:
         raise CommError(f"no {what} is called {word!r}; did you mean {near!r}? Known: {', '.join(known)}")
 
 
-def available(operation: str, layout: Layout) -> tuple[str, ...]:
+def available(operation: str, layout: NodeMap) -> tuple[str, ...]:
     """The algorithms that can run `operation` here, `auto` first."""
     one_team = layout.size == 1 or (layout.shares_memory and layout.on_one_node)
     lists = list(ALGORITHMS.get(operation, ()))
@@ -134,7 +134,9 @@ def available(operation: str, layout: Layout) -> tuple[str, ...]:
     )
 
 
-def choose(wish: Wish, element: str, nbytes: int, layout: Layout, in_shared: bool, profile: Profile | None) -> str:
+def choose(
+    wish: CollectiveCall, element: str, nbytes: int, layout: NodeMap, in_shared: bool, profile: Profile | None
+) -> str:
     """The algorithm for a call. `in_shared`: the arrays lie in node-shared memory.
 
     Raises CommError for an algorithm that does not exist, can't run here, or can't keep the order asked for.
@@ -165,7 +167,7 @@ def choose(wish: Wish, element: str, nbytes: int, layout: Layout, in_shared: boo
     return algorithm
 
 
-def _check_able(operation: str, algorithm: str, able: Sequence[str], layout: Layout) -> None:
+def _check_able(operation: str, algorithm: str, able: Sequence[str], layout: NodeMap) -> None:
     needs = {
         "shared": "all ranks on one node, and room in its shared memory",
         "two-level": "several nodes, several ranks on one of them, and room in its shared memory",
@@ -178,18 +180,18 @@ def _check_able(operation: str, algorithm: str, able: Sequence[str], layout: Lay
     check_known(algorithm, able, f"algorithm for {operation}")
 
 
-def _keeps_order(algorithm: str, layout: Layout) -> bool:
+def _keeps_order(algorithm: str, layout: NodeMap) -> bool:
     if algorithm == "two-level":
         return layout.keeps_order
     return algorithm in FIXED_ORDER or algorithm in ("auto", "shared", "reference")
 
 
-def table(operation: str, element: str, nbytes: int, layout: Layout, in_shared: bool, able: Sequence[str]) -> str:
+def table(operation: str, element: str, nbytes: int, layout: NodeMap, in_shared: bool, able: Sequence[str]) -> str:
     """The choice without a profile."""
     return next(name for name in _preferences(operation, element, nbytes, layout, in_shared) if name in able)
 
 
-def _preferences(operation: str, element: str, nbytes: int, layout: Layout, in_shared: bool) -> list[str]:
+def _preferences(operation: str, element: str, nbytes: int, layout: NodeMap, in_shared: bool) -> list[str]:
     # 16-bit floats the libraries add slowly or not at all; short integers saturate in Open MPI, where ours wrap.
     native_wins = operation not in REDUCING or not (element in SHORT_FLOATS or element in SHORT_INTEGERS)
     if layout.on_one_node and layout.shares_memory:
@@ -209,7 +211,7 @@ def _by_size(nbytes: int) -> list[str]:
     return ["segmented-ring", "rabenseifner", "recursive-halving", "scatter-allgather", "binomial", "pairwise"]
 
 
-def _lists_win_from(operation: str, layout: Layout) -> float:
+def _lists_win_from(operation: str, layout: NodeMap) -> float:
     """The bytes from which on lists beat the library's own between processes that share no memory."""
     if not layout.on_one_node:
         return FEW_BYTES
@@ -218,7 +220,7 @@ def _lists_win_from(operation: str, layout: Layout) -> float:
     return RING_BYTES if operation in ("allreduce", "reduce_scatter") else inf
 
 
-def _over_stage(operation: str, nbytes: int, layout: Layout) -> list[str]:
+def _over_stage(operation: str, nbytes: int, layout: NodeMap) -> list[str]:
     """What beats the stage on private arrays of one node. Its two copies weigh less, the more ranks there are."""
     if layout.size != 2:
         return []

@@ -39,7 +39,7 @@ def share_cores(comm: "MPI.Intracomm") -> bool:
     return comm.size > len(set().union(*comm.allgather(os.sched_getaffinity(0))))
 
 
-class Breather:
+class Backoff:
     """To be taken between two looks: it offers the core to others. Where they take it, the next ones are naps: who
     looks without a pause, and offers the core each time, still has a good part of it. So is each one while nothing
     moves over a slow network, which needs no more looks.

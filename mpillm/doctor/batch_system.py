@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mpillm.doctor.findings import Finding
 from mpillm.errors import MpillmError
 from mpillm.launch.current_job import CurrentJob
-from mpillm.doctor.findings import Finding
 from mpillm.launch.schedulers import SCHEDULERS
 
 AREA, PROFILE_AREA = "batch system", "cluster profile"

@@ -12,26 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mpillm.system.console import Console
+from mpillm.doctor import batch_system, folders, homogeneous, host, mpi_start, reach, ring_links, shared_folder
+from mpillm.doctor.findings import MISSED, Finding, FindingRow, guarded, merge
+from mpillm.doctor.findings_report import tell
+from mpillm.doctor.host_checks import HostJob, Local, examine, wished_paths
+from mpillm.doctor.options import DoctorOptions, Probes
+from mpillm.doctor.timed_barrier import meet
 from mpillm.errors import LaunchError
 from mpillm.launch.current_job import current_job
-from mpillm.doctor import homogeneous
-from mpillm.doctor import batch_system
-from mpillm.doctor import folders
-from mpillm.doctor import host
-from mpillm.doctor import mpi_start
-from mpillm.doctor import ring_links
-from mpillm.doctor import reach
-from mpillm.doctor import shared_folder
-from mpillm.doctor.findings import MISSED, Finding, Row, guarded, merge
-from mpillm.doctor.host_checks import Job, Local, examine, wished_paths
-from mpillm.doctor.timed_barrier import meet
-from mpillm.doctor.options import DoctorOptions, Probes
-from mpillm.doctor.findings_report import tell
 from mpillm.launch.launchers import Started, detect
-from mpillm.launch.singleton import refuse_before_init, refuse_lonely_ranks, without_foreign_warning
 from mpillm.launch.placement import narrow_binding, placement
+from mpillm.launch.singleton import refuse_before_init, refuse_lonely_ranks, without_foreign_warning
 from mpillm.launch.threads import threads_per_rank
+from mpillm.system.console import Console
 from mpillm.system.environment import without_launcher
 from mpillm.system.pmix import wait_until_all_began
 
@@ -110,7 +103,7 @@ def _refusal(environment: Mapping[str, str], started: Started, look: mpi_start.L
 def _refuse(findings: Sequence[Finding], started: Started, options: DoctorOptions, console: Console) -> int:
     """The first process tells the findings, all leave with 1."""
     if started.rank == 0:
-        tell([Row(finding) for finding in findings], {}, options.as_json, console)
+        tell([FindingRow(finding) for finding in findings], {}, options.as_json, console)
         return 1
     if started.local_rank == 0 and findings[0].area == host.AREA:  # the fault is this host's, maybe not the first's
         sys.stderr.write(f"mpillm: error: {os.uname().nodename}: {findings[0].name}: {findings[0].found}\n")
@@ -124,10 +117,10 @@ def _alone(
 ) -> int:  # fmt: skip
     """All that can be said where MPI does not start."""
     of_site, site = _site(options, environment)
-    job = Job([os.sched_getaffinity(0)], site_gpus=getattr(site, "gpus_per_node", 0))
+    job = HostJob([os.sched_getaffinity(0)], site_gpus=getattr(site, "gpus_per_node", 0))
     local = examine(options, probes, environment, look, job)
     findings = [*mpi_start.judge_library(look), *local.findings, *_of_job(options, environment, look, 1), of_site]
-    return tell([Row(finding) for finding in findings], {local.host: local.facts}, options.as_json, console)
+    return tell([FindingRow(finding) for finding in findings], {local.host: local.facts}, options.as_json, console)
 
 
 def _site(options: DoctorOptions, environment: Mapping[str, str]) -> tuple[Finding, Any]:
@@ -137,7 +130,9 @@ def _site(options: DoctorOptions, environment: Mapping[str, str]) -> tuple[Findi
         # A package that it needs may be what is missing.
         from mpillm.launch.site import load_site
 
-        return batch_system.judge_site(None if named is None else Path(named), lambda path: load_site(path, environment))
+        return batch_system.judge_site(
+            None if named is None else Path(named), lambda path: load_site(path, environment)
+        )
     except ImportError as failure:
         found = f"cannot be read without its package: {failure}"
         return Finding(
@@ -150,7 +145,7 @@ def _together(
     look: mpi_start.Look,
 ) -> int:  # fmt: skip
     """Every rank calls it. Where the ranks lose each other, each that notices says so, and the job is ended."""
-    rows: list[Row] = []
+    rows: list[FindingRow] = []
     facts: dict[str, Mapping[str, str]] = {}
     try:
         world = _world(comm)
@@ -165,7 +160,7 @@ def _together(
 
 
 def _lost(
-    comm: "MPI.Intracomm", failure: Exception, rows: list[Row], facts: Mapping[str, Mapping[str, str]],
+    comm: "MPI.Intracomm", failure: Exception, rows: list[FindingRow], facts: Mapping[str, Mapping[str, str]],
     options: DoctorOptions, console: Console,
 ) -> NoReturn:  # fmt: skip
     """A rank tells why it cannot go on, rank 0 with all that it knows, and the job is ended."""
@@ -174,7 +169,10 @@ def _lost(
     if comm.rank == 0:
         found, _, remedy = text.partition("; ")
         tell(
-            [*rows, Row(Finding(ring_links.AREA, "messages", "error", found, remedy))], facts, options.as_json, console
+            [*rows, FindingRow(Finding(ring_links.AREA, "messages", "error", found, remedy))],
+            facts,
+            options.as_json,
+            console,
         )
     else:
         sys.stderr.write(f"mpillm: error: rank {comm.rank}: {text}\n")
@@ -203,24 +201,24 @@ def _world(comm: "MPI.Intracomm") -> World:
 
 def _collect(
     world: World, options: DoctorOptions, probes: Probes, environment: Mapping[str, str], look: mpi_start.Look,
-    rows: list[Row], facts: dict[str, Mapping[str, str]],
+    rows: list[FindingRow], facts: dict[str, Mapping[str, str]],
 ) -> None:  # fmt: skip
     """Fill `rows` and `facts` on rank 0, what is known first, so that a later failure leaves it there."""
     comm = world.comm
     of_site, site = _site(options, environment)
     masks = world.node.allgather(os.sched_getaffinity(0))
-    job = Job(masks, comm.size, len(world.hosts), getattr(site, "gpus_per_node", 0))
+    job = HostJob(masks, comm.size, len(world.hosts), getattr(site, "gpus_per_node", 0))
     local = replace(examine(options, probes, environment, look, job), host=world.host) if world.leads else None
     meet(comm)
     told: list[Local] = [one for one in comm.allgather(local) if one is not None]
-    rows += [Row(finding) for finding in _of_library(comm, look)]
+    rows += [FindingRow(finding) for finding in _of_library(comm, look)]
     rows += merge({one.host: one.findings for one in told})
     facts |= {one.host: one.facts for one in told}
-    rows += [Row(finding) for finding in [*_of_job(options, environment, look, comm.size), of_site]]
+    rows += [FindingRow(finding) for finding in [*_of_job(options, environment, look, comm.size), of_site]]
     meet(comm)
-    rows += [Row(finding) for finding in _of_hosts(world, options, environment, facts, rows)]
-    rows += [Row(finding) for finding in _of_ranks(world, environment)]
-    rows += [Row(finding) for finding in _of_profile(world, options, probes, site)]
+    rows += [FindingRow(finding) for finding in _of_hosts(world, options, environment, facts, rows)]
+    rows += [FindingRow(finding) for finding in _of_ranks(world, environment)]
+    rows += [FindingRow(finding) for finding in _of_profile(world, options, probes, site)]
 
 
 def _of_library(comm: "MPI.Intracomm", look: mpi_start.Look) -> list[Finding]:
@@ -251,7 +249,7 @@ def _of_job(
 
 def _of_hosts(
     world: World, options: DoctorOptions, environment: Mapping[str, str], facts: Mapping[str, Mapping[str, str]],
-    rows: Sequence[Row],
+    rows: Sequence[FindingRow],
 ) -> list[Finding]:  # fmt: skip
     """Whether the hosts are alike and share the folders. Every rank calls it; `rows`: what is known on rank 0."""
     if len(world.hosts) < 2:

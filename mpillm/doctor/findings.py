@@ -23,7 +23,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Row:
+class FindingRow:
     """A finding and the hosts that it is true of; none where it is of the whole job."""
 
     finding: Finding
@@ -39,7 +39,7 @@ def guarded(area: str, name: str, check: Callable[[], Iterable[Finding]]) -> lis
         return [Finding(area, name, "error", found, MISSED)]
 
 
-def merge(by_host: Mapping[str, Sequence[Finding]]) -> list[Row]:
+def merge(by_host: Mapping[str, Sequence[Finding]]) -> list[FindingRow]:
     """Findings that are equal but for their numbers as one row, in the order in which they first come."""
     groups: dict[tuple[str, ...], list[tuple[str, Finding]]] = {}
     for host, findings in by_host.items():
@@ -53,12 +53,12 @@ def _likeness(finding: Finding) -> tuple[str, ...]:
     return (finding.area, finding.name, finding.verdict, *(NUMBER.sub("#", text) for text in texts))
 
 
-def _row(group: Sequence[tuple[str, Finding]]) -> Row:
+def _row(group: Sequence[tuple[str, Finding]]) -> FindingRow:
     first = group[0][1]
     found = ranged([finding.found for _, finding in group])
     remedy = ranged([finding.remedy for _, finding in group])
     hosts = dict.fromkeys(host for host, _ in group)
-    return Row(Finding(first.area, first.name, first.verdict, found, remedy), tuple(hosts))
+    return FindingRow(Finding(first.area, first.name, first.verdict, found, remedy), tuple(hosts))
 
 
 def ranged(texts: Sequence[str]) -> str:
@@ -78,12 +78,12 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def worst(rows: Iterable[Row]) -> Verdict:
+def worst(rows: Iterable[FindingRow]) -> Verdict:
     found = {row.finding.verdict for row in rows}
     return next((verdict for verdict in VERDICTS if verdict in found), "ok")
 
 
-def count(rows: Iterable[Row]) -> dict[Verdict, int]:
+def count(rows: Iterable[FindingRow]) -> dict[Verdict, int]:
     """Verdict → how many rows have it, errors first."""
     verdicts = [row.finding.verdict for row in rows]
     return {verdict: verdicts.count(verdict) for verdict in VERDICTS}

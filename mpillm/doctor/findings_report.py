@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from mpillm.doctor.findings import FindingRow, count, hosts_text, worst
 from mpillm.system.console import Console
-from mpillm.doctor.findings import Row, count, hosts_text, worst
 
 WIDTH = 100
 VERDICT_COLUMNS, NAME_COLUMNS = 9, 18
@@ -19,7 +19,7 @@ Part = tuple[str, str]
 """A piece of a line and its style, "" for none."""
 
 
-def render(rows: Sequence[Row], hosts: Sequence[str], width: int = WIDTH) -> list[list[Part]]:
+def render(rows: Sequence[FindingRow], hosts: Sequence[str], width: int = WIDTH) -> list[list[Part]]:
     """Lines of parts. `hosts`: all of the job; a row that is true of some alone names them."""
     lines: list[list[Part]] = []
     for area in sorted({row.finding.area for row in rows}, key=_place):
@@ -34,7 +34,7 @@ def _place(area: str) -> tuple[int, str]:
     return (AREAS.index(area) if area in AREAS else len(AREAS), area)
 
 
-def _lines(row: Row, hosts: Sequence[str], width: int) -> list[list[Part]]:
+def _lines(row: FindingRow, hosts: Sequence[str], width: int) -> list[list[Part]]:
     finding, indent = row.finding, 2 + VERDICT_COLUMNS + NAME_COLUMNS
     some = f"{hosts_text(row.hosts)}: " if row.hosts and len(row.hosts) < len(hosts) else ""
     texts = _wrap(some + finding.found, width - indent)
@@ -55,19 +55,19 @@ def _wrap(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, max(width, 20), break_long_words=False, break_on_hyphens=False) or [""]
 
 
-def summary(rows: Sequence[Row]) -> str:
+def summary(rows: Sequence[FindingRow]) -> str:
     """`doctor: 1 error, 2 warnings, 24 ok`"""
     counts = count(rows)
     plural = {verdict: "s" if number != 1 and verdict != "ok" else "" for verdict, number in counts.items()}
     return "doctor: " + ", ".join(f"{number} {verdict}{plural[verdict]}" for verdict, number in counts.items())
 
 
-def to_json(rows: Sequence[Row], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def to_json(rows: Sequence[FindingRow], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     findings = [asdict(row.finding) | {"hosts": list(row.hosts)} for row in rows]
     return {"verdict": worst(rows), "counts": count(rows), "findings": findings, "hosts": dict(facts)}
 
 
-def tell(rows: Sequence[Row], facts: Mapping[str, Mapping[str, Any]], as_json: bool, console: Console) -> int:
+def tell(rows: Sequence[FindingRow], facts: Mapping[str, Mapping[str, Any]], as_json: bool, console: Console) -> int:
     """Print the report where `console` speaks; the exit code: 1 where there is an error, else 0."""
     if as_json:
         console.write(json.dumps(to_json(rows, facts), indent=1, ensure_ascii=False) + "\n")

@@ -1,6 +1,6 @@
 """A child of doctor: tries one folder by writing, reading and locking a small file; a file server may hang it.
 
-`folder_trial.py SYS_PATH FOLDER BYTES` writes one JSON object: {"failure": [number, step] or null, "write_seconds",
+`folder_child.py SYS_PATH FOLDER BYTES` writes one JSON object: {"failure": [number, step] or null, "write_seconds",
 "read_seconds", "locks": {"flock": …, "fcntl": …}}. A lock is "kept", "granted twice", or the name of its error.
 """
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpillm.system.console import binary_bytes
-from mpillm.doctor.subprocesses import run, trial
 from mpillm.doctor.findings import Finding
+from mpillm.doctor.subprocesses import run, trial
 from mpillm.machine.mounts import mount_of, read_mounts
+from mpillm.system.console import binary_bytes
 
 AREA = "folders"
 MIB = 1 << 20
@@ -46,7 +46,7 @@ class Folder:
 
 def read_folder(path: Path, environment: Mapping[str, str]) -> Folder:
     """Try `path` in a child; this process itself touches it only when the child has come back."""
-    ended = trial("folder_trial", [str(path), str(TRIAL_BYTES)], environment, TRIAL_SECONDS)
+    ended = trial("folder_child", [str(path), str(TRIAL_BYTES)], environment, TRIAL_SECONDS)
     kind = _kind(os.path.abspath(path))  # noqa: PTH100 # resolving links would touch the folder
     if ended.code is None:
         return Folder(str(path), kind, hung=TRIAL_SECONDS)

@@ -10,9 +10,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpillm.system.console import binary_bytes, counted
 from mpillm.doctor.findings import Finding, Verdict
 from mpillm.machine.topology import Topology, control_groups, text_of
+from mpillm.system.console import binary_bytes, counted
 
 AREA = "host"
 MIB = 1 << 20
@@ -32,7 +32,7 @@ MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedMemory:
     """/dev/shm, in bytes; 0 and 0 where it is missing."""
 
     total: int
@@ -48,7 +48,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Memory:
+class HostMemory:
     """In bytes: what the host has, what a control group leaves of it, and what programs may still take."""
 
     total: int
@@ -77,12 +77,12 @@ class Cores:
         return min(self.cores, self.allowed)
 
 
-def read_shared(folder: Path = SHARED_MEMORY) -> Shared:
+def read_shared(folder: Path = SHARED_MEMORY) -> SharedMemory:
     try:
         usage = shutil.disk_usage(folder)
     except OSError:
-        return Shared(0, 0)
-    return Shared(usage.total, usage.free)
+        return SharedMemory(0, 0)
+    return SharedMemory(usage.total, usage.free)
 
 
 def read_limits() -> Limits:
@@ -102,13 +102,13 @@ def processor(table: Path = Path("/proc/cpuinfo")) -> str:
     return found[1].strip() if found else platform.machine()
 
 
-def read_memory(root: Path = Path("/")) -> Memory:
+def read_memory(root: Path = Path("/")) -> HostMemory:
     """`root` holds `proc` and `sys`."""
     lines = {
         key: int(kib) * 1024 for key, kib in re.findall(r"^(\w+):\s+(\d+) kB", text_of(root / "proc/meminfo"), re.M)
     }
     total = lines.get("MemTotal", 0)
-    return Memory(total, min(total, memory_limit(root)), lines.get("MemAvailable", total))
+    return HostMemory(total, min(total, memory_limit(root)), lines.get("MemAvailable", total))
 
 
 def memory_limit(root: Path = Path("/")) -> int:
@@ -131,7 +131,7 @@ def cores_of(masks: Sequence[AbstractSet[int]], topology: Topology, allowed: flo
     )  # fmt: skip
 
 
-def judge_shared(shared: Shared, ranks: int) -> Finding:
+def judge_shared(shared: SharedMemory, ranks: int) -> Finding:
     """Whether /dev/shm holds what `ranks` ranks need of it."""
     name, needed = "/dev/shm", ranks * SHARED_BYTES_A_RANK
     found = f"{binary_bytes(shared.free)} free of {binary_bytes(shared.total)}"
@@ -188,7 +188,7 @@ def _more_cores(ranks: int, usable: float) -> str:
     )
 
 
-def judge_memory(memory: Memory, ranks: int) -> Finding:
+def judge_memory(memory: HostMemory, ranks: int) -> Finding:
     """Whether there is memory for `ranks` ranks at all; what a model needs is the plan's matter."""
     free = min(memory.limit, memory.available)
     found = f"{binary_bytes(free)} free of {binary_bytes(memory.limit)}"

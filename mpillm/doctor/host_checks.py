@@ -10,23 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mpillm.launch.current_job import current_job
-from mpillm.doctor import folders
-from mpillm.doctor import gpu_count
-from mpillm.doctor import host
-from mpillm.doctor import mpi_start
-from mpillm.doctor import network
-from mpillm.doctor import software
+from mpillm.doctor import folders, gpu_count, host, mpi_start, network, software
 from mpillm.doctor.findings import Finding, guarded
 from mpillm.doctor.options import DoctorOptions, Probes
-from mpillm.machine.gpus import visible_gpus
+from mpillm.launch.current_job import current_job
 from mpillm.launch.threads import allowance, threads_wish
+from mpillm.machine.gpus import visible_gpus
 from mpillm.machine.topology import read_topology
 from mpillm.system.environment import without_launcher
 
 
 @dataclass(frozen=True)
-class Job:
+class HostJob:
     """What the checks of a host must know of the job around it."""
 
     masks: Sequence[AbstractSet[int]]
@@ -56,7 +51,7 @@ def wished_paths(options: DoctorOptions, environment: Mapping[str, str]) -> tupl
 
 
 def examine(
-    options: DoctorOptions, probes: Probes, environment: Mapping[str, str], look: mpi_start.Look, job: Job
+    options: DoctorOptions, probes: Probes, environment: Mapping[str, str], look: mpi_start.Look, job: HostJob
 ) -> Local:  # fmt: skip
     """All checks of this host. `environment` is the process's own. Each check that raises becomes a finding."""
     quiet = without_launcher(environment)
@@ -85,7 +80,7 @@ def check_folder(path: Path, environment: Mapping[str, str], quiet: Mapping[str,
     return folders.judge_folder(folders.read_folder(path, quiet), environment)
 
 
-def check_machine(environment: Mapping[str, str], job: Job, facts: dict[str, str]) -> list[Finding]:
+def check_machine(environment: Mapping[str, str], job: HostJob, facts: dict[str, str]) -> list[Finding]:
     topology, memory = read_topology(), host.read_memory()
     cores = host.cores_of(job.masks, topology, allowance(environment), threads_wish(environment))
     facts |= {
@@ -101,14 +96,14 @@ def check_machine(environment: Mapping[str, str], job: Job, facts: dict[str, str
     ]
 
 
-def check_network(job: Job, facts: dict[str, str]) -> list[Finding]:
+def check_network(job: HostJob, facts: dict[str, str]) -> list[Finding]:
     ports = network.read_ports()
     facts["InfiniBand"] = ", ".join(port.text for port in ports) or "none"
     return [network.judge_interfaces(network.read_interfaces(), job.hosts), network.judge_ports(ports)]
 
 
 def check_gpus(
-    options: DoctorOptions, probes: Probes, environment: Mapping[str, str], job: Job, torch: software.Imported | None,
+    options: DoctorOptions, probes: Probes, environment: Mapping[str, str], job: HostJob, torch: software.Imported | None,
     facts: dict[str, str],
 ) -> list[Finding]:  # fmt: skip
     """What torch's import told of GPUs; whether MPI takes their memory is tried only where there are some."""

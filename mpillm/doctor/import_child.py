@@ -1,6 +1,6 @@
 """A child of doctor: imports the modules that it is told, one after the other, and writes what came of each.
 
-`import_trial.py SYS_PATH NAME…` writes a JSON object a line: {"name", "failure", "facts"}. A module that takes the
+`import_child.py SYS_PATH NAME…` writes a JSON object a line: {"name", "failure", "facts"}. A module that takes the
 process down is the one after the last line.
 """
 

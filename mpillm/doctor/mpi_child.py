@@ -1,6 +1,6 @@
 """A child of doctor: which MPI mpi4py finds and, when asked, whether MPI_Init ends well.
 
-`mpi_trial.py SYS_PATH look|init` writes a JSON object, {"mpi4py", "library", "files"}, where `files` are the lines of
+`mpi_child.py SYS_PATH look|init` writes a JSON object, {"mpi4py", "library", "files"}, where `files` are the lines of
 /proc/self/maps that name an MPI library; and after MPI_Init another, {"thread_level"}.
 """
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpillm.doctor.subprocesses import Ended, run, trial
 from mpillm.doctor.findings import Finding, Verdict
-from mpillm.machine.mpi_names import UNKNOWN, Library, named
+from mpillm.doctor.subprocesses import Ended, run, trial
 from mpillm.launch.singleton import mpirun_of
+from mpillm.machine.mpi_names import UNKNOWN, MpiName, named
 
 AREA = "MPI"
 LOOK_SECONDS, INIT_SECONDS, MPIRUN_SECONDS = 60.0, 60.0, 20.0
@@ -25,7 +25,7 @@ WAY_OUT = (
 class Look:
     """What mpi4py finds: the library, or why it has none."""
 
-    library: Library = UNKNOWN
+    library: MpiName = UNKNOWN
     mpi4py: str = ""
     failure: str = ""
     """Why there is none, or why it does not start."""
@@ -42,7 +42,7 @@ class Mpirun:
     """The first mpirun on PATH, and whose it is."""
 
     path: str = ""
-    library: Library = UNKNOWN
+    library: MpiName = UNKNOWN
 
 
 def look(environment: Mapping[str, str], start: bool = False) -> Look:
@@ -50,7 +50,7 @@ def look(environment: Mapping[str, str], start: bool = False) -> Look:
 
     `environment` must hold no launcher's variables.
     """
-    ended = trial("mpi_trial", ["init" if start else "look"], environment, INIT_SECONDS if start else LOOK_SECONDS)
+    ended = trial("mpi_child", ["init" if start else "look"], environment, INIT_SECONDS if start else LOOK_SECONDS)
     return look_of(ended)
 
 
@@ -128,7 +128,7 @@ def judge_mpirun(found: Look, mpirun: Mpirun, others: bool, started: bool) -> Fi
     return Finding(AREA, name, "ok", f"{mpirun.path} is of {mpirun.library.text}")
 
 
-def _major(library: Library) -> str:
+def _major(library: MpiName) -> str:
     return library.version.partition(".")[0]
 
 

@@ -10,8 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mpillm.doctor.subprocesses import run
 from mpillm.doctor.findings import Finding, hosts_text
+from mpillm.doctor.subprocesses import run
 
 AREA = "hosts"
 SSH_PORT = 22

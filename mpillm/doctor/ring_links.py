@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpillm.errors import LaunchError
 from mpillm.doctor.findings import Finding
 from mpillm.doctor.timed_barrier import done_within
+from mpillm.errors import LaunchError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -30,7 +30,7 @@ PATH_NAMES = {"node": "within a host", "network": "between hosts"}
 
 
 @dataclass(frozen=True)
-class Pair:
+class LinkPair:
     """Two neighbours, their hosts, and what their messages took: `latency_seconds` is half a round trip."""
 
     first: int
@@ -57,7 +57,7 @@ def rounds(ranks: int) -> list[list[tuple[int, int]]]:
     return [some for some in (rest[::2], rest[1::2], closing) if some]
 
 
-def measure(comm: "MPI.Intracomm", host_of: Sequence[str], patience: float = PATIENCE_SECONDS) -> list[Pair]:
+def measure(comm: "MPI.Intracomm", host_of: Sequence[str], patience: float = PATIENCE_SECONDS) -> list[LinkPair]:
     """The pairs that this rank led. Every rank calls it. Raises LaunchError where a message does not arrive."""
     led = []
     for pairs in rounds(comm.size):
@@ -68,7 +68,7 @@ def measure(comm: "MPI.Intracomm", host_of: Sequence[str], patience: float = PAT
                 seconds = link.median(LARGE_BYTES, LARGE_SECONDS)
                 if comm.rank == first:
                     hosts = (host_of[first], host_of[second])
-                    led.append(Pair(first, second, hosts, latency, LARGE_BYTES / max(seconds - latency, 1e-9)))
+                    led.append(LinkPair(first, second, hosts, latency, LARGE_BYTES / max(seconds - latency, 1e-9)))
     return led
 
 
@@ -121,7 +121,7 @@ class Link:
             )
 
 
-def judge_neighbours(pairs: Sequence[Pair], crowded: bool) -> list[Finding]:
+def judge_neighbours(pairs: Sequence[LinkPair], crowded: bool) -> list[Finding]:
     """`crowded`: ranks share cores, so that each pair's time is a matter of luck and none is judged."""
     findings: list[Finding] = []
     for level, name in PATH_NAMES.items():
@@ -132,7 +132,7 @@ def judge_neighbours(pairs: Sequence[Pair], crowded: bool) -> list[Finding]:
     return findings
 
 
-def _finding(name: str, pairs: Sequence[Pair], slow: Sequence[str], crowded: bool) -> Finding:
+def _finding(name: str, pairs: Sequence[LinkPair], slow: Sequence[str], crowded: bool) -> Finding:
     median = f"{_microseconds(_latency(pairs))}, {_rate(_bandwidth(pairs))}"
     found = f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''}, {'median ' if len(pairs) > 1 else ''}{median}"
     if not slow:
@@ -145,7 +145,7 @@ def _finding(name: str, pairs: Sequence[Pair], slow: Sequence[str], crowded: boo
     return Finding(AREA, name, "warning", f"slow: {shown}; of {found}", remedy)
 
 
-def slower(pair: Pair, pairs: Sequence[Pair]) -> str:
+def slower(pair: LinkPair, pairs: Sequence[LinkPair]) -> str:
     """In what `pair` stays far behind the median of its kind; "" where it does not, or where there are few."""
     if len(pairs) < LEAST_PAIRS:
         return ""
@@ -157,11 +157,11 @@ def slower(pair: Pair, pairs: Sequence[Pair]) -> str:
     return f"{pair.text} {' and '.join(parts)}" if parts else ""
 
 
-def _latency(pairs: Sequence[Pair]) -> float:
+def _latency(pairs: Sequence[LinkPair]) -> float:
     return statistics.median(pair.latency_seconds for pair in pairs)
 
 
-def _bandwidth(pairs: Sequence[Pair]) -> float:
+def _bandwidth(pairs: Sequence[LinkPair]) -> float:
     return statistics.median(pair.bytes_per_second for pair in pairs)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import mpillm
-from mpillm.doctor.subprocesses import trial
 from mpillm.doctor.findings import Finding
+from mpillm.doctor.subprocesses import trial
 from mpillm.system.versions import package_version
 
 AREA = "software"
@@ -103,7 +103,7 @@ def try_imports(names: Sequence[str], environment: Mapping[str, str]) -> dict[st
     found: dict[str, Imported] = {}
     left = list(names)
     while left:
-        ended = trial("import_trial", left, environment, IMPORT_SECONDS)
+        ended = trial("import_child", left, environment, IMPORT_SECONDS)
         told = [json.loads(line) for line in ended.out.splitlines() if line.startswith('{"name"')]
         found |= {one["name"]: Imported(one["failure"], one["facts"]) for one in told}
         left = left[len(told) :]

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from mpillm.system.console import Console
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import Decoder
 from mpillm.parallel.pipeline.stage import ScoringStage
+from mpillm.system.console import Console
 from mpillm.tokens.evaluation_windows import evaluation_batches, read_evaluation
 from mpillm.tokens.reader import TokenReader
 

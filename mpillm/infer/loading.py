@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mpillm.system.console import Console
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import Decoder
+from mpillm.system.console import Console
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.finding import find

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.comm.waiting import patient_barrier
-from mpillm.system.console import Console
 from mpillm.infer.baselines import baselines as score_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import Sampling, generate
 from mpillm.infer.loading import Loaded, load
+from mpillm.system.console import Console
 from mpillm.tokens.manifest import Manifest, check_tokenizer
 from mpillm.tokens.reader import open_split
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-def report(
+def print_evaluation(
     trained: Path, data: Path | None, baselines: bool, as_json: bool, comm: "MPI.Intracomm", console: Console
 ) -> None:
     """Score a trained model on the validation split of `data` (None: of its own data) and print it.
@@ -55,7 +55,7 @@ def _print(scores: dict[str, Score], loaded: Loaded, folder: Path, as_json: bool
     )
 
 
-def speak(trained: Path, prompt: str, sampling: Sampling, comm: "MPI.Intracomm", console: Console) -> None:
+def print_generation(trained: Path, prompt: str, sampling: Sampling, comm: "MPI.Intracomm", console: Console) -> None:
     """Print the prompt and what the model makes of it, as it comes. Every rank calls it; rank 0 computes."""
     loaded = load(trained, comm, console)
     if comm.rank == 0:

@@ -51,7 +51,7 @@ STOP_SHARE, LEAST_STOP_SECONDS, MOST_STOP_SECONDS = 20, 60, 600
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """What a script is made of. Folders and files are whole paths."""
 
     name: str
@@ -108,7 +108,7 @@ def stop_seconds_for(seconds: int) -> int:
     return min(max(seconds // STOP_SHARE, LEAST_STOP_SECONDS), MOST_STOP_SECONDS, seconds // 3)
 
 
-def render(scheduler: str, job: Job, site: Site) -> str:
+def render(scheduler: str, job: BatchJob, site: Site) -> str:
     """The batch script of `job` for slurm, pbs or lsf at `site`, as text.
 
     Each value is either checked, where the shell's quotes do not hold, or quoted as one word. Raises UsageError for
@@ -139,7 +139,7 @@ def render(scheduler: str, job: Job, site: Site) -> str:
 class _Checked:
     """A job as a template sees it: what goes into directives is checked and bare."""
 
-    def __init__(self, job: Job, site: Site) -> None:
+    def __init__(self, job: BatchJob, site: Site) -> None:
         self._job = job
         self.name = checked(job.name, NAME, "the job's name")
         self.partition = _word(job.partition or site.partition, "partition")
@@ -155,7 +155,7 @@ def _word(value: str, what: str) -> str:
     return checked(value, WORD, what) if value else ""
 
 
-def _check(scheduler: str, job: Job, site: Site) -> None:
+def _check(scheduler: str, job: BatchJob, site: Site) -> None:
     if site.qos and scheduler != "slurm":
         raise UsageError(
             f"qos = {site.qos!r}: only Slurm has qualities of service; give {scheduler} its own as directives"

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpillm.system.console import Console, counted
-from mpillm.machine.gpus import gpu_of, visible_gpus
 from mpillm.launch.launchers import detect, launcher_named
 from mpillm.launch.threads import allowance
+from mpillm.machine.gpus import gpu_of, visible_gpus
 from mpillm.machine.topology import ROOT, job_cpus, ranges_text, read_topology
+from mpillm.system.console import Console, counted
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -20,7 +20,7 @@ NONE = "–"
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """One rank's: what it is given of its node."""
 
     rank: int
@@ -46,14 +46,14 @@ class Place:
 
 def placement(
     comm: "MPI.Intracomm", environment: Mapping[str, str], threads: int, root: Path = ROOT
-) -> list[Place]:  # fmt: skip
+) -> list[RankPlace]:  # fmt: skip
     """The place of each rank of `comm`, in their order, on every rank. Every rank calls it; `threads`: of this one."""
     from mpi4py import MPI
 
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
     topology, cpus, limit = read_topology(root), os.sched_getaffinity(0), allowance(environment, root)
     offered = job_cpus(root) or cpus
-    mine = Place(
+    mine = RankPlace(
         rank=comm.rank,
         host=MPI.Get_processor_name(),
         local_rank=local.rank,
@@ -89,7 +89,7 @@ def cores_within(limit: float, cpus: int, cores: int) -> int:
     return max(1, int(min(cores, limit * cores / cpus)))
 
 
-def table_rows(places: Sequence[Place]) -> list[tuple[str, ...]]:
+def table_rows(places: Sequence[RankPlace]) -> list[tuple[str, ...]]:
     """A row for each run of like ranks, under COLUMNS; hosts whose ranks lie alike are shown once."""
     hosts = by_host(places)
     alike: dict[tuple[tuple[str, ...], ...], list[str]] = {}
@@ -105,7 +105,7 @@ def table_rows(places: Sequence[Place]) -> list[tuple[str, ...]]:
     return rows
 
 
-def oversubscription(places: Sequence[Place]) -> str:
+def oversubscription(places: Sequence[RankPlace]) -> str:
     """A warning where more threads than CPUs can run on a host; "" where each has its own.
 
     Ranks that wait for a message spin, so a thread without a CPU of its own holds all of them up. CPUs are those that
@@ -123,7 +123,7 @@ def oversubscription(places: Sequence[Place]) -> str:
     )
 
 
-def narrow_binding(places: Sequence[Place]) -> str:
+def narrow_binding(places: Sequence[RankPlace]) -> str:
     """A hint where the ranks of a host may run on half of the cores that it offers to the job, or fewer; "" elsewhere.
 
     Open MPI binds each rank to one core unless told otherwise: `mpirun -n 2` leaves 62 of 64 cores idle.
@@ -140,15 +140,15 @@ def narrow_binding(places: Sequence[Place]) -> str:
     )
 
 
-def by_host(places: Sequence[Place]) -> dict[str, list[Place]]:
+def by_host(places: Sequence[RankPlace]) -> dict[str, list[RankPlace]]:
     """Host → its places, hosts and places in the order of ranks."""
-    hosts: dict[str, list[Place]] = {}
+    hosts: dict[str, list[RankPlace]] = {}
     for place in places:
         hosts.setdefault(place.host, []).append(place)
     return hosts
 
 
-def _worst_crowd(there: Sequence[Place]) -> tuple[list[Place], frozenset[int], float] | None:
+def _worst_crowd(there: Sequence[RankPlace]) -> tuple[list[RankPlace], frozenset[int], float] | None:
     """The ranks of one host that run the most threads for their CPUs, these CPUs, and how many count; None if all fit.
 
     Threads fit when no set of CPUs is asked for more than it has by the ranks that may run there alone (Hall's
@@ -164,7 +164,7 @@ def _worst_crowd(there: Sequence[Place]) -> tuple[list[Place], frozenset[int], f
     return max(crowds, key=lambda crowd: sum(place.threads for place in crowd[0]) / crowd[2], default=None)
 
 
-def _ways_out(there: Sequence[Place], room: float) -> str:
+def _ways_out(there: Sequence[RankPlace], room: float) -> str:
     fewer = f"start {counted(int(room), 'rank')} there at the most" if len(there) > room else ""
     offered = there[0].offered_cores
     wider = _widen(there[0]) if _used_cores(there) < offered else ""
@@ -173,11 +173,11 @@ def _ways_out(there: Sequence[Place], room: float) -> str:
     return " or ".join(way for way in (threads, wider, fewer) if way)
 
 
-def _used_cores(there: Sequence[Place]) -> int:
+def _used_cores(there: Sequence[RankPlace]) -> int:
     return len(frozenset[int]().union(*(place.cores for place in there)))
 
 
-def _widen(place: Place) -> str:
+def _widen(place: RankPlace) -> str:
     """How this place's launcher gives each rank of the host its share of the cores."""
     launcher = launcher_named(place.launcher)
     if launcher is None or not launcher.widen:
@@ -185,9 +185,9 @@ def _widen(place: Place) -> str:
     return launcher.widen.format(cores=max(1, place.offered_cores // place.local_size))
 
 
-def _runs(there: Sequence[Place]) -> list[list[Place]]:
+def _runs(there: Sequence[RankPlace]) -> list[list[RankPlace]]:
     """Neighbours that differ in nothing but their ranks, together."""
-    runs: list[list[Place]] = []
+    runs: list[list[RankPlace]] = []
     for place in there:
         if runs and _cells(runs[-1][0]) == _cells(place):
             runs[-1].append(place)
@@ -196,11 +196,11 @@ def _runs(there: Sequence[Place]) -> list[list[Place]]:
     return runs
 
 
-def _cells(place: Place) -> tuple[str, ...]:
+def _cells(place: RankPlace) -> tuple[str, ...]:
     """What the table tells of a place apart from its host and ranks."""
     lists = (ranges_text(numbers) or NONE for numbers in (place.cores, place.sockets, place.numa))
     return (*lists, str(place.threads), place.gpu or NONE)
 
 
-def _ranks(there: Sequence[Place]) -> str:
+def _ranks(there: Sequence[RankPlace]) -> str:
     return f"{'ranks' if len(there) > 1 else 'rank'} {ranges_text(place.rank for place in there)}"

@@ -17,8 +17,8 @@ from pathlib import Path
 from mpillm.errors import LaunchError
 from mpillm.launch import launchers
 from mpillm.launch.launchers import Started, detect, number
-from mpillm.machine.mpi_names import named
 from mpillm.launch.ranks import rank_from_environment
+from mpillm.machine.mpi_names import named
 
 ALONE_VARIABLE = "MPILLM_ALONE"
 # A launcher kills the rest once a rank leaves with an error: the first rank must speak before that.

@@ -22,7 +22,7 @@ FAMILIES = {"Spectrum MPI": PMIX, "Open MPI": PMIX} | dict.fromkeys(
 
 
 @dataclass(frozen=True)
-class Library:
+class MpiName:
     """A name and a version; both "" where unknown."""
 
     name: str = ""
@@ -38,14 +38,14 @@ class Library:
         return FAMILIES.get(self.name, "")
 
 
-UNKNOWN = Library()
+UNKNOWN = MpiName()
 
 
-def named(text: str) -> Library:
+def named(text: str) -> MpiName:
     """`mpirun (Open MPI) 5.0.11` → Open MPI 5.0.11; also of what MPI_Get_library_version says. The first line where it
     is none that we know.
     """
     for pattern, name in NAMES:
         if found := re.search(pattern, text):
-            return Library(name, found[1].rstrip("."))
-    return Library(text.strip("\0 \n").partition("\n")[0][:60])
+            return MpiName(name, found[1].rstrip("."))
+    return MpiName(text.strip("\0 \n").partition("\n")[0][:60])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.pipeline.actions import Action, Schedule
+from mpillm.parallel.pipeline.actions import Action, PipelineSchedule
 from mpillm.parallel.pipeline.simulate import Costs, simulate
 
 
@@ -29,7 +29,7 @@ class Step:
         return f"{self.what} {self.action}{toward[self.what]}"
 
 
-def programs(schedule: Schedule) -> list[list[Step]]:
+def programs(schedule: PipelineSchedule) -> list[list[Step]]:
     """For each rank what it computes, sends and receives, in order.
 
     A send stands right behind its computation; the receive where the message comes, at or before its use. The messages

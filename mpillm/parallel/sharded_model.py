@@ -14,13 +14,13 @@ from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import Decoder, create
 from mpillm.parallel.data.replicated import GradientBuckets
-from mpillm.parallel.step_plan import Layout
-from mpillm.parallel.pipeline.executor import Pipeline, Stream
 from mpillm.parallel.pipeline.catalog import forward_only
-from mpillm.parallel.settings import ParallelSettings
+from mpillm.parallel.pipeline.executor import Pipeline, Stream
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import Batch, ModelStage, ScoringStage
 from mpillm.parallel.pipeline.tying import Tie
+from mpillm.parallel.settings import ParallelSettings
+from mpillm.parallel.step_plan import StepPlan
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ShardedModel:
     """Every rank of `mesh` makes it, with the same arguments, and calls its methods together with the others."""
 
     def __init__(
-        self, config: DecoderConfig, seed: int, mesh: Mesh, layout: Layout, settings: ParallelSettings, *,
+        self, config: DecoderConfig, seed: int, mesh: Mesh, layout: StepPlan, settings: ParallelSettings, *,
         fixed_order: bool = False, autocast: torch.dtype | None = None, profile: ClusterProfile | None = None,
         scored_rows: int = 1, warn: Callable[[str], None] = silent,
     ) -> None:  # fmt: skip

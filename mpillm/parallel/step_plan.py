@@ -8,13 +8,13 @@ from mpillm.comm.mesh import Mesh, by_hosts
 from mpillm.errors import LayoutError
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import Part
-from mpillm.parallel.pipeline.actions import Schedule
 from mpillm.parallel.axis_sizes import mesh_sizes
-from mpillm.parallel.pipeline.check import ascending, check
+from mpillm.parallel.pipeline.actions import PipelineSchedule
 from mpillm.parallel.pipeline.catalog import make_schedule
-from mpillm.parallel.settings import ParallelSettings
+from mpillm.parallel.pipeline.check import ascending, check
 from mpillm.parallel.pipeline.partition import share_layers
 from mpillm.parallel.pipeline.simulate import Costs, Timeline, simulate
+from mpillm.parallel.settings import ParallelSettings
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -24,10 +24,10 @@ MICROBATCHES_A_RANK = 4
 
 
 @dataclass(frozen=True)
-class Layout:
+class StepPlan:
     """`rows`: the sequences that a rank of the data axis takes of each batch, in microbatches of `microbatch`."""
 
-    schedule: Schedule
+    schedule: PipelineSchedule
     parts: tuple[Part, ...]
     """Of the model, a stage each."""
     rows: int
@@ -74,7 +74,7 @@ def traffic_bytes(sizes: dict[str, int], config: DecoderConfig, batch: int, chun
 
 def plan_layout(
     config: DecoderConfig, settings: ParallelSettings, data: int, rows: int, microbatch: int, fixed_order: bool = False
-) -> Layout:
+) -> StepPlan:
     """Resolve and check all choices; `rows`: sequences of a batch for each of `data` ranks, `microbatch`: as many at
     once, 0: chosen here. Raises LayoutError.
     """
@@ -95,7 +95,7 @@ def plan_layout(
     parts = share_layers(config, schedule.stages, settings.stages if pipeline > 1 else "auto")
     if fixed_order:
         _check_fixed_order(schedule, data)
-    return Layout(schedule, tuple(parts), rows, microbatch)
+    return StepPlan(schedule, tuple(parts), rows, microbatch)
 
 
 def _microbatch(rows: int, pipeline: int) -> int:
@@ -104,7 +104,7 @@ def _microbatch(rows: int, pipeline: int) -> int:
     return max((n for n in range(1, rows + 1) if rows % n == 0 and rows // n >= wanted), default=1)
 
 
-def _schedule(settings: ParallelSettings, microbatches: int) -> Schedule:
+def _schedule(settings: ParallelSettings, microbatches: int) -> PipelineSchedule:
     if settings.pipeline == 1:
         # One rank has nobody to wait for: each microbatch forwards and backwards.
         return make_schedule("1f1b", 1, microbatches)
@@ -113,7 +113,7 @@ def _schedule(settings: ParallelSettings, microbatches: int) -> Schedule:
     return schedule
 
 
-def _check_fixed_order(schedule: Schedule, data: int) -> None:
+def _check_fixed_order(schedule: PipelineSchedule, data: int) -> None:
     microbatches = schedule.microbatches
     if data > 1 and microbatches & (microbatches - 1):
         raise LayoutError(

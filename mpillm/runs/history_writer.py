@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mpillm.system.atomic import flush, write_text
 from mpillm.runs.history import SAVED, STARTED, read_history
+from mpillm.system.atomic import flush, write_text
 
 HISTORY, OUTCOME = "history.jsonl", "outcome"
 Outcome = Literal["running", "finished", "stopped", "failed"]
 
 
-class Diary:
+class HistoryWriter:
     """The history of the run in `folder`, written by rank 0: elsewhere (`writes` false) it does nothing."""
 
     def __init__(self, folder: Path, writes: bool) -> None:

@@ -22,7 +22,7 @@ def read_metrics(path: Path) -> Iterator[Metrics]:
             yield json.loads(line)
 
 
-class Record:
+class MetricsWriter:
     """The files of one run, written by rank 0: elsewhere (`writes` false) it does nothing."""
 
     def __init__(self, run: Path, last_step: int, writes: bool) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.errors import UsageError
-from mpillm.runs.lock import LOCK, Holder, live_holder, modified
-from mpillm.runs.submit import JOB, read_job
-from mpillm.runs.history_writer import HISTORY
 from mpillm.runs.history import KILLED, RUNNING, Attempt, attempts, object_at, read_history
+from mpillm.runs.history_writer import HISTORY
+from mpillm.runs.lock import LOCK, Holder, live_holder, modified
 from mpillm.runs.metrics import METRICS, RECIPE, read_metrics
+from mpillm.runs.submit import JOB, read_job
 from mpillm.weights.places import CHECKPOINTS, INDEX
 
 SUBMITTED, UNKNOWN, FINISHED = "submitted", "unknown", "finished"
@@ -36,7 +36,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunState:
     run: Path
     name: str
     now: float
@@ -82,7 +82,7 @@ class Standing:
         return newest or [value for _, value in tail if math.isfinite(value)]
 
 
-def read_run(run: Path, now: float | None = None) -> Standing:
+def read_run(run: Path, now: float | None = None) -> RunState:
     """Read a run's folder, be it at work or not. Raises UsageError where there is no run."""
     check_run(run)
     now = time.time() if now is None else now
@@ -96,7 +96,7 @@ def read_run(run: Path, now: float | None = None) -> Standing:
         # Between a look at the lock and one at the history a job may have begun or ended.
         holder, tried = _attempts(run, reached, now)
     state, reason = _state(tried, holder is not None, reached, recipe, job)
-    return Standing(
+    return RunState(
         run, run.resolve().name, now, state, reason, holder.describe() if holder else "", steps, evaluations,
         tuple(tried), tuple(kept(run)), recipe, job,
     )  # fmt: skip

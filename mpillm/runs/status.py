@@ -9,14 +9,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mpillm.system.console import Console, clock
 from mpillm.errors import MpillmError
 from mpillm.launch.schedulers import is_over
-from mpillm.runs.submit import RECIPE as SUBMITTED_RECIPE
 from mpillm.launch.walltime import clock_time
 from mpillm.runs.history import KILLED, RUNNING, Attempt
 from mpillm.runs.metrics import RECIPE
-from mpillm.runs.state import FINISHED, SUBMITTED, UNKNOWN, Kept, Standing, read_run
+from mpillm.runs.state import FINISHED, SUBMITTED, UNKNOWN, Kept, RunState, read_run
+from mpillm.runs.submit import RECIPE as SUBMITTED_RECIPE
+from mpillm.system.console import Console, clock
 
 Ask = Callable[[str, str], str]
 """(scheduler, job id) → what the scheduler says of the job, in a word; empty where it says nothing."""
@@ -26,16 +26,16 @@ KEPT = ("partition", "account", "threads", "gpus-per-node")
 MOST_HOSTS = 4
 
 
-def status(run: Path, console: Console, as_json: bool = False, ask: Ask | None = None) -> None:
+def print_status(run: Path, console: Console, as_json: bool = False, ask: Ask | None = None) -> None:
     """Print where a run stands, as a table or as one JSON object. Raises UsageError where there is no run."""
-    found = figures(read_run(run), ask)
+    found = run_figures(read_run(run), ask)
     if as_json:
         console.write(json.dumps(_plain(found), ensure_ascii=False) + "\n")
     else:
         console.facts(str(run), facts(found))
 
 
-def figures(standing: Standing, ask: Ask | None = None) -> dict[str, Any]:
+def run_figures(standing: RunState, ask: Ask | None = None) -> dict[str, Any]:
     """Where a run stands, as plain values: seconds, bytes, unix seconds; None for what nothing tells."""
     last = standing.attempts[-1] if standing.attempts else None
     job = dict(standing.job) or (last.job if last else {})
@@ -83,7 +83,7 @@ def facts(found: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in rows.items() if text}
 
 
-def next_thing(standing: Standing, newest: Kept | None, job_state: str) -> str:
+def next_thing(standing: RunState, newest: Kept | None, job_state: str) -> str:
     """What is to be done next, by whom."""
     run, state = standing.run, standing.state
     if state == RUNNING or standing.holder:
@@ -98,7 +98,7 @@ def next_thing(standing: Standing, newest: Kept | None, job_state: str) -> str:
     return f"{mend}{_way_on(standing)} {on}"
 
 
-def _way_on(standing: Standing) -> str:
+def _way_on(standing: RunState) -> str:
     """The command that goes on with the run, on as many nodes and ranks as before."""
     job = standing.job
     # Before training began there is the job's recipe alone.

@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpillm.system.console import Console, clock, counted
 from mpillm.errors import UsageError
-from mpillm.system.atomic import make_folder, write_json, write_text
-from mpillm.launch.batch_script import Job, render, stop_seconds_for
+from mpillm.launch.batch_script import BatchJob, render, stop_seconds_for
 from mpillm.launch.current_job import END_VARIABLES, RESTART_VARIABLES
-from mpillm.runs.lock import live_holder
 from mpillm.launch.locking import hdf5_file_locking
-from mpillm.machine.mounts import Mount, read_mounts
 from mpillm.launch.schedulers import SCHEDULERS, find_scheduler, hand_over, is_over, job_state
 from mpillm.launch.site import Site
 from mpillm.launch.walltime import seconds_of
+from mpillm.machine.mounts import Mount, read_mounts
+from mpillm.runs.lock import live_holder
+from mpillm.system.atomic import make_folder, write_json, write_text
+from mpillm.system.console import Console, clock, counted
 
 SCRIPT, RECIPE, JOB = "job.sh", "job.toml", "job.json"
 # What a run leaves that has begun; train, which names them, is a floor above.
@@ -102,7 +102,9 @@ def submit(
         )
 
 
-def make_job(options: SubmitOptions, recipe: SubmittedRecipe, site: Site, folder: Path, mounts: Sequence[Mount]) -> Job:
+def make_job(
+    options: SubmitOptions, recipe: SubmittedRecipe, site: Site, folder: Path, mounts: Sequence[Mount]
+) -> BatchJob:
     """The job that is asked for, its numbers checked against the site's nodes. `folder`: where paths start.
 
     Raises UsageError.
@@ -125,7 +127,7 @@ def make_job(options: SubmitOptions, recipe: SubmittedRecipe, site: Site, folder
         "mpillm",
     )
     profile = ("--set", f"parallel.profile={site.profile}") if site.profile and not recipe.profile else ()
-    return Job(
+    return BatchJob(
         name=options.name or job_name(recipe.name), run=run, folder=str(folder),
         command=(*program, "train", f"{run}/{RECIPE}", "--resume", *profile),
         nodes=options.nodes, ranks_per_node=options.ranks_per_node, threads=threads, seconds=seconds,
@@ -158,7 +160,7 @@ def _check_unused(run: Path, resume: bool) -> None:
         raise UsageError(f"{run} holds a run already; --resume goes on with it, or name another train.run")
 
 
-def _check_here(run: Path, job: Job, site: Site, environment: Mapping[str, str]) -> None:
+def _check_here(run: Path, job: BatchJob, site: Site, environment: Mapping[str, str]) -> None:
     """What would fail only after hours in the queue is refused now."""
     if holder := live_holder(run):
         raise UsageError(f"the run {run} is held by {holder.describe()}; wait for it or end it")
@@ -189,7 +191,7 @@ def _with_environment(site: Site, environment: Mapping[str, str]) -> Site:
     return replace(site, environment=here) if here and not site.environment and not site.program else site
 
 
-def _facts(scheduler: str, job: Job, number: str) -> dict[str, Any]:
+def _facts(scheduler: str, job: BatchJob, number: str) -> dict[str, Any]:
     # pbs.sh replaces the line of "id".
     return {
         "scheduler": scheduler, "id": number, "name": job.name, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -199,6 +201,6 @@ def _facts(scheduler: str, job: Job, number: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _as_json(scheduler: str, job: Job, script: str, facts: Mapping[str, Any] | None) -> str:
+def _as_json(scheduler: str, job: BatchJob, script: str, facts: Mapping[str, Any] | None) -> str:
     told = {"scheduler": scheduler, "run": job.run, "command": list(job.command), "script": script, "job": facts}
     return json.dumps(told, ensure_ascii=False) + "\n"

@@ -26,7 +26,7 @@ Bytes = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
-class Place:
+class Extent:
     """Where an array lies in its file: `nbytes` bytes from byte `offset`, row-major, little-endian."""
 
     dtype: str
@@ -37,7 +37,7 @@ class Place:
 
 def layout(
     path: Path, arrays: Mapping[str, tuple[Any, tuple[int, ...]]], attributes: Mapping[str, Any]
-) -> dict[str, Place]:
+) -> dict[str, Extent]:
     """Create the file at `path` with space for `arrays` (name → dtype, shape), and tell where each lies.
 
     The values are not written yet. No time stamps are stored, so equal contents give equal bytes.
@@ -52,7 +52,7 @@ def layout(
     return places
 
 
-def _allocate(file: h5py.File, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Place:
+def _allocate(file: h5py.File, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Extent:
     create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -66,19 +66,19 @@ def _allocate(file: h5py.File, name: str, dtype: np.dtype[Any], shape: tuple[int
     )  # fmt: skip
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     # HDF5 gives an empty dataset no place in the file.
-    return Place(dtype.str, shape, dataset.get_offset() if nbytes else 0, nbytes)
+    return Extent(dtype.str, shape, dataset.get_offset() if nbytes else 0, nbytes)
 
 
-def places(path: Path) -> tuple[dict[str, Place], dict[str, Any]]:
+def places(path: Path) -> tuple[dict[str, Extent], dict[str, Any]]:
     """The arrays of the file and its root attributes, as HDF5 itself tells them.
 
     Raises OSError if it is no HDF5 file or an array is not contiguous.
     """
-    found: dict[str, Place] = {}
+    found: dict[str, Extent] = {}
 
     def visit(name: str, item: h5py.HLObject) -> None:
         if isinstance(item, h5py.Dataset):
-            found[name] = Place(item.dtype.str, item.shape, _offset(item, name), item.nbytes)
+            found[name] = Extent(item.dtype.str, item.shape, _offset(item, name), item.nbytes)
 
     with h5py.File(path, "r", locking=False) as file:
         file.visititems(visit)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mpillm.system.console import Progress
 from mpillm.errors import DataError
+from mpillm.system.console import Progress
 from mpillm.tokens.sources import read_pieces
 from mpillm.tokens.splitting import TRAIN, VALIDATION, cut_tail, split_of
 from mpillm.tokens.survey import Survey, key_of
@@ -25,7 +25,7 @@ SPILLED = np.dtype(
 
 
 @dataclass(frozen=True)
-class Spill:
+class EncodedDocuments:
     """This rank's encoded documents: `index` (n,) of SPILLED, whose tokens lie in `path` in the same order."""
 
     path: Path
@@ -40,15 +40,15 @@ class Spill:
 
 
 @dataclass(frozen=True)
-class Part:
+class EncodedPart:
     """A document, or the half of it that goes to one split, and its line of the index (tokens not counted yet)."""
 
     text: str
     row: tuple[int, int, int, int, int]
 
 
-def spill(survey: Survey, tokenizer: Tokenizer, path: Path, validation: float, cut: bool, seed: int, threads: int,
-          progress: Progress) -> Spill:  # fmt: skip
+def encode_documents(survey: Survey, tokenizer: Tokenizer, path: Path, validation: float, cut: bool, seed: int, threads: int,
+          progress: Progress) -> EncodedDocuments:  # fmt: skip
     """Encode this rank's documents into the file `path`. No communication. Raises DataError, OSError.
 
     `cut`: each document is cut in two, else it goes to one split whole. `progress` counts this rank's bytes.
@@ -62,10 +62,10 @@ def spill(survey: Survey, tokenizer: Tokenizer, path: Path, validation: float, c
             rows = [(*part.row, len(ids) + 1) for part, ids in zip(batch, encoded, strict=True)]
             tables.append(np.array(rows, SPILLED))
             progress.advance(int(tables[-1]["nbytes"].sum()))
-    return Spill(path, np.concatenate(tables), tokenizer.dtype)
+    return EncodedDocuments(path, np.concatenate(tables), tokenizer.dtype)
 
 
-def _parts(survey: Survey, validation: float, cut: bool, seed: int, threads: int) -> Iterator[Part]:
+def _parts(survey: Survey, validation: float, cut: bool, seed: int, threads: int) -> Iterator[EncodedPart]:
     pieces = [survey.pieces[number] for number in survey.mine]
     for number, texts in zip(survey.mine, read_pieces(pieces, threads), strict=True):
         known = survey.of_piece(number)
@@ -77,11 +77,11 @@ def _parts(survey: Survey, validation: float, cut: bool, seed: int, threads: int
             halves = enumerate(cut_tail(text, validation)) if cut else [(split, text)]
             for which, half in halves:
                 if half:
-                    yield Part(half, (key, ordinal, texts.piece.source, which, len(half.encode())))
+                    yield EncodedPart(half, (key, ordinal, texts.piece.source, which, len(half.encode())))
 
 
-def _batches(parts: Iterator[Part]) -> Iterator[list[Part]]:
-    batch: list[Part] = []
+def _batches(parts: Iterator[EncodedPart]) -> Iterator[list[EncodedPart]]:
+    batch: list[EncodedPart] = []
     characters = 0
     for part in parts:
         batch.append(part)

@@ -6,7 +6,7 @@ import numpy as np
 
 from mpillm.errors import DataError
 from mpillm.tokens.reader import TokenReader
-from mpillm.tokens.windows import Plan, Windows
+from mpillm.tokens.windows import ReadPlan, Windows
 
 
 class EvaluationBatch(NamedTuple):
@@ -36,7 +36,7 @@ def evaluation_batches(n_tokens: int, context: int, rows: int) -> list[Evaluatio
 def read_evaluation(reader: TokenReader, batch: EvaluationBatch) -> Windows:
     """The windows of a batch: tokens (rows, length + 1) and their document ends. Raises DataError."""
     starts = batch.start + np.arange(batch.rows, dtype=np.int64) * batch.length
-    plan = Plan(reader, starts, batch.length + 1)
+    plan = ReadPlan(reader, starts, batch.length + 1)
     tokens_BT = np.empty((batch.rows, batch.length + 1), reader.dtype)
     plan.fetch(0, tokens_BT)
     return plan.windows(0, tokens_BT)

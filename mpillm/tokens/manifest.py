@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpillm.system import hdf5
 from mpillm.errors import DataError, MismatchError
+from mpillm.system import hdf5
 from mpillm.system.atomic import write_text
 from mpillm.tokens.shards import FORMAT, VERSION, ShardInfo
 from mpillm.tokens.tokenizer import Tokenizer

@@ -13,13 +13,13 @@ import numpy as np
 
 from mpillm.comm.agreement import on_root
 from mpillm.comm.waiting import patient_barrier
-from mpillm.system.console import Console, binary_bytes
 from mpillm.errors import DataError, UsageError
 from mpillm.system.atomic import flush, make_folder, write_text
+from mpillm.system.console import Console, binary_bytes
 from mpillm.tokens import shuffle
+from mpillm.tokens.encode import EncodedDocuments, encode_documents
 from mpillm.tokens.manifest import NAME, SPLITS, Manifest, Split, tokenizer_facts
-from mpillm.tokens.sources import Piece, list_pieces
-from mpillm.tokens.encode import Spill, spill
+from mpillm.tokens.sources import SourcePiece, list_pieces
 from mpillm.tokens.splitting import split_of
 from mpillm.tokens.survey import Survey, survey
 from mpillm.tokens.tokenizer import Tokenizer, check_vocab_size
@@ -82,7 +82,7 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
     options.check()
     out = options.out.absolute()
 
-    def foresee() -> tuple[list[Piece], str | None, str]:
+    def foresee() -> tuple[list[SourcePiece], str | None, str]:
         _check_out(out)
         loaded = load_or_make(options.tokenizer, options.end_of_text)
         pieces = list_pieces(options.sources, options.glob, out.resolve())
@@ -172,7 +172,7 @@ def _write(options: PrepareOptions, found: Survey, tokenizer: Tokenizer, prep: d
            comm: "MPI.Intracomm", console: Console) -> Manifest:  # fmt: skip
     """Encode, exchange and write everything into `partial`; the manifest comes last. Every rank calls it."""
     encoded = _encode(options, found, tokenizer, partial, comm, console)
-    where = shuffle.plan(encoded, options.shard_bytes, comm)
+    where = shuffle.plan_shuffle(encoded, options.shard_bytes, comm)
     attributes = {
         "vocab_size": tokenizer.vocab_size,
         "eot_id": tokenizer.eot_id,
@@ -201,7 +201,7 @@ def _write(options: PrepareOptions, found: Survey, tokenizer: Tokenizer, prep: d
 
 
 def _encode(options: PrepareOptions, found: Survey, tokenizer: Tokenizer, partial: Path, comm: "MPI.Intracomm",
-            console: Console) -> Spill:  # fmt: skip
+            console: Console) -> EncodedDocuments:  # fmt: skip
     counts = np.zeros(2, np.int64)
     comm.Allreduce(
         np.bincount(split_of(found.documents["key"], options.validation), minlength=2).astype(np.int64), counts
@@ -215,7 +215,7 @@ def _encode(options: PrepareOptions, found: Survey, tokenizer: Tokenizer, partia
     path = partial / f".spill-{comm.rank:05d}"
     own = int(found.documents["nbytes"].sum())
     with console.progress("encoding, rank 0's", own, "bytes") as progress:
-        encoded = spill(
+        encoded = encode_documents(
             found, tokenizer, path, options.validation, cut, options.seed, options.workers, progress
         )  # fmt: skip
     patient_barrier(comm)

@@ -9,8 +9,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from mpillm.system import hdf5
 from mpillm.errors import DataError
+from mpillm.system import hdf5
 from mpillm.tokens.manifest import Manifest, Split
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -7,7 +7,7 @@ import numpy as np
 
 from mpillm.tokens.order import WindowOrder
 from mpillm.tokens.reader import TokenReader
-from mpillm.tokens.windows import Plan, Windows
+from mpillm.tokens.windows import ReadPlan, Windows
 
 # Planning in NumPy is cheap by the thousand and dear by the dozen.
 PLANNED_SAMPLES = 4096
@@ -31,7 +31,7 @@ class Sampler:
         self.order = WindowOrder(reader.n_tokens, context, seed)
         self.readahead, self.boundaries = readahead, boundaries
         self._slow = False
-        self._plans: dict[tuple[int, int, int], Plan] = {}
+        self._plans: dict[tuple[int, int, int], ReadPlan] = {}
 
     def windows(self, step: int, first: int, count: int, out: np.ndarray[Any, np.dtype[Any]] | None = None) -> Windows:
         """The samples at positions `first` … `first` + `count` - 1 of the global batch of `step`.
@@ -50,7 +50,7 @@ class Sampler:
             ahead.advise(its_row, count)
         return plan.windows(row, out)
 
-    def _plan(self, step: int, first: int, count: int) -> tuple[Plan, int]:
+    def _plan(self, step: int, first: int, count: int) -> tuple[ReadPlan, int]:
         """The plan that holds the rows of this step, and which of its rows is the first of them."""
         steps = -(-PLANNED_SAMPLES // max(1, count))
         block = step // steps
@@ -61,7 +61,7 @@ class Sampler:
             positions = np.arange(first, first + count, dtype=np.int64)
             ids = np.arange(block * steps, (block + 1) * steps, dtype=np.int64)[:, None] * self.global_batch + positions
             starts = self.order.starts(ids.reshape(-1))
-            self._plans[key] = Plan(self.reader, starts, self.context + 1, self.boundaries)
+            self._plans[key] = ReadPlan(self.reader, starts, self.context + 1, self.boundaries)
         return self._plans[key], (step - block * steps) * count
 
     def _ask_ahead(self, step: int, seconds_per_window: float) -> bool:

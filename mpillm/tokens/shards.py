@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mpillm.system import hdf5
 from mpillm.errors import DataError
+from mpillm.system import hdf5
 from mpillm.system.atomic import replacing
 
 FORMAT = "mpillm.tokens"
@@ -112,7 +112,7 @@ def rest_digest(path: Path, tokens_offset: int, tokens_nbytes: int) -> str:
     return state.hexdigest()
 
 
-def read_attributes(path: Path) -> tuple[dict[str, hdf5.Place], dict[str, Any]]:
+def read_attributes(path: Path) -> tuple[dict[str, hdf5.Extent], dict[str, Any]]:
     """The arrays' places and the root attributes as HDF5 tells them. Raises DataError."""
     try:
         return hdf5.places(path)

@@ -12,9 +12,9 @@ import numpy as np
 
 from mpillm.system import hdf5
 from mpillm.system.console import Progress
+from mpillm.tokens.encode import EncodedDocuments
 from mpillm.tokens.manifest import SPLITS
 from mpillm.tokens.shards import Documents, ShardInfo, write_shard
-from mpillm.tokens.encode import Spill
 from mpillm.tokens.splitting import range_of, ranges_for
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ COLUMNS = ("key", "ordinal", "source", "n_tokens")
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShufflePlan:
     """Shards are numbered through, training first: `shards[i]` is (split, number in the split, how many it has).
 
     `shard_of` (n,) gives the shard of each document of this rank's spill.
@@ -36,7 +36,7 @@ class Plan:
     shard_of: Array
 
 
-def plan(spill: Spill, shard_bytes: int, comm: "MPI.Intracomm") -> Plan:
+def plan_shuffle(spill: EncodedDocuments, shard_bytes: int, comm: "MPI.Intracomm") -> ShufflePlan:
     """Cut the hash space of each split into ranges of about `shard_bytes`; ranges without a document have no shard."""
     shards: list[tuple[str, int, int]] = []
     shard_of = np.zeros(len(spill.index), np.int64)
@@ -51,38 +51,40 @@ def plan(spill: Spill, shard_bytes: int, comm: "MPI.Intracomm") -> Plan:
         shard_of[mine] = len(shards) + numbers[where]
         total = int((counts > 0).sum())
         shards += [(name, number, total) for number in range(total)]
-    return Plan(shards, shard_of)
+    return ShufflePlan(shards, shard_of)
 
 
-def write_shards(spill: Spill, plan: Plan, folder: Path, attributes: dict[str, Any], comm: "MPI.Intracomm",
+def write_shards(spill: EncodedDocuments, plan_shuffle: ShufflePlan, folder: Path, attributes: dict[str, Any], comm: "MPI.Intracomm",
                  progress: Progress) -> list[tuple[str, ShardInfo]]:  # fmt: skip
     """Exchange and write all shards; (split, shard) in order on rank 0, elsewhere empty. Every rank calls it.
 
     `attributes` are those that all shards share. `progress` counts shards. Raises OSError.
     """
     written: list[tuple[int, ShardInfo]] = []
-    by_shard = np.argsort(plan.shard_of, kind="stable")
-    bounds = np.searchsorted(plan.shard_of[by_shard], np.arange(len(plan.shards) + comm.size + 1))
+    by_shard = np.argsort(plan_shuffle.shard_of, kind="stable")
+    bounds = np.searchsorted(plan_shuffle.shard_of[by_shard], np.arange(len(plan_shuffle.shards) + comm.size + 1))
     starts = spill.starts
-    for wave in range(0, len(plan.shards), comm.size):
+    for wave in range(0, len(plan_shuffle.shards), comm.size):
         # The documents of this wave, in the order of their owners.
         rows = by_shard[bounds[wave] : bounds[wave + comm.size]]
         counts = np.diff(bounds[wave : wave + comm.size + 1])
         table, tokens = _exchange(spill, rows, starts[rows], counts, comm)
         number = wave + comm.rank
-        if number < len(plan.shards):
-            split, index, total = plan.shards[number]
+        if number < len(plan_shuffle.shards):
+            split, index, total = plan_shuffle.shards[number]
             own = {"split": split, "shard_index": index, "n_shards": total}
             path = folder / f"{split}-{index:05d}.h5"
             written.append((number, write_shard(path, _sorted(table, tokens), {**attributes, **own})))
-        progress.advance(min(comm.size, len(plan.shards) - wave))
+        progress.advance(min(comm.size, len(plan_shuffle.shards) - wave))
     everything = sorted(
         (item for own in comm.gather(written) or [] for item in own), key=lambda item: item[0]
     )  # fmt: skip
-    return [(plan.shards[number][0], shard) for number, shard in everything]
+    return [(plan_shuffle.shards[number][0], shard) for number, shard in everything]
 
 
-def _exchange(spill: Spill, rows: Array, starts: Array, counts: Array, comm: "MPI.Intracomm") -> tuple[Array, Array]:
+def _exchange(
+    spill: EncodedDocuments, rows: Array, starts: Array, counts: Array, comm: "MPI.Intracomm"
+) -> tuple[Array, Array]:
     """Send `counts[r]` of the documents `rows` to rank r; get (table u8 (n, 4) of COLUMNS, tokens in its order)."""
     lengths = spill.index["n_tokens"][rows]
     table = np.stack([spill.index[name][rows].astype(np.uint64) for name in COLUMNS], axis=1)

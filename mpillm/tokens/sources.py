@@ -25,7 +25,7 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclass(frozen=True)
-class Piece:
+class SourcePiece:
     """What one rank reads at once: the bytes [start, stop) of a file, which belongs to source number `source`.
 
     `lines`: a JSONL file, whose lines that start in the range are documents; else the file is one document.
@@ -47,12 +47,12 @@ class Piece:
 class Texts(NamedTuple):
     """What a piece holds: its documents, and how often bytes that aren't UTF-8 were replaced by U+FFFD."""
 
-    piece: Piece
+    piece: SourcePiece
     documents: list[str]
     replaced: int
 
 
-def list_pieces(sources: Sequence[str], glob: str = "**/*", exclude: Path | None = None) -> list[Piece]:
+def list_pieces(sources: Sequence[str], glob: str = "**/*", exclude: Path | None = None) -> list[SourcePiece]:
     """The pieces of all sources, in an order that only their names decide; `exclude` is a folder to pass over.
 
     Raises UsageError for a source that's missing or empty.
@@ -61,7 +61,7 @@ def list_pieces(sources: Sequence[str], glob: str = "**/*", exclude: Path | None
         raise UsageError(
             f"prepare takes 1 to {MOST_SOURCES:,} sources, got {len(sources)}; name a file, a folder or stdlib"
         )
-    pieces: list[Piece] = []
+    pieces: list[SourcePiece] = []
     for number, name in enumerate(sources):
         files, found = _files(name, glob, exclude)
         own = [piece for path in files for piece in _cut(number, path, found)]
@@ -99,7 +99,7 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _cut(source: int, path: Path, found: bool) -> Iterator[Piece]:
+def _cut(source: int, path: Path, found: bool) -> Iterator[SourcePiece]:
     """A JSONL file in ranges of fixed size, any other file whole; a file without bytes isn't a piece."""
     try:
         nbytes = path.stat().st_size
@@ -108,10 +108,10 @@ def _cut(source: int, path: Path, found: bool) -> Iterator[Piece]:
     lines = path.suffix.lower() == ".jsonl"
     step = JSONL_PIECE_BYTES if lines else max(nbytes, 1)
     for start in range(0, nbytes, step):
-        yield Piece(source, str(path), start, min(start + step, nbytes), lines, found)
+        yield SourcePiece(source, str(path), start, min(start + step, nbytes), lines, found)
 
 
-def share(pieces: Sequence[Piece], rank: int, size: int) -> range:
+def pieces_of_rank(pieces: Sequence[SourcePiece], rank: int, size: int) -> range:
     """The numbers of the pieces that `rank` of `size` reads: a run of neighbours with about its share of the bytes."""
     nbytes = np.array([piece.nbytes for piece in pieces], np.float64)
     # A piece goes to the rank in whose share its middle lies.
@@ -120,7 +120,7 @@ def share(pieces: Sequence[Piece], rank: int, size: int) -> range:
     return range(int(first), int(last))
 
 
-def read_pieces(pieces: Sequence[Piece], threads: int) -> Iterator[Texts]:
+def read_pieces(pieces: Sequence[SourcePiece], threads: int) -> Iterator[Texts]:
     """The documents of `pieces` in order; `threads` files are read ahead, since many small reads wait, not work."""
     with ThreadPoolExecutor(max(1, threads)) as pool:
         waiting: deque[Future[Texts]] = deque()
@@ -132,7 +132,7 @@ def read_pieces(pieces: Sequence[Piece], threads: int) -> Iterator[Texts]:
             yield waiting.popleft().result()
 
 
-def read_piece(piece: Piece) -> Texts:
+def read_piece(piece: SourcePiece) -> Texts:
     """Read one piece. Documents without a visible character are left out. Raises DataError."""
     try:
         with Path(piece.path).open("rb") as file:
@@ -157,7 +157,7 @@ def decode_utf8(data: bytes) -> tuple[str, int]:
         return text, text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
 
 
-def _read_lines(piece: Piece, file: Any) -> Texts:
+def _read_lines(piece: SourcePiece, file: Any) -> Texts:
     """The documents of the lines that start in the piece: a line that began before it is the piece before's."""
     documents: list[str] = []
     replaced = 0

@@ -7,10 +7,10 @@ import numpy as np
 import xxhash
 
 from mpillm.comm.waiting import patient_barrier
-from mpillm.system.console import Console
 from mpillm.errors import DataError
+from mpillm.system.console import Console
 from mpillm.tokens.order import mix
-from mpillm.tokens.sources import Piece, read_pieces, share
+from mpillm.tokens.sources import SourcePiece, pieces_of_rank, read_pieces
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -30,7 +30,7 @@ class Survey:
     `key` xxh3-64 of the UTF-8 text, `nbytes` its length. `content` identifies the set of all documents.
     """
 
-    pieces: list[Piece]
+    pieces: list[SourcePiece]
     mine: range
     documents: Array
     n_docs: int
@@ -43,13 +43,13 @@ class Survey:
         return self.documents[first:last]
 
 
-def survey(pieces: list[Piece], names: tuple[str, ...], seed: int, threads: int, comm: "MPI.Intracomm",
+def survey(pieces: list[SourcePiece], names: tuple[str, ...], seed: int, threads: int, comm: "MPI.Intracomm",
            console: Console) -> Survey:  # fmt: skip
     """Read all pieces once, each on one rank, and key every document. Every rank of `comm` calls it.
 
     Raises DataError: on all ranks for a source without documents, on one rank for a file that cannot be read.
     """
-    mine = share(pieces, comm.rank, comm.size)
+    mine = pieces_of_rank(pieces, comm.rank, comm.size)
     tables, replaced, first_bad = [np.empty(0, DOCUMENT)], 0, len(pieces)
     total = sum(piece.nbytes for piece in pieces)
     own = sum(pieces[number].nbytes for number in mine)

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.system import hdf5
 from mpillm.comm.waiting import patient_barrier
-from mpillm.system.console import Console
 from mpillm.errors import DataError, MpillmError
+from mpillm.system import hdf5
+from mpillm.system.console import Console
 from mpillm.tokens.manifest import Manifest, check_shard
 from mpillm.tokens.shards import (
     BLOCK_BYTES,

@@ -33,7 +33,7 @@ class Windows:
         return self.ends[self.splits[row] : self.splits[row + 1]]
 
 
-class Plan:
+class ReadPlan:
     """Where windows of `length` tokens lie: files, byte offsets, and the document ends inside."""
 
     def __init__(self, reader: TokenReader, starts: Int64s, length: int, boundaries: bool = True) -> None:

@@ -11,30 +11,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mpillm.comm.agreement import on_root
-from mpillm.comm.waiting import patient_barrier
-from mpillm.machine.cluster_profile import Cluster
 from mpillm.comm.failure import host_name
-from mpillm.system.console import Console, Progress
+from mpillm.comm.waiting import patient_barrier
 from mpillm.errors import CheckpointError, DivergedError, StoppedError
-from mpillm.system.atomic import write_text
 from mpillm.infer.evaluate import evaluate
 from mpillm.infer.loading import TOKENIZER, weight_tensors
 from mpillm.launch.current_job import CurrentJob
-from mpillm.runs.lock import RunLock
 from mpillm.launch.signals import StopSignals
-from mpillm.system.versions import package_version
 from mpillm.launch.walltime import seconds_of
+from mpillm.machine.cluster_profile import Cluster
 from mpillm.parallel.data.same_weights import check_same
 from mpillm.parallel.step_plan import traffic_bytes
+from mpillm.runs.history_writer import HistoryWriter, last_save_seconds
+from mpillm.runs.lock import RunLock
+from mpillm.runs.metrics import METRICS, RECIPE, TRACE, MetricsWriter, read_metrics
+from mpillm.system.atomic import write_text
+from mpillm.system.console import Console, Progress
+from mpillm.system.versions import package_version
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.reader import open_split
-from mpillm.runs.history_writer import Diary, last_save_seconds
 from mpillm.train.optimizers.adamw import optimizer_tensors, set_steps
 from mpillm.train.recipe import Recipe, write_recipe
-from mpillm.runs.metrics import METRICS, RECIPE, TRACE, Record, read_metrics
-from mpillm.train.stopping import Stopping
-from mpillm.train.trace import Timing
 from mpillm.train.step import StepResult, Trainer
+from mpillm.train.stopping import Stopping
+from mpillm.train.trace import StepTrace
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.places import CHECKPOINTS
 from mpillm.weights.saving import prune, save
@@ -80,7 +80,7 @@ def held(folder: Path, comm: "MPI.Intracomm", job: CurrentJob | None) -> Iterato
             lock.release()
 
 
-class Run:
+class TrainingLoop:
     """Every rank makes it, and calls `go`."""
 
     def __init__(
@@ -90,8 +90,8 @@ class Run:
         self._recipe, self._manifest, self._trainer = recipe, manifest, trainer
         self._comm, self._console = trainer.mesh.comm, console
         self._folder = Path(recipe.train.run)
-        self._timing, self._trace = Timing(trainer.mesh, trainer.layout, trainer.clock_offset), trace
-        self._diary = Diary(self._folder, writes=self._comm.rank == 0)
+        self._timing, self._trace = StepTrace(trainer.mesh, trainer.layout, trainer.clock_offset), trace
+        self._diary = HistoryWriter(self._folder, writes=self._comm.rank == 0)
         self._signals = allotment.signals
         # The ranks may have been told different ends, and one clock must do for all: rank 0's.
         self._deadline = self._comm.bcast(allotment.deadline(recipe.train.time_limit))
@@ -138,7 +138,7 @@ class Run:
                 write_text(self._folder / RECIPE, write_recipe(self._recipe))
             self._diary.started(self._done, self._facts())
             check_same(self._trainer.weights.values(), self._trainer.mesh.axis("data"))
-            record = Record(self._folder, self._done, writes=self._comm.rank == 0)
+            record = MetricsWriter(self._folder, self._done, writes=self._comm.rank == 0)
             if owed:
                 self._evaluate(record)
             with self._console.progress("train", steps, "steps", start=self._done) as progress:
@@ -158,7 +158,7 @@ class Run:
                 record.close()
         return reason
 
-    def _one_step(self, record: Record, progress: Progress) -> str:
+    def _one_step(self, record: MetricsWriter, progress: Progress) -> str:
         """The next step and what is due after it; why all ranks stop now, else ""."""
         begun, settings = time.perf_counter(), self._recipe.train
         result = self._trainer.step(self._done, self._stopping.wish())
@@ -192,7 +192,7 @@ class Run:
             lambda: any(line["step"] == self._done and "validation_loss" in line for line in read_metrics(metrics)),
         )
 
-    def _evaluate(self, record: Record) -> None:
+    def _evaluate(self, record: MetricsWriter) -> None:
         if not self._manifest.splits["validation"].n_tokens:
             return
         with open_split(self._recipe.data.path, "validation") as reader:

@@ -3,8 +3,8 @@
 import torch
 
 from mpillm.comm.mesh import Mesh, hosts
+from mpillm.parallel.step_plan import StepPlan
 from mpillm.system.console import Console, binary_bytes
-from mpillm.parallel.step_plan import Layout
 from mpillm.tokens.reader import TokenReader
 from mpillm.train.recipe import Recipe
 
@@ -12,7 +12,7 @@ from mpillm.train.recipe import Recipe
 STATE_BYTES_PER_PARAMETER = 16
 
 
-def memory_bytes(recipe: Recipe, layout: Layout) -> int:
+def memory_bytes(recipe: Recipe, layout: StepPlan) -> int:
     """What training takes on the rank that needs most, besides the program itself: an estimate."""
     model, schedule = recipe.model, layout.schedule
     element = 2 if recipe.train.dtype == "bfloat16" else 4
@@ -36,7 +36,7 @@ def memory_bytes(recipe: Recipe, layout: Layout) -> int:
     return max(map(of_rank, range(schedule.ranks)))
 
 
-def pipeline_facts(layout: Layout) -> dict[str, str]:
+def pipeline_facts(layout: StepPlan) -> dict[str, str]:
     """What the plan says of a pipeline; nothing where there is none."""
     schedule = layout.schedule
     if schedule.ranks == 1:
@@ -54,7 +54,7 @@ def pipeline_facts(layout: Layout) -> dict[str, str]:
     }
 
 
-def tell_plan(recipe: Recipe, mesh: Mesh, layout: Layout, reader: TokenReader, console: Console) -> None:
+def tell_plan(recipe: Recipe, mesh: Mesh, layout: StepPlan, reader: TokenReader, console: Console) -> None:
     """Print the plan. Every rank calls it."""
     model, train = recipe.model, recipe.train
     step_tokens = train.batch * model.context

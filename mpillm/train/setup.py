@@ -5,21 +5,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.comm.agreement import on_root
-from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
-from mpillm.system.console import Console
 from mpillm.errors import MismatchError, UsageError
-from mpillm.system.atomic import make_folder
+from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.models.config import DecoderConfig
-from mpillm.system.malloc import keep_pages
 from mpillm.parallel.data.same_weights import share_batch
 from mpillm.parallel.step_plan import make_mesh, plan_layout
+from mpillm.runs.metrics import CLUSTER, METRICS
+from mpillm.system.atomic import make_folder
+from mpillm.system.console import Console
+from mpillm.system.malloc import keep_pages
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.order import WindowOrder
 from mpillm.tokens.reader import open_split
+from mpillm.train.loop import Allotment, TrainingLoop, held
 from mpillm.train.print_plan import tell_plan
 from mpillm.train.recipe import Recipe
-from mpillm.runs.metrics import CLUSTER, METRICS
-from mpillm.train.loop import Allotment, Run, held
 from mpillm.train.step import Trainer
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.finding import newest_whole
@@ -63,7 +63,7 @@ def train(
                 console.say(f"gradients: {trainer.describe()}")
             if layout.schedule.ranks > 1:
                 console.say(f"stages: {trainer.describe_pipeline()}")
-            run = Run(recipe, manifest, trainer, console, trace, allotment, cluster)
+            run = TrainingLoop(recipe, manifest, trainer, console, trace, allotment, cluster)
             run.go(checkpoint)
             trainer.close()
 

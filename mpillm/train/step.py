@@ -12,22 +12,22 @@ from torch import Tensor
 
 from mpillm.comm.clock_sync import clock_offset
 from mpillm.comm.communicator import silent
-from mpillm.comm.mesh import Mesh
-from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.comm.failure import ranks_text
+from mpillm.comm.mesh import Mesh
 from mpillm.errors import DivergedError
 from mpillm.infer.evaluate import rows_at_once
-from mpillm.parallel.step_plan import Layout
-from mpillm.parallel.sharded_model import ShardedModel
+from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import Batch
+from mpillm.parallel.sharded_model import ShardedModel
+from mpillm.parallel.step_plan import StepPlan
 from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.sampler import Sampler
 from mpillm.tokens.windows import Windows
-from mpillm.train.optimizers.adamw import make_optimizer, set_rate
 from mpillm.train.lr_schedule import learning_rate
+from mpillm.train.optimizers.adamw import make_optimizer, set_rate
 from mpillm.train.recipe import Recipe
-from mpillm.train.step_stats import Shared, pipelines_of, share
+from mpillm.train.step_stats import StepStats, gather_stats, pipelines_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StepResult:
     learning_rate: float
     grad_norm: float
     seconds: float
-    shared: Shared
+    shared: StepStats
     spans: list[Span]
     others: list[tuple[str, float, float]]
 
@@ -49,7 +49,7 @@ class Trainer:
     """Model, optimizer, gradients and samples of one rank; `step` runs them. Every rank of the mesh steps alike."""
 
     def __init__(
-        self, recipe: Recipe, reader: TokenReader, mesh: Mesh, layout: Layout, profile: ClusterProfile | None = None,
+        self, recipe: Recipe, reader: TokenReader, mesh: Mesh, layout: StepPlan, profile: ClusterProfile | None = None,
         warn: Callable[[str], None] = silent,
     ) -> None:  # fmt: skip
         """`profile`: the cluster's, which chooses how ranks talk; `warn` is told what had to be done without."""
@@ -94,7 +94,7 @@ class Trainer:
         batch = self._batch(step)
         read = clock()
         passes = self.model.train(batch)
-        shared = share(self.mesh, self.layout, passes, self.clock_offset, wish, self._pipelines)
+        shared = gather_stats(self.mesh, self.layout, passes, self.clock_offset, wish, self._pipelines)
         norm = self.model.clip_(self.recipe.optimizer.clip)
         _check_finite(step, shared.losses, norm)
         reduced = clock()

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from mpillm.comm.mesh import Mesh, coordinates
-from mpillm.parallel.step_plan import Layout
 from mpillm.parallel.sharded_model import Passes
+from mpillm.parallel.step_plan import StepPlan
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 # Columns of a rank's row ahead of its losses: when its passes began and ended, what of that it computed, how long it
@@ -18,7 +18,7 @@ BEGIN, END, BUSY, SUMMED, MEMORY, WISH, HAS_LOSSES, LOSSES = range(8)
 
 
 @dataclass(frozen=True)
-class Shared:
+class StepStats:
     """The same on every rank."""
 
     losses: dict[int, list[float]]
@@ -35,8 +35,8 @@ class Shared:
     """By rank: see stopping.py."""
 
 
-def share(mesh: Mesh, layout: Layout, passes: Passes, clock_offset: float, wish: int,
-          pipelines: Sequence[Sequence[int]]) -> Shared:  # fmt: skip
+def gather_stats(mesh: Mesh, layout: StepPlan, passes: Passes, clock_offset: float, wish: int,
+          pipelines: Sequence[Sequence[int]]) -> StepStats:  # fmt: skip
     """Tell the others of this rank's passes and its wish, and hear theirs. Every rank of the mesh calls it."""
     spans = passes.spans
     own = np.zeros(LOSSES + layout.microbatches)
@@ -50,10 +50,10 @@ def share(mesh: Mesh, layout: Layout, passes: Passes, clock_offset: float, wish:
     return read(every, pipelines, mesh.sizes["data"])
 
 
-def read(every: Floats, pipelines: Sequence[Sequence[int]], data: int) -> Shared:
+def read(every: Floats, pipelines: Sequence[Sequence[int]], data: int) -> StepStats:
     """What the rows of all ranks say. `pipelines`: the ranks of each; none where each has one. `data`: of the axis."""
     begins, ends, busy = every[:, BEGIN], every[:, END], every[:, BUSY]
-    return Shared(
+    return StepStats(
         {rank: row[LOSSES:].tolist() for rank, row in enumerate(every) if row[HAS_LOSSES]},
         measured_bubble(begins, ends, busy, pipelines),
         float(every[:, SUMMED].mean()) if data > 1 else 0.0,
@@ -63,7 +63,7 @@ def read(every: Floats, pipelines: Sequence[Sequence[int]], data: int) -> Shared
     )
 
 
-def pipelines_of(mesh: Mesh, layout: Layout) -> list[list[int]]:
+def pipelines_of(mesh: Mesh, layout: StepPlan) -> list[list[int]]:
     """The ranks of each pipeline; none where each has one rank."""
     if layout.schedule.ranks == 1:
         return []

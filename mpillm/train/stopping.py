@@ -7,8 +7,8 @@ more; rank 0 alone looks at the clock.
 import time
 from collections.abc import Sequence
 
-from mpillm.system.console import clock
 from mpillm.launch.signals import StopSignals, signal_name
+from mpillm.system.console import clock
 
 NONE, TIME_IS_UP = 0, 1000
 # Before the first checkpoint was written, this share of the time that is left may go into it, within bounds.

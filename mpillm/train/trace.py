@@ -7,11 +7,11 @@ from statistics import fmean, median
 from typing import Any
 
 from mpillm.comm.mesh import Mesh, coordinates
-from mpillm.system.console import Console
-from mpillm.system.atomic import write_text
 from mpillm.parallel.pipeline.actions import KINDS
-from mpillm.parallel.step_plan import Layout
 from mpillm.parallel.pipeline.simulate import Costs, Span, simulate
+from mpillm.parallel.step_plan import StepPlan
+from mpillm.system.atomic import write_text
+from mpillm.system.console import Console
 
 # Steps whose spans are kept for a trace, the newest: enough to look at, few enough for memory.
 TRACED_STEPS = 32
@@ -23,10 +23,10 @@ Event = tuple[str, float, float]
 """What was done, from when to when, in seconds."""
 
 
-class Timing:
+class StepTrace:
     """Gathers the spans of this rank's steps. Every rank of `mesh` makes it and calls its methods together."""
 
-    def __init__(self, mesh: Mesh, layout: Layout, clock_offset: float) -> None:
+    def __init__(self, mesh: Mesh, layout: StepPlan, clock_offset: float) -> None:
         """`clock_offset`: see comm/clocks.py."""
         self._mesh, self._layout, self._offset = mesh, layout, clock_offset
         self._steps: list[list[Event]] = []

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpillm.system import hdf5
 from mpillm.errors import CheckpointError, MismatchError
+from mpillm.system import hdf5
 from mpillm.weights.places import INDEX
 
 FORMAT, VERSION = "mpillm.checkpoint", 1
@@ -27,7 +27,7 @@ STORED_AS = {torch.bfloat16: torch.int16}
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredSlice:
     """A run of `count` elements, from element `first` of the row-major tensor on, in `file` at byte `offset`."""
 
     file: str
@@ -39,16 +39,16 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredTensor:
     """A tensor of the namespace: its torch dtype (`float32`), its whole shape, the pieces that make it up."""
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StoredSlice, ...]
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        pieces = tuple(Piece(**piece) for piece in value["pieces"])
+        pieces = tuple(StoredSlice(**piece) for piece in value["pieces"])
         return cls(str(value["dtype"]), tuple(value["shape"]), pieces)
 
 
@@ -71,7 +71,7 @@ class Checkpoint:
         index = _read_index(folder)
         try:
             self.facts: dict[str, Any] = index["facts"]
-            self.tensors = {name: Entry.from_json(value) for name, value in index["tensors"].items()}
+            self.tensors = {name: StoredTensor.from_json(value) for name, value in index["tensors"].items()}
             self._files: dict[str, int] = index["files"]
         except (KeyError, TypeError) as failure:
             raise CheckpointError(f"{folder / INDEX} is damaged ({failure}); use another checkpoint") from failure
@@ -135,7 +135,7 @@ class _Files:
         for descriptor in self._open.values():
             os.close(descriptor)
 
-    def read(self, name: str, piece: Piece, values: np.ndarray[Any, np.dtype[Any]]) -> None:
+    def read(self, name: str, piece: StoredSlice, values: np.ndarray[Any, np.dtype[Any]]) -> None:
         path = self._folder / piece.file
         try:
             if piece.file not in self._open:
@@ -173,7 +173,9 @@ def _check_size(path: Path, nbytes: int) -> None:
         raise CheckpointError(f"{path} has {found:,} bytes, its index says {nbytes:,}; use another checkpoint")
 
 
-def index_json(facts: Mapping[str, Any], tensors: Mapping[str, Entry], files: Mapping[str, int]) -> dict[str, Any]:
+def index_json(
+    facts: Mapping[str, Any], tensors: Mapping[str, StoredTensor], files: Mapping[str, int]
+) -> dict[str, Any]:
     """The index as JSON takes it; what `Checkpoint` reads."""
     entries = {name: asdict(entry) for name, entry in sorted(tensors.items())}
     return {"format": FORMAT, "version": VERSION, "facts": dict(facts), "files": dict(files), "tensors": entries}

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.comm.agreement import on_root
-from mpillm.system.console import Console
 from mpillm.errors import CheckpointError
+from mpillm.system.console import Console
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.places import CHECKPOINTS, INDEX
 

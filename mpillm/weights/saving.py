@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from mpillm.system import hdf5
 from mpillm.errors import CheckpointError
+from mpillm.system import hdf5
 from mpillm.system.atomic import flush, write_json
-from mpillm.weights.checkpoint import Entry, Piece, dtype_name, index_json, raw
+from mpillm.weights.checkpoint import StoredSlice, StoredTensor, dtype_name, index_json, raw
 from mpillm.weights.places import INDEX
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def share(held: Sequence[Mapping[str, int]]) -> list[list[str]]:
+def assign_writers(held: Sequence[Mapping[str, int]]) -> list[list[str]]:
     """Which rank writes which tensor: the largest first, each to the rank that holds it and has least to write so far.
 
     `held[rank]`: the bytes of each tensor that the rank holds. The same on each rank, so nobody has to be told.
@@ -58,7 +58,7 @@ def save(
     """
     target = step_folder(folder, facts["step"])
     temporary = folder / f".{target.name}.tmp"
-    own = {name: tensors[name] for name in share(comm.allgather(_sizes(tensors)))[comm.rank]}
+    own = {name: tensors[name] for name in assign_writers(comm.allgather(_sizes(tensors)))[comm.rank]}
     try:
         _together(comm, temporary, lambda: _begin(temporary, texts) if comm.rank == 0 else None)
         written = _together(comm, temporary, lambda: _write_share(temporary, own, comm.rank))
@@ -92,7 +92,7 @@ def _begin(temporary: Path, texts: Mapping[str, str]) -> None:
         (temporary / name).write_text(text, encoding="utf-8")
 
 
-def _write_share(temporary: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Entry]:
+def _write_share(temporary: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, StoredTensor]:
     """This rank's tensors into its own file; a rank without any writes none."""
     arrays = {name: raw(tensor) for name, tensor in tensors.items()}
     if not arrays:
@@ -103,8 +103,8 @@ def _write_share(temporary: Path, tensors: Mapping[str, Tensor], rank: int) -> d
     with hdf5.opened(path, flags=hdf5.READ_WRITE) as descriptor:
         for name, array in arrays.items():
             hdf5.write_at(descriptor, array, places[name].offset)
-            piece = Piece(path.name, places[name].offset, array.nbytes, 0, array.size, hdf5.digest(array))
-            entries[name] = Entry(dtype_name(tensors[name]), tuple(array.shape), (piece,))
+            piece = StoredSlice(path.name, places[name].offset, array.nbytes, 0, array.size, hdf5.digest(array))
+            entries[name] = StoredTensor(dtype_name(tensors[name]), tuple(array.shape), (piece,))
     flush(path)
     return entries
 
@@ -113,7 +113,7 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
 
 
-def _commit(temporary: Path, target: Path, facts: Mapping[str, Any], written: list[dict[str, Entry]]) -> None:
+def _commit(temporary: Path, target: Path, facts: Mapping[str, Any], written: list[dict[str, StoredTensor]]) -> None:
     entries = {name: entry for part in written for name, entry in part.items()}
     files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     for name in files:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpillm.bench.sample_arrays import Shape
-from mpillm.bench.competitors import Contestant, Memory, contestants, peers_wanted, select, tried
+from mpillm.bench.competitors import ArrayMemory, Contestant, contestants, peers_wanted, select, tried
 from mpillm.bench.options import BenchOptions
 from mpillm.bench.pattern import count_wrong
 from mpillm.bench.peers import joined
-from mpillm.comm.communicator import Group
+from mpillm.bench.sample_arrays import Shape
+from mpillm.comm.communicator import Communicator
 from mpillm.errors import CommError, UsageError
 
 HERE = ("auto", "ring", "native", "reference")
@@ -59,17 +59,17 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
 
 @pytest.fixture
 def group(comm: MPI.Intracomm) -> Any:
-    made = Group(comm)
+    made = Communicator(comm)
     yield made
     made.free()
 
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("operation", ["allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall"])
-def test_everyone_is_right(comm: MPI.Intracomm, group: Group, operation: str, in_place: bool) -> None:
+def test_everyone_is_right(comm: MPI.Intracomm, group: Communicator, operation: str, in_place: bool) -> None:
     shape = Shape(operation, 60 * comm.size, "float32", comm.size, comm.rank, in_place)
     notes: list[str] = []
-    memory = Memory(group, shape, BenchOptions("all", in_place=in_place))
+    memory = ArrayMemory(group, shape, BenchOptions("all", in_place=in_place))
     with joined(comm, ("gloo",), notes.append) as peers:
         names = list(group.algorithms(operation))
         for name, entry in contestants(group, peers, memory, names, BenchOptions("all")).items():
@@ -83,9 +83,9 @@ def test_everyone_is_right(comm: MPI.Intracomm, group: Group, operation: str, in
     memory.free()
 
 
-def test_a_wrong_result_is_counted(comm: MPI.Intracomm, group: Group) -> None:
+def test_a_wrong_result_is_counted(comm: MPI.Intracomm, group: Communicator) -> None:
     shape = Shape("allreduce", 100, "bfloat16", comm.size, comm.rank, True)
-    memory = Memory(group, shape, BenchOptions("all", in_place=True))
+    memory = ArrayMemory(group, shape, BenchOptions("all", in_place=True))
 
     def spoilt(source: Any, target: Any) -> Any:
         prepared = group.prepare("allreduce", source)
@@ -101,9 +101,9 @@ def test_a_wrong_result_is_counted(comm: MPI.Intracomm, group: Group) -> None:
     memory.free()
 
 
-def test_what_one_rank_cannot_do_no_rank_does(comm: MPI.Intracomm, group: Group) -> None:
+def test_what_one_rank_cannot_do_no_rank_does(comm: MPI.Intracomm, group: Communicator) -> None:
     shape = Shape("allreduce", 10, "float32", comm.size, comm.rank, True)
-    memory = Memory(group, shape, BenchOptions("all", in_place=True))
+    memory = ArrayMemory(group, shape, BenchOptions("all", in_place=True))
 
     def refused(source: Any, target: Any) -> Any:
         if comm.rank == comm.size - 1:
@@ -114,14 +114,14 @@ def test_what_one_rank_cannot_do_no_rank_does(comm: MPI.Intracomm, group: Group)
     memory.free()
 
 
-def test_arrays_are_kept_or_new(comm: MPI.Intracomm, group: Group) -> None:
+def test_arrays_are_kept_or_new(comm: MPI.Intracomm, group: Communicator) -> None:
     shape, options = Shape("allreduce", 1000, "float32", comm.size, comm.rank, False), BenchOptions("all")
-    warm = Memory(group, shape, options)
+    warm = ArrayMemory(group, shape, options)
     assert warm.pair("native")[0] is warm.pair("ring")[0]
     assert warm.is_shared("auto") == (group.size > 1 and "shared" in group.algorithms("allreduce"))
     assert not warm.is_shared("native")
     assert np.shares_memory(warm.pair("auto")[0], warm.pair("native")[0]) == (not warm.is_shared("auto"))
-    fresh = Memory(group, shape, replace(options, buffers="fresh", node_shared=False))
+    fresh = ArrayMemory(group, shape, replace(options, buffers="fresh", node_shared=False))
     assert fresh.pair("auto")[0] is not fresh.pair("auto")[0]
     assert not fresh.is_shared("auto")
     for memory in (warm, fresh):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpillm.bench.make_profile import make_profile
+from mpillm.bench.context import Bench
 from mpillm.bench.handover import WORK_SECONDS, ByMail, ByRequests, Hand, behind_work, round_trip, run_handover
+from mpillm.bench.make_profile import make_profile
 from mpillm.bench.options import BenchOptions
 from mpillm.bench.results import Section
-from mpillm.bench.context import Bench
-from mpillm.comm.communicator import Group
-from mpillm.comm.channels.channel_set import Edge, Mail
+from mpillm.comm.channels.channel_set import ChannelSet, Edge
+from mpillm.comm.communicator import Communicator
 from mpillm.comm.mesh import on_one_node
 from mpillm.machine.cluster_profile import Cluster, load_profile
 from mpillm.system.console import Console
@@ -64,7 +64,7 @@ def test_behind_work_both_ranks_know_all(pair: MPI.Intracomm | None) -> None:
 
 
 def test_rows_are_the_same_on_every_rank(comm: MPI.Intracomm) -> None:
-    group, options = Group(comm), BenchOptions("handover", sizes="100,70K", iterations=3, warmup=1)
+    group, options = Communicator(comm), BenchOptions("handover", sizes="100,70K", iterations=3, warmup=1)
     bench = Bench(options, comm, group, Console(speaks=False))
     sections = run_handover(bench)
     group.free()
@@ -102,6 +102,6 @@ def test_the_profile_knows_the_faster_way_and_mail_follows_it(comm: MPI.Intracom
     profile.save(path)
     assert load_profile(path, print, CLUSTER) == profile
     if comm.size > 1 and on_one_node(comm):
-        mail = Mail(comm, [Edge(0, 1, 1000), Edge(0, 1, 100_000)], profile=profile)
+        mail = ChannelSet(comm, [Edge(0, 1, 1000), Edge(0, 1, 100_000)], profile=profile)
         assert mail.ways == ["shared", "messages"]
         mail.free()

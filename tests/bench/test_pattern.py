@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpillm.bench.sample_arrays import Shape, fitting_count, new_array
 from mpillm.bench.pattern import EXACT, PERIOD, combined, count_wrong, fill, laid, pattern, wrong_elements
+from mpillm.bench.sample_arrays import Shape, fitting_count, new_array
 from mpillm.comm.buffers import ELEMENTS
 
 

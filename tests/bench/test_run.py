@@ -10,28 +10,28 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.bench.collectives import run_collective
+from mpillm.bench.context import Bench
 from mpillm.bench.filesystem import TrainingPaths
 from mpillm.bench.options import COLLECTIVES, BenchOptions
 from mpillm.bench.overlap import run_overlap, work
 from mpillm.bench.run import run
-from mpillm.bench.context import Bench
-from mpillm.comm.communicator import Group
-from mpillm.system.console import Console
+from mpillm.comm.communicator import Communicator
 from mpillm.errors import UsageError
+from mpillm.system.console import Console
 from mpillm.tokens.manifest import Manifest, Split
 from mpillm.tokens.reader import open_split
 from mpillm.tokens.shards import Documents, write_shard
-from mpillm.tokens.windows import Plan
+from mpillm.tokens.windows import ReadPlan
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.saving import save
 
-PATHS = TrainingPaths(Documents, write_shard, Split, Manifest, open_split, Plan, save, Checkpoint)
+PATHS = TrainingPaths(Documents, write_shard, Split, Manifest, open_split, ReadPlan, save, Checkpoint)
 QUICK = BenchOptions("all", sizes="100,5K", iterations=2, warmup=1, check=True)
 
 
 def measured(comm: MPI.Intracomm, what: str, options: BenchOptions) -> list[dict[str, Any]]:
     """The rows of a collective but the floor's; the same names, counts and figures on every rank."""
-    group = Group(comm)
+    group = Communicator(comm)
     bench = Bench(options, comm, group, Console(speaks=False))
     rows = run_collective(bench, what)[0].rows
     group.free()
@@ -63,7 +63,7 @@ def test_every_collective(comm: MPI.Intracomm, what: str) -> None:
 
 
 def test_overlap_is_a_share(comm: MPI.Intracomm) -> None:
-    group = Group(comm)
+    group = Communicator(comm)
     options = replace(QUICK, what="overlap", algorithms="auto,native,ring")
     rows = run_overlap(Bench(options, comm, group, Console(speaks=False)))[0].rows
     group.free()

@@ -1,4 +1,4 @@
-"""Collectives between hosts. The serial pass starts this file again, and test_group.py, on two hosts made of network
+"""Collectives between hosts. The serial pass starts this file again, and test_communicator.py, on two hosts made of network
 namespaces; on a cluster, `mpirun pytest` over several nodes runs the same.
 """
 
@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from mpillm.comm.executors import dispatch
 from mpillm.comm.buffers import as_buffer
-from mpillm.comm.communicator import Group
+from mpillm.comm.communicator import Communicator
+from mpillm.comm.executors import dispatch
 from mpillm.comm.executors.blockwise import make_steps
 
-TWO_HOSTS = Path(__file__).parents[1] / "peers" / "two_hosts.sh"
+TWO_HOSTS = Path(__file__).parents[1] / "fixtures" / "two_hosts.sh"
 UNAVAILABLE = 77
-# Of test_group.py what is as true of several hosts as of one.
+# Of test_communicator.py what is as true of several hosts as of one.
 GROUP_TESTS = (
     "test_operations",
     "test_prepared_runs_again_and_again",
@@ -33,7 +33,7 @@ COUNT = 2**18 + 4
 
 @pytest.fixture(scope="module")
 def group(comm):
-    made = Group(comm)
+    made = Communicator(comm)
     if len(made.nodes) < 2:
         made.free()
         pytest.skip("all ranks are on one host")
@@ -62,7 +62,7 @@ def test_on_two_hosts(python, ranks_per_host):
     if tried.returncode == UNAVAILABLE:
         pytest.skip(tried.stderr.strip().splitlines()[-1])
     assert tried.returncode == 0, tried.stdout + tried.stderr
-    tests = [__file__, *(f"{Path(__file__).with_name('test_group.py')}::{name}" for name in GROUP_TESTS)]
+    tests = [__file__, *(f"{Path(__file__).with_name('test_communicator.py')}::{name}" for name in GROUP_TESTS)]
     done = on_two_hosts("python", "-m", "pytest", "-q", "--color=no", *tests)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all ranks are on one host" not in done.stdout

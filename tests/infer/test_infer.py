@@ -10,19 +10,19 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpillm.system.console import Console
 from mpillm.errors import MismatchError, UsageError
 from mpillm.infer.baselines import baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import Sampling, draw, generate, sample_tokens
 from mpillm.infer.loading import Loaded, load
-from mpillm.infer.print_results import report
+from mpillm.infer.print_results import print_evaluation
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import create
+from mpillm.system.console import Console
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.reader import open_split
-from mpillm.train.setup import train
 from mpillm.train.recipe import parse_recipe
+from mpillm.train.setup import train
 
 QUIET = Console(speaks=False)
 
@@ -154,4 +154,4 @@ def test_data_of_another_tokenizer_is_refused(
 ) -> None:
     prepare(PrepareOptions((str(documents),), folder / "bpe", vocab_size=300, validation=0.1), comm, QUIET)
     with pytest.raises(MismatchError, match="was made with the tokenizer bpe"):
-        report(trained, folder / "bpe", False, False, comm, QUIET)
+        print_evaluation(trained, folder / "bpe", False, False, comm, QUIET)

@@ -1,4 +1,4 @@
-"""A real Slurm for tests/launch: two nodes of three cores, made of namespaces by tests/peers/minicluster.py."""
+"""A real Slurm for tests/launch: two nodes of three cores, made of namespaces by tests/fixtures/minicluster.py."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-MINICLUSTER = Path(__file__).parents[1] / "peers" / "minicluster.py"
+MINICLUSTER = Path(__file__).parents[1] / "fixtures" / "minicluster.py"
 UNAVAILABLE = 77
 # As Slurm counts: two ranks a node leave one for another job.
 CPUS = 3

@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from mpillm.errors import LaunchError
 from mpillm.launch.launchers import LAUNCHERS, Started, detect, launcher_named
-from mpillm.machine.mpi_names import named
+from mpillm.launch.ranks import RANK_VARIABLES, rank_from_environment
 from mpillm.launch.singleton import (
     LonelyError,
     mpirun_of,
@@ -19,7 +19,7 @@ from mpillm.launch.singleton import (
     refuse_before_init,
     refuse_lonely_ranks,
 )
-from mpillm.launch.ranks import RANK_VARIABLES, rank_from_environment
+from mpillm.machine.mpi_names import named
 
 OPEN_MPI = "Open MPI v5.0.11, package: Open MPI user@localhost Distribution, ident: 5.0.11, Sep 16, 2026\x00"
 MPICH = "MPICH Version:      5.0.2\nMPICH Release date: Fri Sep 25\nMPICH configure:    --with-device=ch4:ucx,ofi\n"

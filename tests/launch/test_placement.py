@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from mpillm.machine.gpus import gpu_of, visible_gpus
 from mpillm.launch.placement import (
     COLUMNS,
-    Place,
+    RankPlace,
     by_host,
     cores_within,
     narrow_binding,
@@ -17,6 +16,7 @@ from mpillm.launch.placement import (
     table_rows,
 )
 from mpillm.launch.threads import allowance, fair_threads, threads_per_rank
+from mpillm.machine.gpus import gpu_of, visible_gpus
 from mpillm.machine.topology import Topology, cpu_limit, job_cpus, parse_cpus, ranges_text, read_topology
 
 
@@ -164,11 +164,13 @@ def test_local_ranks_take_gpus_in_turn() -> None:
     assert gpu_of(5, []) == ""
 
 
-def places(host: str, masks: list[set[int]], first: int = 0, **settings: object) -> list[Place]:
+def places(host: str, masks: list[set[int]], first: int = 0, **settings: object) -> list[RankPlace]:
     """The ranks of one host, each with a thread for each of its cores unless `threads` says otherwise."""
     return [
         replace(
-            Place(first + local, host, local, len(masks), frozenset(mask), frozenset(mask), len(mask), frozenset({0})),
+            RankPlace(
+                first + local, host, local, len(masks), frozenset(mask), frozenset(mask), len(mask), frozenset({0})
+            ),
             **({"launcher": "mpirun (Open MPI)", "offered_cores": len(set().union(*masks))} | settings),  # type: ignore[arg-type]
         )
         for local, mask in enumerate(masks)
@@ -208,7 +210,7 @@ def test_ranks_dealt_out_by_node_are_found_under_their_hosts() -> None:
         places("n1", [{0}], limit=0.5),
     ],
 )
-def test_ranks_that_fit_are_left_in_peace(there: list[Place]) -> None:
+def test_ranks_that_fit_are_left_in_peace(there: list[RankPlace]) -> None:
     assert oversubscription(there) == ""
 
 
@@ -237,7 +239,9 @@ def test_ranks_that_fit_are_left_in_peace(there: list[Place]) -> None:
         ),
     ],
 )
-def test_crowded_ranks_are_told_where_and_what_to_do(there: list[Place], words: list[str], missing: list[str]) -> None:
+def test_crowded_ranks_are_told_where_and_what_to_do(
+    there: list[RankPlace], words: list[str], missing: list[str]
+) -> None:
     said = oversubscription(there)
     assert said.startswith("host n1: ")
     assert [word for word in words if word not in said] == [], said
@@ -269,7 +273,7 @@ def test_idle_cores_are_noticed() -> None:
         places("n1", [{0}], offered_cores=1),
     ],
 )
-def test_a_good_use_of_the_cores_needs_no_hint(there: list[Place]) -> None:
+def test_a_good_use_of_the_cores_needs_no_hint(there: list[RankPlace]) -> None:
     assert narrow_binding(there) == ""
 
 

@@ -227,7 +227,7 @@ def test_a_cancelled_job_saves_and_stays_away(slurm: Any, running: tuple[str, Pa
 
 @pytest.mark.skipif(MPI_TYPE != "pmix", reason="only Open MPI's ranks are started by PMIx")
 def test_no_rank_speaks_before_all_are_there(slurm: Any) -> None:
-    late_rank = Path(__file__).parents[1] / "peers" / "late_rank.py"
+    late_rank = Path(__file__).parents[1] / "fixtures" / "late_rank.py"
     srun = ("srun", "--nodes=2", "--ntasks=2", f"--mpi={MPI_TYPE}")
     done = slurm.run(*srun, sys.executable, late_rank, slurm.folder / "late")
     assert done.returncode == 0, done.stderr

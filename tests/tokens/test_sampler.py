@@ -11,7 +11,7 @@ from mpillm.tokens.manifest import Manifest, Split
 from mpillm.tokens.reader import open_split
 from mpillm.tokens.sampler import Sampler
 from mpillm.tokens.shards import Documents, write_shard
-from mpillm.tokens.windows import Plan
+from mpillm.tokens.windows import ReadPlan
 
 CONTEXT = 16
 
@@ -43,7 +43,7 @@ def test_windows_and_their_document_ends(dataset, length):
     """At 900 tokens a window spans up to four shards."""
     reader, tokens, ends = dataset
     starts = np.random.default_rng(1).permutation(len(tokens) - length + 1)
-    plan = Plan(reader, starts, length)
+    plan = ReadPlan(reader, starts, length)
     out = np.empty((len(starts), length), reader.dtype)
     plan.fetch(0, out)
     windows = plan.windows(0, out)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpillm.system import hdf5
 from mpillm.errors import DataError, MismatchError
+from mpillm.system import hdf5
 from mpillm.tokens.manifest import Manifest, Split, check_tokenizer, tokenizer_facts
 from mpillm.tokens.reader import open_split
 from mpillm.tokens.shards import BLOCK_BYTES, Documents, write_shard

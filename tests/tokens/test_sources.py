@@ -7,7 +7,7 @@ from mpi4py import MPI
 
 from mpillm.errors import DataError, UsageError
 from mpillm.tokens import sources
-from mpillm.tokens.sources import list_pieces, read_piece, read_pieces, share
+from mpillm.tokens.sources import list_pieces, pieces_of_rank, read_piece, read_pieces
 
 pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="no messages: serial pass only")
 
@@ -105,7 +105,7 @@ def test_the_standard_library():
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
 def test_the_shares_are_all_pieces_once_and_fair(size):
     pieces = list_pieces(["stdlib"])
-    shares = [share(pieces, rank, size) for rank in range(size)]
+    shares = [pieces_of_rank(pieces, rank, size) for rank in range(size)]
     assert [number for one in shares for number in one] == list(range(len(pieces)))
     largest = max(piece.nbytes for piece in pieces)
     fair = sum(piece.nbytes for piece in pieces) / size

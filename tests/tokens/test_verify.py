@@ -2,8 +2,8 @@
 
 import pytest
 
-from mpillm.system.console import Console
 from mpillm.errors import DataError, MismatchError
+from mpillm.system.console import Console
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.tokenizer import train_bpe

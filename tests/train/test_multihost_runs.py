@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TWO_HOSTS = Path(__file__).parents[1] / "peers" / "two_hosts.sh"
+TWO_HOSTS = Path(__file__).parents[1] / "fixtures" / "two_hosts.sh"
 UNAVAILABLE = 77
 START = "import os, sys; os.execvp('sh', ['sh', *sys.argv[1:]])"
 STEPS = 12

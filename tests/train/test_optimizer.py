@@ -5,8 +5,8 @@ import torch
 
 from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import create
-from mpillm.train.optimizers.adamw import make_optimizer, optimizer_tensors, set_steps
 from mpillm.train.lr_schedule import OptimizerSettings, learning_rate
+from mpillm.train.optimizers.adamw import make_optimizer, optimizer_tensors, set_steps
 
 
 def rates(steps: int = 100, **settings: object) -> list[float]:

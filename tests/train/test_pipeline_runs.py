@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from mpillm.system.console import Console
 from mpillm.errors import LayoutError
 from mpillm.infer.evaluate import WholeModel, evaluate
 from mpillm.infer.generate import Sampling, generate
 from mpillm.infer.loading import load
+from mpillm.system.console import Console
 from mpillm.tokens.reader import open_split
-from mpillm.train.setup import train
 from mpillm.train.recipe import Recipe, parse_recipe
+from mpillm.train.setup import train
 from mpillm.weights.finding import find
 
 QUIET = Console(speaks=False)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from mpillm.machine.cluster_profile import ClusterProfile, CollectiveCost, Cost, describe_cluster
-from mpillm.system.console import Console
 from mpillm.errors import DataError, DivergedError, LayoutError, MismatchError, StoppedError, UsageError
 from mpillm.launch.signals import StopSignals
-from mpillm.train.setup import train
-from mpillm.train.recipe import Recipe, parse_recipe
+from mpillm.machine.cluster_profile import ClusterProfile, CollectiveCost, Cost, describe_cluster
+from mpillm.system.console import Console
 from mpillm.train.loop import Allotment
+from mpillm.train.recipe import Recipe, parse_recipe
+from mpillm.train.setup import train
 from mpillm.weights.finding import find
 
 QUIET = Console(speaks=False)

@@ -7,11 +7,11 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpillm.system.console import Console
 from mpillm.errors import CheckpointError, MismatchError
+from mpillm.system.console import Console
 from mpillm.weights.checkpoint import INDEX, Checkpoint
 from mpillm.weights.finding import CHECKPOINTS, find, newest_whole
-from mpillm.weights.saving import prune, save, share
+from mpillm.weights.saving import assign_writers, prune, save
 
 QUIET = Console(speaks=False)
 
@@ -63,14 +63,14 @@ def test_any_hdf5_tool_may_look(folder: Path) -> None:
 
 def test_shares_are_even_and_complete() -> None:
     sizes = {f"t{i}": 1000 - 7 * i for i in range(40)}
-    shares = share([sizes] * 3)
+    shares = assign_writers([sizes] * 3)
     assert sorted(name for names in shares for name in names) == sorted(sizes)
     loads = [sum(sizes[name] for name in names) for names in shares]
     assert max(loads) - min(loads) <= max(sizes.values())
 
 
 def test_only_holders_write() -> None:
-    shares = share([{"a": 5, "tied": 9}, {"b": 7, "tied": 9}, {"c": 1}])
+    shares = assign_writers([{"a": 5, "tied": 9}, {"b": 7, "tied": 9}, {"c": 1}])
     assert sorted(name for names in shares for name in names) == ["a", "b", "c", "tied"]
     assert shares[2] == ["c"]
     assert shares[0] == ["tied"] or "a" in shares[0]

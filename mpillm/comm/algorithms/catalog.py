@@ -16,15 +16,15 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 
-from mpillm.comm.algorithms.schedule import Round, Schedule, Transfer, block_bounds, one_round
+from mpillm.comm.algorithms.schedule import CollectiveSchedule, Round, Transfer, block_bounds, one_round
 from mpillm.comm.algorithms.trees import doubling, gathering, halving, levels, scattered_owners, spreading, tree_split
 from mpillm.errors import CommError
 
 __all__ = [
     "ALGORITHMS",
     "FIXED_ORDER",
+    "CollectiveSchedule",
     "Round",
-    "Schedule",
     "Transfer",
     "block_bounds",
     "schedule",
@@ -38,7 +38,7 @@ FIXED_ORDER: frozenset[str] = frozenset({"recursive-doubling", "rabenseifner", "
 
 
 @lru_cache(maxsize=4096)
-def schedule(operation: str, algorithm: str, rank: int, size: int, root: int = 0) -> Schedule:
+def schedule(operation: str, algorithm: str, rank: int, size: int, root: int = 0) -> CollectiveSchedule:
     """What `rank` of `size` does in `operation` by `algorithm`; see ALGORITHMS. `root`: of reduce and broadcast.
 
     - allreduce: every block is the sum on every rank.
@@ -55,7 +55,7 @@ def schedule(operation: str, algorithm: str, rank: int, size: int, root: int = 0
         raise CommError(f"no list is known for {operation} by {algorithm}; take {known}")
     rounds = _LISTS[operation][algorithm](rank, size, root)
     whole = algorithm == "binomial" or (operation == "allreduce" and algorithm == "recursive-doubling")
-    return Schedule(1 if whole else size, tuple(rounds))
+    return CollectiveSchedule(1 if whole else size, tuple(rounds))
 
 
 def sent_elements(operation: str, algorithm: str, rank: int, size: int, count: int, root: int = 0) -> int:

@@ -36,7 +36,7 @@ peer are all added or all copied.
 
 
 @dataclass(frozen=True)
-class Schedule:
+class CollectiveSchedule:
     """What one rank does."""
 
     blocks: int

@@ -16,7 +16,7 @@ WAYS = ("auto", "shared", "messages")
 
 
 @dataclass(frozen=True)
-class Edge:
+class Channel:
     """One way between two ranks of a communicator: its messages arrive in the order in which they were sent."""
 
     sender: int
@@ -35,9 +35,9 @@ class HandoverProfile(Protocol):
         """The way within a node that hands a message over sooner; None where that was not measured."""
 
 
-def check_edges(comm: "MPI.Intracomm", edges: Sequence[Edge], way: str) -> None:
+def check_edges(comm: "MPI.Intracomm", edges: Sequence[Channel], way: str) -> None:
     """Raise CommError, on every rank, unless all ranks have the same edges, each between two ranks of `comm`."""
-    everywhere: list[tuple[str, list[Edge]]] = comm.allgather((way, list(edges)))
+    everywhere: list[tuple[str, list[Channel]]] = comm.allgather((way, list(edges)))
     first_way, first_edges = everywhere[0]
     for rank, (other_way, other_edges) in enumerate(everywhere):
         if other_way != first_way:
@@ -58,7 +58,9 @@ def check_edges(comm: "MPI.Intracomm", edges: Sequence[Edge], way: str) -> None:
             raise CommError(f"edge {number} ({edge}) leads from a rank to itself; hand the array on without a message")
 
 
-def wished_ways(edges: Sequence[Edge], node_of: Sequence[int], way: str, profile: HandoverProfile | None) -> list[Way]:
+def wished_ways(
+    edges: Sequence[Channel], node_of: Sequence[int], way: str, profile: HandoverProfile | None
+) -> list[Way]:
     """Which way each edge is to go. `node_of`: a number for the node of each rank.
 
     Raises CommError where shared memory is asked for between nodes.
@@ -66,7 +68,7 @@ def wished_ways(edges: Sequence[Edge], node_of: Sequence[int], way: str, profile
     return [_wished_way(number, edge, node_of, way, profile) for number, edge in enumerate(edges)]
 
 
-def _wished_way(number: int, edge: Edge, node_of: Sequence[int], way: str, profile: HandoverProfile | None) -> Way:
+def _wished_way(number: int, edge: Channel, node_of: Sequence[int], way: str, profile: HandoverProfile | None) -> Way:
     together = node_of[edge.sender] == node_of[edge.receiver]
     if way == "shared" and not together:
         raise CommError(f"edge {number} ({edge}) leads to another node, which shares no memory; take way='auto'")

@@ -17,9 +17,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpillm.comm.buffers import as_buffer
-from mpillm.comm.channels.channel import Edge, HandoverProfile, Way, check_edges
+from mpillm.comm.channels.channel import Channel, HandoverProfile, Way, check_edges
 from mpillm.comm.channels.endpoints import (
-    End,
+    Endpoint,
     Incoming,
     MessagesIncoming,
     MessagesOutgoing,
@@ -28,18 +28,18 @@ from mpillm.comm.channels.endpoints import (
     SharedIncoming,
     SharedOutgoing,
 )
-from mpillm.comm.communicator import silent
-from mpillm.comm.kernel import Mailbox
 from mpillm.comm.channels.setup import open_ways
+from mpillm.comm.communicator import silent
+from mpillm.comm.kernel import SpscQueue
 from mpillm.comm.progress_thread import ProgressThread
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Edge", "Mail"]
+__all__ = ["Channel", "ChannelSet"]
 
-AnyEnd = TypeVar("AnyEnd", bound=End)
+AnyEnd = TypeVar("AnyEnd", bound=Endpoint)
 # How long this rank may look at one mailbox alone before the other edges get their turn.
 SLICE_SECONDS = 0.05
 # Who has waited so long may oversleep a little, and after the longer time asks whether the other rank still lives.
@@ -50,7 +50,7 @@ NAP_SECONDS, LOOKS_A_NAP = 50e-6, 16
 PROGRESS_SECONDS = 1e-3
 
 
-class Mail:
+class ChannelSet:
     """Hands arrays over along `edges`, each named by its number. Every rank of `comm`, which is duplicated, makes it
     with the same edges.
 
@@ -65,7 +65,7 @@ class Mail:
     """Which way each edge goes."""
 
     def __init__(
-        self, comm: "MPI.Intracomm", edges: Sequence[Edge], *, way: str = "auto",
+        self, comm: "MPI.Intracomm", edges: Sequence[Channel], *, way: str = "auto",
         profile: HandoverProfile | None = None, warn: Callable[[str], None] = silent,
     ) -> None:  # fmt: skip
         check_edges(comm, edges, way)
@@ -74,16 +74,16 @@ class Mail:
         self._comm: MPI.Intracomm = comm.Dup()
         self._outgoing = {n: self._outgoing_end(n, boxes) for n, edge in enumerate(edges) if edge.sender == self.rank}
         self._incoming = {n: self._incoming_end(n, boxes) for n, edge in enumerate(edges) if edge.receiver == self.rank}
-        ends: list[End] = [*self._outgoing.values(), *self._incoming.values()]
+        ends: list[Endpoint] = [*self._outgoing.values(), *self._incoming.values()]
         self._messages = [end for end in ends if isinstance(end, MessagesIncoming | MessagesOutgoing)]
         self._thread = ProgressThread(_Moving(self._messages), PROGRESS_SECONDS) if self._messages else None
 
-    def _outgoing_end(self, number: int, boxes: Mapping[int, Mailbox]) -> Outgoing:
+    def _outgoing_end(self, number: int, boxes: Mapping[int, SpscQueue]) -> Outgoing:
         if number in boxes:
             return SharedOutgoing(boxes[number])
         return MessagesOutgoing(self._comm, self.edges[number].receiver, number)
 
-    def _incoming_end(self, number: int, boxes: Mapping[int, Mailbox]) -> Incoming:
+    def _incoming_end(self, number: int, boxes: Mapping[int, SpscQueue]) -> Incoming:
         if number in boxes:
             return SharedIncoming(boxes[number])
         return MessagesIncoming(self._comm, self.edges[number].sender, number)
@@ -195,7 +195,7 @@ class Mail:
         else:
             rest.offer_core(end)
 
-    def _wake(self, end: End) -> None:
+    def _wake(self, end: Endpoint) -> None:
         if self._thread is not None and end in self._messages:
             self._thread.resume()
 
@@ -208,7 +208,7 @@ class Mail:
 class _Moving:
     """What the thread moves on."""
 
-    def __init__(self, ends: Iterable[End]) -> None:
+    def __init__(self, ends: Iterable[Endpoint]) -> None:
         self._ends = ends
 
     def progress(self) -> None:
@@ -222,7 +222,7 @@ class _Rest:
     def __init__(self) -> None:
         self._began, self._looks = time.monotonic(), 0
 
-    def offer_core(self, *ends: End) -> None:
+    def offer_core(self, *ends: Endpoint) -> None:
         self.suspect(*ends)
         self._looks += 1
         if self._looks % LOOKS_A_NAP == 0 and time.monotonic() - self._began > PATIENCE_SECONDS:
@@ -230,7 +230,7 @@ class _Rest:
         else:
             os.sched_yield()
 
-    def suspect(self, *ends: End) -> None:
+    def suspect(self, *ends: Endpoint) -> None:
         """After a while, ask whether `ends` can still get on."""
         if time.monotonic() - self._began > SUSPICION_SECONDS:
             for end in ends:

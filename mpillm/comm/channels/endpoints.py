@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Octets: TypeAlias = NDArray[np.uint8]
 
 
-class End(Protocol):
+class Endpoint(Protocol):
     """What both kinds of ends have."""
 
     @property
@@ -32,11 +32,11 @@ class End(Protocol):
         """Raise CommError where the other rank is gone and this end would wait for ever."""
 
 
-class Outgoing(End, Protocol):
+class Outgoing(Endpoint, Protocol):
     def put(self, octets: Octets) -> None: ...
 
 
-class Incoming(End, Protocol):
+class Incoming(Endpoint, Protocol):
     arrived: int
     """Arrays that are filled, and that no one has waited for."""
 
@@ -46,7 +46,7 @@ class Incoming(End, Protocol):
 class SharedOutgoing:
     """Into a mailbox; what finds no slot free waits in the outbox."""
 
-    def __init__(self, box: kernel.Mailbox) -> None:
+    def __init__(self, box: kernel.SpscQueue) -> None:
         self._box = box
         self._outbox: deque[Octets] = deque()
 
@@ -69,7 +69,7 @@ class SharedOutgoing:
 class SharedIncoming:
     """Out of a mailbox."""
 
-    def __init__(self, box: kernel.Mailbox) -> None:
+    def __init__(self, box: kernel.SpscQueue) -> None:
         self._box = box
         self._expected: deque[Octets] = deque()
         self.arrived = 0

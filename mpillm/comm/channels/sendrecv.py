@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from mpillm.comm.buffers import Buffer
 from mpillm.comm.executors.mpi_library import pieces
-from mpillm.comm.executors.request import Stage
+from mpillm.comm.executors.request import Request
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 def exchange_stage(
     comm: "MPI.Intracomm", given: Buffer | None, to: int | None, taken: Buffer | None, source: int | None, tag: int
-) -> Stage:
+) -> Request:
     """Persistent requests (MPI 4.1, section 3.9): what can be set up once is not set up for each message."""
     requests: list[MPI.Prequest] = []
     if taken is not None and source is not None:
         requests += [comm.Recv_init(taken.raw(*span), source, tag) for span in _spans(taken)]
     if given is not None and to is not None:
         requests += [comm.Send_init(given.raw(*span), to, tag) for span in _spans(given)]
-    return Messages(requests)
+    return SendrecvRequest(requests)
 
 
 def _spans(buffer: Buffer) -> list[tuple[int, int]]:
@@ -27,7 +27,7 @@ def _spans(buffer: Buffer) -> list[tuple[int, int]]:
     return pieces(buffer.count) or [(0, 0)]
 
 
-class Messages:
+class SendrecvRequest:
     """Messages that are started together."""
 
     def __init__(self, requests: "list[MPI.Prequest]") -> None:

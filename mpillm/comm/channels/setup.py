@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mpillm.comm import kernel
-from mpillm.comm.channels.channel import Edge, HandoverProfile, Way, wished_ways
-from mpillm.comm.shared.segment import Rows, share
+from mpillm.comm.channels.channel import Channel, HandoverProfile, Way, wished_ways
+from mpillm.comm.shared.segment import SharedSegment, share_segment
 from mpillm.comm.shared.team import processes, spins_of
 from mpillm.errors import CommError
 
@@ -18,9 +18,9 @@ SLOTS = 2
 
 
 def open_ways(
-    comm: "MPI.Intracomm", edges: Sequence[Edge], way: str, profile: HandoverProfile | None,
+    comm: "MPI.Intracomm", edges: Sequence[Channel], way: str, profile: HandoverProfile | None,
     warn: Callable[[str], None],
-) -> tuple[list[Way], dict[int, kernel.Mailbox]]:  # fmt: skip
+) -> tuple[list[Way], dict[int, kernel.SpscQueue]]:  # fmt: skip
     """Which way each edge goes, and this rank's mailboxes by edge. Every rank of `comm` calls it."""
     from mpi4py import MPI
 
@@ -41,27 +41,27 @@ def open_ways(
 
 
 def _open_mailboxes(
-    comm: "MPI.Intracomm", node: "MPI.Intracomm", edges: Mapping[int, Edge]
-) -> dict[int, kernel.Mailbox] | str:
+    comm: "MPI.Intracomm", node: "MPI.Intracomm", edges: Mapping[int, Channel]
+) -> dict[int, kernel.SpscQueue] | str:
     """This rank's ends of those of `edges` that it has a part in; or, on every rank of `comm`, why they can't be had.
 
     Every rank of `comm` calls it, with its node's ranks and all edges (by number) within nodes.
     """
     members: list[int] = node.allgather(comm.rank)
     places, row_bytes = lay_out({n: edge for n, edge in edges.items() if edge.sender in members})
-    memory = share(node, row_bytes) if row_bytes else ""
+    memory = share_segment(node, row_bytes) if row_bytes else ""
     reasons: list[str] = comm.allgather(memory if isinstance(memory, str) else "")
     if any(reasons):
         return next(filter(None, reasons))
     own = {n: edge for n, edge in edges.items() if comm.rank in (edge.sender, edge.receiver)}
     alive, spins = processes(node), spins_of(node)
 
-    def open_one(number: int, edge: Edge) -> kernel.Mailbox:
-        assert isinstance(memory, Rows)
+    def open_one(number: int, edge: Channel) -> kernel.SpscQueue:
+        assert isinstance(memory, SharedSegment)
         first, stop = places[number]
         sends = edge.sender == comm.rank
         peer = edge.receiver if sends else edge.sender
-        return kernel.Mailbox(
+        return kernel.SpscQueue(
             memory.rows[members.index(edge.sender)][first:stop], SLOTS, edge.nbytes, sends, peer,
             alive[members.index(peer)], spins, CommError,
         )  # fmt: skip
@@ -69,12 +69,12 @@ def _open_mailboxes(
     return {number: open_one(number, edge) for number, edge in own.items()}
 
 
-def lay_out(edges: Mapping[int, Edge]) -> tuple[dict[int, tuple[int, int]], int]:
+def lay_out(edges: Mapping[int, Channel]) -> tuple[dict[int, tuple[int, int]], int]:
     """Where in its sender's row each edge's mailbox lies, (first, stop) in bytes, and what the longest row takes."""
     places: dict[int, tuple[int, int]] = {}
     used: dict[int, int] = {}
     for number, edge in edges.items():
         first = used.get(edge.sender, 0)
-        used[edge.sender] = first + kernel.mailbox_bytes(SLOTS, edge.nbytes)
+        used[edge.sender] = first + kernel.spsc_queue_bytes(SLOTS, edge.nbytes)
         places[number] = first, used[edge.sender]
     return places, max(used.values(), default=0)

@@ -1,4 +1,4 @@
-/* The module mpillm.comm.kernel: Python's door to arithmetic.c and team.c and, by mailboxtype.c, to mailbox.c. Only comm
+/* The module mpillm.comm.kernel: Python's door to arithmetic.c and team.c and, by module_queue.c, to spsc_queue.c. Only comm
  * uses it. */
 #define PY_SSIZE_T_CLEAN
 #define _GNU_SOURCE
@@ -460,12 +460,12 @@ static PyObject *kernel_team_bytes(PyObject *module, PyObject *arguments) {
     return PyLong_FromSize_t(team_bytes(size, (size_t)stage_bytes));
 }
 
-static PyObject *kernel_mailbox_bytes(PyObject *module, PyObject *arguments) {
+static PyObject *kernel_spsc_queue_bytes(PyObject *module, PyObject *arguments) {
     (void)module;
     Py_ssize_t slots, slot_bytes;
     if (!PyArg_ParseTuple(arguments, "nn", &slots, &slot_bytes))
         return NULL;
-    return PyLong_FromSize_t(mailbox_bytes((size_t)slots, (size_t)slot_bytes));
+    return PyLong_FromSize_t(spsc_queue_bytes((size_t)slots, (size_t)slot_bytes));
 }
 
 static PyMethodDef functions[] = {
@@ -474,26 +474,27 @@ static PyMethodDef functions[] = {
     {"widen", kernel_widen, METH_VARARGS, "widen(element, target, source): 16-bit floats into float32."},
     {"narrow", kernel_narrow, METH_VARARGS, "narrow(element, target, source): float32 into 16-bit floats."},
     {"team_bytes", kernel_team_bytes, METH_VARARGS, "team_bytes(size, stage_bytes): what a Team's memory must hold."},
-    {"mailbox_bytes", kernel_mailbox_bytes, METH_VARARGS,
-     "mailbox_bytes(slots, slot_bytes): what a Mailbox's memory must hold."},
+    {"spsc_queue_bytes", kernel_spsc_queue_bytes, METH_VARARGS,
+     "spsc_queue_bytes(slots, slot_bytes): what a SpscQueue's memory must hold."},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "kernel", "Arithmetic on rows of memory; collectives and messages in shared memory.", -1,
+    PyModuleDef_HEAD_INIT, "_kernel", "Arithmetic on rows of memory; collectives and messages in shared memory.", -1,
     functions, NULL, NULL, NULL, NULL,
 };
 
-PyMODINIT_FUNC PyInit_kernel(void) {
-    if (PyType_Ready(&TeamType) < 0 || PyType_Ready(&OperationType) < 0 || PyType_Ready(&MailboxType) < 0)
+PyMODINIT_FUNC PyInit__kernel(void) {
+    if (PyType_Ready(&TeamType) < 0 || PyType_Ready(&OperationType) < 0 || PyType_Ready(&SpscQueueType) < 0)
         return NULL;
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL)
         return NULL;
     if (PyModule_AddObjectRef(module, "Team", (PyObject *)&TeamType) < 0 ||
         PyModule_AddObjectRef(module, "Operation", (PyObject *)&OperationType) < 0 ||
-        PyModule_AddObjectRef(module, "Mailbox", (PyObject *)&MailboxType) < 0 ||
-        PyModule_AddIntConstant(module, "MOST_RANKS", MOST_ROWS) < 0) {
+        PyModule_AddObjectRef(module, "SpscQueue", (PyObject *)&SpscQueueType) < 0 ||
+        PyModule_AddIntConstant(module, "MOST_RANKS", MOST_ROWS) < 0 ||
+        PyModule_AddStringConstant(module, "SOURCE_HASH", MPILLM_SOURCE_HASH) < 0) {
         Py_DECREF(module);
         return NULL;
     }

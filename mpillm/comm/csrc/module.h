@@ -5,7 +5,7 @@
 #include <stdbool.h>
 #include <sys/types.h>
 
-extern PyTypeObject MailboxType;
+extern PyTypeObject SpscQueueType;
 
 /* Does the process live no longer? 0, for one that cannot be asked, is never gone. */
 bool is_gone(pid_t process);

@@ -1,4 +1,4 @@
-/* Python's type over mailbox.c. */
+/* Python's type over spsc_queue.c. */
 #define PY_SSIZE_T_CLEAN
 #define _GNU_SOURCE
 #include <Python.h>
@@ -20,9 +20,9 @@ typedef struct {
     int peer_process;
     unsigned spins;
     PyObject *error;
-} Mailbox;
+} SpscQueue;
 
-static int mailbox_init(Mailbox *self, PyObject *arguments, PyObject *keywords) {
+static int spsc_queue_init(SpscQueue *self, PyObject *arguments, PyObject *keywords) {
     static char *names[] = {"memory",    "slots",        "slot_bytes", "sends",
                             "peer_rank", "peer_process", "spins",      "error", NULL};
     Py_ssize_t slots, slot_bytes;
@@ -38,14 +38,14 @@ static int mailbox_init(Mailbox *self, PyObject *arguments, PyObject *keywords) 
     self->box.slots = (size_t)slots;
     self->box.slot_bytes = (size_t)slot_bytes;
     if (slots < 1 || slot_bytes < 0 || (uintptr_t)self->memory.buf % sizeof(uint64_t) != 0 ||
-        (size_t)self->memory.len < mailbox_bytes((size_t)slots, (size_t)slot_bytes)) {
+        (size_t)self->memory.len < spsc_queue_bytes((size_t)slots, (size_t)slot_bytes)) {
         PyErr_SetString(PyExc_ValueError, "a mailbox's slots and its memory must fit each other");
         return -1;
     }
     return 0;
 }
 
-static void mailbox_dealloc(Mailbox *self) {
+static void spsc_queue_dealloc(SpscQueue *self) {
     if (self->memory.obj != NULL)
         PyBuffer_Release(&self->memory);
     Py_XDECREF(self->error);
@@ -55,14 +55,14 @@ static void mailbox_dealloc(Mailbox *self) {
 /* ---- one call ---- */
 
 typedef struct {
-    Mailbox *mailbox;
+    SpscQueue *mailbox;
     Py_buffer buffer;
     struct arrival arrival;
     bool fits;
 } Call;
 
 /* Take the arguments (buffer, limit_seconds) of a call that sends or receives, and the mailbox for it. */
-static bool begin(Mailbox *self, PyObject *arguments, bool sends, Call *call, double *limit_seconds) {
+static bool begin(SpscQueue *self, PyObject *arguments, bool sends, Call *call, double *limit_seconds) {
     *limit_seconds = INFINITY;
     if (self->memory.obj == NULL || sends != (bool)self->sends || self->busy) {
         PyErr_SetString(PyExc_RuntimeError, "a mailbox sends or receives, as it was made to, in one thread at a time");
@@ -79,7 +79,7 @@ static bool begin(Mailbox *self, PyObject *arguments, bool sends, Call *call, do
 
 /* Let the mailbox go; True, False, or the exception that is set or the length calls for. */
 static PyObject *end(Call *call, int done) {
-    Mailbox *self = call->mailbox;
+    SpscQueue *self = call->mailbox;
     const Py_ssize_t nbytes = call->buffer.len;
     PyBuffer_Release(&call->buffer);
     self->busy = false;
@@ -128,7 +128,7 @@ static bool keep_trying(void *waiting, double limit_seconds) {
 }
 
 /* Raise the mailbox's error where the peer is gone and has left nothing behind to go on with. */
-static bool may_come(const Mailbox *self) {
+static bool may_come(const SpscQueue *self) {
     if (!is_gone((pid_t)self->peer_process) || (self->sends ? has_room(&self->box) : has_arrived(&self->box)))
         return true;
     PyErr_Format(self->error,
@@ -142,7 +142,7 @@ static bool call_may_succeed(void *waiting) { return may_come(((Call *)waiting)-
 
 /* ---- methods ---- */
 
-static PyObject *attempt(Mailbox *self, PyObject *arguments, bool sends) {
+static PyObject *attempt(SpscQueue *self, PyObject *arguments, bool sends) {
     Call call;
     double unused;
     if (!begin(self, arguments, sends, &call, &unused))
@@ -157,7 +157,7 @@ static PyObject *attempt(Mailbox *self, PyObject *arguments, bool sends) {
     return end(&call, done);
 }
 
-static PyObject *wait(Mailbox *self, PyObject *arguments, bool sends) {
+static PyObject *wait(SpscQueue *self, PyObject *arguments, bool sends) {
     Call call;
     double limit_seconds;
     if (!begin(self, arguments, sends, &call, &limit_seconds))
@@ -165,42 +165,42 @@ static PyObject *wait(Mailbox *self, PyObject *arguments, bool sends) {
     return end(&call, wait_for(&call, keep_trying, call_may_succeed, limit_seconds));
 }
 
-static PyObject *mailbox_try_send(Mailbox *self, PyObject *arguments) { return attempt(self, arguments, true); }
+static PyObject *spsc_queue_try_send(SpscQueue *self, PyObject *arguments) { return attempt(self, arguments, true); }
 
-static PyObject *mailbox_try_receive(Mailbox *self, PyObject *arguments) { return attempt(self, arguments, false); }
+static PyObject *spsc_queue_try_receive(SpscQueue *self, PyObject *arguments) { return attempt(self, arguments, false); }
 
-static PyObject *mailbox_send(Mailbox *self, PyObject *arguments) { return wait(self, arguments, true); }
+static PyObject *spsc_queue_send(SpscQueue *self, PyObject *arguments) { return wait(self, arguments, true); }
 
-static PyObject *mailbox_receive(Mailbox *self, PyObject *arguments) { return wait(self, arguments, false); }
+static PyObject *spsc_queue_receive(SpscQueue *self, PyObject *arguments) { return wait(self, arguments, false); }
 
-static PyObject *mailbox_check(Mailbox *self, PyObject *unused) {
+static PyObject *spsc_queue_check(SpscQueue *self, PyObject *unused) {
     (void)unused;
     if (self->memory.obj != NULL && !may_come(self))
         return NULL;
     Py_RETURN_NONE;
 }
 
-static PyMethodDef mailbox_methods[] = {
-    {"try_send", (PyCFunction)mailbox_try_send, METH_VARARGS,
+static PyMethodDef spsc_queue_methods[] = {
+    {"try_send", (PyCFunction)spsc_queue_try_send, METH_VARARGS,
      "try_send(buffer): copy it into a slot; False: none is free."},
-    {"send", (PyCFunction)mailbox_send, METH_VARARGS,
+    {"send", (PyCFunction)spsc_queue_send, METH_VARARGS,
      "send(buffer, limit_seconds=inf): the same, waiting for a slot; False: the limit has passed."},
-    {"try_receive", (PyCFunction)mailbox_try_receive, METH_VARARGS,
+    {"try_receive", (PyCFunction)spsc_queue_try_receive, METH_VARARGS,
      "try_receive(buffer): fill it with the oldest message; False: none has arrived."},
-    {"receive", (PyCFunction)mailbox_receive, METH_VARARGS,
+    {"receive", (PyCFunction)spsc_queue_receive, METH_VARARGS,
      "receive(buffer, limit_seconds=inf): the same, waiting for it; False: the limit has passed."},
-    {"check", (PyCFunction)mailbox_check, METH_NOARGS,
+    {"check", (PyCFunction)spsc_queue_check, METH_NOARGS,
      "Raise where the peer is gone and this end would wait for ever."},
     {NULL, NULL, 0, NULL},
 };
 
-PyTypeObject MailboxType = {
-    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "mpillm.comm.kernel.Mailbox",
-    .tp_doc = "Mailbox(memory, slots, slot_bytes, sends, peer_rank, peer_process, spins, error): one end of a way.",
-    .tp_basicsize = sizeof(Mailbox),
+PyTypeObject SpscQueueType = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "mpillm.comm.kernel.SpscQueue",
+    .tp_doc = "SpscQueue(memory, slots, slot_bytes, sends, peer_rank, peer_process, spins, error): one end of a way.",
+    .tp_basicsize = sizeof(SpscQueue),
     .tp_new = PyType_GenericNew,
-    .tp_init = (initproc)mailbox_init,
-    .tp_dealloc = (destructor)mailbox_dealloc,
+    .tp_init = (initproc)spsc_queue_init,
+    .tp_dealloc = (destructor)spsc_queue_dealloc,
     .tp_flags = Py_TPFLAGS_DEFAULT,
-    .tp_methods = mailbox_methods,
+    .tp_methods = spsc_queue_methods,
 };

@@ -19,7 +19,7 @@
 
 static size_t slot_stride(size_t slot_bytes) { return (slot_bytes + 2 * LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES; }
 
-size_t mailbox_bytes(size_t slots, size_t slot_bytes) { return 2 * LINE_BYTES + slots * slot_stride(slot_bytes); }
+size_t spsc_queue_bytes(size_t slots, size_t slot_bytes) { return 2 * LINE_BYTES + slots * slot_stride(slot_bytes); }
 
 static _Atomic uint64_t *pieces_sent(const struct mailbox *box) { return (_Atomic uint64_t *)(void *)box->memory; }
 

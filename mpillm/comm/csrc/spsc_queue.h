@@ -8,7 +8,7 @@
 
 /* One end. The sender's and the receiver's differ in nothing but what is called on them. */
 struct mailbox {
-    unsigned char *memory; /* mailbox_bytes() of it, zero at first, the same for both */
+    unsigned char *memory; /* spsc_queue_bytes() of it, zero at first, the same for both */
     size_t slots, slot_bytes;
     uint64_t messages, pieces; /* that this end has done with */
 };
@@ -21,7 +21,7 @@ struct arrival {
 
 enum outcome { NOTHING, SOME, WHOLE, ANOTHER_LENGTH };
 
-size_t mailbox_bytes(size_t slots, size_t slot_bytes);
+size_t spsc_queue_bytes(size_t slots, size_t slot_bytes);
 
 /* Is there a slot to send into? */
 bool has_room(const struct mailbox *box);

@@ -12,9 +12,9 @@ sends (where one would overwrite it, all pieces are taken at once).
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from mpillm.comm.algorithms.schedule import CollectiveSchedule, Round, block_bounds, cut, sums_over_sent
 from mpillm.comm.buffers import Buffer
-from mpillm.comm.executors.segmented import LARGEST_MESSAGE_BYTES, LEFT_EARLY, Run, Scratch
-from mpillm.comm.algorithms.schedule import Round, Schedule, block_bounds, cut, sums_over_sent
+from mpillm.comm.executors.segmented import LARGEST_MESSAGE_BYTES, LEFT_EARLY, Scratch, SegmentedExecutor
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from numpy.typing import NDArray
 
-    from mpillm.comm.executors.request import Steps
+    from mpillm.comm.executors.request import Executor
 
 _Part = tuple[int, int, int]
 """(peer, first element, the element behind its last)."""
@@ -33,21 +33,23 @@ IN_HAND = 2
 
 
 def make_steps(
-    plan: Schedule, comm: "MPI.Intracomm", source: Buffer, target: Buffer, op: str, segment_bytes: int | None,
+    plan: CollectiveSchedule, comm: "MPI.Intracomm", source: Buffer, target: Buffer, op: str, segment_bytes: int | None,
     in_flight: int, scratch: Scratch, moved: Callable[[], object] = lambda: None, added_bytes: int | None = None,
-) -> "Steps":  # fmt: skip
+) -> "Executor":  # fmt: skip
     """A rank's part in `plan`, ready to begin: in lock step where no message is longer than a segment, else a Run.
 
     The arguments are those of `Run`.
     """
     longest_bytes = plan.widest * plan.longest(target.count) * target.itemsize
     if longest_bytes <= min(segment_bytes or LARGEST_MESSAGE_BYTES, LARGEST_MESSAGE_BYTES):
-        return LockStep(plan, comm, source, target, op, scratch, moved, added_bytes)
+        return BlockwiseExecutor(plan, comm, source, target, op, scratch, moved, added_bytes)
     bounds = block_bounds(target.count, plan.blocks)
-    return Run(plan.rounds, comm, source, target, bounds, op, segment_bytes, in_flight, scratch, moved, added_bytes)
+    return SegmentedExecutor(
+        plan.rounds, comm, source, target, bounds, op, segment_bytes, in_flight, scratch, moved, added_bytes
+    )
 
 
-class LockStep:
+class BlockwiseExecutor:
     """One rank's part in one collective, with the words of `Run`; another rank's part may be a Run.
 
     `sent_bytes` and `received_bytes` grow as a round opens.
@@ -57,7 +59,7 @@ class LockStep:
     received_bytes = 0
 
     def __init__(
-        self, plan: Schedule, comm: "MPI.Intracomm", source: Buffer, target: Buffer, op: str, scratch: Scratch,
+        self, plan: CollectiveSchedule, comm: "MPI.Intracomm", source: Buffer, target: Buffer, op: str, scratch: Scratch,
         moved: Callable[[], object] = lambda: None, added_bytes: int | None = None,
     ) -> None:  # fmt: skip
         from mpi4py.MPI import Request
@@ -68,7 +70,7 @@ class LockStep:
         self._moved = moved
         self._bounds = block_bounds(target.count, plan.blocks)
         self._coming = iter(plan.rounds)
-        self._made: list[_Messages] = []
+        self._made: list[_RoundMessages] = []
         self._piece = max(1, (added_bytes or LARGEST_MESSAGE_BYTES) // target.itemsize)
         added = plan.most_added * plan.longest(target.count)
         if added > self._piece:
@@ -137,11 +139,11 @@ class LockStep:
         if self._memory is not None and not self._scratch.give_back(self._memory):
             self._arrive_in(None)
 
-    def _rounds(self) -> "Iterator[_Messages]":
+    def _rounds(self) -> "Iterator[_RoundMessages]":
         """Those that carry anything, made when they are first reached."""
         yield from self._made
         for transfers in self._coming:
-            messages = _Messages(
+            messages = _RoundMessages(
                 transfers, self._source, self._target, self._bounds, self._piece, self._made[-1] if self._made else None
             )
             if messages.sends or messages.received_bytes:
@@ -161,7 +163,7 @@ class LockStep:
             messages.arrive_in(memory, self._target, self._op)
 
 
-class _Messages:
+class _RoundMessages:
     """What one round sends, receives and sums, each piece of memory cut out once. `before`: the round before, if any.
 
     `piece`: the most elements of a message that is added. `pieces`: what arrives, and the sums behind it, in the order
@@ -171,7 +173,7 @@ class _Messages:
 
     def __init__(
         self, transfers: Round, source: Buffer, target: Buffer, bounds: Sequence[int], piece: int,
-        before: "_Messages | None",
+        before: "_RoundMessages | None",
     ) -> None:  # fmt: skip
         parts: dict[str, list[_Part]] = {"send": [], "add": [], "copy": []}
         for transfer in transfers:

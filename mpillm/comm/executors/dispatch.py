@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpillm.comm import kernel
-from mpillm.comm.executors import mpi_library
 from mpillm.comm.algorithms.catalog import schedule
-from mpillm.comm.buffers import SHORT_FLOATS, Buffer, from_octets, new_octets
-from mpillm.comm.selection import FEW_ROUNDS_BYTES, KIB, MIB, Layout, Wish
-from mpillm.comm.executors.segmented import Scratch
-from mpillm.comm.executors.blockwise import make_steps
-from mpillm.comm.shared.team import Node
-from mpillm.comm.executors.reference import reference
-from mpillm.comm.executors.request import Listed, Stage, Work, chain
 from mpillm.comm.algorithms.schedule import block_bounds
-from mpillm.comm.executors.hierarchical import Piece, Pieces
+from mpillm.comm.buffers import SHORT_FLOATS, Buffer, from_octets, new_octets
+from mpillm.comm.executors import mpi_library
+from mpillm.comm.executors.blockwise import make_steps
+from mpillm.comm.executors.hierarchical import HierarchicalPiece, HierarchicalRequest
+from mpillm.comm.executors.reference import reference
+from mpillm.comm.executors.request import LocalRequest, Request, ScheduleRequest, chain
+from mpillm.comm.executors.segmented import Scratch
+from mpillm.comm.selection import FEW_ROUNDS_BYTES, KIB, MIB, CollectiveCall, NodeMap
+from mpillm.comm.shared.team import NodeTeam
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -37,13 +37,13 @@ PIECE_BYTES, MOST_PIECES = 2 * MIB, 16
 TAGS_ACROSS = 1 << 14
 
 
-class Builder:
+class Dispatcher:
     """Builds the stages of one group's collectives. `across` joins the ranks of equal place on all nodes (or, where
     nodes are uneven, each node's first rank; None on the others). `moved`: told where messages of lists are complete.
     """
 
     def __init__(
-        self, comm: "MPI.Intracomm", node: Node | None, across: "MPI.Intracomm | None", layout: Layout,
+        self, comm: "MPI.Intracomm", node: NodeTeam | None, across: "MPI.Intracomm | None", layout: NodeMap,
         next_tag: Callable[[], int], moved: Callable[[], object],
     ) -> None:  # fmt: skip
         self._comm, self._node, self._across, self._even = comm, node, across, layout.even
@@ -53,14 +53,14 @@ class Builder:
         self._next_tag_across = cycle(range(TAGS_ACROSS)).__next__
         self._scratch = Scratch()
 
-    def build(self, wish: Wish, algorithm: str, source: Buffer, target: Buffer) -> Stage:
+    def build(self, wish: CollectiveCall, algorithm: str, source: Buffer, target: Buffer) -> Request:
         """The stages of `wish` by `algorithm`; `source` is `target` where it works in place."""
         if wish.operation == "barrier":
             if self._node is not None and algorithm == "shared":
                 return self._node.prepare("barrier", None, None)
             return mpi_library.barrier(self._comm)
         if self._comm.size == 1:
-            return Work(lambda: None if source is target else np.copyto(target.octets, source.octets))
+            return LocalRequest(lambda: None if source is target else np.copyto(target.octets, source.octets))
         if algorithm == "shared":
             return self._shared(wish, source, target)
         if wish.fixed_order and wish.op in ("sum", "mean") and source.element in SHORT_FLOATS:
@@ -68,20 +68,20 @@ class Builder:
         stages = [self._summed(wish, algorithm, source, target)]
         if wish.op == "mean" and (wish.operation != "reduce" or self._comm.rank == wish.root):
             result = self._own(target) if wish.operation == "reduce_scatter" and source is target else target
-            stages.append(Work(functools.partial(result.scale, 1 / self._comm.size)))
+            stages.append(LocalRequest(functools.partial(result.scale, 1 / self._comm.size)))
         return chain(*stages)
 
-    def _summed(self, wish: Wish, algorithm: str, source: Buffer, target: Buffer) -> Stage:
+    def _summed(self, wish: CollectiveCall, algorithm: str, source: Buffer, target: Buffer) -> Request:
         op = "sum" if wish.op == "mean" else wish.op
         if algorithm == "native":
             return mpi_library.stage(self._comm, wish.operation, source, target, op, wish.root)
         if algorithm == "reference":
-            return Work(functools.partial(reference, self._comm, wish, source, target))
+            return LocalRequest(functools.partial(reference, self._comm, wish, source, target))
         if algorithm == "two-level":
             return self._two_level(wish, source, target, op)
         return self._by_list(wish.operation, algorithm, source, target, op, wish.root)
 
-    def _shared(self, wish: Wish, source: Buffer, target: Buffer) -> Stage:
+    def _shared(self, wish: CollectiveCall, source: Buffer, target: Buffer) -> Request:
         """All ranks are on one node: the team does it, mean and all."""
         assert self._node is not None
         root = self._comm.rank == wish.root
@@ -98,7 +98,7 @@ class Builder:
         bounds = block_bounds(whole.count, self._comm.size)
         return whole.part(bounds[self._comm.rank], bounds[self._comm.rank + 1])
 
-    def _by_list(self, operation: str, algorithm: str, source: Buffer, target: Buffer, op: str, root: int) -> Stage:
+    def _by_list(self, operation: str, algorithm: str, source: Buffer, target: Buffer, op: str, root: int) -> Request:
         """A list works in one array, in place; what is to be kept or goes elsewhere is copied before and behind."""
         if operation == "alltoall":
             return self._exchange_blocks(algorithm, source, target)
@@ -116,14 +116,14 @@ class Builder:
             before = [_copy(source, target)]
         return chain(*before, self._listed(self._comm, operation, algorithm, whole, whole, op, root), *behind)
 
-    def _exchange_blocks(self, algorithm: str, source: Buffer, target: Buffer) -> Stage:
+    def _exchange_blocks(self, algorithm: str, source: Buffer, target: Buffer) -> Request:
         given = source.empty(source.count) if source is target else source
         before = [_copy(source, given)] if source is target else [_copy(self._own(source), self._own(target))]
         return chain(*before, self._listed(self._comm, "alltoall", algorithm, given, target, "sum", 0))
 
     def _listed(
         self, comm: "MPI.Intracomm", operation: str, algorithm: str, source: Buffer, target: Buffer, op: str, root: int
-    ) -> Stage:
+    ) -> Request:
         segmented = algorithm == "segmented-ring"
         plan = schedule(operation, "ring" if segmented else algorithm, comm.rank, comm.size, root)
         segment = SEGMENT_BYTES if segmented else None
@@ -131,11 +131,11 @@ class Builder:
         steps = make_steps(
             plan, comm, source, target, op, segment, IN_FLIGHT, self._scratch, self._moved, self._added_bytes
         )
-        return Listed(steps, next_tag)
+        return ScheduleRequest(steps, next_tag)
 
     # ---- two levels ----
 
-    def _two_level(self, wish: Wish, source: Buffer, target: Buffer, op: str) -> Stage:
+    def _two_level(self, wish: CollectiveCall, source: Buffer, target: Buffer, op: str) -> Request:
         """Sum within each node, then between nodes, then spread within: each byte crosses the network once a node.
 
         Where the nodes are even, each rank takes a stripe across; else each node's first rank takes the whole.
@@ -145,9 +145,9 @@ class Builder:
         algorithm = _between(wish, target.octets.size // (self._node.comm.size if self._even else 1))
         bounds = block_bounds(target.count, _pieces(target.octets.size, self._comm.size))
         pieces = [self._piece(target.part(first, stop), op, algorithm) for first, stop in pairwise(bounds)]
-        return chain(*before, Pieces(pieces))
+        return chain(*before, HierarchicalRequest(pieces))
 
-    def _piece(self, array: Buffer, op: str, algorithm: str) -> Piece:
+    def _piece(self, array: Buffer, op: str, algorithm: str) -> HierarchicalPiece:
         assert self._node is not None
         team = self._node.comm
         if self._even:
@@ -159,24 +159,24 @@ class Builder:
             stripe, leads = array, team.rank == 0
             summed = self._node.prepare("reduce", array, array if leads else None, op)
             spread = self._node.prepare("broadcast", array if leads else None, None if leads else array)
-        crossed: Stage = Work(lambda: None)
+        crossed: Request = LocalRequest(lambda: None)
         if self._across is not None:
             crossed = self._listed(self._across, "allreduce", algorithm, stripe, stripe, op, 0)
-        return Piece(summed, crossed, spread)
+        return HierarchicalPiece(summed, crossed, spread)
 
     # ---- fixed order of 16-bit floats ----
 
-    def _widened(self, wish: Wish, algorithm: str, source: Buffer, target: Buffer) -> Stage:
+    def _widened(self, wish: CollectiveCall, algorithm: str, source: Buffer, target: Buffer) -> Request:
         """The sum in float32 from end to end, rounded once: what the node's team gives, at twice the bytes."""
         wide_source = _float32(source.count)
         wide_target = wide_source if source is target else _float32(target.count)
         inner = self.build(wish, algorithm, wide_source, wide_target)
         takes = wish.operation != "reduce" or self._comm.rank == wish.root
-        narrow = Work(lambda: kernel.narrow(target.code, target.octets, wide_target.octets) if takes else None)
-        return chain(Work(lambda: kernel.widen(source.code, wide_source.octets, source.octets)), inner, narrow)
+        narrow = LocalRequest(lambda: kernel.narrow(target.code, target.octets, wide_target.octets) if takes else None)
+        return chain(LocalRequest(lambda: kernel.widen(source.code, wide_source.octets, source.octets)), inner, narrow)
 
 
-def _between(wish: Wish, nbytes: int) -> str:
+def _between(wish: CollectiveCall, nbytes: int) -> str:
     if nbytes < FEW_ROUNDS_BYTES:
         return "recursive-doubling"
     return "rabenseifner" if wish.fixed_order else "segmented-ring"
@@ -191,6 +191,6 @@ def _float32(count: int) -> Buffer:
     return from_octets(new_octets(4 * count), "float32")
 
 
-def _copy(source: Buffer, target: Buffer) -> Stage:
+def _copy(source: Buffer, target: Buffer) -> Request:
     work: Callable[[], Any] = functools.partial(np.copyto, target.octets, source.octets)
-    return Work(work)
+    return LocalRequest(work)

@@ -5,33 +5,33 @@ each node and the one before is spread there, so that neither the network nor th
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mpillm.comm.executors.request import Request
 from mpillm.comm.executors.segmented import LEFT_EARLY
-from mpillm.comm.waiting import Breather
-from mpillm.comm.executors.request import Stage
+from mpillm.comm.waiting import Backoff
 from mpillm.errors import CommError
 
 
 @dataclass(frozen=True)
-class Piece:
+class HierarchicalPiece:
     """What happens to one piece of the array, one after the other."""
 
-    summed: Stage
+    summed: Request
     """Over the ranks of the node."""
-    crossed: Stage
+    crossed: Request
     """Summed over the nodes."""
-    spread: Stage
+    spread: Request
     """To the ranks of the node."""
 
 
-class Pieces:
+class HierarchicalRequest:
     """A stage (stages.py): each of `pieces` in order. Every rank has equally many.
 
     What the ranks of a node do together must begin in one order on all of them: each piece is summed before the one
     ahead of it is spread. One that was left early, by an error or Ctrl-C, does not start again.
     """
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._rest = Breather()
+    def __init__(self, pieces: Sequence[HierarchicalPiece]) -> None:
+        self._rest = Backoff()
         self._within, self._between = _Track(), _Track()
         for index, piece in enumerate(pieces):
             self._within.add(piece.summed, behind=0)
@@ -68,13 +68,13 @@ class _Track:
     """Stages that run one after the other, each behind so many of the other track's."""
 
     def __init__(self) -> None:
-        self.stages: list[Stage] = []
+        self.stages: list[Request] = []
         self._behind: list[int] = []
         self.done = 0
         self.live = False
         """Whether the stage behind those that are done has begun."""
 
-    def add(self, stage: Stage, behind: int) -> None:
+    def add(self, stage: Request, behind: int) -> None:
         self.stages.append(stage)
         self._behind.append(behind)
         self.done = len(self.stages)

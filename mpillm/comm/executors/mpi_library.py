@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpillm.comm import kernel
-from mpillm.comm.buffers import ELEMENTS, REDUCTIONS, SHORT_FLOATS, Buffer
-from mpillm.comm.executors.request import Library, Stage, Work, chain
 from mpillm.comm.algorithms.schedule import block_bounds
+from mpillm.comm.buffers import ELEMENTS, REDUCTIONS, SHORT_FLOATS, Buffer
+from mpillm.comm.executors.request import LocalRequest, MpiRequest, Request, chain
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -73,33 +73,33 @@ def type_and_op(element: str, op: str) -> "tuple[MPI.Datatype, MPI.Op]":
     return getattr(MPI, TYPES[element]), getattr(MPI, op.upper())
 
 
-def stage(comm: "MPI.Intracomm", operation: str, source: Buffer, target: Buffer, op: str, root: int) -> Stage:
+def stage(comm: "MPI.Intracomm", operation: str, source: Buffer, target: Buffer, op: str, root: int) -> Request:
     """The library's `operation`; `source` is `target` where it works in place. Every rank prepares the same."""
-    make: Callable[..., Stage] = {
+    make: Callable[..., Request] = {
         "allreduce": _allreduce, "reduce_scatter": _reduce_scatter, "allgather": _allgather, "reduce": _reduce,
         "broadcast": _broadcast, "alltoall": _alltoall,
     }[operation]  # fmt: skip
     return make(comm, source, target, *type_and_op(target.element, op), root)
 
 
-def barrier(comm: "MPI.Intracomm") -> Stage:
-    return Library(comm.Barrier, comm.Ibarrier)
+def barrier(comm: "MPI.Intracomm") -> Request:
+    return MpiRequest(comm.Barrier, comm.Ibarrier)
 
 
-def _calls(blocking: list[Callable[[], object]], starting: list[Callable[[], "MPI.Request"]]) -> Stage:
+def _calls(blocking: list[Callable[[], object]], starting: list[Callable[[], "MPI.Request"]]) -> Request:
     """One stage of several calls, for arrays that one call cannot count."""
     if len(blocking) == 1:
-        return Library(blocking[0], starting[0])
-    return Library(lambda: [call() for call in blocking], lambda: [call() for call in starting])
+        return MpiRequest(blocking[0], starting[0])
+    return MpiRequest(lambda: [call() for call in blocking], lambda: [call() for call in starting])
 
 
-def _in_pieces(call: Any, starting: Any, arguments: Callable[[int, int], tuple[Any, ...]], count: int) -> Stage:
+def _in_pieces(call: Any, starting: Any, arguments: Callable[[int, int], tuple[Any, ...]], count: int) -> Request:
     spans = [arguments(first, stop) for first, stop in pieces(count)] or [arguments(0, 0)]
     return _calls([functools.partial(call, *span) for span in spans],
                   [functools.partial(starting, *span) for span in spans])  # fmt: skip
 
 
-def _allreduce(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Stage:
+def _allreduce(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Request:
     from mpi4py import MPI
 
     def arguments(first: int, stop: int) -> tuple[Any, ...]:
@@ -109,7 +109,7 @@ def _allreduce(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, ro
     return _in_pieces(comm.Allreduce, comm.Iallreduce, arguments, target.count)
 
 
-def _reduce(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Stage:
+def _reduce(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Request:
     from mpi4py import MPI
 
     def arguments(first: int, stop: int) -> tuple[Any, ...]:
@@ -122,42 +122,42 @@ def _reduce(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root:
     return _in_pieces(comm.Reduce, comm.Ireduce, arguments, source.count)
 
 
-def _broadcast(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Stage:
+def _broadcast(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Request:
     return _in_pieces(
         comm.Bcast, comm.Ibcast, lambda first, stop: ([target.raw(first, stop), stop - first, kind], root), target.count
     )
 
 
-def _reduce_scatter(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Stage:
+def _reduce_scatter(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Request:
     bounds = block_bounds(source.count, comm.size)
     counts = [stop - first for first, stop in pairwise(bounds)]
     first, stop = bounds[comm.rank], bounds[comm.rank + 1]
     # MPI puts an in-place result at the array's beginning; ours belongs into the own block.
     block = source.empty(stop - first) if source is target else target
     given, into = [source.octets, source.count, kind], [block.octets, block.count, kind]
-    call = Library(
+    call = MpiRequest(
         functools.partial(comm.Reduce_scatter, given, into, counts, op),
         functools.partial(comm.Ireduce_scatter, given, into, counts, op),
     )
     if source is not target:
         return call
-    return chain(call, Work(lambda: np.copyto(target.raw(first, stop), block.octets)))
+    return chain(call, LocalRequest(lambda: np.copyto(target.raw(first, stop), block.octets)))
 
 
-def _allgather(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Stage:
+def _allgather(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Request:
     from mpi4py import MPI
 
     bounds = block_bounds(target.count, comm.size)
     counts = [stop - first for first, stop in pairwise(bounds)]
     given = MPI.IN_PLACE if source is target else [source.octets, source.count, kind]
     into = [target.octets, (counts, bounds[:-1]), kind]
-    return Library(functools.partial(comm.Allgatherv, given, into), functools.partial(comm.Iallgatherv, given, into))
+    return MpiRequest(functools.partial(comm.Allgatherv, given, into), functools.partial(comm.Iallgatherv, given, into))
 
 
-def _alltoall(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Stage:
+def _alltoall(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Request:
     from mpi4py import MPI
 
     each = target.count // comm.size
     given = MPI.IN_PLACE if source is target else [source.octets, each, kind]
     into = [target.octets, each, kind]
-    return Library(functools.partial(comm.Alltoall, given, into), functools.partial(comm.Ialltoall, given, into))
+    return MpiRequest(functools.partial(comm.Alltoall, given, into), functools.partial(comm.Ialltoall, given, into))

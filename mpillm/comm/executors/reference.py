@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.comm.buffers import WHOLE, Buffer
-from mpillm.comm.selection import Wish
 from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.comm.algorithms.trees import tree_split
+from mpillm.comm.buffers import WHOLE, Buffer
+from mpillm.comm.selection import CollectiveCall
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PIECE_ELEMENTS = 2**18
 
 
-def reference(comm: "MPI.Intracomm", wish: Wish, source: Buffer, target: Buffer) -> None:
+def reference(comm: "MPI.Intracomm", wish: CollectiveCall, source: Buffer, target: Buffer) -> None:
     """Do what `wish` says, a mean's division apart. Floats are summed in rank order in float64, or in a fixed order in
     the canonical tree, in their own type (16-bit ones in float32). Every rank calls it.
     """
@@ -33,7 +33,7 @@ def reference(comm: "MPI.Intracomm", wish: Wish, source: Buffer, target: Buffer)
         place.octets[:] = total.raw(first, stop)
 
 
-def _move(comm: "MPI.Intracomm", wish: Wish, source: Buffer, target: Buffer) -> None:
+def _move(comm: "MPI.Intracomm", wish: CollectiveCall, source: Buffer, target: Buffer) -> None:
     rank, bounds = comm.rank, block_bounds(target.count, comm.size)
     if wish.operation == "broadcast":
         target.octets[:] = np.frombuffer(comm.bcast(source.octets.tobytes(), wish.root), np.uint8)
@@ -45,7 +45,7 @@ def _move(comm: "MPI.Intracomm", wish: Wish, source: Buffer, target: Buffer) -> 
         target.octets[:] = np.frombuffer(b"".join(comm.alltoall(blocks)), np.uint8)
 
 
-def _reduced(comm: "MPI.Intracomm", wish: Wish, source: Buffer) -> Buffer:
+def _reduced(comm: "MPI.Intracomm", wish: CollectiveCall, source: Buffer) -> Buffer:
     total = source.empty(source.count)
     for first in range(0, source.count, PIECE_ELEMENTS):
         stop = min(first + PIECE_ELEMENTS, source.count)
@@ -55,7 +55,7 @@ def _reduced(comm: "MPI.Intracomm", wish: Wish, source: Buffer) -> Buffer:
     return total
 
 
-def _combined(rows: Any, element: str, wish: Wish) -> Any:
+def _combined(rows: Any, element: str, wish: CollectiveCall) -> Any:
     """All rows as one; integers in their own type (they wrap alike)."""
     if wish.op in ("max", "min"):
         if isinstance(rows, np.ndarray):

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-class Stage(Protocol):
+class Request(Protocol):
     """A kernel.Operation is one, too."""
 
     @property
@@ -20,7 +20,7 @@ class Stage(Protocol):
     def wait(self) -> None: ...
 
 
-class Steps(Protocol):
+class Executor(Protocol):
     """A list of rounds, to begin under a tag and carry on: one of lockstep.py or interpreter.py."""
 
     def begin(self, tag: int) -> None: ...
@@ -28,7 +28,7 @@ class Steps(Protocol):
     def wait(self) -> None: ...
 
 
-class Work:
+class LocalRequest:
     """Work of this rank alone: copies and scaling."""
 
     def __init__(self, work: Callable[[], object]) -> None:
@@ -47,10 +47,10 @@ class Work:
         pass
 
 
-class Listed:
+class ScheduleRequest:
     """A list algorithm; each run is given a tag."""
 
-    def __init__(self, steps: Steps, next_tag: Callable[[], int]) -> None:
+    def __init__(self, steps: Executor, next_tag: Callable[[], int]) -> None:
         self._steps, self._next_tag = steps, next_tag
         self.test, self.wait = steps.progress, steps.wait
 
@@ -62,7 +62,7 @@ class Listed:
         self._steps.begin(self._next_tag())
 
 
-class Library:
+class MpiRequest:
     """A collective of the MPI library: `blocking` calls it, `starting` its non-blocking form."""
 
     def __init__(
@@ -87,10 +87,10 @@ class Library:
         self._requests = []
 
 
-class Chain:
+class ChainRequest:
     """Stages in order."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[Request]) -> None:
         self._stages = stages
         self._index = len(stages)
 
@@ -123,6 +123,6 @@ class Chain:
             self._stages[self._index].start()
 
 
-def chain(*stages: Stage) -> Stage:
+def chain(*stages: Request) -> Request:
     """One stage as it is, several as a Chain."""
-    return stages[0] if len(stages) == 1 else Chain(stages)
+    return stages[0] if len(stages) == 1 else ChainRequest(stages)

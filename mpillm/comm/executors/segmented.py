@@ -21,8 +21,8 @@ from itertools import groupby
 from operator import attrgetter, sub
 from typing import TYPE_CHECKING
 
-from mpillm.comm.buffers import Buffer
 from mpillm.comm.algorithms.schedule import Round, Transfer, cut
+from mpillm.comm.buffers import Buffer
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Scratch:
         return kept
 
 
-class Run:
+class SegmentedExecutor:
     """One rank's part in one collective: `begin` it, then carry it on by `progress` or `wait`; again when it is done.
 
     `bounds`: of the blocks, in elements, in both buffers. `target`: `source` itself unless the operation is alltoall.
@@ -198,7 +198,7 @@ class _Lane:
     reads or writes its own. It has no hold of its run: a circle would keep a caller's arrays until Python looks for it.
     """
 
-    def __init__(self, run: Run, number: int, transfers: Sequence[Transfer]) -> None:
+    def __init__(self, run: SegmentedExecutor, number: int, transfers: Sequence[Transfer]) -> None:
         self.starts: list[int] = []
         self.stops: list[int] = []
         longest = run.longest_added if transfers[0].added else run.longest
@@ -216,7 +216,7 @@ class _Lane:
         self.round = number
         self._peer = transfers[0].peer
 
-    def open(self, run: Run) -> None:
+    def open(self, run: SegmentedExecutor) -> None:
         """Begin, from the first segment on."""
         self.posted = self.complete = self.done = 0
         self.advance(run)
@@ -225,7 +225,7 @@ class _Lane:
         """Whether the two may touch the same memory."""
         return other.starts[0] < self.stops[-1] and self.starts[0] < other.stops[-1]
 
-    def advance(self, run: Run) -> None:
+    def advance(self, run: SegmentedExecutor) -> None:
         """Post the next segments, as far as there is room and their memory is free."""
         self.done = self.complete
         while self.posted < self.count and self.posted - self.done < self.slots and self._is_free(self.posted):
@@ -241,23 +241,23 @@ class _Lane:
                 return False
         return True
 
-    def _post(self, run: Run, index: int) -> None:
+    def _post(self, run: SegmentedExecutor, index: int) -> None:
         raise NotImplementedError
 
-    def _receive(self, run: Run, memory: "NDArray[np.uint8]") -> None:
+    def _receive(self, run: SegmentedExecutor, memory: "NDArray[np.uint8]") -> None:
         self.requests.append(run.comm.Irecv(memory, self._peer, run.tag))
         run.received_bytes += memory.size
 
 
 class _Sends(_Lane):
-    def _post(self, run: Run, index: int) -> None:
+    def _post(self, run: SegmentedExecutor, index: int) -> None:
         memory = run.source.raw(self.starts[index], self.stops[index])
         self.requests.append(run.comm.Isend(memory, self._peer, run.tag))
         run.sent_bytes += memory.size
 
 
-class _Copies(_Lane):
-    def _post(self, run: Run, index: int) -> None:
+class _CopyGroups(_Lane):
+    def _post(self, run: SegmentedExecutor, index: int) -> None:
         self._receive(run, run.target.raw(self.starts[index], self.stops[index]))
 
 
@@ -266,15 +266,15 @@ class _Adds(_Lane):
 
     _memory: Buffer
 
-    def __init__(self, run: Run, number: int, transfers: Sequence[Transfer]) -> None:
+    def __init__(self, run: SegmentedExecutor, number: int, transfers: Sequence[Transfer]) -> None:
         super().__init__(run, number, transfers)
         self._longest = max(map(sub, self.stops, self.starts), default=0)
 
-    def open(self, run: Run) -> None:
+    def open(self, run: SegmentedExecutor) -> None:
         self._memory = run.scratch.borrow(run.target, self.slots * self._longest)
         super().open(run)
 
-    def advance(self, run: Run) -> None:
+    def advance(self, run: SegmentedExecutor) -> None:
         while self.done < self.complete and self._is_free(self.done):
             own = slice(self.starts[self.done], self.stops[self.done])
             run.target.combine(run.op, own, self._memory, self._place(self.done))
@@ -286,7 +286,7 @@ class _Adds(_Lane):
             self._post(run, self.posted)
             self.posted += 1
 
-    def _post(self, run: Run, index: int) -> None:
+    def _post(self, run: SegmentedExecutor, index: int) -> None:
         place = self._place(index)
         self._receive(run, self._memory.raw(place.start, place.stop))
 
@@ -296,4 +296,4 @@ class _Adds(_Lane):
 
 
 _BY_LANE = attrgetter("action", "peer")
-_KINDS: Mapping[str, type[_Lane]] = {"send": _Sends, "add": _Adds, "copy": _Copies}
+_KINDS: Mapping[str, type[_Lane]] = {"send": _Sends, "add": _Adds, "copy": _CopyGroups}

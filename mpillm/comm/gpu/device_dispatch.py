@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.comm.buffers import from_octets
-from mpillm.comm.selection import REDUCING, Layout, Wish
+from mpillm.comm.executors.request import Request, chain
 from mpillm.comm.gpu.device_buffer import DeviceBuffer
-from mpillm.comm.gpu.pinned import SLOTS, CudaCopies, Pinned
 from mpillm.comm.gpu.gpu_aware import DeviceMessages
 from mpillm.comm.gpu.nccl import Nccl
-from mpillm.comm.gpu.staging import Host, Staged, plan
+from mpillm.comm.gpu.pinned import SLOTS, CudaCopies, Pinned
+from mpillm.comm.gpu.staging import Host, Staged, plan_staging
 from mpillm.comm.gpu.streams import Caller, Enqueued, Reached, Within, stream_at
-from mpillm.comm.executors.request import Stage, chain
-from mpillm.comm.algorithms.schedule import block_bounds
+from mpillm.comm.selection import REDUCING, CollectiveCall, NodeMap
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -26,7 +26,7 @@ class HostGroup(Protocol):
     comm: "MPI.Intracomm"
     rank: int
     size: int
-    layout: Layout
+    layout: NodeMap
 
     def algorithms(self, operation: str) -> tuple[str, ...]: ...
     def prepare(
@@ -36,7 +36,7 @@ class HostGroup(Protocol):
     def free(self) -> None: ...
 
 
-def whole_of(wish: Wish, source: DeviceBuffer, target: DeviceBuffer) -> DeviceBuffer:
+def whole_of(wish: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer) -> DeviceBuffer:
     """The array that the operation works on: the one whose count all ranks agree in."""
     return target if wish.operation == "allgather" else source
 
@@ -49,7 +49,7 @@ class DeviceBuilder:
         self._pinned: dict[int, Pinned] = {}
         self._streams: dict[int, Any] = {}
 
-    def alone(self, caller: Caller, source: DeviceBuffer, target: DeviceBuffer) -> Stage:
+    def alone(self, caller: Caller, source: DeviceBuffer, target: DeviceBuffer) -> Request:
         """A group of one rank: the result is the array itself."""
 
         def work() -> None:
@@ -58,7 +58,7 @@ class DeviceBuilder:
 
         return Enqueued(caller, caller.doing(work))
 
-    def _result(self, wish: Wish, source: DeviceBuffer, target: DeviceBuffer) -> DeviceBuffer | None:
+    def _result(self, wish: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer) -> DeviceBuffer | None:
         """What of the arrays holds a sum of this rank's behind a reduction."""
         if wish.operation == "reduce" and self._host.rank != wish.root:
             return None
@@ -67,14 +67,16 @@ class DeviceBuilder:
             return target.part(bounds[self._host.rank], bounds[self._host.rank + 1])
         return target
 
-    def _scaling(self, wish: Wish, source: DeviceBuffer, target: DeviceBuffer) -> Callable[[], None] | None:
+    def _scaling(self, wish: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer) -> Callable[[], None] | None:
         """For a mean: what makes it of the sum; None where there is nothing to do."""
         result = self._result(wish, source, target) if wish.op == "mean" and wish.operation in REDUCING else None
         if result is None or result.count == 0:
             return None
         return lambda: result.scale(1 / self._host.size)
 
-    def by_nccl(self, joined: Nccl, wish: Wish, caller: Caller, source: DeviceBuffer, target: DeviceBuffer) -> Stage:
+    def by_nccl(
+        self, joined: Nccl, wish: CollectiveCall, caller: Caller, source: DeviceBuffer, target: DeviceBuffer
+    ) -> Request:
         call, scaling = joined.call(wish, source, target), self._scaling(wish, source, target)
         scaled = None if scaling is None else caller.doing(scaling)
 
@@ -85,7 +87,9 @@ class DeviceBuilder:
 
         return Enqueued(caller, enqueue)
 
-    def by_pointers(self, kind: str, wish: Wish, caller: Caller, source: DeviceBuffer, target: DeviceBuffer) -> Stage:
+    def by_pointers(
+        self, kind: str, wish: CollectiveCall, caller: Caller, source: DeviceBuffer, target: DeviceBuffer
+    ) -> Request:
         cuda, device = source.library.cuda, source.device
         if device not in self._streams:
             with cuda.Device(device):
@@ -101,13 +105,15 @@ class DeviceBuilder:
         # Copies and scaling behind the messages are the stream's: who waits in another one waits for them.
         return chain(stage, Enqueued(caller, caller.doing(scaling or _nothing)))
 
-    def by_host(self, algorithm: str, wish: Wish, caller: Caller, source: DeviceBuffer, target: DeviceBuffer) -> Stage:
+    def by_host(
+        self, algorithm: str, wish: CollectiveCall, caller: Caller, source: DeviceBuffer, target: DeviceBuffer
+    ) -> Request:
         host = self._host
         if source.device not in self._pinned:
             self._pinned[source.device] = Pinned(source.device, host.size * LARGEST_ELEMENT_BYTES)
         pinned = self._pinned[source.device]
         whole = whole_of(wish, source, target)
-        segments = plan(
+        segments = plan_staging(
             wish.operation, whole.count, host.size, host.rank, wish.root, pinned.slot_bytes // source.itemsize,
             in_place=source is target,
         )  # fmt: skip

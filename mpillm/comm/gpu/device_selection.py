@@ -10,14 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpillm.comm.buffers import FLOATS
-from mpillm.comm.selection import REDUCING, Profile, Wish, check_known
-from mpillm.comm.gpu import nccl
-from mpillm.comm.gpu import gpu_aware
+from mpillm.comm.executors.request import LocalRequest, Request
+from mpillm.comm.gpu import gpu_aware, nccl
 from mpillm.comm.gpu.device_arrays import as_device_buffer
 from mpillm.comm.gpu.device_buffer import DeviceBuffer
 from mpillm.comm.gpu.device_dispatch import DeviceBuilder, HostGroup, whole_of
 from mpillm.comm.gpu.streams import Caller, Ordered
-from mpillm.comm.executors.request import Stage, Work
+from mpillm.comm.selection import REDUCING, CollectiveCall, Profile, check_known
 from mpillm.errors import CommError
 
 WAYS = ("nccl", "device-mpi", "staged")
@@ -43,10 +42,10 @@ class Gpus:
     def algorithms(self, operation: str, like: Any) -> tuple[str, ...]:
         """The ways in which `operation` can be done here on arrays like `like`, `auto` first. Every rank calls it."""
         buffer = as_device_buffer(like, writable=False)
-        able = self._able(Wish(operation), buffer)
+        able = self._able(CollectiveCall(operation), buffer)
         return ("auto", *(name for name, reason in able.items() if not reason))
 
-    def prepare(self, wish: Wish, source: DeviceBuffer, target: DeviceBuffer) -> tuple[str, Ordered]:
+    def prepare(self, wish: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer) -> tuple[str, Ordered]:
         """What was chosen, and its stage; `source` is `target` where it works in place. The arrays fit the wish.
 
         Raises CommError for a way that cannot be taken here, or that does not exist.
@@ -59,10 +58,12 @@ class Gpus:
         caller = Caller(source)
         return chosen, Ordered(caller, self._stage(wish, chosen, caller, source, target))
 
-    def _stage(self, wish: Wish, chosen: str, caller: Caller, source: DeviceBuffer, target: DeviceBuffer) -> Stage:
+    def _stage(
+        self, wish: CollectiveCall, chosen: str, caller: Caller, source: DeviceBuffer, target: DeviceBuffer
+    ) -> Request:
         arrays = (wish, caller, source, target)
         if whole_of(wish, source, target).count == 0:
-            return Work(lambda: None)
+            return LocalRequest(lambda: None)
         if self._host.size == 1:
             return self._builder.alone(caller, source, target)
         if chosen == "nccl" and isinstance(self._nccl, nccl.Nccl):
@@ -71,7 +72,7 @@ class Gpus:
             return self._builder.by_pointers(gpu_aware.way(wish.operation, source.element, self._probe), *arrays)
         return self._builder.by_host("auto" if chosen == "staged" else chosen, *arrays)
 
-    def _able(self, wish: Wish, buffer: DeviceBuffer) -> dict[str, str]:
+    def _able(self, wish: CollectiveCall, buffer: DeviceBuffer) -> dict[str, str]:
         """Way → why it can't be taken; "" where it can."""
         others = [name for name in self._host.algorithms(wish.operation) if name != "auto"]
         able = dict.fromkeys(WAYS, "") | dict.fromkeys(others, "")
@@ -97,7 +98,7 @@ class Gpus:
             self._nccl = nccl.join(self._host.comm, own, buffer.device)
         return self._nccl if isinstance(self._nccl, str) else ""
 
-    def _choose(self, wish: Wish, buffer: DeviceBuffer, nbytes: int) -> str:
+    def _choose(self, wish: CollectiveCall, buffer: DeviceBuffer, nbytes: int) -> str:
         if wish.op == "mean" and buffer.element not in FLOATS:
             raise CommError(
                 f"a mean of {buffer.element} is no {buffer.element}; reduce by sum, or convert to a float type"

@@ -8,15 +8,15 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from mpillm.comm.executors import mpi_library
 from mpillm.comm.algorithms.catalog import ALGORITHMS, schedule
-from mpillm.comm.buffers import SHORT_FLOATS, Buffer
-from mpillm.comm.selection import KIB, MIB, REDUCING, Wish
-from mpillm.comm.gpu.device_buffer import DeviceBuffer
-from mpillm.comm.executors.segmented import IN_FLIGHT, Scratch
-from mpillm.comm.executors.blockwise import make_steps
-from mpillm.comm.executors.request import Listed, Stage, Work, chain
 from mpillm.comm.algorithms.schedule import block_bounds
+from mpillm.comm.buffers import SHORT_FLOATS, Buffer
+from mpillm.comm.executors import mpi_library
+from mpillm.comm.executors.blockwise import make_steps
+from mpillm.comm.executors.request import LocalRequest, Request, ScheduleRequest, chain
+from mpillm.comm.executors.segmented import IN_FLIGHT, Scratch
+from mpillm.comm.gpu.device_buffer import DeviceBuffer
+from mpillm.comm.selection import KIB, MIB, REDUCING, CollectiveCall
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -58,11 +58,11 @@ class DeviceMessages:
 
     def __init__(
         self, comm: "MPI.Intracomm", copying: Callable[[Callable[[], object]], Callable[[], object]],
-        reached: Callable[[], Stage], apart: Callable[[Stage], Stage],
+        reached: Callable[[], Request], apart: Callable[[Request], Request],
     ) -> None:  # fmt: skip
         self._comm, self._copying, self._reached, self._apart = comm, copying, reached, apart
 
-    def build(self, wish: Wish, kind: str, source: DeviceBuffer, target: DeviceBuffer) -> Stage:
+    def build(self, wish: CollectiveCall, kind: str, source: DeviceBuffer, target: DeviceBuffer) -> Request:
         """The stages of `wish` by `kind`, see `way`; `source` is `target` where it works in place. A mean is left a
         sum.
         """
@@ -70,14 +70,14 @@ class DeviceMessages:
         make = self._by_library if kind == "library" else self._by_list
         return make(wish.operation, op, wish.root, source, target)
 
-    def _copy(self, source: DeviceBuffer, target: DeviceBuffer) -> Stage:
-        return Work(self._copying(functools.partial(target.copy_from, source)))
+    def _copy(self, source: DeviceBuffer, target: DeviceBuffer) -> Request:
+        return LocalRequest(self._copying(functools.partial(target.copy_from, source)))
 
     def _own(self, whole: DeviceBuffer) -> DeviceBuffer:
         bounds = block_bounds(whole.count, self._comm.size)
         return whole.part(bounds[self._comm.rank], bounds[self._comm.rank + 1])
 
-    def _by_library(self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer) -> Stage:
+    def _by_library(self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer) -> Request:
         behind = []
         if operation == "reduce_scatter" and source is target:
             # mpi_library.py would copy on the CPU what MPI puts at the array's beginning.
@@ -87,11 +87,11 @@ class DeviceMessages:
         call = mpi_library.stage(self._comm, operation, _seen(source), _seen(target), op, root)
         return chain(self._reached(), call, *behind)
 
-    def _by_list(self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer) -> Stage:
+    def _by_list(self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer) -> Request:
         """A list works in one array, in place; what is to be kept or goes elsewhere is copied before and behind."""
         given, whole = target, target
-        before: list[Stage] = []
-        behind: list[Stage] = []
+        before: list[Request] = []
+        behind: list[Request] = []
         if operation == "alltoall":
             given = source.empty(source.count) if source is target else source
             own = (self._own(source), self._own(target))
@@ -108,7 +108,7 @@ class DeviceMessages:
             before = [self._copy(source, target)]
         return chain(*before, self._reached(), self._apart(self._listed(operation, op, root, given, whole)), *behind)
 
-    def _listed(self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer) -> Stage:
+    def _listed(self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer) -> Request:
         algorithm = list_for(operation, target.nbytes)
         plan = schedule(operation, algorithm, self._comm.rank, self._comm.size, root)
         given, taken = _seen(source), _seen(target)
@@ -117,7 +117,7 @@ class DeviceMessages:
         # CuPy keeps freed memory itself.
         scratch = Scratch(kept_bytes=0)
         steps = make_steps(plan, self._comm, given, taken, op, SEGMENT_BYTES, IN_FLIGHT, scratch)
-        return Listed(steps, lambda: TAG)
+        return ScheduleRequest(steps, lambda: TAG)
 
 
 def _seen(buffer: DeviceBuffer) -> Buffer:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from mpillm.comm.selection import REDUCING, Wish
+from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.comm.gpu.device_buffer import DeviceBuffer, load_cupy
 from mpillm.comm.gpu.streams import stream_at
-from mpillm.comm.algorithms.schedule import block_bounds
+from mpillm.comm.selection import REDUCING, CollectiveCall
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Nccl:
             return f"NCCL, as CuPy has it, sums no {element}"
         return ""
 
-    def call(self, wish: Wish, source: DeviceBuffer, target: DeviceBuffer) -> Callable[[int], None]:
+    def call(self, wish: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer) -> Callable[[int], None]:
         """A call that gives `wish` to a stream, by its handle; `source` is `target` where it works in place.
 
         Every rank calls them in the same order. A mean is left a sum.

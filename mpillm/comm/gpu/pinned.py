@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.comm.gpu.device_buffer import DeviceBuffer, load_cupy
-from mpillm.comm.gpu.staging import Span
+from mpillm.comm.gpu.staging import StagingSpan
 from mpillm.comm.gpu.streams import Caller
 
 SLOTS = 3
@@ -56,7 +56,7 @@ class CudaCopies:
             self._pinned.downward.wait_event(self._caller.marked)
             self._pinned.upward.wait_event(self._caller.marked)
 
-    def down(self, slot: int, spans: Sequence[Span]) -> None:
+    def down(self, slot: int, spans: Sequence[StagingSpan]) -> None:
         pinned, runtime = self._pinned, self._pinned.cuda.runtime
         with pinned.cuda.Device(pinned.device):
             pinned.downward.wait_event(pinned.emptied[slot])
@@ -73,7 +73,7 @@ class CudaCopies:
     def await_down(self, slot: int) -> None:
         self._pinned.filled[slot].synchronize()
 
-    def up(self, slot: int, spans: Sequence[Span]) -> None:
+    def up(self, slot: int, spans: Sequence[StagingSpan]) -> None:
         pinned, runtime = self._pinned, self._pinned.cuda.runtime
         with pinned.cuda.Device(pinned.device):
             for span in spans:
@@ -89,5 +89,5 @@ class CudaCopies:
         self._caller.follow(self._ended)
         self._caller.follow_elsewhere(self._ended)
 
-    def _host(self, slot: int, span: Span) -> int:
+    def _host(self, slot: int, span: StagingSpan) -> int:
         return int(self._pinned.memory[slot].ctypes.data) + span.host * self._source.itemsize

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.comm.executors import mpi_library
-from mpillm.comm.selection import Wish
+from mpillm.comm.executors.request import LocalRequest, Request
 from mpillm.comm.gpu.device_buffer import DeviceBuffer, DeviceBytes
 from mpillm.comm.gpu.gpu_aware import ARITHMETIC, MESSAGES, DeviceMessages
 from mpillm.comm.gpu.probe import READY, tell
-from mpillm.comm.executors.request import Stage, Work
-from mpillm.comm.algorithms.schedule import block_bounds
+from mpillm.comm.selection import CollectiveCall
 from mpillm.errors import MpillmError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Trial:
 
     def __init__(self, comm: "MPI.Intracomm", library: Any) -> None:
         self._comm, self._library = comm, library
-        self._build = DeviceMessages(comm, lambda work: work, lambda: Work(self._settle), lambda stage: stage)
+        self._build = DeviceMessages(comm, lambda work: work, lambda: LocalRequest(self._settle), lambda stage: stage)
 
     def _settle(self) -> None:
         if self._library.__name__ == "cupy":
@@ -82,7 +82,7 @@ class Trial:
                 target = source if in_place else self._row(0.0, count)
                 if not in_place and operation == "reduce_scatter":
                     target = target.part(first, stop)
-                go(self._build.build(Wish(operation), "library", source, target))
+                go(self._build.build(CollectiveCall(operation), "library", source, target))
                 yield all(
                     self._is(target.flat[start:end], value)
                     for start, end, value in self._expected(operation, count, whole=in_place)
@@ -106,11 +106,11 @@ def _message(octets: DeviceBytes, count: int, kind: "MPI.Datatype") -> Any:
     return [octets, count, kind]
 
 
-def _blocking(stage: Stage) -> None:
+def _blocking(stage: Request) -> None:
     stage.run()
 
 
-def _not_blocking(stage: Stage) -> None:
+def _not_blocking(stage: Request) -> None:
     stage.start()
     stage.wait()
 

@@ -16,7 +16,7 @@ from mpillm.comm.algorithms.schedule import block_bounds
 
 
 @dataclass(frozen=True)
-class Span:
+class StagingSpan:
     """`count` elements from `device` on in the array on the GPU, and from `host` on in the segment's memory."""
 
     device: int
@@ -29,13 +29,13 @@ class Segment:
     """One host collective, in place, of `count` elements: the same on every rank."""
 
     count: int
-    down: tuple[Span, ...]
+    down: tuple[StagingSpan, ...]
     """What this rank gives to it, from the source."""
-    up: tuple[Span, ...]
+    up: tuple[StagingSpan, ...]
     """What this rank takes from it, into the target."""
 
 
-def plan(
+def plan_staging(
     operation: str, count: int, size: int, rank: int, root: int, most: int, *, in_place: bool
 ) -> tuple[Segment, ...]:
     """The segments of a collective over a whole array of `count` elements, each of `most` or of `size` at most.
@@ -49,8 +49,8 @@ def plan(
         takes = operation == "allreduce" or (operation == "reduce") == (rank == root)
         return tuple(
             Segment(
-                min(most, count - first), _kept([Span(first, 0, min(most, count - first))] * gives),
-                _kept([Span(first, 0, min(most, count - first))] * takes),
+                min(most, count - first), _kept([StagingSpan(first, 0, min(most, count - first))] * gives),
+                _kept([StagingSpan(first, 0, min(most, count - first))] * takes),
             )
             for first in range(0, count, most)
         )  # fmt: skip
@@ -64,10 +64,10 @@ def plan(
 def _of_blocks(operation: str, count: int, size: int, rank: int, first: int, width: int, in_place: bool) -> Segment:
     """The segment of elements `first` to `first + width` of each block."""
     every = [
-        Span(start + first, block * width, max(0, min(width, stop - start - first)))
+        StagingSpan(start + first, block * width, max(0, min(width, stop - start - first)))
         for block, (start, stop) in enumerate(pairwise(block_bounds(count, size)))
     ]
-    own = every[rank] if in_place else Span(first, rank * width, every[rank].count)
+    own = every[rank] if in_place else StagingSpan(first, rank * width, every[rank].count)
     down = [own] if operation == "allgather" else every
     up = [own] if operation == "reduce_scatter" else every
     if operation == "allgather" and in_place:
@@ -75,7 +75,7 @@ def _of_blocks(operation: str, count: int, size: int, rank: int, first: int, wid
     return Segment(size * width, _kept(down), _kept(up))
 
 
-def _kept(spans: Iterable[Span]) -> tuple[Span, ...]:
+def _kept(spans: Iterable[StagingSpan]) -> tuple[StagingSpan, ...]:
     return tuple(span for span in spans if span.count)
 
 
@@ -87,7 +87,7 @@ class Copies(Protocol):
     def begin(self) -> None:
         """Let all copies wait for what the caller's stream had been given when it was marked."""
 
-    def down(self, slot: int, spans: Sequence[Span]) -> None:
+    def down(self, slot: int, spans: Sequence[StagingSpan]) -> None:
         """Begin to fill a slot, behind the last copy up from it."""
 
     def arrived(self, slot: int) -> bool:
@@ -96,14 +96,14 @@ class Copies(Protocol):
     def await_down(self, slot: int) -> None:
         """Return when it is."""
 
-    def up(self, slot: int, spans: Sequence[Span]) -> None:
+    def up(self, slot: int, spans: Sequence[StagingSpan]) -> None:
         """Begin to copy from a slot into the result."""
 
     def finish(self) -> None:
         """Let the caller's stream wait for all copies up."""
 
 
-class Handle(Protocol):
+class HostHandle(Protocol):
     """A host collective under way."""
 
     def test(self) -> bool: ...
@@ -113,7 +113,7 @@ class Handle(Protocol):
 class Host(Protocol):
     """A host collective, ready to run."""
 
-    def start(self) -> Handle: ...
+    def start(self) -> HostHandle: ...
 
 
 class Staged:
@@ -126,7 +126,7 @@ class Staged:
     def __init__(self, segments: Sequence[Segment], hosts: Sequence[Host], copies: Copies) -> None:
         self._segments, self._hosts, self._copies = segments, hosts, copies
         self._lowered = self._raised = len(segments)
-        self._meeting: Handle | None = None
+        self._meeting: HostHandle | None = None
 
     def run(self) -> None:
         self.start()

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from mpillm.comm.executors.request import Request
 from mpillm.comm.gpu.device_buffer import DeviceBuffer
-from mpillm.comm.executors.request import Stage
 
 
 class Caller:
@@ -55,7 +55,7 @@ class Caller:
         return on_stream
 
 
-class _Handle:
+class _EventHandle:
     """A stream of another library, by the protocol that CuPy 14 asks for."""
 
     def __init__(self, pointer: int) -> None:
@@ -68,7 +68,7 @@ class _Handle:
 def stream_at(cuda: Any, pointer: int, device: int) -> Any:
     """A stream by its handle, as CuPy takes it; `cuda` is the module cupy.cuda."""
     wrap = getattr(cuda.Stream, "from_external", None)
-    return cuda.ExternalStream(pointer, device) if wrap is None else wrap(_Handle(pointer))
+    return cuda.ExternalStream(pointer, device) if wrap is None else wrap(_EventHandle(pointer))
 
 
 class Ordered:
@@ -77,7 +77,7 @@ class Ordered:
     `mark` comes first: when a call begins, its place in the caller's stream is noted, even if it must queue.
     """
 
-    def __init__(self, caller: Caller, stage: Stage) -> None:
+    def __init__(self, caller: Caller, stage: Request) -> None:
         self._caller, self._stage = caller, stage
         self.mark = caller.mark
         self.start, self.test, self.wait = stage.start, stage.test, stage.wait
@@ -140,7 +140,7 @@ class Reached:
 class Within:
     """A stage whose every step is taken with a GPU and a stream of its own as CuPy's current ones."""
 
-    def __init__(self, cuda: Any, device: int, stream: Any, stage: Stage) -> None:
+    def __init__(self, cuda: Any, device: int, stream: Any, stage: Request) -> None:
         self._cuda, self._device, self._stream, self._stage = cuda, device, stream, stage
 
     def _step(self, step: Callable[[], Any]) -> Any:

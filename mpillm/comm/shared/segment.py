@@ -26,7 +26,7 @@ HUGE_PAGE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
-class Rows:
+class SharedSegment:
     """One row of bytes a rank, each on pages of its own; `rows[rank]` is that rank's, writable by all."""
 
     whole: NDArray[np.uint8]
@@ -39,7 +39,7 @@ class Rows:
         return self.rows[self.rank]
 
 
-def share(comm: "MPI.Intracomm", nbytes: int, folder: Path = FOLDER) -> Rows | str:
+def share_segment(comm: "MPI.Intracomm", nbytes: int, folder: Path = FOLDER) -> SharedSegment | str:
     """Rows of `nbytes` zeros for the ranks of `comm`, which share a node; or, on every rank, why they can't be had.
 
     Every rank of `comm` calls it. The memory is given back when no array points into it any more.
@@ -54,7 +54,7 @@ def share(comm: "MPI.Intracomm", nbytes: int, folder: Path = FOLDER) -> Rows | s
         return reasons[0]
     whole: NDArray[Any] = np.frombuffer(memory, np.uint8)
     rows = [whole[rank * stride : rank * stride + nbytes] for rank in range(comm.size)]
-    return Rows(whole, tuple(rows), comm.rank)
+    return SharedSegment(whole, tuple(rows), comm.rank)
 
 
 def _map(comm: "MPI.Intracomm", path: Path, stride: int) -> tuple[mmap.mmap | None, str]:

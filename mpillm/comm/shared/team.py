@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mpillm.comm import kernel
 from mpillm.comm.buffers import ELEMENTS, REDUCTIONS, Buffer, from_octets, itemsize_of
-from mpillm.comm.shared.segment import Rows, share
+from mpillm.comm.shared.segment import SharedSegment, share_segment
 from mpillm.comm.waiting import share_cores
 from mpillm.errors import CommError
 
@@ -45,7 +45,7 @@ class SharedRows:
     Every rank of the node may read and write all rows; the collectives keep order between them.
     """
 
-    def __init__(self, rows: Rows, count: int, element: str) -> None:
+    def __init__(self, rows: SharedSegment, count: int, element: str) -> None:
         """See `Node.allocate`, which finds the memory."""
         self.element, self.count = element, count
         self.octets = rows.rows
@@ -74,10 +74,10 @@ class SharedRows:
         self.octets = ()
 
 
-class Node:
+class NodeTeam:
     """The team of this rank's node. Every rank of `comm`, all of one node, makes it through `create`."""
 
-    def __init__(self, comm: "MPI.Intracomm", memory: Rows, stage_bytes: int) -> None:
+    def __init__(self, comm: "MPI.Intracomm", memory: SharedSegment, stage_bytes: int) -> None:
         self.comm, self._memory = comm, memory
         self._team = kernel.Team(
             memory.whole, comm.rank, comm.size, stage_bytes, spins_of(comm),
@@ -87,14 +87,16 @@ class Node:
         self._shared: list[SharedRows] = []
 
     @classmethod
-    def create(cls, comm: "MPI.Intracomm", warn: Callable[[str], None]) -> "Node | None":
+    def create(cls, comm: "MPI.Intracomm", warn: Callable[[str], None]) -> "NodeTeam | None":
         """The team, or None on every rank where shared memory can't be had; `warn` is told why, on rank 0 of `comm`."""
         stage_bytes = max(STAGE_BYTES, STAGE_BYTES_A_RANK * comm.size)
         if comm.size > kernel.MOST_RANKS:
-            memory: str | Rows = f"{comm.size} ranks share a node, and at most {kernel.MOST_RANKS} sum in its memory"
+            memory: str | SharedSegment = (
+                f"{comm.size} ranks share a node, and at most {kernel.MOST_RANKS} sum in its memory"
+            )
         else:
             # The flags begin as zeros.
-            memory = share(comm, -(-kernel.team_bytes(comm.size, stage_bytes) // comm.size))
+            memory = share_segment(comm, -(-kernel.team_bytes(comm.size, stage_bytes) // comm.size))
         if isinstance(memory, str):
             if comm.rank == 0:
                 warn(f"{memory}; collectives within the node fall back to messages, which is slower")
@@ -103,7 +105,7 @@ class Node:
 
     def allocate(self, count: int, element: str, warn: Callable[[str], None]) -> SharedRows | None:
         """Shared memory for `count` elements a rank, or None on every rank (and a warning). Every rank calls it."""
-        rows = share(self.comm, count * itemsize_of(element))
+        rows = share_segment(self.comm, count * itemsize_of(element))
         if isinstance(rows, str):
             if self.comm.rank == 0:
                 warn(f"{rows}; arrays stay private to their ranks, and sums of them are slower")

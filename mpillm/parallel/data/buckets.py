@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mpillm.comm.communicator import Group, Handle, Prepared
+from mpillm.comm.communicator import Communicator, Handle, PersistentCollective
 from mpillm.comm.shared.team import SharedRows
 
 # Each gradient begins on a cache line of its own.
@@ -27,7 +27,7 @@ class Bucket:
     parameters: list[nn.Parameter]
     views: list[Tensor]
     """The gradient of each parameter, in its shape, inside `flat`."""
-    sum: Prepared
+    sum: PersistentCollective
     """The all-reduce of `flat`."""
     shared: SharedRows | None = None
     """The memory that `flat` is a row of, where the ranks of a node share it."""
@@ -98,7 +98,7 @@ def padded(parameter: Tensor) -> int:
 
 
 def make_bucket(
-    parameters: list[nn.Parameter], group: Group, algorithm: str, share: bool, stage: int, fixed_order: bool
+    parameters: list[nn.Parameter], group: Communicator, algorithm: str, share: bool, stage: int, fixed_order: bool
 ) -> Bucket:
     """A bucket of zeros with room for the gradient of each of `parameters`; in memory that the node's ranks share, if
     `share` and if it can be had. Every rank of `group` makes it.

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mpillm.comm.selection import Profile
-from mpillm.comm.communicator import Group, silent
+from mpillm.comm.communicator import Communicator, silent
 from mpillm.comm.mesh import Axis
 from mpillm.comm.progress_thread import ProgressThread
+from mpillm.comm.selection import Profile
 from mpillm.errors import CommError
 from mpillm.parallel.data.buckets import Bucket, group_parameters, lay, make_bucket, norm_pieces, padded, square_sum
 from mpillm.parallel.settings import ParallelSettings
@@ -49,7 +49,7 @@ class GradientBuckets:
         one rank.
         """
         self.axis, self.settings, self.fixed_order = axis, settings, fixed_order
-        self._group = Group(axis.comm, profile=profile, debug=settings.debug, warn=warn)
+        self._group = Communicator(axis.comm, profile=profile, debug=settings.debug, warn=warn)
         self.behind = axis.size > 1 and self._overlaps()
         nbytes = settings.bucket_bytes or (BEHIND_BYTES if self.behind else AFTER_BYTES)
         # The last stage first: its last backward pass comes first.

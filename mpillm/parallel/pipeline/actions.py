@@ -31,7 +31,7 @@ class Action:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class PipelineSchedule:
     """`rows[rank]`: the rank's actions, in order. Stages and microbatches count from 0."""
 
     name: str

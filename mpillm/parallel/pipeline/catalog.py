@@ -11,12 +11,21 @@ from pathlib import Path
 from types import MappingProxyType
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.pipeline.actions import Action, Schedule
+from mpillm.parallel.pipeline.actions import Action, PipelineSchedule
 from mpillm.parallel.pipeline.schedule_csv import read_schedule
-from mpillm.parallel.pipeline.schedules import Row, dualpipe_v, gpipe, interleaved, one_f_one_b, rounds, zb_h1, zb_v
+from mpillm.parallel.pipeline.schedules import (
+    ActionRow,
+    dualpipe_v,
+    gpipe,
+    interleaved,
+    one_f_one_b,
+    rounds,
+    zb_h1,
+    zb_v,
+)
 
 
-def make_schedule(name: str, ranks: int, microbatches: int, chunks: int = 0) -> Schedule:
+def make_schedule(name: str, ranks: int, microbatches: int, chunks: int = 0) -> PipelineSchedule:
     """The schedule `name` (one of NAMES, or a .csv file) for `ranks` ranks with `chunks` stages each; 0: as is usual.
 
     For a file, 0 ranks or microbatches mean as many as it has. Raises LayoutError for numbers that do not fit.
@@ -28,13 +37,15 @@ def make_schedule(name: str, ranks: int, microbatches: int, chunks: int = 0) -> 
     _check_numbers(name, form, ranks, microbatches, chunks)
     rows = []
     for rank in range(ranks):
-        row = Row([rank, 2 * ranks - 1 - rank] if form.v_shape else [rank + ranks * chunk for chunk in range(chunks)])
+        row = ActionRow(
+            [rank, 2 * ranks - 1 - rank] if form.v_shape else [rank + ranks * chunk for chunk in range(chunks)]
+        )
         form.fill(row, ranks, microbatches, chunks, rank)
         rows.append(tuple(row.actions))
-    return Schedule(name, tuple(rows), ranks * chunks, microbatches)
+    return PipelineSchedule(name, tuple(rows), ranks * chunks, microbatches)
 
 
-def forward_only(schedule: Schedule, microbatches: int) -> Schedule:
+def forward_only(schedule: PipelineSchedule, microbatches: int) -> PipelineSchedule:
     """The forwards alone, of any number of microbatches, with each stage where `schedule` has it: for evaluation.
 
     Each rank takes, of what has come to it, the earliest round of microbatches, and of that the earliest stage. That
@@ -54,12 +65,12 @@ def forward_only(schedule: Schedule, microbatches: int) -> Schedule:
             row.append(Action(stage, "F", done[stage]))
             done[stage] += 1
             arrived[stage + 1] += 1
-    return Schedule(f"{schedule.name} forward", tuple(map(tuple, rows)), schedule.stages, microbatches)
+    return PipelineSchedule(f"{schedule.name} forward", tuple(map(tuple, rows)), schedule.stages, microbatches)
 
 
 @dataclass(frozen=True)
 class _Form:
-    fill: Callable[[Row, int, int, int, int], None]
+    fill: Callable[[ActionRow, int, int, int, int], None]
     """Takes the row, p, m, v and r."""
     chunks: int = 1
     """Of a rank: so many, and no other number; with `more_chunks` so many or more."""
@@ -107,7 +118,7 @@ def _check_numbers(name: str, form: _Form, ranks: int, microbatches: int, chunks
         )
 
 
-def _fitting(schedule: Schedule, ranks: int, microbatches: int, chunks: int) -> Schedule:
+def _fitting(schedule: PipelineSchedule, ranks: int, microbatches: int, chunks: int) -> PipelineSchedule:
     """`schedule`, if its numbers are those that were asked for; 0 asks for none."""
     held = max(len(schedule.stages_of(rank)) for rank in range(schedule.ranks))
     for what, wanted, has in (

@@ -7,14 +7,14 @@ sends that wait, knowing nothing of the schedule: the second proof beside the fi
 from itertools import product
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.pipeline.actions import Action, Kind, Schedule
 from mpillm.parallel.blocking import Step, programs, run_blocking
+from mpillm.parallel.pipeline.actions import Action, Kind, PipelineSchedule
 from mpillm.parallel.pipeline.order import execution_order
 
 __all__ = ["Step", "ascending", "check", "programs", "run_blocking"]
 
 
-def check(schedule: Schedule, forward_only: bool = False) -> None:
+def check(schedule: PipelineSchedule, forward_only: bool = False) -> None:
     """Raise LayoutError with the first fault of `schedule`; one that is `forward_only` needs no backwards.
 
     Each stage lies on one rank. Each stage does one F with each microbatch, then B, or I and later W. The messages
@@ -31,7 +31,7 @@ def check(schedule: Schedule, forward_only: bool = False) -> None:
     execution_order(schedule)
 
 
-def ascending(schedule: Schedule) -> bool:
+def ascending(schedule: PipelineSchedule) -> bool:
     """Whether each stage goes through the microbatches from 0 up, forwards and in what makes weight gradients (B, W).
 
     Then gradients are summed in the same order by whichever schedule.
@@ -47,7 +47,7 @@ def ascending(schedule: Schedule) -> bool:
     return True
 
 
-def _placement_fault(schedule: Schedule) -> str:
+def _placement_fault(schedule: PipelineSchedule) -> str:
     holders: dict[int, int] = {}
     for rank, row in enumerate(schedule.rows):
         if not row:
@@ -68,7 +68,7 @@ def _placement_fault(schedule: Schedule) -> str:
     return "" if missing is None else f"stage {missing} of {schedule.stages} lies on no rank; give its actions a row"
 
 
-def _count_fault(schedule: Schedule, forward_only: bool) -> str:
+def _count_fault(schedule: PipelineSchedule, forward_only: bool) -> str:
     for rank, row in enumerate(schedule.rows):
         for index, action in enumerate(row):
             if schedule.places[action] != (rank, index):
@@ -89,7 +89,7 @@ def _count_fault(schedule: Schedule, forward_only: bool) -> str:
 _KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
 
 
-def _row_fault(schedule: Schedule) -> str:
+def _row_fault(schedule: PipelineSchedule) -> str:
     """F comes before all else of its stage and microbatch, I before W."""
     places = schedule.places
     for action, (rank, index) in places.items():
@@ -99,7 +99,7 @@ def _row_fault(schedule: Schedule) -> str:
     return ""
 
 
-def _message_fault(schedule: Schedule) -> str:
+def _message_fault(schedule: PipelineSchedule) -> str:
     """Each way between two stages on two ranks is a channel whose messages come out in the order they went in."""
     orders: dict[tuple[int, bool], list[Action]] = {}
     for row in schedule.rows:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from mpillm.comm.channels.channel import HandoverProfile
+from mpillm.comm.channels.channel_set import Channel, ChannelSet
 from mpillm.comm.communicator import silent
-from mpillm.comm.channels.channel_set import Edge, Mail
 from mpillm.comm.mesh import Axis
 from mpillm.errors import CommError
-from mpillm.parallel.pipeline.actions import Action, Schedule
+from mpillm.parallel.pipeline.actions import Action, PipelineSchedule
 from mpillm.parallel.pipeline.simulate import Span
-from mpillm.parallel.pipeline.stage import Stage
+from mpillm.parallel.pipeline.stage import PipelineStage
 
 # Receives that are posted on each way between two stages: one to fill while another is computed on.
 AHEAD = 2
@@ -42,7 +42,7 @@ class Pipeline:
     """
 
     def __init__(
-        self, axis: Axis, placement: Schedule, nbytes: int, way: str = "auto",
+        self, axis: Axis, placement: PipelineSchedule, nbytes: int, way: str = "auto",
         profile: HandoverProfile | None = None, warn: Callable[[str], None] = silent,
     ) -> None:  # fmt: skip
         self.axis, self.placement = axis, placement
@@ -50,33 +50,33 @@ class Pipeline:
         pairs = [(stage, stage + 1) for stage in range(placement.stages - 1) if holders[stage] != holders[stage + 1]]
         # Behind each action whose result travels there is an edge: of the forwards down, of the gradients up.
         self._edges = {way_on: number for number, way_on in enumerate([*pairs, *((b, a) for a, b in pairs)])}
-        edges = [Edge(holders[sender], holders[receiver], nbytes) for sender, receiver in self._edges]
-        self._mail = Mail(axis.comm, edges, way=way, profile=profile, warn=warn)
+        edges = [Channel(holders[sender], holders[receiver], nbytes) for sender, receiver in self._edges]
+        self._mail = ChannelSet(axis.comm, edges, way=way, profile=profile, warn=warn)
 
     @property
     def ways(self) -> list[str]:
         """How streams pass between ranks, without repetition."""
         return list(dict.fromkeys(self._mail.ways))
 
-    def run(self, schedule: Schedule, stages: Mapping[int, Stage], stream: Stream) -> list[Span]:
+    def run(self, schedule: PipelineSchedule, stages: Mapping[int, PipelineStage], stream: Stream) -> list[Span]:
         """Do this rank's row of `schedule` with its `stages`; every rank of the axis calls it with the same schedule.
 
         Returns when each computed: seconds of time.perf_counter. When it returns, all that was sent is on its way.
         """
         assert schedule.rank_of == self.placement.rank_of
-        return _Run(self._mail, self._edges, schedule, self.axis.rank, stages, stream).go()
+        return _RowExecution(self._mail, self._edges, schedule, self.axis.rank, stages, stream).go()
 
     def close(self) -> None:
         """Every rank of the axis calls it; nothing runs afterwards."""
         self._mail.free()
 
 
-class _Run:
+class _RowExecution:
     """One rank's row under way."""
 
     def __init__(
-        self, mail: Mail, edges: Mapping[tuple[int, int], int], schedule: Schedule, rank: int,
-        stages: Mapping[int, Stage], stream: Stream,
+        self, mail: ChannelSet, edges: Mapping[tuple[int, int], int], schedule: PipelineSchedule, rank: int,
+        stages: Mapping[int, PipelineStage], stream: Stream,
     ) -> None:  # fmt: skip
         self._mail, self._edges, self._schedule = mail, edges, schedule
         self._row, self._stages, self._stream = schedule.rows[rank], stages, stream

@@ -13,9 +13,9 @@ from typing import Any
 from rich.text import Text
 
 from mpillm.errors import UsageError
-from mpillm.system.atomic import replacing
-from mpillm.parallel.pipeline.actions import KINDS, Schedule
+from mpillm.parallel.pipeline.actions import KINDS, PipelineSchedule
 from mpillm.parallel.pipeline.simulate import Span, Timeline
+from mpillm.system.atomic import replacing
 
 COLOURS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
     {"F": (122, 162, 247), "B": (115, 200, 130), "I": (90, 205, 205), "W": (240, 190, 90)}
@@ -29,7 +29,7 @@ IDLE = "·"
 FONT_POINTS, DIGIT_SHARE = 7, 0.65
 
 
-def gantt_text(timeline: Timeline, schedule: Schedule, width: int) -> list[Text]:
+def gantt_text(timeline: Timeline, schedule: PipelineSchedule, width: int) -> list[Text]:
     """The chart in lines of at most `width` columns: legend, a line a rank, time.
 
     To scale, with the microbatch in each cell, if that finds room; else a column is a slice of time, and has the letter
@@ -59,7 +59,7 @@ def _scale(timeline: Timeline, room: int) -> tuple[float, bool]:
     return room / timeline.makespan, False
 
 
-def _cells(spans: tuple[Span, ...], columns: float, schedule: Schedule) -> Iterator[tuple[str, str]]:
+def _cells(spans: tuple[Span, ...], columns: float, schedule: PipelineSchedule) -> Iterator[tuple[str, str]]:
     """(text, style) of the waits and the actions of a rank."""
     at = 0
     for span in spans:
@@ -70,7 +70,9 @@ def _cells(spans: tuple[Span, ...], columns: float, schedule: Schedule) -> Itera
         at = end
 
 
-def _slices(spans: tuple[Span, ...], columns: float, makespan: float, schedule: Schedule) -> Iterator[tuple[str, str]]:
+def _slices(
+    spans: tuple[Span, ...], columns: float, makespan: float, schedule: PipelineSchedule
+) -> Iterator[tuple[str, str]]:
     following = iter(spans)
     span = next(following, None)
     for column in range(int(makespan * columns + 1e-6)):
@@ -83,27 +85,27 @@ def _slices(spans: tuple[Span, ...], columns: float, makespan: float, schedule: 
             yield _letter(span, schedule), _style(span, schedule)
 
 
-def _letter(span: Span, schedule: Schedule) -> str:
+def _letter(span: Span, schedule: PipelineSchedule) -> str:
     kind = span.action.kind
     return kind.lower() if schedule.chunk_of[span.action.stage] % 2 else kind
 
 
-def _colour(kind: str, chunk: int, schedule: Schedule) -> str:
+def _colour(kind: str, chunk: int, schedule: PipelineSchedule) -> str:
     light = 1 - (1 - DARKEST) * chunk / max(schedule.chunks - 1, 1)
     return "#" + "".join(f"{round(part * light):02x}" for part in COLOURS[kind])
 
 
-def _colours(span: Span, schedule: Schedule) -> tuple[str, str]:
+def _colours(span: Span, schedule: PipelineSchedule) -> tuple[str, str]:
     """(of the letters, of the cell)."""
     cell = _colour(span.action.kind, schedule.chunk_of[span.action.stage], schedule)
     return ("white" if sum(bytes.fromhex(cell[1:])) < 3 * DARK else "black"), cell
 
 
-def _style(span: Span, schedule: Schedule) -> str:
+def _style(span: Span, schedule: PipelineSchedule) -> str:
     return " on ".join(_colours(span, schedule))
 
 
-def _legend(schedule: Schedule, columns: float | None) -> str:
+def _legend(schedule: PipelineSchedule, columns: float | None) -> str:
     """`columns` of a unit of time, where cells are not labelled."""
     present = {action.kind for row in schedule.rows for action in row}
     return "  ".join(
@@ -125,7 +127,7 @@ def _ruler(name: str, makespan: float, columns: float) -> str:
     return line
 
 
-def gantt_picture(timeline: Timeline, schedule: Schedule, path: Path) -> None:
+def gantt_picture(timeline: Timeline, schedule: PipelineSchedule, path: Path) -> None:
     """Write the chart as .svg or .png, by the name of `path`. Raises UsageError for another name, OSError."""
     kind = path.suffix.removeprefix(".")
     if kind not in ("svg", "png"):
@@ -149,7 +151,7 @@ def gantt_picture(timeline: Timeline, schedule: Schedule, path: Path) -> None:
         figure.savefig(temporary, format=kind, dpi=120)
 
 
-def _draw_rank(axes: Any, rank: int, spans: tuple[Span, ...], schedule: Schedule, points: float) -> None:
+def _draw_rank(axes: Any, rank: int, spans: tuple[Span, ...], schedule: PipelineSchedule, points: float) -> None:
     """One call a colour: thousands of separate cells would take seconds. `points`: of a unit of time."""
     bars: dict[str, list[tuple[float, float]]] = {}
     for span in spans:
@@ -165,7 +167,7 @@ def _draw_rank(axes: Any, rank: int, spans: tuple[Span, ...], schedule: Schedule
         axes.broken_barh(places, (rank - 0.4, 0.8), facecolors=colour, edgecolors="white", linewidth=line)
 
 
-def _draw_legend(figure: Any, schedule: Schedule) -> None:
+def _draw_legend(figure: Any, schedule: PipelineSchedule) -> None:
     from matplotlib.patches import Patch
 
     chunks = schedule.chunks

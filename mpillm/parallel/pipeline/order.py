@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.pipeline.actions import Action, Schedule
+from mpillm.parallel.pipeline.actions import Action, PipelineSchedule
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Wait:
     holder: int
 
 
-def execution_order(schedule: Schedule) -> list[tuple[int, Action]]:
+def execution_order(schedule: PipelineSchedule) -> list[tuple[int, Action]]:
     """(rank, action) of all actions, each behind those before it in its row and behind the one that it needs.
 
     Raises LayoutError with the circle, when the ranks would wait for one another for ever.
@@ -45,7 +45,7 @@ def execution_order(schedule: Schedule) -> list[tuple[int, Action]]:
     return order
 
 
-def waits(schedule: Schedule, heads: list[int]) -> dict[int, Wait]:
+def waits(schedule: PipelineSchedule, heads: list[int]) -> dict[int, Wait]:
     """Rank → what it waits for, of each rank that is stuck at `heads[rank]` of its row."""
     found = {}
     for rank, row in enumerate(schedule.rows):

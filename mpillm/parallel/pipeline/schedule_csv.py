@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import cast
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.pipeline.actions import Action, Kind, Schedule
+from mpillm.parallel.pipeline.actions import Action, Kind, PipelineSchedule
 from mpillm.parallel.pipeline.check import check
 
 _CELL = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
 
 
-def read_schedule(path: Path) -> Schedule:
+def read_schedule(path: Path) -> PipelineSchedule:
     """The schedule in the file `path`, checked. Stages and microbatches are counted from its cells.
 
     In older files B is the half for the input: it is read as I where the same stage and microbatch has a W and no I.
@@ -30,7 +30,7 @@ def read_schedule(path: Path) -> Schedule:
         raise LayoutError(f"{path} holds no actions; write a row a rank, with cells such as 0F0,1F0,1B0,0B0")
     every = [action for row in rows for action in row]
     named = set(every)
-    schedule = Schedule(
+    schedule = PipelineSchedule(
         path.name,
         tuple(tuple(_as_half(action, named) for action in row) for row in rows),
         max(action.stage for action in every) + 1,
@@ -40,7 +40,7 @@ def read_schedule(path: Path) -> Schedule:
     return schedule
 
 
-def write_schedule(schedule: Schedule) -> str:
+def write_schedule(schedule: PipelineSchedule) -> str:
     """The text of a file that `read_schedule` turns back into `schedule`."""
     return "".join(",".join(map(str, row)) + "\n" for row in schedule.rows)
 

@@ -11,14 +11,14 @@ from typing import Any
 import rich.console
 from rich.text import Text
 
-from mpillm.system.console import Console
 from mpillm.errors import LayoutError, UsageError
-from mpillm.system.atomic import write_text
-from mpillm.parallel.pipeline.actions import Schedule
+from mpillm.parallel.pipeline.actions import PipelineSchedule
+from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
 from mpillm.parallel.pipeline.gantt import gantt_picture, gantt_text
 from mpillm.parallel.pipeline.schedule_csv import write_schedule
-from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
 from mpillm.parallel.pipeline.simulate import Costs, Timeline, simulate
+from mpillm.system.atomic import write_text
+from mpillm.system.console import Console
 
 ALL = "all"
 
@@ -62,14 +62,14 @@ class ShareCosts:
             )
         return cls(*numbers)
 
-    def of_stages(self, schedule: Schedule) -> Costs:
+    def of_stages(self, schedule: PipelineSchedule) -> Costs:
         """Each stage takes its part of a rank's share: so schedules with one and with more stages a rank compare."""
         part = schedule.ranks / schedule.stages
         halves = (self.backward_input * part, self.backward_weight * part)
         return Costs.even(schedule.stages, self.forward * part, *halves, self.transfer)
 
 
-def report(options: ScheduleOptions, console: Console) -> None:
+def print_schedule(options: ScheduleOptions, console: Console) -> None:
     """Print the chart and the figures of a schedule, or a comparison of all, and write the files that are asked for.
 
     Raises UsageError and LayoutError.
@@ -84,7 +84,7 @@ def report(options: ScheduleOptions, console: Console) -> None:
     timeline = simulate(schedule, costs.of_stages(schedule))
     written = _write_files(options, schedule, timeline)
     if options.as_json:
-        console.write(json.dumps(figures(schedule, timeline) | {"costs": asdict(costs)}) + "\n")
+        console.write(json.dumps(schedule_figures(schedule, timeline) | {"costs": asdict(costs)}) + "\n")
         return
     console.write(_drawn(gantt_text(timeline, schedule, options.width), options))
     console.facts(f"{schedule.name}: {_numbers(schedule)}", _facts(schedule, timeline))
@@ -92,7 +92,7 @@ def report(options: ScheduleOptions, console: Console) -> None:
         console.say(f"wrote {path}")
 
 
-def figures(schedule: Schedule, timeline: Timeline) -> dict[str, Any]:
+def schedule_figures(schedule: PipelineSchedule, timeline: Timeline) -> dict[str, Any]:
     """What a schedule costs, as plain values; times in the unit of the costs."""
     held = [len(schedule.stages_of(rank)) for rank in range(schedule.ranks)]
     return {
@@ -109,12 +109,12 @@ def figures(schedule: Schedule, timeline: Timeline) -> dict[str, Any]:
     }
 
 
-def _numbers(schedule: Schedule) -> str:
+def _numbers(schedule: PipelineSchedule) -> str:
     return f"{schedule.ranks} ranks, {schedule.stages} stages, {schedule.microbatches} microbatches"
 
 
-def _facts(schedule: Schedule, timeline: Timeline) -> dict[str, str]:
-    found = figures(schedule, timeline)
+def _facts(schedule: PipelineSchedule, timeline: Timeline) -> dict[str, str]:
+    found = schedule_figures(schedule, timeline)
     peaks = ", ".join(_short(peak) for peak in found["peaks"])
     return {
         "makespan": _short(found["makespan"]),
@@ -135,7 +135,7 @@ def _compare(options: ScheduleOptions, costs: ShareCosts, console: Console) -> N
         except LayoutError as failure:
             left_out[name] = str(failure)
         else:
-            found.append(figures(schedule, simulate(schedule, costs.of_stages(schedule))))
+            found.append(schedule_figures(schedule, simulate(schedule, costs.of_stages(schedule))))
     if options.as_json:
         console.write(json.dumps({"schedules": found, "left_out": left_out, "costs": asdict(costs)}) + "\n")
         return
@@ -154,7 +154,7 @@ def _compare(options: ScheduleOptions, costs: ShareCosts, console: Console) -> N
         console.say(f"left out: {reason if reason.startswith(name) else f'{name}: {reason}'}")
 
 
-def _write_files(options: ScheduleOptions, schedule: Schedule, timeline: Timeline) -> list[Path]:
+def _write_files(options: ScheduleOptions, schedule: PipelineSchedule, timeline: Timeline) -> list[Path]:
     """The files that were written. Raises UsageError for one that cannot be."""
     for option, path in (("svg", options.svg), ("png", options.png)):
         if path is not None and path.suffix != f".{option}":

@@ -18,7 +18,7 @@ from typing import cast
 from mpillm.parallel.pipeline.actions import Action, Kind
 
 
-class Row:
+class ActionRow:
     """A rank's row as it grows. It counts microbatches: the next forward of a stage is that of the next microbatch."""
 
     def __init__(self, stages: list[int]) -> None:
@@ -43,19 +43,19 @@ class Row:
             count[stage] += 1
 
 
-def gpipe(row: Row, p: int, m: int, v: int, r: int) -> None:
+def gpipe(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
     row.add(m, "F0")
     row.add(m, "B0")
 
 
-def one_f_one_b(row: Row, p: int, m: int, v: int, r: int) -> None:
+def one_f_one_b(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
     ahead = min(m, p - r)
     row.add(ahead, "F0")
     row.add(m - ahead, "B0", "F0")
     row.add(ahead, "B0")
 
 
-def interleaved(row: Row, p: int, m: int, v: int, r: int) -> None:
+def interleaved(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
     """Chunks take turns, a round of microbatches each. Rounds of p are Megatron's; larger ones take in the rest where
     p does not divide m, so that no rank waits longer, and store a little more.
     """
@@ -69,7 +69,7 @@ def interleaved(row: Row, p: int, m: int, v: int, r: int) -> None:
     row.add(1, *backwards[m * v - ahead :])
 
 
-def zb_h1(row: Row, p: int, m: int, v: int, r: int) -> None:
+def zb_h1(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
     """As 1F1B, but a weights' half comes r microbatches after its I: later ranks have the more of them for the end."""
     ahead = min(m, p - r)
     row.add(ahead, "F0")
@@ -78,7 +78,7 @@ def zb_h1(row: Row, p: int, m: int, v: int, r: int) -> None:
     row.add(min(m, r), "W")
 
 
-def zb_v(row: Row, p: int, m: int, v: int, r: int) -> None:
+def zb_v(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
     row.add(2 * (p - r) - 1, "F0")
     row.add(r, "F1", "F0")
     row.add(p - r, "F1", "I1", "W")
@@ -89,7 +89,7 @@ def zb_v(row: Row, p: int, m: int, v: int, r: int) -> None:
     row.add(2 * r, "W")
 
 
-def dualpipe_v(row: Row, p: int, m: int, v: int, r: int) -> None:
+def dualpipe_v(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
     row.add(2 * (p - r - 1), "F0")
     row.add(r + 1, "F0", "F1")
     row.add(p - r - 1, "I1", "W", "F1")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 
-from mpillm.parallel.pipeline.actions import Action, Schedule
+from mpillm.parallel.pipeline.actions import Action, PipelineSchedule
 from mpillm.parallel.pipeline.order import execution_order
 
 
@@ -83,7 +83,7 @@ def _peak(row: tuple[Span, ...]) -> int:
     return peak
 
 
-def simulate(schedule: Schedule, costs: Costs) -> Timeline:
+def simulate(schedule: PipelineSchedule, costs: Costs) -> Timeline:
     """Play `schedule`, in time proportional to its number of actions. Raises LayoutError for a deadlock."""
     rows: list[list[Span]] = [[] for _ in schedule.rows]
     ends: dict[Action, float] = {}

@@ -12,7 +12,7 @@ from mpillm.parallel.data.replicated import GradientBuckets
 from mpillm.parallel.pipeline.split_backward import SplitBackward
 
 
-class Stage(Protocol):
+class PipelineStage(Protocol):
     """What the interpreter runs. Streams and their gradients are contiguous tensors of the shape that was agreed.
 
     The first stage is given no stream and returns no gradient, the last returns no stream and is given no gradient.

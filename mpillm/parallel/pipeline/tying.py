@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mpillm.comm.communicator import Group, silent
+from mpillm.comm.communicator import Communicator, silent
 from mpillm.comm.mesh import Axis
 from mpillm.models.decoder import Decoder
 
@@ -37,7 +37,7 @@ class Tie:
         self._head = _weight(None if end is None else end.head)
         color = int((begin is None) != (end is None))
         pair: MPI.Intracomm = axis.comm.Split(color, axis.rank)  # type: ignore[assignment]
-        self._group = Group(pair, warn=warn) if color else None
+        self._group = Communicator(pair, warn=warn) if color else None
         pair.Free()
 
     @property

@@ -14,8 +14,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mpillm.runs.report.downsample import FEWEST_TO_SMOOTH, MOST_POINTS, Curve, smooth, thin
 from mpillm.runs.history import Attempt
+from mpillm.runs.report.downsample import FEWEST_TO_SMOOTH, MOST_POINTS, Curve, smooth, thin
 
 # matplotlib draws in stand-ins, each of which becomes a variable of the page's style.
 STAND_INS: Mapping[str, str] = MappingProxyType(

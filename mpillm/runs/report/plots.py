@@ -5,17 +5,17 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mpillm.system.console import binary_bytes
-from mpillm.runs.report.downsample import curve
 from mpillm.runs.history import object_at
+from mpillm.runs.report.downsample import curve
 from mpillm.runs.report.drawing import Line, Plot, short
-from mpillm.runs.state import Standing
+from mpillm.runs.state import RunState
+from mpillm.system.console import binary_bytes
 
 WAIT, STEP_SECONDS = "_seconds", "step_seconds"
 AXIS_COLOURS = ("a", "b", "c", "d")
 
 
-def plots(standing: Standing) -> list[Plot]:
+def plots(standing: RunState) -> list[Plot]:
     """The plots over the steps; none before the first step."""
     if not standing.steps.get("step"):
         return []
@@ -32,17 +32,17 @@ def plots(standing: Standing) -> list[Plot]:
     return [plot for plot in found if plot is not None]
 
 
-def restarts(standing: Standing) -> tuple[int, ...]:
+def restarts(standing: RunState) -> tuple[int, ...]:
     """The steps from which later attempts went on."""
     return tuple(attempt.first_step for attempt in standing.attempts[1:])
 
 
-def axes_with_waits(standing: Standing) -> list[str]:
+def axes_with_waits(standing: RunState) -> list[str]:
     """The mesh axes along which waiting was measured."""
     return sorted(key.removesuffix(WAIT) for key in standing.steps if key.endswith(WAIT) and key != STEP_SECONDS)
 
 
-def _loss(standing: Standing) -> Plot:
+def _loss(standing: RunState) -> Plot:
     steps, tests = standing.steps, standing.evaluations
     losses = steps.get("loss", [math.nan] * len(steps["step"]))
     training = Line("training", "a", curve(steps["step"]), curve(losses), smoothed=True, complete=True)
@@ -59,7 +59,7 @@ def _loss(standing: Standing) -> Plot:
 
 
 def _single(
-    standing: Standing, column: str, key: str, title: str, unit: str, scale: float = 1.0, smoothed: bool = True
+    standing: RunState, column: str, key: str, title: str, unit: str, scale: float = 1.0, smoothed: bool = True
 ) -> Plot | None:
     values = standing.steps.get(column)
     if not values:
@@ -76,7 +76,7 @@ def _single(
     return Plot(key, title, unit, (line,), caption + _broken(line), from_zero=True, marks=restarts(standing))
 
 
-def _waits(standing: Standing) -> Plot | None:
+def _waits(standing: RunState) -> Plot | None:
     steps, axes = standing.steps, axes_with_waits(standing)
     if not axes or not steps.get(STEP_SECONDS):
         return None
@@ -99,7 +99,7 @@ def _waits(standing: Standing) -> Plot | None:
     )
 
 
-def _traffic(standing: Standing) -> str:
+def _traffic(standing: RunState) -> str:
     facts: Mapping[str, object] = standing.attempts[-1].facts if standing.attempts else {}
     traffic = object_at(facts, "traffic")
     told = [
@@ -108,11 +108,11 @@ def _traffic(standing: Standing) -> str:
     return f" Bytes of a rank and step, by formula: {', '.join(told)}." if told else ""
 
 
-def _bubble(standing: Standing) -> Plot | None:
+def _bubble(standing: RunState) -> Plot | None:
     return _single(standing, "bubble", "bubble", "Bubble of the pipeline", "% of computing", 1 / 100)
 
 
-def _memory(standing: Standing) -> Plot | None:
+def _memory(standing: RunState) -> Plot | None:
     values = [value for value in standing.steps.get("memory_bytes", ()) if math.isfinite(value)]
     if not values:
         return None

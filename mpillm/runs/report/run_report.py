@@ -5,20 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpillm.system.console import Console, binary_bytes, clock
 from mpillm.errors import UsageError
-from mpillm.system.atomic import write_text
 from mpillm.machine.topology import ranges_text
-from mpillm.system.versions import package_version
 from mpillm.runs.history import KILLED, Attempt, object_at
 from mpillm.runs.report.drawing import draw, draw_attempts, short
 from mpillm.runs.report.page import Figure, Page, Picture, Table, render
 from mpillm.runs.report.plots import plots
-from mpillm.runs.state import Standing, read_run
-from mpillm.runs.status import figures as status_figures
+from mpillm.runs.state import RunState, read_run
 from mpillm.runs.status import host_names, moment, state_text
+from mpillm.runs.status import run_figures as status_figures
+from mpillm.system.atomic import write_text
+from mpillm.system.console import Console, binary_bytes, clock
+from mpillm.system.versions import package_version
 
-REPORT = "report.html"
+REPORT = "write_report.html"
 BANDS = (
     "A band is an attempt, and its mark tells how it ended; dots are checkpoints; a dotted line leads from the end of "
     "an attempt to where the next one went on. Further down, such a line with a number marks the step where that "
@@ -30,7 +30,7 @@ LAST_SIGN = (
 )
 
 
-def report(run: Path, console: Console, out: Path | None = None) -> None:
+def write_report(run: Path, console: Console, out: Path | None = None) -> None:
     """Write the report of a run, at work or not, and tell its name. Raises UsageError."""
     target = out or run / REPORT
     page = make_page(read_run(run))
@@ -43,7 +43,7 @@ def report(run: Path, console: Console, out: Path | None = None) -> None:
     console.say(f"wrote {target}")
 
 
-def make_page(standing: Standing) -> Page:
+def make_page(standing: RunState) -> Page:
     found = status_figures(standing)
     tables = [_attempts_table(standing.attempts), _hosts_table(standing.attempts), _checkpoints_table(standing)]
     return Page(
@@ -60,7 +60,7 @@ def make_page(standing: Standing) -> Page:
     )
 
 
-def _key_figures(standing: Standing, found: dict[str, Any]) -> list[Figure]:
+def _key_figures(standing: RunState, found: dict[str, Any]) -> list[Figure]:
     """Those that are known."""
     last = standing.attempts[-1].facts if standing.attempts else {}
     memory = [value for value in standing.steps.get("memory_bytes", ()) if value == value]
@@ -96,7 +96,7 @@ def _times(count: int) -> str:
     return f"in {count:,} attempts" if count > 1 else "in one attempt"
 
 
-def _pictures(standing: Standing) -> list[Picture]:
+def _pictures(standing: RunState) -> list[Picture]:
     found = []
     if standing.attempts:
         ends = dict.fromkeys(attempt.how for attempt in standing.attempts)
@@ -141,7 +141,7 @@ def _hosts_table(attempts: Sequence[Attempt]) -> Table:
     return Table("Hosts", ["host", "ranks", "which"], rows, frozenset({1}), ", ".join(filter(None, told)))
 
 
-def _checkpoints_table(standing: Standing) -> Table:
+def _checkpoints_table(standing: RunState) -> Table:
     seconds = {
         str(event.facts.get("checkpoint")): event.facts.get("seconds")
         for attempt in standing.attempts

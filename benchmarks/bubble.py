@@ -1,0 +1,119 @@
+"""The bubble of each schedule, measured beside simulated: stages sleep instead of computing.
+
+    mpirun -n 4 --map-by :OVERSUBSCRIBE python benchmarks/bubble.py [--microbatches 8 --unit-ms 20 --rounds 5]
+
+Sleeping stages need no core, so the figure is about the schedule and the interpreter, also with more ranks than cores.
+Every stage's F, I and W take one unit, B two; a rank's stages share the unit where it holds several. Schedules take
+turns within each round. Told per schedule: the makespan, measured (median and quartiles) over that of the simulator,
+which is given what each action took, as the report of a run is: sleep oversleeps.
+"""
+
+import argparse
+import time
+from statistics import fmean
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from mpillm.bench.timing import in_turn
+from mpillm.comm.mesh import Mesh
+from mpillm.parallel.pipeline.actions import PipelineSchedule
+from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
+from mpillm.parallel.pipeline.executor import Pipeline, Stream
+from mpillm.parallel.pipeline.simulate import Costs, Timeline, simulate
+from mpillm.system.malloc import keep_pages
+from mpillm.train.trace import measured_costs
+
+SHAPE = (1, 64, 256)
+
+
+class Sleeping:
+    """A stage that takes its time."""
+
+    def __init__(self, stage: int, stages: int, seconds: float) -> None:
+        self.begins, self.ends, self.seconds = stage == 0, stage == stages - 1, seconds
+        self.stream = torch.zeros(SHAPE)
+
+    def forward(self, microbatch: int, stream: torch.Tensor | None) -> torch.Tensor | None:
+        time.sleep(self.seconds)
+        return None if self.ends else self.stream
+
+    def backward(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        time.sleep(2 * self.seconds)
+        return None if self.begins else self.stream
+
+    def backward_input(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        time.sleep(self.seconds)
+        return None if self.begins else self.stream
+
+    def backward_weight(self, microbatch: int) -> None:
+        time.sleep(self.seconds)
+
+
+class Contestant:
+    def __init__(self, schedule: PipelineSchedule, mesh: Mesh, unit: float) -> None:
+        self.schedule, self.axis = schedule, mesh.axis("pipeline")
+        own = schedule.stages_of(self.axis.rank)
+        self.seconds = unit / len(own)
+        self.stages = {stage: Sleeping(stage, schedule.stages, self.seconds) for stage in own}
+        self.pipeline = Pipeline(self.axis, schedule, self.stages[own[0]].stream.nbytes)
+        self._took: dict[tuple[int, str], list[float]] = {}
+
+    def makespan(self) -> float:
+        """Of one step: from the first rank's beginning to the last rank's end."""
+        comm = self.axis.comm
+        comm.Barrier()
+        spans = self.pipeline.run(self.schedule, self.stages, Stream(lambda microbatch: SHAPE))
+        for span in spans:
+            self._took.setdefault((span.action.stage, span.action.kind), []).append(span.end - span.begin)
+        begin = comm.allreduce(spans[0].begin, MPI.MIN)
+        return float(comm.allreduce(spans[-1].end, MPI.MAX) - begin)
+
+    def simulated(self) -> Timeline:
+        """With the actions' mean times. Every rank calls it."""
+        own = {key: fmean(seconds) for key, seconds in self._took.items()}
+        return simulate(self.schedule, measured_costs(self.schedule.stages, self.axis.comm.allgather(own)))
+
+    def ideal(self) -> Timeline:
+        return simulate(self.schedule, Costs.even(self.schedule.stages, *[self.seconds] * 3))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--unit-ms", type=float, default=20.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    keep_pages()  # as `mpillm train` does
+    comm = MPI.COMM_WORLD
+    mesh = Mesh(comm, {"pipeline": comm.size})
+    contestants = {
+        name: Contestant(make_schedule(name, comm.size, options.microbatches), mesh, options.unit_ms / 1e3)
+        for name in NAMES
+    }
+    found: dict[str, list[float]] = {name: [] for name in NAMES}
+    for turn in range(options.rounds + 1):
+        for name in in_turn(NAMES, turn):
+            seconds = contestants[name].makespan()
+            if turn:
+                found[name].append(seconds)
+    timelines = {name: contestant.simulated() for name, contestant in contestants.items()}
+    if comm.rank:
+        return
+    print(f"{comm.size} stages, {options.microbatches} microbatches, F = I = W = {options.unit_ms:g} ms a rank")
+    for name, timeline in timelines.items():
+        low, middle, high = np.percentile(found[name], [25, 50, 75]) / timeline.makespan
+        bubble = middle * timeline.makespan / np.mean(timeline.busy) - 1
+        print(
+            f"{name:12s} makespan {middle * timeline.makespan * 1e3:7.1f} ms, {middle:.3f} [{low:.3f}..{high:.3f}] of "
+            f"the simulated; bubble {bubble:6.1%}, simulated {timeline.bubble:6.1%}, with even stages "
+            f"{contestants[name].ideal().bubble:6.1%}"
+        )
+    gain = contestants["1f1b"].ideal().makespan / contestants["zb-h1"].ideal().makespan
+    ratios = np.array(found["1f1b"]) / np.array(found["zb-h1"])
+    print(f"zb-h1 against 1f1b: {np.median(ratios):.3f} times as fast, simulated {gain:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Load the compiled kernel: sums, team collectives and SPSC queues in shared memory (csrc/, documented in kernel.pyi).
+
+An installed package holds the compiled module next to this file. A checkout holds the C sources instead, so its Python
+files run with the compiled module of the installed package. Nothing is rebuilt at import.
+"""
+
+import hashlib
+import importlib.util
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+NAME = "mpillm.comm._kernel"
+SOURCES = Path(__file__).parent / "csrc"
+REBUILD = "pip install --no-deps --force-reinstall ."
+
+
+def source_hash(sources: Path) -> str:
+    """Hash the C sources in the order of their names, as mpillm/meson.build does at build time; "" without any."""
+    files = sorted(path for path in sources.glob("*.[ch]"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16] if files else ""
+
+
+def compiled_files() -> Iterator[Path]:
+    """The compiled modules that may serve this Python: next to this file first, then those of installed packages."""
+    suffix = str(sysconfig.get_config_var("EXT_SUFFIX"))
+    folders = [Path(__file__).parents[2], *map(Path, sys.path), Path(sysconfig.get_path("platlib"))]
+    for folder in dict.fromkeys(folders):
+        path = folder / "mpillm" / "comm" / f"_kernel{suffix}"
+        if path.is_file():
+            yield path
+
+
+def load() -> ModuleType:
+    """Load the compiled module; warn on stderr where the C sources of this checkout are not those it was built from.
+
+    Raises ImportError with the command that builds it where there is none.
+    """
+    path = next(compiled_files(), None)
+    if path is None:
+        raise ImportError(f"mpillm's compiled module is not installed for this Python; build it with `{REBUILD}`")
+    spec = importlib.util.spec_from_file_location(NAME, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    here = source_hash(SOURCES)
+    if here and here != module.SOURCE_HASH:
+        sys.stderr.write(
+            f"mpillm: warning: the C sources in {SOURCES} differ from those that {path} was built from; "
+            f"rebuild it with `{REBUILD}`\n"
+        )
+    return module
+
+
+_kernel = load()
+MOST_RANKS: int = _kernel.MOST_RANKS
+SOURCE_HASH: str = _kernel.SOURCE_HASH
+Operation, Team, SpscQueue = _kernel.Operation, _kernel.Team, _kernel.SpscQueue
+combine, scale, widen, narrow = _kernel.combine, _kernel.scale, _kernel.widen, _kernel.narrow
+team_bytes, spsc_queue_bytes = _kernel.team_bytes, _kernel.spsc_queue_bytes

@@ -1,0 +1,293 @@
+"""Every schedule over a real pipeline, beside one process that has the whole model."""
+
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+
+from mpillm.comm.mesh import Mesh
+from mpillm.errors import CommError, LayoutError
+from mpillm.models.config import DecoderConfig
+from mpillm.models.decoder import create, loss_sum
+from mpillm.parallel.pipeline.catalog import NAMES, forward_only, make_schedule
+from mpillm.parallel.pipeline.executor import Pipeline, Stream
+from mpillm.parallel.pipeline.simulate import Costs, simulate
+from mpillm.parallel.pipeline.stage import Batch
+from mpillm.parallel.settings import ParallelSettings
+from mpillm.parallel.sharded_model import ShardedModel
+from mpillm.parallel.step_plan import plan_layout
+
+ROWS, LAYERS = 8, 8
+PLAIN = DecoderConfig(layers=LAYERS, width=16, heads=2, context=12, vocab_size=40)
+CONFIGS = [
+    PLAIN,
+    DecoderConfig(
+        layers=LAYERS, width=16, heads=2, context=12, vocab_size=40, norm="layernorm", positions="learned",
+        activation="gelu", bias=True, tied=False,
+    ),
+]  # fmt: skip
+
+
+def tokens(rows=ROWS):
+    return torch.randint(40, (rows, 13), generator=torch.Generator().manual_seed(9))
+
+
+def documents(rows=ROWS):
+    return torch.tensor([[0] * 5 + [1] * 7]).repeat(rows, 1)
+
+
+def sharded(comm, config, settings, data=1, fixed_order=False, microbatch=1):
+    """The model over all ranks, and its share of the batch."""
+    mesh = Mesh(comm, {"data": data, "pipeline": comm.size // data})
+    rows = ROWS // data
+    layout = plan_layout(config, settings, data, rows, microbatch, fixed_order)
+    model = ShardedModel(config, 1, mesh, layout, settings, fixed_order=fixed_order, scored_rows=3)
+    first = mesh.axis("data").rank * rows
+    own, masks = tokens()[first : first + rows], documents()[first : first + rows]
+    bounds = layout.bounds
+    batch = Batch([own[a:b] for a, b in bounds], [masks[a:b] for a, b in bounds], ROWS * 12)
+    return model, batch
+
+
+def reference(config):
+    """One process: loss and gradients of the whole batch at once."""
+    model = create(config, 1)
+    ids = tokens()
+    loss = loss_sum(model(ids[:, :-1], documents()), ids[:, 1:]) / (ROWS * 12)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    return float(loss.detach()), {name: weight.grad for name, weight in model.named_weights()}, float(norm)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["tied", "untied"])
+@pytest.mark.parametrize("handover", ["shared", "messages"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_the_whole_model_s(comm, name, handover, config):
+    loss, gradients, norm = reference(config)
+    model, batch = sharded(comm, config, ParallelSettings(pipeline=comm.size, schedule=name, handover=handover))
+    for _ in range(2):  # the second step finds what the first left
+        passes = model.train(batch)
+        found = comm.allgather(sum(passes.losses))
+        assert sum(found) == pytest.approx(loss, rel=1e-5)
+        for part, weight in model.named_weights().items():
+            torch.testing.assert_close(weight.grad, gradients[part], rtol=1e-4, atol=1e-6, msg=part)
+        assert model.clip_(0) == pytest.approx(norm, rel=1e-5)
+    assert set().union(*comm.allgather(set(model.named_weights()))) == set(gradients)
+    model.close()
+
+
+def test_clipping_scales_every_stage_alike(comm):
+    _, gradients, norm = reference(PLAIN)
+    model, batch = sharded(comm, PLAIN, ParallelSettings(pipeline=comm.size))
+    model.train(batch)
+    assert model.clip_(norm / 3) == pytest.approx(norm, rel=1e-5)
+    for name, weight in model.named_weights().items():
+        torch.testing.assert_close(weight.grad, gradients[name] / 3, rtol=1e-4, atol=1e-6)
+    model.close()
+
+
+@pytest.mark.parametrize("overlap", ["after", "behind"])
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-v"])
+def test_pipelines_side_by_side(comm, name, overlap):
+    if comm.size % 2:
+        pytest.skip("needs an even number of ranks")
+    loss, gradients, norm = reference(PLAIN)
+    settings = ParallelSettings(pipeline=comm.size // 2, schedule=name, overlap=overlap, bucket_bytes=2048)
+    model, batch = sharded(comm, PLAIN, settings, data=2)
+    for _ in range(2):
+        assert sum(comm.allgather(sum(model.train(batch).losses))) == pytest.approx(loss, rel=1e-5)
+        for part, weight in model.named_weights().items():
+            torch.testing.assert_close(weight.grad, gradients[part], rtol=1e-4, atol=1e-6, msg=part)
+        assert model.clip_(0) == pytest.approx(norm, rel=1e-5)
+    model.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fixed_order_gives_the_bits_of_one_rank(comm, name):
+    from mpi4py import MPI
+
+    alone, whole = sharded(MPI.COMM_SELF, PLAIN, ParallelSettings(), fixed_order=True)
+    expected = alone.train(whole).losses
+    gradients = {part: weight.grad.clone() for part, weight in alone.named_weights().items()}
+    layouts = [(1, comm.size)] + ([(2, comm.size // 2)] if comm.size % 2 == 0 else [])
+    for data, pipeline in layouts:
+        settings = ParallelSettings(pipeline=pipeline, schedule=name)
+        model, batch = sharded(comm, PLAIN, settings, data, fixed_order=True)
+        losses = model.train(batch).losses
+        everywhere = [part for part in comm.allgather((model.share[0], losses)) if part[1]]
+        assert [loss for _, part in sorted(everywhere) for loss in part] == expected
+        for part, weight in model.named_weights().items():
+            assert torch.equal(weight.grad, gradients[part]), (data, pipeline, part)
+        assert model.clip_(0) == alone.clip_(0)
+        model.close()
+    alone.close()
+
+
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-v"])
+def test_scores_are_the_whole_model_s(comm, name):
+    model, _ = sharded(comm, PLAIN, ParallelSettings(pipeline=comm.size, schedule=name))
+    whole, ids, done = create(PLAIN, 1), tokens(), []
+    pieces = [ids[0:3], ids[3:6], ids[6:8], ids[0:1, :6]]
+    found = model.score(
+        4, pieces.__getitem__, lambda n: (len(pieces[n]), pieces[n].shape[1] - 1), lambda: done.append(1)
+    )
+    merged = {number: loss for part in comm.allgather(found) for number, loss in part.items()}
+    with torch.inference_mode():
+        expected = {n: float(loss_sum(whole(piece[:, :-1]), piece[:, 1:])) for n, piece in enumerate(pieces)}
+    assert merged == pytest.approx(expected, rel=1e-6)
+    assert len(done) == (4 if model.begins else 0)
+    assert model.score(0, pieces.__getitem__, lambda n: (1, 1), lambda: None) == {}
+    model.close()
+
+
+class Counting:
+    """A stage that computes nothing but counts what it stores."""
+
+    def __init__(self, stages, stage):
+        self.last, self.stage = stage == stages - 1, stage
+        self.stored = self.peak = 0
+        self.seen = []
+
+    def forward(self, microbatch, stream):
+        self.seen.append(("F", microbatch, None if stream is None else float(stream[0])))
+        self.stored += 1
+        self.peak = max(self.peak, self.stored)
+        return None if self.last else torch.full((3,), 100.0 * self.stage + microbatch)
+
+    def backward(self, microbatch, gradient, kind="B"):
+        self.seen.append((kind, microbatch, None if gradient is None else float(gradient[0])))
+        self.stored -= kind == "B"
+        return None if self.stage == 0 else torch.full((3,), -100.0 * self.stage - microbatch)
+
+    def backward_input(self, microbatch, gradient):
+        return self.backward(microbatch, gradient, "I")
+
+    def backward_weight(self, microbatch):
+        self.seen.append(("W", microbatch, None))
+        self.stored -= 1
+
+
+@pytest.mark.parametrize("microbatches", [8, 32])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_stage_is_given_its_neighbour_s_and_stores_what_was_foreseen(comm, name, microbatches):
+    axis = Mesh(comm, {"pipeline": comm.size}).axis("pipeline")
+    schedule = make_schedule(name, comm.size, microbatches)
+    pipeline = Pipeline(axis, schedule, 12)
+    stages = {stage: Counting(schedule.stages, stage) for stage in schedule.stages_of(axis.rank)}
+    spans = pipeline.run(schedule, stages, Stream(lambda microbatch: (3,)))
+    assert [span.action for span in spans] == list(schedule.rows[axis.rank])
+    assert all(one.end <= other.begin for one, other in pairwise(spans))
+    for stage, counting in stages.items():
+        for kind, microbatch, value in counting.seen:
+            if kind == "F" and stage:
+                assert value == 100.0 * (stage - 1) + microbatch
+            if kind in "BI" and not counting.last:
+                assert value == -100.0 * (stage + 1) - microbatch
+    if len(stages) == 1:
+        peaks = simulate(schedule, Costs.even(schedule.stages)).peaks
+        assert stages[axis.rank].peak == peaks[axis.rank]
+    forwards = forward_only(schedule, 5)
+    again = {stage: Counting(schedule.stages, stage) for stage in stages}
+    pipeline.run(forwards, again, Stream(lambda microbatch: (3,)))
+    assert all([m for _, m, _ in counting.seen] == list(range(5)) for counting in again.values())
+    pipeline.close()
+
+
+def test_a_stream_of_another_shape_is_refused(comm):
+    axis = Mesh(comm, {"pipeline": comm.size}).axis("pipeline")
+    schedule = make_schedule("interleaved", comm.size, 4)
+    pipeline = Pipeline(axis, schedule, 12)
+    stages = {stage: Counting(schedule.stages, stage) for stage in schedule.stages_of(axis.rank)}
+    if comm.size == 1:  # elsewhere the other ranks would wait
+        with pytest.raises(CommError, match=r"stage 0 made \(3,\) of torch.float32 in 0F0, and the stages agreed on"):
+            pipeline.run(schedule, stages, Stream(lambda microbatch: (2,)))
+        assert pipeline.ways == []
+    pipeline.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "microbatch", "words"),
+    [
+        ({"pipeline": 9}, 8, 1, "9 stages need a layer each, and the model has 8"),
+        ({"pipeline": 2, "schedule": "interleaved", "chunks": 5}, 8, 1, "10 stages need a layer each"),
+        ({"pipeline": 2}, 10, 4, "train.microbatch = 4 must divide the 10 sequences .* take one of 1, 2, 5, 10"),
+        ({"pipeline": 4, "schedule": "zb-v"}, 4, 1, "microbatches"),
+        ({"pipeline": 2, "schedule": "1f2b"}, 8, 1, "did you mean 1f1b"),
+        ({"pipeline": 2, "stages": (3, 4)}, 8, 1, r"\[3, 4\] shares out 7 layers over 2 stages"),
+        ({"pipeline": 2, "schedule": "nowhere.csv"}, 8, 1, "nowhere.csv"),
+    ],
+)
+def test_impossible_layouts_are_refused(settings, rows, microbatch, words):
+    with pytest.raises(LayoutError, match=words):
+        plan_layout(PLAIN, ParallelSettings(**settings), 1, rows, microbatch)
+
+
+@pytest.mark.parametrize(
+    ("data", "rows", "microbatch", "words"),
+    [
+        (1, 8, 0, "set train.microbatch"),
+        (2, 6, 1, "a power of two, not 6"),
+        (1, 7, 2, "must divide the 7"),
+    ],
+)
+def test_what_a_fixed_order_cannot_be_had_for(data, rows, microbatch, words):
+    with pytest.raises(LayoutError, match=words):
+        plan_layout(PLAIN, ParallelSettings(), data, rows, microbatch, fixed_order=True)
+
+
+def test_microbatches_are_chosen_where_none_are_asked_for():
+    assert plan_layout(PLAIN, ParallelSettings(pipeline=2), 1, 64, 0).microbatch == 8
+    assert plan_layout(PLAIN, ParallelSettings(pipeline=4), 1, 12, 0).microbatch == 1
+    assert plan_layout(PLAIN, ParallelSettings(), 1, 12, 0).microbatch == 12
+
+
+SCRIPT = """
+import os, signal, sys, torch
+from mpillm.comm.mesh import Mesh
+from mpillm.comm.failure import fail_together
+from mpillm.comm.world import open_world
+from mpillm.parallel.pipeline.executor import Pipeline, Stream
+from mpillm.parallel.pipeline.catalog import make_schedule
+comm = open_world()
+
+class Stage:
+    def __init__(self, stage, last): self.stage, self.last = stage, last
+    def forward(self, microbatch, stream): return None if self.last else torch.zeros(4)
+    def backward(self, microbatch, gradient):
+        if self.stage == 1 and microbatch == 2:
+            HARM
+        return None if self.stage == 0 else torch.zeros(4)
+
+with fail_together(comm):
+    axis = Mesh(comm, {"pipeline": comm.size}).axis("pipeline")
+    schedule = make_schedule("1f1b", comm.size, 8)
+    pipeline = Pipeline(axis, schedule, 16, way=sys.argv[1])
+    pipeline.run(schedule, {axis.rank: Stage(axis.rank, axis.rank == comm.size - 1)}, Stream(lambda m: (4,)))
+"""
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("way", ["shared", "messages"])
+def test_a_stage_that_raises_ends_all_with_its_reason(folder, python, way):
+    script = folder / "raise.py"
+    script.write_text(SCRIPT.replace("HARM", "raise RuntimeError('the gradient is a lie')"))
+    done = python(script, way, ranks=3, timeout=60)
+    assert done.returncode != 0
+    assert "rank 1 of 3" in done.stderr
+    assert "RuntimeError: the gradient is a lie" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.alone
+def test_a_killed_rank_is_named_by_who_waits_for_it(folder, python):
+    script = folder / "kill.py"
+    script.write_text(SCRIPT.replace("HARM", "os.kill(os.getpid(), signal.SIGKILL)"))
+    begun = time.monotonic()
+    done = python(script, "shared", ranks=3, timeout=60)
+    assert done.returncode != 0
+    assert time.monotonic() - begun < 50
+    # Whoever is faster speaks: the launcher, or a rank that has waited for half a second.
+    # MPICH's launcher speaks on stdout.
+    said = done.stdout + done.stderr
+    assert "rank 1" in said or "signal 9" in said or "Killed" in said

@@ -1,0 +1,159 @@
+"""`mpillm schedule` as a user types it."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpillm.errors import UsageError
+from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
+from mpillm.parallel.pipeline.schedule_report import ScheduleOptions, ShareCosts, print_schedule
+from mpillm.system.console import Console
+
+PAGE = Path(__file__).parents[3] / "docs/schedules.md"
+SIZE = ("--stages", "4", "--microbatches", "8")
+
+
+@pytest.mark.alone
+def test_the_chart_and_its_figures(mpillm):
+    done = mpillm("schedule", "1f1b", *SIZE)
+    assert done.returncode == 0, done.stderr
+    assert "rank 3 ·········F0 B0    F1 B1" in done.stdout
+    told = dict(re.findall(r"^  (\w[\w ]*?)  +(.*?) *$", done.stdout, re.MULTILINE))
+    assert told["makespan"] == "33"
+    assert told["ideal"].startswith("24 ")
+    assert told["bubble"].startswith("37.5% ")
+    assert told["stored at most"].startswith("4, 3, 2, 1 ")
+    assert told["messages"] == "48 a step"
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.alone
+def test_files_and_json(mpillm, folder):
+    """A schedule that was written is read again, and is the same."""
+    files = [argument for kind in ("svg", "png", "csv") for argument in (f"--{kind}", folder / f"own.{kind}")]
+    done = mpillm("schedule", "zb-v", *SIZE, *files, "--json")
+    assert done.returncode == 0, done.stderr
+    first = json.loads(done.stdout)
+    assert sorted(path.name for path in folder.iterdir()) == ["own.csv", "own.png", "own.svg"]
+    again = json.loads(mpillm("schedule", folder / "own.csv", "--json").stdout)
+    assert again == first | {"schedule": "own.csv"}
+    assert first["makespan"] == (6 * 8 + 3) / 2
+    assert first["peaks"] == [4, 4, 4, 4]
+    assert (first["ranks"], first["chunks"], first["microbatches"], first["messages"]) == (4, 2, 8, 96)
+    assert first["costs"] == {"forward": 1, "backward_input": 1, "backward_weight": 1, "transfer": 0}
+
+
+@pytest.mark.alone
+def test_costs(mpillm):
+    found = json.loads(mpillm("schedule", "interleaved", *SIZE, "--chunks", "4", "--costs", "4,4,0,0", "--json").stdout)
+    assert found["makespan"] == 8 * 8 + 3 * 2  # (p−1)(F+B)/v over the ideal
+    slower = json.loads(mpillm("schedule", "interleaved", *SIZE, "--costs", "4,4,0,1", "--json").stdout)
+    assert slower["makespan"] > found["makespan"]
+
+
+@pytest.mark.alone
+def test_all_beside_one_another(mpillm):
+    done = mpillm("schedule", "all", *SIZE)
+    assert done.returncode == 0, done.stderr
+    for name in NAMES:
+        assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
+    few = mpillm("schedule", "all", "--stages", "4", "--microbatches", "6")
+    assert "left out: zb-v on 4 ranks needs at least 8 microbatches, not 6" in few.stdout
+    found = json.loads(mpillm("schedule", "all", "--stages", "4", "--microbatches", "6", "--json").stdout)
+    assert [row["schedule"] for row in found["schedules"]] == ["gpipe", "1f1b", "interleaved", "zb-h1"]
+    assert set(found["left_out"]) == {"zb-v", "dualpipe-v"}
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("1f1b",), "1f1b needs --stages P and --microbatches M"),
+        (("all", "--stages", "2"), "all needs --stages P and --microbatches M"),
+        (("1b1f", *SIZE), "did you mean 1f1b"),
+        (("zb-v", "--stages", "4", "--microbatches", "2"), "at least 8 microbatches, not 2"),
+        (("1f1b", *SIZE, "--costs", "1,2"), "--costs takes F,B,W,T"),
+        (("1f1b", *SIZE, "--svg", "{}/a.png"), "--svg takes the name of a .svg file"),
+        (("1f1b", *SIZE, "--png", "{}/none/a.png"), "cannot write"),
+        (("1f1b", *SIZE, "--csv", "{}/none/a.csv"), "cannot write"),
+        (("all", *SIZE, "--csv", "{}/a.csv"), "name one instead of all"),
+        (("{}/none.csv",), "cannot read the schedule"),
+    ],
+)
+def test_a_mistake_is_one_line(mpillm, folder, arguments, words):
+    done = mpillm("schedule", *(argument.format(folder) for argument in arguments))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("mpillm: error: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.alone
+def test_help_shows_an_example(mpillm):
+    assert "mpillm schedule 1f1b " in mpillm("schedule", "--help").stdout.partition("Example:")[2]
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("name", ["all", "dualpipe-v"])
+def test_neither_mpi_nor_torch_is_loaded(python, folder, name):
+    picture = [] if name == "all" else ["--svg", str(folder / "a.svg")]
+    code = (
+        f"import sys\nsys.argv = ['mpillm', 'schedule', '{name}', *{[*SIZE, *picture]}]\n"
+        "from mpillm.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print('loaded:', [name for name in ('torch', 'mpi4py', 'h5py') if name in sys.modules])\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "bubble" in done.stdout
+    assert "loaded: []" in done.stdout
+
+
+@pytest.mark.alone
+def test_the_page_shows_what_is_printed(mpillm, folder):
+    """Each line below a command in docs/schedules.md is a line of its output."""
+    shown = re.findall(r"^\$ (cat|mpillm schedule) (.*)\n((?:(?!\$|```).*\n)*)", PAGE.read_text("utf-8"), re.MULTILINE)
+    assert len(shown) >= 9
+    for command, arguments, text in shown:
+        if command == "cat":
+            (folder / arguments).write_text(text)
+            continue
+        words = [str(folder / word) if word.endswith(".csv") else word for word in arguments.split()]
+        done = mpillm("schedule", *words, COLUMNS="100")
+        printed = {line.rstrip() for line in (done.stdout + done.stderr).splitlines()}
+        assert [line for line in text.splitlines() if line not in printed] == []
+
+
+@pytest.mark.alone
+def test_one_rank_speaks(mpillm, folder):
+    done = mpillm("schedule", "1f1b", *SIZE, "--csv", folder / "own.csv", ranks=3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 1
+    assert [path.name for path in folder.iterdir()] == ["own.csv"]
+    wrong = mpillm("schedule", "1b1f", *SIZE, ranks=3)
+    assert wrong.returncode != 0
+    assert wrong.stderr.count("did you mean 1f1b") == 1
+
+
+def test_a_terminal_gets_colours(capsys):
+    print_schedule(ScheduleOptions("zb-v", 2, 4, coloured=True), Console(stream=sys.stdout, watched=True))
+    assert "\x1b[" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "1,1,1", "1,1,1,1,1", "1,x,1,0", "1,-1,1,0", "1,inf,1,0", "1,nan,1,0", "0,0,0,1"])
+def test_costs_that_are_none(text):
+    with pytest.raises(UsageError, match="four numbers from 0 up"):
+        ShareCosts.parse(text)
+
+
+def test_a_rank_s_share_is_shared_by_its_stages():
+    costs = ShareCosts.parse("2,4,6,1").of_stages(make_schedule("interleaved", 2, 2, 4))
+    assert costs.forward == (0.5,) * 8
+    assert costs.backward_input == (1,) * 8
+    assert costs.backward_weight == (1.5,) * 8
+    assert costs.transfer == 1

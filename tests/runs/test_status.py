@@ -1,0 +1,245 @@
+"""`mpillm status`: where a run stands, at work or not, whole or half-written."""
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpillm.errors import LaunchError, UsageError
+from mpillm.runs.history_writer import HistoryWriter
+from mpillm.runs.lock import LOCK, RunLock
+from mpillm.runs.state import JOB, columns, read_run
+from mpillm.runs.status import Ask, print_status, run_figures
+from mpillm.system.console import Console
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mpillm.launch.current_job import CurrentJob
+from mpillm.runs.lock import RunLock
+RunLock(Path(sys.argv[1]), CurrentJob("slurm", "12"))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def facts(**changes: object) -> dict[str, object]:
+    return {
+        "ranks": 4,
+        "hosts": {"n1": [0, 1], "n2": [2, 3]},
+        "mesh": "data=4",
+        "job": None,
+        "deadline": None,
+    } | changes
+
+
+def a_run(folder: Path, steps: int = 30, goal: int = 100, **last: float) -> tuple[Path, HistoryWriter]:
+    """A run of `steps` steps, a checkpoint at step 20, which began and tells no end."""
+    run = folder / "run"
+    checkpoint = run / "checkpoints/step-00000020"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "index.json").write_text("{}")
+    lines: list[dict[str, float]] = [
+        {"step": step, "loss": 5 - step / 100, "tokens": 512 * step, "tokens_per_second": 256.0, "step_seconds": 2.0}
+        for step in range(1, steps + 1)
+    ]
+    lines[-1] |= last
+    lines.insert(20, {"step": 20, "validation_loss": 4.75})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "recipe.toml").write_text(f'[train]\nrun = "{run}"\nsteps = {goal}\n')
+    return run, HistoryWriter(run, writes=True)
+
+
+def told(run: Path, ask: Ask | None = None) -> str:
+    out = io.StringIO()
+    print_status(run, Console(stream=out), ask=ask)
+    return out.getvalue()
+
+
+def as_json(run: Path, ask: Ask | None = None) -> dict[str, Any]:
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is no JSON")
+
+    out = io.StringIO()
+    print_status(run, Console(stream=out), as_json=True, ask=ask)
+    (line,) = out.getvalue().splitlines()
+    found: dict[str, Any] = json.loads(line, parse_constant=refuse)
+    return found
+
+
+def test_a_run_at_work(tmp_path: Path) -> None:
+    run, diary = a_run(tmp_path)
+    diary.started(0, facts(deadline=time.time() + 60))
+    lock = RunLock(run, None)
+    try:
+        text, found = told(run), as_json(run)
+    finally:
+        lock.release()
+    assert "running on n1, n2 since" in text
+    assert "30 of 100" in text
+    assert "4.7000 (mean of the last steps 4.8450)" in text
+    assert "4.7500 at step 20" in text
+    assert "256 tokens/s, 2 s a step" in text
+    assert "2:20 for 70 steps; the job ends in" in text
+    assert "too early: it will save and stop before" in text
+    assert f"{run}/checkpoints/step-00000020, " in text
+    assert "it goes on by itself" in text
+    assert (found["state"], found["step"], found["steps"], found["seconds_left"]) == ("running", 30, 100, 140.0)
+    assert (found["tokens"], found["validation_step"], found["checkpoint"]["step"]) == (30 * 512, 20, 20)
+    assert str(os.getpid()) in found["holder"]
+
+
+@pytest.mark.alone
+def test_a_run_whose_process_is_killed_says_so(tmp_path: Path) -> None:
+    run, diary = a_run(tmp_path)
+    diary.started(0, facts())
+    command = [sys.executable, "-c", HOLD, str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "held\n"
+            assert as_json(run)["state"] == "running"
+            assert "job 12 (slurm)" in as_json(run)["holder"]
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert (run / LOCK).exists()
+    text = told(run)
+    assert "killed without a word; last sign 20" in text
+    assert (
+        f"look into what the job printed, then mpirun -n 4 mpillm train {run}/recipe.toml --resume goes on from step 20"
+        in text
+    )
+
+
+def environment() -> dict[str, str]:
+    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def test_runs_that_ended(tmp_path: Path) -> None:
+    run, diary = a_run(tmp_path)
+    diary.started(0, facts(ranks=1))
+    diary.ended("stopped", 30, "SIGUSR1 on rank 2")
+    assert ": SIGUSR1 on rank 2" in told(run)
+    assert as_json(run)["next"] == f"mpillm train {run}/recipe.toml --resume goes on from step 20"
+    diary.started(20, facts())
+    diary.ended("failed", 25, "the loss at step 25 is no longer a number")
+    assert ": the loss at step 25 is no longer a number" in told(run)
+    assert "mend what failed, then mpirun -n 4 mpillm train" in told(run)
+    assert "2: 1 stopped, 1 failed" in told(run)
+    diary.started(20, facts())
+    diary.ended("finished", 30)
+    assert f"mpillm evaluate {run}" in told(run)
+    assert "time left" not in told(run)
+    assert [attempt["how"] for attempt in as_json(run)["attempts"]] == ["stopped", "failed", "finished"]
+
+
+def test_what_the_scheduler_says(tmp_path: Path) -> None:
+    run, diary = a_run(tmp_path)
+    asked = []
+
+    def ask(scheduler: str, job: str) -> str:
+        asked.append((scheduler, job))
+        return "QUEUED" if scheduler == "pbs" else "COMPLETED"
+
+    def broken(scheduler: str, job: str) -> str:
+        raise LaunchError("cannot run squeue")
+
+    diary.started(0, facts(job={"scheduler": "pbs", "id": "7.head", "restart": 0}))
+    diary.ended("stopped", 30, "the time limit is near")
+    assert "pbs 7.head: QUEUED" in told(run, ask)
+    assert as_json(run, ask)["next"] == "the job goes on by itself"
+    job = {"scheduler": "slurm", "id": "12", "nodes": 2, "ranks_per_node": 3, "seconds": 5400, "partition": "short"}
+    (run / JOB).write_text(json.dumps(job | {"output": "job-12.out"}))
+    wanted = f"mpillm submit {run}/recipe.toml --nodes 2 --ranks-per-node 3 --time 01:30:00 --partition short --resume"
+    for answer in (ask, broken, None):
+        found = as_json(run, answer)
+        assert (found["job"]["id"], found["job"]["output"]) == ("12", "job-12.out")
+        assert found["next"] == f"{wanted} goes on from step 20"
+    assert "slurm 12; its output: job-12.out" in told(run)
+    assert asked == [("pbs", "7.head"), ("pbs", "7.head"), ("slurm", "12")]
+
+
+def test_a_run_that_waits_for_its_job(tmp_path: Path) -> None:
+    (tmp_path / JOB).write_text(json.dumps({"scheduler": "slurm", "id": "12"}))
+    assert "submitted, not started yet" in told(tmp_path)
+    assert "slurm 12: PENDING" in told(tmp_path, lambda *_: "PENDING")
+    assert as_json(tmp_path)["step"] == 0
+    assert as_json(tmp_path)["seconds_left"] is None
+
+
+def test_half_a_line_and_numbers_that_are_none(tmp_path: Path) -> None:
+    run, diary = a_run(tmp_path, loss=math.nan, tokens_per_second=math.inf)
+    diary.started(0, facts())
+    diary.ended("failed", 30, "the loss at step 30 is no longer a number")
+    for name in ("metrics.jsonl", "history.jsonl"):
+        with (run / name).open("a") as file:
+            file.write('{"step": 31, "lo')
+    found = as_json(run)
+    assert (found["step"], found["loss"], found["state"]) == (30, None, "failed")
+    assert found["recent_loss"] == pytest.approx(4.85)
+    assert found["tokens_per_second"] == 256.0
+    assert "nan" in told(run)
+
+
+def test_a_run_of_an_older_mpillm(tmp_path: Path) -> None:
+    run, _ = a_run(tmp_path)
+    assert "unknown: an mpillm that keeps no history trained it" in told(run)
+    assert (as_json(run)["step"], as_json(run)["attempts"]) == (30, [])
+    (run / "recipe.toml").write_text("[train]\nsteps = 30\n")
+    assert as_json(run)["state"] == "finished"
+    (run / "recipe.toml").unlink()
+    (run / "metrics.jsonl").unlink()
+    assert as_json(run)["step"] == 0
+
+
+def test_recent_means_of_the_newest_attempt(tmp_path: Path) -> None:
+    run, diary = a_run(tmp_path, step_seconds=8.0)
+    diary.started(0, facts())
+    diary.started(29, facts())
+    assert run_figures(read_run(run))["step_seconds"] == 8.0
+    diary.started(30, facts())
+    assert run_figures(read_run(run))["step_seconds"] == 2.0
+
+
+def test_what_is_no_run(tmp_path: Path) -> None:
+    run, _ = a_run(tmp_path)
+    for path, reason in (
+        (tmp_path / "nowhere", "there is no run"),
+        (run / "recipe.toml", "is a file; name the run's folder"),
+        (run / "checkpoints/step-00000020", f"is one checkpoint; name the run that it belongs to: {run}"),
+        (tmp_path, "is no run: it holds none of metrics.jsonl"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            print_status(path, Console(speaks=False))
+
+
+def test_columns() -> None:
+    found = columns([{"step": 1, "a": 1}, {"a": 7}, {"step": 2, "b": 2.5}, {"step": 3, "a": "x", "b": None}])
+    assert list(found["step"]) == [1, 2, 3]
+    assert [str(value) for value in found["a"]] == ["1.0", "nan", "nan"]
+    assert [str(value) for value in found["b"]] == ["nan", "2.5", "nan"]
+
+
+@pytest.mark.alone
+def test_the_login_node_stays_light(tmp_path: Path) -> None:
+    run, diary = a_run(tmp_path)
+    diary.started(0, facts())
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom mpillm.system.console import Console\n"
+        "from mpillm.runs.report.run_report import report\nfrom mpillm.runs.status import status\n"
+        "status(Path(sys.argv[1]), Console())\nreport(Path(sys.argv[1]), Console())\n"
+        "print('loaded:', [name for name in ('torch', 'mpi4py', 'h5py', 'tokenizers') if name in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, run], text=True, capture_output=True, check=True, env=environment()
+    )
+    assert "loaded: []" in done.stdout
