@@ -23,8 +23,12 @@ PLACES = (0, 4, 16, 28, 32, 64, 1024, PAGE_BYTES // 2, PAGE_BYTES // 2 + 16, PAG
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sum", action="store_true", help="all-reduce by shared memory, instead of messages")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sum", action="store_true", help="all-reduce by shared memory, instead of messages"
+    )
     parser.add_argument("--mib", type=int, default=4, help="MiB of a message")
     parser.add_argument("--rounds", type=int, default=60)
     options = parser.parse_args()
@@ -41,7 +45,9 @@ def main() -> None:
     if options.sum:
         group = Communicator(comm)
         for name, target in targets.items():
-            calls[name] = group.prepare("allreduce", target.view(np.float32), algorithm="shared").run
+            calls[name] = group.prepare(
+                "allreduce", target.view(np.float32), algorithm="shared"
+            ).run
     taken = np.zeros((len(PLACES), options.rounds))
     for turn in range(options.rounds):
         for name in in_turn(list(targets), turn):
@@ -52,7 +58,9 @@ def main() -> None:
     medians = np.median(slowest(comm, taken), axis=1)
     if comm.rank == 0:
         for place, seconds in zip(PLACES, medians, strict=True):
-            print(f"{place:5d} bytes into its page: {seconds * 1e6:8,.0f} µs  {seconds / medians[0]:.2f}")
+            print(
+                f"{place:5d} bytes into its page: {seconds * 1e6:8,.0f} µs  {seconds / medians[0]:.2f}"
+            )
 
 
 if __name__ == "__main__":

@@ -66,14 +66,18 @@ class Contestant:
         comm.Barrier()
         spans = self.pipeline.run(self.schedule, self.stages, Stream(lambda microbatch: SHAPE))
         for span in spans:
-            self._took.setdefault((span.action.stage, span.action.kind), []).append(span.end - span.begin)
+            self._took.setdefault((span.action.stage, span.action.kind), []).append(
+                span.end - span.begin
+            )
         begin = comm.allreduce(spans[0].begin, MPI.MIN)
         return float(comm.allreduce(spans[-1].end, MPI.MAX) - begin)
 
     def simulated(self) -> Timeline:
         """With the actions' mean times. Every rank calls it."""
         own = {key: fmean(seconds) for key, seconds in self._took.items()}
-        return simulate(self.schedule, measured_costs(self.schedule.stages, self.axis.comm.allgather(own)))
+        return simulate(
+            self.schedule, measured_costs(self.schedule.stages, self.axis.comm.allgather(own))
+        )
 
     def ideal(self) -> Timeline:
         return simulate(self.schedule, Costs.even(self.schedule.stages, *[self.seconds] * 3))
@@ -89,7 +93,9 @@ def main() -> None:
     comm = MPI.COMM_WORLD
     mesh = Mesh(comm, {"pipeline": comm.size})
     contestants = {
-        name: Contestant(make_schedule(name, comm.size, options.microbatches), mesh, options.unit_ms / 1e3)
+        name: Contestant(
+            make_schedule(name, comm.size, options.microbatches), mesh, options.unit_ms / 1e3
+        )
         for name in NAMES
     }
     found: dict[str, list[float]] = {name: [] for name in NAMES}
@@ -101,7 +107,9 @@ def main() -> None:
     timelines = {name: contestant.simulated() for name, contestant in contestants.items()}
     if comm.rank:
         return
-    print(f"{comm.size} stages, {options.microbatches} microbatches, F = I = W = {options.unit_ms:g} ms a rank")
+    print(
+        f"{comm.size} stages, {options.microbatches} microbatches, F = I = W = {options.unit_ms:g} ms a rank"
+    )
     for name, timeline in timelines.items():
         low, middle, high = np.percentile(found[name], [25, 50, 75]) / timeline.makespan
         bubble = middle * timeline.makespan / np.mean(timeline.busy) - 1

@@ -21,24 +21,50 @@ LARGE_BYTES = 64 * 1024
 OPEN_MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
-def bench(name: str, environment: Path, dtype: str, buffers: str, options: argparse.Namespace) -> list[Row]:
+def bench(
+    name: str, environment: Path, dtype: str, buffers: str, options: argparse.Namespace
+) -> list[Row]:
     """The rows of `auto`, each with the ratio to gloo beside what bench gives."""
     launch = ["mpirun", "-n", str(options.ranks)]
     if name.startswith("openmpi"):
         launch += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
     command = [
-        *launch, "python", "-m", "mpillm", "bench", "allreduce", "--json", "--check",
-        "--algorithms", f"{options.algorithm},native,gloo", "--sizes", options.sizes, "--dtype", dtype,
-        "--buffers", buffers, "--iterations", str(options.iterations), *options.bench.split(),
-    ]  # fmt: skip
+        *launch,
+        "python",
+        "-m",
+        "mpillm",
+        "bench",
+        "allreduce",
+        "--json",
+        "--check",
+        "--algorithms",
+        f"{options.algorithm},native,gloo",
+        "--sizes",
+        options.sizes,
+        "--dtype",
+        dtype,
+        "--buffers",
+        buffers,
+        "--iterations",
+        str(options.iterations),
+        *options.bench.split(),
+    ]
     path = os.pathsep.join([str(environment / "bin"), os.environ["PATH"]])
     settings = os.environ | OPEN_MPI | {"PATH": path, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as empty:
         done = subprocess.run(
-            command, env=settings, cwd=empty, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            command,
+            env=settings,
+            cwd=empty,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-3000:]}"
+        )
     return own_rows(json.loads(done.stdout[done.stdout.index("{") :]), options.algorithm)
 
 
@@ -75,19 +101,27 @@ def sum_up(rows: list[Row]) -> None:
         groups.setdefault((row["mpi"], row["buffers"], row["element"]), []).append(row)
     for (mpi, buffers, element), members in groups.items():
         least = min(row["native_ratio"] for row in members)
-        large = min((row["native_ratio"] for row in members if row["bytes"] >= LARGE_BYTES), default=None)
+        large = min(
+            (row["native_ratio"] for row in members if row["bytes"] >= LARGE_BYTES), default=None
+        )
         print(f"{mpi:8s} {buffers:6s} {element:9s} {least:6.2f} {number(large, 2):>6s}")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--environments", required=True, help="NAME=FOLDER,…; an Open MPI's name begins with openmpi")
+    parser.add_argument(
+        "--environments",
+        required=True,
+        help="NAME=FOLDER,…; an Open MPI's name begins with openmpi",
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--sizes", default="64:256M:x4")
     parser.add_argument("--dtypes", default="float32,bfloat16,float16")
     parser.add_argument("--buffers", default="warm,fresh")
     parser.add_argument("--algorithm", default="auto", help="whom to set beside native and gloo")
-    parser.add_argument("--bench", default="--in-place", help="more options of bench; in place, as training sums")
+    parser.add_argument(
+        "--bench", default="--in-place", help="more options of bench; in place, as training sums"
+    )
     parser.add_argument("--iterations", type=int, default=21)
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     return parser.parse_args()

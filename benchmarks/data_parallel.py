@@ -50,14 +50,18 @@ Step = Callable[[], None]
 
 
 def build_model(width: int, layers: int, vocab: int, length: int) -> nn.Module:
-    return create(DecoderConfig(layers=layers, width=width, heads=8, context=length, vocab_size=vocab), seed=1)
+    return create(
+        DecoderConfig(layers=layers, width=width, heads=8, context=length, vocab_size=vocab), seed=1
+    )
 
 
 def mean_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return loss_sum(model(ids[:, :-1]), ids[:, 1:]) / ids[:, 1:].numel()
 
 
-def plain_step(new_model: Callable[[], nn.Module], ids: torch.Tensor, wrap: Callable[[nn.Module], nn.Module]) -> Step:
+def plain_step(
+    new_model: Callable[[], nn.Module], ids: torch.Tensor, wrap: Callable[[nn.Module], nn.Module]
+) -> Step:
     """torch's own loop; `wrap` may make the model a DistributedDataParallel."""
     model = wrap(new_model())
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -70,7 +74,9 @@ def plain_step(new_model: Callable[[], nn.Module], ids: torch.Tensor, wrap: Call
     return step
 
 
-def our_step(new_model: Callable[[], nn.Module], ids: torch.Tensor, axis: Axis, settings: ParallelSettings) -> Step:
+def our_step(
+    new_model: Callable[[], nn.Module], ids: torch.Tensor, axis: Axis, settings: ParallelSettings
+) -> Step:
     model = new_model()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     buckets = GradientBuckets([model.parameters()], axis, settings)
@@ -126,7 +132,10 @@ def summary(rates: dict[str, list[float]]) -> dict[str, dict[str, object]]:
 
     peers = [peer for peer in ("ddp gloo", "none") if peer in rates]
     return {
-        name: {"tokens_per_second": quartiles(values), **{f"to {peer}": ratio(name, peer) for peer in peers}}
+        name: {
+            "tokens_per_second": quartiles(values),
+            **{f"to {peer}": ratio(name, peer) for peer in peers},
+        }
         for name, values in rates.items()
     }
 
@@ -141,17 +150,29 @@ def tell(result: dict[str, dict[str, object]]) -> None:
             for peer, value in row.items()
             if peer.startswith("to ")
         )
-        print(f"{name:21s} {spread(row['tokens_per_second'], 0):26s} tokens/s  {ratios}", flush=True)
+        print(
+            f"{name:21s} {spread(row['tokens_per_second'], 0):26s} tokens/s  {ratios}", flush=True
+        )
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (
-        ("rounds", 11), ("steps", 3), ("width", 384), ("layers", 8), ("vocab", 8192), ("rows", 4), ("length", 128),
-    ):  # fmt: skip
+        ("rounds", 11),
+        ("steps", 3),
+        ("width", 384),
+        ("layers", 8),
+        ("vocab", 8192),
+        ("rows", 4),
+        ("length", 128),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--ways", default="auto,after native", help=f"of ours, with commas: {', '.join(OURS)}")
-    parser.add_argument("--bucket-mib", type=int, default=0, help="the size of our buckets, where not the default's")
+    parser.add_argument(
+        "--ways", default="auto,after native", help=f"of ours, with commas: {', '.join(OURS)}"
+    )
+    parser.add_argument(
+        "--bucket-mib", type=int, default=0, help="the size of our buckets, where not the default's"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     return parser.parse_args()
 
@@ -160,7 +181,10 @@ def ours(options: argparse.Namespace) -> dict[str, ParallelSettings]:
     chosen = {name: OURS[name] for name in options.ways.split(",") if name}
     if not options.bucket_mib:
         return chosen
-    return {name: replace(settings, bucket_bytes=options.bucket_mib << 20) for name, settings in chosen.items()}
+    return {
+        name: replace(settings, bucket_bytes=options.bucket_mib << 20)
+        for name, settings in chosen.items()
+    }
 
 
 def main() -> None:
@@ -169,25 +193,36 @@ def main() -> None:
     torch.set_num_threads(1)
     join_gloo(comm)
     mesh = Mesh(comm, {"data": comm.size})
-    new_model = functools.partial(build_model, options.width, options.layers, options.vocab, options.length)
+    new_model = functools.partial(
+        build_model, options.width, options.layers, options.vocab, options.length
+    )
     generator = torch.Generator().manual_seed(comm.rank)
     ids = torch.randint(options.vocab, (options.rows, options.length + 1), generator=generator)
 
     steps = {
         "none": plain_step(new_model, ids, lambda model: model),
         "ddp gloo": plain_step(
-            new_model, ids, lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True)
+            new_model,
+            ids,
+            lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True),
         ),
-        **{name: our_step(new_model, ids, mesh.axis("data"), settings) for name, settings in ours(options).items()},
+        **{
+            name: our_step(new_model, ids, mesh.axis("data"), settings)
+            for name, settings in ours(options).items()
+        },
     }
     rates = measure(steps, comm, options.rounds, options.steps, options.rows * options.length)
     if comm.rank == 0:
         result = summary(rates)
         parameters = sum(parameter.numel() for parameter in new_model().parameters())
-        print(f"{comm.size} ranks, {parameters:,} parameters, {options.rows} × {options.length} tokens a rank and step")
+        print(
+            f"{comm.size} ranks, {parameters:,} parameters, {options.rows} × {options.length} tokens a rank and step"
+        )
         tell(result)
         if options.json:
-            options.json.write_text(json.dumps({"settings": vars(options) | {"json": None}, "ways": result}, indent=1))
+            options.json.write_text(
+                json.dumps({"settings": vars(options) | {"json": None}, "ways": result}, indent=1)
+            )
     torch.distributed.destroy_process_group()
 
 

@@ -49,7 +49,9 @@ def by_library(rows: SharedRows, group: Communicator, barrier: Call) -> Call:
     return call
 
 
-def measure(group: Communicator, calls: dict[str, Call], rounds: int, nbytes: int) -> dict[str, np.ndarray]:
+def measure(
+    group: Communicator, calls: dict[str, Call], rounds: int, nbytes: int
+) -> dict[str, np.ndarray]:
     """Seconds of each call in each round, of the slowest rank."""
     batch = max(1, min(100, 2**20 // nbytes))
     taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -87,7 +89,9 @@ def main() -> None:
                 told = []
                 for name, own in seconds.items():
                     low, middle, high = np.percentile(own / seconds["kernel"], [25, 50, 75])
-                    told.append(f"{name} {np.median(own) * 1e6:,.1f} µs ({middle:.2f} [{low:.2f}..{high:.2f}])")
+                    told.append(
+                        f"{name} {np.median(own) * 1e6:,.1f} µs ({middle:.2f} [{low:.2f}..{high:.2f}])"
+                    )
                 print(f"{element:9s} {nbytes:11,d} bytes  {'  '.join(told)}", flush=True)
             calls.clear()
             rows.free()

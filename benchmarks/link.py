@@ -55,7 +55,9 @@ def counter(interface: str) -> int:
         name, _, numbers = line.partition(":")
         if name.strip() == interface:
             return int(numbers.split()[8])
-    raise SystemExit(f"this host has no network interface {interface}; name the link's by --interface")
+    raise SystemExit(
+        f"this host has no network interface {interface}; name the link's by --interface"
+    )
 
 
 def timed(comm: MPI.Intracomm, call: Call, interface: str) -> tuple[float, int]:
@@ -111,7 +113,9 @@ def socket_calls(wire: socket.socket | None, sends: bool, nbytes: int) -> tuple[
     return one_way, both_ways
 
 
-def measure_link(comm: MPI.Intracomm, group: Communicator, options: argparse.Namespace) -> dict[str, Measured]:
+def measure_link(
+    comm: MPI.Intracomm, group: Communicator, options: argparse.Namespace
+) -> dict[str, Measured]:
     wire = connect(comm, group)
     calls = socket_calls(wire, comm.rank == group.nodes[0][0], 32 * SOCKET_BYTES)
     found = interleave(comm, dict(zip(("one way", "both ways"), calls, strict=True)), options)
@@ -170,7 +174,9 @@ def prepare(group: Communicator, array: Any, algorithm: str, text: str) -> Call:
     return call
 
 
-def contestants(group: Communicator, nbytes: int, gloo: Any, options: argparse.Namespace) -> dict[str, Call]:
+def contestants(
+    group: Communicator, nbytes: int, gloo: Any, options: argparse.Namespace
+) -> dict[str, Call]:
     """Each reduces an array of its own. Zeros: sums of sums stay what they are, round after round."""
 
     def zeros() -> Any:
@@ -180,13 +186,17 @@ def contestants(group: Communicator, nbytes: int, gloo: Any, options: argparse.N
     for name in options.algorithms.split(","):
         if name in group.algorithms("allreduce"):
             tries = ["", *filter(None, options.tries.split(","))] if name in SEGMENTED else [""]
-            found |= {f"{name} {text}".strip(): prepare(group, zeros(), name, text) for text in tries}
+            found |= {
+                f"{name} {text}".strip(): prepare(group, zeros(), name, text) for text in tries
+            }
         elif name == "gloo" and gloo:
             found[name] = gloo(zeros())
     return found
 
 
-def interleave(comm: MPI.Intracomm, calls: dict[str, Call], options: argparse.Namespace) -> dict[str, Measured]:
+def interleave(
+    comm: MPI.Intracomm, calls: dict[str, Call], options: argparse.Namespace
+) -> dict[str, Measured]:
     """Each of `calls` once a round, in changing order; the first, unmeasured round warms up."""
     found = {name: Measured() for name in calls}
     names = list(calls)
@@ -215,15 +225,20 @@ def summary(nbytes: int, found: dict[str, Measured], link_rate: float) -> list[d
 
     def row(name: str, own: Measured) -> dict[str, Any]:
         ratios = {
-            f"to_{peer}": quartiles([b / a for a, b in zip(own.seconds, found[peer].seconds, strict=True)])
+            f"to_{peer}": quartiles(
+                [b / a for a, b in zip(own.seconds, found[peer].seconds, strict=True)]
+            )
             for peer in ("native", "gloo")
             if peer in found
         }
         return {
-            "bytes": nbytes, "algorithm": name, "seconds": quartiles(own.seconds),
+            "bytes": nbytes,
+            "algorithm": name,
+            "seconds": quartiles(own.seconds),
             "link_bytes": float(np.median(own.link_bytes)),
-            "of_link": quartiles([rate / link_rate for rate in own.rates()]), **ratios,
-        }  # fmt: skip
+            "of_link": quartiles([rate / link_rate for rate in own.rates()]),
+            **ratios,
+        }
 
     return [row(name, own) for name, own in found.items()]
 
@@ -232,8 +247,12 @@ def tell_link(link: dict[str, Measured]) -> float:
     """Print the link's rates; return that of each direction when both are busy."""
     for name, own in link.items():
         megabits = quartiles([8e-6 * rate for rate in own.rates()])
-        print(f"the link by plain TCP sockets, {name}: {spread(megabits, 0)} Mbit/s each direction, headers included")
-    print(f"{'MiB':>6s}  {'algorithm':22s} {'ms':>26s}  {'MiB each way':>12s}  {'of the link':22s} × native, × gloo")
+        print(
+            f"the link by plain TCP sockets, {name}: {spread(megabits, 0)} Mbit/s each direction, headers included"
+        )
+    print(
+        f"{'MiB':>6s}  {'algorithm':22s} {'ms':>26s}  {'MiB each way':>12s}  {'of the link':22s} × native, × gloo"
+    )
     return quartiles(link["both ways"].rates())[1]
 
 
@@ -249,11 +268,16 @@ def tell(rows: list[dict[str, Any]]) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="1M,4M,16M,64M", help="bytes of float32, as mpillm bench reads them")
+    parser.add_argument(
+        "--sizes", default="1M,4M,16M,64M", help="bytes of float32, as mpillm bench reads them"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--algorithms", default=",".join([*OURS, "gloo"]))
     parser.add_argument(
-        "--try", dest="tries", default="", help="other segments and numbers in flight: SEGMENT*NUMBER,…"
+        "--try",
+        dest="tries",
+        default="",
+        help="other segments and numbers in flight: SEGMENT*NUMBER,…",
     )
     parser.add_argument("--interface", default="eth0")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
@@ -281,7 +305,9 @@ def main() -> None:
             tell(rows[-len(found) :])
     if comm.rank == 0 and options.json:
         rates = {name: quartiles(own.rates()) for name, own in link.items()}
-        options.json.write_text(json.dumps({"link_bytes_per_second": rates, "rows": rows}, indent=1))
+        options.json.write_text(
+            json.dumps({"link_bytes_per_second": rates, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,12 @@ import torch
 import torch.distributed
 from data_parallel import join_gloo, measure, quartiles
 from mpi4py import MPI
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+)
 from torch.nn import functional as F
 
 from mpillm.comm.mesh import Mesh
@@ -34,7 +39,9 @@ THEIRS = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleI
 
 
 class Ours:
-    def __init__(self, config: DecoderConfig, mesh: Mesh, layout: StepPlan, settings: ParallelSettings, ids) -> None:
+    def __init__(
+        self, config: DecoderConfig, mesh: Mesh, layout: StepPlan, settings: ParallelSettings, ids
+    ) -> None:
         self.model = ShardedModel(config, 1, mesh, layout, settings)
         self.optimizer = torch.optim.AdamW(self.model.named_weights().values(), fused=True)
         pieces = [ids[a:b] for a, b in layout.bounds]
@@ -51,8 +58,13 @@ class Ours:
 class Theirs:
     def __init__(self, name: str, config: DecoderConfig, layout: StepPlan, rank: int, ids) -> None:
         schedule, device = layout.schedule, torch.device("cpu")
-        self.parts = {stage: create(config, 1, part=layout.parts[stage]) for stage in schedule.stages_of(rank)}
-        stages = [PipelineStage(part, stage, schedule.stages, device) for stage, part in self.parts.items()]
+        self.parts = {
+            stage: create(config, 1, part=layout.parts[stage]) for stage in schedule.stages_of(rank)
+        }
+        stages = [
+            PipelineStage(part, stage, schedule.stages, device)
+            for stage, part in self.parts.items()
+        ]
         for stage in stages:
             for passes in ("forward_one_chunk", "backward_one_chunk"):
                 setattr(stage, passes, self._timed(getattr(stage, passes)))
@@ -60,8 +72,12 @@ class Theirs:
         self.schedule = THEIRS[name](held, layout.microbatches, loss_fn=_mean_loss)
         weights = [weight for part in self.parts.values() for weight in part.parameters()]
         self.optimizer = torch.optim.AdamW(weights, fused=True)
-        self.given = (ids[:, :-1].contiguous(),) if any(part.begins for part in self.parts.values()) else ()
-        self.target = ids[:, 1:].contiguous() if any(part.ends for part in self.parts.values()) else None
+        self.given = (
+            (ids[:, :-1].contiguous(),) if any(part.begins for part in self.parts.values()) else ()
+        )
+        self.target = (
+            ids[:, 1:].contiguous() if any(part.ends for part in self.parts.values()) else None
+        )
         self.busy, self.loss = 0.0, 0.0
 
     def _timed(self, call: Callable) -> Callable:
@@ -88,13 +104,23 @@ def _mean_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (
-        ("rounds", 9), ("steps", 2), ("width", 256), ("layers", 8), ("vocab", 4096), ("rows", 2), ("length", 256),
+        ("rounds", 9),
+        ("steps", 2),
+        ("width", 256),
+        ("layers", 8),
+        ("vocab", 4096),
+        ("rows", 2),
+        ("length", 256),
         ("microbatches", 8),
-    ):  # fmt: skip
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--schedules", default="1f1b,interleaved", help=f"with commas: {', '.join(THEIRS)}")
+    parser.add_argument(
+        "--schedules", default="1f1b,interleaved", help=f"with commas: {', '.join(THEIRS)}"
+    )
     parser.add_argument("--only", default="", help="one contestant alone")
-    parser.add_argument("--handover", default="auto", help="how our stages hand over: auto, shared, messages")
+    parser.add_argument(
+        "--handover", default="auto", help="how our stages hand over: auto, shared, messages"
+    )
     return parser.parse_args()
 
 
@@ -105,11 +131,17 @@ def main() -> None:
     join_gloo(comm)
     mesh = Mesh(comm, {"data": 1, "pipeline": comm.size})
     config = DecoderConfig(
-        layers=options.layers, width=options.width, heads=8, context=options.length, vocab_size=options.vocab,
+        layers=options.layers,
+        width=options.width,
+        heads=8,
+        context=options.length,
+        vocab_size=options.vocab,
         tied=False,
-    )  # fmt: skip
+    )
     rows = options.rows * options.microbatches
-    ids = torch.randint(options.vocab, (rows, options.length + 1), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        options.vocab, (rows, options.length + 1), generator=torch.Generator().manual_seed(1)
+    )
     contestants: dict[str, Ours | Theirs] = {}
     for name in options.schedules.split(","):
         settings = ParallelSettings(pipeline=comm.size, schedule=name, handover=options.handover)
@@ -128,11 +160,16 @@ def main() -> None:
 def tell(contestants, before, rates, comm, options, tokens) -> None:
     peak = comm.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     per_step = (options.rounds + 1) * options.steps
-    busy = {name: comm.allreduce(one.busy - before[name]) / comm.size / per_step for name, one in contestants.items()}
+    busy = {
+        name: comm.allreduce(one.busy - before[name]) / comm.size / per_step
+        for name, one in contestants.items()
+    }
     losses = {name: comm.allreduce(one.loss) for name, one in contestants.items()}
     if comm.rank:
         return
-    print(f"{comm.size} stages' ranks, {options.microbatches} microbatches of {options.rows} × {options.length} tokens")
+    print(
+        f"{comm.size} stages' ranks, {options.microbatches} microbatches of {options.rows} × {options.length} tokens"
+    )
     for name, found in rates.items():
         low, middle, high = quartiles(found)
         line = f"{name:17s} {middle:7,.0f} [{low:,.0f}..{high:,.0f}] tokens/s, loss {losses[name]:.5f}, "

@@ -54,14 +54,19 @@ def build(folder: Path, mebibytes: int) -> Corpus:
     with raw.open("wb") as file:
         for number in range(N_SHARDS):
             tokens = generator.integers(0, 32768, n_tokens, np.uint16)
-            lengths = 1 + generator.exponential(MEAN_DOCUMENT_TOKENS, 2 * n_tokens // MEAN_DOCUMENT_TOKENS).astype(int)
+            lengths = 1 + generator.exponential(
+                MEAN_DOCUMENT_TOKENS, 2 * n_tokens // MEAN_DOCUMENT_TOKENS
+            ).astype(int)
             ends = np.cumsum(lengths)
             ends = np.append(ends[ends < n_tokens], n_tokens)
             documents = Documents(tokens, ends, np.zeros(len(ends)), np.zeros(len(ends)))
             shards.append(write_shard(dataset / f"train-{number:05d}.h5", documents, {}))
             file.write(tokens.tobytes())
     total = sum(shard.n_docs for shard in shards)
-    splits = {"train": Split(N_SHARDS * n_tokens, total, 0, tuple(shards)), "validation": Split(0, 0, 0, ())}
+    splits = {
+        "train": Split(N_SHARDS * n_tokens, total, 0, tuple(shards)),
+        "validation": Split(0, 0, 0, ()),
+    }
     Manifest(dataset, {}, {}, splits).save()
     return Corpus(dataset, raw, N_SHARDS * n_tokens)
 
@@ -103,7 +108,9 @@ def raw_memmap(corpus: Corpus, starts: Ids, buffer: Ids) -> None:
 def shard_fetch(reader: TokenReader, starts: Ids, buffer: Ids) -> None:
     """Planning of places and reading; no order, no document boundaries."""
     for block in range(0, len(starts), PLANNED_SAMPLES):
-        plan = ReadPlan(reader, starts[block : block + PLANNED_SAMPLES], CONTEXT + 1, boundaries=False)
+        plan = ReadPlan(
+            reader, starts[block : block + PLANNED_SAMPLES], CONTEXT + 1, boundaries=False
+        )
         for first in range(0, len(plan.starts), ROWS):
             plan.fetch(first, buffer)
 
@@ -144,7 +151,9 @@ def measure(corpus: Corpus, rounds: int, windows: int) -> dict[str, list[float]]
 def show(seconds: dict[str, list[float]]) -> None:
     base = seconds["preadv, raw file"]
     mapped = seconds["numpy.memmap slices, raw file"]
-    print(f"{'variant':32} {'µs/window':>10} {'min–max':>14} {'speed / preadv':>15} {'speed / memmap':>15}")
+    print(
+        f"{'variant':32} {'µs/window':>10} {'min–max':>14} {'speed / preadv':>15} {'speed / memmap':>15}"
+    )
     for name in sorted(seconds, key=lambda name: ("raw" not in name, name)):
         own = seconds[name]
         spread = f"{min(own) * 1e6:.2f}–{max(own) * 1e6:.2f}"
@@ -152,9 +161,21 @@ def show(seconds: dict[str, list[float]]) -> None:
         print(f"{name:32} {statistics.median(own) * 1e6:10.2f} {spread:>14} {figures}")
     fetch, whole = seconds["shard reader, fetch"], seconds["whole sample"]
     goals = [
-        ("fetch ≥ 0.95 × the speed of preadv on a raw file", ratio(base, fetch), ratio(base, fetch) >= 0.95),
-        ("fetch ≥ 1.4 × the speed of numpy.memmap slices", ratio(mapped, fetch), ratio(mapped, fetch) >= 1.4),
-        ("whole sample ≤ 3 × the cost of preadv alone", ratio(whole, base), ratio(whole, base) <= 3),
+        (
+            "fetch ≥ 0.95 × the speed of preadv on a raw file",
+            ratio(base, fetch),
+            ratio(base, fetch) >= 0.95,
+        ),
+        (
+            "fetch ≥ 1.4 × the speed of numpy.memmap slices",
+            ratio(mapped, fetch),
+            ratio(mapped, fetch) >= 1.4,
+        ),
+        (
+            "whole sample ≤ 3 × the cost of preadv alone",
+            ratio(whole, base),
+            ratio(whole, base) <= 3,
+        ),
     ]
     for text, value, reached in goals:
         print(f"{'reached' if reached else 'MISSED ':8} {text}: {value:.2f}")
@@ -166,12 +187,18 @@ def ratio(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--windows", type=int, default=16384, help="per round and variant, a multiple of 64")
+    parser.add_argument(
+        "--windows", type=int, default=16384, help="per round and variant, a multiple of 64"
+    )
     parser.add_argument("--mebibytes", type=int, default=512, help="of tokens")
     parser.add_argument(
-        "--folder", type=Path, help="where to build the corpus (removed after); default: a temporary one"
+        "--folder",
+        type=Path,
+        help="where to build the corpus (removed after); default: a temporary one",
     )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="mpillm-reading-", dir=options.folder))

@@ -36,8 +36,14 @@ def launcher(ranks: int) -> list[str]:
     mpirun = str(Path(sys.executable).with_name("mpirun"))
     if not Path(mpirun).exists():
         mpirun = shutil.which("mpirun") or "mpiexec"
-    version = subprocess.run([mpirun, "--version"], text=True, capture_output=True, check=False).stdout
-    more = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"] if "Open MPI" in version or "prte" in version else []
+    version = subprocess.run(
+        [mpirun, "--version"], text=True, capture_output=True, check=False
+    ).stdout
+    more = (
+        ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+        if "Open MPI" in version or "prte" in version
+        else []
+    )
     return [mpirun, "-n", str(ranks), *more, sys.executable]
 
 
@@ -54,7 +60,11 @@ def first_step(command: Sequence[str], folder: Path) -> float:
     metrics = folder / "run/metrics.jsonl"
     begun = time.perf_counter()
     with subprocess.Popen(
-        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     ) as process:
         while not (metrics.exists() and metrics.stat().st_size):
             if process.poll() is not None or time.perf_counter() - begun > PATIENCE_SECONDS:
@@ -79,7 +89,9 @@ def compare(name: str, one: Callable[[], float], other: Callable[[], float], rou
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
@@ -91,8 +103,19 @@ def main() -> None:
         folder = Path(name)
         (folder / "text.txt").write_text("To be, or not to be, that is the question.\n" * 2000)
         (folder / "recipe.toml").write_text(RECIPE)
-        prepare = ["prepare", "text.txt", "--out", "data", "--tokenizer", "bytes", "--validation", "0"]
-        subprocess.run([sys.executable, *verb, *prepare], cwd=folder, check=True, capture_output=True)
+        prepare = [
+            "prepare",
+            "text.txt",
+            "--out",
+            "data",
+            "--tokenizer",
+            "bytes",
+            "--validation",
+            "0",
+        ]
+        subprocess.run(
+            [sys.executable, *verb, *prepare], cwd=folder, check=True, capture_output=True
+        )
         compare(
             f"mpirun -n {options.ranks} to the end of the first step, over {IMPORTS!r}",
             lambda: first_step([*mpirun, *verb, "train", "recipe.toml"], folder),

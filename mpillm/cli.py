@@ -29,7 +29,10 @@ app = typer.Typer(
 )
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Trained = Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")]
+Trained = Annotated[
+    Path,
+    typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints."),
+]
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,9 @@ def _first_alone(debug: bool) -> Iterator[Console]:
         yield Console(watched=watched(os.environ))
 
 
-@app.command(epilog="Example: mpirun -n 2 mpillm prepare stdlib --out prepared/stdlib --vocab-size 4096")
+@app.command(
+    epilog="Example: mpirun -n 2 mpillm prepare stdlib --out prepared/stdlib --vocab-size 4096"
+)
 def prepare(
     sources: Annotated[
         list[str] | None,
@@ -94,18 +99,27 @@ def prepare(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The folder to make.")] = None,
-    tokenizer: Annotated[str, typer.Option(help="bpe (trained on the text), bytes, or a tokenizer.json.")] = "bpe",
+    tokenizer: Annotated[
+        str, typer.Option(help="bpe (trained on the text), bytes, or a tokenizer.json.")
+    ] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Tokens of the BPE, specials included.")] = 8192,
-    validation: Annotated[float, typer.Option(help="The share of documents held out for validation.")] = 0.05,
+    validation: Annotated[
+        float, typer.Option(help="The share of documents held out for validation.")
+    ] = 0.05,
     glob: Annotated[str, typer.Option(help="Which files of a folder.")] = "**/*",
     end_of_text: Annotated[
         str | None, typer.Option(help="The token that ends a document, for a FILE tokenizer.")
     ] = None,
-    shard_bytes: Annotated[int, typer.Option(help="Bytes of tokens in a shard, about.")] = 256 << 20,
+    shard_bytes: Annotated[int, typer.Option(help="Bytes of tokens in a shard, about.")] = 256
+    << 20,
     seed: Annotated[int, typer.Option(help="Decides the documents' order and split.")] = 0,
     workers: Annotated[int, typer.Option(help="Threads a rank; 0: its share of the cores.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another dataset in --out.")] = False,
-    verify: Annotated[Path | None, typer.Option(help="Check every byte of a prepared folder instead.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another dataset in --out.")
+    ] = False,
+    verify: Annotated[
+        Path | None, typer.Option(help="Check every byte of a prepared folder instead.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Turn text into tokens: HDF5 shards and a manifest, the same bytes for any number of ranks."""
@@ -123,24 +137,44 @@ def prepare(
             return
         assert out is not None
         options = PrepareOptions(
-            sources=tuple(sources or ()), out=out, tokenizer=tokenizer, vocab_size=vocab_size, validation=validation,
-            glob=glob, workers=workers or job.threads, shard_bytes=shard_bytes, seed=seed, end_of_text=end_of_text,
+            sources=tuple(sources or ()),
+            out=out,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            validation=validation,
+            glob=glob,
+            workers=workers or job.threads,
+            shard_bytes=shard_bytes,
+            seed=seed,
+            end_of_text=end_of_text,
             overwrite=overwrite,
-        )  # fmt: skip
+        )
         run(options, job.comm, job.console)
 
 
-@app.command(epilog="Example: mpirun -n 2 mpillm train jobs/recipes/quickstart.toml --set train.steps=200")
+@app.command(
+    epilog="Example: mpirun -n 2 mpillm train jobs/recipes/quickstart.toml --set train.steps=200"
+)
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to train, on what, and how.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.toml", help="What to train, on what, and how.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a setting of the recipe.")
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a setting of the recipe."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
-    trace: Annotated[
-        bool, typer.Option("--trace", help="Leave RUN/trace.json: when each rank did what, for Perfetto or Chrome.")
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Tell where each rank is: host, cores, GPU.")] = False,
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace", help="Leave RUN/trace.json: when each rank did what, for Perfetto or Chrome."
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Tell where each rank is: host, cores, GPU.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Train a model as a recipe says, the data and the layers shared by the ranks.
@@ -166,8 +200,12 @@ def train(
 @app.command(epilog="Example: mpirun -n 2 mpillm evaluate runs/quickstart --baselines")
 def evaluate(
     trained: Trained,
-    data: Annotated[Path | None, typer.Option(help="Another prepared folder than the run's own.")] = None,
-    baselines: Annotated[bool, typer.Option("--baselines", help="Score a unigram and a bigram model too.")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Another prepared folder than the run's own.")
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Score a unigram and a bigram model too.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -178,14 +216,18 @@ def evaluate(
         print_evaluation(trained, data, baselines, as_json, job.comm, job.console)
 
 
-@app.command(epilog="Example: mpillm generate runs/quickstart --prompt 'def ' --max-tokens 100 --seed 1")
+@app.command(
+    epilog="Example: mpillm generate runs/quickstart --prompt 'def ' --max-tokens 100 --seed 1"
+)
 def generate(
     trained: Trained,
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     max_tokens: Annotated[int, typer.Option(help="Tokens at the most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0: from all.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that make up this probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest that make up this probability.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -194,10 +236,18 @@ def generate(
         from mpillm.infer.generate import Sampling
         from mpillm.infer.print_results import print_generation
 
-        print_generation(trained, prompt, Sampling(max_tokens, temperature, top_k, top_p, seed), job.comm, job.console)
+        print_generation(
+            trained,
+            prompt,
+            Sampling(max_tokens, temperature, top_k, top_p, seed),
+            job.comm,
+            job.console,
+        )
 
 
-@app.command(epilog="Example: mpirun -n 2 mpillm bench allreduce --sizes 64K:64M:x4 --check --plot allreduce.png")
+@app.command(
+    epilog="Example: mpirun -n 2 mpillm bench allreduce --sizes 64K:64M:x4 --check --plot allreduce.png"
+)
 def bench(
     what: Annotated[
         str,
@@ -208,27 +258,47 @@ def bench(
         ),
     ],
     sizes: Annotated[str, typer.Option(help="1K:256M:x2, 1M:4M:+1M or a list such as 64,1M.")] = "",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, int32 …; float32 where none is named.")] = "",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, int32 …; float32 where none is named.")
+    ] = "",
     algorithms: Annotated[
-        str, typer.Option(help="auto,native,shared,ring,gloo …; all that can run where none is named.")
+        str,
+        typer.Option(help="auto,native,shared,ring,gloo …; all that can run where none is named."),
     ] = "",
     iterations: Annotated[int, typer.Option(help="Rounds that are timed.")] = 20,
     warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 3,
     check: Annotated[bool, typer.Option("--check", help="Count wrong elements.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    in_place: Annotated[bool, typer.Option("--in-place", help="The result replaces the data.")] = False,
-    buffers: Annotated[str, typer.Option(help="warm: the same each time; fresh: new pages each time.")] = "warm",
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="The result replaces the data.")
+    ] = False,
+    buffers: Annotated[
+        str, typer.Option(help="warm: the same each time; fresh: new pages each time.")
+    ] = "warm",
     op: Annotated[str, typer.Option(help="sum, mean, max or min.")] = "sum",
     node_shared: Annotated[
         bool | None,
-        typer.Option("--node-shared/--private", help="Where the data lies; by default shared for auto and shared."),
+        typer.Option(
+            "--node-shared/--private",
+            help="Where the data lies; by default shared for auto and shared.",
+        ),
     ] = None,
     as_json: Json = False,
-    csv: Annotated[str, typer.Option(metavar="FILE", help="Write the figures; - prints them instead.")] = "",
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw bandwidth over size.")] = None,
-    save: Annotated[Path | None, typer.Option(metavar="PROFILE.json", help="Write the cluster profile.")] = None,
-    profile: Annotated[Path | None, typer.Option(metavar="PROFILE.json", help="Let auto choose by it.")] = None,
-    folder: Annotated[Path | None, typer.Option(metavar="DIR", help="Which file system to measure.")] = None,
+    csv: Annotated[
+        str, typer.Option(metavar="FILE", help="Write the figures; - prints them instead.")
+    ] = "",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw bandwidth over size.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="PROFILE.json", help="Write the cluster profile.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="PROFILE.json", help="Let auto choose by it.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Which file system to measure.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Measure messages, memory, arithmetic and files as OSU and nccl-tests do, and write the cluster profile."""
@@ -248,13 +318,36 @@ def bench(
             # gloo, a peer, takes its network from the environment alone, and else from the host's name.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         options = BenchOptions(
-            what=what, sizes=sizes, dtype=dtype, algorithms=algorithms, iterations=iterations, warmup=warmup,
-            check=check, device=device, in_place=in_place, buffers=buffers, op=op, node_shared=node_shared,
-            as_json=as_json, csv=csv, plot=plot, save=save, profile=profile, folder=folder, threads=job.threads,
-        )  # fmt: skip
+            what=what,
+            sizes=sizes,
+            dtype=dtype,
+            algorithms=algorithms,
+            iterations=iterations,
+            warmup=warmup,
+            check=check,
+            device=device,
+            in_place=in_place,
+            buffers=buffers,
+            op=op,
+            node_shared=node_shared,
+            as_json=as_json,
+            csv=csv,
+            plot=plot,
+            save=save,
+            profile=profile,
+            folder=folder,
+            threads=job.threads,
+        )
         paths = TrainingPaths(
-            Documents, write_shard, Split, Manifest, open_split, ReadPlan, save_checkpoint, Checkpoint
-        )  # fmt: skip
+            Documents,
+            write_shard,
+            Split,
+            Manifest,
+            open_split,
+            ReadPlan,
+            save_checkpoint,
+            Checkpoint,
+        )
         run(options, job.comm, job.console, paths, environment=dict(os.environ))
 
 
@@ -267,9 +360,15 @@ def schedule(
             help="gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v, a .csv file, or all: a comparison.",
         ),
     ],
-    stages: Annotated[int, typer.Option(metavar="P", help="Ranks of the pipeline; 0: as a .csv file has.")] = 0,
-    microbatches: Annotated[int, typer.Option(metavar="M", help="Microbatches; 0: as a .csv file has.")] = 0,
-    chunks: Annotated[int, typer.Option(metavar="V", help="Stages a rank; 0: as is usual for the schedule.")] = 0,
+    stages: Annotated[
+        int, typer.Option(metavar="P", help="Ranks of the pipeline; 0: as a .csv file has.")
+    ] = 0,
+    microbatches: Annotated[
+        int, typer.Option(metavar="M", help="Microbatches; 0: as a .csv file has.")
+    ] = 0,
+    chunks: Annotated[
+        int, typer.Option(metavar="V", help="Stages a rank; 0: as is usual for the schedule.")
+    ] = 0,
     costs: Annotated[
         str,
         typer.Option(
@@ -279,7 +378,9 @@ def schedule(
     ] = "1,1,1,0",
     svg: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the chart.")] = None,
     png: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the chart.")] = None,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Write the schedule, a row a rank.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="Write the schedule, a row a rank.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -289,9 +390,18 @@ def schedule(
         from mpillm.parallel.pipeline.schedule_report import ScheduleOptions, print_schedule
 
         options = ScheduleOptions(
-            name=name, ranks=stages, microbatches=microbatches, chunks=chunks, costs=costs, svg=svg, png=png, csv=csv,
-            as_json=as_json, width=shutil.get_terminal_size((120, 24)).columns, coloured=watched(os.environ),
-        )  # fmt: skip
+            name=name,
+            ranks=stages,
+            microbatches=microbatches,
+            chunks=chunks,
+            costs=costs,
+            svg=svg,
+            png=png,
+            csv=csv,
+            as_json=as_json,
+            width=shutil.get_terminal_size((120, 24)).columns,
+            coloured=watched(os.environ),
+        )
         print_schedule(options, console)
 
 
@@ -305,13 +415,20 @@ def doctor(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="PATH…", help="Folders that runs and data will lie in; else this one and the temporary one."
+            metavar="PATH…",
+            help="Folders that runs and data will lie in; else this one and the temporary one.",
         ),
     ] = None,
-    profile: Annotated[Path | None, typer.Option(metavar="PROFILE.json", help="A cluster profile to judge.")] = None,
-    hosts: Annotated[str, typer.Option(metavar="A,B,…", help="Hosts to reach; else those of the allocation.")] = "",
+    profile: Annotated[
+        Path | None, typer.Option(metavar="PROFILE.json", help="A cluster profile to judge.")
+    ] = None,
+    hosts: Annotated[
+        str, typer.Option(metavar="A,B,…", help="Hosts to reach; else those of the allocation.")
+    ] = "",
     gpus: Annotated[int | None, typer.Option(help="GPUs that each host should have.")] = None,
-    site: Annotated[Path | None, typer.Option(metavar="SITE.toml", help="Another site file than your own.")] = None,
+    site: Annotated[
+        Path | None, typer.Option(metavar="SITE.toml", help="Another site file than your own.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -330,33 +447,57 @@ def doctor(
             describe_cluster=_late("mpillm.machine.cluster_profile", "describe_cluster"),
             load_profile=_late("mpillm.machine.cluster_profile", "load_profile"),
         )
-        console = Console(speaks=rank_from_environment(os.environ) == 0, watched=watched(os.environ))
+        console = Console(
+            speaks=rank_from_environment(os.environ) == 0, watched=watched(os.environ)
+        )
         raise typer.Exit(run(options, console, probes, os.environ))
 
 
-@app.command(epilog="Example: mpillm submit recipe.toml --nodes 2 --ranks-per-node 64 --time 12:00:00 --dry-run")
+@app.command(
+    epilog="Example: mpillm submit recipe.toml --nodes 2 --ranks-per-node 64 --time 12:00:00 --dry-run"
+)
 def submit(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to train.")],
     nodes: Annotated[int, typer.Option(help="Nodes of the job.")],
     ranks_per_node: Annotated[int, typer.Option(help="Ranks on each.")],
     time: Annotated[str, typer.Option(help="Wall time: 1:30:00, 2-00:00:00, 90m, 2h.")],
-    scheduler: Annotated[str, typer.Option(help="slurm, pbs, lsf, or auto: the one that is here.")] = "auto",
+    scheduler: Annotated[
+        str, typer.Option(help="slurm, pbs, lsf, or auto: the one that is here.")
+    ] = "auto",
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a setting of the recipe.")
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a setting of the recipe."),
     ] = None,
     site: Annotated[
-        Path | None, typer.Option(metavar="SITE.toml", help="Instead of ~/.config/mpillm/site.toml.")
+        Path | None,
+        typer.Option(metavar="SITE.toml", help="Instead of ~/.config/mpillm/site.toml."),
     ] = None,
-    partition: Annotated[str, typer.Option(help="Slurm's partition, the queue of PBS and LSF.")] = "",
+    partition: Annotated[
+        str, typer.Option(help="Slurm's partition, the queue of PBS and LSF.")
+    ] = "",
     account: Annotated[str, typer.Option(help="The project that pays.")] = "",
     name: Annotated[str, typer.Option(help="The job's name; else the recipe's.")] = "",
-    threads: Annotated[int, typer.Option(help="Threads a rank; 0: the node's cores shared out, or 1.")] = 0,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs to ask for; else as the site file says.")] = None,
-    stage: Annotated[bool, typer.Option("--stage", help="Copy the shards to each node first.")] = False,
-    oversubscribe: Annotated[bool, typer.Option("--oversubscribe", help="Allow more threads than cores.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
-    max_restarts: Annotated[int, typer.Option(help="How often a job that ran out of time is submitted again.")] = 100,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the script, and do nothing.")] = False,
+    threads: Annotated[
+        int, typer.Option(help="Threads a rank; 0: the node's cores shared out, or 1.")
+    ] = 0,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="GPUs to ask for; else as the site file says.")
+    ] = None,
+    stage: Annotated[
+        bool, typer.Option("--stage", help="Copy the shards to each node first.")
+    ] = False,
+    oversubscribe: Annotated[
+        bool, typer.Option("--oversubscribe", help="Allow more threads than cores.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that is there.")
+    ] = False,
+    max_restarts: Annotated[
+        int, typer.Option(help="How often a job that ran out of time is submitted again.")
+    ] = 100,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the script, and do nothing.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -369,10 +510,22 @@ def submit(
         from mpillm.train.recipe import load_recipe, write_recipe
 
         options = SubmitOptions(
-            nodes=nodes, ranks_per_node=ranks_per_node, time=time, scheduler=scheduler, partition=partition,
-            account=account, name=name, threads=threads, gpus_per_node=gpus_per_node, stage=stage,
-            oversubscribe=oversubscribe, resume=resume, max_restarts=max_restarts, dry_run=dry_run, as_json=as_json,
-        )  # fmt: skip
+            nodes=nodes,
+            ranks_per_node=ranks_per_node,
+            time=time,
+            scheduler=scheduler,
+            partition=partition,
+            account=account,
+            name=name,
+            threads=threads,
+            gpus_per_node=gpus_per_node,
+            stage=stage,
+            oversubscribe=oversubscribe,
+            resume=resume,
+            max_restarts=max_restarts,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
         plan = load_recipe(recipe, overrides or ())
         submitted = SubmittedRecipe(
             recipe.stem, plan.train.run, plan.data.path, plan.parallel.profile, write_recipe(plan)
@@ -395,13 +548,20 @@ def status(
         from mpillm.launch.schedulers import job_state
         from mpillm.runs.status import print_status as tell
 
-        tell(run, console, as_json, lambda scheduler, job: job_state(scheduler, job, os.environ) or "")
+        tell(
+            run,
+            console,
+            as_json,
+            lambda scheduler, job: job_state(scheduler, job, os.environ) or "",
+        )
 
 
 @app.command(epilog="Example: mpillm report runs/quickstart --out quickstart.html")
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
-    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Instead of RUN/report.html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Instead of RUN/report.html.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Draw a run as one HTML file that needs no network: curves, hosts, recipe, failures and restarts."""

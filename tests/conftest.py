@@ -23,9 +23,23 @@ WORLD = MPI.COMM_WORLD
 wait_until_all_began(WORLD.size)
 # A singleton start leaves these behind; a child mpirun that inherits them believes to be part of the parent's job.
 FOREIGN = (
-    "OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "HYDI_", "MPI_LOCAL", "I_MPI_HYDRA", "I_MPI_MPIRUN", "MV2_COMM",
-    "MVP_COMM", "PALS_", "FLUX_TASK", "JSM_NAMESPACE", "SLURM_STEP", "SLURM_PROCID",
-)  # fmt: skip
+    "OMPI_",
+    "PMIX_",
+    "PRTE_",
+    "PMI_",
+    "HYDRA_",
+    "HYDI_",
+    "MPI_LOCAL",
+    "I_MPI_HYDRA",
+    "I_MPI_MPIRUN",
+    "MV2_COMM",
+    "MVP_COMM",
+    "PALS_",
+    "FLUX_TASK",
+    "JSM_NAMESPACE",
+    "SLURM_STEP",
+    "SLURM_PROCID",
+)
 ALLOWED = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -43,7 +57,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if WORLD.size > 1 and item.get_closest_marker("alone"):
-            item.add_marker(pytest.mark.skip(reason="starts processes of its own: serial pass only"))
+            item.add_marker(
+                pytest.mark.skip(reason="starts processes of its own: serial pass only")
+            )
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -53,7 +69,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = outcome.get_result()
     if report.failed and WORLD.size > 1:
         item.config.pluginmanager.getplugin("capturemanager").suspend_global_capture(in_=True)
-        print(f"\nrank {WORLD.rank} of {WORLD.size} failed in {item.nodeid}\n{report.longreprtext}", file=sys.stderr)
+        print(
+            f"\nrank {WORLD.rank} of {WORLD.size} failed in {item.nodeid}\n{report.longreprtext}",
+            file=sys.stderr,
+        )
         sys.stderr.flush()
         WORLD.Abort(1)
 
@@ -79,10 +98,14 @@ def documents(folder: Path, comm: MPI.Intracomm) -> Path:
     path = folder / "documents"
     if comm.rank == 0:
         chance = random.Random(7)
-        words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(2, 7))) for _ in range(300)]
+        words = [
+            "".join(chance.choices("etaoinshrdlu", k=chance.randint(2, 7))) for _ in range(300)
+        ]
         path.mkdir()
         for number in range(200):
-            sentences = [" ".join(chance.choices(words, k=8)) + ".\n" for _ in range(chance.randint(3, 12))]
+            sentences = [
+                " ".join(chance.choices(words, k=8)) + ".\n" for _ in range(chance.randint(3, 12))
+            ]
             (path / f"{number:03d}.txt").write_text("".join(sentences))
     comm.Barrier()
     return path
@@ -103,11 +126,23 @@ def mpirun_command(ranks: int) -> list[str]:
     mpirun = shutil.which("mpirun", path=folders) or shutil.which("mpiexec", path=folders)
     assert mpirun, "the suite needs an mpirun; jobs/test.sh installs one"
     oversubscribe = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
-    return [mpirun, "-n", str(ranks), *(oversubscribe if "Open MPI" in MPI.Get_library_version() else [])]
+    return [
+        mpirun,
+        "-n",
+        str(ranks),
+        *(oversubscribe if "Open MPI" in MPI.Get_library_version() else []),
+    ]
 
 
-def python_command(arguments: Sequence[str | Path], ranks: int, before: Sequence[str] = ()) -> list[str]:
-    return [*before, *(mpirun_command(ranks) if ranks > 1 else []), sys.executable, *map(str, arguments)]
+def python_command(
+    arguments: Sequence[str | Path], ranks: int, before: Sequence[str] = ()
+) -> list[str]:
+    return [
+        *before,
+        *(mpirun_command(ranks) if ranks > 1 else []),
+        sys.executable,
+        *map(str, arguments),
+    ]
 
 
 @pytest.fixture
@@ -115,12 +150,18 @@ def begin() -> Iterator[Begin]:
     """Begin `mpillm ARGUMENTS…` on `ranks` processes, and hand the process over; it is killed at the test's end."""
     begun: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: str | Path, ranks: int = 1, **environment: str) -> "subprocess.Popen[str]":
+    def start(
+        *arguments: str | Path, ranks: int = 1, **environment: str
+    ) -> "subprocess.Popen[str]":
         command = python_command(["-m", "mpillm", *arguments], ranks)
         process = subprocess.Popen(
-            command, env=clean_environment(**environment), text=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            command,
+            env=clean_environment(**environment),
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         begun.append(process)
         return process
 
@@ -139,13 +180,21 @@ def python() -> Run:
     """
 
     def run(
-        *arguments: str | Path, ranks: int = 1, timeout: float = 240, before: Sequence[str] = (), **environment: str
+        *arguments: str | Path,
+        ranks: int = 1,
+        timeout: float = 240,
+        before: Sequence[str] = (),
+        **environment: str,
     ) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            python_command(arguments, ranks, before), env=clean_environment(**environment), timeout=timeout,
-            text=True, capture_output=True,
-            stdin=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
+            python_command(arguments, ranks, before),
+            env=clean_environment(**environment),
+            timeout=timeout,
+            text=True,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
 
     return run
 

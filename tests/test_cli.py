@@ -27,14 +27,26 @@ def text(folder: Path) -> Path:
     path = folder / "text"
     path.mkdir()
     for number in range(30):
-        (path / f"{number}.txt").write_text(f"document {number}\n" + "the quick brown fox jumps over the dog\n" * 20)
+        (path / f"{number}.txt").write_text(
+            f"document {number}\n" + "the quick brown fox jumps over the dog\n" * 20
+        )
     return path
 
 
 def test_the_whole_way_on_two_ranks(mpillm, folder: Path, text: Path) -> None:  # type: ignore[no-untyped-def]
     recipe = folder / "small.toml"
     recipe.write_text(RECIPE.format(folder=folder))
-    prepared = mpillm("prepare", text, "--out", folder / "data", "--vocab-size", "300", "--validation", "0.2", ranks=2)
+    prepared = mpillm(
+        "prepare",
+        text,
+        "--out",
+        folder / "data",
+        "--vocab-size",
+        "300",
+        "--validation",
+        "0.2",
+        ranks=2,
+    )
     assert prepared.returncode == 0, prepared.stderr
     assert "bytes/token" in prepared.stdout
     verified = mpillm("prepare", "--verify", folder / "data")
@@ -51,7 +63,10 @@ def test_the_whole_way_on_two_ranks(mpillm, folder: Path, text: Path) -> None:  
     assert scores[0] == scores[1]
     assert set(scores[0]) == {"checkpoint", "step", "data", "model", "bigram", "unigram"}
     assert scores[0]["step"] == 8
-    spoken = [mpillm("generate", folder / "run", "--prompt", "the ", "--max-tokens", "9", ranks=n) for n in (1, 2)]
+    spoken = [
+        mpillm("generate", folder / "run", "--prompt", "the ", "--max-tokens", "9", ranks=n)
+        for n in (1, 2)
+    ]
     assert spoken[0].returncode == 0, spoken[0].stderr
     # A launcher's pseudo-terminal ends lines its own way.
     assert spoken[0].stdout.split() == spoken[1].stdout.split()
@@ -92,7 +107,9 @@ def test_one_rank_speaks(mpillm) -> None:  # type: ignore[no-untyped-def]
         (("generate", "{}/none", "--prompt", "x", "--top-p", "7"), "top-p 7"),
     ],
 )
-def test_a_mistake_ends_in_one_message(mpillm, folder: Path, arguments: tuple[str, ...], words: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_mistake_ends_in_one_message(
+    mpillm, folder: Path, arguments: tuple[str, ...], words: str
+) -> None:  # type: ignore[no-untyped-def]
     done = mpillm(*(argument.format(folder) for argument in arguments))
     assert done.returncode in (1, 2)
     assert words in done.stderr

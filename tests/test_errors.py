@@ -8,7 +8,9 @@ import pytest
 from mpillm import errors
 from mpillm.errors import DataError, MismatchError, MpillmError, RecipeError, UsageError
 
-TREE: dict[str, Any] = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+TREE: dict[str, Any] = {
+    name: value for name, value in vars(errors).items() if isinstance(value, type)
+}
 
 
 def test_every_error_stems_from_the_root() -> None:
@@ -19,7 +21,17 @@ def test_every_error_stems_from_the_root() -> None:
 @pytest.mark.parametrize(
     ("code", "names"),
     [
-        (1, {"MpillmError", "LaunchError", "CommError", "DataError", "MismatchError", "CheckpointError"}),
+        (
+            1,
+            {
+                "MpillmError",
+                "LaunchError",
+                "CommError",
+                "DataError",
+                "MismatchError",
+                "CheckpointError",
+            },
+        ),
         (2, {"UsageError", "RecipeError", "LayoutError"}),
         (3, {"DivergedError"}),
     ],

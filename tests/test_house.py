@@ -29,7 +29,17 @@ BELOW: dict[str, set[str]] = {
 }
 TEXTS = {".py", ".sh", ".md", ".toml", ".txt", ".build", ".c", ".h", ".yaml", ".job"}
 SOURCES = (".py", ".pyi", ".c", ".h", ".j2")
-IGNORED = {".git", ".venv", ".venv-mpich", ".venv-openmpi", ".venv-system", "build", "dist", "prepared", "runs"}
+IGNORED = {
+    ".git",
+    ".venv",
+    ".venv-mpich",
+    ".venv-openmpi",
+    ".venv-system",
+    "build",
+    "dist",
+    "prepared",
+    "runs",
+}
 UNFINISHED = r"\b(?:TODO|FIXME|XXX)\b|(?<![\w.}>)*-])/(?:root|home|Users|work)/\w+"
 LARGEST_MEDIAN, LARGEST_FILE = 200, 600
 LARGEST_P95, LARGEST_BODY = 40, 80
@@ -40,7 +50,9 @@ def modules(house: Path) -> dict[str, ast.Module]:
     found = {}
     for path in sorted(house.rglob("*.py")):
         parts = path.relative_to(house).with_suffix("").parts
-        found[".".join(part for part in parts if part != "__init__")] = ast.parse(path.read_text(encoding="utf-8"))
+        found[".".join(part for part in parts if part != "__init__")] = ast.parse(
+            path.read_text(encoding="utf-8")
+        )
     return found
 
 
@@ -68,7 +80,9 @@ def floor_faults(house: Path) -> list[str]:
         if room in ("cli", "__main__", ""):
             continue
         if room not in BELOW:
-            faults.append(f"{module}: no floor is set for the room {room}; set one in test_house.py and the README")
+            faults.append(
+                f"{module}: no floor is set for the room {room}; set one in test_house.py and the README"
+            )
             continue
         allowed = BELOW[room] | {room} | ({"errors"} | GROUND if room != "errors" else set())
         faults += [
@@ -86,7 +100,10 @@ def circles(house: Path) -> list[str]:
     def target(name: str) -> str:
         return name if name in trees else name.rpartition(".")[0]
 
-    graph = {module: {target(name) for name in imports(tree)} - {module} for module, tree in trees.items()}
+    graph = {
+        module: {target(name) for name in imports(tree)} - {module}
+        for module, tree in trees.items()
+    }
     found: list[str] = []
     done: set[str] = set()
 
@@ -113,7 +130,9 @@ def body_lengths(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 
 def size_faults(house: Path) -> list[str]:
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in house.rglob("*.py")}
+    lengths = {
+        path: len(path.read_text(encoding="utf-8").splitlines()) for path in house.rglob("*.py")
+    }
     faults = [
         f"{path.name} has {n} lines, at most {LARGEST_FILE}: split it"
         for path, n in lengths.items()
@@ -121,18 +140,34 @@ def size_faults(house: Path) -> list[str]:
     ]
     full = [n for path, n in lengths.items() if path.name != "__init__.py"]
     if statistics.median(full) > LARGEST_MEDIAN:
-        faults.append(f"the median file has {statistics.median(full)} lines, at most {LARGEST_MEDIAN}: split some")
-    bodies = [(f"{module}.{name}", n) for module, tree in modules(house).items() for name, n in body_lengths(tree)]
-    faults += [f"{name} has a body of {n} lines, at most {LARGEST_BODY}" for name, n in bodies if n > LARGEST_BODY]
+        faults.append(
+            f"the median file has {statistics.median(full)} lines, at most {LARGEST_MEDIAN}: split some"
+        )
+    bodies = [
+        (f"{module}.{name}", n)
+        for module, tree in modules(house).items()
+        for name, n in body_lengths(tree)
+    ]
+    faults += [
+        f"{name} has a body of {n} lines, at most {LARGEST_BODY}"
+        for name, n in bodies
+        if n > LARGEST_BODY
+    ]
     p95 = sorted(n for _, n in bodies or [("", 0)])[int(0.95 * len(bodies))]
-    return faults + ([f"95% of the bodies should be within {LARGEST_P95} lines: {p95}"] if p95 > LARGEST_P95 else [])
+    return faults + (
+        [f"95% of the bodies should be within {LARGEST_P95} lines: {p95}"]
+        if p95 > LARGEST_P95
+        else []
+    )
 
 
 def listed(house: Path) -> set[str]:
     """The files in the dictionary of meson.build."""
     found, room = set(), ""
     for key, file in re.findall(
-        r"^  '([\w/]*)': \[|'([\w.]+\.(?:pyi?|c|h|j2))'", (house / "meson.build").read_text(), re.MULTILINE
+        r"^  '([\w/]*)': \[|'([\w.]+\.(?:pyi?|c|h|j2))'",
+        (house / "meson.build").read_text(),
+        re.MULTILINE,
     ):
         if file:
             found.add(f"{room}/{file}" if room else file)
@@ -151,9 +186,9 @@ def word_faults(house: Path) -> list[str]:
         text, name = path.read_text(encoding="utf-8"), str(path.relative_to(house))
         if re.search(r"^\s*(import|from) pickle\b", text, re.MULTILINE):
             faults.append(f"{name} imports pickle; mpillm stores nothing by pickle")
-        if re.search(r"\bos\.(environ|getenv)\b|\bfrom os import .*\b(environ|getenv)", text) and room_of(
-            name.replace("/", ".")
-        ) not in ("launch", "cli"):
+        if re.search(
+            r"\bos\.(environ|getenv)\b|\bfrom os import .*\b(environ|getenv)", text
+        ) and room_of(name.replace("/", ".")) not in ("launch", "cli"):
             faults.append(f"{name} reads the environment; only launch and cli do")
         if any(isinstance(node, ast.Global) for node in ast.walk(ast.parse(text))):
             faults.append(f"{name} has a global statement; hand the value on as an argument")
@@ -215,7 +250,9 @@ def test_nothing_unfinished_and_no_machine_of_ours() -> None:
 def test_the_readme_shows_every_room() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rooms = {path.name for path in HOUSE.iterdir() if (path / "__init__.py").exists()}
-    assert [room for room in sorted(rooms) if not re.search(rf"^\s+{room}/\s+\S", readme, re.MULTILINE)] == []
+    assert [
+        room for room in sorted(rooms) if not re.search(rf"^\s+{room}/\s+\S", readme, re.MULTILINE)
+    ] == []
 
 
 @pytest.mark.alone
@@ -231,23 +268,35 @@ def test_help_loads_neither_mpi_nor_torch() -> None:
 
 
 def test_planted_faults_are_found(tmp_path: Path) -> None:
-    upward = plant(tmp_path / "up", comm__mesh="from mpillm.models import decoder\n", models__decoder="")
+    upward = plant(
+        tmp_path / "up", comm__mesh="from mpillm.models import decoder\n", models__decoder=""
+    )
     assert any("comm.mesh imports models.decoder" in fault for fault in floor_faults(upward))
-    hidden = plant(tmp_path / "hidden", tokens__a="def f():\n    import mpillm.parallel.data.same_weights\n")
+    hidden = plant(
+        tmp_path / "hidden", tokens__a="def f():\n    import mpillm.parallel.data.same_weights\n"
+    )
     assert any("tokens.a imports parallel.data" in fault for fault in floor_faults(hidden))
     assert any("no floor" in fault for fault in floor_faults(plant(tmp_path / "new", cellar__a="")))
-    ring = plant(tmp_path / "ring", comm__a="from mpillm.comm.b import x\n", comm__b="import mpillm.comm.a\n")
+    ring = plant(
+        tmp_path / "ring", comm__a="from mpillm.comm.b import x\n", comm__b="import mpillm.comm.a\n"
+    )
     assert circles(ring) == ["comm.a → comm.b → comm.a"]
     long = plant(tmp_path / "long", a="def f():\n" + "    x = 1\n" * 81)
     assert any("a.f has a body of 81 lines" in fault for fault in size_faults(long))
-    assert any("601 lines" in fault for fault in size_faults(plant(tmp_path / "huge", a="x = 1\n" * 601)))
+    assert any(
+        "601 lines" in fault for fault in size_faults(plant(tmp_path / "huge", a="x = 1\n" * 601))
+    )
 
 
 def test_planted_words_are_found(tmp_path: Path) -> None:
     house = plant(
-        tmp_path, comm__a="import os\nos.environ['X']\n", comm__b="from os import getenv\n", comm__c="import pickle\n",
-        comm__d="def f():\n    global x\n    x = 1\n", launch__a="import os\nos.getenv('X')\n",
-    )  # fmt: skip
+        tmp_path,
+        comm__a="import os\nos.environ['X']\n",
+        comm__b="from os import getenv\n",
+        comm__c="import pickle\n",
+        comm__d="def f():\n    global x\n    x = 1\n",
+        launch__a="import os\nos.getenv('X')\n",
+    )
     (house / "comm/__init__.py").write_text("import os\n")
     faults = " ".join(word_faults(house))
     for word in (
@@ -267,13 +316,21 @@ def test_every_template_of_a_batch_script_is_installed() -> None:
 
 
 def test_a_forgotten_file_is_found(tmp_path: Path) -> None:
-    (tmp_path / "meson.build").write_text("rooms = {\n  '': ['a.py'],\n  'comm': [\n    'b.py',\n  ],\n}\n")
+    (tmp_path / "meson.build").write_text(
+        "rooms = {\n  '': ['a.py'],\n  'comm': [\n    'b.py',\n  ],\n}\n"
+    )
     plant(tmp_path, a="", comm__b="", comm__c="")
     assert existing(tmp_path) - listed(tmp_path) == {"comm/c.py"}
 
 
 def test_planted_unfinished_work_is_found(tmp_path: Path) -> None:
-    plant(tmp_path, a="x = 1  # TODO later\n", b="path = '/home/someone/data'\n", runs__c="# FIXME\n", d="'a/home/b'\n")
+    plant(
+        tmp_path,
+        a="x = 1  # TODO later\n",
+        b="path = '/home/someone/data'\n",
+        runs__c="# FIXME\n",
+        d="'a/home/b'\n",
+    )
     (tmp_path / "e.md").write_text("mktemp -d job.XXXXXX, https://example.org/home/page\n")
     faults = unfinished_faults(tmp_path)
     assert [fault.partition(":")[0] for fault in faults] == ["a.py", "b.py"]

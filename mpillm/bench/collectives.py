@@ -26,12 +26,19 @@ from mpillm.bench.sample_arrays import Shape, fitting_count
 from mpillm.bench.timing import interleave
 
 COLUMNS: dict[str, Show] = {
-    "bytes": whole("bytes"), "count": whole("count"), "type": text("element"),
-    "algorithm": lambda row: row["algorithm"] + f" ({row['chosen']})" * (row["algorithm"] in ("auto", FLOOR)),
+    "bytes": whole("bytes"),
+    "count": whole("count"),
+    "type": text("element"),
+    "algorithm": lambda row: (
+        row["algorithm"] + f" ({row['chosen']})" * (row["algorithm"] in ("auto", FLOOR))
+    ),
     **TIME_COLUMNS,
-    "algbw GB/s": scaled("algorithm_bytes_per_second", 1e-9), "busbw GB/s": scaled("bus_bytes_per_second", 1e-9),
-    "#wrong": text("wrong"), "× native": spread("native_ratio"), "of floor": scaled("floor_ratio", 1),
-}  # fmt: skip
+    "algbw GB/s": scaled("algorithm_bytes_per_second", 1e-9),
+    "busbw GB/s": scaled("bus_bytes_per_second", 1e-9),
+    "#wrong": text("wrong"),
+    "× native": spread("native_ratio"),
+    "of floor": scaled("floor_ratio", 1),
+}
 
 
 def run_collective(bench: Bench, what: str) -> list[Section]:
@@ -47,7 +54,10 @@ def run_collective(bench: Bench, what: str) -> list[Section]:
     ):
         for shape in shapes:
             rows += _measure(bench, shape, names, peers, advance)
-    title = f"{what}: {bench.comm.size} rank{'s' * (bench.comm.size > 1)}" + f", {options.op}" * _reduces(operation)
+    title = (
+        f"{what}: {bench.comm.size} rank{'s' * (bench.comm.size > 1)}"
+        + f", {options.op}" * _reduces(operation)
+    )
     return [Section(what, title, rows, COLUMNS)]
 
 
@@ -59,7 +69,9 @@ def shapes_of(bench: Bench, what: str) -> list[Shape]:
     """What is measured, by size; sizes that come to the same count are taken once."""
     options, comm, operation = bench.options, bench.comm, COLLECTIVES[what]
     sizes = (0,) if operation == "barrier" else options.sizes_of(what)
-    counts = [fitting_count(operation, size, options.element, comm.size) if size else 0 for size in sizes]
+    counts = [
+        fitting_count(operation, size, options.element, comm.size) if size else 0 for size in sizes
+    ]
     op = options.op if _reduces(operation) else "sum"
     return [
         Shape(operation, count, options.element, comm.size, comm.rank, options.in_place, op)
@@ -68,7 +80,11 @@ def shapes_of(bench: Bench, what: str) -> list[Shape]:
 
 
 def _measure(
-    bench: Bench, shape: Shape, names: list[str], peers: Mapping[str, Peer], advance: Callable[[], None]
+    bench: Bench,
+    shape: Shape,
+    names: list[str],
+    peers: Mapping[str, Peer],
+    advance: Callable[[], None],
 ) -> list[Row]:
     options, group = bench.options, bench.group
     memory = ArrayMemory(group, shape, options)
@@ -79,7 +95,12 @@ def _measure(
     if shape.count and options.device == "cpu":
         makes[FLOOR] = floor(shape)
     seconds = interleave(
-        bench.comm, makes, options.iterations, options.warmup, fresh=options.buffers == "fresh", advance=advance
+        bench.comm,
+        makes,
+        options.iterations,
+        options.warmup,
+        fresh=options.buffers == "fresh",
+        advance=advance,
     )
     if options.check:
         wrong = {name: max(before, _check(bench, entries)[name]) for name, before in wrong.items()}
@@ -108,7 +129,9 @@ def _check(bench: Bench, entries: Mapping[str, Contestant]) -> dict[str, int]:
     for name, entry in entries.items():
         shape = entry.memory.shape
         result, _ = entry.try_out()
-        mine = count_wrong(shape.operation, result, shape.bounds, shape.rank, shape.element, shape.op, shape.root)
+        mine = count_wrong(
+            shape.operation, result, shape.bounds, shape.rank, shape.element, shape.op, shape.root
+        )
         counts[name] = int(bench.comm.allreduce(mine))
     return counts
 
@@ -122,10 +145,16 @@ def rows_of(shape: Shape, seconds: Mapping[str, Seconds], facts: Mapping[str, Ro
     rows = []
     for name, own in seconds.items():
         row: dict[str, Any] = {
-            "operation": shape.operation, "bytes": shape.nbytes, "count": shape.count, "element": shape.element,
-            "algorithm": name, "chosen": floor_kind(shape) if name == FLOOR else name, "wrong": None,
-            "node_shared": False, **facts.get(name, {}),
-        }  # fmt: skip
+            "operation": shape.operation,
+            "bytes": shape.nbytes,
+            "count": shape.count,
+            "element": shape.element,
+            "algorithm": name,
+            "chosen": floor_kind(shape) if name == FLOOR else name,
+            "wrong": None,
+            "node_shared": False,
+            **facts.get(name, {}),
+        }
         row |= figures.collective_row(shape.operation, shape.nbytes, shape.ranks, own)
         row |= {"native_ratio": None, "native_ratio_q1": None, "native_ratio_q3": None}
         if native is not None and name != FLOOR:

@@ -28,8 +28,16 @@ COPY, IN_PLACE = "copy", "pass in place"
 SLOW = ("reference",)
 # Exist somewhere, if not for this operation or on this machine.
 KNOWN = {
-    "auto", "native", "reference", "shared", "segmented-ring", "two-level", *WAYS, *PEERS, *chain(*ALGORITHMS.values()),
-}  # fmt: skip
+    "auto",
+    "native",
+    "reference",
+    "shared",
+    "segmented-ring",
+    "two-level",
+    *WAYS,
+    *PEERS,
+    *chain(*ALGORITHMS.values()),
+}
 SHARED_BY_DEFAULT = ("auto", "shared")
 SHARED_PRIVATE = "shared, private"
 """The node-shared algorithm on private arrays: what auto must know where the data is not the library's to place."""
@@ -38,10 +46,14 @@ SHARED_PRIVATE = "shared, private"
 def runnable(group: "Communicator", operation: str, options: BenchOptions) -> tuple[str, ...]:
     """The algorithms that can run `operation` on the arrays asked for. Every rank of the group calls it."""
     on_gpu = options.device == "cuda"
-    return group.algorithms(operation, new_array(0, options.element, options.device) if on_gpu else None)
+    return group.algorithms(
+        operation, new_array(0, options.element, options.device) if on_gpu else None
+    )
 
 
-def select(asked: tuple[str, ...], here: tuple[str, ...], note: Callable[[str], None], operation: str) -> list[str]:
+def select(
+    asked: tuple[str, ...], here: tuple[str, ...], note: Callable[[str], None], operation: str
+) -> list[str]:
     """The names to measure of those that can run `here`; without any asked for all but the slow reference.
 
     Raises UsageError for a name that exists nowhere; one that cannot run here is noted.
@@ -54,7 +66,11 @@ def select(asked: tuple[str, ...], here: tuple[str, ...], note: Callable[[str], 
     for name in asked:
         if name not in here and name not in PEERS:
             note(f"{operation} has no {name} on this job")
-    return [name for name in asked if name in here] if asked else [name for name in here if name not in SLOW]
+    return (
+        [name for name in asked if name in here]
+        if asked
+        else [name for name in here if name not in SLOW]
+    )
 
 
 def peers_wanted(options: BenchOptions) -> tuple[str, ...]:
@@ -72,8 +88,15 @@ class ArrayMemory:
         self._rows: list[SharedRows | None] = []
         self._kept: dict[bool, tuple[Any, Any]] = {}
         counts = shape.counts()
-        if options.node_shared is not False and options.device == "cpu" and shape.count and shape.ranks > 1:
-            self._rows = [group.allocate(count, shape.element) if count else None for count in counts]
+        if (
+            options.node_shared is not False
+            and options.device == "cpu"
+            and shape.count
+            and shape.ranks > 1
+        ):
+            self._rows = [
+                group.allocate(count, shape.element) if count else None for count in counts
+            ]
         flats = [rows.buffer.flat if rows is not None else None for rows in self._rows]
         if flats and flats[0] is not None and (flats[1] is not None or not counts[1]):
             self._kept[True] = (flats[0], flats[1])
@@ -83,7 +106,10 @@ class ArrayMemory:
         shared = self.is_shared(algorithm)
         if not shared and (self._fresh or False not in self._kept):
             source, target = self.shape.counts()
-            new = self._new(source), self._new(target) if target or not self.shape.same_array else None
+            new = (
+                self._new(source),
+                self._new(target) if target or not self.shape.same_array else None,
+            )
             if self._fresh:
                 return new
             self._kept[False] = new
@@ -146,7 +172,11 @@ class Contestant:
 
 
 def contestants(
-    group: "Communicator", peers: Mapping[str, Peer], memory: ArrayMemory, names: list[str], options: BenchOptions
+    group: "Communicator",
+    peers: Mapping[str, Peer],
+    memory: ArrayMemory,
+    names: list[str],
+    options: BenchOptions,
 ) -> dict[str, Contestant]:
     """One for each of `names` and `peers`, in that order.
 
@@ -157,9 +187,13 @@ def contestants(
     def ours(name: str) -> Callable[[Any, Any], tuple[Call, str]]:
         def prepare(source: Any, target: Any) -> tuple[Call, str]:
             prepared = group.prepare(
-                shape.operation, source, None if shape.same_array else target, op=shape.op, root=shape.root,
+                shape.operation,
+                source,
+                None if shape.same_array else target,
+                op=shape.op,
+                root=shape.root,
                 algorithm=name,
-            )  # fmt: skip
+            )
             return prepared.bare if name == "native" else prepared.run, prepared.algorithm
 
         return prepare
@@ -168,9 +202,16 @@ def contestants(
         return lambda source, target: (peer.prepare(shape, source, target), peer.name)
 
     found = {name: Contestant(name, memory, ours(name), synchronize) for name in names}
-    if "shared" in found and not options.algorithms and options.node_shared is None and memory.is_shared("shared"):
+    if (
+        "shared" in found
+        and not options.algorithms
+        and options.node_shared is None
+        and memory.is_shared("shared")
+    ):
         found[SHARED_PRIVATE] = Contestant(SHARED_PRIVATE, memory, ours("shared"), synchronize)
-    return found | {name: Contestant(name, memory, theirs(peer), synchronize) for name, peer in peers.items()}
+    return found | {
+        name: Contestant(name, memory, theirs(peer), synchronize) for name, peer in peers.items()
+    }
 
 
 def floor(shape: Shape) -> Make:

@@ -20,8 +20,11 @@ class Times:
 
     def row(self) -> dict[str, float]:
         return {
-            "min_seconds": self.least, "median_seconds": self.median, "p99_seconds": self.p99, "max_seconds": self.most,
-        }  # fmt: skip
+            "min_seconds": self.least,
+            "median_seconds": self.median,
+            "p99_seconds": self.p99,
+            "max_seconds": self.most,
+        }
 
 
 def times(seconds: Seconds) -> Times:
@@ -45,14 +48,22 @@ def floor_share(operation: str, ranks: int) -> float:
     writes the array; a reduce-scatter the other way round. A broadcast is read by its root and written by the others.
     """
     block = 1 / ranks
-    shares = {"reduce_scatter": (1 + block) / 2, "allgather": (1 + block) / 2, "reduce": (1 + block) / 2}
+    shares = {
+        "reduce_scatter": (1 + block) / 2,
+        "allgather": (1 + block) / 2,
+        "reduce": (1 + block) / 2,
+    }
     return {**shares, "broadcast": 0.5, "barrier": 0.0}.get(operation, 1.0)
 
 
 def ratios(native: Seconds, own: Seconds) -> dict[str, float]:
     """How many times as fast as `native`: quartiles of the ratios within a round, so that a noisy round is fair."""
     low, middle, high = np.percentile(native / own, [25, 50, 75])
-    return {"native_ratio": float(middle), "native_ratio_q1": float(low), "native_ratio_q3": float(high)}
+    return {
+        "native_ratio": float(middle),
+        "native_ratio_q1": float(low),
+        "native_ratio_q3": float(high),
+    }
 
 
 def overlap(alone: float, compute: float, together: float) -> float:
@@ -69,6 +80,7 @@ def collective_row(operation: str, nbytes: int, ranks: int, seconds: Seconds) ->
     found = times(seconds)
     speed = rate(nbytes, found.median)
     return {
-        **found.row(), "algorithm_bytes_per_second": speed,
+        **found.row(),
+        "algorithm_bytes_per_second": speed,
         "bus_bytes_per_second": speed * bus_factor(operation, ranks),
-    }  # fmt: skip
+    }

@@ -31,8 +31,11 @@ WINDOWS = 16 * ROWS
 MEAN_DOCUMENT_TOKENS = 4096
 TENSORS = 16
 COLUMNS: dict[str, Show] = {
-    "path": text("path"), "bytes": whole("bytes"), **TIME_COLUMNS, "MB/s all": scaled("all_bytes_per_second", 1e-6),
-}  # fmt: skip
+    "path": text("path"),
+    "bytes": whole("bytes"),
+    **TIME_COLUMNS,
+    "MB/s all": scaled("all_bytes_per_second", 1e-6),
+}
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,12 @@ def run_filesystem(bench: Bench, paths: TrainingPaths) -> list[Section]:
     options, rows = bench.options, list[Row]()
     if options.folder is None:
         if options.what != "all":
-            raise UsageError("bench filesystem needs --folder DIR: an existing folder on the file system to measure")
-        bench.note("filesystem is left out; name a folder on the file system to measure with --folder DIR")
+            raise UsageError(
+                "bench filesystem needs --folder DIR: an existing folder on the file system to measure"
+            )
+        bench.note(
+            "filesystem is left out; name a folder on the file system to measure with --folder DIR"
+        )
         return []
     sizes = options.sizes_of("filesystem")
     with (
@@ -78,7 +85,14 @@ def run_filesystem(bench: Bench, paths: TrainingPaths) -> list[Section]:
             advance()
             rows += _checkpoint(bench, paths, folder / f"checkpoint-{size}", size)
             advance()
-    return [Section("filesystem", f"filesystem: {options.folder}, {bench.comm.size} ranks at once", rows, COLUMNS)]
+    return [
+        Section(
+            "filesystem",
+            f"filesystem: {options.folder}, {bench.comm.size} ranks at once",
+            rows,
+            COLUMNS,
+        )
+    ]
 
 
 @contextmanager
@@ -108,8 +122,12 @@ def _tokens(bench: Bench, paths: TrainingPaths, folder: Path, nbytes: int) -> li
     """Write a shard a rank, then read random windows of all shards: warm, cold, and cold with the kernel told ahead."""
     comm, options = bench.comm, bench.options
     on_root(comm, folder.mkdir)
-    tokens = np.random.default_rng(comm.rank).integers(0, 32768, max(nbytes // 2, 2 * WINDOW_TOKENS), np.uint16)
-    ends = np.append(np.arange(MEAN_DOCUMENT_TOKENS, len(tokens), MEAN_DOCUMENT_TOKENS), len(tokens))
+    tokens = np.random.default_rng(comm.rank).integers(
+        0, 32768, max(nbytes // 2, 2 * WINDOW_TOKENS), np.uint16
+    )
+    ends = np.append(
+        np.arange(MEAN_DOCUMENT_TOKENS, len(tokens), MEAN_DOCUMENT_TOKENS), len(tokens)
+    )
     nothing = np.zeros(len(ends), np.uint64)
     documents = paths.documents(tokens, ends, nothing, nothing)
     started = time.perf_counter()
@@ -119,14 +137,18 @@ def _tokens(bench: Bench, paths: TrainingPaths, folder: Path, nbytes: int) -> li
     total = sum(shard.n_tokens for shard in shards)
     split = paths.split(total, len(ends) * comm.size, 0, shards)
     empty = paths.split(0, 0, 0, ())
-    on_root(comm, lambda: paths.manifest(folder, {}, {}, {"train": split, "validation": empty}).save())
+    on_root(
+        comm, lambda: paths.manifest(folder, {}, {}, {"train": split, "validation": empty}).save()
+    )
     rows = [_row("write shards", tokens.nbytes, comm.size, slowest(comm, written))]
     out = np.empty((ROWS, WINDOW_TOKENS), np.uint16)
     draw = np.random.default_rng(1000 + comm.rank)
     with paths.open_split(folder, "train") as reader:
 
         def read(ahead: bool) -> float:
-            plan = paths.plan(reader, draw.integers(0, total - WINDOW_TOKENS, WINDOWS), WINDOW_TOKENS)
+            plan = paths.plan(
+                reader, draw.integers(0, total - WINDOW_TOKENS, WINDOWS), WINDOW_TOKENS
+            )
             started = time.perf_counter()
             if ahead:
                 plan.advise(0, WINDOWS)
@@ -150,7 +172,10 @@ def _checkpoint(bench: Bench, paths: TrainingPaths, folder: Path, nbytes: int) -
     comm = bench.comm
     on_root(comm, folder.mkdir)
     count = max(1, nbytes * comm.size // 4 // TENSORS)
-    tensors = {f"model/layers/{index}/weight": torch.full((count,), float(index)) for index in range(TENSORS)}
+    tensors = {
+        f"model/layers/{index}/weight": torch.full((count,), float(index))
+        for index in range(TENSORS)
+    }
     whole = TENSORS * count * 4
     iterations = min(3, bench.options.iterations)
     made: list[Path] = []
@@ -176,7 +201,9 @@ def _checkpoint(bench: Bench, paths: TrainingPaths, folder: Path, nbytes: int) -
     ]
 
 
-def _rounds(comm: "MPI.Intracomm", once: Callable[[], float], before: Call, iterations: int) -> figures.Seconds:
+def _rounds(
+    comm: "MPI.Intracomm", once: Callable[[], float], before: Call, iterations: int
+) -> figures.Seconds:
     measured = []
     for _ in range(iterations):
         before()
@@ -203,6 +230,8 @@ def _forgetter(comm: "MPI.Intracomm", folder: Path) -> Call:
 def _row(path: str, nbytes: int, ranks: int, seconds: figures.Seconds) -> Row:
     times = figures.times(seconds)
     return {
-        "path": path, "bytes": nbytes, **times.row(),
+        "path": path,
+        "bytes": nbytes,
+        **times.row(),
         "all_bytes_per_second": figures.rate(ranks * nbytes, times.median),
-    }  # fmt: skip
+    }

@@ -17,7 +17,9 @@ class Fit:
     relative_error: float
 
     def seconds(self, nbytes: float) -> float:
-        return self.latency_seconds + (nbytes / self.bytes_per_second if self.bytes_per_second else 0.0)
+        return self.latency_seconds + (
+            nbytes / self.bytes_per_second if self.bytes_per_second else 0.0
+        )
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Fit:

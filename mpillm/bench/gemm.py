@@ -12,9 +12,12 @@ from mpillm.errors import UsageError
 LONGEST_SECONDS = 1.0
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 COLUMNS: dict[str, Show] = {
-    "type": text("element"), "edge": whole("edge"), **TIME_COLUMNS,
-    "GFLOP/s a rank": scaled("flops_per_second", 1e-9), "GFLOP/s all": scaled("all_flops_per_second", 1e-9),
-}  # fmt: skip
+    "type": text("element"),
+    "edge": whole("edge"),
+    **TIME_COLUMNS,
+    "GFLOP/s a rank": scaled("flops_per_second", 1e-9),
+    "GFLOP/s all": scaled("all_flops_per_second", 1e-9),
+}
 
 
 def run_gemm(bench: Bench) -> list[Section]:
@@ -23,7 +26,9 @@ def run_gemm(bench: Bench) -> list[Section]:
 
     options, comm, rows = bench.options, bench.comm, list[Row]()
     if options.dtype and options.dtype not in FLOATS and options.what == "gemm":
-        raise UsageError(f"gemm multiplies floats, not --dtype {options.dtype}; take one of {', '.join(FLOATS)}")
+        raise UsageError(
+            f"gemm multiplies floats, not --dtype {options.dtype}; take one of {', '.join(FLOATS)}"
+        )
     elements = (options.dtype,) if options.dtype in FLOATS else FLOATS[:2]
     edges, cuda = options.sizes_of("gemm"), options.device == "cuda"
     with bench.progress("gemm", len(edges) * (options.iterations + options.warmup)) as advance:
@@ -31,10 +36,13 @@ def run_gemm(bench: Bench) -> list[Section]:
             makes = {}
             for element in _bearable(bench, elements, edge, rows):
                 left, right, out = (
-                    torch.ones(edge, edge, dtype=getattr(torch, element), device=options.device) for _ in range(3)
+                    torch.ones(edge, edge, dtype=getattr(torch, element), device=options.device)
+                    for _ in range(3)
                 )
 
-                def call(left: torch.Tensor = left, right: torch.Tensor = right, out: torch.Tensor = out) -> None:
+                def call(
+                    left: torch.Tensor = left, right: torch.Tensor = right, out: torch.Tensor = out
+                ) -> None:
                     torch.mm(left, right, out=out)
                     if cuda:
                         torch.cuda.synchronize()
@@ -43,7 +51,10 @@ def run_gemm(bench: Bench) -> list[Section]:
             if not makes:
                 break
             seconds = interleave(comm, makes, options.iterations, options.warmup, advance=advance)
-            rows += [_row(element, edge, comm.size, figures.times(own)) for element, own in seconds.items()]
+            rows += [
+                _row(element, edge, comm.size, figures.times(own))
+                for element, own in seconds.items()
+            ]
     title = f"gemm: {comm.size} rank{'s' * (comm.size > 1)} at once, {options.threads} threads each"
     return [Section("gemm", title, rows, COLUMNS)]
 
@@ -63,6 +74,9 @@ def _bearable(bench: Bench, elements: Sequence[str], edge: int, rows: Sequence[R
 def _row(element: str, edge: int, ranks: int, times: figures.Times) -> Row:
     speed = figures.rate(2 * edge**3, times.median)
     return {
-        "element": element, "edge": edge, **times.row(), "flops_per_second": speed,
+        "element": element,
+        "edge": edge,
+        **times.row(),
+        "flops_per_second": speed,
         "all_flops_per_second": ranks * speed,
-    }  # fmt: skip
+    }

@@ -95,7 +95,12 @@ def round_trip(hand: Hand, leads: bool, outgoing: Bytes, incoming: Bytes) -> Non
 
 
 def behind_work(
-    pair: "MPI.Intracomm", hands: Mapping[str, Hand], outgoing: Bytes, incoming: Bytes, iterations: int, warmup: int
+    pair: "MPI.Intracomm",
+    hands: Mapping[str, Hand],
+    outgoing: Bytes,
+    incoming: Bytes,
+    iterations: int,
+    warmup: int,
 ) -> tuple[dict[str, Seconds], dict[str, Seconds]]:
     """Seconds from rank 0's send until rank 1 has the message; and seconds that rank 0 spends in its calls for it.
 
@@ -181,13 +186,18 @@ def _measure(bench: Bench, pair: Pair, joined: "MPI.Intracomm", size: int) -> tu
     soonest = min(float(np.median(seconds)) for seconds in both.values()) / 2
     rows: list[Row] = [
         {
-            "level": pair.level, "pair": pair.text, "bytes": size, "way": name,
-            **_quartiles("half_round_trip_seconds", both[name] / 2), **_quartiles("behind_work_seconds", behind[name]),
-            "later_seconds": float(np.median(behind[name])) - soonest, **_quartiles("sender_seconds", sending[name]),
+            "level": pair.level,
+            "pair": pair.text,
+            "bytes": size,
+            "way": name,
+            **_quartiles("half_round_trip_seconds", both[name] / 2),
+            **_quartiles("behind_work_seconds", behind[name]),
+            "later_seconds": float(np.median(behind[name])) - soonest,
+            **_quartiles("sender_seconds", sending[name]),
             "work_seconds": WORK_SECONDS,
         }
         for name in hands
-    ]  # fmt: skip
+    ]
     return rows, note
 
 
@@ -209,11 +219,18 @@ def _quartiles(key: str, seconds: Seconds) -> dict[str, float]:
 
 def _spread(key: str) -> Show:
     """In µs."""
-    return lambda row: f"{figure(row[key] * 1e6)} [{figure(row[key + '_q1'] * 1e6)}..{figure(row[key + '_q3'] * 1e6)}]"
+    return lambda row: (
+        f"{figure(row[key] * 1e6)} [{figure(row[key + '_q1'] * 1e6)}..{figure(row[key + '_q3'] * 1e6)}]"
+    )
 
 
 COLUMNS: dict[str, Show] = {
-    "level": text("level"), "ranks": text("pair"), "bytes": whole("bytes"), "way": text("way"),
-    "half a round trip µs": _spread("half_round_trip_seconds"), "behind work µs": _spread("behind_work_seconds"),
-    "later than could be µs": scaled("later_seconds", 1e6), "sender µs": scaled("sender_seconds", 1e6),
-}  # fmt: skip
+    "level": text("level"),
+    "ranks": text("pair"),
+    "bytes": whole("bytes"),
+    "way": text("way"),
+    "half a round trip µs": _spread("half_round_trip_seconds"),
+    "behind work µs": _spread("behind_work_seconds"),
+    "later than could be µs": scaled("later_seconds", 1e6),
+    "sender µs": scaled("sender_seconds", 1e6),
+}

@@ -10,21 +10,41 @@ from mpillm.bench.pairs import fastest
 from mpillm.bench.peers import PEERS
 from mpillm.bench.results import Row, Section
 from mpillm.comm.channels.channel import Way
-from mpillm.machine.cluster_profile import Cluster, ClusterProfile, CollectiveCost, Cost, PointToPointCost
+from mpillm.machine.cluster_profile import (
+    Cluster,
+    ClusterProfile,
+    CollectiveCost,
+    Cost,
+    PointToPointCost,
+)
 
 
 def make_profile(
-    sections: Sequence[Section], cluster: Cluster, ranks: int, device: str, made: str, probe: Mapping[str, Any]
+    sections: Sequence[Section],
+    cluster: Cluster,
+    ranks: int,
+    device: str,
+    made: str,
+    probe: Mapping[str, Any],
 ) -> ClusterProfile:
     """`made`: the date; `probe`: what is known of the GPU. Peers and the choice of `auto` are not kept."""
     rows = {section.what: section.rows for section in sections}
     collectives = [
-        entry for what in COLLECTIVES for entry in collective_costs(rows.get(what, []), cluster, ranks, device)
+        entry
+        for what in COLLECTIVES
+        for entry in collective_costs(rows.get(what, []), cluster, ranks, device)
     ]
     return ClusterProfile(
-        made, cluster, tuple(collectives), tuple(point_to_point(rows)), memory(rows), tuple(gemm(rows, device)),
-        filesystem(rows), dict(probe), handover(rows),
-    )  # fmt: skip
+        made,
+        cluster,
+        tuple(collectives),
+        tuple(point_to_point(rows)),
+        memory(rows),
+        tuple(gemm(rows, device)),
+        filesystem(rows),
+        dict(probe),
+        handover(rows),
+    )
 
 
 def cost_of(rows: Sequence[Row]) -> Cost:
@@ -34,16 +54,27 @@ def cost_of(rows: Sequence[Row]) -> Cost:
     return Cost(points, line.latency_seconds, line.bytes_per_second, line.relative_error)
 
 
-def collective_costs(rows: Sequence[Row], cluster: Cluster, ranks: int, device: str) -> list[CollectiveCost]:
+def collective_costs(
+    rows: Sequence[Row], cluster: Cluster, ranks: int, device: str
+) -> list[CollectiveCost]:
     names = dict.fromkeys(row["algorithm"] for row in rows)
     kept = [name for name in names if name not in ("auto", FLOOR, *PEERS)]
     found = []
     for name in kept:
         own = [row for row in rows if row["algorithm"] == name]
-        found.append(CollectiveCost(
-            own[0]["operation"], "shared" if name == SHARED_PRIVATE else name, own[0]["element"], device,
-            cluster.nodes, ranks, cluster.ranks_per_node, own[0]["node_shared"], cost_of(own),
-        ))  # fmt: skip
+        found.append(
+            CollectiveCost(
+                own[0]["operation"],
+                "shared" if name == SHARED_PRIVATE else name,
+                own[0]["element"],
+                device,
+                cluster.nodes,
+                ranks,
+                cluster.ranks_per_node,
+                own[0]["node_shared"],
+                cost_of(own),
+            )
+        )
     return found
 
 
@@ -51,11 +82,19 @@ def point_to_point(rows: Mapping[str, list[Row]]) -> list[PointToPointCost]:
     latency = rows.get("latency", [])
     found = []
     for level in dict.fromkeys(row["level"] for row in latency):
-        best = {what: fastest(what, rows.get(what, []), level) for what in ("bandwidth", "bibw", "message-rate")}
-        found.append(PointToPointCost(
-            level, cost_of([row for row in latency if row["level"] == level]),
-            best["bandwidth"], best["bibw"], best["message-rate"],
-        ))  # fmt: skip
+        best = {
+            what: fastest(what, rows.get(what, []), level)
+            for what in ("bandwidth", "bibw", "message-rate")
+        }
+        found.append(
+            PointToPointCost(
+                level,
+                cost_of([row for row in latency if row["level"] == level]),
+                best["bandwidth"],
+                best["bibw"],
+                best["message-rate"],
+            )
+        )
     return found
 
 
@@ -63,9 +102,16 @@ def handover(rows: Mapping[str, list[Row]]) -> dict[Way, Cost]:
     """Way within a node → what a message takes to arrive while its sender computes, which is how pipelines send."""
     found: dict[Way, Cost] = {}
     for way in get_args(Way):
-        own = [row for row in rows.get("handover", []) if (row["level"], row["way"]) == ("node", way)]
+        own = [
+            row for row in rows.get("handover", []) if (row["level"], row["way"]) == ("node", way)
+        ]
         if own:
-            found[way] = cost_of([{"bytes": row["bytes"], "median_seconds": row["behind_work_seconds"]} for row in own])
+            found[way] = cost_of(
+                [
+                    {"bytes": row["bytes"], "median_seconds": row["behind_work_seconds"]}
+                    for row in own
+                ]
+            )
     return found
 
 
@@ -74,9 +120,15 @@ def memory(rows: Mapping[str, list[Row]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for row in rows.get("memory", []):  # sizes ascend
         found[f"{row['kernel']}_bytes_per_second"] = row["bytes_per_second"]
-    copies = {row["bytes"]: row["median_seconds"] for row in rows.get("memory", []) if row["kernel"] == "copy"}
+    copies = {
+        row["bytes"]: row["median_seconds"]
+        for row in rows.get("memory", [])
+        if row["kernel"] == "copy"
+    }
     for what in COLLECTIVES:
-        floors = [row for row in rows.get(what, []) if row["algorithm"] == FLOOR and row["chosen"] == COPY]
+        floors = [
+            row for row in rows.get(what, []) if row["algorithm"] == FLOOR and row["chosen"] == COPY
+        ]
         copies = {row["bytes"]: row["median_seconds"] for row in floors} | copies
     return found | ({"floor": [[size, copies[size]] for size in sorted(copies)]} if copies else {})
 
@@ -84,16 +136,20 @@ def memory(rows: Mapping[str, list[Row]]) -> dict[str, Any]:
 def gemm(rows: Mapping[str, list[Row]], device: str) -> list[dict[str, Any]]:
     return [
         {
-            "element": row["element"], "edge": row["edge"], "device": device,
+            "element": row["element"],
+            "edge": row["edge"],
+            "device": device,
             "flops_per_second": row["flops_per_second"],
         }
         for row in rows.get("gemm", [])
-    ]  # fmt: skip
+    ]
 
 
 def filesystem(rows: Mapping[str, list[Row]]) -> dict[str, Any]:
     """`read_windows_cold_bytes_per_second` and its like, of all ranks together, at the largest size."""
     return {
-        row["path"].replace(",", "").replace(" ", "_") + "_bytes_per_second": row["all_bytes_per_second"]
+        row["path"].replace(",", "").replace(" ", "_") + "_bytes_per_second": row[
+            "all_bytes_per_second"
+        ]
         for row in rows.get("filesystem", [])
     }

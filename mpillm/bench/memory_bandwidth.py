@@ -10,9 +10,12 @@ from mpillm.bench.timing import Call, interleave
 MOVED = {"copy": 2, "scale": 2, "add": 3, "triad": 3, "write": 1}
 """How many arrays each kernel reads and writes; what a cache fetches before a write is not counted, as in STREAM."""
 COLUMNS: dict[str, Show] = {
-    "kernel": text("kernel"), "bytes": whole("bytes"), **TIME_COLUMNS,
-    "GB/s a rank": scaled("bytes_per_second", 1e-9), "GB/s all": scaled("all_bytes_per_second", 1e-9),
-}  # fmt: skip
+    "kernel": text("kernel"),
+    "bytes": whole("bytes"),
+    **TIME_COLUMNS,
+    "GB/s a rank": scaled("bytes_per_second", 1e-9),
+    "GB/s all": scaled("all_bytes_per_second", 1e-9),
+}
 
 
 def kernels(a: Any, b: Any, c: Any) -> dict[str, Call]:
@@ -44,8 +47,20 @@ def run_memory(bench: Bench) -> list[Section]:
             for name, own in seconds.items():
                 times = figures.times(own)
                 speed = figures.rate(MOVED[name] * nbytes, times.median)
-                rows.append({
-                    "kernel": name, "bytes": nbytes, **times.row(), "bytes_per_second": speed,
-                    "all_bytes_per_second": comm.size * speed,
-                })  # fmt: skip
-    return [Section("memory", f"memory: {comm.size} ranks at once, three arrays of float64 each", rows, COLUMNS)]
+                rows.append(
+                    {
+                        "kernel": name,
+                        "bytes": nbytes,
+                        **times.row(),
+                        "bytes_per_second": speed,
+                        "all_bytes_per_second": comm.size * speed,
+                    }
+                )
+    return [
+        Section(
+            "memory",
+            f"memory: {comm.size} ranks at once, three arrays of float64 each",
+            rows,
+            COLUMNS,
+        )
+    ]

@@ -9,16 +9,26 @@ from mpillm.comm.buffers import ELEMENTS
 from mpillm.errors import UsageError
 
 COLLECTIVES = {
-    "allreduce": "allreduce", "reduce-scatter": "reduce_scatter", "allgather": "allgather", "broadcast": "broadcast",
-    "reduce": "reduce", "alltoall": "alltoall", "barrier": "barrier",
-}  # fmt: skip
+    "allreduce": "allreduce",
+    "reduce-scatter": "reduce_scatter",
+    "allgather": "allgather",
+    "broadcast": "broadcast",
+    "reduce": "reduce",
+    "alltoall": "alltoall",
+    "barrier": "barrier",
+}
 POINT_TO_POINT = ("latency", "bandwidth", "bibw", "message-rate")
 BENCHMARKS = (*COLLECTIVES, *POINT_TO_POINT, "handover", "overlap", "memory", "gemm", "filesystem")
 ALL = "all"
 DEFAULT_SIZES = {
-    **dict.fromkeys(COLLECTIVES, "1K:64M:x4"), **dict.fromkeys(POINT_TO_POINT, "1:4M:x4"),
-    "handover": "64K:16M:x4", "overlap": "64K:16M:x4", "memory": "16K:64M:x4", "gemm": "128:2K:x2", "filesystem": "64M",
-}  # fmt: skip
+    **dict.fromkeys(COLLECTIVES, "1K:64M:x4"),
+    **dict.fromkeys(POINT_TO_POINT, "1:4M:x4"),
+    "handover": "64K:16M:x4",
+    "overlap": "64K:16M:x4",
+    "memory": "16K:64M:x4",
+    "gemm": "128:2K:x2",
+    "filesystem": "64M",
+}
 # What a matrix's edge may be: three of them in float32 take 12 GiB.
 LARGEST_EDGE = 32 * 1024
 STDOUT = "-"
@@ -90,7 +100,9 @@ class BenchOptions:
     @property
     def algorithm_names(self) -> tuple[str, ...]:
         """The names as asked for, each once."""
-        return tuple(dict.fromkeys(name.strip() for name in self.algorithms.split(",") if name.strip()))
+        return tuple(
+            dict.fromkeys(name.strip() for name in self.algorithms.split(",") if name.strip())
+        )
 
     @property
     def quiet(self) -> bool:

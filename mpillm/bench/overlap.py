@@ -8,7 +8,14 @@ import numpy as np
 
 from mpillm.bench import figures
 from mpillm.bench.collectives import keep_able
-from mpillm.bench.competitors import SHARED_PRIVATE, ArrayMemory, contestants, peers_wanted, runnable, select
+from mpillm.bench.competitors import (
+    SHARED_PRIVATE,
+    ArrayMemory,
+    contestants,
+    peers_wanted,
+    runnable,
+    select,
+)
 from mpillm.bench.context import Bench
 from mpillm.bench.peers import Peer, joined
 from mpillm.bench.results import Row, Section, Show, scaled, text, whole
@@ -52,13 +59,21 @@ def work(unit: Call, units: int, between: Call = lambda: None) -> None:
 def run_overlap(bench: Bench) -> list[Section]:
     """Every algorithm of the all-reduce at every size. Every rank calls it, with the same options."""
     options, comm = bench.options, bench.comm
-    names = select(options.algorithm_names, runnable(bench.group, "allreduce", options), bench.note, "overlap")
+    names = select(
+        options.algorithm_names, runnable(bench.group, "allreduce", options), bench.note, "overlap"
+    )
     sizes, rows = options.sizes_of("overlap"), list[Row]()
-    with joined(comm, peers_wanted(options), bench.note) as peers, bench.progress("overlap", len(sizes)) as advance:
+    with (
+        joined(comm, peers_wanted(options), bench.note) as peers,
+        bench.progress("overlap", len(sizes)) as advance,
+    ):
         for size in sizes:
             count = fitting_count("allreduce", size, options.element, comm.size)
             rows += _measure(
-                bench, Shape("allreduce", count, options.element, comm.size, comm.rank, True), names, peers
+                bench,
+                Shape("allreduce", count, options.element, comm.size, comm.rank, True),
+                names,
+                peers,
             )
             advance()
     title = f"overlap of allreduce with matrix products, in {SLICES} slices at the most"
@@ -66,11 +81,16 @@ def run_overlap(bench: Bench) -> list[Section]:
 
 
 COLUMNS: dict[str, Show] = {
-    "bytes": whole("bytes"), "type": text("element"), "algorithm": text("algorithm"),
-    "alone µs": scaled("alone_seconds", 1e6), "compute µs": scaled("compute_seconds", 1e6),
-    "polled µs": scaled("polled_seconds", 1e6), "left alone µs": scaled("unpolled_seconds", 1e6),
-    "overlap polled %": scaled("polled_overlap", 100), "left alone %": scaled("unpolled_overlap", 100),
-}  # fmt: skip
+    "bytes": whole("bytes"),
+    "type": text("element"),
+    "algorithm": text("algorithm"),
+    "alone µs": scaled("alone_seconds", 1e6),
+    "compute µs": scaled("compute_seconds", 1e6),
+    "polled µs": scaled("polled_seconds", 1e6),
+    "left alone µs": scaled("unpolled_seconds", 1e6),
+    "overlap polled %": scaled("polled_overlap", 100),
+    "left alone %": scaled("unpolled_overlap", 100),
+}
 
 
 def _measure(bench: Bench, shape: Shape, names: list[str], peers: Mapping[str, Peer]) -> list[Row]:
@@ -86,8 +106,12 @@ def _measure(bench: Bench, shape: Shape, names: list[str], peers: Mapping[str, P
         if name in peers:
             figures_of_one = _one(bench, peers[name].start(shape, source, None), _torch_poll)
         else:
-            figures_of_one = _one(bench, bench.group.prepare("allreduce", source, algorithm=name).start, _poll)
-        rows.append({"bytes": shape.nbytes, "element": shape.element, "algorithm": name} | figures_of_one)
+            figures_of_one = _one(
+                bench, bench.group.prepare("allreduce", source, algorithm=name).start, _poll
+            )
+        rows.append(
+            {"bytes": shape.nbytes, "element": shape.element, "algorithm": name} | figures_of_one
+        )
         del source
     entries.clear()
     memory.free()
@@ -105,7 +129,9 @@ def _torch_poll(handle: Any) -> object:
 def _one(bench: Bench, start: Start, poll: Callable[[Any], object]) -> Row:
     """Alone, the computation alone, and both together in two ways, in turns."""
     comm, rounds = bench.comm, (bench.options.iterations, bench.options.warmup)
-    alone = figures.times(interleave(comm, {"alone": lambda: lambda: start().wait()}, 3, 1)["alone"]).median
+    alone = figures.times(
+        interleave(comm, {"alone": lambda: lambda: start().wait()}, 3, 1)["alone"]
+    ).median
     unit, units = computation(alone)
     units = int(slowest(comm, np.array([float(units)]))[0])
 
@@ -120,8 +146,11 @@ def _one(bench: Bench, start: Start, poll: Callable[[Any], object]) -> Row:
         handle.wait()
 
     ways: dict[str, Call] = {
-        "alone": lambda: start().wait(), "compute": lambda: work(unit, units), "polled": polled, "unpolled": unpolled,
-    }  # fmt: skip
+        "alone": lambda: start().wait(),
+        "compute": lambda: work(unit, units),
+        "polled": polled,
+        "unpolled": unpolled,
+    }
     seconds = interleave(comm, {way: lambda call=call: call for way, call in ways.items()}, *rounds)  # type: ignore[misc]
     median = {way: figures.times(found).median for way, found in seconds.items()}
     shares = {

@@ -48,7 +48,8 @@ def many_pairs(nodes: list[list[int]], ranks: int) -> list[Pair]:
     node_of = {rank: number for number, members in enumerate(nodes) for rank in members}
     half = ranks // 2
     return [
-        Pair("node" if node_of[rank] == node_of[rank + half] else "network", rank, rank + half) for rank in range(half)
+        Pair("node" if node_of[rank] == node_of[rank + half] else "network", rank, rank + half)
+        for rank in range(half)
     ]
 
 
@@ -69,7 +70,13 @@ def ping_pong(comm: "MPI.Intracomm", peer: int, leads: bool, memory: Bytes, batc
 
 
 def stream(
-    comm: "MPI.Intracomm", peer: int, leads: bool, outgoing: Bytes, incoming: Bytes, both: bool, batch: int
+    comm: "MPI.Intracomm",
+    peer: int,
+    leads: bool,
+    outgoing: Bytes,
+    incoming: Bytes,
+    both: bool,
+    batch: int,
 ) -> float:
     """Seconds of one message of a window, over `batch` windows, each of which the receiver answers.
 
@@ -101,8 +108,14 @@ def window_of(nbytes: int) -> int:
 Once = Callable[[int], float]
 
 
-def _by_two(comm: "MPI.Intracomm", active: list[Pair], once: Callable[[Pair], Once], iterations: int, warmup: int,
-            per_call: int) -> Seconds:  # fmt: skip
+def _by_two(
+    comm: "MPI.Intracomm",
+    active: list[Pair],
+    once: Callable[[Pair], Once],
+    iterations: int,
+    warmup: int,
+    per_call: int,
+) -> Seconds:
     """Seconds by iteration on the first rank of each pair; of all pairs the slowest. The other ranks sleep.
 
     `once(pair)` gives what times a batch; `per_call`: how many of the timed units one turn of the batch has.
@@ -113,7 +126,9 @@ def _by_two(comm: "MPI.Intracomm", active: list[Pair], once: Callable[[Pair], On
         pair = own[0]
         call, peer = once(pair), pair.second if comm.rank == pair.first else pair.first
         trial = call(1)
-        batch = batch_of(max(trial, float(comm.sendrecv(trial, peer, TAG, source=peer, recvtag=TAG))) * per_call)
+        batch = batch_of(
+            max(trial, float(comm.sendrecv(trial, peer, TAG, source=peer, recvtag=TAG))) * per_call
+        )
         for turn in range(warmup + iterations):
             seconds = call(batch)
             if turn >= warmup and comm.rank == pair.first:
@@ -142,20 +157,33 @@ def run_pairs(bench: Bench, what: str) -> list[Section]:
                 seconds = _by_two(comm, [pair], once, options.iterations, options.warmup, per_call)
                 ways = 2 if what == "bibw" else 1
                 times = figures.times(seconds)
-                rows.append({
-                    "level": pair.level, "pair": pair.text, "bytes": size, **times.row(),
-                    "bytes_per_second": ways * figures.rate(size, times.median),
-                    "window": 1 if what == "latency" else window_of(size),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "level": pair.level,
+                        "pair": pair.text,
+                        "bytes": size,
+                        **times.row(),
+                        "bytes_per_second": ways * figures.rate(size, times.median),
+                        "window": 1 if what == "latency" else window_of(size),
+                    }
+                )
                 advance()
-    unit = {"latency": "half a round trip", "bandwidth": "one way", "bibw": "both ways at once, summed"}[what]
+    unit = {
+        "latency": "half a round trip",
+        "bandwidth": "one way",
+        "bibw": "both ways at once, summed",
+    }[what]
     return [Section(what, f"{what}: {unit}", rows, PAIR_COLUMNS)]
 
 
 PAIR_COLUMNS: dict[str, Show] = {
-    "level": text("level"), "ranks": text("pair"), "bytes": whole("bytes"), "window": whole("window"), **TIME_COLUMNS,
+    "level": text("level"),
+    "ranks": text("pair"),
+    "bytes": whole("bytes"),
+    "window": whole("window"),
+    **TIME_COLUMNS,
     "GB/s": scaled("bytes_per_second", 1e-9),
-}  # fmt: skip
+}
 
 
 def _once(comm: "MPI.Intracomm", what: str, size: int) -> Callable[[Pair], Once]:
@@ -182,18 +210,30 @@ def run_message_rate(bench: Bench) -> list[Section]:
     with bench.progress(what, len(sizes)) as advance:
         for size in sizes:
             once = _once(comm, what, size)
-            seconds = _by_two(comm, active, once, options.iterations, options.warmup, window_of(size))
+            seconds = _by_two(
+                comm, active, once, options.iterations, options.warmup, window_of(size)
+            )
             times = figures.times(seconds)
-            rows.append({
-                "level": level, "pairs": len(active), "bytes": size, "window": window_of(size), **times.row(),
-                "messages_per_second": len(active) / times.median,
-                "bytes_per_second": len(active) * figures.rate(size, times.median),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "level": level,
+                    "pairs": len(active),
+                    "bytes": size,
+                    "window": window_of(size),
+                    **times.row(),
+                    "messages_per_second": len(active) / times.median,
+                    "bytes_per_second": len(active) * figures.rate(size, times.median),
+                }
+            )
             advance()
     columns: dict[str, Show] = {
-        "level": text("level"), "pairs": whole("pairs"), "bytes": whole("bytes"), "window": whole("window"),
-        "messages/s": lambda row: f"{row['messages_per_second']:,.0f}", "GB/s": scaled("bytes_per_second", 1e-9),
-    }  # fmt: skip
+        "level": text("level"),
+        "pairs": whole("pairs"),
+        "bytes": whole("bytes"),
+        "window": whole("window"),
+        "messages/s": lambda row: f"{row['messages_per_second']:,.0f}",
+        "GB/s": scaled("bytes_per_second", 1e-9),
+    }
     named = ", ".join(pair.text for pair in active)
     return [Section(what, f"{what}: ranks {named}, at once", rows, columns)]
 

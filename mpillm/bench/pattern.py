@@ -13,14 +13,26 @@ from numpy.typing import NDArray
 
 PERIOD = 1009
 # Whole numbers up to these are exact: 8 bits of significand in bfloat16, 11 in float16.
-EXACT = {"int8": 127, "uint8": 127, "bfloat16": 256, "float16": 2048, "int16": 32767, "uint16": 32767}
+EXACT = {
+    "int8": 127,
+    "uint8": 127,
+    "bfloat16": 256,
+    "float16": 2048,
+    "int16": 32767,
+    "uint16": 32767,
+}
 EXACT_ELSEWHERE = 1 << 20
 # A mean may round once more than the sum does: one unit in the last place.
 MEAN_ERROR = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23, "float64": 2.0**-52}
 BLOCK = 997 * PERIOD
 
 Row = NDArray[np.int64]
-COMBINE: dict[str, Callable[[Row, Row], Row]] = {"sum": np.add, "mean": np.add, "max": np.maximum, "min": np.minimum}
+COMBINE: dict[str, Callable[[Row, Row], Row]] = {
+    "sum": np.add,
+    "mean": np.add,
+    "max": np.maximum,
+    "min": np.minimum,
+}
 
 
 def pattern(rank: int, ranks: int, element: str, op: str) -> Row:
@@ -55,7 +67,9 @@ def fill(array: Any, period: Row, first: int = 0) -> None:
     """Write the data into a flat NumPy array or torch tensor, of any element type and device."""
     for start in range(0, len(array), BLOCK):
         piece = laid(period, first + start, min(BLOCK, len(array) - start))
-        array[start : start + len(piece)] = piece if isinstance(array, np.ndarray) else array.new_tensor(piece)
+        array[start : start + len(piece)] = (
+            piece if isinstance(array, np.ndarray) else array.new_tensor(piece)
+        )
 
 
 def wrong_elements(array: Any, period: Row, first: int = 0, relative: float = 0.0) -> int:
@@ -63,14 +77,20 @@ def wrong_elements(array: Any, period: Row, first: int = 0, relative: float = 0.
     wrong = 0
     for start in range(0, len(array), BLOCK):
         piece = array[start : start + BLOCK]
-        found = (piece if isinstance(piece, np.ndarray) else piece.double().cpu().numpy()).astype(np.float64)
+        found = (piece if isinstance(piece, np.ndarray) else piece.double().cpu().numpy()).astype(
+            np.float64
+        )
         expected = laid(period, first + start, len(found)).astype(np.float64)
         # Written so that not-a-number counts as wrong.
-        wrong += int(len(found) - np.count_nonzero(np.abs(found - expected) <= relative * np.abs(expected)))
+        wrong += int(
+            len(found) - np.count_nonzero(np.abs(found - expected) <= relative * np.abs(expected))
+        )
     return wrong
 
 
-def count_wrong(operation: str, result: Any, bounds: Sequence[int], rank: int, element: str, op: str, root: int) -> int:
+def count_wrong(
+    operation: str, result: Any, bounds: Sequence[int], rank: int, element: str, op: str, root: int
+) -> int:
     """Wrong elements in this rank's flat `result` of an operation on `bounds[-1]` elements, in blocks at `bounds`.
 
     `result`: the whole array; of reduce_scatter the own block alone. Elements that MPI leaves undefined do not count.
@@ -86,9 +106,10 @@ def count_wrong(operation: str, result: Any, bounds: Sequence[int], rank: int, e
     if operation in ("allgather", "alltoall"):
         return sum(
             wrong_elements(
-                result[bounds[source] : bounds[source + 1]], pattern(source, ranks, element, op),
+                result[bounds[source] : bounds[source + 1]],
+                pattern(source, ranks, element, op),
                 bounds[rank if operation == "alltoall" else source],
             )
             for source in range(ranks)
-        )  # fmt: skip
+        )
     return 0

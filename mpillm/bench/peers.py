@@ -43,12 +43,18 @@ class Peer:
         import torch.distributed as dist
 
         own, result = as_tensor(source), as_tensor(source if shape.same_array else target)
-        block = own[shape.bounds[shape.rank] : shape.bounds[shape.rank + 1]] if shape.in_place else own
+        block = (
+            own[shape.bounds[shape.rank] : shape.bounds[shape.rank + 1]] if shape.in_place else own
+        )
         # Their names since torch 2.13; the older ones warn there.
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         kept: dict[str, Any] = {"group": self._group, "async_op": True}
-        op = None if shape.operation in ("allgather", "broadcast", "alltoall", "barrier") else _reduction(shape.op)
+        op = (
+            None
+            if shape.operation in ("allgather", "broadcast", "alltoall", "barrier")
+            else _reduction(shape.op)
+        )
         starters: dict[str, Callable[[], Any]] = {
             "allreduce": lambda: dist.all_reduce(_copied(own, result), op, **kept),
             "reduce": lambda: dist.reduce(_copied(own, result), shape.root, op, **kept),
@@ -76,7 +82,9 @@ def _reduction(op: str) -> Any:
 
 
 @contextmanager
-def joined(comm: "MPI.Intracomm", wanted: tuple[str, ...], note: Callable[[str], None]) -> Iterator[dict[str, Peer]]:
+def joined(
+    comm: "MPI.Intracomm", wanted: tuple[str, ...], note: Callable[[str], None]
+) -> Iterator[dict[str, Peer]]:
     """Those of the `wanted` peers that can be had, by name, while the block runs. Every rank calls it.
 
     The ranks of one host meet in a file, those of several through rank 0's host name.
@@ -108,7 +116,9 @@ def _meet(comm: "MPI.Intracomm", stack: ExitStack) -> str:
     reason = ""
     try:
         store = _store(comm, stack)
-        dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size, timeout=PATIENCE)
+        dist.init_process_group(
+            "gloo", store=store, rank=comm.rank, world_size=comm.size, timeout=PATIENCE
+        )
         stack.callback(dist.destroy_process_group)
     except (RuntimeError, ValueError) as failure:
         reason = str(failure).strip().partition("\n")[0]
@@ -120,7 +130,9 @@ def _store(comm: "MPI.Intracomm", stack: ExitStack) -> Any:
     from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
 
     if on_one_node(comm):
-        folder = Path(comm.bcast(tempfile.mkdtemp(prefix="mpillm-peers-") if comm.rank == 0 else None))
+        folder = Path(
+            comm.bcast(tempfile.mkdtemp(prefix="mpillm-peers-") if comm.rank == 0 else None)
+        )
         if comm.rank == 0:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
         return FileStore(str(folder / "store"), comm.size)
@@ -138,7 +150,11 @@ def _free_port() -> int:
 def _missing() -> str:
     import torch.distributed as dist
 
-    return "" if dist.is_available() and dist.is_gloo_available() else "this torch has no torch.distributed over gloo"
+    return (
+        ""
+        if dist.is_available() and dist.is_gloo_available()
+        else "this torch has no torch.distributed over gloo"
+    )
 
 
 def _no_nccl(comm: "MPI.Intracomm") -> str:

@@ -11,7 +11,13 @@ from mpillm.system.atomic import replacing
 from mpillm.system.console import binary_bytes
 
 # The key that tells a line's rows from another's.
-LINE_OF = {"memory": "kernel", "latency": "level", "bandwidth": "level", "bibw": "level", "message-rate": "level"}
+LINE_OF = {
+    "memory": "kernel",
+    "latency": "level",
+    "bandwidth": "level",
+    "bibw": "level",
+    "message-rate": "level",
+}
 Line = list[tuple[int, float]]
 
 
@@ -54,7 +60,9 @@ def draw(sections: Sequence[Section], ranks: int, path: Path) -> None:
     for (title, lines), axis in zip(panels, axes[:, 0], strict=True):
         for name, points in lines.items():
             style = (
-                {"color": "black", "linestyle": "--"} if name == "memory floor" else {"marker": "o", "markersize": 3}
+                {"color": "black", "linestyle": "--"}
+                if name == "memory floor"
+                else {"marker": "o", "markersize": 3}
             )
             axis.plot(*zip(*points, strict=True), label=name, **style)
         axis.set(yscale="log", xlabel="size of the array", ylabel="GB/s", title=title)

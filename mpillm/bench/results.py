@@ -66,20 +66,35 @@ TIME_COLUMNS: dict[str, Show] = {
 }
 
 
-def tell(header: Mapping[str, str], sections: Sequence[Section], notes: Sequence[str], console: Console) -> None:
+def tell(
+    header: Mapping[str, str], sections: Sequence[Section], notes: Sequence[str], console: Console
+) -> None:
     """Print all for people."""
     console.facts("mpillm bench", header)
     for section in sections:
         heads = list(section.columns)
-        console.table(section.title, heads, [[section.columns[head](row) for head in heads] for row in section.rows])
+        console.table(
+            section.title,
+            heads,
+            [[section.columns[head](row) for head in heads] for row in section.rows],
+        )
     for note in notes:
         console.say(f"note: {note}")
 
 
 def as_json(header: Mapping[str, str], sections: Sequence[Section], notes: Sequence[str]) -> str:
     """One object: schema, version, header, results (each with `benchmark` and `rows`), notes."""
-    results = [{"benchmark": section.what, "title": section.title, "rows": section.rows} for section in sections]
-    whole = {"schema": SCHEMA, "version": VERSION, "header": dict(header), "results": results, "notes": list(notes)}
+    results = [
+        {"benchmark": section.what, "title": section.title, "rows": section.rows}
+        for section in sections
+    ]
+    whole = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "header": dict(header),
+        "results": results,
+        "notes": list(notes),
+    }
     return json.dumps(whole, ensure_ascii=False) + "\n"
 
 

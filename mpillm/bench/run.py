@@ -31,9 +31,12 @@ if TYPE_CHECKING:
 
 
 def run(
-    options: BenchOptions, comm: "MPI.Intracomm", console: Console, paths: TrainingPaths,
+    options: BenchOptions,
+    comm: "MPI.Intracomm",
+    console: Console,
+    paths: TrainingPaths,
     environment: Mapping[str, str] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Every rank of `comm` calls it, with the same options. Raises UsageError for what cannot be asked for here.
 
     `environment`: the process's, for the child that tries what MPI does with a GPU's memory; None: it isn't tried.
@@ -53,7 +56,9 @@ def run(
     group = Communicator(comm, profile=profile, warn=quiet.warn)
     bench = Bench(options, comm, group, quiet)
     facts = header(bench, cluster, kept)
-    sections = [section for what in options.benchmarks() for section in _measure(bench, what, paths)]
+    sections = [
+        section for what in options.benchmarks() for section in _measure(bench, what, paths)
+    ]
     group.free()
     on_root(comm, lambda: _write(bench, sections, cluster, facts, gpu))
     if options.as_json:
@@ -70,9 +75,12 @@ def _measure(bench: Bench, what: str, paths: TrainingPaths) -> list[Section]:
     if what == "filesystem":
         return run_filesystem(bench, paths)
     others: dict[str, Callable[[Bench], list[Section]]] = {
-        "overlap": run_overlap, "memory": run_memory, "gemm": run_gemm, "message-rate": run_message_rate,
+        "overlap": run_overlap,
+        "memory": run_memory,
+        "gemm": run_gemm,
+        "message-rate": run_message_rate,
         "handover": run_handover,
-    }  # fmt: skip
+    }
     return others[what](bench) if what in others else run_pairs(bench, what)
 
 
@@ -96,14 +104,20 @@ def _check_device(options: BenchOptions, comm: "MPI.Intracomm") -> None:
         from mpi4py import MPI
 
         if not torch.cuda.is_available():
-            raise UsageError(f"--device cuda needs a GPU and a torch built for it, this is torch {torch.__version__}")
+            raise UsageError(
+                f"--device cuda needs a GPU and a torch built for it, this is torch {torch.__version__}"
+            )
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         torch.cuda.set_device(node.rank % torch.cuda.device_count())
         node.Free()
 
 
 def _write(
-    bench: Bench, sections: list[Section], cluster: Cluster, facts: dict[str, str], gpu: Mapping[str, Any]
+    bench: Bench,
+    sections: list[Section],
+    cluster: Cluster,
+    facts: dict[str, str],
+    gpu: Mapping[str, Any],
 ) -> None:
     """Rank 0 writes the files that were asked for."""
     options = bench.options
@@ -115,7 +129,9 @@ def _write(
         else:
             bench.note(f"no picture: {options.what} measures no bandwidth over size")
     if options.save is not None:
-        make_profile(sections, cluster, bench.comm.size, options.device, facts["date"], gpu).save(options.save)
+        make_profile(sections, cluster, bench.comm.size, options.device, facts["date"], gpu).save(
+            options.save
+        )
 
 
 def _gpu_facts(environment: Mapping[str, str] | None) -> dict[str, Any]:

@@ -50,7 +50,9 @@ class Shape:
 
     def fill_source(self, source: Any) -> None:
         """Write this rank's data; in place every block but the own one is then another rank's to replace."""
-        first = self.bounds[self.rank] if self.operation == "allgather" and not self.same_array else 0
+        first = (
+            self.bounds[self.rank] if self.operation == "allgather" and not self.same_array else 0
+        )
         fill(source, pattern(self.rank, self.ranks, self.element, self.op), first)
 
     def result(self, source: Any, target: Any) -> Any:
@@ -78,7 +80,11 @@ def new_array(count: int, element: str, device: str, pages: bool = False) -> Any
 
         return torch.empty(count, dtype=getattr(torch, element), device="cuda")
     nbytes = count * itemsize_of(element)
-    raw = np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8, nbytes) if pages else new_octets(nbytes)
+    raw = (
+        np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8, nbytes)
+        if pages
+        else new_octets(nbytes)
+    )
     return from_octets(raw, element).flat
 
 

@@ -16,17 +16,23 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     for item in text.split(","):
         sizes.update(_series(item, text))
         if len(sizes) > MOST_SIZES:
-            raise UsageError(f"--sizes {text} names more than {MOST_SIZES:,} sizes; take a larger step")
+            raise UsageError(
+                f"--sizes {text} names more than {MOST_SIZES:,} sizes; take a larger step"
+            )
     return tuple(sorted(sizes))
 
 
 def _series(item: str, text: str) -> list[int]:
     parts = item.split(":")
     if len(parts) > 3:
-        raise UsageError(f"--sizes {text}: {item!r} has {len(parts)} parts, at most three; {WAY_OUT}")
+        raise UsageError(
+            f"--sizes {text}: {item!r} has {len(parts)} parts, at most three; {WAY_OUT}"
+        )
     first, last = _size(parts[0], text), _size(parts[-1 if len(parts) < 3 else 1], text)
     if last < first:
-        raise UsageError(f"--sizes {text}: {item!r} ends below its start, {last:,} < {first:,}; {WAY_OUT}")
+        raise UsageError(
+            f"--sizes {text}: {item!r} ends below its start, {last:,} < {first:,}; {WAY_OUT}"
+        )
     factor, step = _stride(parts[2] if len(parts) == 3 else "x2", text)
     found: list[int] = []
     size = first
@@ -42,15 +48,21 @@ def _stride(text: str, whole: str) -> tuple[float, int]:
     if kind == "+":
         return 1.0, _size(rest, whole)
     if kind != "x" or not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", rest) or float(rest) <= 1:
-        raise UsageError(f"--sizes {whole}: {text!r} is neither x and a factor above 1 nor + and a size; {WAY_OUT}")
+        raise UsageError(
+            f"--sizes {whole}: {text!r} is neither x and a factor above 1 nor + and a size; {WAY_OUT}"
+        )
     return float(rest), 0
 
 
 def _size(text: str, whole: str) -> int:
-    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmg]?)(?:i?b)?\s*", text.lower(), re.ASCII)
+    match = re.fullmatch(
+        r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmg]?)(?:i?b)?\s*", text.lower(), re.ASCII
+    )
     if match is None:
         raise UsageError(f"--sizes {whole}: {text!r} is no size; {WAY_OUT}")
     size = int(float(match[1]) * UNITS[match[2]])
     if not 1 <= size <= LARGEST_BYTES:
-        raise UsageError(f"--sizes {whole}: {text!r} is {size:,}, outside 1 to {LARGEST_BYTES:,}; {WAY_OUT}")
+        raise UsageError(
+            f"--sizes {whole}: {text!r} is {size:,}, outside 1 to {LARGEST_BYTES:,}; {WAY_OUT}"
+        )
     return size

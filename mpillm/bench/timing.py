@@ -53,7 +53,9 @@ def interleave(
     kept = {} if fresh else {name: make() for name, make in contestants.items()}
     batches = dict.fromkeys(names, 1)
     if not fresh:
-        alone = np.array([_timed(comm, kept[name], 1) for name in names for _ in range(2)]).reshape(-1, 2)
+        alone = np.array([_timed(comm, kept[name], 1) for name in names for _ in range(2)]).reshape(
+            -1, 2
+        )
         for name, seconds in zip(names, slowest(comm, alone.min(1)), strict=True):
             batches[name] = batch_of(float(seconds))
     measured = np.zeros((len(names), warmup + iterations))

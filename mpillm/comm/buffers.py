@@ -52,16 +52,26 @@ class Buffer:
     def part(self, first: int, stop: int) -> "Buffer":
         """Elements `first` to `stop` as a Buffer of their own."""
         return Buffer(
-            self.element, self.flat[first:stop], self.raw(first, stop), stop - first, self.itemsize, self.writable
+            self.element,
+            self.flat[first:stop],
+            self.raw(first, stop),
+            stop - first,
+            self.itemsize,
+            self.writable,
         )
 
     def combine(self, op: str, target: slice, source: "Buffer", source_slice: slice) -> None:
         """self[target] = self[target] op source[source_slice], in place; `op` is one of REDUCTIONS."""
         self.combining(op, target, source, source_slice)()
 
-    def combining(self, op: str, target: slice, source: "Buffer", source_slice: slice) -> Callable[[], object]:
+    def combining(
+        self, op: str, target: slice, source: "Buffer", source_slice: slice
+    ) -> Callable[[], object]:
         """`combine` as a call, to be made any number of times."""
-        own, other = self.raw(target.start, target.stop), source.raw(source_slice.start, source_slice.stop)
+        own, other = (
+            self.raw(target.start, target.stop),
+            source.raw(source_slice.start, source_slice.stop),
+        )
         return functools.partial(kernel.combine, self.code, REDUCTIONS.index(op), own, other)
 
     def scale(self, factor: float) -> None:
@@ -113,7 +123,9 @@ def as_buffer(array: Any, writable: bool = True) -> Buffer:
     elif isinstance(array, np.ndarray):
         buffer = _from_numpy(array)
     else:
-        torch = sys.modules.get("torch")  # who passes a tensor has loaded torch; comm itself never does
+        torch = sys.modules.get(
+            "torch"
+        )  # who passes a tensor has loaded torch; comm itself never does
         if torch is not None and isinstance(array, torch.Tensor):
             buffer = _from_torch(array)
         elif hasattr(array, "__cuda_array_interface__"):
@@ -123,7 +135,9 @@ def as_buffer(array: Any, writable: bool = True) -> Buffer:
                 f"messages carry NumPy arrays and torch tensors, not {type(array).__name__}; wrap it with numpy.asarray"
             )
     if writable and not buffer.writable:
-        raise CommError("a read-only array cannot take a result; pass a copy of it, or another array as out")
+        raise CommError(
+            "a read-only array cannot take a result; pass a copy of it, or another array as out"
+        )
     return buffer
 
 
@@ -135,7 +149,9 @@ def _from_numpy(array: NDArray[Any]) -> Buffer:
             f"an array of byte order {array.dtype.str!r} cannot be summed; convert it with .astype({element!r})"
         )
     flat = array.reshape(-1)
-    return Buffer(element, flat, flat.view(np.uint8), flat.size, flat.itemsize, array.flags.writeable)
+    return Buffer(
+        element, flat, flat.view(np.uint8), flat.size, flat.itemsize, array.flags.writeable
+    )
 
 
 def _from_torch(tensor: Any) -> Buffer:
@@ -154,7 +170,9 @@ def _from_torch(tensor: Any) -> Buffer:
 def check_memory(element: str, contiguous: bool, shape: tuple[int, ...], remedy: str) -> None:
     """Raise CommError for an element type that can't travel, or memory with gaps; `remedy` closes them."""
     if element not in ELEMENTS:
-        raise CommError(f"elements of type {element} cannot travel; convert to one of {', '.join(ELEMENTS)}")
+        raise CommError(
+            f"elements of type {element} cannot travel; convert to one of {', '.join(ELEMENTS)}"
+        )
     if not contiguous:
         raise CommError(
             f"a message needs C-contiguous memory, this array of shape {shape} has gaps; make it so with {remedy}"

@@ -41,9 +41,16 @@ if TYPE_CHECKING:
 FIRST_TAG, TAGS = 1024, 1 << 14
 # What ranks must agree on: what `debug` compares.
 FACTS = (
-    "operation", "type", "count", "op", "root", "algorithm", "fixed_order", "place in node-shared memory",
+    "operation",
+    "type",
+    "count",
+    "op",
+    "root",
+    "algorithm",
+    "fixed_order",
+    "place in node-shared memory",
     "out's place in node-shared memory",
-)  # fmt: skip
+)
 
 
 def silent(text: str) -> None:
@@ -58,9 +65,13 @@ class Communicator:
     """
 
     def __init__(
-        self, comm: "MPI.Intracomm", *, profile: Profile | None = None, debug: bool = False,
+        self,
+        comm: "MPI.Intracomm",
+        *,
+        profile: Profile | None = None,
+        debug: bool = False,
         warn: Callable[[str], None] = silent,
-    ) -> None:  # fmt: skip
+    ) -> None:
         from mpi4py import MPI
 
         self.comm: MPI.Intracomm = comm.Dup()
@@ -164,9 +175,16 @@ class Communicator:
         self.prepare("barrier").run()
 
     def prepare(
-        self, operation: str, array: Any = None, out: Any = None, *, op: str = "sum", root: int = 0,
-        algorithm: str = "auto", fixed_order: bool = False,
-    ) -> "PersistentCollective":  # fmt: skip
+        self,
+        operation: str,
+        array: Any = None,
+        out: Any = None,
+        *,
+        op: str = "sum",
+        root: int = 0,
+        algorithm: str = "auto",
+        fixed_order: bool = False,
+    ) -> "PersistentCollective":
         """Check a collective and choose its algorithm, once; the arrays' memory is read and written by each run.
 
         Every rank prepares the same, in the same order. Raises CommError for arrays, counts, an operation or an
@@ -189,7 +207,12 @@ class Communicator:
         stage = self._builder.build(wish, chosen, source, target)
         facts = _facts(wish, source, places)
         return PersistentCollective(
-            self, chosen, stage, facts, queued=chosen == "two-level", segmented=chosen == "segmented-ring"
+            self,
+            chosen,
+            stage,
+            facts,
+            queued=chosen == "two-level",
+            segmented=chosen == "segmented-ring",
         )
 
     def _prepare_on_gpu(self, wish: CollectiveCall, array: Any, out: Any) -> "PersistentCollective":
@@ -199,13 +222,17 @@ class Communicator:
         chosen, stage = self._on_gpus().prepare(wish, source, target)
         facts = _facts(wish, source, (None, None))
         # NCCL keeps its own order, on the stream; the others share memory or a communicator.
-        return PersistentCollective(self, chosen, stage, facts, queued=chosen != "nccl", mark=stage.mark)
+        return PersistentCollective(
+            self, chosen, stage, facts, queued=chosen != "nccl", mark=stage.mark
+        )
 
     def _on_gpus(self) -> Gpus:
         if self._gpus is None:
             # To make communicators, ranks wait for each other without moving on what is under way.
             self.settle()
-            self._gpus = Gpus(Communicator(self.comm, profile=self.profile), self.profile, self.settle)
+            self._gpus = Gpus(
+                Communicator(self.comm, profile=self.profile), self.profile, self.settle
+            )
         return self._gpus
 
     def _takes(self, wish: CollectiveCall) -> bool:
@@ -228,7 +255,13 @@ class Communicator:
         self.prepare_exchange(array, to, out, source, tag=tag).run()
 
     def prepare_exchange(
-        self, array: Any = None, to: int | None = None, out: Any = None, source: int | None = None, *, tag: int = 0
+        self,
+        array: Any = None,
+        to: int | None = None,
+        out: Any = None,
+        source: int | None = None,
+        *,
+        tag: int = 0,
     ) -> "PersistentCollective":
         """A send (`array`, `to`), a receive (`out`, `source`) or both, ready to run any number of times. Only the ranks
         that take part prepare it. `tag` is below 1,024.
@@ -238,10 +271,18 @@ class Communicator:
         given = None if array is None else as_buffer(array, writable=False)
         taken = None if out is None else as_buffer(out)
         for what, buffer, peer in (("array", given, to), ("out", taken, source)):
-            if (buffer is None) != (peer is None) or (peer is not None and not 0 <= peer < self.size):
-                raise CommError(f"an exchange needs {what} and its rank from 0 to {self.size - 1}, not rank {peer}")
+            if (buffer is None) != (peer is None) or (
+                peer is not None and not 0 <= peer < self.size
+            ):
+                raise CommError(
+                    f"an exchange needs {what} and its rank from 0 to {self.size - 1}, not rank {peer}"
+                )
         return PersistentCollective(
-            self, "native", exchange_stage(self.comm, given, to, taken, source, tag), None, queued=False
+            self,
+            "native",
+            exchange_stage(self.comm, given, to, taken, source, tag),
+            None,
+            queued=False,
         )
 
     def check_call(self, facts: tuple[Any, ...]) -> None:
@@ -310,9 +351,16 @@ class PersistentCollective:
     """
 
     def __init__(
-        self, group: Communicator, algorithm: str, stage: Request, facts: tuple[Any, ...] | None, *, queued: bool,
-        segmented: bool = False, mark: Callable[[], None] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        group: Communicator,
+        algorithm: str,
+        stage: Request,
+        facts: tuple[Any, ...] | None,
+        *,
+        queued: bool,
+        segmented: bool = False,
+        mark: Callable[[], None] | None = None,
+    ) -> None:
         self.algorithm = algorithm
         self._group, self.bare, self._stage = group, stage.run, stage
         self._facts, self._queued, self._segmented, self._mark = facts, queued, segmented, mark
@@ -329,7 +377,9 @@ class PersistentCollective:
     def start(self) -> "Handle":
         """Begin; nothing of the arrays may be touched until the handle is done. One at a time."""
         if self._handle is not None and not self._handle.test():
-            raise CommError("a prepared call was started again before it was done; wait for its handle first")
+            raise CommError(
+                "a prepared call was started again before it was done; wait for its handle first"
+            )
         if self._group.debug and self._facts is not None:
             self._group.check_call(self._facts)
         if self._mark is not None:
@@ -382,11 +432,17 @@ def _facts(
 
 
 def _check_arrays(
-    wish: CollectiveCall, source: Buffer | DeviceBuffer, target: Buffer | DeviceBuffer, rank: int, size: int
+    wish: CollectiveCall,
+    source: Buffer | DeviceBuffer,
+    target: Buffer | DeviceBuffer,
+    rank: int,
+    size: int,
 ) -> None:
     """Raise CommError unless the arrays fit each other and the operation."""
     if source.element != target.element:
-        raise CommError(f"array holds {source.element} and out holds {target.element}; both must be of one type")
+        raise CommError(
+            f"array holds {source.element} and out holds {target.element}; both must be of one type"
+        )
     if not 0 <= wish.root < size:
         raise CommError(f"root {wish.root} is no rank of this group; take one from 0 to {size - 1}")
     if wish.operation == "alltoall" and source.count % size:
@@ -409,4 +465,6 @@ def _check_arrays(
                 f"holds {block.count}"
             )
     elif target.count != wanted:
-        raise CommError(f"{wish.operation} of {wanted} elements needs an out of as many; it holds {target.count}")
+        raise CommError(
+            f"{wish.operation} of {wanted} elements needs an out of as many; it holds {target.count}"
+        )

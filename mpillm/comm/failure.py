@@ -77,7 +77,9 @@ def is_typer_exit(failure: BaseException) -> bool:
 def reason_of(failure: BaseException) -> Reason:
     """What to tell the user: our own errors hold the way out, any other names its type and --debug."""
     text, code = str(failure), exit_code(failure)
-    if is_typer_exit(failure) or (isinstance(failure, SystemExit) and not isinstance(failure.code, str)):
+    if is_typer_exit(failure) or (
+        isinstance(failure, SystemExit) and not isinstance(failure.code, str)
+    ):
         return Reason("", code)  # whoever exits with a bare code has spoken already
     if isinstance(failure, KeyboardInterrupt):
         return Reason(f"interrupted: {text}" if text else "interrupted", code)
@@ -118,7 +120,8 @@ def message(reasons: Sequence[Reason], debug: bool = False) -> str:
     if len(groups) == 1:
         return _told(reasons[0], "", debug) if reasons[0].text else ""
     return "".join(
-        _told(reasons[ranks[0]], f"{ranks_text(ranks)} of {len(reasons)}: ", debug) for ranks in groups.values()
+        _told(reasons[ranks[0]], f"{ranks_text(ranks)} of {len(reasons)}: ", debug)
+        for ranks in groups.values()
     )
 
 

@@ -20,7 +20,11 @@ REBUILD = "pip install --no-deps --force-reinstall ."
 def source_hash(sources: Path) -> str:
     """Hash the C sources in the order of their names, as mpillm/meson.build does at build time; "" without any."""
     files = sorted(path for path in sources.glob("*.[ch]"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16] if files else ""
+    return (
+        hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+        if files
+        else ""
+    )
 
 
 def compiled_files() -> Iterator[Path]:
@@ -40,7 +44,9 @@ def load() -> ModuleType:
     """
     path = next(compiled_files(), None)
     if path is None:
-        raise ImportError(f"mpillm's compiled module is not installed for this Python; build it with `{REBUILD}`")
+        raise ImportError(
+            f"mpillm's compiled module is not installed for this Python; build it with `{REBUILD}`"
+        )
     spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec is not None
     assert spec.loader is not None

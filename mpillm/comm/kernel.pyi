@@ -29,14 +29,29 @@ class Team:
     """The ranks of one node. `processes`: their process ids, 0 for one that cannot be asked whether it lives."""
 
     def __init__(
-        self, memory: Buffer, rank: int, size: int, stage_bytes: int, spins: int, processes: tuple[int, ...],
+        self,
+        memory: Buffer,
+        rank: int,
+        size: int,
+        stage_bytes: int,
+        spins: int,
+        processes: tuple[int, ...],
         error: type[Exception],
-    ) -> None: ...  # fmt: skip
+    ) -> None: ...
     def operation(
-        self, kind: int, source: Buffer | None, target: Buffer | None, count: int, element: int, reduction: int,
-        scale: float, root: int, flat: bool, source_rows: tuple[Buffer, ...] | None,
+        self,
+        kind: int,
+        source: Buffer | None,
+        target: Buffer | None,
+        count: int,
+        element: int,
+        reduction: int,
+        scale: float,
+        root: int,
+        flat: bool,
+        source_rows: tuple[Buffer, ...] | None,
         target_rows: tuple[Buffer, ...] | None,
-    ) -> Operation: ...  # fmt: skip
+    ) -> Operation: ...
 
 class SpscQueue:
     """One end of a way for messages from one process to another, through `slots` slots of `slot_bytes` each.
@@ -47,9 +62,16 @@ class SpscQueue:
     """
 
     def __init__(
-        self, memory: Buffer, slots: int, slot_bytes: int, sends: bool, peer_rank: int, peer_process: int, spins: int,
+        self,
+        memory: Buffer,
+        slots: int,
+        slot_bytes: int,
+        sends: bool,
+        peer_rank: int,
+        peer_process: int,
+        spins: int,
         error: type[Exception],
-    ) -> None: ...  # fmt: skip
+    ) -> None: ...
     def try_send(self, buffer: Buffer, /) -> bool: ...
     def send(self, buffer: Buffer, limit_seconds: float = ..., /) -> bool: ...
     def try_receive(self, buffer: Buffer, /) -> bool: ...

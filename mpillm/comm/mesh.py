@@ -50,7 +50,9 @@ class Mesh:
         """The axis called `name`; raises LayoutError for a name that the mesh has not."""
         if name not in self._axes:
             near = get_close_matches(name, self._axes, n=1, cutoff=0.0)
-            raise LayoutError(f"the mesh {self.describe()} has no axis {name!r}; did you mean {near[0]!r}?")
+            raise LayoutError(
+                f"the mesh {self.describe()} has no axis {name!r}; did you mean {near[0]!r}?"
+            )
         return self._axes[name]
 
     def describe(self) -> str:
@@ -74,7 +76,9 @@ def check_axes(axes: Mapping[str, int], ranks: int) -> None:
         raise LayoutError("a mesh needs at least one axis, such as data=4")
     for name, size in axes.items():
         if size < 1:
-            raise LayoutError(f"mesh axis {name}={size} must be at least 1; give the ranks along {name}")
+            raise LayoutError(
+                f"mesh axis {name}={size} must be at least 1; give the ranks along {name}"
+            )
     needed = math.prod(axes.values())
     if needed != ranks:
         raise LayoutError(

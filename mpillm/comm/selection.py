@@ -14,7 +14,15 @@ from mpillm.comm.algorithms.catalog import ALGORITHMS, FIXED_ORDER
 from mpillm.comm.buffers import FLOATS, SHORT_FLOATS
 from mpillm.errors import CommError
 
-OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall", "barrier")
+OPERATIONS = (
+    "allreduce",
+    "reduce_scatter",
+    "allgather",
+    "broadcast",
+    "reduce",
+    "alltoall",
+    "barrier",
+)
 REDUCING = ("allreduce", "reduce_scatter", "reduce")
 OPS = ("sum", "mean", "max", "min")
 SHORT_INTEGERS = ("int8", "uint8", "int16", "uint16")
@@ -38,7 +46,10 @@ _OVER_STAGE: Mapping[str, Mapping[str, tuple[tuple[str, int, float], ...]]] = Ma
             "broadcast": (("native", 64 * KIB, inf),),
             "reduce": (("native", 128 * KIB, MIB),),
         },
-        "MPICH": {"allreduce": (("ring", RING_BYTES, inf),), "allgather": (("ring", RING_BYTES, inf),)},
+        "MPICH": {
+            "allreduce": (("ring", RING_BYTES, inf),),
+            "allgather": (("ring", RING_BYTES, inf),),
+        },
         "Intel": {
             "allreduce": (("native", 128 * KIB, 2 * MIB),),
             "allgather": (("native", 128 * KIB, ONE_CALL_BYTES),),
@@ -52,9 +63,16 @@ class Profile(Protocol):
     """What a cluster's profile answers; profile.py has it."""
 
     def best(
-        self, operation: str, nbytes: int, element: str, nodes: int, ranks: int, allowed: Sequence[str],
-        device: str = "cpu", node_shared: bool = False,
-    ) -> str | None: ...  # fmt: skip
+        self,
+        operation: str,
+        nbytes: int,
+        element: str,
+        nodes: int,
+        ranks: int,
+        allowed: Sequence[str],
+        device: str = "cpu",
+        node_shared: bool = False,
+    ) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +109,9 @@ class NodeMap:
     def keeps_order(self) -> bool:
         """Whether each node is a whole subtree of the canonical order: 2^k neighbours on every node."""
         each = len(self.nodes[0])
-        in_order = all(ranks == tuple(range(i * each, (i + 1) * each)) for i, ranks in enumerate(self.nodes))
+        in_order = all(
+            ranks == tuple(range(i * each, (i + 1) * each)) for i, ranks in enumerate(self.nodes)
+        )
         return in_order and each & (each - 1) == 0
 
 
@@ -114,7 +134,9 @@ def check_known(word: str, known: Sequence[str], what: str) -> None:
     """Raise CommError unless `word` is one of `known`."""
     if word not in known:
         near = get_close_matches(str(word), known, n=1, cutoff=0.0)[0]
-        raise CommError(f"no {what} is called {word!r}; did you mean {near!r}? Known: {', '.join(known)}")
+        raise CommError(
+            f"no {what} is called {word!r}; did you mean {near!r}? Known: {', '.join(known)}"
+        )
 
 
 def available(operation: str, layout: NodeMap) -> tuple[str, ...]:
@@ -135,14 +157,21 @@ def available(operation: str, layout: NodeMap) -> tuple[str, ...]:
 
 
 def choose(
-    wish: CollectiveCall, element: str, nbytes: int, layout: NodeMap, in_shared: bool, profile: Profile | None
+    wish: CollectiveCall,
+    element: str,
+    nbytes: int,
+    layout: NodeMap,
+    in_shared: bool,
+    profile: Profile | None,
 ) -> str:
     """The algorithm for a call. `in_shared`: the arrays lie in node-shared memory.
 
     Raises CommError for an algorithm that does not exist, can't run here, or can't keep the order asked for.
     """
     if wish.op == "mean" and element not in FLOATS:
-        raise CommError(f"a mean of {element} is no {element}; reduce by sum, or convert to a float type")
+        raise CommError(
+            f"a mean of {element} is no {element}; reduce by sum, or convert to a float type"
+        )
     able = available(wish.operation, layout)
     algorithm = wish.algorithm
     if algorithm == "two-level" and layout.on_one_node:
@@ -157,7 +186,9 @@ def choose(
         if profile is not None:
             allowed = [name for name in able if name not in ("auto", "reference")]
             where = (len(layout.nodes), layout.size)
-            known = profile.best(wish.operation, nbytes, element, *where, allowed, node_shared=in_shared)
+            known = profile.best(
+                wish.operation, nbytes, element, *where, allowed, node_shared=in_shared
+            )
         return known or table(wish.operation, element, nbytes, layout, in_shared, able)
     if algorithm not in able:
         raise CommError(
@@ -186,14 +217,22 @@ def _keeps_order(algorithm: str, layout: NodeMap) -> bool:
     return algorithm in FIXED_ORDER or algorithm in ("auto", "shared", "reference")
 
 
-def table(operation: str, element: str, nbytes: int, layout: NodeMap, in_shared: bool, able: Sequence[str]) -> str:
+def table(
+    operation: str, element: str, nbytes: int, layout: NodeMap, in_shared: bool, able: Sequence[str]
+) -> str:
     """The choice without a profile."""
-    return next(name for name in _preferences(operation, element, nbytes, layout, in_shared) if name in able)
+    return next(
+        name for name in _preferences(operation, element, nbytes, layout, in_shared) if name in able
+    )
 
 
-def _preferences(operation: str, element: str, nbytes: int, layout: NodeMap, in_shared: bool) -> list[str]:
+def _preferences(
+    operation: str, element: str, nbytes: int, layout: NodeMap, in_shared: bool
+) -> list[str]:
     # 16-bit floats the libraries add slowly or not at all; short integers saturate in Open MPI, where ours wrap.
-    native_wins = operation not in REDUCING or not (element in SHORT_FLOATS or element in SHORT_INTEGERS)
+    native_wins = operation not in REDUCING or not (
+        element in SHORT_FLOATS or element in SHORT_INTEGERS
+    )
     if layout.on_one_node and layout.shares_memory:
         better = _over_stage(operation, nbytes, layout) if native_wins and not in_shared else []
         return [*better, "shared", "native", *_by_size(nbytes)]
@@ -208,7 +247,14 @@ def _by_size(nbytes: int) -> list[str]:
     """Over a network: few rounds for small arrays, few bytes and both directions at once for large ones."""
     if nbytes < FEW_ROUNDS_BYTES:
         return ["recursive-doubling", "recursive-halving", "rabenseifner", "binomial", "pairwise"]
-    return ["segmented-ring", "rabenseifner", "recursive-halving", "scatter-allgather", "binomial", "pairwise"]
+    return [
+        "segmented-ring",
+        "rabenseifner",
+        "recursive-halving",
+        "scatter-allgather",
+        "binomial",
+        "pairwise",
+    ]
 
 
 def _lists_win_from(operation: str, layout: NodeMap) -> float:

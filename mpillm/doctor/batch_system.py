@@ -29,7 +29,9 @@ def starters(environment: Mapping[str, str]) -> bool:
 
 
 def judge_systems(systems: Mapping[str, str], job: CurrentJob | None) -> Finding:
-    found = ", ".join(f"{system} ({command})" for system, command in systems.items()) or "none on PATH"
+    found = (
+        ", ".join(f"{system} ({command})" for system, command in systems.items()) or "none on PATH"
+    )
     return Finding(AREA, "found", "ok", found + (f"; this is its job {job.id}" if job else ""))
 
 
@@ -40,13 +42,19 @@ def judge_site(path: Path | None, load: Callable[[Path | None], Any]) -> tuple[F
         site = load(path)
     except MpillmError as failure:
         remedy = f"mend {whose}; jobs/sites has examples"
-        return Finding(AREA, name, "error", str(failure).removesuffix("; jobs/sites has examples"), remedy), None
+        return Finding(
+            AREA, name, "error", str(failure).removesuffix("; jobs/sites has examples"), remedy
+        ), None
     if path is None and site == type(site)():
-        return Finding(AREA, name, "ok", "none, or an empty one; `mpillm submit` works without"), site
+        return Finding(
+            AREA, name, "ok", "none, or an empty one; `mpillm submit` works without"
+        ), site
     return Finding(AREA, name, "ok", f"{whose} can be read"), site
 
 
-def judge_profile(path: Path, load: Callable[[Path, Callable[[str], None], Any], Any], cluster: Any) -> Finding:
+def judge_profile(
+    path: Path, load: Callable[[Path, Callable[[str], None], Any], Any], cluster: Any
+) -> Finding:
     """Whether the profile at `path` is of this `cluster`. A stale one does no harm, for it is ignored."""
     warnings: list[str] = []
     try:
@@ -61,4 +69,6 @@ def judge_profile(path: Path, load: Callable[[Path, Callable[[str], None], Any],
 def _split(sentence: str, verdict: Any) -> Finding:
     """comm.profile's sentences end in the way out."""
     found, _, remedy = sentence.rpartition("; ")
-    return Finding(PROFILE_AREA, "stale" if verdict == "warning" else "unusable", verdict, found, remedy)
+    return Finding(
+        PROFILE_AREA, "stale" if verdict == "warning" else "unusable", verdict, found, remedy
+    )

@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mpillm.doctor import batch_system, folders, homogeneous, host, mpi_start, reach, ring_links, shared_folder
+from mpillm.doctor import (
+    batch_system,
+    folders,
+    homogeneous,
+    host,
+    mpi_start,
+    reach,
+    ring_links,
+    shared_folder,
+)
 from mpillm.doctor.findings import MISSED, Finding, FindingRow, guarded, merge
 from mpillm.doctor.findings_report import tell
 from mpillm.doctor.host_checks import HostJob, Local, examine, wished_paths
@@ -58,7 +67,9 @@ class World:
         return self.node.rank == 0
 
 
-def doctor(options: DoctorOptions, console: Console, probes: Probes, environment: Mapping[str, str]) -> int:
+def doctor(
+    options: DoctorOptions, console: Console, probes: Probes, environment: Mapping[str, str]
+) -> int:
     """Check everything and tell it; the exit code, 1 where there is an error, on every rank.
 
     Every process calls it, before MPI has been started: MPI may be what ails. `console` speaks on rank 0.
@@ -86,7 +97,9 @@ def open_quietly() -> "MPI.Intracomm":
     return MPI.COMM_WORLD
 
 
-def _refusal(environment: Mapping[str, str], started: Started, look: mpi_start.Look) -> list[Finding]:
+def _refusal(
+    environment: Mapping[str, str], started: Started, look: mpi_start.Look
+) -> list[Finding]:
     """Why processes that a launcher started had better not call MPI_Init."""
     if not started.launcher:
         return []
@@ -100,27 +113,47 @@ def _refusal(environment: Mapping[str, str], started: Started, look: mpi_start.L
     return [host.judge_shared(shared, 1)] if shared.free < host.FATAL_SHARED_BYTES else []
 
 
-def _refuse(findings: Sequence[Finding], started: Started, options: DoctorOptions, console: Console) -> int:
+def _refuse(
+    findings: Sequence[Finding], started: Started, options: DoctorOptions, console: Console
+) -> int:
     """The first process tells the findings, all leave with 1."""
     if started.rank == 0:
         tell([FindingRow(finding) for finding in findings], {}, options.as_json, console)
         return 1
-    if started.local_rank == 0 and findings[0].area == host.AREA:  # the fault is this host's, maybe not the first's
-        sys.stderr.write(f"mpillm: error: {os.uname().nodename}: {findings[0].name}: {findings[0].found}\n")
+    if (
+        started.local_rank == 0 and findings[0].area == host.AREA
+    ):  # the fault is this host's, maybe not the first's
+        sys.stderr.write(
+            f"mpillm: error: {os.uname().nodename}: {findings[0].name}: {findings[0].found}\n"
+        )
         sys.stderr.flush()
     time.sleep(FIRST_SPEAKS_SECONDS)
     return 1
 
 
 def _alone(
-    options: DoctorOptions, console: Console, probes: Probes, environment: Mapping[str, str], look: mpi_start.Look
-) -> int:  # fmt: skip
+    options: DoctorOptions,
+    console: Console,
+    probes: Probes,
+    environment: Mapping[str, str],
+    look: mpi_start.Look,
+) -> int:
     """All that can be said where MPI does not start."""
     of_site, site = _site(options, environment)
     job = HostJob([os.sched_getaffinity(0)], site_gpus=getattr(site, "gpus_per_node", 0))
     local = examine(options, probes, environment, look, job)
-    findings = [*mpi_start.judge_library(look), *local.findings, *_of_job(options, environment, look, 1), of_site]
-    return tell([FindingRow(finding) for finding in findings], {local.host: local.facts}, options.as_json, console)
+    findings = [
+        *mpi_start.judge_library(look),
+        *local.findings,
+        *_of_job(options, environment, look, 1),
+        of_site,
+    ]
+    return tell(
+        [FindingRow(finding) for finding in findings],
+        {local.host: local.facts},
+        options.as_json,
+        console,
+    )
 
 
 def _site(options: DoctorOptions, environment: Mapping[str, str]) -> tuple[Finding, Any]:
@@ -136,14 +169,22 @@ def _site(options: DoctorOptions, environment: Mapping[str, str]) -> tuple[Findi
     except ImportError as failure:
         found = f"cannot be read without its package: {failure}"
         return Finding(
-            batch_system.AREA, "site file", "warning", found, "install what is missing, as told under software"
+            batch_system.AREA,
+            "site file",
+            "warning",
+            found,
+            "install what is missing, as told under software",
         ), None
 
 
 def _together(
-    comm: "MPI.Intracomm", options: DoctorOptions, console: Console, probes: Probes, environment: Mapping[str, str],
+    comm: "MPI.Intracomm",
+    options: DoctorOptions,
+    console: Console,
+    probes: Probes,
+    environment: Mapping[str, str],
     look: mpi_start.Look,
-) -> int:  # fmt: skip
+) -> int:
     """Every rank calls it. Where the ranks lose each other, each that notices says so, and the job is ended."""
     rows: list[FindingRow] = []
     facts: dict[str, Mapping[str, str]] = {}
@@ -160,9 +201,13 @@ def _together(
 
 
 def _lost(
-    comm: "MPI.Intracomm", failure: Exception, rows: list[FindingRow], facts: Mapping[str, Mapping[str, str]],
-    options: DoctorOptions, console: Console,
-) -> NoReturn:  # fmt: skip
+    comm: "MPI.Intracomm",
+    failure: Exception,
+    rows: list[FindingRow],
+    facts: Mapping[str, Mapping[str, str]],
+    options: DoctorOptions,
+    console: Console,
+) -> NoReturn:
     """A rank tells why it cannot go on, rank 0 with all that it knows, and the job is ended."""
     meeting = isinstance(failure, LaunchError)
     text = str(failure) if meeting else f"{type(failure).__name__}: {failure}; {MISSED}"
@@ -200,21 +245,33 @@ def _world(comm: "MPI.Intracomm") -> World:
 
 
 def _collect(
-    world: World, options: DoctorOptions, probes: Probes, environment: Mapping[str, str], look: mpi_start.Look,
-    rows: list[FindingRow], facts: dict[str, Mapping[str, str]],
-) -> None:  # fmt: skip
+    world: World,
+    options: DoctorOptions,
+    probes: Probes,
+    environment: Mapping[str, str],
+    look: mpi_start.Look,
+    rows: list[FindingRow],
+    facts: dict[str, Mapping[str, str]],
+) -> None:
     """Fill `rows` and `facts` on rank 0, what is known first, so that a later failure leaves it there."""
     comm = world.comm
     of_site, site = _site(options, environment)
     masks = world.node.allgather(os.sched_getaffinity(0))
     job = HostJob(masks, comm.size, len(world.hosts), getattr(site, "gpus_per_node", 0))
-    local = replace(examine(options, probes, environment, look, job), host=world.host) if world.leads else None
+    local = (
+        replace(examine(options, probes, environment, look, job), host=world.host)
+        if world.leads
+        else None
+    )
     meet(comm)
     told: list[Local] = [one for one in comm.allgather(local) if one is not None]
     rows += [FindingRow(finding) for finding in _of_library(comm, look)]
     rows += merge({one.host: one.findings for one in told})
     facts |= {one.host: one.facts for one in told}
-    rows += [FindingRow(finding) for finding in [*_of_job(options, environment, look, comm.size), of_site]]
+    rows += [
+        FindingRow(finding)
+        for finding in [*_of_job(options, environment, look, comm.size), of_site]
+    ]
     meet(comm)
     rows += [FindingRow(finding) for finding in _of_hosts(world, options, environment, facts, rows)]
     rows += [FindingRow(finding) for finding in _of_ranks(world, environment)]
@@ -229,7 +286,7 @@ def _of_library(comm: "MPI.Intracomm", look: mpi_start.Look) -> list[Finding]:
 
 def _of_job(
     options: DoctorOptions, environment: Mapping[str, str], look: mpi_start.Look, ranks: int
-) -> list[Finding]:  # fmt: skip
+) -> list[Finding]:
     """What is asked once a job, and needs no messages."""
     if detect(environment).rank:
         return []
@@ -239,28 +296,47 @@ def _of_job(
         hosts = list(options.hosts) or ([] if ranks > 1 else listed)
         return reach.judge_hosts(reach.try_hosts(hosts, os.uname().nodename), scheduler)
 
-    findings = guarded(mpi_start.AREA, "mpirun", lambda: [
-        mpi_start.judge_mpirun(look, mpi_start.find_mpirun(environment), batch_system.starters(environment), ranks > 1)
-    ])  # fmt: skip
+    findings = guarded(
+        mpi_start.AREA,
+        "mpirun",
+        lambda: [
+            mpi_start.judge_mpirun(
+                look,
+                mpi_start.find_mpirun(environment),
+                batch_system.starters(environment),
+                ranks > 1,
+            )
+        ],
+    )
     findings += guarded(reach.AREA, "reach", check_hosts)
     systems = batch_system.find_systems(environment)
     return [*findings, batch_system.judge_systems(systems, current_job(environment))]
 
 
 def _of_hosts(
-    world: World, options: DoctorOptions, environment: Mapping[str, str], facts: Mapping[str, Mapping[str, str]],
+    world: World,
+    options: DoctorOptions,
+    environment: Mapping[str, str],
+    facts: Mapping[str, Mapping[str, str]],
     rows: Sequence[FindingRow],
-) -> list[Finding]:  # fmt: skip
+) -> list[Finding]:
     """Whether the hosts are alike and share the folders. Every rank calls it; `rows`: what is known on rank 0."""
     if len(world.hosts) < 2:
         return []
     # A file server that hangs takes whoever asks it with it.
-    ill = {row.finding.name for row in rows if (row.finding.area, row.finding.verdict) == (folders.AREA, "error")}
+    ill = {
+        row.finding.name
+        for row in rows
+        if (row.finding.area, row.finding.verdict) == (folders.AREA, "error")
+    }
     # The folder for temporary files is each host's own, and should be.
     paths = options.paths or wished_paths(options, environment)[:1]
     paths = world.comm.bcast([path for path in paths if str(path) not in ill])
     seen = shared_folder.seen_by(world.comm, paths, world.leads, world.host)
-    judged = [shared_folder.judge_sharing(path, hosts, bool(options.paths)) for path, hosts in seen.items()]
+    judged = [
+        shared_folder.judge_sharing(path, hosts, bool(options.paths))
+        for path, hosts in seen.items()
+    ]
     return homogeneous.judge_alike(facts) + [finding for finding in judged if finding]
 
 
@@ -274,7 +350,9 @@ def _of_ranks(world: World, environment: Mapping[str, str]) -> list[Finding]:
     if comm.size < 2:
         return findings
     meet(comm)
-    crowded = any(place.local_size > min(place.limit, len(_cpus(places, place.host))) for place in places)
+    crowded = any(
+        place.local_size > min(place.limit, len(_cpus(places, place.host))) for place in places
+    )
     led = ring_links.measure(comm, world.host_of)
     # A pair between which no message passes has said so by now.
     meet(comm, ring_links.PATIENCE_SECONDS + 10)
@@ -288,10 +366,18 @@ def _cpus(places: Sequence[Any], host: str) -> frozenset[int]:
 
 def _of_profile(world: World, options: DoctorOptions, probes: Probes, site: Any) -> list[Finding]:
     """Whether the cluster profile, if one is named, is of this cluster. Every rank calls it."""
-    path = world.comm.bcast(options.profile or (Path(site.profile) if getattr(site, "profile", "") else None))
+    path = world.comm.bcast(
+        options.profile or (Path(site.profile) if getattr(site, "profile", "") else None)
+    )
     if path is None:
         return []
     cluster = probes.describe_cluster(world.comm)
-    return guarded(
-        batch_system.PROFILE_AREA, path.name, lambda: [batch_system.judge_profile(path, probes.load_profile, cluster)]
-    ) if world.comm.rank == 0 else []  # fmt: skip
+    return (
+        guarded(
+            batch_system.PROFILE_AREA,
+            path.name,
+            lambda: [batch_system.judge_profile(path, probes.load_profile, cluster)],
+        )
+        if world.comm.rank == 0
+        else []
+    )

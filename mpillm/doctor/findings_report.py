@@ -13,13 +13,24 @@ WIDTH = 100
 VERDICT_COLUMNS, NAME_COLUMNS = 9, 18
 STYLES = {"error": "bold red", "warning": "yellow", "ok": "green"}
 AREAS = (
-    "software", "MPI", "host", "network", "GPU", "folders", "hosts", "neighbours", "batch system", "cluster profile",
-)  # fmt: skip
+    "software",
+    "MPI",
+    "host",
+    "network",
+    "GPU",
+    "folders",
+    "hosts",
+    "neighbours",
+    "batch system",
+    "cluster profile",
+)
 Part = tuple[str, str]
 """A piece of a line and its style, "" for none."""
 
 
-def render(rows: Sequence[FindingRow], hosts: Sequence[str], width: int = WIDTH) -> list[list[Part]]:
+def render(
+    rows: Sequence[FindingRow], hosts: Sequence[str], width: int = WIDTH
+) -> list[list[Part]]:
     """Lines of parts. `hosts`: all of the job; a row that is true of some alone names them."""
     lines: list[list[Part]] = []
     for area in sorted({row.finding.area for row in rows}, key=_place):
@@ -43,7 +54,10 @@ def _lines(row: FindingRow, hosts: Sequence[str], width: int) -> list[list[Part]
             ("→ " if number == 0 else "  ") + text
             for number, text in enumerate(_wrap(finding.remedy, width - indent - 2))
         ]
-    head: list[Part] = [("  ", ""), (f"{finding.verdict:<{VERDICT_COLUMNS}}", STYLES[finding.verdict])]
+    head: list[Part] = [
+        ("  ", ""),
+        (f"{finding.verdict:<{VERDICT_COLUMNS}}", STYLES[finding.verdict]),
+    ]
     if len(finding.name) < NAME_COLUMNS:
         first = [[*head, (f"{finding.name:<{NAME_COLUMNS}}{texts.pop(0)}", "")]]
     else:  # a long path has a line of its own
@@ -52,22 +66,39 @@ def _lines(row: FindingRow, hosts: Sequence[str], width: int) -> list[list[Part]
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, max(width, 20), break_long_words=False, break_on_hyphens=False) or [""]
+    return textwrap.wrap(text, max(width, 20), break_long_words=False, break_on_hyphens=False) or [
+        ""
+    ]
 
 
 def summary(rows: Sequence[FindingRow]) -> str:
     """`doctor: 1 error, 2 warnings, 24 ok`"""
     counts = count(rows)
-    plural = {verdict: "s" if number != 1 and verdict != "ok" else "" for verdict, number in counts.items()}
-    return "doctor: " + ", ".join(f"{number} {verdict}{plural[verdict]}" for verdict, number in counts.items())
+    plural = {
+        verdict: "s" if number != 1 and verdict != "ok" else ""
+        for verdict, number in counts.items()
+    }
+    return "doctor: " + ", ".join(
+        f"{number} {verdict}{plural[verdict]}" for verdict, number in counts.items()
+    )
 
 
 def to_json(rows: Sequence[FindingRow], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     findings = [asdict(row.finding) | {"hosts": list(row.hosts)} for row in rows]
-    return {"verdict": worst(rows), "counts": count(rows), "findings": findings, "hosts": dict(facts)}
+    return {
+        "verdict": worst(rows),
+        "counts": count(rows),
+        "findings": findings,
+        "hosts": dict(facts),
+    }
 
 
-def tell(rows: Sequence[FindingRow], facts: Mapping[str, Mapping[str, Any]], as_json: bool, console: Console) -> int:
+def tell(
+    rows: Sequence[FindingRow],
+    facts: Mapping[str, Mapping[str, Any]],
+    as_json: bool,
+    console: Console,
+) -> int:
     """Print the report where `console` speaks; the exit code: 1 where there is an error, else 0."""
     if as_json:
         console.write(json.dumps(to_json(rows, facts), indent=1, ensure_ascii=False) + "\n")

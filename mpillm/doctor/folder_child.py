@@ -83,7 +83,9 @@ def try_lock(path: Path, lock: Callable[[int, int], None]) -> str:
         child = os.fork()
         if child == 0:
             os._exit(ask(path, lock))
-        return "kept" if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1 else "granted twice"
+        return (
+            "kept" if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1 else "granted twice"
+        )
     finally:
         os.close(descriptor)
 

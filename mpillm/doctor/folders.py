@@ -59,10 +59,18 @@ def read_folder(path: Path, environment: Mapping[str, str]) -> Folder:
     kind = _kind(str(path.resolve()))
     room = os.statvfs(path)
     return Folder(
-        str(path), kind, room.f_blocks * room.f_frsize, room.f_bavail * room.f_frsize,
-        room.f_favail if room.f_files else None, failure, 0, told.get("write_seconds", 0), told.get("read_seconds", 0),
-        told.get("locks", {}), stripes(path, environment) if kind == "lustre" else None,
-    )  # fmt: skip
+        str(path),
+        kind,
+        room.f_blocks * room.f_frsize,
+        room.f_bavail * room.f_frsize,
+        room.f_favail if room.f_files else None,
+        failure,
+        0,
+        told.get("write_seconds", 0),
+        told.get("read_seconds", 0),
+        told.get("locks", {}),
+        stripes(path, environment) if kind == "lustre" else None,
+    )
 
 
 def _kind(path: str) -> str:
@@ -84,7 +92,9 @@ def judge_folder(folder: Folder, environment: Mapping[str, str]) -> list[Finding
     """All about one folder on one host, the fault first."""
     if folder.hung:
         found = f"no answer from its file system ({folder.kind}) within {folder.hung:.0f} s"
-        remedy = "its server is down or out of reach: tell the site's staff, or choose another folder"
+        remedy = (
+            "its server is down or out of reach: tell the site's staff, or choose another folder"
+        )
         return [Finding(AREA, folder.path, "error", found, remedy)]
     if folder.failure:
         return [judge_failure(folder, *folder.failure)]
@@ -95,12 +105,24 @@ def judge_folder(folder: Folder, environment: Mapping[str, str]) -> list[Finding
 FAILURES = {
     errno.ENOENT: ("there is no such folder", "make it: mkdir -p {path}"),
     errno.ENOTDIR: ("it is no folder", "name a folder"),
-    errno.EROFS: ("read-only, nothing can be written", "choose a folder on a file system that is mounted for writing "
-                  "(scratch or work; on some sites compute nodes see home read-only), or mount -o remount,rw"),
-    errno.EACCES: ("you may not write there", "choose a folder of your own, or ask its owner: ls -ld {path}"),
-    errno.EPERM: ("you may not write there", "choose a folder of your own, or ask its owner: ls -ld {path}"),
-    errno.EDQUOT: ("your quota is used up", "delete what is no longer needed, or ask for more (quota -s; lfs quota)"),
-}  # fmt: skip
+    errno.EROFS: (
+        "read-only, nothing can be written",
+        "choose a folder on a file system that is mounted for writing "
+        "(scratch or work; on some sites compute nodes see home read-only), or mount -o remount,rw",
+    ),
+    errno.EACCES: (
+        "you may not write there",
+        "choose a folder of your own, or ask its owner: ls -ld {path}",
+    ),
+    errno.EPERM: (
+        "you may not write there",
+        "choose a folder of your own, or ask its owner: ls -ld {path}",
+    ),
+    errno.EDQUOT: (
+        "your quota is used up",
+        "delete what is no longer needed, or ask for more (quota -s; lfs quota)",
+    ),
+}
 
 
 def judge_failure(folder: Folder, number: int, step: str) -> Finding:
@@ -118,7 +140,10 @@ def judge_failure(folder: Folder, number: int, step: str) -> Finding:
 def full(folder: Folder) -> tuple[str, str]:
     """A disk may be full of bytes or of names."""
     if folder.files_free == 0:
-        return "full: no file more can be made, its inodes are used up", "delete small files, or choose another folder"
+        return (
+            "full: no file more can be made, its inodes are used up",
+            "delete small files, or choose another folder",
+        )
     room = f"{binary_bytes(folder.free)} free of {binary_bytes(folder.total)}"
     return f"full: {room}, and {binary_bytes(TRIAL_BYTES)} were to be written", (
         "delete what is no longer needed there (du -xsh {path}/*), or choose another folder"
@@ -130,14 +155,20 @@ def judge_room(folder: Folder) -> Finding:
     if folder.kind in IN_MEMORY:
         found += ", which lies in memory"
     if folder.free < LITTLE_ROOM_BYTES:
-        remedy = f"a checkpoint may not fit: delete what is no longer needed (du -xsh {folder.path}/*)"
+        remedy = (
+            f"a checkpoint may not fit: delete what is no longer needed (du -xsh {folder.path}/*)"
+        )
         return Finding(AREA, folder.path, "warning", found, remedy)
     return Finding(AREA, folder.path, "ok", found)
 
 
 def judge_rate(folder: Folder) -> Finding:
-    write, read = (TRIAL_BYTES / max(seconds, 1e-6) for seconds in (folder.write_seconds, folder.read_seconds))
-    found = f"writes {_rate(write)}, reads {_rate(read)}, by one file of {binary_bytes(TRIAL_BYTES)}"
+    write, read = (
+        TRIAL_BYTES / max(seconds, 1e-6) for seconds in (folder.write_seconds, folder.read_seconds)
+    )
+    found = (
+        f"writes {_rate(write)}, reads {_rate(read)}, by one file of {binary_bytes(TRIAL_BYTES)}"
+    )
     name = f"{folder.path}: speed"
     if write < SLOW_BYTES_PER_SECOND:
         remedy = "keep runs on the parallel file system or a local disk; `mpillm bench filesystem --folder` tells more"
@@ -156,13 +187,17 @@ def judge_locks(folder: Folder, environment: Mapping[str, str]) -> Finding:
         return Finding(AREA, name, "ok", "kept between processes")
     told = ", ".join(f"{lock} {_told(result)}" for lock, result in bad.items())
     if environment.get(LOCKING_VARIABLE, "").upper() in ("FALSE", "0"):
-        return Finding(AREA, name, "ok", f"{told}; {LOCKING_VARIABLE}={environment[LOCKING_VARIABLE]} is set")
+        return Finding(
+            AREA, name, "ok", f"{told}; {LOCKING_VARIABLE}={environment[LOCKING_VARIABLE]} is set"
+        )
     remedy = (
         f"export {LOCKING_VARIABLE}=FALSE for h5py, h5dump and other HDF5 programs (mpillm itself locks no HDF5 file), "
         "or mount it with locks (NFS: rpc.statd and lockd; Lustre: -o flock)"
     )
     refused = all(result != "granted twice" for result in bad.values())
-    return Finding(AREA, name, "warning", f"locking {'refused' if refused else 'not kept'}: {told}", remedy)
+    return Finding(
+        AREA, name, "warning", f"locking {'refused' if refused else 'not kept'}: {told}", remedy
+    )
 
 
 def _told(result: str) -> str:
@@ -176,4 +211,9 @@ def judge_stripes(folder: Folder) -> Finding:
         found = "a new file lies on one Lustre server alone"
         remedy = f"for large checkpoints spread it over several: lfs setstripe -c 4 {folder.path}"
         return Finding(AREA, name, "warning", found, remedy)
-    return Finding(AREA, name, "ok", f"a new file is spread over {'all' if count == -1 else count} Lustre servers")
+    return Finding(
+        AREA,
+        name,
+        "ok",
+        f"a new file is spread over {'all' if count == -1 else count} Lustre servers",
+    )

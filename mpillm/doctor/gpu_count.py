@@ -9,7 +9,9 @@ MESSAGES = "messages"
 """comm.gpu.probe's name for sends and receives."""
 
 
-def judge_gpus(names: Sequence[str], devices: int, wanted: int | None, build: str, whose: str) -> Finding:
+def judge_gpus(
+    names: Sequence[str], devices: int, wanted: int | None, build: str, whose: str
+) -> Finding:
     """`names`: of the GPUs that torch can use; `devices`: how many this process may see; `wanted`: how many there
     should be, by `whose` word ("--gpus", or the site file).
     """
@@ -23,7 +25,9 @@ def judge_gpus(names: Sequence[str], devices: int, wanted: int | None, build: st
         if build == "CPU":
             remedy = "install torch for the driver's CUDA, as pytorch.org/get-started tells"
     if wanted is not None and wanted != len(names):
-        return Finding(AREA, "count", "error", f"{found}, where {wanted} should be by {whose}", remedy)
+        return Finding(
+            AREA, "count", "error", f"{found}, where {wanted} should be by {whose}", remedy
+        )
     if devices > len(names):
         return Finding(AREA, "count", "warning", found, remedy)
     return Finding(AREA, "count", "ok", found)
@@ -37,8 +41,14 @@ def judge_aware(trials: Mapping[str, bool]) -> Finding:
         return Finding(AREA, name, "ok", f"yes: {', '.join(good)}")
     if trials.get(MESSAGES):
         bad = [trial for trial, well in trials.items() if not well]
-        return Finding(AREA, name, "ok", f"in part: {', '.join(good)}; through the host: {', '.join(bad)}")
+        return Finding(
+            AREA, name, "ok", f"in part: {', '.join(good)}; through the host: {', '.join(bad)}"
+        )
     remedy = "load an MPI that was built with CUDA (Open MPI: ompi_info | grep cuda; MPICH: --with-cuda) for more speed"
     return Finding(
-        AREA, name, "warning", "no: messages of GPUs pass through the host's memory, correct but slower", remedy
+        AREA,
+        name,
+        "warning",
+        "no: messages of GPUs pass through the host's memory, correct but slower",
+        remedy,
     )

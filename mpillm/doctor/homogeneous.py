@@ -11,7 +11,9 @@ REMEDIES = {
     "Linux": "let the site's staff bring them to one state, or leave the odd one out (sbatch --exclude=NODE)",
 }
 SOFTWARE = ("MPI library", "mpillm", "Python", "torch", "h5py", "numpy")
-HARDWARE = "ask for hosts of one kind (sbatch --constraint=… or --exclude=NODE): the slowest holds up all"
+HARDWARE = (
+    "ask for hosts of one kind (sbatch --constraint=… or --exclude=NODE): the slowest holds up all"
+)
 
 
 def judge_alike(hosts: Mapping[str, Mapping[str, str]]) -> list[Finding]:
@@ -34,6 +36,8 @@ def judge_one(what: str, hosts: Mapping[str, Mapping[str, str]]) -> Finding | No
     for value, number in ranking[1:] if clear else ranking:
         having = [host for host, own in values.items() if own == value]
         texts.append(f"{hosts_text(having)} ha{'s' if number == 1 else 've'} {value}")
-    found = "; ".join(texts) + (f", the other {ranking[0][1]} have {ranking[0][0]}" if clear else "")
+    found = "; ".join(texts) + (
+        f", the other {ranking[0][1]} have {ranking[0][0]}" if clear else ""
+    )
     remedy = REMEDIES.get(what) or (REMEDIES["MPI library"] if what in SOFTWARE else HARDWARE)
     return Finding(AREA, f"{what} differs", "warning", found, remedy)

@@ -105,7 +105,8 @@ def processor(table: Path = Path("/proc/cpuinfo")) -> str:
 def read_memory(root: Path = Path("/")) -> HostMemory:
     """`root` holds `proc` and `sys`."""
     lines = {
-        key: int(kib) * 1024 for key, kib in re.findall(r"^(\w+):\s+(\d+) kB", text_of(root / "proc/meminfo"), re.M)
+        key: int(kib) * 1024
+        for key, kib in re.findall(r"^(\w+):\s+(\d+) kB", text_of(root / "proc/meminfo"), re.M)
     }
     total = lines.get("MemTotal", 0)
     return HostMemory(total, min(total, memory_limit(root)), lines.get("MemAvailable", total))
@@ -122,13 +123,19 @@ def _number(path: Path) -> list[int]:
     return [int(text)] if text.isdigit() else []
 
 
-def cores_of(masks: Sequence[AbstractSet[int]], topology: Topology, allowed: float, threads: int | None) -> Cores:
+def cores_of(
+    masks: Sequence[AbstractSet[int]], topology: Topology, allowed: float, threads: int | None
+) -> Cores:
     """`masks`: the CPUs that each rank of this host may run on."""
     cpus = set[int]().union(*masks)
     return Cores(
-        len(masks), len(cpus), len(topology.cores(cpus)), allowed,
-        len(set(topology.core.values())) or len(cpus), threads,
-    )  # fmt: skip
+        len(masks),
+        len(cpus),
+        len(topology.cores(cpus)),
+        allowed,
+        len(set(topology.core.values())) or len(cpus),
+        threads,
+    )
 
 
 def judge_shared(shared: SharedMemory, ranks: int) -> Finding:
@@ -141,9 +148,13 @@ def judge_shared(shared: SharedMemory, ranks: int) -> Finding:
         f"mount -o remount,size={size} /dev/shm"
     )
     if not shared.total:
-        return Finding(AREA, name, "error", "there is none: MPI's ranks cannot share memory", remedy)
+        return Finding(
+            AREA, name, "error", "there is none: MPI's ranks cannot share memory", remedy
+        )
     if shared.total < TINY_SHARED_BYTES:
-        return Finding(AREA, name, "error", f"{found}: too small for MPI's ranks to share memory", remedy)
+        return Finding(
+            AREA, name, "error", f"{found}: too small for MPI's ranks to share memory", remedy
+        )
     if shared.free < FATAL_SHARED_BYTES:
         remedy = "remove what killed jobs left there (ls -l /dev/shm), or " + remedy
         return Finding(AREA, name, "error", f"{found}: it is full", remedy)
@@ -196,7 +207,13 @@ def judge_memory(memory: HostMemory, ranks: int) -> Finding:
         found += f", the control group's limit on a host of {binary_bytes(memory.total)}"
     if free < ranks * LEAST_MEMORY_A_RANK:
         found += f" for {counted(ranks, 'rank')}, of which torch alone takes some 0.5 GiB each"
-        return Finding(AREA, "memory", "warning", found, "end what else runs here, or ask for more (sbatch --mem=…)")
+        return Finding(
+            AREA,
+            "memory",
+            "warning",
+            found,
+            "end what else runs here, or ask for more (sbatch --mem=…)",
+        )
     return Finding(AREA, "memory", "ok", found)
 
 
@@ -214,7 +231,9 @@ def judge_limits(limits: Limits, world: int, infiniband: bool) -> list[Finding]:
     findings = [Finding(AREA, "open files", "ok", f"{files} a process")]
     if UNLIMITED != limits.open_files < needed:
         found = f"{files} a process; {world} ranks may want {needed:,}"
-        findings = [Finding(AREA, "open files", "warning", found, f"ulimit -n {needed} before the start")]
+        findings = [
+            Finding(AREA, "open files", "warning", found, f"ulimit -n {needed} before the start")
+        ]
     if infiniband:
         findings.append(judge_locked(limits.locked_bytes))
     return findings

@@ -47,12 +47,20 @@ def wished_paths(options: DoctorOptions, environment: Mapping[str, str]) -> tupl
     here = Path(environment.get("PWD") or "/")
     with suppress(FileNotFoundError):  # the current folder was removed
         here = Path.cwd()
-    return tuple(dict.fromkeys(options.paths or (here, Path(environment.get("TMPDIR") or tempfile.gettempdir()))))
+    return tuple(
+        dict.fromkeys(
+            options.paths or (here, Path(environment.get("TMPDIR") or tempfile.gettempdir()))
+        )
+    )
 
 
 def examine(
-    options: DoctorOptions, probes: Probes, environment: Mapping[str, str], look: mpi_start.Look, job: HostJob
-) -> Local:  # fmt: skip
+    options: DoctorOptions,
+    probes: Probes,
+    environment: Mapping[str, str],
+    look: mpi_start.Look,
+    job: HostJob,
+) -> Local:
     """All checks of this host. `environment` is the process's own. Each check that raises becomes a finding."""
     quiet = without_launcher(environment)
     facts: dict[str, str] = {"MPI library": look.library.text}
@@ -62,31 +70,43 @@ def examine(
         found = software.read_software(quiet, probes.kernel)
         imports.update(found.imports)
         names = ("mpillm", "torch", "h5py", "numpy")
-        facts.update({"Python": found.python} | {name: found.versions.get(name, "") for name in names})
+        facts.update(
+            {"Python": found.python} | {name: found.versions.get(name, "") for name in names}
+        )
         return software.judge_software(found, probes.kernel)
 
     findings = guarded(software.AREA, "packages", check_software)
     findings += guarded(host.AREA, "host", lambda: check_machine(environment, job, facts))
     findings += guarded(network.AREA, "interfaces", lambda: check_network(job, facts))
     findings += guarded(
-        gpu_count.AREA, "count", lambda: check_gpus(options, probes, environment, job, imports.get("torch"), facts)
+        gpu_count.AREA,
+        "count",
+        lambda: check_gpus(options, probes, environment, job, imports.get("torch"), facts),
     )
     for path in wished_paths(options, environment):
-        findings += guarded(folders.AREA, str(path), partial(check_folder, path, environment, quiet))
+        findings += guarded(
+            folders.AREA, str(path), partial(check_folder, path, environment, quiet)
+        )
     return Local(socket.gethostname(), tuple(findings), facts)
 
 
-def check_folder(path: Path, environment: Mapping[str, str], quiet: Mapping[str, str]) -> list[Finding]:
+def check_folder(
+    path: Path, environment: Mapping[str, str], quiet: Mapping[str, str]
+) -> list[Finding]:
     return folders.judge_folder(folders.read_folder(path, quiet), environment)
 
 
-def check_machine(environment: Mapping[str, str], job: HostJob, facts: dict[str, str]) -> list[Finding]:
+def check_machine(
+    environment: Mapping[str, str], job: HostJob, facts: dict[str, str]
+) -> list[Finding]:
     topology, memory = read_topology(), host.read_memory()
     cores = host.cores_of(job.masks, topology, allowance(environment), threads_wish(environment))
     facts |= {
-        "Linux": host.system(), "processor": host.processor(), "cores": str(cores.all_cores),
+        "Linux": host.system(),
+        "processor": host.processor(),
+        "cores": str(cores.all_cores),
         "memory": f"{round(memory.total / (1 << 30))} GiB",
-    }  # fmt: skip
+    }
     return [
         *host.judge_parts(topology, facts["processor"], facts["Linux"]),
         host.judge_cores(cores),
@@ -99,13 +119,20 @@ def check_machine(environment: Mapping[str, str], job: HostJob, facts: dict[str,
 def check_network(job: HostJob, facts: dict[str, str]) -> list[Finding]:
     ports = network.read_ports()
     facts["InfiniBand"] = ", ".join(port.text for port in ports) or "none"
-    return [network.judge_interfaces(network.read_interfaces(), job.hosts), network.judge_ports(ports)]
+    return [
+        network.judge_interfaces(network.read_interfaces(), job.hosts),
+        network.judge_ports(ports),
+    ]
 
 
 def check_gpus(
-    options: DoctorOptions, probes: Probes, environment: Mapping[str, str], job: HostJob, torch: software.Imported | None,
+    options: DoctorOptions,
+    probes: Probes,
+    environment: Mapping[str, str],
+    job: HostJob,
+    torch: software.Imported | None,
     facts: dict[str, str],
-) -> list[Finding]:  # fmt: skip
+) -> list[Finding]:
     """What torch's import told of GPUs; whether MPI takes their memory is tried only where there are some."""
     told: Mapping[str, Any] = torch.facts if torch else {}
     names, seen = list(told.get("gpus", ())), len(visible_gpus(environment))

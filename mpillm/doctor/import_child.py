@@ -18,9 +18,10 @@ def facts_of(name: str, module: ModuleType) -> dict[str, Any]:
         cuda = module.cuda
         count = cuda.device_count() if cuda.is_available() else 0
         return {
-            "cuda": module.version.cuda or "", "hip": module.version.hip or "",
+            "cuda": module.version.cuda or "",
+            "hip": module.version.hip or "",
             "gpus": [cuda.get_device_name(index) for index in range(count)],
-        }  # fmt: skip
+        }
     return {}
 
 

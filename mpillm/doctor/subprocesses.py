@@ -40,9 +40,15 @@ class Ended:
 def run(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> Ended:
     """Run `command` to its end, or for `seconds`. Raises OSError where it cannot be started."""
     child = subprocess.Popen(
-        command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, errors="replace", start_new_session=True,
-    )  # fmt: skip
+        command,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
         out, err = child.communicate(timeout=seconds)
         return Ended(child.returncode, out, err)
@@ -50,11 +56,19 @@ def run(command: Sequence[str], environment: Mapping[str, str], seconds: float) 
         os.killpg(child.pid, signal.SIGKILL)
     try:
         out, err = child.communicate(timeout=1)
-    except subprocess.TimeoutExpired:  # it hangs in the kernel, as on a file server that is gone: leave it there
+    except (
+        subprocess.TimeoutExpired
+    ):  # it hangs in the kernel, as on a file server that is gone: leave it there
         out, err = "", ""
     return Ended(None, out, err)
 
 
-def trial(name: str, arguments: Sequence[str], environment: Mapping[str, str], seconds: float) -> Ended:
+def trial(
+    name: str, arguments: Sequence[str], environment: Mapping[str, str], seconds: float
+) -> Ended:
     """Run this folder's `name`.py as a child, with this process's ways to find modules behind its own."""
-    return run([sys.executable, "-P", str(HERE / f"{name}.py"), json.dumps(sys.path), *arguments], environment, seconds)
+    return run(
+        [sys.executable, "-P", str(HERE / f"{name}.py"), json.dumps(sys.path), *arguments],
+        environment,
+        seconds,
+    )

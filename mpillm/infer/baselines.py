@@ -36,7 +36,8 @@ def baselines(train: TokenReader, held_out: TokenReader, vocab_size: int) -> Bas
     probability = _bigram(ids, targets, counts, unigram, vocab_size)
     score = (len(targets) - 1, held_out.split.n_bytes)
     return Baselines(
-        Score(float(-np.log(unigram[targets[1:]]).mean()), *score), Score(float(-np.log(probability).mean()), *score)
+        Score(float(-np.log(unigram[targets[1:]]).mean()), *score),
+        Score(float(-np.log(probability).mean()), *score),
     )
 
 

@@ -59,9 +59,12 @@ class Scorer(Protocol):
         """(i, n): which of n shares of the batches is this rank's; ranks that hold stages of one model have one."""
 
     def score(
-        self, count: int, read: Callable[[int], Tensor], shape_of: Callable[[int], tuple[int, int]],
+        self,
+        count: int,
+        read: Callable[[int], Tensor],
+        shape_of: Callable[[int], tuple[int, int]],
         done: Callable[[], None],
-    ) -> dict[int, float]:  # fmt: skip
+    ) -> dict[int, float]:
         """The summed loss of each of `count` batches, on the rank that knows it; `read(number)` gives the ids
         (B, T + 1), and `shape_of` (B, T). `done` is called once a batch, on some rank.
         """
@@ -84,9 +87,12 @@ class WholeModel:
         return self.comm.rank, self.comm.size
 
     def score(
-        self, count: int, read: Callable[[int], Tensor], shape_of: Callable[[int], tuple[int, int]],
+        self,
+        count: int,
+        read: Callable[[int], Tensor],
+        shape_of: Callable[[int], tuple[int, int]],
         done: Callable[[], None],
-    ) -> dict[int, float]:  # fmt: skip
+    ) -> dict[int, float]:
         stage = ScoringStage(self.model, read, self.autocast, done)
         for number in range(count):
             stage.forward(number, None)
@@ -109,7 +115,10 @@ def evaluate(scorer: Scorer, reader: TokenReader, comm: "MPI.Intracomm", console
 
     with console.progress("evaluate", len(mine), "batches") as progress:
         losses = scorer.score(
-            len(mine), read, lambda number: (mine[number].rows, mine[number].length), progress.advance
+            len(mine),
+            read,
+            lambda number: (mine[number].rows, mine[number].length),
+            progress.advance,
         )
     total = math.fsum(loss for part in comm.allgather(list(losses.values())) for loss in part)
     targets = reader.n_tokens - 1

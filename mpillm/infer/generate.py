@@ -32,10 +32,14 @@ class Sampling:
             ("top-p", self.top_p, 0 < self.top_p <= 1),
         ):
             if not fits:
-                raise UsageError(f"--{name} {value} makes no sense; see mpillm generate --help for what it may be")
+                raise UsageError(
+                    f"--{name} {value} makes no sense; see mpillm generate --help for what it may be"
+                )
 
 
-def generate(model: Decoder, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
+def generate(
+    model: Decoder, tokenizer: Tokenizer, prompt: str, sampling: Sampling
+) -> Iterator[str]:
     """Yield pieces of text that follow the prompt, until `max_tokens` or the end of the document.
 
     The same seed yields the same text. An empty prompt begins a new document.
@@ -75,7 +79,9 @@ def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         return int(logits_V.argmax())
     logits_V = logits_V.float() / sampling.temperature
     if 0 < sampling.top_k < logits_V.numel():
-        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(sampling.top_k).values[-1], -torch.inf)
+        logits_V = logits_V.masked_fill(
+            logits_V < logits_V.topk(sampling.top_k).values[-1], -torch.inf
+        )
     probability_V = logits_V.softmax(0)
     if sampling.top_p < 1:
         sorted_V, order_V = probability_V.sort(descending=True)

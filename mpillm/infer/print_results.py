@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def print_evaluation(
-    trained: Path, data: Path | None, baselines: bool, as_json: bool, comm: "MPI.Intracomm", console: Console
+    trained: Path,
+    data: Path | None,
+    baselines: bool,
+    as_json: bool,
+    comm: "MPI.Intracomm",
+    console: Console,
 ) -> None:
     """Score a trained model on the validation split of `data` (None: of its own data) and print it.
 
@@ -30,7 +35,9 @@ def print_evaluation(
     check_tokenizer(manifest, loaded.tokenizer)
     with open_split(folder, "validation") as reader:
         scorer = WholeModel(loaded.model, comm)
-        scores = {"model": evaluate(scorer, reader, comm, Console(speaks=False) if as_json else console)}
+        scores = {
+            "model": evaluate(scorer, reader, comm, Console(speaks=False) if as_json else console)
+        }
         if baselines and comm.rank == 0:
             with open_split(folder, "train") as train:
                 counted = score_baselines(train, reader, manifest.vocab_size)
@@ -39,10 +46,18 @@ def print_evaluation(
     _print(scores, loaded, folder, as_json, console)
 
 
-def _print(scores: dict[str, Score], loaded: Loaded, folder: Path, as_json: bool, console: Console) -> None:
+def _print(
+    scores: dict[str, Score], loaded: Loaded, folder: Path, as_json: bool, console: Console
+) -> None:
     if as_json:
-        facts = {"checkpoint": str(loaded.checkpoint.folder), "step": loaded.checkpoint.step, "data": str(folder)}
-        console.write(json.dumps(facts | {name: score.to_json() for name, score in scores.items()}) + "\n")
+        facts = {
+            "checkpoint": str(loaded.checkpoint.folder),
+            "step": loaded.checkpoint.step,
+            "data": str(folder),
+        }
+        console.write(
+            json.dumps(facts | {name: score.to_json() for name, score in scores.items()}) + "\n"
+        )
         return
     tokens = scores["model"].tokens
     console.table(
@@ -55,7 +70,9 @@ def _print(scores: dict[str, Score], loaded: Loaded, folder: Path, as_json: bool
     )
 
 
-def print_generation(trained: Path, prompt: str, sampling: Sampling, comm: "MPI.Intracomm", console: Console) -> None:
+def print_generation(
+    trained: Path, prompt: str, sampling: Sampling, comm: "MPI.Intracomm", console: Console
+) -> None:
     """Print the prompt and what the model makes of it, as it comes. Every rank calls it; rank 0 computes."""
     loaded = load(trained, comm, console)
     if comm.rank == 0:

@@ -117,22 +117,33 @@ def render(scheduler: str, job: BatchJob, site: Site) -> str:
     _check(scheduler, job, site)
     variable, rest = leading_variable(site.node_local.rstrip("/"))
     launcher = site.launcher or ("srun" if scheduler == "slurm" else "mpirun")
-    text = _templates().get_template(f"{scheduler}.sh").render(
-        job=_Checked(job, site),
-        site=site,
-        scheduler=scheduler,
-        time=Verbatim(TIMES[scheduler](job.seconds)),
-        directives=[checked(directive, DIRECTIVE, "each of directives") for directive in site.directives],
-        modules=[checked(module, MODULE, "each of modules") for module in site.modules],
-        names={name: checked(name, VARIABLE, "the name of each of variables") for name in site.variables},
-        launcher=f"{launcher}.sh" if launcher in ("srun", "jsrun") else "mpirun.sh",
-        program=Verbatim(launcher),
-        placed=any(word.startswith(PLACING) for word in site.launcher_arguments),
-        local_variable=checked(variable, VARIABLE, "the variable of node_local") if variable else "",
-        local_rest=quote(check_text(rest, "node_local =")) if rest else Verbatim(""),
-        limit_signals=Verbatim(LIMIT_SIGNALS[scheduler]),
-        given_up=GIVEN_UP[scheduler],
-    )  # fmt: skip
+    text = (
+        _templates()
+        .get_template(f"{scheduler}.sh")
+        .render(
+            job=_Checked(job, site),
+            site=site,
+            scheduler=scheduler,
+            time=Verbatim(TIMES[scheduler](job.seconds)),
+            directives=[
+                checked(directive, DIRECTIVE, "each of directives") for directive in site.directives
+            ],
+            modules=[checked(module, MODULE, "each of modules") for module in site.modules],
+            names={
+                name: checked(name, VARIABLE, "the name of each of variables")
+                for name in site.variables
+            },
+            launcher=f"{launcher}.sh" if launcher in ("srun", "jsrun") else "mpirun.sh",
+            program=Verbatim(launcher),
+            placed=any(word.startswith(PLACING) for word in site.launcher_arguments),
+            local_variable=checked(variable, VARIABLE, "the variable of node_local")
+            if variable
+            else "",
+            local_rest=quote(check_text(rest, "node_local =")) if rest else Verbatim(""),
+            limit_signals=Verbatim(LIMIT_SIGNALS[scheduler]),
+            given_up=GIVEN_UP[scheduler],
+        )
+    )
     return _squeezed(text)
 
 
@@ -145,7 +156,9 @@ class _Checked:
         self.partition = _word(job.partition or site.partition, "partition")
         self.account = _word(job.account or site.account, "account")
         self.qos = _word(site.qos, "qos")
-        self.constraint = checked(site.constraint, CONSTRAINT, "constraint") if site.constraint else ""
+        self.constraint = (
+            checked(site.constraint, CONSTRAINT, "constraint") if site.constraint else ""
+        )
 
     def __getattr__(self, key: str) -> Any:
         return getattr(self._job, key)
@@ -161,8 +174,12 @@ def _check(scheduler: str, job: BatchJob, site: Site) -> None:
             f"qos = {site.qos!r}: only Slurm has qualities of service; give {scheduler} its own as directives"
         )
     launcher = site.launcher
-    if (launcher == "srun" and scheduler != "slurm") or (launcher == "jsrun" and scheduler != "lsf"):
-        raise UsageError(f"launcher = {launcher!r} is not of {scheduler}; take mpirun or leave it out")
+    if (launcher == "srun" and scheduler != "slurm") or (
+        launcher == "jsrun" and scheduler != "lsf"
+    ):
+        raise UsageError(
+            f"launcher = {launcher!r} is not of {scheduler}; take mpirun or leave it out"
+        )
     if job.stage and not site.node_local:
         raise UsageError(
             "--stage copies the data to each node's own disk, and the site file does not say where that is; "
@@ -187,12 +204,19 @@ def _templates() -> "jinja2.Environment":
             "install mpillm again"
         )
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), finalize=finalize, undefined=jinja2.StrictUndefined, autoescape=False,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(folder),
+        finalize=finalize,
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
 
 
 def _squeezed(text: str) -> str:
     """No line of spaces alone, no two empty lines in a row."""
     lines = [line.rstrip() if not line.strip() else line for line in text.split("\n")]
-    return "\n".join(line for line, before in zip(lines, ["x", *lines], strict=False) if line or before)
+    return "\n".join(
+        line for line, before in zip(lines, ["x", *lines], strict=False) if line or before
+    )

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from mpillm.errors import UsageError
 
 # Slurm before Flux: a Flux instance may run inside a Slurm job, and that job's end is the one that counts.
-JOB_VARIABLES = {"slurm": "SLURM_JOB_ID", "pbs": "PBS_JOBID", "lsf": "LSB_JOBID", "flux": "FLUX_JOB_ID"}
+JOB_VARIABLES = {
+    "slurm": "SLURM_JOB_ID",
+    "pbs": "PBS_JOBID",
+    "lsf": "LSB_JOBID",
+    "flux": "FLUX_JOB_ID",
+}
 END_VARIABLE, SLURM_END_VARIABLE = "MPILLM_JOB_END", "SLURM_JOB_END_TIME"
 END_VARIABLES = (END_VARIABLE, SLURM_END_VARIABLE)
 RESTART_VARIABLE = "MPILLM_JOB_RESTART"

@@ -153,7 +153,11 @@ def number(environment: Mapping[str, str], variable: str) -> int | None:
 
 
 def _details(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:
-    found = {name: environment[variable] for name, variable in launcher.details if environment.get(variable)}
+    found = {
+        name: environment[variable]
+        for name, variable in launcher.details
+        if environment.get(variable)
+    }
     return found | ({"mpi": _slurm_mpi(environment)} if launcher is SRUN else {})
 
 

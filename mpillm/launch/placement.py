@@ -46,12 +46,16 @@ class RankPlace:
 
 def placement(
     comm: "MPI.Intracomm", environment: Mapping[str, str], threads: int, root: Path = ROOT
-) -> list[RankPlace]:  # fmt: skip
+) -> list[RankPlace]:
     """The place of each rank of `comm`, in their order, on every rank. Every rank calls it; `threads`: of this one."""
     from mpi4py import MPI
 
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    topology, cpus, limit = read_topology(root), os.sched_getaffinity(0), allowance(environment, root)
+    topology, cpus, limit = (
+        read_topology(root),
+        os.sched_getaffinity(0),
+        allowance(environment, root),
+    )
     offered = job_cpus(root) or cpus
     mine = RankPlace(
         rank=comm.rank,
@@ -73,8 +77,12 @@ def placement(
 
 
 def tell_placement(
-    comm: "MPI.Intracomm", environment: Mapping[str, str], threads: int, console: Console, verbose: bool
-) -> None:  # fmt: skip
+    comm: "MPI.Intracomm",
+    environment: Mapping[str, str],
+    threads: int,
+    console: Console,
+    verbose: bool,
+) -> None:
     """Warn of ranks that crowd each other or leave cores idle; `verbose`: show where each is. Every rank calls it."""
     places = placement(comm, environment, threads)
     if verbose:
@@ -94,12 +102,19 @@ def table_rows(places: Sequence[RankPlace]) -> list[tuple[str, ...]]:
     hosts = by_host(places)
     alike: dict[tuple[tuple[str, ...], ...], list[str]] = {}
     for host, there in hosts.items():
-        alike.setdefault(tuple((str(place.local_rank), *_cells(place)) for place in there), []).append(host)
+        alike.setdefault(
+            tuple((str(place.local_rank), *_cells(place)) for place in there), []
+        ).append(host)
     rows = []
     for names in alike.values():
         host = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} alike"
         rows += [
-            (host, ranges_text(p.rank for p in run), ranges_text(p.local_rank for p in run), *_cells(run[0]))
+            (
+                host,
+                ranges_text(p.rank for p in run),
+                ranges_text(p.local_rank for p in run),
+                *_cells(run[0]),
+            )
             for run in _runs(hosts[names[0]])
         ]
     return rows
@@ -114,9 +129,15 @@ def oversubscription(places: Sequence[RankPlace]) -> str:
     crowds = [crowd for there in by_host(places).values() if (crowd := _worst_crowd(there))]
     if not crowds:
         return ""
-    there, cpus, room = max(crowds, key=lambda crowd: sum(place.threads for place in crowd[0]) / crowd[2])
+    there, cpus, room = max(
+        crowds, key=lambda crowd: sum(place.threads for place in crowd[0]) / crowd[2]
+    )
     others = f" (and {counted(len(crowds) - 1, 'host')} more like it)" if len(crowds) > 1 else ""
-    only = f"{room:g} CPUs' worth of time" if room < len(cpus) else f"{counted(len(cpus), 'CPU')} ({ranges_text(cpus)})"
+    only = (
+        f"{room:g} CPUs' worth of time"
+        if room < len(cpus)
+        else f"{counted(len(cpus), 'CPU')} ({ranges_text(cpus)})"
+    )
     return (
         f"host {there[0].host}{others}: {_ranks(there)} of the job run {sum(place.threads for place in there)} threads "
         f"on {only}, so they wait for each other; {_ways_out(there, room)}"
@@ -128,7 +149,11 @@ def narrow_binding(places: Sequence[RankPlace]) -> str:
 
     Open MPI binds each rank to one core unless told otherwise: `mpirun -n 2` leaves 62 of 64 cores idle.
     """
-    idle = [there for there in by_host(places).values() if 2 * _used_cores(there) <= there[0].offered_cores]
+    idle = [
+        there
+        for there in by_host(places).values()
+        if 2 * _used_cores(there) <= there[0].offered_cores
+    ]
     if not idle:
         return ""
     there = max(idle, key=lambda there: there[0].offered_cores / _used_cores(there))
@@ -148,7 +173,9 @@ def by_host(places: Sequence[RankPlace]) -> dict[str, list[RankPlace]]:
     return hosts
 
 
-def _worst_crowd(there: Sequence[RankPlace]) -> tuple[list[RankPlace], frozenset[int], float] | None:
+def _worst_crowd(
+    there: Sequence[RankPlace],
+) -> tuple[list[RankPlace], frozenset[int], float] | None:
     """The ranks of one host that run the most threads for their CPUs, these CPUs, and how many count; None if all fit.
 
     Threads fit when no set of CPUs is asked for more than it has by the ranks that may run there alone (Hall's
@@ -161,7 +188,9 @@ def _worst_crowd(there: Sequence[RankPlace]) -> tuple[list[RankPlace], frozenset
         room = min(len(cpus), max(1.0, there[0].limit)) if cpus == everything else len(cpus)
         if sum(place.threads for place in inside) > room:
             crowds.append((inside, cpus, room))
-    return max(crowds, key=lambda crowd: sum(place.threads for place in crowd[0]) / crowd[2], default=None)
+    return max(
+        crowds, key=lambda crowd: sum(place.threads for place in crowd[0]) / crowd[2], default=None
+    )
 
 
 def _ways_out(there: Sequence[RankPlace], room: float) -> str:

@@ -12,14 +12,23 @@ _SPECIAL = re.compile(r"([$`'\\‘’])")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 # What may stand in a directive, where no shell quotes: (pattern, the rule in words).
-NAME = (r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", "starts with a letter or a digit and has up to 63 of A-Z a-z 0-9 _ . -")
+NAME = (
+    r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}",
+    "starts with a letter or a digit and has up to 63 of A-Z a-z 0-9 _ . -",
+)
 WORD = (r"[A-Za-z0-9_][A-Za-z0-9_.,@+/:-]*", "is a word of A-Z a-z 0-9 _ . , @ + / : -")
 CONSTRAINT = (
     r"[A-Za-z0-9_\[(!][A-Za-z0-9_.,:=<>&|*!()\[\]-]*",
     "has no space and only A-Z a-z 0-9 _ . , : = < > & | * ! ( ) [ ] -",
 )
-DIRECTIVE = (r"-[!-~]([ -~]*[!-~])?", "starts with - and is one line of plain ASCII, such as --exclusive")
-MODULE = (r"[A-Za-z0-9_][A-Za-z0-9_.+/@~=:-]*", "is a word of A-Z a-z 0-9 _ . + / @ ~ = : -, such as OpenMPI/5.0.5")
+DIRECTIVE = (
+    r"-[!-~]([ -~]*[!-~])?",
+    "starts with - and is one line of plain ASCII, such as --exclusive",
+)
+MODULE = (
+    r"[A-Za-z0-9_][A-Za-z0-9_.+/@~=:-]*",
+    "is a word of A-Z a-z 0-9 _ . + / @ ~ = : -, such as OpenMPI/5.0.5",
+)
 VARIABLE = (r"[A-Za-z_][A-Za-z0-9_]*", "starts with a letter or _ and has only A-Z a-z 0-9 _")
 
 

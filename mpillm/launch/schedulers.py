@@ -32,13 +32,37 @@ SCHEDULERS = {
 }
 # PBS: qstat(1B), the job states. The other two speak in words.
 PBS_STATES = {
-    "B": "BEGUN", "E": "EXITING", "F": "FINISHED", "H": "HELD", "M": "MOVED", "Q": "QUEUED", "R": "RUNNING",
-    "S": "SUSPENDED", "T": "MOVING", "U": "SUSPENDED", "W": "WAITING", "X": "FINISHED", "C": "COMPLETED",
-}  # fmt: skip
+    "B": "BEGUN",
+    "E": "EXITING",
+    "F": "FINISHED",
+    "H": "HELD",
+    "M": "MOVED",
+    "Q": "QUEUED",
+    "R": "RUNNING",
+    "S": "SUSPENDED",
+    "T": "MOVING",
+    "U": "SUSPENDED",
+    "W": "WAITING",
+    "X": "FINISHED",
+    "C": "COMPLETED",
+}
 OVER = {
-    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
-    "TIMEOUT", "FINISHED", "MOVED", "DONE", "EXIT", "ZOMBI",
-}  # fmt: skip
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+    "FINISHED",
+    "MOVED",
+    "DONE",
+    "EXIT",
+    "ZOMBI",
+}
 
 
 def find_scheduler(wish: str, environment: Mapping[str, str]) -> str:
@@ -50,7 +74,9 @@ def find_scheduler(wish: str, environment: Mapping[str, str]) -> str:
         return wish
     if wish != "auto":
         raise UsageError(f"--scheduler is auto, {', '.join(SCHEDULERS)}, and not {wish!r}")
-    found = next((name for name in SCHEDULERS if _which(SCHEDULERS[name].submit[0], environment)), None)
+    found = next(
+        (name for name in SCHEDULERS if _which(SCHEDULERS[name].submit[0], environment)), None
+    )
     if found is None:
         looked = ", ".join(f"{system.submit[0]} ({system.title})" for system in SCHEDULERS.values())
         raise UsageError(
@@ -65,22 +91,30 @@ def hand_over(name: str, folder: str, environment: Mapping[str, str]) -> str:
     system = SCHEDULERS[name]
     program = _which(system.submit[0], environment)
     if program is None:
-        raise LaunchError(f"{system.submit[0]} of {system.title} is not on PATH; submit from a login node")
+        raise LaunchError(
+            f"{system.submit[0]} of {system.title} is not on PATH; submit from a login node"
+        )
     # --chdir is told here and not in the script: an argument may hold any character.
     options = [f"--chdir={folder}"] if name == "slurm" else []
     words = [program, *system.submit[1:], *options, *([] if system.by_input else ["job.sh"])]
-    done = _run(words, environment, SUBMIT_SECONDS, folder, f"{folder}/job.sh" if system.by_input else None)
+    done = _run(
+        words, environment, SUBMIT_SECONDS, folder, f"{folder}/job.sh" if system.by_input else None
+    )
     if done is None:
         raise LaunchError(
             f"{system.submit[0]} gave no answer within {SUBMIT_SECONDS:g} s; the job may be queued or not: look before "
             "you submit it again"
         )
-    told = " ".join((done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").split())
+    told = " ".join(
+        (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").split()
+    )
     if done.returncode:
         raise LaunchError(f"{system.title} refused the job: {told}")
     found = re.search(system.answer, done.stdout.strip(), re.MULTILINE)
     if not found:
-        raise LaunchError(f"{system.submit[0]} did not tell the job's number, but {told!r}; look whether it is queued")
+        raise LaunchError(
+            f"{system.submit[0]} did not tell the job's number, but {told!r}; look whether it is queued"
+        )
     return found[1]
 
 
@@ -115,21 +149,35 @@ def _word(words: Sequence[str], pattern: str, environment: Mapping[str, str]) ->
     if program is None:
         return None
     done = _run([program, *words[1:]], environment, QUESTION_SECONDS)
-    found = re.search(pattern, done.stdout, re.MULTILINE) if done is not None and done.returncode == 0 else None
+    found = (
+        re.search(pattern, done.stdout, re.MULTILINE)
+        if done is not None and done.returncode == 0
+        else None
+    )
     return found[1] if found else None
 
 
 def _run(
-    words: Sequence[str], environment: Mapping[str, str], seconds: float, folder: str | None = None,
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    seconds: float,
+    folder: str | None = None,
     script: str | None = None,
-) -> "subprocess.CompletedProcess[str] | None":  # fmt: skip
+) -> "subprocess.CompletedProcess[str] | None":
     """Run a command of the batch system; None when it takes longer than `seconds`. Raises LaunchError."""
     try:
         with open(script or "/dev/null", "rb") as stdin:  # noqa: PTH123 # also no file of a Path
             return subprocess.run(
-                words, env=dict(environment), cwd=folder, stdin=stdin, capture_output=True, text=True,
-                errors="replace", timeout=seconds, check=False,
-            )  # fmt: skip
+                words,
+                env=dict(environment),
+                cwd=folder,
+                stdin=stdin,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=seconds,
+                check=False,
+            )
     except subprocess.TimeoutExpired:
         return None
     except OSError as failure:

@@ -51,7 +51,11 @@ def refuse_lonely_ranks(environment: Mapping[str, str], mpi_size: int, library: 
     raise: in `one_voice` the first alone speaks.
     """
     started = detect(environment)
-    if mpi_size > 1 or (started.size or 1) < 2 or environment.get(ALONE_VARIABLE, "0") not in ("", "0"):
+    if (
+        mpi_size > 1
+        or (started.size or 1) < 2
+        or environment.get(ALONE_VARIABLE, "0") not in ("", "0")
+    ):
         return
     raise LonelyError(
         f"{_command(started)} started {started.size} processes, but mpi4py loaded {named(library).text}, in which "
@@ -76,7 +80,9 @@ def refuse_before_init(environment: Mapping[str, str], library: str) -> None:
             f"{_command(started)} tells its processes nothing of each other, and mpi4py loaded "
             f"{named(library).text}, which does not start so; {cure(started, library)}"
         )
-    knows = not library.startswith("MPICH Version") or re.search(r"pmix|with-pmi|with-slurm", library)
+    knows = not library.startswith("MPICH Version") or re.search(
+        r"pmix|with-pmi|with-slurm", library
+    )
     if knows or "PMIX_RANK" not in environment or number(environment, "PMI_RANK") is not None:
         return
     count = f"{started.size} processes" if started.size else "this process"
@@ -155,4 +161,8 @@ def _command(started: Started) -> str:
     """The launcher as the user knows it: `mpirun (Open MPI 5.0.11)`, `srun --mpi=none`."""
     if "version" in started.details:
         return started.launcher.replace(")", f" {started.details['version']})")
-    return f"{started.launcher} --mpi={started.details['mpi']}" if "mpi" in started.details else started.launcher
+    return (
+        f"{started.launcher} --mpi={started.details['mpi']}"
+        if "mpi" in started.details
+        else started.launcher
+    )

@@ -78,7 +78,9 @@ class Site:
             check_text(getattr(self, key), f"{key} =")
         for word in (*self.program, *self.launcher_arguments):
             check_text(word, "the word")
-        if self.node_local and not (self.node_local.startswith("/") or leading_variable(self.node_local)[0]):
+        if self.node_local and not (
+            self.node_local.startswith("/") or leading_variable(self.node_local)[0]
+        ):
             raise UsageError(
                 f"node_local is a folder such as /tmp, $TMPDIR or $TMPDIR/mpillm, and not {self.node_local!r}"
             )
@@ -113,7 +115,9 @@ def load_site(path: Path | None, environment: Mapping[str, str]) -> Site:
     except (FileNotFoundError, NotADirectoryError) as failure:
         if named is None:
             return Site()
-        raise UsageError(f"cannot read the site file {source}: {failure.strerror}; jobs/sites has examples") from None
+        raise UsageError(
+            f"cannot read the site file {source}: {failure.strerror}; jobs/sites has examples"
+        ) from None
     except UnicodeDecodeError as failure:
         raise UsageError(f"the site file {source} is not valid TOML: {failure}") from failure
     except (OSError, ValueError) as failure:
@@ -137,7 +141,8 @@ def parse_site(text: str, source: str, environment: Mapping[str, str]) -> Site:
         return TypeAdapter(Site).validate_json(json.dumps(table, default=str))
     except ValidationError as failure:
         faults = dict.fromkeys(
-            _fault(error["type"], error["loc"], error["msg"], error["input"]) for error in failure.errors()
+            _fault(error["type"], error["loc"], error["msg"], error["input"])
+            for error in failure.errors()
         )
         raise UsageError(f"the site file {source}: {'; '.join(faults)}") from failure
     except UsageError as failure:
@@ -154,7 +159,9 @@ def _expanded(path: str, key: str, environment: Mapping[str, str]) -> str:
         path = "$HOME" + path[1:]
     name, rest = leading_variable(path)
     if name and not environment.get(name):
-        raise UsageError(f"{key} = {path!r} begins with ${name}, which is not set here; set it or write the path out")
+        raise UsageError(
+            f"{key} = {path!r} begins with ${name}, which is not set here; set it or write the path out"
+        )
     path = environment[name] + rest if name else path
     if path and not path.startswith("/"):
         raise UsageError(f"{key} is a whole path, from /, ~ or a variable, and not {path!r}")

@@ -18,6 +18,8 @@ def watched(environment: Mapping[str, str]) -> bool:
     if not any(variable in environment for variable in RANK_VARIABLES):
         return True
     try:
-        return str(Path(f"/proc/{os.getppid()}/fd/1").readlink()).startswith(("/dev/pts/", "/dev/tty"))
+        return str(Path(f"/proc/{os.getppid()}/fd/1").readlink()).startswith(
+            ("/dev/pts/", "/dev/tty")
+        )
     except OSError:
         return False

@@ -23,7 +23,9 @@ def seconds_of(text: str) -> int:
             f"and not {text!r}"
         )
     if not 0 < seconds <= LONGEST_DAYS * UNITS["d"]:
-        raise UsageError(f"a time is more than nothing and at most {LONGEST_DAYS} days, and not {text!r}")
+        raise UsageError(
+            f"a time is more than nothing and at most {LONGEST_DAYS} days, and not {text!r}"
+        )
     return seconds
 
 
@@ -34,7 +36,10 @@ def _seconds(text: str) -> int | None:
             return None
         return days * UNITS["d"] + hours * UNITS["h"] + minutes * UNITS["m"] + seconds
     if text and (found := _WORDS.fullmatch(text)):
-        return sum(int(count or 0) * unit for count, unit in zip(found.groups(), UNITS.values(), strict=True))
+        return sum(
+            int(count or 0) * unit
+            for count, unit in zip(found.groups(), UNITS.values(), strict=True)
+        )
     return None
 
 

@@ -46,7 +46,9 @@ class Cluster:
             ("processor", self.cpu_model, other.cpu_model),
             ("MPI library", self.mpi_name, other.mpi_name),
         ]
-        return " and ".join(f"{what} {one!r}, not {two!r}" for what, one, two in pairs if one != two)
+        return " and ".join(
+            f"{what} {one!r}, not {two!r}" for what, one, two in pairs if one != two
+        )
 
     @property
     def mpi_name(self) -> str:
@@ -68,7 +70,9 @@ class Cost:
         """Between points straight on logarithmic axes, outside of them by the line."""
         sizes = [size for size, _ in self.points]
         if not sizes or not sizes[0] <= nbytes <= sizes[-1]:
-            return self.latency_seconds + (nbytes / self.bytes_per_second if self.bytes_per_second else 0.0)
+            return self.latency_seconds + (
+                nbytes / self.bytes_per_second if self.bytes_per_second else 0.0
+            )
         right = bisect_left(sizes, nbytes)
         (high, at_high) = self.points[right]
         if high == nbytes:
@@ -122,25 +126,48 @@ class ClusterProfile:
     handover: Mapping[Way, Cost] = field(default_factory=dict)
 
     def predict(
-        self, operation: str, algorithm: str, nbytes: int, element: str, nodes: int, ranks: int, device: str = "cpu",
+        self,
+        operation: str,
+        algorithm: str,
+        nbytes: int,
+        element: str,
+        nodes: int,
+        ranks: int,
+        device: str = "cpu",
         node_shared: bool = False,
-    ) -> float | None:  # fmt: skip
+    ) -> float | None:
         """Seconds of a collective of `nbytes`; None where nothing was measured for this combination.
 
         `node_shared`: where the arrays lie; what was measured in the other memory alone is taken for both.
         """
         wanted = (operation, algorithm, element, nodes, ranks, device)
         found = {
-            entry.node_shared: entry.cost for entry in self.collectives
-            if wanted == (entry.operation, entry.algorithm, entry.element, entry.nodes, entry.ranks, entry.device)
-        }  # fmt: skip
+            entry.node_shared: entry.cost
+            for entry in self.collectives
+            if wanted
+            == (
+                entry.operation,
+                entry.algorithm,
+                entry.element,
+                entry.nodes,
+                entry.ranks,
+                entry.device,
+            )
+        }
         cost = found.get(node_shared, found.get(not node_shared))
         return None if cost is None else cost.seconds(nbytes)
 
     def best(
-        self, operation: str, nbytes: int, element: str, nodes: int, ranks: int, allowed: Iterable[str],
-        device: str = "cpu", node_shared: bool = False,
-    ) -> str | None:  # fmt: skip
+        self,
+        operation: str,
+        nbytes: int,
+        element: str,
+        nodes: int,
+        ranks: int,
+        allowed: Iterable[str],
+        device: str = "cpu",
+        node_shared: bool = False,
+    ) -> str | None:
         """The one of `allowed` algorithms that is fastest by `predict`; None where none was measured."""
         where = (nbytes, element, nodes, ranks, device, node_shared)
         known = {name: self.predict(operation, name, *where) for name in allowed}
@@ -156,32 +183,42 @@ class ClusterProfile:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "schema": SCHEMA, "version": VERSION, "made": self.made, "cluster": asdict(self.cluster),
+            "schema": SCHEMA,
+            "version": VERSION,
+            "made": self.made,
+            "cluster": asdict(self.cluster),
             "collectives": [_flat(entry) for entry in self.collectives],
             "point_to_point": [_flat(entry) for entry in self.point_to_point],
-            "memory": dict(self.memory), "gemm": [dict(entry) for entry in self.gemm],
-            "filesystem": dict(self.filesystem), "gpu_probe": dict(self.gpu_probe),
+            "memory": dict(self.memory),
+            "gemm": [dict(entry) for entry in self.gemm],
+            "filesystem": dict(self.filesystem),
+            "gpu_probe": dict(self.gpu_probe),
             "handover": {way: asdict(cost) for way, cost in self.handover.items()},
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`; raises KeyError, TypeError or ValueError where a part is missing or wrong."""
         return cls(
-            str(value["made"]), Cluster(**value["cluster"]),
+            str(value["made"]),
+            Cluster(**value["cluster"]),
             tuple(CollectiveCost(**_split(entry)) for entry in value["collectives"]),
             tuple(PointToPointCost(**_split(entry)) for entry in value["point_to_point"]),
-            dict(value["memory"]), tuple(map(dict, value["gemm"])), dict(value["filesystem"]),
+            dict(value["memory"]),
+            tuple(map(dict, value["gemm"])),
+            dict(value["filesystem"]),
             dict(value["gpu_probe"]),
             {_way(name): _split(cost)["cost"] for name, cost in value.get("handover", {}).items()},
-        )  # fmt: skip
+        )
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all. One rank calls it. Raises UsageError when it cannot be written."""
         try:
             write_json(path, self.to_json())
         except OSError as failure:
-            raise UsageError(f"cannot write the profile {path}: {failure.strerror}; choose another place") from failure
+            raise UsageError(
+                f"cannot write the profile {path}: {failure.strerror}; choose another place"
+            ) from failure
 
 
 def _flat(entry: CollectiveCost | PointToPointCost) -> dict[str, Any]:
@@ -198,9 +235,11 @@ def _split(value: Mapping[str, Any]) -> dict[str, Any]:
     if not all(0 < seconds < math.inf for _, seconds in points) or list(points) != sorted(points):
         raise ValueError("points must ascend and take longer than nothing")
     cost = Cost(
-        points, float(value["latency_seconds"]), None if bandwidth is None else float(bandwidth),
+        points,
+        float(value["latency_seconds"]),
+        None if bandwidth is None else float(bandwidth),
         float(value["relative_error"]),
-    )  # fmt: skip
+    )
     return {key: part for key, part in value.items() if key not in names} | {"cost": cost}
 
 
@@ -230,7 +269,9 @@ def load_profile(path: Path, warn: Warn, here: Cluster) -> ClusterProfile | None
     try:
         profile = ClusterProfile.from_json(value)
     except (KeyError, TypeError, ValueError, AttributeError) as failure:
-        raise UsageError(f"the profile {path} is damaged: {type(failure).__name__} {failure}; {WAY_OUT}") from failure
+        raise UsageError(
+            f"the profile {path} is damaged: {type(failure).__name__} {failure}; {WAY_OUT}"
+        ) from failure
     if difference := profile.cluster.differs_from(here):
         warn(f"the profile {path} is of another cluster ({difference}): ignored; {WAY_OUT}")
         return None
@@ -254,6 +295,8 @@ def processor(table: Path = Path("/proc/cpuinfo")) -> tuple[str, int]:
         lines = table.read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    pairs = [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
+    pairs = [
+        (key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)
+    ]
     names = [value for key, value in pairs if key in ("model name", "cpu", "Model")]
     return (names or [platform.machine()])[0], sum(key == "processor" for key, _ in pairs) or 1

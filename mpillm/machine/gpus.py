@@ -7,7 +7,10 @@ from pathlib import Path
 from mpillm.machine.topology import ROOT
 
 # What hides GPUs from a process, by maker; the first that is set counts.
-VISIBLE = {"cuda": ("CUDA_VISIBLE_DEVICES",), "rocm": ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")}
+VISIBLE = {
+    "cuda": ("CUDA_VISIBLE_DEVICES",),
+    "rocm": ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
+}
 
 
 def visible_gpus(environment: Mapping[str, str], root: Path = ROOT) -> list[str]:
@@ -31,7 +34,10 @@ def _seen(environment: Mapping[str, str], variables: Sequence[str], count: int) 
     for variable in variables:
         if variable in environment:
             names = [name.strip() for name in environment[variable].split(",")]
-            known = [bool(re.match(r"GPU-|MIG-", name)) or (name.isdigit() and int(name) < count) for name in names]
+            known = [
+                bool(re.match(r"GPU-|MIG-", name)) or (name.isdigit() and int(name) < count)
+                for name in names
+            ]
             return names[: known.index(False)] if False in known else names
     return [str(number) for number in range(count)]
 
@@ -45,4 +51,7 @@ def _nvidia_gpus(root: Path) -> int:
 def _amd_gpus(root: Path) -> int:
     """By the nodes of AMD's compute driver: those with vector units are GPUs, the others CPUs."""
     nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("*/properties")
-    return sum(bool(re.search(r"^simd_count [1-9]", node.read_text(encoding="ascii"), re.MULTILINE)) for node in nodes)
+    return sum(
+        bool(re.search(r"^simd_count [1-9]", node.read_text(encoding="ascii"), re.MULTILINE))
+        for node in nodes
+    )

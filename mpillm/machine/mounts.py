@@ -26,7 +26,9 @@ def mounts_of(text: str) -> list[Mount]:
         before, after = head.split(" "), tail.split(" ")
         if len(before) > 5 and len(after) > 2:
             place = _OCTAL.sub(lambda octal: chr(int(octal[1], 8)), before[4])
-            found.append(Mount(place, after[0], frozenset([*before[5].split(","), *after[2].split(",")])))
+            found.append(
+                Mount(place, after[0], frozenset([*before[5].split(","), *after[2].split(",")]))
+            )
     return found
 
 

@@ -101,7 +101,12 @@ def control_groups(root: Path, controller: str) -> Iterator[Path]:
         else:
             continue
         within = Path(path.lstrip("/"))
-        yield from (top / part for top in tops for part in (within, *within.parents) if (top / part).is_dir())
+        yield from (
+            top / part
+            for top in tops
+            for part in (within, *within.parents)
+            if (top / part).is_dir()
+        )
 
 
 def _quota(folder: Path) -> float:

@@ -118,25 +118,49 @@ class DecoderConfig:
 
 def _gpt2(layers: int, width: int, heads: int) -> DecoderConfig:
     return DecoderConfig(
-        layers=layers, width=width, heads=heads, context=1024, vocab_size=50257, norm="layernorm",
-        positions="learned", activation="gelu", bias=True, tied=True,
-    )  # fmt: skip
+        layers=layers,
+        width=width,
+        heads=heads,
+        context=1024,
+        vocab_size=50257,
+        norm="layernorm",
+        positions="learned",
+        activation="gelu",
+        bias=True,
+        tied=True,
+    )
 
 
 # GPT-2: Radford et al. 2019, table 2 (with the counts of the released weights). Llama: the released 3.2 1B and 3.1 8B.
-SHAPES: Mapping[str, DecoderConfig] = MappingProxyType({
-    "tiny": DecoderConfig(layers=4, width=128, heads=4, context=256),
-    "small": DecoderConfig(layers=6, width=256, heads=8, kv_heads=4, context=512),
-    "medium": DecoderConfig(layers=12, width=512, heads=8, kv_heads=4, context=1024),
-    "gpt2-124m": _gpt2(12, 768, 12),
-    "gpt2-355m": _gpt2(24, 1024, 16),
-    "gpt2-774m": _gpt2(36, 1280, 20),
-    "gpt2-1558m": _gpt2(48, 1600, 25),
-    "llama-1b": DecoderConfig(
-        layers=16, width=2048, heads=32, kv_heads=8, hidden=8192, context=8192, vocab_size=128256, rope_theta=500000.0
-    ),
-    "llama-8b": DecoderConfig(
-        layers=32, width=4096, heads=32, kv_heads=8, hidden=14336, context=8192, vocab_size=128256,
-        rope_theta=500000.0, tied=False,
-    ),
-})  # fmt: skip
+SHAPES: Mapping[str, DecoderConfig] = MappingProxyType(
+    {
+        "tiny": DecoderConfig(layers=4, width=128, heads=4, context=256),
+        "small": DecoderConfig(layers=6, width=256, heads=8, kv_heads=4, context=512),
+        "medium": DecoderConfig(layers=12, width=512, heads=8, kv_heads=4, context=1024),
+        "gpt2-124m": _gpt2(12, 768, 12),
+        "gpt2-355m": _gpt2(24, 1024, 16),
+        "gpt2-774m": _gpt2(36, 1280, 20),
+        "gpt2-1558m": _gpt2(48, 1600, 25),
+        "llama-1b": DecoderConfig(
+            layers=16,
+            width=2048,
+            heads=32,
+            kv_heads=8,
+            hidden=8192,
+            context=8192,
+            vocab_size=128256,
+            rope_theta=500000.0,
+        ),
+        "llama-8b": DecoderConfig(
+            layers=32,
+            width=4096,
+            heads=32,
+            kv_heads=8,
+            hidden=14336,
+            context=8192,
+            vocab_size=128256,
+            rope_theta=500000.0,
+            tied=False,
+        ),
+    }
+)

@@ -25,7 +25,11 @@ class Cache:
     """Keys and values of all layers, and how many positions they hold."""
 
     def __init__(
-        self, config: DecoderConfig, batch: int, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        config: DecoderConfig,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.layers = [LayerCache(config, batch, device, dtype) for _ in range(config.layers)]
         self.length = 0
@@ -53,7 +57,9 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.width) if self.begins else None
         self.position = nn.Embedding(config.context, config.width) if learned else None
         self.rotary = Rotary(config) if config.positions == "rotary" else None
-        self.layers = nn.ModuleDict({str(index): Layer(config) for index in range(part.first, part.last)})
+        self.layers = nn.ModuleDict(
+            {str(index): Layer(config) for index in range(part.first, part.last)}
+        )
         self.norm = make_norm(config) if self.ends else None
         self.head = nn.Linear(config.width, config.vocab_size, bias=False) if self.ends else None
         self.tie()
@@ -66,9 +72,14 @@ class Decoder(nn.Module):
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The weights by their names in the whole model, where a tied head bears the embedding's."""
         for name, weight in self.named_parameters():
-            yield ("embedding.weight" if self.config.tied and name == "head.weight" else name), weight
+            yield (
+                ("embedding.weight" if self.config.tied and name == "head.weight" else name),
+                weight,
+            )
 
-    def forward(self, given: Tensor, document_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, given: Tensor, document_BT: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
         """Logits (B, T, V) of the token that follows each position of `given`, the token ids (B, T).
 
         A part that does not begin the model is given the stream (B, T, C) of the part before; one that does not end it
@@ -81,13 +92,17 @@ class Decoder(nn.Module):
         first = cache.length if cache else 0
         length = given.shape[1]
         if first + length > self.config.context:
-            raise ValueError(f"{first + length} positions pass the context of {self.config.context}")
+            raise ValueError(
+                f"{first + length} positions pass the context of {self.config.context}"
+            )
         x_BTC = given if self.embedding is None else self.embedding(given)
         if self.position is not None:
             x_BTC = x_BTC + self.position.weight[first : first + length]
         mask_TS = _mask(length, document_BT, first, given.device)
         for index, layer in self.layers.items():
-            x_BTC = layer(x_BTC, self.rotary, mask_TS, cache.layers[int(index)] if cache else None, first)
+            x_BTC = layer(
+                x_BTC, self.rotary, mask_TS, cache.layers[int(index)] if cache else None, first
+            )
         if cache and self.ends:
             cache.length += length
         if self.norm is not None and self.head is not None:
@@ -95,7 +110,9 @@ class Decoder(nn.Module):
         return x_BTC
 
 
-def _mask(length: int, document_BT: Tensor | None, first: int, device: torch.device) -> Tensor | None:
+def _mask(
+    length: int, document_BT: Tensor | None, first: int, device: torch.device
+) -> Tensor | None:
     """True where a position may attend; None where the plain causal mask, or none at all, says it."""
     if document_BT is not None:
         same_BTS = document_BT[:, :, None] == document_BT[:, None, :]
@@ -120,10 +137,14 @@ def initialise(model: Decoder, seed: int) -> None:
         elif weight.dim() == 1:
             weight.fill_(1.0)
         else:
-            generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(name.encode(), seed=seed) >> 1)
+            generator = torch.Generator().manual_seed(
+                xxhash.xxh3_64_intdigest(name.encode(), seed=seed) >> 1
+            )
             values = torch.empty(weight.shape, dtype=torch.float32)
             values.normal_(
-                0.0, deviation if name.endswith(RESIDUAL_OUTPUTS) else INITIAL_DEVIATION, generator=generator
+                0.0,
+                deviation if name.endswith(RESIDUAL_OUTPUTS) else INITIAL_DEVIATION,
+                generator=generator,
             )
             weight.copy_(values)
 
@@ -135,12 +156,22 @@ class WithoutValues(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return None if getattr(func, "__module__", "") == nn.init.__name__ else func(*args, **(kwargs or {}))
+        return (
+            None
+            if getattr(func, "__module__", "") == nn.init.__name__
+            else func(*args, **(kwargs or {}))
+        )
 
 
-def create(config: DecoderConfig, seed: int, device: torch.device | None = None, part: Part | None = None) -> Decoder:
+def create(
+    config: DecoderConfig, seed: int, device: torch.device | None = None, part: Part | None = None
+) -> Decoder:
     """An initialised decoder, or the `part` of it, on `device` (the CPU where none is given)."""
     with device or torch.device("cpu"), WithoutValues():
         model = Decoder(config, part)

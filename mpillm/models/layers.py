@@ -28,8 +28,12 @@ class Rotary(nn.Module):
         half = config.head_width // 2
         # The same bits on every device.
         cpu, device = torch.device("cpu"), torch.get_default_device()
-        frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=cpu) / half)
-        angles = torch.outer(torch.arange(config.context, dtype=torch.float64, device=cpu), frequencies)
+        frequencies = config.rope_theta ** (
+            -torch.arange(half, dtype=torch.float64, device=cpu) / half
+        )
+        angles = torch.outer(
+            torch.arange(config.context, dtype=torch.float64, device=cpu), frequencies
+        )
         angles_TD = torch.cat([angles, angles], dim=-1)
         self.register_buffer("cos_TD", angles_TD.cos().float().to(device), persistent=False)
         self.register_buffer("sin_TD", angles_TD.sin().float().to(device), persistent=False)
@@ -37,7 +41,10 @@ class Rotary(nn.Module):
     def forward(self, x_BHTD: Tensor, first: int) -> Tensor:
         """Turn x, whose first position is `first`."""
         last = first + x_BHTD.shape[-2]
-        cos_TD, sin_TD = self.cos_TD[first:last].to(x_BHTD.dtype), self.sin_TD[first:last].to(x_BHTD.dtype)
+        cos_TD, sin_TD = (
+            self.cos_TD[first:last].to(x_BHTD.dtype),
+            self.sin_TD[first:last].to(x_BHTD.dtype),
+        )
         left, right = x_BHTD.chunk(2, dim=-1)
         return x_BHTD * cos_TD + torch.cat([-right, left], dim=-1) * sin_TD
 
@@ -45,7 +52,9 @@ class Rotary(nn.Module):
 class LayerCache:
     """Keys and values of one layer for the positions seen so far: two tensors (B, K, context, D)."""
 
-    def __init__(self, config: DecoderConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: DecoderConfig, batch: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         shape = (batch, config.key_value_heads, config.context, config.head_width)
         self._k_BKSD = torch.zeros(shape, device=device, dtype=dtype)
         self._v_BKSD = torch.zeros(shape, device=device, dtype=dtype)
@@ -64,7 +73,11 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         key_value = config.key_value_heads * config.head_width
-        self.heads, self.kv_heads, self.head_width = config.heads, config.key_value_heads, config.head_width
+        self.heads, self.kv_heads, self.head_width = (
+            config.heads,
+            config.key_value_heads,
+            config.head_width,
+        )
         self.query = nn.Linear(config.width, config.width, bias=config.bias)
         self.key = nn.Linear(config.width, key_value, bias=config.bias)
         self.value = nn.Linear(config.width, key_value, bias=config.bias)
@@ -82,15 +95,21 @@ class Attention(nn.Module):
         batch, length, width = x_BTC.shape
         q_BHTD = self.query(x_BTC).view(batch, length, self.heads, self.head_width).transpose(1, 2)
         k_BKTD = self.key(x_BTC).view(batch, length, self.kv_heads, self.head_width).transpose(1, 2)
-        v_BKTD = self.value(x_BTC).view(batch, length, self.kv_heads, self.head_width).transpose(1, 2)
+        v_BKTD = (
+            self.value(x_BTC).view(batch, length, self.kv_heads, self.head_width).transpose(1, 2)
+        )
         if rotary is not None:
             q_BHTD, k_BKTD = rotary(q_BHTD, first), rotary(k_BKTD, first)
         if cache is not None:
             k_BKTD, v_BKTD = cache.extend(k_BKTD, v_BKTD, first)
         a_BHTD = F.scaled_dot_product_attention(
-            q_BHTD, k_BKTD, v_BKTD, attn_mask=mask_TS, is_causal=mask_TS is None and length > 1,
+            q_BHTD,
+            k_BKTD,
+            v_BKTD,
+            attn_mask=mask_TS,
+            is_causal=mask_TS is None and length > 1,
             enable_gqa=self.heads != self.kv_heads,
-        )  # fmt: skip
+        )
         y_BTC: Tensor = self.output(a_BHTD.transpose(1, 2).reshape(batch, length, width))
         return y_BTC
 
@@ -101,7 +120,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gate = (
-            nn.Linear(config.width, config.hidden_width, bias=config.bias) if config.activation == "swiglu" else None
+            nn.Linear(config.width, config.hidden_width, bias=config.bias)
+            if config.activation == "swiglu"
+            else None
         )
         self.up = nn.Linear(config.width, config.hidden_width, bias=config.bias)
         self.down = nn.Linear(config.hidden_width, config.width, bias=config.bias)

@@ -37,7 +37,8 @@ def _check_shares(sizes: dict[str, int], ranks: int, layers: int, batch: int) ->
         return
     data, pipeline = sizes["data"], sizes["pipeline"]
     faults = [
-        f"a global batch of {batch} sequences cannot be shared by {data} ranks" * (batch % data > 0),
+        f"a global batch of {batch} sequences cannot be shared by {data} ranks"
+        * (batch % data > 0),
         f"{layers} layers cannot be shared by {pipeline} stages" * (pipeline > layers),
     ]
     raise LayoutError(f"{' and '.join(filter(None, faults))}; {_way_out(ranks, layers, batch)}")
@@ -45,7 +46,11 @@ def _check_shares(sizes: dict[str, int], ranks: int, layers: int, batch: int) ->
 
 def legal_layouts(ranks: int, layers: int, batch: int) -> list[dict[str, int]]:
     """All sizes of the axes that `ranks` can have: the data axis divides the batch, the pipeline has a layer a rank."""
-    pairs = [(ranks // pipeline, pipeline) for pipeline in range(1, min(ranks, layers) + 1) if ranks % pipeline == 0]
+    pairs = [
+        (ranks // pipeline, pipeline)
+        for pipeline in range(1, min(ranks, layers) + 1)
+        if ranks % pipeline == 0
+    ]
     return [{"data": data, "pipeline": pipeline} for data, pipeline in pairs if batch % data == 0]
 
 

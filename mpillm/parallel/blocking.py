@@ -25,7 +25,11 @@ class Step:
     """The other rank of a message."""
 
     def __str__(self) -> str:
-        toward = {"send": f" to rank {self.peer}", "receive": f" from rank {self.peer}", "compute": ""}
+        toward = {
+            "send": f" to rank {self.peer}",
+            "receive": f" from rank {self.peer}",
+            "compute": "",
+        }
         return f"{self.what} {self.action}{toward[self.what]}"
 
 
@@ -69,7 +73,9 @@ class _Machine:
         self._programs = programs
         self._next = [0] * len(programs)
         self._held: list[set[Action]] = [set() for _ in programs]
-        self._last_stage = max((step.action.stage for steps in programs for step in steps), default=0)
+        self._last_stage = max(
+            (step.action.stage for steps in programs for step in steps), default=0
+        )
 
     def run(self) -> None:
         moved = True
@@ -111,7 +117,9 @@ class _Machine:
             gradients = {Action(stage + 1, "B", microbatch), Action(stage + 1, "I", microbatch)}
             lacking |= set() if gradients & self._held[rank] else gradients
         if lacking:
-            raise LayoutError(f"rank {rank} computes {action} without {' or '.join(map(str, sorted(lacking)))}")
+            raise LayoutError(
+                f"rank {rank} computes {action} without {' or '.join(map(str, sorted(lacking)))}"
+            )
         self._held[rank].add(action)
 
     def _met(self, rank: int, step: Step) -> bool:
@@ -119,7 +127,10 @@ class _Machine:
         other = self._at(step.peer)
         if other is None or other.what != "receive" or other.peer != rank:
             return False
-        if (other.action.stage, other.action.kind == "F") != (step.action.stage, step.action.kind == "F"):
+        if (other.action.stage, other.action.kind == "F") != (
+            step.action.stage,
+            step.action.kind == "F",
+        ):
             return False
         if step.action not in self._held[rank] or other.action != step.action:
             raise LayoutError(f"rank {rank} would {step}, and rank {step.peer} {other}")

@@ -41,22 +41,37 @@ class ShardedModel:
     """Every rank of `mesh` makes it, with the same arguments, and calls its methods together with the others."""
 
     def __init__(
-        self, config: DecoderConfig, seed: int, mesh: Mesh, layout: StepPlan, settings: ParallelSettings, *,
-        fixed_order: bool = False, autocast: torch.dtype | None = None, profile: ClusterProfile | None = None,
-        scored_rows: int = 1, warn: Callable[[str], None] = silent,
-    ) -> None:  # fmt: skip
+        self,
+        config: DecoderConfig,
+        seed: int,
+        mesh: Mesh,
+        layout: StepPlan,
+        settings: ParallelSettings,
+        *,
+        fixed_order: bool = False,
+        autocast: torch.dtype | None = None,
+        profile: ClusterProfile | None = None,
+        scored_rows: int = 1,
+        warn: Callable[[str], None] = silent,
+    ) -> None:
         """`scored_rows`: the most sequences at once in `score`. `profile`, `warn`: as in comm/group.py."""
         self.config, self.mesh, self.layout, self.autocast = config, mesh, layout, autocast
         axis, schedule = mesh.axis("pipeline"), layout.schedule
         self.parts: dict[int, Decoder] = {
-            stage: create(config, seed, part=layout.parts[stage]) for stage in schedule.stages_of(axis.rank)
+            stage: create(config, seed, part=layout.parts[stage])
+            for stage in schedule.stages_of(axis.rank)
         }
         parts = list(self.parts.values())
         # A single stage ties by itself, unless its sums are to be those of several.
         loose = config.tied and (schedule.stages > 1 or fixed_order)
         self._tie = Tie(parts, axis, warn) if loose else None
         self.buckets = GradientBuckets(
-            [part.parameters() for part in parts], mesh.axis("data"), settings, profile, warn, fixed_order=fixed_order
+            [part.parameters() for part in parts],
+            mesh.axis("data"),
+            settings,
+            profile,
+            warn,
+            fixed_order=fixed_order,
         )
         self._stages = {
             stage: ModelStage(part, number, self.buckets, autocast)
@@ -107,7 +122,9 @@ class ShardedModel:
         if self._tie is not None:
             self._tie.reduce()
         losses = [stage.losses for stage in self._stages.values() if stage.losses]
-        by_number = [losses[0][number] for number in range(self.layout.microbatches)] if losses else []
+        by_number = (
+            [losses[0][number] for number in range(self.layout.microbatches)] if losses else []
+        )
         return Passes(by_number, spans, ended, time.perf_counter())
 
     def clip_(self, max_norm: float) -> float:
@@ -115,8 +132,13 @@ class ShardedModel:
         twins = self._tie.twins if self._tie else []
         return self.buckets.clip_(max_norm or math.inf, self.mesh.comm, twins)
 
-    def score(self, count: int, read: Callable[[int], Tensor], shape_of: Callable[[int], tuple[int, int]],
-              done: Callable[[], None]) -> dict[int, float]:  # fmt: skip
+    def score(
+        self,
+        count: int,
+        read: Callable[[int], Tensor],
+        shape_of: Callable[[int], tuple[int, int]],
+        done: Callable[[], None],
+    ) -> dict[int, float]:
         """The summed loss of each of `count` batches, where the last stage is; elsewhere none.
 
         `read(number)`: the ids (B, T + 1), whose `shape_of(number)` is (B, T). `done` is called after each, on the
@@ -124,7 +146,10 @@ class ShardedModel:
         """
         if not count:
             return {}
-        stages = {stage: ScoringStage(part, read, self.autocast, done) for stage, part in self.parts.items()}
+        stages = {
+            stage: ScoringStage(part, read, self.autocast, done)
+            for stage, part in self.parts.items()
+        }
         stream = Stream(lambda number: (*shape_of(number), self.config.width))
         for part in self.parts.values():
             part.eval()

@@ -49,7 +49,9 @@ class StepPlan:
         return [(first, min(first + self.microbatch, self.rows)) for first in firsts]
 
 
-def make_mesh(comm: "MPI.Intracomm", settings: ParallelSettings, config: DecoderConfig, batch: int) -> Mesh:
+def make_mesh(
+    comm: "MPI.Intracomm", settings: ParallelSettings, config: DecoderConfig, batch: int
+) -> Mesh:
     """The mesh of the ranks in the order of their hosts, the axis that moves most bytes innermost: that one stays
     within a node where it can. Every rank of `comm` calls it. `batch`: sequences of the global batch.
     """
@@ -59,7 +61,9 @@ def make_mesh(comm: "MPI.Intracomm", settings: ParallelSettings, config: Decoder
     return Mesh(by_hosts(comm), ordered)
 
 
-def traffic_bytes(sizes: dict[str, int], config: DecoderConfig, batch: int, chunks: int) -> dict[str, float]:
+def traffic_bytes(
+    sizes: dict[str, int], config: DecoderConfig, batch: int, chunks: int
+) -> dict[str, float]:
     """What a rank sends along each axis in a step, about: gradients twice round the data axis, the stream of its share
     of the batch and its gradient once through each stage.
     """
@@ -73,7 +77,12 @@ def traffic_bytes(sizes: dict[str, int], config: DecoderConfig, batch: int, chun
 
 
 def plan_layout(
-    config: DecoderConfig, settings: ParallelSettings, data: int, rows: int, microbatch: int, fixed_order: bool = False
+    config: DecoderConfig,
+    settings: ParallelSettings,
+    data: int,
+    rows: int,
+    microbatch: int,
+    fixed_order: bool = False,
 ) -> StepPlan:
     """Resolve and check all choices; `rows`: sequences of a batch for each of `data` ranks, `microbatch`: as many at
     once, 0: chosen here. Raises LayoutError.

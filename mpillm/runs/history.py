@@ -49,7 +49,10 @@ class Attempt:
     @property
     def hosts(self) -> dict[str, list[int]]:
         """Name → its ranks."""
-        return {str(name): [int(rank) for rank in ranks] for name, ranks in object_at(self.facts, "hosts").items()}
+        return {
+            str(name): [int(rank) for rank in ranks]
+            for name, ranks in object_at(self.facts, "hosts").items()
+        }
 
     @property
     def job(self) -> dict[str, Any]:
@@ -73,7 +76,12 @@ def _event(line: str) -> Event | None:
     try:
         facts = json.loads(line)
         time = datetime.fromisoformat(facts["time"])
-        return Event(str(facts["event"]), time if time.tzinfo else time.replace(tzinfo=UTC), int(facts["step"]), facts)
+        return Event(
+            str(facts["event"]),
+            time if time.tzinfo else time.replace(tzinfo=UTC),
+            int(facts["step"]),
+            facts,
+        )
     except (ValueError, TypeError, KeyError):
         return None
 
@@ -90,7 +98,9 @@ def attempts(
     open_ended = False
     for event in events:
         if event.name == STARTED:
-            found.append(Attempt(len(found) + 1, event.time, event.step, event.time, event.step, event.facts))
+            found.append(
+                Attempt(len(found) + 1, event.time, event.step, event.time, event.step, event.facts)
+            )
             open_ended = True
         elif found and open_ended:
             found[-1] = _went_on(found[-1], event)

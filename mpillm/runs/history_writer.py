@@ -30,9 +30,15 @@ class HistoryWriter:
         self.tell("running")
 
     def saved(self, step: int, checkpoint: Path, seconds: float, nbytes: int) -> None:
-        self._add(SAVED, step, {
-            "checkpoint": str(checkpoint.relative_to(self._folder)), "seconds": seconds, "bytes": nbytes,
-        })  # fmt: skip
+        self._add(
+            SAVED,
+            step,
+            {
+                "checkpoint": str(checkpoint.relative_to(self._folder)),
+                "seconds": seconds,
+                "bytes": nbytes,
+            },
+        )
 
     def ended(self, outcome: Outcome, step: int, reason: str = "") -> None:
         """The run is finished, stopped (saved, and to be gone on with) or failed."""
@@ -46,7 +52,9 @@ class HistoryWriter:
     def _add(self, event: str, step: int, facts: Mapping[str, Any]) -> None:
         if not self._writes:
             return
-        line = json.dumps({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **facts})
+        line = json.dumps(
+            {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **facts}
+        )
         path = self._folder / HISTORY
         with path.open("a+b") as file:
             # A job that was killed may have left half a line.
@@ -61,6 +69,10 @@ class HistoryWriter:
 
 def last_save_seconds(folder: Path) -> float | None:
     """How long the newest save of the run took; None where it has none."""
-    told = (event.facts.get("seconds") for event in read_history(folder / HISTORY) if event.name == SAVED)
+    told = (
+        event.facts.get("seconds")
+        for event in read_history(folder / HISTORY)
+        if event.name == SAVED
+    )
     seconds = [value for value in told if isinstance(value, int | float)]
     return float(seconds[-1]) if seconds else None

@@ -46,9 +46,14 @@ class Holder:
 
 def this_process(job: CurrentJob | None) -> Holder:
     return Holder(
-        socket.gethostname(), os.getpid(), _born(os.getpid()), _system(), time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        uuid.uuid4().hex, job,
-    )  # fmt: skip
+        socket.gethostname(),
+        os.getpid(),
+        _born(os.getpid()),
+        _system(),
+        time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        uuid.uuid4().hex,
+        job,
+    )
 
 
 def is_gone(holder: Holder, me: Holder, silent_seconds: float) -> bool:
@@ -58,9 +63,11 @@ def is_gone(holder: Holder, me: Holder, silent_seconds: float) -> bool:
     if holder.system == me.system:
         return _born(holder.pid) != holder.born
     again = bool(
-        holder.job and me.job and (holder.job.scheduler, holder.job.id) == (me.job.scheduler, me.job.id)
+        holder.job
+        and me.job
+        and (holder.job.scheduler, holder.job.id) == (me.job.scheduler, me.job.id)
         and holder.job.restart < me.job.restart
-    )  # fmt: skip
+    )
     return again or silent_seconds > DEAD_SECONDS
 
 
@@ -72,7 +79,9 @@ class RunLock:
         self._path, self._me = folder / LOCK, this_process(job)
         self._take()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat of the run's lock", daemon=True)
+        self._thread = threading.Thread(
+            target=self._beat, name="heartbeat of the run's lock", daemon=True
+        )
         self._thread.start()
 
     def release(self) -> None:
@@ -95,7 +104,9 @@ class RunLock:
                     f"{DEAD_SECONDS:g} s after its last sign of life)"
                 )
             self._set_aside(holder)
-        raise UsageError(f"the run {folder} was taken by another job just now; name another train.run")
+        raise UsageError(
+            f"the run {folder} was taken by another job just now; name another train.run"
+        )
 
     def _make(self) -> bool:
         try:
@@ -103,13 +114,17 @@ class RunLock:
         except FileExistsError:
             return False
         except OSError as failure:
-            raise UsageError(f"cannot make {self._path}: {failure.strerror}; free some space there") from failure
+            raise UsageError(
+                f"cannot make {self._path}: {failure.strerror}; free some space there"
+            ) from failure
         try:
             with file:
                 json.dump(asdict(self._me), file)
         except OSError as failure:
             self._path.unlink()
-            raise UsageError(f"cannot write {self._path}: {failure.strerror}; free some space there") from failure
+            raise UsageError(
+                f"cannot write {self._path}: {failure.strerror}; free some space there"
+            ) from failure
         return True
 
     def _set_aside(self, judged: Holder | None) -> None:
@@ -182,7 +197,12 @@ def _born(pid: int) -> str:
     asked for (Z) does not run.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="ascii", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
         return "" if fields[0] in ("Z", "X") else fields[19]
     except (OSError, IndexError):
         return ""

@@ -46,7 +46,9 @@ class MetricsWriter:
     def draw(self) -> None:
         """(Re)draw loss.png from the metrics so far."""
         if self._writes:
-            with suppress(OSError):  # a full disk has a worse thing to tell than that its picture is missing
+            with suppress(
+                OSError
+            ):  # a full disk has a worse thing to tell than that its picture is missing
                 draw_loss(list(read_metrics(self._run / METRICS)), self._run / PICTURE)
 
     def close(self) -> None:
@@ -74,14 +76,22 @@ class _Events:
         self._writer = EventFileWriter(str(folder))
         if again:
             begin = SessionLog(status=SessionLog.START)
-            self._writer.add_event(Event(wall_time=time.time(), step=last_step + 1, session_log=begin))
+            self._writer.add_event(
+                Event(wall_time=time.time(), step=last_step + 1, session_log=begin)
+            )
 
     def add(self, metrics: Metrics) -> None:
         values = [
-            self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items() if name != "step"
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in metrics.items()
+            if name != "step"
         ]
         self._writer.add_event(
-            self._event(wall_time=time.time(), step=int(metrics["step"]), summary=self._summary(value=values))
+            self._event(
+                wall_time=time.time(),
+                step=int(metrics["step"]),
+                summary=self._summary(value=values),
+            )
         )
 
     def close(self) -> None:
@@ -102,7 +112,13 @@ def draw_loss(metrics: list[Metrics], path: Path) -> None:
         axes.plot(*zip(*training, strict=True), color="tab:blue", linewidth=0.6, alpha=0.4)
         axes.plot(*zip(*_smooth(training), strict=True), color="tab:blue", label="training")
     if validation:
-        axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
+        axes.plot(
+            *zip(*validation, strict=True),
+            color="tab:orange",
+            marker="o",
+            markersize=4,
+            label="validation",
+        )
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=path.parent.name)
     axes.grid(alpha=0.3)
     if training or validation:

@@ -97,9 +97,19 @@ def read_run(run: Path, now: float | None = None) -> RunState:
         holder, tried = _attempts(run, reached, now)
     state, reason = _state(tried, holder is not None, reached, recipe, job)
     return RunState(
-        run, run.resolve().name, now, state, reason, holder.describe() if holder else "", steps, evaluations,
-        tuple(tried), tuple(kept(run)), recipe, job,
-    )  # fmt: skip
+        run,
+        run.resolve().name,
+        now,
+        state,
+        reason,
+        holder.describe() if holder else "",
+        steps,
+        evaluations,
+        tuple(tried),
+        tuple(kept(run)),
+        recipe,
+        job,
+    )
 
 
 def check_run(run: Path) -> None:
@@ -109,9 +119,13 @@ def check_run(run: Path) -> None:
             f"there is no run {run}; name the folder that a recipe's train.run names, such as runs/quickstart"
         )
     if not run.is_dir():
-        raise UsageError(f"{run} is a file; name the run's folder (a recipe's train.run, such as runs/quickstart)")
+        raise UsageError(
+            f"{run} is a file; name the run's folder (a recipe's train.run, such as runs/quickstart)"
+        )
     if (run / INDEX).exists() and run.parent.name == CHECKPOINTS:
-        raise UsageError(f"{run} is one checkpoint; name the run that it belongs to: {run.parent.parent}")
+        raise UsageError(
+            f"{run} is one checkpoint; name the run that it belongs to: {run.parent.parent}"
+        )
     if not any((run / name).exists() for name in (METRICS, HISTORY, CHECKPOINTS, RECIPE, JOB)):
         raise UsageError(
             f"{run} is no run: it holds none of {METRICS}, {HISTORY}, {CHECKPOINTS}/, {RECIPE} and {JOB}; "
@@ -155,7 +169,14 @@ def kept(run: Path) -> list[Kept]:
     for folder in sorted((run / CHECKPOINTS).glob("step-*")):
         try:
             size = sum(file.stat().st_size for file in folder.iterdir())
-            found.append(Kept(folder, int(folder.name.removeprefix("step-")), size, (folder / INDEX).stat().st_mtime))
+            found.append(
+                Kept(
+                    folder,
+                    int(folder.name.removeprefix("step-")),
+                    size,
+                    (folder / INDEX).stat().st_mtime,
+                )
+            )
         except (OSError, ValueError):
             continue
     return found
@@ -165,12 +186,18 @@ def _attempts(run: Path, reached: int, now: float) -> tuple[Holder | None, list[
     """Who holds the run, and the attempts at it."""
     holder = live_holder(run)
     sign = now if holder else max(modified(run / LOCK), modified(run / METRICS))
-    tried = attempts(read_history(run / HISTORY), holder is not None, datetime.fromtimestamp(sign, UTC), reached)
+    tried = attempts(
+        read_history(run / HISTORY), holder is not None, datetime.fromtimestamp(sign, UTC), reached
+    )
     return holder, tried
 
 
 def _state(
-    tried: Sequence[Attempt], alive: bool, reached: int, recipe: Mapping[str, Any], job: Mapping[str, Any]
+    tried: Sequence[Attempt],
+    alive: bool,
+    reached: int,
+    recipe: Mapping[str, Any],
+    job: Mapping[str, Any],
 ) -> tuple[str, str]:
     """(state, reason)."""
     if tried:
@@ -179,5 +206,7 @@ def _state(
         return RUNNING, ""
     if reached:
         # An mpillm before the history was kept.
-        return (FINISHED if reached >= object_at(recipe, "train").get("steps", math.inf) else UNKNOWN), ""
+        return (
+            FINISHED if reached >= object_at(recipe, "train").get("steps", math.inf) else UNKNOWN
+        ), ""
     return (SUBMITTED if job else UNKNOWN), ""

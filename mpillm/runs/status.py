@@ -26,7 +26,9 @@ KEPT = ("partition", "account", "threads", "gpus-per-node")
 MOST_HOSTS = 4
 
 
-def print_status(run: Path, console: Console, as_json: bool = False, ask: Ask | None = None) -> None:
+def print_status(
+    run: Path, console: Console, as_json: bool = False, ask: Ask | None = None
+) -> None:
     """Print where a run stands, as a table or as one JSON object. Raises UsageError where there is no run."""
     found = run_figures(read_run(run), ask)
     if as_json:
@@ -48,7 +50,9 @@ def run_figures(standing: RunState, ask: Ask | None = None) -> dict[str, Any]:
         "state": standing.state,
         "reason": standing.reason,
         "holder": standing.holder,
-        "job": {**{key: job.get(key) for key in ("scheduler", "id", "output")}, "state": job_state} if job else None,
+        "job": {**{key: job.get(key) for key in ("scheduler", "id", "output")}, "state": job_state}
+        if job
+        else None,
         "step": standing.step,
         "steps": standing.goal or None,
         "loss": _last(standing.steps.get("loss", ())),
@@ -58,8 +62,12 @@ def run_figures(standing: RunState, ask: Ask | None = None) -> dict[str, Any]:
         "tokens": _count(standing.steps.get("tokens", ())),
         "tokens_per_second": _median(standing.recent("tokens_per_second")),
         "step_seconds": step_seconds,
-        "seconds_left": step_seconds * standing.steps_left if step_seconds is not None and standing.goal else None,
-        "seconds_to_deadline": deadline - standing.now if isinstance(deadline, int | float) else None,
+        "seconds_left": step_seconds * standing.steps_left
+        if step_seconds is not None and standing.goal
+        else None,
+        "seconds_to_deadline": deadline - standing.now
+        if isinstance(deadline, int | float)
+        else None,
         "checkpoint": _checkpoint(newest, standing.now),
         "attempts": [_attempt(attempt) for attempt in standing.attempts],
         "next": next_thing(standing, newest, job_state),
@@ -94,7 +102,11 @@ def next_thing(standing: RunState, newest: Kept | None, job_state: str) -> str:
         return "the job goes on by itself"
     log = f"look into {standing.job.get('output') or 'what the job printed'}, then "
     mend = {"failed": "mend what failed, then ", KILLED: log}.get(state, "")
-    on = f"goes on from step {newest.step:,}" if newest else "begins at step 1: no checkpoint was saved yet"
+    on = (
+        f"goes on from step {newest.step:,}"
+        if newest
+        else "begins at step 1: no checkpoint was saved yet"
+    )
     return f"{mend}{_way_on(standing)} {on}"
 
 
@@ -105,11 +117,11 @@ def _way_on(standing: RunState) -> str:
     path = standing.run / (RECIPE if (standing.run / RECIPE).exists() else SUBMITTED_RECIPE)
     recipe = shlex.quote(str(path))
     if isinstance(job.get("nodes"), int) and isinstance(job.get("seconds"), int):
-        size = (
-            f"--nodes {job['nodes']} --ranks-per-node {job.get('ranks_per_node')} --time {clock_time(job['seconds'])}"
-        )
+        size = f"--nodes {job['nodes']} --ranks-per-node {job.get('ranks_per_node')} --time {clock_time(job['seconds'])}"
         asked = "".join(
-            f" --{key} {shlex.quote(str(job[key.replace('-', '_')]))}" for key in KEPT if job.get(key.replace("-", "_"))
+            f" --{key} {shlex.quote(str(job[key.replace('-', '_')]))}"
+            for key in KEPT
+            if job.get(key.replace("-", "_"))
         )
         return f"mpillm submit {recipe} {size}{asked} --resume"
     ranks = standing.attempts[-1].facts.get("ranks") if standing.attempts else None
@@ -142,7 +154,11 @@ def state_text(found: Mapping[str, Any]) -> str:
     """The state in a phrase: where, since when, why. `found`: of `figures`."""
     state, reason = str(found["state"]), f": {found['reason']}" if found["reason"] else ""
     last = found["attempts"][-1] if found["attempts"] else None
-    held = f"; held by {found['holder']}" if found["holder"] and state not in (RUNNING, FINISHED) else ""
+    held = (
+        f"; held by {found['holder']}"
+        if found["holder"] and state not in (RUNNING, FINISHED)
+        else ""
+    )
     if state == SUBMITTED:
         return f"submitted, not started yet{held}"
     if state == UNKNOWN:
@@ -161,13 +177,19 @@ def _job_text(job: Mapping[str, Any] | None) -> str:
     if not job:
         return ""
     state = f": {job['state']}" if job["state"] else ""
-    return f"{job['scheduler']} {job['id']}{state}" + (f"; its output: {job['output']}" if job["output"] else "")
+    return f"{job['scheduler']} {job['id']}{state}" + (
+        f"; its output: {job['output']}" if job["output"] else ""
+    )
 
 
 def _loss_text(found: Mapping[str, Any]) -> str:
     if found["loss"] is None:
         return ""
-    mean = f" (mean of the last steps {found['recent_loss']:.4f})" if found["recent_loss"] is not None else ""
+    mean = (
+        f" (mean of the last steps {found['recent_loss']:.4f})"
+        if found["recent_loss"] is not None
+        else ""
+    )
     return f"{found['loss']:.4f}{mean}"
 
 
@@ -178,7 +200,9 @@ def _validation_text(found: Mapping[str, Any]) -> str:
 
 def _speed_text(found: Mapping[str, Any]) -> str:
     rate, seconds = found["tokens_per_second"], found["step_seconds"]
-    return "" if rate is None or seconds is None else f"{rate:,.0f} tokens/s, {seconds:.3g} s a step"
+    return (
+        "" if rate is None or seconds is None else f"{rate:,.0f} tokens/s, {seconds:.3g} s a step"
+    )
 
 
 def _left_text(found: Mapping[str, Any]) -> str:
@@ -226,7 +250,12 @@ def _checkpoint(newest: Kept | None, now: float) -> dict[str, Any] | None:
     if newest is None:
         return None
     age = max(0.0, now - newest.written)
-    return {"path": str(newest.folder), "step": newest.step, "bytes": newest.bytes, "age_seconds": age}
+    return {
+        "path": str(newest.folder),
+        "step": newest.step,
+        "bytes": newest.bytes,
+        "age_seconds": age,
+    }
 
 
 def _last(values: Sequence[float]) -> float | None:

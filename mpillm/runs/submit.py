@@ -63,15 +63,21 @@ class SubmittedRecipe:
 
 
 def submit(
-    options: SubmitOptions, recipe: SubmittedRecipe, site: Site, console: Console, environment: Mapping[str, str],
+    options: SubmitOptions,
+    recipe: SubmittedRecipe,
+    site: Site,
+    console: Console,
+    environment: Mapping[str, str],
     check_ranks: Callable[[int], None] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write RUN/job.toml and RUN/job.sh, hand the script to the batch system, and note the job in RUN/job.json.
 
     With `dry_run` print the script and leave no trace. `check_ranks` raises where the recipe's layout does not fit so
     many ranks. Raises UsageError for what can't be asked for, LaunchError with the batch system's words.
     """
-    scheduler = find_scheduler(site.scheduler if options.scheduler == "auto" else options.scheduler, environment)
+    scheduler = find_scheduler(
+        site.scheduler if options.scheduler == "auto" else options.scheduler, environment
+    )
     site = _with_environment(site, environment)
     job = make_job(options, recipe, site, Path.cwd(), read_mounts())
     script = render(scheduler, job, site)
@@ -89,7 +95,11 @@ def submit(
     if not options.as_json:
         console.write(script)
     # Those of a job around this one are not the new job's.
-    kept = {name: value for name, value in environment.items() if name not in (*END_VARIABLES, *RESTART_VARIABLES)}
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if name not in (*END_VARIABLES, *RESTART_VARIABLES)
+    }
     facts = _facts(scheduler, job, hand_over(scheduler, job.run, kept))
     write_json(run / JOB, facts)
     if options.as_json:
@@ -103,7 +113,11 @@ def submit(
 
 
 def make_job(
-    options: SubmitOptions, recipe: SubmittedRecipe, site: Site, folder: Path, mounts: Sequence[Mount]
+    options: SubmitOptions,
+    recipe: SubmittedRecipe,
+    site: Site,
+    folder: Path,
+    mounts: Sequence[Mount],
 ) -> BatchJob:
     """The job that is asked for, its numbers checked against the site's nodes. `folder`: where paths start.
 
@@ -118,7 +132,9 @@ def make_job(
     _check_cores(options, site, threads)
     gpus = site.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
     if site.gpus_per_node and gpus > site.gpus_per_node:
-        raise UsageError(f"--gpus-per-node {gpus}: a node has {site.gpus_per_node}, as the site file tells")
+        raise UsageError(
+            f"--gpus-per-node {gpus}: a node has {site.gpus_per_node}, as the site file tells"
+        )
     seconds = seconds_of(options.time)
     run, data = (os.path.abspath(folder / path) for path in (recipe.run, recipe.data))  # noqa: PTH100 # keeps links
     program = site.program or (
@@ -126,17 +142,29 @@ def make_job(
         "-m",
         "mpillm",
     )
-    profile = ("--set", f"parallel.profile={site.profile}") if site.profile and not recipe.profile else ()
+    profile = (
+        ("--set", f"parallel.profile={site.profile}") if site.profile and not recipe.profile else ()
+    )
     return BatchJob(
-        name=options.name or job_name(recipe.name), run=run, folder=str(folder),
+        name=options.name or job_name(recipe.name),
+        run=run,
+        folder=str(folder),
         command=(*program, "train", f"{run}/{RECIPE}", "--resume", *profile),
-        nodes=options.nodes, ranks_per_node=options.ranks_per_node, threads=threads, seconds=seconds,
-        stop_seconds=site.stop_seconds or stop_seconds_for(seconds), gpus_per_node=gpus,
-        partition=options.partition or site.partition, account=options.account or site.account,
-        max_restarts=options.max_restarts, data=data, stage=options.stage, oversubscribe=options.oversubscribe,
+        nodes=options.nodes,
+        ranks_per_node=options.ranks_per_node,
+        threads=threads,
+        seconds=seconds,
+        stop_seconds=site.stop_seconds or stop_seconds_for(seconds),
+        gpus_per_node=gpus,
+        partition=options.partition or site.partition,
+        account=options.account or site.account,
+        max_restarts=options.max_restarts,
+        data=data,
+        stage=options.stage,
+        oversubscribe=options.oversubscribe,
         cores_per_node=site.cores_per_node,
         hdf5_file_locking=hdf5_file_locking(site.hdf5_file_locking, (run, data), mounts),
-    )  # fmt: skip
+    )
 
 
 def job_name(text: str) -> str:
@@ -157,7 +185,9 @@ def _check_unused(run: Path, resume: bool) -> None:
     if run.exists() and not run.is_dir():
         raise UsageError(f"the run {run} is a file; name another train.run")
     if not resume and any((run / trace).exists() for trace in TRACES):
-        raise UsageError(f"{run} holds a run already; --resume goes on with it, or name another train.run")
+        raise UsageError(
+            f"{run} holds a run already; --resume goes on with it, or name another train.run"
+        )
 
 
 def _check_here(run: Path, job: BatchJob, site: Site, environment: Mapping[str, str]) -> None:
@@ -165,7 +195,11 @@ def _check_here(run: Path, job: BatchJob, site: Site, environment: Mapping[str, 
     if holder := live_holder(run):
         raise UsageError(f"the run {run} is held by {holder.describe()}; wait for it or end it")
     queued = read_job(run)
-    state = job_state(str(queued.get("scheduler")), str(queued.get("id")), environment) if queued else None
+    state = (
+        job_state(str(queued.get("scheduler")), str(queued.get("id")), environment)
+        if queued
+        else None
+    )
     if state and not is_over(state):
         raise UsageError(
             f"the run {run} is submitted already, as job {queued['id']} ({state}); wait for it or cancel it"
@@ -173,7 +207,9 @@ def _check_here(run: Path, job: BatchJob, site: Site, environment: Mapping[str, 
     if not Path(job.data).is_dir():
         raise UsageError(f"there is no folder {job.data} of data; `mpillm prepare` makes it")
     if site.environment and not os.access(f"{site.environment}/bin/python", os.X_OK):
-        raise UsageError(f"there is no Python in environment = {site.environment!r}; mend the site file")
+        raise UsageError(
+            f"there is no Python in environment = {site.environment!r}; mend the site file"
+        )
 
 
 def read_job(run: Path) -> dict[str, Any]:
@@ -187,20 +223,43 @@ def read_job(run: Path) -> dict[str, Any]:
 
 def _with_environment(site: Site, environment: Mapping[str, str]) -> Site:
     """Where the site names no environment, and no other way to start mpillm, the job runs in this one."""
-    here = sys.prefix if sys.prefix != sys.base_prefix or (Path(sys.prefix) / "conda-meta").is_dir() else ""
-    return replace(site, environment=here) if here and not site.environment and not site.program else site
+    here = (
+        sys.prefix
+        if sys.prefix != sys.base_prefix or (Path(sys.prefix) / "conda-meta").is_dir()
+        else ""
+    )
+    return (
+        replace(site, environment=here)
+        if here and not site.environment and not site.program
+        else site
+    )
 
 
 def _facts(scheduler: str, job: BatchJob, number: str) -> dict[str, Any]:
     # pbs.sh replaces the line of "id".
     return {
-        "scheduler": scheduler, "id": number, "name": job.name, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "nodes": job.nodes, "ranks_per_node": job.ranks_per_node, "threads": job.threads,
-        "gpus_per_node": job.gpus_per_node, "seconds": job.seconds, "partition": job.partition,
-        "account": job.account, "folder": job.folder, "output": f"{job.run}/job-{number}.out",
-    }  # fmt: skip
+        "scheduler": scheduler,
+        "id": number,
+        "name": job.name,
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "nodes": job.nodes,
+        "ranks_per_node": job.ranks_per_node,
+        "threads": job.threads,
+        "gpus_per_node": job.gpus_per_node,
+        "seconds": job.seconds,
+        "partition": job.partition,
+        "account": job.account,
+        "folder": job.folder,
+        "output": f"{job.run}/job-{number}.out",
+    }
 
 
 def _as_json(scheduler: str, job: BatchJob, script: str, facts: Mapping[str, Any] | None) -> str:
-    told = {"scheduler": scheduler, "run": job.run, "command": list(job.command), "script": script, "job": facts}
+    told = {
+        "scheduler": scheduler,
+        "run": job.run,
+        "command": list(job.command),
+        "script": script,
+        "job": facts,
+    }
     return json.dumps(told, ensure_ascii=False) + "\n"

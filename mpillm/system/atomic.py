@@ -51,7 +51,9 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".writable.{os.getpid()}"
         probe.touch()
-        probe.unlink(missing_ok=True)  # another node's process of the same number may have been first
+        probe.unlink(
+            missing_ok=True
+        )  # another node's process of the same number may have been first
     except OSError as failure:
         raise UsageError(
             f"cannot write into the folder {path}: {failure.strerror}; choose a folder that you may write to"

@@ -22,7 +22,9 @@ LOG_COLUMNS = 240
 class Progress:
     """One long piece of work: `advance` it, with the figures that people want to watch."""
 
-    def __init__(self, console: "Console", description: str, total: float, unit: str, start: float = 0) -> None:
+    def __init__(
+        self, console: "Console", description: str, total: float, unit: str, start: float = 0
+    ) -> None:
         self._console, self._description, self._unit = console, description, unit
         self._total, self._done, self._first = total, start, start
         self._figures = ""
@@ -38,7 +40,9 @@ class Progress:
 
     def _update(self) -> None:
         now = time.monotonic()
-        interval = min(max(LOG_INTERVAL_SECONDS, (now - self._started) / 20), LONGEST_LOG_INTERVAL_SECONDS)
+        interval = min(
+            max(LOG_INTERVAL_SECONDS, (now - self._started) / 20), LONGEST_LOG_INTERVAL_SECONDS
+        )
         if now - self._spoke >= interval:
             self._say(now)
 
@@ -52,7 +56,11 @@ class Progress:
     def _line(self, now: float) -> str:
         done, total = f"{self._done:,.0f}", f"{self._total:,.0f}"
         rate = (self._done - self._first) / max(now - self._started, 1e-9)
-        left = f"  {clock((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
+        left = (
+            f"  {clock((self._total - self._done) / rate)} left"
+            if rate and self._done < self._total
+            else ""
+        )
         return f"{self._description} {done}/{total} {self._unit}  {self._figures}{left}".rstrip()
 
     def finish(self) -> None:
@@ -62,8 +70,15 @@ class Progress:
 class _Bar(Progress):
     """The same on a terminal: a bar drawn by rich."""
 
-    def __init__(self, console: "Console", rich_console: rich.console.Console, description: str, total: float,
-                 unit: str, start: float) -> None:  # fmt: skip
+    def __init__(
+        self,
+        console: "Console",
+        rich_console: rich.console.Console,
+        description: str,
+        total: float,
+        unit: str,
+        start: float,
+    ) -> None:
         super().__init__(console, description, total, unit, start)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
@@ -95,7 +110,9 @@ class _Silent(Progress):
 class Console:
     """Speaks where `speaks` is true (rank 0), and is silent elsewhere."""
 
-    def __init__(self, speaks: bool = True, stream: TextIO | None = None, watched: bool | None = None) -> None:
+    def __init__(
+        self, speaks: bool = True, stream: TextIO | None = None, watched: bool | None = None
+    ) -> None:
         """`watched`: whether the stream ends at a terminal; None: the stream itself knows."""
         self.speaks = speaks
         self._stream = stream or sys.stdout
@@ -139,7 +156,9 @@ class Console:
         """A table of two columns without a head: a name and what it is."""
         if not self.speaks:
             return
-        table = rich.table.Table(title=Text(title), box=rich.box.SIMPLE, show_header=False, title_justify="left")
+        table = rich.table.Table(
+            title=Text(title), box=rich.box.SIMPLE, show_header=False, title_justify="left"
+        )
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for name, text in facts.items():
@@ -147,7 +166,9 @@ class Console:
         self._out.print(table, soft_wrap=False)
 
     @contextmanager
-    def progress(self, description: str, total: float, unit: str = "", start: float = 0) -> Iterator[Progress]:
+    def progress(
+        self, description: str, total: float, unit: str = "", start: float = 0
+    ) -> Iterator[Progress]:
         """Show work of `total` `unit` while the block runs; `start` of it was done before."""
         progress: Progress
         if not self.speaks:

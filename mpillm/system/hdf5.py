@@ -43,10 +43,17 @@ def layout(
     The values are not written yet. No time stamps are stored, so equal contents give equal bytes.
     """
     with h5py.File(
-        path, "w", libver=("v108", "v110"), locking=False,
-        alignment_threshold=ALIGNMENT_THRESHOLD_BYTES, alignment_interval=ALIGNMENT_BYTES,
-    ) as file:  # fmt: skip
-        places = {name: _allocate(file, name, np.dtype(dtype), shape) for name, (dtype, shape) in arrays.items()}
+        path,
+        "w",
+        libver=("v108", "v110"),
+        locking=False,
+        alignment_threshold=ALIGNMENT_THRESHOLD_BYTES,
+        alignment_interval=ALIGNMENT_BYTES,
+    ) as file:
+        places = {
+            name: _allocate(file, name, np.dtype(dtype), shape)
+            for name, (dtype, shape) in arrays.items()
+        }
         for key, value in attributes.items():
             file.attrs[key] = value
     return places
@@ -61,9 +68,13 @@ def _allocate(file: h5py.File, name: str, dtype: np.dtype[Any], shape: tuple[int
     link.set_create_intermediate_group(True)
     dtype = dtype.newbyteorder("<")
     dataset = h5py.h5d.create(
-        file.id, name.encode(), h5py.h5t.py_create(dtype), h5py.h5s.create_simple(shape) if shape else
-        h5py.h5s.create(h5py.h5s.SCALAR), create, link,
-    )  # fmt: skip
+        file.id,
+        name.encode(),
+        h5py.h5t.py_create(dtype),
+        h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR),
+        create,
+        link,
+    )
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     # HDF5 gives an empty dataset no place in the file.
     return Extent(dtype.str, shape, dataset.get_offset() if nbytes else 0, nbytes)
@@ -133,11 +144,15 @@ def _pieces(whole: memoryview) -> Iterator[tuple[int, memoryview]]:
         yield start, whole[start : start + LARGEST_CALL_BYTES]
 
 
-def block_hashes(values: np.ndarray[Any, Any], block_bytes: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+def block_hashes(
+    values: np.ndarray[Any, Any], block_bytes: int
+) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """xxh3-64 of each `block_bytes` bytes of a C-contiguous array (the last block may be short)."""
     whole = octets(values)
     starts = range(0, len(whole), block_bytes)
-    return np.array([xxhash.xxh3_64_intdigest(whole[s : s + block_bytes]) for s in starts], dtype="<u8")
+    return np.array(
+        [xxhash.xxh3_64_intdigest(whole[s : s + block_bytes]) for s in starts], dtype="<u8"
+    )
 
 
 def digest(values: np.ndarray[Any, Any] | Bytes) -> str:

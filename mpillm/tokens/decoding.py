@@ -30,7 +30,9 @@ def bytes_of_token(token: str) -> bytes:
 class StreamDecoder:
     """`push` each id as it comes and print what it returns; `finish` returns what was held back."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], token_bytes: Sequence[bytes] | None) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], token_bytes: Sequence[bytes] | None
+    ) -> None:
         """`token_bytes[id]` where each token is a run of bytes; else the text is found by decoding a short tail."""
         self._decode, self._token_bytes = decode, token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")

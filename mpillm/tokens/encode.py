@@ -20,7 +20,14 @@ BATCH_CHARACTERS = 1 << 20
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SPILLED = np.dtype(
-    [("key", "<u8"), ("ordinal", "<u8"), ("source", "<u2"), ("split", "u1"), ("nbytes", "<i8"), ("n_tokens", "<i8")]
+    [
+        ("key", "<u8"),
+        ("ordinal", "<u8"),
+        ("source", "<u2"),
+        ("split", "u1"),
+        ("nbytes", "<i8"),
+        ("n_tokens", "<i8"),
+    ]
 )
 
 
@@ -47,8 +54,16 @@ class EncodedPart:
     row: tuple[int, int, int, int, int]
 
 
-def encode_documents(survey: Survey, tokenizer: Tokenizer, path: Path, validation: float, cut: bool, seed: int, threads: int,
-          progress: Progress) -> EncodedDocuments:  # fmt: skip
+def encode_documents(
+    survey: Survey,
+    tokenizer: Tokenizer,
+    path: Path,
+    validation: float,
+    cut: bool,
+    seed: int,
+    threads: int,
+    progress: Progress,
+) -> EncodedDocuments:
     """Encode this rank's documents into the file `path`. No communication. Raises DataError, OSError.
 
     `cut`: each document is cut in two, else it goes to one split whole. `progress` counts this rank's bytes.
@@ -65,19 +80,27 @@ def encode_documents(survey: Survey, tokenizer: Tokenizer, path: Path, validatio
     return EncodedDocuments(path, np.concatenate(tables), tokenizer.dtype)
 
 
-def _parts(survey: Survey, validation: float, cut: bool, seed: int, threads: int) -> Iterator[EncodedPart]:
+def _parts(
+    survey: Survey, validation: float, cut: bool, seed: int, threads: int
+) -> Iterator[EncodedPart]:
     pieces = [survey.pieces[number] for number in survey.mine]
     for number, texts in zip(survey.mine, read_pieces(pieces, threads), strict=True):
         known = survey.of_piece(number)
         keys = [key_of(text.encode(), seed) for text in texts.documents]
         if keys != known["key"].tolist():
-            raise DataError(f"{texts.piece.path} changed while it was being prepared; run again when it rests")
+            raise DataError(
+                f"{texts.piece.path} changed while it was being prepared; run again when it rests"
+            )
         splits = split_of(known["key"], validation).tolist()
-        for text, key, ordinal, split in zip(texts.documents, keys, known["ordinal"].tolist(), splits, strict=True):
+        for text, key, ordinal, split in zip(
+            texts.documents, keys, known["ordinal"].tolist(), splits, strict=True
+        ):
             halves = enumerate(cut_tail(text, validation)) if cut else [(split, text)]
             for which, half in halves:
                 if half:
-                    yield EncodedPart(half, (key, ordinal, texts.piece.source, which, len(half.encode())))
+                    yield EncodedPart(
+                        half, (key, ordinal, texts.piece.source, which, len(half.encode()))
+                    )
 
 
 def _batches(parts: Iterator[EncodedPart]) -> Iterator[list[EncodedPart]]:

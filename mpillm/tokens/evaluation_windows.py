@@ -28,7 +28,8 @@ def evaluation_batches(n_tokens: int, context: int, rows: int) -> list[Evaluatio
         )
     windows, left = divmod(n_tokens - 1, context)
     batches = [
-        EvaluationBatch(first * context, min(rows, windows - first), context) for first in range(0, windows, rows)
+        EvaluationBatch(first * context, min(rows, windows - first), context)
+        for first in range(0, windows, rows)
     ]
     return batches + ([EvaluationBatch(windows * context, 1, left)] if left else [])
 

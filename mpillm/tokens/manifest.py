@@ -27,7 +27,12 @@ class Split:
 
     def to_json(self) -> dict[str, Any]:
         shards = [shard.to_json() for shard in self.shards]
-        return {"n_tokens": self.n_tokens, "n_docs": self.n_docs, "n_bytes": self.n_bytes, "shards": shards}
+        return {
+            "n_tokens": self.n_tokens,
+            "n_docs": self.n_docs,
+            "n_bytes": self.n_bytes,
+            "shards": shards,
+        }
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,12 @@ class Manifest:
 
     def text(self) -> str:
         splits = {name: split.to_json() for name, split in self.splits.items()}
-        head = {"format": FORMAT, "version": VERSION, "tokenizer": dict(self.tokenizer), "prep": dict(self.prep)}
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "tokenizer": dict(self.tokenizer),
+            "prep": dict(self.prep),
+        }
         value = {**head, "splits": splits}
         return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
@@ -74,12 +84,16 @@ class Manifest:
                 f"make one with `mpillm prepare SOURCE --out {folder}`"
             ) from failure
         except (OSError, ValueError) as failure:
-            raise DataError(f"cannot read {path}: {failure}; prepare the dataset again") from failure
+            raise DataError(
+                f"cannot read {path}: {failure}; prepare the dataset again"
+            ) from failure
         return cls._from_json(folder, path, value)
 
     @classmethod
     def _from_json(cls, folder: Path, path: Path, value: Any) -> "Manifest":
-        kind = (value.get("format"), value.get("version")) if isinstance(value, dict) else (None, None)
+        kind = (
+            (value.get("format"), value.get("version")) if isinstance(value, dict) else (None, None)
+        )
         if kind != (FORMAT, VERSION):
             raise DataError(
                 f"{path} should be format {FORMAT} version {VERSION}, found format {kind[0]} version {kind[1]}; "
@@ -89,7 +103,9 @@ class Manifest:
             splits = {name: _split(value["splits"][name]) for name in SPLITS}
             return cls(folder, value["tokenizer"], value["prep"], splits)
         except (KeyError, TypeError, AttributeError) as failure:
-            raise DataError(f"{path} lacks a part: {failure}; prepare the dataset again") from failure
+            raise DataError(
+                f"{path} lacks a part: {failure}; prepare the dataset again"
+            ) from failure
 
     def split(self, name: str) -> Split:
         """The split of that name, which has tokens. Raises DataError."""
@@ -109,7 +125,9 @@ class Manifest:
         """The dataset's own tokenizer. Raises DataError, and MismatchError when the file is another one."""
         path = self.folder / "tokenizer.json"
         if not path.is_file():
-            raise DataError(f"the dataset {self.folder} lacks its tokenizer.json; copy it back or prepare again")
+            raise DataError(
+                f"the dataset {self.folder} lacks its tokenizer.json; copy it back or prepare again"
+            )
         found = Tokenizer.load(path, self.tokenizer["end_of_text"], self.tokenizer["name"])
         check_tokenizer(self, found)
         return found
@@ -128,7 +146,10 @@ def check_shard(path: Path, shard: ShardInfo) -> None:
             f"{path} is {what}: expected {shard.nbytes:,} bytes, found {nbytes:,}; "
             "copy it again or prepare the dataset again"
         )
-    if shard.tokens_offset + shard.tokens_nbytes > nbytes or shard.doc_ends_offset + 8 * shard.n_docs > nbytes:
+    if (
+        shard.tokens_offset + shard.tokens_nbytes > nbytes
+        or shard.doc_ends_offset + 8 * shard.n_docs > nbytes
+    ):
         raise DataError(
             f"the manifest puts arrays of {path} beyond its end at {nbytes:,} bytes; prepare the dataset again"
         )

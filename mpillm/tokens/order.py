@@ -60,7 +60,10 @@ def permute(indices: Int64s, count: int, seed: int, epochs: Int64s) -> Int64s:
 def _feistel(values: UInt64s, round_keys: UInt64s, bits: int) -> UInt64s:
     """One pass over words of `bits` bits: each half in turn is masked with a keyed hash of the other."""
     low_bits = np.uint64(bits // 2)
-    low_mask, high_mask = np.uint64((1 << (bits // 2)) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
+    low_mask, high_mask = (
+        np.uint64((1 << (bits // 2)) - 1),
+        np.uint64((1 << (bits - bits // 2)) - 1),
+    )
     high, low = values >> low_bits, values & low_mask
     for number in range(0, ROUNDS, 2):
         high = high ^ (_hash(low ^ round_keys[number]) & high_mask)
@@ -110,4 +113,6 @@ class WindowOrder:
         slack = self.n_tokens - 1 - self.n_windows * self.context
         choices = min(self.context - 1, slack) + 1
         unique, which = np.unique(epochs, return_inverse=True)
-        return (keys_of(self.seed, unique, PHASE_ROUND) % np.uint64(choices)).astype(np.int64)[which]
+        return (keys_of(self.seed, unique, PHASE_ROUND) % np.uint64(choices)).astype(np.int64)[
+            which
+        ]

@@ -97,7 +97,9 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
         return made
     with _partial_folder(out, comm) as partial:
         if tokenizer_json is None:
-            tokenizer_json = train_together(found, options.vocab_size, options.tokenizer_bytes, comm, console)
+            tokenizer_json = train_together(
+                found, options.vocab_size, options.tokenizer_bytes, comm, console
+            )
         tokenizer = Tokenizer.from_json(tokenizer_json, name, options.end_of_text)
         manifest = _write(options, found, tokenizer, prep, partial, comm, console)
         on_root(comm, lambda: _publish(partial, out))
@@ -109,7 +111,9 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
 def _check_out(out: Path) -> None:
     """Raise UsageError when `out` holds something that isn't a dataset: that's never ours to replace."""
     if out.exists() and not (out.is_dir() and ((out / NAME).exists() or not any(out.iterdir()))):
-        raise UsageError(f"{out} exists and is no prepared dataset; choose another --out, or move it away")
+        raise UsageError(
+            f"{out} exists and is no prepared dataset; choose another --out, or move it away"
+        )
     make_folder(out.parent)
 
 
@@ -146,7 +150,9 @@ def _already(out: Path, prep: dict[str, Any], overwrite: bool) -> Manifest | Non
         raise UsageError(f"{out} exists but is damaged ({failure}); {way_out}") from failure
     differing = [key for key, value in prep.items() if manifest.prep.get(key) != value]
     if differing:
-        there = ", ".join(f"{key} {manifest.prep.get(key)} there, {prep[key]} now" for key in differing[:3])
+        there = ", ".join(
+            f"{key} {manifest.prep.get(key)} there, {prep[key]} now" for key in differing[:3]
+        )
         raise UsageError(f"{out} exists and was prepared otherwise ({there}); {way_out}")
     return manifest
 
@@ -168,8 +174,15 @@ def _partial_folder(out: Path, comm: "MPI.Intracomm") -> Iterator[Path]:
         raise
 
 
-def _write(options: PrepareOptions, found: Survey, tokenizer: Tokenizer, prep: dict[str, Any], partial: Path,
-           comm: "MPI.Intracomm", console: Console) -> Manifest:  # fmt: skip
+def _write(
+    options: PrepareOptions,
+    found: Survey,
+    tokenizer: Tokenizer,
+    prep: dict[str, Any],
+    partial: Path,
+    comm: "MPI.Intracomm",
+    console: Console,
+) -> Manifest:
     """Encode, exchange and write everything into `partial`; the manifest comes last. Every rank calls it."""
     encoded = _encode(options, found, tokenizer, partial, comm, console)
     where = shuffle.plan_shuffle(encoded, options.shard_bytes, comm)
@@ -185,7 +198,9 @@ def _write(options: PrepareOptions, found: Survey, tokenizer: Tokenizer, prep: d
     with console.progress("writing", len(where.shards), "shards") as progress:
         shards = shuffle.write_shards(encoded, where, partial, attributes, comm, progress)
     encoded.path.unlink()
-    totals = comm.allreduce(np.array([encoded.index["nbytes"][encoded.index["split"] == i].sum() for i in (0, 1)]))
+    totals = comm.allreduce(
+        np.array([encoded.index["nbytes"][encoded.index["split"] == i].sum() for i in (0, 1)])
+    )
 
     def manifest() -> Manifest:
         splits = {
@@ -200,11 +215,20 @@ def _write(options: PrepareOptions, found: Survey, tokenizer: Tokenizer, prep: d
     return on_root(comm, manifest)
 
 
-def _encode(options: PrepareOptions, found: Survey, tokenizer: Tokenizer, partial: Path, comm: "MPI.Intracomm",
-            console: Console) -> EncodedDocuments:  # fmt: skip
+def _encode(
+    options: PrepareOptions,
+    found: Survey,
+    tokenizer: Tokenizer,
+    partial: Path,
+    comm: "MPI.Intracomm",
+    console: Console,
+) -> EncodedDocuments:
     counts = np.zeros(2, np.int64)
     comm.Allreduce(
-        np.bincount(split_of(found.documents["key"], options.validation), minlength=2).astype(np.int64), counts
+        np.bincount(split_of(found.documents["key"], options.validation), minlength=2).astype(
+            np.int64
+        ),
+        counts,
     )
     cut = options.validation > 0 and not counts.all()
     if cut:
@@ -217,13 +241,15 @@ def _encode(options: PrepareOptions, found: Survey, tokenizer: Tokenizer, partia
     with console.progress("encoding, rank 0's", own, "bytes") as progress:
         encoded = encode_documents(
             found, tokenizer, path, options.validation, cut, options.seed, options.workers, progress
-        )  # fmt: skip
+        )
     patient_barrier(comm)
     return encoded
 
 
 def _totals(n_bytes: int, shards: list[Any]) -> Split:
-    return Split(sum(s.n_tokens for s in shards), sum(s.n_docs for s in shards), n_bytes, tuple(shards))
+    return Split(
+        sum(s.n_tokens for s in shards), sum(s.n_docs for s in shards), n_bytes, tuple(shards)
+    )
 
 
 def _publish(partial: Path, out: Path) -> None:
@@ -243,9 +269,13 @@ def _report(manifest: Manifest, options: PrepareOptions, console: Console) -> No
     splits = [*manifest.splits.items(), ("total", None)]
     for name, split in splits:
         parts = list(manifest.splits.values()) if split is None else [split]
-        docs, n_bytes, tokens = (sum(getattr(p, f) for p in parts) for f in ("n_docs", "n_bytes", "n_tokens"))
+        docs, n_bytes, tokens = (
+            sum(getattr(p, f) for p in parts) for f in ("n_docs", "n_bytes", "n_tokens")
+        )
         shards = sum(len(p.shards) for p in parts)
         ratio = f"{n_bytes / tokens:.2f}" if tokens else "–"
         rows.append([name, f"{docs:,}", binary_bytes(n_bytes), f"{tokens:,}", ratio, f"{shards:,}"])
-    title = f"{options.out}: tokenizer {manifest.tokenizer['name']} of {manifest.vocab_size:,} tokens"
+    title = (
+        f"{options.out}: tokenizer {manifest.tokenizer['name']} of {manifest.vocab_size:,} tokens"
+    )
     console.table(title, ["split", "documents", "text", "tokens", "bytes/token", "shards"], rows)

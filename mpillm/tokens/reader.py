@@ -25,7 +25,9 @@ class TokenReader:
         shards = split.shards
         self.dtype = np.dtype(shards[0].dtype)
         # Shard i holds the tokens firsts[i] … firsts[i + 1] - 1.
-        self.firsts = np.concatenate(([0], np.cumsum([shard.n_tokens for shard in shards], dtype=np.int64)))
+        self.firsts = np.concatenate(
+            ([0], np.cumsum([shard.n_tokens for shard in shards], dtype=np.int64))
+        )
         self.n_tokens = int(self.firsts[-1])
         # Token t of shard i lies at byte bases[i] + t · itemsize.
         self.bases = np.array([shard.tokens_offset for shard in shards], np.int64)
@@ -40,7 +42,10 @@ class TokenReader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -86,7 +91,9 @@ class TokenReader:
                     if failure.errno == errno.EMFILE
                     else "copy it back or prepare the dataset again"
                 )
-                raise DataError(f"cannot open the shard {path}: {failure.strerror}; {hint}") from failure
+                raise DataError(
+                    f"cannot open the shard {path}: {failure.strerror}; {hint}"
+                ) from failure
         return self._descriptors[shard]
 
     def row_views(self, out: Array) -> list[tuple[memoryview]]:
@@ -98,7 +105,10 @@ class TokenReader:
             assert out.flags.c_contiguous, "a copy would be filled in place of the rows"
             flat = out.reshape(-1).data.cast("B")
             nbytes = len(flat) // len(out)
-            self._viewed = (out, [(flat[start : start + nbytes],) for start in range(0, len(flat), nbytes)])
+            self._viewed = (
+                out,
+                [(flat[start : start + nbytes],) for start in range(0, len(flat), nbytes)],
+            )
         return self._viewed[1]
 
     def read(self, start: int, out: Array) -> None:
@@ -120,7 +130,9 @@ class TokenReader:
                 hdf5.read_at(self._descriptor(shard), flat[done : done + count], offset)
             except EOFError as failure:
                 path = self.folder / self.split.shards[shard].file
-                raise DataError(f"{path} has shrunk while in use: {failure}; copy it again") from failure
+                raise DataError(
+                    f"{path} has shrunk while in use: {failure}; copy it again"
+                ) from failure
             shard, done = shard + 1, done + count
 
     def doc_ends(self, shard: int) -> Int64s:
@@ -130,7 +142,7 @@ class TokenReader:
             info = self.split.shards[shard]
             mapped = np.memmap(
                 self.folder / info.file, "<u8", "r", info.doc_ends_offset, shape=(info.n_docs,)
-            )  # fmt: skip
+            )
             # Viewed as signed: searching unsigned numbers for signed ones would copy the whole map as floats.
             known = self._doc_ends[shard] = np.asarray(mapped).view(np.int64)
         return known

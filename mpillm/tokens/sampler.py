@@ -21,8 +21,15 @@ TRIAL_STEPS = 64
 class Sampler:
     """The samples of a training run, in the order that (seed, step) alone decide."""
 
-    def __init__(self, reader: TokenReader, context: int, global_batch: int, seed: int,
-                 readahead: bool | None = None, boundaries: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self,
+        reader: TokenReader,
+        context: int,
+        global_batch: int,
+        seed: int,
+        readahead: bool | None = None,
+        boundaries: bool = True,
+    ) -> None:
         """`readahead`: ask the kernel for the next step's windows; None asks when reads are found to be slow.
 
         `boundaries`: tell where documents end in each window. Raises DataError when there isn't one whole window.
@@ -33,7 +40,9 @@ class Sampler:
         self._slow = False
         self._plans: dict[tuple[int, int, int], ReadPlan] = {}
 
-    def windows(self, step: int, first: int, count: int, out: np.ndarray[Any, np.dtype[Any]] | None = None) -> Windows:
+    def windows(
+        self, step: int, first: int, count: int, out: np.ndarray[Any, np.dtype[Any]] | None = None
+    ) -> Windows:
         """The samples at positions `first` … `first` + `count` - 1 of the global batch of `step`.
 
         Fills `out` (count, context + 1) of the reader's dtype, or a new array. Any rank may call it for any rows, in
@@ -59,7 +68,11 @@ class Sampler:
             if len(self._plans) >= KEPT_PLANS:
                 del self._plans[next(iter(self._plans))]
             positions = np.arange(first, first + count, dtype=np.int64)
-            ids = np.arange(block * steps, (block + 1) * steps, dtype=np.int64)[:, None] * self.global_batch + positions
+            ids = (
+                np.arange(block * steps, (block + 1) * steps, dtype=np.int64)[:, None]
+                * self.global_batch
+                + positions
+            )
             starts = self.order.starts(ids.reshape(-1))
             self._plans[key] = ReadPlan(self.reader, starts, self.context + 1, self.boundaries)
         return self._plans[key], (step - block * steps) * count

@@ -95,10 +95,16 @@ def write_shard(path: Path, documents: Documents, attributes: Mapping[str, Any])
                 hdf5.write_at(descriptor, array, places[name].offset)
         tokens = places["tokens"]
         return ShardInfo(
-            path.name, temporary.stat().st_size, tokens.dtype, len(documents.tokens), len(documents.ends),
-            tokens.offset, places["doc_ends"].offset, hdf5.digest(blocks),
+            path.name,
+            temporary.stat().st_size,
+            tokens.dtype,
+            len(documents.tokens),
+            len(documents.ends),
+            tokens.offset,
+            places["doc_ends"].offset,
+            hdf5.digest(blocks),
             rest_digest(temporary, tokens.offset, tokens.nbytes),
-        )  # fmt: skip
+        )
 
 
 def rest_digest(path: Path, tokens_offset: int, tokens_nbytes: int) -> str:
@@ -117,7 +123,9 @@ def read_attributes(path: Path) -> tuple[dict[str, hdf5.Extent], dict[str, Any]]
     try:
         return hdf5.places(path)
     except (OSError, RuntimeError, ValueError, KeyError) as failure:
-        raise DataError(f"{path} is no HDF5 file: {failure}; prepare the dataset again") from failure
+        raise DataError(
+            f"{path} is no HDF5 file: {failure}; prepare the dataset again"
+        ) from failure
 
 
 def token_blocks(path: Path, info: ShardInfo) -> Iterator[tuple[int, int]]:

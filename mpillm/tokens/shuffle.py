@@ -54,15 +54,23 @@ def plan_shuffle(spill: EncodedDocuments, shard_bytes: int, comm: "MPI.Intracomm
     return ShufflePlan(shards, shard_of)
 
 
-def write_shards(spill: EncodedDocuments, plan_shuffle: ShufflePlan, folder: Path, attributes: dict[str, Any], comm: "MPI.Intracomm",
-                 progress: Progress) -> list[tuple[str, ShardInfo]]:  # fmt: skip
+def write_shards(
+    spill: EncodedDocuments,
+    plan_shuffle: ShufflePlan,
+    folder: Path,
+    attributes: dict[str, Any],
+    comm: "MPI.Intracomm",
+    progress: Progress,
+) -> list[tuple[str, ShardInfo]]:
     """Exchange and write all shards; (split, shard) in order on rank 0, elsewhere empty. Every rank calls it.
 
     `attributes` are those that all shards share. `progress` counts shards. Raises OSError.
     """
     written: list[tuple[int, ShardInfo]] = []
     by_shard = np.argsort(plan_shuffle.shard_of, kind="stable")
-    bounds = np.searchsorted(plan_shuffle.shard_of[by_shard], np.arange(len(plan_shuffle.shards) + comm.size + 1))
+    bounds = np.searchsorted(
+        plan_shuffle.shard_of[by_shard], np.arange(len(plan_shuffle.shards) + comm.size + 1)
+    )
     starts = spill.starts
     for wave in range(0, len(plan_shuffle.shards), comm.size):
         # The documents of this wave, in the order of their owners.
@@ -74,11 +82,13 @@ def write_shards(spill: EncodedDocuments, plan_shuffle: ShufflePlan, folder: Pat
             split, index, total = plan_shuffle.shards[number]
             own = {"split": split, "shard_index": index, "n_shards": total}
             path = folder / f"{split}-{index:05d}.h5"
-            written.append((number, write_shard(path, _sorted(table, tokens), {**attributes, **own})))
+            written.append(
+                (number, write_shard(path, _sorted(table, tokens), {**attributes, **own}))
+            )
         progress.advance(min(comm.size, len(plan_shuffle.shards) - wave))
     everything = sorted(
         (item for own in comm.gather(written) or [] for item in own), key=lambda item: item[0]
-    )  # fmt: skip
+    )
     return [(plan_shuffle.shards[number][0], shard) for number, shard in everything]
 
 
@@ -91,7 +101,9 @@ def _exchange(
     tokens = np.empty(int(lengths.sum()), spill.dtype)
     stops = np.cumsum(lengths)
     with hdf5.opened(spill.path) as descriptor:
-        for start, stop, length in zip(starts.tolist(), stops.tolist(), lengths.tolist(), strict=True):
+        for start, stop, length in zip(
+            starts.tolist(), stops.tolist(), lengths.tolist(), strict=True
+        ):
             hdf5.read_at(descriptor, tokens[stop - length : stop], start * spill.dtype.itemsize)
     token_counts = np.diff(np.concatenate(([0], stops))[np.concatenate(([0], np.cumsum(counts)))])
     return (
@@ -117,6 +129,8 @@ def _sorted(table: Array, tokens: Array) -> Documents:
     lengths = lengths.astype(np.int64)
     starts, ends = (np.cumsum(lengths) - lengths)[order], np.cumsum(lengths[order])
     out = np.empty_like(tokens)
-    for start, stop, length in zip(starts.tolist(), ends.tolist(), lengths[order].tolist(), strict=True):
+    for start, stop, length in zip(
+        starts.tolist(), ends.tolist(), lengths[order].tolist(), strict=True
+    ):
         out[stop - length : stop] = tokens[start : start + length]
     return Documents(out, ends, source[order], key[order])

@@ -15,7 +15,16 @@ from mpillm.errors import DataError, UsageError
 
 STDLIB = "stdlib"
 # Not the library itself: other people's packages, its tests, and programs that come along.
-NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__"}
+NOT_LIBRARY = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "ensurepip",
+    "__pycache__",
+}
 JSONL_PIECE_BYTES = 16 << 20
 # Git's rule: a file with a zero byte near its start isn't text.
 PROBE_BYTES = 8000
@@ -52,7 +61,9 @@ class Texts(NamedTuple):
     replaced: int
 
 
-def list_pieces(sources: Sequence[str], glob: str = "**/*", exclude: Path | None = None) -> list[SourcePiece]:
+def list_pieces(
+    sources: Sequence[str], glob: str = "**/*", exclude: Path | None = None
+) -> list[SourcePiece]:
     """The pieces of all sources, in an order that only their names decide; `exclude` is a folder to pass over.
 
     Raises UsageError for a source that's missing or empty.
@@ -66,8 +77,14 @@ def list_pieces(sources: Sequence[str], glob: str = "**/*", exclude: Path | None
         files, found = _files(name, glob, exclude)
         own = [piece for path in files for piece in _cut(number, path, found)]
         if not sum(piece.nbytes for piece in own):
-            what = f"no file matches {glob!r} with text in it" if found and not files else "it has no bytes"
-            raise UsageError(f"the source {name} is empty: {what}; give one with text, or another --glob")
+            what = (
+                f"no file matches {glob!r} with text in it"
+                if found and not files
+                else "it has no bytes"
+            )
+            raise UsageError(
+                f"the source {name} is empty: {what}; give one with text, or another --glob"
+            )
         pieces += own
     return pieces
 
@@ -89,7 +106,9 @@ def _files(name: str, glob: str, exclude: Path | None) -> tuple[list[Path], bool
     try:
         matches = [p.relative_to(path) for p in path.glob(glob)]
     except (ValueError, NotImplementedError) as failure:
-        raise UsageError(f"--glob {glob!r} is no pattern: {failure}; write one like '**/*.txt'") from failure
+        raise UsageError(
+            f"--glob {glob!r} is no pattern: {failure}; write one like '**/*.txt'"
+        ) from failure
     seen = sorted((p for p in matches if not _hidden(p)), key=lambda p: p.as_posix())
     files_found = [path / p for p in seen if (path / p).is_file()]
     return [p for p in files_found if not (exclude and p.resolve().is_relative_to(exclude))], True
@@ -104,7 +123,9 @@ def _cut(source: int, path: Path, found: bool) -> Iterator[SourcePiece]:
     try:
         nbytes = path.stat().st_size
     except OSError as failure:
-        raise UsageError(f"cannot look at {path}: {failure.strerror}; mend that or leave it out by --glob") from failure
+        raise UsageError(
+            f"cannot look at {path}: {failure.strerror}; mend that or leave it out by --glob"
+        ) from failure
     lines = path.suffix.lower() == ".jsonl"
     step = JSONL_PIECE_BYTES if lines else max(nbytes, 1)
     for start in range(0, nbytes, step):
@@ -140,7 +161,9 @@ def read_piece(piece: SourcePiece) -> Texts:
                 return _read_lines(piece, file)
             data = file.read()
     except OSError as failure:
-        raise DataError(f"cannot read {piece.path}: {failure.strerror}; mend that or leave the file out") from failure
+        raise DataError(
+            f"cannot read {piece.path}: {failure.strerror}; mend that or leave the file out"
+        ) from failure
     if piece.found and b"\0" in data[:PROBE_BYTES]:
         return Texts(piece, [], 0)
     text, replaced = decode_utf8(data)
@@ -180,7 +203,9 @@ def _field_text(line: str, path: str, offset: int) -> tuple[str, int]:
     try:
         value = json.loads(line)
     except ValueError as failure:
-        raise DataError(f"{_place(path, offset)} isn't JSON: {failure}; write one JSON object a line") from failure
+        raise DataError(
+            f"{_place(path, offset)} isn't JSON: {failure}; write one JSON object a line"
+        ) from failure
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         has = (
             f"an object with {', '.join(sorted(value)[:8]) or 'nothing'}"

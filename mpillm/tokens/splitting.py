@@ -15,7 +15,9 @@ SPLIT_SALT = np.uint64(0x7E57)
 
 def split_of(keys: Array, validation: float) -> Array:
     """0 (train) or 1 (validation) for each key: a fraction `validation` of all documents, by hash."""
-    return (mix(keys ^ SPLIT_SALT) < np.uint64(min(int(validation * 2.0**64), 2**64 - 1))).astype(np.uint8)
+    return (mix(keys ^ SPLIT_SALT) < np.uint64(min(int(validation * 2.0**64), 2**64 - 1))).astype(
+        np.uint8
+    )
 
 
 def cut_tail(text: str, validation: float) -> tuple[str, str]:

@@ -39,12 +39,20 @@ class Survey:
 
     def of_piece(self, number: int) -> Array:
         """The documents of one of this rank's pieces."""
-        first, last = np.searchsorted(self.documents["ordinal"] >> np.uint64(ORDINAL_BITS), [number, number + 1])
+        first, last = np.searchsorted(
+            self.documents["ordinal"] >> np.uint64(ORDINAL_BITS), [number, number + 1]
+        )
         return self.documents[first:last]
 
 
-def survey(pieces: list[SourcePiece], names: tuple[str, ...], seed: int, threads: int, comm: "MPI.Intracomm",
-           console: Console) -> Survey:  # fmt: skip
+def survey(
+    pieces: list[SourcePiece],
+    names: tuple[str, ...],
+    seed: int,
+    threads: int,
+    comm: "MPI.Intracomm",
+    console: Console,
+) -> Survey:
     """Read all pieces once, each on one rank, and key every document. Every rank of `comm` calls it.
 
     Raises DataError: on all ranks for a source without documents, on one rank for a file that cannot be read.
@@ -54,7 +62,9 @@ def survey(pieces: list[SourcePiece], names: tuple[str, ...], seed: int, threads
     total = sum(piece.nbytes for piece in pieces)
     own = sum(pieces[number].nbytes for number in mine)
     with console.progress("reading", total, "bytes") as progress:
-        for number, texts in zip(mine, read_pieces([pieces[i] for i in mine], threads), strict=True):
+        for number, texts in zip(
+            mine, read_pieces([pieces[i] for i in mine], threads), strict=True
+        ):
             tables.append(_table(texts.documents, number, texts.piece.source, seed))
             if texts.replaced:
                 replaced, first_bad = replaced + texts.replaced, min(first_bad, number)
@@ -88,7 +98,10 @@ def key_of(text: bytes, seed: int) -> int:
 
 
 def _check_sources(documents: Array, names: tuple[str, ...], comm: "MPI.Intracomm") -> None:
-    counts, all_counts = np.bincount(documents["source"], minlength=len(names)), np.zeros(len(names), np.int64)
+    counts, all_counts = (
+        np.bincount(documents["source"], minlength=len(names)),
+        np.zeros(len(names), np.int64),
+    )
     comm.Allreduce(counts.astype(np.int64), all_counts)
     for name, count in zip(names, all_counts.tolist(), strict=True):
         if not count:

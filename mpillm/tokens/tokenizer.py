@@ -18,9 +18,17 @@ from mpillm.tokens.decoding import StreamDecoder, byte_symbols, bytes_of_token
 END_OF_TEXT = "<|endoftext|>"
 # What other tokenizers call it, in the order in which we ask.
 KNOWN_ENDS_OF_TEXT = (
-    END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "<|end|>", "[EOS]", "<|eos|>",
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "[EOS]",
+    "<|eos|>",
     "<｜end▁of▁sentence｜>",
-)  # fmt: skip
+)
 SMALLEST_VOCABULARY = 256 + 1
 PART_CHARACTERS = 1 << 16
 PARTS_AT_ONCE = 64
@@ -58,7 +66,9 @@ class Tokenizer:
         self._is_bytes = _is_byte_tokenizer(self._spec)
         self._may_cut = _splits_like_gpt2(self._spec)
         self.name = name or ("bytes" if self._is_bytes else "bpe")
-        self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = (
+            max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        )
         self.end_of_text = end_of_text or self._known_end_of_text()
         self.eot_id = self._id_of_end_of_text()
         self.dtype = token_dtype(self.vocab_size)
@@ -107,16 +117,25 @@ class Tokenizer:
     def _encode_parts(self, parts: list[str]) -> Iterator[Ids]:
         """In groups: the library's results take some hundred bytes a token."""
         for first in range(0, len(parts), PARTS_AT_ONCE):
-            group = self._inner.encode_batch_fast(parts[first : first + PARTS_AT_ONCE], add_special_tokens=False)
+            group = self._inner.encode_batch_fast(
+                parts[first : first + PARTS_AT_ONCE], add_special_tokens=False
+            )
             yield from (np.array(encoding.ids, self.dtype) for encoding in group)
 
     def decode(self, ids: Iterable[int] | Ids) -> str:
         """The text of `ids`; special tokens and ids beyond the vocabulary are left out, broken UTF-8 becomes U+FFFD."""
         if self._is_bytes:
             wide = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
-            return wide[(wide >= 0) & (wide < 256)].astype(np.uint8).tobytes().decode("utf-8", "replace")
+            return (
+                wide[(wide >= 0) & (wide < 256)]
+                .astype(np.uint8)
+                .tobytes()
+                .decode("utf-8", "replace")
+            )
         numbers = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-        return self._inner.decode([i for i in numbers if 0 <= i < self.vocab_size], skip_special_tokens=True)
+        return self._inner.decode(
+            [i for i in numbers if 0 <= i < self.vocab_size], skip_special_tokens=True
+        )
 
     def stream(self) -> StreamDecoder:
         """A decoder that takes one id at a time and holds back what isn't yet a whole character."""
@@ -161,9 +180,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, show_progress=False, special_tokens=[END_OF_TEXT],
+        vocab_size=vocab_size,
+        show_progress=False,
+        special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(byte_symbols()),
-    )  # fmt: skip
+    )
     inner.train_from_iterator(texts, trainer)
     return Tokenizer(inner.to_str(), "bpe")
 
@@ -178,7 +199,9 @@ def check_vocab_size(vocab_size: int) -> None:
 
 def byte_tokenizer() -> Tokenizer:
     """One token per byte, its id the byte's value; end of text is 256. Encodes and decodes in NumPy."""
-    inner = tokenizers.Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(byte_symbols())}, []))
+    inner = tokenizers.Tokenizer(
+        models.BPE({symbol: i for i, symbol in enumerate(byte_symbols())}, [])
+    )
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([END_OF_TEXT])
@@ -194,20 +217,27 @@ def _is_byte_tokenizer(spec: dict[str, Any]) -> bool:
         and before.get("type") == "ByteLevel"
         and not before.get("add_prefix_space")
         and [token["id"] for token in spec.get("added_tokens", [])] == [256]
-        and {k: v for k, v in model["vocab"].items() if v < 256} == {s: i for i, s in enumerate(byte_symbols())}
+        and {k: v for k, v in model["vocab"].items() if v < 256}
+        == {s: i for i, s in enumerate(byte_symbols())}
     )
 
 
 def _splits_like_gpt2(spec: dict[str, Any]) -> bool:
     before = spec.get("pre_tokenizer") or {}
-    plain = before.get("type") == "ByteLevel" and not before.get("add_prefix_space") and before.get("use_regex")
+    plain = (
+        before.get("type") == "ByteLevel"
+        and not before.get("add_prefix_space")
+        and before.get("use_regex")
+    )
     return bool(plain) and spec.get("normalizer") is None
 
 
 def _parts(text: str) -> Iterator[str]:
     """Cut a long text where that changes no id, so that threads share it and memory stays small."""
     start = 0
-    while len(text) - start > PART_CHARACTERS and (found := SAFE_CUT.search(text, start + PART_CHARACTERS)):
+    while len(text) - start > PART_CHARACTERS and (
+        found := SAFE_CUT.search(text, start + PART_CHARACTERS)
+    ):
         yield text[start : found.end()]
         start = found.end()
     yield text[start:]

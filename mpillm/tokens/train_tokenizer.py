@@ -28,7 +28,9 @@ def load_or_make(spec: str, end_of_text: str | None) -> Tokenizer | None:
     return byte_tokenizer() if spec == "bytes" else Tokenizer.load(spec, end_of_text)
 
 
-def train_together(survey: Survey, vocab_size: int, sample_bytes: int, comm: "MPI.Intracomm", console: Console) -> str:
+def train_together(
+    survey: Survey, vocab_size: int, sample_bytes: int, comm: "MPI.Intracomm", console: Console
+) -> str:
     """The JSON of a BPE trained by rank 0 on about `sample_bytes` of all ranks' documents. Every rank calls it."""
     gathered = comm.gather(_own_sample(survey, sample_bytes, comm))
     patient_barrier(comm)
@@ -40,16 +42,22 @@ def train_together(survey: Survey, vocab_size: int, sample_bytes: int, comm: "MP
         for _, _, text in sample:
             texts.append(text[: max(left, 0)])
             left -= len(text)
-        console.say(f"training a BPE of {vocab_size:,} tokens on {sum(map(len, texts)):,} characters")
+        console.say(
+            f"training a BPE of {vocab_size:,} tokens on {sum(map(len, texts)):,} characters"
+        )
         tokenizer = train_bpe(texts, vocab_size)
         if tokenizer.vocab_size < vocab_size:
-            console.say(f"the text has pairs for {tokenizer.vocab_size:,} tokens only; the vocabulary is that small")
+            console.say(
+                f"the text has pairs for {tokenizer.vocab_size:,} tokens only; the vocabulary is that small"
+            )
         return tokenizer.to_json()
 
     return on_root(comm, train)
 
 
-def _own_sample(survey: Survey, sample_bytes: int, comm: "MPI.Intracomm") -> list[tuple[int, int, str]]:
+def _own_sample(
+    survey: Survey, sample_bytes: int, comm: "MPI.Intracomm"
+) -> list[tuple[int, int, str]]:
     """(mixed key, ordinal, text) of this rank's documents among those with the smallest mixed keys.
 
     Where to stop is read off a histogram of bytes over the mixed keys that all ranks sum, so no rank ever holds the
@@ -69,7 +77,11 @@ def _own_sample(survey: Survey, sample_bytes: int, comm: "MPI.Intracomm") -> lis
         if wanted.any():
             texts = read_piece(survey.pieces[number]).documents
             sample += [
-                (int(mix(rows["key"][i : i + 1] ^ SAMPLE_SALT)[0]), int(rows["ordinal"][i]), texts[i][:sample_bytes])
+                (
+                    int(mix(rows["key"][i : i + 1] ^ SAMPLE_SALT)[0]),
+                    int(rows["ordinal"][i]),
+                    texts[i][:sample_bytes],
+                )
                 for i in np.flatnonzero(wanted).tolist()
             ]
     return sample

@@ -38,7 +38,9 @@ def verify(folder: str | Path, comm: "MPI.Intracomm", console: Console) -> Manif
     total = sum(shard.nbytes for _, shard in shards)
     fault = None
     mine = range(comm.rank, len(shards), comm.size)
-    with console.progress("verifying, rank 0's", sum(shards[i][1].nbytes for i in mine), "bytes") as progress:
+    with console.progress(
+        "verifying, rank 0's", sum(shards[i][1].nbytes for i in mine), "bytes"
+    ) as progress:
         for number in mine:
             try:
                 verify_shard(manifest, *shards[number])
@@ -51,7 +53,9 @@ def verify(folder: str | Path, comm: "MPI.Intracomm", console: Console) -> Manif
     if faults:
         raise min(faults, key=lambda found: found[0])[1]
     tokens = sum(split.n_tokens for split in manifest.splits.values())
-    console.say(f"{manifest.folder}: {len(shards)} shards, {tokens:,} tokens, {total:,} bytes: as they were written")
+    console.say(
+        f"{manifest.folder}: {len(shards)} shards, {tokens:,} tokens, {total:,} bytes: as they were written"
+    )
     return manifest
 
 
@@ -61,7 +65,9 @@ def verify_shard(manifest: Manifest, split: str, shard: ShardInfo) -> None:
     check_shard(path, shard)
     # First what everything else is read from.
     if rest_digest(path, shard.tokens_offset, shard.tokens_nbytes) != shard.rest_xxh3_128:
-        raise DataError(f"{path} is damaged outside /tokens (its structure, attributes or document tables); {AGAIN}")
+        raise DataError(
+            f"{path} is damaged outside /tokens (its structure, attributes or document tables); {AGAIN}"
+        )
     places, attributes = read_attributes(path)
     _check_attributes(path, manifest, split, shard, attributes)
     table = places["block_xxh3"]
@@ -69,7 +75,9 @@ def verify_shard(manifest: Manifest, split: str, shard: ShardInfo) -> None:
     with hdf5.opened(path) as descriptor:
         hdf5.read_at(descriptor, expected, table.offset)
     if hdf5.digest(expected) != shard.xxh3_128 or places["tokens"].offset != shard.tokens_offset:
-        raise DataError(f"the table of block hashes in {path} isn't the one in the manifest; {AGAIN}")
+        raise DataError(
+            f"the table of block hashes in {path} isn't the one in the manifest; {AGAIN}"
+        )
     for block, found in token_blocks(path, shard):
         if found != int(expected[block]):
             start = shard.tokens_offset + block * BLOCK_BYTES
@@ -80,7 +88,9 @@ def verify_shard(manifest: Manifest, split: str, shard: ShardInfo) -> None:
             )
 
 
-def _check_attributes(path: Path, manifest: Manifest, split: str, shard: ShardInfo, attributes: dict[str, Any]) -> None:
+def _check_attributes(
+    path: Path, manifest: Manifest, split: str, shard: ShardInfo, attributes: dict[str, Any]
+) -> None:
     expected = {
         "format": FORMAT,
         "version": VERSION,
@@ -94,4 +104,6 @@ def _check_attributes(path: Path, manifest: Manifest, split: str, shard: ShardIn
     }
     for name, value in expected.items():
         if attributes.get(name) != value:
-            raise DataError(f"{path}: attribute {name} should be {value}, found {attributes.get(name)}; {AGAIN}")
+            raise DataError(
+                f"{path}: attribute {name} should be {value}, found {attributes.get(name)}; {AGAIN}"
+            )

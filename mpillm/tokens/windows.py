@@ -36,7 +36,9 @@ class Windows:
 class ReadPlan:
     """Where windows of `length` tokens lie: files, byte offsets, and the document ends inside."""
 
-    def __init__(self, reader: TokenReader, starts: Int64s, length: int, boundaries: bool = True) -> None:
+    def __init__(
+        self, reader: TokenReader, starts: Int64s, length: int, boundaries: bool = True
+    ) -> None:
         """`starts` int64 (n,), each in [0, n_tokens - length]."""
         self.reader, self.starts, self.length = reader, starts, length
         shards = reader.shards_of(starts)
@@ -46,17 +48,27 @@ class ReadPlan:
         # The descriptor of each window's file, once for the whole plan.
         self._files: list[int] = []
         self._opened = -1
-        self.crossing: list[int] = np.flatnonzero(starts + length > reader.firsts[shards + 1]).tolist()
-        self.ends, self.splits = document_ends(reader, starts, length) if boundaries else _no_ends(len(starts))
+        self.crossing: list[int] = np.flatnonzero(
+            starts + length > reader.firsts[shards + 1]
+        ).tolist()
+        self.ends, self.splits = (
+            document_ends(reader, starts, length) if boundaries else _no_ends(len(starts))
+        )
 
     def fetch(self, first: int, out: Array) -> None:
         """Fill the rows of `out` (B, length) with the windows `first` … `first` + B - 1. Raises DataError."""
         last, nbytes = first + len(out), self.length * self.reader.dtype.itemsize
         if self._opened != self.reader.times_closed:
-            self._files, self._opened = self.reader.descriptors(self.shards), self.reader.times_closed
+            self._files, self._opened = (
+                self.reader.descriptors(self.shards),
+                self.reader.times_closed,
+            )
         rows = self.reader.row_views(out)
         # The loop is map and sum, so that all of it but the calls runs in C.
-        short = sum(map(os.preadv, self._files[first:last], rows, self.offsets[first:last])) != len(out) * nbytes
+        short = (
+            sum(map(os.preadv, self._files[first:last], rows, self.offsets[first:last]))
+            != len(out) * nbytes
+        )
         # Read anew what one call couldn't: windows across two shards, and all when a read came short.
         across = self.crossing[bisect_left(self.crossing, first) : bisect_left(self.crossing, last)]
         for window in range(first, last) if short else across:
@@ -66,13 +78,17 @@ class ReadPlan:
         """The rows from `first` on, whose tokens were fetched into `tokens_BT`."""
         splits = self.splits[first : first + len(tokens_BT) + 1]
         ends = self.ends[splits[0] : splits[-1]]
-        return Windows(tokens_BT, ends, splits - splits[0], self.starts[first : first + len(tokens_BT)])
+        return Windows(
+            tokens_BT, ends, splits - splits[0], self.starts[first : first + len(tokens_BT)]
+        )
 
     def advise(self, first: int, count: int) -> None:
         """Ask the kernel to read windows ahead (POSIX_FADV_WILLNEED): cold random reads then overlap."""
         descriptors = self.reader.descriptors(self.shards[first : first + count])
         nbytes, advise = self.length * self.reader.dtype.itemsize, os.posix_fadvise
-        for descriptor, offset in zip(descriptors, self.offsets[first : first + count], strict=True):
+        for descriptor, offset in zip(
+            descriptors, self.offsets[first : first + count], strict=True
+        ):
             advise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 

@@ -84,18 +84,31 @@ class TrainingLoop:
     """Every rank makes it, and calls `go`."""
 
     def __init__(
-        self, recipe: Recipe, manifest: Manifest, trainer: Trainer, console: Console, trace: bool, allotment: Allotment,
+        self,
+        recipe: Recipe,
+        manifest: Manifest,
+        trainer: Trainer,
+        console: Console,
+        trace: bool,
+        allotment: Allotment,
         cluster: Cluster,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._recipe, self._manifest, self._trainer = recipe, manifest, trainer
         self._comm, self._console = trainer.mesh.comm, console
         self._folder = Path(recipe.train.run)
-        self._timing, self._trace = StepTrace(trainer.mesh, trainer.layout, trainer.clock_offset), trace
+        self._timing, self._trace = (
+            StepTrace(trainer.mesh, trainer.layout, trainer.clock_offset),
+            trace,
+        )
         self._diary = HistoryWriter(self._folder, writes=self._comm.rank == 0)
         self._signals = allotment.signals
         # The ranks may have been told different ends, and one clock must do for all: rank 0's.
         self._deadline = self._comm.bcast(allotment.deadline(recipe.train.time_limit))
-        times = (self._deadline, last_save_seconds(self._folder)) if self._comm.rank == 0 else (None, None)
+        times = (
+            (self._deadline, last_save_seconds(self._folder))
+            if self._comm.rank == 0
+            else (None, None)
+        )
         self._stopping = Stopping(allotment.signals, *times)
         self._job, self._cluster = allotment.job, cluster
         self._last_saved: Path | None = None
@@ -110,7 +123,9 @@ class TrainingLoop:
             # When any rank returns, the run's files are whole.
             patient_barrier(self._comm)
         if reason:
-            raise StoppedError(f"{reason}; the run is saved as {self._last_saved}; --resume goes on from it")
+            raise StoppedError(
+                f"{reason}; the run is saved as {self._last_saved}; --resume goes on from it"
+            )
 
     def _go(self, checkpoint: Checkpoint | None) -> str:
         """Why the run stopped before its end; "" where it did not."""
@@ -127,7 +142,9 @@ class TrainingLoop:
         if self._trace:
             self._timing.write(self._folder / TRACE, self._console)
         if not reason:
-            self._console.say(f"finished: {self._last_saved}, {self._folder / METRICS}, {self._folder / 'loss.png'}")
+            self._console.say(
+                f"finished: {self._last_saved}, {self._folder / METRICS}, {self._folder / 'loss.png'}"
+            )
         return reason
 
     def _go_on(self, steps: int, owed: bool) -> str:
@@ -166,7 +183,9 @@ class TrainingLoop:
         tokens = settings.batch * self._recipe.model.context
         self._timing.add(result.spans, result.others, result.shared.bubble)
         record.add(_metrics(done, result, tokens))
-        progress.advance(1, **{"loss": f"{result.loss:.4f}", "tokens/s": f"{tokens / result.seconds:,.0f}"})
+        progress.advance(
+            1, **{"loss": f"{result.loss:.4f}", "tokens/s": f"{tokens / result.seconds:,.0f}"}
+        )
         last = done == settings.steps
         reason = "" if last else self._stopping.reason(result.shared.wishes)
         if reason:
@@ -184,12 +203,19 @@ class TrainingLoop:
 
     def _owes_evaluation(self) -> bool:
         """Whether the run was ended between the save of this step and its evaluation. Every rank calls it."""
-        if not (self._done and self._evaluation_is_due() and self._manifest.splits["validation"].n_tokens):
+        if not (
+            self._done
+            and self._evaluation_is_due()
+            and self._manifest.splits["validation"].n_tokens
+        ):
             return False
         metrics = self._folder / METRICS
         return not on_root(
             self._comm,
-            lambda: any(line["step"] == self._done and "validation_loss" in line for line in read_metrics(metrics)),
+            lambda: any(
+                line["step"] == self._done and "validation_loss" in line
+                for line in read_metrics(metrics)
+            ),
         )
 
     def _evaluate(self, record: MetricsWriter) -> None:
@@ -199,7 +225,9 @@ class TrainingLoop:
             quiet = Console(speaks=False)
             score = evaluate(self._trainer.model, reader, self._comm, quiet)
         record.add({"step": self._done, "validation_loss": score.loss})
-        self._console.say(f"step {self._done:,}: validation loss {score.loss:.4f}, perplexity {score.perplexity:,.2f}")
+        self._console.say(
+            f"step {self._done:,}: validation loss {score.loss:.4f}, perplexity {score.perplexity:,.2f}"
+        )
 
     def _save(self, step_tokens: int) -> float:
         """The seconds that it took."""
@@ -220,13 +248,18 @@ class TrainingLoop:
         self._last_saved, seconds = saved, time.perf_counter() - begun
         self._stopping.saved(seconds)
         if self._comm.rank == 0:
-            self._diary.saved(self._done, saved, seconds, sum(path.stat().st_size for path in saved.iterdir()))
+            self._diary.saved(
+                self._done, saved, seconds, sum(path.stat().st_size for path in saved.iterdir())
+            )
             prune(folder, self._recipe.train.keep)
         return seconds
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         trainer = self._trainer
-        return {**weight_tensors(trainer.weights), **optimizer_tensors(trainer.weights, trainer.optimizer)}
+        return {
+            **weight_tensors(trainer.weights),
+            **optimizer_tensors(trainer.weights, trainer.optimizer),
+        }
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:
         """Fill weights and averages; return how many steps are done."""
@@ -246,28 +279,42 @@ class TrainingLoop:
             hosts.setdefault(host, []).append(rank)
         cluster, schedule, sizes = self._cluster, trainer.layout.schedule, trainer.mesh.sizes
         return {
-            "ranks": self._comm.size, "hosts": hosts, "mesh": trainer.mesh.describe(), "axes": sizes,
+            "ranks": self._comm.size,
+            "hosts": hosts,
+            "mesh": trainer.mesh.describe(),
+            "axes": sizes,
             "traffic": traffic_bytes(sizes, recipe.model, recipe.train.batch, schedule.chunks),
-            "threads": torch.get_num_threads(), "steps": recipe.train.steps,
-            "tokens_per_step": recipe.train.batch * recipe.model.context, "parameters": recipe.model.parameters,
-            "mpi": cluster.mpi_name, "processor": cluster.cpu_model,
-            "versions": {name: package_version(name) for name in PACKAGES} | {"python": platform.python_version()},
-            "job": asdict(self._job) if self._job else None, "deadline": self._deadline,
-        }  # fmt: skip
+            "threads": torch.get_num_threads(),
+            "steps": recipe.train.steps,
+            "tokens_per_step": recipe.train.batch * recipe.model.context,
+            "parameters": recipe.model.parameters,
+            "mpi": cluster.mpi_name,
+            "processor": cluster.cpu_model,
+            "versions": {name: package_version(name) for name in PACKAGES}
+            | {"python": platform.python_version()},
+            "job": asdict(self._job) if self._job else None,
+            "deadline": self._deadline,
+        }
 
     def _with_last_saved(self, failure: BaseException) -> BaseException:
         """The same failure, telling the last good checkpoint, where it is one that a run may meet."""
         last = self._last_saved
         way_on = (
-            f"the last good checkpoint is {last}; --resume goes on from it" if last else "no checkpoint was saved yet"
+            f"the last good checkpoint is {last}; --resume goes on from it"
+            if last
+            else "no checkpoint was saved yet"
         )
         if isinstance(failure, DivergedError):
-            return type(failure)(f"{failure}; {way_on}, perhaps with a lower optimizer.learning_rate")
+            return type(failure)(
+                f"{failure}; {way_on}, perhaps with a lower optimizer.learning_rate"
+            )
         if isinstance(failure, KeyboardInterrupt):
             return type(failure)(way_on)
         if isinstance(failure, OSError):
             place = failure.filename or self._folder
-            return CheckpointError(f"{place}: {failure.strerror or failure}; mend that, and then: {way_on}")
+            return CheckpointError(
+                f"{place}: {failure.strerror or failure}; mend that, and then: {way_on}"
+            )
         return failure
 
 
@@ -278,8 +325,10 @@ def _due(every: int, step: int) -> bool:
 def _metrics(step: int, result: StepResult, tokens: int) -> dict[str, float]:
     shared = result.shared
     waiting = {
-        "bubble": shared.bubble, "data_seconds": shared.data_seconds, "pipeline_seconds": shared.pipeline_seconds
-    }  # fmt: skip
+        "bubble": shared.bubble,
+        "data_seconds": shared.data_seconds,
+        "pipeline_seconds": shared.pipeline_seconds,
+    }
     return {
         "step": step,
         "loss": result.loss,

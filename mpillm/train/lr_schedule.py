@@ -41,5 +41,7 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
         first = max(first, steps - round(settings.decay_share * steps))
     # 0 until the decay begins, 1 at the last step.
     progress = min(1.0, max(0.0, (step - first) / max(1, steps - 1 - first)))
-    height = 0.5 * (1 + math.cos(math.pi * progress)) if settings.schedule == "cosine" else 1 - progress
+    height = (
+        0.5 * (1 + math.cos(math.pi * progress)) if settings.schedule == "cosine" else 1 - progress
+    )
     return settings.learning_rate * (settings.final_share + (1 - settings.final_share) * height)

@@ -43,7 +43,10 @@ def pipeline_facts(layout: StepPlan) -> dict[str, str]:
         return {}
     timeline = layout.timeline
     shares = [
-        " + ".join(str(layout.parts[stage].last - layout.parts[stage].first) for stage in schedule.stages_of(rank))
+        " + ".join(
+            str(layout.parts[stage].last - layout.parts[stage].first)
+            for stage in schedule.stages_of(rank)
+        )
         for rank in range(schedule.ranks)
     ]
     return {
@@ -54,7 +57,9 @@ def pipeline_facts(layout: StepPlan) -> dict[str, str]:
     }
 
 
-def tell_plan(recipe: Recipe, mesh: Mesh, layout: StepPlan, reader: TokenReader, console: Console) -> None:
+def tell_plan(
+    recipe: Recipe, mesh: Mesh, layout: StepPlan, reader: TokenReader, console: Console
+) -> None:
     """Print the plan. Every rank calls it."""
     model, train = recipe.model, recipe.train
     step_tokens = train.batch * model.context

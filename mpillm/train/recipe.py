@@ -108,9 +108,12 @@ def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
         faults: dict[tuple[int | str, ...], list[str]] = {}
         for error in failure.errors():
             place = error["loc"][:2]
-            faults.setdefault(place, []).append(_fault(error["type"], place, error["msg"], error["input"]))
+            faults.setdefault(place, []).append(
+                _fault(error["type"], place, error["msg"], error["input"])
+            )
     texts = [
-        " or ".join([first, *(other.rpartition(": ")[2] for other in others)]) for first, *others in faults.values()
+        " or ".join([first, *(other.rpartition(": ")[2] for other in others)])
+        for first, *others in faults.values()
     ]
     raise RecipeError(f"the recipe {source}: " + "; ".join(texts))
 
@@ -133,7 +136,9 @@ def _override(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
-        raise RecipeError(f"--set takes section.key=value, such as train.steps=100, and not {override!r}")
+        raise RecipeError(
+            f"--set takes section.key=value, such as train.steps=100, and not {override!r}"
+        )
     if not isinstance(table.setdefault(section, {}), dict):
         raise RecipeError(f"--set {override}: [{section}] is no section of the recipe")
     table[section][name] = _value(text)
@@ -156,7 +161,10 @@ def _with_shape(section: Any) -> Any:
         raise RecipeError(
             f"model.shape = {shape!r} is unknown{_nearest(str(shape), SHAPES)}; shapes: {', '.join(SHAPES)}"
         )
-    return {**asdict(SHAPES[shape]), **{key: value for key, value in section.items() if key != "shape"}}
+    return {
+        **asdict(SHAPES[shape]),
+        **{key: value for key, value in section.items() if key != "shape"},
+    }
 
 
 def _fault(kind: str, place: tuple[int | str, ...], message: str, value: object) -> str:
@@ -166,10 +174,14 @@ def _fault(kind: str, place: tuple[int | str, ...], message: str, value: object)
         where = f"[{place[0]}]" if len(place) > 1 else "a recipe"
         return f"unknown key {name}{_nearest(str(place[-1]), known)} (known in {where}: {', '.join(known)})"
     if kind in ("missing", "missing_argument"):
-        return f"{name} is missing" + ("; a recipe needs [data] path" if name.startswith("data") else "")
+        return f"{name} is missing" + (
+            "; a recipe needs [data] path" if name.startswith("data") else ""
+        )
     if kind == "value_error":
         return f"[{name}] {message.removeprefix('Value error, ')}"
-    near = _nearest(str(value), re.findall(r"'([^']+)'", message)) if kind == "literal_error" else ""
+    near = (
+        _nearest(str(value), re.findall(r"'([^']+)'", message)) if kind == "literal_error" else ""
+    )
     return f"{name} = {value!r}: {message[0].lower()}{message[1:]}{near}"
 
 

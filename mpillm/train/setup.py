@@ -32,9 +32,13 @@ NOTHING_ALLOTTED = Allotment()
 
 
 def train(
-    recipe: Recipe, comm: "MPI.Intracomm", console: Console, resume: bool = False, trace: bool = False,
+    recipe: Recipe,
+    comm: "MPI.Intracomm",
+    console: Console,
+    resume: bool = False,
+    trace: bool = False,
     allotment: Allotment = NOTHING_ALLOTTED,
-) -> None:  # fmt: skip
+) -> None:
     """Train as the recipe says. Every rank calls it.
 
     `resume`: go on from the newest whole checkpoint of the run, if it has one. `trace`: leave a file that shows when
@@ -47,7 +51,9 @@ def train(
     mesh = make_mesh(comm, parallel, recipe.model, settings.batch)
     data = mesh.axis("data")
     _, rows = share_batch(settings.batch, data)
-    layout = plan_layout(recipe.model, parallel, data.size, rows, settings.microbatch, settings.fixed_order)
+    layout = plan_layout(
+        recipe.model, parallel, data.size, rows, settings.microbatch, settings.fixed_order
+    )
     with open_split(recipe.data.path, "train") as reader:
         # Refused before the run has a folder: a dataset that is shorter than one context, a profile that is missing.
         WindowOrder(reader.n_tokens, recipe.model.context, settings.seed)
@@ -70,7 +76,7 @@ def train(
 
 def _profile(
     recipe: Recipe, comm: "MPI.Intracomm", console: Console, here: Cluster
-) -> ClusterProfile | None:  # fmt: skip
+) -> ClusterProfile | None:
     """The cluster's profile: the recipe's, else one that lies in the run's folder, else none. Every rank calls it."""
     beside = Path(recipe.train.run) / CLUSTER
     named = Path(recipe.parallel.profile) if recipe.parallel.profile else None
@@ -100,7 +106,9 @@ def _place(
     folder = Path(recipe.train.run)
     if not resume:
         if comm.bcast((folder / METRICS).exists() or (folder / CHECKPOINTS).exists()):
-            raise UsageError(f"{folder} holds a run already; --resume goes on with it, or name another train.run")
+            raise UsageError(
+                f"{folder} holds a run already; --resume goes on with it, or name another train.run"
+            )
         return None
     checkpoint = newest_whole(folder, comm, console)
     if checkpoint is None:

@@ -49,20 +49,36 @@ class Trainer:
     """Model, optimizer, gradients and samples of one rank; `step` runs them. Every rank of the mesh steps alike."""
 
     def __init__(
-        self, recipe: Recipe, reader: TokenReader, mesh: Mesh, layout: StepPlan, profile: ClusterProfile | None = None,
+        self,
+        recipe: Recipe,
+        reader: TokenReader,
+        mesh: Mesh,
+        layout: StepPlan,
+        profile: ClusterProfile | None = None,
         warn: Callable[[str], None] = silent,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`profile`: the cluster's, which chooses how ranks talk; `warn` is told what had to be done without."""
         self.recipe, self.mesh, self.layout = recipe, mesh, layout
         self.model = ShardedModel(
-            recipe.model, recipe.train.seed, mesh, layout, recipe.parallel, fixed_order=recipe.train.fixed_order,
-            autocast=torch.bfloat16 if recipe.train.dtype == "bfloat16" else None, profile=profile,
-            scored_rows=rows_at_once(recipe.model), warn=warn,
-        )  # fmt: skip
+            recipe.model,
+            recipe.train.seed,
+            mesh,
+            layout,
+            recipe.parallel,
+            fixed_order=recipe.train.fixed_order,
+            autocast=torch.bfloat16 if recipe.train.dtype == "bfloat16" else None,
+            profile=profile,
+            scored_rows=rows_at_once(recipe.model),
+            warn=warn,
+        )
         self.weights = self.model.named_weights()
         self.optimizer = make_optimizer(self.weights.values(), recipe.optimizer)
         self._sampler = Sampler(
-            reader, recipe.model.context, recipe.train.batch, recipe.train.seed, boundaries=recipe.data.document_mask
+            reader,
+            recipe.model.context,
+            recipe.train.batch,
+            recipe.train.seed,
+            boundaries=recipe.data.document_mask,
         )
         self.clock_offset = clock_offset(mesh.comm)
         self._pipelines = pipelines_of(mesh, layout)
@@ -94,7 +110,9 @@ class Trainer:
         batch = self._batch(step)
         read = clock()
         passes = self.model.train(batch)
-        shared = gather_stats(self.mesh, self.layout, passes, self.clock_offset, wish, self._pipelines)
+        shared = gather_stats(
+            self.mesh, self.layout, passes, self.clock_offset, wish, self._pipelines
+        )
         norm = self.model.clip_(self.recipe.optimizer.clip)
         _check_finite(step, shared.losses, norm)
         reduced = clock()
@@ -104,7 +122,11 @@ class Trainer:
         # Exact, so neither the order nor the layout matters.
         loss = math.fsum(loss for row in shared.losses.values() for loss in row)
         ended = clock()
-        others = [("read", begun, read), ("reduce", passes.ended, reduced), ("update", reduced, ended)]
+        others = [
+            ("read", begun, read),
+            ("reduce", passes.ended, reduced),
+            ("update", reduced, ended),
+        ]
         return StepResult(loss, rate, norm, ended - begun, shared, passes.spans, others)
 
     def _batch(self, step: int) -> Batch:
@@ -120,8 +142,9 @@ class Trainer:
         documents_BT = document_numbers(windows) if recipe.data.document_mask else None
         return Batch(
             [ids_BT[a:b] for a, b in layout.bounds],
-            [None if documents_BT is None else documents_BT[a:b] for a, b in layout.bounds], scale,
-        )  # fmt: skip
+            [None if documents_BT is None else documents_BT[a:b] for a, b in layout.bounds],
+            scale,
+        )
 
 
 def document_numbers(windows: Windows) -> Tensor:
@@ -137,7 +160,9 @@ def _check_finite(step: int, losses: dict[int, list[float]], norm: float) -> Non
     bad = {rank: row for rank, row in losses.items() if not np.isfinite(row).all()}
     if bad:
         first = next(loss for row in bad.values() for loss in row if not math.isfinite(loss))
-        raise DivergedError(f"the run diverged: at step {step + 1} the loss of {ranks_text(list(bad))} is {first}")
+        raise DivergedError(
+            f"the run diverged: at step {step + 1} the loss of {ranks_text(list(bad))} is {first}"
+        )
     if not math.isfinite(norm):
         raise DivergedError(
             f"the run diverged: at step {step + 1} the norm of the summed gradients is {norm} on all ranks"

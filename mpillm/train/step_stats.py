@@ -35,8 +35,14 @@ class StepStats:
     """By rank: see stopping.py."""
 
 
-def gather_stats(mesh: Mesh, layout: StepPlan, passes: Passes, clock_offset: float, wish: int,
-          pipelines: Sequence[Sequence[int]]) -> StepStats:  # fmt: skip
+def gather_stats(
+    mesh: Mesh,
+    layout: StepPlan,
+    passes: Passes,
+    clock_offset: float,
+    wish: int,
+    pipelines: Sequence[Sequence[int]],
+) -> StepStats:
     """Tell the others of this rank's passes and its wish, and hear theirs. Every rank of the mesh calls it."""
     spans = passes.spans
     own = np.zeros(LOSSES + layout.microbatches)
@@ -73,7 +79,9 @@ def pipelines_of(mesh: Mesh, layout: StepPlan) -> list[list[int]]:
     return list(found.values())
 
 
-def measured_bubble(begins: Floats, ends: Floats, busy: Floats, groups: Sequence[Sequence[int]]) -> float:
+def measured_bubble(
+    begins: Floats, ends: Floats, busy: Floats, groups: Sequence[Sequence[int]]
+) -> float:
     """Waiting over computing, as simulating.Timeline counts it, of each group of ranks; their mean. All by rank."""
     return _mean([_window(begins, ends, group) / busy[list(group)].mean() - 1 for group in groups])
 

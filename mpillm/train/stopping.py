@@ -32,7 +32,9 @@ def margin_seconds(left_seconds: float, save_seconds: float | None, step_seconds
 class Stopping:
     """The wish of this rank, and what all agreed on."""
 
-    def __init__(self, signals: StopSignals | None, deadline: float | None, save_seconds: float | None = None) -> None:
+    def __init__(
+        self, signals: StopSignals | None, deadline: float | None, save_seconds: float | None = None
+    ) -> None:
         """`deadline`: when the job ends, in unix seconds; None on a rank that does not look at the clock.
         `save_seconds`: of the newest save of an earlier job.
         """
@@ -54,14 +56,18 @@ class Stopping:
             return self._signals.number
         if self._deadline is None:
             return NONE
-        margin = margin_seconds(self._deadline - self._begun, self._save_seconds, self._step_seconds)
+        margin = margin_seconds(
+            self._deadline - self._begun, self._save_seconds, self._step_seconds
+        )
         return TIME_IS_UP if time.time() + margin >= self._deadline else NONE
 
     def reason(self, wishes: Sequence[int]) -> str:
         """Why all ranks stop, in words; "" where they go on, on all ranks or on none. `wishes`: by rank. Rank 0 has the
         words for all: the others do not know the time.
         """
-        asked = next((rank for rank, wish in enumerate(wishes) if wish not in (NONE, TIME_IS_UP)), None)
+        asked = next(
+            (rank for rank, wish in enumerate(wishes) if wish not in (NONE, TIME_IS_UP)), None
+        )
         if asked is not None:
             return f"{signal_name(wishes[asked])} on rank {asked}"
         return self._told_by_clock() if TIME_IS_UP in wishes else ""
@@ -69,4 +75,8 @@ class Stopping:
     def _told_by_clock(self) -> str:
         left = (self._deadline or 0.0) - time.time()
         end = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self._deadline or 0.0))
-        return f"the time limit is near: {clock(left)} to {end}" if left > 0 else f"the time limit was over at {end}"
+        return (
+            f"the time limit is near: {clock(left)} to {end}"
+            if left > 0
+            else f"the time limit was over at {end}"
+        )

@@ -53,7 +53,10 @@ class StepTrace:
         costs = measured_costs(schedule.stages, gathered)
         rows = [
             ["measured, median of the steps", f"{median(self._bubbles[WARM_STEPS:]):.1%}"],
-            ["simulated, with the stages' measured times", f"{simulate(schedule, costs).bubble:.1%}"],
+            [
+                "simulated, with the stages' measured times",
+                f"{simulate(schedule, costs).bubble:.1%}",
+            ],
             ["simulated, with even stages", f"{self._layout.timeline.bubble:.1%}"],
         ]
         console.table(f"{schedule.name}: waiting over computing", ["", "bubble"], rows)
@@ -61,17 +64,24 @@ class StepTrace:
     def write(self, path: Path, console: Console) -> None:
         """The newest steps as a trace of Chrome's format."""
         comm, offset = self._mesh.comm, self._offset
-        own = [[(name, begin - offset, end - offset) for name, begin, end in step] for step in self._steps]
+        own = [
+            [(name, begin - offset, end - offset) for name, begin, end in step]
+            for step in self._steps
+        ]
         gathered: list[list[list[Event]]] | None = comm.gather(own)
         if gathered is None:
             return
         names = {
-            rank: ", ".join(f"{axis} {place}" for axis, place in coordinates(rank, self._mesh.sizes).items())
+            rank: ", ".join(
+                f"{axis} {place}" for axis, place in coordinates(rank, self._mesh.sizes).items()
+            )
             for rank in range(comm.size)
         }
         events = trace_events(gathered, names, len(self._bubbles) - len(self._steps) + 1)
         write_text(path, json.dumps(events))
-        console.say(f"the last {len(self._steps)} steps: {path}, for https://ui.perfetto.dev or chrome://tracing")
+        console.say(
+            f"the last {len(self._steps)} steps: {path}, for https://ui.perfetto.dev or chrome://tracing"
+        )
 
 
 def measured_costs(stages: int, gathered: Iterable[Mapping[tuple[int, str], float]]) -> Costs:
@@ -86,7 +96,9 @@ def measured_costs(stages: int, gathered: Iterable[Mapping[tuple[int, str], floa
 
     def row(*kinds: str) -> tuple[float, ...]:
         """By stage, of the first of `kinds` that it has."""
-        return tuple(next((mean[s, kind] for kind in kinds if (s, kind) in mean), 0.0) for s in range(stages))
+        return tuple(
+            next((mean[s, kind] for kind in kinds if (s, kind) in mean), 0.0) for s in range(stages)
+        )
 
     return Costs(row("F"), row("I", "B"), row("W"))
 
@@ -99,16 +111,28 @@ def trace_events(
     """
     zero = min((begin for steps in gathered for step in steps for _, begin, _ in step), default=0.0)
     events: list[dict[str, Any]] = [
-        {"ph": "M", "pid": 0, "tid": rank, "name": "thread_name", "args": {"name": f"rank {rank} ({name})"}}
+        {
+            "ph": "M",
+            "pid": 0,
+            "tid": rank,
+            "name": "thread_name",
+            "args": {"name": f"rank {rank} ({name})"},
+        }
         for rank, name in names.items()
     ]
     for rank, steps in enumerate(gathered):
         for step, found in enumerate(steps, first_step):
             events += [
                 {
-                    "ph": "X", "pid": 0, "tid": rank, "name": name, "cat": KINDS.get(name.strip("0123456789"), "step"),
-                    "ts": 1e6 * (begin - zero), "dur": 1e6 * (end - begin), "args": {"step": step},
+                    "ph": "X",
+                    "pid": 0,
+                    "tid": rank,
+                    "name": name,
+                    "cat": KINDS.get(name.strip("0123456789"), "step"),
+                    "ts": 1e6 * (begin - zero),
+                    "dur": 1e6 * (end - begin),
+                    "args": {"step": step},
                 }
                 for name, begin, end in found
-            ]  # fmt: skip
+            ]
     return {"traceEvents": events, "displayTimeUnit": "ms"}

@@ -71,10 +71,14 @@ class Checkpoint:
         index = _read_index(folder)
         try:
             self.facts: dict[str, Any] = index["facts"]
-            self.tensors = {name: StoredTensor.from_json(value) for name, value in index["tensors"].items()}
+            self.tensors = {
+                name: StoredTensor.from_json(value) for name, value in index["tensors"].items()
+            }
             self._files: dict[str, int] = index["files"]
         except (KeyError, TypeError) as failure:
-            raise CheckpointError(f"{folder / INDEX} is damaged ({failure}); use another checkpoint") from failure
+            raise CheckpointError(
+                f"{folder / INDEX} is damaged ({failure}); use another checkpoint"
+            ) from failure
         for file, nbytes in self._files.items():
             _check_size(folder / file, nbytes)
 
@@ -142,9 +146,13 @@ class _Files:
                 self._open[piece.file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             hdf5.read_at(self._open[piece.file], values, piece.offset)
         except (OSError, EOFError) as failure:
-            raise CheckpointError(f"cannot read {name} from {path}: {failure}; use another checkpoint") from failure
+            raise CheckpointError(
+                f"cannot read {name} from {path}: {failure}; use another checkpoint"
+            ) from failure
         if hdf5.digest(values) != piece.xxh3_128:
-            raise CheckpointError(f"{name} in {path} is damaged: its hash differs; use another checkpoint")
+            raise CheckpointError(
+                f"{name} in {path} is damaged: its hash differs; use another checkpoint"
+            )
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -152,9 +160,13 @@ def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as failure:
-        raise CheckpointError(f"{folder} is no whole checkpoint: it has no {INDEX}; use another") from failure
+        raise CheckpointError(
+            f"{folder} is no whole checkpoint: it has no {INDEX}; use another"
+        ) from failure
     except (OSError, ValueError) as failure:
-        raise CheckpointError(f"{path} cannot be read: {failure}; use another checkpoint") from failure
+        raise CheckpointError(
+            f"{path} cannot be read: {failure}; use another checkpoint"
+        ) from failure
     found = (index.get("format"), index.get("version")) if isinstance(index, dict) else (None, None)
     if found != (FORMAT, VERSION):
         raise CheckpointError(
@@ -168,9 +180,13 @@ def _check_size(path: Path, nbytes: int) -> None:
     try:
         found = path.stat().st_size
     except OSError as failure:
-        raise CheckpointError(f"{path} cannot be read: {failure.strerror}; use another checkpoint") from failure
+        raise CheckpointError(
+            f"{path} cannot be read: {failure.strerror}; use another checkpoint"
+        ) from failure
     if found != nbytes:
-        raise CheckpointError(f"{path} has {found:,} bytes, its index says {nbytes:,}; use another checkpoint")
+        raise CheckpointError(
+            f"{path} has {found:,} bytes, its index says {nbytes:,}; use another checkpoint"
+        )
 
 
 def index_json(
@@ -178,4 +194,10 @@ def index_json(
 ) -> dict[str, Any]:
     """The index as JSON takes it; what `Checkpoint` reads."""
     entries = {name: asdict(entry) for name, entry in sorted(tensors.items())}
-    return {"format": FORMAT, "version": VERSION, "facts": dict(facts), "files": dict(files), "tensors": entries}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "facts": dict(facts),
+        "files": dict(files),
+        "tensors": entries,
+    }

@@ -58,11 +58,17 @@ def save(
     """
     target = step_folder(folder, facts["step"])
     temporary = folder / f".{target.name}.tmp"
-    own = {name: tensors[name] for name in assign_writers(comm.allgather(_sizes(tensors)))[comm.rank]}
+    own = {
+        name: tensors[name] for name in assign_writers(comm.allgather(_sizes(tensors)))[comm.rank]
+    }
     try:
         _together(comm, temporary, lambda: _begin(temporary, texts) if comm.rank == 0 else None)
         written = _together(comm, temporary, lambda: _write_share(temporary, own, comm.rank))
-        _together(comm, temporary, lambda: _commit(temporary, target, facts, written) if comm.rank == 0 else None)
+        _together(
+            comm,
+            temporary,
+            lambda: _commit(temporary, target, facts, written) if comm.rank == 0 else None,
+        )
     except KeyboardInterrupt:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -81,7 +87,9 @@ def _together(comm: "MPI.Intracomm", temporary: Path, work: Callable[[], Value])
     if failed:
         if comm.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{failed[0]}; free some space or choose another train.run, then use --resume")
+        raise CheckpointError(
+            f"{failed[0]}; free some space or choose another train.run, then use --resume"
+        )
     return [result for result, _ in answers]
 
 
@@ -92,18 +100,24 @@ def _begin(temporary: Path, texts: Mapping[str, str]) -> None:
         (temporary / name).write_text(text, encoding="utf-8")
 
 
-def _write_share(temporary: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, StoredTensor]:
+def _write_share(
+    temporary: Path, tensors: Mapping[str, Tensor], rank: int
+) -> dict[str, StoredTensor]:
     """This rank's tensors into its own file; a rank without any writes none."""
     arrays = {name: raw(tensor) for name, tensor in tensors.items()}
     if not arrays:
         return {}
     path = temporary / f"rank-{rank:05d}.h5"
-    places = hdf5.layout(path, {name: (array.dtype, array.shape) for name, array in arrays.items()}, {})
+    places = hdf5.layout(
+        path, {name: (array.dtype, array.shape) for name, array in arrays.items()}, {}
+    )
     entries = {}
     with hdf5.opened(path, flags=hdf5.READ_WRITE) as descriptor:
         for name, array in arrays.items():
             hdf5.write_at(descriptor, array, places[name].offset)
-            piece = StoredSlice(path.name, places[name].offset, array.nbytes, 0, array.size, hdf5.digest(array))
+            piece = StoredSlice(
+                path.name, places[name].offset, array.nbytes, 0, array.size, hdf5.digest(array)
+            )
             entries[name] = StoredTensor(dtype_name(tensors[name]), tuple(array.shape), (piece,))
     flush(path)
     return entries
@@ -113,7 +127,9 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
 
 
-def _commit(temporary: Path, target: Path, facts: Mapping[str, Any], written: list[dict[str, StoredTensor]]) -> None:
+def _commit(
+    temporary: Path, target: Path, facts: Mapping[str, Any], written: list[dict[str, StoredTensor]]
+) -> None:
     entries = {name: entry for part in written for name, entry in part.items()}
     files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     for name in files:

@@ -20,15 +20,45 @@ def result(done: Any) -> dict[str, Any]:
 
 def test_all_of_it_at_two_ranks(mpillm, folder: Path) -> None:  # type: ignore[no-untyped-def]
     plot, saved, table = (folder / name for name in ("bench.png", "profile.json", "bench.csv"))
-    value = result(mpillm(
-        "bench", "all", "--sizes", "1K,20K", "--check", "--json", "--plot", plot, "--save", saved, "--csv", table,
-        "--folder", folder, *FEW, ranks=2,
-    ))  # fmt: skip
+    value = result(
+        mpillm(
+            "bench",
+            "all",
+            "--sizes",
+            "1K,20K",
+            "--check",
+            "--json",
+            "--plot",
+            plot,
+            "--save",
+            saved,
+            "--csv",
+            table,
+            "--folder",
+            folder,
+            *FEW,
+            ranks=2,
+        )
+    )
     found = {part["benchmark"]: part["rows"] for part in value["results"]}
     expected = {
-        "allreduce", "reduce-scatter", "allgather", "broadcast", "reduce", "alltoall", "barrier", "overlap", "memory",
-        "gemm", "filesystem", "latency", "bandwidth", "bibw", "message-rate", "handover",
-    }  # fmt: skip
+        "allreduce",
+        "reduce-scatter",
+        "allgather",
+        "broadcast",
+        "reduce",
+        "alltoall",
+        "barrier",
+        "overlap",
+        "memory",
+        "gemm",
+        "filesystem",
+        "latency",
+        "bandwidth",
+        "bibw",
+        "message-rate",
+        "handover",
+    }
     assert set(found) == expected
     for what in ("allreduce", "reduce-scatter", "allgather", "broadcast", "reduce", "alltoall"):
         rows = [row for row in found[what] if row["algorithm"] != "floor"]
@@ -49,7 +79,9 @@ def test_all_of_it_at_two_ranks(mpillm, folder: Path) -> None:  # type: ignore[n
 
 
 def test_a_table_for_people_and_lines_for_programs(mpillm) -> None:  # type: ignore[no-untyped-def]
-    told = mpillm("bench", "allreduce", "--sizes", "1K", "--algorithms", "auto,native,nccl", *FEW, ranks=2)
+    told = mpillm(
+        "bench", "allreduce", "--sizes", "1K", "--algorithms", "auto,native,nccl", *FEW, ranks=2
+    )
     assert told.returncode == 0, told.stderr
     for word in ("MPI library", "binding", "algbw", "busbw", "#wrong", "× native", "nccl"):
         assert word in told.stdout
@@ -66,7 +98,9 @@ def test_a_table_for_people_and_lines_for_programs(mpillm) -> None:  # type: ign
         (("filesystem", "--folder", "{}/none"), "existing folder"),
     ],
 )
-def test_a_mistake_ends_in_one_message(mpillm, folder: Path, arguments: tuple[str, ...], words: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_mistake_ends_in_one_message(
+    mpillm, folder: Path, arguments: tuple[str, ...], words: str
+) -> None:  # type: ignore[no-untyped-def]
     done = mpillm("bench", *(argument.format(folder) for argument in arguments))
     assert done.returncode == 2
     assert words in done.stderr

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpillm.bench.competitors import ArrayMemory, Contestant, contestants, peers_wanted, select, tried
+from mpillm.bench.competitors import (
+    ArrayMemory,
+    Contestant,
+    contestants,
+    peers_wanted,
+    select,
+    tried,
+)
 from mpillm.bench.options import BenchOptions
 from mpillm.bench.pattern import count_wrong
 from mpillm.bench.peers import joined
@@ -21,12 +28,17 @@ HERE = ("auto", "ring", "native", "reference")
 def test_names() -> None:
     notes: list[str] = []
     assert select((), HERE, notes.append, "allreduce") == ["auto", "ring", "native"]
-    assert select(("reference", "gloo", "auto"), HERE, notes.append, "allreduce") == ["reference", "auto"]
+    assert select(("reference", "gloo", "auto"), HERE, notes.append, "allreduce") == [
+        "reference",
+        "auto",
+    ]
     assert select(("gloo",), HERE, notes.append, "allreduce") == []
     assert notes == []
     assert select(("pairwise", "ring"), HERE, notes.append, "allreduce") == ["ring"]
     assert notes == ["allreduce has no pairwise on this job"]
-    with pytest.raises(UsageError, match=r"'rign' is unknown; .*auto, ring, native, reference, gloo, torch-nccl"):
+    with pytest.raises(
+        UsageError, match=r"'rign' is unknown; .*auto, ring, native, reference, gloo, torch-nccl"
+    ):
         select(("ring", "rign"), HERE, notes.append, "allreduce")
 
 
@@ -65,8 +77,12 @@ def group(comm: MPI.Intracomm) -> Any:
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("operation", ["allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall"])
-def test_everyone_is_right(comm: MPI.Intracomm, group: Communicator, operation: str, in_place: bool) -> None:
+@pytest.mark.parametrize(
+    "operation", ["allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall"]
+)
+def test_everyone_is_right(
+    comm: MPI.Intracomm, group: Communicator, operation: str, in_place: bool
+) -> None:
     shape = Shape(operation, 60 * comm.size, "float32", comm.size, comm.rank, in_place)
     notes: list[str] = []
     memory = ArrayMemory(group, shape, BenchOptions("all", in_place=in_place))
@@ -115,12 +131,17 @@ def test_what_one_rank_cannot_do_no_rank_does(comm: MPI.Intracomm, group: Commun
 
 
 def test_arrays_are_kept_or_new(comm: MPI.Intracomm, group: Communicator) -> None:
-    shape, options = Shape("allreduce", 1000, "float32", comm.size, comm.rank, False), BenchOptions("all")
+    shape, options = (
+        Shape("allreduce", 1000, "float32", comm.size, comm.rank, False),
+        BenchOptions("all"),
+    )
     warm = ArrayMemory(group, shape, options)
     assert warm.pair("native")[0] is warm.pair("ring")[0]
     assert warm.is_shared("auto") == (group.size > 1 and "shared" in group.algorithms("allreduce"))
     assert not warm.is_shared("native")
-    assert np.shares_memory(warm.pair("auto")[0], warm.pair("native")[0]) == (not warm.is_shared("auto"))
+    assert np.shares_memory(warm.pair("auto")[0], warm.pair("native")[0]) == (
+        not warm.is_shared("auto")
+    )
     fresh = ArrayMemory(group, shape, replace(options, buffers="fresh", node_shared=False))
     assert fresh.pair("auto")[0] is not fresh.pair("auto")[0]
     assert not fresh.is_shared("auto")

@@ -12,10 +12,15 @@ from mpillm.bench.fit import fit
 @pytest.mark.parametrize(
     ("operation", "factor"),
     [
-        ("allreduce", 1.5), ("reduce_scatter", 0.75), ("allgather", 0.75), ("alltoall", 0.75), ("broadcast", 1.0),
-        ("reduce", 1.0), ("barrier", 0.0),
+        ("allreduce", 1.5),
+        ("reduce_scatter", 0.75),
+        ("allgather", 0.75),
+        ("alltoall", 0.75),
+        ("broadcast", 1.0),
+        ("reduce", 1.0),
+        ("barrier", 0.0),
     ],
-)  # fmt: skip
+)
 def test_bus_factors_of_nccl_tests(operation: str, factor: float) -> None:
     assert bus_factor(operation, 4) == factor
 
@@ -42,7 +47,9 @@ def test_a_ratio_is_taken_within_a_round() -> None:
     assert found == {"native_ratio": 2.0, "native_ratio_q1": 1.25, "native_ratio_q3": 2.0}
 
 
-@pytest.mark.parametrize(("together", "share"), [(10.0, 1.0), (12.0, 0.5), (14.0, 0.0), (20.0, 0.0), (9.0, 1.0)])
+@pytest.mark.parametrize(
+    ("together", "share"), [(10.0, 1.0), (12.0, 0.5), (14.0, 0.0), (20.0, 0.0), (9.0, 1.0)]
+)
 def test_overlap(together: float, share: float) -> None:
     assert overlap(alone=4.0, compute=10.0, together=together) == share
 

@@ -8,11 +8,19 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.bench.context import Bench
-from mpillm.bench.handover import WORK_SECONDS, ByMail, ByRequests, Hand, behind_work, round_trip, run_handover
+from mpillm.bench.handover import (
+    WORK_SECONDS,
+    ByMail,
+    ByRequests,
+    Hand,
+    behind_work,
+    round_trip,
+    run_handover,
+)
 from mpillm.bench.make_profile import make_profile
 from mpillm.bench.options import BenchOptions
 from mpillm.bench.results import Section
-from mpillm.comm.channels.channel_set import ChannelSet, Edge
+from mpillm.comm.channels.channel_set import ChannelSet, Channel
 from mpillm.comm.communicator import Communicator
 from mpillm.comm.mesh import on_one_node
 from mpillm.machine.cluster_profile import Cluster, load_profile
@@ -64,7 +72,10 @@ def test_behind_work_both_ranks_know_all(pair: MPI.Intracomm | None) -> None:
 
 
 def test_rows_are_the_same_on_every_rank(comm: MPI.Intracomm) -> None:
-    group, options = Communicator(comm), BenchOptions("handover", sizes="100,70K", iterations=3, warmup=1)
+    group, options = (
+        Communicator(comm),
+        BenchOptions("handover", sizes="100,70K", iterations=3, warmup=1),
+    )
     bench = Bench(options, comm, group, Console(speaks=False))
     sections = run_handover(bench)
     group.free()
@@ -80,19 +91,30 @@ def test_rows_are_the_same_on_every_rank(comm: MPI.Intracomm) -> None:
         for key in ("half_round_trip_seconds", "behind_work_seconds", "sender_seconds"):
             assert row[f"{key}_q1"] <= row[key] <= row[f"{key}_q3"]
         assert all(show(row) for show in sections[0].columns.values())
-    for way, cost in make_profile(sections, CLUSTER, comm.size, "cpu", "today", {}).handover.items():
+    for way, cost in make_profile(
+        sections, CLUSTER, comm.size, "cpu", "today", {}
+    ).handover.items():
         measured = [
-            (row["bytes"], row["behind_work_seconds"]) for row in rows if (row["level"], row["way"]) == ("node", way)
+            (row["bytes"], row["behind_work_seconds"])
+            for row in rows
+            if (row["level"], row["way"]) == ("node", way)
         ]
         assert list(cost.points) == measured
 
 
 def rows_of(way: str, seconds: dict[int, float], level: str = "node") -> list[dict[str, Any]]:
-    return [{"level": level, "way": way, "bytes": n, "behind_work_seconds": t} for n, t in seconds.items()]
+    return [
+        {"level": level, "way": way, "bytes": n, "behind_work_seconds": t}
+        for n, t in seconds.items()
+    ]
 
 
-def test_the_profile_knows_the_faster_way_and_mail_follows_it(comm: MPI.Intracomm, folder: Path) -> None:
-    rows = rows_of("shared", {1000: 1e-5, 100_000: 1e-3}) + rows_of("messages", {1000: 1e-4, 100_000: 2e-4})
+def test_the_profile_knows_the_faster_way_and_mail_follows_it(
+    comm: MPI.Intracomm, folder: Path
+) -> None:
+    rows = rows_of("shared", {1000: 1e-5, 100_000: 1e-3}) + rows_of(
+        "messages", {1000: 1e-4, 100_000: 2e-4}
+    )
     rows += rows_of("native", {1000: 1e-9}) + rows_of("messages", {1000: 1e-9}, "network")
     profile = make_profile([Section("handover", "", rows, {})], CLUSTER, 2, "cpu", "today", {})
     assert set(profile.handover) == {"shared", "messages"}
@@ -102,6 +124,6 @@ def test_the_profile_knows_the_faster_way_and_mail_follows_it(comm: MPI.Intracom
     profile.save(path)
     assert load_profile(path, print, CLUSTER) == profile
     if comm.size > 1 and on_one_node(comm):
-        mail = ChannelSet(comm, [Edge(0, 1, 1000), Edge(0, 1, 100_000)], profile=profile)
+        mail = ChannelSet(comm, [Channel(0, 1, 1000), Channel(0, 1, 100_000)], profile=profile)
         assert mail.ways == ["shared", "messages"]
         mail.free()

@@ -5,7 +5,16 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.bench.make_profile import make_profile
-from mpillm.bench.pairs import WINDOW, Pair, fastest, many_pairs, pairs, ping_pong, stream, window_of
+from mpillm.bench.pairs import (
+    WINDOW,
+    Pair,
+    fastest,
+    many_pairs,
+    pairs,
+    ping_pong,
+    stream,
+    window_of,
+)
 from mpillm.bench.results import Section
 from mpillm.machine.cluster_profile import Cluster
 
@@ -24,7 +33,13 @@ def test_halves_are_paired() -> None:
 
 
 def test_windows_shrink_for_large_messages() -> None:
-    assert [window_of(size) for size in (0, 1, 4 << 20, 64 << 20, 1 << 30)] == [WINDOW, WINDOW, WINDOW, 4, 1]
+    assert [window_of(size) for size in (0, 1, 4 << 20, 64 << 20, 1 << 30)] == [
+        WINDOW,
+        WINDOW,
+        WINDOW,
+        4,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -49,11 +64,25 @@ def made(what: str, rows: list[dict[str, object]]) -> Section:
 
 def test_a_profile_of_what_was_measured() -> None:
     def line(algorithm: str, rate: float) -> list[dict[str, object]]:
-        facts = {"operation": "allreduce", "algorithm": algorithm, "chosen": "copy", "element": "float32"}
+        facts = {
+            "operation": "allreduce",
+            "algorithm": algorithm,
+            "chosen": "copy",
+            "element": "float32",
+        }
         facts |= {"node_shared": algorithm == "shared"}
-        return [facts | {"bytes": size, "median_seconds": 1e-6 + size / rate} for size in (4096, 1024)]
+        return [
+            facts | {"bytes": size, "median_seconds": 1e-6 + size / rate} for size in (4096, 1024)
+        ]
 
-    names = {"auto": 1e9, "ring": 1e9, "shared": 2e9, "shared, private": 1e9, "gloo": 1e9, "floor": 4e9}
+    names = {
+        "auto": 1e9,
+        "ring": 1e9,
+        "shared": 2e9,
+        "shared, private": 1e9,
+        "gloo": 1e9,
+        "floor": 4e9,
+    }
     message = {"level": "node", "bytes": 64, "median_seconds": 1e-6}
     found = make_profile(
         [
@@ -61,15 +90,24 @@ def test_a_profile_of_what_was_measured() -> None:
             made("latency", [message]),
             made("bibw", [message | {"bytes_per_second": rate} for rate in (3.0, 5.0)]),
             made("message-rate", [message | {"messages_per_second": 7.0}]),
-            made("memory", [{"kernel": "copy", "bytes": 64, "median_seconds": 1e-8, "bytes_per_second": 1e10}]),
+            made(
+                "memory",
+                [{"kernel": "copy", "bytes": 64, "median_seconds": 1e-8, "bytes_per_second": 1e10}],
+            ),
             made("gemm", [{"element": "float32", "edge": 64, "flops_per_second": 1e9}]),
             made("filesystem", [{"path": "read windows, cold", "all_bytes_per_second": 2.0}]),
         ],
-        CLUSTER, 2, "cpu", "today", {},
-    )  # fmt: skip
+        CLUSTER,
+        2,
+        "cpu",
+        "today",
+        {},
+    )
     assert [(entry.algorithm, entry.node_shared) for entry in found.collectives] == [
-        ("ring", False), ("shared", True), ("shared", False),
-    ]  # fmt: skip
+        ("ring", False),
+        ("shared", True),
+        ("shared", False),
+    ]
     cost = found.collectives[0].cost
     assert [size for size, _ in cost.points] == [1024, 4096]
     assert cost.bytes_per_second == pytest.approx(1e9)
@@ -86,6 +124,9 @@ def test_a_profile_of_what_was_measured() -> None:
 
 
 def test_the_fastest_of_a_level() -> None:
-    rows = [{"level": "node", "bytes_per_second": 1.0}, {"level": "network", "bytes_per_second": 9.0}]
+    rows = [
+        {"level": "node", "bytes_per_second": 1.0},
+        {"level": "network", "bytes_per_second": 9.0},
+    ]
     assert fastest("bandwidth", rows, "node") == 1
     assert fastest("bandwidth", rows, "elsewhere") is None

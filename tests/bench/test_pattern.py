@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from mpillm.bench.pattern import EXACT, PERIOD, combined, count_wrong, fill, laid, pattern, wrong_elements
+from mpillm.bench.pattern import (
+    EXACT,
+    PERIOD,
+    combined,
+    count_wrong,
+    fill,
+    laid,
+    pattern,
+    wrong_elements,
+)
 from mpillm.bench.sample_arrays import Shape, fitting_count, new_array
 from mpillm.comm.buffers import ELEMENTS
 
@@ -47,7 +56,9 @@ def test_a_shifted_block_of_a_power_of_two_is_seen() -> None:
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("operation", ["allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall"])
+@pytest.mark.parametrize(
+    "operation", ["allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall"]
+)
 def test_each_operation_has_its_expectation(operation: str, in_place: bool) -> None:
     """Three ranks played by one process, by the textbook; then one element is spoilt."""
     ranks, count = 3, fitting_count(operation, 3000, "float32", 3)
@@ -70,7 +81,10 @@ def played(shape: Shape, sources: list[np.ndarray]) -> np.ndarray:
     if shape.operation == "broadcast":
         return sources[0].copy()
     if shape.operation == "allgather":
-        whole = [source[bounds[r] : bounds[r + 1]] if shape.in_place else source for r, source in enumerate(sources)]
+        whole = [
+            source[bounds[r] : bounds[r + 1]] if shape.in_place else source
+            for r, source in enumerate(sources)
+        ]
         return np.concatenate(whole)
     if shape.operation == "alltoall":
         return np.concatenate([source[own] for source in sources])

@@ -22,15 +22,24 @@ def section() -> Section:
     for count in (256, 4096):
         shape = Shape("allreduce", count, "float32", 4, 0, True)
         seconds = {
-            "auto": np.array([1e-5, 2e-5]), "native": np.array([2e-5, 4e-5]), "floor": np.array([1e-6, 1e-6]),
-        }  # fmt: skip
-        rows += rows_of(shape, seconds, {"auto": {"chosen": "ring", "wrong": 0}, "native": {"wrong": 0}})
+            "auto": np.array([1e-5, 2e-5]),
+            "native": np.array([2e-5, 4e-5]),
+            "floor": np.array([1e-6, 1e-6]),
+        }
+        rows += rows_of(
+            shape, seconds, {"auto": {"chosen": "ring", "wrong": 0}, "native": {"wrong": 0}}
+        )
     return Section("allreduce", "allreduce: 4 ranks", rows, COLUMNS)
 
 
 def test_rows_hold_the_figures() -> None:
     auto, native, floor = section().rows[:3]
-    assert (auto["algorithm"], auto["chosen"], auto["bytes"], auto["count"]) == ("auto", "ring", 1024, 256)
+    assert (auto["algorithm"], auto["chosen"], auto["bytes"], auto["count"]) == (
+        "auto",
+        "ring",
+        1024,
+        256,
+    )
     assert auto["native_ratio"] == native["native_ratio"] * 2 == 2
     assert auto["bus_bytes_per_second"] == 1.5 * auto["algorithm_bytes_per_second"]
     assert auto["floor_ratio"] == pytest.approx(1e-6 / 1.5e-5)
@@ -41,7 +50,16 @@ def test_the_table_has_the_columns_that_people_know() -> None:
     out = io.StringIO()
     tell({"ranks": "4"}, [section()], ["gloo is left out"], Console(stream=out))
     text = out.getvalue()
-    for word in ("bytes", "count", "type", "algorithm", "#wrong", "auto (ring)", "floor (pass in place)", "note: gloo"):
+    for word in (
+        "bytes",
+        "count",
+        "type",
+        "algorithm",
+        "#wrong",
+        "auto (ring)",
+        "floor (pass in place)",
+        "note: gloo",
+    ):
         assert word in text
     heads = list(section().columns)
     assert heads[:4] == ["bytes", "count", "type", "algorithm"]
@@ -80,7 +98,14 @@ def test_the_picture_is_a_png_with_the_floor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (0, "0"), (0.01234, "0.012"), (1.234, "1.23"), (12.34, "12.3"), (12345.6, "12,346")],
+    [
+        (None, "–"),
+        (0, "0"),
+        (0.01234, "0.012"),
+        (1.234, "1.23"),
+        (12.34, "12.3"),
+        (12345.6, "12,346"),
+    ],
 )
 def test_figures_have_three_digits(value: float | None, text: str) -> None:
     assert figure(value) == text
@@ -95,6 +120,8 @@ def test_binding_is_told() -> None:
 def test_buffers_are_told() -> None:
     assert "node-shared for auto and shared" in buffers_text(BenchOptions("all"), True)
     assert "malloc" not in buffers_text(BenchOptions("all"), False)
-    fresh = buffers_text(BenchOptions("all", buffers="fresh", node_shared=False, in_place=True), False)
+    fresh = buffers_text(
+        BenchOptions("all", buffers="fresh", node_shared=False, in_place=True), False
+    )
     assert "fresh" in fresh
     assert "; private; in place" in fresh

@@ -25,7 +25,9 @@ from mpillm.tokens.windows import ReadPlan
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.saving import save
 
-PATHS = TrainingPaths(Documents, write_shard, Split, Manifest, open_split, ReadPlan, save, Checkpoint)
+PATHS = TrainingPaths(
+    Documents, write_shard, Split, Manifest, open_split, ReadPlan, save, Checkpoint
+)
 QUICK = BenchOptions("all", sizes="100,5K", iterations=2, warmup=1, check=True)
 
 
@@ -42,12 +44,19 @@ def measured(comm: MPI.Intracomm, what: str, options: BenchOptions) -> list[dict
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"in_place": True}, {"buffers": "fresh"}, {"buffers": "fresh", "in_place": True}, {"node_shared": False},
-        {"node_shared": True, "in_place": True}, {"op": "max"},
+        {},
+        {"in_place": True},
+        {"buffers": "fresh"},
+        {"buffers": "fresh", "in_place": True},
+        {"node_shared": False},
+        {"node_shared": True, "in_place": True},
+        {"op": "max"},
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_nothing_is_wrong_in_any_memory(comm: MPI.Intracomm, dtype: str, settings: dict[str, Any]) -> None:
+def test_nothing_is_wrong_in_any_memory(
+    comm: MPI.Intracomm, dtype: str, settings: dict[str, Any]
+) -> None:
     rows = measured(comm, "allreduce", replace(QUICK, dtype=dtype, **settings))
     assert {row["algorithm"] for row in rows} >= {"auto", "native", "ring"}
     assert {row["wrong"] for row in rows} == {0}
@@ -59,7 +68,9 @@ def test_every_collective(comm: MPI.Intracomm, what: str) -> None:
         rows = measured(comm, what, replace(QUICK, **settings))
         assert {row["algorithm"] for row in rows} >= {"auto", "native"}
         assert {row["wrong"] for row in rows} == {0}
-        assert all(row["min_seconds"] <= row["median_seconds"] <= row["max_seconds"] for row in rows)
+        assert all(
+            row["min_seconds"] <= row["median_seconds"] <= row["max_seconds"] for row in rows
+        )
 
 
 def test_overlap_is_a_share(comm: MPI.Intracomm) -> None:
@@ -80,10 +91,14 @@ def test_work_is_polled_between_slices(units: int, each: int) -> None:
     assert done[-1] == "poll"
 
 
-@pytest.mark.parametrize("what", ["latency", "bandwidth", "bibw", "message-rate", "memory", "gemm", "filesystem"])
+@pytest.mark.parametrize(
+    "what", ["latency", "bandwidth", "bibw", "message-rate", "memory", "gemm", "filesystem"]
+)
 def test_the_others(comm: MPI.Intracomm, folder: Path, what: str) -> None:
     out = io.StringIO()
-    options = BenchOptions(what, sizes="16,128", iterations=2, warmup=1, as_json=True, folder=folder)
+    options = BenchOptions(
+        what, sizes="16,128", iterations=2, warmup=1, as_json=True, folder=folder
+    )
     run(options, comm, Console(speaks=comm.rank == 0, stream=out), PATHS)
     if comm.rank == 0:
         value = json.loads(out.getvalue())

@@ -30,7 +30,10 @@ def test_short_calls_are_timed_in_batches() -> None:
 
 def test_each_round_calls_everyone_and_all_ranks_agree(comm: MPI.Intracomm) -> None:
     calls: list[str] = []
-    makes = {name: lambda name=name: lambda: (calls.append(name), time.sleep(1e-3)) for name in ("a", "b")}
+    makes = {
+        name: lambda name=name: lambda: (calls.append(name), time.sleep(1e-3))
+        for name in ("a", "b")
+    }
     rounds: list[int] = []
     found = interleave(comm, makes, 4, 1, advance=lambda: rounds.append(1))  # type: ignore[arg-type]
     assert len(rounds) == 5

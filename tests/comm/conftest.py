@@ -13,7 +13,10 @@ def interrupted() -> Callable[[str], str]:
 
     def run(script: str) -> str:
         waiting = subprocess.Popen(
-            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         assert waiting.stdout is not None
         assert waiting.stdout.readline() == "waiting\n"

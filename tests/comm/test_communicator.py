@@ -28,7 +28,11 @@ def group(comm):
 
 def filled(element, count, rank, highest=100):
     generator = np.random.default_rng([count, rank])
-    values = generator.integers(0, highest, count) if element in WHOLE else generator.standard_normal(count)
+    values = (
+        generator.integers(0, highest, count)
+        if element in WHOLE
+        else generator.standard_normal(count)
+    )
     return torch.from_numpy(values).to(getattr(torch, element))
 
 
@@ -54,7 +58,11 @@ def expected(operation, op, rows, rank, root):
         return 0, wide(torch.cat([rows[r, rank * block : (rank + 1) * block] for r in range(size)]))
     if operation == "reduce" and rank != root:
         return 0, wide(rows[rank])
-    totals = {"max": lambda: wide(rows).amax(0), "min": lambda: wide(rows).amin(0), "mean": lambda: wide(rows).mean(0)}
+    totals = {
+        "max": lambda: wide(rows).amax(0),
+        "min": lambda: wide(rows).amin(0),
+        "mean": lambda: wide(rows).mean(0),
+    }
     total = totals.get(op, lambda: wide(rows).sum(0))()
     return (first, total[first:stop]) if operation == "reduce_scatter" else (0, total)
 
@@ -90,14 +98,18 @@ def test_allreduce(group, element, count):
         assert len(set(group.comm.allgather(as_buffer(tensor).octets.tobytes()))) == 1, algorithm
 
 
-@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name not in ("allreduce", "barrier")])
+@pytest.mark.parametrize(
+    "operation", [name for name in OPERATIONS if name not in ("allreduce", "barrier")]
+)
 @pytest.mark.parametrize("element", ["float32", "bfloat16", "int64"])
 @pytest.mark.parametrize("blocks", [0, 1, 5, 1000, 70_001])
 def test_operations(group, operation, element, blocks):
     count = blocks * group.size + (0 if operation == "alltoall" else min(blocks, 1))
     rows = parts(element, count, group.size)
     for algorithm, in_place, root in itertools.product(
-        ways(group, operation), (True, False), {0, group.size - 1} if operation in ("broadcast", "reduce") else {0}
+        ways(group, operation),
+        (True, False),
+        {0, group.size - 1} if operation in ("broadcast", "reduce") else {0},
     ):
         if operation == "broadcast" and not in_place:
             continue
@@ -105,7 +117,9 @@ def test_operations(group, operation, element, blocks):
         first, stop = block_bounds(count, group.size)[group.rank : group.rank + 2]
         out = None
         if not in_place:
-            out = torch.zeros(stop - first if operation == "reduce_scatter" else count, dtype=array.dtype)
+            out = torch.zeros(
+                stop - first if operation == "reduce_scatter" else count, dtype=array.dtype
+            )
             if operation == "allgather":
                 array = array[first:stop].clone()
         given = array.clone()
@@ -196,7 +210,9 @@ def test_prepared_runs_again_and_again(group):
 def test_handles_in_any_order(group):
     """Several under way at a time, waited for from the last to the first on odd ranks."""
     names = ways(group, "allreduce")
-    arrays = [np.full(30_000 + index, group.rank + 1.0, np.float32) for index in range(2 * len(names))]
+    arrays = [
+        np.full(30_000 + index, group.rank + 1.0, np.float32) for index in range(2 * len(names))
+    ]
     handles = [
         group.prepare("allreduce", array, algorithm=name).start()
         for array, name in zip(arrays, itertools.cycle(names), strict=False)
@@ -229,8 +245,12 @@ def test_who_waits_long_for_segments_sleeps(group, monkeypatch, algorithm, naps)
 
 def test_settled_when_nothing_is_under_way(group):
     group.settle()
-    arrays = {name: np.full(30_000, group.rank + 1.0, np.float32) for name in ways(group, "allreduce")}
-    handles = [group.prepare("allreduce", array, algorithm=name).start() for name, array in arrays.items()]
+    arrays = {
+        name: np.full(30_000, group.rank + 1.0, np.float32) for name in ways(group, "allreduce")
+    }
+    handles = [
+        group.prepare("allreduce", array, algorithm=name).start() for name, array in arrays.items()
+    ]
     group.settle()
     assert all(handle.done for handle in handles)
     assert not group.under_way
@@ -239,7 +259,10 @@ def test_settled_when_nothing_is_under_way(group):
 
 def test_a_look_between_two_starts_changes_nothing(group):
     """A list behind a copy has its tag from its start on, whether or not a rank looked at it before the next start."""
-    own, other = np.full(30_000, group.rank + 1.0, np.float32), np.full(500, group.rank + 1.0, np.float32)
+    own, other = (
+        np.full(30_000, group.rank + 1.0, np.float32),
+        np.full(500, group.rank + 1.0, np.float32),
+    )
     out = np.empty_like(own)
     first = group.prepare("allreduce", own, out, algorithm="ring").start()
     if group.rank % 2:
@@ -253,9 +276,21 @@ def test_a_look_between_two_starts_changes_nothing(group):
 
 
 def test_handles_are_polled_to_their_end(group):
-    for operation in ("allreduce", "alltoall", "broadcast", "reduce_scatter", "allgather", "reduce", "barrier"):
+    for operation in (
+        "allreduce",
+        "alltoall",
+        "broadcast",
+        "reduce_scatter",
+        "allgather",
+        "reduce",
+        "barrier",
+    ):
         for algorithm in group.algorithms(operation):
-            array = None if operation == "barrier" else np.full(group.size * 10_000, group.rank, np.int32)
+            array = (
+                None
+                if operation == "barrier"
+                else np.full(group.size * 10_000, group.rank, np.int32)
+            )
             handle = group.prepare(operation, array, algorithm=algorithm).start()
             while not handle.test():
                 pass
@@ -283,13 +318,17 @@ def test_starting_twice_is_refused(group):
 
 
 def test_shared_memory_is_reduced_where_it_lies(group):
-    for element, count in itertools.product(("float32", "bfloat16", "float16", "int8"), (1, 100, 1000, 70_000)):
+    for element, count in itertools.product(
+        ("float32", "bfloat16", "float16", "int8"), (1, 100, 1000, 70_000)
+    ):
         rows = group.allocate(count + 64, element)
         if rows is None:
             pytest.skip("the ranks share no memory")
         for first in (0, 32):
             part = rows.buffer.part(first, first + count)
-            for operation, order in itertools.product(("allreduce", "reduce_scatter", "allgather"), (False, True)):
+            for operation, order in itertools.product(
+                ("allreduce", "reduce_scatter", "allgather"), (False, True)
+            ):
                 tensor = filled(element, count, group.rank)
                 part.octets[:] = as_buffer(tensor).octets
                 group.prepare(operation, part, fixed_order=order).run()
@@ -318,7 +357,9 @@ def test_shared_memory_out_of_place(group):
         torch.testing.assert_close(block, everyone.sum(0)[first:stop], rtol=1e-5, atol=1e-5)
         group.allgather(everyone[group.rank, first:stop].contiguous(), results.buffer)
         check(torch.from_numpy(results.own), "allgather", "sum", everyone, group.rank)
-        group.allreduce(rows.buffer, block := torch.zeros(count))  # a private target: through the stage
+        group.allreduce(
+            rows.buffer, block := torch.zeros(count)
+        )  # a private target: through the stage
         check(block, "allreduce", "sum", everyone, group.rank)
         group.barrier()
     rows.free()
@@ -336,7 +377,10 @@ def test_barrier_keeps_all(group):
 def test_neighbours(group):
     right, left = (group.rank + 1) % group.size, (group.rank - 1) % group.size
     for count in (0, 1, 100_000):
-        given, taken = torch.full((count,), group.rank, dtype=torch.bfloat16), torch.empty(count, dtype=torch.bfloat16)
+        given, taken = (
+            torch.full((count,), group.rank, dtype=torch.bfloat16),
+            torch.empty(count, dtype=torch.bfloat16),
+        )
         group.exchange(given, right, taken, left)
         assert (taken == left).all()
         ready = group.prepare_exchange(given, right, taken, left, tag=5)
@@ -363,9 +407,24 @@ def test_neighbours(group):
     ("operation", "arrays", "options", "rule"),
     [
         ("allreduce", (np.ones(3), np.ones(4)), {}, "needs an out of as many; it holds 4"),
-        ("allreduce", (np.ones(3), np.ones(3, np.float32)), {}, "array holds float64 and out holds float32"),
-        ("allreduce", (np.ones(3),), {"op": "summ"}, "no reduction is called 'summ'; did you mean 'sum'"),
-        ("allreduce", (np.ones(3),), {"algorithm": "rign"}, "allreduce is called 'rign'; did you mean 'ring'"),
+        (
+            "allreduce",
+            (np.ones(3), np.ones(3, np.float32)),
+            {},
+            "array holds float64 and out holds float32",
+        ),
+        (
+            "allreduce",
+            (np.ones(3),),
+            {"op": "summ"},
+            "no reduction is called 'summ'; did you mean 'sum'",
+        ),
+        (
+            "allreduce",
+            (np.ones(3),),
+            {"algorithm": "rign"},
+            "allreduce is called 'rign'; did you mean 'ring'",
+        ),
         ("alreduce", (np.ones(3),), {}, "did you mean 'allreduce'"),
         ("allreduce", (np.ones((3, 3))[:, 1],), {}, "C-contiguous"),
         ("allreduce", (np.broadcast_to(np.zeros(1), (1,)),), {}, "read-only"),
@@ -373,7 +432,12 @@ def test_neighbours(group):
         ("broadcast", (np.ones(3), np.ones(3)), {}, "in place"),
         ("reduce_scatter", (np.ones(10), np.ones(11)), {}, "a block of .*; out holds 11"),
         ("allgather", (np.ones(99), np.ones(4)), {}, "a block of .*; array holds 99"),
-        ("allreduce", (np.ones(3),), {"algorithm": "ring", "fixed_order": True}, "cannot keep the fixed order"),
+        (
+            "allreduce",
+            (np.ones(3),),
+            {"algorithm": "ring", "fixed_order": True},
+            "cannot keep the fixed order",
+        ),
     ],
 )
 def test_what_does_not_fit(group, operation, arrays, options, rule):
@@ -383,7 +447,9 @@ def test_what_does_not_fit(group, operation, arrays, options, rule):
 
 def test_blocks_must_be_equal(group):
     if group.size > 1:
-        with pytest.raises(CommError, match=f"for each of {group.size} ranks; 1 elements are not divisible"):
+        with pytest.raises(
+            CommError, match=f"for each of {group.size} ranks; 1 elements are not divisible"
+        ):
             group.alltoall(np.ones(1))
 
 
@@ -398,9 +464,18 @@ def test_a_read_only_array_may_be_a_source(group):
     ("call", "words"),
     [
         (lambda g: g.allreduce(np.ones(3 if g.rank else 4)), "count 4 on rank 0 and 3 on rank 1"),
-        (lambda g: g.allreduce(np.ones(4, np.float32 if g.rank else np.float64)), "type 'float64' on rank 0"),
-        (lambda g: g.allreduce(np.ones(4), op="max" if g.rank else "min"), "op 'min' on rank 0 and 'max' on rank 1"),
-        (lambda g: g.broadcast(np.ones(4)) if g.rank else g.allreduce(np.ones(4)), "operation 'allreduce' on rank 0"),
+        (
+            lambda g: g.allreduce(np.ones(4, np.float32 if g.rank else np.float64)),
+            "type 'float64' on rank 0",
+        ),
+        (
+            lambda g: g.allreduce(np.ones(4), op="max" if g.rank else "min"),
+            "op 'min' on rank 0 and 'max' on rank 1",
+        ),
+        (
+            lambda g: g.broadcast(np.ones(4)) if g.rank else g.allreduce(np.ones(4)),
+            "operation 'allreduce' on rank 0",
+        ),
     ],
 )
 def test_debug_finds_who_calls_otherwise(comm, call, words):
@@ -409,7 +484,9 @@ def test_debug_finds_who_calls_otherwise(comm, call, words):
     careful = Communicator(comm, debug=True)
     careful.barrier()
     careful.allreduce(np.ones(3))
-    with pytest.raises(CommError, match="collective call 3: all ranks must make the same call") as caught:
+    with pytest.raises(
+        CommError, match="collective call 3: all ranks must make the same call"
+    ) as caught:
         call(careful)
     assert words in str(caught.value)
     careful.free()
@@ -423,7 +500,9 @@ def test_debug_finds_who_is_elsewhere_in_shared_memory(comm):
     first = 10 if comm.rank else 0
     with pytest.raises(CommError, match="place in node-shared memory 0 on rank 0 and 40 on rank 1"):
         careful.allreduce(rows.own[first : first + 50])
-    with pytest.raises(CommError, match="place in node-shared memory 0 on rank 0 and None on rank 1"):
+    with pytest.raises(
+        CommError, match="place in node-shared memory 0 on rank 0 and None on rank 1"
+    ):
         careful.allreduce(np.ones(50, np.float32) if comm.rank else rows.own[:50])
     rows.free()
     careful.free()

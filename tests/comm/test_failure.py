@@ -28,9 +28,13 @@ def leave(folder, python):
 
     def run(body, *arguments, ranks=2):
         script = Path(folder) / "script.py"
-        script.write_text(SCRIPT.format(body="\n".join("    " + line for line in body.splitlines())))
+        script.write_text(
+            SCRIPT.format(body="\n".join("    " + line for line in body.splitlines()))
+        )
         started = time.monotonic()
-        done = python(script, *arguments, ranks=ranks, timeout=60, PYTHONPATH=str(Path(__file__).parents[2]))
+        done = python(
+            script, *arguments, ranks=ranks, timeout=60, PYTHONPATH=str(Path(__file__).parents[2])
+        )
         return done, time.monotonic() - started
 
     return run
@@ -55,8 +59,15 @@ def test_exit_codes():
     class Exit(RuntimeError):
         exit_code = 0
 
-    assert [exit_code(e) for e in (Exit(), SystemExit(), SystemExit(0), SystemExit("x"))] == [0, 0, 0, 1]
-    assert [exit_code(e) for e in (UsageError(), MpillmError(), KeyboardInterrupt(), OSError())] == [
+    assert [exit_code(e) for e in (Exit(), SystemExit(), SystemExit(0), SystemExit("x"))] == [
+        0,
+        0,
+        0,
+        1,
+    ]
+    assert [
+        exit_code(e) for e in (UsageError(), MpillmError(), KeyboardInterrupt(), OSError())
+    ] == [
         2,
         1,
         130,
@@ -67,7 +78,9 @@ def test_exit_codes():
 def test_messages():
     a, b = Reason("error: a", 1, "trace of a\n"), Reason("error: b", 2)
     assert message([a, a, a]) == "mpillm: error: a\n"
-    assert message([a, b, a]) == "mpillm: error: ranks 0, 2 of 3: a\nmpillm: error: rank 1 of 3: b\n"
+    assert (
+        message([a, b, a]) == "mpillm: error: ranks 0, 2 of 3: a\nmpillm: error: rank 1 of 3: b\n"
+    )
     assert message([Reason("", 2)] * 2) == ""
     assert message([a, Reason("", 2)]).endswith("rank 1 of 2: left with exit code 2\n")
     assert message([a], debug=True) == "trace of a\nmpillm: error: a\n"
@@ -119,7 +132,9 @@ def test_unexpected_with_debug(leave):
     done, _ = leave("1 / 0", "--debug")
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1
-    assert ours(done) == ["mpillm: error: ZeroDivisionError: division by zero (--debug shows where)"]
+    assert ours(done) == [
+        "mpillm: error: ZeroDivisionError: division by zero (--debug shows where)"
+    ]
 
 
 @pytest.mark.alone

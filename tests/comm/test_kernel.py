@@ -26,7 +26,9 @@ def test_every_short_float_is_widened(element):
 @pytest.mark.parametrize("piece", [1 << 19, 7])  # below eight, the loop without vectors
 def test_floats_are_rounded_to_the_nearest_and_ties_to_even(element, piece):
     chance = np.random.default_rng(3)
-    anything = chance.integers(0, 2**32, 1 << 19, dtype=np.uint32).view(np.float32)[: 1 << 19 if piece > 7 else 70_000]
+    anything = chance.integers(0, 2**32, 1 << 19, dtype=np.uint32).view(np.float32)[
+        : 1 << 19 if piece > 7 else 70_000
+    ]
     with np.errstate(invalid="ignore", over="ignore"):
         neighbours = as_torch(HALVES, element).float().numpy()
         between = (neighbours[:-1] + neighbours[1:]) / 2
@@ -38,7 +40,9 @@ def test_floats_are_rounded_to_the_nearest_and_ties_to_even(element, piece):
     expected = torch.from_numpy(wide).to(getattr(torch, element))
     torch.testing.assert_close(as_torch(narrow, element), expected, rtol=0, atol=0, equal_nan=True)
     numbers = ~torch.isnan(expected)
-    assert torch.equal(as_torch(narrow, element).view(torch.int16)[numbers], expected.view(torch.int16)[numbers])
+    assert torch.equal(
+        as_torch(narrow, element).view(torch.int16)[numbers], expected.view(torch.int16)[numbers]
+    )
 
 
 @pytest.mark.parametrize("op", REDUCTIONS)
@@ -48,7 +52,11 @@ def test_combine(element, op):
         pytest.skip("NumPy has none; the group's tests compare it with torch")
     chance = np.random.default_rng(5)
     for count in COUNTS:
-        pair = chance.standard_normal((2, count)) * 100 if element in FLOATS else chance.integers(0, 127, (2, count))
+        pair = (
+            chance.standard_normal((2, count)) * 100
+            if element in FLOATS
+            else chance.integers(0, 127, (2, count))
+        )
         one, two = pair.astype(element)
         function = {"sum": np.add, "max": np.maximum, "min": np.minimum}[op]
         wide = "float32" if element == "float16" else element
@@ -89,26 +97,59 @@ def test_unaligned_rows():
 @pytest.mark.parametrize(
     ("call", "rule"),
     [
-        (lambda: kernel.combine(0, 0, np.empty(3, np.float32), np.empty(4, np.float32)), "one element type"),
-        (lambda: kernel.combine(99, 0, np.empty(3, np.float32), np.empty(3, np.float32)), "one element type"),
-        (lambda: kernel.combine(0, 0, np.empty(3, np.uint8), np.empty(3, np.uint8)), "one element type"),
-        (lambda: kernel.scale(ELEMENTS.index("int8"), np.empty(3, np.int8), 2.0), "only floats"),
-        (lambda: kernel.widen(2, np.empty(3, np.float32), np.empty(4, np.float16)), "as many float32"),
-        (lambda: kernel.narrow(0, np.empty(3, np.float16), np.empty(3, np.float32)), "as many float32"),
-        (lambda: kernel.Team(np.zeros(100, np.uint8), 0, 2, 4096, 1, (1, 2), ValueError), "must fit each other"),
-        (lambda: kernel.Team(np.zeros(99999, np.uint8), 2, 2, 4096, 1, (1, 2), ValueError), "must fit each other"),
         (
-            lambda: team().operation(0, np.zeros(3, "f"), np.zeros(4, "f"), 4, 0, 0, 1.0, 0, False, None, None),
+            lambda: kernel.combine(0, 0, np.empty(3, np.float32), np.empty(4, np.float32)),
+            "one element type",
+        ),
+        (
+            lambda: kernel.combine(99, 0, np.empty(3, np.float32), np.empty(3, np.float32)),
+            "one element type",
+        ),
+        (
+            lambda: kernel.combine(0, 0, np.empty(3, np.uint8), np.empty(3, np.uint8)),
+            "one element type",
+        ),
+        (lambda: kernel.scale(ELEMENTS.index("int8"), np.empty(3, np.int8), 2.0), "only floats"),
+        (
+            lambda: kernel.widen(2, np.empty(3, np.float32), np.empty(4, np.float16)),
+            "as many float32",
+        ),
+        (
+            lambda: kernel.narrow(0, np.empty(3, np.float16), np.empty(3, np.float32)),
+            "as many float32",
+        ),
+        (
+            lambda: kernel.Team(np.zeros(100, np.uint8), 0, 2, 4096, 1, (1, 2), ValueError),
+            "must fit each other",
+        ),
+        (
+            lambda: kernel.Team(np.zeros(99999, np.uint8), 2, 2, 4096, 1, (1, 2), ValueError),
+            "must fit each other",
+        ),
+        (
+            lambda: team().operation(
+                0, np.zeros(3, "f"), np.zeros(4, "f"), 4, 0, 0, 1.0, 0, False, None, None
+            ),
             "is to hold 4",
         ),
-        (lambda: team().operation(9, None, None, 0, 0, 0, 1.0, 0, False, None, None), "out of range"),
         (
-            lambda: team().operation(0, None, None, 4, 0, 0, 1.0, 0, False, (np.zeros(3, "f"),), None),
+            lambda: team().operation(9, None, None, 0, 0, 0, 1.0, 0, False, None, None),
+            "out of range",
+        ),
+        (
+            lambda: team().operation(
+                0, None, None, 4, 0, 0, 1.0, 0, False, (np.zeros(3, "f"),), None
+            ),
             "holds all elements",
         ),
-        (lambda: team().operation(0, None, None, 4, 0, 0, 1.0, 0, False, (), None), "one writable buffer a rank"),
         (
-            lambda: team().operation(0, *[np.zeros(9999, "f")] * 2, 9999, 0, 0, 1.0, 0, True, None, None),
+            lambda: team().operation(0, None, None, 4, 0, 0, 1.0, 0, False, (), None),
+            "one writable buffer a rank",
+        ),
+        (
+            lambda: team().operation(
+                0, *[np.zeros(9999, "f")] * 2, 9999, 0, 0, 1.0, 0, True, None, None
+            ),
             "one half stage",
         ),
     ],
@@ -119,7 +160,9 @@ def test_mistakes_are_refused(call, rule):
 
 
 def team():
-    return kernel.Team(np.zeros(kernel.team_bytes(1, 4096), np.uint8), 0, 1, 4096, 1, (0,), ValueError)
+    return kernel.Team(
+        np.zeros(kernel.team_bytes(1, 4096), np.uint8), 0, 1, 4096, 1, (0,), ValueError
+    )
 
 
 def test_memory_lives_as_long_as_an_operation():
@@ -138,7 +181,9 @@ def test_pairs_of_short_floats(element):
     """Two rows are summed in one go: every value with its neighbours and with others, at odd places and lengths."""
     for shift, length in ((1, 65536), (77, 65535), (4099, 65533), (32768, 7)):
         one, two = HALVES[:length].copy(), np.roll(HALVES, shift)[:length].copy()
-        expected = (as_torch(one, element).float() + as_torch(two, element).float()).to(getattr(torch, element))
+        expected = (as_torch(one, element).float() + as_torch(two, element).float()).to(
+            getattr(torch, element)
+        )
         kernel.combine(ELEMENTS.index(element), 0, one, two)
         torch.testing.assert_close(as_torch(one, element), expected, rtol=0, atol=0, equal_nan=True)
     memory = np.zeros(1001, np.uint16)

@@ -2,7 +2,16 @@
 
 import pytest
 
-from mpillm.comm.mesh import Mesh, check_axes, coordinates, describe, hosts, local_ranks, on_one_node, rank_at
+from mpillm.comm.mesh import (
+    Mesh,
+    check_axes,
+    coordinates,
+    describe,
+    hosts,
+    local_ranks,
+    on_one_node,
+    rank_at,
+)
 from mpillm.errors import LayoutError
 
 
@@ -45,7 +54,9 @@ def test_two_axes(comm):
     data, tensor = mesh.axis("data"), mesh.axis("tensor")
     assert (data.comm.rank, tensor.comm.rank) == (data.rank, tensor.rank)
     assert tensor.comm.allgather(comm.rank) == [data.rank * inner + place for place in range(inner)]
-    assert data.comm.allgather(comm.rank) == [place * inner + tensor.rank for place in range(axes["data"])]
+    assert data.comm.allgather(comm.rank) == [
+        place * inner + tensor.rank for place in range(axes["data"])
+    ]
     mesh.free()
 
 

@@ -54,7 +54,15 @@ def test_on_two_hosts(python, ranks_per_host):
     def on_two_hosts(*command):
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
         return python(
-            "-c", START, TWO_HOSTS, "--rate", "1gbit", "--ranks-per-host", ranks_per_host, *command, PATH=path
+            "-c",
+            START,
+            TWO_HOSTS,
+            "--rate",
+            "1gbit",
+            "--ranks-per-host",
+            ranks_per_host,
+            *command,
+            PATH=path,
         )
 
     # Not `true`: Open MPI's mpirun can wait for ever for processes that end at once.
@@ -62,7 +70,10 @@ def test_on_two_hosts(python, ranks_per_host):
     if tried.returncode == UNAVAILABLE:
         pytest.skip(tried.stderr.strip().splitlines()[-1])
     assert tried.returncode == 0, tried.stdout + tried.stderr
-    tests = [__file__, *(f"{Path(__file__).with_name('test_communicator.py')}::{name}" for name in GROUP_TESTS)]
+    tests = [
+        __file__,
+        *(f"{Path(__file__).with_name('test_communicator.py')}::{name}" for name in GROUP_TESTS),
+    ]
     done = on_two_hosts("python", "-m", "pytest", "-q", "--color=no", *tests)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all ranks are on one host" not in done.stdout
@@ -93,7 +104,9 @@ def test_every_algorithm_agrees_with_the_reference(group, op, element):
         for algorithm in group.algorithms("allreduce"):
             found = array_of(group, count, element)
             group.allreduce(found, op=op, algorithm=algorithm)
-            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=algorithm)
+            torch.testing.assert_close(
+                found, expected, rtol=tolerance, atol=tolerance, msg=algorithm
+            )
 
 
 @pytest.mark.parametrize("element", ["float32", "bfloat16"])
@@ -113,7 +126,9 @@ def test_handles_of_two_levels_in_any_order(group):
     """They share the team of the node, so each begins when the one before it is done, whoever waits first."""
     if "two-level" not in group.algorithms("allreduce"):
         pytest.skip("one rank a host has one level")
-    arrays = [np.full(count, group.rank + 1.0, np.float32) for count in (10, 200_000, 1, COUNT, 70_000)]
+    arrays = [
+        np.full(count, group.rank + 1.0, np.float32) for count in (10, 200_000, 1, COUNT, 70_000)
+    ]
     handles = [group.prepare("allreduce", array, algorithm="two-level").start() for array in arrays]
     for handle in reversed(handles) if group.rank % 2 else handles:
         handle.wait()

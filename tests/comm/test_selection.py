@@ -13,7 +13,9 @@ SPREAD = NodeMap(((0,), (1,), (2,)), True, "Open MPI v5")
 ODD = NodeMap(((0, 1, 2), (3,)), True, "Open MPI v5")
 
 
-def chosen(layout, nbytes, element="float32", operation="allreduce", in_shared=False, profile=None, **wish):
+def chosen(
+    layout, nbytes, element="float32", operation="allreduce", in_shared=False, profile=None, **wish
+):
     return choose(CollectiveCall(operation, **wish), element, nbytes, layout, in_shared, profile)
 
 
@@ -24,7 +26,11 @@ def test_within_a_node_shared_memory_is_taken():
 
 
 def test_on_a_node_without_shared_memory_the_ring_sums_what_is_large():
-    assert chosen(BARE_NODE, 8 * MIB) == chosen(BARE_NODE, 8 * MIB, operation="reduce_scatter") == "ring"
+    assert (
+        chosen(BARE_NODE, 8 * MIB)
+        == chosen(BARE_NODE, 8 * MIB, operation="reduce_scatter")
+        == "ring"
+    )
     assert chosen(BARE_NODE, 8 * MIB - 4) == "native"
     for operation in ("allgather", "broadcast", "reduce", "alltoall"):
         assert chosen(BARE_NODE, 1000 * MIB, operation=operation) == "native"
@@ -81,7 +87,15 @@ def test_between_nodes_it_goes_by_size():
 
 def test_every_operation_has_a_choice_everywhere():
     for layout in (ALONE, NODE, BARE_NODE, PAIRS, SPREAD, ODD):
-        for operation in ("allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall", "barrier"):
+        for operation in (
+            "allreduce",
+            "reduce_scatter",
+            "allgather",
+            "broadcast",
+            "reduce",
+            "alltoall",
+            "barrier",
+        ):
             for nbytes in (0, 64, 100 * KIB, 64 * MIB):
                 for order in (False, True):
                     found = chosen(layout, nbytes, operation=operation, fixed_order=order)
@@ -102,7 +116,9 @@ class Knows:
     def __init__(self, answer):
         self.answer, self.asked = answer, []
 
-    def best(self, operation, nbytes, element, nodes, ranks, allowed, device="cpu", node_shared=False):
+    def best(
+        self, operation, nbytes, element, nodes, ranks, allowed, device="cpu", node_shared=False
+    ):
         self.asked.append((operation, nbytes, element, nodes, ranks, node_shared))
         return self.answer if self.answer in allowed else None
 
@@ -111,8 +127,13 @@ def test_a_profile_is_asked_first():
     profile = Knows("rabenseifner")
     assert chosen(PAIRS, 64, profile=profile) == "rabenseifner"
     assert chosen(NODE, 64, in_shared=True, profile=profile) == "rabenseifner"
-    assert profile.asked == [("allreduce", 64, "float32", 2, 4, False), ("allreduce", 64, "float32", 1, 2, True)]
-    assert chosen(NODE, 64, profile=Knows("two-level")) == "shared"  # what cannot run here is not taken
+    assert profile.asked == [
+        ("allreduce", 64, "float32", 2, 4, False),
+        ("allreduce", 64, "float32", 1, 2, True),
+    ]
+    assert (
+        chosen(NODE, 64, profile=Knows("two-level")) == "shared"
+    )  # what cannot run here is not taken
     assert chosen(NODE, 64, algorithm="ring", profile=profile) == "ring"
 
 
@@ -121,6 +142,8 @@ def test_what_cannot_run_here_says_why():
         chosen(PAIRS, 64, algorithm="shared")
     with pytest.raises(CommError, match=r"two-level needs several nodes.*3 ranks on 3 node"):
         chosen(SPREAD, 64, algorithm="two-level")
-    assert chosen(NODE, 64, algorithm="two-level") == "shared"  # a recipe for a cluster, on a laptop
+    assert (
+        chosen(NODE, 64, algorithm="two-level") == "shared"
+    )  # a recipe for a cluster, on a laptop
     with pytest.raises(CommError, match="a mean of int32 is no int32"):
         chosen(NODE, 64, "int32", op="mean")

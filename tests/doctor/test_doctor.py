@@ -36,16 +36,18 @@ class Report:
 
     def findings(self, area, verdict=None):
         return [
-            finding for finding in self.json["findings"]
+            finding
+            for finding in self.json["findings"]
             if finding["area"] == area and verdict in (None, finding["verdict"])
-        ]  # fmt: skip
+        ]
 
     def fault(self, area, verdict, *words):
         """The one finding of that verdict whose name or text holds all `words`; it must come with a way out."""
         fitting = [
-            finding for finding in self.findings(area, verdict)
+            finding
+            for finding in self.findings(area, verdict)
             if all(word in finding["name"] + " " + finding["found"] for word in words)
-        ]  # fmt: skip
+        ]
         assert len(fitting) == 1, self.text
         assert fitting[0]["remedy"], fitting
         assert self.code == 1 or verdict == "warning", self.text
@@ -67,16 +69,26 @@ def namespace(script, *kinds):
     """A command that runs what follows it in namespaces of its own, after `script`; skips where they can't be had."""
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     command = ["unshare", *user, *(f"--{kind}" for kind in kinds or ("mount",))]
-    if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*command, "true"], capture_output=True, check=False).returncode
+    ):
         pytest.skip("the kernel gives no namespaces; be root, or allow user namespaces")
     return [*command, "sh", "-c", f'{script} && exec "$@"', "sh"]
 
 
 def mpiruns():
     """Every mpirun on PATH with what it says of itself."""
-    found = [Path(place) / "mpirun" for place in PATH.split(os.pathsep) if (Path(place) / "mpirun").exists()]
+    found = [
+        Path(place) / "mpirun"
+        for place in PATH.split(os.pathsep)
+        if (Path(place) / "mpirun").exists()
+    ]
     return {
-        path: subprocess.run([path, "--version"], text=True, capture_output=True, check=False).stdout for path in found
+        path: subprocess.run(
+            [path, "--version"], text=True, capture_output=True, check=False
+        ).stdout
+        for path in found
     }
 
 
@@ -114,14 +126,18 @@ def test_the_table_is_readable_at_100_columns(python, folder):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_tiny_dev_shm(doctor, ranks):
     before = namespace("mount -t tmpfs -o size=1m tmpfs /dev/shm")
-    found = doctor(ranks=ranks, before=before).fault("host", "error", "/dev/shm", "1.0 MiB", "too small")
+    found = doctor(ranks=ranks, before=before).fault(
+        "host", "error", "/dev/shm", "1.0 MiB", "too small"
+    )
     assert "--shm-size=" in found["remedy"]
     assert "remount,size=" in found["remedy"]
 
 
 def test_a_read_only_folder(doctor, folder):
     before = namespace(f"mount -t tmpfs -o ro tmpfs {folder}")
-    found = doctor(folder, before=before).fault("folders", "error", str(folder), "read-only", "tmpfs")
+    found = doctor(folder, before=before).fault(
+        "folders", "error", str(folder), "read-only", "tmpfs"
+    )
     assert "mounted for writing" in found["remedy"]
 
 
@@ -154,14 +170,20 @@ def test_a_missing_package(folder):
     for path in here.iterdir():
         if not path.name.lower().startswith("h5py"):
             (there / path.name).symlink_to(path)
-    for library in (here.parents[1]).glob("*mpi*"):  # mpi4py looks for the MPI of its own environment
+    for library in (here.parents[1]).glob(
+        "*mpi*"
+    ):  # mpi4py looks for the MPI of its own environment
         (there.parents[1] / library.name).symlink_to(library)
     program = [folder / "environment/bin/python", *DOCTOR, "--json", folder]
-    done = subprocess.run(program, env=os.environ | {"PATH": PATH}, text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        program, env=os.environ | {"PATH": PATH}, text=True, capture_output=True, check=False
+    )
     report = Report(done)
     found = report.fault("software", "error", "h5py", "not installed", "mpillm needs h5py>=")
     assert found["remedy"].startswith("pip install 'h5py>=")
-    (packages,) = (finding for finding in report.findings("software", "ok") if finding["name"] == "packages")
+    (packages,) = (
+        finding for finding in report.findings("software", "ok") if finding["name"] == "packages"
+    )
     assert "numpy" in packages["found"]
 
 
@@ -195,13 +217,18 @@ def no_locks(folder):
     if compiler is None:
         pytest.skip("the shim that refuses locks needs a C compiler")
     (folder / "shim.c").write_text(SHIM)
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "shim.so", folder / "shim.c", "-ldl"], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", folder / "shim.so", folder / "shim.c", "-ldl"],
+        check=True,
+    )
     return folder / "shim.so"
 
 
 def test_locking_is_refused(doctor, folder, no_locks):
     report = doctor(folder, LD_PRELOAD=str(no_locks))
-    found = report.fault("folders", "warning", f"{folder}: locks", "locking refused", "flock", "fcntl", "ENOLCK")
+    found = report.fault(
+        "folders", "warning", f"{folder}: locks", "locking refused", "flock", "fcntl", "ENOLCK"
+    )
     assert "export HDF5_USE_FILE_LOCKING=FALSE" in found["remedy"]
 
 
@@ -220,14 +247,24 @@ def mistyped(python, tmp_path_factory):
     files = [word for option, name in names.items() for word in (option, folder / name)]
     gpus = torch.cuda.device_count() + 4
     done = python(
-        *DOCTOR, "--json", folder / "nowhere", *files, "--gpus", gpus, "--hosts", "nowhere.invalid", PATH=PATH
+        *DOCTOR,
+        "--json",
+        folder / "nowhere",
+        *files,
+        "--gpus",
+        gpus,
+        "--hosts",
+        "nowhere.invalid",
+        PATH=PATH,
     )
     return Report(done), folder, gpus
 
 
 def test_a_wrong_number_of_gpus(mistyped):
     report, _, gpus = mistyped
-    assert "--gpus-per-node" in report.fault("GPU", "error", f"{gpus} should be by --gpus")["remedy"]
+    assert (
+        "--gpus-per-node" in report.fault("GPU", "error", f"{gpus} should be by --gpus")["remedy"]
+    )
 
 
 def test_a_host_whose_name_does_not_resolve(mistyped):
@@ -283,7 +320,9 @@ def test_the_mpirun_of_another_mpi(python, folder):
     foreign = [path for path, says in mpiruns().items() if family in says]
     if not foreign:
         pytest.skip("there is no other MPI's mpirun on PATH")
-    report = Report(python(*DOCTOR, "--json", folder, before=[str(foreign[0]), "-n", "2"], PATH=PATH))
+    report = Report(
+        python(*DOCTOR, "--json", folder, before=[str(foreign[0]), "-n", "2"], PATH=PATH)
+    )
     found = report.fault("MPI", "error", "launcher", "started 2 processes")
     assert "mpirun" in found["remedy"]
     # … and where it comes first on PATH, it is found before anyone is misled by it.
@@ -295,17 +334,27 @@ def test_the_mpirun_of_another_mpi(python, folder):
 def test_processes_of_another_launcher():
     """What the mpirun of the other MPI leaves in the environment of two processes that MPI does not join."""
     launcher = (
-        {"PMI_RANK": "{}", "PMI_SIZE": "2", "MPI_LOCALRANKID": "{}"} if OPEN_MPI
-        else {f"OMPI_COMM_WORLD_{word}": "2" if word == "SIZE" else "{}" for word in ("RANK", "LOCAL_RANK", "SIZE")}
+        {"PMI_RANK": "{}", "PMI_SIZE": "2", "MPI_LOCALRANKID": "{}"}
+        if OPEN_MPI
+        else {
+            f"OMPI_COMM_WORLD_{word}": "2" if word == "SIZE" else "{}"
+            for word in ("RANK", "LOCAL_RANK", "SIZE")
+        }
         | {"PMIX_RANK": "{}"}
-    )  # fmt: skip
+    )
     running = [
         subprocess.Popen(
             [sys.executable, *DOCTOR, "--json"],
-            env=os.environ | {"PATH": PATH} | {name: value.format(rank) for name, value in launcher.items()},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        ) for rank in range(2)
-    ]  # fmt: skip
+            env=os.environ
+            | {"PATH": PATH}
+            | {name: value.format(rank) for name, value in launcher.items()},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
     texts = [process.communicate(timeout=120) for process in running]
     assert [process.returncode for process in running] == [1, 1]
     first = Report(subprocess.CompletedProcess([], 1, *texts[0]))
@@ -323,11 +372,18 @@ def test_two_hosts_are_compared_and_a_folder_that_is_not_shared_is_found(python,
     if tried.returncode == TWO_HOSTS_UNAVAILABLE:
         pytest.skip(tried.stderr.strip().splitlines()[-1])
     report = Report(on_two_hosts(sys.executable, *DOCTOR, "--json", folder, "/dev/shm"))
-    found = report.fault("folders", "error", "/dev/shm: shared", "host2 does not see what host1 writes")
+    found = report.fault(
+        "folders", "error", "/dev/shm: shared", "host2 does not see what host1 writes"
+    )
     assert "same path" in found["remedy"]
-    assert [one for one in report.findings("folders", "ok") if one["name"] == f"{folder}: shared"], report.text
+    assert [
+        one for one in report.findings("folders", "ok") if one["name"] == f"{folder}: shared"
+    ], report.text
     assert set(report.json["hosts"]) == {"host1", "host2"}
-    assert [one["name"] for one in report.findings("neighbours")] == ["within a host", "between hosts"]
+    assert [one["name"] for one in report.findings("neighbours")] == [
+        "within a host",
+        "between hosts",
+    ]
     (alike,) = report.findings("hosts", "ok")
     assert alike["found"].startswith("2 hosts of the same MPI library")
     (python_version,) = (one for one in report.findings("software") if one["name"] == "Python")

@@ -36,7 +36,9 @@ def test_equal_findings_of_hosts_become_one_with_their_numbers_ranged():
     def found(free, verdict="ok"):
         return Finding("host", "memory", verdict, f"{free} GiB free of 64 GiB", "")
 
-    rows = merge({"n1": [found(40)], "n2": [found(9)], "n3": [found(1, "warning")], "n4": [found(31.5)]})
+    rows = merge(
+        {"n1": [found(40)], "n2": [found(9)], "n3": [found(1, "warning")], "n4": [found(31.5)]}
+    )
     assert rows == [
         FindingRow(Finding("host", "memory", "ok", "9–40 GiB free of 64 GiB"), ("n1", "n2", "n4")),
         FindingRow(Finding("host", "memory", "warning", "1 GiB free of 64 GiB"), ("n3",)),
@@ -77,7 +79,10 @@ def test_a_check_that_raises_is_an_error_finding():
     [
         ("mpirun (Open MPI) 5.0.11\n", "Open MPI 5.0.11"),
         ("Open MPI v4.1.4, package: Debian OpenMPI, ident: 4.1.4\0", "Open MPI 4.1.4"),
-        ("HYDRA build details:\n    Version:                                 5.0.2\n", "MPICH 5.0.2"),
+        (
+            "HYDRA build details:\n    Version:                                 5.0.2\n",
+            "MPICH 5.0.2",
+        ),
         ("MPICH Version:      4.2.1\nMPICH Release date: …", "MPICH 4.2.1"),
         ("Intel(R) MPI Library for Linux* OS, Version 2021.11 Build 20231005", "Intel MPI 2021.11"),
         ("Intel(R) MPI Library 2021.11 for Linux* OS\n", "Intel MPI 2021.11"),
@@ -102,36 +107,50 @@ def test_what_mpi_libraries_and_launchers_call_themselves(says, library):
     ],
 )
 def test_mpirun_and_library_agree(mpirun, started, verdict):
-    look = mpi_start.Look(mpi_start.Library("Open MPI", "5.0.11"), mpirun="/opt/mpi/bin/mpirun")
-    found = mpi_start.judge_mpirun(look, mpi_start.Mpirun("/usr/bin/mpirun", mpi_start.named(mpirun)), False, started)
+    look = mpi_start.Look(mpi_start.MpiName("Open MPI", "5.0.11"), mpirun="/opt/mpi/bin/mpirun")
+    found = mpi_start.judge_mpirun(
+        look, mpi_start.Mpirun("/usr/bin/mpirun", mpi_start.named(mpirun)), False, started
+    )
     assert found.verdict == verdict
     assert verdict == "ok" or "/opt/mpi/bin/mpirun" in found.remedy
 
 
 def test_hydra_starts_its_kin():
-    look = mpi_start.Look(mpi_start.Library("Intel MPI", "2021.11"))
+    look = mpi_start.Look(mpi_start.MpiName("Intel MPI", "2021.11"))
     assert (
         mpi_start.judge_mpirun(
-            look, mpi_start.Mpirun("/usr/bin/mpirun", mpi_start.Library("MPICH", "4.2")), False, False
+            look,
+            mpi_start.Mpirun("/usr/bin/mpirun", mpi_start.MpiName("MPICH", "4.2")),
+            False,
+            False,
         ).verdict
         == "ok"
     )
 
 
 def test_without_mpirun_ranks_are_the_batch_systems_to_start():
-    assert mpi_start.judge_mpirun(mpi_start.Look(), mpi_start.Mpirun(), False, False).verdict == "warning"
+    assert (
+        mpi_start.judge_mpirun(mpi_start.Look(), mpi_start.Mpirun(), False, False).verdict
+        == "warning"
+    )
     assert mpi_start.judge_mpirun(mpi_start.Look(), mpi_start.Mpirun(), True, False).verdict == "ok"
 
 
 def test_an_mpi_that_does_not_start_is_told_with_its_signal_and_its_words():
     library = '{"mpi4py": "4.1", "library": "MPICH Version: 5.0", "files": ""}\n'
-    for code, word in ((-7, "was killed by SIGBUS"), (None, "did not end in time"), (15, "left with code 15: no pmi")):
+    for code, word in (
+        (-7, "was killed by SIGBUS"),
+        (None, "did not end in time"),
+        (15, "left with code 15: no pmi"),
+    ):
         found = mpi_start.judge_library(mpi_start.look_of(Ended(code, library, "---\nno pmi\n")))
         assert [one.verdict for one in found] == ["ok", "error"]
         assert word in found[1].found
         assert found[1].remedy
     (missing,) = mpi_start.judge_library(
-        mpi_start.look_of(Ended(1, "", "Traceback …\n  line\nRuntimeError: cannot load MPI library\n"))
+        mpi_start.look_of(
+            Ended(1, "", "Traceback …\n  line\nRuntimeError: cannot load MPI library\n")
+        )
     )
     assert "RuntimeError: cannot load MPI library" in missing.found
     good = mpi_start.judge_library(mpi_start.look_of(Ended(0, library + '{"thread_level": 3}\n')))
@@ -140,10 +159,17 @@ def test_an_mpi_that_does_not_start_is_told_with_its_signal_and_its_words():
 
 
 def test_needs_come_from_metadata_lines():
-    lines = ["h5py>=3.10", "torch >= 2.5 ; python_version > '3'", "mpich>=4.2; extra == 'mpich'", "rich"]
+    lines = [
+        "h5py>=3.10",
+        "torch >= 2.5 ; python_version > '3'",
+        "mpich>=4.2; extra == 'mpich'",
+        "rich",
+    ]
     assert software.needs_of(lines) == (
-        software.Need("h5py", "3.10"), software.Need("torch", "2.5"), software.Need("rich", ""),
-    )  # fmt: skip
+        software.Need("h5py", "3.10"),
+        software.Need("torch", "2.5"),
+        software.Need("rich", ""),
+    )
     python, needs = software.requirements()
     assert python == "3.11"
     assert {"h5py", "mpi4py", "torch"} <= {need.name for need in needs}
@@ -151,15 +177,26 @@ def test_needs_come_from_metadata_lines():
 
 @pytest.mark.parametrize(
     ("version", "lowest", "older"),
-    [("3.9", "3.10", True), ("3.10.0", "3.10", False), ("2.13.0+cpu", "2.5", False), ("1.0rc1", "1.0", False)],
+    [
+        ("3.9", "3.10", True),
+        ("3.10.0", "3.10", False),
+        ("2.13.0+cpu", "2.5", False),
+        ("1.0rc1", "1.0", False),
+    ],
 )
 def test_versions_are_compared_by_their_numbers(version, lowest, older):
     assert software.older(version, lowest) is older
 
 
 def test_packages_too_old_and_missing():
-    needs = (software.Need("h5py", "3.10"), software.Need("torch", "2.5"), software.Need("rich", ""))
-    found = software.judge_packages(needs, {"h5py": "3.9", "torch": "not installed", "rich": "15.0"})
+    needs = (
+        software.Need("h5py", "3.10"),
+        software.Need("torch", "2.5"),
+        software.Need("rich", ""),
+    )
+    found = software.judge_packages(
+        needs, {"h5py": "3.9", "torch": "not installed", "rich": "15.0"}
+    )
     assert [one.verdict for one in found] == ["ok", "error", "error"]
     assert found[1].remedy == "pip install --upgrade 'h5py>=3.10'"
     assert found[2].remedy == "pip install 'torch>=2.5'"
@@ -167,8 +204,12 @@ def test_packages_too_old_and_missing():
 
 
 def test_a_module_that_takes_its_process_down_is_named_and_the_next_still_tried(tmp_path):
-    (tmp_path / "crashing.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
-    found = software.try_imports(["json", "crashing", "absent", "math"], {"PYTHONPATH": str(tmp_path)})
+    (tmp_path / "crashing.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"
+    )
+    found = software.try_imports(
+        ["json", "crashing", "absent", "math"], {"PYTHONPATH": str(tmp_path)}
+    )
     assert found["json"].failure == found["math"].failure == ""
     assert found["crashing"].failure == "the process was killed by SIGILL"
     assert found["absent"].failure.startswith("ModuleNotFoundError")
@@ -208,10 +249,14 @@ def test_ranks_want_cores(masks, allowed, threads, verdict):
 @pytest.mark.parametrize(
     ("total", "free", "ranks", "verdict"),
     [
-        (0, 0, 1, "error"), (MIB, MIB, 1, "error"), (64 * MIB, 64 * MIB, 1, "ok"), (64 * MIB, 64 * MIB, 2, "warning"),
-        (GIB, 2 * MIB, 1, "error"), (GIB, GIB, 4, "ok"),
+        (0, 0, 1, "error"),
+        (MIB, MIB, 1, "error"),
+        (64 * MIB, 64 * MIB, 1, "ok"),
+        (64 * MIB, 64 * MIB, 2, "warning"),
+        (GIB, 2 * MIB, 1, "error"),
+        (GIB, GIB, 4, "ok"),
     ],
-)  # fmt: skip
+)
 def test_shared_memory(total, free, ranks, verdict):
     found = host.judge_shared(host.SharedMemory(total, free), ranks)
     assert found.verdict == verdict, found
@@ -223,7 +268,9 @@ def test_limits():
     assert [one.verdict for one in few] == ["warning", "error"]
     assert "ulimit -n" in few[0].remedy
     assert "ulimit -l unlimited" in few[1].remedy
-    assert [one.verdict for one in host.judge_limits(host.Limits(1024, 64), 2, infiniband=False)] == ["ok"]
+    assert [
+        one.verdict for one in host.judge_limits(host.Limits(1024, 64), 2, infiniband=False)
+    ] == ["ok"]
     assert host.judge_limits(host.Limits(1024, -1), 5000, infiniband=True)[0].verdict == "warning"
     assert host.judge_locked(host.UNLIMITED).verdict == "ok"
 
@@ -264,7 +311,11 @@ def card(folder, name, **ports):
     ],
 )
 def test_infiniband_ports(tmp_path, states, verdict, word):
-    card(tmp_path, "mlx5_0", **{f"p{number}": (state, "100 Gb/sec (4X EDR)") for number, state in enumerate(states)})
+    card(
+        tmp_path,
+        "mlx5_0",
+        **{f"p{number}": (state, "100 Gb/sec (4X EDR)") for number, state in enumerate(states)},
+    )
     found = network.judge_ports(network.read_ports(tmp_path))
     assert found.verdict == verdict
     assert word in found.found
@@ -272,7 +323,11 @@ def test_infiniband_ports(tmp_path, states, verdict, word):
 
 
 def test_interfaces(tmp_path):
-    for name, state, speed in (("lo", "unknown", ""), ("ib0", "up", "200000"), ("eth1", "down", "-1")):
+    for name, state, speed in (
+        ("lo", "unknown", ""),
+        ("ib0", "up", "200000"),
+        ("eth1", "down", "-1"),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "operstate").write_text(state + "\n")
         (tmp_path / name / "speed").write_text(speed + "\n")
@@ -303,13 +358,18 @@ def test_gpus(names, devices, wanted, build, verdict, word):
 
 def test_cuda_awareness_is_told():
     assert gpu_count.judge_aware({"messages": True, "allreduce": True}).verdict == "ok"
-    assert "through the host: allreduce" in gpu_count.judge_aware({"messages": True, "allreduce": False}).found
+    assert (
+        "through the host: allreduce"
+        in gpu_count.judge_aware({"messages": True, "allreduce": False}).found
+    )
     assert gpu_count.judge_aware({"messages": False, "allreduce": False}).verdict == "warning"
 
 
 @pytest.mark.parametrize("number", [*folders.FAILURES, errno.ENOSPC, errno.EIO])
 def test_each_failure_of_a_folder_has_a_way_out(number):
-    (found,) = folders.judge_folder(folders.Folder("/x", "nfs4", GIB, 0, None, (number, "write")), {})
+    (found,) = folders.judge_folder(
+        folders.Folder("/x", "nfs4", GIB, 0, None, (number, "write")), {}
+    )
     assert found.verdict == "error"
     assert found.remedy
     assert "{" not in found.found + found.remedy
@@ -318,7 +378,9 @@ def test_each_failure_of_a_folder_has_a_way_out(number):
 def test_a_folder_that_hangs_is_slow_or_short_of_room():
     (hung,) = folders.judge_folder(folders.Folder("/x", "nfs4", hung=30), {})
     assert "no answer from its file system (nfs4) within 30 s" in hung.found
-    slow = folders.Folder("/x", "lustre", GIB, MIB, None, None, 0, 8.0, 0.1, {"flock": "ENOSYS", "fcntl": "kept"}, 1)
+    slow = folders.Folder(
+        "/x", "lustre", GIB, MIB, None, None, 0, 8.0, 0.1, {"flock": "ENOSYS", "fcntl": "kept"}, 1
+    )
     room, rate, locks, stripes = folders.judge_folder(slow, {})
     assert [one.verdict for one in (room, rate, locks, stripes)] == ["warning"] * 4
     assert "1 MB/s" in rate.found
@@ -326,7 +388,10 @@ def test_a_folder_that_hangs_is_slow_or_short_of_room():
     assert "HDF5_USE_FILE_LOCKING=FALSE" in locks.remedy
     assert "lfs setstripe -c 4 /x" in stripes.remedy
     assert folders.judge_locks(slow, {"HDF5_USE_FILE_LOCKING": "FALSE"}).verdict == "ok"
-    assert "not kept" in folders.judge_locks(folders.Folder("/x", locks={"fcntl": "granted twice"}), {}).found
+    assert (
+        "not kept"
+        in folders.judge_locks(folders.Folder("/x", locks={"fcntl": "granted twice"}), {}).found
+    )
     assert folders.judge_stripes(folders.Folder("/x", stripes=-1)).verdict == "ok"
 
 
@@ -337,7 +402,9 @@ def test_a_folder_that_some_hosts_do_not_share():
     assert found.verdict == "error"
     assert "n2–n3 do not see what n1 writes" in found.found
     assert shared_folder.judge_sharing("/data", seen, asked=False).verdict == "warning"
-    assert shared_folder.judge_sharing("/data", {"n1": True, "n2": True}, asked=True).verdict == "ok"
+    assert (
+        shared_folder.judge_sharing("/data", {"n1": True, "n2": True}, asked=True).verdict == "ok"
+    )
     assert shared_folder.judge_sharing("/data", {}, asked=True) is None
 
 
@@ -351,8 +418,11 @@ def test_hosts_by_what_came_of_them():
     }
     found = {one.name: one for one in reach.judge_hosts(results, "")}
     assert {name: one.verdict for name, one in found.items()} == {
-        "n1–n2": "ok", "n3": "warning", "n4": "error", "n5": "error",
-    }  # fmt: skip
+        "n1–n2": "ok",
+        "n3": "warning",
+        "n4": "error",
+        "n5": "error",
+    }
     assert "getent hosts n4" in found["n4"].remedy
     assert "within 2 s" in found["n5"].found
     assert reach.judge_hosts({"n3": reach.REFUSED}, "Slurm")[0].verdict == "ok"
@@ -403,14 +473,18 @@ def test_a_pair_far_behind_its_like_is_named():
     assert ring_links.judge_neighbours(pairs, crowded=True)[0].verdict == "ok"
     late = [*pairs[:5], pair(5, latency=1e-3)]
     assert "1,000.0 µs" in ring_links.judge_neighbours(late, crowded=False)[0].found
-    assert ring_links.judge_neighbours(pairs[4:], crowded=False)[0].verdict == "ok", "two pairs have no median"
+    assert ring_links.judge_neighbours(pairs[4:], crowded=False)[0].verdict == "ok", (
+        "two pairs have no median"
+    )
     mixed = ring_links.judge_neighbours([pair(0, hosts=("n1", "n1")), *pairs[1:5]], crowded=False)
     assert [one.name for one in mixed] == ["within a host", "between hosts"]
 
 
 def test_profiles_and_sites():
     def stale(path, warn, cluster):
-        warn(f"the profile {path} is of another cluster (processor 'a', not 'b'): ignored; make one with X")
+        warn(
+            f"the profile {path} is of another cluster (processor 'a', not 'b'): ignored; make one with X"
+        )
 
     def missing(path, warn, cluster):
         raise UsageError(f"there is no profile {path}; make one with X")
@@ -429,17 +503,31 @@ def test_a_process_in_no_job_keeps_the_users_settings():
 
 
 ROWS = [
-    FindingRow(Finding("host", "cores", "error", "4 ranks on 1 core", "ask for a core a rank, " * 12), ("n1", "n2")),
+    FindingRow(
+        Finding("host", "cores", "error", "4 ranks on 1 core", "ask for a core a rank, " * 12),
+        ("n1", "n2"),
+    ),
     FindingRow(Finding("software", "Python", "ok", "3.11"), ("n1", "n2", "n3")),
-    FindingRow(Finding("folders", "/a/long/path/to/a/folder: speed", "warning", "writes 1 MB/s", "choose another")),
+    FindingRow(
+        Finding(
+            "folders",
+            "/a/long/path/to/a/folder: speed",
+            "warning",
+            "writes 1 MB/s",
+            "choose another",
+        )
+    ),
 ]
 
 
 def test_the_report_groups_by_area_names_hosts_and_fits():
     text = ["".join(part for part, _ in line) for line in render(ROWS, ["n1", "n2", "n3"])]
     assert [line for line in text if not line.startswith(" ")] == [
-        "software", "host", "folders", "doctor: 1 error, 1 warning, 1 ok",
-    ]  # fmt: skip
+        "software",
+        "host",
+        "folders",
+        "doctor: 1 error, 1 warning, 1 ok",
+    ]
     assert max(map(len, text)) <= 100
     assert any("n1–n2: 4 ranks on 1 core" in line for line in text)
     assert not any("n1–n3" in line for line in text), "what is true of all names none"

@@ -94,7 +94,9 @@ def test_baselines_are_probabilities_and_in_order(trained: Path, comm: MPI.Intra
     def bigram(before: int, token: int) -> float:
         if not counts[before]:
             return unigram(token)
-        return (pairs[before, token] + kinds[before] * unigram(token)) / (counts[before] + kinds[before])
+        return (pairs[before, token] + kinds[before] * unigram(token)) / (
+            counts[before] + kinds[before]
+        )
 
     both = list(zip(targets[:-1].tolist(), targets[1:].tolist(), strict=True))
     assert counted.unigram.loss == pytest.approx(-np.mean([math.log(unigram(b)) for _, b in both]))
@@ -105,7 +107,11 @@ def test_baselines_are_probabilities_and_in_order(trained: Path, comm: MPI.Intra
 def test_the_same_seed_gives_the_same_text(trained: Path, comm: MPI.Intracomm) -> None:
     loaded = load(trained, comm, QUIET)
     texts = [
-        "".join(generate(loaded.model, loaded.tokenizer, "def test_", Sampling(max_tokens=120, seed=seed)))
+        "".join(
+            generate(
+                loaded.model, loaded.tokenizer, "def test_", Sampling(max_tokens=120, seed=seed)
+            )
+        )
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -114,7 +120,9 @@ def test_the_same_seed_gives_the_same_text(trained: Path, comm: MPI.Intracomm) -
 
 def test_the_cache_and_the_slide_change_no_likeliest_token() -> None:
     """Greedy, with the cache, against the plain way: the whole context anew for each token."""
-    model = create(DecoderConfig(layers=2, width=32, heads=4, context=24, vocab_size=60), seed=5).eval()
+    model = create(
+        DecoderConfig(layers=2, width=32, heads=4, context=24, vocab_size=60), seed=5
+    ).eval()
     prompt, expected = [1, 2, 3], [1, 2, 3]
     for _ in range(21):
         with torch.inference_mode():
@@ -138,11 +146,14 @@ def test_draws_follow_temperature_top_k_and_top_p() -> None:
     assert set(seen(top_p=0.6)) == {0, 1}
     assert set(seen(top_p=0.01)) == {0}
     full = seen()
-    assert [full[token] / 2000 for token in range(4)] == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.05)
+    assert [full[token] / 2000 for token in range(4)] == pytest.approx(
+        [0.5, 0.3, 0.15, 0.05], abs=0.05
+    )
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "wrong",
+    [{"max_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}],
 )
 def test_sampling_that_makes_no_sense(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong)).replace("_", "-")):
@@ -152,6 +163,10 @@ def test_sampling_that_makes_no_sense(wrong: dict[str, float]) -> None:
 def test_data_of_another_tokenizer_is_refused(
     trained: Path, documents: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
-    prepare(PrepareOptions((str(documents),), folder / "bpe", vocab_size=300, validation=0.1), comm, QUIET)
+    prepare(
+        PrepareOptions((str(documents),), folder / "bpe", vocab_size=300, validation=0.1),
+        comm,
+        QUIET,
+    )
     with pytest.raises(MismatchError, match="was made with the tokenizer bpe"):
         print_evaluation(trained, folder / "bpe", False, False, comm, QUIET)

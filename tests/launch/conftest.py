@@ -20,9 +20,12 @@ PATIENCE_SECONDS = 240.0
 OVER = ("CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 # All nodes are one machine: what would notice that is told not to, and ranks that wait yield their core.
 ONE_MACHINE = {
-    "OMPI_MCA_pml": "ob1", "OMPI_MCA_mpi_yield_when_idle": "1", "UCX_TLS": "tcp,self", "FI_PROVIDER": "tcp",
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "UCX_TLS": "tcp,self",
+    "FI_PROVIDER": "tcp",
     "FI_TCP_IFACE": "eth0",
-}  # fmt: skip
+}
 
 Done = subprocess.CompletedProcess[str]
 
@@ -38,7 +41,9 @@ class Slurm:
     def cluster(self, verb: str, *arguments: str | Path, timeout: float = PATIENCE_SECONDS) -> Done:
         """`minicluster.py VERB`: exec, kill-node, start-node."""
         state = self.folder / "cluster"
-        return self.python(MINICLUSTER, verb, "--state", state, *arguments, timeout=timeout, **ONE_MACHINE)
+        return self.python(
+            MINICLUSTER, verb, "--state", state, *arguments, timeout=timeout, **ONE_MACHINE
+        )
 
     def run(self, *command: str | Path, timeout: float = PATIENCE_SECONDS) -> Done:
         """A command on the head, from where jobs are submitted."""
@@ -67,13 +72,17 @@ class Slurm:
             if true():
                 return
             late = time.monotonic() > end
-            assert not late, f"waited {PATIENCE_SECONDS:g} s for job {number}: {job}\n{self.outputs()}"
+            assert not late, (
+                f"waited {PATIENCE_SECONDS:g} s for job {number}: {job}\n{self.outputs()}"
+            )
             assert job["JobState"] not in OVER, f"job {number} is over: {job}\n{self.outputs()}"
             time.sleep(1)
 
     def outputs(self) -> str:
         """What all jobs have said, for a test that fails."""
-        return "\n".join(f"== {path}\n{path.read_text()}" for path in sorted(self.folder.glob("**/job-*.out")))
+        return "\n".join(
+            f"== {path}\n{path.read_text()}" for path in sorted(self.folder.glob("**/job-*.out"))
+        )
 
 
 @pytest.fixture(scope="session")
@@ -82,9 +91,21 @@ def slurm(python: Callable[..., Done]) -> Iterator[Slurm]:
     # Not with mkdtemp's mode, and not below TMPDIR, of which each node has its own.
     folder = Path(tempfile.mkdtemp(prefix="mpillm-slurm-"))
     up = subprocess.Popen(
-        [sys.executable, MINICLUSTER, "up", "--state", folder / "cluster", "--cpus", str(CPUS), "--hold"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            MINICLUSTER,
+            "up",
+            "--state",
+            folder / "cluster",
+            "--cpus",
+            str(CPUS),
+            "--hold",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert up.stdin
     assert up.stdout
     assert up.stderr

@@ -24,41 +24,99 @@ NASTY = 'it\'s a "$(touch CANARY)" `touch CANARY` \\ * ~ {a,b} !x #x -x ü “q�
 # Guide, "Submitting a PBS Job" and "Allocating Resources"; bsub of IBM Spectrum LSF 10.1's command reference.
 DIRECTIVES = {
     "slurm": [
-        r"--job-name=[\w.-]+", r"--nodes=\d+", r"--ntasks-per-node=\d+", r"--cpus-per-task=\d+",
-        r"--time=\d+:\d\d:\d\d", r"--output=job-%j\.out", r"--open-mode=append", r"--requeue",
-        r"--signal=B:USR1@\d{1,5}", r"--partition=[\w,-]+",
-        r"--account=\w+", r"--qos=\w+", r"--constraint=\S+", r"--gpus-per-node=\d+", r"--gres=gpu:\d+",
+        r"--job-name=[\w.-]+",
+        r"--nodes=\d+",
+        r"--ntasks-per-node=\d+",
+        r"--cpus-per-task=\d+",
+        r"--time=\d+:\d\d:\d\d",
+        r"--output=job-%j\.out",
+        r"--open-mode=append",
+        r"--requeue",
+        r"--signal=B:USR1@\d{1,5}",
+        r"--partition=[\w,-]+",
+        r"--account=\w+",
+        r"--qos=\w+",
+        r"--constraint=\S+",
+        r"--gpus-per-node=\d+",
+        r"--gres=gpu:\d+",
     ],
     "pbs": [
-        r"-N [\w.-]{1,15}", r"-l select=\d+:ncpus=\d+:mpiprocs=\d+:ompthreads=\d+(:ngpus=\d+)?(:\w+=\w+)*",
-        r"-l place=scatter", r"-l walltime=\d+:\d\d:\d\d", r"-j oe", r"-r y", r"-q \w+", r"-A \w+",
+        r"-N [\w.-]{1,15}",
+        r"-l select=\d+:ncpus=\d+:mpiprocs=\d+:ompthreads=\d+(:ngpus=\d+)?(:\w+=\w+)*",
+        r"-l place=scatter",
+        r"-l walltime=\d+:\d\d:\d\d",
+        r"-j oe",
+        r"-r y",
+        r"-q \w+",
+        r"-A \w+",
     ],
     "lsf": [
-        r"-J [\w.-]+", r"-n \d+", r"-nnodes \d+", r'-R "span\[ptile=\d+\]( select\[[^\]"]+\])?"', r'-gpu "num=\d+"',
-        r"-W \d+:\d\d", r"-wa URG", r"-wt \d+", r"-Q 75", r"-r", r"-o job-%J\.lsf", r"-q \w+", r"-P \w+",
+        r"-J [\w.-]+",
+        r"-n \d+",
+        r"-nnodes \d+",
+        r'-R "span\[ptile=\d+\]( select\[[^\]"]+\])?"',
+        r'-gpu "num=\d+"',
+        r"-W \d+:\d\d",
+        r"-wa URG",
+        r"-wt \d+",
+        r"-Q 75",
+        r"-r",
+        r"-o job-%J\.lsf",
+        r"-q \w+",
+        r"-P \w+",
     ],
-}  # fmt: skip
+}
 PREFIX = {"slurm": "#SBATCH ", "pbs": "#PBS ", "lsf": "#BSUB "}
 
 
 def job(**settings: Any) -> BatchJob:
-    return BatchJob(**{
-        "name": "quick", "run": f"/x/{NASTY}", "folder": f"/y/{NASTY}", "nodes": 2, "ranks_per_node": 2, "threads": 4,
-        "command": ("/e/bin/python", "-m", "mpillm", "train", f"/x/{NASTY}/job.toml", "--resume"), "seconds": 5400,
-        "stop_seconds": 270, "data": f"/d/{NASTY}", **settings,
-    })  # fmt: skip
+    return BatchJob(
+        **{
+            "name": "quick",
+            "run": f"/x/{NASTY}",
+            "folder": f"/y/{NASTY}",
+            "nodes": 2,
+            "ranks_per_node": 2,
+            "threads": 4,
+            "command": (
+                "/e/bin/python",
+                "-m",
+                "mpillm",
+                "train",
+                f"/x/{NASTY}/job.toml",
+                "--resume",
+            ),
+            "seconds": 5400,
+            "stop_seconds": 270,
+            "data": f"/d/{NASTY}",
+            **settings,
+        }
+    )
 
 
 def sites(scheduler: str) -> Iterator[Site]:
     full: dict[str, Any] = {
-        "partition": "batch", "account": "abc1", "constraint": "type=big", "modules": ("GCC/13", "Open~MPI"),
-        "environment": f"/e/{NASTY}", "variables": {"A_B": NASTY, "C": ""}, "launcher_arguments": ("--a=b,c", NASTY),
-        "node_local": f"$TMPDIR/{NASTY}", "qos": "low" if scheduler == "slurm" else "",
-    }  # fmt: skip
+        "partition": "batch",
+        "account": "abc1",
+        "constraint": "type=big",
+        "modules": ("GCC/13", "Open~MPI"),
+        "environment": f"/e/{NASTY}",
+        "variables": {"A_B": NASTY, "C": ""},
+        "launcher_arguments": ("--a=b,c", NASTY),
+        "node_local": f"$TMPDIR/{NASTY}",
+        "qos": "low" if scheduler == "slurm" else "",
+    }
     yield Site()
     yield Site(**full)
-    yield Site(launcher="mpirun", node_local="${SCRATCH}", program=("apptainer", "exec", NASTY, "mpillm"))
-    yield Site(launcher="mpiexec", node_local=f"/{NASTY}", launcher_arguments=("--map-by", "core"), gpu_request="gres")
+    yield Site(
+        launcher="mpirun", node_local="${SCRATCH}", program=("apptainer", "exec", NASTY, "mpillm")
+    )
+    yield Site(
+        launcher="mpiexec",
+        node_local=f"/{NASTY}",
+        launcher_arguments=("--map-by", "core"),
+        gpu_request="gres",
+    )
     if scheduler == "lsf":
         yield Site(launcher="jsrun", node_local="/tmp")
 
@@ -68,22 +126,33 @@ def scripts() -> dict[str, str]:
     found = {}
     for scheduler in SCHEDULERS:
         for number, site in enumerate(sites(scheduler)):
-            for stage, oversubscribe, gpus in itertools.product((False, True), (False, True), (0, 2)):
+            for stage, oversubscribe, gpus in itertools.product(
+                (False, True), (False, True), (0, 2)
+            ):
                 if site.node_local or not stage:
                     made = job(
-                        stage=stage, oversubscribe=oversubscribe, gpus_per_node=gpus, cores_per_node=4,
+                        stage=stage,
+                        oversubscribe=oversubscribe,
+                        gpus_per_node=gpus,
+                        cores_per_node=4,
                         hdf5_file_locking="FALSE" if gpus else "",
-                    )  # fmt: skip
-                    found[f"{scheduler}-{number}-{stage:d}{oversubscribe:d}{gpus}"] = render(scheduler, made, site)
+                    )
+                    found[f"{scheduler}-{number}-{stage:d}{oversubscribe:d}{gpus}"] = render(
+                        scheduler, made, site
+                    )
     return found
 
 
 def shellcheck(paths: list[Path], *options: str) -> str:
     """What shellcheck has to say; with none installed the test is skipped, as elsewhere in the suite."""
-    program = shutil.which("shellcheck", path=f"{sysconfig.get_path('scripts')}:/usr/bin:/usr/local/bin")
+    program = shutil.which(
+        "shellcheck", path=f"{sysconfig.get_path('scripts')}:/usr/bin:/usr/local/bin"
+    )
     if program is None:
         pytest.skip("there is no shellcheck")
-    return subprocess.run([program, *options, *paths], text=True, capture_output=True, check=False).stdout
+    return subprocess.run(
+        [program, *options, *paths], text=True, capture_output=True, check=False
+    ).stdout
 
 
 @pytest.mark.alone
@@ -120,17 +189,28 @@ def test_directives_are_as_documented(scheduler: str) -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_each_example_site_gives_a_script(path: Path) -> None:
     site = load_site(path, {"HOME": "/h"})
-    script = render(site.scheduler, job(stage=bool(site.node_local), gpus_per_node=site.gpus_per_node), site)
+    script = render(
+        site.scheduler, job(stage=bool(site.node_local), gpus_per_node=site.gpus_per_node), site
+    )
     for directive in site.directives:
         assert f"{PREFIX[site.scheduler]}{directive}\n" in script
 
 
 def test_what_each_batch_system_is_asked_for() -> None:
     slurm = render("slurm", job(), Site(partition="p", directives=("--mem=0",)))
-    for line in ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=4", "--time=01:30:00", "--signal=B:USR1@270",
-                 "--partition=p", "--mem=0"):  # fmt: skip
+    for line in (
+        "--nodes=2",
+        "--ntasks-per-node=2",
+        "--cpus-per-task=4",
+        "--time=01:30:00",
+        "--signal=B:USR1@270",
+        "--partition=p",
+        "--mem=0",
+    ):
         assert f"#SBATCH {line}\n" in slurm
-    assert "select=2:ncpus=8:mpiprocs=2:ompthreads=4:ngpus=1\n" in render("pbs", job(gpus_per_node=1), Site())
+    assert "select=2:ncpus=8:mpiprocs=2:ompthreads=4:ngpus=1\n" in render(
+        "pbs", job(gpus_per_node=1), Site()
+    )
     lsf = render("lsf", job(), Site(constraint="mem>1"))
     for line in ("-n 16", '-R "span[ptile=8] select[mem>1]"', "-W 1:30", "-wt 5"):
         assert f"#BSUB {line}\n" in lsf
@@ -152,20 +232,27 @@ def test_what_each_batch_system_is_asked_for() -> None:
         ("slurm", {"command": ("a", "\x1b[2J")}, {}, r"holds '\\x1b'"),
     ],
 )
-def test_what_cannot_be_asked_for(scheduler: str, settings: dict[str, Any], site: dict[str, Any], told: str) -> None:
+def test_what_cannot_be_asked_for(
+    scheduler: str, settings: dict[str, Any], site: dict[str, Any], told: str
+) -> None:
     with pytest.raises(UsageError, match=told):
         render(scheduler, job(**settings), Site(**site))
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize(
-    "text", [NASTY, "", "-n", "~", "a b", "'", "\\", "\\'", "$", "``", "a=b", "é", "’‘”", "x" * 3000]
+    "text",
+    [NASTY, "", "-n", "~", "a b", "'", "\\", "\\'", "$", "``", "a=b", "é", "’‘”", "x" * 3000],
 )
 def test_a_quoted_word_is_that_word(text: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        ["bash", "-uc", f"printf '%s' {quote(text)}"], text=True, capture_output=True, check=True, cwd=tmp_path,
+        ["bash", "-uc", f"printf '%s' {quote(text)}"],
+        text=True,
+        capture_output=True,
+        check=True,
+        cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+    )
     assert done.stdout == text
     assert list(tmp_path.iterdir()) == []
 

@@ -23,7 +23,10 @@ def test_the_job_around_a_process(environment: dict[str, str], job: CurrentJob |
 def test_the_end_of_the_job() -> None:
     assert job_end({}) is None
     assert job_end({"SLURM_JOB_END_TIME": "1700000000"}) == 1_700_000_000
-    assert job_end({"SLURM_JOB_END_TIME": "1700000000", "MPILLM_JOB_END": "1600000000.5"}) == 1_600_000_000.5
+    assert (
+        job_end({"SLURM_JOB_END_TIME": "1700000000", "MPILLM_JOB_END": "1600000000.5"})
+        == 1_600_000_000.5
+    )
     assert job_end({"SLURM_JOB_END_TIME": "Unknown"}) is None
 
 

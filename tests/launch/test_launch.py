@@ -13,7 +13,12 @@ from mpillm.system.versions import versions
 
 @pytest.mark.parametrize(
     ("environment", "rank"),
-    [({}, 0), ({"OMPI_COMM_WORLD_RANK": "3"}, 3), ({"PMI_RANK": "2"}, 2), ({"SLURM_PROCID": "x"}, 0)],
+    [
+        ({}, 0),
+        ({"OMPI_COMM_WORLD_RANK": "3"}, 3),
+        ({"PMI_RANK": "2"}, 2),
+        ({"SLURM_PROCID": "x"}, 0),
+    ],
 )
 def test_the_rank_that_the_launcher_tells(environment: dict[str, str], rank: int) -> None:
     assert rank_from_environment(environment) == rank
@@ -55,9 +60,13 @@ def test_a_pipe_is_not_watched(folder: Path) -> None:
 
 
 @pytest.mark.alone
-def test_a_pseudo_terminal_under_mpirun_is_not_watched_when_mpirun_writes_to_a_pipe(python, folder: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_pseudo_terminal_under_mpirun_is_not_watched_when_mpirun_writes_to_a_pipe(
+    python, folder: Path
+) -> None:  # type: ignore[no-untyped-def]
     script = folder / "watched.py"
-    script.write_text("import os; from mpillm.launch.terminal import watched; print('watched', watched(os.environ))")
+    script.write_text(
+        "import os; from mpillm.launch.terminal import watched; print('watched', watched(os.environ))"
+    )
     done = python(script, ranks=2)
     assert done.stdout.count("watched False") == 2, done.stdout + done.stderr
 

@@ -26,45 +26,110 @@ MPICH = "MPICH Version:      5.0.2\nMPICH Release date: Fri Sep 25\nMPICH config
 INTEL = "Intel(R) MPI Library 2021.18.1 for Linux* OS\n"
 
 OMPI_5 = {
-    "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_NODE_RANK": "1",
-    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_UNIVERSE_SIZE": "2", "OMPI_VERSION": "5.0.11",
-    "PMIX_NAMESPACE": "prterun-vm-7746@1", "PMIX_RANK": "1", "PMIX_VERSION": "5.0.11rc1", "PRTE_LAUNCHED": "1",
-}  # fmt: skip
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_NODE_RANK": "1",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_UNIVERSE_SIZE": "2",
+    "OMPI_VERSION": "5.0.11",
+    "PMIX_NAMESPACE": "prterun-vm-7746@1",
+    "PMIX_RANK": "1",
+    "PMIX_VERSION": "5.0.11rc1",
+    "PRTE_LAUNCHED": "1",
+}
 HYDRA = {
-    "GFORTRAN_UNBUFFERED_PRECONNECTED": "y", "HYDI_CONTROL_FD": "7", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1",
-    "PMI_FD": "9", "PMI_HOSTNAME": "vm", "PMI_RANK": "1", "PMI_SIZE": "2",
-}  # fmt: skip
-INTEL_HYDRA = {
-    "HYDRA_BSTRAP_LAUNCHER": "ssh", "I_MPI_HYDRA_UUID": "e4210000-10f2-0430-2e61-0600e8048003",
-    "I_MPI_MPIRUN": "mpirun", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1", "PMI_FD": "11", "PMI_RANK": "1",
+    "GFORTRAN_UNBUFFERED_PRECONNECTED": "y",
+    "HYDI_CONTROL_FD": "7",
+    "MPI_LOCALNRANKS": "2",
+    "MPI_LOCALRANKID": "1",
+    "PMI_FD": "9",
+    "PMI_HOSTNAME": "vm",
+    "PMI_RANK": "1",
     "PMI_SIZE": "2",
-}  # fmt: skip
+}
+INTEL_HYDRA = {
+    "HYDRA_BSTRAP_LAUNCHER": "ssh",
+    "I_MPI_HYDRA_UUID": "e4210000-10f2-0430-2e61-0600e8048003",
+    "I_MPI_MPIRUN": "mpirun",
+    "MPI_LOCALNRANKS": "2",
+    "MPI_LOCALRANKID": "1",
+    "PMI_FD": "11",
+    "PMI_RANK": "1",
+    "PMI_SIZE": "2",
+}
 # Slurm 22.05, in one environment each: the shell of `sbatch -n 4`, and a step of `srun -n 2`.
 SBATCH = {
-    "SLURM_CPUS_ON_NODE": "4", "SLURM_JOB_CPUS_PER_NODE": "4", "SLURM_JOB_ID": "6", "SLURM_LOCALID": "0",
-    "SLURM_NPROCS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_TASKS_PER_NODE": "4",
-}  # fmt: skip
+    "SLURM_CPUS_ON_NODE": "4",
+    "SLURM_JOB_CPUS_PER_NODE": "4",
+    "SLURM_JOB_ID": "6",
+    "SLURM_LOCALID": "0",
+    "SLURM_NPROCS": "4",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_TASKS_PER_NODE": "4",
+}
 SRUN = {
-    "SLURM_CPUS_ON_NODE": "2", "SLURM_JOB_ID": "2", "SLURM_LOCALID": "1", "SLURM_NPROCS": "2", "SLURM_NTASKS": "2",
-    "SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_CPUS_ON_NODE": "2",
+    "SLURM_JOB_ID": "2",
+    "SLURM_LOCALID": "1",
+    "SLURM_NPROCS": "2",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_NUM_TASKS": "2",
     "SLURM_STEP_TASKS_PER_NODE": "2",
-}  # fmt: skip
-SRUN_PMI2 = SRUN | {"PMI_FD": "13", "PMI_JOBID": "3.0", "PMI_RANK": "1", "PMI_SIZE": "2", "SLURM_MPI_TYPE": "pmi2"}
+}
+SRUN_PMI2 = SRUN | {
+    "PMI_FD": "13",
+    "PMI_JOBID": "3.0",
+    "PMI_RANK": "1",
+    "PMI_SIZE": "2",
+    "SLURM_MPI_TYPE": "pmi2",
+}
 SRUN_PMIX = SRUN | {"PMIX_NAMESPACE": "slurm.pmix.4.0", "PMIX_RANK": "1", "SLURM_MPI_TYPE": "pmix"}
-SRUN_CRAY = SRUN | {"PALS_APID": "5.0", "PALS_NODEID": "0", "PALS_RANKID": "1", "SLURM_MPI_TYPE": "cray_shasta"}
+SRUN_CRAY = SRUN | {
+    "PALS_APID": "5.0",
+    "PALS_NODEID": "0",
+    "PALS_RANKID": "1",
+    "SLURM_MPI_TYPE": "cray_shasta",
+}
 # mpirun inside an allocation of 4: Hydra's daemon is a step of one task, and its variables come through.
-HYDRA_IN_SLURM = SBATCH | HYDRA | {"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+HYDRA_IN_SLURM = (
+    SBATCH | HYDRA | {"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+)
 # From documents, not from a run.
-PALS = {"PALS_RANKID": "1", "PALS_LOCAL_RANKID": "1", "PALS_NODEID": "0", "PMI_RANK": "1", "PMI_SIZE": "2"}
+PALS = {
+    "PALS_RANKID": "1",
+    "PALS_LOCAL_RANKID": "1",
+    "PALS_NODEID": "0",
+    "PMI_RANK": "1",
+    "PMI_SIZE": "2",
+}
 JSRUN = {
-    "JSM_NAMESPACE_LOCAL_RANK": "1", "JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "2", "PMIX_RANK": "1",
-    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
-}  # fmt: skip
+    "JSM_NAMESPACE_LOCAL_RANK": "1",
+    "JSM_NAMESPACE_RANK": "1",
+    "JSM_NAMESPACE_SIZE": "2",
+    "PMIX_RANK": "1",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+}
 FLUX = {
-    "FLUX_TASK_RANK": "1", "FLUX_TASK_LOCAL_ID": "1", "FLUX_JOB_SIZE": "2", "FLUX_JOB_NNODES": "1", "PMI_FD": "20",
-    "PMI_RANK": "1", "PMI_SIZE": "2",
-}  # fmt: skip
-MVAPICH2 = {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_LOCAL_RANK": "1", "PMI_ID": "1"}
+    "FLUX_TASK_RANK": "1",
+    "FLUX_TASK_LOCAL_ID": "1",
+    "FLUX_JOB_SIZE": "2",
+    "FLUX_JOB_NNODES": "1",
+    "PMI_FD": "20",
+    "PMI_RANK": "1",
+    "PMI_SIZE": "2",
+}
+MVAPICH2 = {
+    "MV2_COMM_WORLD_RANK": "1",
+    "MV2_COMM_WORLD_SIZE": "2",
+    "MV2_COMM_WORLD_LOCAL_RANK": "1",
+    "PMI_ID": "1",
+}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +166,14 @@ def test_a_bare_rank_is_taken_from_any_process_manager() -> None:
 
 @pytest.mark.parametrize(
     "environment",
-    [{}, {"HOME": "/"}, SBATCH, {"PMI_RANK": ""}, {"PMI_RANK": "-1"}, {"OMPI_COMM_WORLD_RANK": "²"}],
+    [
+        {},
+        {"HOME": "/"},
+        SBATCH,
+        {"PMI_RANK": ""},
+        {"PMI_RANK": "-1"},
+        {"OMPI_COMM_WORLD_RANK": "²"},
+    ],
 )
 def test_a_shell_or_a_wrong_number_is_no_rank(environment: dict[str, str]) -> None:
     assert detect(environment) == Started()
@@ -118,13 +190,33 @@ def test_the_table_is_whole() -> None:
 @pytest.mark.parametrize(
     ("environment", "library", "words"),
     [
-        (HYDRA, OPEN_MPI, ["mpirun (MPICH's Hydra) started 2 processes", "Open MPI 5.0.11", "the mpirun of Open MPI"]),
-        (OMPI_5, INTEL, ["mpirun (Open MPI 5.0.11) started 2", "Intel MPI 2021.18.1", "the mpirun of Intel MPI"]),
+        (
+            HYDRA,
+            OPEN_MPI,
+            [
+                "mpirun (MPICH's Hydra) started 2 processes",
+                "Open MPI 5.0.11",
+                "the mpirun of Open MPI",
+            ],
+        ),
+        (
+            OMPI_5,
+            INTEL,
+            [
+                "mpirun (Open MPI 5.0.11) started 2",
+                "Intel MPI 2021.18.1",
+                "the mpirun of Intel MPI",
+            ],
+        ),
         (SRUN, OPEN_MPI, ["srun --mpi=none started 2", "srun --mpi=pmix (srun --mpi=list"]),
         (SRUN_PMI2, OPEN_MPI, ["srun --mpi=pmi2 started 2", "srun --mpi=pmix (srun --mpi=list"]),
         (SRUN, MPICH, ["MPICH 5.0.2", "srun --mpi=pmi2 (srun --mpi=list"]),
         (SRUN, INTEL, ["srun --mpi=pmi2 and I_MPI_PMI_LIBRARY set"]),
-        (SRUN, "MPI VERSION    : CRAY MPICH version 8.1.30.8 (ANL base 3.4a2)", ["Cray MPICH 8.1.30.8", "cray_shasta"]),
+        (
+            SRUN,
+            "MPI VERSION    : CRAY MPICH version 8.1.30.8 (ANL base 3.4a2)",
+            ["Cray MPICH 8.1.30.8", "cray_shasta"],
+        ),
         (SRUN_PMIX, OPEN_MPI, ["mpirun inside the allocation", "does not understand Slurm's pmix"]),
         (FLUX, OPEN_MPI, ["flux run started 2", "-o pmi=pmix"]),
         (JSRUN, OPEN_MPI, ["jsrun started 2", "build mpi4py"]),
@@ -136,7 +228,9 @@ def test_the_table_is_whole() -> None:
         ),
     ],
 )
-def test_lonely_ranks_are_refused_with_the_cure(environment: dict[str, str], library: str, words: list[str]) -> None:
+def test_lonely_ranks_are_refused_with_the_cure(
+    environment: dict[str, str], library: str, words: list[str]
+) -> None:
     with pytest.raises(LonelyError) as caught:
         refuse_lonely_ranks(environment, 1, library)
     for word in (*words, "each is alone", "MPILLM_ALONE=1"):
@@ -148,26 +242,40 @@ def test_lonely_ranks_are_refused_with_the_cure(environment: dict[str, str], lib
 
 
 def test_a_lone_process_under_a_launcher_may_go_on() -> None:
-    refuse_lonely_ranks(OMPI_5 | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, 1, OPEN_MPI)
+    refuse_lonely_ranks(
+        OMPI_5 | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, 1, OPEN_MPI
+    )
     refuse_lonely_ranks({"PMIX_RANK": "0"}, 1, OPEN_MPI)
 
 
 def test_mpich_without_pmix_is_stopped_before_it_aborts() -> None:
-    with pytest.raises(LonelyError, match=r"mpirun \(Open MPI 5.0.11\) started 2 processes by PMIx.*MPICH 5.0.2"):
+    with pytest.raises(
+        LonelyError, match=r"mpirun \(Open MPI 5.0.11\) started 2 processes by PMIx.*MPICH 5.0.2"
+    ):
         refuse_before_init(OMPI_5, MPICH)
-    with pytest.raises(LonelyError, match=r"srun --mpi=pmix started 2 .* start them with srun --mpi=pmi2"):
+    with pytest.raises(
+        LonelyError, match=r"srun --mpi=pmix started 2 .* start them with srun --mpi=pmi2"
+    ):
         refuse_before_init(SRUN_PMIX, MPICH)
     with pytest.raises(LonelyError, match="a PMIx launcher started this process"):
         refuse_before_init({"PMIX_RANK": "0"}, MPICH)
     # It ends each process in MPI_Init, where Open MPI 5 lets each be alone.
-    with pytest.raises(LaunchError, match=r"srun --mpi=none tells its .* Open MPI 4\.1\.4, .*; start them with srun"):
+    with pytest.raises(
+        LaunchError,
+        match=r"srun --mpi=none tells its .* Open MPI 4\.1\.4, .*; start them with srun",
+    ):
         refuse_before_init(SRUN, "Open MPI v4.1.4, package: Debian OpenMPI")
     refuse_before_init(SRUN, OPEN_MPI)
     refuse_before_init(SRUN_PMIX, "Open MPI v4.1.4, package: Debian OpenMPI")
     for environment, library in (
-        (OMPI_5, OPEN_MPI), (OMPI_5, INTEL), (HYDRA, MPICH), (SRUN_PMI2, MPICH), ({}, MPICH),
-        (OMPI_5 | HYDRA, MPICH), (OMPI_5, MPICH.replace("ofi", "ofi --with-pmix=/usr")),
-    ):  # fmt: skip
+        (OMPI_5, OPEN_MPI),
+        (OMPI_5, INTEL),
+        (HYDRA, MPICH),
+        (SRUN_PMI2, MPICH),
+        ({}, MPICH),
+        (OMPI_5 | HYDRA, MPICH),
+        (OMPI_5, MPICH.replace("ofi", "ofi --with-pmix=/usr")),
+    ):
         refuse_before_init(environment, library)
 
 
@@ -205,7 +313,11 @@ def _foreign_environment(rank: int) -> dict[str, str]:
     """What a launcher that this MPI does not listen to would leave to `rank` of 2."""
     if "Open MPI" in MPI.Get_library_version():
         return {"PMI_RANK": str(rank), "PMI_SIZE": "2", "MPI_LOCALRANKID": str(rank)}
-    return {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": str(rank)}
+    return {
+        "OMPI_COMM_WORLD_RANK": str(rank),
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
+    }
 
 
 START = """
@@ -272,11 +384,22 @@ def _mpirun_of_another_mpi() -> list[str]:
     """The command that starts two processes with it; empty where PATH has none."""
     ours = "Open MPI" in MPI.Get_library_version()
     # Open MPI's mpirun cannot be called by its path /bin/mpirun, where /bin leads to /usr/bin.
-    folders = dict.fromkeys(Path(folder).resolve() for folder in os.environ["PATH"].split(os.pathsep))
-    for folder in [folder for folder in folders if folder != Path(sysconfig.get_path("scripts")).resolve()]:
+    folders = dict.fromkeys(
+        Path(folder).resolve() for folder in os.environ["PATH"].split(os.pathsep)
+    )
+    for folder in [
+        folder for folder in folders if folder != Path(sysconfig.get_path("scripts")).resolve()
+    ]:
         mpirun = shutil.which("mpirun", path=folder)
         if mpirun:
-            version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
+            version = subprocess.run(
+                [mpirun, "--version"], capture_output=True, text=True, check=False
+            ).stdout
             if version and ("Open MPI" in version) != ours:
-                return [mpirun, "-n", "2", *(["--map-by", ":OVERSUBSCRIBE"] if "Open MPI" in version else [])]
+                return [
+                    mpirun,
+                    "-n",
+                    "2",
+                    *(["--map-by", ":OVERSUBSCRIBE"] if "Open MPI" in version else []),
+                ]
     return []

@@ -17,7 +17,14 @@ from mpillm.launch.placement import (
 )
 from mpillm.launch.threads import allowance, fair_threads, threads_per_rank
 from mpillm.machine.gpus import gpu_of, visible_gpus
-from mpillm.machine.topology import Topology, cpu_limit, job_cpus, parse_cpus, ranges_text, read_topology
+from mpillm.machine.topology import (
+    Topology,
+    cpu_limit,
+    job_cpus,
+    parse_cpus,
+    ranges_text,
+    read_topology,
+)
 
 
 def plant(root: Path, files: dict[str, str]) -> Path:
@@ -36,9 +43,15 @@ def machine(root: Path, sockets: int = 2, cores: int = 2, threads: int = 2) -> P
         siblings = ",".join(str(core + thread * total) for thread in range(threads))
         for thread in range(threads):
             folder = f"sys/devices/system/cpu/cpu{core + thread * total}/topology"
-            files |= {f"{folder}/thread_siblings_list": siblings, f"{folder}/physical_package_id": str(core // cores)}
+            files |= {
+                f"{folder}/thread_siblings_list": siblings,
+                f"{folder}/physical_package_id": str(core // cores),
+            }
     for socket in range(sockets):
-        ranges = [f"{socket * cores + t * total}-{(socket + 1) * cores - 1 + t * total}" for t in range(threads)]
+        ranges = [
+            f"{socket * cores + t * total}-{(socket + 1) * cores - 1 + t * total}"
+            for t in range(threads)
+        ]
         files[f"sys/devices/system/node/node{socket}/cpulist"] = ",".join(ranges)
     return plant(root, files)
 
@@ -82,20 +95,48 @@ def test_this_machine_is_read() -> None:
     [
         ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "200000 100000"}, 2),
         ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "max 100000"}, float("inf")),
-        ({"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/cpu.max": "150000 100000",
-          "sys/fs/cgroup/a/b/cpu.max": "max 100000"}, 1.5),
-        ({"proc/self/cgroup": "0::/a", "sys/fs/cgroup/a/cpu.max": "max 100000",
-          "sys/fs/cgroup/cpu.max": "400000 100000"}, 4),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b",
+                "sys/fs/cgroup/a/cpu.max": "150000 100000",
+                "sys/fs/cgroup/a/b/cpu.max": "max 100000",
+            },
+            1.5,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/a",
+                "sys/fs/cgroup/a/cpu.max": "max 100000",
+                "sys/fs/cgroup/cpu.max": "400000 100000",
+            },
+            4,
+        ),
         # Docker with version 1: the path is the host's, the container sees its own group on top.
-        ({"proc/self/cgroup": "5:cpu,cpuacct:/docker/0a1b\n1:name=systemd:/docker/0a1b",
-          "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "250000",
-          "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000"}, 2.5),
-        ({"proc/self/cgroup": "5:cpu,cpuacct:/\n0::/", "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1",
-          "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000"}, float("inf")),
-        ({"proc/self/cgroup": "4:memory:/x", "sys/fs/cgroup/memory/x/cpu.max": "1 1"}, float("inf")),
+        (
+            {
+                "proc/self/cgroup": "5:cpu,cpuacct:/docker/0a1b\n1:name=systemd:/docker/0a1b",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "250000",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+            },
+            2.5,
+        ),
+        (
+            {
+                "proc/self/cgroup": "5:cpu,cpuacct:/\n0::/",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+            },
+            float("inf"),
+        ),
+        (
+            {"proc/self/cgroup": "4:memory:/x", "sys/fs/cgroup/memory/x/cpu.max": "1 1"},
+            float("inf"),
+        ),
     ],
-)  # fmt: skip
-def test_the_limit_of_a_container_is_found(tmp_path: Path, files: dict[str, str], limit: float) -> None:
+)
+def test_the_limit_of_a_container_is_found(
+    tmp_path: Path, files: dict[str, str], limit: float
+) -> None:
     root = plant(tmp_path, files)
     assert cpu_limit(root) == limit
     assert allowance({}, root) == limit
@@ -105,9 +146,18 @@ def test_the_limit_of_a_container_is_found(tmp_path: Path, files: dict[str, str]
 def test_the_cpus_of_a_job_are_those_of_its_set(tmp_path: Path) -> None:
     root = machine(tmp_path)
     assert job_cpus(root) == set(range(8))
-    plant(root, {"proc/self/cgroup": "0::/job/step", "sys/fs/cgroup/job/cpuset.cpus.effective": "0-1,4-5"})
+    plant(
+        root,
+        {"proc/self/cgroup": "0::/job/step", "sys/fs/cgroup/job/cpuset.cpus.effective": "0-1,4-5"},
+    )
     assert job_cpus(root) == {0, 1, 4, 5}
-    plant(root, {"proc/self/cgroup": "3:cpuset:/job", "sys/fs/cgroup/cpuset/job/cpuset.effective_cpus": "2"})
+    plant(
+        root,
+        {
+            "proc/self/cgroup": "3:cpuset:/job",
+            "sys/fs/cgroup/cpuset/job/cpuset.effective_cpus": "2",
+        },
+    )
     assert job_cpus(root) == {2}
 
 
@@ -151,16 +201,24 @@ def test_a_container_and_amd_show_their_gpus_too(tmp_path: Path) -> None:
     plant(tmp_path / "nvidia", {"dev/nvidia0": "", "dev/nvidia1": "", "dev/nvidiactl": ""})
     assert visible_gpus({}, tmp_path / "nvidia") == ["cuda 0", "cuda 1"]
     nodes = "sys/class/kfd/kfd/topology/nodes"
-    plant(tmp_path / "amd", {
-        f"{nodes}/0/properties": "cpu_cores_count 64\nsimd_count 0", f"{nodes}/1/properties": "simd_count 416",
-        f"{nodes}/2/properties": "cpu_cores_count 0\nsimd_count 416",
-    })  # fmt: skip
+    plant(
+        tmp_path / "amd",
+        {
+            f"{nodes}/0/properties": "cpu_cores_count 64\nsimd_count 0",
+            f"{nodes}/1/properties": "simd_count 416",
+            f"{nodes}/2/properties": "cpu_cores_count 0\nsimd_count 416",
+        },
+    )
     assert visible_gpus({}, tmp_path / "amd") == ["rocm 0", "rocm 1"]
     assert visible_gpus({"ROCR_VISIBLE_DEVICES": "1"}, tmp_path / "amd") == ["rocm 1"]
 
 
 def test_local_ranks_take_gpus_in_turn() -> None:
-    assert [gpu_of(rank, ["cuda 0", "cuda 1"]) for rank in range(3)] == ["cuda 0", "cuda 1", "cuda 0"]
+    assert [gpu_of(rank, ["cuda 0", "cuda 1"]) for rank in range(3)] == [
+        "cuda 0",
+        "cuda 1",
+        "cuda 0",
+    ]
     assert gpu_of(5, []) == ""
 
 
@@ -169,9 +227,19 @@ def places(host: str, masks: list[set[int]], first: int = 0, **settings: object)
     return [
         replace(
             RankPlace(
-                first + local, host, local, len(masks), frozenset(mask), frozenset(mask), len(mask), frozenset({0})
+                first + local,
+                host,
+                local,
+                len(masks),
+                frozenset(mask),
+                frozenset(mask),
+                len(mask),
+                frozenset({0}),
             ),
-            **({"launcher": "mpirun (Open MPI)", "offered_cores": len(set().union(*masks))} | settings),  # type: ignore[arg-type]
+            **(
+                {"launcher": "mpirun (Open MPI)", "offered_cores": len(set().union(*masks))}
+                | settings
+            ),  # type: ignore[arg-type]
         )
         for local, mask in enumerate(masks)
     ]
@@ -184,7 +252,9 @@ def test_like_ranks_share_a_row_and_like_hosts_too() -> None:
         ("n0 and 2 alike", "0", "0", "0–1", "0", "–", "2", "–"),
         ("n0 and 2 alike", "1", "1", "2–3", "0", "–", "2", "–"),
     ]
-    floating = places("n3", [{0, 1, 2, 3}] * 4, first=6, threads=1, gpu="cuda 0", numa=frozenset({0, 1}))
+    floating = places(
+        "n3", [{0, 1, 2, 3}] * 4, first=6, threads=1, gpu="cuda 0", numa=frozenset({0, 1})
+    )
     rows = table_rows([*bound[0], *floating])
     assert rows[2:] == [("n3", "6–9", "0–3", "0–3", "0", "0–1", "1", "cuda 0")]
     assert all(len(row) == len(COLUMNS) for row in rows)
@@ -192,12 +262,22 @@ def test_like_ranks_share_a_row_and_like_hosts_too() -> None:
 
 def test_ranks_dealt_out_by_node_are_found_under_their_hosts() -> None:
     one, other = places("a", [{0}, {0}, {1}]), places("b", [{0}, {0}, {2}])
-    dealt = [replace(place, rank=2 * place.local_rank + at) for at, host in enumerate((one, other)) for place in host]
+    dealt = [
+        replace(place, rank=2 * place.local_rank + at)
+        for at, host in enumerate((one, other))
+        for place in host
+    ]
     dealt.sort(key=lambda place: place.rank)
-    assert [[place.rank for place in host] for host in by_host(dealt).values()] == [[0, 2, 4], [1, 3, 5]]
+    assert [[place.rank for place in host] for host in by_host(dealt).values()] == [
+        [0, 2, 4],
+        [1, 3, 5],
+    ]
     assert [row[:3] for row in table_rows(dealt)] == [
-        ("a", "0,2", "0–1"), ("a", "4", "2"), ("b", "1,3", "0–1"), ("b", "5", "2"),
-    ]  # fmt: skip
+        ("a", "0,2", "0–1"),
+        ("a", "4", "2"),
+        ("b", "1,3", "0–1"),
+        ("b", "5", "2"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +299,10 @@ def test_ranks_that_fit_are_left_in_peace(there: list[RankPlace]) -> None:
     [
         (
             places("n1", [{0, 1}] * 4, threads=1),
-            ["ranks 0–3 of the job run 4 threads on 2 CPUs (0–1)", "start 2 ranks there at the most"],
+            [
+                "ranks 0–3 of the job run 4 threads on 2 CPUs (0–1)",
+                "start 2 ranks there at the most",
+            ],
             ["OMP_NUM_THREADS", "--bind-to"],
         ),
         (
@@ -229,7 +312,10 @@ def test_ranks_that_fit_are_left_in_peace(there: list[RankPlace]) -> None:
         ),
         (
             places("n1", [{0}, {0}, {1, 2, 3}], threads=1, offered_cores=6),
-            ["ranks 0–1 of the job run 2 threads on 1 CPU (0)", "slot:PE=2 or start 1 rank there at the most"],
+            [
+                "ranks 0–1 of the job run 2 threads on 1 CPU (0)",
+                "slot:PE=2 or start 1 rank there at the most",
+            ],
             ["OMP_NUM_THREADS"],
         ),
         (
@@ -249,17 +335,28 @@ def test_crowded_ranks_are_told_where_and_what_to_do(
 
 
 def test_the_worst_of_many_hosts_is_named() -> None:
-    said = oversubscription([*places("a", [{0}] * 2), *places("b", [{0}] * 4, first=2), *places("c", [{0}], first=6)])
-    assert said.startswith("host b (and 1 host more like it): ranks 2–5 of the job run 4 threads on 1 CPU (0)")
+    said = oversubscription(
+        [*places("a", [{0}] * 2), *places("b", [{0}] * 4, first=2), *places("c", [{0}], first=6)]
+    )
+    assert said.startswith(
+        "host b (and 1 host more like it): ranks 2–5 of the job run 4 threads on 1 CPU (0)"
+    )
 
 
 def test_idle_cores_are_noticed() -> None:
     said = narrow_binding(places("n1", [{0}, {1}], offered_cores=64))
-    assert said == ("2 ranks on host n1 may run on 2 of its 64 cores; start with --bind-to none or --map-by slot:PE=32")
-    said = narrow_binding(
-        [*places("n1", [{0}], offered_cores=2), *places("n2", [{0}], offered_cores=8, launcher="srun")]
+    assert said == (
+        "2 ranks on host n1 may run on 2 of its 64 cores; start with --bind-to none or --map-by slot:PE=32"
     )
-    assert said.startswith("1 rank on host n2 (and 1 host more like it) may run on 1 of its 8 cores; ")
+    said = narrow_binding(
+        [
+            *places("n1", [{0}], offered_cores=2),
+            *places("n2", [{0}], offered_cores=8, launcher="srun"),
+        ]
+    )
+    assert said.startswith(
+        "1 rank on host n2 (and 1 host more like it) may run on 1 of its 8 cores; "
+    )
     assert "--cpus-per-task=8" in said
     assert "taskset" in narrow_binding(places("n1", [{0}], offered_cores=4, launcher=""))
 

@@ -20,7 +20,9 @@ print("went on with", signals.number)
 
 def run(when: str, *numbers: int) -> "subprocess.CompletedProcess[str]":
     words = ",".join(str(int(number)) for number in numbers)
-    return subprocess.run([sys.executable, "-c", SCRIPT, words, when], text=True, capture_output=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, words, when], text=True, capture_output=True, check=False
+    )
 
 
 @pytest.mark.alone
@@ -41,6 +43,8 @@ def test_an_end_is_put_off_while_there_is_something_to_save(number: int) -> None
 
 @pytest.mark.alone
 def test_the_first_signal_counts_and_a_second_ctrl_c_ends() -> None:
-    assert run("orderly", signal.SIGUSR1, signal.SIGTERM, signal.SIGINT).stdout == "went on with 10\n"
+    assert (
+        run("orderly", signal.SIGUSR1, signal.SIGTERM, signal.SIGINT).stdout == "went on with 10\n"
+    )
     assert run("orderly", signal.SIGTERM, signal.SIGTERM).stdout == "went on with 15\n"
     assert "KeyboardInterrupt" in run("orderly", signal.SIGINT, signal.SIGINT).stderr

@@ -28,7 +28,10 @@ def test_where_the_file_is_looked_for(tmp_path: Path) -> None:
 
 
 def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
-    for path, environment in ((tmp_path / "no.toml", {}), (None, {"MPILLM_SITE": str(tmp_path / "no.toml")})):
+    for path, environment in (
+        (tmp_path / "no.toml", {}),
+        (None, {"MPILLM_SITE": str(tmp_path / "no.toml")}),
+    ):
         with pytest.raises(UsageError, match=r"cannot read the site file .*no\.toml"):
             load_site(path, environment)
     with pytest.raises(UsageError, match="cannot read the site file"):
@@ -73,7 +76,9 @@ def test_faults_are_told_with_the_way_out(text: str, told: str) -> None:
 
 
 def test_paths_begin_with_home_or_a_variable() -> None:
-    site = parse_site("environment = '~/venv'\nprofile = '$WORK_DIR/c.json'\n", "s", HOME | {"WORK_DIR": "/w"})
+    site = parse_site(
+        "environment = '~/venv'\nprofile = '$WORK_DIR/c.json'\n", "s", HOME | {"WORK_DIR": "/w"}
+    )
     assert (site.environment, site.profile) == ("/h/me/venv", "/w/c.json")
     assert parse_site("environment = '${HOME}/v'", "s", HOME).environment == "/h/me/v"
 

@@ -26,9 +26,13 @@ def recipe(slurm: Any) -> Path:
     text, data, path = folder / "text", folder / "data", folder / "tiny.toml"
     text.mkdir()
     for number in range(40):
-        (text / f"{number}.txt").write_text(f"The {number}th of many lines that are much alike.\n" * 20)
+        (text / f"{number}.txt").write_text(
+            f"The {number}th of many lines that are much alike.\n" * 20
+        )
     prepare(
-        PrepareOptions((str(text),), data, tokenizer="bytes", validation=0.1), MPI.COMM_WORLD, Console(speaks=False)
+        PrepareOptions((str(text),), data, tokenizer="bytes", validation=0.1),
+        MPI.COMM_WORLD,
+        Console(speaks=False),
     )
     path.write_text(
         "[model]\nlayers = 2\nwidth = 32\nheads = 4\ncontext = 32\n"
@@ -69,7 +73,15 @@ def site_file(path: Path, **more: object) -> Path:
 
 def submit(slurm: Any, recipe: Path, run: Path, site: Path, *arguments: str) -> Any:
     return slurm.mpillm(
-        "submit", recipe, "--scheduler", "slurm", "--site", site, "--set", f"train.run={run}", *arguments
+        "submit",
+        recipe,
+        "--scheduler",
+        "slurm",
+        "--site",
+        site,
+        "--set",
+        f"train.run={run}",
+        *arguments,
     )
 
 
@@ -110,7 +122,9 @@ def test_a_job_trains_as_mpirun_does(trained: Path, expected: list[float]) -> No
     assert start["deadline"] is not None
 
 
-def test_a_run_goes_on_with_other_nodes_if_its_layout_can(slurm: Any, recipe: Path, trained: Path) -> None:
+def test_a_run_goes_on_with_other_nodes_if_its_layout_can(
+    slurm: Any, recipe: Path, trained: Path
+) -> None:
     more = ("--resume", "--time", "0:20:00", "--set", f"train.steps={STEPS + 5}")
     by_mpirun = site_file(slurm.folder / "mpirun.toml", launcher="mpirun", launcher_arguments=[])
     one_node = ("--nodes", "1", "--ranks-per-node", "2")
@@ -125,7 +139,9 @@ def test_a_run_goes_on_with_other_nodes_if_its_layout_can(slurm: Any, recipe: Pa
     assert events(trained, "started")[-1]["hosts"] == {"n1": [0], "n2": [1]}
 
 
-def test_an_unknown_partition_is_refused_in_slurms_own_words(slurm: Any, recipe: Path, site: Path) -> None:
+def test_an_unknown_partition_is_refused_in_slurms_own_words(
+    slurm: Any, recipe: Path, site: Path
+) -> None:
     run = slurm.folder / "nowhere"
     done = submit(slurm, recipe, run, site, *ON_TWO_NODES, "--partition", "nowhere")
     assert done.returncode != 0
@@ -140,7 +156,19 @@ def slow_link(slurm: Any) -> Iterator[Callable[[], None]]:
     """A link so slow that a step takes no less than half a second on any machine; call it to have the fast one back."""
     for node in ("n1", "n2"):
         done = slurm.run(
-            "tc", "qdisc", "add", "dev", node, "root", "tbf", "rate", "2mbit", "burst", "16kb", "latency", "2s"
+            "tc",
+            "qdisc",
+            "add",
+            "dev",
+            node,
+            "root",
+            "tbf",
+            "rate",
+            "2mbit",
+            "burst",
+            "16kb",
+            "latency",
+            "2s",
         )
         assert done.returncode == 0, done.stderr
 
@@ -158,7 +186,9 @@ def test_a_job_that_runs_out_of_time_goes_on_by_itself(
     run = slurm.folder / "in parts"
     # Slurm looks at limits twice a minute: it gives the sign 10 to 40 seconds after the start.
     site = site_file(slurm.folder / "short.toml", stop_seconds=80)
-    number = submitted(slurm, recipe, run, site, "--nodes", "2", "--ranks-per-node", "2", "--time", "0:02:00")
+    number = submitted(
+        slurm, recipe, run, site, "--nodes", "2", "--ranks-per-node", "2", "--time", "0:02:00"
+    )
     slurm.wait_until(number, lambda: slurm.job(number)["Restarts"] == "2")
     slow_link()
     slurm.run("scontrol", "update", f"JobId={number}", "TimeLimit=20")
@@ -188,7 +218,9 @@ def test_status_tells_what_slurm_tells(slurm: Any, running: tuple[str, Path]) ->
     assert told["state"] == "running"
 
 
-def test_a_run_is_for_one_job(slurm: Any, recipe: Path, site: Path, running: tuple[str, Path]) -> None:
+def test_a_run_is_for_one_job(
+    slurm: Any, recipe: Path, site: Path, running: tuple[str, Path]
+) -> None:
     number, run = running
     again = submit(slurm, recipe, run, site, *ON_TWO_NODES, "--resume")
     assert again.returncode != 0

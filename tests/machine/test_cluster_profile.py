@@ -30,10 +30,14 @@ def profile() -> ClusterProfile:
 
     slow_start = replace(COST, points=((1000, 5e-5), (100_000, 5e-4)))
     return ClusterProfile(
-        "2026-11-25", HERE, (entry("ring", slow_start), entry("native", COST), entry("ring", COST, "bfloat16")),
-        (PointToPointCost("node", COST, 1e10, 2e10, 1e6),), {"copy_bytes_per_second": 1e10}, ({"edge": 64},),
+        "2026-11-25",
+        HERE,
+        (entry("ring", slow_start), entry("native", COST), entry("ring", COST, "bfloat16")),
+        (PointToPointCost("node", COST, 1e10, 2e10, 1e6),),
+        {"copy_bytes_per_second": 1e10},
+        ({"edge": 64},),
         handover={"shared": COST, "messages": replace(COST, latency_seconds=1.0)},
-    )  # fmt: skip
+    )
 
 
 def ask(algorithm: str, nbytes: int, **other: Any) -> float | None:
@@ -49,9 +53,19 @@ def test_there_and_back(tmp_path: Path) -> None:
     value = json.loads(path.read_text())
     assert (value["schema"], value["version"]) == ("mpillm cluster profile", 1)
     assert set(value["collectives"][0]) == {
-        "operation", "algorithm", "element", "device", "nodes", "ranks", "ranks_per_node", "node_shared", "points",
-        "latency_seconds", "bytes_per_second", "relative_error",
-    }  # fmt: skip
+        "operation",
+        "algorithm",
+        "element",
+        "device",
+        "nodes",
+        "ranks",
+        "ranks_per_node",
+        "node_shared",
+        "points",
+        "latency_seconds",
+        "bytes_per_second",
+        "relative_error",
+    }
 
 
 def test_prediction_goes_through_the_points_and_along_the_line_outside() -> None:
@@ -65,13 +79,17 @@ def test_prediction_goes_through_the_points_and_along_the_line_outside() -> None
     assert replace(COST, points=((0, 1e-6), (100, 1e-4))).seconds(50) == pytest.approx(1e-5)
 
 
-@pytest.mark.parametrize("other", [{"element": "int8"}, {"nodes": 1}, {"ranks": 9}, {"device": "cuda"}])
+@pytest.mark.parametrize(
+    "other", [{"element": "int8"}, {"nodes": 1}, {"ranks": 9}, {"device": "cuda"}]
+)
 def test_nothing_is_made_up(other: dict[str, Any]) -> None:
     assert ask("native", 1000, **other) is None
 
 
 def test_where_the_arrays_lie_counts() -> None:
-    private, shared = (replace(profile().collectives[1], node_shared=shared) for shared in (False, True))
+    private, shared = (
+        replace(profile().collectives[1], node_shared=shared) for shared in (False, True)
+    )
     fast = replace(COST, points=((1000, 1e-6),))
     both = replace(profile(), collectives=(private, replace(shared, cost=fast)))
     asked = ("allreduce", "native", 1000, "float32", 2, 8, "cpu")
@@ -136,14 +154,21 @@ def test_another_cluster_is_a_warning(tmp_path: Path, here: Cluster, words: str)
 
 def test_another_number_of_ranks_is_the_same_cluster(tmp_path: Path) -> None:
     heard: list[str] = []
-    assert load_profile(write(tmp_path / "p"), heard.append, replace(HERE, nodes=7, ranks_per_node=1))
+    assert load_profile(
+        write(tmp_path / "p"), heard.append, replace(HERE, nodes=7, ranks_per_node=1)
+    )
     assert heard == []
 
 
 DAMAGED = [
-    "", "[]", "{", "{}", '{"schema": "another"}', "\0",
+    "",
+    "[]",
+    "{",
+    "{}",
+    '{"schema": "another"}',
+    "\0",
     json.dumps({"schema": "mpillm cluster profile", "version": 1}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("text", DAMAGED)
@@ -155,7 +180,8 @@ def test_a_file_that_is_no_profile(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "points", [None, "x", [1], [[1, 0]], [[1, -1.0]], [[2, 1.0], [1, 1.0]], [[1, float("nan")]], [[1, 2, 3]]]
+    "points",
+    [None, "x", [1], [[1, 0]], [[1, -1.0]], [[2, 1.0], [1, 1.0]], [[1, float("nan")]], [[1, 2, 3]]],
 )
 def test_damaged_points(tmp_path: Path, points: object) -> None:
     value = profile().to_json()

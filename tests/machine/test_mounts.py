@@ -12,10 +12,14 @@ MOUNTS = (
 @pytest.mark.parametrize(
     ("path", "kind"),
     [
-        ("/", "ext4"), ("/apps/me", "ext4"), ("/scratch", "lustre"), ("/scratches", "ext4"),
-        ("/scratch/my data/run", "nfs4"), ("/tmp/x", "tmpfs"),
+        ("/", "ext4"),
+        ("/apps/me", "ext4"),
+        ("/scratch", "lustre"),
+        ("/scratches", "ext4"),
+        ("/scratch/my data/run", "nfs4"),
+        ("/tmp/x", "tmpfs"),
     ],
-)  # fmt: skip
+)
 def test_the_file_system_of_a_path(path: str, kind: str) -> None:
     mount = mount_of(path, mounts_of(MOUNTS))
     assert mount is not None

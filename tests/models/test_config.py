@@ -23,7 +23,9 @@ def test_the_named_shapes_have_the_sizes_of_their_names() -> None:
 
 
 def test_a_width_that_the_heads_do_not_divide_names_the_nearest() -> None:
-    with pytest.raises(RecipeError, match="width 130 is not divisible by 4 heads; use a width of 128 or 132"):
+    with pytest.raises(
+        RecipeError, match="width 130 is not divisible by 4 heads; use a width of 128 or 132"
+    ):
         DecoderConfig(width=130, heads=4)
 
 
@@ -38,6 +40,8 @@ def test_rotary_wants_an_even_head() -> None:
 
 
 def test_flops_follow_the_formula() -> None:
-    config = DecoderConfig(layers=2, width=8, heads=2, hidden=16, context=4, vocab_size=10, activation="gelu")
+    config = DecoderConfig(
+        layers=2, width=8, heads=2, hidden=16, context=4, vocab_size=10, activation="gelu"
+    )
     products = 2 * (4 * 8 * 8 + 2 * 8 * 16) + 10 * 8
     assert config.flops_per_token == 6 * products + 12 * 2 * 8 * 4

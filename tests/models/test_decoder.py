@@ -13,7 +13,12 @@ SMALL = {"layers": 2, "width": 32, "heads": 4, "context": 16, "vocab_size": 50}
 KINDS = [
     dict(zip(("norm", "positions", "activation", "kv_heads", "tied", "bias"), kind, strict=True))
     for kind in itertools.product(
-        ("rmsnorm", "layernorm"), ("rotary", "learned"), ("swiglu", "gelu"), (0, 2), (True, False), (False, True)
+        ("rmsnorm", "layernorm"),
+        ("rotary", "learned"),
+        ("swiglu", "gelu"),
+        (0, 2),
+        (True, False),
+        (False, True),
     )
 ]
 
@@ -84,8 +89,12 @@ def test_weights_follow_from_the_seed_and_the_name_alone() -> None:
     for (name, weight), again in zip(one.named_parameters(), same.parameters(), strict=True):
         assert torch.equal(weight, again), name
     assert not torch.equal(one.embedding.weight, other.embedding.weight)
-    assert torch.equal(one.layers["1"].attention.query.weight, deeper.layers["1"].attention.query.weight)
-    assert float(deeper.layers["0"].attention.output.weight.detach().std()) == pytest.approx(0.02 / 8**0.5, rel=0.1)
+    assert torch.equal(
+        one.layers["1"].attention.query.weight, deeper.layers["1"].attention.query.weight
+    )
+    assert float(deeper.layers["0"].attention.output.weight.detach().std()) == pytest.approx(
+        0.02 / 8**0.5, rel=0.1
+    )
 
 
 def test_a_tied_head_is_the_embedding() -> None:

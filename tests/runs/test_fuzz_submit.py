@@ -30,11 +30,60 @@ from mpillm.train.recipe import load_recipe, write_recipe
 CASES = 2000
 RECIPE = '[model]\nlayers = 1\nwidth = 32\nheads = 2\n[data]\npath = "prepared"\n'
 PIECES = [
-    "$(touch CANARY)", "`touch CANARY`", "; touch CANARY;", "' ; touch CANARY; '", '"; touch CANARY; "', "\\", "\\'",
-    "'", '"', "$", "${HOME}", "$HOME", "*", "?", "~", " ", "  ", "-", "--", "-rf", "#", "!", "&", "&& touch CANARY",
-    "|", "<", ">CANARY", "{a,b}", "[x]", "=", ",", ":", "%j", "ü", "日本", "“", "’", "\u00a0", "\u2028", "\ufeff", "a",
-    "b", "7", ".", "{{ 7 }}", "{% x %}", "$((1))", "@", "^", "+", "(", ")", "\U0001d11e",
-]  # fmt: skip
+    "$(touch CANARY)",
+    "`touch CANARY`",
+    "; touch CANARY;",
+    "' ; touch CANARY; '",
+    '"; touch CANARY; "',
+    "\\",
+    "\\'",
+    "'",
+    '"',
+    "$",
+    "${HOME}",
+    "$HOME",
+    "*",
+    "?",
+    "~",
+    " ",
+    "  ",
+    "-",
+    "--",
+    "-rf",
+    "#",
+    "!",
+    "&",
+    "&& touch CANARY",
+    "|",
+    "<",
+    ">CANARY",
+    "{a,b}",
+    "[x]",
+    "=",
+    ",",
+    ":",
+    "%j",
+    "ü",
+    "日本",
+    "“",
+    "’",
+    "\u00a0",
+    "\u2028",
+    "\ufeff",
+    "a",
+    "b",
+    "7",
+    ".",
+    "{{ 7 }}",
+    "{% x %}",
+    "$((1))",
+    "@",
+    "^",
+    "+",
+    "(",
+    ")",
+    "\U0001d11e",
+]
 BROKEN = ["\n", "\n#SBATCH --uid=0\n", "\r", "\t", "\x1b[2J", "\x00", "\x85", "\ud800"]
 DIRECTIVES = ["--exclusive", "--mem=0", "--comment='$(touch CANARY)'"]
 NAMES = ["A_B", "MY", "C"] * 6 + ["UID", "1A", "a-b", "é"]
@@ -74,7 +123,7 @@ site_tables = st.fixed_dictionaries(
         "profile": any_text.map(lambda text: f"/{text}"),
         "stop_seconds": st.sampled_from([0, *[30] * 20, 99999]),
     },
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +144,10 @@ def as_toml(table: dict[str, Any]) -> str:
     lines = []
     for key, value in table.items():
         if isinstance(value, dict):
-            pairs = ", ".join(f"{json.dumps(name, ensure_ascii=False)} = {_toml(item)}" for name, item in value.items())
+            pairs = ", ".join(
+                f"{json.dumps(name, ensure_ascii=False)} = {_toml(item)}"
+                for name, item in value.items()
+            )
             lines.append(f"{key} = {{{pairs}}}")
         else:
             lines.append(f"{key} = {_toml(value)}")
@@ -125,14 +177,16 @@ class Asked:
 asked = st.builds(
     Asked,
     site=site_tables,
-    garbage=sometimes(st.sampled_from(["", "", "", "acount = 1\n", "[[", "x = \"\\q\"\n", "\x00"]), ""),
+    garbage=sometimes(
+        st.sampled_from(["", "", "", "acount = 1\n", "[[", 'x = "\\q"\n', "\x00"]), ""
+    ),
     folder=nasty,
     run=any_text,
     data=any_text,
     name=sometimes(words, ""),
     stage=st.booleans(),
     partition=sometimes(words, ""),
-)  # fmt: skip
+)
 
 
 def is_a_path(text: str) -> bool:
@@ -152,28 +206,53 @@ def make_case(wish: Asked, root: Path, number: int) -> Case:
     write(root / str(number) / "site.toml", as_toml(wish.site) + wish.garbage)
     write(folder / "r.toml", RECIPE)
     site = load_site(root / str(number) / "site.toml", {})
-    recipe = load_recipe(folder / "r.toml", [f"train.run=runs/{wish.run}", f"data.path=data/{wish.data}"])
+    recipe = load_recipe(
+        folder / "r.toml", [f"train.run=runs/{wish.run}", f"data.path=data/{wish.data}"]
+    )
     text = write_recipe(recipe)
     said = StringIO()
     options = SubmitOptions(
-        nodes=2, ranks_per_node=3, time="10m", scheduler="slurm", name=wish.name, dry_run=True, as_json=True,
-        stage=wish.stage and bool(site.node_local), partition=wish.partition,
-    )  # fmt: skip
-    submit(options, SubmittedRecipe("r", recipe.train.run, recipe.data.path, "", text), site, Console(stream=said), {})
+        nodes=2,
+        ranks_per_node=3,
+        time="10m",
+        scheduler="slurm",
+        name=wish.name,
+        dry_run=True,
+        as_json=True,
+        stage=wish.stage and bool(site.node_local),
+        partition=wish.partition,
+    )
+    submit(
+        options,
+        SubmittedRecipe("r", recipe.train.run, recipe.data.path, "", text),
+        site,
+        Console(stream=said),
+        {},
+    )
     told = json.loads(said.getvalue())
     run = os.path.abspath(folder / recipe.train.run)  # noqa: PTH100
     profile = ("--set", f"parallel.profile={site.profile}") if site.profile else ()
-    program = tuple(told["command"][: told["command"].index("train")]) if not site.program else site.program
+    program = (
+        tuple(told["command"][: told["command"].index("train")])
+        if not site.program
+        else site.program
+    )
     assert tomllib.loads(text)["train"]["run"] == f"runs/{wish.run}"
     return Case(
-        folder, Path(run), told["script"], {"PLACE": str(root / str(number))},
-        (*site.launcher_arguments, *program, "train", f"{run}/job.toml", "--resume", *profile), site.variables,
-    )  # fmt: skip
+        folder,
+        Path(run),
+        told["script"],
+        {"PLACE": str(root / str(number))},
+        (*site.launcher_arguments, *program, "train", f"{run}/job.toml", "--resume", *profile),
+        site.variables,
+    )
 
 
 def shellcheck(paths: Sequence[Path]) -> str:
     """What shellcheck has to say; its analysis of the flow of data sees no texts, and test_batch.py has it."""
-    program = shutil.which("shellcheck", path=f"{sysconfig.get_path('scripts')}:/usr/bin:/usr/local/bin")
+    program = shutil.which(
+        "shellcheck", path=f"{sysconfig.get_path('scripts')}:/usr/bin:/usr/local/bin"
+    )
     if program is None or not paths:
         return ""
     return subprocess.run(
@@ -205,14 +284,26 @@ def run_case(case: Case, number: int, stubs: Path) -> str:
     except OSError:
         return ""  # a name too long for this file system
     environment = {
-        "PATH": f"{stubs}:/usr/bin:/bin", "HOME": str(record), "RECORD": str(record), "OUTCOME": str(case.run),
-        "SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 600), "LC_ALL": "C.UTF-8",
+        "PATH": f"{stubs}:/usr/bin:/bin",
+        "HOME": str(record),
+        "RECORD": str(record),
+        "OUTCOME": str(case.run),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_END_TIME": str(int(time.time()) + 600),
+        "LC_ALL": "C.UTF-8",
         **case.environment,
-    }  # fmt: skip
+    }
     done = subprocess.run(
-        ["bash", script], env=environment, cwd=record, capture_output=True, text=True, errors="replace", check=False,
-        stdin=subprocess.DEVNULL, timeout=60,
-    )  # fmt: skip
+        ["bash", script],
+        env=environment,
+        cwd=record,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
     if done.returncode:
         return f"exit code {done.returncode}: {done.stdout}{done.stderr}"
     launch = (record / "launch").read_text(errors="surrogateescape").split("\0")[:-1]
@@ -221,7 +312,9 @@ def run_case(case: Case, number: int, stubs: Path) -> str:
         return f"the ranks were started as {launch} and not {case.launch}"
     pairs = (record / "environment").read_text(errors="surrogateescape").split("\0")[:-1]
     found = dict(pair.split("=", 1) for pair in pairs)
-    wrong = {name: found.get(name) for name, value in case.variables.items() if found.get(name) != value}
+    wrong = {
+        name: found.get(name) for name, value in case.variables.items() if found.get(name) != value
+    }
     return f"the environment has {wrong} and not {case.variables}" if wrong else ""
 
 
@@ -229,14 +322,20 @@ def check_all(cases: Sequence[Case], stubs: Path) -> list[str]:
     with ThreadPoolExecutor(2) as pool:
         faults = list(pool.map(lambda item: run_case(item[1], item[0], stubs), enumerate(cases)))
         scripts = [stubs.parent / f"record-{number}" / "job.sh" for number in range(len(cases))]
-        parsed = pool.map(lambda path: subprocess.run(["bash", "-n", path], check=False).returncode, scripts)
-        faults += [f"bash -n fails on {path}" for path, code in zip(scripts, parsed, strict=True) if code]
+        parsed = pool.map(
+            lambda path: subprocess.run(["bash", "-n", path], check=False).returncode, scripts
+        )
+        faults += [
+            f"bash -n fails on {path}" for path, code in zip(scripts, parsed, strict=True) if code
+        ]
         faults += pool.map(shellcheck, [scripts[start::16] for start in range(16)])
     return [fault for fault in faults if fault]
 
 
 @pytest.mark.alone
-def test_any_text_is_refused_or_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_text_is_refused_or_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     cases: dict[str, Case] = {}
     refusals: list[str] = []
@@ -244,9 +343,12 @@ def test_any_text_is_refused_or_does_no_harm(tmp_path: Path, monkeypatch: pytest
     numbers = itertools.count()
 
     @settings(
-        max_examples=CASES, deadline=None, derandomize=True, database=None,
+        max_examples=CASES,
+        deadline=None,
+        derandomize=True,
+        database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )  # fmt: skip
+    )
     @given(asked)
     def ask(wish: Asked) -> None:
         try:
@@ -264,7 +366,11 @@ def test_any_text_is_refused_or_does_no_harm(tmp_path: Path, monkeypatch: pytest
     assert len(cases) > CASES // 5, "most refused: the texts are too nasty to test anything"
     stubs = tmp_path / "stubs" / "bin"
     stubs.mkdir(parents=True)
-    for name, text in (("srun", SRUN), ("module", "#!/bin/sh\n"), ("scontrol", "#!/bin/sh\nexit 1\n")):
+    for name, text in (
+        ("srun", SRUN),
+        ("module", "#!/bin/sh\n"),
+        ("scontrol", "#!/bin/sh\nexit 1\n"),
+    ):
         (stubs / name).write_text(text)
         (stubs / name).chmod(0o755)
     assert check_all(list(cases.values()), stubs) == []

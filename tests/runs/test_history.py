@@ -12,7 +12,11 @@ from mpillm.runs.history import Event, attempts, read_history
 from mpillm.runs.history_writer import HISTORY, HistoryWriter
 
 NOON = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
-START = {"ranks": 2, "hosts": {"n1": [0], "n2": [1]}, "job": {"scheduler": "slurm", "id": "7", "restart": 1}}
+START = {
+    "ranks": 2,
+    "hosts": {"n1": [0], "n2": [1]},
+    "job": {"scheduler": "slurm", "id": "7", "restart": 1},
+}
 
 
 def event(name: str, minute: float, step: int, **facts: object) -> Event:
@@ -20,20 +24,27 @@ def event(name: str, minute: float, step: int, **facts: object) -> Event:
 
 
 STORY = [
-    event("started", 0, 0, **START), event("saved", 4, 40, checkpoint="checkpoints/step-00000040", seconds=1.5),
+    event("started", 0, 0, **START),
+    event("saved", 4, 40, checkpoint="checkpoints/step-00000040", seconds=1.5),
     event("stopped", 5, 50, reason="SIGUSR1 on rank 1"),
-    event("started", 10, 50, job=None), event("saved", 12, 70), event("saved", 14, 90),
-    event("started", 20, 90), event("failed", 21, 95, reason="the cable burnt"),
+    event("started", 10, 50, job=None),
+    event("saved", 12, 70),
+    event("saved", 14, 90),
+    event("started", 20, 90),
+    event("failed", 21, 95, reason="the cable burnt"),
     event("started", 30, 90),
-]  # fmt: skip
+]
 
 
 def test_each_attempt_is_told_with_its_end() -> None:
     found = attempts([*STORY, event("finished", 40, 200)])
     assert [attempt.how for attempt in found] == ["stopped", "killed", "failed", "finished"]
     assert [(attempt.number, attempt.first_step, attempt.last_step) for attempt in found] == [
-        (1, 0, 50), (2, 50, 90), (3, 90, 95), (4, 90, 200),
-    ]  # fmt: skip
+        (1, 0, 50),
+        (2, 50, 90),
+        (3, 90, 95),
+        (4, 90, 200),
+    ]
     assert [attempt.reason for attempt in found] == ["SIGUSR1 on rank 1", "", "the cable burnt", ""]
     assert [attempt.seconds for attempt in found] == [300, 240, 60, 600]
     assert [len(attempt.saved) for attempt in found] == [1, 2, 0, 0]
@@ -65,7 +76,11 @@ def test_what_the_diary_writes_is_read(tmp_path: Path) -> None:
     diary.started(5, START)
     diary.ended("finished", 9)
     first, second = attempts(read_history(tmp_path / HISTORY))
-    assert (first.how, first.reason, first.facts["ranks"]) == ("stopped", "the time limit is near", 2)
+    assert (first.how, first.reason, first.facts["ranks"]) == (
+        "stopped",
+        "the time limit is near",
+        2,
+    )
     assert [saved.facts["checkpoint"] for saved in first.saved] == ["checkpoints/step-00000005"]
     assert (second.how, second.first_step, second.last_step) == ("finished", 5, 9)
     assert abs((datetime.now(UTC) - second.ended).total_seconds()) < 3600
@@ -74,7 +89,14 @@ def test_what_the_diary_writes_is_read(tmp_path: Path) -> None:
 
 def lines() -> list[str]:
     return [
-        json.dumps({"event": e.name, "time": e.time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": e.step, **e.facts})
+        json.dumps(
+            {
+                "event": e.name,
+                "time": e.time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "step": e.step,
+                **e.facts,
+            }
+        )
         for e in STORY
     ]
 
@@ -92,7 +114,15 @@ def test_a_history_cut_anywhere_is_read_up_to_there(cut: int) -> None:
 
 def test_lines_that_tell_nothing_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / HISTORY
-    odd = ["[]", "7", "{}", '{"event": "started", "time": "once upon a time", "step": 0}', "\x00\x00", "é\udcff", ""]
+    odd = [
+        "[]",
+        "7",
+        "{}",
+        '{"event": "started", "time": "once upon a time", "step": 0}',
+        "\x00\x00",
+        "é\udcff",
+        "",
+    ]
     text = "\n".join([*odd, *lines(), *odd])
     path.write_bytes(text.encode("utf-8", errors="surrogateescape"))
     assert [e.name for e in read_history(path)] == [e.name for e in STORY]

@@ -27,7 +27,9 @@ JOB = CurrentJob("slurm", "12", 1)
 
 def plant(folder: Path, **changes: object) -> None:
     """The lock of another system's process."""
-    (folder / LOCK).write_text(json.dumps(asdict(this_process(None)) | {"system": "elsewhere"} | changes))
+    (folder / LOCK).write_text(
+        json.dumps(asdict(this_process(None)) | {"system": "elsewhere"} | changes)
+    )
 
 
 def test_a_lock_is_taken_once_and_given_back(tmp_path: Path) -> None:
@@ -36,7 +38,9 @@ def test_a_lock_is_taken_once_and_given_back(tmp_path: Path) -> None:
     holder = read_holder(tmp_path)
     assert holder is not None
     assert (holder.pid, holder.job) == (os.getpid(), JOB)
-    with pytest.raises(UsageError, match=rf"is held by job 12 \(slurm\), process {os.getpid()} on .* wait for it"):
+    with pytest.raises(
+        UsageError, match=rf"is held by job 12 \(slurm\), process {os.getpid()} on .* wait for it"
+    ):
         RunLock(tmp_path, None)
     lock.release()
     assert not live_holder(tmp_path)
@@ -76,7 +80,9 @@ def test_a_process_that_ended_and_that_nobody_asked_for_holds_nothing(tmp_path: 
         "import os, sys; from pathlib import Path; from mpillm.runs.lock import RunLock\n"
         "RunLock(Path(sys.argv[1]), None); print('taken', flush=True); os._exit(0)"
     )
-    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout is not None
     assert child.stdout.read() == "taken\n"
     while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":

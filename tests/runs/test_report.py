@@ -33,13 +33,24 @@ from mpillm.system.console import Console
 # A page knows nothing of ranks, and is too much work to be made on each of them.
 pytestmark = pytest.mark.alone
 QUIET = Console(speaks=False)
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-browser_needed = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH to look at the page")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+browser_needed = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium or google-chrome on PATH to look at the page"
+)
 PATIENCE_SECONDS = 120
 PLOTS = {
-    "attempts", "loss", "throughput", "step-time", "communication", "bubble", "learning-rate", "gradient-norm",
+    "attempts",
+    "loss",
+    "throughput",
+    "step-time",
+    "communication",
+    "bubble",
+    "learning-rate",
+    "gradient-norm",
     "memory",
-}  # fmt: skip
+}
 EVIL = "<script>alert(1)</script>&\"' {{ 7*7 }} <img src=x onerror=alert(2)>"
 
 # Of each plot: its size, its names, and for each colour of a curve how much of the width its drawn lines span.
@@ -70,7 +81,9 @@ class Browser:
         self._read, self._count, self._session = b"", 0, ""
         self.events: list[dict[str, Any]] = []
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
 
@@ -93,14 +106,18 @@ class Browser:
             self.events.append(self._next())
 
     def evaluate(self, expression: str) -> Any:
-        return self.ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
+        return self.ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"][
+            "value"
+        ]
 
     def named(self, *methods: str) -> list[dict[str, Any]]:
         return [event["params"] for event in self.events if event.get("method") in methods]
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._read:
-            assert select.select([self._answers], [], [], PATIENCE_SECONDS)[0], "the browser says nothing"
+            assert select.select([self._answers], [], [], PATIENCE_SECONDS)[0], (
+                "the browser says nothing"
+            )
             more = os.read(self._answers, 1 << 16)
             assert more, "the browser went away"
             self._read += more
@@ -117,15 +134,27 @@ def browser() -> Iterator[Browser]:
     answers, theirs_out = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--disable-dev-shm-usage", f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank",
-        ]  # fmt: skip
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={profile}",
+            "--remote-debugging-pipe",
+            "about:blank",
+        ]
         join = 'exec "$@" 3<&"$IN" 4>&"$OUT" 2>/dev/null'
         process = subprocess.Popen(
-            ["bash", "-c", join, "bash", *command], pass_fds=(theirs_in, theirs_out), start_new_session=True,
+            ["bash", "-c", join, "bash", *command],
+            pass_fds=(theirs_in, theirs_out),
+            start_new_session=True,
             env=dict(os.environ) | {"IN": str(theirs_in), "OUT": str(theirs_out)},
-        )  # fmt: skip
+        )
         os.close(theirs_in)
         os.close(theirs_out)
         try:
@@ -137,7 +166,9 @@ def browser() -> Iterator[Browser]:
             process.wait()
 
 
-def a_run(folder: Path, steps: int = 300, change: Callable[[dict[str, float]], object] = lambda line: None) -> Path:
+def a_run(
+    folder: Path, steps: int = 300, change: Callable[[dict[str, float]], object] = lambda line: None
+) -> Path:
     """A run of four attempts in a pipeline: stopped, killed, failed, finished. `change` alters the line of a step."""
     chance = random.Random(1)
     folder.mkdir(parents=True)
@@ -145,18 +176,29 @@ def a_run(folder: Path, steps: int = 300, change: Callable[[dict[str, float]], o
     for step in range(1, steps + 1):
         seconds = 1.2 + 0.1 * chance.random()
         line: dict[str, float] = {
-            "step": step, "loss": 2.3 + 6 * math.exp(-8 * step / steps) + 0.1 * chance.random(), "tokens": 4096 * step,
-            "tokens_per_second": 4096 / seconds, "learning_rate": 3e-3 * (1 - step / (steps + 1)),
-            "grad_norm": 0.4 + 0.1 * chance.random(), "step_seconds": seconds, "memory_bytes": 3 << 30, "bubble": 0.2,
-            "data_seconds": 0.1 * seconds, "pipeline_seconds": 0.15 * seconds,
-        }  # fmt: skip
+            "step": step,
+            "loss": 2.3 + 6 * math.exp(-8 * step / steps) + 0.1 * chance.random(),
+            "tokens": 4096 * step,
+            "tokens_per_second": 4096 / seconds,
+            "learning_rate": 3e-3 * (1 - step / (steps + 1)),
+            "grad_norm": 0.4 + 0.1 * chance.random(),
+            "step_seconds": seconds,
+            "memory_bytes": 3 << 30,
+            "bubble": 0.2,
+            "data_seconds": 0.1 * seconds,
+            "pipeline_seconds": 0.15 * seconds,
+        }
         change(line)
         lines.append(line)
         if step % max(steps // 10, 1) == 0:
             lines.append({"step": step, "validation_loss": line["loss"]})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "recipe.toml").write_text(f'[model]\nlayers = 2\n\n[train]\nrun = "x"\nsteps = {steps}\n')
-    (folder / "history.jsonl").write_text("".join(json.dumps(event) + "\n" for event in story(steps)))
+    (folder / "recipe.toml").write_text(
+        f'[model]\nlayers = 2\n\n[train]\nrun = "x"\nsteps = {steps}\n'
+    )
+    (folder / "history.jsonl").write_text(
+        "".join(json.dumps(event) + "\n" for event in story(steps))
+    )
     newest = folder / f"checkpoints/step-{steps:08d}"
     newest.mkdir(parents=True)
     (newest / "index.json").write_text("{}")
@@ -165,20 +207,36 @@ def a_run(folder: Path, steps: int = 300, change: Callable[[dict[str, float]], o
 
 def story(steps: int) -> list[dict[str, Any]]:
     start = {
-        "ranks": 4, "hosts": {"n1": [0, 1], "n2": [2, 3]}, "mesh": "data=2 × pipeline=2", "threads": 2, "steps": steps,
-        "traffic": {"data": 1 << 20, "pipeline": 1 << 10}, "parameters": 1_000_000, "mpi": "Open MPI 5.0.11",
-        "versions": {"mpillm": "0.1.0", "torch": "2.9"}, "job": {"scheduler": "slurm", "id": "12", "restart": 1},
-    }  # fmt: skip
+        "ranks": 4,
+        "hosts": {"n1": [0, 1], "n2": [2, 3]},
+        "mesh": "data=2 × pipeline=2",
+        "threads": 2,
+        "steps": steps,
+        "traffic": {"data": 1 << 20, "pipeline": 1 << 10},
+        "parameters": 1_000_000,
+        "mpi": "Open MPI 5.0.11",
+        "versions": {"mpillm": "0.1.0", "torch": "2.9"},
+        "job": {"scheduler": "slurm", "id": "12", "restart": 1},
+    }
     part = steps // 4
     plan: list[tuple[int, str, int, dict[str, Any]]] = [
-        (0, "started", 0, start), (5, "stopped", part, {"reason": "SIGUSR1 on rank 2"}),
-        (9, "started", part, start), (12, "saved", 2 * part, {"checkpoint": "checkpoints/step-x", "seconds": 1.5}),
-        (20, "started", 2 * part, start), (25, "failed", 3 * part, {"reason": "rank 3 of 4: the cable burnt"}),
-        (30, "started", 3 * part, start), (40, "finished", steps, {}),
-    ]  # fmt: skip
+        (0, "started", 0, start),
+        (5, "stopped", part, {"reason": "SIGUSR1 on rank 2"}),
+        (9, "started", part, start),
+        (12, "saved", 2 * part, {"checkpoint": "checkpoints/step-x", "seconds": 1.5}),
+        (20, "started", 2 * part, start),
+        (25, "failed", 3 * part, {"reason": "rank 3 of 4: the cable burnt"}),
+        (30, "started", 3 * part, start),
+        (40, "finished", steps, {}),
+    ]
     noon = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
     return [
-        {"event": name, "time": (noon + timedelta(minutes=minute)).isoformat(), "step": step, **facts}
+        {
+            "event": name,
+            "time": (noon + timedelta(minutes=minute)).isoformat(),
+            "step": step,
+            **facts,
+        }
         for minute, name, step, facts in plan
     ]
 
@@ -201,7 +259,16 @@ class Reader(html.parser.HTMLParser):
         for name, value in attrs:
             if name == "id":
                 self.ids.append(value or "")
-            if name in ("src", "srcset", "href", "xlink:href", "data", "action", "poster", "background"):
+            if name in (
+                "src",
+                "srcset",
+                "href",
+                "xlink:href",
+                "data",
+                "action",
+                "poster",
+                "background",
+            ):
                 self.links.append(value or "")
             if name.startswith("on"):
                 self.handlers.append(name)
@@ -233,13 +300,25 @@ def test_the_page_tells_the_story_of_a_run(tmp_path: Path) -> None:
     asks_nothing(page)
     text = re.sub(r"\s+", " ", Reader(page).text)
     for words in (
-        "SIGUSR1 on rank 2", "no word of its end", "rank 3 of 4: the cable burnt", "slurm 12, restart 1", "225 → 300",
-        "n1", "data=2 × pipeline=2", "Open MPI 5.0.11", "checkpoints/step-00000300", "[model]", "layers",
-        "Bytes of a rank and step, by formula: data 1.0 MiB, pipeline 1.0 KiB", "in 4 attempts",
-    ):  # fmt: skip
+        "SIGUSR1 on rank 2",
+        "no word of its end",
+        "rank 3 of 4: the cable burnt",
+        "slurm 12, restart 1",
+        "225 → 300",
+        "n1",
+        "data=2 × pipeline=2",
+        "Open MPI 5.0.11",
+        "checkpoints/step-00000300",
+        "[model]",
+        "layers",
+        "Bytes of a rank and step, by formula: data 1.0 MiB, pipeline 1.0 KiB",
+        "in 4 attempts",
+    ):
         assert words in text, words
     assert drawn(page) == PLOTS
-    labels = re.findall(r'<svg [^>]*role="img" aria-label="([^"]+)"[^>]*><title>([^<]+)</title>', page)
+    labels = re.findall(
+        r'<svg [^>]*role="img" aria-label="([^"]+)"[^>]*><title>([^<]+)</title>', page
+    )
     assert len(labels) == len(PLOTS)
     assert all(label == title for label, title in labels)
 
@@ -252,7 +331,9 @@ def test_the_same_run_gives_the_same_pictures(tmp_path: Path) -> None:
 
 def test_values_do_not_break_out_of_the_page(tmp_path: Path) -> None:
     run = a_run(tmp_path / "<b onload=x> & '\"")
-    (run / "recipe.toml").write_text(f"[train]\nsteps = 300\n{json.dumps(EVIL)} = {json.dumps(EVIL)}\n")
+    (run / "recipe.toml").write_text(
+        f"[train]\nsteps = 300\n{json.dumps(EVIL)} = {json.dumps(EVIL)}\n"
+    )
     events = story(300)
     events[1]["reason"] = events[0]["mesh"] = events[6]["versions"]["torch"] = EVIL
     events[6] |= {"hosts": {EVIL: [0]}, "mesh": EVIL, "mpi": EVIL}
@@ -268,18 +349,31 @@ def test_values_do_not_break_out_of_the_page(tmp_path: Path) -> None:
     "change",
     [
         lambda line: line.update(loss=math.nan, grad_norm=math.inf) if line["step"] > 250 else None,
-        lambda line: line.update({key: math.nan for key in line if key not in ("step", "memory_bytes")}),
-        lambda line: line.update(loss=1e30 if line["step"] == 7 else 2.0, step_seconds=0.0, learning_rate=0.0),
-        lambda line: [line.pop(key) for key in ("memory_bytes", "bubble", "data_seconds") if line["step"] < 100],
+        lambda line: line.update(
+            {key: math.nan for key in line if key not in ("step", "memory_bytes")}
+        ),
+        lambda line: line.update(
+            loss=1e30 if line["step"] == 7 else 2.0, step_seconds=0.0, learning_rate=0.0
+        ),
+        lambda line: [
+            line.pop(key)
+            for key in ("memory_bytes", "bubble", "data_seconds")
+            if line["step"] < 100
+        ],
     ],
     ids=["diverged", "nothing finite", "a spike, and zeros", "begun by an older mpillm"],
 )
-def test_odd_numbers_are_drawn(tmp_path: Path, change: Callable[[dict[str, float]], object]) -> None:
+def test_odd_numbers_are_drawn(
+    tmp_path: Path, change: Callable[[dict[str, float]], object]
+) -> None:
     run = a_run(tmp_path / "run", change=change)
     page = written(run)
     asks_nothing(page)
     assert drawn(page) == PLOTS
-    lost = sum(not math.isfinite(line.get("loss", 0)) for line in map(json.loads, (run / "metrics.jsonl").open()))
+    lost = sum(
+        not math.isfinite(line.get("loss", 0))
+        for line in map(json.loads, (run / "metrics.jsonl").open())
+    )
     assert (f"{lost} of 300 steps had no finite value" in page) == (lost > 0)
 
 
@@ -357,24 +451,39 @@ def test_a_browser_draws_every_plot_and_asks_no_network(tmp_path: Path, dark: bo
     write_report(path.parent, QUIET)
     with browser() as chromium:
         scheme = "dark" if dark else "light"
-        chromium.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        chromium.ask(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
         chromium.open(path)
         plots = {plot["key"]: plot for plot in chromium.evaluate(LOOK)}
         paper = chromium.evaluate("getComputedStyle(document.body).backgroundColor")
         title = chromium.evaluate("document.title")
-        chromium.ask("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=False)
+        chromium.ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=400,
+            height=800,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         width = chromium.evaluate("document.documentElement.scrollWidth")
         pdf = chromium.ask("Page.printToPDF")["data"]
         chromium.ask("Runtime.evaluate", expression="0")
-        asked = [request["request"]["url"] for request in chromium.named("Network.requestWillBeSent")]
-        told = chromium.named("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
+        asked = [
+            request["request"]["url"] for request in chromium.named("Network.requestWillBeSent")
+        ]
+        told = chromium.named(
+            "Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"
+        )
     assert told == []
     assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
     assert set(plots) == PLOTS
     for key, plot in plots.items():
         assert plot["width"] > 300, plot
         assert plot["height"] > 100, plot
-        assert set(plot["spans"]) == ({"a", "b"} if key in ("loss", "communication") else {"a"}), plot
+        assert set(plot["spans"]) == ({"a", "b"} if key in ("loss", "communication") else {"a"}), (
+            plot
+        )
         assert all(0.7 < span < 1 for span in plot["spans"].values()), plot
         assert plot["label"] == plot["title"] != ""
         assert (plot["lost"], plot["texts"] > 4) == (0, True), plot

@@ -41,14 +41,22 @@ def facts(**changes: object) -> dict[str, object]:
     } | changes
 
 
-def a_run(folder: Path, steps: int = 30, goal: int = 100, **last: float) -> tuple[Path, HistoryWriter]:
+def a_run(
+    folder: Path, steps: int = 30, goal: int = 100, **last: float
+) -> tuple[Path, HistoryWriter]:
     """A run of `steps` steps, a checkpoint at step 20, which began and tells no end."""
     run = folder / "run"
     checkpoint = run / "checkpoints/step-00000020"
     checkpoint.mkdir(parents=True)
     (checkpoint / "index.json").write_text("{}")
     lines: list[dict[str, float]] = [
-        {"step": step, "loss": 5 - step / 100, "tokens": 512 * step, "tokens_per_second": 256.0, "step_seconds": 2.0}
+        {
+            "step": step,
+            "loss": 5 - step / 100,
+            "tokens": 512 * step,
+            "tokens_per_second": 256.0,
+            "step_seconds": 2.0,
+        }
         for step in range(1, steps + 1)
     ]
     lines[-1] |= last
@@ -92,8 +100,17 @@ def test_a_run_at_work(tmp_path: Path) -> None:
     assert "too early: it will save and stop before" in text
     assert f"{run}/checkpoints/step-00000020, " in text
     assert "it goes on by itself" in text
-    assert (found["state"], found["step"], found["steps"], found["seconds_left"]) == ("running", 30, 100, 140.0)
-    assert (found["tokens"], found["validation_step"], found["checkpoint"]["step"]) == (30 * 512, 20, 20)
+    assert (found["state"], found["step"], found["steps"], found["seconds_left"]) == (
+        "running",
+        30,
+        100,
+        140.0,
+    )
+    assert (found["tokens"], found["validation_step"], found["checkpoint"]["step"]) == (
+        30 * 512,
+        20,
+        20,
+    )
     assert str(os.getpid()) in found["holder"]
 
 
@@ -139,7 +156,11 @@ def test_runs_that_ended(tmp_path: Path) -> None:
     diary.ended("finished", 30)
     assert f"mpillm evaluate {run}" in told(run)
     assert "time left" not in told(run)
-    assert [attempt["how"] for attempt in as_json(run)["attempts"]] == ["stopped", "failed", "finished"]
+    assert [attempt["how"] for attempt in as_json(run)["attempts"]] == [
+        "stopped",
+        "failed",
+        "finished",
+    ]
 
 
 def test_what_the_scheduler_says(tmp_path: Path) -> None:
@@ -157,7 +178,14 @@ def test_what_the_scheduler_says(tmp_path: Path) -> None:
     diary.ended("stopped", 30, "the time limit is near")
     assert "pbs 7.head: QUEUED" in told(run, ask)
     assert as_json(run, ask)["next"] == "the job goes on by itself"
-    job = {"scheduler": "slurm", "id": "12", "nodes": 2, "ranks_per_node": 3, "seconds": 5400, "partition": "short"}
+    job = {
+        "scheduler": "slurm",
+        "id": "12",
+        "nodes": 2,
+        "ranks_per_node": 3,
+        "seconds": 5400,
+        "partition": "short",
+    }
     (run / JOB).write_text(json.dumps(job | {"output": "job-12.out"}))
     wanted = f"mpillm submit {run}/recipe.toml --nodes 2 --ranks-per-node 3 --time 01:30:00 --partition short --resume"
     for answer in (ask, broken, None):
@@ -215,7 +243,10 @@ def test_what_is_no_run(tmp_path: Path) -> None:
     for path, reason in (
         (tmp_path / "nowhere", "there is no run"),
         (run / "recipe.toml", "is a file; name the run's folder"),
-        (run / "checkpoints/step-00000020", f"is one checkpoint; name the run that it belongs to: {run}"),
+        (
+            run / "checkpoints/step-00000020",
+            f"is one checkpoint; name the run that it belongs to: {run}",
+        ),
         (tmp_path, "is no run: it holds none of metrics.jsonl"),
     ):
         with pytest.raises(UsageError, match=reason):
@@ -223,7 +254,9 @@ def test_what_is_no_run(tmp_path: Path) -> None:
 
 
 def test_columns() -> None:
-    found = columns([{"step": 1, "a": 1}, {"a": 7}, {"step": 2, "b": 2.5}, {"step": 3, "a": "x", "b": None}])
+    found = columns(
+        [{"step": 1, "a": 1}, {"a": 7}, {"step": 2, "b": 2.5}, {"step": 3, "a": "x", "b": None}]
+    )
     assert list(found["step"]) == [1, 2, 3]
     assert [str(value) for value in found["a"]] == ["1.0", "nan", "nan"]
     assert [str(value) for value in found["b"]] == ["nan", "2.5", "nan"]
@@ -240,6 +273,10 @@ def test_the_login_node_stays_light(tmp_path: Path) -> None:
         "print('loaded:', [name for name in ('torch', 'mpi4py', 'h5py', 'tokenizers') if name in sys.modules])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, run], text=True, capture_output=True, check=True, env=environment()
+        [sys.executable, "-c", code, run],
+        text=True,
+        capture_output=True,
+        check=True,
+        env=environment(),
     )
     assert "loaded: []" in done.stdout

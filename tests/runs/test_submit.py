@@ -36,7 +36,11 @@ steps = 40
 def command(folder: Path, name: str, *lines: str) -> None:
     """A command of a batch system, as a shell script that tells how it was called in NAME.calls."""
     path = folder / name
-    path.write_text("\n".join(["#!/bin/bash", f'printf "%s\\0" "$PWD" "$@" >>{folder}/{name}.calls', *lines, ""]))
+    path.write_text(
+        "\n".join(
+            ["#!/bin/bash", f'printf "%s\\0" "$PWD" "$@" >>{folder}/{name}.calls', *lines, ""]
+        )
+    )
     path.chmod(0o755)
 
 
@@ -63,23 +67,36 @@ def environment_of(place: Path, **more: str) -> dict[str, str]:
 
 def submitted(place: Path, *overrides: str) -> SubmittedRecipe:
     recipe = load_recipe(place / "r.toml", overrides)
-    return SubmittedRecipe("r", recipe.train.run, recipe.data.path, recipe.parallel.profile, write_recipe(recipe))
+    return SubmittedRecipe(
+        "r", recipe.train.run, recipe.data.path, recipe.parallel.profile, write_recipe(recipe)
+    )
 
 
 def options(**settings: Any) -> SubmitOptions:
     return SubmitOptions(**{"nodes": 2, "ranks_per_node": 4, "time": "1:30:00", **settings})
 
 
-def test_a_dry_run_prints_the_script_alone_and_leaves_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_the_script_alone_and_leaves_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = sorted(place.rglob("*"))
-    submit(options(scheduler="slurm", dry_run=True), submitted(place), Site(), Console(), environment_of(place))
+    submit(
+        options(scheduler="slurm", dry_run=True),
+        submitted(place),
+        Site(),
+        Console(),
+        environment_of(place),
+    )
     out = capsys.readouterr().out
     assert out.startswith("#!/bin/bash\n#SBATCH --job-name=r\n")
     assert sorted(place.rglob("*")) == before
     submit(
-        options(scheduler="slurm", dry_run=True, as_json=True), submitted(place), Site(), Console(),
+        options(scheduler="slurm", dry_run=True, as_json=True),
+        submitted(place),
+        Site(),
+        Console(),
         environment_of(place),
-    )  # fmt: skip
+    )
     told = json.loads(capsys.readouterr().out)
     assert told["script"] == out
     assert told["job"] is None
@@ -91,24 +108,36 @@ ANSWERS = {"slurm": ("sbatch", "4242"), "pbs": ("qsub", "4242.head"), "lsf": ("b
 
 @pytest.mark.alone
 @pytest.mark.parametrize("scheduler", list(ANSWERS))
-def test_a_job_is_handed_over_and_noted(scheduler: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_is_handed_over_and_noted(
+    scheduler: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name, number = ANSWERS[scheduler]
     answer = "Job <4242> is submitted to queue <normal>." if scheduler == "lsf" else number
     command(place.parent / "bin", name, f"cat >{place.parent}/input", f"echo '{answer}'")
     submit(
-        options(scheduler=scheduler), submitted(place, f"train.run={NASTY}"), Site(cores_per_node=32), Console(),
+        options(scheduler=scheduler),
+        submitted(place, f"train.run={NASTY}"),
+        Site(cores_per_node=32),
+        Console(),
         environment_of(place),
-    )  # fmt: skip
+    )
     run = place / NASTY
     script = (run / "job.sh").read_text()
     assert calls(place.parent / "bin", name) == [
         str(run),
-        *{"slurm": ["--parsable", f"--chdir={run}", "job.sh"], "pbs": ["job.sh"], "lsf": []}[scheduler],
+        *{"slurm": ["--parsable", f"--chdir={run}", "job.sh"], "pbs": ["job.sh"], "lsf": []}[
+            scheduler
+        ],
     ]
     assert (place.parent / "input").read_text() == (script if scheduler == "lsf" else "")
     assert load_recipe(run / "job.toml").train.run == NASTY
     noted = json.loads((run / "job.json").read_text())
-    assert (noted["scheduler"], noted["id"], noted["threads"], noted["seconds"]) == (scheduler, number, 8, 5400)
+    assert (noted["scheduler"], noted["id"], noted["threads"], noted["seconds"]) == (
+        scheduler,
+        number,
+        8,
+        5400,
+    )
     assert noted["output"] == f"{run}/job-{number}.out"
     assert read_job(run)["id"] == number
     out = capsys.readouterr().out
@@ -123,7 +152,9 @@ def test_the_batch_systems_own_words_are_passed_on(place: Path) -> None:
     words = "sbatch: error: invalid partition specified: nowhere"
     command(place.parent / "bin", "sbatch", f"echo '{words}' >&2", "exit 1")
     with pytest.raises(LaunchError, match=f"Slurm refused the job: {words}"):
-        submit(options(partition="nowhere"), submitted(place), Site(), Console(), environment_of(place))
+        submit(
+            options(partition="nowhere"), submitted(place), Site(), Console(), environment_of(place)
+        )
     assert not (place / "runs/r/job.json").exists()
     command(place.parent / "bin", "sbatch", "echo hello")
     with pytest.raises(LaunchError, match="did not tell the job's number, but 'hello'"):
@@ -157,7 +188,11 @@ def test_a_run_is_submitted_once(place: Path) -> None:
         ({"ranks_per_node": -1}, {}, "--ranks-per-node is a number from 1"),
         ({"threads": -1}, {}, "numbers from 0"),
         ({"time": "90"}, {}, "H:MM:SS"),
-        ({"threads": 8}, {"cores_per_node": 16}, "4 ranks × 8 threads need 32 cores a node.* have 16"),
+        (
+            {"threads": 8},
+            {"cores_per_node": 16},
+            "4 ranks × 8 threads need 32 cores a node.* have 16",
+        ),
         ({"ranks_per_node": 32}, {"cores_per_node": 16}, "32 ranks × 1 threads need 32 cores"),
         ({"gpus_per_node": 8}, {"gpus_per_node": 4}, "--gpus-per-node 8: a node has 4"),
         ({"scheduler": "sge"}, {}, "--scheduler is auto, slurm, pbs, lsf, and not 'sge'"),
@@ -170,12 +205,17 @@ def test_a_run_is_submitted_once(place: Path) -> None:
 def test_refusals(place: Path, settings: dict[str, Any], site: dict[str, Any], told: str) -> None:
     with pytest.raises((UsageError, LaunchError), match=told):
         submit(
-            options(**{"scheduler": "slurm", "dry_run": True, **settings}), submitted(place), Site(**site), Console(),
+            options(**{"scheduler": "slurm", "dry_run": True, **settings}),
+            submitted(place),
+            Site(**site),
+            Console(),
             {"PATH": str(place)},
-        )  # fmt: skip
+        )
 
 
-def test_more_ranks_than_cores_where_it_is_meant(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_ranks_than_cores_where_it_is_meant(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wanted = options(scheduler="slurm", dry_run=True, threads=8, oversubscribe=True)
     submit(wanted, submitted(place), Site(cores_per_node=16), Console(), environment_of(place))
     out = capsys.readouterr().out
@@ -213,10 +253,18 @@ def test_what_would_fail_later_is_refused_now(place: Path) -> None:
         )
 
 
-def test_a_sites_profile_is_for_recipes_that_name_none(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    site, dry = Site(profile="/p/cluster.json"), options(scheduler="lsf", dry_run=True, as_json=True)
+def test_a_sites_profile_is_for_recipes_that_name_none(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site, dry = (
+        Site(profile="/p/cluster.json"),
+        options(scheduler="lsf", dry_run=True, as_json=True),
+    )
     submit(dry, submitted(place), site, Console(), {})
-    assert json.loads(capsys.readouterr().out)["command"][-2:] == ["--set", "parallel.profile=/p/cluster.json"]
+    assert json.loads(capsys.readouterr().out)["command"][-2:] == [
+        "--set",
+        "parallel.profile=/p/cluster.json",
+    ]
     submit(dry, submitted(place, "parallel.profile=mine.json"), site, Console(), {})
     assert json.loads(capsys.readouterr().out)["command"][-1] == "--resume"
 
@@ -234,7 +282,12 @@ def test_names_of_jobs() -> None:
     ("scheduler", "name", "lines", "state"),
     [
         ("slurm", "squeue", ["echo RUNNING"], "RUNNING"),
-        ("slurm", "scontrol", ["echo JobId=7; echo '   JobState=COMPLETED Reason=None'"], "COMPLETED"),
+        (
+            "slurm",
+            "scontrol",
+            ["echo JobId=7; echo '   JobState=COMPLETED Reason=None'"],
+            "COMPLETED",
+        ),
         ("slurm", "sacct", ["echo ' CANCELLED by 0 '"], "CANCELLED"),
         ("slurm", "squeue", ["echo 'slurm_load_jobs error: Invalid job id' >&2", "exit 1"], None),
         ("pbs", "qstat", ["echo Job Id: 7.head; echo '    job_state = Q'"], "QUEUED"),
@@ -243,7 +296,9 @@ def test_names_of_jobs() -> None:
         ("flux", "flux", ["echo RUN"], None),
     ],
 )
-def test_the_state_of_a_job(scheduler: str, name: str, lines: list[str], state: str | None, place: Path) -> None:
+def test_the_state_of_a_job(
+    scheduler: str, name: str, lines: list[str], state: str | None, place: Path
+) -> None:
     command(place.parent / "bin", name, *lines)
     environment = {"PATH": f"{place.parent / 'bin'}"}
     (place.parent / "bin/bash").symlink_to("/bin/bash")
@@ -266,16 +321,31 @@ def allotted(scheduler: str, place: Path, restart: int = 0) -> dict[str, str]:
     hosts = place.parent / "hosts"
     hosts.write_text(f"{socket.gethostname()}\n" * 2)
     return {
-        "pbs": {"PBS_JOBID": "12.head", "PBS_NODEFILE": str(hosts), "PBS_O_WORKDIR": str(place / "runs/r"),
-                "PBS_ENVIRONMENT": "PBS_BATCH", **({"MPILLM_JOB_RESTART": str(restart)} if restart else {})},
-        "lsf": {"LSB_JOBID": "12", "LSB_DJOB_HOSTFILE": str(hosts), "LSB_DJOB_NUMPROC": "2",
-                "LSB_HOSTS": " ".join([socket.gethostname()] * 2)},
-        "slurm": {"SLURM_JOB_ID": "12", "SLURM_JOB_END_TIME": str(int(time.time()) + 600),
-                  "SLURM_JOB_NODELIST": socket.gethostname(), "SLURM_RESTART_COUNT": str(restart)},
-    }[scheduler]  # fmt: skip
+        "pbs": {
+            "PBS_JOBID": "12.head",
+            "PBS_NODEFILE": str(hosts),
+            "PBS_O_WORKDIR": str(place / "runs/r"),
+            "PBS_ENVIRONMENT": "PBS_BATCH",
+            **({"MPILLM_JOB_RESTART": str(restart)} if restart else {}),
+        },
+        "lsf": {
+            "LSB_JOBID": "12",
+            "LSB_DJOB_HOSTFILE": str(hosts),
+            "LSB_DJOB_NUMPROC": "2",
+            "LSB_HOSTS": " ".join([socket.gethostname()] * 2),
+        },
+        "slurm": {
+            "SLURM_JOB_ID": "12",
+            "SLURM_JOB_END_TIME": str(int(time.time()) + 600),
+            "SLURM_JOB_NODELIST": socket.gethostname(),
+            "SLURM_RESTART_COUNT": str(restart),
+        },
+    }[scheduler]
 
 
-def run_stub(scheduler: str, place: Path, program: str, restart: int = 0, **settings: Any) -> tuple[int, str]:
+def run_stub(
+    scheduler: str, place: Path, program: str, restart: int = 0, **settings: Any
+) -> tuple[int, str]:
     """Run a job's script as the batch system would, with an srun or mpirun that is `program`; (exit code, output)."""
     folder, run = place.parent / "bin", place / "runs/r"
     for name in ("srun", "mpirun"):
@@ -284,14 +354,29 @@ def run_stub(scheduler: str, place: Path, program: str, restart: int = 0, **sett
     capture = Path(place.parent / "script")
     with capture.open("w") as stream:
         submit(
-            options(scheduler=scheduler, dry_run=True, nodes=1, ranks_per_node=2, resume=True, **settings),
-            submitted(place), Site(node_local=f"{place.parent}/local", program=("mpillm",)), Console(stream=stream),
+            options(
+                scheduler=scheduler,
+                dry_run=True,
+                nodes=1,
+                ranks_per_node=2,
+                resume=True,
+                **settings,
+            ),
+            submitted(place),
+            Site(node_local=f"{place.parent}/local", program=("mpillm",)),
+            Console(stream=stream),
             environment_of(place),
-        )  # fmt: skip
+        )
     environment = environment_of(place, RUN=str(run), **allotted(scheduler, place, restart))
     (run / "job.json").write_text('{\n "scheduler": "pbs",\n "id": "12.head",\n "name": "r"\n}\n')
     done = subprocess.run(
-        ["bash", capture], env=environment, text=True, capture_output=True, check=False, timeout=120, cwd=run
+        ["bash", capture],
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=120,
+        cwd=run,
     )
     out = done.stdout + done.stderr
     return done.returncode, out + "".join(path.read_text() for path in run.glob("job-12*.out"))
@@ -312,10 +397,14 @@ def test_the_exit_code_tells_what_became_of_the_run(scheduler: str, place: Path)
     assert run_stub(scheduler, place, word % ("finished", 1))[0] == 0
     assert run_stub(scheduler, place, word % ("running", 0))[0] == 1
     assert run_stub(scheduler, place, word % ("failed", 3))[0] == 3
-    assert run_stub(scheduler, place, "exit 7")[0] == 7, "an outcome of an earlier job is not this one's"
+    assert run_stub(scheduler, place, "exit 7")[0] == 7, (
+        "an outcome of an earlier job is not this one's"
+    )
     assert run_stub(scheduler, place, "exit 0")[0] == 1
     assert run_stub(scheduler, place, word % ("stopped", 75), max_restarts=9)[0] == again
-    asked = {"slurm": calls(bin_folder, "scontrol"), "pbs": calls(bin_folder, "qsub"), "lsf": []}[scheduler]
+    asked = {"slurm": calls(bin_folder, "scontrol"), "pbs": calls(bin_folder, "qsub"), "lsf": []}[
+        scheduler
+    ]
     assert (
         asked
         == {
@@ -350,18 +439,28 @@ def test_a_job_that_is_cancelled_does_not_come_back(place: Path) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize(("scheduler", "sign"), [("slurm", "USR1"), ("lsf", "URG"), ("lsf", "USR2"), ("pbs", "")])
-def test_the_sign_before_the_limit_reaches_the_ranks_each_time(scheduler: str, sign: str, place: Path) -> None:
+@pytest.mark.parametrize(
+    ("scheduler", "sign"), [("slurm", "USR1"), ("lsf", "URG"), ("lsf", "USR2"), ("pbs", "")]
+)
+def test_the_sign_before_the_limit_reaches_the_ranks_each_time(
+    scheduler: str, sign: str, place: Path
+) -> None:
     command(place.parent / "bin", "qsub", "echo 13.head")
     command(place.parent / "bin", "squeue", "echo TIMEOUT")
     # The script's shell is told twice; the ranks save on the second sign only, so none may be lost and none may end
     # the shell's waiting.
-    tell = f"kill -{sign} $PPID; sleep 0.5; kill -{sign} $PPID" if sign else "sleep 4; kill -USR1 $PPID"
+    tell = (
+        f"kill -{sign} $PPID; sleep 0.5; kill -{sign} $PPID"
+        if sign
+        else "sleep 4; kill -USR1 $PPID"
+    )
     program = (
         "n=0; trap 'n=$((n + 1)); if [ $n -eq 2 ]; then echo stopped >\"$RUN/outcome\"; exit 75; fi' USR1; "
         f"({tell}) & for i in {{1..300}}; do sleep 0.1; done; exit 9"
     ).replace("$PPID", '"$JOB_SHELL"')
-    code, out = run_stub(scheduler, place, f"JOB_SHELL=$PPID; {program}", time="1:30:00" if sign else "3s")
+    code, out = run_stub(
+        scheduler, place, f"JOB_SHELL=$PPID; {program}", time="1:30:00" if sign else "3s"
+    )
     assert code == 75, out
     assert out.count("the time limit is near: asking the ranks to save and stop") == 2
 
@@ -373,7 +472,9 @@ def test_staging(place: Path) -> None:
     local = place.parent / "local"
     local.mkdir()
     program = 'data=${*: -1}; data=${data#data.path=}; cat "$data/deep/a b"; echo finished >"$RUN/outcome"'
-    code, out = run_stub("slurm", place, f'if [ "${{*: -2:1}}" = --set ]; then {program}; fi', stage=True)
+    code, out = run_stub(
+        "slurm", place, f'if [ "${{*: -2:1}}" = --set ]; then {program}; fi', stage=True
+    )
     assert code == 0, out
     assert "tokens" in out
     arguments = calls(place.parent / "bin", "srun")
@@ -390,9 +491,14 @@ def test_staging(place: Path) -> None:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("scheduler", ["pbs", "lsf"])
-def test_training_under_the_environment_of(scheduler: str, place: Path, documents: Path, mpillm: Any) -> None:
+def test_training_under_the_environment_of(
+    scheduler: str, place: Path, documents: Path, mpillm: Any
+) -> None:
     """The script of a real run, under the real mpirun: it stops before its limit, is submitted again, and finishes."""
-    assert mpillm("prepare", documents, "--out", place / "prepared", "--tokenizer", "bytes").returncode == 0
+    assert (
+        mpillm("prepare", documents, "--out", place / "prepared", "--tokenizer", "bytes").returncode
+        == 0
+    )
     folder, run = place.parent / "bin", place / "runs/r"
     command(folder, "qsub", "echo 13.head")
     run.mkdir(parents=True)
@@ -402,17 +508,39 @@ def test_training_under_the_environment_of(scheduler: str, place: Path, document
         (run / "job.toml").write_text(recipe.text)
         with (place.parent / "script").open("w") as stream:
             submit(
-                options(scheduler=scheduler, nodes=1, ranks_per_node=2, time="10m", threads=1, oversubscribe=True,
-                        dry_run=True, resume=True),
-                recipe, Site(program=(sys.executable, "-m", "mpillm")), Console(stream=stream), environment_of(place),
-            )  # fmt: skip
+                options(
+                    scheduler=scheduler,
+                    nodes=1,
+                    ranks_per_node=2,
+                    time="10m",
+                    threads=1,
+                    oversubscribe=True,
+                    dry_run=True,
+                    resume=True,
+                ),
+                recipe,
+                Site(program=(sys.executable, "-m", "mpillm")),
+                Console(stream=stream),
+                environment_of(place),
+            )
         path = os.pathsep.join([str(folder), os.path.dirname(sys.executable), os.environ["PATH"]])  # noqa: PTH120
-        environment = {**os.environ, "PATH": path, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        environment = {
+            **os.environ,
+            "PATH": path,
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        }
         for name in [name for name in environment if name.startswith(("PMIX_", "PRTE_", "PMI_"))]:
             del environment[name]
-        process = subprocess.Popen(["bash", place.parent / "script"], env=environment | allotted(scheduler, place))
+        process = subprocess.Popen(
+            ["bash", place.parent / "script"], env=environment | allotted(scheduler, place)
+        )
         log = run / "metrics.jsonl"
-        while stop and process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
+        while (
+            stop
+            and process.poll() is None
+            and not (log.exists() and log.read_text().count("\n") > 3)
+        ):
             time.sleep(0.2)
         if stop:
             # LSF's sign is URG; PBS gives none, so there the script's own timer sends USR1.
@@ -423,7 +551,9 @@ def test_training_under_the_environment_of(scheduler: str, place: Path, document
     assert code == 75, out
     assert (run / "outcome").read_text() == "stopped\n"
     steps = len((run / "metrics.jsonl").read_text().splitlines())
-    assert calls(folder, "qsub") == ([str(run), "-v", "MPILLM_JOB_RESTART=1", "job.sh"] if scheduler == "pbs" else [])
+    assert calls(folder, "qsub") == (
+        [str(run), "-v", "MPILLM_JOB_RESTART=1", "job.sh"] if scheduler == "pbs" else []
+    )
     code, out = once(steps + 3, stop=False)
     assert code == 0, out
     assert (run / "outcome").read_text() == "finished\n"

@@ -50,7 +50,9 @@ def test_replacing_writes_beside_and_renames(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, failure: type[BaseException]) -> None:
+def test_a_failure_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, failure: type[BaseException]
+) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(failure):
@@ -143,7 +145,9 @@ def test_make_folder_makes_parents_and_leaves_no_probe(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["file", "file/below"])
 def test_make_folder_refuses_a_file(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").write_text("text")
-    with pytest.raises(UsageError, match=rf"cannot write into the folder .*{path}: .*; choose a folder"):
+    with pytest.raises(
+        UsageError, match=rf"cannot write into the folder .*{path}: .*; choose a folder"
+    ):
         make_folder(tmp_path / path)
 
 

@@ -8,7 +8,16 @@ import pytest
 from mpillm.system import console
 from mpillm.system.console import Console, binary_bytes, clock
 
-HOSTILE = ["[red]no markup[/red]", "[/]", "a:on:b :smile:", "x[0]", "back\\", "\\[x]", "[link=x]", "é → ×"]
+HOSTILE = [
+    "[red]no markup[/red]",
+    "[/]",
+    "a:on:b :smile:",
+    "x[0]",
+    "back\\",
+    "\\[x]",
+    "[link=x]",
+    "é → ×",
+]
 
 
 class Terminal(io.StringIO):
@@ -45,7 +54,9 @@ def test_text_is_shown_as_it_is(text: str) -> None:
     assert spoken(lambda voice: voice.write(text)) == text
     assert text in spoken(lambda voice: voice.table("title", [text, "b"], [["1", "2"]]))
     assert text in spoken(lambda voice: voice.table("title", ["a", "b"], [[text, "2"]]))
-    assert text in spoken(lambda voice: voice.table(text, ["a", "b"], [["a long enough cell", "another long cell"]]))
+    assert text in spoken(
+        lambda voice: voice.table(text, ["a", "b"], [["a long enough cell", "another long cell"]])
+    )
     assert spoken(lambda voice: voice.facts("title", {text: text})).count(text) == 2
 
 
@@ -54,7 +65,9 @@ def test_a_long_line_is_not_broken_in_a_log() -> None:
 
 
 def test_figures_stand_to_the_right() -> None:
-    lines = spoken(lambda voice: voice.table("sizes", ["name", "bytes"], [["a", "7"], ["b", "1,000"]])).splitlines()
+    lines = spoken(
+        lambda voice: voice.table("sizes", ["name", "bytes"], [["a", "7"], ["b", "1,000"]])
+    ).splitlines()
     assert lines[0].startswith("sizes")
     seven, thousand = (next(line for line in lines if figure in line) for figure in ("7", "1,000"))
     assert seven.rstrip().index("7") == thousand.index("1,000") + len("1,000") - 1
@@ -115,7 +128,8 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (75, "1:15"), (7500, "2:05:00"), (360_000, "100:00:00")]
+    ("seconds", "text"),
+    [(0, "0:00"), (59.6, "1:00"), (75, "1:15"), (7500, "2:05:00"), (360_000, "100:00:00")],
 )
 def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
@@ -123,8 +137,15 @@ def test_clock(seconds: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1023, "1,023 B"), (1536, "1.5 KiB"), (1 << 20, "1.0 MiB"), (-3 << 30, "-3.0 GiB"),
-     (5 << 40, "5.0 TiB"), (1 << 51, "2,048.0 TiB")],
-)  # fmt: skip
+    [
+        (0, "0 B"),
+        (1023, "1,023 B"),
+        (1536, "1.5 KiB"),
+        (1 << 20, "1.0 MiB"),
+        (-3 << 30, "-3.0 GiB"),
+        (5 << 40, "5.0 TiB"),
+        (1 << 51, "2,048.0 TiB"),
+    ],
+)
 def test_binary_bytes(count: float, text: str) -> None:
     assert binary_bytes(count) == text

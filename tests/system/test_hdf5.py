@@ -98,7 +98,9 @@ def test_large_arrays_begin_on_a_page_and_none_overlap(tmp_path: Path) -> None:
     places = write(tmp_path / "a.h5")
     assert places["tokens"].nbytes > hdf5.ALIGNMENT_THRESHOLD_BYTES
     assert places["tokens"].offset % hdf5.ALIGNMENT_BYTES == 0
-    spans = sorted((place.offset, place.offset + place.nbytes) for place in places.values() if place.nbytes)
+    spans = sorted(
+        (place.offset, place.offset + place.nbytes) for place in places.values() if place.nbytes
+    )
     assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
     assert spans[0][0] > 0
     assert spans[-1][1] <= (tmp_path / "a.h5").stat().st_size
@@ -112,7 +114,10 @@ def test_a_truncated_file_is_told(tmp_path: Path) -> None:
     places = write(tmp_path / "a.h5")
     os.truncate(tmp_path / "a.h5", places["tokens"].offset + 1000)
     tokens = np.empty(100_000, "u2")
-    with hdf5.opened(tmp_path / "a.h5") as descriptor, pytest.raises(EOFError, match="the file ends before byte"):
+    with (
+        hdf5.opened(tmp_path / "a.h5") as descriptor,
+        pytest.raises(EOFError, match="the file ends before byte"),
+    ):
         hdf5.read_at(descriptor, tokens, places["tokens"].offset)
 
 
@@ -122,13 +127,17 @@ def test_what_is_no_hdf5_is_told(tmp_path: Path) -> None:
         hdf5.places(tmp_path / "a.h5")
 
 
-def test_a_long_array_moves_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_array_moves_in_several_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hdf5, "LARGEST_CALL_BYTES", 1000)
     write(tmp_path / "a.h5")
     np.testing.assert_array_equal(read(tmp_path / "a.h5")["tokens"], ARRAYS["tokens"])
 
 
-def test_calls_that_move_less_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_move_less_are_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pwrite, preadv = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda to, data, offset: pwrite(to, data[:777], offset))
     monkeypatch.setattr(os, "preadv", lambda of, data, offset: preadv(of, [data[0][:777]], offset))
@@ -147,7 +156,9 @@ def test_opened_closes(tmp_path: Path) -> None:
 def test_block_hashes_tell_which_block_changed() -> None:
     array = np.arange(1000, dtype="u2")
     hashes = hdf5.block_hashes(array, 600)
-    assert hashes.tolist() == [xxhash.xxh3_64_intdigest(array.tobytes()[s : s + 600]) for s in range(0, 2000, 600)]
+    assert hashes.tolist() == [
+        xxhash.xxh3_64_intdigest(array.tobytes()[s : s + 600]) for s in range(0, 2000, 600)
+    ]
     array[350] += 1
     assert np.flatnonzero(hdf5.block_hashes(array, 600) != hashes).tolist() == [1]
     assert hdf5.block_hashes(np.empty((0, 3)), 600).shape == (0,)

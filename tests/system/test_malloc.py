@@ -35,7 +35,11 @@ print(faults() - before)
 def test_what_is_freed_is_not_faulted_in_again():
     """Three times 60 MiB are 46,080 pages."""
     faults = {
-        way: int(subprocess.run([sys.executable, "-c", SCRIPT, way], check=True, capture_output=True, text=True).stdout)
+        way: int(
+            subprocess.run(
+                [sys.executable, "-c", SCRIPT, way], check=True, capture_output=True, text=True
+            ).stdout
+        )
         for way in ("keep", "as it is")
     }
     assert faults["keep"] < 1000 < faults["as it is"]

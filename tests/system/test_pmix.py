@@ -11,7 +11,9 @@ LATE_RANK = Path(__file__).parents[1] / "fixtures" / "late_rank.py"
 
 
 @pytest.mark.alone
-@pytest.mark.skipif(MPI.get_vendor()[0] != "Open MPI", reason="only Open MPI's ranks are started by PMIx")
+@pytest.mark.skipif(
+    MPI.get_vendor()[0] != "Open MPI", reason="only Open MPI's ranks are started by PMIx"
+)
 def test_no_rank_speaks_before_all_are_there(python, tmp_path):
     done = python(LATE_RANK, tmp_path / "late", ranks=3)
     assert done.returncode == 0, done.stderr

@@ -35,12 +35,19 @@ def test_a_permutation_scatters():
     found = permute(np.arange(10_000), 10_000, 1, np.zeros(10_000, np.int64))
     assert abs(np.corrcoef(np.arange(10_000), found)[0, 1]) < 0.05
     assert np.mean(np.diff(found) == 1) < 0.01
-    first = [int(permute(np.zeros(1, np.int64), 10, seed, np.zeros(1, np.int64))[0]) for seed in range(2000)]
+    first = [
+        int(permute(np.zeros(1, np.int64), 10, seed, np.zeros(1, np.int64))[0])
+        for seed in range(2000)
+    ]
     assert np.bincount(first, minlength=10).min() > 120
 
 
 @given(
-    n_tokens=st.integers(2, 5000), context=st.integers(1, 300), seed=seeds, first=st.integers(0, 10**6), data=st.data()
+    n_tokens=st.integers(2, 5000),
+    context=st.integers(1, 300),
+    seed=seeds,
+    first=st.integers(0, 10**6),
+    data=st.data(),
 )
 def test_every_window_fits_and_an_epoch_takes_each_once(n_tokens, context, seed, first, data):
     context = min(context, n_tokens - 1)
@@ -62,16 +69,25 @@ def test_epochs_and_seeds_differ():
     ids = np.arange(order.n_windows)
     assert (order.starts(ids) != order.starts(ids + order.n_windows)).mean() > 0.9
     assert (order.starts(ids) != other.starts(ids)).mean() > 0.9
-    assert len({int(order.starts(ids + e * order.n_windows).min()) for e in range(8)}) > 1  # the phase moves
+    assert (
+        len({int(order.starts(ids + e * order.n_windows).min()) for e in range(8)}) > 1
+    )  # the phase moves
 
 
 def test_the_order_is_the_same_for_ever():
     """Figures kept here: a change would give every resumed run other data."""
     assert mix(np.arange(2, dtype=np.uint64)).tolist() == [0xE220A8397B1DCDAF, 0x910A2DEC89025CC1]
-    assert WindowOrder(100_000, 64, 7).starts(np.array([0, 1, 1561, 10**9])).tolist() == [49817, 59033, 15582, 45414]
+    assert WindowOrder(100_000, 64, 7).starts(np.array([0, 1, 1561, 10**9])).tolist() == [
+        49817,
+        59033,
+        15582,
+        45414,
+    ]
 
 
 def test_too_short_a_dataset_says_its_numbers():
-    with pytest.raises(DataError, match=r"context 64 is 65 tokens, the dataset has 64; .* lower the context to 63"):
+    with pytest.raises(
+        DataError, match=r"context 64 is 65 tokens, the dataset has 64; .* lower the context to 63"
+    ):
         WindowOrder(64, 64, 0)
     assert WindowOrder(65, 64, 0).starts(np.arange(5)).tolist() == [0] * 5

@@ -53,7 +53,9 @@ def decoded(folder, split):
     with open_split(folder, split) as reader:
         for shard in range(len(reader.split.shards)):
             start = int(reader.firsts[shard])
-            for first, last in zip([0, *reader.doc_ends(shard)[:-1]], reader.doc_ends(shard), strict=True):
+            for first, last in zip(
+                [0, *reader.doc_ends(shard)[:-1]], reader.doc_ends(shard), strict=True
+            ):
                 reader.read(start + int(first), ids := np.empty(last - first, reader.dtype))
                 assert ids[-1] == tokenizer.eot_id
                 assert tokenizer.eot_id not in ids[:-1]
@@ -63,13 +65,17 @@ def decoded(folder, split):
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
 @pytest.mark.parametrize("validation", [0.2, 0.0])
-def test_any_number_of_ranks_gives_the_same_bytes(corpus, folder, comm, tokenizer, validation, monkeypatch):
+def test_any_number_of_ranks_gives_the_same_bytes(
+    corpus, folder, comm, tokenizer, validation, monkeypatch
+):
     monkeypatch.setattr("mpillm.tokens.sources.JSONL_PIECE_BYTES", 5000)
     small = {"vocab_size": 300, "shard_bytes": 8192, "tokenizer_bytes": 30_000}
     options = PrepareOptions(corpus, folder / "all", tokenizer, validation=validation, **small)
     manifest = prepare(options, comm, QUIET)
     if comm.rank == 0:
-        alone = prepare(dataclasses.replace(options, out=folder / "alone", workers=5), MPI.COMM_SELF, QUIET)
+        alone = prepare(
+            dataclasses.replace(options, out=folder / "alone", workers=5), MPI.COMM_SELF, QUIET
+        )
         assert contents(folder / "all") == contents(folder / "alone")
         assert alone.manifest_hash == manifest.manifest_hash
         assert len(manifest.splits["train"].shards) >= 3
@@ -79,8 +85,14 @@ def test_any_number_of_ranks_gives_the_same_bytes(corpus, folder, comm, tokenize
 
 
 def test_the_texts_come_back_shuffled_with_their_duplicates(corpus, folder, comm):
-    manifest = prepare(PrepareOptions(corpus, folder / "out", "bytes", validation=0.2, shard_bytes=16384), comm, QUIET)
-    given = [path.read_text() for path in (folder / "texts").iterdir()] + [(folder / "big.txt").read_text()]
+    manifest = prepare(
+        PrepareOptions(corpus, folder / "out", "bytes", validation=0.2, shard_bytes=16384),
+        comm,
+        QUIET,
+    )
+    given = [path.read_text() for path in (folder / "texts").iterdir()] + [
+        (folder / "big.txt").read_text()
+    ]
     given += [json.loads(line)["text"] for line in (folder / "a.jsonl").read_text().splitlines()]
     given = [text for text in given if text.strip()]
     train, validation = decoded(folder / "out", "train"), decoded(folder / "out", "validation")
@@ -89,13 +101,20 @@ def test_the_texts_come_back_shuffled_with_their_duplicates(corpus, folder, comm
     assert not set(train) & set(validation)
     for name, texts in (("train", train), ("validation", validation)):
         split = manifest.splits[name]
-        assert (split.n_docs, split.n_bytes) == (len(texts), sum(len(text.encode()) for text in texts))
+        assert (split.n_docs, split.n_bytes) == (
+            len(texts),
+            sum(len(text.encode()) for text in texts),
+        )
         assert split.n_tokens == split.n_bytes + split.n_docs
 
 
 def test_another_seed_is_another_order(corpus, folder, comm):
     for seed in (0, 1):
-        prepare(PrepareOptions(corpus[:1], folder / f"{seed}", "bytes", validation=0.0, seed=seed), comm, QUIET)
+        prepare(
+            PrepareOptions(corpus[:1], folder / f"{seed}", "bytes", validation=0.0, seed=seed),
+            comm,
+            QUIET,
+        )
     zero, one = decoded(folder / "0", "train"), decoded(folder / "1", "train")
     assert sorted(zero) == sorted(one)
     assert zero != one
@@ -103,7 +122,9 @@ def test_another_seed_is_another_order(corpus, folder, comm):
 
 def test_one_document_is_cut_in_two(corpus, folder, comm):
     console, said = heard(comm)
-    manifest = prepare(PrepareOptions(corpus[2:], folder / "out", "bytes", validation=0.1), comm, console)
+    manifest = prepare(
+        PrepareOptions(corpus[2:], folder / "out", "bytes", validation=0.1), comm, console
+    )
     [train], [validation] = decoded(folder / "out", "train"), decoded(folder / "out", "validation")
     assert train + validation == (folder / "big.txt").read_text()
     assert len(validation) == pytest.approx(3900, abs=13)
@@ -139,9 +160,15 @@ def test_preparing_twice(corpus, folder, comm):
     options = PrepareOptions(corpus[:1], folder / "out", "bytes")
     first = prepare(options, comm, QUIET)
     console, said = heard(comm)
-    assert prepare(dataclasses.replace(options, workers=9), comm, console).manifest_hash == first.manifest_hash
+    assert (
+        prepare(dataclasses.replace(options, workers=9), comm, console).manifest_hash
+        == first.manifest_hash
+    )
     assert comm.rank or "already prepared" in said.getvalue()
-    with pytest.raises(UsageError, match=r"prepared otherwise \(seed 0 there, 4 now, content .*\); give --overwrite"):
+    with pytest.raises(
+        UsageError,
+        match=r"prepared otherwise \(seed 0 there, 4 now, content .*\); give --overwrite",
+    ):
         prepare(dataclasses.replace(options, seed=4), comm, QUIET)
     comm.Barrier()
     if comm.rank == 0:
@@ -187,15 +214,21 @@ def test_an_interruption_leaves_no_folder(corpus, folder, comm, monkeypatch):
     monkeypatch.setattr("mpillm.tokens.shuffle.write_shard", interrupt)
     with pytest.raises(KeyboardInterrupt):
         # Each rank on its own: an interrupted rank leaves the others waiting, and the command line ends them.
-        prepare(PrepareOptions(corpus[:1], folder / f"out{comm.rank}", "bytes"), MPI.COMM_SELF, QUIET)
+        prepare(
+            PrepareOptions(corpus[:1], folder / f"out{comm.rank}", "bytes"), MPI.COMM_SELF, QUIET
+        )
     assert not list(folder.glob(f"*out{comm.rank}*"))
 
 
 def test_a_foreign_tokenizer_with_its_end_of_text_named(corpus, folder, comm):
     if comm.rank == 0:
-        (folder / "foreign.json").write_text(train_bpe(["x"], 257).to_json().replace("<|endoftext|>", "[FIN]"))
+        (folder / "foreign.json").write_text(
+            train_bpe(["x"], 257).to_json().replace("<|endoftext|>", "[FIN]")
+        )
     comm.Barrier()
-    options = PrepareOptions(corpus[:1], folder / "out", str(folder / "foreign.json"), end_of_text="[FIN]")
+    options = PrepareOptions(
+        corpus[:1], folder / "out", str(folder / "foreign.json"), end_of_text="[FIN]"
+    )
     manifest = prepare(options, comm, QUIET)
     assert manifest.tokenizer["name"] == "foreign"
     assert manifest.load_tokenizer().end_of_text == "[FIN]"
@@ -206,7 +239,9 @@ def test_bytes_that_are_not_utf8_are_told(folder, comm):
     if comm.rank == 0:
         (folder / "texts").mkdir()
         for name in ("a", "b", "c"):
-            (folder / "texts" / name).write_bytes(b"caf\xe9\n" * (1 if name == "a" else 4) if name != "b" else b"fine")
+            (folder / "texts" / name).write_bytes(
+                b"caf\xe9\n" * (1 if name == "a" else 4) if name != "b" else b"fine"
+            )
     comm.Barrier()
     console, said = heard(comm)
     prepare(PrepareOptions((str(folder / "texts"),), folder / "out", "bytes"), comm, console)

@@ -62,7 +62,9 @@ def test_a_batch_is_the_same_however_it_is_shared(dataset, readahead):
         assert batch.starts.tolist() == whole.order.starts(step * 12 + np.arange(12)).tolist()
         for ranks in (2, 3, 4, 12):
             sampler = Sampler(reader, CONTEXT, 12, 3, readahead)
-            shares = [sampler.windows(step, rank * 12 // ranks, 12 // ranks) for rank in range(ranks)]
+            shares = [
+                sampler.windows(step, rank * 12 // ranks, 12 // ranks) for rank in range(ranks)
+            ]
             assert np.array_equal(np.concatenate([s.tokens_BT for s in shares]), batch.tokens_BT)
             assert np.array_equal(np.concatenate([s.ends for s in shares]), batch.ends)
         for row, start in enumerate(batch.starts.tolist()):
@@ -76,12 +78,18 @@ def test_all_ranks_together_hold_the_batch(dataset, comm):
     for step in range(5):
         mine = sampler.windows(step, 4 * comm.rank, 4)
         gathered = np.concatenate(comm.allgather(mine.starts))
-        assert gathered.tolist() == sampler.order.starts(step * 4 * comm.size + np.arange(4 * comm.size)).tolist()
+        assert (
+            gathered.tolist()
+            == sampler.order.starts(step * 4 * comm.size + np.arange(4 * comm.size)).tolist()
+        )
 
 
 def test_a_reused_buffer(dataset):
     reader, _, _ = dataset
-    sampler, other = Sampler(reader, CONTEXT, 8, 0), Sampler(reader, CONTEXT, 8, 0, boundaries=False)
+    sampler, other = (
+        Sampler(reader, CONTEXT, 8, 0),
+        Sampler(reader, CONTEXT, 8, 0, boundaries=False),
+    )
     buffer = np.empty((8, CONTEXT + 1), reader.dtype)
     for step in range(3):
         fresh, reused = sampler.windows(step, 0, 8), other.windows(step, 0, 8, buffer)
@@ -104,11 +112,21 @@ def test_a_dataset_shorter_than_a_window(dataset):
         Sampler(reader, len(tokens), 1, 0)
 
 
-@given(n_tokens=st.integers(2, 3000), context=st.integers(1, 400), rows=st.integers(1, 9), ranks=st.integers(1, 4))
+@given(
+    n_tokens=st.integers(2, 3000),
+    context=st.integers(1, 400),
+    rows=st.integers(1, 9),
+    ranks=st.integers(1, 4),
+)
 def test_evaluation_foretells_each_token_once(n_tokens, context, rows, ranks):
     batches = evaluation_batches(n_tokens, context, rows)
     shared = [batch for rank in range(ranks) for batch in batches[rank::ranks]]
-    targets = [b.start + r * b.length + i + 1 for b in shared for r in range(b.rows) for i in range(b.length)]
+    targets = [
+        b.start + r * b.length + i + 1
+        for b in shared
+        for r in range(b.rows)
+        for i in range(b.length)
+    ]
     assert sorted(targets) == list(range(1, n_tokens))
     assert all(b.rows <= rows and b.length <= context for b in batches)
 

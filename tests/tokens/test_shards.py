@@ -32,7 +32,9 @@ def dataset(tmp_path):
     """Three shards, and all their tokens."""
     attributes = {"vocab_size": 257, "split": "train"}
     contents = [documents(lengths, seed=i) for i, lengths in enumerate(LENGTHS)]
-    shards = [write_shard(tmp_path / f"train-{i:05d}.h5", c, attributes) for i, c in enumerate(contents)]
+    shards = [
+        write_shard(tmp_path / f"train-{i:05d}.h5", c, attributes) for i, c in enumerate(contents)
+    ]
     split = Split(sum(s.n_tokens for s in shards), sum(s.n_docs for s in shards), 1, tuple(shards))
     splits = {"train": split, "validation": Split(0, 0, 0, ())}
     Manifest(tmp_path, tokenizer_facts(byte_tokenizer()), {}, splits).save()
@@ -54,9 +56,15 @@ def test_hdf5_reads_what_was_written(tmp_path, dtype):
         assert file["doc_ends"].id.get_offset() == info.doc_ends_offset
         assert len(file["block_xxh3"]) == -(-written.tokens.nbytes // BLOCK_BYTES)
         assert dict(file.attrs) == {
-            "format": "mpillm.tokens", "version": 1, "n_tokens": 700_009, "n_docs": 4, "block_bytes": BLOCK_BYTES,
-            "complete": True, "seed": 3, "split": "train",
-        }  # fmt: skip
+            "format": "mpillm.tokens",
+            "version": 1,
+            "n_tokens": 700_009,
+            "n_docs": 4,
+            "block_bytes": BLOCK_BYTES,
+            "complete": True,
+            "seed": 3,
+            "split": "train",
+        }
 
 
 def test_equal_contents_give_equal_bytes(tmp_path):
@@ -69,15 +77,26 @@ def test_reading_across_shards(dataset):
     folder, tokens = dataset
     with open_split(folder) as reader:
         assert (reader.n_tokens, reader.n_docs) == (len(tokens), 7)
-        for start, count in [(0, len(tokens)), (700_000, 60), (700_008, 3), (700_009, 2), (5, 1), (len(tokens), 0)]:
+        for start, count in [
+            (0, len(tokens)),
+            (700_000, 60),
+            (700_008, 3),
+            (700_009, 2),
+            (5, 1),
+            (len(tokens), 0),
+        ]:
             out = np.empty(count, reader.dtype)
             reader.read(start, out)
             assert np.array_equal(out, tokens[start : start + count])
-        assert [reader.doc_ends(i).tolist() for i in range(3)] == [np.cumsum(x).tolist() for x in LENGTHS]
+        assert [reader.doc_ends(i).tolist() for i in range(3)] == [
+            np.cumsum(x).tolist() for x in LENGTHS
+        ]
         reader.close()
         reader.read(1, out := np.empty(3, reader.dtype))
         assert np.array_equal(out, tokens[1:4])
-        with pytest.raises(DataError, match=r"has 700,111 tokens of uint16, asked for 9 of uint16 from 700,110"):
+        with pytest.raises(
+            DataError, match=r"has 700,111 tokens of uint16, asked for 9 of uint16 from 700,110"
+        ):
             reader.read(700_110, np.empty(9, reader.dtype))
 
 
@@ -103,7 +122,9 @@ def test_another_tokenizer(dataset):
 
 
 def test_a_folder_that_is_no_dataset(tmp_path):
-    with pytest.raises(DataError, match=r"is no prepared dataset: it has no manifest\.json; make one with"):
+    with pytest.raises(
+        DataError, match=r"is no prepared dataset: it has no manifest\.json; make one with"
+    ):
         open_split(tmp_path)
 
 
@@ -129,7 +150,9 @@ def test_missing_and_changed_shards(dataset):
     path = folder / "train-00001.h5"
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
-    with pytest.raises(DataError, match=rf"train-00001\.h5 is cut short: expected {len(whole):,} bytes, found"):
+    with pytest.raises(
+        DataError, match=rf"train-00001\.h5 is cut short: expected {len(whole):,} bytes, found"
+    ):
         open_split(folder)
     path.write_bytes(whole + b"x")
     with pytest.raises(DataError, match="not the file that was written"):
@@ -159,7 +182,9 @@ def test_a_file_that_shrinks_while_it_is_read(dataset):
 
 def test_a_split_that_is_not_there(dataset):
     folder, _ = dataset
-    with pytest.raises(DataError, match=r"no validation split \(it has train\); prepare it with a --validation"):
+    with pytest.raises(
+        DataError, match=r"no validation split \(it has train\); prepare it with a --validation"
+    ):
         open_split(folder, "validation")
     with pytest.raises(DataError, match="no test split"):
         open_split(folder, "test")

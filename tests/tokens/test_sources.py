@@ -19,7 +19,9 @@ def own(tmp_path):
 
 
 def documents(names, **settings):
-    return [text for piece in list_pieces(names, **settings) for text in read_piece(piece).documents]
+    return [
+        text for piece in list_pieces(names, **settings) for text in read_piece(piece).documents
+    ]
 
 
 def test_a_text_file_is_one_document(own):
@@ -43,7 +45,9 @@ def test_a_folder_in_the_order_of_its_names(own):
 def test_jsonl_pieces_hold_what_the_file_holds(own, piece_bytes, monkeypatch):
     texts = ["", "short", "é" * 40, "two\nlines", "😀", "last"]
     path = own / "a.jsonl"
-    path.write_text("\n".join(json.dumps({"text": t, "id": 1}, ensure_ascii=False) for t in texts) + "\n\n")
+    path.write_text(
+        "\n".join(json.dumps({"text": t, "id": 1}, ensure_ascii=False) for t in texts) + "\n\n"
+    )
     monkeypatch.setattr(sources, "JSONL_PIECE_BYTES", piece_bytes)
     pieces = list_pieces([str(path)])
     assert sum(piece.nbytes for piece in pieces) == path.stat().st_size
@@ -69,7 +73,9 @@ def test_a_bad_line_is_named(own, line, says, monkeypatch):
 
 
 def test_bytes_that_are_not_utf8_are_replaced_and_counted(own):
-    (own / "latin.txt").write_bytes("caf\xe9 \xfc\ufffd".encode("latin-1", "ignore") + "\ufffd".encode())
+    (own / "latin.txt").write_bytes(
+        "caf\xe9 \xfc\ufffd".encode("latin-1", "ignore") + "\ufffd".encode()
+    )
     [piece] = list_pieces([str(own / "latin.txt")])
     texts = read_piece(piece)
     assert (texts.documents, texts.replaced) == (["caf\ufffd \ufffd\ufffd"], 2)
@@ -98,7 +104,9 @@ def test_missing_and_empty_sources(own):
 def test_the_standard_library():
     pieces = list_pieces(["stdlib"])
     assert 8e6 < sum(piece.nbytes for piece in pieces) < 20e6
-    assert not [piece for piece in pieces if "/test/" in piece.path or "site-packages" in piece.path]
+    assert not [
+        piece for piece in pieces if "/test/" in piece.path or "site-packages" in piece.path
+    ]
     assert any(piece.path.endswith("/json/decoder.py") for piece in pieces)
 
 

@@ -10,11 +10,21 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 from mpillm.errors import DataError, UsageError
-from mpillm.tokens.tokenizer import PART_CHARACTERS, Tokenizer, byte_tokenizer, token_dtype, train_bpe
+from mpillm.tokens.tokenizer import (
+    PART_CHARACTERS,
+    Tokenizer,
+    byte_tokenizer,
+    token_dtype,
+    train_bpe,
+)
 
 pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="no messages: serial pass only")
 
-TEXTS = ["the cat sat on the mat\n", "naïve café 😀 – the end", "def f(x):\n    return x + 1\n\n\n  \nlast  line"] * 9
+TEXTS = [
+    "the cat sat on the mat\n",
+    "naïve café 😀 – the end",
+    "def f(x):\n    return x + 1\n\n\n  \nlast  line",
+] * 9
 BPE = train_bpe(TEXTS, 400)
 BYTES = byte_tokenizer()
 BOTH = pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
@@ -51,11 +61,20 @@ def test_a_stream_holds_back_half_a_character():
 
 def test_a_stream_of_a_tokenizer_that_is_not_byte_level():
     """Metaspace drops the first space of what it decodes: a stream must not lose the others."""
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁a": 0, "▁b": 1, "</s>": 2, "é": 3}, "</s>"))
-    inner.pre_tokenizer, inner.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"▁a": 0, "▁b": 1, "</s>": 2, "é": 3}, "</s>")
+    )
+    inner.pre_tokenizer, inner.decoder = (
+        tokenizers.pre_tokenizers.Metaspace(),
+        tokenizers.decoders.Metaspace(),
+    )
     foreign = Tokenizer.from_json(inner.to_str())
     stream = foreign.stream()
-    assert "".join([*map(stream.push, [0, 1, 3, 0]), stream.finish()]) == foreign.decode([0, 1, 3, 0]) == "a bé a"
+    assert (
+        "".join([*map(stream.push, [0, 1, 3, 0]), stream.finish()])
+        == foreign.decode([0, 1, 3, 0])
+        == "a bé a"
+    )
 
 
 @BOTH
@@ -64,7 +83,11 @@ def test_the_json_is_kept_as_it_is(tokenizer, folder, comm):
     path.write_text(tokenizer.to_json())
     again = Tokenizer.load(path)
     assert again.to_json() == tokenizer.to_json()
-    assert (again.sha256, again.vocab_size, again.eot_id) == (tokenizer.sha256, tokenizer.vocab_size, tokenizer.eot_id)
+    assert (again.sha256, again.vocab_size, again.eot_id) == (
+        tokenizer.sha256,
+        tokenizer.vocab_size,
+        tokenizer.eot_id,
+    )
     assert again.name == f"own-{comm.rank}"
 
 
@@ -85,7 +108,9 @@ def test_a_special_token_in_a_text_is_text():
 
 
 def test_a_long_text_is_cut_without_changing_an_id():
-    text = "".join(f"line {i} \n\n  \t\nx = {i}\n\n" + "y\n" * (i % 7) for i in range(PART_CHARACTERS // 8))
+    text = "".join(
+        f"line {i} \n\n  \t\nx = {i}\n\n" + "y\n" * (i % 7) for i in range(PART_CHARACTERS // 8)
+    )
     assert len(text) > 2 * PART_CHARACTERS
     assert BPE.encode(text) == tokenizers.Tokenizer.from_str(BPE.to_json()).encode(text).ids
     assert BPE.decode(BPE.encode_batch([text])[0]) == text

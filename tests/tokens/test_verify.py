@@ -19,7 +19,9 @@ def dataset(folder, comm):
         for number in range(40):
             (folder / "texts" / f"{number}.txt").write_text(f"document {number}\n" * 8000)
     comm.Barrier()
-    options = PrepareOptions((str(folder / "texts"),), folder / "out", "bytes", validation=0.1, shard_bytes=3 << 20)
+    options = PrepareOptions(
+        (str(folder / "texts"),), folder / "out", "bytes", validation=0.1, shard_bytes=3 << 20
+    )
     prepare(options, comm, QUIET)
     return folder / "out"
 
@@ -56,7 +58,9 @@ def test_a_flipped_bit_is_found_in_its_block(dataset, comm, block):
         flip(dataset / shard.file, stop - 1)
     comm.Barrier()
     said = fault(dataset, comm)
-    assert f"{shard.file} is damaged in block {block} of /tokens (bytes {start:,} to {stop:,})" in said
+    assert (
+        f"{shard.file} is damaged in block {block} of /tokens (bytes {start:,} to {stop:,})" in said
+    )
 
 
 @pytest.mark.parametrize("place", ["attributes", "doc_ends", "last"])

@@ -25,7 +25,9 @@ def over_two_hosts(python: Run) -> Run:
 
     def run(*command: str | Path) -> "subprocess.CompletedProcess[str]":
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-        return python("-c", START, TWO_HOSTS, "--rate", "1gbit", "--ranks-per-host", "2", *command, PATH=path)
+        return python(
+            "-c", START, TWO_HOSTS, "--rate", "1gbit", "--ranks-per-host", "2", *command, PATH=path
+        )
 
     # Open MPI's mpirun may wait for ever for processes that end before it has heard of all of them, as `true` would.
     tried = run("sleep", "1")
@@ -51,17 +53,24 @@ def losses(run: Path) -> list[float]:
 
 
 def started_on(run: Path) -> dict[str, list[int]]:
-    hosts: dict[str, list[int]] = json.loads((run / "history.jsonl").read_text().splitlines()[0])["hosts"]
+    hosts: dict[str, list[int]] = json.loads((run / "history.jsonl").read_text().splitlines()[0])[
+        "hosts"
+    ]
     return hosts
 
 
-def test_losses_are_those_of_one_host(over_two_hosts: Run, mpillm: Run, data: Path, folder: Path) -> None:
+def test_losses_are_those_of_one_host(
+    over_two_hosts: Run, mpillm: Run, data: Path, folder: Path
+) -> None:
     path = recipe(folder, data)
 
     def trained(by: Run, name: str, *settings: str, **how: object) -> Path:
         run = folder / name
         done = by(
-            "train", path, *(word for setting in (f"train.run={run}", *settings) for word in ("--set", setting)), **how
+            "train",
+            path,
+            *(word for setting in (f"train.run={run}", *settings) for word in ("--set", setting)),
+            **how,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return run
@@ -71,14 +80,20 @@ def test_losses_are_those_of_one_host(over_two_hosts: Run, mpillm: Run, data: Pa
     shared = trained(over_two_hosts, "batch shared")
     assert started_on(shared) == {"host1": [0, 1], "host2": [2, 3]}
     assert losses(shared) == pytest.approx(expected, rel=1e-5)
-    layers = trained(over_two_hosts, "layers shared", "parallel.pipeline=2", "train.fixed_order=true")
+    layers = trained(
+        over_two_hosts, "layers shared", "parallel.pipeline=2", "train.fixed_order=true"
+    )
     assert started_on(layers) == {"host1": [0, 1], "host2": [2, 3]}
     assert losses(layers) == expected
 
 
 def test_every_algorithm_sums_right(over_two_hosts: Run) -> None:
-    done = over_two_hosts("bench", "allreduce", "--sizes", "4K,256K", "--iterations", "3", "--check", "--json")
+    done = over_two_hosts(
+        "bench", "allreduce", "--sizes", "4K,256K", "--iterations", "3", "--check", "--json"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [row for row in json.loads(done.stdout)["results"][0]["rows"] if row["algorithm"] != "floor"]
+    rows = [
+        row for row in json.loads(done.stdout)["results"][0]["rows"] if row["algorithm"] != "floor"
+    ]
     assert {"two-level", "native"} <= {row["algorithm"] for row in rows}
     assert all(row["wrong"] == 0 for row in rows)

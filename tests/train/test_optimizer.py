@@ -28,7 +28,9 @@ def test_the_middle_of_each_schedule() -> None:
     assert rates(steps, schedule="cosine")[55] == pytest.approx(0.55, abs=0.01)
     assert rates(steps, schedule="linear")[55] == pytest.approx(0.55, abs=0.01)
     assert rates(schedule="constant-then-decay", decay_share=0.2)[79] == 1.0
-    assert rates(schedule="constant-then-decay", decay_share=0.2)[90] == pytest.approx(0.55, abs=0.05)
+    assert rates(schedule="constant-then-decay", decay_share=0.2)[90] == pytest.approx(
+        0.55, abs=0.05
+    )
 
 
 def test_short_runs_have_rates_too() -> None:
@@ -37,8 +39,12 @@ def test_short_runs_have_rates_too() -> None:
 
 
 def test_decay_acts_on_matrices_only() -> None:
-    model = create(DecoderConfig(layers=1, width=16, heads=2, vocab_size=20, context=8, bias=True), seed=0)
-    optimizer = make_optimizer(model.parameters(), OptimizerSettings(learning_rate=0.1, weight_decay=0.5))
+    model = create(
+        DecoderConfig(layers=1, width=16, heads=2, vocab_size=20, context=8, bias=True), seed=0
+    )
+    optimizer = make_optimizer(
+        model.parameters(), OptimizerSettings(learning_rate=0.1, weight_decay=0.5)
+    )
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
@@ -69,4 +75,6 @@ def test_the_state_of_a_new_optimizer_is_whole() -> None:
         tensor.copy_(optimizer_tensors(dict(model.named_parameters()), optimizer)[name])
     step(model, optimizer)
     step(other, carried)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )

@@ -47,7 +47,9 @@ def layouts(ranks: int) -> list[dict[str, object]]:
     return found + ([{"pipeline": 2, "data": 2}] if ranks == 4 else [])
 
 
-def test_fifty_steps_have_the_bits_of_one_rank(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+def test_fifty_steps_have_the_bits_of_one_rank(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
     alone = folder / "alone"
     if comm.rank == 0:
         train(recipe(data, alone), MPI.COMM_SELF, QUIET)
@@ -61,7 +63,9 @@ def test_fifty_steps_have_the_bits_of_one_rank(data: Path, folder: Path, comm: M
         assert len(metrics(run, "loss")) == 50
 
 
-def test_without_it_fifty_steps_agree_within_rounding(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+def test_without_it_fifty_steps_agree_within_rounding(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
     alone, free = folder / "alone", {"fixed_order": False}
     if comm.rank == 0:
         train(recipe(data, alone, train=free), MPI.COMM_SELF, QUIET)
@@ -82,12 +86,19 @@ def test_a_run_goes_on_under_another_layout(data: Path, folder: Path, comm: MPI.
         train(recipe(data, halves, train={"steps": 6}, optimizer=steady), MPI.COMM_SELF, QUIET)
     comm.Barrier()
     parallel = {"pipeline": comm.size, "schedule": "interleaved"}
-    train(recipe(data, halves, train={"steps": 12}, optimizer=steady, parallel=parallel), comm, QUIET, resume=True)
+    train(
+        recipe(data, halves, train={"steps": 12}, optimizer=steady, parallel=parallel),
+        comm,
+        QUIET,
+        resume=True,
+    )
     assert metrics(halves, "loss", "grad_norm") == metrics(whole, "loss", "grad_norm")
     assert hashes(halves, comm) == hashes(whole, comm)
 
 
-def test_a_pipeline_s_checkpoint_serves_one_rank(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+def test_a_pipeline_s_checkpoint_serves_one_rank(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
     run = folder / "run"
     train(recipe(data, run, train={"steps": 5}, parallel={"pipeline": comm.size}), comm, QUIET)
     loaded = load(run, comm, QUIET)
@@ -100,10 +111,17 @@ def test_a_pipeline_s_checkpoint_serves_one_rank(data: Path, folder: Path, comm:
 
 def test_a_trace_shows_every_rank_and_action(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
     run = folder / "run"
-    train(recipe(data, run, train={"steps": 3}, parallel={"pipeline": comm.size}), comm, QUIET, trace=True)
+    train(
+        recipe(data, run, train={"steps": 3}, parallel={"pipeline": comm.size}),
+        comm,
+        QUIET,
+        trace=True,
+    )
     trace = json.loads((run / "trace.json").read_text())
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
-    tracks = {event["tid"]: event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"}
+    tracks = {
+        event["tid"]: event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"
+    }
     assert tracks == {rank: f"rank {rank} (data 0, pipeline {rank})" for rank in range(comm.size)}
     named = {(event["tid"], event["args"]["step"], event["name"]) for event in events}
     for rank in range(comm.size):
@@ -120,11 +138,20 @@ def test_a_trace_shows_every_rank_and_action(data: Path, folder: Path, comm: MPI
         assert all(bubble > 0 for (bubble,) in metrics(run, "bubble"))
 
 
-def test_a_mask_of_documents_reaches_every_stage(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+def test_a_mask_of_documents_reaches_every_stage(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
     masked = {"path": str(data), "document_mask": True}
-    for name, ranks, parallel in (("alone", MPI.COMM_SELF, {}), ("run", comm, {"pipeline": comm.size})):
+    for name, ranks, parallel in (
+        ("alone", MPI.COMM_SELF, {}),
+        ("run", comm, {"pipeline": comm.size}),
+    ):
         if comm.rank == 0 or name == "run":
-            train(recipe(data, folder / name, data=masked, train={"steps": 4}, parallel=parallel), ranks, QUIET)
+            train(
+                recipe(data, folder / name, data=masked, train={"steps": 4}, parallel=parallel),
+                ranks,
+                QUIET,
+            )
         comm.Barrier()
     assert metrics(folder / "run", "loss") == metrics(folder / "alone", "loss")
 
@@ -138,7 +165,11 @@ def test_a_mask_of_documents_reaches_every_stage(data: Path, folder: Path, comm:
     ],
 )
 def test_impossible_layouts_are_refused_before_there_is_a_folder(
-    data: Path, folder: Path, comm: MPI.Intracomm, sections: dict[str, dict[str, object]], words: str
+    data: Path,
+    folder: Path,
+    comm: MPI.Intracomm,
+    sections: dict[str, dict[str, object]],
+    words: str,
 ) -> None:
     with pytest.raises((LayoutError, ValueError), match=words):
         train(recipe(data, folder / "run", **sections), comm, QUIET)

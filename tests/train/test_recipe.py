@@ -31,11 +31,25 @@ def test_a_shape_is_the_ground_for_the_models_own_keys(tmp_path: Path) -> None:
 
 def test_overrides_replace_keys_by_type(tmp_path: Path) -> None:
     recipe = load(
-        tmp_path, GOOD, "train.steps=20", "optimizer.learning_rate=3e-4", "train.run=runs/a b", "model.tied=false",
-        "optimizer.schedule=linear", 'data.path="elsewhere"',
-    )  # fmt: skip
-    assert (recipe.train.steps, recipe.optimizer.learning_rate, recipe.train.run) == (20, 3e-4, "runs/a b")
-    assert (recipe.model.tied, recipe.optimizer.schedule, recipe.data.path) == (False, "linear", "elsewhere")
+        tmp_path,
+        GOOD,
+        "train.steps=20",
+        "optimizer.learning_rate=3e-4",
+        "train.run=runs/a b",
+        "model.tied=false",
+        "optimizer.schedule=linear",
+        'data.path="elsewhere"',
+    )
+    assert (recipe.train.steps, recipe.optimizer.learning_rate, recipe.train.run) == (
+        20,
+        3e-4,
+        "runs/a b",
+    )
+    assert (recipe.model.tied, recipe.optimizer.schedule, recipe.data.path) == (
+        False,
+        "linear",
+        "elsewhere",
+    )
 
 
 def test_a_run_is_named_after_its_recipe(tmp_path: Path) -> None:
@@ -59,7 +73,10 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
         ("train.steps=1.5", "train.steps = 1.5"),
         ("train.steps=true", "train.steps = True"),
         ("train.steps=0", "train.steps = 0: input should be greater than 0"),
-        ("parallel.stages=even", "parallel.stages = 'even': input should be 'auto' or input should be a valid array"),
+        (
+            "parallel.stages=even",
+            "parallel.stages = 'even': input should be 'auto' or input should be a valid array",
+        ),
         ("parallel.pipeline=0", "parallel.pipeline = 0: input should be greater than 0"),
         ("model.heads=7", "width 128 is not divisible by 7 heads; use a width of 126 or 133"),
         ("model.shape=tny", "model.shape = 'tny' is unknown, did you mean tiny"),
@@ -72,7 +89,9 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
         ("data.path=''", "data.path"),
     ],
 )
-def test_a_fault_is_told_with_the_nearest_legal_word(tmp_path: Path, override: str, words: str) -> None:
+def test_a_fault_is_told_with_the_nearest_legal_word(
+    tmp_path: Path, override: str, words: str
+) -> None:
     with pytest.raises(RecipeError, match=words):
         load(tmp_path, GOOD, override)
 
@@ -94,6 +113,8 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         load(tmp_path, "[train\n")
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("jobs/recipes/*.toml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[2].glob("jobs/recipes/*.toml")), ids=lambda p: p.name
+)
 def test_the_recipes_that_we_ship_are_good(path: Path) -> None:
     assert load_recipe(path).data.path

@@ -72,8 +72,12 @@ def history(run: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on(data: Path, folder: Path, begin, number: signal.Signals) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG]
+)
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
+    data: Path, folder: Path, begin, number: signal.Signals
+) -> None:  # type: ignore[no-untyped-def]
     run = folder / "run"
     process = begin("train", write_recipe(folder, data))
     wait_for(lambda: len(steps_of(run)) > 3, process)
@@ -82,7 +86,10 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(data: Path, folder: Path,
     assert process.returncode == 75, errors
     done = steps_of(run)
     assert done == list(range(1, len(done) + 1))
-    assert f"mpillm: stopped: {number.name} on rank 0; the run is saved as {run}/checkpoints/step-" in errors
+    assert (
+        f"mpillm: stopped: {number.name} on rank 0; the run is saved as {run}/checkpoints/step-"
+        in errors
+    )
     assert "Traceback" not in errors
     assert not list((run / "checkpoints").glob(".*"))
     assert (run / OUTCOME).read_text() == "stopped\n"
@@ -91,16 +98,27 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(data: Path, folder: Path,
     checkpoint.verify()
     assert checkpoint.step == done[-1]
     assert [(event["event"], event["step"]) for event in history(run)] == [
-        ("started", 0), ("saved", done[-1]), ("stopped", done[-1])
-    ]  # fmt: skip
+        ("started", 0),
+        ("saved", done[-1]),
+        ("stopped", done[-1]),
+    ]
 
 
 @pytest.mark.alone
-def test_all_ranks_stop_behind_one_step_when_one_is_asked(data: Path, folder: Path, mpillm, begin) -> None:  # type: ignore[no-untyped-def]
-    run, recipe = folder / "run", write_recipe(folder, data, steps=400, fixed_order=True, microbatch=2)
+def test_all_ranks_stop_behind_one_step_when_one_is_asked(
+    data: Path, folder: Path, mpillm, begin
+) -> None:  # type: ignore[no-untyped-def]
+    run, recipe = (
+        folder / "run",
+        write_recipe(folder, data, steps=400, fixed_order=True, microbatch=2),
+    )
     process = begin("train", recipe, ranks=2)
     wait_for(lambda: len(steps_of(run)) > 3, process)
-    ranks = [pid for pid in all_below(process.pid) if b"mpillm" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    ranks = [
+        pid
+        for pid in all_below(process.pid)
+        if b"mpillm" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     os.kill(ranks[-1], signal.SIGUSR1)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -110,7 +128,14 @@ def test_all_ranks_stop_behind_one_step_when_one_is_asked(data: Path, folder: Pa
     on = mpillm("train", recipe, "--resume", ranks=2)
     assert on.returncode == 0, on.stderr
     assert steps_of(run)[:-1] == list(range(1, 401))
-    assert [event["event"] for event in history(run)] == ["started", "saved", "stopped", "started", "saved", "finished"]
+    assert [event["event"] for event in history(run)] == [
+        "started",
+        "saved",
+        "stopped",
+        "started",
+        "saved",
+        "finished",
+    ]
     assert history(run)[3]["step"] == stopped
     assert (run / OUTCOME).read_text() == "finished\n"
     never_stopped = mpillm("train", recipe, "--set", f"train.run={folder / 'whole'}", ranks=2)
@@ -120,7 +145,9 @@ def test_all_ranks_stop_behind_one_step_when_one_is_asked(data: Path, folder: Pa
 
 def all_below(parent: int) -> list[int]:
     """The processes that `parent` started, and those that they did."""
-    children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    children = [
+        int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    ]
     return [pid for child in children for pid in (child, *all_below(child))]
 
 
@@ -144,9 +171,12 @@ def test_a_second_interrupt_ends_at_once(data: Path, folder: Path) -> None:
         f"sys.argv = ['mpillm', 'train', {str(recipe)!r}]\nmain()\n"
     )
     process = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     assert any("waiting" in line for line in iter(process.stdout.readline, ""))
     time.sleep(0.3)
@@ -201,7 +231,9 @@ def test_a_run_that_another_job_holds_is_refused(data: Path, folder: Path, mpill
     wait_for(lambda: len(steps_of(run)) > 1, process)
     second = mpillm("train", recipe, "--resume", ranks=2)
     assert second.returncode != 0
-    assert second.stderr.count(f"the run {run} is held by process {process.pid} on ") == 1, second.stderr
+    assert second.stderr.count(f"the run {run} is held by process {process.pid} on ") == 1, (
+        second.stderr
+    )
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     # A holder that was killed takes nothing back, and stands in nobody's way.

@@ -7,7 +7,11 @@ from mpillm.train.trace import measured_costs, trace_events
 
 def test_costs_are_means_over_the_ranks():
     costs = measured_costs(
-        2, [{(0, "F"): 1.0, (0, "B"): 3.0}, {(0, "F"): 2.0, (1, "F"): 4.0, (1, "I"): 5.0, (1, "W"): 6.0}]
+        2,
+        [
+            {(0, "F"): 1.0, (0, "B"): 3.0},
+            {(0, "F"): 2.0, (1, "F"): 4.0, (1, "I"): 5.0, (1, "W"): 6.0},
+        ],
     )
     assert costs.forward == (1.5, 4.0)
     assert costs.backward_input == (3.0, 5.0)
@@ -17,7 +21,11 @@ def test_costs_are_means_over_the_ranks():
 def test_the_bubble_is_waiting_over_computing():
     import numpy as np
 
-    begins, ends, busy = np.array([0.0, 1.0, 0.0, 0.0]), np.array([6.0, 6.0, 4.0, 4.0]), np.array([4.0, 4.0, 4.0, 4.0])
+    begins, ends, busy = (
+        np.array([0.0, 1.0, 0.0, 0.0]),
+        np.array([6.0, 6.0, 4.0, 4.0]),
+        np.array([4.0, 4.0, 4.0, 4.0]),
+    )
     assert measured_bubble(begins, ends, busy, [[0, 1]]) == pytest.approx(0.5)
     assert measured_bubble(begins, ends, busy, [[0, 1], [2, 3]]) == pytest.approx(0.25)
     assert measured_bubble(begins, ends, busy, []) == 0.0
@@ -25,10 +33,14 @@ def test_the_bubble_is_waiting_over_computing():
 
 def test_a_trace_begins_at_zero_and_names_what_was_done():
     trace = trace_events(
-        [[[("0F1", 10.0, 10.5)]], [[("1W0", 10.5, 11.0), ("update", 11.0, 11.25)]]], {0: "a", 1: "b"}, 7
+        [[[("0F1", 10.0, 10.5)]], [[("1W0", 10.5, 11.0), ("update", 11.0, 11.25)]]],
+        {0: "a", 1: "b"},
+        7,
     )
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
-    assert [(event["tid"], event["name"], event["ts"], event["dur"], event["cat"]) for event in events] == [
+    assert [
+        (event["tid"], event["name"], event["ts"], event["dur"], event["cat"]) for event in events
+    ] == [
         (0, "0F1", 0.0, 5e5, "forward"),
         (1, "1W0", 5e5, 5e5, "backward of the weights"),
         (1, "update", 1e6, 2.5e5, "step"),

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from mpillm.errors import DataError, DivergedError, LayoutError, MismatchError, StoppedError, UsageError
+from mpillm.errors import (
+    DataError,
+    DivergedError,
+    LayoutError,
+    MismatchError,
+    StoppedError,
+    UsageError,
+)
 from mpillm.launch.signals import StopSignals
 from mpillm.machine.cluster_profile import ClusterProfile, CollectiveCost, Cost, describe_cluster
 from mpillm.system.console import Console
@@ -45,7 +52,10 @@ def untimed(run: Path) -> list[dict[str, float]]:
 
 def same_weights(one: Path, other: Path, comm: MPI.Intracomm) -> bool:
     hashes = [
-        {name: [piece.xxh3_128 for piece in entry.pieces] for name, entry in find(run, comm, QUIET).tensors.items()}
+        {
+            name: [piece.xxh3_128 for piece in entry.pieces]
+            for name, entry in find(run, comm, QUIET).tensors.items()
+        }
         for run in (one, other)
     ]
     return hashes[0] == hashes[1]
@@ -63,7 +73,9 @@ def test_losses_are_those_of_one_process(data: Path, folder: Path, comm: MPI.Int
         assert alone[-1] < 0.8 * alone[0]
 
 
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
     whole = {"train": {"save_every": 5, "evaluate_every": 4}}
     train(recipe(data, folder / "whole", **whole), comm, QUIET)
     # The same run, cut short behind step 7 (its newest checkpoint is that of step 5), then resumed.
@@ -87,7 +99,9 @@ class Asked(StopSignals):
         self.number, self._orderly = signal.SIGUSR1 * here, False
 
 
-def test_a_stop_leaves_out_nothing_that_was_due(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+def test_a_stop_leaves_out_nothing_that_was_due(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
     table = {"train": {"evaluate_every": 1, "steps": 3}}
     train(recipe(data, folder / "whole", **table), comm, QUIET)
     stops = recipe(data, folder / "cut", **table)
@@ -101,7 +115,9 @@ def test_a_stop_leaves_out_nothing_that_was_due(data: Path, folder: Path, comm: 
     assert same_weights(folder / "cut", folder / "whole", comm)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
     settings = {"train": {"save_every": 6}}
     for name in ("whole", "hurt"):
         train(recipe(data, folder / name, **settings), comm, QUIET)
@@ -120,12 +136,25 @@ def test_a_run_leaves_what_people_look_for(data: Path, folder: Path, comm: MPI.I
     train(recipe(data, run, train={"evaluate_every": 6, "save_every": 4, "keep": 2}), comm, QUIET)
     steps = [line for line in metrics(run) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
-    wanted = {"step", "loss", "tokens", "tokens_per_second", "learning_rate", "grad_norm", "step_seconds"}
-    assert set(steps[0]) == wanted | {"memory_bytes"} | ({"data_seconds"} if comm.size > 1 else set())
+    wanted = {
+        "step",
+        "loss",
+        "tokens",
+        "tokens_per_second",
+        "learning_rate",
+        "grad_norm",
+        "step_seconds",
+    }
+    assert set(steps[0]) == wanted | {"memory_bytes"} | (
+        {"data_seconds"} if comm.size > 1 else set()
+    )
     assert 2**20 < steps[0]["memory_bytes"] < 2**36
     assert steps[-1]["tokens"] == 12 * 12 * 32
     assert [line["step"] for line in metrics(run) if "validation_loss" in line] == [6, 12]
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-00000008",
+        "step-00000012",
+    ]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     assert "learning_rate = 0.003" in (run / "recipe.toml").read_text()
@@ -146,16 +175,21 @@ def test_products_in_bfloat16_learn_too(data: Path, folder: Path, comm: MPI.Intr
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_diverging_run_names_step_and_checkpoint(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+def test_a_diverging_run_names_step_and_checkpoint(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
     train(recipe(data, folder / "run", train={"steps": 4}), comm, QUIET)
     wild = {"train": {"steps": 30}, "optimizer": {"learning_rate": 1e30, "clip": 0.0}}
     with pytest.raises(
-        DivergedError, match=r"at step \d+ .*(rank|ranks).* the last good checkpoint is .*step-00000004"
+        DivergedError,
+        match=r"at step \d+ .*(rank|ranks).* the last good checkpoint is .*step-00000004",
     ):
         train(recipe(data, folder / "run", **wild), comm, QUIET, resume=True)
 
 
-def test_a_second_run_in_the_same_folder_is_refused(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+def test_a_second_run_in_the_same_folder_is_refused(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
     train(recipe(data, folder / "run", train={"steps": 2}), comm, QUIET)
     with pytest.raises(UsageError, match="holds a run already; --resume goes on with it"):
         train(recipe(data, folder / "run"), comm, QUIET)
@@ -165,7 +199,9 @@ def test_a_second_run_in_the_same_folder_is_refused(data: Path, folder: Path, co
     assert len(metrics(folder / "run")) == 3
 
 
-def test_a_batch_that_the_ranks_do_not_divide(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+def test_a_batch_that_the_ranks_do_not_divide(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
     if comm.size == 1:
         pytest.skip("one rank divides every batch")
     with pytest.raises(LayoutError, match=f"13 sequences.*{comm.size} ranks"):
@@ -179,21 +215,35 @@ def test_a_dataset_shorter_than_one_context(data: Path, folder: Path, comm: MPI.
     assert not (folder / "run").exists()
 
 
-def test_the_clusters_profile_chooses_how_gradients_meet(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+def test_the_clusters_profile_chooses_how_gradients_meet(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
     here = describe_cluster(comm)
     slow, fast = (
         Cost(((1024, 1.0), (1 << 24, 1.0)), 1.0, 1e9, 0.0),
         Cost(((1024, 1e-6), (1 << 24, 1e-6)), 1e-6, 1e9, 0.0),
     )
     costs = tuple(
-        CollectiveCost("allreduce", name, "float32", "cpu", here.nodes, comm.size, here.ranks_per_node, True, cost)
+        CollectiveCost(
+            "allreduce",
+            name,
+            "float32",
+            "cpu",
+            here.nodes,
+            comm.size,
+            here.ranks_per_node,
+            True,
+            cost,
+        )
         for name, cost in (("shared", slow), ("native", slow), ("rabenseifner", fast))
     )
     run = folder / "run"
     if comm.rank == 0:
         run.mkdir()
         ClusterProfile("today", here, costs).save(run / "cluster.json")
-        ClusterProfile("today", replace(here, mpi_version="0.1"), costs).save(folder / "foreign.json")
+        ClusterProfile("today", replace(here, mpi_version="0.1"), costs).save(
+            folder / "foreign.json"
+        )
     comm.Barrier()
     told = io.StringIO()
     train(recipe(data, run), comm, Console(comm.rank == 0, told))
@@ -212,7 +262,9 @@ def test_the_clusters_profile_chooses_how_gradients_meet(data: Path, folder: Pat
 
 
 @pytest.mark.alone
-def test_one_rank_that_raises_ends_the_job_with_its_reason(data: Path, folder: Path, python) -> None:  # type: ignore[no-untyped-def]
+def test_one_rank_that_raises_ends_the_job_with_its_reason(
+    data: Path, folder: Path, python
+) -> None:  # type: ignore[no-untyped-def]
     script = folder / "raise.py"
     script.write_text(
         "import sys\n"

@@ -29,7 +29,13 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
 
 
 def write(folder: Path, comm: MPI.Intracomm, step: int) -> Path:
-    return save(folder / CHECKPOINTS, tensors(step), {"step": step, "note": "x"}, {"readme.txt": "hello"}, comm)
+    return save(
+        folder / CHECKPOINTS,
+        tensors(step),
+        {"step": step, "note": "x"},
+        {"readme.txt": "hello"},
+        comm,
+    )
 
 
 def test_what_is_saved_is_loaded(folder: Path, comm: MPI.Intracomm) -> None:
@@ -39,7 +45,11 @@ def test_what_is_saved_is_loaded(folder: Path, comm: MPI.Intracomm) -> None:
     checkpoint.load(found)
     for name, tensor in tensors(12).items():
         assert torch.equal(found[name], tensor), name
-    assert (checkpoint.step, checkpoint.facts["note"], checkpoint.text("readme.txt")) == (12, "x", "hello")
+    assert (checkpoint.step, checkpoint.facts["note"], checkpoint.text("readme.txt")) == (
+        12,
+        "x",
+        "hello",
+    )
     checkpoint.verify()
     assert not list(folder.glob("checkpoints/.*"))
 
@@ -58,7 +68,9 @@ def test_another_number_of_ranks_reads_the_same(folder: Path, comm: MPI.Intracom
 def test_any_hdf5_tool_may_look(folder: Path) -> None:
     path = write(folder / str(MPI.COMM_WORLD.rank), MPI.COMM_SELF, 1)
     with h5py.File(path / "rank-00000.h5") as file:
-        assert (file["model/embedding/weight"][:] == tensors(1)["model/embedding/weight"].numpy()).all()
+        assert (
+            file["model/embedding/weight"][:] == tensors(1)["model/embedding/weight"].numpy()
+        ).all()
 
 
 def test_shares_are_even_and_complete() -> None:
@@ -95,8 +107,12 @@ def hurt(path: Path, harm: str) -> None:
     if harm == "truncate":
         file.write_bytes(file.read_bytes()[:-100])
     elif harm == "flip":
-        piece = next(p for e in json.loads((path / INDEX).read_text())["tensors"].values() for p in e["pieces"] if
-                     p["nbytes"] and p["file"] == file.name)  # fmt: skip
+        piece = next(
+            p
+            for e in json.loads((path / INDEX).read_text())["tensors"].values()
+            for p in e["pieces"]
+            if p["nbytes"] and p["file"] == file.name
+        )
         data = bytearray(file.read_bytes())
         data[piece["offset"]] ^= 1
         file.write_bytes(data)
@@ -122,12 +138,16 @@ def test_a_flipped_bit_is_refused_when_read(folder: Path) -> None:
     path = write(folder / str(MPI.COMM_WORLD.rank), MPI.COMM_SELF, 1)
     hurt(path, "flip")
     with pytest.raises(CheckpointError, match="its hash differs"):
-        Checkpoint(path).load({name: torch.zeros_like(tensor) for name, tensor in tensors().items()})
+        Checkpoint(path).load(
+            {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
+        )
 
 
 def test_another_model_is_told(folder: Path, comm: MPI.Intracomm) -> None:
     checkpoint = Checkpoint(write(folder, comm, 1))
-    with pytest.raises(MismatchError, match=r"float32 \[30, 7\], the model wants float32 \[30, 8\]"):
+    with pytest.raises(
+        MismatchError, match=r"float32 \[30, 7\], the model wants float32 \[30, 8\]"
+    ):
         checkpoint.load({"model/embedding/weight": torch.zeros(30, 8)})
     with pytest.raises(MismatchError, match="holds no tensor model/other"):
         checkpoint.load({"model/other": torch.zeros(1)})
@@ -136,7 +156,10 @@ def test_another_model_is_told(folder: Path, comm: MPI.Intracomm) -> None:
 def test_find_takes_a_run_or_a_checkpoint(folder: Path, comm: MPI.Intracomm) -> None:
     path = write(folder, comm, 4)
     assert find(path, comm, QUIET).step == find(folder, comm, QUIET).step == 4
-    for wrong, words in ((folder / "nowhere", "does not exist"), (folder / CHECKPOINTS, "holds no checkpoint")):
+    for wrong, words in (
+        (folder / "nowhere", "does not exist"),
+        (folder / CHECKPOINTS, "holds no checkpoint"),
+    ):
         with pytest.raises(CheckpointError, match=words):
             find(wrong, comm, QUIET)
 
@@ -147,7 +170,10 @@ def test_only_the_newest_are_kept(folder: Path, comm: MPI.Intracomm) -> None:
     comm.Barrier()
     if comm.rank == 0:
         prune(folder / CHECKPOINTS, keep=2)
-        assert sorted(path.name for path in (folder / CHECKPOINTS).iterdir()) == ["step-00000010", "step-00000100"]
+        assert sorted(path.name for path in (folder / CHECKPOINTS).iterdir()) == [
+            "step-00000010",
+            "step-00000100",
+        ]
 
 
 @pytest.mark.alone

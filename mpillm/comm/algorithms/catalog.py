@@ -16,8 +16,22 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 
-from mpillm.comm.algorithms.schedule import CollectiveSchedule, Round, Transfer, block_bounds, one_round
-from mpillm.comm.algorithms.trees import doubling, gathering, halving, levels, scattered_owners, spreading, tree_split
+from mpillm.comm.algorithms.schedule import (
+    CollectiveSchedule,
+    Round,
+    Transfer,
+    block_bounds,
+    one_round,
+)
+from mpillm.comm.algorithms.trees import (
+    doubling,
+    gathering,
+    halving,
+    levels,
+    scattered_owners,
+    spreading,
+    tree_split,
+)
 from mpillm.errors import CommError
 
 __all__ = [
@@ -33,12 +47,16 @@ __all__ = [
     "tree_split",
 ]
 
-FIXED_ORDER: frozenset[str] = frozenset({"recursive-doubling", "rabenseifner", "recursive-halving", "binomial"})
+FIXED_ORDER: frozenset[str] = frozenset(
+    {"recursive-doubling", "rabenseifner", "recursive-halving", "binomial"}
+)
 """The algorithms whose sums are taken in the canonical order of `trees.py`, bitwise alike at any count."""
 
 
 @lru_cache(maxsize=4096)
-def schedule(operation: str, algorithm: str, rank: int, size: int, root: int = 0) -> CollectiveSchedule:
+def schedule(
+    operation: str, algorithm: str, rank: int, size: int, root: int = 0
+) -> CollectiveSchedule:
     """What `rank` of `size` does in `operation` by `algorithm`; see ALGORITHMS. `root`: of reduce and broadcast.
 
     - allreduce: every block is the sum on every rank.
@@ -54,11 +72,15 @@ def schedule(operation: str, algorithm: str, rank: int, size: int, root: int = 0
         known = ", ".join(f"{name} by {' or '.join(lists)}" for name, lists in ALGORITHMS.items())
         raise CommError(f"no list is known for {operation} by {algorithm}; take {known}")
     rounds = _LISTS[operation][algorithm](rank, size, root)
-    whole = algorithm == "binomial" or (operation == "allreduce" and algorithm == "recursive-doubling")
+    whole = algorithm == "binomial" or (
+        operation == "allreduce" and algorithm == "recursive-doubling"
+    )
     return CollectiveSchedule(1 if whole else size, tuple(rounds))
 
 
-def sent_elements(operation: str, algorithm: str, rank: int, size: int, count: int, root: int = 0) -> int:
+def sent_elements(
+    operation: str, algorithm: str, rank: int, size: int, count: int, root: int = 0
+) -> int:
     """The elements that `rank` sends for an array of `count`, exactly."""
     plan = schedule(operation, algorithm, rank, size, root)
     bounds = block_bounds(count, plan.blocks)
@@ -76,7 +98,10 @@ def total_sent(operation: str, algorithm: str, size: int, count: int) -> int:
     """
     least = (size - 1) * count
     if operation != "allreduce":
-        walks = (operation, algorithm) in (("broadcast", "scatter-allgather"), ("reduce", "rabenseifner"))
+        walks = (operation, algorithm) in (
+            ("broadcast", "scatter-allgather"),
+            ("reduce", "rabenseifner"),
+        )
         return least + (_walked(size, count, algorithm == "rabenseifner") if walks else 0)
     return _doubling_sent(size) * count if algorithm == "recursive-doubling" else 2 * least
 
@@ -96,7 +121,9 @@ def _doubling_sent(size: int) -> int:
     bits = [bit for bit in range(size.bit_length()) if size >> bit & 1]
     joins = len(bits) - 1
     lowest = 1 << bits[0]
-    return sum(bit << bit for bit in bits) + 2 * lowest * ((1 << joins) - 1) + size - (lowest << joins)
+    return (
+        sum(bit << bit for bit in bits) + 2 * lowest * ((1 << joins) - 1) + size - (lowest << joins)
+    )
 
 
 def _ring_reduce_scatter(rank: int, size: int, root: int) -> list[Round]:
@@ -114,7 +141,10 @@ def _ring_allgather(rank: int, size: int, root: int) -> list[Round]:
     """Around the ring; rank `root` + i begins with block i."""
     right, left, own = (rank + 1) % size, (rank - 1) % size, rank - root
     return [
-        (Transfer(left, (own - turn - 1) % size, "copy"), Transfer(right, (own - turn) % size, "send"))
+        (
+            Transfer(left, (own - turn - 1) % size, "copy"),
+            Transfer(right, (own - turn) % size, "send"),
+        )
         for turn in range(size - 1)
     ]
 
@@ -135,7 +165,11 @@ def _doubling_allgather(rank: int, size: int, root: int) -> list[Round]:
             moves = [((a & -distance) + i, a, b) for a, b in ways for i in range(distance)]
         else:
             ways = [(rank, (rank - distance) % size), ((rank + distance) % size, rank)]
-            moves = [((a + i) % size, a, b) for a, b in ways for i in range(min(distance, size - distance))]
+            moves = [
+                ((a + i) % size, a, b)
+                for a, b in ways
+                for i in range(min(distance, size - distance))
+            ]
         rounds.append(one_round(rank, moves, "copy"))
     return rounds
 
@@ -164,7 +198,10 @@ def _rabenseifner_reduce(rank: int, size: int, root: int) -> list[Round]:
 
 def _pairwise(rank: int, size: int, root: int) -> list[Round]:
     turns = (((rank + k) % size, (rank - k) % size) for k in range(1, size))
-    return [(Transfer(before, before, "copy"), Transfer(after, after, "send")) for after, before in turns]
+    return [
+        (Transfer(before, before, "copy"), Transfer(after, after, "send"))
+        for after, before in turns
+    ]
 
 
 _List = Callable[[int, int, int], list[Round]]
@@ -174,7 +211,9 @@ _LISTS: Mapping[str, Mapping[str, _List]] = MappingProxyType(
             "ring": _ring_allreduce,
             "recursive-doubling": lambda rank, size, root: doubling(rank, size),
             "rabenseifner": _rabenseifner_allreduce,
-            "binomial": lambda rank, size, root: halving(rank, size, [0]) + spreading(rank, size, [0]),
+            "binomial": lambda rank, size, root: (
+                halving(rank, size, [0]) + spreading(rank, size, [0])
+            ),
         },
         "reduce_scatter": {
             "ring": _ring_reduce_scatter,
@@ -198,5 +237,7 @@ _LISTS: Mapping[str, Mapping[str, _List]] = MappingProxyType(
     }
 )
 
-ALGORITHMS: Mapping[str, tuple[str, ...]] = MappingProxyType({name: tuple(lists) for name, lists in _LISTS.items()})
+ALGORITHMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {name: tuple(lists) for name, lists in _LISTS.items()}
+)
 """Operation → the names of its lists."""

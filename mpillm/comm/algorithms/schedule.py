@@ -46,12 +46,17 @@ class CollectiveSchedule:
     @cached_property
     def widest(self) -> int:
         """The most blocks that one message carries."""
-        return max((transfer.width for transfers in self.rounds for transfer in transfers), default=0)
+        return max(
+            (transfer.width for transfers in self.rounds for transfer in transfers), default=0
+        )
 
     @cached_property
     def most_added(self) -> int:
         """The most blocks that arrive in one round to be added."""
-        return max((sum(t.width for t in transfers if t.action == "add") for transfers in self.rounds), default=0)
+        return max(
+            (sum(t.width for t in transfers if t.action == "add") for transfers in self.rounds),
+            default=0,
+        )
 
     @cached_property
     def sums_over_sent(self) -> bool:
@@ -72,7 +77,9 @@ def sums_over_sent(transfers: Round) -> bool:
     """Whether blocks are sent and, in place, summed into in one round."""
     sent = [t for t in transfers if t.action == "send"]
     summed = [t for t in transfers if t.action == "add"]
-    return any(s.block < t.block + t.width and t.block < s.block + s.width for s in sent for t in summed)
+    return any(
+        s.block < t.block + t.width and t.block < s.block + s.width for s in sent for t in summed
+    )
 
 
 def cut(first: int, stop: int, longest: int) -> Iterator[tuple[int, int]]:

@@ -71,7 +71,8 @@ def spreading(rank: int, size: int, owners: Sequence[int]) -> list[Round]:
     """`halving` played backwards: each block goes from its owner down the tree to all."""
     turned: dict[str, Literal["send", "copy"]] = {"send": "copy", "add": "send"}
     rounds = [
-        [replace(t, action=turned[t.action], added=False) for t in up] for up in reversed(halving(rank, size, owners))
+        [replace(t, action=turned[t.action], added=False) for t in up]
+        for up in reversed(halving(rank, size, owners))
     ]
     return [tuple(sorted(down, key=lambda t: t.action)) for down in rounds]
 
@@ -87,7 +88,11 @@ def gathering(rank: int, size: int, owners: Sequence[int], root: int) -> list[Ro
         return root if root % (1 << bits) == low else low
 
     return [
-        one_round(rank, ((b, meeting(o, bits + 1), meeting(o, bits)) for b, o in enumerate(owners)), "copy")
+        one_round(
+            rank,
+            ((b, meeting(o, bits + 1), meeting(o, bits)) for b, o in enumerate(owners)),
+            "copy",
+        )
         for bits in reversed(range(levels(size)))
     ]
 
@@ -99,8 +104,12 @@ def doubling(rank: int, size: int) -> list[Round]:
     """
     rounds = []
     for node in nodes_of(rank, size):
-        pairs = zip(range(node[0], node[1]), _knowing(node[1], node[2]), strict=False) if node else ()
-        rounds.append(one_round(rank, [(0, *way) for a, b in pairs for way in ((a, b), (b, a))], "add"))
+        pairs = (
+            zip(range(node[0], node[1]), _knowing(node[1], node[2]), strict=False) if node else ()
+        )
+        rounds.append(
+            one_round(rank, [(0, *way) for a, b in pairs for way in ((a, b), (b, a))], "add")
+        )
     have = _knowing(0, size)
     lack = sorted(set(range(size)) - set(have))
     while lack:

@@ -53,9 +53,13 @@ def check_edges(comm: "MPI.Intracomm", edges: Sequence[Channel], way: str) -> No
     check_known(way, WAYS, "way")
     for number, edge in enumerate(edges):
         if not (0 <= edge.sender < comm.size and 0 <= edge.receiver < comm.size) or edge.nbytes < 0:
-            raise CommError(f"edge {number} ({edge}) needs ranks from 0 to {comm.size - 1} and bytes of 0 at least")
+            raise CommError(
+                f"edge {number} ({edge}) needs ranks from 0 to {comm.size - 1} and bytes of 0 at least"
+            )
         if edge.sender == edge.receiver:
-            raise CommError(f"edge {number} ({edge}) leads from a rank to itself; hand the array on without a message")
+            raise CommError(
+                f"edge {number} ({edge}) leads from a rank to itself; hand the array on without a message"
+            )
 
 
 def wished_ways(
@@ -68,10 +72,14 @@ def wished_ways(
     return [_wished_way(number, edge, node_of, way, profile) for number, edge in enumerate(edges)]
 
 
-def _wished_way(number: int, edge: Channel, node_of: Sequence[int], way: str, profile: HandoverProfile | None) -> Way:
+def _wished_way(
+    number: int, edge: Channel, node_of: Sequence[int], way: str, profile: HandoverProfile | None
+) -> Way:
     together = node_of[edge.sender] == node_of[edge.receiver]
     if way == "shared" and not together:
-        raise CommError(f"edge {number} ({edge}) leads to another node, which shares no memory; take way='auto'")
+        raise CommError(
+            f"edge {number} ({edge}) leads to another node, which shares no memory; take way='auto'"
+        )
     if way == "messages" or not together:
         return "messages"
     known = profile.faster_way(edge.nbytes) if way == "auto" and profile is not None else None

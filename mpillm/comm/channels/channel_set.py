@@ -65,18 +65,35 @@ class ChannelSet:
     """Which way each edge goes."""
 
     def __init__(
-        self, comm: "MPI.Intracomm", edges: Sequence[Channel], *, way: str = "auto",
-        profile: HandoverProfile | None = None, warn: Callable[[str], None] = silent,
-    ) -> None:  # fmt: skip
+        self,
+        comm: "MPI.Intracomm",
+        edges: Sequence[Channel],
+        *,
+        way: str = "auto",
+        profile: HandoverProfile | None = None,
+        warn: Callable[[str], None] = silent,
+    ) -> None:
         check_edges(comm, edges, way)
         self.edges, self.rank = tuple(edges), comm.rank
         self.ways, boxes = open_ways(comm, self.edges, way, profile, warn)
         self._comm: MPI.Intracomm = comm.Dup()
-        self._outgoing = {n: self._outgoing_end(n, boxes) for n, edge in enumerate(edges) if edge.sender == self.rank}
-        self._incoming = {n: self._incoming_end(n, boxes) for n, edge in enumerate(edges) if edge.receiver == self.rank}
+        self._outgoing = {
+            n: self._outgoing_end(n, boxes)
+            for n, edge in enumerate(edges)
+            if edge.sender == self.rank
+        }
+        self._incoming = {
+            n: self._incoming_end(n, boxes)
+            for n, edge in enumerate(edges)
+            if edge.receiver == self.rank
+        }
         ends: list[Endpoint] = [*self._outgoing.values(), *self._incoming.values()]
-        self._messages = [end for end in ends if isinstance(end, MessagesIncoming | MessagesOutgoing)]
-        self._thread = ProgressThread(_Moving(self._messages), PROGRESS_SECONDS) if self._messages else None
+        self._messages = [
+            end for end in ends if isinstance(end, MessagesIncoming | MessagesOutgoing)
+        ]
+        self._thread = (
+            ProgressThread(_Moving(self._messages), PROGRESS_SECONDS) if self._messages else None
+        )
 
     def _outgoing_end(self, number: int, boxes: Mapping[int, SpscQueue]) -> Outgoing:
         if number in boxes:
@@ -90,7 +107,10 @@ class ChannelSet:
 
     def send(self, edge: int, array: Any) -> None:
         """Begin to send `array` to the edge's receiver, and return. It must not change until `drain` has returned."""
-        end, octets = self._own(self._outgoing, edge, "sender"), self._octets(edge, array, writable=False)
+        end, octets = (
+            self._own(self._outgoing, edge, "sender"),
+            self._octets(edge, array, writable=False),
+        )
         with self._turn():
             end.put(octets)
             self._push()
@@ -98,7 +118,10 @@ class ChannelSet:
 
     def expect(self, edge: int, array: Any) -> None:
         """Give `array` to be filled by the next message of the edge that has none yet; it is as long as the message."""
-        end, octets = self._own(self._incoming, edge, "receiver"), self._octets(edge, array, writable=True)
+        end, octets = (
+            self._own(self._incoming, edge, "receiver"),
+            self._octets(edge, array, writable=True),
+        )
         with self._turn():
             end.expect(octets)
             self._push()
@@ -113,7 +136,9 @@ class ChannelSet:
         end = self._own(self._incoming, edge, "receiver")
         with self._turn():
             if not end.arrived and not end.under_way:
-                raise CommError(f"edge {edge} ({self.edges[edge]}): nothing is expected; call expect before wait")
+                raise CommError(
+                    f"edge {edge} ({self.edges[edge]}): nothing is expected; call expect before wait"
+                )
         rest = _Rest()
         while not self._took(end):
             self._rest(end, rest)
@@ -155,14 +180,22 @@ class ChannelSet:
 
     def _own(self, ends: Mapping[int, AnyEnd], edge: int, role: str) -> AnyEnd:
         if edge not in ends:
-            known = f"{edge} ({self.edges[edge]})" if 0 <= edge < len(self.edges) else f"{edge} of {len(self.edges)}"
-            raise CommError(f"rank {self.rank} is not the {role} of edge {known}; its own are {list(ends)}")
+            known = (
+                f"{edge} ({self.edges[edge]})"
+                if 0 <= edge < len(self.edges)
+                else f"{edge} of {len(self.edges)}"
+            )
+            raise CommError(
+                f"rank {self.rank} is not the {role} of edge {known}; its own are {list(ends)}"
+            )
         return ends[edge]
 
     def _octets(self, edge: int, array: Any, writable: bool) -> Octets:
         octets = as_buffer(array, writable).octets
         if octets.size > self.edges[edge].nbytes:
-            raise CommError(f"an array of {octets.size:,} bytes is too long for edge {edge} ({self.edges[edge]})")
+            raise CommError(
+                f"an array of {octets.size:,} bytes is too long for edge {edge} ({self.edges[edge]})"
+            )
         return octets
 
     def _turn(self) -> AbstractContextManager[None]:
@@ -188,7 +221,10 @@ class ChannelSet:
 
     def _rest(self, end: Incoming, rest: "_Rest") -> None:
         """Between two looks. While none of this rank's outboxes holds anything, the mailbox alone is watched."""
-        pushes = any(isinstance(other, SharedOutgoing) and other.under_way for other in self._outgoing.values())
+        pushes = any(
+            isinstance(other, SharedOutgoing) and other.under_way
+            for other in self._outgoing.values()
+        )
         if isinstance(end, SharedIncoming) and not pushes:
             end.block(SLICE_SECONDS)
             rest.suspect(end)

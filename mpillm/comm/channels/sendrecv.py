@@ -11,7 +11,12 @@ if TYPE_CHECKING:
 
 
 def exchange_stage(
-    comm: "MPI.Intracomm", given: Buffer | None, to: int | None, taken: Buffer | None, source: int | None, tag: int
+    comm: "MPI.Intracomm",
+    given: Buffer | None,
+    to: int | None,
+    taken: Buffer | None,
+    source: int | None,
+    tag: int,
 ) -> Request:
     """Persistent requests (MPI 4.1, section 3.9): what can be set up once is not set up for each message."""
     requests: list[MPI.Prequest] = []

@@ -18,9 +18,12 @@ SLOTS = 2
 
 
 def open_ways(
-    comm: "MPI.Intracomm", edges: Sequence[Channel], way: str, profile: HandoverProfile | None,
+    comm: "MPI.Intracomm",
+    edges: Sequence[Channel],
+    way: str,
+    profile: HandoverProfile | None,
     warn: Callable[[str], None],
-) -> tuple[list[Way], dict[int, kernel.SpscQueue]]:  # fmt: skip
+) -> tuple[list[Way], dict[int, kernel.SpscQueue]]:
     """Which way each edge goes, and this rank's mailboxes by edge. Every rank of `comm` calls it."""
     from mpi4py import MPI
 
@@ -28,7 +31,9 @@ def open_ways(
     try:
         node_of: list[int] = comm.allgather(node.bcast(comm.rank))
         ways: list[Way] = comm.bcast(wished_ways(edges, node_of, way, profile))
-        boxes = _open_mailboxes(comm, node, {n: edge for n, edge in enumerate(edges) if ways[n] == "shared"})
+        boxes = _open_mailboxes(
+            comm, node, {n: edge for n, edge in enumerate(edges) if ways[n] == "shared"}
+        )
     finally:
         node.Free()
     if not isinstance(boxes, str):
@@ -36,7 +41,9 @@ def open_ways(
     if way == "shared":
         raise CommError(f"{boxes}; make room there, or take way='auto'")
     if comm.rank == 0:
-        warn(f"{boxes}; what is handed over within the node falls back to messages, which is slower")
+        warn(
+            f"{boxes}; what is handed over within the node falls back to messages, which is slower"
+        )
     return ["messages"] * len(edges), {}
 
 
@@ -62,9 +69,15 @@ def _open_mailboxes(
         sends = edge.sender == comm.rank
         peer = edge.receiver if sends else edge.sender
         return kernel.SpscQueue(
-            memory.rows[members.index(edge.sender)][first:stop], SLOTS, edge.nbytes, sends, peer,
-            alive[members.index(peer)], spins, CommError,
-        )  # fmt: skip
+            memory.rows[members.index(edge.sender)][first:stop],
+            SLOTS,
+            edge.nbytes,
+            sends,
+            peer,
+            alive[members.index(peer)],
+            spins,
+            CommError,
+        )
 
     return {number: open_one(number, edge) for number, edge in own.items()}
 

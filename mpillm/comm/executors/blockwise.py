@@ -12,9 +12,20 @@ sends (where one would overwrite it, all pieces are taken at once).
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from mpillm.comm.algorithms.schedule import CollectiveSchedule, Round, block_bounds, cut, sums_over_sent
+from mpillm.comm.algorithms.schedule import (
+    CollectiveSchedule,
+    Round,
+    block_bounds,
+    cut,
+    sums_over_sent,
+)
 from mpillm.comm.buffers import Buffer
-from mpillm.comm.executors.segmented import LARGEST_MESSAGE_BYTES, LEFT_EARLY, Scratch, SegmentedExecutor
+from mpillm.comm.executors.segmented import (
+    LARGEST_MESSAGE_BYTES,
+    LEFT_EARLY,
+    Scratch,
+    SegmentedExecutor,
+)
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -33,9 +44,17 @@ IN_HAND = 2
 
 
 def make_steps(
-    plan: CollectiveSchedule, comm: "MPI.Intracomm", source: Buffer, target: Buffer, op: str, segment_bytes: int | None,
-    in_flight: int, scratch: Scratch, moved: Callable[[], object] = lambda: None, added_bytes: int | None = None,
-) -> "Executor":  # fmt: skip
+    plan: CollectiveSchedule,
+    comm: "MPI.Intracomm",
+    source: Buffer,
+    target: Buffer,
+    op: str,
+    segment_bytes: int | None,
+    in_flight: int,
+    scratch: Scratch,
+    moved: Callable[[], object] = lambda: None,
+    added_bytes: int | None = None,
+) -> "Executor":
     """A rank's part in `plan`, ready to begin: in lock step where no message is longer than a segment, else a Run.
 
     The arguments are those of `Run`.
@@ -45,7 +64,17 @@ def make_steps(
         return BlockwiseExecutor(plan, comm, source, target, op, scratch, moved, added_bytes)
     bounds = block_bounds(target.count, plan.blocks)
     return SegmentedExecutor(
-        plan.rounds, comm, source, target, bounds, op, segment_bytes, in_flight, scratch, moved, added_bytes
+        plan.rounds,
+        comm,
+        source,
+        target,
+        bounds,
+        op,
+        segment_bytes,
+        in_flight,
+        scratch,
+        moved,
+        added_bytes,
     )
 
 
@@ -59,9 +88,16 @@ class BlockwiseExecutor:
     received_bytes = 0
 
     def __init__(
-        self, plan: CollectiveSchedule, comm: "MPI.Intracomm", source: Buffer, target: Buffer, op: str, scratch: Scratch,
-        moved: Callable[[], object] = lambda: None, added_bytes: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        plan: CollectiveSchedule,
+        comm: "MPI.Intracomm",
+        source: Buffer,
+        target: Buffer,
+        op: str,
+        scratch: Scratch,
+        moved: Callable[[], object] = lambda: None,
+        added_bytes: int | None = None,
+    ) -> None:
         from mpi4py.MPI import Request
 
         self._receive, self._send = comm.Irecv, comm.Isend
@@ -119,9 +155,12 @@ class BlockwiseExecutor:
                 yield leaving
                 leaving = []
             pieces = [
-                [receive(octets, peer, tag) for octets, peer in arrivals] for arrivals, _ in messages.pieces[:IN_HAND]
+                [receive(octets, peer, tag) for octets, peer in arrivals]
+                for arrivals, _ in messages.pieces[:IN_HAND]
             ]
-            if not messages.overwrites_leaving:  # receives first: what finds one open is not copied twice
+            if (
+                not messages.overwrites_leaving
+            ):  # receives first: what finds one open is not copied twice
                 sent = [send(octets, peer, tag) for octets, peer in messages.sends]
             self.sent_bytes += messages.sent_bytes
             self.received_bytes += messages.received_bytes
@@ -133,7 +172,9 @@ class BlockwiseExecutor:
                 for combine in sums:
                     combine()
                 if index < len(messages.pieces):
-                    pieces.append([receive(octets, peer, tag) for octets, peer in messages.pieces[index][0]])
+                    pieces.append(
+                        [receive(octets, peer, tag) for octets, peer in messages.pieces[index][0]]
+                    )
             leaving = sent
         yield leaving
         if self._memory is not None and not self._scratch.give_back(self._memory):
@@ -144,7 +185,12 @@ class BlockwiseExecutor:
         yield from self._made
         for transfers in self._coming:
             messages = _RoundMessages(
-                transfers, self._source, self._target, self._bounds, self._piece, self._made[-1] if self._made else None
+                transfers,
+                self._source,
+                self._target,
+                self._bounds,
+                self._piece,
+                self._made[-1] if self._made else None,
             )
             if messages.sends or messages.received_bytes:
                 messages.arrive_in(self._memory, self._target, self._op)
@@ -172,15 +218,25 @@ class _RoundMessages:
     """
 
     def __init__(
-        self, transfers: Round, source: Buffer, target: Buffer, bounds: Sequence[int], piece: int,
+        self,
+        transfers: Round,
+        source: Buffer,
+        target: Buffer,
+        bounds: Sequence[int],
+        piece: int,
         before: "_RoundMessages | None",
-    ) -> None:  # fmt: skip
+    ) -> None:
         parts: dict[str, list[_Part]] = {"send": [], "add": [], "copy": []}
         for transfer in transfers:
             first, stop = bounds[transfer.block], bounds[transfer.block + transfer.width]
             cuts = cut(first, stop, piece if transfer.added else max(1, stop - first))
             parts[transfer.action] += [(transfer.peer, *ends) for ends in cuts]
-        self._piece, self._sent, self._adds, copies = piece, parts["send"], parts["add"], parts["copy"]
+        self._piece, self._sent, self._adds, copies = (
+            piece,
+            parts["send"],
+            parts["add"],
+            parts["copy"],
+        )
         in_place = source is target
         self.overwrites_leaving = in_place and before is not None and _touch(copies, before._sent)
         self.sums_over_sent = in_place and sums_over_sent(transfers)

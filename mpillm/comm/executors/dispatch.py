@@ -43,9 +43,14 @@ class Dispatcher:
     """
 
     def __init__(
-        self, comm: "MPI.Intracomm", node: NodeTeam | None, across: "MPI.Intracomm | None", layout: NodeMap,
-        next_tag: Callable[[], int], moved: Callable[[], object],
-    ) -> None:  # fmt: skip
+        self,
+        comm: "MPI.Intracomm",
+        node: NodeTeam | None,
+        across: "MPI.Intracomm | None",
+        layout: NodeMap,
+        next_tag: Callable[[], int],
+        moved: Callable[[], object],
+    ) -> None:
         self._comm, self._node, self._across, self._even = comm, node, across, layout.even
         self._added_bytes = ADDED_BYTES if layout.on_one_node else None
         self._next_tag, self._moved = next_tag, moved
@@ -53,25 +58,35 @@ class Dispatcher:
         self._next_tag_across = cycle(range(TAGS_ACROSS)).__next__
         self._scratch = Scratch()
 
-    def build(self, wish: CollectiveCall, algorithm: str, source: Buffer, target: Buffer) -> Request:
+    def build(
+        self, wish: CollectiveCall, algorithm: str, source: Buffer, target: Buffer
+    ) -> Request:
         """The stages of `wish` by `algorithm`; `source` is `target` where it works in place."""
         if wish.operation == "barrier":
             if self._node is not None and algorithm == "shared":
                 return self._node.prepare("barrier", None, None)
             return mpi_library.barrier(self._comm)
         if self._comm.size == 1:
-            return LocalRequest(lambda: None if source is target else np.copyto(target.octets, source.octets))
+            return LocalRequest(
+                lambda: None if source is target else np.copyto(target.octets, source.octets)
+            )
         if algorithm == "shared":
             return self._shared(wish, source, target)
         if wish.fixed_order and wish.op in ("sum", "mean") and source.element in SHORT_FLOATS:
             return self._widened(wish, algorithm, source, target)
         stages = [self._summed(wish, algorithm, source, target)]
         if wish.op == "mean" and (wish.operation != "reduce" or self._comm.rank == wish.root):
-            result = self._own(target) if wish.operation == "reduce_scatter" and source is target else target
+            result = (
+                self._own(target)
+                if wish.operation == "reduce_scatter" and source is target
+                else target
+            )
             stages.append(LocalRequest(functools.partial(result.scale, 1 / self._comm.size)))
         return chain(*stages)
 
-    def _summed(self, wish: CollectiveCall, algorithm: str, source: Buffer, target: Buffer) -> Request:
+    def _summed(
+        self, wish: CollectiveCall, algorithm: str, source: Buffer, target: Buffer
+    ) -> Request:
         op = "sum" if wish.op == "mean" else wish.op
         if algorithm == "native":
             return mpi_library.stage(self._comm, wish.operation, source, target, op, wish.root)
@@ -87,7 +102,9 @@ class Dispatcher:
         root = self._comm.rank == wish.root
         gives, takes = source, target
         if wish.operation == "broadcast":
-            return self._node.prepare("broadcast", gives if root else None, None if root else takes, root=wish.root)
+            return self._node.prepare(
+                "broadcast", gives if root else None, None if root else takes, root=wish.root
+            )
         op, scale = ("sum", 1 / self._comm.size) if wish.op == "mean" else (wish.op, 1.0)
         result = None if wish.operation == "reduce" and not root else takes
         return self._node.prepare(wish.operation, gives, result, op, scale, wish.root)
@@ -98,7 +115,9 @@ class Dispatcher:
         bounds = block_bounds(whole.count, self._comm.size)
         return whole.part(bounds[self._comm.rank], bounds[self._comm.rank + 1])
 
-    def _by_list(self, operation: str, algorithm: str, source: Buffer, target: Buffer, op: str, root: int) -> Request:
+    def _by_list(
+        self, operation: str, algorithm: str, source: Buffer, target: Buffer, op: str, root: int
+    ) -> Request:
         """A list works in one array, in place; what is to be kept or goes elsewhere is copied before and behind."""
         if operation == "alltoall":
             return self._exchange_blocks(algorithm, source, target)
@@ -114,22 +133,46 @@ class Dispatcher:
             before = [_copy(source, whole)]
         elif source is not target:
             before = [_copy(source, target)]
-        return chain(*before, self._listed(self._comm, operation, algorithm, whole, whole, op, root), *behind)
+        return chain(
+            *before, self._listed(self._comm, operation, algorithm, whole, whole, op, root), *behind
+        )
 
     def _exchange_blocks(self, algorithm: str, source: Buffer, target: Buffer) -> Request:
         given = source.empty(source.count) if source is target else source
-        before = [_copy(source, given)] if source is target else [_copy(self._own(source), self._own(target))]
-        return chain(*before, self._listed(self._comm, "alltoall", algorithm, given, target, "sum", 0))
+        before = (
+            [_copy(source, given)]
+            if source is target
+            else [_copy(self._own(source), self._own(target))]
+        )
+        return chain(
+            *before, self._listed(self._comm, "alltoall", algorithm, given, target, "sum", 0)
+        )
 
     def _listed(
-        self, comm: "MPI.Intracomm", operation: str, algorithm: str, source: Buffer, target: Buffer, op: str, root: int
+        self,
+        comm: "MPI.Intracomm",
+        operation: str,
+        algorithm: str,
+        source: Buffer,
+        target: Buffer,
+        op: str,
+        root: int,
     ) -> Request:
         segmented = algorithm == "segmented-ring"
         plan = schedule(operation, "ring" if segmented else algorithm, comm.rank, comm.size, root)
         segment = SEGMENT_BYTES if segmented else None
         next_tag = self._next_tag_across if comm is self._across else self._next_tag
         steps = make_steps(
-            plan, comm, source, target, op, segment, IN_FLIGHT, self._scratch, self._moved, self._added_bytes
+            plan,
+            comm,
+            source,
+            target,
+            op,
+            segment,
+            IN_FLIGHT,
+            self._scratch,
+            self._moved,
+            self._added_bytes,
         )
         return ScheduleRequest(steps, next_tag)
 
@@ -142,9 +185,13 @@ class Dispatcher:
         """
         assert self._node is not None
         before = [] if source is target else [_copy(source, target)]
-        algorithm = _between(wish, target.octets.size // (self._node.comm.size if self._even else 1))
+        algorithm = _between(
+            wish, target.octets.size // (self._node.comm.size if self._even else 1)
+        )
         bounds = block_bounds(target.count, _pieces(target.octets.size, self._comm.size))
-        pieces = [self._piece(target.part(first, stop), op, algorithm) for first, stop in pairwise(bounds)]
+        pieces = [
+            self._piece(target.part(first, stop), op, algorithm) for first, stop in pairwise(bounds)
+        ]
         return chain(*before, HierarchicalRequest(pieces))
 
     def _piece(self, array: Buffer, op: str, algorithm: str) -> HierarchicalPiece:
@@ -158,7 +205,9 @@ class Dispatcher:
         else:
             stripe, leads = array, team.rank == 0
             summed = self._node.prepare("reduce", array, array if leads else None, op)
-            spread = self._node.prepare("broadcast", array if leads else None, None if leads else array)
+            spread = self._node.prepare(
+                "broadcast", array if leads else None, None if leads else array
+            )
         crossed: Request = LocalRequest(lambda: None)
         if self._across is not None:
             crossed = self._listed(self._across, "allreduce", algorithm, stripe, stripe, op, 0)
@@ -166,14 +215,22 @@ class Dispatcher:
 
     # ---- fixed order of 16-bit floats ----
 
-    def _widened(self, wish: CollectiveCall, algorithm: str, source: Buffer, target: Buffer) -> Request:
+    def _widened(
+        self, wish: CollectiveCall, algorithm: str, source: Buffer, target: Buffer
+    ) -> Request:
         """The sum in float32 from end to end, rounded once: what the node's team gives, at twice the bytes."""
         wide_source = _float32(source.count)
         wide_target = wide_source if source is target else _float32(target.count)
         inner = self.build(wish, algorithm, wide_source, wide_target)
         takes = wish.operation != "reduce" or self._comm.rank == wish.root
-        narrow = LocalRequest(lambda: kernel.narrow(target.code, target.octets, wide_target.octets) if takes else None)
-        return chain(LocalRequest(lambda: kernel.widen(source.code, wide_source.octets, source.octets)), inner, narrow)
+        narrow = LocalRequest(
+            lambda: kernel.narrow(target.code, target.octets, wide_target.octets) if takes else None
+        )
+        return chain(
+            LocalRequest(lambda: kernel.widen(source.code, wide_source.octets, source.octets)),
+            inner,
+            narrow,
+        )
 
 
 def _between(wish: CollectiveCall, nbytes: int) -> str:

@@ -22,10 +22,19 @@ if TYPE_CHECKING:
 # MPI's classic interface counts to 2³¹ − 1; some libraries err near it.
 PIECE_ELEMENTS = 2**30
 TYPES = {
-    "float32": "FLOAT", "float64": "DOUBLE", "float16": "UINT16_T", "bfloat16": "UINT16_T", "int8": "INT8_T",
-    "int16": "INT16_T", "int32": "INT32_T", "int64": "INT64_T", "uint8": "UINT8_T", "uint16": "UINT16_T",
-    "uint32": "UINT32_T", "uint64": "UINT64_T",
-}  # fmt: skip
+    "float32": "FLOAT",
+    "float64": "DOUBLE",
+    "float16": "UINT16_T",
+    "bfloat16": "UINT16_T",
+    "int8": "INT8_T",
+    "int16": "INT16_T",
+    "int32": "INT32_T",
+    "int64": "INT64_T",
+    "uint8": "UINT8_T",
+    "uint16": "UINT16_T",
+    "uint32": "UINT32_T",
+    "uint64": "UINT64_T",
+}
 
 
 def pieces(count: int) -> list[tuple[int, int]]:
@@ -73,12 +82,18 @@ def type_and_op(element: str, op: str) -> "tuple[MPI.Datatype, MPI.Op]":
     return getattr(MPI, TYPES[element]), getattr(MPI, op.upper())
 
 
-def stage(comm: "MPI.Intracomm", operation: str, source: Buffer, target: Buffer, op: str, root: int) -> Request:
+def stage(
+    comm: "MPI.Intracomm", operation: str, source: Buffer, target: Buffer, op: str, root: int
+) -> Request:
     """The library's `operation`; `source` is `target` where it works in place. Every rank prepares the same."""
     make: Callable[..., Request] = {
-        "allreduce": _allreduce, "reduce_scatter": _reduce_scatter, "allgather": _allgather, "reduce": _reduce,
-        "broadcast": _broadcast, "alltoall": _alltoall,
-    }[operation]  # fmt: skip
+        "allreduce": _allreduce,
+        "reduce_scatter": _reduce_scatter,
+        "allgather": _allgather,
+        "reduce": _reduce,
+        "broadcast": _broadcast,
+        "alltoall": _alltoall,
+    }[operation]
     return make(comm, source, target, *type_and_op(target.element, op), root)
 
 
@@ -86,17 +101,23 @@ def barrier(comm: "MPI.Intracomm") -> Request:
     return MpiRequest(comm.Barrier, comm.Ibarrier)
 
 
-def _calls(blocking: list[Callable[[], object]], starting: list[Callable[[], "MPI.Request"]]) -> Request:
+def _calls(
+    blocking: list[Callable[[], object]], starting: list[Callable[[], "MPI.Request"]]
+) -> Request:
     """One stage of several calls, for arrays that one call cannot count."""
     if len(blocking) == 1:
         return MpiRequest(blocking[0], starting[0])
     return MpiRequest(lambda: [call() for call in blocking], lambda: [call() for call in starting])
 
 
-def _in_pieces(call: Any, starting: Any, arguments: Callable[[int, int], tuple[Any, ...]], count: int) -> Request:
+def _in_pieces(
+    call: Any, starting: Any, arguments: Callable[[int, int], tuple[Any, ...]], count: int
+) -> Request:
     spans = [arguments(first, stop) for first, stop in pieces(count)] or [arguments(0, 0)]
-    return _calls([functools.partial(call, *span) for span in spans],
-                  [functools.partial(starting, *span) for span in spans])  # fmt: skip
+    return _calls(
+        [functools.partial(call, *span) for span in spans],
+        [functools.partial(starting, *span) for span in spans],
+    )
 
 
 def _allreduce(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Request:
@@ -124,11 +145,16 @@ def _reduce(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root:
 
 def _broadcast(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Request:
     return _in_pieces(
-        comm.Bcast, comm.Ibcast, lambda first, stop: ([target.raw(first, stop), stop - first, kind], root), target.count
+        comm.Bcast,
+        comm.Ibcast,
+        lambda first, stop: ([target.raw(first, stop), stop - first, kind], root),
+        target.count,
     )
 
 
-def _reduce_scatter(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Request:
+def _reduce_scatter(
+    comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int
+) -> Request:
     bounds = block_bounds(source.count, comm.size)
     counts = [stop - first for first, stop in pairwise(bounds)]
     first, stop = bounds[comm.rank], bounds[comm.rank + 1]
@@ -151,7 +177,10 @@ def _allgather(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, ro
     counts = [stop - first for first, stop in pairwise(bounds)]
     given = MPI.IN_PLACE if source is target else [source.octets, source.count, kind]
     into = [target.octets, (counts, bounds[:-1]), kind]
-    return MpiRequest(functools.partial(comm.Allgatherv, given, into), functools.partial(comm.Iallgatherv, given, into))
+    return MpiRequest(
+        functools.partial(comm.Allgatherv, given, into),
+        functools.partial(comm.Iallgatherv, given, into),
+    )
 
 
 def _alltoall(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Request:
@@ -160,4 +189,7 @@ def _alltoall(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, roo
     each = target.count // comm.size
     given = MPI.IN_PLACE if source is target else [source.octets, each, kind]
     into = [target.octets, each, kind]
-    return MpiRequest(functools.partial(comm.Alltoall, given, into), functools.partial(comm.Ialltoall, given, into))
+    return MpiRequest(
+        functools.partial(comm.Alltoall, given, into),
+        functools.partial(comm.Ialltoall, given, into),
+    )

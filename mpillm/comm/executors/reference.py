@@ -51,7 +51,9 @@ def _reduced(comm: "MPI.Intracomm", wish: CollectiveCall, source: Buffer) -> Buf
         stop = min(first + PIECE_ELEMENTS, source.count)
         gathered = source.empty(comm.size * (stop - first))
         comm.Allgather(source.raw(first, stop), gathered.octets)
-        total.flat[first:stop] = _combined(gathered.flat.reshape(comm.size, stop - first), source.element, wish)
+        total.flat[first:stop] = _combined(
+            gathered.flat.reshape(comm.size, stop - first), source.element, wish
+        )
     return total
 
 

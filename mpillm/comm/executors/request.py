@@ -66,7 +66,9 @@ class MpiRequest:
     """A collective of the MPI library: `blocking` calls it, `starting` its non-blocking form."""
 
     def __init__(
-        self, blocking: Callable[[], object], starting: Callable[[], "MPI.Request | Sequence[MPI.Request]"]
+        self,
+        blocking: Callable[[], object],
+        starting: Callable[[], "MPI.Request | Sequence[MPI.Request]"],
     ) -> None:
         self.run = blocking
         self._starting = starting

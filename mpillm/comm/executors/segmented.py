@@ -99,7 +99,9 @@ class SegmentedExecutor:
         self.comm, self.source, self.target, self.op = comm, source, target, op
         longest_bytes = min(segment_bytes or LARGEST_MESSAGE_BYTES, LARGEST_MESSAGE_BYTES)
         self.longest = max(1, longest_bytes // source.itemsize)
-        self.longest_added = max(1, min(longest_bytes, added_bytes or longest_bytes) // source.itemsize)
+        self.longest_added = max(
+            1, min(longest_bytes, added_bytes or longest_bytes) // source.itemsize
+        )
         self.in_flight = in_flight
         self.tag = 0
         self._testsome, self._waitsome = Request.Testsome, Request.Waitsome
@@ -134,7 +136,9 @@ class SegmentedExecutor:
         while self._live:
             waiting = [lane for lane in self._live if lane.requests]
             arrived = self._waitsome([lane.requests[0] for lane in waiting])
-            assert arrived, "no message is open, yet not all is done: a round overwrites what it sends"
+            assert arrived, (
+                "no message is open, yet not all is done: a round overwrites what it sends"
+            )
             self._completed([waiting[index] for index in arrived])
 
     def _completed(self, lanes: "list[_Lane]") -> None:
@@ -185,7 +189,9 @@ class SegmentedExecutor:
         """Note what in the round before, and in this one, touches the same memory: no older round is live beside it."""
         before = self._rounds[-1] if self._rounds else []
         for lane in sends:
-            lane.after = [other for other in before if type(other) is not _Sends and lane.hangs_on(other)]
+            lane.after = [
+                other for other in before if type(other) is not _Sends and lane.hangs_on(other)
+            ]
         for lane in arrivals:
             earlier = before + sends if type(lane) is _Adds else before
             lane.after = [other for other in earlier if lane.hangs_on(other)]
@@ -203,7 +209,9 @@ class _Lane:
         self.stops: list[int] = []
         longest = run.longest_added if transfers[0].added else run.longest
         for transfer in transfers:
-            for start, stop in cut(run.bounds[transfer.block], run.bounds[transfer.block + transfer.width], longest):
+            for start, stop in cut(
+                run.bounds[transfer.block], run.bounds[transfer.block + transfer.width], longest
+            ):
                 self.starts.append(start)
                 self.stops.append(stop)
         self.count = len(self.starts)
@@ -228,7 +236,11 @@ class _Lane:
     def advance(self, run: SegmentedExecutor) -> None:
         """Post the next segments, as far as there is room and their memory is free."""
         self.done = self.complete
-        while self.posted < self.count and self.posted - self.done < self.slots and self._is_free(self.posted):
+        while (
+            self.posted < self.count
+            and self.posted - self.done < self.slots
+            and self._is_free(self.posted)
+        ):
             self._post(run, self.posted)
             self.posted += 1
 

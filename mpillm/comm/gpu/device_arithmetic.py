@@ -49,7 +49,10 @@ def _scaling(element: str) -> Any:
         )
     wide = "double" if element == "float64" else "float"
     return cupy.ElementwiseKernel(
-        f"{element} x, float64 factor", f"{element} y", f"y = ({wide})x * ({wide})factor;", f"mpillm_{element}_scale"
+        f"{element} x, float64 factor",
+        f"{element} y",
+        f"y = ({wide})x * ({wide})factor;",
+        f"mpillm_{element}_scale",
     )
 
 

@@ -28,7 +28,9 @@ def as_device_buffer(array: Any, writable: bool = True) -> DeviceBuffer:
         is_tensor = torch is not None and isinstance(array, torch.Tensor)
         buffer = _from_torch(cupy, array) if is_tensor else _from_interface(cupy, array)
     if writable and not buffer.writable:
-        raise CommError("a read-only array cannot take a result; pass a copy of it, or another array as out")
+        raise CommError(
+            "a read-only array cannot take a result; pass a copy of it, or another array as out"
+        )
     return buffer
 
 
@@ -52,9 +54,16 @@ def _from_interface(cupy: Any, array: Any) -> DeviceBuffer:
     element = element_of(kind)
     strides, wanted = interface.get("strides"), _strides(shape, kind.itemsize)
     count = int(np.prod(shape, dtype=np.int64))
-    check_memory(element, strides is None or tuple(strides) == wanted or count == 0, shape, "cupy.ascontiguousarray")
+    check_memory(
+        element,
+        strides is None or tuple(strides) == wanted or count == 0,
+        shape,
+        "cupy.ascontiguousarray",
+    )
     if not kind.isnative:
-        raise CommError(f"an array of byte order {kind.str!r} cannot be summed; convert it with .astype({element!r})")
+        raise CommError(
+            f"an array of byte order {kind.str!r} cannot be summed; convert it with .astype({element!r})"
+        )
     pointer, read_only = interface["data"]
     device = _device_of(cupy, array, int(pointer))
     current = _stream_of(cupy, array, device)
@@ -62,9 +71,15 @@ def _from_interface(cupy: Any, array: Any) -> DeviceBuffer:
 
 
 def _buffer(
-    cupy: Any, element: str, count: int, pointer: int, owner: Any, device: int, current: Callable[[], int],
+    cupy: Any,
+    element: str,
+    count: int,
+    pointer: int,
+    owner: Any,
+    device: int,
+    current: Callable[[], int],
     writable: bool,
-) -> DeviceBuffer:  # fmt: skip
+) -> DeviceBuffer:
     kind = np.dtype("uint16" if element == "bfloat16" else element)
     memory = cupy.cuda.UnownedMemory(pointer, count * kind.itemsize, owner, device)
     flat = cupy.ndarray((count,), kind, cupy.cuda.MemoryPointer(memory, 0))
@@ -73,21 +88,31 @@ def _buffer(
 
 def _strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """Of a C-contiguous array, in bytes."""
-    return tuple(itemsize * int(np.prod(shape[dim + 1 :], dtype=np.int64)) for dim in range(len(shape)))
+    return tuple(
+        itemsize * int(np.prod(shape[dim + 1 :], dtype=np.int64)) for dim in range(len(shape))
+    )
 
 
 def _device_of(cupy: Any, array: Any, pointer: int) -> int:
     if isinstance(array, cupy.ndarray):
         return int(array.device.id)
     # An array without elements has no address to be asked about.
-    return int(cupy.cuda.runtime.pointerGetAttributes(pointer).device if pointer else cupy.cuda.runtime.getDevice())
+    return int(
+        cupy.cuda.runtime.pointerGetAttributes(pointer).device
+        if pointer
+        else cupy.cuda.runtime.getDevice()
+    )
 
 
 def _stream_of(cupy: Any, array: Any, device: int) -> Callable[[], int]:
     """CuPy's current stream; for another library's array the one that its interface names, where it names one."""
 
     def current() -> int:
-        named = None if isinstance(array, cupy.ndarray) else array.__cuda_array_interface__.get("stream")
+        named = (
+            None
+            if isinstance(array, cupy.ndarray)
+            else array.__cuda_array_interface__.get("stream")
+        )
         if named is not None:
             return int(named)
         with cupy.cuda.Device(device):

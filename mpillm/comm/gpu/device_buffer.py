@@ -28,7 +28,13 @@ class DeviceBytes:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {"shape": (self.size,), "typestr": "|u1", "data": (self.pointer, False), "strides": None, "version": 3}
+        return {
+            "shape": (self.size,),
+            "typestr": "|u1",
+            "data": (self.pointer, False),
+            "strides": None,
+            "version": 3,
+        }
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,14 @@ class DeviceBuffer:
         """self[target] = self[target] op source[source_slice], by a kernel on CuPy's current stream; it has run when
         this returns, so that the sum may be sent on.
         """
-        device_arithmetic.combine(self.library, self.element, op, self.flat[target], source.flat[source_slice])
+        device_arithmetic.combine(
+            self.library, self.element, op, self.flat[target], source.flat[source_slice]
+        )
         self.settle()
 
-    def combining(self, op: str, target: slice, source: "DeviceBuffer", source_slice: slice) -> Callable[[], object]:
+    def combining(
+        self, op: str, target: slice, source: "DeviceBuffer", source_slice: slice
+    ) -> Callable[[], object]:
         """`combine` as a call, to be made any number of times."""
         return functools.partial(self.combine, op, target, source, source_slice)
 
@@ -100,7 +110,9 @@ class DeviceBuffer:
         """A new buffer of `count` elements of the same type on the same GPU, its contents undefined."""
         if self.library is np:
             flat: Any = np.empty(count, self.flat.dtype)
-            return replace(self, flat=flat, count=count, pointer=int(flat.ctypes.data), writable=True)
+            return replace(
+                self, flat=flat, count=count, pointer=int(flat.ctypes.data), writable=True
+            )
         with self.library.cuda.Device(self.device):
             flat = self.library.empty(count, self.flat.dtype)
         return replace(self, flat=flat, count=count, pointer=int(flat.data.ptr), writable=True)

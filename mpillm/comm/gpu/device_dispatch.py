@@ -30,9 +30,16 @@ class HostGroup(Protocol):
 
     def algorithms(self, operation: str) -> tuple[str, ...]: ...
     def prepare(
-        self, operation: str, array: Any = None, out: Any = None, *, op: str = "sum", root: int = 0,
-        algorithm: str = "auto", fixed_order: bool = False,
-    ) -> Host: ...  # fmt: skip
+        self,
+        operation: str,
+        array: Any = None,
+        out: Any = None,
+        *,
+        op: str = "sum",
+        root: int = 0,
+        algorithm: str = "auto",
+        fixed_order: bool = False,
+    ) -> Host: ...
     def free(self) -> None: ...
 
 
@@ -58,7 +65,9 @@ class DeviceBuilder:
 
         return Enqueued(caller, caller.doing(work))
 
-    def _result(self, wish: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer) -> DeviceBuffer | None:
+    def _result(
+        self, wish: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer
+    ) -> DeviceBuffer | None:
         """What of the arrays holds a sum of this rank's behind a reduction."""
         if wish.operation == "reduce" and self._host.rank != wish.root:
             return None
@@ -67,15 +76,26 @@ class DeviceBuilder:
             return target.part(bounds[self._host.rank], bounds[self._host.rank + 1])
         return target
 
-    def _scaling(self, wish: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer) -> Callable[[], None] | None:
+    def _scaling(
+        self, wish: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer
+    ) -> Callable[[], None] | None:
         """For a mean: what makes it of the sum; None where there is nothing to do."""
-        result = self._result(wish, source, target) if wish.op == "mean" and wish.operation in REDUCING else None
+        result = (
+            self._result(wish, source, target)
+            if wish.op == "mean" and wish.operation in REDUCING
+            else None
+        )
         if result is None or result.count == 0:
             return None
         return lambda: result.scale(1 / self._host.size)
 
     def by_nccl(
-        self, joined: Nccl, wish: CollectiveCall, caller: Caller, source: DeviceBuffer, target: DeviceBuffer
+        self,
+        joined: Nccl,
+        wish: CollectiveCall,
+        caller: Caller,
+        source: DeviceBuffer,
+        target: DeviceBuffer,
     ) -> Request:
         call, scaling = joined.call(wish, source, target), self._scaling(wish, source, target)
         scaled = None if scaling is None else caller.doing(scaling)
@@ -88,16 +108,23 @@ class DeviceBuilder:
         return Enqueued(caller, enqueue)
 
     def by_pointers(
-        self, kind: str, wish: CollectiveCall, caller: Caller, source: DeviceBuffer, target: DeviceBuffer
+        self,
+        kind: str,
+        wish: CollectiveCall,
+        caller: Caller,
+        source: DeviceBuffer,
+        target: DeviceBuffer,
     ) -> Request:
         cuda, device = source.library.cuda, source.device
         if device not in self._streams:
             with cuda.Device(device):
                 self._streams[device] = cuda.Stream(non_blocking=True)
         builder = DeviceMessages(
-            self._host.comm, caller.doing, lambda: Reached(caller),
+            self._host.comm,
+            caller.doing,
+            lambda: Reached(caller),
             lambda stage: Within(cuda, device, self._streams[device], stage),
-        )  # fmt: skip
+        )
         scaling = self._scaling(wish, source, target)
         # CuPy hands memory of one stream out again to that stream alone, behind what it still does with it.
         with cuda.Device(device), stream_at(cuda, source.current_stream(), device):
@@ -106,7 +133,12 @@ class DeviceBuilder:
         return chain(stage, Enqueued(caller, caller.doing(scaling or _nothing)))
 
     def by_host(
-        self, algorithm: str, wish: CollectiveCall, caller: Caller, source: DeviceBuffer, target: DeviceBuffer
+        self,
+        algorithm: str,
+        wish: CollectiveCall,
+        caller: Caller,
+        source: DeviceBuffer,
+        target: DeviceBuffer,
     ) -> Request:
         host = self._host
         if source.device not in self._pinned:
@@ -114,9 +146,14 @@ class DeviceBuilder:
         pinned = self._pinned[source.device]
         whole = whole_of(wish, source, target)
         segments = plan_staging(
-            wish.operation, whole.count, host.size, host.rank, wish.root, pinned.slot_bytes // source.itemsize,
+            wish.operation,
+            whole.count,
+            host.size,
+            host.rank,
+            wish.root,
+            pinned.slot_bytes // source.itemsize,
             in_place=source is target,
-        )  # fmt: skip
+        )
         prepared: dict[tuple[int, int], Host] = {}
         hosts = []
         for index, segment in enumerate(segments):
@@ -124,9 +161,13 @@ class DeviceBuilder:
             if key not in prepared:
                 octets = pinned.memory[index % SLOTS][: segment.count * source.itemsize]
                 prepared[key] = host.prepare(
-                    wish.operation, from_octets(octets, source.element), op=wish.op, root=wish.root,
-                    algorithm=algorithm, fixed_order=wish.fixed_order,
-                )  # fmt: skip
+                    wish.operation,
+                    from_octets(octets, source.element),
+                    op=wish.op,
+                    root=wish.root,
+                    algorithm=algorithm,
+                    fixed_order=wish.fixed_order,
+                )
             hosts.append(prepared[key])
         return Staged(segments, hosts, CudaCopies(pinned, caller, source, target))
 

@@ -33,7 +33,9 @@ class Gpus:
     that is under way; it is called before ranks must wait for each other.
     """
 
-    def __init__(self, host: HostGroup, profile: Profile | None, settle: Callable[[], None]) -> None:
+    def __init__(
+        self, host: HostGroup, profile: Profile | None, settle: Callable[[], None]
+    ) -> None:
         self._host, self._profile, self._settle = host, profile, settle
         self._probe: Mapping[str, Any] = getattr(profile, "gpu_probe", {}).get("mpi", {})
         self._builder = DeviceBuilder(host)
@@ -45,7 +47,9 @@ class Gpus:
         able = self._able(CollectiveCall(operation), buffer)
         return ("auto", *(name for name, reason in able.items() if not reason))
 
-    def prepare(self, wish: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer) -> tuple[str, Ordered]:
+    def prepare(
+        self, wish: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer
+    ) -> tuple[str, Ordered]:
         """What was chosen, and its stage; `source` is `target` where it works in place. The arrays fit the wish.
 
         Raises CommError for a way that cannot be taken here, or that does not exist.
@@ -59,7 +63,12 @@ class Gpus:
         return chosen, Ordered(caller, self._stage(wish, chosen, caller, source, target))
 
     def _stage(
-        self, wish: CollectiveCall, chosen: str, caller: Caller, source: DeviceBuffer, target: DeviceBuffer
+        self,
+        wish: CollectiveCall,
+        chosen: str,
+        caller: Caller,
+        source: DeviceBuffer,
+        target: DeviceBuffer,
     ) -> Request:
         arrays = (wish, caller, source, target)
         if whole_of(wish, source, target).count == 0:
@@ -69,7 +78,9 @@ class Gpus:
         if chosen == "nccl" and isinstance(self._nccl, nccl.Nccl):
             return self._builder.by_nccl(self._nccl, *arrays)
         if chosen == "device-mpi":
-            return self._builder.by_pointers(gpu_aware.way(wish.operation, source.element, self._probe), *arrays)
+            return self._builder.by_pointers(
+                gpu_aware.way(wish.operation, source.element, self._probe), *arrays
+            )
         return self._builder.by_host("auto" if chosen == "staged" else chosen, *arrays)
 
     def _able(self, wish: CollectiveCall, buffer: DeviceBuffer) -> dict[str, str]:
@@ -86,7 +97,9 @@ class Gpus:
             if isinstance(self._nccl, nccl.Nccl):
                 able["nccl"] = self._nccl.lacks(wish.operation, buffer.element, buffer.device)
         if not gpu_aware.way(wish.operation, buffer.element, self._probe):
-            able["device-mpi"] = UNPROBED if not self._probe else "the probe in the profile found that it fails"
+            able["device-mpi"] = (
+                UNPROBED if not self._probe else "the probe in the profile found that it fails"
+            )
         return able
 
     def _joined(self, buffer: DeviceBuffer) -> str:
@@ -117,7 +130,13 @@ class Gpus:
         if self._profile is not None and not wish.fixed_order:
             allowed = [name for name in can if name != "reference"]
             known = self._profile.best(
-                wish.operation, nbytes, buffer.element, len(layout.nodes), layout.size, allowed, device="cuda"
+                wish.operation,
+                nbytes,
+                buffer.element,
+                len(layout.nodes),
+                layout.size,
+                allowed,
+                device="cuda",
             )
         return known or can[0]
 

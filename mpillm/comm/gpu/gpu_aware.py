@@ -57,12 +57,17 @@ class DeviceMessages:
     """
 
     def __init__(
-        self, comm: "MPI.Intracomm", copying: Callable[[Callable[[], object]], Callable[[], object]],
-        reached: Callable[[], Request], apart: Callable[[Request], Request],
-    ) -> None:  # fmt: skip
+        self,
+        comm: "MPI.Intracomm",
+        copying: Callable[[Callable[[], object]], Callable[[], object]],
+        reached: Callable[[], Request],
+        apart: Callable[[Request], Request],
+    ) -> None:
         self._comm, self._copying, self._reached, self._apart = comm, copying, reached, apart
 
-    def build(self, wish: CollectiveCall, kind: str, source: DeviceBuffer, target: DeviceBuffer) -> Request:
+    def build(
+        self, wish: CollectiveCall, kind: str, source: DeviceBuffer, target: DeviceBuffer
+    ) -> Request:
         """The stages of `wish` by `kind`, see `way`; `source` is `target` where it works in place. A mean is left a
         sum.
         """
@@ -77,7 +82,9 @@ class DeviceMessages:
         bounds = block_bounds(whole.count, self._comm.size)
         return whole.part(bounds[self._comm.rank], bounds[self._comm.rank + 1])
 
-    def _by_library(self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer) -> Request:
+    def _by_library(
+        self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer
+    ) -> Request:
         behind = []
         if operation == "reduce_scatter" and source is target:
             # mpi_library.py would copy on the CPU what MPI puts at the array's beginning.
@@ -87,7 +94,9 @@ class DeviceMessages:
         call = mpi_library.stage(self._comm, operation, _seen(source), _seen(target), op, root)
         return chain(self._reached(), call, *behind)
 
-    def _by_list(self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer) -> Request:
+    def _by_list(
+        self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer
+    ) -> Request:
         """A list works in one array, in place; what is to be kept or goes elsewhere is copied before and behind."""
         given, whole = target, target
         before: list[Request] = []
@@ -106,9 +115,16 @@ class DeviceMessages:
             before = [self._copy(source, self._own(target))]
         elif source is not target:
             before = [self._copy(source, target)]
-        return chain(*before, self._reached(), self._apart(self._listed(operation, op, root, given, whole)), *behind)
+        return chain(
+            *before,
+            self._reached(),
+            self._apart(self._listed(operation, op, root, given, whole)),
+            *behind,
+        )
 
-    def _listed(self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer) -> Request:
+    def _listed(
+        self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer
+    ) -> Request:
         algorithm = list_for(operation, target.nbytes)
         plan = schedule(operation, algorithm, self._comm.rank, self._comm.size, root)
         given, taken = _seen(source), _seen(target)

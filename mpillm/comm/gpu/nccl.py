@@ -18,10 +18,17 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 TYPES = {
-    "float32": "NCCL_FLOAT32", "float64": "NCCL_FLOAT64", "float16": "NCCL_FLOAT16", "bfloat16": "NCCL_BFLOAT16",
-    "int8": "NCCL_INT8", "uint8": "NCCL_UINT8", "int32": "NCCL_INT32", "uint32": "NCCL_UINT32", "int64": "NCCL_INT64",
+    "float32": "NCCL_FLOAT32",
+    "float64": "NCCL_FLOAT64",
+    "float16": "NCCL_FLOAT16",
+    "bfloat16": "NCCL_BFLOAT16",
+    "int8": "NCCL_INT8",
+    "uint8": "NCCL_UINT8",
+    "int32": "NCCL_INT32",
+    "uint32": "NCCL_UINT32",
+    "int64": "NCCL_INT64",
     "uint64": "NCCL_UINT64",
-}  # fmt: skip
+}
 
 
 def join(comm: "MPI.Intracomm", node: int, device: int) -> "Nccl | str":
@@ -31,7 +38,9 @@ def join(comm: "MPI.Intracomm", node: int, device: int) -> "Nccl | str":
     """
     reason, place = _found(device)
     found: list[tuple[str, int, str]] = comm.allgather((reason, node, place))
-    reason = next((f"rank {rank}: {text}" for rank, (text, _, _) in enumerate(found) if text), "") or _crowded(found)
+    reason = next(
+        (f"rank {rank}: {text}" for rank, (text, _, _) in enumerate(found) if text), ""
+    ) or _crowded(found)
     if reason:
         return reason
     cupy = load_cupy()
@@ -97,7 +106,9 @@ class Nccl:
             return f"NCCL, as CuPy has it, sums no {element}"
         return ""
 
-    def call(self, wish: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer) -> Callable[[int], None]:
+    def call(
+        self, wish: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer
+    ) -> Callable[[int], None]:
         """A call that gives `wish` to a stream, by its handle; `source` is `target` where it works in place.
 
         Every rank calls them in the same order. A mean is left a sum.
@@ -107,9 +118,13 @@ class Nccl:
         kind = self._nccl.NCCL_UINT8 if moving else getattr(self._nccl, TYPES[source.element])
         unit = source.itemsize if moving else 1
         make: Callable[..., Callable[[int], None]] = {
-            "allreduce": self._allreduce, "reduce_scatter": self._reduce_scatter, "allgather": self._allgather,
-            "broadcast": self._broadcast, "reduce": self._reduce, "alltoall": self._alltoall,
-        }[wish.operation]  # fmt: skip
+            "allreduce": self._allreduce,
+            "reduce_scatter": self._reduce_scatter,
+            "allgather": self._allgather,
+            "broadcast": self._broadcast,
+            "reduce": self._reduce,
+            "alltoall": self._alltoall,
+        }[wish.operation]
         work = make(source, target, kind, unit if moving else reduction, wish.root)
 
         def on_device(stream: int) -> None:
@@ -126,23 +141,39 @@ class Nccl:
         finally:
             self._nccl.groupEnd()
 
-    def _allreduce(self, source: DeviceBuffer, target: DeviceBuffer, kind: int, op: int, root: int) -> Any:
-        return lambda stream: self._joined.allReduce(source.pointer, target.pointer, source.count, kind, op, stream)
+    def _allreduce(
+        self, source: DeviceBuffer, target: DeviceBuffer, kind: int, op: int, root: int
+    ) -> Any:
+        return lambda stream: self._joined.allReduce(
+            source.pointer, target.pointer, source.count, kind, op, stream
+        )
 
-    def _reduce(self, source: DeviceBuffer, target: DeviceBuffer, kind: int, op: int, root: int) -> Any:
+    def _reduce(
+        self, source: DeviceBuffer, target: DeviceBuffer, kind: int, op: int, root: int
+    ) -> Any:
         into = target.pointer if self._rank == root else source.pointer
-        return lambda stream: self._joined.reduce(source.pointer, into, source.count, kind, op, root, stream)
+        return lambda stream: self._joined.reduce(
+            source.pointer, into, source.count, kind, op, root, stream
+        )
 
-    def _broadcast(self, source: DeviceBuffer, target: DeviceBuffer, kind: int, unit: int, root: int) -> Any:
+    def _broadcast(
+        self, source: DeviceBuffer, target: DeviceBuffer, kind: int, unit: int, root: int
+    ) -> Any:
         count = target.count * unit
-        return lambda stream: self._joined.broadcast(target.pointer, target.pointer, count, kind, root, stream)
+        return lambda stream: self._joined.broadcast(
+            target.pointer, target.pointer, count, kind, root, stream
+        )
 
-    def _reduce_scatter(self, source: DeviceBuffer, target: DeviceBuffer, kind: int, op: int, root: int) -> Any:
+    def _reduce_scatter(
+        self, source: DeviceBuffer, target: DeviceBuffer, kind: int, op: int, root: int
+    ) -> Any:
         bounds = block_bounds(source.count, self._size)
         into = source.at(bounds[self._rank]) if source is target else target.pointer
         if source.count % self._size == 0:
             each = source.count // self._size
-            return lambda stream: self._joined.reduceScatter(source.pointer, into, each, kind, op, stream)
+            return lambda stream: self._joined.reduceScatter(
+                source.pointer, into, each, kind, op, stream
+            )
 
         def apart(stream: int) -> None:
             with self._together():
@@ -150,11 +181,15 @@ class Nccl:
                     if first < stop:
                         # What is no result of this rank's is not written to.
                         result = into if block == self._rank else source.at(first)
-                        self._joined.reduce(source.at(first), result, stop - first, kind, op, block, stream)
+                        self._joined.reduce(
+                            source.at(first), result, stop - first, kind, op, block, stream
+                        )
 
         return apart
 
-    def _allgather(self, source: DeviceBuffer, target: DeviceBuffer, kind: int, unit: int, root: int) -> Any:
+    def _allgather(
+        self, source: DeviceBuffer, target: DeviceBuffer, kind: int, unit: int, root: int
+    ) -> Any:
         bounds = block_bounds(target.count, self._size)
         given = target.at(bounds[self._rank]) if source is target else source.pointer
         if target.count % self._size == 0:
@@ -171,7 +206,9 @@ class Nccl:
 
         return apart
 
-    def _alltoall(self, source: DeviceBuffer, target: DeviceBuffer, kind: int, unit: int, root: int) -> Any:
+    def _alltoall(
+        self, source: DeviceBuffer, target: DeviceBuffer, kind: int, unit: int, root: int
+    ) -> Any:
         each = target.count // self._size
 
         def exchange(stream: int) -> None:

@@ -32,7 +32,9 @@ class Pinned:
             self.upward = cupy.cuda.Stream(non_blocking=True)
             self.filled = [cupy.cuda.Event(disable_timing=True) for _ in range(SLOTS)]
             self.emptied = [cupy.cuda.Event(disable_timing=True) for _ in range(SLOTS)]
-            self.memory: list[NDArray[Any]] = [cupyx.empty_pinned(self.slot_bytes, np.uint8) for _ in range(SLOTS)]
+            self.memory: list[NDArray[Any]] = [
+                cupyx.empty_pinned(self.slot_bytes, np.uint8) for _ in range(SLOTS)
+            ]
 
     def free(self) -> None:
         """Return when no copy needs the memory any more."""
@@ -45,7 +47,9 @@ class Pinned:
 class CudaCopies:
     """The copies of one prepared call."""
 
-    def __init__(self, pinned: Pinned, caller: Caller, source: DeviceBuffer, target: DeviceBuffer) -> None:
+    def __init__(
+        self, pinned: Pinned, caller: Caller, source: DeviceBuffer, target: DeviceBuffer
+    ) -> None:
         self._pinned, self._caller, self._source, self._target = pinned, caller, source, target
         self._ended = caller.event()
         self.slots = SLOTS
@@ -62,9 +66,12 @@ class CudaCopies:
             pinned.downward.wait_event(pinned.emptied[slot])
             for span in spans:
                 runtime.memcpyAsync(
-                    self._host(slot, span), self._source.at(span.device), span.count * self._source.itemsize,
-                    runtime.memcpyDeviceToHost, pinned.downward.ptr,
-                )  # fmt: skip
+                    self._host(slot, span),
+                    self._source.at(span.device),
+                    span.count * self._source.itemsize,
+                    runtime.memcpyDeviceToHost,
+                    pinned.downward.ptr,
+                )
             pinned.filled[slot].record(pinned.downward)
 
     def arrived(self, slot: int) -> bool:
@@ -78,9 +85,12 @@ class CudaCopies:
         with pinned.cuda.Device(pinned.device):
             for span in spans:
                 runtime.memcpyAsync(
-                    self._target.at(span.device), self._host(slot, span), span.count * self._target.itemsize,
-                    runtime.memcpyHostToDevice, pinned.upward.ptr,
-                )  # fmt: skip
+                    self._target.at(span.device),
+                    self._host(slot, span),
+                    span.count * self._target.itemsize,
+                    runtime.memcpyHostToDevice,
+                    pinned.upward.ptr,
+                )
             pinned.emptied[slot].record(pinned.upward)
 
     def finish(self) -> None:

@@ -25,9 +25,13 @@ CHILD_SECONDS, ALL_SECONDS = 60.0, 240.0
 
 
 def probe(
-    environment: Mapping[str, str], *, launch: Sequence[str] = (), child: Sequence[str] = CHILD,
-    child_seconds: float = CHILD_SECONDS, all_seconds: float = ALL_SECONDS,
-) -> dict[str, bool]:  # fmt: skip
+    environment: Mapping[str, str],
+    *,
+    launch: Sequence[str] = (),
+    child: Sequence[str] = CHILD,
+    child_seconds: float = CHILD_SECONDS,
+    all_seconds: float = ALL_SECONDS,
+) -> dict[str, bool]:
     """Trial → whether it ended well. One rank calls it; whatever cannot be tried did not.
 
     A trial that takes its child down, or keeps it for `child_seconds`, has failed; another child goes on behind it.
@@ -50,9 +54,14 @@ def _ask(command: Sequence[str], environment: Mapping[str, str], seconds: float)
     """What a child wrote, line by line, until it ended, crashed, or `seconds` were over."""
     try:
         child = subprocess.Popen(
-            command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, start_new_session=True,
-        )  # fmt: skip
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
     except OSError:
         return []
     try:
@@ -61,7 +70,9 @@ def _ask(command: Sequence[str], environment: Mapping[str, str], seconds: float)
         # A session of its own: a launcher's processes go with it.
         os.killpg(child.pid, signal.SIGKILL)
         written, _ = child.communicate()
-    return [line for line in written.splitlines() if line == READY or line.endswith((" ok", " wrong"))]
+    return [
+        line for line in written.splitlines() if line == READY or line.endswith((" ok", " wrong"))
+    ]
 
 
 def tell(name: str, out: IO[str], well: bool | None = None) -> None:

@@ -28,7 +28,9 @@ BLOCKS = (64, 1 << 18)
 def row_of(flat: Any, library: Any) -> DeviceBuffer:
     """A float32 array as a DeviceBuffer; `library`: cupy or numpy."""
     interface = getattr(flat, "__cuda_array_interface__", None) or flat.__array_interface__
-    return DeviceBuffer("float32", flat, flat.size, int(interface["data"][0]), 0, lambda: 0, library)
+    return DeviceBuffer(
+        "float32", flat, flat.size, int(interface["data"][0]), 0, lambda: 0, library
+    )
 
 
 class Trial:
@@ -36,7 +38,9 @@ class Trial:
 
     def __init__(self, comm: "MPI.Intracomm", library: Any) -> None:
         self._comm, self._library = comm, library
-        self._build = DeviceMessages(comm, lambda work: work, lambda: LocalRequest(self._settle), lambda stage: stage)
+        self._build = DeviceMessages(
+            comm, lambda work: work, lambda: LocalRequest(self._settle), lambda stage: stage
+        )
 
     def _settle(self) -> None:
         if self._library.__name__ == "cupy":
@@ -51,13 +55,18 @@ class Trial:
 
     def run(self, name: str) -> bool:
         """Whether `name`, one of probe.TRIALS, gave the right result at every size."""
-        make: Callable[[int], Iterator[bool]] = {MESSAGES: self._messages, ARITHMETIC: self._arithmetic}.get(
-            name, lambda count: self._collective(name, count)
-        )
+        make: Callable[[int], Iterator[bool]] = {
+            MESSAGES: self._messages,
+            ARITHMETIC: self._arithmetic,
+        }.get(name, lambda count: self._collective(name, count))
         return all(right for block in BLOCKS for right in make(block * self._comm.size))
 
     def _messages(self, count: int) -> Iterator[bool]:
-        comm, own, other = self._comm, self._row(self._comm.rank + 1.0, count), self._row(0.0, count)
+        comm, own, other = (
+            self._comm,
+            self._row(self._comm.rank + 1.0, count),
+            self._row(0.0, count),
+        )
         left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
         self._settle()
         requests = [comm.Irecv(other.octets, left), comm.Isend(own.octets, right)]
@@ -88,14 +97,20 @@ class Trial:
                     for start, end, value in self._expected(operation, count, whole=in_place)
                 )
 
-    def _expected(self, operation: str, count: int, whole: bool) -> Iterator[tuple[int, int, float]]:
+    def _expected(
+        self, operation: str, count: int, whole: bool
+    ) -> Iterator[tuple[int, int, float]]:
         """(first, stop, value) of what this rank must hold."""
         size, rank = self._comm.size, self._comm.rank
         bounds, total = block_bounds(count, size), size * (size + 1) / 2
         if operation in ("allgather", "alltoall"):
             yield from ((bounds[block], bounds[block + 1], block + 1.0) for block in range(size))
         elif operation == "reduce_scatter":
-            yield (bounds[rank], bounds[rank + 1], total) if whole else (0, bounds[rank + 1] - bounds[rank], total)
+            yield (
+                (bounds[rank], bounds[rank + 1], total)
+                if whole
+                else (0, bounds[rank + 1] - bounds[rank], total)
+            )
         elif operation == "allreduce" or rank == 0:
             yield 0, count, 1.0 if operation == "broadcast" else total
         elif operation == "broadcast":

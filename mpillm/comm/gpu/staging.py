@@ -49,11 +49,12 @@ def plan_staging(
         takes = operation == "allreduce" or (operation == "reduce") == (rank == root)
         return tuple(
             Segment(
-                min(most, count - first), _kept([StagingSpan(first, 0, min(most, count - first))] * gives),
+                min(most, count - first),
+                _kept([StagingSpan(first, 0, min(most, count - first))] * gives),
                 _kept([StagingSpan(first, 0, min(most, count - first))] * takes),
             )
             for first in range(0, count, most)
-        )  # fmt: skip
+        )
     longest, each = -(-count // size), max(1, most // size)
     return tuple(
         _of_blocks(operation, count, size, rank, first, min(each, longest - first), in_place)
@@ -61,7 +62,9 @@ def plan_staging(
     )
 
 
-def _of_blocks(operation: str, count: int, size: int, rank: int, first: int, width: int, in_place: bool) -> Segment:
+def _of_blocks(
+    operation: str, count: int, size: int, rank: int, first: int, width: int, in_place: bool
+) -> Segment:
     """The segment of elements `first` to `first + width` of each block."""
     every = [
         StagingSpan(start + first, block * width, max(0, min(width, stop - start - first)))
@@ -161,7 +164,10 @@ class Staged:
 
     def _lower(self) -> None:
         """Begin the copies down for which there is a slot."""
-        while self._lowered < len(self._segments) and self._lowered - self._raised < self._copies.slots:
+        while (
+            self._lowered < len(self._segments)
+            and self._lowered - self._raised < self._copies.slots
+        ):
             self._copies.down(self._slot(self._lowered), self._segments[self._lowered].down)
             self._lowered += 1
 

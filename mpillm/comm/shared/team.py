@@ -80,9 +80,14 @@ class NodeTeam:
     def __init__(self, comm: "MPI.Intracomm", memory: SharedSegment, stage_bytes: int) -> None:
         self.comm, self._memory = comm, memory
         self._team = kernel.Team(
-            memory.whole, comm.rank, comm.size, stage_bytes, spins_of(comm),
-            tuple(processes(comm)), CommError,
-        )  # fmt: skip
+            memory.whole,
+            comm.rank,
+            comm.size,
+            stage_bytes,
+            spins_of(comm),
+            tuple(processes(comm)),
+            CommError,
+        )
         self._flat_bytes = min(FLAT_BYTES, stage_bytes)
         self._shared: list[SharedRows] = []
 
@@ -99,7 +104,9 @@ class NodeTeam:
             memory = share_segment(comm, -(-kernel.team_bytes(comm.size, stage_bytes) // comm.size))
         if isinstance(memory, str):
             if comm.rank == 0:
-                warn(f"{memory}; collectives within the node fall back to messages, which is slower")
+                warn(
+                    f"{memory}; collectives within the node fall back to messages, which is slower"
+                )
             return None
         return cls(comm, memory, stage_bytes)
 
@@ -130,24 +137,38 @@ class NodeTeam:
         """
         given = source or target
         if given is None:
-            return self._team.operation(KINDS.index(kind), None, None, 0, 0, 0, 1.0, root, False, None, None)
+            return self._team.operation(
+                KINDS.index(kind), None, None, 0, 0, 0, 1.0, root, False, None, None
+            )
         # The longer of the two is the whole array.
         count = max(buffer.count for buffer in (source, target) if buffer is not None)
         nbytes = count * given.itemsize
         rows = self._rows(kind, source, target)
         if kind == "allreduce" and nbytes <= FLAT_PUSH_BYTES:
             rows = None, None
-        flat = kind in ("allreduce", "reduce") and nbytes <= self._flat_bytes and rows == (None, None)
+        flat = (
+            kind in ("allreduce", "reduce") and nbytes <= self._flat_bytes and rows == (None, None)
+        )
         return self._team.operation(
-            KINDS.index(kind), source.octets if source else None, target.octets if target else None, count,
-            ELEMENTS.index(given.element), REDUCTIONS.index(op), scale, root, flat, *rows,
-        )  # fmt: skip
+            KINDS.index(kind),
+            source.octets if source else None,
+            target.octets if target else None,
+            count,
+            ELEMENTS.index(given.element),
+            REDUCTIONS.index(op),
+            scale,
+            root,
+            flat,
+            *rows,
+        )
 
     def pushes(self, kind: str, source: Buffer, target: Buffer) -> bool:
         """Whether the arrays lie so that the stage is not needed."""
         return self._rows(kind, source, target) != (None, None)
 
-    def _rows(self, kind: str, source: Buffer | None, target: Buffer | None) -> tuple[ManyRows, ManyRows]:
+    def _rows(
+        self, kind: str, source: Buffer | None, target: Buffer | None
+    ) -> tuple[ManyRows, ManyRows]:
         """All ranks' rows of the sources and of the targets that `kind` works on without the stage; else None, None."""
         if kind not in PUSHED or source is None or target is None:
             return None, None

@@ -98,14 +98,23 @@ def padded(parameter: Tensor) -> int:
 
 
 def make_bucket(
-    parameters: list[nn.Parameter], group: Communicator, algorithm: str, share: bool, stage: int, fixed_order: bool
+    parameters: list[nn.Parameter],
+    group: Communicator,
+    algorithm: str,
+    share: bool,
+    stage: int,
+    fixed_order: bool,
 ) -> Bucket:
     """A bucket of zeros with room for the gradient of each of `parameters`; in memory that the node's ranks share, if
     `share` and if it can be had. Every rank of `group` makes it.
     """
     dtype, count = parameters[0].dtype, sum(map(padded, parameters))
     shared = group.allocate(count, str(dtype).removeprefix("torch.")) if share else None
-    flat = torch.zeros(count, dtype=dtype) if shared is None else torch.from_numpy(shared.own).view(dtype)
+    flat = (
+        torch.zeros(count, dtype=dtype)
+        if shared is None
+        else torch.from_numpy(shared.own).view(dtype)
+    )
     views, start = [], 0
     for parameter in parameters:
         views.append(flat[start : start + parameter.numel()].view(parameter.shape))
@@ -125,7 +134,9 @@ def lay(parameter: nn.Parameter, view: Tensor) -> None:
     parameter.grad = view
 
 
-def norm_pieces(gradients: Iterable[tuple[nn.Parameter, Tensor]], twins: Collection[nn.Parameter]) -> list[Tensor]:
+def norm_pieces(
+    gradients: Iterable[tuple[nn.Parameter, Tensor]], twins: Collection[nn.Parameter]
+) -> list[Tensor]:
     """The gradients of all parameters but `twins`, each flat and cut from its own beginning into pieces that stay in
     the cache: in float64 a whole one takes six times as long (60 ms for 19 M elements).
     """

@@ -17,7 +17,15 @@ from mpillm.comm.mesh import Axis
 from mpillm.comm.progress_thread import ProgressThread
 from mpillm.comm.selection import Profile
 from mpillm.errors import CommError
-from mpillm.parallel.data.buckets import Bucket, group_parameters, lay, make_bucket, norm_pieces, padded, square_sum
+from mpillm.parallel.data.buckets import (
+    Bucket,
+    group_parameters,
+    lay,
+    make_bucket,
+    norm_pieces,
+    padded,
+    square_sum,
+)
 from mpillm.parallel.settings import ParallelSettings
 
 if TYPE_CHECKING:
@@ -39,9 +47,15 @@ class GradientBuckets:
     """
 
     def __init__(
-        self, stages: Sequence[Iterable[nn.Parameter]], axis: Axis, settings: ParallelSettings,
-        profile: Profile | None = None, warn: Callable[[str], None] = silent, *, fixed_order: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        stages: Sequence[Iterable[nn.Parameter]],
+        axis: Axis,
+        settings: ParallelSettings,
+        profile: Profile | None = None,
+        warn: Callable[[str], None] = silent,
+        *,
+        fixed_order: bool = False,
+    ) -> None:
         """`profile`: the cluster's, which chooses algorithms; `warn` is told what had to be done without.
 
         `fixed_order`: sum in the one tree over all microbatches of all ranks, in rank order (trees.py); the caller
@@ -53,19 +67,28 @@ class GradientBuckets:
         self.behind = axis.size > 1 and self._overlaps()
         nbytes = settings.bucket_bytes or (BEHIND_BYTES if self.behind else AFTER_BYTES)
         # The last stage first: its last backward pass comes first.
-        trained = [list(dict.fromkeys(p for p in parameters if p.requires_grad)) for parameters in stages]
+        trained = [
+            list(dict.fromkeys(p for p in parameters if p.requires_grad)) for parameters in stages
+        ]
         groups = [
             (stage, group)
             for stage, parameters in reversed(list(enumerate(trained)))
             for group in group_parameters(parameters, nbytes)
         ]
         self._check_layout([group for _, group in groups])
-        self._loose = [] if axis.size > 1 or fixed_order else [p for parameters in trained for p in parameters]
+        self._loose = (
+            []
+            if axis.size > 1 or fixed_order
+            else [p for parameters in trained for p in parameters]
+        )
         groups = [] if self._loose else groups
         self._thread = ProgressThread(self._group, PROGRESS_SECONDS) if self.behind else None
-        share = settings.allreduce in ("auto", "shared", "two-level") and axis.size > len(self._group.nodes)
+        share = settings.allreduce in ("auto", "shared", "two-level") and axis.size > len(
+            self._group.nodes
+        )
         self.buckets = [
-            make_bucket(group, self._group, settings.allreduce, share, stage, fixed_order) for stage, group in groups
+            make_bucket(group, self._group, settings.allreduce, share, stage, fixed_order)
+            for stage, group in groups
         ]
         self._last: set[int] = set()
         for bucket in self.buckets:
@@ -176,23 +199,36 @@ class GradientBuckets:
                 bucket.unfold()
             bucket.lay_all()
 
-    def norm(self, comm: "MPI.Intracomm | None" = None, twins: Collection[nn.Parameter] = ()) -> float:
+    def norm(
+        self, comm: "MPI.Intracomm | None" = None, twins: Collection[nn.Parameter] = ()
+    ) -> float:
         """The 2-norm of all gradients over `comm` (None: the axis), in float64, the same on every rank.
 
         The ranks of an axis share the work. Squares are summed in pieces of one parameter each, and the pieces' sums in
         exact arithmetic, so the layout leaves no trace. `twins`: parameters that are counted on another rank, or
         elsewhere on this one. Every rank of `comm` calls it, after `reduce`.
         """
-        gradients = [pair for bucket in self.buckets for pair in zip(bucket.parameters, bucket.views, strict=True)]
-        gradients += [(parameter, parameter.grad) for parameter in self._loose if parameter.grad is not None]
+        gradients = [
+            pair
+            for bucket in self.buckets
+            for pair in zip(bucket.parameters, bucket.views, strict=True)
+        ]
+        gradients += [
+            (parameter, parameter.grad) for parameter in self._loose if parameter.grad is not None
+        ]
         pieces = norm_pieces(gradients, twins)
-        first, stop = (len(pieces) * part // self.axis.size for part in (self.axis.rank, self.axis.rank + 1))
+        first, stop = (
+            len(pieces) * part // self.axis.size for part in (self.axis.rank, self.axis.rank + 1)
+        )
         own = [square_sum(piece) for piece in pieces[first:stop]]
         gathered = (comm or self.axis.comm).allgather(own)
         return math.sqrt(math.fsum(square for part in gathered for square in part))
 
     def clip_(
-        self, max_norm: float, comm: "MPI.Intracomm | None" = None, twins: Collection[nn.Parameter] = ()
+        self,
+        max_norm: float,
+        comm: "MPI.Intracomm | None" = None,
+        twins: Collection[nn.Parameter] = (),
     ) -> float:
         """Scale all gradients so that their norm is `max_norm` at most; return the norm that they had. As `norm`."""
         norm = self.norm(comm, twins)

@@ -23,7 +23,10 @@ def share_batch(global_batch: int, axis: Axis) -> tuple[int, int]:
     if rest or share < 1:
         below, above = share * axis.size, (share + 1) * axis.size
         batches = f"{below} or {above}" if below > 0 else f"{above}"
-        ranks = max((n for n in range(1, axis.size) if global_batch > 0 and global_batch % n == 0), default=0)
+        ranks = max(
+            (n for n in range(1, axis.size) if global_batch > 0 and global_batch % n == 0),
+            default=0,
+        )
         raise LayoutError(
             f"a global batch of {global_batch} sequences cannot be shared by {axis.size} ranks; use {batches}"
             + (f", or {ranks} rank{'s' * (ranks > 1)} along {axis.name}" if ranks else "")

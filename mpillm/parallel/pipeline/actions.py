@@ -46,7 +46,11 @@ class PipelineSchedule:
     @cached_property
     def places(self) -> dict[Action, tuple[int, int]]:
         """Action → (rank, index in the rank's row)."""
-        return {action: (rank, index) for rank, row in enumerate(self.rows) for index, action in enumerate(row)}
+        return {
+            action: (rank, index)
+            for rank, row in enumerate(self.rows)
+            for index, action in enumerate(row)
+        }
 
     @cached_property
     def rank_of(self) -> tuple[int, ...]:

@@ -38,7 +38,9 @@ def make_schedule(name: str, ranks: int, microbatches: int, chunks: int = 0) -> 
     rows = []
     for rank in range(ranks):
         row = ActionRow(
-            [rank, 2 * ranks - 1 - rank] if form.v_shape else [rank + ranks * chunk for chunk in range(chunks)]
+            [rank, 2 * ranks - 1 - rank]
+            if form.v_shape
+            else [rank + ranks * chunk for chunk in range(chunks)]
         )
         form.fill(row, ranks, microbatches, chunks, rank)
         rows.append(tuple(row.actions))
@@ -52,20 +54,32 @@ def forward_only(schedule: PipelineSchedule, microbatches: int) -> PipelineSched
     keeps all ranks at work, while few microbatches lie waiting at a rank.
     """
     if microbatches < 1:
-        raise LayoutError(f"a forward pass takes at least 1 microbatch, not {microbatches}; give more")
-    round_of = [number for number, size in enumerate(rounds(schedule.ranks, microbatches)) for _ in range(size)]
+        raise LayoutError(
+            f"a forward pass takes at least 1 microbatch, not {microbatches}; give more"
+        )
+    round_of = [
+        number
+        for number, size in enumerate(rounds(schedule.ranks, microbatches))
+        for _ in range(size)
+    ]
     arrived = [microbatches] + [0] * schedule.stages
     done = [0] * schedule.stages
     held = [schedule.stages_of(rank) for rank in range(schedule.ranks)]
     rows: list[list[Action]] = [[] for _ in schedule.rows]
     # Played in steps of one forward each; an order that was played cannot lock.
     while done[-1] < microbatches:
-        waiting = [[(round_of[done[s]], s) for s in stages if done[s] < arrived[s]] for stages in held]
-        for row, stage in [(rows[rank], min(ready)[1]) for rank, ready in enumerate(waiting) if ready]:
+        waiting = [
+            [(round_of[done[s]], s) for s in stages if done[s] < arrived[s]] for stages in held
+        ]
+        for row, stage in [
+            (rows[rank], min(ready)[1]) for rank, ready in enumerate(waiting) if ready
+        ]:
             row.append(Action(stage, "F", done[stage]))
             done[stage] += 1
             arrived[stage + 1] += 1
-    return PipelineSchedule(f"{schedule.name} forward", tuple(map(tuple, rows)), schedule.stages, microbatches)
+    return PipelineSchedule(
+        f"{schedule.name} forward", tuple(map(tuple, rows)), schedule.stages, microbatches
+    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,9 @@ def _form(name: str) -> _Form:
     if name not in _FORMS:
         near = get_close_matches(name, NAMES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise LayoutError(f"no pipeline schedule is called {name!r}; {hint}take {', '.join(NAMES)} or a .csv file")
+        raise LayoutError(
+            f"no pipeline schedule is called {name!r}; {hint}take {', '.join(NAMES)} or a .csv file"
+        )
     return _FORMS[name]
 
 
@@ -109,8 +125,14 @@ def _check_numbers(name: str, form: _Form, ranks: int, microbatches: int, chunks
         )
     if chunks < form.chunks or (chunks > form.chunks and not form.more_chunks):
         rule = f"{form.chunks} stage{'s' * (form.chunks > 1)} a rank{' or more' * form.more_chunks}"
-        other = "interleaved takes any number from 2 on" if chunks > 1 else "gpipe, 1f1b and zb-h1 take 1"
-        raise LayoutError(f"{name} has {rule}, not {chunks}; leave the number of chunks out, or: {other}")
+        other = (
+            "interleaved takes any number from 2 on"
+            if chunks > 1
+            else "gpipe, 1f1b and zb-h1 take 1"
+        )
+        raise LayoutError(
+            f"{name} has {rule}, not {chunks}; leave the number of chunks out, or: {other}"
+        )
     if microbatches < form.least * ranks:
         raise LayoutError(
             f"{name} on {ranks} ranks needs at least {form.least * ranks} microbatches, not {microbatches}; give more, "
@@ -118,7 +140,9 @@ def _check_numbers(name: str, form: _Form, ranks: int, microbatches: int, chunks
         )
 
 
-def _fitting(schedule: PipelineSchedule, ranks: int, microbatches: int, chunks: int) -> PipelineSchedule:
+def _fitting(
+    schedule: PipelineSchedule, ranks: int, microbatches: int, chunks: int
+) -> PipelineSchedule:
     """`schedule`, if its numbers are those that were asked for; 0 asks for none."""
     held = max(len(schedule.stages_of(rank)) for rank in range(schedule.ranks))
     for what, wanted, has in (
@@ -127,5 +151,7 @@ def _fitting(schedule: PipelineSchedule, ranks: int, microbatches: int, chunks: 
         ("stages a rank", chunks, held),
     ):
         if wanted not in (0, has):
-            raise LayoutError(f"{schedule.name} is a schedule of {has} {what}, not {wanted}; ask for {has}, or for 0")
+            raise LayoutError(
+                f"{schedule.name} is a schedule of {has} {what}, not {wanted}; ask for {has}, or for 0"
+            )
     return schedule

@@ -53,7 +53,10 @@ def _placement_fault(schedule: PipelineSchedule) -> str:
         if not row:
             return f"rank {rank} does nothing; each rank holds at least one stage, so give it one or use fewer ranks"
         for action in row:
-            if not (0 <= action.stage < schedule.stages and 0 <= action.microbatch < schedule.microbatches):
+            if not (
+                0 <= action.stage < schedule.stages
+                and 0 <= action.microbatch < schedule.microbatches
+            ):
                 return (
                     f"rank {rank} has {action}, but stages go from 0 to {schedule.stages - 1} and microbatches to "
                     f"{schedule.microbatches - 1}; take it out"
@@ -65,7 +68,11 @@ def _placement_fault(schedule: PipelineSchedule) -> str:
                 )
     # Stages may be many where few have actions: the first gap is never far.
     missing = next((stage for stage in range(schedule.stages) if stage not in holders), None)
-    return "" if missing is None else f"stage {missing} of {schedule.stages} lies on no rank; give its actions a row"
+    return (
+        ""
+        if missing is None
+        else f"stage {missing} of {schedule.stages} lies on no rank; give its actions a row"
+    )
 
 
 def _count_fault(schedule: PipelineSchedule, forward_only: bool) -> str:
@@ -75,7 +82,9 @@ def _count_fault(schedule: PipelineSchedule, forward_only: bool) -> str:
                 return f"rank {rank} has {action} twice; take one out"
     places = schedule.places
     # Not itertools.product: a file that names microbatch 999999999 would have it list them all.
-    for stage, microbatch in ((s, m) for s in range(schedule.stages) for m in range(schedule.microbatches)):
+    for stage, microbatch in (
+        (s, m) for s in range(schedule.stages) for m in range(schedule.microbatches)
+    ):
         found = "".join(kind for kind in _KINDS if Action(stage, kind, microbatch) in places)
         if found not in (("F",) if forward_only else ("FB", "FIW")):
             what = "F" if forward_only else "F, and B or both I and W"
@@ -110,7 +119,9 @@ def _message_fault(schedule: PipelineSchedule) -> str:
         sender, receiver = (stage, stage + 1) if forwards else (stage + 1, stage)
         if schedule.rank_of[sender] == schedule.rank_of[receiver]:
             continue
-        for sent, used in zip(orders.get((sender, forwards), ()), orders.get((receiver, forwards), ()), strict=True):
+        for sent, used in zip(
+            orders.get((sender, forwards), ()), orders.get((receiver, forwards), ()), strict=True
+        ):
             if sent.microbatch != used.microbatch:
                 return (
                     f"messages from stage {sender} to stage {receiver} arrive in the order in which they are sent, but "

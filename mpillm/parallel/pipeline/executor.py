@@ -42,15 +42,28 @@ class Pipeline:
     """
 
     def __init__(
-        self, axis: Axis, placement: PipelineSchedule, nbytes: int, way: str = "auto",
-        profile: HandoverProfile | None = None, warn: Callable[[str], None] = silent,
-    ) -> None:  # fmt: skip
+        self,
+        axis: Axis,
+        placement: PipelineSchedule,
+        nbytes: int,
+        way: str = "auto",
+        profile: HandoverProfile | None = None,
+        warn: Callable[[str], None] = silent,
+    ) -> None:
         self.axis, self.placement = axis, placement
         holders = placement.rank_of
-        pairs = [(stage, stage + 1) for stage in range(placement.stages - 1) if holders[stage] != holders[stage + 1]]
+        pairs = [
+            (stage, stage + 1)
+            for stage in range(placement.stages - 1)
+            if holders[stage] != holders[stage + 1]
+        ]
         # Behind each action whose result travels there is an edge: of the forwards down, of the gradients up.
-        self._edges = {way_on: number for number, way_on in enumerate([*pairs, *((b, a) for a, b in pairs)])}
-        edges = [Channel(holders[sender], holders[receiver], nbytes) for sender, receiver in self._edges]
+        self._edges = {
+            way_on: number for number, way_on in enumerate([*pairs, *((b, a) for a, b in pairs)])
+        }
+        edges = [
+            Channel(holders[sender], holders[receiver], nbytes) for sender, receiver in self._edges
+        ]
         self._mail = ChannelSet(axis.comm, edges, way=way, profile=profile, warn=warn)
 
     @property
@@ -58,7 +71,9 @@ class Pipeline:
         """How streams pass between ranks, without repetition."""
         return list(dict.fromkeys(self._mail.ways))
 
-    def run(self, schedule: PipelineSchedule, stages: Mapping[int, PipelineStage], stream: Stream) -> list[Span]:
+    def run(
+        self, schedule: PipelineSchedule, stages: Mapping[int, PipelineStage], stream: Stream
+    ) -> list[Span]:
         """Do this rank's row of `schedule` with its `stages`; every rank of the axis calls it with the same schedule.
 
         Returns when each computed: seconds of time.perf_counter. When it returns, all that was sent is on its way.
@@ -75,9 +90,14 @@ class _RowExecution:
     """One rank's row under way."""
 
     def __init__(
-        self, mail: ChannelSet, edges: Mapping[tuple[int, int], int], schedule: PipelineSchedule, rank: int,
-        stages: Mapping[int, PipelineStage], stream: Stream,
-    ) -> None:  # fmt: skip
+        self,
+        mail: ChannelSet,
+        edges: Mapping[tuple[int, int], int],
+        schedule: PipelineSchedule,
+        rank: int,
+        stages: Mapping[int, PipelineStage],
+        stream: Stream,
+    ) -> None:
         self._mail, self._edges, self._schedule = mail, edges, schedule
         self._row, self._stages, self._stream = schedule.rows[rank], stages, stream
         self._here: dict[Action, Tensor] = {}
@@ -121,7 +141,9 @@ class _RowExecution:
 
     def _post(self, edge: int) -> None:
         if self._coming[edge]:
-            arriving = torch.empty(self._stream.shape_of(self._coming[edge].popleft()), dtype=self._stream.dtype)
+            arriving = torch.empty(
+                self._stream.shape_of(self._coming[edge].popleft()), dtype=self._stream.dtype
+            )
             self._posted[edge].append(arriving)
             self._mail.expect(edge, arriving)
 

@@ -38,10 +38,17 @@ def gantt_text(timeline: Timeline, schedule: PipelineSchedule, width: int) -> li
     names = [f"rank {rank} " for rank in range(schedule.ranks)]
     margin = max(map(len, names))
     columns, labelled = _scale(timeline, max(width - margin, 1))
-    lines = [Text(line) for line in textwrap.wrap(_legend(schedule, None if labelled else columns), max(width, 20))]
+    lines = [
+        Text(line)
+        for line in textwrap.wrap(_legend(schedule, None if labelled else columns), max(width, 20))
+    ]
     for name, spans in zip(names, timeline.spans, strict=True):
         line = Text(name.ljust(margin), no_wrap=True)
-        cells = _cells(spans, columns, schedule) if labelled else _slices(spans, columns, timeline.makespan, schedule)
+        cells = (
+            _cells(spans, columns, schedule)
+            if labelled
+            else _slices(spans, columns, timeline.makespan, schedule)
+        )
         for text, style in cells:
             line.append(text, style)
         line.append(IDLE * (int(timeline.makespan * columns + 1e-6) + margin - len(line)), "dim")
@@ -59,7 +66,9 @@ def _scale(timeline: Timeline, room: int) -> tuple[float, bool]:
     return room / timeline.makespan, False
 
 
-def _cells(spans: tuple[Span, ...], columns: float, schedule: PipelineSchedule) -> Iterator[tuple[str, str]]:
+def _cells(
+    spans: tuple[Span, ...], columns: float, schedule: PipelineSchedule
+) -> Iterator[tuple[str, str]]:
     """(text, style) of the waits and the actions of a rank."""
     at = 0
     for span in spans:
@@ -119,7 +128,10 @@ def _legend(schedule: PipelineSchedule, columns: float | None) -> str:
 def _ruler(name: str, makespan: float, columns: float) -> str:
     """Round times below their columns, at least ten columns apart."""
     step = next(
-        size * 10.0**power for power in range(-9, 15) for size in (1, 2, 5) if size * 10.0**power * columns >= 10
+        size * 10.0**power
+        for power in range(-9, 15)
+        for size in (1, 2, 5)
+        if size * 10.0**power * columns >= 10
     )
     line = name
     for tick in range(int(makespan / step + 1e-9) + 1):
@@ -139,8 +151,12 @@ def gantt_picture(timeline: Timeline, schedule: PipelineSchedule, path: Path) ->
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots()
     for rank, spans in enumerate(timeline.spans):
-        _draw_rank(axes, rank, spans, schedule, figure.get_figwidth() * 72 * 0.92 / timeline.makespan)
-    axes.set(xlabel="time", ylabel="rank", xlim=(0, timeline.makespan), ylim=(schedule.ranks - 0.5, -0.5))
+        _draw_rank(
+            axes, rank, spans, schedule, figure.get_figwidth() * 72 * 0.92 / timeline.makespan
+        )
+    axes.set(
+        xlabel="time", ylabel="rank", xlim=(0, timeline.makespan), ylim=(schedule.ranks - 0.5, -0.5)
+    )
     axes.set_yticks(range(schedule.ranks))
     axes.set_title(
         f"{schedule.name}: {schedule.ranks} ranks, {schedule.stages} stages, {schedule.microbatches} microbatches, "
@@ -151,7 +167,9 @@ def gantt_picture(timeline: Timeline, schedule: PipelineSchedule, path: Path) ->
         figure.savefig(temporary, format=kind, dpi=120)
 
 
-def _draw_rank(axes: Any, rank: int, spans: tuple[Span, ...], schedule: PipelineSchedule, points: float) -> None:
+def _draw_rank(
+    axes: Any, rank: int, spans: tuple[Span, ...], schedule: PipelineSchedule, points: float
+) -> None:
     """One call a colour: thousands of separate cells would take seconds. `points`: of a unit of time."""
     bars: dict[str, list[tuple[float, float]]] = {}
     for span in spans:
@@ -160,11 +178,21 @@ def _draw_rank(axes: Any, rank: int, spans: tuple[Span, ...], schedule: Pipeline
         bars.setdefault(colour, []).append((span.begin, duration))
         if len(label) * FONT_POINTS * DIGIT_SHARE <= duration * points:
             place = ((span.begin + span.end) / 2, rank)
-            axes.text(*place, label, ha="center", va="center", fontsize=FONT_POINTS, color=ink, clip_on=True)
+            axes.text(
+                *place,
+                label,
+                ha="center",
+                va="center",
+                fontsize=FONT_POINTS,
+                color=ink,
+                clip_on=True,
+            )
     for colour, places in bars.items():
         narrowest = min(duration for _, duration in places) * points
         line = 0.4 if narrowest > FONT_POINTS / 2 else 0.0
-        axes.broken_barh(places, (rank - 0.4, 0.8), facecolors=colour, edgecolors="white", linewidth=line)
+        axes.broken_barh(
+            places, (rank - 0.4, 0.8), facecolors=colour, edgecolors="white", linewidth=line
+        )
 
 
 def _draw_legend(figure: Any, schedule: PipelineSchedule) -> None:
@@ -173,9 +201,14 @@ def _draw_legend(figure: Any, schedule: PipelineSchedule) -> None:
     chunks = schedule.chunks
     present = {action.kind for row in schedule.rows for action in row}
     patches = [
-        Patch(color=_colour(kind, chunk, schedule), label=f"{name}, chunk {chunk}" if chunks > 1 else name)
+        Patch(
+            color=_colour(kind, chunk, schedule),
+            label=f"{name}, chunk {chunk}" if chunks > 1 else name,
+        )
         for kind, name in KINDS.items()
         if kind in present
         for chunk in range(chunks)
     ]
-    figure.legend(handles=patches, fontsize="small", loc="outside lower center", ncols=min(len(patches), 6))
+    figure.legend(
+        handles=patches, fontsize="small", loc="outside lower center", ncols=min(len(patches), 6)
+    )

@@ -41,7 +41,9 @@ def execution_order(schedule: PipelineSchedule) -> list[tuple[int, Action]]:
             heads[rank] += 1
             runnable.extend(waiting.pop(action, ()))
     if waiting:
-        raise LayoutError(f"{schedule.name}: a deadlock: {circle(waits(schedule, heads))}; move one of them in its row")
+        raise LayoutError(
+            f"{schedule.name}: a deadlock: {circle(waits(schedule, heads))}; move one of them in its row"
+        )
     return order
 
 
@@ -54,7 +56,9 @@ def waits(schedule: PipelineSchedule, heads: list[int]) -> dict[int, Wait]:
             needed = schedule.needs(action)
             assert needed is not None
             if needed not in schedule.places:
-                raise LayoutError(f"{schedule.name}: {action} on rank {rank} needs {needed}; give that to a rank")
+                raise LayoutError(
+                    f"{schedule.name}: {action} on rank {rank} needs {needed}; give that to a rank"
+                )
             found[rank] = Wait(rank, action, needed, schedule.places[needed][0])
     return found
 
@@ -68,10 +72,15 @@ def circle(stuck: dict[int, Wait]) -> str:
     chain = chain[chain.index(following) :]
     start = chain.index(min(chain, key=lambda wait: wait.rank))
     first, *others = chain[start:] + chain[:start]
-    text, needed = f"rank {first.rank} cannot do {first.action} before rank {first.holder} does {first.needed}", first
+    text, needed = (
+        f"rank {first.rank} cannot do {first.action} before rank {first.holder} does {first.needed}",
+        first,
+    )
     for wait in others:
         if needed.needed != wait.action:
             text += f", which stands after {wait.action} there"
-        text += f", which needs {wait.needed}" + (f" of rank {wait.holder}" if wait.holder != first.rank else "")
+        text += f", which needs {wait.needed}" + (
+            f" of rank {wait.holder}" if wait.holder != first.rank else ""
+        )
         needed = wait
     return f"{text}, which stands after {first.action} on rank {first.rank}"

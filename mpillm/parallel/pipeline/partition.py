@@ -10,7 +10,9 @@ from mpillm.models.config import DecoderConfig
 from mpillm.models.decoder import Part
 
 
-def share_layers(config: DecoderConfig, stages: int, wanted: Literal["auto"] | Sequence[int] = "auto") -> list[Part]:
+def share_layers(
+    config: DecoderConfig, stages: int, wanted: Literal["auto"] | Sequence[int] = "auto"
+) -> list[Part]:
     """The part of the model that each of `stages` stages holds: one layer at the least.
 
     `wanted`: the numbers of layers; auto makes the dearest stage as cheap as can be. Raises LayoutError.

@@ -27,7 +27,9 @@ def read_schedule(path: Path) -> PipelineSchedule:
     while rows and not rows[-1]:
         rows.pop()
     if not rows:
-        raise LayoutError(f"{path} holds no actions; write a row a rank, with cells such as 0F0,1F0,1B0,0B0")
+        raise LayoutError(
+            f"{path} holds no actions; write a row a rank, with cells such as 0F0,1F0,1B0,0B0"
+        )
     every = [action for row in rows for action in row]
     named = set(every)
     schedule = PipelineSchedule(
@@ -51,7 +53,9 @@ def _lines(path: Path) -> list[list[str]]:
             return list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as failure:
         reason = getattr(failure, "strerror", None) or failure
-        raise LayoutError(f"cannot read the schedule {path}: {reason}; name a CSV file, a row a rank") from failure
+        raise LayoutError(
+            f"cannot read the schedule {path}: {reason}; name a CSV file, a row a rank"
+        ) from failure
 
 
 def _actions(path: Path, row: int, cells: list[str]) -> list[Action]:
@@ -70,5 +74,9 @@ def _actions(path: Path, row: int, cells: list[str]) -> list[Action]:
 
 
 def _as_half(action: Action, named: set[Action]) -> Action:
-    alone = action.kind == "B" and replace(action, kind="W") in named and replace(action, kind="I") not in named
+    alone = (
+        action.kind == "B"
+        and replace(action, kind="W") in named
+        and replace(action, kind="I") not in named
+    )
     return replace(action, kind="I") if alone else action

@@ -55,7 +55,11 @@ class ShareCosts:
             numbers = [float(part) for part in text.split(",")]
         except ValueError:
             numbers = []
-        if len(numbers) != 4 or not all(math.isfinite(n) and n >= 0 for n in numbers) or not any(numbers[:3]):
+        if (
+            len(numbers) != 4
+            or not all(math.isfinite(n) and n >= 0 for n in numbers)
+            or not any(numbers[:3])
+        ):
             raise UsageError(
                 f"--costs takes F,B,W,T, four numbers from 0 up, and not {text!r}: what a forward, the input half and "
                 "the weights half of a backward, and a message take, such as 1,1,1,0"
@@ -76,7 +80,9 @@ def print_schedule(options: ScheduleOptions, console: Console) -> None:
     """
     costs = ShareCosts.parse(options.costs)
     if options.name in (ALL, *NAMES) and not (options.ranks and options.microbatches):
-        raise UsageError(f"{options.name} needs --stages P and --microbatches M; only a .csv file has its own numbers")
+        raise UsageError(
+            f"{options.name} needs --stages P and --microbatches M; only a .csv file has its own numbers"
+        )
     if options.name == ALL:
         _compare(options, costs, console)
         return
@@ -84,7 +90,9 @@ def print_schedule(options: ScheduleOptions, console: Console) -> None:
     timeline = simulate(schedule, costs.of_stages(schedule))
     written = _write_files(options, schedule, timeline)
     if options.as_json:
-        console.write(json.dumps(schedule_figures(schedule, timeline) | {"costs": asdict(costs)}) + "\n")
+        console.write(
+            json.dumps(schedule_figures(schedule, timeline) | {"costs": asdict(costs)}) + "\n"
+        )
         return
     console.write(_drawn(gantt_text(timeline, schedule, options.width), options))
     console.facts(f"{schedule.name}: {_numbers(schedule)}", _facts(schedule, timeline))
@@ -105,7 +113,9 @@ def schedule_figures(schedule: PipelineSchedule, timeline: Timeline) -> dict[str
         "bubble": timeline.bubble,
         "busy": timeline.busy,
         "peaks": [peak / chunks for peak, chunks in zip(timeline.peaks, held, strict=True)],
-        "messages": sum(schedule.target(action) is not None for row in schedule.rows for action in row),
+        "messages": sum(
+            schedule.target(action) is not None for row in schedule.rows for action in row
+        ),
     }
 
 
@@ -127,7 +137,9 @@ def _facts(schedule: PipelineSchedule, timeline: Timeline) -> dict[str, str]:
 
 def _compare(options: ScheduleOptions, costs: ShareCosts, console: Console) -> None:
     if options.svg or options.png or options.csv:
-        raise UsageError("a file holds one schedule: name one instead of all for --svg, --png or --csv")
+        raise UsageError(
+            "a file holds one schedule: name one instead of all for --svg, --png or --csv"
+        )
     found, left_out = [], {}
     for name in NAMES:
         try:
@@ -137,24 +149,32 @@ def _compare(options: ScheduleOptions, costs: ShareCosts, console: Console) -> N
         else:
             found.append(schedule_figures(schedule, simulate(schedule, costs.of_stages(schedule))))
     if options.as_json:
-        console.write(json.dumps({"schedules": found, "left_out": left_out, "costs": asdict(costs)}) + "\n")
+        console.write(
+            json.dumps({"schedules": found, "left_out": left_out, "costs": asdict(costs)}) + "\n"
+        )
         return
     console.table(
         f"{options.ranks} ranks, {options.microbatches} microbatches",
         ["schedule", "stages a rank", "makespan", "bubble", "stored at most", "messages"],
         [
             [
-                row["schedule"], str(row["chunks"]), _short(row["makespan"]), f"{row['bubble']:.1%}",
-                _short(max(row["peaks"])), f"{row['messages']:,}",
+                row["schedule"],
+                str(row["chunks"]),
+                _short(row["makespan"]),
+                f"{row['bubble']:.1%}",
+                _short(max(row["peaks"])),
+                f"{row['messages']:,}",
             ]
             for row in found
         ],
-    )  # fmt: skip
+    )
     for name, reason in left_out.items():
         console.say(f"left out: {reason if reason.startswith(name) else f'{name}: {reason}'}")
 
 
-def _write_files(options: ScheduleOptions, schedule: PipelineSchedule, timeline: Timeline) -> list[Path]:
+def _write_files(
+    options: ScheduleOptions, schedule: PipelineSchedule, timeline: Timeline
+) -> list[Path]:
     """The files that were written. Raises UsageError for one that cannot be."""
     for option, path in (("svg", options.svg), ("png", options.png)):
         if path is not None and path.suffix != f".{option}":
@@ -175,7 +195,9 @@ def _write_files(options: ScheduleOptions, schedule: PipelineSchedule, timeline:
 
 def _drawn(lines: Sequence[Text], options: ScheduleOptions) -> str:
     paper = io.StringIO()
-    pen = rich.console.Console(file=paper, force_terminal=options.coloured, highlight=False, soft_wrap=True)
+    pen = rich.console.Console(
+        file=paper, force_terminal=options.coloured, highlight=False, soft_wrap=True
+    )
     for line in lines:
         pen.print(line)
     return paper.getvalue()

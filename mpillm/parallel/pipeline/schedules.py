@@ -74,7 +74,12 @@ def zb_h1(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
     ahead = min(m, p - r)
     row.add(ahead, "F0")
     for microbatch in range(m):
-        row.add(1, "I0", *(["W"] if microbatch >= r else []), *(["F0"] if microbatch < m - ahead else []))
+        row.add(
+            1,
+            "I0",
+            *(["W"] if microbatch >= r else []),
+            *(["F0"] if microbatch < m - ahead else []),
+        )
     row.add(min(m, r), "W")
 
 

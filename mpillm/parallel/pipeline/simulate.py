@@ -24,10 +24,17 @@ class Costs:
 
     @classmethod
     def even(
-        cls, stages: int, forward: float = 1, backward_input: float = 1, backward_weight: float = 1, transfer: float = 0
+        cls,
+        stages: int,
+        forward: float = 1,
+        backward_input: float = 1,
+        backward_weight: float = 1,
+        transfer: float = 0,
     ) -> "Costs":
         """The same for each of `stages` stages."""
-        return cls((forward,) * stages, (backward_input,) * stages, (backward_weight,) * stages, transfer)
+        return cls(
+            (forward,) * stages, (backward_input,) * stages, (backward_weight,) * stages, transfer
+        )
 
     def of(self, action: Action) -> float:
         stage = action.stage

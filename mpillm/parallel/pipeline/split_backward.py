@@ -44,7 +44,11 @@ class SplitBackward:
     def weights(self) -> None:
         """Accumulate `grad` of all weights. Afterwards the graph is gone."""
         for node, leaves in self._branches.items():
-            given = [(place, gradient) for place, gradient in enumerate(self._noted[node]) if gradient is not None]
+            given = [
+                (place, gradient)
+                for place, gradient in enumerate(self._noted[node])
+                if gradient is not None
+            ]
             edges = [GradientEdge(node, place) for place, _ in given]
             torch.autograd.backward(edges, [gradient for _, gradient in given], inputs=leaves)
             del self._noted[node]
@@ -71,7 +75,12 @@ def _branches(output: Tensor, pivot: Node) -> Iterator[tuple[Node, list[Tensor]]
             on_the_way.add(node)
     for node in order:
         if node in on_the_way:
-            leaves = [leaf for child in _children(node) if child not in on_the_way for leaf in _leaves(child)]
+            leaves = [
+                leaf
+                for child in _children(node)
+                if child not in on_the_way
+                for leaf in _leaves(child)
+            ]
             if leaves:
                 yield node, list(dict.fromkeys(leaves))
 

@@ -51,7 +51,9 @@ class ModelStage:
     `losses` holds, on the last stage, the loss of each microbatch, over `Batch.scale`.
     """
 
-    def __init__(self, part: Decoder, number: int, buckets: GradientBuckets, autocast: torch.dtype | None) -> None:
+    def __init__(
+        self, part: Decoder, number: int, buckets: GradientBuckets, autocast: torch.dtype | None
+    ) -> None:
         self.part, self.losses = part, dict[int, float]()
         self._number, self._buckets, self._autocast = number, buckets, autocast
         self._batch: Batch | None = None
@@ -121,7 +123,11 @@ class ScoringStage:
     """
 
     def __init__(
-        self, part: Decoder, read: Callable[[int], Tensor], autocast: torch.dtype | None, done: Callable[[], None]
+        self,
+        part: Decoder,
+        read: Callable[[int], Tensor],
+        autocast: torch.dtype | None,
+        done: Callable[[], None],
     ) -> None:
         self.part, self.losses = part, dict[int, float]()
         self._read, self._autocast, self._done = read, autocast, done
@@ -129,7 +135,10 @@ class ScoringStage:
     def forward(self, microbatch: int, stream: Tensor | None) -> Tensor | None:
         part = self.part
         ids = self._read(microbatch) if part.begins or part.ends else None
-        with torch.inference_mode(), torch.autocast("cpu", dtype=self._autocast, enabled=self._autocast is not None):
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", dtype=self._autocast, enabled=self._autocast is not None),
+        ):
             given = stream if stream is not None or ids is None else ids[:, :-1]
             output: Tensor = part(given)
         if part.begins:

@@ -28,7 +28,9 @@ def loosen(begin: Decoder, end: Decoder) -> None:
 class Tie:
     """This rank's ends of a tie: both, one or none. Every rank of the pipeline axis makes it, before its buckets."""
 
-    def __init__(self, parts: Sequence[Decoder], axis: Axis, warn: Callable[[str], None] = silent) -> None:
+    def __init__(
+        self, parts: Sequence[Decoder], axis: Axis, warn: Callable[[str], None] = silent
+    ) -> None:
         """`parts`: of this rank, in the model's order."""
         begin, end = parts[0] if parts[0].begins else None, parts[-1] if parts[-1].ends else None
         if begin is not None and end is not None:

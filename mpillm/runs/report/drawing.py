@@ -22,7 +22,20 @@ STAND_INS: Mapping[str, str] = MappingProxyType(
     {
         name: f"#0a0b{number:02x}"
         for number, name in enumerate(
-            ("ink", "grid", "a", "b", "c", "d", "finished", "running", "stopped", "failed", "killed"), 1
+            (
+                "ink",
+                "grid",
+                "a",
+                "b",
+                "c",
+                "d",
+                "finished",
+                "running",
+                "stopped",
+                "failed",
+                "killed",
+            ),
+            1,
         )
     }
 )
@@ -101,7 +114,9 @@ def draw(plot: Plot) -> Markup:
         for line in plot.lines:
             _draw_gaps(axes, line)
 
-    return _svg(plot.key, plot.title, (WIDE if plot.wide else NARROW, TALL if plot.wide else HEIGHT), fill)
+    return _svg(
+        plot.key, plot.title, (WIDE if plot.wide else NARROW, TALL if plot.wide else HEIGHT), fill
+    )
 
 
 def draw_attempts(attempts: Sequence[Attempt], goal: int) -> Markup:
@@ -109,7 +124,8 @@ def draw_attempts(attempts: Sequence[Attempt], goal: int) -> Markup:
     begin = attempts[0].began
     longest = max((attempt.ended - begin).total_seconds() for attempt in attempts)
     unit, size = next(
-        (u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if longest > 3 * u[1]), ("seconds", 1)
+        (u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if longest > 3 * u[1]),
+        ("seconds", 1),
     )
 
     def fill(axes: Any) -> None:
@@ -123,10 +139,26 @@ def draw_attempts(attempts: Sequence[Attempt], goal: int) -> Markup:
             y = [step for _, step in points]
             axes.axvspan(x[0], x[-1], color=colour, alpha=0.14, linewidth=0)
             if before is not None:
-                axes.plot([before[0], x[0]], [before[1], y[0]], color=STAND_INS["ink"], linewidth=0.8, linestyle=":")
+                axes.plot(
+                    [before[0], x[0]],
+                    [before[1], y[0]],
+                    color=STAND_INS["ink"],
+                    linewidth=0.8,
+                    linestyle=":",
+                )
             axes.plot(x, y, color=STAND_INS["a"], linewidth=1.8)
-            axes.plot(x[1:-1], y[1:-1], color=STAND_INS["a"], linestyle="none", marker="o", markersize=3)
-            axes.plot(x[-1:], y[-1:], color=colour, marker=ENDS[attempt.how], markersize=7, clip_on=False, zorder=5)
+            axes.plot(
+                x[1:-1], y[1:-1], color=STAND_INS["a"], linestyle="none", marker="o", markersize=3
+            )
+            axes.plot(
+                x[-1:],
+                y[-1:],
+                color=colour,
+                marker=ENDS[attempt.how],
+                markersize=7,
+                clip_on=False,
+                zorder=5,
+            )
             before = (x[-1], y[-1])
         if goal:
             axes.axhline(goal, color=STAND_INS["ink"], linewidth=0.8, linestyle="--")
@@ -153,7 +185,9 @@ def _draw_line(axes: Any, line: Line) -> None:
     if line.smoothed and count >= FEWEST_TO_SMOOTH:
         axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.4 if count <= MOST_POINTS else 0.25)
         x, y = smooth(line.x, line.y)
-    axes.plot(x, y, color=colour, linewidth=1.6, marker="o" if count <= FEW else None, markersize=3.5)
+    axes.plot(
+        x, y, color=colour, linewidth=1.6, marker="o" if count <= FEW else None, markersize=3.5
+    )
 
 
 def _scale(axes: Any, plot: Plot, first: float, last: float) -> None:
@@ -173,7 +207,14 @@ def _draw_marks(axes: Any, marks: Sequence[int]) -> None:
         axes.axvline(step + 0.5, color=STAND_INS["ink"], linewidth=0.8, linestyle=":", alpha=0.8)
         if len(marks) <= MOST_NUMBERED:
             place = {"xy": (step + 0.5, 1), "xycoords": ("data", "axes fraction")}
-            axes.annotate(str(number), **place, xytext=(3, -8), textcoords="offset points", fontsize=8, clip_on=True)
+            axes.annotate(
+                str(number),
+                **place,
+                xytext=(3, -8),
+                textcoords="offset points",
+                fontsize=8,
+                clip_on=True,
+            )
 
 
 def _draw_gaps(axes: Any, line: Line) -> None:
@@ -182,9 +223,15 @@ def _draw_gaps(axes: Any, line: Line) -> None:
     if line.complete and len(gaps):
         chosen = gaps[np.unique(np.linspace(0, len(gaps) - 1, MOST_MARKS).astype(int))]
         axes.plot(
-            chosen, np.zeros(len(chosen)), color=STAND_INS["failed"], linestyle="none", marker="x", markersize=5,
-            transform=axes.get_xaxis_transform(), clip_on=False,
-        )  # fmt: skip
+            chosen,
+            np.zeros(len(chosen)),
+            color=STAND_INS["failed"],
+            linestyle="none",
+            marker="x",
+            markersize=5,
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+        )
 
 
 def _svg(key: str, title: str, size: tuple[int, int], fill: Callable[[Any], None]) -> Markup:
@@ -210,11 +257,15 @@ def _in_page(svg: str, key: str, title: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>{key}-", svg)
-    svg = re.sub(r" (?:d|x|y)=\"[^\"]*\"", lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found.group()), svg)
+    svg = re.sub(
+        r" (?:d|x|y)=\"[^\"]*\"", lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found.group()), svg
+    )
     for name, colour in STAND_INS.items():
         svg = svg.replace(colour, f"var(--{name})")
     head = re.search(r"viewBox=\"[^\"]*\"", svg)
     assert head
     label = escape(title)
-    begin = f'<svg {head.group()} role="img" aria-label="{label}" class="plot"><title>{label}</title>'
+    begin = (
+        f'<svg {head.group()} role="img" aria-label="{label}" class="plot"><title>{label}</title>'
+    )
     return begin + svg[svg.index(">") + 1 :]

@@ -39,33 +39,58 @@ def restarts(standing: RunState) -> tuple[int, ...]:
 
 def axes_with_waits(standing: RunState) -> list[str]:
     """The mesh axes along which waiting was measured."""
-    return sorted(key.removesuffix(WAIT) for key in standing.steps if key.endswith(WAIT) and key != STEP_SECONDS)
+    return sorted(
+        key.removesuffix(WAIT)
+        for key in standing.steps
+        if key.endswith(WAIT) and key != STEP_SECONDS
+    )
 
 
 def _loss(standing: RunState) -> Plot:
     steps, tests = standing.steps, standing.evaluations
     losses = steps.get("loss", [math.nan] * len(steps["step"]))
-    training = Line("training", "a", curve(steps["step"]), curve(losses), smoothed=True, complete=True)
+    training = Line(
+        "training", "a", curve(steps["step"]), curve(losses), smoothed=True, complete=True
+    )
     lines = [training]
     if tests.get("validation_loss"):
         lines.append(Line("validation", "b", curve(tests["step"]), curve(tests["validation_loss"])))
     caption = "; ".join(
-        f"{line.label} {line.y[-1]:.4f} at step {line.x[-1]:,.0f}" for line in lines if np.isfinite(line.y[-1])
+        f"{line.label} {line.y[-1]:.4f} at step {line.x[-1]:,.0f}"
+        for line in lines
+        if np.isfinite(line.y[-1])
     )
     caption = f"At the end: {caption}." if caption else ""
     return Plot(
-        "loss", "Loss", "nats a token", tuple(lines), caption + _broken(training), marks=restarts(standing), wide=True
+        "loss",
+        "Loss",
+        "nats a token",
+        tuple(lines),
+        caption + _broken(training),
+        marks=restarts(standing),
+        wide=True,
     )
 
 
 def _single(
-    standing: RunState, column: str, key: str, title: str, unit: str, scale: float = 1.0, smoothed: bool = True
+    standing: RunState,
+    column: str,
+    key: str,
+    title: str,
+    unit: str,
+    scale: float = 1.0,
+    smoothed: bool = True,
 ) -> Plot | None:
     values = standing.steps.get(column)
     if not values:
         return None
     line = Line(
-        title, "a", curve(standing.steps["step"]), curve(values) / scale, smoothed, complete=column == "grad_norm"
+        title,
+        "a",
+        curve(standing.steps["step"]),
+        curve(values) / scale,
+        smoothed,
+        complete=column == "grad_norm",
     )
     there = line.y[np.isfinite(line.y)]
     caption = (
@@ -73,7 +98,9 @@ def _single(
         if smoothed and len(there)
         else ""
     )
-    return Plot(key, title, unit, (line,), caption + _broken(line), from_zero=True, marks=restarts(standing))
+    return Plot(
+        key, title, unit, (line,), caption + _broken(line), from_zero=True, marks=restarts(standing)
+    )
 
 
 def _waits(standing: RunState) -> Plot | None:
@@ -85,17 +112,27 @@ def _waits(standing: RunState) -> Plot | None:
     whole[whole <= 0] = np.nan
     lines = [
         Line(
-            axis, colour, curve(steps["step"]), np.minimum(100.0, curve(100 * curve(steps[axis + WAIT]) / whole)), True
+            axis,
+            colour,
+            curve(steps["step"]),
+            np.minimum(100.0, curve(100 * curve(steps[axis + WAIT]) / whole)),
+            True,
         )
         for axis, colour in zip(axes, AXIS_COLOURS, strict=False)
     ]
-    medians = ", ".join(f"{line.label} {np.nanmedian(line.y):.1f}%" for line in lines if np.isfinite(line.y).any())
-    caption = (
-        f"Time that a rank waits for messages, of the step's (mean over ranks). Median: {medians}.{_traffic(standing)}"
+    medians = ", ".join(
+        f"{line.label} {np.nanmedian(line.y):.1f}%" for line in lines if np.isfinite(line.y).any()
     )
+    caption = f"Time that a rank waits for messages, of the step's (mean over ranks). Median: {medians}.{_traffic(standing)}"
     title = "Communication, axis by axis"
     return Plot(
-        "communication", title, "% of the step", tuple(lines), caption, from_zero=True, marks=restarts(standing)
+        "communication",
+        title,
+        "% of the step",
+        tuple(lines),
+        caption,
+        from_zero=True,
+        marks=restarts(standing),
     )
 
 
@@ -103,21 +140,29 @@ def _traffic(standing: RunState) -> str:
     facts: Mapping[str, object] = standing.attempts[-1].facts if standing.attempts else {}
     traffic = object_at(facts, "traffic")
     told = [
-        f"{axis} {binary_bytes(count)}" for axis, count in traffic.items() if isinstance(count, int | float) and count
+        f"{axis} {binary_bytes(count)}"
+        for axis, count in traffic.items()
+        if isinstance(count, int | float) and count
     ]
     return f" Bytes of a rank and step, by formula: {', '.join(told)}." if told else ""
 
 
 def _bubble(standing: RunState) -> Plot | None:
-    return _single(standing, "bubble", "bubble", "Bubble of the pipeline", "% of computing", 1 / 100)
+    return _single(
+        standing, "bubble", "bubble", "Bubble of the pipeline", "% of computing", 1 / 100
+    )
 
 
 def _memory(standing: RunState) -> Plot | None:
     values = [value for value in standing.steps.get("memory_bytes", ()) if math.isfinite(value)]
     if not values:
         return None
-    size, unit = next(((s, u) for s, u in ((1 << 30, "GiB"), (1 << 20, "MiB")) if max(values) >= s), (1, "bytes"))
-    return _single(standing, "memory_bytes", "memory", "Memory of the largest rank", unit, size, smoothed=False)
+    size, unit = next(
+        ((s, u) for s, u in ((1 << 30, "GiB"), (1 << 20, "MiB")) if max(values) >= s), (1, "bytes")
+    )
+    return _single(
+        standing, "memory_bytes", "memory", "Memory of the largest rank", unit, size, smoothed=False
+    )
 
 
 def _broken(line: Line) -> str:

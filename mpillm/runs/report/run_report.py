@@ -25,9 +25,7 @@ BANDS = (
     "attempt went on."
 )
 NO_WORD = ("", "no word of its end: a node was lost, or the job was killed at once")
-LAST_SIGN = (
-    "Of an attempt that was killed without a word, the last sign is told: it may have lasted longer and come further."
-)
+LAST_SIGN = "Of an attempt that was killed without a word, the last sign is told: it may have lasted longer and come further."
 
 
 def write_report(run: Path, console: Console, out: Path | None = None) -> None:
@@ -45,7 +43,11 @@ def write_report(run: Path, console: Console, out: Path | None = None) -> None:
 
 def make_page(standing: RunState) -> Page:
     found = status_figures(standing)
-    tables = [_attempts_table(standing.attempts), _hosts_table(standing.attempts), _checkpoints_table(standing)]
+    tables = [
+        _attempts_table(standing.attempts),
+        _hosts_table(standing.attempts),
+        _checkpoints_table(standing),
+    ]
     return Page(
         title=standing.name,
         folder=str(standing.run.resolve()),
@@ -56,7 +58,11 @@ def make_page(standing: RunState) -> Page:
         figures=_key_figures(standing, found),
         pictures=_pictures(standing),
         tables=[*(table for table in tables if table.rows), _versions_table(standing.attempts)],
-        recipe={name: _rows(section) for name, section in standing.recipe.items() if isinstance(section, dict)},
+        recipe={
+            name: _rows(section)
+            for name, section in standing.recipe.items()
+            if isinstance(section, dict)
+        },
     )
 
 
@@ -68,7 +74,12 @@ def _key_figures(standing: RunState, found: dict[str, Any]) -> list[Figure]:
     told: list[tuple[str, Any, str, str]] = [
         ("step", found["step"], "{:,}", f"of {standing.goal:,}" if standing.goal else ""),
         ("training loss", found["recent_loss"], "{:.4f}", "mean of the last steps"),
-        ("validation loss", found["validation_loss"], "{:.4f}", f"at step {found['validation_step'] or 0:,}"),
+        (
+            "validation loss",
+            found["validation_loss"],
+            "{:.4f}",
+            f"at step {found['validation_step'] or 0:,}",
+        ),
         ("tokens seen", found["tokens"], "{}", ""),
         ("tokens a second", found["tokens_per_second"], "{:,.0f}", "median of the last steps"),
         ("a step", found["step_seconds"], "{:.3g} s", "median of the last steps"),
@@ -76,7 +87,12 @@ def _key_figures(standing: RunState, found: dict[str, Any]) -> list[Figure]:
         ("parameters", last.get("parameters"), "{}", ""),
         ("ranks", last.get("ranks"), "{:,}", str(last.get("mesh") or "")),
         ("trained for", trained or None, "{}", _times(len(standing.attempts))),
-        ("time left", found["seconds_left"] if standing.steps_left else None, "{}", "at this speed"),
+        (
+            "time left",
+            found["seconds_left"] if standing.steps_left else None,
+            "{}",
+            "at this speed",
+        ),
     ]
     shapes = {
         "tokens seen": short,
@@ -101,7 +117,9 @@ def _pictures(standing: RunState) -> list[Picture]:
     if standing.attempts:
         ends = dict.fromkeys(attempt.how for attempt in standing.attempts)
         svg = draw_attempts(standing.attempts, standing.goal)
-        found.append(Picture("attempts", "Attempts", svg, [(how, how) for how in ends], BANDS, wide=True))
+        found.append(
+            Picture("attempts", "Attempts", svg, [(how, how) for how in ends], BANDS, wide=True)
+        )
     for plot in plots(standing):
         legend = [(line.label, line.colour) for line in plot.lines if line.label != plot.title]
         found.append(Picture(plot.key, plot.title, draw(plot), legend, plot.caption, plot.wide))
@@ -111,13 +129,19 @@ def _pictures(standing: RunState) -> list[Picture]:
 def _attempts_table(attempts: Sequence[Attempt]) -> Table:
     rows = [
         [
-            str(attempt.number), moment(attempt.began.timestamp()), clock(attempt.seconds), attempt.how,
-            f"{attempt.first_step:,} → {attempt.last_step:,}", f"{len(attempt.saved):,}",
-            host_names(list(attempt.hosts)), str(attempt.facts.get("mesh") or attempt.facts.get("ranks") or ""),
-            _job(attempt), attempt.reason or NO_WORD[attempt.how == KILLED],
+            str(attempt.number),
+            moment(attempt.began.timestamp()),
+            clock(attempt.seconds),
+            attempt.how,
+            f"{attempt.first_step:,} → {attempt.last_step:,}",
+            f"{len(attempt.saved):,}",
+            host_names(list(attempt.hosts)),
+            str(attempt.facts.get("mesh") or attempt.facts.get("ranks") or ""),
+            _job(attempt),
+            attempt.reason or NO_WORD[attempt.how == KILLED],
         ]
         for attempt in attempts
-    ]  # fmt: skip
+    ]
     columns = ["", "began", "took", "ended", "steps", "saved", "hosts", "mesh", "job", "why"]
     note = LAST_SIGN if any(attempt.how == KILLED for attempt in attempts) else ""
     return Table("Attempts", columns, rows, frozenset({2, 4, 5}), note, wide=True)
@@ -138,7 +162,9 @@ def _hosts_table(attempts: Sequence[Attempt]) -> Table:
         f"mesh {facts['mesh']}" if facts.get("mesh") else "",
         f"threads a rank: {facts['threads']}" if facts.get("threads") else "",
     ]
-    return Table("Hosts", ["host", "ranks", "which"], rows, frozenset({1}), ", ".join(filter(None, told)))
+    return Table(
+        "Hosts", ["host", "ranks", "which"], rows, frozenset({1}), ", ".join(filter(None, told))
+    )
 
 
 def _checkpoints_table(standing: RunState) -> Table:
@@ -151,24 +177,40 @@ def _checkpoints_table(standing: RunState) -> Table:
     for kept in standing.checkpoints:
         name = str(kept.folder.relative_to(standing.run))
         took = seconds.get(name)
-        rows.append([
-            name, f"{kept.step:,}", binary_bytes(kept.bytes), moment(kept.written),
-            f"{took:.2f} s" if isinstance(took, int | float) else "",
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{kept.step:,}",
+                binary_bytes(kept.bytes),
+                moment(kept.written),
+                f"{took:.2f} s" if isinstance(took, int | float) else "",
+            ]
+        )
     saved = sum(len(attempt.saved) for attempt in standing.attempts)
     note = f"{saved:,} were saved in all; these are kept." if saved > len(rows) else ""
-    return Table("Checkpoints", ["checkpoint", "step", "size", "written", "took"], rows, frozenset({1, 2, 4}), note)
+    return Table(
+        "Checkpoints",
+        ["checkpoint", "step", "size", "written", "took"],
+        rows,
+        frozenset({1, 2, 4}),
+        note,
+    )
 
 
 def _versions_table(attempts: Sequence[Attempt]) -> Table:
     """Of the newest attempt."""
     facts = attempts[-1].facts if attempts else {}
     rows = [["MPI", str(facts["mpi"])]] if facts.get("mpi") else []
-    rows += [[str(name), str(version)] for name, version in object_at(facts, "versions").items() if name != "MPI"]
+    rows += [
+        [str(name), str(version)]
+        for name, version in object_at(facts, "versions").items()
+        if name != "MPI"
+    ]
     return Table("Versions", (), rows or [["mpillm", "no history tells"]])
 
 
 def _rows(section: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        (key, value if isinstance(value, str) else json.dumps(value, default=str)) for key, value in section.items()
+        (key, value if isinstance(value, str) else json.dumps(value, default=str))
+        for key, value in section.items()
     ]

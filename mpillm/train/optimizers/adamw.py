@@ -18,18 +18,29 @@ class AdamW(torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
-def make_optimizer(weights: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
+def make_optimizer(
+    weights: Iterable[nn.Parameter], settings: OptimizerSettings
+) -> torch.optim.AdamW:
     """AdamW over `weights`, fused, with its state allocated."""
     weights = list(weights)
     matrices = [weight for weight in weights if weight.dim() > 1]
     vectors = [weight for weight in weights if weight.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = AdamW(
-        [group for group in groups if group["params"]], lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True,
-    )  # fmt: skip
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        fused=True,
+    )
     for weight in weights:
-        optimizer.state[weight] = {"step": torch.zeros(()), **{slot: torch.zeros_like(weight) for slot in SLOTS}}
+        optimizer.state[weight] = {
+            "step": torch.zeros(()),
+            **{slot: torch.zeros_like(weight) for slot in SLOTS},
+        }
     return optimizer
 
 
@@ -44,7 +55,9 @@ def set_steps(optimizer: torch.optim.AdamW, steps: int) -> None:
         state["step"].fill_(steps)
 
 
-def optimizer_tensors(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def optimizer_tensors(
+    weights: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW
+) -> dict[str, Tensor]:
     """The checkpoint's names of the optimizer's averages of `weights`: `optimizer/exp_avg/layers/0/…`."""
     return {
         f"optimizer/{slot}/{name.replace('.', '/')}": optimizer.state[weight][slot]

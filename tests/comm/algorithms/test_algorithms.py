@@ -34,7 +34,9 @@ def cases(operation):
     """(size, root): every size, and the roots that may differ from one another."""
     for size in SHARE:
         rooted = operation in ("broadcast", "reduce")
-        yield from ((size, root) for root in (sorted({0, 1 % size, size // 2, size - 1}) if rooted else [0]))
+        yield from (
+            (size, root) for root in (sorted({0, 1 % size, size // 2, size - 1}) if rooted else [0])
+        )
 
 
 class Sums:
@@ -81,9 +83,13 @@ def run(operation, algorithm, size, root=0):
     plans, sums = schedules(operation, algorithm, size, root), Sums()
     blocks = plans[0].blocks
     if operation == "allgather":
-        state = [[sums.leaf(b) if b == rank else None for b in range(blocks)] for rank in range(size)]
+        state = [
+            [sums.leaf(b) if b == rank else None for b in range(blocks)] for rank in range(size)
+        ]
     elif operation == "broadcast":
-        state = [[sums.leaf(b) if rank == root else None for b in range(blocks)] for rank in range(size)]
+        state = [
+            [sums.leaf(b) if rank == root else None for b in range(blocks)] for rank in range(size)
+        ]
     else:
         state = [[sums.leaf(rank)] * blocks for rank in range(size)]
     return execute(plans, state, sums), sums
@@ -120,7 +126,11 @@ def test_sums_are_taken_in_the_canonical_order(operation, algorithm):
 
 def test_the_canonical_order():
     def text(lo, hi):
-        return str(lo) if hi - lo == 1 else f"({text(lo, tree_split(lo, hi))}+{text(tree_split(lo, hi), hi)})"
+        return (
+            str(lo)
+            if hi - lo == 1
+            else f"({text(lo, tree_split(lo, hi))}+{text(tree_split(lo, hi), hi)})"
+        )
 
     assert text(0, 5) == "(((0+1)+(2+3))+4)"
     assert text(0, 6) == "(((0+1)+(2+3))+(4+5))"
@@ -138,7 +148,12 @@ def test_alltoall_turns_the_matrix(size):
     got = [{rank: (rank, rank)} for rank in range(size)]
     for turn in range(size - 1):
         rounds = [plan.rounds[turn] for plan in schedules("alltoall", "pairwise", size)]
-        sent = {(rank, t.peer): t.block for rank, r in enumerate(rounds) for t in r if t.action == "send"}
+        sent = {
+            (rank, t.peer): t.block
+            for rank, r in enumerate(rounds)
+            for t in r
+            if t.action == "send"
+        }
         for rank, transfers in enumerate(rounds):
             for transfer in (t for t in transfers if t.action == "copy"):
                 assert transfer.block not in got[rank]
@@ -164,9 +179,13 @@ def test_both_ends_agree(operation, algorithm):
                     end = ends["send" if t.action == "send" else "receive"]
                     assert kinds.setdefault((*way, t.action == "send"), t.action) == t.action
                     assert t.action == "send" or t.added == (t.action == "add")
-                    end.setdefault(way, []).append((t.block if operation != "alltoall" else None, t.width, t.added))
+                    end.setdefault(way, []).append(
+                        (t.block if operation != "alltoall" else None, t.width, t.added)
+                    )
             assert ends["send"] == ends["receive"]
-            assert operation == "alltoall" or all(spans == sorted(spans) for spans in ends["send"].values())
+            assert operation == "alltoall" or all(
+                spans == sorted(spans) for spans in ends["send"].values()
+            )
 
 
 @pytest.mark.parametrize(("operation", "algorithm"), IN_PLACE)
@@ -175,12 +194,24 @@ def test_no_two_touch_a_block_at_once(operation, algorithm):
     for size, root in cases(operation):
         for plan in schedules(operation, algorithm, size, root):
             for transfers in plan.rounds:
-                written = [b for t in transfers if t.action != "send" for b in range(t.block, t.block + t.width)]
+                written = [
+                    b
+                    for t in transfers
+                    if t.action != "send"
+                    for b in range(t.block, t.block + t.width)
+                ]
                 assert len(written) == len(set(written))
                 for sent in (t for t in transfers if t.action == "send"):
                     for other in (t for t in transfers if t.action != "send"):
-                        if sent.block < other.block + other.width and other.block < sent.block + sent.width:
-                            assert (sent.block, sent.width, "add") == (other.block, other.width, other.action)
+                        if (
+                            sent.block < other.block + other.width
+                            and other.block < sent.block + sent.width
+                        ):
+                            assert (sent.block, sent.width, "add") == (
+                                other.block,
+                                other.width,
+                                other.action,
+                            )
 
 
 def stuck(lists):
@@ -239,10 +270,18 @@ def test_the_formulas_of_the_papers(size):
         assert sent_elements("alltoall", "pairwise", rank, size, count) == (size - 1) * 6
         if size.bit_count() == 1:
             doublings = size.bit_length() - 1
-            assert sent_elements("allreduce", "recursive-doubling", rank, size, count) == doublings * count
-            assert sent_elements("allreduce", "rabenseifner", rank, size, count) == 2 * (size - 1) * 6
+            assert (
+                sent_elements("allreduce", "recursive-doubling", rank, size, count)
+                == doublings * count
+            )
+            assert (
+                sent_elements("allreduce", "rabenseifner", rank, size, count) == 2 * (size - 1) * 6
+            )
     if size.bit_count() == 1:
-        assert total_sent("broadcast", "scatter-allgather", size, count) == (size - 1) * count + doublings * count / 2
+        assert (
+            total_sent("broadcast", "scatter-allgather", size, count)
+            == (size - 1) * count + doublings * count / 2
+        )
     assert total_sent("allreduce", "rabenseifner", size, count) == 2 * (size - 1) * count
 
 
@@ -255,19 +294,31 @@ def test_rounds_are_few(size):
 
     assert rounds("allreduce", "ring") == 2 * (size - 1)
     assert rounds("allreduce", "rabenseifner") == rounds("allreduce", "binomial") == 2 * doublings
-    assert rounds("reduce_scatter", "recursive-halving") == rounds("allgather", "recursive-doubling") == doublings
-    assert rounds("allreduce", "recursive-doubling") <= (doublings if size.bit_count() == 1 else 2 * doublings)
+    assert (
+        rounds("reduce_scatter", "recursive-halving")
+        == rounds("allgather", "recursive-doubling")
+        == doublings
+    )
+    assert rounds("allreduce", "recursive-doubling") <= (
+        doublings if size.bit_count() == 1 else 2 * doublings
+    )
 
 
 @pytest.mark.parametrize("size", [2, 8, 64])
 def test_one_message_each_way_in_a_round(size):
     """At powers of two what rabenseifner sends to a partner lies in one piece."""
     for plan in schedules("allreduce", "rabenseifner", size):
-        assert all(sorted(t.action == "send" for t in transfers) == [False, True] for transfers in plan.rounds)
+        assert all(
+            sorted(t.action == "send" for t in transfers) == [False, True]
+            for transfers in plan.rounds
+        )
 
 
 def test_an_unknown_list():
-    with pytest.raises(CommError, match="no list is known for allreduce by rign; take allreduce by ring or recursive-"):
+    with pytest.raises(
+        CommError,
+        match="no list is known for allreduce by rign; take allreduce by ring or recursive-",
+    ):
         schedule("allreduce", "rign", 0, 2)
     with pytest.raises(CommError, match="no list is known for scan by ring"):
         schedule("scan", "ring", 0, 2)
@@ -295,4 +346,6 @@ def test_two_levels_add_each_rank_once(inner):
         state = execute(plans, [[value] * plans[0].blocks for value in of_node], sums)
         assert all(value[0] == (1 << nodes * each) - 1 for blocks in state for value in blocks)
         if each & (each - 1) == 0 and inner in FIXED_ORDER:
-            assert all(value == sums.canonical(0, nodes * each) for blocks in state for value in blocks)
+            assert all(
+                value == sums.canonical(0, nodes * each) for blocks in state for value in blocks
+            )

@@ -36,7 +36,10 @@ def ring(size, nbytes=LONG):
     return [
         edge
         for rank in range(size if size > 1 else 0)
-        for edge in (Channel(rank, (rank + 1) % size, nbytes), Channel((rank + 1) % size, rank, nbytes))
+        for edge in (
+            Channel(rank, (rank + 1) % size, nbytes),
+            Channel((rank + 1) % size, rank, nbytes),
+        )
     ]
 
 
@@ -51,7 +54,9 @@ def message(edge, turn, longest=LONG):
 
 def check_arrived(arrived):
     for (edge, turn), array in arrived.items():
-        np.testing.assert_array_equal(array, message(edge, turn), err_msg=f"edge {edge}, message {turn}")
+        np.testing.assert_array_equal(
+            array, message(edge, turn), err_msg=f"edge {edge}, message {turn}"
+        )
 
 
 def test_a_ring_both_ways_keeps_order_and_contents(comm, way):
@@ -77,7 +82,11 @@ def test_a_ring_both_ways_keeps_order_and_contents(comm, way):
 def test_more_messages_than_slots_before_anyone_receives(comm, way, late):
     """All ranks send first, so every outbox is in use; receives are posted late, or ahead."""
     mail, count = ChannelSet(comm, ring(comm.size), way=way), 3 * SLOTS + 1
-    arrived = {(e, turn): np.zeros_like(message(e, turn)) for e in own(mail, "receiver") for turn in range(count)}
+    arrived = {
+        (e, turn): np.zeros_like(message(e, turn))
+        for e in own(mail, "receiver")
+        for turn in range(count)
+    }
     if not late:
         for (edge, _), array in arrived.items():
             mail.expect(edge, array)
@@ -97,7 +106,11 @@ def test_more_messages_than_slots_before_anyone_receives(comm, way, late):
 def test_draining_takes_what_others_send(comm, way):
     """Every rank drains before it waits: this ends only if arrivals are taken meanwhile."""
     mail, count = ChannelSet(comm, ring(comm.size), way=way), 2 * SLOTS + 2
-    arrived = {(e, turn): np.zeros_like(message(e, turn)) for e in own(mail, "receiver") for turn in range(count)}
+    arrived = {
+        (e, turn): np.zeros_like(message(e, turn))
+        for e in own(mail, "receiver")
+        for turn in range(count)
+    }
     for (edge, _), array in arrived.items():
         mail.expect(edge, array)
     array = np.empty(LONG, np.uint8)
@@ -153,7 +166,11 @@ def test_kinds_of_arrays(comm, way, array):
     for edge in own(mail, "sender"):
         mail.send(edge, array)
     for edge in own(mail, "receiver"):
-        got = torch.zeros_like(array).detach() if isinstance(array, torch.Tensor) else np.zeros_like(array)
+        got = (
+            torch.zeros_like(array).detach()
+            if isinstance(array, torch.Tensor)
+            else np.zeros_like(array)
+        )
         mail.expect(edge, got)
         mail.wait(edge)
         assert (got == array).all()
@@ -190,7 +207,9 @@ def test_another_length_is_told(comm, way, length):
             mail.expect(0, np.zeros(length, np.uint8))
             mail.wait(0)
 
-        with pytest.raises(CommError, match=f"rank 0 sent a message of .* bytes, the array for it holds {length};"):
+        with pytest.raises(
+            CommError, match=f"rank 0 sent a message of .* bytes, the array for it holds {length};"
+        ):
             receive()
     # The thread may have failed of it, too.
     with suppress(CommError):
@@ -202,7 +221,9 @@ def test_what_is_not_expected_cannot_be_waited_for(comm, way):
         pytest.skip("needs two ranks")
     mail = ChannelSet(comm, [Channel(0, 1, 1000)], way=way)
     if comm.rank == 0:
-        with pytest.raises(CommError, match=r"an array of 1,001 bytes is too long for edge 0 \(rank 0 → rank 1"):
+        with pytest.raises(
+            CommError, match=r"an array of 1,001 bytes is too long for edge 0 \(rank 0 → rank 1"
+        ):
             mail.send(0, np.zeros(1001, np.uint8))
         with pytest.raises(CommError, match="gaps"):
             mail.send(0, np.zeros((4, 4))[:, 1])
@@ -243,11 +264,13 @@ def test_edges_differ(comm):
         pytest.skip("needs two ranks")
     last = comm.size - 1
     with pytest.raises(
-        CommError, match=rf"edge 0 is \(rank 0 → rank 1, 10 bytes\) on rank 0 and \(.* 11 bytes\) on rank {last}"
+        CommError,
+        match=rf"edge 0 is \(rank 0 → rank 1, 10 bytes\) on rank 0 and \(.* 11 bytes\) on rank {last}",
     ):
         ChannelSet(comm, [Channel(0, 1, 10 + (comm.rank == last))])
     with pytest.raises(
-        CommError, match=rf"edge 1 is \(none\) on rank 0 and \(rank 1 → rank 0, 5 bytes\) on rank {last}"
+        CommError,
+        match=rf"edge 1 is \(none\) on rank 0 and \(rank 1 → rank 0, 5 bytes\) on rank {last}",
     ):
         ChannelSet(comm, [Channel(0, 1, 10), Channel(1, 0, 5)][: 1 + (comm.rank == last)])
     with pytest.raises(CommError, match=f"rank 0 has 'auto' and rank {last} 'messages'"):
@@ -266,7 +289,9 @@ def test_ways_follow_nodes_and_the_profile():
     assert wished_ways(edges, node_of, "auto", profile) == ["messages", "messages", "shared"]
     assert wished_ways(edges, node_of, "messages", profile) == ["messages"] * 3
     assert wished_ways(edges[::2], node_of, "shared", profile) == ["shared"] * 2
-    with pytest.raises(CommError, match=r"edge 1 \(rank 1 → rank 2, 10 bytes\) leads to another node"):
+    with pytest.raises(
+        CommError, match=r"edge 1 \(rank 1 → rank 2, 10 bytes\) leads to another node"
+    ):
         wished_ways(edges, node_of, "shared", None)
 
 
@@ -332,7 +357,9 @@ print("right", flush=True)
 def test_the_sender_need_not_be_there(folder, python):
     script = folder / "silent.py"
     script.write_text(SILENT_SENDER)
-    done = python(script, folder / "told", ranks=2, timeout=100, PYTHONPATH=os.pathsep.join(sys.path))
+    done = python(
+        script, folder / "told", ranks=2, timeout=100, PYTHONPATH=os.pathsep.join(sys.path)
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("right") == 2
 
@@ -369,14 +396,17 @@ def with_little_memory(folder, python):
     def run(way: str):
         script = folder / "falls_back.py"
         script.write_text(FALLS_BACK)
-        shell = (
-            f'mount -t tmpfs -o size=8m tmpfs /dev/shm && head -c {8 << 20} /dev/zero > /dev/shm/filled && exec "$@"'
-        )
+        shell = f'mount -t tmpfs -o size=8m tmpfs /dev/shm && head -c {8 << 20} /dev/zero > /dev/shm/filled && exec "$@"'
         return python(
-            script, way, ranks=2, before=["unshare", "--mount", "sh", "-c", shell, "sh"], timeout=100,
+            script,
+            way,
+            ranks=2,
+            before=["unshare", "--mount", "sh", "-c", shell, "sh"],
+            timeout=100,
             # The MPI library's own use of /dev/shm is not what is tested.
-            OMPI_MCA_btl_sm_backing_directory=str(folder), PYTHONPATH=os.pathsep.join(sys.path),
-        )  # fmt: skip
+            OMPI_MCA_btl_sm_backing_directory=str(folder),
+            PYTHONPATH=os.pathsep.join(sys.path),
+        )
 
     return run
 

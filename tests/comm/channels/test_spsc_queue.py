@@ -44,7 +44,9 @@ def test_slots_fill_and_empty_in_order(slots):
 
 def test_messages_of_any_length_that_fits():
     sender, receiver = both_ends()
-    for turn, count in enumerate((0, 1, 127, 128, 129, 64 * 1024, 64 * 1024 + 1, 3 * 64 * 1024, LONG, 0, 5)):
+    for turn, count in enumerate(
+        (0, 1, 127, 128, 129, 64 * 1024, 64 * 1024 + 1, 3 * 64 * 1024, LONG, 0, 5)
+    ):
         array, got = octets(count, turn), np.zeros(count, np.uint8)
         assert sender.send(array)
         assert receiver.receive(got)
@@ -69,7 +71,9 @@ def test_another_length_is_told_and_nothing_lost(length, method):
     sender, receiver = both_ends()
     array, got = octets(400), np.zeros(400, np.uint8)
     assert sender.try_send(array)
-    with pytest.raises(CommError, match=f"rank 0 sent a message of 400 bytes, the array for it holds {length};"):
+    with pytest.raises(
+        CommError, match=f"rank 0 sent a message of 400 bytes, the array for it holds {length};"
+    ):
         getattr(receiver, method)(np.zeros(length, np.uint8))
     assert receiver.receive(got)
     np.testing.assert_array_equal(got, array)
@@ -121,13 +125,16 @@ def test_a_peer_that_is_gone_is_named():
     sender, receiver = both_ends(1, 1000, process)
     array, started = np.zeros(1000, np.uint8), time.monotonic()
     with pytest.raises(
-        CommError, match=rf"rank 0 \(process {process}\) has died while this rank waited for its message"
+        CommError,
+        match=rf"rank 0 \(process {process}\) has died while this rank waited for its message",
     ):
         receiver.receive(array)
     # What it left behind still arrives, and what can't be stored is told.
     assert sender.send(octets(1000))
     receiver.check()
-    with pytest.raises(CommError, match=rf"rank 1 \(process {process}\) has died while this rank waited to send"):
+    with pytest.raises(
+        CommError, match=rf"rank 1 \(process {process}\) has died while this rank waited to send"
+    ):
         sender.send(array)
     assert receiver.receive(array)
     np.testing.assert_array_equal(array, octets(1000))
@@ -181,7 +188,11 @@ def test_two_processes_keep_order_and_contents(folder, slots):
     path = folder / "memory"
     path.write_bytes(bytes(kernel.spsc_queue_bytes(slots, 400_000)))
     ends = [
-        subprocess.Popen([sys.executable, "-c", ONE_WAY, path, str(slots), sends], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_WAY, path, str(slots), sends],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for sends in ("True", "False")
     ]
     assert [end.communicate(timeout=60)[0] for end in ends] == ["right\n"] * 2
@@ -196,7 +207,9 @@ def test_a_killed_sender_leaves_its_whole_messages(folder):
         'print("right")', "print('sent', flush=True); time.sleep(99)"
     )
     sender = subprocess.Popen(
-        [sys.executable, "-c", script.replace("400_000", "1000"), path, "2", "True"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script.replace("400_000", "1000"), path, "2", "True"],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert sender.stdout is not None
     assert sender.stdout.readline() == "sent\n"

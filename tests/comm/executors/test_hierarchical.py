@@ -51,7 +51,9 @@ def slow_pieces(looks):
     told = []
     names = ("summed", "crossed", "spread")
     made = [
-        HierarchicalPiece(*(Slow(f"{name} {index}", n, told) for name, n in zip(names, each, strict=True)))
+        HierarchicalPiece(
+            *(Slow(f"{name} {index}", n, told) for name, n in zip(names, each, strict=True))
+        )
         for index, each in enumerate(looks)
     ]
     return made, told
@@ -92,11 +94,15 @@ def test_ranks_begin_in_one_order_whatever_takes_how_long(looks):
     """The team's stages, and the lists, which take their tags when they begin."""
     made, told = slow_pieces(looks)
     HierarchicalRequest(made).run()
-    within = [line.removeprefix("begin ") for line in told if "begin" in line and "crossed" not in line]
+    within = [
+        line.removeprefix("begin ") for line in told if "begin" in line and "crossed" not in line
+    ]
     n = len(looks)
     ahead = itertools.chain.from_iterable((f"summed {i + 1}", f"spread {i}") for i in range(n - 1))
     assert within == ["summed 0", *ahead, f"spread {n - 1}"]
-    assert [line for line in told if "begin crossed" in line] == [f"begin crossed {i}" for i in range(n)]
+    assert [line for line in told if "begin crossed" in line] == [
+        f"begin crossed {i}" for i in range(n)
+    ]
 
 
 def test_the_node_works_while_a_piece_is_between_nodes():
@@ -141,12 +147,16 @@ class TwoLevels:
         tags = itertools.count(1).__next__
         ranks = range(comm.size)
         layout = NodeMap(tuple(tuple(ranks[first : first + each]) for first in ranks[::each]), True)
-        self.builder = Dispatcher(comm, self.node, across if even or leads else None, layout, tags, lambda: None)
+        self.builder = Dispatcher(
+            comm, self.node, across if even or leads else None, layout, tags, lambda: None
+        )
 
     def build(self, array, op="sum", fixed_order=False, out=None):
         source = as_buffer(array)
         wish = CollectiveCall("allreduce", op, algorithm="two-level", fixed_order=fixed_order)
-        return self.builder.build(wish, "two-level", source, source if out is None else as_buffer(out))
+        return self.builder.build(
+            wish, "two-level", source, source if out is None else as_buffer(out)
+        )
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -222,5 +232,7 @@ def test_pieces_are_few_for_many_ranks():
     for nbytes, ranks in itertools.product((0, 1, 10**5, 10**6, 10**8, 10**10), (2, 4, 64, 4096)):
         pieces = dispatch._pieces(nbytes, ranks)
         assert 1 <= pieces <= dispatch.MOST_PIECES
-        assert pieces == 1 or nbytes // pieces >= max(dispatch.PIECE_BYTES, ranks * dispatch.SEGMENT_BYTES)
+        assert pieces == 1 or nbytes // pieces >= max(
+            dispatch.PIECE_BYTES, ranks * dispatch.SEGMENT_BYTES
+        )
     assert dispatch._pieces(10**8, 4) == dispatch.MOST_PIECES

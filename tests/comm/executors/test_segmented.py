@@ -14,7 +14,7 @@ from mpi4py import MPI
 from mpillm.comm.algorithms.catalog import (
     ALGORITHMS,
     FIXED_ORDER,
-    Schedule,
+    CollectiveSchedule,
     Transfer,
     block_bounds,
     schedule,
@@ -41,20 +41,37 @@ class Rendezvous(MPI.Intracomm):
 
 
 def make(
-    comm, operation, algorithm, array, root=0, target=None, segment_bytes=None, in_flight=2, op="sum",
+    comm,
+    operation,
+    algorithm,
+    array,
+    root=0,
+    target=None,
+    segment_bytes=None,
+    in_flight=2,
+    op="sum",
     moved=lambda: None,
-):  # fmt: skip
+):
     plan = schedule(operation, algorithm, comm.rank, comm.size, root)
     source = as_buffer(array)
     memory = (comm, source, source if target is None else as_buffer(target))
     if segment_bytes in ("lock step", PIECES):
-        return BlockwiseExecutor(plan, *memory, op, Scratch(), moved, 24 if segment_bytes == PIECES else None)
+        return BlockwiseExecutor(
+            plan, *memory, op, Scratch(), moved, 24 if segment_bytes == PIECES else None
+        )
     bounds = block_bounds(source.count, plan.blocks)
     added_bytes = None
     if segment_bytes == "pieces":
         segment_bytes, added_bytes = None, 24
     return SegmentedExecutor(
-        plan.rounds, *memory, bounds, op, segment_bytes, in_flight, moved=moved, added_bytes=added_bytes
+        plan.rounds,
+        *memory,
+        bounds,
+        op,
+        segment_bytes,
+        in_flight,
+        moved=moved,
+        added_bytes=added_bytes,
     )
 
 
@@ -79,12 +96,18 @@ def prepared(operation, count, rank, size, root=0):
         return array, rows[0], everywhere
     if operation == "broadcast":
         return rows[rank], rows[root], everywhere
-    where = {"allreduce": everywhere, "reduce_scatter": own, "reduce": everywhere if rank == root else slice(0)}
+    where = {
+        "allreduce": everywhere,
+        "reduce_scatter": own,
+        "reduce": everywhere if rank == root else slice(0),
+    }
     return rows[rank].copy(), np.sum(rows, axis=0), where[operation]
 
 
 @pytest.mark.parametrize("segment_bytes", SEGMENTS)
-@pytest.mark.parametrize(("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"])
+@pytest.mark.parametrize(
+    ("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"]
+)
 def test_every_list(comm, operation, algorithm, segment_bytes):
     for turn, count in enumerate(COUNTS):
         root = turn % comm.size if operation in ("broadcast", "reduce") else 0
@@ -93,30 +116,42 @@ def test_every_list(comm, operation, algorithm, segment_bytes):
         run.wait()
         np.testing.assert_array_equal(array[where], expected[where])
         assert run.progress()
-        assert run.sent_bytes == 8 * sent_elements(operation, algorithm, comm.rank, comm.size, count, root)
+        assert run.sent_bytes == 8 * sent_elements(
+            operation, algorithm, comm.rank, comm.size, count, root
+        )
         assert comm.allreduce(run.received_bytes) == comm.allreduce(run.sent_bytes)
 
 
 @pytest.mark.parametrize("segment_bytes", SEGMENTS)
 def test_alltoall(comm, segment_bytes):
     for length in COUNTS[:-1]:
-        rows = [values(length * comm.size, rank).reshape(comm.size, length) for rank in range(comm.size)]
+        rows = [
+            values(length * comm.size, rank).reshape(comm.size, length) for rank in range(comm.size)
+        ]
         source, target = rows[comm.rank], np.full((comm.size, length), np.nan)
         target[comm.rank] = source[comm.rank]
-        run = begin(comm, "alltoall", "pairwise", source, target=target, segment_bytes=segment_bytes)
+        run = begin(
+            comm, "alltoall", "pairwise", source, target=target, segment_bytes=segment_bytes
+        )
         run.wait()
         np.testing.assert_array_equal(target, [row[comm.rank] for row in rows])
         assert run.sent_bytes == run.received_bytes == 8 * length * (comm.size - 1)
 
 
 @pytest.mark.parametrize("in_flight", ["lock step", PIECES, 1, 2, 5])
-@pytest.mark.parametrize(("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"])
+@pytest.mark.parametrize(
+    ("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"]
+)
 def test_no_rank_waits_in_a_circle(comm, operation, algorithm, in_flight):
     """Under rendezvous, with ranks late by turns, many segments, and an array that each run changes for the next."""
     strict, late = Rendezvous(comm), random.Random(comm.rank)
     for turn in range(4):
         array, expected, where = prepared(operation, 100, comm.rank, comm.size)
-        way = {"segment_bytes": 16, "in_flight": in_flight} if type(in_flight) is int else {"segment_bytes": in_flight}
+        way = (
+            {"segment_bytes": 16, "in_flight": in_flight}
+            if type(in_flight) is int
+            else {"segment_bytes": in_flight}
+        )
         run = begin(strict, operation, algorithm, array, **way)
         while turn % 2 and not run.progress():
             time.sleep(late.choice([0, 0, 0.0002]))
@@ -139,10 +174,17 @@ def test_every_way_to_combine(comm, operation, algorithm, op, segment_bytes):
 @pytest.mark.parametrize("algorithm", sorted(FIXED_ORDER & set(ALGORITHMS["allreduce"])))
 def test_one_order_one_sum(comm, algorithm, segment_bytes):
     """Numbers whose sum depends on the order of adding come out bitwise as in the canonical tree."""
-    rows = [np.random.default_rng(rank).standard_normal(999).astype(np.float32) ** 9 for rank in range(comm.size)]
+    rows = [
+        np.random.default_rng(rank).standard_normal(999).astype(np.float32) ** 9
+        for rank in range(comm.size)
+    ]
 
     def tree(lo, hi):
-        return rows[lo] if hi - lo == 1 else tree(lo, tree_split(lo, hi)) + tree(tree_split(lo, hi), hi)
+        return (
+            rows[lo]
+            if hi - lo == 1
+            else tree(lo, tree_split(lo, hi)) + tree(tree_split(lo, hi), hi)
+        )
 
     array = rows[comm.rank].copy()
     begin(comm, "allreduce", algorithm, array, segment_bytes=segment_bytes).wait()
@@ -158,7 +200,9 @@ def test_short_elements(comm, element, segment_bytes):
 
 
 @pytest.mark.parametrize("segment_bytes", SEGMENTS)
-@pytest.mark.parametrize(("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"])
+@pytest.mark.parametrize(
+    ("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"]
+)
 def test_begun_again_and_again(comm, operation, algorithm, segment_bytes):
     """What was made once runs any number of times, over what lies in the array then."""
     memory = np.empty(100)
@@ -183,7 +227,12 @@ def test_scratch_that_is_not_kept_is_held_during_a_run_only(comm):
     tracemalloc.start()
     try:
         steps = BlockwiseExecutor(
-            schedule("allreduce", "ring", comm.rank, comm.size), comm, buffer, buffer, "sum", Scratch(0)
+            schedule("allreduce", "ring", comm.rank, comm.size),
+            comm,
+            buffer,
+            buffer,
+            "sum",
+            Scratch(0),
         )
         for turn in (1, 2):
             before = tracemalloc.get_traced_memory()[0]
@@ -196,7 +245,9 @@ def test_scratch_that_is_not_kept_is_held_during_a_run_only(comm):
 
 
 @pytest.mark.parametrize("ways", [("lock step", None), (PIECES, "pieces")])
-@pytest.mark.parametrize(("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"])
+@pytest.mark.parametrize(
+    ("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"]
+)
 def test_some_ranks_in_lock_step(comm, operation, algorithm, ways):
     """Messages match, of whole blocks or in pieces where they are added, however each rank goes through its rounds."""
     for odd in (0, 1):
@@ -209,21 +260,45 @@ def test_some_ranks_in_lock_step(comm, operation, algorithm, ways):
 def test_which_way_is_taken(comm):
     buffer = as_buffer(np.zeros(1000))
     plan = schedule("allreduce", "recursive-doubling", 0, 4)
-    ways = {size: make_steps(plan, comm, buffer, buffer, "sum", size, 2, Scratch()) for size in (None, 8000, 7999, 8)}
+    ways = {
+        size: make_steps(plan, comm, buffer, buffer, "sum", size, 2, Scratch())
+        for size in (None, 8000, 7999, 8)
+    }
     kinds = {size: type(steps) for size, steps in ways.items()}
-    assert kinds == {None: BlockwiseExecutor, 8000: BlockwiseExecutor, 7999: SegmentedExecutor, 8: SegmentedExecutor}
-    wide = schedule("broadcast", "scatter-allgather", 0, 4)  # its first message carries two blocks of four
-    ways = {size: make_steps(wide, comm, buffer, buffer, "sum", size, 2, Scratch()) for size in (4000, 3999)}
-    assert {size: type(steps) for size, steps in ways.items()} == {4000: BlockwiseExecutor, 3999: SegmentedExecutor}
+    assert kinds == {
+        None: BlockwiseExecutor,
+        8000: BlockwiseExecutor,
+        7999: SegmentedExecutor,
+        8: SegmentedExecutor,
+    }
+    wide = schedule(
+        "broadcast", "scatter-allgather", 0, 4
+    )  # its first message carries two blocks of four
+    ways = {
+        size: make_steps(wide, comm, buffer, buffer, "sum", size, 2, Scratch())
+        for size in (4000, 3999)
+    }
+    assert {size: type(steps) for size, steps in ways.items()} == {
+        4000: BlockwiseExecutor,
+        3999: SegmentedExecutor,
+    }
 
 
 @pytest.mark.parametrize("added_bytes", [None, 8 * 7])
-@pytest.mark.parametrize(("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"])
+@pytest.mark.parametrize(
+    ("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"]
+)
 def test_each_rank_takes_the_way_that_fits_it(comm, operation, algorithm, added_bytes):
     """A segment between one block and the longest message: some ranks cut, others need not."""
     array, expected, where = prepared(operation, 24 * comm.size, comm.rank, comm.size)
-    plan, buffer, scratch = schedule(operation, algorithm, comm.rank, comm.size), as_buffer(array), Scratch()
-    steps = make_steps(plan, comm, buffer, buffer, "sum", 8 * 30, 2, scratch, added_bytes=added_bytes)
+    plan, buffer, scratch = (
+        schedule(operation, algorithm, comm.rank, comm.size),
+        as_buffer(array),
+        Scratch(),
+    )
+    steps = make_steps(
+        plan, comm, buffer, buffer, "sum", 8 * 30, 2, scratch, added_bytes=added_bytes
+    )
     steps.begin(1)
     steps.wait()
     np.testing.assert_array_equal(array[where], expected[where])
@@ -236,7 +311,8 @@ def test_two_in_turn_through_one_scratch_memory(comm, added_bytes):
     plan = schedule("allreduce", "rabenseifner", comm.rank, comm.size)
     buffers = [as_buffer(array) for array in arrays]
     steps = [
-        BlockwiseExecutor(plan, comm, buffer, buffer, "sum", scratch, added_bytes=added_bytes) for buffer in buffers
+        BlockwiseExecutor(plan, comm, buffer, buffer, "sum", scratch, added_bytes=added_bytes)
+        for buffer in buffers
     ]
     for turn in range(1, 4):
         for each, array in zip(steps, arrays, strict=True):
@@ -292,7 +368,9 @@ def test_two_runs_at_once(comm):
     runs = {}
     for which in order:
         algorithm, segment_bytes = lists[which]
-        runs[which] = begin(comm, "allreduce", algorithm, arrays[which], segment_bytes=segment_bytes, tag=10 + which)
+        runs[which] = begin(
+            comm, "allreduce", algorithm, arrays[which], segment_bytes=segment_bytes, tag=10 + which
+        )
     while not all([runs[which].progress() for which in order]):  # noqa: C419 - each must be carried on
         pass
     for array, whole in zip(arrays, expected, strict=True):
@@ -320,7 +398,14 @@ def test_progress_never_waits(comm, segment_bytes):
 def test_who_looks_is_told_of_what_moved(comm, segment_bytes):
     looks, moved, array = [], [], np.ones(20_000)
     comm.Barrier()
-    run = begin(comm, "allreduce", "ring", array, segment_bytes=segment_bytes, moved=lambda: moved.append(len(looks)))
+    run = begin(
+        comm,
+        "allreduce",
+        "ring",
+        array,
+        segment_bytes=segment_bytes,
+        moved=lambda: moved.append(len(looks)),
+    )
     if comm.rank == 0:
         time.sleep(0.05)
     while not run.progress():
@@ -385,7 +470,10 @@ def test_a_chain_of_one_sided_rounds(comm):
     """Each rank but the first receives, then each but the last sends what came."""
     receive = (Transfer(comm.rank - 1, 0, "copy"),) if comm.rank else ()
     send = (Transfer(comm.rank + 1, 0, "send"),) if comm.rank + 1 < comm.size else ()
-    rounds = [receive if turn == comm.rank else send if turn == comm.rank + 1 else () for turn in range(comm.size + 1)]
+    rounds = [
+        receive if turn == comm.rank else send if turn == comm.rank + 1 else ()
+        for turn in range(comm.size + 1)
+    ]
     array = np.full(1000, comm.rank, np.int32)
     buffer = as_buffer(array)
     run = SegmentedExecutor(rounds, comm, buffer, buffer, [0, 1000], segment_bytes=256)
@@ -399,7 +487,9 @@ def by_run(comm, buffer, rounds):
 
 
 def by_lock_step(comm, buffer, rounds):
-    return BlockwiseExecutor(Schedule(2, tuple(rounds)), comm, buffer, buffer, "sum", Scratch())
+    return BlockwiseExecutor(
+        CollectiveSchedule(2, tuple(rounds)), comm, buffer, buffer, "sum", Scratch()
+    )
 
 
 @pytest.mark.parametrize("way", [by_run, by_lock_step])
@@ -446,7 +536,13 @@ def test_no_sum_goes_over_what_has_not_left(comm, added_bytes):
     rounds = ((Transfer(other, 0, "send"),), (Transfer(other, 0, "add", added=True),))
     buffer = as_buffer(array)
     steps = BlockwiseExecutor(
-        Schedule(2, rounds), Rendezvous(comm), buffer, buffer, "sum", Scratch(), added_bytes=added_bytes
+        CollectiveSchedule(2, rounds),
+        Rendezvous(comm),
+        buffer,
+        buffer,
+        "sum",
+        Scratch(),
+        added_bytes=added_bytes,
     )
     steps.begin()
     comm.recv(source=other, tag=1)

@@ -52,8 +52,13 @@ class Machine:
 
     def until(self, condition):
         while not condition():
-            self.busiest = max(self.busiest, sum(bool(stream.queue) for stream in self.streams.values()))
-            moved = [self.step(stream) for stream in self.chance.sample(list(self.streams.values()), len(self.streams))]
+            self.busiest = max(
+                self.busiest, sum(bool(stream.queue) for stream in self.streams.values())
+            )
+            moved = [
+                self.step(stream)
+                for stream in self.chance.sample(list(self.streams.values()), len(self.streams))
+            ]
             assert any(moved) or condition(), "streams wait for each other in a circle"
 
     def now(self):
@@ -63,7 +68,10 @@ class Machine:
         """`function(target, source, out)` on the memory of its arrays, in the turn of the current stream."""
 
         def on_stream(target, source, out=None):
-            given = [getattr(array, "memory", array) for array in (target, source, target if out is None else out)]
+            given = [
+                getattr(array, "memory", array)
+                for array in (target, source, target if out is None else out)
+            ]
             self.now().queue.append(lambda: function(*given))
 
         return on_stream
@@ -125,7 +133,11 @@ class NdArray:
 
     def __init__(self, shape, dtype, memory):
         if not isinstance(memory, np.ndarray):
-            memory = memory_at(memory.ptr, int(np.prod(shape)) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
+            memory = (
+                memory_at(memory.ptr, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+                .view(dtype)
+                .reshape(shape)
+            )
         self.memory, self.dtype, self.size = memory, memory.dtype, memory.size
         self.data, self.device = SimpleNamespace(ptr=memory.ctypes.data), SimpleNamespace(id=0)
 
@@ -142,7 +154,9 @@ def array_of(values):
 
 
 def memory_at(pointer, nbytes):
-    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(pointer) if nbytes else b"", np.uint8)
+    return np.frombuffer(
+        (ctypes.c_uint8 * nbytes).from_address(pointer) if nbytes else b"", np.uint8
+    )
 
 
 def bfloat16_at(raw):
@@ -153,7 +167,9 @@ def kernel_of(machine, name):
     """What the kernels of device_arithmetic.py do, by torch."""
 
     def combine(a, b, out):
-        function = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[name.rsplit("_", 1)[1]]
+        function = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[
+            name.rsplit("_", 1)[1]
+        ]
         bfloat16_at(out).copy_(function(bfloat16_at(a), bfloat16_at(b)))
 
     def scale(x, factor, out):
@@ -190,8 +206,13 @@ class Nccl:
 
     def _sum(self, parts, target, kind, op, first):
         """Write the reduction of all parts, from byte `first` on, to the bytes `target`."""
-        as_rows = bfloat16_at if kind == "bfloat16" else lambda raw: torch.from_numpy(raw.view(kind))
-        rows = [as_rows(np.frombuffer(bytearray(part), np.uint8)[first : first + target.size]) for part in parts]
+        as_rows = (
+            bfloat16_at if kind == "bfloat16" else lambda raw: torch.from_numpy(raw.view(kind))
+        )
+        rows = [
+            as_rows(np.frombuffer(bytearray(part), np.uint8)[first : first + target.size])
+            for part in parts
+        ]
         function = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[op]
         total = rows[0]
         for row in rows[1:]:
@@ -205,14 +226,20 @@ class Nccl:
             self._sum(parts, self._bytes(target, count, kind), kind, op, 0)
 
     def allReduce(self, source, target, count, kind, op, stream):  # noqa: N802 - CuPy's name
-        self._do(stream, lambda: self._reduced(source, target, count, kind, op, range(self._comm.size)), last=True)
+        self._do(
+            stream,
+            lambda: self._reduced(source, target, count, kind, op, range(self._comm.size)),
+            last=True,
+        )
 
     def reduce(self, source, target, count, kind, op, root, stream):
         self._do(stream, lambda: self._reduced(source, target, count, kind, op, [root]), last=True)
 
     def reduceScatter(self, source, target, count, kind, op, stream):  # noqa: N802 - CuPy's name
         def work():
-            parts = self._comm.allgather(self._bytes(source, count * self._comm.size, kind).tobytes())
+            parts = self._comm.allgather(
+                self._bytes(source, count * self._comm.size, kind).tobytes()
+            )
             into = self._bytes(target, count, kind)
             self._sum(parts, into, kind, op, self._comm.rank * into.size)
 
@@ -221,7 +248,9 @@ class Nccl:
     def allGather(self, source, target, count, kind, stream):  # noqa: N802 - CuPy's name
         def work():
             parts = self._comm.allgather(self._bytes(source, count, kind).tobytes())
-            self._bytes(target, count * self._comm.size, kind)[...] = np.frombuffer(b"".join(parts), np.uint8)
+            self._bytes(target, count * self._comm.size, kind)[...] = np.frombuffer(
+                b"".join(parts), np.uint8
+            )
 
         self._do(stream, work)
 
@@ -234,13 +263,17 @@ class Nccl:
 
     def send(self, source, count, kind, peer, stream):
         def work():
-            self._requests.append(self._comm.isend(self._bytes(source, count, kind).tobytes(), peer))
+            self._requests.append(
+                self._comm.isend(self._bytes(source, count, kind).tobytes(), peer)
+            )
 
         self._do(stream, work)
 
     def recv(self, target, count, kind, peer, stream):
         def work():
-            self._bytes(target, count, kind)[...] = np.frombuffer(self._comm.recv(source=peer), np.uint8)
+            self._bytes(target, count, kind)[...] = np.frombuffer(
+                self._comm.recv(source=peer), np.uint8
+            )
 
         self._do(stream, work, last=True)
 
@@ -252,7 +285,18 @@ class Nccl:
 
 def nccl_of(machine):
     nccl = ModuleType("cupy.cuda.nccl")
-    names = ("FLOAT32", "FLOAT64", "FLOAT16", "BFLOAT16", "INT8", "UINT8", "INT32", "UINT32", "INT64", "UINT64")
+    names = (
+        "FLOAT32",
+        "FLOAT64",
+        "FLOAT16",
+        "BFLOAT16",
+        "INT8",
+        "UINT8",
+        "INT32",
+        "UINT32",
+        "INT64",
+        "UINT64",
+    )
     grouped = []
 
     def group_end():
@@ -260,10 +304,16 @@ def nccl_of(machine):
             work()
 
     vars(nccl).update(
-        {f"NCCL_{name}": name.lower() for name in names}, available=True, get_unique_id=lambda: b"ticket",
-        NcclCommunicator=type("Communicator", (Nccl,), {"machine": machine, "grouped": grouped}), NCCL_SUM="sum",
-        NCCL_MAX="max", NCCL_MIN="min", groupStart=lambda: grouped.append([]), groupEnd=group_end,
-    )  # fmt: skip
+        {f"NCCL_{name}": name.lower() for name in names},
+        available=True,
+        get_unique_id=lambda: b"ticket",
+        NcclCommunicator=type("Communicator", (Nccl,), {"machine": machine, "grouped": grouped}),
+        NCCL_SUM="sum",
+        NCCL_MAX="max",
+        NCCL_MIN="min",
+        groupStart=lambda: grouped.append([]),
+        groupEnd=group_end,
+    )
     return nccl
 
 
@@ -272,12 +322,17 @@ def runtime_of(machine):
         machine.streams[handle].queue.append(lambda: ctypes.memmove(target, source, nbytes))
 
     return SimpleNamespace(
-        memcpyAsync=memcpy_async, memcpyDeviceToHost=2, memcpyHostToDevice=1,
+        memcpyAsync=memcpy_async,
+        memcpyDeviceToHost=2,
+        memcpyHostToDevice=1,
         eventRecord=lambda event, stream: machine.events[event].record(machine.streams[stream]),
-        streamWaitEvent=lambda stream, event: machine.streams[stream].wait_event(machine.events[event]),
-        deviceGetPCIBusId=lambda number: f"0000:{MPI.COMM_WORLD.rank:02x}:00.0", getDevice=lambda: 0,
+        streamWaitEvent=lambda stream, event: machine.streams[stream].wait_event(
+            machine.events[event]
+        ),
+        deviceGetPCIBusId=lambda number: f"0000:{MPI.COMM_WORLD.rank:02x}:00.0",
+        getDevice=lambda: 0,
         pointerGetAttributes=lambda pointer: SimpleNamespace(device=0),
-    )  # fmt: skip
+    )
 
 
 @contextmanager
@@ -293,18 +348,26 @@ def build(seed=0):
     stream = type("Stream", (Stream,), {"machine": machine})
     stream(handle=0)
     vars(cuda).update(
-        Stream=stream, Event=type("Event", (Event,), {"machine": machine}), Device=device, runtime=runtime_of(machine),
-        nccl=nccl, get_current_stream=machine.now, UnownedMemory=lambda pointer, nbytes, owner, number: pointer,
+        Stream=stream,
+        Event=type("Event", (Event,), {"machine": machine}),
+        Device=device,
+        runtime=runtime_of(machine),
+        nccl=nccl,
+        get_current_stream=machine.now,
+        UnownedMemory=lambda pointer, nbytes, owner, number: pointer,
         MemoryPointer=lambda pointer, offset: SimpleNamespace(ptr=pointer + offset),
-    )  # fmt: skip
+    )
     vars(cupy).update(
-        cuda=cuda, ndarray=NdArray, ElementwiseKernel=lambda *described, **_: kernel_of(machine, described[3]),
-        empty=lambda count, dtype: array_of(np.full(count, 77, dtype)), asarray=array_of,
+        cuda=cuda,
+        ndarray=NdArray,
+        ElementwiseKernel=lambda *described, **_: kernel_of(machine, described[3]),
+        empty=lambda count, dtype: array_of(np.full(count, 77, dtype)),
+        asarray=array_of,
         add=machine.enqueued(lambda a, b, out: np.add(a, b, out=out)),
         maximum=machine.enqueued(lambda a, b, out: np.maximum(a, b, out=out)),
         minimum=machine.enqueued(lambda a, b, out: np.minimum(a, b, out=out)),
         copyto=machine.enqueued(lambda target, source, out: np.copyto(target, source)),
-    )  # fmt: skip
+    )
     cupyx.empty_pinned = lambda count, dtype: np.full(count, 99, dtype)
     return {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.nccl": nccl, "cupyx": cupyx}, machine
 

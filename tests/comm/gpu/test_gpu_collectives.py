@@ -26,7 +26,9 @@ from mpillm.comm.gpu.staging import StagingSpan, plan_staging
 from mpillm.comm.selection import OPERATIONS, CollectiveCall
 from mpillm.errors import CommError
 
-specification = importlib.util.spec_from_file_location("simulated", Path(__file__).with_name("simulated_cupy.py"))
+specification = importlib.util.spec_from_file_location(
+    "simulated", Path(__file__).with_name("simulated_cupy.py")
+)
 simulated = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(simulated)
 
@@ -56,25 +58,37 @@ def by_plan(operation, wholes, root, most, in_place):
     """Every rank's target, by the plans of all; an array is NaN where nothing was written."""
     size, count = wholes.shape
     bounds = block_bounds(count, size)
-    plans = [plan_staging(operation, count, size, rank, root, most, in_place=in_place) for rank in range(size)]
+    plans = [
+        plan_staging(operation, count, size, rank, root, most, in_place=in_place)
+        for rank in range(size)
+    ]
     sources = list(wholes.copy())
     if not in_place and operation == "allgather":
         sources = [wholes[rank, bounds[rank] : bounds[rank + 1]] for rank in range(size)]
     own = not in_place and operation == "reduce_scatter"
-    targets = sources if in_place else [
-        np.full(bounds[rank + 1] - bounds[rank] if own else count, np.nan) for rank in range(size)
-    ]  # fmt: skip
+    targets = (
+        sources
+        if in_place
+        else [
+            np.full(bounds[rank + 1] - bounds[rank] if own else count, np.nan)
+            for rank in range(size)
+        ]
+    )
     assert len({tuple(segment.count for segment in each) for each in plans}) == 1
     for together in zip(*plans, strict=True):
         rows = np.full((size, together[0].count), 1e9)
         for row, segment, source in zip(rows, together, sources, strict=True):
             assert segment.count <= max(most, size)
             for span in segment.down:
-                row[span.host : span.host + span.count] = source[span.device : span.device + span.count]
+                row[span.host : span.host + span.count] = source[
+                    span.device : span.device + span.count
+                ]
         results = host_collective(operation, rows, root)
         for row, segment, target in zip(results, together, targets, strict=True):
             for span in segment.up:
-                target[span.device : span.device + span.count] = row[span.host : span.host + span.count]
+                target[span.device : span.device + span.count] = row[
+                    span.host : span.host + span.count
+                ]
     return targets
 
 
@@ -88,7 +102,9 @@ def test_segments_put_together_are_the_collective(operation, size, most):
             continue
         root, bounds = size - 1, block_bounds(count, size)
         wholes = np.arange(size * count, dtype=np.float64).reshape(size, count) ** 2
-        gathered = np.concatenate([wholes[rank, bounds[rank] : bounds[rank + 1]] for rank in range(size)])
+        gathered = np.concatenate(
+            [wholes[rank, bounds[rank] : bounds[rank + 1]] for rank in range(size)]
+        )
         for rank, found in enumerate(by_plan(operation, wholes, root, most, in_place)):
             first, stop = bounds[rank : rank + 2]
             if operation == "reduce_scatter":
@@ -100,20 +116,28 @@ def test_segments_put_together_are_the_collective(operation, size, most):
             elif operation == "allgather":
                 np.testing.assert_array_equal(found, gathered)
             elif operation == "reduce" and rank != root:
-                np.testing.assert_array_equal(found, wholes[rank] if in_place else np.full(count, np.nan))
+                np.testing.assert_array_equal(
+                    found, wholes[rank] if in_place else np.full(count, np.nan)
+                )
             else:
                 np.testing.assert_array_equal(found, host_collective(operation, wholes, root)[rank])
 
 
 def test_an_empty_array_has_no_segments():
-    assert all(plan_staging(operation, 0, 4, 1, 0, 100, in_place=True) == () for operation in MOVING)
+    assert all(
+        plan_staging(operation, 0, 4, 1, 0, 100, in_place=True) == () for operation in MOVING
+    )
 
 
 def test_only_the_last_segment_is_short():
-    lengths = [segment.count for segment in plan_staging("allreduce", 1000, 4, 0, 0, 300, in_place=True)]
+    lengths = [
+        segment.count for segment in plan_staging("allreduce", 1000, 4, 0, 0, 300, in_place=True)
+    ]
     assert lengths == [300, 300, 300, 100]
     assert plan_staging("broadcast", 10, 4, 2, 1, 300, in_place=True)[0].down == ()
-    assert plan_staging("broadcast", 10, 4, 1, 1, 300, in_place=True)[0].down == (StagingSpan(0, 0, 10),)
+    assert plan_staging("broadcast", 10, 4, 1, 1, 300, in_place=True)[0].down == (
+        StagingSpan(0, 0, 10),
+    )
 
 
 # ---- on a simulated GPU ----
@@ -144,7 +168,10 @@ def values(element, count, rank):
 
 def on_gpu(cupy, tensor, element):
     """A CuPy array; bfloat16 as one that calls itself so, for NumPy has no such type."""
-    raw = np.frombuffer(bytearray(as_buffer(tensor).octets.tobytes()), "uint16" if element == "bfloat16" else element)
+    raw = np.frombuffer(
+        bytearray(as_buffer(tensor).octets.tobytes()),
+        "uint16" if element == "bfloat16" else element,
+    )
     array = cupy.asarray(raw)
     return replace(as_device_buffer(array), element=element) if element == "bfloat16" else array
 
@@ -155,7 +182,11 @@ def memory_of(array):
 
 def tensor_of(memory, element):
     raw = np.ascontiguousarray(memory)
-    return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16) if element == "bfloat16" else torch.from_numpy(raw)
+    return (
+        torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)
+        if element == "bfloat16"
+        else torch.from_numpy(raw)
+    )
 
 
 def expected(operation, op, rows, rank, root):
@@ -171,7 +202,12 @@ def expected(operation, op, rows, rank, root):
         return 0, torch.cat([wide[r].reshape(size, -1)[rank] for r in range(size)])
     if operation == "reduce" and rank != root:
         return 0, wide[rank]
-    total = {"sum": wide.sum(0), "mean": wide.sum(0) / size, "max": wide.amax(0), "min": wide.amin(0)}[op]
+    total = {
+        "sum": wide.sum(0),
+        "mean": wide.sum(0) / size,
+        "max": wide.amax(0),
+        "min": wide.amin(0),
+    }[op]
     first, stop = bounds[rank : rank + 2]
     return (first, total[first:stop]) if operation == "reduce_scatter" else (0, total)
 
@@ -181,7 +217,9 @@ def run_once(gpu, group, operation, way, element, count, in_place, op="sum", roo
     cupy, _ = gpu
     rows = torch.stack([values(element, count, rank) for rank in range(group.size)])
     first, stop = block_bounds(count, group.size)[group.rank : group.rank + 2]
-    given = rows[group.rank] if in_place or operation != "allgather" else rows[group.rank, first:stop]
+    given = (
+        rows[group.rank] if in_place or operation != "allgather" else rows[group.rank, first:stop]
+    )
     late = on_gpu(cupy, given, element)
     source = on_gpu(cupy, torch.zeros_like(given), element)
     target = source
@@ -191,7 +229,9 @@ def run_once(gpu, group, operation, way, element, count, in_place, op="sum", roo
     side, seen = cupy.cuda.Stream(non_blocking=True), []
     with side:
         side.queue.append(lambda: np.copyto(memory_of(source), memory_of(late)))
-        ready = group.prepare(operation, source, None if in_place else target, op=op, root=root, algorithm=way)
+        ready = group.prepare(
+            operation, source, None if in_place else target, op=op, root=root, algorithm=way
+        )
         if handle == "polled":
             under_way = ready.start()
             while not under_way.test():
@@ -210,7 +250,9 @@ def run_once(gpu, group, operation, way, element, count, in_place, op="sum", roo
     own = found[begin : begin + len(wanted)] if in_place or operation != "reduce_scatter" else found
     if op in ("sum", "mean") and operation in REDUCING and element in TOLERANCE:
         tolerance = TOLERANCE[element] * group.size
-        torch.testing.assert_close(own.double(), wanted, rtol=tolerance, atol=tolerance, msg=f"{operation} {way}")
+        torch.testing.assert_close(
+            own.double(), wanted, rtol=tolerance, atol=tolerance, msg=f"{operation} {way}"
+        )
     else:
         assert torch.equal(own.to(wanted.dtype), wanted), (operation, way, element, count, in_place)
     return ready.algorithm
@@ -225,14 +267,20 @@ def ways(group, operation, cupy):
 def test_every_way_in_the_order_of_the_stream(gpu, gpu_group, operation, element):
     group, size = gpu_group, gpu_group.size
     able = ways(group, operation, gpu[0])
-    assert able[: able.index("staged")] == (["auto", "nccl", "device-mpi"] if size > 1 else ["auto"])
+    assert able[: able.index("staged")] == (
+        ["auto", "nccl", "device-mpi"] if size > 1 else ["auto"]
+    )
     roots = {0, size - 1} if operation in ("broadcast", "reduce") else {0}
-    for algorithm, blocks, in_place, root in itertools.product(able, (1, 999), (True, False), roots):
+    for algorithm, blocks, in_place, root in itertools.product(
+        able, (1, 999), (True, False), roots
+    ):
         if operation == "broadcast" and not in_place:
             continue
         count = blocks * size + (0 if operation == "alltoall" else min(size - 1, 1))
         handle = "polled" if blocks == 999 and in_place else blocks == 999
-        run_once(gpu, group, operation, algorithm, element, count, in_place, root=root, handle=handle)
+        run_once(
+            gpu, group, operation, algorithm, element, count, in_place, root=root, handle=handle
+        )
 
 
 @pytest.mark.parametrize("op", ["mean", "max", "min"])
@@ -240,7 +288,9 @@ def test_every_way_in_the_order_of_the_stream(gpu, gpu_group, operation, element
 def test_other_reductions(gpu, gpu_group, op, element):
     able = ("auto", "nccl", "device-mpi", "staged") if gpu_group.size > 1 else ("auto", "staged")
     for operation, algorithm, in_place in itertools.product(REDUCING, able, (True, False)):
-        run_once(gpu, gpu_group, operation, algorithm, element, 1001, in_place, op=op, handle=in_place)
+        run_once(
+            gpu, gpu_group, operation, algorithm, element, 1001, in_place, op=op, handle=in_place
+        )
 
 
 def test_many_segments_overlap(gpu, gpu_group, monkeypatch):
@@ -248,7 +298,9 @@ def test_many_segments_overlap(gpu, gpu_group, monkeypatch):
     monkeypatch.setattr("mpillm.comm.gpu.pinned.SEGMENT_BYTES", 4096)
     for operation in MOVING:
         for in_place in (True, False) if operation != "broadcast" else (True,):
-            run_once(gpu, gpu_group, operation, "staged", "float32", 12_000 * gpu_group.size, in_place)
+            run_once(
+                gpu, gpu_group, operation, "staged", "float32", 12_000 * gpu_group.size, in_place
+            )
     assert gpu[1].busiest >= 3 or gpu_group.size == 1, "the caller, down, and up"
 
 
@@ -266,7 +318,8 @@ def test_handles_in_any_order(gpu, gpu_group):
     cupy, machine = gpu
     names = [name for name in ways(gpu_group, "allreduce", cupy) if name != "reference"]
     arrays = [
-        cupy.asarray(np.full(30_000 + index, gpu_group.rank + 1.0, np.float32)) for index in range(2 * len(names))
+        cupy.asarray(np.full(30_000 + index, gpu_group.rank + 1.0, np.float32))
+        for index in range(2 * len(names))
     ]
     cpu = np.full(5000, gpu_group.rank + 1.0, np.float32)
     handles = [
@@ -301,7 +354,9 @@ def test_who_waits_on_another_stream_is_in_order_too(gpu, gpu_group, op):
                 stream.queue.append(lambda own=own, seen=seen: seen.append(own.copy()))
         one.synchronize()
         other.synchronize()
-        assert all((found == (2.0 if op == "mean" else 2.0 * gpu_group.size)).all() for found in seen), name
+        assert all(
+            (found == (2.0 if op == "mean" else 2.0 * gpu_group.size)).all() for found in seen
+        ), name
 
 
 def test_a_prepared_call_runs_again_on_another_stream(gpu, gpu_group):
@@ -328,7 +383,9 @@ def test_fixed_order_is_staged(gpu, gpu_group):
     assert ready.algorithm == "staged"
     assert tensor_of(memory_of(array), "bfloat16").view(torch.int16).equal(host.view(torch.int16))
     if gpu_group.size > 1:
-        with pytest.raises(CommError, match="by nccl: it cannot keep the fixed order of a sum; take one of staged"):
+        with pytest.raises(
+            CommError, match="by nccl: it cannot keep the fixed order of a sum; take one of staged"
+        ):
             gpu_group.prepare("allreduce", array, algorithm="nccl", fixed_order=True)
 
 
@@ -336,15 +393,21 @@ def test_what_is_refused_on_a_gpu(gpu, gpu_group):
     cupy, _ = gpu
     ones = cupy.asarray(np.ones(4, np.float32))
     cases = [
-        ({"array": ones, "algorithm": "ncll"}, "for allreduce on a GPU is called 'ncll'; did you mean 'nccl'"),
+        (
+            {"array": ones, "algorithm": "ncll"},
+            "for allreduce on a GPU is called 'ncll'; did you mean 'nccl'",
+        ),
         ({"array": ones, "out": np.ones(4, np.float32)}, "out is a ndarray on the CPU"),
         ({"array": np.ones(4, np.float32), "out": ones}, "CPU, this is a CUDA array"),
-        ({"array": cupy.asarray(np.ones((4, 3), np.float32).T)}, r"C-contiguous memory.*\(3, 4\).*cupy.ascontig"),
+        (
+            {"array": cupy.asarray(np.ones((4, 3), np.float32).T)},
+            r"C-contiguous memory.*\(3, 4\).*cupy.ascontig",
+        ),
         ({"array": cupy.asarray(np.ones(3, complex))}, "type complex128 cannot travel"),
         ({"array": cupy.asarray(np.ones(3, ">f4"))}, "byte order"),
         ({"array": cupy.asarray(np.ones(3, np.int32)), "op": "mean"}, "a mean of int32"),
         ({"array": ones, "out": cupy.asarray(np.ones(5, np.float32))}, "needs an out of as many"),
-    ]  # fmt: skip
+    ]
     for settings, rule in cases:
         with pytest.raises(CommError, match=rule):
             gpu_group.prepare("allreduce", **settings)
@@ -353,7 +416,9 @@ def test_what_is_refused_on_a_gpu(gpu, gpu_group):
     with pytest.raises(CommError, match="read-only"):
         gpu_group.allreduce(cupy.asarray(locked))
     if gpu_group.size > 1:
-        with pytest.raises(CommError, match="by nccl: NCCL, as CuPy has it, sums no int16; take one of device-mpi"):
+        with pytest.raises(
+            CommError, match="by nccl: NCCL, as CuPy has it, sums no int16; take one of device-mpi"
+        ):
             gpu_group.prepare("allreduce", cupy.asarray(np.ones(3, np.int16)), algorithm="nccl")
 
 
@@ -383,7 +448,9 @@ def test_auto_follows_the_profile_then_the_order_of_ways(gpu, comm):
         group = Communicator(comm, profile=profile)
         assert group.prepare("allreduce", cupy.asarray(np.ones(9, np.float32))).algorithm == chosen
         group.free()
-    assert any(settings == {"device": "cuda"} and arguments[1] == 36 for arguments, settings in asked)
+    assert any(
+        settings == {"device": "cuda"} and arguments[1] == 36 for arguments, settings in asked
+    )
 
 
 def test_ranks_that_share_a_gpu_have_no_nccl(gpu, comm, monkeypatch):
@@ -391,7 +458,10 @@ def test_ranks_that_share_a_gpu_have_no_nccl(gpu, comm, monkeypatch):
         pytest.skip("needs another rank")
     cupy, _ = gpu
     monkeypatch.setattr(cupy.cuda.runtime, "deviceGetPCIBusId", lambda number: "0000:07:00.0")
-    assert nccl.join(comm, 0, 0) == "NCCL wants a GPU a rank, and ranks 0 and 1 share the one at 0000:07:00.0"
+    assert (
+        nccl.join(comm, 0, 0)
+        == "NCCL wants a GPU a rank, and ranks 0 and 1 share the one at 0000:07:00.0"
+    )
     monkeypatch.setattr(cupy.cuda.nccl, "available", comm.rank == 0)
     assert "rank 1: CuPy finds no NCCL library" in nccl.join(comm, 0, 0)
 
@@ -403,13 +473,20 @@ class OnDevice:
     """Says that it lies on a GPU."""
 
     def __init__(self, **changed):
-        self.__cuda_array_interface__ = {"shape": (3,), "typestr": "<f4", "data": (4096, False), "version": 3} | changed
+        self.__cuda_array_interface__ = {
+            "shape": (3,),
+            "typestr": "<f4",
+            "data": (4096, False),
+            "version": 3,
+        } | changed
 
 
 def test_without_cupy_the_way_out_is_told(comm, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert is_on_device(OnDevice())
-    with pytest.raises(CommError, match=r"travel through CuPy, which cannot be loaded .*install mpillm\[cuda12\]"):
+    with pytest.raises(
+        CommError, match=r"travel through CuPy, which cannot be loaded .*install mpillm\[cuda12\]"
+    ):
         as_device_buffer(OnDevice())
     group = Communicator(comm)
     with pytest.raises(CommError, match=r"install mpillm\[cuda12\]"):

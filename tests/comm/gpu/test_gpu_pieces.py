@@ -31,7 +31,10 @@ def missing():
         return f"needs CuPy (mpillm[cuda12]): {failure}"
 
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(missing()), reason=missing() or "there is a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(bool(missing()), reason=missing() or "there is a GPU"),
+]
 MOVING = tuple(name for name in OPERATIONS if name != "barrier")
 REDUCING = ("allreduce", "reduce_scatter", "reduce")
 TOLERANCE = {"float64": 1e-13, "float32": 1e-5, "float16": 8e-3, "bfloat16": 6e-2}
@@ -88,7 +91,9 @@ def arrays(operation, rows, rank, in_place):
     if in_place:
         return own, None
     given = own[first:stop].clone() if operation == "allgather" else own
-    return given, torch.zeros(stop - first if operation == "reduce_scatter" else count, dtype=rows.dtype)
+    return given, torch.zeros(
+        stop - first if operation == "reduce_scatter" else count, dtype=rows.dtype
+    )
 
 
 def defined(operation, whole, rank, size, in_place, root):
@@ -106,15 +111,22 @@ def same(found, wanted, element, rounds, size):
         tolerance = TOLERANCE[element] * size
         torch.testing.assert_close(found.double(), wanted.double(), rtol=tolerance, atol=tolerance)
     else:
-        assert as_buffer(found.contiguous()).octets.tobytes() == as_buffer(wanted.contiguous()).octets.tobytes()
+        assert (
+            as_buffer(found.contiguous()).octets.tobytes()
+            == as_buffer(wanted.contiguous()).octets.tobytes()
+        )
 
 
-def compare(group, operation, way, element, count, in_place, library="torch", op="sum", root=0, handle=False):
+def compare(
+    group, operation, way, element, count, in_place, library="torch", op="sum", root=0, handle=False
+):
     rows = torch.stack([values(element, count, rank) for rank in range(group.size)])
     array, out = arrays(operation, rows, group.rank, in_place)
     there = as_library(array, library)
     result = there if in_place else as_library(out, library)
-    ready = group.prepare(operation, there, None if in_place else result, op=op, root=root, algorithm=way)
+    ready = group.prepare(
+        operation, there, None if in_place else result, op=op, root=root, algorithm=way
+    )
     if handle:
         under_way = ready.start()
         while not under_way.test():
@@ -122,7 +134,10 @@ def compare(group, operation, way, element, count, in_place, library="torch", op
     else:
         ready.run()
     wanted = on_the_cpu(group, operation, array, out, op=op, root=root)
-    parts = (defined(operation, each, group.rank, group.size, in_place, root) for each in (back(result), wanted))
+    parts = (
+        defined(operation, each, group.rank, group.size, in_place, root)
+        for each in (back(result), wanted)
+    )
     same(*parts, element, operation in REDUCING and op in ("sum", "mean"), group.size)
 
 
@@ -140,7 +155,17 @@ def test_every_operation_by_every_way(group, operation, element):
     ):
         if operation != "broadcast" or in_place:
             count = blocks * group.size + (0 if operation == "alltoall" or not blocks else 1)
-            compare(group, operation, way, element, count, in_place, library, root=root, handle=blocks == 1)
+            compare(
+                group,
+                operation,
+                way,
+                element,
+                count,
+                in_place,
+                library,
+                root=root,
+                handle=blocks == 1,
+            )
 
 
 @pytest.mark.parametrize("op", ["mean", "max", "min"])
@@ -191,7 +216,10 @@ def test_cupy_streams_are_kept_too(group):
     import cupy
 
     for way in ways(group, "allreduce"):
-        with cupy.cuda.Device(torch.cuda.current_device()), cupy.cuda.Stream(non_blocking=True) as stream:
+        with (
+            cupy.cuda.Device(torch.cuda.current_device()),
+            cupy.cuda.Stream(non_blocking=True) as stream,
+        ):
             array = cupy.zeros(3_000_000, cupy.float32)
             array += group.rank + 1.0
             group.allreduce(array, algorithm=way)
@@ -203,7 +231,10 @@ def test_cupy_streams_are_kept_too(group):
 
 def test_handles_in_any_order(group):
     names = ways(group, "allreduce")
-    made = [torch.full((30_000 + index,), group.rank + 1.0, device="cuda") for index in range(2 * len(names))]
+    made = [
+        torch.full((30_000 + index,), group.rank + 1.0, device="cuda")
+        for index in range(2 * len(names))
+    ]
     handles = [
         group.prepare("allreduce", array, algorithm=name).start()
         for array, name in zip(made, itertools.cycle(names), strict=False)
@@ -221,7 +252,9 @@ def test_bfloat16_is_rounded_as_torch_rounds_it(op):
     import cupy
 
     chance = np.random.default_rng(1)
-    one = torch.from_numpy(np.tile(np.arange(-(2**15), 2**15, dtype=np.int16), 16)).view(torch.bfloat16)
+    one = torch.from_numpy(np.tile(np.arange(-(2**15), 2**15, dtype=np.int16), 16)).view(
+        torch.bfloat16
+    )
     two = torch.from_numpy(chance.permutation(one.view(torch.int16).numpy())).view(torch.bfloat16)
     found, other = one.cuda(), two.cuda()
     torch.cuda.synchronize()

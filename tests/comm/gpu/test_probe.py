@@ -16,7 +16,9 @@ NOTHING = dict.fromkeys(TRIALS, False)
 
 def child(script):
     """A child that is handed the trials as `names`, and says what it can to `tell`."""
-    head = "import os, sys, time\nnames = sys.argv[1:]\ntell = lambda text: print(text, flush=True)\n"
+    head = (
+        "import os, sys, time\nnames = sys.argv[1:]\ntell = lambda text: print(text, flush=True)\n"
+    )
     return (sys.executable, "-c", head + script)
 
 
@@ -27,7 +29,9 @@ def test_the_real_child_on_the_cpu():
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_real_child_as_a_job(python, ranks):
-    told = python("-m", "mpillm.comm.gpu.probe_child", "cpu", *TRIALS, ranks=ranks).stdout.splitlines()
+    told = python(
+        "-m", "mpillm.comm.gpu.probe_child", "cpu", *TRIALS, ranks=ranks
+    ).stdout.splitlines()
     assert told == ["ready", *(f"{name} ok" for name in TRIALS)]
 
 
@@ -44,7 +48,13 @@ def test_without_a_gpu_nothing_is_taken():
 
 @pytest.mark.parametrize(
     "script",
-    ["os.abort()", "import ctypes; ctypes.string_at(0)", "sys.exit(3)", "tell('what?')", "tell('ready'); os.abort()"],
+    [
+        "os.abort()",
+        "import ctypes; ctypes.string_at(0)",
+        "sys.exit(3)",
+        "tell('what?')",
+        "tell('ready'); os.abort()",
+    ],
 )
 def test_a_child_that_crashes_found_nothing(script):
     assert probe(os.environ, child=child(script)) == NOTHING
@@ -57,7 +67,15 @@ def test_a_child_that_cannot_be_started():
 
 def test_a_child_that_hangs_is_ended():
     began = time.monotonic()
-    assert probe(os.environ, child=child("tell('ready'); time.sleep(600)"), child_seconds=0.3, all_seconds=1) == NOTHING
+    assert (
+        probe(
+            os.environ,
+            child=child("tell('ready'); time.sleep(600)"),
+            child_seconds=0.3,
+            all_seconds=1,
+        )
+        == NOTHING
+    )
     assert time.monotonic() - began < 30
 
 
@@ -74,6 +92,18 @@ def test_another_child_goes_on_behind_a_crash_and_behind_a_hang():
 
 
 def test_a_child_is_in_no_job():
-    job = {"OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1", "SLURM_JOB_ID": "7", "PMI_RANK": "1", "HYDI_CONTROL_FD": "5"}
-    own = {"PATH": "/bin", "OMPI_MCA_btl": "self", "OMPI_ALLOW_RUN_AS_ROOT": "1", "UCX_TLS": "cuda", "FI_PROVIDER": "x"}
+    job = {
+        "OMPI_COMM_WORLD_RANK": "1",
+        "PMIX_RANK": "1",
+        "SLURM_JOB_ID": "7",
+        "PMI_RANK": "1",
+        "HYDI_CONTROL_FD": "5",
+    }
+    own = {
+        "PATH": "/bin",
+        "OMPI_MCA_btl": "self",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "UCX_TLS": "cuda",
+        "FI_PROVIDER": "x",
+    }
     assert without_launcher(job | own) == own

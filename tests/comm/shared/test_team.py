@@ -53,7 +53,9 @@ def test_rows_are_zero_and_seen_by_all(comm):
         comm.Barrier()
 
 
-@pytest.mark.parametrize(("nbytes", "folder"), [(1 << 44, "/dev/shm"), (100, "/dev/shm/nowhere/at/all")])
+@pytest.mark.parametrize(
+    ("nbytes", "folder"), [(1 << 44, "/dev/shm"), (100, "/dev/shm/nowhere/at/all")]
+)
 def test_what_cannot_be_had_is_told_to_all(comm, nbytes, folder):
     """16 TiB a rank are more than any node has."""
     if not on_one_node(comm):
@@ -93,7 +95,9 @@ def test_a_rank_that_is_gone_is_named(end):
     array = np.ones(1000, np.float32)
     operation = team.operation(0, array, array, 1000, 0, 0, 1.0, 0, False, None, None)
     started = time.monotonic()
-    with pytest.raises(CommError, match=f"rank 1 of this node \\(process {gone.pid}\\) ended while rank 0 waited"):
+    with pytest.raises(
+        CommError, match=f"rank 1 of this node \\(process {gone.pid}\\) ended while rank 0 waited"
+    ):
         end(operation)
     assert time.monotonic() - started < 20
 
@@ -102,7 +106,9 @@ def test_a_rank_that_is_gone_is_named(end):
 def test_a_rank_that_is_late_is_not_accused():
     memory = np.zeros(kernel.team_bytes(2, 4096), np.uint8)
     team = kernel.Team(memory, 0, 2, 4096, 100, (os.getpid(), os.getpid()), CommError)
-    operation = team.operation(KINDS.index("barrier"), None, None, 0, 0, 0, 1.0, 0, False, None, None)
+    operation = team.operation(
+        KINDS.index("barrier"), None, None, 0, 0, 0, 1.0, 0, False, None, None
+    )
     operation.start()
     until = time.monotonic() + 1.5  # it asks after 0.5 s
     while time.monotonic() < until:
@@ -147,7 +153,9 @@ def test_two_processes_without_mpi(folder):
     path = folder / "memory"
     path.write_bytes(bytes(kernel.team_bytes(2, 4096)))
     ranks = [
-        subprocess.Popen([sys.executable, "-c", TEAM_OF_TWO, path, str(rank)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", TEAM_OF_TWO, path, str(rank)], stdout=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["right\n"] * 2
@@ -169,10 +177,15 @@ def with_little_memory(folder, python):
             f'head -c {8 << 20} /dev/zero > /dev/shm/filled && exec "$@"'
         )
         return python(
-            script, str(count), ranks=2, before=["unshare", "--mount", "sh", "-c", shell, "sh"], timeout=100,
+            script,
+            str(count),
+            ranks=2,
+            before=["unshare", "--mount", "sh", "-c", shell, "sh"],
+            timeout=100,
             # The MPI library's own use of /dev/shm is not what is tested.
-            OMPI_MCA_btl_sm_backing_directory=str(folder), PYTHONPATH=os.pathsep.join(sys.path),
-        )  # fmt: skip
+            OMPI_MCA_btl_sm_backing_directory=str(folder),
+            PYTHONPATH=os.pathsep.join(sys.path),
+        )
 
     return run
 
@@ -185,7 +198,9 @@ def with_little_memory(folder, python):
         (4 << 20, 4 << 20, "arrays stay private to their ranks"),
     ],
 )
-def test_a_small_shared_memory_falls_back_with_one_warning(with_little_memory, free_bytes, count, words):
+def test_a_small_shared_memory_falls_back_with_one_warning(
+    with_little_memory, free_bytes, count, words
+):
     done = with_little_memory(free_bytes, count)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("warning:") == 1
@@ -205,7 +220,9 @@ def test_more_ranks_than_a_team_takes_fall_back_with_one_warning(comm, monkeypat
     assert (array == comm.size).all()
     if on_one_node(comm):
         rule = f"{comm.size} ranks share a node, and at most 1 sum in its memory; collectives within the node fall back"
-        assert [text[: len(rule)] for text in told] == ([rule] if comm.rank == 0 < comm.size - 1 else [])
+        assert [text[: len(rule)] for text in told] == (
+            [rule] if comm.rank == 0 < comm.size - 1 else []
+        )
     group.free()
 
 

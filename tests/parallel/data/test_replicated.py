@@ -10,7 +10,12 @@ from mpillm.comm.mesh import Mesh
 from mpillm.errors import CommError, LayoutError
 from mpillm.parallel.data.buckets import lay
 from mpillm.parallel.data.replicated import GradientBuckets
-from mpillm.parallel.data.same_weights import broadcast_parameters, check_same, first_difference, share_batch
+from mpillm.parallel.data.same_weights import (
+    broadcast_parameters,
+    check_same,
+    first_difference,
+    share_batch,
+)
 from mpillm.parallel.settings import ParallelSettings
 
 WIDTH, ROWS = 24, 5
@@ -70,7 +75,9 @@ def batch(rows):
 
 
 def loss(net, ids):
-    return nn.functional.cross_entropy(net(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    return nn.functional.cross_entropy(
+        net(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+    )
 
 
 def whole_batch_gradients(net, ids):
@@ -103,7 +110,9 @@ def test_gradients_are_the_whole_batch_s(axis, net, settings):
             if expected[name] is None:
                 assert parameter.grad is None or not parameter.grad.any(), name
             else:
-                torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7, msg=name)
+                torch.testing.assert_close(
+                    parameter.grad, expected[name], rtol=1e-4, atol=1e-7, msg=name
+                )
 
 
 def test_behind_equals_after(axis, net):
@@ -127,7 +136,9 @@ def test_ranks_agree_bitwise(axis, net):
 
 def test_behind_where_ranks_use_different_parameters(axis, net):
     """Buckets complete in another order, or never, on another rank: MPI must still see one order."""
-    buckets = GradientBuckets([net.parameters()], axis, ParallelSettings(overlap="behind", bucket_bytes=1))
+    buckets = GradientBuckets(
+        [net.parameters()], axis, ParallelSettings(overlap="behind", bucket_bytes=1)
+    )
     rows = torch.ones(2, WIDTH)
     for _ in range(2):
         buckets.zero()
@@ -160,12 +171,20 @@ def test_mixed_types(axis):
     torch.manual_seed(1)
     pair = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6).bfloat16(), nn.Linear(6, 6)])
     for overlap, algorithm in (("after", "auto"), ("behind", "auto"), ("after", "native")):
-        buckets = GradientBuckets([pair.parameters()], axis, ParallelSettings(overlap=overlap, allreduce=algorithm))
+        buckets = GradientBuckets(
+            [pair.parameters()], axis, ParallelSettings(overlap=overlap, allreduce=algorithm)
+        )
         if axis.size > 1:
-            assert [bucket.flat.dtype for bucket in buckets.buckets] == [torch.float32, torch.bfloat16]
+            assert [bucket.flat.dtype for bucket in buckets.buckets] == [
+                torch.float32,
+                torch.bfloat16,
+            ]
         buckets.zero()
         buckets.begin_last_microbatch()
-        sum(layer(torch.full((1, 6), axis.rank + 1.0, dtype=layer.weight.dtype)).sum() for layer in pair).backward()
+        sum(
+            layer(torch.full((1, 6), axis.rank + 1.0, dtype=layer.weight.dtype)).sum()
+            for layer in pair
+        ).backward()
         buckets.reduce()
         total = float(sum(range(1, axis.size + 1)))
         assert all((layer.weight.grad == total).all() for layer in pair)
@@ -221,13 +240,16 @@ def test_share_batch(axis):
     assert shares == [(3 * rank, 3) for rank in range(axis.size)]
     if axis.size > 1:
         with pytest.raises(
-            LayoutError, match=f"batch of 1 sequences cannot be shared by {axis.size} ranks; use {axis.size}"
+            LayoutError,
+            match=f"batch of 1 sequences cannot be shared by {axis.size} ranks; use {axis.size}",
         ):
             share_batch(1, axis)
     with pytest.raises(LayoutError, match="batch of 0 sequences"):
         share_batch(0, axis)
     if axis.size == 4:
-        with pytest.raises(LayoutError, match="cannot be shared by 4 ranks; use 8 or 12, or 2 ranks along data"):
+        with pytest.raises(
+            LayoutError, match="cannot be shared by 4 ranks; use 8 or 12, or 2 ranks along data"
+        ):
             share_batch(10, axis)
 
 
@@ -239,7 +261,9 @@ def test_check_same_names_the_rank(axis, net):
     if axis.rank == odd:
         with torch.no_grad():
             net.layers[2].bias[1] += 1e-7
-    with pytest.raises(CommError, match=f"rank {odd} of {axis.size} stands apart, first in parameter 6 of"):
+    with pytest.raises(
+        CommError, match=f"rank {odd} of {axis.size} stands apart, first in parameter 6 of"
+    ):
         check_same(net.parameters(), axis)
     broadcast_parameters(net.parameters(), axis)
     check_same(net.parameters(), axis)
@@ -253,6 +277,10 @@ def test_first_difference():
 
 def test_broadcast_from_another_root(axis):
     root = axis.size - 1
-    tensors = [torch.full((3, 2), float(axis.rank)), torch.full((5,), axis.rank, dtype=torch.bfloat16), torch.zeros(0)]
+    tensors = [
+        torch.full((3, 2), float(axis.rank)),
+        torch.full((5,), axis.rank, dtype=torch.bfloat16),
+        torch.zeros(0),
+    ]
     broadcast_parameters(tensors, axis, root)
     assert all((tensor == root).all() for tensor in tensors)

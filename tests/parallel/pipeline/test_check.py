@@ -20,7 +20,9 @@ def action(text):
 
 
 def schedule(*rows, stages=2, microbatches=2):
-    return PipelineSchedule("planted", tuple(tuple(map(action, row.split())) for row in rows), stages, microbatches)
+    return PipelineSchedule(
+        "planted", tuple(tuple(map(action, row.split())) for row in rows), stages, microbatches
+    )
 
 
 FAULTS = {
@@ -40,8 +42,14 @@ FAULTS = {
     "rank 1 has 1B0 before 1F0": ("0F0 0F1 0B0 0B1", "1B0 1F0 1F1 1B1"),
     "rank 1 has 1W0 before 1I0": ("0F0 0F1 0B0 0B1", "1F0 1W0 1I0 1F1 1B1"),
     "rank 0 has 0W1 before 0I1": ("0F0 0F1 0B0 0W1 0I1", "1F0 1B0 1F1 1B1"),
-    "from stage 0 to stage 1 .* rank 0 does 0F0 where rank 1 does 1F1": ("0F0 0F1 0B0 0B1", "1F1 1F0 1B0 1B1"),
-    "from stage 1 to stage 0 .* rank 1 does 1B1 where rank 0 does 0B0": ("0F0 0F1 0B0 0B1", "1F0 1F1 1B1 1B0"),
+    "from stage 0 to stage 1 .* rank 0 does 0F0 where rank 1 does 1F1": (
+        "0F0 0F1 0B0 0B1",
+        "1F1 1F0 1B0 1B1",
+    ),
+    "from stage 1 to stage 0 .* rank 1 does 1B1 where rank 0 does 0B0": (
+        "0F0 0F1 0B0 0B1",
+        "1F0 1F1 1B1 1B0",
+    ),
 }
 
 
@@ -83,10 +91,14 @@ def test_circles_of_three_ranks_of_two_and_of_one():
     with pytest.raises(LayoutError, match="0F1, which stands after 0B0 on rank 0"):
         check(schedule(*rows, stages=4))
     rows = "0F0 0F1 0B0 0B1", "1F0 1F1 1B0 1B1", "2F0 2B0 2F1 2B1", "3F0 3F1 3B0 3B1"
-    with pytest.raises(LayoutError, match="rank 2 cannot do 2B0 before rank 3 does 3B0, which stands after 3F1 there"):
+    with pytest.raises(
+        LayoutError,
+        match="rank 2 cannot do 2B0 before rank 3 does 3B0, which stands after 3F1 there",
+    ):
         check(schedule(*rows, stages=4))
     with pytest.raises(
-        LayoutError, match="rank 0 cannot do 1F0 before rank 0 does 0F0, which stands after 1F0 on rank 0"
+        LayoutError,
+        match="rank 0 cannot do 1F0 before rank 0 does 0F0, which stands after 1F0 on rank 0",
     ):
         check(schedule("1F0 0F0 1B0 0B0", microbatches=1))
 
@@ -99,10 +111,19 @@ def test_ascending():
 
 
 def test_programs_weave_in_the_messages():
-    steps = [[str(step) for step in steps] for steps in programs(schedule("0F0 0B0", "1F0 1I0 1W0", microbatches=1))]
+    steps = [
+        [str(step) for step in steps]
+        for steps in programs(schedule("0F0 0B0", "1F0 1I0 1W0", microbatches=1))
+    ]
     assert steps == [
         ["compute 0F0", "send 0F0 to rank 1", "receive 1I0 from rank 1", "compute 0B0"],
-        ["receive 0F0 from rank 0", "compute 1F0", "compute 1I0", "send 1I0 to rank 0", "compute 1W0"],
+        [
+            "receive 0F0 from rank 0",
+            "compute 1F0",
+            "compute 1I0",
+            "send 1I0 to rank 0",
+            "compute 1W0",
+        ],
     ]
 
 
@@ -120,7 +141,10 @@ def test_sends_that_wait_would_lock_if_each_row_minded_only_itself():
             target = plan.target(cell)
             if target is not None:
                 naive[rank].append(Step("send", cell, target))
-    with pytest.raises(LayoutError, match=r"rank 0 waits to send 0F\d to rank 1, rank 1 waits to send 1B\d to rank 0"):
+    with pytest.raises(
+        LayoutError,
+        match=r"rank 0 waits to send 0F\d to rank 1, rank 1 waits to send 1B\d to rank 0",
+    ):
         run_blocking(naive)
     run_blocking(programs(plan))
 
@@ -135,14 +159,18 @@ def test_the_machine_sees_what_is_wrong():
         run_blocking(deaf)
     with pytest.raises(LayoutError, match="computes 0B0 without 1B0 or 1I0"):
         run_blocking([[Step("compute", action(text)) for text in ("0F0", "0B0", "1F0", "1B0")]])
-    with pytest.raises(LayoutError, match="would send 0F0 to rank 1, and rank 1 receive 0F1 from rank 0"):
+    with pytest.raises(
+        LayoutError, match="would send 0F0 to rank 1, and rank 1 receive 0F1 from rank 0"
+    ):
         run_blocking(
             [
                 [Step("compute", action("0F0")), Step("send", action("0F0"), 1)],
                 [Step("receive", action("0F1"), 0)],
             ]
         )
-    with pytest.raises(LayoutError, match="rank 0 waits to receive 1B0 from rank 1, and rank 1 has ended"):
+    with pytest.raises(
+        LayoutError, match="rank 0 waits to receive 1B0 from rank 1, and rank 1 has ended"
+    ):
         run_blocking([[Step("receive", action("1B0"), 1)], []])
 
 
@@ -175,12 +203,19 @@ def ready(plan, cell, done):
     if cell.kind == "W":
         return Action(stage, "I", microbatch) in done
     behind = {Action(stage + 1, kind, microbatch) for kind in "BI"}
-    return Action(stage, "F", microbatch) in done and (stage == plan.stages - 1 or bool(behind & done))
+    return Action(stage, "F", microbatch) in done and (
+        stage == plan.stages - 1 or bool(behind & done)
+    )
 
 
 def in_order(plan):
     def microbatches(stage, kinds):
-        return [cell.microbatch for row in plan.rows for cell in row if cell.stage == stage and cell.kind in kinds]
+        return [
+            cell.microbatch
+            for row in plan.rows
+            for cell in row
+            if cell.stage == stage and cell.kind in kinds
+        ]
 
     return all(
         microbatches(stage, kinds) == microbatches(stage + 1, kinds)
@@ -214,7 +249,9 @@ def disturbed(plan, changes):
 
 PLACE = st.integers(0, 10_000)
 CHANGE = st.tuples(
-    st.sampled_from(["swap", "neighbours", "neighbours", "drop", "double", "move", "rename"]), PLACE, PLACE
+    st.sampled_from(["swap", "neighbours", "neighbours", "drop", "double", "move", "rename"]),
+    PLACE,
+    PLACE,
 )
 
 

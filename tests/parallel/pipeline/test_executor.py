@@ -23,10 +23,18 @@ PLAIN = DecoderConfig(layers=LAYERS, width=16, heads=2, context=12, vocab_size=4
 CONFIGS = [
     PLAIN,
     DecoderConfig(
-        layers=LAYERS, width=16, heads=2, context=12, vocab_size=40, norm="layernorm", positions="learned",
-        activation="gelu", bias=True, tied=False,
+        layers=LAYERS,
+        width=16,
+        heads=2,
+        context=12,
+        vocab_size=40,
+        norm="layernorm",
+        positions="learned",
+        activation="gelu",
+        bias=True,
+        tied=False,
     ),
-]  # fmt: skip
+]
 
 
 def tokens(rows=ROWS):
@@ -57,7 +65,11 @@ def reference(config):
     loss = loss_sum(model(ids[:, :-1], documents()), ids[:, 1:]) / (ROWS * 12)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
-    return float(loss.detach()), {name: weight.grad for name, weight in model.named_weights()}, float(norm)
+    return (
+        float(loss.detach()),
+        {name: weight.grad for name, weight in model.named_weights()},
+        float(norm),
+    )
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["tied", "untied"])
@@ -65,7 +77,9 @@ def reference(config):
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_the_whole_model_s(comm, name, handover, config):
     loss, gradients, norm = reference(config)
-    model, batch = sharded(comm, config, ParallelSettings(pipeline=comm.size, schedule=name, handover=handover))
+    model, batch = sharded(
+        comm, config, ParallelSettings(pipeline=comm.size, schedule=name, handover=handover)
+    )
     for _ in range(2):  # the second step finds what the first left
         passes = model.train(batch)
         found = comm.allgather(sum(passes.losses))
@@ -93,7 +107,9 @@ def test_pipelines_side_by_side(comm, name, overlap):
     if comm.size % 2:
         pytest.skip("needs an even number of ranks")
     loss, gradients, norm = reference(PLAIN)
-    settings = ParallelSettings(pipeline=comm.size // 2, schedule=name, overlap=overlap, bucket_bytes=2048)
+    settings = ParallelSettings(
+        pipeline=comm.size // 2, schedule=name, overlap=overlap, bucket_bytes=2048
+    )
     model, batch = sharded(comm, PLAIN, settings, data=2)
     for _ in range(2):
         assert sum(comm.allgather(sum(model.train(batch).losses))) == pytest.approx(loss, rel=1e-5)
@@ -130,11 +146,16 @@ def test_scores_are_the_whole_model_s(comm, name):
     whole, ids, done = create(PLAIN, 1), tokens(), []
     pieces = [ids[0:3], ids[3:6], ids[6:8], ids[0:1, :6]]
     found = model.score(
-        4, pieces.__getitem__, lambda n: (len(pieces[n]), pieces[n].shape[1] - 1), lambda: done.append(1)
+        4,
+        pieces.__getitem__,
+        lambda n: (len(pieces[n]), pieces[n].shape[1] - 1),
+        lambda: done.append(1),
     )
     merged = {number: loss for part in comm.allgather(found) for number, loss in part.items()}
     with torch.inference_mode():
-        expected = {n: float(loss_sum(whole(piece[:, :-1]), piece[:, 1:])) for n, piece in enumerate(pieces)}
+        expected = {
+            n: float(loss_sum(whole(piece[:, :-1]), piece[:, 1:])) for n, piece in enumerate(pieces)
+        }
     assert merged == pytest.approx(expected, rel=1e-6)
     assert len(done) == (4 if model.begins else 0)
     assert model.score(0, pieces.__getitem__, lambda n: (1, 1), lambda: None) == {}
@@ -200,7 +221,10 @@ def test_a_stream_of_another_shape_is_refused(comm):
     pipeline = Pipeline(axis, schedule, 12)
     stages = {stage: Counting(schedule.stages, stage) for stage in schedule.stages_of(axis.rank)}
     if comm.size == 1:  # elsewhere the other ranks would wait
-        with pytest.raises(CommError, match=r"stage 0 made \(3,\) of torch.float32 in 0F0, and the stages agreed on"):
+        with pytest.raises(
+            CommError,
+            match=r"stage 0 made \(3,\) of torch.float32 in 0F0, and the stages agreed on",
+        ):
             pipeline.run(schedule, stages, Stream(lambda microbatch: (2,)))
         assert pipeline.ways == []
     pipeline.close()
@@ -210,8 +234,18 @@ def test_a_stream_of_another_shape_is_refused(comm):
     ("settings", "rows", "microbatch", "words"),
     [
         ({"pipeline": 9}, 8, 1, "9 stages need a layer each, and the model has 8"),
-        ({"pipeline": 2, "schedule": "interleaved", "chunks": 5}, 8, 1, "10 stages need a layer each"),
-        ({"pipeline": 2}, 10, 4, "train.microbatch = 4 must divide the 10 sequences .* take one of 1, 2, 5, 10"),
+        (
+            {"pipeline": 2, "schedule": "interleaved", "chunks": 5},
+            8,
+            1,
+            "10 stages need a layer each",
+        ),
+        (
+            {"pipeline": 2},
+            10,
+            4,
+            "train.microbatch = 4 must divide the 10 sequences .* take one of 1, 2, 5, 10",
+        ),
         ({"pipeline": 4, "schedule": "zb-v"}, 4, 1, "microbatches"),
         ({"pipeline": 2, "schedule": "1f2b"}, 8, 1, "did you mean 1f1b"),
         ({"pipeline": 2, "stages": (3, 4)}, 8, 1, r"\[3, 4\] shares out 7 layers over 2 stages"),

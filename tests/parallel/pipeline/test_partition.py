@@ -45,7 +45,11 @@ def test_the_head_takes_the_place_of_layers():
 
 @pytest.mark.parametrize(
     ("stages", "wanted", "words"),
-    [(13, "auto", "13 stages need a layer each"), (2, (6, 5), "shares out 11 layers"), (3, (6, 6), "over 2 stages")],
+    [
+        (13, "auto", "13 stages need a layer each"),
+        (2, (6, 5), "shares out 11 layers"),
+        (3, (6, 6), "over 2 stages"),
+    ],
 )
 def test_shares_that_do_not_fit(stages, wanted, words):
     with pytest.raises(LayoutError, match=words):
@@ -70,7 +74,10 @@ def test_the_busiest_axis_is_innermost(comm):
 
 def test_a_pipeline_that_does_not_divide_the_ranks():
     assert mesh_sizes(ParallelSettings(pipeline=3), 6, 6, 12) == {"data": 2, "pipeline": 3}
-    with pytest.raises(LayoutError, match=r"pipeline = 4 must divide the ranks, and the job has 6.* start with 4 or 8"):
+    with pytest.raises(
+        LayoutError,
+        match=r"pipeline = 4 must divide the ranks, and the job has 6.* start with 4 or 8",
+    ):
         mesh_sizes(ParallelSettings(pipeline=4), 6, 6, 12)
 
 
@@ -83,9 +90,13 @@ def test_the_layouts_that_a_job_can_have():
     )
     with pytest.raises(LayoutError, match=re.escape(words)):
         mesh_sizes(ParallelSettings(data=4), 2, 6, 12)
-    with pytest.raises(LayoutError, match="a global batch of 9 sequences cannot be shared by 2 ranks; take data=1"):
+    with pytest.raises(
+        LayoutError, match="a global batch of 9 sequences cannot be shared by 2 ranks; take data=1"
+    ):
         mesh_sizes(ParallelSettings(), 2, 2, 9)
     # A layer a rank at least, and a batch that the data axis divides.
     assert legal_layouts(8, 3, 12) == [{"data": 4, "pipeline": 2}]
-    with pytest.raises(LayoutError, match="no layout of 5 ranks shares a batch of 12 sequences and 3 layers: take"):
+    with pytest.raises(
+        LayoutError, match="no layout of 5 ranks shares a batch of 12 sequences and 3 layers: take"
+    ):
         mesh_sizes(ParallelSettings(data=4), 5, 3, 12)

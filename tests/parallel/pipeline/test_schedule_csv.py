@@ -50,13 +50,19 @@ def test_older_files_call_the_half_for_the_input_b(written):
     [
         ("", "holds no actions; write a row a rank"),
         (",,\n\n", "holds no actions"),
-        ("0F0,0B0\n1F0,1X0,1B0\n", "row 2, column 2: '1X0' is no action; a cell is a stage, then F, B, I or W"),
+        (
+            "0F0,0B0\n1F0,1X0,1B0\n",
+            "row 2, column 2: '1X0' is no action; a cell is a stage, then F, B, I or W",
+        ),
         ("0F0,0SEND_F0,0B0\n", "row 1, column 2: '0SEND_F0' .* leave out"),
         ("0F0,-1B0\n", "row 1, column 2: '-1B0'"),
         ("0F0,0B\u0660\n", "row 1, column 2"),
         ("0F0,0B0\n1F0\n", "stage 1 needs F, and B or both I and W with microbatch 0"),
         ("0F0,0B0\n\n1F0,1B0\n", "rank 1 does nothing"),
-        ("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n", "a deadlock: rank 0 cannot do 0B0 before rank 1 does 1B0"),
+        (
+            "0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n",
+            "a deadlock: rank 0 cannot do 0B0 before rank 1 does 1B0",
+        ),
         ("0F0,0F1\n1F0,1F1\n", "needs F, and B"),
         ("0F0,0B0,0I0,0W0\n", "and has F, B, I, W on rank 0"),
         ("0F0,0B0,999999999F0\n", "stage 1 of 1000000000 lies on no rank"),

@@ -33,7 +33,11 @@ def test_the_chart_and_its_figures(mpillm):
 @pytest.mark.alone
 def test_files_and_json(mpillm, folder):
     """A schedule that was written is read again, and is the same."""
-    files = [argument for kind in ("svg", "png", "csv") for argument in (f"--{kind}", folder / f"own.{kind}")]
+    files = [
+        argument
+        for kind in ("svg", "png", "csv")
+        for argument in (f"--{kind}", folder / f"own.{kind}")
+    ]
     done = mpillm("schedule", "zb-v", *SIZE, *files, "--json")
     assert done.returncode == 0, done.stderr
     first = json.loads(done.stdout)
@@ -42,15 +46,31 @@ def test_files_and_json(mpillm, folder):
     assert again == first | {"schedule": "own.csv"}
     assert first["makespan"] == (6 * 8 + 3) / 2
     assert first["peaks"] == [4, 4, 4, 4]
-    assert (first["ranks"], first["chunks"], first["microbatches"], first["messages"]) == (4, 2, 8, 96)
-    assert first["costs"] == {"forward": 1, "backward_input": 1, "backward_weight": 1, "transfer": 0}
+    assert (first["ranks"], first["chunks"], first["microbatches"], first["messages"]) == (
+        4,
+        2,
+        8,
+        96,
+    )
+    assert first["costs"] == {
+        "forward": 1,
+        "backward_input": 1,
+        "backward_weight": 1,
+        "transfer": 0,
+    }
 
 
 @pytest.mark.alone
 def test_costs(mpillm):
-    found = json.loads(mpillm("schedule", "interleaved", *SIZE, "--chunks", "4", "--costs", "4,4,0,0", "--json").stdout)
+    found = json.loads(
+        mpillm(
+            "schedule", "interleaved", *SIZE, "--chunks", "4", "--costs", "4,4,0,0", "--json"
+        ).stdout
+    )
     assert found["makespan"] == 8 * 8 + 3 * 2  # (p−1)(F+B)/v over the ideal
-    slower = json.loads(mpillm("schedule", "interleaved", *SIZE, "--costs", "4,4,0,1", "--json").stdout)
+    slower = json.loads(
+        mpillm("schedule", "interleaved", *SIZE, "--costs", "4,4,0,1", "--json").stdout
+    )
     assert slower["makespan"] > found["makespan"]
 
 
@@ -62,8 +82,15 @@ def test_all_beside_one_another(mpillm):
         assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
     few = mpillm("schedule", "all", "--stages", "4", "--microbatches", "6")
     assert "left out: zb-v on 4 ranks needs at least 8 microbatches, not 6" in few.stdout
-    found = json.loads(mpillm("schedule", "all", "--stages", "4", "--microbatches", "6", "--json").stdout)
-    assert [row["schedule"] for row in found["schedules"]] == ["gpipe", "1f1b", "interleaved", "zb-h1"]
+    found = json.loads(
+        mpillm("schedule", "all", "--stages", "4", "--microbatches", "6", "--json").stdout
+    )
+    assert [row["schedule"] for row in found["schedules"]] == [
+        "gpipe",
+        "1f1b",
+        "interleaved",
+        "zb-h1",
+    ]
     assert set(found["left_out"]) == {"zb-v", "dualpipe-v"}
 
 
@@ -117,13 +144,19 @@ def test_neither_mpi_nor_torch_is_loaded(python, folder, name):
 @pytest.mark.alone
 def test_the_page_shows_what_is_printed(mpillm, folder):
     """Each line below a command in docs/schedules.md is a line of its output."""
-    shown = re.findall(r"^\$ (cat|mpillm schedule) (.*)\n((?:(?!\$|```).*\n)*)", PAGE.read_text("utf-8"), re.MULTILINE)
+    shown = re.findall(
+        r"^\$ (cat|mpillm schedule) (.*)\n((?:(?!\$|```).*\n)*)",
+        PAGE.read_text("utf-8"),
+        re.MULTILINE,
+    )
     assert len(shown) >= 9
     for command, arguments, text in shown:
         if command == "cat":
             (folder / arguments).write_text(text)
             continue
-        words = [str(folder / word) if word.endswith(".csv") else word for word in arguments.split()]
+        words = [
+            str(folder / word) if word.endswith(".csv") else word for word in arguments.split()
+        ]
         done = mpillm("schedule", *words, COLUMNS="100")
         printed = {line.rstrip() for line in (done.stdout + done.stderr).splitlines()}
         assert [line for line in text.splitlines() if line not in printed] == []
@@ -141,11 +174,15 @@ def test_one_rank_speaks(mpillm, folder):
 
 
 def test_a_terminal_gets_colours(capsys):
-    print_schedule(ScheduleOptions("zb-v", 2, 4, coloured=True), Console(stream=sys.stdout, watched=True))
+    print_schedule(
+        ScheduleOptions("zb-v", 2, 4, coloured=True), Console(stream=sys.stdout, watched=True)
+    )
     assert "\x1b[" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["", "1,1,1", "1,1,1,1,1", "1,x,1,0", "1,-1,1,0", "1,inf,1,0", "1,nan,1,0", "0,0,0,1"])
+@pytest.mark.parametrize(
+    "text", ["", "1,1,1", "1,1,1,1,1", "1,x,1,0", "1,-1,1,0", "1,inf,1,0", "1,nan,1,0", "0,0,0,1"]
+)
 def test_costs_that_are_none(text):
     with pytest.raises(UsageError, match="four numbers from 0 up"):
         ShareCosts.parse(text)

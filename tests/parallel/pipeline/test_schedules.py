@@ -36,7 +36,11 @@ def played(case, **costs):
 def test_whole_and_free_of_deadlock(name):
     for case in grid(name):
         schedule = make_schedule(*case)
-        assert (schedule.ranks, schedule.microbatches, schedule.stages) == (case[1], case[2], case[1] * case[3])
+        assert (schedule.ranks, schedule.microbatches, schedule.stages) == (
+            case[1],
+            case[2],
+            case[1] * case[3],
+        )
         check(schedule)
         assert ascending(schedule)
         run_blocking(programs(schedule))
@@ -102,7 +106,9 @@ def test_the_v_shaped_ones():
 
 def test_dualpipe_v_mostly_does_whole_backwards():
     def halves(name):
-        return [sum(action.kind == "I" for action in row) for row in make_schedule(name, 4, 20).rows]
+        return [
+            sum(action.kind == "I" for action in row) for row in make_schedule(name, 4, 20).rows
+        ]
 
     assert halves("dualpipe-v") == [7, 6, 5, 4]
     assert any(halves("zb-v"))
@@ -153,7 +159,10 @@ def test_a_file_is_a_schedule_too(folder):
     ("arguments", "words"),
     [
         (("1b1f", 2, 2), "did you mean 1f1b"),
-        (("pipedream-2bw", 2, 2), "take gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v or a .csv"),
+        (
+            ("pipedream-2bw", 2, 2),
+            "take gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v or a .csv",
+        ),
         (("1f1b", 0, 2), "at least 1 rank and 1 microbatch, not 0 and 2"),
         (("1f1b", 2, 0), "at least 1 rank and 1 microbatch, not 2 and 0"),
         (("1f1b", 2, 2, 2), "1f1b has 1 stage a rank, not 2; .*interleaved"),
@@ -183,6 +192,8 @@ def test_what_an_action_needs_and_where_it_goes():
     assert schedule.needs(Action(1, "I", 1)) == Action(2, "I", 1)
     assert schedule.needs(Action(1, "W", 1)) == Action(1, "I", 1)
     assert make_schedule("1f1b", 2, 4).needs(Action(0, "B", 1)) == Action(1, "B", 1)
-    targets = [schedule.target(Action(stage, kind, 0)) for kind in ("F", "I", "W") for stage in range(4)]
+    targets = [
+        schedule.target(Action(stage, kind, 0)) for kind in ("F", "I", "W") for stage in range(4)
+    ]
     assert targets == [1, None, 0, None, None, 0, None, 1, None, None, None, None]
     assert schedule.chunk_of == (0, 0, 1, 1)

@@ -20,7 +20,9 @@ CONFIGS = [
 
 
 def config(**changes):
-    return DecoderConfig(**{"layers": 3, "width": 32, "heads": 4, "context": 16, "vocab_size": 50, **changes})
+    return DecoderConfig(
+        **{"layers": 3, "width": 32, "heads": 4, "context": 16, "vocab_size": 50, **changes}
+    )
 
 
 def tokens(rows=3):
@@ -59,7 +61,9 @@ def test_two_halves_have_the_bits_of_one_whole(changes, layers, autocast):
     y.backward(gradients)
     split = SplitBackward(z, pivot)
     assert torch.equal(split.input(gradients), x.grad)
-    assert all(weight.grad is None for weight in halves.parameters()), "the first half leaves the weights alone"
+    assert all(weight.grad is None for weight in halves.parameters()), (
+        "the first half leaves the weights alone"
+    )
     split.weights()
     for (name, weight), other in zip(whole.named_parameters(), halves.parameters(), strict=True):
         assert torch.equal(weight.grad, other.grad), name
