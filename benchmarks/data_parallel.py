@@ -30,11 +30,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mpillm.bench.timing import in_turn
 from mpillm.comm.mesh import Axis, Mesh
-from mpillm.models.config import DecoderConfig
-from mpillm.models.decoder import create, loss_sum
+from mpillm.models.decoder import DecoderConfig
+from mpillm.models.part_module import create
 from mpillm.parallel.data.replicated import GradientBuckets
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.system.malloc import keep_pages
+from mpillm.tasks.causal_lm import cross_entropy_sum
 
 OURS = {
     "auto": ParallelSettings(),
@@ -56,7 +57,7 @@ def build_model(width: int, layers: int, vocab: int, length: int) -> nn.Module:
 
 
 def mean_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return loss_sum(model(ids[:, :-1]), ids[:, 1:]) / ids[:, 1:].numel()
+    return cross_entropy_sum(model(ids[:, :-1]), ids[:, 1:]) / ids[:, 1:].numel()
 
 
 def plain_step(

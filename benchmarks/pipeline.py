@@ -27,13 +27,14 @@ from torch.distributed.pipelining import (
 from torch.nn import functional as F
 
 from mpillm.comm.mesh import Mesh
-from mpillm.models.config import DecoderConfig
-from mpillm.models.decoder import create
+from mpillm.models.decoder import DecoderConfig
+from mpillm.models.part_module import create
 from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.sharded_model import ShardedModel
-from mpillm.parallel.step_plan import StepPlan, plan_layout
+from mpillm.parallel.step_plan import StepPlan, plan_step
 from mpillm.system.malloc import keep_pages
+from mpillm.tasks.causal_lm import CausalLM
 
 THEIRS = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
 
@@ -42,10 +43,10 @@ class Ours:
     def __init__(
         self, config: DecoderConfig, mesh: Mesh, layout: StepPlan, settings: ParallelSettings, ids
     ) -> None:
-        self.model = ShardedModel(config, 1, mesh, layout, settings)
+        self.model = ShardedModel(config, CausalLM(), 1, mesh, layout, settings)
         self.optimizer = torch.optim.AdamW(self.model.named_weights().values(), fused=True)
-        pieces = [ids[a:b] for a, b in layout.bounds]
-        self.batch = Batch(pieces, [None] * len(pieces), ids[:, 1:].numel())
+        pieces = [{"ids": ids[a:b, :-1], "targets": ids[a:b, 1:]} for a, b in layout.bounds]
+        self.batch = Batch(pieces, ids[:, 1:].numel())
         self.busy, self.loss = 0.0, 0.0
 
     def step(self) -> None:
@@ -145,7 +146,7 @@ def main() -> None:
     contestants: dict[str, Ours | Theirs] = {}
     for name in options.schedules.split(","):
         settings = ParallelSettings(pipeline=comm.size, schedule=name, handover=options.handover)
-        layout = plan_layout(config, settings, 1, rows, options.rows)
+        layout = plan_step(config, settings, 1, rows, options.rows)
         if options.only in ("", f"torch {name}"):
             contestants[f"torch {name}"] = Theirs(name, config, layout, comm.rank, ids)
         if options.only in ("", f"ours {name}"):

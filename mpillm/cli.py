@@ -532,7 +532,7 @@ def submit(
         )
 
         def check_ranks(ranks: int) -> None:
-            mesh_sizes(plan.parallel, ranks, plan.model.layers, plan.train.batch)
+            mesh_sizes(plan.parallel, ranks, plan.model, plan.train.batch)
 
         run(options, submitted, load_site(site, os.environ), console, os.environ, check_ranks)
 

@@ -3,12 +3,14 @@
 A trained model that does not beat them has learnt nothing worth its hours.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mpillm.infer.evaluate import Score
+from mpillm.tasks.metrics.metric import Metric, Totals
 from mpillm.tokens.reader import TokenReader
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -23,8 +25,10 @@ class Baselines:
     bigram: Score
 
 
-def baselines(train: TokenReader, held_out: TokenReader, vocab_size: int) -> Baselines:
-    """Scores of the two models over the same targets as `evaluate` takes: each token of `held_out` but the first.
+def score_baselines(
+    train: TokenReader, held_out: TokenReader, vocab_size: int, metrics: Sequence[Metric]
+) -> Baselines:
+    """Score the two models by `metrics`, over the same targets as `evaluate` takes: each token of `held_out` but the first.
 
     Unigram: counts plus one. Bigram: Witten & Bell 1991, interpolated with that unigram; the weight left to the
     unigram after a token grows with how many kinds of followers the token has had.
@@ -34,11 +38,13 @@ def baselines(train: TokenReader, held_out: TokenReader, vocab_size: int) -> Bas
     counts = np.bincount(ids, minlength=vocab_size)
     unigram = (counts + 1) / (len(ids) + vocab_size)
     probability = _bigram(ids, targets, counts, unigram, vocab_size)
-    score = (len(targets) - 1, held_out.split.n_bytes)
-    return Baselines(
-        Score(float(-np.log(unigram[targets[1:]]).mean()), *score),
-        Score(float(-np.log(probability).mean()), *score),
-    )
+    scored, text_bytes = float(len(targets) - 1), held_out.split.n_bytes
+
+    def score(p: np.ndarray[Any, Any]) -> Score:
+        loss_sum = float(-np.log(p).mean()) * scored
+        return Score.from_totals(Totals(loss_sum, scored, text_bytes), metrics)
+
+    return Baselines(score(unigram[targets[1:]]), score(probability))
 
 
 def _bigram(

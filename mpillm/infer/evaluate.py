@@ -1,58 +1,78 @@
-"""How well a model foretells text: loss, perplexity and bits per byte over a whole split, shared by the ranks."""
+"""Evaluate a model over a whole split: loss, perplexity and the task's other metrics, shared by the ranks."""
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
-from mpillm.models.config import DecoderConfig
-from mpillm.models.decoder import Decoder
-from mpillm.parallel.pipeline.stage import ScoringStage
+from mpillm.models.part_module import Fields, PartModule
+from mpillm.models.spec import ModelSpec
+from mpillm.parallel.pipeline.stage import BatchScore, OfBatch, ScoringStage
+from mpillm.parallel.step_plan import Precision
 from mpillm.system.console import Console
+from mpillm.tasks.metrics.likelihood import Perplexity
+from mpillm.tasks.metrics.metric import Metric, Totals
+from mpillm.tasks.metrics.metric_catalog import make_metrics
+from mpillm.tasks.task import Task
 from mpillm.tokens.evaluation_windows import evaluation_batches, read_evaluation
 from mpillm.tokens.reader import TokenReader
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# Tokens in a batch: enough to fill the products, few enough for the logits of a large vocabulary.
+# Tokens in a batch: enough to fill the matrix products, few enough for the logits of a large vocabulary.
 BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Score:
-    """`loss` in nats a token, over `tokens` targets; `bits_per_byte` of the split's text, free of the tokenizer."""
+    """The totals of an evaluation and the values of its metrics, in order; None where a metric needs the outputs."""
 
-    loss: float
-    tokens: int
-    text_bytes: int
+    totals: Totals
+    values: Mapping[str, float | None]
+
+    @classmethod
+    def from_totals(cls, totals: Totals, metrics: Sequence[Metric]) -> "Score":
+        """Score a model that gives only the likelihood of the text, such as a baseline."""
+        return cls(
+            totals,
+            {
+                metric.name: metric.value((), totals) if metric.needs_totals_alone else None
+                for metric in metrics
+            },
+        )
+
+    @property
+    def loss(self) -> float:
+        return self.totals.loss
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return Perplexity().value((), self.totals)
 
-    @property
-    def bits_per_byte(self) -> float:
-        """The nats of all tokens (ends of documents too), in bits, over the bytes of the text."""
-        return self.loss * self.tokens / math.log(2) / max(1, self.text_bytes)
+    def to_json(self) -> dict[str, float | None]:
+        values = {name.replace("-", "_"): value for name, value in self.values.items()}
+        return {
+            "loss": self.loss,
+            "tokens": int(self.totals.weight),
+            "text_bytes": self.totals.text_bytes,
+            **values,
+        }
 
-    def to_json(self) -> dict[str, float]:
-        return {**asdict(self), "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
 
-
-def rows_at_once(config: DecoderConfig) -> int:
-    """Sequences in a batch of the evaluation."""
-    return max(1, BATCH_TOKENS // config.context)
+def rows_at_once(spec: ModelSpec) -> int:
+    """Return how many sequences a batch of the evaluation has."""
+    return max(1, BATCH_TOKENS // spec.context)
 
 
 class Scorer(Protocol):
     """A model that can be scored, whole or in stages."""
 
     @property
-    def config(self) -> DecoderConfig: ...
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def task(self) -> Task: ...
 
     @property
     def share(self) -> tuple[int, int]:
@@ -61,26 +81,30 @@ class Scorer(Protocol):
     def score(
         self,
         count: int,
-        read: Callable[[int], Tensor],
+        read: Callable[[int], Fields],
         shape_of: Callable[[int], tuple[int, int]],
         done: Callable[[], None],
-    ) -> dict[int, float]:
-        """The summed loss of each of `count` batches, on the rank that knows it; `read(number)` gives the ids
-        (B, T + 1), and `shape_of` (B, T). `done` is called once a batch, on some rank.
+        metrics: Sequence[OfBatch] = (),
+    ) -> dict[int, BatchScore]:
+        """Score each of `count` batches; the results are on the rank that computes the loss.
+
+        `read(number)` gives the fields of a batch of `shape_of(number)` = (B, T). `done` is called once a batch, on some
+        rank.
         """
 
 
 @dataclass(frozen=True)
 class WholeModel:
-    """Each rank of `comm` has all of the model. `autocast`: the type of the products, where not the weights'."""
+    """Each rank of `comm` has all of the model."""
 
-    model: Decoder
+    model: PartModule
+    task: Task
     comm: "MPI.Intracomm"
-    autocast: torch.dtype | None = None
+    precision: Precision = field(default_factory=Precision)
 
     @property
-    def config(self) -> DecoderConfig:
-        return self.model.config
+    def spec(self) -> ModelSpec:
+        return self.model.spec
 
     @property
     def share(self) -> tuple[int, int]:
@@ -89,37 +113,57 @@ class WholeModel:
     def score(
         self,
         count: int,
-        read: Callable[[int], Tensor],
+        read: Callable[[int], Fields],
         shape_of: Callable[[int], tuple[int, int]],
         done: Callable[[], None],
-    ) -> dict[int, float]:
-        stage = ScoringStage(self.model, read, self.autocast, done)
+        metrics: Sequence[OfBatch] = (),
+    ) -> dict[int, BatchScore]:
+        stage = ScoringStage(self.model, self.task, self.precision, read, done, metrics)
         for number in range(count):
-            stage.forward(number, None)
-        return stage.losses
+            stage.forward(number, ())
+        return stage.scores
 
 
-def evaluate(scorer: Scorer, reader: TokenReader, comm: "MPI.Intracomm", console: Console) -> Score:
+def evaluate(
+    scorer: Scorer,
+    reader: TokenReader,
+    comm: "MPI.Intracomm",
+    console: Console,
+    names: Sequence[str] = (),
+) -> Score:
     """Score each token of the split but the first, in windows of the model's context.
 
-    Every rank calls it and gets the same score. The batches are the same at any number of ranks and their losses are
-    added exactly, so the score is too.
+    `names`: the metrics; none: the task's. Every rank calls it and gets the same score: the batches are the same at any
+    number of ranks, and their sums are added exactly.
     """
-    config = scorer.config
-    batches = evaluation_batches(reader.n_tokens, config.context, rows_at_once(config))
+    spec, task = scorer.spec, scorer.task
+    metrics = make_metrics(names or task.metrics)
+    batches = evaluation_batches(reader.n_tokens, spec.context, rows_at_once(spec))
     share, shares = scorer.share
     mine = batches[share::shares]
 
-    def read(number: int) -> Tensor:
-        return torch.from_numpy(read_evaluation(reader, mine[number]).tokens_BT.astype("int64"))
+    def read(number: int) -> Fields:
+        return task.fields({"tokens": read_evaluation(reader, mine[number]).tokens_BT})
 
     with console.progress("evaluate", len(mine), "batches") as progress:
-        losses = scorer.score(
+        scores = scorer.score(
             len(mine),
             read,
             lambda number: (mine[number].rows, mine[number].length),
             progress.advance,
+            [metric.of_batch for metric in metrics],
         )
-    total = math.fsum(loss for part in comm.allgather(list(losses.values())) for loss in part)
-    targets = reader.n_tokens - 1
-    return Score(total / targets, targets, reader.split.n_bytes)
+    every = [score for part in comm.allgather(list(scores.values())) for score in part]
+    totals = Totals(
+        math.fsum(score.loss_sum for score in every),
+        math.fsum(score.weight for score in every),
+        reader.split.n_bytes,
+    )
+    sums = [
+        [math.fsum(column) for column in zip(*(score.sums[i] for score in every), strict=True)]
+        for i in range(len(metrics))
+    ]
+    values = {
+        metric.name: metric.value(own, totals) for metric, own in zip(metrics, sums, strict=True)
+    }
+    return Score(totals, values)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mpillm.errors import UsageError
-from mpillm.models.decoder import Cache, Decoder
+from mpillm.models.part_module import PartModule
 from mpillm.tokens.tokenizer import Tokenizer
 
 
@@ -38,7 +38,7 @@ class Sampling:
 
 
 def generate(
-    model: Decoder, tokenizer: Tokenizer, prompt: str, sampling: Sampling
+    model: PartModule, tokenizer: Tokenizer, prompt: str, sampling: Sampling
 ) -> Iterator[str]:
     """Yield pieces of text that follow the prompt, until `max_tokens` or the end of the document.
 
@@ -52,22 +52,22 @@ def generate(
     yield decoder.finish()
 
 
-def sample_tokens(model: Decoder, prompt: list[int], sampling: Sampling) -> Iterator[int]:
+def sample_tokens(model: PartModule, prompt: list[int], sampling: Sampling) -> Iterator[int]:
     """Yield `max_tokens` token ids that follow `prompt`.
 
     When the text passes the model's context, the older half is forgotten and the cache is filled anew.
     """
-    context = model.config.context
+    context = model.spec.context
     seen = prompt[-context:]
     generator = torch.Generator().manual_seed(sampling.seed)
-    cache = Cache(model.config, 1, torch.device("cpu"))
+    cache = model.make_cache(1)
     new = seen
     for _ in range(sampling.max_tokens):
         if cache.length + len(new) > context:
             seen = seen[-(context // 2 or 1) :]
-            cache, new = Cache(model.config, 1, torch.device("cpu")), seen
+            cache, new = model.make_cache(1), seen
         with torch.inference_mode():
-            logits_V = model(torch.tensor([new]), cache=cache)[0, -1]
+            logits_V = model.next_logits(torch.tensor([new]), cache)[0, -1]
         token = draw(logits_V, sampling, generator)
         seen, new = [*seen, token], [token]
         yield token

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mpillm.models.config import DecoderConfig
-from mpillm.models.decoder import Decoder
+from mpillm.models.model_catalog import read_spec
+from mpillm.models.part_module import PartModule
 from mpillm.system.console import Console
+from mpillm.tasks import task_catalog
+from mpillm.tasks.task import Task
+from mpillm.tasks.task_catalog import make_task
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.finding import find
@@ -22,7 +25,8 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class Loaded:
-    model: Decoder
+    model: PartModule
+    task: Task
     tokenizer: Tokenizer
     checkpoint: Checkpoint
 
@@ -33,14 +37,15 @@ def load(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
     Raises CheckpointError or MismatchError.
     """
     checkpoint = find(path, comm, console)
-    model = Decoder(DecoderConfig(**checkpoint.facts["recipe"]["model"]))
+    model = read_spec(checkpoint.facts["recipe"]["model"]).build()
     checkpoint.load(model_tensors(model))
     facts = checkpoint.facts["tokenizer"]
     tokenizer = Tokenizer.from_json(checkpoint.text(TOKENIZER), facts["name"], facts["end_of_text"])
-    return Loaded(model.eval(), tokenizer, checkpoint)
+    task = make_task(checkpoint.facts["recipe"].get("task", {}).get("name", task_catalog.DEFAULT))
+    return Loaded(model.eval(), task, tokenizer, checkpoint)
 
 
-def model_tensors(model: Decoder) -> dict[str, torch.Tensor]:
+def model_tensors(model: PartModule) -> dict[str, torch.Tensor]:
     """A model's weights by their names in a checkpoint (`model/layers/0/attention/query/weight`), a tied one once."""
     return weight_tensors(dict(model.named_weights()))
 

@@ -1,15 +1,17 @@
 """What `evaluate` and `generate` print."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.comm.waiting import patient_barrier
-from mpillm.infer.baselines import baselines as score_baselines
+from mpillm.infer.baselines import score_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import Sampling, generate
 from mpillm.infer.loading import Loaded, load
 from mpillm.system.console import Console
+from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tokens.manifest import Manifest, check_tokenizer
 from mpillm.tokens.reader import open_split
 
@@ -24,6 +26,7 @@ def print_evaluation(
     as_json: bool,
     comm: "MPI.Intracomm",
     console: Console,
+    metrics: Sequence[str] = (),
 ) -> None:
     """Score a trained model on the validation split of `data` (None: of its own data) and print it.
 
@@ -34,13 +37,17 @@ def print_evaluation(
     manifest = Manifest.load(folder)
     check_tokenizer(manifest, loaded.tokenizer)
     with open_split(folder, "validation") as reader:
-        scorer = WholeModel(loaded.model, comm)
+        scorer = WholeModel(loaded.model, loaded.task, comm)
         scores = {
-            "model": evaluate(scorer, reader, comm, Console(speaks=False) if as_json else console)
+            "model": evaluate(
+                scorer, reader, comm, Console(speaks=False) if as_json else console, metrics
+            )
         }
         if baselines and comm.rank == 0:
             with open_split(folder, "train") as train:
-                counted = score_baselines(train, reader, manifest.vocab_size)
+                counted = score_baselines(
+                    train, reader, manifest.vocab_size, make_metrics(scores["model"].values)
+                )
             scores |= {"bigram": counted.bigram, "unigram": counted.unigram}
     patient_barrier(comm)
     _print(scores, loaded, folder, as_json, console)
@@ -59,15 +66,20 @@ def _print(
             json.dumps(facts | {name: score.to_json() for name, score in scores.items()}) + "\n"
         )
         return
-    tokens = scores["model"].tokens
+    model = scores["model"]
+    metrics = make_metrics(model.values)
     console.table(
-        f"{loaded.checkpoint.folder} on {folder}: {tokens:,} validation tokens",
-        ["", "loss (nats a token)", "perplexity", "bits per byte"],
+        f"{loaded.checkpoint.folder} on {folder}: {int(model.totals.weight):,} validation tokens",
+        ["", *(metric.title for metric in metrics)],
         [
-            [name, f"{score.loss:.4f}", f"{score.perplexity:,.2f}", f"{score.bits_per_byte:.4f}"]
+            [name, *(_cell(score.values[metric.name], metric.digits) for metric in metrics)]
             for name, score in scores.items()
         ],
     )
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
 
 
 def print_generation(

@@ -1,179 +1,225 @@
-"""A modern decoder on one device: token ids in, logits out; or a run of its layers, which hands the stream on.
+"""The decoder architecture: its settings, its costs and its named shapes; needs no torch."""
 
-Shapes: B sequences, T positions, C width, V vocabulary.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
-import xxhash
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from annotated_types import Ge, Gt
 
-from mpillm.models.config import DecoderConfig
-from mpillm.models.layers import Layer, LayerCache, Rotary, make_norm
+from mpillm.errors import RecipeError
+from mpillm.models.spec import ModelSpec, Part
 
-# GPT-2's: weights from a normal distribution of this deviation, the residual outputs' narrower by √(2 · layers).
-INITIAL_DEVIATION = 0.02
-RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
+if TYPE_CHECKING:
+    from mpillm.models.layers.decoder_stack import Decoder
 
-
-class Cache:
-    """Keys and values of all layers, and how many positions they hold."""
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        batch: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.layers = [LayerCache(config, batch, device, dtype) for _ in range(config.layers)]
-        self.length = 0
+Positive = Annotated[int, Gt(0)]
 
 
 @dataclass(frozen=True)
-class Part:
-    """Layers `first` to `last` − 1. The embedding stands before the model's first layer, norm and head behind its
-    last.
-    """
+class DecoderConfig(ModelSpec):
+    """A pre-norm Transformer decoder. Lengths are in tokens, widths in features."""
 
-    first: int
-    last: int
+    shared_inputs: ClassVar[tuple[str, ...]] = ("documents",)
 
+    architecture: str = "decoder"
+    layers: Positive = 4
+    width: Positive = 128
+    heads: Positive = 4
+    kv_heads: Annotated[int, Ge(0)] = 0
+    """Heads of keys and values (grouped-query attention); 0: as many as `heads`."""
+    hidden: Annotated[int, Ge(0)] = 0
+    """Width inside the feed-forward; 0: 4 × width for GELU, 8/3 × width rounded up to a multiple of 64 for SwiGLU."""
+    context: Positive = 256
+    vocab_size: Annotated[int, Ge(0)] = 0
+    """0: taken from the data."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    positions: Literal["rotary", "learned"] = "rotary"
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    bias: bool = False
+    tied: bool = True
+    """The output head is the token embedding."""
+    rope_theta: Annotated[float, Gt(0)] = 10000.0
+    norm_epsilon: Annotated[float, Gt(0)] = 1e-5
 
-class Decoder(nn.Module):
-    """The whole model, or the `part` of it: the names of weights are the whole model's."""
-
-    def __init__(self, config: DecoderConfig, part: Part | None = None) -> None:
-        super().__init__()
-        part = part or Part(0, config.layers)
-        self.config = config
-        self.begins, self.ends = part.first == 0, part.last == config.layers
-        learned = self.begins and config.positions == "learned"
-        self.embedding = nn.Embedding(config.vocab_size, config.width) if self.begins else None
-        self.position = nn.Embedding(config.context, config.width) if learned else None
-        self.rotary = Rotary(config) if config.positions == "rotary" else None
-        self.layers = nn.ModuleDict(
-            {str(index): Layer(config) for index in range(part.first, part.last)}
-        )
-        self.norm = make_norm(config) if self.ends else None
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False) if self.ends else None
-        self.tie()
-
-    def tie(self) -> None:
-        """Let the head be the embedding, where the model wants it and has both."""
-        if self.config.tied and self.head is not None and self.embedding is not None:
-            self.head.weight = self.embedding.weight
-
-    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The weights by their names in the whole model, where a tied head bears the embedding's."""
-        for name, weight in self.named_parameters():
-            yield (
-                ("embedding.weight" if self.config.tied and name == "head.weight" else name),
-                weight,
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise RecipeError(
+                f"width {self.width} is not divisible by {self.heads} heads; "
+                f"use a width of {self.width // self.heads * self.heads or self.heads} "
+                f"or {(self.width // self.heads + 1) * self.heads}, or another number of heads"
+            )
+        if self.heads % self.key_value_heads:
+            raise RecipeError(
+                f"{self.heads} heads are not divisible by {self.key_value_heads} kv_heads; "
+                f"use a divisor of {self.heads}"
+            )
+        if self.positions == "rotary" and self.head_width % 2:
+            raise RecipeError(
+                f"rotary positions need an even width a head, and {self.width} / {self.heads} is {self.head_width}"
             )
 
-    def forward(
-        self, given: Tensor, document_BT: Tensor | None = None, cache: Cache | None = None
-    ) -> Tensor:
-        """Logits (B, T, V) of the token that follows each position of `given`, the token ids (B, T).
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
 
-        A part that does not begin the model is given the stream (B, T, C) of the part before; one that does not end it
-        returns the stream.
+    @property
+    def key_value_heads(self) -> int:
+        return self.kv_heads or self.heads
 
-        `document_BT` numbers the document of each position: with it, a position attends only to its own document.
-        With a `cache` the T positions are those after what it holds, and it grows by T.
-        Raises ValueError when the positions pass the context.
-        """
-        first = cache.length if cache else 0
-        length = given.shape[1]
-        if first + length > self.config.context:
-            raise ValueError(
-                f"{first + length} positions pass the context of {self.config.context}"
-            )
-        x_BTC = given if self.embedding is None else self.embedding(given)
-        if self.position is not None:
-            x_BTC = x_BTC + self.position.weight[first : first + length]
-        mask_TS = _mask(length, document_BT, first, given.device)
-        for index, layer in self.layers.items():
-            x_BTC = layer(
-                x_BTC, self.rotary, mask_TS, cache.layers[int(index)] if cache else None, first
-            )
-        if cache and self.ends:
-            cache.length += length
-        if self.norm is not None and self.head is not None:
-            return self.head(self.norm(x_BTC))  # type: ignore[no-any-return]
-        return x_BTC
+    @property
+    def hidden_width(self) -> int:
+        if self.hidden:
+            return self.hidden
+        return 4 * self.width if self.activation == "gelu" else -(-8 * self.width // (3 * 64)) * 64
 
+    @classmethod
+    def shapes(cls) -> Mapping[str, "DecoderConfig"]:
+        return SHAPES
 
-def _mask(
-    length: int, document_BT: Tensor | None, first: int, device: torch.device
-) -> Tensor | None:
-    """True where a position may attend; None where the plain causal mask, or none at all, says it."""
-    if document_BT is not None:
-        same_BTS = document_BT[:, :, None] == document_BT[:, None, :]
-        return same_BTS.tril()[:, None]
-    if first and length > 1:
-        return torch.ones(length, first + length, dtype=torch.bool, device=device).tril(first)
-    return None
+    def build(self, part: Part | None = None) -> "Decoder":
+        from mpillm.models.layers.decoder_stack import Decoder
 
+        return Decoder(self, part)
 
-def loss_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """The cross-entropy of all positions, summed, in nats (float32)."""
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")
-
-
-@torch.no_grad()
-def initialise(model: Decoder, seed: int) -> None:
-    """Set each weight as a pure function of (seed, its name, its shape): alike on any rank, device and layout."""
-    deviation = INITIAL_DEVIATION / (2 * model.config.layers) ** 0.5
-    for name, weight in model.named_weights():
-        if name.endswith("bias"):
-            weight.zero_()
-        elif weight.dim() == 1:
-            weight.fill_(1.0)
-        else:
-            generator = torch.Generator().manual_seed(
-                xxhash.xxh3_64_intdigest(name.encode(), seed=seed) >> 1
-            )
-            values = torch.empty(weight.shape, dtype=torch.float32)
-            values.normal_(
-                0.0,
-                deviation if name.endswith(RESIDUAL_OUTPUTS) else INITIAL_DEVIATION,
-                generator=generator,
-            )
-            weight.copy_(values)
-
-
-class WithoutValues(TorchFunctionMode):
-    """Inside it modules are made with memory and no values, for whoever sets them all: weights are drawn once.
-
-    On the meta device they would have no memory, and torch loads its compiler there, which takes as long as torch.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def describe(self) -> str:
         return (
-            None
-            if getattr(func, "__module__", "") == nn.init.__name__
-            else func(*args, **(kwargs or {}))
+            f"{self.layers} layers, width {self.width}, {self.heads} heads "
+            f"({self.key_value_heads} of keys and values), context {self.context}, "
+            f"vocabulary {self.vocab_size:,}"
         )
 
+    @property
+    def blocks(self) -> int:
+        return self.layers
 
-def create(
-    config: DecoderConfig, seed: int, device: torch.device | None = None, part: Part | None = None
-) -> Decoder:
-    """An initialised decoder, or the `part` of it, on `device` (the CPU where none is given)."""
-    with device or torch.device("cpu"), WithoutValues():
-        model = Decoder(config, part)
-    initialise(model, seed)
-    return model
+    @property
+    def stream_widths(self) -> tuple[int, ...]:
+        return (self.width,)
+
+    @property
+    def tied_weights(self) -> Mapping[str, str]:
+        return {"head.weight": "embedding.weight"} if self.tied else {}
+
+    @property
+    def cut_dims(self) -> Mapping[str, int]:
+        # Megatron's cut (Shoeybi et al. 2019): columns into heads and hidden features, rows back out of them.
+        columns = ("query", "key", "value", "gate", "up")
+        rows = ("attention.output.weight", "feed_forward.down.weight")
+        return {
+            **{f"{name}.{kind}": 0 for name in columns for kind in ("weight", "bias")},
+            **dict.fromkeys(rows, 1),
+            "embedding.weight": 0,
+            "head.weight": 0,
+        }
+
+    def _block_products(self) -> int:
+        """Count the weights of one block's matrix products."""
+        key_value = self.key_value_heads * self.head_width
+        attention = 2 * self.width * self.width + 2 * key_value * self.width
+        matrices = 3 if self.activation == "swiglu" else 2
+        return attention + matrices * self.hidden_width * self.width
+
+    def _block_vectors(self) -> int:
+        """Count the norms' and biases' numbers of one block."""
+        norms = 2 * self._norm_parameters()
+        if not self.bias:
+            return norms
+        key_value = self.key_value_heads * self.head_width
+        hidden = self.hidden_width * (2 if self.activation == "swiglu" else 1)
+        return norms + 3 * self.width + 2 * key_value + hidden
+
+    def _norm_parameters(self) -> int:
+        return self.width * (2 if self.norm == "layernorm" else 1)
+
+    def parameters_of(self, part: Part) -> int:
+        embedding = self.vocab_size * self.width
+        total = part.count * (self._block_products() + self._block_vectors())
+        if self.begins(part):
+            total += embedding + (self.context * self.width if self.positions == "learned" else 0)
+        if self.ends(part):
+            shared = self.tied and self.begins(part)
+            total += self._norm_parameters() + (0 if shared else embedding)
+        return total
+
+    @property
+    def block_flops(self) -> tuple[float, ...]:
+        """6 for each weight of a product and 12 · width · context for the attention (PaLM, Chowdhery et al. 2022,
+        appendix B).
+        """
+        flops = 6 * self._block_products() + 12 * self.width * self.context
+        return (flops,) * self.layers
+
+    @property
+    def end_flops(self) -> tuple[float, float]:
+        """A look-up in an embedding costs nothing; the head is a product.
+
+        The loss is not counted. The head's one large product runs so much faster than a block's many small ones that
+        head and loss together take 0.9 to 1.0 of this count (measured with benchmarks/bubble.py).
+        """
+        return 0.0, 6 * self.vocab_size * self.width
+
+    def activation_bytes(self, part: Part, rows: int, element_bytes: int = 4) -> int:
+        """Count, per block and token, the inputs of the norms, the products and the activation.
+
+        That is about 8 widths, the keys and values, and 4 hidden widths for SwiGLU, 2 for GELU. The attention keeps no
+        T × T matrix.
+        """
+        key_value = self.key_value_heads * self.head_width
+        hidden = self.hidden_width * (4 if self.activation == "swiglu" else 2)
+        block = 8 * self.width + 2 * key_value + hidden
+        return rows * self.context * part.count * block * element_bytes
+
+    def output_bytes(self, rows: int) -> int:
+        """Count the logits and their gradient, in float32."""
+        return rows * self.context * 2 * self.vocab_size * 4
+
+
+def _gpt2(layers: int, width: int, heads: int) -> DecoderConfig:
+    return DecoderConfig(
+        layers=layers,
+        width=width,
+        heads=heads,
+        context=1024,
+        vocab_size=50257,
+        norm="layernorm",
+        positions="learned",
+        activation="gelu",
+        bias=True,
+        tied=True,
+    )
+
+
+# GPT-2: Radford et al. 2019, table 2 (with the counts of the released weights). Llama: the released 3.2 1B and 3.1 8B.
+SHAPES: Mapping[str, DecoderConfig] = MappingProxyType(
+    {
+        "tiny": DecoderConfig(layers=4, width=128, heads=4, context=256),
+        "small": DecoderConfig(layers=6, width=256, heads=8, kv_heads=4, context=512),
+        "medium": DecoderConfig(layers=12, width=512, heads=8, kv_heads=4, context=1024),
+        "gpt2-124m": _gpt2(12, 768, 12),
+        "gpt2-355m": _gpt2(24, 1024, 16),
+        "gpt2-774m": _gpt2(36, 1280, 20),
+        "gpt2-1558m": _gpt2(48, 1600, 25),
+        "llama-1b": DecoderConfig(
+            layers=16,
+            width=2048,
+            heads=32,
+            kv_heads=8,
+            hidden=8192,
+            context=8192,
+            vocab_size=128256,
+            rope_theta=500000.0,
+        ),
+        "llama-8b": DecoderConfig(
+            layers=32,
+            width=4096,
+            heads=32,
+            kv_heads=8,
+            hidden=14336,
+            context=8192,
+            vocab_size=128256,
+            rope_theta=500000.0,
+            tied=False,
+        ),
+    }
+)

@@ -1,67 +1,89 @@
 """How many ranks go along each axis: plain numbers, which a login node can check before it queues a job."""
 
+import math
+from collections.abc import Iterator, Mapping
+from itertools import product
+
 from mpillm.comm.mesh import describe
 from mpillm.errors import LayoutError
+from mpillm.models.spec import ModelSpec
+from mpillm.parallel.data.data_axis import DataAxis
+from mpillm.parallel.parallel_axis import ParallelAxis
+from mpillm.parallel.pipeline.pipeline_axis import PipelineAxis
 from mpillm.parallel.settings import ParallelSettings
 
-# So many of the legal layouts are told in an error.
-TOLD_LAYOUTS = 6
+AXES: tuple[ParallelAxis, ...] = (DataAxis(), PipelineAxis())
+"""Every axis, in the order in which a recipe and an error name them."""
+
+# An error lists this many of the legal layouts.
+SHOWN_LAYOUTS = 6
 
 
-def mesh_sizes(settings: ParallelSettings, ranks: int, layers: int, batch: int) -> dict[str, int]:
-    """The sizes of the axes for a job of `ranks`. Raises LayoutError, with the layouts that are legal for a model of
-    `layers` and a batch of `batch` sequences, where the settings do not fit.
+def mesh_sizes(
+    settings: ParallelSettings, ranks: int, model: ModelSpec, batch: int
+) -> dict[str, int]:
+    """Return the size of each axis for a job of `ranks` and a batch of `batch` sequences.
+
+    Raises LayoutError, with the legal layouts, where the settings do not fit.
     """
-    pipeline, data = settings.pipeline, 0 if settings.data == "auto" else settings.data
-    wanted = {"data": data or max(1, ranks // pipeline), "pipeline": pipeline}
-    needed = wanted["data"] * pipeline
+    wanted = {axis.name: axis.wanted(settings) for axis in AXES}
+    fixed = math.prod(size for size in wanted.values() if size)
+    sizes = {name: size or max(1, ranks // fixed) for name, size in wanted.items()}
+    needed = math.prod(sizes.values())
     if needed == ranks:
-        _check_shares(wanted, ranks, layers, batch)
-        return wanted
-    have = f"the job has {ranks}; {_way_out(ranks, layers, batch)}"
-    if not data:
-        below, above = ranks // pipeline * pipeline, (ranks // pipeline + 1) * pipeline
+        _check_shares(sizes, ranks, model, batch)
+        return sizes
+    have = f"the job has {ranks}; {_remedy(ranks, model, batch)}"
+    if 0 in wanted.values():
+        below, above = ranks // fixed * fixed, (ranks // fixed + 1) * fixed
         starts = f"{below} or {above}" if below else f"{above}"
+        asked = _product({name: size for name, size in wanted.items() if size})
         raise LayoutError(
-            f"parallel.pipeline = {pipeline} must divide the ranks, and {have}, or start with {starts} ranks"
+            f"{asked} must divide the ranks, and {have}, or start with {starts} ranks"
         )
     raise LayoutError(
-        f"parallel.data = {data} × parallel.pipeline = {pipeline} needs {needed} rank{'s' * (needed > 1)}, and {have}, "
-        f"or start with {needed}"
+        f"{_product(sizes)} needs {needed} rank{'s' * (needed > 1)}, and {have}, or start with {needed}"
     )
 
 
-def _check_shares(sizes: dict[str, int], ranks: int, layers: int, batch: int) -> None:
-    """Raise LayoutError where an axis is longer than what it shares out."""
-    if sizes in legal_layouts(ranks, layers, batch):
-        return
-    data, pipeline = sizes["data"], sizes["pipeline"]
-    faults = [
-        f"a global batch of {batch} sequences cannot be shared by {data} ranks"
-        * (batch % data > 0),
-        f"{layers} layers cannot be shared by {pipeline} stages" * (pipeline > layers),
-    ]
-    raise LayoutError(f"{' and '.join(filter(None, faults))}; {_way_out(ranks, layers, batch)}")
+def _product(sizes: Mapping[str, int]) -> str:
+    return " × ".join(f"parallel.{name} = {size}" for name, size in sizes.items())
 
 
-def legal_layouts(ranks: int, layers: int, batch: int) -> list[dict[str, int]]:
-    """All sizes of the axes that `ranks` can have: the data axis divides the batch, the pipeline has a layer a rank."""
-    pairs = [
-        (ranks // pipeline, pipeline)
-        for pipeline in range(1, min(ranks, layers) + 1)
-        if ranks % pipeline == 0
-    ]
-    return [{"data": data, "pipeline": pipeline} for data, pipeline in pairs if batch % data == 0]
+def axis_faults(sizes: Mapping[str, int], model: ModelSpec, batch: int) -> list[str]:
+    """Say, for each axis that is longer than what its ranks share, why it is."""
+    faults = [axis.fault(sizes.get(axis.name, 1), model, batch) for axis in AXES]
+    return [fault for fault in faults if fault]
 
 
-def _way_out(ranks: int, layers: int, batch: int) -> str:
-    legal = [describe(layout) for layout in legal_layouts(ranks, layers, batch)]
+def _check_shares(sizes: Mapping[str, int], ranks: int, model: ModelSpec, batch: int) -> None:
+    if faults := axis_faults(sizes, model, batch):
+        raise LayoutError(f"{' and '.join(faults)}; {_remedy(ranks, model, batch)}")
+
+
+def legal_layouts(ranks: int, model: ModelSpec, batch: int) -> list[dict[str, int]]:
+    """Return all sizes of the axes that `ranks` ranks can have, those with the longest first axis first."""
+    return [sizes for sizes in _factorisations(ranks) if not axis_faults(sizes, model, batch)]
+
+
+def _factorisations(ranks: int) -> Iterator[dict[str, int]]:
+    """Yield each way to write `ranks` as a product over the axes; the first axis takes what the others leave."""
+    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+    first, *others = AXES
+    for sizes in product(divisors, repeat=len(others)):
+        rest, remainder = divmod(ranks, math.prod(sizes))
+        if rest and not remainder:
+            names = (axis.name for axis in others)
+            yield {first.name: rest, **dict(zip(names, sizes, strict=True))}
+
+
+def _remedy(ranks: int, model: ModelSpec, batch: int) -> str:
+    legal = [describe(layout) for layout in legal_layouts(ranks, model, batch)]
     if not legal:
+        shared = " and ".join(axis.shares(model, batch) for axis in AXES)
         return (
-            f"no layout of {ranks} ranks shares a batch of {batch} sequences and {layers} layer{'s' * (layers > 1)}: "
-            f"take a train.batch that {ranks} divides"
+            f"no layout of {ranks} ranks shares {shared}: take a train.batch that {ranks} divides"
         )
-    told = " or ".join(legal[:TOLD_LAYOUTS]) + (
-        f" (and {len(legal) - TOLD_LAYOUTS} more)" * (len(legal) > TOLD_LAYOUTS)
-    )
-    return f'take {told} (parallel.data = "auto" is whatever the pipeline leaves)'
+    hidden = len(legal) - SHOWN_LAYOUTS
+    shown = " or ".join(legal[:SHOWN_LAYOUTS]) + (f" (and {hidden} more)" if hidden > 0 else "")
+    return f'take {shown} (parallel.data = "auto" is whatever the pipeline leaves)'

@@ -42,12 +42,14 @@ class ParallelSettings:
     """Who sums the gradients: the ranks of a node in memory that they share, one of our lists of messages, or the MPI
     library; auto: whichever is fastest by the cluster's profile, or by what was measured elsewhere.
     """
-    overlap: Literal["auto", "after", "behind"] = "auto"
-    """Reduce after the backward pass, or behind it while it runs; auto: after on one node, behind over a
+    overlap: Literal["auto", "after", "during"] = "auto"
+    """Reduce gradients after the backward pass, or during it; auto: after on one node, during over a
     network.
     """
     bucket_bytes: Annotated[int, Ge(0)] = 0
-    """Gradients travel in messages of about this size; 0: 32 MiB after the backward pass, 4 MiB behind it."""
+    """Gradients travel in messages of about this size; 0: 32 MiB after the backward pass, 4 MiB
+    during it.
+    """
     profile: str = ""
     """The cluster profile that `mpillm bench … --save` wrote; empty: `cluster.json` in the run's folder, if there is
     one.

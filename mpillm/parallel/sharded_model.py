@@ -1,38 +1,40 @@
-"""A rank's share of a model under training: its stages, their gradients, and what ties them to the other ranks."""
+"""A rank's share of a model under training: its parts, their gradients, and what joins them with other ranks."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Mesh
 from mpillm.machine.cluster_profile import ClusterProfile
-from mpillm.models.config import DecoderConfig
-from mpillm.models.decoder import Decoder, create
-from mpillm.parallel.data.replicated import GradientBuckets
+from mpillm.models.part_module import Fields, PartModule, create
+from mpillm.models.spec import ModelSpec
+from mpillm.parallel.data.replicated import ReplicatedGradients
+from mpillm.parallel.grad_norm import clip_gradients_
 from mpillm.parallel.pipeline.catalog import forward_only
-from mpillm.parallel.pipeline.executor import Pipeline, Stream
+from mpillm.parallel.pipeline.executor import Pipeline, StreamShapes
 from mpillm.parallel.pipeline.simulate import Span
-from mpillm.parallel.pipeline.stage import Batch, ModelStage, ScoringStage
-from mpillm.parallel.pipeline.tying import Tie
+from mpillm.parallel.pipeline.stage import Batch, BatchScore, ModelStage, OfBatch, ScoringStage
+from mpillm.parallel.pipeline.tying import TiedWeight
+from mpillm.parallel.precision import STREAM_DTYPE
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.parallel.step_plan import StepPlan
+from mpillm.parallel.step_plan import StepPlan, replica_share
+from mpillm.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What a batch's passes left: the loss of each microbatch where the last stage is, else none; and when the rank
-    computed.
-    """
+    """What a batch's passes left on this rank."""
 
     losses: list[float]
+    """The loss of each microbatch where the last stage is, else none."""
     spans: list[Span]
+    """When the rank computed."""
     ended: float
-    """When the last pass had ended and sums began: seconds of perf_counter."""
+    """When the last pass had ended and sums began, in seconds of perf_counter."""
     summed: float
     """When the gradients were summed."""
 
@@ -42,42 +44,47 @@ class ShardedModel:
 
     def __init__(
         self,
-        config: DecoderConfig,
+        spec: ModelSpec,
+        task: Task,
         seed: int,
         mesh: Mesh,
-        layout: StepPlan,
+        plan: StepPlan,
         settings: ParallelSettings,
         *,
-        fixed_order: bool = False,
-        autocast: torch.dtype | None = None,
         profile: ClusterProfile | None = None,
         scored_rows: int = 1,
         warn: Callable[[str], None] = silent,
     ) -> None:
-        """`scored_rows`: the most sequences at once in `score`. `profile`, `warn`: as in comm/group.py."""
-        self.config, self.mesh, self.layout, self.autocast = config, mesh, layout, autocast
-        axis, schedule = mesh.axis("pipeline"), layout.schedule
-        self.parts: dict[int, Decoder] = {
-            stage: create(config, seed, part=layout.parts[stage])
+        """`scored_rows`: the most sequences at once in `score`. `profile`, `warn`: as in Communicator."""
+        self.spec, self.task, self.mesh, self.plan = spec, task, mesh, plan
+        axis, schedule = mesh.axis("pipeline"), plan.schedule
+        self.parts: dict[int, PartModule] = {
+            stage: create(spec, seed, part=plan.parts[stage])
             for stage in schedule.stages_of(axis.rank)
         }
         parts = list(self.parts.values())
-        # A single stage ties by itself, unless its sums are to be those of several.
-        loose = config.tied and (schedule.stages > 1 or fixed_order)
-        self._tie = Tie(parts, axis, warn) if loose else None
-        self.buckets = GradientBuckets(
+        # With one stage both uses of a tied weight are one Parameter. A fixed order needs two leaves even there, as in a
+        # run of several stages.
+        apart = schedule.stages > 1 or plan.fixed_order
+        self._tied = [
+            TiedWeight(parts, names, axis, warn)
+            for names in (spec.tied_weights.items() if apart else ())
+        ]
+        self.gradients = ReplicatedGradients(
             [part.parameters() for part in parts],
             mesh.axis("data"),
             settings,
             profile,
             warn,
-            fixed_order=fixed_order,
+            fixed_order=plan.fixed_order,
         )
         self._stages = {
-            stage: ModelStage(part, number, self.buckets, autocast)
+            stage: ModelStage(part, number, self.gradients, task, plan.precision)
             for number, (stage, part) in enumerate(self.parts.items())
         }
-        nbytes = 4 * max(layout.microbatch, scored_rows) * config.context * config.width
+        widest = max(spec.stream_widths)
+        rows = max(plan.microbatch, scored_rows)
+        nbytes = STREAM_DTYPE.itemsize * rows * spec.context * widest
         self.pipeline = Pipeline(axis, schedule, nbytes, settings.handover, profile, warn)
 
     @property
@@ -87,23 +94,26 @@ class ShardedModel:
         return data.rank, data.size
 
     @property
-    def begins(self) -> bool:
-        return any(part.begins for part in self.parts.values())
-
-    @property
     def ends(self) -> bool:
+        """Whether this rank holds the stage that computes the loss."""
         return any(part.ends for part in self.parts.values())
 
+    def reads_fields(self, offered: Sequence[str]) -> bool:
+        """Tell whether a stage of this rank reads any of the `offered` fields."""
+        shared = set(self.spec.shared_inputs).intersection(offered)
+        return bool(shared) or any(part.begins or part.ends for part in self.parts.values())
+
     def named_weights(self) -> dict[str, nn.Parameter]:
-        """What this rank trains, by its names in the whole model. A tied head that shares the embedding's memory is
-        left out; a copy of it, on another rank, is there as the embedding.
+        """Return what this rank trains, by its names in the whole model.
+
+        A tied weight that shares another's memory is left out. A copy of it, on another rank, bears the other's name.
         """
-        followers = self._tie.followers if self._tie else []
+        shared = [weight for tied in self._tied for weight in tied.sharing_memory]
         return {
             name: weight
             for part in self.parts.values()
             for name, weight in part.named_weights()
-            if not any(weight is follower for follower in followers)
+            if not any(weight is other for other in shared)
         }
 
     def train(self, batch: Batch) -> Passes:
@@ -111,56 +121,65 @@ class ShardedModel:
 
         `batch`: the rank's share. All ranks of a pipeline are given the same rows of it.
         """
-        self.buckets.zero()
+        self.gradients.begin()
         for stage in self._stages.values():
             stage.begin(batch)
-        microbatch, context, width = self.layout.microbatch, self.config.context, self.config.width
-        stream = Stream(lambda number: (microbatch, context, width))
-        spans = self.pipeline.run(self.layout.schedule, self._stages, stream)
+        rows, context = self.plan.microbatch, self.spec.context
+        shapes = tuple((rows, context, width) for width in self.spec.stream_widths)
+        streams = StreamShapes(lambda microbatch: shapes)
+        spans = self.pipeline.run(self.plan.schedule, self._stages, streams)
         ended = time.perf_counter()
-        self.buckets.reduce()
-        if self._tie is not None:
-            self._tie.reduce()
+        self.gradients.finish()
+        for tied in self._tied:
+            tied.reduce()
         losses = [stage.losses for stage in self._stages.values() if stage.losses]
         by_number = (
-            [losses[0][number] for number in range(self.layout.microbatches)] if losses else []
+            [losses[0][number] for number in range(self.plan.microbatches)] if losses else []
         )
         return Passes(by_number, spans, ended, time.perf_counter())
 
     def clip_(self, max_norm: float) -> float:
         """Scale the gradients of the whole model to a norm of `max_norm` at most (0: don't); return what it was."""
-        twins = self._tie.twins if self._tie else []
-        return self.buckets.clip_(max_norm or math.inf, self.mesh.comm, twins)
+        elsewhere = [weight for tied in self._tied for weight in tied.counted_elsewhere]
+        return clip_gradients_(
+            self.gradients,
+            self.mesh.comm,
+            replica_share(self.mesh),
+            max_norm or math.inf,
+            elsewhere,
+        )
 
     def score(
         self,
         count: int,
-        read: Callable[[int], Tensor],
+        read: Callable[[int], Fields],
         shape_of: Callable[[int], tuple[int, int]],
         done: Callable[[], None],
-    ) -> dict[int, float]:
-        """The summed loss of each of `count` batches, where the last stage is; elsewhere none.
+        metrics: Sequence[OfBatch] = (),
+    ) -> dict[int, BatchScore]:
+        """Score `count` batches; returns the result of each where the last stage is, elsewhere none.
 
-        `read(number)`: the ids (B, T + 1), whose `shape_of(number)` is (B, T). `done` is called after each, on the
-        ranks that begin the model.
+        `read(number)`: the fields of a batch of `shape_of(number)` = (B, T). `done` is called after each, on the ranks
+        that begin the model.
         """
         if not count:
             return {}
         stages = {
-            stage: ScoringStage(part, read, self.autocast, done)
+            stage: ScoringStage(part, self.task, self.plan.precision, read, done, metrics)
             for stage, part in self.parts.items()
         }
-        stream = Stream(lambda number: (*shape_of(number), self.config.width))
+        widths = self.spec.stream_widths
+        streams = StreamShapes(lambda number: tuple((*shape_of(number), width) for width in widths))
         for part in self.parts.values():
             part.eval()
-        self.pipeline.run(forward_only(self.layout.schedule, count), stages, stream)
+        self.pipeline.run(forward_only(self.plan.schedule, count), stages, streams)
         for part in self.parts.values():
             part.train()
-        return {number: loss for stage in stages.values() for number, loss in stage.losses.items()}
+        return {n: score for stage in stages.values() for n, score in stage.scores.items()}
 
     def close(self) -> None:
-        """Give shared memory and communicators back."""
+        """Free shared memory and communicators."""
         self.pipeline.close()
-        if self._tie is not None:
-            self._tie.close()
-        self.buckets.close()
+        for tied in self._tied:
+            tied.close()
+        self.gradients.close()

@@ -1,26 +1,44 @@
-"""How a training step is laid out: ranks along the axes, stages along the pipeline, microbatches along the step."""
+"""How a training step is laid out: ranks along the axes, stages along the pipeline, microbatches along the step.
 
+A plan is plain data, made and checked before the first message. It needs no torch: a login node can make one.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mpillm.comm.mesh import Mesh, by_hosts
 from mpillm.errors import LayoutError
-from mpillm.models.config import DecoderConfig
-from mpillm.models.decoder import Part
-from mpillm.parallel.axis_sizes import mesh_sizes
+from mpillm.models.spec import ModelSpec, Part
+from mpillm.parallel.axis_sizes import AXES, mesh_sizes
 from mpillm.parallel.pipeline.actions import PipelineSchedule
 from mpillm.parallel.pipeline.catalog import make_schedule
 from mpillm.parallel.pipeline.check import ascending, check
-from mpillm.parallel.pipeline.partition import share_layers
+from mpillm.parallel.pipeline.partition import partition_blocks
 from mpillm.parallel.pipeline.simulate import Costs, Timeline, simulate
 from mpillm.parallel.settings import ParallelSettings
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# Where nothing else is asked for, a pipeline gets so many microbatches a rank: its bubble is then a quarter at most.
+# Without a recipe's microbatch a pipeline gets this many a rank: then its bubble is a quarter at most.
 MICROBATCHES_A_RANK = 4
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Where and in which types parts compute."""
+
+    device: str = "cpu"
+    """torch's name of the device."""
+    dtype: str = "float32"
+    """The type of matrix products; weights, sums and streams between stages are float32."""
+
+    @property
+    def element_bytes(self) -> int:
+        return ELEMENT_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -29,9 +47,12 @@ class StepPlan:
 
     schedule: PipelineSchedule
     parts: tuple[Part, ...]
-    """Of the model, a stage each."""
+    """The part of the model that each stage holds."""
     rows: int
     microbatch: int
+    precision: Precision = Precision()
+    fixed_order: bool = False
+    """Sum gradients in the one tree over all microbatches of all ranks: the same bits in every layout."""
 
     @property
     def microbatches(self) -> int:
@@ -44,56 +65,67 @@ class StepPlan:
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
-        """The first and last + 1 row of each microbatch; the last one may be short where there is no pipeline."""
+        """The first and last + 1 row of each microbatch; without a pipeline the last one may be short."""
         firsts = range(0, self.rows, self.microbatch)
         return [(first, min(first + self.microbatch, self.rows)) for first in firsts]
 
 
 def make_mesh(
-    comm: "MPI.Intracomm", settings: ParallelSettings, config: DecoderConfig, batch: int
+    comm: "MPI.Intracomm", settings: ParallelSettings, model: ModelSpec, batch: int
 ) -> Mesh:
-    """The mesh of the ranks in the order of their hosts, the axis that moves most bytes innermost: that one stays
-    within a node where it can. Every rank of `comm` calls it. `batch`: sequences of the global batch.
+    """Make the mesh, ranks in the order of their hosts, the axis that moves most bytes innermost.
+
+    The innermost axis stays within a node where it can. Every rank of `comm` calls it. `batch`: sequences of the global
+    batch. Raises LayoutError.
     """
-    sizes = mesh_sizes(settings, comm.size, config.layers, batch)
-    traffic = traffic_bytes(sizes, config, batch, max(1, settings.chunks))
+    sizes = mesh_sizes(settings, comm.size, model, batch)
+    traffic = traffic_bytes(sizes, model, batch, max(1, settings.chunks))
     ordered = dict(sorted(sizes.items(), key=lambda axis: traffic[axis[0]]))
     return Mesh(by_hosts(comm), ordered)
 
 
 def traffic_bytes(
-    sizes: dict[str, int], config: DecoderConfig, batch: int, chunks: int
+    sizes: dict[str, int], model: ModelSpec, batch: int, chunks: int
 ) -> dict[str, float]:
-    """What a rank sends along each axis in a step, about: gradients twice round the data axis, the stream of its share
-    of the batch and its gradient once through each stage.
+    """Estimate what a rank sends along each axis in a step, in bytes."""
+    return {axis.name: axis.traffic_bytes(sizes, model, batch, chunks) for axis in AXES}
+
+
+def replica_share(mesh: Mesh) -> tuple[int, int]:
+    """Return (i, n): this rank is the i-th of the n ranks that hold the same weights.
+
+    They lie along all axes that don't cut weights. Work on replicated weights is shared so that each counts once.
     """
-    data, pipeline = sizes["data"], sizes["pipeline"]
-    gradients = 4 * config.parameters / pipeline
-    stream = 4 * batch / data * config.context * config.width
-    return {
-        "data": 2 * gradients * (data - 1) / data,
-        "pipeline": 2 * stream * chunks if pipeline > 1 else 0.0,
-    }
+    index, count = 0, 1
+    for axis in AXES:
+        if axis.name in mesh.sizes and not axis.cuts_weights:
+            index = index * mesh.sizes[axis.name] + mesh.coordinates[axis.name]
+            count *= mesh.sizes[axis.name]
+    return index, count
 
 
-def plan_layout(
-    config: DecoderConfig,
+def plan_step(
+    model: ModelSpec,
     settings: ParallelSettings,
     data: int,
-    rows: int,
-    microbatch: int,
+    batch: int,
+    microbatch: int = 0,
+    *,
+    dtype: str = "float32",
     fixed_order: bool = False,
 ) -> StepPlan:
-    """Resolve and check all choices; `rows`: sequences of a batch for each of `data` ranks, `microbatch`: as many at
-    once, 0: chosen here. Raises LayoutError.
+    """Resolve and check all choices for `data` ranks that share a batch of `batch` sequences, which `data` divides.
+
+    `microbatch`: sequences at once; 0: chosen here. Raises LayoutError.
     """
-    pipeline = settings.pipeline
+    rows, pipeline = batch // data, settings.pipeline
     if fixed_order and not microbatch:
         raise LayoutError(
             "train.fixed_order sums by microbatch, so the same microbatches must be cut in every layout; set "
             f"train.microbatch to a divisor of {rows}, such as 1"
         )
-    microbatch = min(microbatch, rows) or (_microbatch(rows, pipeline) if pipeline > 1 else rows)
+    chosen = _microbatch(rows, pipeline) if pipeline > 1 else rows
+    microbatch = min(microbatch, rows) or chosen
     if (pipeline > 1 or fixed_order) and rows % microbatch:
         divisors = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
         raise LayoutError(
@@ -101,21 +133,22 @@ def plan_layout(
             f"rank{'s' * (data > 1)} takes of a batch; take one of {divisors}, or change train.batch"
         )
     schedule = _schedule(settings, -(-rows // microbatch))
-    parts = share_layers(config, schedule.stages, settings.stages if pipeline > 1 else "auto")
+    parts = partition_blocks(model, schedule.stages, settings.stages if pipeline > 1 else "auto")
     if fixed_order:
         _check_fixed_order(schedule, data)
-    return StepPlan(schedule, tuple(parts), rows, microbatch)
+    return StepPlan(schedule, tuple(parts), rows, microbatch, Precision(dtype=dtype), fixed_order)
 
 
 def _microbatch(rows: int, pipeline: int) -> int:
-    """The largest divisor of `rows` that leaves enough microbatches; 1 where none does."""
+    """Return the largest divisor of `rows` that leaves enough microbatches; 1 where none does."""
     wanted = MICROBATCHES_A_RANK * pipeline
-    return max((n for n in range(1, rows + 1) if rows % n == 0 and rows // n >= wanted), default=1)
+    divisors: Sequence[int] = [n for n in range(1, rows + 1) if rows % n == 0]
+    return max((n for n in divisors if rows // n >= wanted), default=1)
 
 
 def _schedule(settings: ParallelSettings, microbatches: int) -> PipelineSchedule:
     if settings.pipeline == 1:
-        # One rank has nobody to wait for: each microbatch forwards and backwards.
+        # A single rank waits for no neighbour: each microbatch goes forward, then backward.
         return make_schedule("1f1b", 1, microbatches)
     schedule = make_schedule(settings.schedule, settings.pipeline, microbatches, settings.chunks)
     check(schedule)

@@ -32,6 +32,19 @@ class Windows:
     def ends_of(self, row: int) -> Array:
         return self.ends[self.splits[row] : self.splits[row + 1]]
 
+    def fields(self, documents: bool) -> dict[str, Array]:
+        """Return the raw arrays of a batch: `tokens` (B, T) and, with `documents`, each position's document number.
+
+        Documents are numbered from 0 in each row: int64 (B, T).
+        """
+        raw = {"tokens": self.tokens_BT}
+        if documents:
+            begins = np.zeros(self.tokens_BT.shape, np.int64)
+            for row in range(len(begins)):
+                begins[row, self.ends_of(row)] = 1
+            raw["documents"] = begins.cumsum(1)
+        return raw
+
 
 class ReadPlan:
     """Where windows of `length` tokens lie: files, byte offsets, and the document ends inside."""

@@ -30,7 +30,7 @@ from mpillm.system.console import Console, Progress
 from mpillm.system.versions import package_version
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.reader import open_split
-from mpillm.train.optimizers.adamw import optimizer_tensors, set_steps
+from mpillm.train.optimizers.optimizer import set_steps, state_tensors
 from mpillm.train.recipe import Recipe, write_recipe
 from mpillm.train.step import StepResult, Trainer
 from mpillm.train.stopping import Stopping
@@ -97,7 +97,7 @@ class TrainingLoop:
         self._comm, self._console = trainer.mesh.comm, console
         self._folder = Path(recipe.train.run)
         self._timing, self._trace = (
-            StepTrace(trainer.mesh, trainer.layout, trainer.clock_offset),
+            StepTrace(trainer.mesh, trainer.plan, trainer.clock_offset),
             trace,
         )
         self._diary = HistoryWriter(self._folder, writes=self._comm.rank == 0)
@@ -181,13 +181,13 @@ class TrainingLoop:
         result = self._trainer.step(self._done, self._stopping.wish())
         self._done = done = self._done + 1
         tokens = settings.batch * self._recipe.model.context
-        self._timing.add(result.spans, result.others, result.shared.bubble)
+        self._timing.add(result.spans, result.others, result.stats.bubble)
         record.add(_metrics(done, result, tokens))
         progress.advance(
             1, **{"loss": f"{result.loss:.4f}", "tokens/s": f"{tokens / result.seconds:,.0f}"}
         )
         last = done == settings.steps
-        reason = "" if last else self._stopping.reason(result.shared.wishes)
+        reason = "" if last else self._stopping.reason(result.stats.stops)
         if reason:
             reason = self._comm.bcast(reason)
         saving = self._save(tokens) if last or reason or _due(settings.save_every, done) else 0.0
@@ -258,7 +258,12 @@ class TrainingLoop:
         trainer = self._trainer
         return {
             **weight_tensors(trainer.weights),
-            **optimizer_tensors(trainer.weights, trainer.optimizer),
+            **{
+                f"optimizer/{slot}/{name.replace('.', '/')}": tensor
+                for (slot, name), tensor in state_tensors(
+                    trainer.weights, trainer.optimizer, trainer.recipe.optimizer.slots
+                ).items()
+            },
         }
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:
@@ -277,7 +282,7 @@ class TrainingLoop:
         hosts: dict[str, list[int]] = {}
         for rank, host in enumerate(self._comm.allgather(host_name())):
             hosts.setdefault(host, []).append(rank)
-        cluster, schedule, sizes = self._cluster, trainer.layout.schedule, trainer.mesh.sizes
+        cluster, schedule, sizes = self._cluster, trainer.plan.schedule, trainer.mesh.sizes
         return {
             "ranks": self._comm.size,
             "hosts": hosts,
@@ -323,11 +328,10 @@ def _due(every: int, step: int) -> bool:
 
 
 def _metrics(step: int, result: StepResult, tokens: int) -> dict[str, float]:
-    shared = result.shared
-    waiting = {
-        "bubble": shared.bubble,
-        "data_seconds": shared.data_seconds,
-        "pipeline_seconds": shared.pipeline_seconds,
+    stats = result.stats
+    waits = {
+        "bubble": stats.bubble,
+        **{f"{axis}_seconds": seconds for axis, seconds in stats.wait_seconds.items()},
     }
     return {
         "step": step,
@@ -337,6 +341,6 @@ def _metrics(step: int, result: StepResult, tokens: int) -> dict[str, float]:
         "learning_rate": result.learning_rate,
         "grad_norm": result.grad_norm,
         "step_seconds": result.seconds,
-        "memory_bytes": shared.memory_bytes,
-        **{name: value for name, value in waiting.items() if value},
+        "memory_bytes": stats.memory_bytes,
+        **{name: value for name, value in waits.items() if value},
     }

@@ -1,24 +1,41 @@
-"""A recipe: what to train, on what, and how. Its sections live beside their users; this file only collects them."""
+"""A recipe: what to train, on what, and how. Its sections live beside their users; this file only collects them.
+
+The sections [model] and [optimizer] have the class that their key `architecture` or `name` names: an entry of a catalogue,
+or a plug-in.
+"""
 
 import difflib
 import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, MinLen
 
 from mpillm.errors import RecipeError, UsageError
 from mpillm.launch.walltime import seconds_of
-from mpillm.models.config import SHAPES, DecoderConfig
+from mpillm.models import model_catalog
+from mpillm.models.spec import ModelSpec
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.train.lr_schedule import OptimizerSettings
+from mpillm.tasks import task_catalog
+from mpillm.train.optimizers import optimizer_catalog
+from mpillm.train.optimizers.optimizer import OptimizerSettings
 
 Positive = Annotated[int, Gt(0)]
 Many = Annotated[int, Ge(0)]
+Table = dict[str, Any]
+
+# Spellings of earlier releases, by section.key: read in recipes and run folders that exist, refused on the command line.
+OLD_SPELLINGS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "parallel.overlap": {"behind": "during"},
+        "parallel.allreduce": {"native": "mpi"},
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,17 @@ class DataSettings:
     """The folder that `mpillm prepare` wrote."""
     document_mask: bool = False
     """Let a position attend only to its own document."""
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What is learnt from a batch."""
+
+    name: str = task_catalog.DEFAULT
+    """A task of the catalogue, or your own as `package.module:Name`."""
+
+    def __post_init__(self) -> None:
+        task_catalog.check_task(self.name)
 
 
 @dataclass(frozen=True)
@@ -67,16 +95,18 @@ class TrainSettings:
 @dataclass(frozen=True)
 class Recipe:
     data: DataSettings
-    model: DecoderConfig = field(default_factory=DecoderConfig)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    model: ModelSpec = field(
+        default_factory=lambda: model_catalog.spec_class(model_catalog.DEFAULT)()
+    )
+    task: TaskSettings = field(default_factory=TaskSettings)
+    optimizer: OptimizerSettings = field(
+        default_factory=lambda: optimizer_catalog.optimizer_class(optimizer_catalog.DEFAULT)()
+    )
     train: TrainSettings = field(default_factory=TrainSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
 
-    # pydantic reads it, and hands it on to the sections.
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
-
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {section.name: asdict(getattr(self, section.name)) for section in fields(self)}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -99,18 +129,20 @@ def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
     # Imported here: a verb without a recipe need not wait for pydantic.
     from pydantic import TypeAdapter, ValidationError
 
-    table = {**table, "model": _with_shape(table.get("model", {}))}
+    table = {**_in_new_spelling(table), "model": _with_shape(table.get("model", {}))}
+    classes = section_classes(table)
     try:
         # As JSON: pydantic's strict mode takes tables for sections only from there.
-        return TypeAdapter(Recipe).validate_json(json.dumps(table, default=str))
+        read: Any = TypeAdapter(_table_class(classes)).validate_json(json.dumps(table, default=str))
     except ValidationError as failure:
         # A setting of several types has a fault for each that it is not.
         faults: dict[tuple[int | str, ...], list[str]] = {}
         for error in failure.errors():
             place = error["loc"][:2]
-            faults.setdefault(place, []).append(
-                _fault(error["type"], place, error["msg"], error["input"])
-            )
+            text = _fault(error["type"], place, error["msg"], error["input"], classes)
+            faults.setdefault(place, []).append(text)
+    else:
+        return Recipe(**{name: getattr(read, name) for name in classes})
     texts = [
         " or ".join([first, *(other.rpartition(": ")[2] for other in others)])
         for first, *others in faults.values()
@@ -118,8 +150,40 @@ def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
     raise RecipeError(f"the recipe {source}: " + "; ".join(texts))
 
 
+def _table_class(classes: Mapping[str, type]) -> type:
+    """Make the class that pydantic checks: a section a field, of its class; only [data] has no defaults."""
+    sections = [
+        (name, kind) if name == "data" else (name, kind, field(default_factory=kind))
+        for name, kind in classes.items()
+    ]
+    # pydantic applies the configuration to the sections too.
+    strict = {"__pydantic_config__": {"extra": "forbid", "strict": True}}
+    return make_dataclass("RecipeTable", sections, namespace=strict, frozen=True)
+
+
+def section_classes(table: Mapping[str, Any]) -> dict[str, type]:
+    """Return the class of each section; [model] and [optimizer] name theirs. Raises RecipeError for unknown names."""
+    return {
+        "data": DataSettings,
+        "model": model_catalog.spec_class(
+            _name_in(table, "model", "architecture", model_catalog.DEFAULT)
+        ),
+        "task": TaskSettings,
+        "optimizer": optimizer_catalog.optimizer_class(
+            _name_in(table, "optimizer", "name", optimizer_catalog.DEFAULT)
+        ),
+        "train": TrainSettings,
+        "parallel": ParallelSettings,
+    }
+
+
+def _name_in(table: Mapping[str, Any], section: str, key: str, default: str) -> str:
+    keys = table.get(section)
+    return str(keys.get(key, default)) if isinstance(keys, dict) else default
+
+
 def write_recipe(recipe: Recipe) -> str:
-    """The recipe as TOML, whole: every setting with its resolved value."""
+    """Return the recipe as TOML, whole: every setting with its resolved value."""
     sections = []
     for name, section in recipe.to_dict().items():
         lines = [f"{key} = {_toml(value)}" for key, value in section.items()]
@@ -128,11 +192,11 @@ def write_recipe(recipe: Recipe) -> str:
 
 
 def _toml(value: Any) -> str:
-    """JSON's words are TOML's, but for two: pairs of surrogates, and a bare delete character."""
+    """Write a value in TOML: JSON, but for pairs of surrogates and a bare delete character."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _override(table: dict[str, Any], override: str) -> None:
+def _override(table: Table, override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
@@ -141,11 +205,28 @@ def _override(table: dict[str, Any], override: str) -> None:
         )
     if not isinstance(table.setdefault(section, {}), dict):
         raise RecipeError(f"--set {override}: [{section}] is no section of the recipe")
-    table[section][name] = _value(text)
+    value = _value(text)
+    renamed = OLD_SPELLINGS.get(f"{section}.{name}", {})
+    if isinstance(value, str) and value in renamed:
+        raise RecipeError(
+            f"--set {override}: {value!r} is an old spelling; write {section}.{name}={renamed[value]}"
+        )
+    table[section][name] = value
+
+
+def _in_new_spelling(table: Mapping[str, Any]) -> Table:
+    """Replace the old spellings of values."""
+    renewed = {name: dict(keys) if isinstance(keys, dict) else keys for name, keys in table.items()}
+    for place, names in OLD_SPELLINGS.items():
+        section, _, key = place.partition(".")
+        keys = renewed.get(section)
+        if isinstance(keys, dict) and isinstance(keys.get(key), str):
+            keys[key] = names.get(keys[key], keys[key])
+    return renewed
 
 
 def _value(text: str) -> Any:
-    """A TOML value; what is none (a bare word, a path) is taken as text."""
+    """Read a TOML value; any other text (a bare word, a path) is taken as it is."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
@@ -153,46 +234,50 @@ def _value(text: str) -> Any:
 
 
 def _with_shape(section: Any) -> Any:
-    """The [model] section with its named shape spelt out beneath its own keys."""
+    """Spell out the [model] section's named shape beneath its own keys."""
     if not isinstance(section, dict) or "shape" not in section:
         return section
-    shape = section["shape"]
-    if not isinstance(shape, str) or shape not in SHAPES:
+    shape, shapes = section["shape"], model_catalog.named_shapes()
+    if not isinstance(shape, str) or shape not in shapes:
         raise RecipeError(
-            f"model.shape = {shape!r} is unknown{_nearest(str(shape), SHAPES)}; shapes: {', '.join(SHAPES)}"
+            f"model.shape = {shape!r} is unknown{_nearest(str(shape), shapes)}; "
+            f"shapes: {', '.join(shapes)}"
         )
-    return {
-        **asdict(SHAPES[shape]),
-        **{key: value for key, value in section.items() if key != "shape"},
-    }
+    own = {key: value for key, value in section.items() if key != "shape"}
+    settings = shapes[shape]
+    assert is_dataclass(settings)
+    return {**asdict(settings), **own}
 
 
-def _fault(kind: str, place: tuple[int | str, ...], message: str, value: object) -> str:
+def _fault(
+    kind: str,
+    place: tuple[int | str, ...],
+    message: str,
+    value: object,
+    classes: Mapping[str, type],
+) -> str:
     name = ".".join(str(part) for part in place)
     if kind == "unexpected_keyword_argument":
-        known = _known_keys(place[:-1])
+        known = _known_keys(place[:-1], classes)
         where = f"[{place[0]}]" if len(place) > 1 else "a recipe"
-        return f"unknown key {name}{_nearest(str(place[-1]), known)} (known in {where}: {', '.join(known)})"
+        near = _nearest(str(place[-1]), known)
+        return f"unknown key {name}{near} (known in {where}: {', '.join(known)})"
     if kind in ("missing", "missing_argument"):
-        return f"{name} is missing" + (
-            "; a recipe needs [data] path" if name.startswith("data") else ""
-        )
+        remedy = "; a recipe needs [data] path" if name.startswith("data") else ""
+        return f"{name} is missing{remedy}"
     if kind == "value_error":
         return f"[{name}] {message.removeprefix('Value error, ')}"
-    near = (
-        _nearest(str(value), re.findall(r"'([^']+)'", message)) if kind == "literal_error" else ""
-    )
+    choices = re.findall(r"'([^']+)'", message)
+    near = _nearest(str(value), choices) if kind == "literal_error" else ""
     return f"{name} = {value!r}: {message[0].lower()}{message[1:]}{near}"
 
 
-def _known_keys(place: tuple[int | str, ...]) -> list[str]:
-    keys = {section.name: section.type for section in fields(Recipe)}
+def _known_keys(place: tuple[int | str, ...], classes: Mapping[str, type]) -> list[str]:
     if not place:
-        return list(keys)
-    kind = keys.get(str(place[0]))
-    assert isinstance(kind, type)
+        return list(classes)
+    kind = classes[str(place[0])]
     assert is_dataclass(kind)
-    return [key.name for key in fields(kind)] + (["shape"] if kind is DecoderConfig else [])
+    return [key.name for key in fields(kind)] + ["shape"] * (place[0] == "model")
 
 
 def _nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:

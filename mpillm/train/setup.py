@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 from mpillm.comm.agreement import on_root
 from mpillm.errors import MismatchError, UsageError
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
-from mpillm.models.config import DecoderConfig
-from mpillm.parallel.data.same_weights import share_batch
-from mpillm.parallel.step_plan import make_mesh, plan_layout
+from mpillm.models.spec import ModelSpec
+from mpillm.parallel.step_plan import make_mesh, plan_step
 from mpillm.runs.metrics import CLUSTER, METRICS
 from mpillm.system.atomic import make_folder
 from mpillm.system.console import Console
 from mpillm.system.malloc import keep_pages
+from mpillm.tasks.task_catalog import make_task
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.order import WindowOrder
 from mpillm.tokens.reader import open_split
 from mpillm.train.loop import Allotment, TrainingLoop, held
-from mpillm.train.print_plan import tell_plan
+from mpillm.train.print_plan import print_plan
 from mpillm.train.recipe import Recipe
 from mpillm.train.step import Trainer
 from mpillm.weights.checkpoint import Checkpoint
@@ -50,10 +50,16 @@ def train(
     settings, parallel = recipe.train, recipe.parallel
     mesh = make_mesh(comm, parallel, recipe.model, settings.batch)
     data = mesh.axis("data")
-    _, rows = share_batch(settings.batch, data)
-    layout = plan_layout(
-        recipe.model, parallel, data.size, rows, settings.microbatch, settings.fixed_order
+    plan = plan_step(
+        recipe.model,
+        parallel,
+        data.size,
+        settings.batch,
+        settings.microbatch,
+        dtype=settings.dtype,
+        fixed_order=settings.fixed_order,
     )
+    task = make_task(recipe.task.name)
     with open_split(recipe.data.path, "train") as reader:
         # Refused before the run has a folder: a dataset that is shorter than one context, a profile that is missing.
         WindowOrder(reader.n_tokens, recipe.model.context, settings.seed)
@@ -63,11 +69,11 @@ def train(
         make_folder(folder)
         with held(folder, comm, allotment.job):
             checkpoint = _place(recipe, manifest, comm, console, resume)
-            tell_plan(recipe, mesh, layout, reader, console)
-            trainer = Trainer(recipe, reader, mesh, layout, profile, console.warn)
+            print_plan(recipe, mesh, plan, reader, console)
+            trainer = Trainer(recipe, task, reader, mesh, plan, profile, console.warn)
             if data.size > 1:
-                console.say(f"gradients: {trainer.describe()}")
-            if layout.schedule.ranks > 1:
+                console.say(f"gradients: {trainer.model.gradients.describe()}")
+            if plan.schedule.ranks > 1:
                 console.say(f"stages: {trainer.describe_pipeline()}")
             run = TrainingLoop(recipe, manifest, trainer, console, trace, allotment, cluster)
             run.go(checkpoint)
@@ -88,15 +94,15 @@ def _profile(
     return on_root(comm, load)
 
 
-def _with_vocabulary(recipe: Recipe, manifest: Manifest) -> DecoderConfig:
-    """The model's settings with the vocabulary of the data."""
+def _with_vocabulary(recipe: Recipe, manifest: Manifest) -> ModelSpec:
+    """Return the model's settings with the vocabulary of the data. Raises MismatchError."""
     wanted, found = recipe.model.vocab_size, manifest.vocab_size
     if wanted and wanted < found:
         raise MismatchError(
             f"model.vocab_size = {wanted:,} is smaller than the {found:,} of the data {recipe.data.path}; "
             f"leave it out to take the data's"
         )
-    return replace(recipe.model, vocab_size=wanted or found)
+    return recipe.model.replace(vocab_size=wanted or found)
 
 
 def _place(

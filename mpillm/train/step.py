@@ -1,48 +1,44 @@
 """One step of training: read, compute, reduce, update."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mpillm.comm.clock_sync import clock_offset
 from mpillm.comm.communicator import silent
-from mpillm.comm.failure import ranks_text
 from mpillm.comm.mesh import Mesh
 from mpillm.errors import DivergedError
 from mpillm.infer.evaluate import rows_at_once
 from mpillm.machine.cluster_profile import ClusterProfile
+from mpillm.models.part_module import Fields
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.parallel.step_plan import StepPlan
+from mpillm.tasks.task import Task
 from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.sampler import Sampler
-from mpillm.tokens.windows import Windows
 from mpillm.train.lr_schedule import learning_rate
-from mpillm.train.optimizers.adamw import make_optimizer, set_rate
+from mpillm.train.optimizers.optimizer import set_rate
 from mpillm.train.recipe import Recipe
-from mpillm.train.step_stats import StepStats, gather_stats, pipelines_of
+from mpillm.train.step_stats import StepStats, check_finite, counts_loss, gather_stats
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over the global batch, nats a token, from the weights before the update. `shared`: what all ranks
-    told. `spans`: when this rank computed, and `others`: what it did besides, in seconds of perf_counter.
-    """
+    """`loss`: the mean over the global batch, in nats a target, with the weights before the update."""
 
     loss: float
     learning_rate: float
     grad_norm: float
     seconds: float
-    shared: StepStats
+    stats: StepStats
     spans: list[Span]
+    """When this rank computed on the pipeline's stages."""
     others: list[tuple[str, float, float]]
+    """What else it did: (name, begin, end), in seconds of perf_counter."""
 
 
 class Trainer:
@@ -51,57 +47,53 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
+        task: Task,
         reader: TokenReader,
         mesh: Mesh,
-        layout: StepPlan,
+        plan: StepPlan,
         profile: ClusterProfile | None = None,
         warn: Callable[[str], None] = silent,
     ) -> None:
-        """`profile`: the cluster's, which chooses how ranks talk; `warn` is told what had to be done without."""
-        self.recipe, self.mesh, self.layout = recipe, mesh, layout
+        """`profile`: the cluster's, which selects how ranks talk. `warn` receives each fallback in words."""
+        self.recipe, self.task, self.mesh, self.plan = recipe, task, mesh, plan
         self.model = ShardedModel(
             recipe.model,
+            task,
             recipe.train.seed,
             mesh,
-            layout,
+            plan,
             recipe.parallel,
-            fixed_order=recipe.train.fixed_order,
-            autocast=torch.bfloat16 if recipe.train.dtype == "bfloat16" else None,
             profile=profile,
             scored_rows=rows_at_once(recipe.model),
             warn=warn,
         )
         self.weights = self.model.named_weights()
-        self.optimizer = make_optimizer(self.weights.values(), recipe.optimizer)
+        stepped = self.model.gradients.optimizer_weights(self.weights)
+        self.optimizer = recipe.optimizer.build(stepped.values())
+        documents = recipe.data.document_mask
         self._sampler = Sampler(
             reader,
             recipe.model.context,
             recipe.train.batch,
             recipe.train.seed,
-            boundaries=recipe.data.document_mask,
+            boundaries=documents,
         )
+        offered = (*task.field_names, *(["documents"] if documents else []))
+        self._reads_fields = self.model.reads_fields(offered)
         self.clock_offset = clock_offset(mesh.comm)
-        self._pipelines = pipelines_of(mesh, layout)
-
-    def describe(self) -> str:
-        """How gradients meet: `2 buckets by shared, after the backward pass`."""
-        buckets = self.model.buckets
-        count, when = len(buckets.buckets), "behind" if buckets.behind else "after"
-        by = " and ".join(buckets.algorithms)
-        return f"{count} bucket{'s' * (count != 1)} by {by}, {when} the backward pass"
 
     def describe_pipeline(self) -> str:
-        """How streams pass between stages: `handed over by shared`."""
+        """Return how streams pass between stages: `2 on 2 ranks, handed over by shared`."""
         pipeline = self.model.pipeline
         ways = " and ".join(pipeline.ways)
-        return f"{self.layout.schedule.stages} on {pipeline.axis.size} ranks, handed over by {ways}"
+        return f"{self.plan.schedule.stages} on {pipeline.axis.size} ranks, passed by {ways}"
 
     def close(self) -> None:
-        """Give shared memory back. Every rank calls it, after the last step."""
+        """Free shared memory. Every rank calls it, after the last step."""
         self.model.close()
 
-    def step(self, step: int, wish: int = 0) -> StepResult:
-        """Step number `step`, counted from 0; `wish` comes to all ranks with it.
+    def step(self, step: int, stop: int = 0) -> StepResult:
+        """Run step number `step` (from 0); `stop` is this rank's request to stop, which reaches all ranks with it.
 
         Raises DivergedError on all ranks when a number is no longer finite.
         """
@@ -110,60 +102,40 @@ class Trainer:
         batch = self._batch(step)
         read = clock()
         passes = self.model.train(batch)
-        shared = gather_stats(
-            self.mesh, self.layout, passes, self.clock_offset, wish, self._pipelines
-        )
+        stats = gather_stats(self.mesh, passes, self.plan.microbatches, self.clock_offset, stop)
         norm = self.model.clip_(self.recipe.optimizer.clip)
-        _check_finite(step, shared.losses, norm)
+        if fault := check_finite(step, stats.losses, norm):
+            raise DivergedError(f"the run diverged: {fault}")
         reduced = clock()
         rate = learning_rate(self.recipe.optimizer, step, self.recipe.train.steps)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
-        # Exact, so neither the order nor the layout matters.
-        loss = math.fsum(loss for row in shared.losses.values() for loss in row)
         ended = clock()
         others = [
             ("read", begun, read),
             ("reduce", passes.ended, reduced),
             ("update", reduced, ended),
         ]
-        return StepResult(loss, rate, norm, ended - begun, shared, passes.spans, others)
+        return StepResult(stats.loss, rate, norm, ended - begun, stats, passes.spans, others)
 
     def _batch(self, step: int) -> Batch:
-        """This rank's share of the batch; all ranks of a pipeline read the same, if they need it at all."""
-        recipe, layout, model = self.recipe, self.layout, self.model
+        """Read this rank's share of the batch; all ranks of a pipeline read the same, if they need it at all."""
+        plan, train = self.plan, self.recipe.train
+        fields: list[Fields] = [{}] * plan.microbatches
+        if self._reads_fields:
+            first = self.mesh.axis("data").rank * plan.rows
+            windows = self._sampler.windows(step, first, plan.rows)
+            whole = self.task.fields(windows.fields(self.recipe.data.document_mask))
+            fields = [{name: field[a:b] for name, field in whole.items()} for a, b in plan.bounds]
         # Each microbatch adds its share of the mean over the global batch, so microbatches need not be equal.
-        scale = recipe.train.batch * recipe.model.context
-        if not (model.begins or model.ends or recipe.data.document_mask):
-            return Batch([], [None] * layout.microbatches, scale)
-        first = self.mesh.axis("data").rank * layout.rows
-        windows = self._sampler.windows(step, first, layout.rows)
-        ids_BT = torch.from_numpy(windows.tokens_BT.astype(np.int64))
-        documents_BT = document_numbers(windows) if recipe.data.document_mask else None
-        return Batch(
-            [ids_BT[a:b] for a, b in layout.bounds],
-            [None if documents_BT is None else documents_BT[a:b] for a, b in layout.bounds],
-            scale,
-        )
+        weight = self.task.fixed_weight(train.batch, self.recipe.model.context)
+        return Batch(fields, self._global_weight(fields) if weight is None else weight)
 
-
-def document_numbers(windows: Windows) -> Tensor:
-    """For each input position the number of its document within the row: int64 (B, T)."""
-    rows, length = windows.tokens_BT.shape
-    begins: np.ndarray[Any, np.dtype[np.int64]] = np.zeros((rows, length), np.int64)
-    for row in range(rows):
-        begins[row, windows.ends_of(row)] = 1
-    return torch.from_numpy(begins.cumsum(1)[:, :-1])
-
-
-def _check_finite(step: int, losses: dict[int, list[float]], norm: float) -> None:
-    bad = {rank: row for rank, row in losses.items() if not np.isfinite(row).all()}
-    if bad:
-        first = next(loss for row in bad.values() for loss in row if not math.isfinite(loss))
-        raise DivergedError(
-            f"the run diverged: at step {step + 1} the loss of {ranks_text(list(bad))} is {first}"
-        )
-    if not math.isfinite(norm):
-        raise DivergedError(
-            f"the run diverged: at step {step + 1} the norm of the summed gradients is {norm} on all ranks"
-        )
+    def _global_weight(self, fields: list[Fields]) -> float:
+        """Add up the weights of all microbatches of all ranks. Every rank of the mesh calls it."""
+        # The ranks that compute the loss count it: the others of a pipeline hold the same rows, or none.
+        counts = self.model.ends and counts_loss(self.mesh.comm.rank, self.mesh.sizes)
+        own = sum(self.task.weight(each) for each in fields) if counts else 0.0
+        total = np.array([own])
+        self.mesh.comm.Allreduce(total.copy(), total)
+        return float(total[0])

@@ -1,20 +1,22 @@
-"""What ranks tell each other of a step, in one message a rank: losses, waiting, memory, and who wants to stop."""
+"""What ranks exchange about a step, in one message a rank: losses, times, memory, and requests to stop."""
 
+import math
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mpillm.comm.mesh import Mesh, coordinates
+from mpillm.parallel.axis_sizes import AXES
+from mpillm.parallel.parallel_axis import RankTimes
+from mpillm.parallel.pipeline.pipeline_axis import measured_bubble
 from mpillm.parallel.sharded_model import Passes
-from mpillm.parallel.step_plan import StepPlan
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-# Columns of a rank's row ahead of its losses: when its passes began and ended, what of that it computed, how long it
-# summed gradients thereafter, its memory, its wish, and whether it has losses.
-BEGIN, END, BUSY, SUMMED, MEMORY, WISH, HAS_LOSSES, LOSSES = range(8)
+# Columns of a rank's row ahead of its losses.
+BEGIN, END, BUSY, REDUCING, MEMORY, STOP, HAS_LOSSES, LOSSES = range(8)
 
 
 @dataclass(frozen=True)
@@ -22,79 +24,89 @@ class StepStats:
     """The same on every rank."""
 
     losses: dict[int, list[float]]
-    """By the rank that has them: the sum over a microbatch's tokens, each scaled by the batch's."""
+    """By the rank that counts them: each microbatch's summed loss, over the weight of the batch."""
     bubble: float
     """Waiting over computing in the pipelines, their mean; 0 without one."""
-    data_seconds: float
-    """A rank's mean of summing gradients along the data axis: behind the backward pass, what was left of it."""
-    pipeline_seconds: float
-    """A rank's mean of waiting for its neighbours in the pipeline."""
+    wait_seconds: dict[str, float]
+    """Axis → a rank's mean wait along it; axes without any are left out."""
     memory_bytes: int
-    """The most that a rank ever had in memory."""
-    wishes: list[int]
-    """By rank: see stopping.py."""
+    """The largest peak of resident memory of a rank."""
+    stops: list[int]
+    """By rank: its request to stop (stopping.py)."""
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of the global batch. Summed exactly, so neither order nor layout leaves a trace."""
+        return math.fsum(loss for losses in self.losses.values() for loss in losses)
 
 
 def gather_stats(
-    mesh: Mesh,
-    layout: StepPlan,
-    passes: Passes,
-    clock_offset: float,
-    wish: int,
-    pipelines: Sequence[Sequence[int]],
+    mesh: Mesh, passes: Passes, microbatches: int, clock_offset: float, stop: int
 ) -> StepStats:
-    """Tell the others of this rank's passes and its wish, and hear theirs. Every rank of the mesh calls it."""
+    """Exchange this rank's passes and its request to stop with all others. Every rank of the mesh calls it."""
     spans = passes.spans
-    own = np.zeros(LOSSES + layout.microbatches)
+    own = np.zeros(LOSSES + microbatches)
     own[BEGIN], own[END] = spans[0].begin - clock_offset, spans[-1].end - clock_offset
     own[BUSY] = sum(span.end - span.begin for span in spans)
-    own[SUMMED], own[MEMORY], own[WISH] = passes.summed - passes.ended, peak_memory_bytes(), wish
-    own[HAS_LOSSES] = bool(passes.losses)
+    own[REDUCING], own[MEMORY] = passes.summed - passes.ended, peak_memory_bytes()
+    own[STOP], own[HAS_LOSSES] = stop, bool(passes.losses)
     own[LOSSES : LOSSES + len(passes.losses)] = passes.losses
     every = np.empty((mesh.comm.size, own.size))
     mesh.comm.Allgather(own, every)
-    return read(every, pipelines, mesh.sizes["data"])
+    return read_stats(every, mesh.sizes)
 
 
-def read(every: Floats, pipelines: Sequence[Sequence[int]], data: int) -> StepStats:
-    """What the rows of all ranks say. `pipelines`: the ranks of each; none where each has one. `data`: of the axis."""
-    begins, ends, busy = every[:, BEGIN], every[:, END], every[:, BUSY]
+def read_stats(every: Floats, sizes: Mapping[str, int]) -> StepStats:
+    """Read the rows of all ranks of a mesh of `sizes`."""
+    times = RankTimes(every[:, BEGIN], every[:, END], every[:, BUSY], every[:, REDUCING])
+    groups = {name: axis_groups(sizes, name) for name in sizes}
+    waits = {
+        axis.name: axis.wait_seconds(times, groups[axis.name])
+        for axis in AXES
+        if axis.name in groups
+    }
     return StepStats(
-        {rank: row[LOSSES:].tolist() for rank, row in enumerate(every) if row[HAS_LOSSES]},
-        measured_bubble(begins, ends, busy, pipelines),
-        float(every[:, SUMMED].mean()) if data > 1 else 0.0,
-        _mean([_window(begins, ends, group) - busy[list(group)].mean() for group in pipelines]),
+        {
+            rank: row[LOSSES:].tolist()
+            for rank, row in enumerate(every)
+            if row[HAS_LOSSES] and counts_loss(rank, sizes)
+        },
+        measured_bubble(times, groups["pipeline"]) if "pipeline" in groups else 0.0,
+        {name: seconds for name, seconds in waits.items() if seconds},
         int(every[:, MEMORY].max()),
-        [int(wish) for wish in every[:, WISH]],
+        [int(stop) for stop in every[:, STOP]],
     )
 
 
-def pipelines_of(mesh: Mesh, layout: StepPlan) -> list[list[int]]:
-    """The ranks of each pipeline; none where each has one rank."""
-    if layout.schedule.ranks == 1:
-        return []
-    found: dict[int, list[int]] = {}
-    for rank in range(mesh.comm.size):
-        found.setdefault(coordinates(rank, mesh.sizes)["data"], []).append(rank)
-    return list(found.values())
+def counts_loss(rank: int, sizes: Mapping[str, int]) -> bool:
+    """Tell whether the losses of `rank` count: along an axis whose ranks repeat them, those of coordinate 0 do."""
+    place = coordinates(rank, sizes)
+    return all(place.get(axis.name, 0) == 0 for axis in AXES if axis.repeats_loss)
 
 
-def measured_bubble(
-    begins: Floats, ends: Floats, busy: Floats, groups: Sequence[Sequence[int]]
-) -> float:
-    """Waiting over computing, as simulating.Timeline counts it, of each group of ranks; their mean. All by rank."""
-    return _mean([_window(begins, ends, group) / busy[list(group)].mean() - 1 for group in groups])
-
-
-def _window(begins: Floats, ends: Floats, group: Sequence[int]) -> float:
-    """Seconds from a group's first pass to its last."""
-    return float(ends[list(group)].max() - begins[list(group)].min())
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if len(values) else 0.0
+def axis_groups(sizes: Mapping[str, int], name: str) -> list[list[int]]:
+    """List the groups of ranks that differ along the axis `name` alone, in rank order."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(math.prod(sizes.values())):
+        place = coordinates(rank, sizes)
+        others = tuple(place[other] for other in sizes if other != name)
+        groups.setdefault(others, []).append(rank)
+    return list(groups.values())
 
 
 def peak_memory_bytes() -> int:
-    """The most that this process ever had in memory: its resident set's high-water mark (getrusage, in KiB)."""
+    """Return the high-water mark of this process's resident set (getrusage, in KiB)."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def check_finite(step: int, losses: Mapping[int, Sequence[float]], norm: float) -> str:
+    """Say what is not finite at `step` (from 0), "" where all is; the same on every rank."""
+    bad = {rank: row for rank, row in losses.items() if not np.isfinite(row).all()}
+    if bad:
+        from mpillm.comm.failure import ranks_text
+
+        first = next(loss for row in bad.values() for loss in row if not math.isfinite(loss))
+        return f"at step {step + 1} the loss of {ranks_text(list(bad))} is {first}"
+    if not math.isfinite(norm):
+        return f"at step {step + 1} the norm of the summed gradients is {norm} on all ranks"
+    return ""

@@ -26,9 +26,9 @@ Event = tuple[str, float, float]
 class StepTrace:
     """Gathers the spans of this rank's steps. Every rank of `mesh` makes it and calls its methods together."""
 
-    def __init__(self, mesh: Mesh, layout: StepPlan, clock_offset: float) -> None:
-        """`clock_offset`: see comm/clocks.py."""
-        self._mesh, self._layout, self._offset = mesh, layout, clock_offset
+    def __init__(self, mesh: Mesh, plan: StepPlan, clock_offset: float) -> None:
+        """`clock_offset`: see comm/clock_sync.py."""
+        self._mesh, self._plan, self._offset = mesh, plan, clock_offset
         self._steps: list[list[Event]] = []
         self._bubbles: list[float] = []
         self._seconds: dict[tuple[int, str], list[float]] = {}
@@ -45,7 +45,7 @@ class StepTrace:
 
     def tell(self, console: Console) -> None:
         """Print the bubble as measured and as simulated with the stages' measured times."""
-        schedule = self._layout.schedule
+        schedule = self._plan.schedule
         own = {key: fmean(seconds) for key, seconds in self._seconds.items()}
         gathered: list[Mapping[tuple[int, str], float]] = self._mesh.comm.allgather(own)
         if schedule.ranks == 1 or not any(gathered):
@@ -57,7 +57,7 @@ class StepTrace:
                 "simulated, with the stages' measured times",
                 f"{simulate(schedule, costs).bubble:.1%}",
             ],
-            ["simulated, with even stages", f"{self._layout.timeline.bubble:.1%}"],
+            ["simulated, with even stages", f"{self._plan.timeline.bubble:.1%}"],
         ]
         console.table(f"{schedule.name}: waiting over computing", ["", "bubble"], rows)
 

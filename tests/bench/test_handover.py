@@ -20,7 +20,7 @@ from mpillm.bench.handover import (
 from mpillm.bench.make_profile import make_profile
 from mpillm.bench.options import BenchOptions
 from mpillm.bench.results import Section
-from mpillm.comm.channels.channel_set import ChannelSet, Channel
+from mpillm.comm.channels.channel_set import Channel, ChannelSet
 from mpillm.comm.communicator import Communicator
 from mpillm.comm.mesh import on_one_node
 from mpillm.machine.cluster_profile import Cluster, load_profile

@@ -11,19 +11,21 @@ import torch
 from mpi4py import MPI
 
 from mpillm.errors import MismatchError, UsageError
-from mpillm.infer.baselines import baselines
+from mpillm.infer.baselines import score_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import Sampling, draw, generate, sample_tokens
 from mpillm.infer.loading import Loaded, load
 from mpillm.infer.print_results import print_evaluation
-from mpillm.models.config import DecoderConfig
-from mpillm.models.decoder import create
+from mpillm.models.decoder import DecoderConfig
+from mpillm.models.part_module import create
 from mpillm.system.console import Console
+from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.reader import open_split
 from mpillm.train.recipe import parse_recipe
 from mpillm.train.setup import train
 
+METRICS = make_metrics(["loss", "perplexity", "bits-per-byte"])
 QUIET = Console(speaks=False)
 
 
@@ -45,7 +47,7 @@ def trained(folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
 def loaded_and_score(trained: Path, comm: MPI.Intracomm) -> tuple[Loaded, Score]:
     loaded = load(trained, comm, QUIET)
     with open_split(trained.parent / "data", "validation") as reader:
-        return loaded, evaluate(WholeModel(loaded.model, comm), reader, comm, QUIET)
+        return loaded, evaluate(WholeModel(loaded.model, loaded.task, comm), reader, comm, QUIET)
 
 
 def test_the_score_is_the_same_at_any_number_of_ranks(trained: Path, comm: MPI.Intracomm) -> None:
@@ -69,16 +71,18 @@ def test_the_score_is_the_mean_over_every_target(trained: Path, comm: MPI.Intrac
             window = ids[first : first + 49]
             logits = loaded.model(window[None, :-1])[0].double().log_softmax(-1)
             losses += (-logits[torch.arange(len(window) - 1), window[1:]]).tolist()
-    assert score.tokens == len(losses) == len(ids) - 1
+    assert score.totals.weight == len(losses) == len(ids) - 1
     assert score.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert score.perplexity == pytest.approx(math.exp(score.loss))
-    assert score.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / text_bytes, rel=1e-5)
+    assert score.values["bits-per-byte"] == pytest.approx(
+        sum(losses) / math.log(2) / text_bytes, rel=1e-5
+    )
 
 
 def test_baselines_are_probabilities_and_in_order(trained: Path, comm: MPI.Intracomm) -> None:
     data = trained.parent / "data"
     with open_split(data) as reader, open_split(data, "validation") as held_out:
-        counted = baselines(reader, held_out, 257)
+        counted = score_baselines(reader, held_out, 257, METRICS)
         tokens = np.empty(reader.n_tokens, reader.dtype)
         reader.read(0, tokens)
         targets = np.empty(held_out.n_tokens, held_out.dtype)

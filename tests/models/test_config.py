@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mpillm.errors import RecipeError
-from mpillm.models.config import SHAPES, DecoderConfig
-from mpillm.models.decoder import Decoder
+from mpillm.models.decoder import SHAPES, DecoderConfig
+from mpillm.models.layers.decoder_stack import Decoder
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -5,9 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpillm.models.config import DecoderConfig
-from mpillm.models.decoder import Cache, Decoder, Part, create, loss_sum
-from mpillm.models.layers import Rotary
+from mpillm.models.decoder import DecoderConfig
+from mpillm.models.layers.attention import Rotary
+from mpillm.models.layers.decoder_stack import Cache, Decoder
+from mpillm.models.part_module import create
+from mpillm.models.spec import Part
+from mpillm.tasks.causal_lm import cross_entropy_sum
 
 SMALL = {"layers": 2, "width": 32, "heads": 4, "context": 16, "vocab_size": 50}
 KINDS = [
@@ -79,7 +82,7 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
 
 def test_the_first_loss_is_that_of_a_guess() -> None:
     tokens = ids()
-    loss = loss_sum(make()(tokens[:, :-1]), tokens[:, 1:]) / tokens[:, 1:].numel()
+    loss = cross_entropy_sum(make()(tokens[:, :-1]), tokens[:, 1:]) / tokens[:, 1:].numel()
     assert float(loss.detach()) == pytest.approx(math.log(50), rel=0.02)
 
 
@@ -104,7 +107,7 @@ def test_a_tied_head_is_the_embedding() -> None:
 
 
 def test_passing_the_context_is_refused() -> None:
-    with pytest.raises(ValueError, match="17 positions pass the context of 16"):
+    with pytest.raises(ValueError, match="17 positions exceed the context of 16"):
         make()(ids(1, 17))
 
 

@@ -3,14 +3,15 @@ import itertools
 import pytest
 import torch
 
-from mpillm.models.config import DecoderConfig
-from mpillm.models.decoder import create
-from mpillm.train.lr_schedule import OptimizerSettings, learning_rate
-from mpillm.train.optimizers.adamw import make_optimizer, optimizer_tensors, set_steps
+from mpillm.models.decoder import DecoderConfig
+from mpillm.models.part_module import create
+from mpillm.train.lr_schedule import learning_rate
+from mpillm.train.optimizers.adamw import AdamWSettings
+from mpillm.train.optimizers.optimizer import set_steps, state_tensors
 
 
 def rates(steps: int = 100, **settings: object) -> list[float]:
-    chosen = OptimizerSettings(learning_rate=1.0, warmup_steps=10, final_share=0.1, **settings)  # type: ignore[arg-type]
+    chosen = AdamWSettings(learning_rate=1.0, warmup_steps=10, final_share=0.1, **settings)  # type: ignore[arg-type]
     return [learning_rate(chosen, step, steps) for step in range(steps)]
 
 
@@ -42,9 +43,7 @@ def test_decay_acts_on_matrices_only() -> None:
     model = create(
         DecoderConfig(layers=1, width=16, heads=2, vocab_size=20, context=8, bias=True), seed=0
     )
-    optimizer = make_optimizer(
-        model.parameters(), OptimizerSettings(learning_rate=0.1, weight_decay=0.5)
-    )
+    optimizer = AdamWSettings(learning_rate=0.1, weight_decay=0.5).build(model.parameters())
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
@@ -65,14 +64,15 @@ def test_the_state_of_a_new_optimizer_is_whole() -> None:
         optimizer.step()
 
     model = create(config, 0)
-    optimizer = make_optimizer(model.parameters(), OptimizerSettings())
+    optimizer = AdamWSettings().build(model.parameters())
     step(model, optimizer)
     other = create(config, 1)
     other.load_state_dict(model.state_dict())
-    carried = make_optimizer(other.parameters(), OptimizerSettings())
+    carried = AdamWSettings().build(other.parameters())
     set_steps(carried, 1)
-    for name, tensor in optimizer_tensors(dict(other.named_parameters()), carried).items():
-        tensor.copy_(optimizer_tensors(dict(model.named_parameters()), optimizer)[name])
+    slots = AdamWSettings.slots
+    for name, tensor in state_tensors(dict(other.named_parameters()), carried, slots).items():
+        tensor.copy_(state_tensors(dict(model.named_parameters()), optimizer, slots)[name])
     step(model, optimizer)
     step(other, carried)
     assert all(

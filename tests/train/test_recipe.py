@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from mpillm.errors import RecipeError
-from mpillm.models.config import SHAPES
+from mpillm.models.decoder import SHAPES
 from mpillm.train.recipe import Recipe, load_recipe, write_recipe
 
 GOOD = """

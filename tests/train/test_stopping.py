@@ -162,12 +162,12 @@ def test_a_second_interrupt_ends_at_once(data: Path, folder: Path) -> None:
     # A step that never ends, so that nothing is agreed on.
     script = folder / "slow.py"
     script.write_text(
-        "import sys, time\nfrom mpillm.train import running, trainer\nfrom mpillm.cli import main\n"
-        "class Slow(trainer.Trainer):\n"
-        "    def step(self, step, wish=0):\n"
+        "import sys, time\nfrom mpillm.train import setup, step\nfrom mpillm.cli import main\n"
+        "class Slow(step.Trainer):\n"
+        "    def step(self, step, stop=0):\n"
         "        if step == 25:\n            print('waiting', flush=True)\n            time.sleep(1000)\n"
-        "        return super().step(step, wish)\n"
-        "from mpillm.train import loop\nloop.Trainer = Slow\n"
+        "        return super().step(step, stop)\n"
+        "setup.Trainer = Slow\n"
         f"sys.argv = ['mpillm', 'train', {str(recipe)!r}]\nmain()\n"
     )
     process = subprocess.Popen(
@@ -175,7 +175,7 @@ def test_a_second_interrupt_ends_at_once(data: Path, folder: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert process.stdout is not None
     assert any("waiting" in line for line in iter(process.stdout.readline, ""))

@@ -1,7 +1,8 @@
 import pytest
 
 from mpillm.comm.clock_sync import clock_offset
-from mpillm.train.step_stats import measured_bubble
+from mpillm.parallel.parallel_axis import RankTimes
+from mpillm.parallel.pipeline.pipeline_axis import measured_bubble
 from mpillm.train.trace import measured_costs, trace_events
 
 
@@ -26,9 +27,10 @@ def test_the_bubble_is_waiting_over_computing():
         np.array([6.0, 6.0, 4.0, 4.0]),
         np.array([4.0, 4.0, 4.0, 4.0]),
     )
-    assert measured_bubble(begins, ends, busy, [[0, 1]]) == pytest.approx(0.5)
-    assert measured_bubble(begins, ends, busy, [[0, 1], [2, 3]]) == pytest.approx(0.25)
-    assert measured_bubble(begins, ends, busy, []) == 0.0
+    times = RankTimes(begins, ends, busy, np.zeros(4))
+    assert measured_bubble(times, [[0, 1]]) == pytest.approx(0.5)
+    assert measured_bubble(times, [[0, 1], [2, 3]]) == pytest.approx(0.25)
+    assert measured_bubble(times, [[0], [1], [2], [3]]) == 0.0
 
 
 def test_a_trace_begins_at_zero_and_names_what_was_done():

@@ -1,11 +1,11 @@
 """Gradients in a few flat buckets: each parameter's `grad` becomes a view into one.
 
-So a reduction takes a few large messages. The buckets hold the parameters in reverse
-order, since the backward pass completes them so (Li et al., "PyTorch Distributed", VLDB 2020, section 3.2).
+A reduction then takes a few large messages. The buckets hold the parameters in reverse order, in which the backward pass
+completes them (Li et al., "PyTorch Distributed", VLDB 2020, section 3.2).
 """
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from mpillm.comm.communicator import Communicator, Handle, PersistentCollective
 from mpillm.comm.shared.team import SharedRows
 
-# Each gradient begins on a cache line of its own.
+# Each gradient begins on a cache line of its own, so that two ranks never write to one line.
 ALIGNMENT_BYTES = 64
+# 256 KiB in float64: a piece stays in the second cache. A whole gradient of 19 M elements takes six times as long.
 NORM_PIECE_ELEMENTS = 32 * 1024
 
 
@@ -31,16 +32,19 @@ class Bucket:
     """The all-reduce of `flat`."""
     shared: SharedRows | None = None
     """The memory that `flat` is a row of, where the ranks of a node share it."""
-    stage: int = 0
-    """Which of the rank's parts of the model the parameters belong to."""
+    part: int = 0
+    """The rank's part of the model to which the parameters belong."""
     missing: int = 0
-    """Gradients that the last microbatch still owes."""
+    """Gradients of the last microbatch that are not complete yet."""
     handle: Handle | None = None
-    """The sum, where it has begun."""
+    """The sum in flight; None before it starts."""
     folded: list[Tensor] = field(default_factory=list)
-    """With a fixed order: sums of 2ᵏ microbatches each, the longest first."""
+    """With a fixed order: sums of 2ᵏ microbatches each, the largest k first."""
     leaves: int = 0
     """Microbatches in `folded`."""
+
+    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        return zip(self.parameters, self.views, strict=True)
 
     def forget(self) -> None:
         for parameter in self.parameters:
@@ -52,7 +56,7 @@ class Bucket:
             lay(parameter, view)
 
     def fold(self) -> None:
-        """Put the gradients, one microbatch's, into the tree of trees.tree_split, as a binary counter counts."""
+        """Add one microbatch's gradients to the tree of sums (trees.tree_split), as a binary counter counts."""
         total, place = self.flat.clone(), self.leaves
         while place & 1:
             total = self.folded.pop().add_(total)
@@ -74,9 +78,7 @@ class Bucket:
 
 
 def group_parameters(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """Cut the reversed list into runs of at most `bucket_bytes` (at least one parameter each), one dtype a
-    run.
-    """
+    """Cut the reversed list into runs of at most `bucket_bytes`, one dtype each, of at least one parameter."""
     groups: list[list[nn.Parameter]] = []
     for dtype in dict.fromkeys(parameter.dtype for parameter in reversed(parameters)):
         filled = math.inf
@@ -92,7 +94,7 @@ def group_parameters(parameters: list[nn.Parameter], bucket_bytes: int) -> list[
 
 
 def padded(parameter: Tensor) -> int:
-    """Elements that the gradient takes in its bucket, rounded up to whole cache lines."""
+    """Return the elements that the gradient takes in its bucket, rounded up to whole cache lines."""
     line = ALIGNMENT_BYTES // parameter.itemsize
     return -(-parameter.numel() // line) * line
 
@@ -102,11 +104,12 @@ def make_bucket(
     group: Communicator,
     algorithm: str,
     share: bool,
-    stage: int,
+    part: int,
     fixed_order: bool,
 ) -> Bucket:
-    """A bucket of zeros with room for the gradient of each of `parameters`; in memory that the node's ranks share, if
-    `share` and if it can be had. Every rank of `group` makes it.
+    """Allocate a bucket of zeros with room for the gradient of each of `parameters`, and prepare its all-reduce.
+
+    With `share`, in memory that the node's ranks share, where it can be allocated. Every rank of `group` calls it.
     """
     dtype, count = parameters[0].dtype, sum(map(padded, parameters))
     shared = group.allocate(count, str(dtype).removeprefix("torch.")) if share else None
@@ -120,11 +123,11 @@ def make_bucket(
         views.append(flat[start : start + parameter.numel()].view(parameter.shape))
         start += padded(parameter)
     prepared = group.prepare("allreduce", flat, algorithm=algorithm, fixed_order=fixed_order)
-    return Bucket(flat, parameters, views, prepared, shared, stage, missing=len(parameters))
+    return Bucket(flat, parameters, views, prepared, shared, part, missing=len(parameters))
 
 
 def lay(parameter: nn.Parameter, view: Tensor) -> None:
-    """Make `view` the parameter's gradient, with the values of the one that it had; zeros if it had none."""
+    """Make `view` the parameter's gradient, keeping the values of the one it had; zeros if it had none."""
     if parameter.grad is view:
         return
     if parameter.grad is None:
@@ -135,20 +138,15 @@ def lay(parameter: nn.Parameter, view: Tensor) -> None:
 
 
 def norm_pieces(
-    gradients: Iterable[tuple[nn.Parameter, Tensor]], twins: Collection[nn.Parameter]
+    gradients: Iterable[tuple[nn.Parameter, Tensor]], excluded: Collection[nn.Parameter]
 ) -> list[Tensor]:
-    """The gradients of all parameters but `twins`, each flat and cut from its own beginning into pieces that stay in
-    the cache: in float64 a whole one takes six times as long (60 ms for 19 M elements).
+    """Cut the flat gradient of each parameter, but `excluded` ones, into pieces of NORM_PIECE_ELEMENTS.
+
+    A piece starts at a multiple of that from its parameter's beginning, so the cuts are the same in every layout.
     """
     return [
         piece
         for parameter, gradient in gradients
-        if not any(parameter is twin for twin in twins)
+        if not any(parameter is other for other in excluded)
         for piece in torch.split(gradient.reshape(-1), NORM_PIECE_ELEMENTS)
     ]
-
-
-def square_sum(piece: Tensor) -> float:
-    """The sum of squares of `piece` in float64."""
-    wide = piece.double()
-    return float(torch.dot(wide, wide))

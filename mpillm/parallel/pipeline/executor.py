@@ -1,9 +1,9 @@
-"""The one interpreter of pipeline schedules: runs a rank's row over MPI, whatever the schedule.
+"""The executor of pipeline schedules: runs one rank's row over MPI, whatever the schedule.
 
-Before an action it takes what the action needs, from this rank or from another by mail; after it, it hands on what was
-made. Sends never wait, and receives are posted ahead, so what can be hidden behind computation is; and since each way
-between two stages keeps its messages in the order that both rows have them in, which checking.py proves, no message is
-named: the row itself tells what arrives.
+Ahead of an action it takes the streams that the action needs, from this rank or from a channel; afterwards it passes the
+result on. Sends never block, and receives are posted ahead, so communication overlaps with computation. Each channel keeps
+its messages in the order in which both rows have them, which check.py proves. So no message carries a name: the row itself
+says what arrives.
 """
 
 import time
@@ -12,33 +12,34 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from mpillm.comm.channels.channel import HandoverProfile
-from mpillm.comm.channels.channel_set import Channel, ChannelSet
+from mpillm.comm.channels.channel import Channel, HandoverProfile
+from mpillm.comm.channels.channel_set import ChannelSet
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Axis
 from mpillm.errors import CommError
-from mpillm.parallel.pipeline.actions import Action, PipelineSchedule
+from mpillm.models.part_module import Streams
+from mpillm.parallel.pipeline.actions import Action, PipelineSchedule, RoutedAction
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import PipelineStage
+from mpillm.parallel.precision import STREAM_DTYPE
 
-# Receives that are posted on each way between two stages: one to fill while another is computed on.
+# Microbatches whose receives are posted on each channel: one to fill while another is computed on.
 AHEAD = 2
 
 
 @dataclass(frozen=True)
-class Stream:
-    """What passes between stages: tensors of `shape_of(microbatch)` and `dtype`."""
+class StreamShapes:
+    """What passes between stages: one tensor or several of `shapes_of(microbatch)`, all of `dtype`."""
 
-    shape_of: Callable[[int], tuple[int, ...]]
-    dtype: torch.dtype = torch.float32
+    shapes_of: Callable[[int], tuple[tuple[int, ...], ...]]
+    dtype: torch.dtype = STREAM_DTYPE
 
 
 class Pipeline:
     """The ranks of `axis`, which run schedules with the stages of `placement` on the same ranks as it has them.
 
-    Every rank of the axis makes it. `nbytes`: of the largest stream. `way`, `profile`, `warn`: see comm/mail.py.
+    Every rank of the axis makes it. `nbytes`: of the largest stream. `way`, `profile`, `warn`: see ChannelSet.
     """
 
     def __init__(
@@ -51,124 +52,112 @@ class Pipeline:
         warn: Callable[[str], None] = silent,
     ) -> None:
         self.axis, self.placement = axis, placement
-        holders = placement.rank_of
-        pairs = [
-            (stage, stage + 1)
-            for stage in range(placement.stages - 1)
-            if holders[stage] != holders[stage + 1]
-        ]
-        # Behind each action whose result travels there is an edge: of the forwards down, of the gradients up.
-        self._edges = {
-            way_on: number for number, way_on in enumerate([*pairs, *((b, a) for a, b in pairs)])
-        }
-        edges = [
-            Channel(holders[sender], holders[receiver], nbytes) for sender, receiver in self._edges
-        ]
-        self._mail = ChannelSet(axis.comm, edges, way=way, profile=profile, warn=warn)
+        rank_of = placement.rank_of
+        channels = [Channel(rank_of[a], rank_of[b], nbytes) for a, b in placement.channels]
+        self._channels = ChannelSet(axis.comm, channels, way=way, profile=profile, warn=warn)
 
     @property
     def ways(self) -> list[str]:
         """How streams pass between ranks, without repetition."""
-        return list(dict.fromkeys(self._mail.ways))
+        return list(dict.fromkeys(self._channels.ways))
 
     def run(
-        self, schedule: PipelineSchedule, stages: Mapping[int, PipelineStage], stream: Stream
+        self,
+        schedule: PipelineSchedule,
+        stages: Mapping[int, PipelineStage],
+        streams: StreamShapes,
     ) -> list[Span]:
-        """Do this rank's row of `schedule` with its `stages`; every rank of the axis calls it with the same schedule.
+        """Run this rank's row of `schedule` with its `stages`. Every rank of the axis calls it, with one schedule.
 
-        Returns when each computed: seconds of time.perf_counter. When it returns, all that was sent is on its way.
+        Returns when each action computed, in seconds of time.perf_counter. Then all sends are complete or in flight.
         """
         assert schedule.rank_of == self.placement.rank_of
-        return _RowExecution(self._mail, self._edges, schedule, self.axis.rank, stages, stream).go()
+        return _RowExecution(self._channels, schedule, self.axis.rank, stages, streams).run()
 
     def close(self) -> None:
-        """Every rank of the axis calls it; nothing runs afterwards."""
-        self._mail.free()
+        """Free the channels. Every rank of the axis calls it, last."""
+        self._channels.free()
 
 
 class _RowExecution:
-    """One rank's row under way."""
+    """One run of one rank's row."""
 
     def __init__(
         self,
-        mail: ChannelSet,
-        edges: Mapping[tuple[int, int], int],
+        channels: ChannelSet,
         schedule: PipelineSchedule,
         rank: int,
         stages: Mapping[int, PipelineStage],
-        stream: Stream,
+        streams: StreamShapes,
     ) -> None:
-        self._mail, self._edges, self._schedule = mail, edges, schedule
-        self._row, self._stages, self._stream = schedule.rows[rank], stages, stream
-        self._here: dict[Action, Tensor] = {}
-        self._coming: dict[int, deque[int]] = {}
-        self._posted: dict[int, deque[Tensor]] = {}
-        for action in self._row:
-            edge = self._edge_to(action)
-            if edge is not None:
-                self._coming.setdefault(edge, deque()).append(action.microbatch)
+        row = schedule.routed_row(rank)
+        self._channels, self._actions, self._stages, self._streams = (
+            channels,
+            row.actions,
+            stages,
+            streams,
+        )
+        # Results that another stage of this rank takes.
+        self._local: dict[Action, Streams] = {}
+        self._arriving = {channel: deque(found) for channel, found in row.arrivals.items()}
+        self._posted: dict[int, deque[Streams]] = {channel: deque() for channel in row.arrivals}
 
-    def go(self) -> list[Span]:
-        for edge in self._coming:
-            self._posted[edge] = deque()
+    def run(self) -> list[Span]:
+        for channel in self._arriving:
             for _ in range(AHEAD):
-                self._post(edge)
-        spans = [self._act(action) for action in self._row]
-        self._mail.drain()
+                self._post(channel)
+        spans = [self._execute(routed) for routed in self._actions]
+        self._channels.drain()
         return spans
 
-    def _act(self, action: Action) -> Span:
-        given = self._take(action)
+    def _execute(self, routed: RoutedAction) -> Span:
+        action, given = routed.action, self._take(routed)
         stage, begin = self._stages[action.stage], time.perf_counter()
-        made: Tensor | None = None
+        result: Streams = ()
         if action.kind == "F":
-            made = stage.forward(action.microbatch, given)
+            result = stage.forward(action.microbatch, given)
         elif action.kind == "B":
-            made = stage.backward(action.microbatch, given)
+            result = stage.backward(action.microbatch, given)
         elif action.kind == "I":
-            made = stage.backward_input(action.microbatch, given)
+            result = stage.backward_input(action.microbatch, given)
         else:
             stage.backward_weight(action.microbatch)
         end = time.perf_counter()
-        if made is not None:
-            self._hand_on(action, made)
+        if result:
+            self._pass_on(routed, result)
         return Span(action, begin, end)
 
-    def _edge_to(self, action: Action) -> int | None:
-        """By which edge what `action` needs arrives from another rank."""
-        needed = self._schedule.needs(action)
-        return None if needed is None else self._edges.get((needed.stage, action.stage))
+    def _post(self, channel: int) -> None:
+        """Post the receives of the next microbatch on `channel`, in the order in which its streams are sent."""
+        if not self._arriving[channel]:
+            return
+        shapes = self._streams.shapes_of(self._arriving[channel].popleft())
+        buffers = tuple(torch.empty(shape, dtype=self._streams.dtype) for shape in shapes)
+        for buffer in buffers:
+            self._channels.expect(channel, buffer)
+        self._posted[channel].append(buffers)
 
-    def _post(self, edge: int) -> None:
-        if self._coming[edge]:
-            arriving = torch.empty(
-                self._stream.shape_of(self._coming[edge].popleft()), dtype=self._stream.dtype
-            )
-            self._posted[edge].append(arriving)
-            self._mail.expect(edge, arriving)
-
-    def _take(self, action: Action) -> Tensor | None:
-        needed = self._schedule.needs(action)
-        if needed is None or needed.stage == action.stage:
-            return None
-        edge = self._edge_to(action)
-        if edge is None:
-            return self._here.pop(needed)
-        self._mail.wait(edge)
-        arrived = self._posted[edge].popleft()
-        self._post(edge)
+    def _take(self, routed: RoutedAction) -> Streams:
+        channel = routed.receive_from
+        if channel is None:
+            return () if routed.local_input is None else self._local.pop(routed.local_input)
+        arrived = self._posted[channel].popleft()
+        for _ in arrived:
+            self._channels.wait(channel)
+        self._post(channel)
         return arrived
 
-    def _hand_on(self, action: Action, made: Tensor) -> None:
-        wanted = (torch.Size(self._stream.shape_of(action.microbatch)), self._stream.dtype)
-        if (made.shape, made.dtype) != wanted:
+    def _pass_on(self, routed: RoutedAction, result: Streams) -> None:
+        action, dtype = routed.action, self._streams.dtype
+        shapes = self._streams.shapes_of(action.microbatch)
+        made = tuple(tuple(stream.shape) for stream in result)
+        if made != shapes or any(stream.dtype != dtype for stream in result):
             raise CommError(
-                f"stage {action.stage} made {tuple(made.shape)} of {made.dtype} in {action}, and the stages agreed on "
-                f"{tuple(wanted[0])} of {wanted[1]}; mend the stage"
+                f"stage {action.stage} made streams of {made} and {[str(s.dtype) for s in result]} in {action}, and the "
+                f"stages agreed on {shapes} of {dtype}; mend the stage"
             )
-        receiver = self._schedule.feeds(action)
-        edge = None if receiver is None else self._edges.get((action.stage, receiver))
-        if edge is None:
-            self._here[action] = made
-        else:
-            self._mail.send(edge, made.contiguous())
+        if routed.send_to is None:
+            self._local[action] = result
+            return
+        for stream in result:
+            self._channels.send(routed.send_to, stream.contiguous())

@@ -1,4 +1,4 @@
-"""Which layers each stage of a pipeline holds, so that no stage is slower than need be."""
+"""Cut a model into stages, so that the slowest stage is as fast as it can be."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -6,63 +6,50 @@ from itertools import pairwise
 from typing import Literal
 
 from mpillm.errors import LayoutError
-from mpillm.models.config import DecoderConfig
-from mpillm.models.decoder import Part
+from mpillm.models.spec import ModelSpec, Part
 
 
-def share_layers(
-    config: DecoderConfig, stages: int, wanted: Literal["auto"] | Sequence[int] = "auto"
+def partition_blocks(
+    model: ModelSpec, stages: int, wanted: Literal["auto"] | Sequence[int] = "auto"
 ) -> list[Part]:
-    """The part of the model that each of `stages` stages holds: one layer at the least.
+    """Return the part of the model that each of `stages` stages holds: one block at least.
 
-    `wanted`: the numbers of layers; auto makes the dearest stage as cheap as can be. Raises LayoutError.
+    `wanted`: the numbers of blocks; auto minimises the FLOPs of the dearest stage. Raises LayoutError.
     """
-    if stages > config.layers:
+    if stages > model.blocks:
         raise LayoutError(
-            f"{stages} stages need a layer each, and the model has {config.layers}; lower parallel.pipeline or "
-            f"parallel.chunks to {config.layers} stages at the most, or raise model.layers"
+            f"{stages} stages need a layer each, and the model has {model.blocks}; lower parallel.pipeline or "
+            f"parallel.chunks to {model.blocks} stages at most, or raise model.layers"
         )
     if wanted == "auto":
-        counts = even_counts([layer_flops(config)] * config.layers, 0.0, head_flops(config), stages)
+        counts = even_counts(model.block_flops, *model.end_flops, stages)
     else:
         counts = [int(count) for count in wanted]
-        if len(counts) != stages or sum(counts) != config.layers:
+        if len(counts) != stages or sum(counts) != model.blocks:
             raise LayoutError(
                 f"parallel.stages = {counts} shares out {sum(counts)} layers over {len(counts)} stages; the model has "
-                f'{config.layers} layers and the schedule {stages} stages; mend the list, or take stages = "auto"'
+                f'{model.blocks} layers and the schedule {stages} stages; mend the list, or take stages = "auto"'
             )
     firsts = [sum(counts[:stage]) for stage in range(stages + 1)]
     return [Part(first, last) for first, last in pairwise(firsts)]
 
 
-def layer_flops(config: DecoderConfig) -> float:
-    """Operations of one layer for one token, forward and backward: its share in `flops_per_token`."""
-    return (config.flops_per_token - 6 * config.vocab_size * config.width) / config.layers
+def even_counts(blocks: Sequence[float], before: float, after: float, stages: int) -> list[int]:
+    """Cut `blocks` (their costs) into `stages` runs of at least one block.
 
-
-def head_flops(config: DecoderConfig) -> float:
-    """Operations of the head for one token, forward and backward.
-
-    The loss is not counted: the head's one large product runs so much faster than a layer's many small ones that both
-    together take 0.9 to 1.0 of this (docs/notes.md).
+    The dearest run is cheapest; among such cuts the sum of squares is least. `before` is added to the first run, `after`
+    to the last.
     """
-    return 6.0 * config.vocab_size * config.width
-
-
-def even_counts(layers: Sequence[float], before: float, behind: float, stages: int) -> list[int]:
-    """Cut `layers` (their costs) into runs of one at least, so that the dearest run is cheapest, and then the runs most
-    even (least sum of squares). `before` is added to the first run, `behind` to the last.
-    """
-    costs = [*layers]
+    costs = [*blocks]
     costs[0] += before
-    costs[-1] += behind
+    costs[-1] += after
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
 
     @cache
     def best(first: int, left: int) -> tuple[float, float, tuple[int, ...]]:
-        """(dearest, sum of squares, counts) of the layers from `first` on in `left` runs."""
+        """Return (dearest, sum of squares, counts) of the blocks from `first` on in `left` runs."""
         if left == 1:
             cost = sums[-1] - sums[first]
             return cost, cost * cost, (len(costs) - first,)

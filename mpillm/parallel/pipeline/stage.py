@@ -1,26 +1,30 @@
 """What one stage of a pipeline computes: a part of the model on one microbatch after another."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mpillm.models.decoder import Decoder, loss_sum
-from mpillm.parallel.data.replicated import GradientBuckets
+from mpillm.models.part_module import Fields, PartModule, Streams
+from mpillm.parallel.data.gradient_sync import GradientSync
 from mpillm.parallel.pipeline.split_backward import SplitBackward
+from mpillm.parallel.precision import autocast
+from mpillm.parallel.step_plan import Precision
+from mpillm.tasks.task import Task
 
 
 class PipelineStage(Protocol):
-    """What the interpreter runs. Streams and their gradients are contiguous tensors of the shape that was agreed.
+    """What the executor runs. Streams and their gradients are contiguous tensors of the shapes that were agreed.
 
-    The first stage is given no stream and returns no gradient, the last returns no stream and is given no gradient.
+    The first stage gets no streams and returns no gradients, the last returns no streams and gets no gradients.
     """
 
-    def forward(self, microbatch: int, stream: Tensor | None) -> Tensor | None: ...
-    def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor | None: ...
-    def backward_input(self, microbatch: int, gradient: Tensor | None) -> Tensor | None: ...
+    def forward(self, microbatch: int, streams: Streams) -> Streams: ...
+    def backward(self, microbatch: int, gradients: Streams) -> Streams: ...
+    def backward_input(self, microbatch: int, gradients: Streams) -> Streams: ...
     def backward_weight(self, microbatch: int) -> None: ...
 
 
@@ -28,131 +32,153 @@ class PipelineStage(Protocol):
 class Batch:
     """A rank's share of the global batch, microbatch by microbatch."""
 
-    ids: Sequence[Tensor]
-    """(B, T + 1) each: inputs and, one further, targets. Empty where no stage of the rank needs them."""
-    documents: Sequence[Tensor | None]
-    """(B, T) each, or None."""
+    fields: Sequence[Fields]
+    """The task's fields of each microbatch; an empty mapping where no stage of the rank reads any."""
     scale: float
-    """What each microbatch's summed loss is divided by."""
+    """What each microbatch's summed loss is divided by: the weight of the global batch."""
 
 
 @dataclass(frozen=True)
 class _Held:
-    """What a forward pass leaves for the backward."""
+    """What a forward pass leaves for the backward pass."""
 
-    pivot: Tensor
-    """What the backward pass must reach first: the stream that came in, or the embedding's output."""
-    output: Tensor
+    pivots: Streams
+    outputs: Streams
 
 
 class ModelStage:
-    """A part of the model under training. `number`: which of the rank's stages, as `buckets` counts them.
+    """A part of the model under training. `number`: its number among the rank's parts, as `sync` counts them.
 
     `losses` holds, on the last stage, the loss of each microbatch, over `Batch.scale`.
     """
 
     def __init__(
-        self, part: Decoder, number: int, buckets: GradientBuckets, autocast: torch.dtype | None
+        self, part: PartModule, number: int, sync: GradientSync, task: Task, precision: Precision
     ) -> None:
         self.part, self.losses = part, dict[int, float]()
-        self._number, self._buckets, self._autocast = number, buckets, autocast
+        self._number, self._sync, self._task, self._precision = number, sync, task, precision
         self._batch: Batch | None = None
         self._held: dict[int, _Held] = {}
-        self._halves: dict[int, SplitBackward] = {}
-        self._left = 0
-        self._embedded: Tensor | None = None
-        if part.embedding is not None:
-            part.embedding.register_forward_hook(self._notice)
-
-    def _notice(self, module: nn.Module, given: object, output: Tensor) -> None:
-        self._embedded = output
+        self._split: dict[int, SplitBackward] = {}
+        # Backward passes of the step that are still to come.
+        self._remaining = 0
 
     def begin(self, batch: Batch) -> None:
         """Take the batch of a step."""
-        self._batch, self._left = batch, len(batch.documents)
+        self._batch, self._remaining = batch, len(batch.fields)
         self.losses.clear()
         self._held.clear()
-        self._halves.clear()
+        self._split.clear()
 
-    def forward(self, microbatch: int, stream: Tensor | None) -> Tensor | None:
+    def forward(self, microbatch: int, streams: Streams) -> Streams:
         batch, part = self._batch, self.part
         assert batch is not None
-        given = stream.requires_grad_() if stream is not None else batch.ids[microbatch][:, :-1]
-        with torch.autocast("cpu", dtype=self._autocast, enabled=self._autocast is not None):
-            output = part(given, batch.documents[microbatch])
+        fields = batch.fields[microbatch]
+        for stream in streams:
+            stream.requires_grad_()
+        with autocast(self._precision):
+            outputs, pivots = part.forward_part(fields, streams)
         if part.ends:
-            output = loss_sum(output, batch.ids[microbatch][:, 1:]) / batch.scale
-            self.losses[microbatch] = float(output.detach())
-        pivot = stream if stream is not None else self._embedded
-        assert pivot is not None
-        self._held[microbatch], self._embedded = _Held(pivot, output), None
-        return None if part.ends else output.detach()
+            loss = self._task.loss_sum(outputs, fields) / batch.scale
+            self.losses[microbatch] = float(loss.detach())
+            outputs = (loss,)
+        self._held[microbatch] = _Held(pivots, outputs)
+        # Detached: the next stage starts a graph of its own.
+        return () if part.ends else tuple(output.detach() for output in outputs)
 
-    def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
+    def backward(self, microbatch: int, gradients: Streams) -> Streams:
         held = self._held.pop(microbatch)
         self._before_weights()
-        torch.autograd.backward(held.output, gradient)
+        torch.autograd.backward(held.outputs, gradients or None)
         self._after_weights()
-        return None if self.part.begins else held.pivot.grad
+        return () if self.part.begins else _gradients(held.pivots)
 
-    def backward_input(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
+    def backward_input(self, microbatch: int, gradients: Streams) -> Streams:
         held = self._held.pop(microbatch)
-        self._halves[microbatch] = halves = SplitBackward(held.output, held.pivot)
-        found = halves.input(gradient)
-        return None if self.part.begins else found
+        self._split[microbatch] = split = SplitBackward(held.outputs, held.pivots)
+        found = split.input(gradients or (None,) * len(held.outputs))
+        return () if self.part.begins else found
 
     def backward_weight(self, microbatch: int) -> None:
         self._before_weights()
-        self._halves.pop(microbatch).weights()
+        self._split.pop(microbatch).weights()
         self._after_weights()
 
     def _before_weights(self) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self._buckets.begin_last_microbatch(self._number)
+        self._remaining -= 1
+        if self._remaining == 0:
+            self._sync.last_microbatch(self._number)
 
     def _after_weights(self) -> None:
-        if self._buckets.fixed_order:
-            self._buckets.fold(self._number)
+        self._sync.microbatch_ended(self._number)
+
+
+def _gradients(pivots: Streams) -> Streams:
+    found = tuple(pivot.grad for pivot in pivots)
+    assert all(gradient is not None for gradient in found)
+    return found  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class BatchScore:
+    """What scoring one batch gives, on the rank that ends the model."""
+
+    loss_sum: float
+    weight: float
+    sums: tuple[tuple[float, ...], ...]
+    """The sums of each metric that needs more than the loss, in the order that the caller asked for."""
+
+
+Arrays = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
+OfBatch = Callable[[Sequence[np.ndarray[Any, np.dtype[Any]]], Arrays], Sequence[float]]
 
 
 class ScoringStage:
-    """A part of the model that scores: forward passes alone. `losses`: the summed loss by microbatch.
+    """A part of the model that scores: forward passes alone. `scores`: the result by microbatch, on the last stage.
 
-    `read(microbatch)`: its ids (B, T + 1). `done` is called after each that the model's beginning has gone through.
+    `read(microbatch)` gives the fields of a batch. `done` is called after each that the model's beginning has computed.
     """
 
     def __init__(
         self,
-        part: Decoder,
-        read: Callable[[int], Tensor],
-        autocast: torch.dtype | None,
+        part: PartModule,
+        task: Task,
+        precision: Precision,
+        read: Callable[[int], Fields],
         done: Callable[[], None],
+        metrics: Sequence[OfBatch] = (),
     ) -> None:
-        self.part, self.losses = part, dict[int, float]()
-        self._read, self._autocast, self._done = read, autocast, done
+        self.part, self.scores = part, dict[int, BatchScore]()
+        self._task, self._precision, self._read, self._done = task, precision, read, done
+        self._metrics = metrics
 
-    def forward(self, microbatch: int, stream: Tensor | None) -> Tensor | None:
+    def forward(self, microbatch: int, streams: Streams) -> Streams:
         part = self.part
-        ids = self._read(microbatch) if part.begins or part.ends else None
-        with (
-            torch.inference_mode(),
-            torch.autocast("cpu", dtype=self._autocast, enabled=self._autocast is not None),
-        ):
-            given = stream if stream is not None or ids is None else ids[:, :-1]
-            output: Tensor = part(given)
+        # A part in the middle reads no fields of a batch that is scored: there are no shared inputs.
+        fields: Fields = self._read(microbatch) if part.begins or part.ends else {}
+        with torch.inference_mode(), autocast(self._precision):
+            outputs = part.forward_part(fields, streams).outputs
         if part.begins:
             self._done()
-        if not part.ends or ids is None:
-            return output
+        if not part.ends:
+            return outputs
         with torch.inference_mode():
-            self.losses[microbatch] = float(loss_sum(output, ids[:, 1:]))
-        return None
+            self.scores[microbatch] = self._score(outputs, fields)
+        return ()
 
-    def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
+    def _score(self, outputs: tuple[Tensor, ...], fields: Fields) -> BatchScore:
+        loss = float(self._task.loss_sum(outputs, fields))
+        sums: list[tuple[float, ...]] = []
+        if self._metrics:
+            arrays = [output.float().cpu().numpy() for output in outputs]
+            given = {name: field.cpu().numpy() for name, field in fields.items()}
+            sums = [tuple(of_batch(arrays, given)) for of_batch in self._metrics]
+        return BatchScore(loss, self._task.weight(fields), tuple(sums))
+
+    def backward(self, microbatch: int, gradients: Streams) -> Streams:
         raise AssertionError("a scoring stage has no backward pass")
 
     backward_input = backward
 
     def backward_weight(self, microbatch: int) -> None:
-        self.backward(microbatch, None)
+        self.backward(microbatch, ())

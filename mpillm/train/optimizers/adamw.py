@@ -1,66 +1,74 @@
-"""AdamW, and its state as named tensors."""
+"""AdamW (Loshchilov & Hutter 2019)."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from annotated_types import Ge, Gt, Lt
 
-from mpillm.train.lr_schedule import OptimizerSettings
+from mpillm.train.optimizers.optimizer import OptimizerSettings
 
-SLOTS = ("exp_avg", "exp_avg_sq")
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-
-class AdamW(torch.optim.AdamW):
-    """torch's, without its compiler, which it would load only to keep it away: that takes as long as torch itself."""
-
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-
-
-def make_optimizer(
-    weights: Iterable[nn.Parameter], settings: OptimizerSettings
-) -> torch.optim.AdamW:
-    """AdamW over `weights`, fused, with its state allocated."""
-    weights = list(weights)
-    matrices = [weight for weight in weights if weight.dim() > 1]
-    vectors = [weight for weight in weights if weight.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
-    )
-    for weight in weights:
-        optimizer.state[weight] = {
-            "step": torch.zeros(()),
-            **{slot: torch.zeros_like(weight) for slot in SLOTS},
-        }
-    return optimizer
+Beta = Annotated[float, Ge(0), Lt(1)]
 
 
-def set_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+@dataclass(frozen=True)
+class AdamWSettings(OptimizerSettings):
+    """Decay acts on matrices alone, apart from the gradient."""
+
+    slots: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    state_bytes_per_parameter: ClassVar[int] = 8  # two averages in float32
+
+    name: str = "adamw"
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    epsilon: Annotated[float, Gt(0)] = 1e-8
+    weight_decay: Annotated[float, Ge(0)] = 0.1
+
+    def build(self, weights: Iterable["nn.Parameter"]) -> "torch.optim.AdamW":
+        import torch
+
+        weights = list(weights)
+        matrices = [weight for weight in weights if weight.dim() > 1]
+        vectors = [weight for weight in weights if weight.dim() <= 1]
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "weight_decay": self.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        optimizer = _light_adamw()(
+            [group for group in groups if group["params"]],
+            lr=self.learning_rate,
+            betas=(self.beta1, self.beta2),
+            eps=self.epsilon,
+            fused=True,
+        )
+        for weight in weights:
+            # A scalar on the CPU: torch's fused AdamW takes the step count there.
+            optimizer.state[weight] = {
+                "step": torch.zeros(()),
+                **{slot: torch.zeros_like(weight) for slot in self.slots},
+            }
+        return optimizer
+
+    def describe(self) -> str:
+        return (
+            f"AdamW, rate {self.learning_rate:g}, {self.schedule}, "
+            f"warm-up {self.warmup_steps} steps, decay {self.weight_decay:g}"
+        )
 
 
-def set_steps(optimizer: torch.optim.AdamW, steps: int) -> None:
-    """How many steps were taken: AdamW corrects its averages by it."""
-    for state in optimizer.state.values():
-        state["step"].fill_(steps)
+@cache
+def _light_adamw() -> "type[torch.optim.AdamW]":
+    """Return torch's AdamW without the wrappers that load torch's compiler: that takes as long as torch itself."""
+    import torch
 
+    class LightAdamW(torch.optim.AdamW):
+        add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+        step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
-def optimizer_tensors(
-    weights: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW
-) -> dict[str, Tensor]:
-    """The checkpoint's names of the optimizer's averages of `weights`: `optimizer/exp_avg/layers/0/…`."""
-    return {
-        f"optimizer/{slot}/{name.replace('.', '/')}": optimizer.state[weight][slot]
-        for slot in SLOTS
-        for name, weight in weights.items()
-    }
+    return LightAdamW

@@ -7,29 +7,29 @@ import torch
 from torch import nn
 
 from mpillm.comm.mesh import Mesh
-from mpillm.errors import CommError, LayoutError
+from mpillm.errors import CommError
 from mpillm.parallel.data.buckets import lay
-from mpillm.parallel.data.replicated import GradientBuckets
+from mpillm.parallel.data.replicated import ReplicatedGradients
 from mpillm.parallel.data.same_weights import (
     broadcast_parameters,
     check_same,
     first_difference,
-    share_batch,
 )
+from mpillm.parallel.grad_norm import clip_gradients_, gradient_norm
 from mpillm.parallel.settings import ParallelSettings
 
 WIDTH, ROWS = 24, 5
-BEHIND = ParallelSettings(overlap="behind", bucket_bytes=4096)
+OVERLAPPED = ParallelSettings(overlap="during", bucket_bytes=4096)
 SETTINGS = [
     ParallelSettings(),
     ParallelSettings(allreduce="shared", bucket_bytes=4096),
     ParallelSettings(allreduce="ring", bucket_bytes=4096),
     ParallelSettings(allreduce="native", overlap="after", bucket_bytes=1),
-    BEHIND,
-    ParallelSettings(overlap="behind", bucket_bytes=1),
-    ParallelSettings(allreduce="ring", overlap="behind", bucket_bytes=4096),
-    ParallelSettings(allreduce="native", overlap="behind", bucket_bytes=4096),
-    ParallelSettings(allreduce="rabenseifner", overlap="behind", debug=True),
+    OVERLAPPED,
+    ParallelSettings(overlap="during", bucket_bytes=1),
+    ParallelSettings(allreduce="ring", overlap="during", bucket_bytes=4096),
+    ParallelSettings(allreduce="native", overlap="during", bucket_bytes=4096),
+    ParallelSettings(allreduce="rabenseifner", overlap="during", debug=True),
     ParallelSettings(allreduce="two-level"),
 ]
 
@@ -66,7 +66,11 @@ def net():
 
 def bucketed(net, axis, settings):
     """Gradients in buckets, which one rank alone has for a fixed order only."""
-    return GradientBuckets([net.parameters()], axis, settings, fixed_order=axis.size == 1)
+    return ReplicatedGradients([net.parameters()], axis, settings, fixed_order=axis.size == 1)
+
+
+def clip(gradients, axis, max_norm):
+    return clip_gradients_(gradients, axis.comm, (axis.rank, axis.size), max_norm)
 
 
 def batch(rows):
@@ -89,21 +93,22 @@ def whole_batch_gradients(net, ids):
 
 def run_step(buckets, net, ids, axis, microbatch=2):
     """This rank's share of `ids`, in microbatches that need not divide it."""
-    first, rows = share_batch(len(ids), axis)
-    buckets.zero()
+    rows = len(ids) // axis.size
+    first = axis.rank * rows
+    buckets.begin()
     for start in range(0, rows, microbatch):
         if start + microbatch >= rows:
-            buckets.begin_last_microbatch()
+            buckets.last_microbatch()
         part = ids[first + start : first + min(start + microbatch, rows)]
         (loss(net, part) / ids[:, 1:].numel()).backward()
-    buckets.reduce()
+    buckets.finish()
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_gradients_are_the_whole_batch_s(axis, net, settings):
     ids = batch(ROWS * axis.size)
     expected = whole_batch_gradients(net, ids)
-    buckets = GradientBuckets([net.parameters()], axis, settings)
+    buckets = ReplicatedGradients([net.parameters()], axis, settings)
     for _ in range(2):  # the second step finds what the first left
         run_step(buckets, net, ids, axis)
         for name, parameter in net.named_parameters():
@@ -115,13 +120,13 @@ def test_gradients_are_the_whole_batch_s(axis, net, settings):
                 )
 
 
-def test_behind_equals_after(axis, net):
+def test_overlapped_equals_after(axis, net):
     ids = batch(ROWS * axis.size)
-    after, behind = copy.deepcopy(net), net
-    for model, overlap in ((after, "after"), (behind, "behind")):
+    after, during = copy.deepcopy(net), net
+    for model, overlap in ((after, "after"), (during, "during")):
         settings = ParallelSettings(allreduce="native", overlap=overlap, bucket_bytes=2048)
-        run_step(GradientBuckets([model.parameters()], axis, settings), model, ids, axis)
-    for one, other in zip(after.parameters(), behind.parameters(), strict=True):
+        run_step(ReplicatedGradients([model.parameters()], axis, settings), model, ids, axis)
+    for one, other in zip(after.parameters(), during.parameters(), strict=True):
         if one.grad is not None:
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-8)
 
@@ -129,22 +134,22 @@ def test_behind_equals_after(axis, net):
 def test_ranks_agree_bitwise(axis, net):
     for settings in SETTINGS:
         model = copy.deepcopy(net)
-        buckets = GradientBuckets([model.parameters()], axis, settings)
+        buckets = ReplicatedGradients([model.parameters()], axis, settings)
         run_step(buckets, model, batch(ROWS * axis.size), axis)
         check_same([bucket.flat for bucket in buckets.buckets], axis)
 
 
-def test_behind_where_ranks_use_different_parameters(axis, net):
+def test_overlap_where_ranks_use_different_parameters(axis, net):
     """Buckets complete in another order, or never, on another rank: MPI must still see one order."""
-    buckets = GradientBuckets(
-        [net.parameters()], axis, ParallelSettings(overlap="behind", bucket_bytes=1)
+    buckets = ReplicatedGradients(
+        [net.parameters()], axis, ParallelSettings(overlap="during", bucket_bytes=1)
     )
     rows = torch.ones(2, WIDTH)
     for _ in range(2):
-        buckets.zero()
-        buckets.begin_last_microbatch()
+        buckets.begin()
+        buckets.last_microbatch()
         (net.unused(rows) if axis.rank % 2 else net.layers(rows)).sum().backward()
-        buckets.reduce()
+        buckets.finish()
     odd = axis.size // 2
     assert (net.unused.bias.grad == 2 * odd).all()
     assert (net.layers[2].bias.grad == 2 * (axis.size - odd)).all()
@@ -170,8 +175,8 @@ def test_buckets_hold_each_parameter_once_in_reverse(axis, net):
 def test_mixed_types(axis):
     torch.manual_seed(1)
     pair = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6).bfloat16(), nn.Linear(6, 6)])
-    for overlap, algorithm in (("after", "auto"), ("behind", "auto"), ("after", "native")):
-        buckets = GradientBuckets(
+    for overlap, algorithm in (("after", "auto"), ("during", "auto"), ("after", "native")):
+        buckets = ReplicatedGradients(
             [pair.parameters()], axis, ParallelSettings(overlap=overlap, allreduce=algorithm)
         )
         if axis.size > 1:
@@ -179,13 +184,13 @@ def test_mixed_types(axis):
                 torch.float32,
                 torch.bfloat16,
             ]
-        buckets.zero()
-        buckets.begin_last_microbatch()
+        buckets.begin()
+        buckets.last_microbatch()
         sum(
             layer(torch.full((1, 6), axis.rank + 1.0, dtype=layer.weight.dtype)).sum()
             for layer in pair
         ).backward()
-        buckets.reduce()
+        buckets.finish()
         total = float(sum(range(1, axis.size + 1)))
         assert all((layer.weight.grad == total).all() for layer in pair)
         assert all((layer.bias.grad == axis.size).all() for layer in pair)
@@ -193,7 +198,7 @@ def test_mixed_types(axis):
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])
 def test_clip(axis, net, max_norm):
-    buckets = GradientBuckets([net.parameters()], axis, ParallelSettings(bucket_bytes=4096))
+    buckets = ReplicatedGradients([net.parameters()], axis, ParallelSettings(bucket_bytes=4096))
     run_step(buckets, net, batch(ROWS * axis.size), axis)
     for bucket in buckets.buckets:
         bucket.flat.mul_(100)
@@ -201,8 +206,10 @@ def test_clip(axis, net, max_norm):
     for copied, parameter in zip(plain.parameters(), net.parameters(), strict=True):
         copied.grad = None if parameter.grad is None else parameter.grad.clone()
     expected = nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
-    assert buckets.clip_(max_norm) == pytest.approx(float(expected), rel=1e-5)
-    assert buckets.norm() == pytest.approx(min(float(expected), max_norm), rel=1e-5)
+    assert clip(buckets, axis, max_norm) == pytest.approx(float(expected), rel=1e-5)
+    assert gradient_norm(buckets, axis.comm, (axis.rank, axis.size)) == pytest.approx(
+        min(float(expected), max_norm), rel=1e-5
+    )
     for copied, parameter in zip(plain.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, copied.grad, rtol=1e-4, atol=1e-7)
 
@@ -210,19 +217,19 @@ def test_clip(axis, net, max_norm):
 def test_not_a_number_is_told_not_spread(axis, net):
     buckets = bucketed(net, axis, ParallelSettings())
     buckets.buckets[0].flat[0], buckets.buckets[0].flat[1] = float("inf"), 2.0
-    assert buckets.clip_(1.0) == float("inf")
+    assert clip(buckets, axis, 1.0) == float("inf")
     assert buckets.buckets[0].flat[1] == 2.0
 
 
 @pytest.mark.parametrize("to_none", [True, False])
 def test_an_optimizer_may_clear_the_gradients(axis, net, to_none):
     ids = batch(axis.size)
-    buckets = GradientBuckets([net.parameters()], axis, ParallelSettings())
+    buckets = ReplicatedGradients([net.parameters()], axis, ParallelSettings())
     run_step(buckets, net, ids, axis)
     expected = [bucket.flat.clone() for bucket in buckets.buckets]
     torch.optim.SGD(net.parameters()).zero_grad(set_to_none=to_none)
     (loss(net, ids[axis.rank : axis.rank + 1]) / ids[:, 1:].numel()).backward()
-    buckets.reduce()
+    buckets.finish()
     for bucket, flat in zip(buckets.buckets, expected, strict=True):
         torch.testing.assert_close(bucket.flat, flat, rtol=1e-5, atol=1e-8)
 
@@ -232,25 +239,7 @@ def test_another_model_on_one_rank(axis):
         pytest.skip("needs another rank")
     width = 5 if axis.rank == 0 else 6
     with pytest.raises(CommError, match=r"the same parameters: rank \d has buckets"):
-        GradientBuckets([nn.Linear(width, 40).parameters()], axis, ParallelSettings())
-
-
-def test_share_batch(axis):
-    shares = axis.comm.allgather(share_batch(3 * axis.size, axis))
-    assert shares == [(3 * rank, 3) for rank in range(axis.size)]
-    if axis.size > 1:
-        with pytest.raises(
-            LayoutError,
-            match=f"batch of 1 sequences cannot be shared by {axis.size} ranks; use {axis.size}",
-        ):
-            share_batch(1, axis)
-    with pytest.raises(LayoutError, match="batch of 0 sequences"):
-        share_batch(0, axis)
-    if axis.size == 4:
-        with pytest.raises(
-            LayoutError, match="cannot be shared by 4 ranks; use 8 or 12, or 2 ranks along data"
-        ):
-            share_batch(10, axis)
+        ReplicatedGradients([nn.Linear(width, 40).parameters()], axis, ParallelSettings())
 
 
 def test_check_same_names_the_rank(axis, net):
@@ -262,7 +251,7 @@ def test_check_same_names_the_rank(axis, net):
         with torch.no_grad():
             net.layers[2].bias[1] += 1e-7
     with pytest.raises(
-        CommError, match=f"rank {odd} of {axis.size} stands apart, first in parameter 6 of"
+        CommError, match=f"rank {odd} of {axis.size} differs, first in parameter 6 of"
     ):
         check_same(net.parameters(), axis)
     broadcast_parameters(net.parameters(), axis)

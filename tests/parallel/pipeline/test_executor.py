@@ -8,15 +8,16 @@ import torch
 
 from mpillm.comm.mesh import Mesh
 from mpillm.errors import CommError, LayoutError
-from mpillm.models.config import DecoderConfig
-from mpillm.models.decoder import create, loss_sum
+from mpillm.models.decoder import DecoderConfig
+from mpillm.models.part_module import create
 from mpillm.parallel.pipeline.catalog import NAMES, forward_only, make_schedule
-from mpillm.parallel.pipeline.executor import Pipeline, Stream
+from mpillm.parallel.pipeline.executor import Pipeline, StreamShapes
 from mpillm.parallel.pipeline.simulate import Costs, simulate
 from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.sharded_model import ShardedModel
-from mpillm.parallel.step_plan import plan_layout
+from mpillm.parallel.step_plan import plan_step
+from mpillm.tasks.causal_lm import CausalLM, cross_entropy_sum
 
 ROWS, LAYERS = 8, 8
 PLAIN = DecoderConfig(layers=LAYERS, width=16, heads=2, context=12, vocab_size=40)
@@ -41,6 +42,11 @@ def tokens(rows=ROWS):
     return torch.randint(40, (rows, 13), generator=torch.Generator().manual_seed(9))
 
 
+def fields(rows=ROWS):
+    ids = tokens(rows)
+    return {"ids": ids[:, :-1], "targets": ids[:, 1:], "documents": documents(rows)}
+
+
 def documents(rows=ROWS):
     return torch.tensor([[0] * 5 + [1] * 7]).repeat(rows, 1)
 
@@ -48,21 +54,19 @@ def documents(rows=ROWS):
 def sharded(comm, config, settings, data=1, fixed_order=False, microbatch=1):
     """The model over all ranks, and its share of the batch."""
     mesh = Mesh(comm, {"data": data, "pipeline": comm.size // data})
-    rows = ROWS // data
-    layout = plan_layout(config, settings, data, rows, microbatch, fixed_order)
-    model = ShardedModel(config, 1, mesh, layout, settings, fixed_order=fixed_order, scored_rows=3)
-    first = mesh.axis("data").rank * rows
-    own, masks = tokens()[first : first + rows], documents()[first : first + rows]
-    bounds = layout.bounds
-    batch = Batch([own[a:b] for a, b in bounds], [masks[a:b] for a, b in bounds], ROWS * 12)
-    return model, batch
+    plan = plan_step(config, settings, data, ROWS, microbatch, fixed_order=fixed_order)
+    model = ShardedModel(config, CausalLM(), 1, mesh, plan, settings, scored_rows=3)
+    first = mesh.axis("data").rank * plan.rows
+    own = {name: field[first : first + plan.rows] for name, field in fields().items()}
+    pieces = [{name: field[a:b] for name, field in own.items()} for a, b in plan.bounds]
+    return model, Batch(pieces, ROWS * 12)
 
 
 def reference(config):
     """One process: loss and gradients of the whole batch at once."""
     model = create(config, 1)
     ids = tokens()
-    loss = loss_sum(model(ids[:, :-1], documents()), ids[:, 1:]) / (ROWS * 12)
+    loss = cross_entropy_sum(model(ids[:, :-1], documents()), ids[:, 1:]) / (ROWS * 12)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
     return (
@@ -101,7 +105,7 @@ def test_clipping_scales_every_stage_alike(comm):
     model.close()
 
 
-@pytest.mark.parametrize("overlap", ["after", "behind"])
+@pytest.mark.parametrize("overlap", ["after", "during"])
 @pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-v"])
 def test_pipelines_side_by_side(comm, name, overlap):
     if comm.size % 2:
@@ -145,20 +149,24 @@ def test_scores_are_the_whole_model_s(comm, name):
     model, _ = sharded(comm, PLAIN, ParallelSettings(pipeline=comm.size, schedule=name))
     whole, ids, done = create(PLAIN, 1), tokens(), []
     pieces = [ids[0:3], ids[3:6], ids[6:8], ids[0:1, :6]]
+    batches = [{"ids": piece[:, :-1], "targets": piece[:, 1:]} for piece in pieces]
     found = model.score(
         4,
-        pieces.__getitem__,
+        batches.__getitem__,
         lambda n: (len(pieces[n]), pieces[n].shape[1] - 1),
         lambda: done.append(1),
     )
-    merged = {number: loss for part in comm.allgather(found) for number, loss in part.items()}
+    merged = {
+        number: score.loss_sum for part in comm.allgather(found) for number, score in part.items()
+    }
     with torch.inference_mode():
         expected = {
-            n: float(loss_sum(whole(piece[:, :-1]), piece[:, 1:])) for n, piece in enumerate(pieces)
+            n: float(cross_entropy_sum(whole(piece[:, :-1]), piece[:, 1:]))
+            for n, piece in enumerate(pieces)
         }
     assert merged == pytest.approx(expected, rel=1e-6)
-    assert len(done) == (4 if model.begins else 0)
-    assert model.score(0, pieces.__getitem__, lambda n: (1, 1), lambda: None) == {}
+    assert len(done) == (4 if any(part.begins for part in model.parts.values()) else 0)
+    assert model.score(0, batches.__getitem__, lambda n: (1, 1), lambda: None) == {}
     model.close()
 
 
@@ -170,19 +178,30 @@ class Counting:
         self.stored = self.peak = 0
         self.seen = []
 
-    def forward(self, microbatch, stream):
-        self.seen.append(("F", microbatch, None if stream is None else float(stream[0])))
+    def forward(self, microbatch, streams):
+        self.seen.append(("F", microbatch, self.value(streams)))
         self.stored += 1
         self.peak = max(self.peak, self.stored)
-        return None if self.last else torch.full((3,), 100.0 * self.stage + microbatch)
+        return () if self.last else self.made(100.0 * self.stage + microbatch)
 
-    def backward(self, microbatch, gradient, kind="B"):
-        self.seen.append((kind, microbatch, None if gradient is None else float(gradient[0])))
+    def backward(self, microbatch, gradients, kind="B"):
+        self.seen.append((kind, microbatch, self.value(gradients)))
         self.stored -= kind == "B"
-        return None if self.stage == 0 else torch.full((3,), -100.0 * self.stage - microbatch)
+        return () if self.stage == 0 else self.made(-100.0 * self.stage - microbatch)
 
-    def backward_input(self, microbatch, gradient):
-        return self.backward(microbatch, gradient, "I")
+    def backward_input(self, microbatch, gradients):
+        return self.backward(microbatch, gradients, "I")
+
+    def made(self, value):
+        """Two streams of unequal length: each channel carries both, in this order."""
+        return torch.full((3,), value), torch.full((2,), value + 0.5)
+
+    def value(self, streams):
+        if not streams:
+            return None
+        first, second = streams
+        assert (second == first[0] + 0.5).all()
+        return float(first[0])
 
     def backward_weight(self, microbatch):
         self.seen.append(("W", microbatch, None))
@@ -196,7 +215,7 @@ def test_each_stage_is_given_its_neighbour_s_and_stores_what_was_foreseen(comm, 
     schedule = make_schedule(name, comm.size, microbatches)
     pipeline = Pipeline(axis, schedule, 12)
     stages = {stage: Counting(schedule.stages, stage) for stage in schedule.stages_of(axis.rank)}
-    spans = pipeline.run(schedule, stages, Stream(lambda microbatch: (3,)))
+    spans = pipeline.run(schedule, stages, StreamShapes(lambda microbatch: ((3,), (2,))))
     assert [span.action for span in spans] == list(schedule.rows[axis.rank])
     assert all(one.end <= other.begin for one, other in pairwise(spans))
     for stage, counting in stages.items():
@@ -210,7 +229,7 @@ def test_each_stage_is_given_its_neighbour_s_and_stores_what_was_foreseen(comm, 
         assert stages[axis.rank].peak == peaks[axis.rank]
     forwards = forward_only(schedule, 5)
     again = {stage: Counting(schedule.stages, stage) for stage in stages}
-    pipeline.run(forwards, again, Stream(lambda microbatch: (3,)))
+    pipeline.run(forwards, again, StreamShapes(lambda microbatch: ((3,), (2,))))
     assert all([m for _, m, _ in counting.seen] == list(range(5)) for counting in again.values())
     pipeline.close()
 
@@ -223,9 +242,9 @@ def test_a_stream_of_another_shape_is_refused(comm):
     if comm.size == 1:  # elsewhere the other ranks would wait
         with pytest.raises(
             CommError,
-            match=r"stage 0 made \(3,\) of torch.float32 in 0F0, and the stages agreed on",
+            match=r"stage 0 made streams of \(\(3,\), \(2,\)\) .* in 0F0, and the stages agreed on",
         ):
-            pipeline.run(schedule, stages, Stream(lambda microbatch: (2,)))
+            pipeline.run(schedule, stages, StreamShapes(lambda microbatch: ((2,), (2,))))
         assert pipeline.ways == []
     pipeline.close()
 
@@ -254,7 +273,7 @@ def test_a_stream_of_another_shape_is_refused(comm):
 )
 def test_impossible_layouts_are_refused(settings, rows, microbatch, words):
     with pytest.raises(LayoutError, match=words):
-        plan_layout(PLAIN, ParallelSettings(**settings), 1, rows, microbatch)
+        plan_step(PLAIN, ParallelSettings(**settings), 1, rows, microbatch)
 
 
 @pytest.mark.parametrize(
@@ -267,13 +286,13 @@ def test_impossible_layouts_are_refused(settings, rows, microbatch, words):
 )
 def test_what_a_fixed_order_cannot_be_had_for(data, rows, microbatch, words):
     with pytest.raises(LayoutError, match=words):
-        plan_layout(PLAIN, ParallelSettings(), data, rows, microbatch, fixed_order=True)
+        plan_step(PLAIN, ParallelSettings(), data, data * rows, microbatch, fixed_order=True)
 
 
 def test_microbatches_are_chosen_where_none_are_asked_for():
-    assert plan_layout(PLAIN, ParallelSettings(pipeline=2), 1, 64, 0).microbatch == 8
-    assert plan_layout(PLAIN, ParallelSettings(pipeline=4), 1, 12, 0).microbatch == 1
-    assert plan_layout(PLAIN, ParallelSettings(), 1, 12, 0).microbatch == 12
+    assert plan_step(PLAIN, ParallelSettings(pipeline=2), 1, 64).microbatch == 8
+    assert plan_step(PLAIN, ParallelSettings(pipeline=4), 1, 12).microbatch == 1
+    assert plan_step(PLAIN, ParallelSettings(), 1, 12).microbatch == 12
 
 
 SCRIPT = """
@@ -281,23 +300,23 @@ import os, signal, sys, torch
 from mpillm.comm.mesh import Mesh
 from mpillm.comm.failure import fail_together
 from mpillm.comm.world import open_world
-from mpillm.parallel.pipeline.executor import Pipeline, Stream
+from mpillm.parallel.pipeline.executor import Pipeline, StreamShapes
 from mpillm.parallel.pipeline.catalog import make_schedule
 comm = open_world()
 
 class Stage:
     def __init__(self, stage, last): self.stage, self.last = stage, last
-    def forward(self, microbatch, stream): return None if self.last else torch.zeros(4)
-    def backward(self, microbatch, gradient):
+    def forward(self, microbatch, streams): return () if self.last else (torch.zeros(4),)
+    def backward(self, microbatch, gradients):
         if self.stage == 1 and microbatch == 2:
             HARM
-        return None if self.stage == 0 else torch.zeros(4)
+        return () if self.stage == 0 else (torch.zeros(4),)
 
 with fail_together(comm):
     axis = Mesh(comm, {"pipeline": comm.size}).axis("pipeline")
     schedule = make_schedule("1f1b", comm.size, 8)
     pipeline = Pipeline(axis, schedule, 16, way=sys.argv[1])
-    pipeline.run(schedule, {axis.rank: Stage(axis.rank, axis.rank == comm.size - 1)}, Stream(lambda m: (4,)))
+    pipeline.run(schedule, {axis.rank: Stage(axis.rank, axis.rank == comm.size - 1)}, StreamShapes(lambda m: ((4,),)))
 """
 
 

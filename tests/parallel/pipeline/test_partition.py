@@ -7,13 +7,17 @@ import pytest
 
 from mpillm.comm.mesh import host_order
 from mpillm.errors import LayoutError
-from mpillm.models.config import DecoderConfig
+from mpillm.models.decoder import DecoderConfig
 from mpillm.parallel.axis_sizes import legal_layouts, mesh_sizes
-from mpillm.parallel.pipeline.partition import even_counts, head_flops, layer_flops, share_layers
+from mpillm.parallel.pipeline.partition import even_counts, partition_blocks
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import make_mesh, traffic_bytes
 
 CONFIG = DecoderConfig(layers=12, width=64, heads=4, context=32, vocab_size=5000)
+
+
+def model(layers):
+    return CONFIG.replace(layers=layers)
 
 
 def dearest(costs, counts):
@@ -34,12 +38,12 @@ def test_no_other_cut_is_cheaper(stages, behind):
 
 
 def test_the_head_takes_the_place_of_layers():
-    parts = share_layers(CONFIG, 4)
+    parts = partition_blocks(CONFIG, 4)
     assert [part.first for part in parts] == [0, *(part.last for part in parts[:-1])]
     assert parts[-1].last == 12
     assert parts[-1].last - parts[-1].first < parts[0].last - parts[0].first
-    assert share_layers(CONFIG, 3, (2, 4, 6))[1].first == 2
-    whole = 12 * layer_flops(CONFIG) + head_flops(CONFIG)
+    assert partition_blocks(CONFIG, 3, (2, 4, 6))[1].first == 2
+    whole = sum(CONFIG.block_flops) + sum(CONFIG.end_flops)
     assert whole == pytest.approx(CONFIG.flops_per_token)
 
 
@@ -53,7 +57,7 @@ def test_the_head_takes_the_place_of_layers():
 )
 def test_shares_that_do_not_fit(stages, wanted, words):
     with pytest.raises(LayoutError, match=words):
-        share_layers(CONFIG, stages, wanted)
+        partition_blocks(CONFIG, stages, wanted)
 
 
 def test_ranks_dealt_out_in_turns_stand_by_their_hosts():
@@ -73,30 +77,33 @@ def test_the_busiest_axis_is_innermost(comm):
 
 
 def test_a_pipeline_that_does_not_divide_the_ranks():
-    assert mesh_sizes(ParallelSettings(pipeline=3), 6, 6, 12) == {"data": 2, "pipeline": 3}
+    assert mesh_sizes(ParallelSettings(pipeline=3), 6, model(6), 12) == {"data": 2, "pipeline": 3}
     with pytest.raises(
         LayoutError,
         match=r"pipeline = 4 must divide the ranks, and the job has 6.* start with 4 or 8",
     ):
-        mesh_sizes(ParallelSettings(pipeline=4), 6, 6, 12)
+        mesh_sizes(ParallelSettings(pipeline=4), 6, model(6), 12)
 
 
 def test_the_layouts_that_a_job_can_have():
-    assert mesh_sizes(ParallelSettings(data="auto"), 6, 6, 12) == {"data": 6, "pipeline": 1}
-    assert mesh_sizes(ParallelSettings(data=0, pipeline=2), 6, 6, 12) == {"data": 3, "pipeline": 2}
+    assert mesh_sizes(ParallelSettings(data="auto"), 6, model(6), 12) == {"data": 6, "pipeline": 1}
+    assert mesh_sizes(ParallelSettings(data=0, pipeline=2), 6, model(6), 12) == {
+        "data": 3,
+        "pipeline": 2,
+    }
     words = (
         "parallel.data = 4 × parallel.pipeline = 1 needs 4 ranks, and the job has 2; take data=2 × pipeline=1 or "
         'data=1 × pipeline=2 (parallel.data = "auto" is whatever the pipeline leaves), or start with 4'
     )
     with pytest.raises(LayoutError, match=re.escape(words)):
-        mesh_sizes(ParallelSettings(data=4), 2, 6, 12)
+        mesh_sizes(ParallelSettings(data=4), 2, model(6), 12)
     with pytest.raises(
         LayoutError, match="a global batch of 9 sequences cannot be shared by 2 ranks; take data=1"
     ):
-        mesh_sizes(ParallelSettings(), 2, 2, 9)
+        mesh_sizes(ParallelSettings(), 2, model(2), 9)
     # A layer a rank at least, and a batch that the data axis divides.
-    assert legal_layouts(8, 3, 12) == [{"data": 4, "pipeline": 2}]
+    assert legal_layouts(8, model(3), 12) == [{"data": 4, "pipeline": 2}]
     with pytest.raises(
         LayoutError, match="no layout of 5 ranks shares a batch of 12 sequences and 3 layers: take"
     ):
-        mesh_sizes(ParallelSettings(data=4), 5, 3, 12)
+        mesh_sizes(ParallelSettings(data=4), 5, model(3), 12)

@@ -6,7 +6,6 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.pipeline.actions import Action
 from mpillm.parallel.pipeline.catalog import NAMES, forward_only, make_schedule
 from mpillm.parallel.pipeline.check import ascending, check, programs, run_blocking
 from mpillm.parallel.pipeline.schedule_csv import write_schedule
@@ -182,18 +181,3 @@ def test_what_cannot_be_had(arguments, words):
 def test_no_forwards_of_nothing():
     with pytest.raises(LayoutError, match="at least 1 microbatch, not 0"):
         forward_only(make_schedule("1f1b", 2, 2), 0)
-
-
-def test_what_an_action_needs_and_where_it_goes():
-    schedule = make_schedule("zb-v", 2, 4)  # stages 0 and 3 on rank 0, 1 and 2 on rank 1
-    assert schedule.needs(Action(0, "F", 1)) is None
-    assert schedule.needs(Action(2, "F", 1)) == Action(1, "F", 1)
-    assert schedule.needs(Action(3, "I", 1)) == Action(3, "F", 1)
-    assert schedule.needs(Action(1, "I", 1)) == Action(2, "I", 1)
-    assert schedule.needs(Action(1, "W", 1)) == Action(1, "I", 1)
-    assert make_schedule("1f1b", 2, 4).needs(Action(0, "B", 1)) == Action(1, "B", 1)
-    targets = [
-        schedule.target(Action(stage, kind, 0)) for kind in ("F", "I", "W") for stage in range(4)
-    ]
-    assert targets == [1, None, 0, None, None, 0, None, 1, None, None, None, None]
-    assert schedule.chunk_of == (0, 0, 1, 1)

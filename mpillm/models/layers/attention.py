@@ -1,4 +1,4 @@
-"""The parts of a Transformer layer.
+"""Causal self-attention with rotary positions, grouped heads and a key/value cache.
 
 Shapes: B sequences, T positions, S positions attended to, C width, H heads, K heads of keys and values,
 D width of a head.
@@ -8,17 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mpillm.models.config import DecoderConfig
-
-
-def make_norm(config: DecoderConfig) -> nn.Module:
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.width, eps=config.norm_epsilon)
-    return nn.LayerNorm(config.width, eps=config.norm_epsilon)
+from mpillm.models.decoder import DecoderConfig
 
 
 class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021): each pair of features turns by an angle that grows with the position."""
+    """Rotary positions (Su et al. 2021): each pair of features turns by an angle that grows with the
+    position.
+    """
 
     cos_TD: Tensor
     sin_TD: Tensor
@@ -26,7 +22,7 @@ class Rotary(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         half = config.head_width // 2
-        # The same bits on every device.
+        # Computed in float64 on the CPU: the same bits on every device.
         cpu, device = torch.device("cpu"), torch.get_default_device()
         frequencies = config.rope_theta ** (
             -torch.arange(half, dtype=torch.float64, device=cpu) / half
@@ -39,7 +35,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin_TD", angles_TD.sin().float().to(device), persistent=False)
 
     def forward(self, x_BHTD: Tensor, first: int) -> Tensor:
-        """Turn x, whose first position is `first`."""
+        """Rotate `x_BHTD`, whose first position is `first`."""
         last = first + x_BHTD.shape[-2]
         cos_TD, sin_TD = (
             self.cos_TD[first:last].to(x_BHTD.dtype),
@@ -68,7 +64,7 @@ class LayerCache:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention (Ainslie et al. 2023) through torch's scaled_dot_product_attention."""
+    """Causal grouped-query attention (Ainslie et al. 2023) by torch's scaled_dot_product_attention."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -91,7 +87,7 @@ class Attention(nn.Module):
         cache: LayerCache | None,
         first: int,
     ) -> Tensor:
-        """`mask_TS` (True: may attend) replaces the causal mask where it is given."""
+        """Attend; a `mask_TS` (True: may attend) replaces the causal mask."""
         batch, length, width = x_BTC.shape
         q_BHTD = self.query(x_BTC).view(batch, length, self.heads, self.head_width).transpose(1, 2)
         k_BKTD = self.key(x_BTC).view(batch, length, self.kv_heads, self.head_width).transpose(1, 2)
@@ -111,49 +107,4 @@ class Attention(nn.Module):
             enable_gqa=self.heads != self.kv_heads,
         )
         y_BTC: Tensor = self.output(a_BHTD.transpose(1, 2).reshape(batch, length, width))
-        return y_BTC
-
-
-class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020) or GELU."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.gate = (
-            nn.Linear(config.width, config.hidden_width, bias=config.bias)
-            if config.activation == "swiglu"
-            else None
-        )
-        self.up = nn.Linear(config.width, config.hidden_width, bias=config.bias)
-        self.down = nn.Linear(config.hidden_width, config.width, bias=config.bias)
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        if self.gate is None:
-            inside = F.gelu(self.up(x_BTC), approximate="tanh")
-        else:
-            inside = F.silu(self.gate(x_BTC)) * self.up(x_BTC)
-        y_BTC: Tensor = self.down(inside)
-        return y_BTC
-
-
-class Layer(nn.Module):
-    """Pre-norm: each part reads the normed stream and adds to it."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.attention_norm = make_norm(config)
-        self.attention = Attention(config)
-        self.forward_norm = make_norm(config)
-        self.feed_forward = FeedForward(config)
-
-    def forward(
-        self,
-        x_BTC: Tensor,
-        rotary: Rotary | None,
-        mask_TS: Tensor | None,
-        cache: LayerCache | None,
-        first: int,
-    ) -> Tensor:
-        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), rotary, mask_TS, cache, first)
-        y_BTC: Tensor = x_BTC + self.feed_forward(self.forward_norm(x_BTC))
         return y_BTC

@@ -1,0 +1,1 @@
+"""The layer library: the torch modules that architectures are made of."""

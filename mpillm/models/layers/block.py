@@ -1,0 +1,61 @@
+"""A Transformer block: norms, feed-forward, and the block that joins them with attention.
+
+Shapes: B sequences, T positions, C width.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mpillm.models.decoder import DecoderConfig
+from mpillm.models.layers.attention import Attention, LayerCache, Rotary
+
+
+def make_norm(config: DecoderConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.width, eps=config.norm_epsilon)
+    return nn.LayerNorm(config.width, eps=config.norm_epsilon)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020) or GELU."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate = (
+            nn.Linear(config.width, config.hidden_width, bias=config.bias)
+            if config.activation == "swiglu"
+            else None
+        )
+        self.up = nn.Linear(config.width, config.hidden_width, bias=config.bias)
+        self.down = nn.Linear(config.hidden_width, config.width, bias=config.bias)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        if self.gate is None:
+            inside = F.gelu(self.up(x_BTC), approximate="tanh")
+        else:
+            inside = F.silu(self.gate(x_BTC)) * self.up(x_BTC)
+        y_BTC: Tensor = self.down(inside)
+        return y_BTC
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block: attention and feed-forward read the normed stream and add to it."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.forward_norm = make_norm(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        rotary: Rotary | None,
+        mask_TS: Tensor | None,
+        cache: LayerCache | None,
+        first: int,
+    ) -> Tensor:
+        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), rotary, mask_TS, cache, first)
+        y_BTC: Tensor = x_BTC + self.feed_forward(self.forward_norm(x_BTC))
+        return y_BTC

@@ -1,0 +1,118 @@
+"""A decoder on one device: token ids in, logits out; or a part of its blocks, which passes the stream on.
+
+Shapes: B sequences, T positions, C width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mpillm.models.decoder import DecoderConfig
+from mpillm.models.layers.attention import LayerCache, Rotary
+from mpillm.models.layers.block import Block, make_norm
+from mpillm.models.part_module import (
+    Fields,
+    GenerationCache,
+    PartModule,
+    PartOutput,
+    Streams,
+)
+from mpillm.models.spec import Part
+
+# Outputs that are added to the stream. Their initial values are narrower by √(2 · layers), so that the stream's variance
+# does not grow with the depth (GPT-2, Radford et al. 2019, section 2.3).
+RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
+
+
+class Cache(GenerationCache):
+    """Keys and values of all layers, and how many positions they hold."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.layers = [LayerCache(config, batch, device, dtype) for _ in range(config.layers)]
+        self.length = 0
+
+
+class Decoder(PartModule):
+    """A pre-norm Transformer decoder, or a part of it."""
+
+    def __init__(self, config: DecoderConfig, part: Part | None = None) -> None:
+        super().__init__(config, part)
+        self.config = config
+        learned = self.begins and config.positions == "learned"
+        self.embedding = nn.Embedding(config.vocab_size, config.width) if self.begins else None
+        self.position = nn.Embedding(config.context, config.width) if learned else None
+        self.rotary = Rotary(config) if config.positions == "rotary" else None
+        numbers = range(self.part.first, self.part.last)
+        self.layers = nn.ModuleDict({str(number): Block(config) for number in numbers})
+        self.norm = make_norm(config) if self.ends else None
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False) if self.ends else None
+        self.tie()
+
+    def deviation_of(self, name: str) -> float:
+        deviation = self.initial_deviation
+        if name.endswith(RESIDUAL_OUTPUTS):
+            deviation /= (2 * self.config.layers) ** 0.5
+        return deviation
+
+    def forward_part(self, fields: Fields, streams: Streams) -> PartOutput:
+        """Fields: `ids` (B, T) where the part begins the model; `documents` (B, T), which may be missing."""
+        pivot_BTC = streams[0] if self.embedding is None else self.embedding(fields["ids"])
+        return PartOutput((self._through(pivot_BTC, fields.get("documents"), None),), (pivot_BTC,))
+
+    def make_cache(self, batch: int) -> Cache:
+        return Cache(self.config, batch, next(self.parameters()).device)
+
+    def next_logits(self, ids_BT: Tensor, cache: GenerationCache) -> Tensor:
+        assert isinstance(cache, Cache)
+        logits_BTV: Tensor = self(ids_BT, cache=cache)
+        return logits_BTV
+
+    def forward(
+        self, given: Tensor, document_BT: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Return the logits (B, T, V) of the token that follows each position of `given`, the token ids (B, T).
+
+        A part that does not begin the model takes the stream (B, T, C) of the part before. A part that does not end the
+        model returns the stream. `document_BT` numbers the document of each position: with it, a position attends only
+        to its own document. With a `cache` the T positions are those after what it holds, and it grows by T.
+        Raises ValueError when the positions exceed the context.
+        """
+        x_BTC = given if self.embedding is None else self.embedding(given)
+        return self._through(x_BTC, document_BT, cache)
+
+    def _through(self, x_BTC: Tensor, document_BT: Tensor | None, cache: Cache | None) -> Tensor:
+        first = cache.length if cache else 0
+        length = x_BTC.shape[1]
+        if first + length > self.config.context:
+            raise ValueError(
+                f"{first + length} positions exceed the context of {self.config.context}"
+            )
+        if self.position is not None:
+            x_BTC = x_BTC + self.position.weight[first : first + length]
+        mask_TS = _mask(length, document_BT, first, x_BTC.device)
+        for number, block in self.layers.items():
+            layer_cache = cache.layers[int(number)] if cache else None
+            x_BTC = block(x_BTC, self.rotary, mask_TS, layer_cache, first)
+        if cache and self.ends:
+            cache.length += length
+        if self.norm is None or self.head is None:
+            return x_BTC
+        logits_BTV: Tensor = self.head(self.norm(x_BTC))
+        return logits_BTV
+
+
+def _mask(
+    length: int, document_BT: Tensor | None, first: int, device: torch.device
+) -> Tensor | None:
+    """Return a mask, true where a position may attend; None where the plain causal mask, or none, says the same."""
+    if document_BT is not None:
+        same_BTS = document_BT[:, :, None] == document_BT[:, None, :]
+        return same_BTS.tril()[:, None]
+    if first and length > 1:
+        return torch.ones(length, first + length, dtype=torch.bool, device=device).tril(first)
+    return None

@@ -1,0 +1,126 @@
+"""A part of a model as a torch module on one device, and its initial values.
+
+Modules know nothing of ranks. The names of weights are those of the whole model, whatever the part.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mpillm.errors import UsageError
+from mpillm.models.spec import ModelSpec, Part
+
+Fields = Mapping[str, Tensor]
+Streams = tuple[Tensor, ...]
+
+
+class PartOutput(NamedTuple):
+    """What a forward pass leaves."""
+
+    outputs: Streams
+    """The streams for the next part; of the part that ends the model, its outputs (such as logits)."""
+    pivots: Streams
+    """What the backward pass must reach first: the streams that came in, or the embeddings' outputs."""
+
+
+class GenerationCache:
+    """What a model keeps between the steps of generation; `length`: the positions that it holds."""
+
+    length: int = 0
+
+
+class PartModule(nn.Module):
+    """The whole model, or a part of it. An architecture derives its module from this class."""
+
+    initial_deviation: ClassVar[float] = 0.02
+    """GPT-2's: weights are drawn from a normal distribution of this deviation."""
+
+    def __init__(self, spec: ModelSpec, part: Part | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.part = part or spec.whole
+        self.begins, self.ends = spec.begins(self.part), spec.ends(self.part)
+
+    def forward_part(self, fields: Fields, streams: Streams) -> PartOutput:
+        """Compute this part on one microbatch. `streams` is empty where the part begins the model."""
+        raise NotImplementedError
+
+    def make_cache(self, batch: int) -> GenerationCache:
+        """Make an empty cache for `batch` sequences. Raises UsageError where the architecture does not generate."""
+        raise UsageError(
+            f"a model of the architecture {self.spec.architecture!r} does not continue text; "
+            "generate with a decoder"
+        )
+
+    def next_logits(self, ids_BT: Tensor, cache: GenerationCache) -> Tensor:
+        """Return the logits (B, T, V) of the positions after those in `cache`, which grows by T."""
+        raise NotImplementedError
+
+    def deviation_of(self, name: str) -> float:
+        """Return the standard deviation of the initial values of the weight `name`."""
+        return self.initial_deviation
+
+    def tie(self) -> None:
+        """Let tied weights of this part be one Parameter, where the part holds both."""
+        held = dict(self.named_parameters(remove_duplicate=False))
+        for follower, leader in self.spec.tied_weights.items():
+            if follower in held and leader in held:
+                self.set_weight(follower, held[leader])
+
+    def set_weight(self, name: str, weight: nn.Parameter) -> None:
+        module, _, attribute = name.rpartition(".")
+        setattr(self.get_submodule(module), attribute, weight)
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the weights by their names in the whole model; a tied weight bears the name that is saved."""
+        for name, weight in self.named_parameters():
+            yield self.spec.tied_weights.get(name, name), weight
+
+
+@torch.no_grad()
+def initialise(model: PartModule, seed: int) -> None:
+    """Set each weight as a pure function of (seed, name, shape): the same on any rank, device and layout."""
+    for name, weight in model.named_weights():
+        if name.endswith("bias"):
+            weight.zero_()
+        elif weight.dim() == 1:
+            weight.fill_(1.0)
+        else:
+            key = xxhash.xxh3_64_intdigest(name.encode(), seed=seed) >> 1
+            generator = torch.Generator().manual_seed(key)
+            # Drawn on the CPU: a GPU's generator gives other numbers.
+            values = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+            values.normal_(0.0, model.deviation_of(name), generator=generator)
+            weight.copy_(values)
+
+
+class WithoutValues(TorchFunctionMode):
+    """Make modules with memory and without initial values: `initialise` or a checkpoint sets them all once.
+
+    The meta device would give them no memory, and loads torch's compiler, which takes as long as torch itself.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+def create(
+    spec: ModelSpec, seed: int, device: torch.device | None = None, part: Part | None = None
+) -> PartModule:
+    """Build and initialise the model, or the `part` of it, on `device` (None: the CPU)."""
+    with device or torch.device("cpu"), WithoutValues():
+        model = spec.build(part)
+    initialise(model, seed)
+    return model

@@ -1,0 +1,125 @@
+"""What the rest of the house knows of an architecture: the seam through which every model comes in.
+
+An architecture is one file: a frozen settings dataclass that derives from `ModelSpec`. Its fields are the keys of the
+recipe's section [model]. Its properties give the numbers that a layout or a plan needs. Neither needs torch: only `build`
+imports it. No room but `models` names an architecture.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mpillm.models.part_module import PartModule
+
+
+@dataclass(frozen=True)
+class Part:
+    """Blocks `first` to `last` − 1 of a model: what one stage of a pipeline holds.
+
+    The part that holds block 0 begins the model (embeddings), the one that holds the last block ends it (head).
+    """
+
+    first: int
+    last: int
+
+    @property
+    def count(self) -> int:
+        return self.last - self.first
+
+
+class ModelSpec(ABC):
+    """The settings of an architecture and what follows from them.
+
+    FLOPs are floating-point operations of the forward and the backward pass. Widths are in features, lengths in tokens.
+    """
+
+    architecture: str
+    """The architecture's name in the catalogue, or `package.module:Name` of a plug-in."""
+    context: int
+    """The longest sequence, in tokens."""
+    vocab_size: int
+    """0 in a recipe: taken from the data."""
+
+    shared_inputs: ClassVar[tuple[str, ...]] = ()
+    """Fields of a batch that every part reads; other fields are read where the model begins or ends."""
+
+    @classmethod
+    def shapes(cls) -> "Mapping[str, ModelSpec]":
+        """Return the settings of well-known sizes by name, for a recipe's `model.shape`."""
+        return {}
+
+    @abstractmethod
+    def build(self, part: Part | None = None) -> "PartModule":
+        """Return the module of `part` (None: the whole model) without initial values; imports torch."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> int:
+        """How many blocks there are: a pipeline may cut the model between any two."""
+
+    @property
+    @abstractmethod
+    def stream_widths(self) -> tuple[int, ...]:
+        """The widths of the tensors (B, T, width) that pass from one part to the next, in order."""
+
+    @property
+    @abstractmethod
+    def block_flops(self) -> tuple[float, ...]:
+        """FLOPs of each block for one token."""
+
+    @property
+    @abstractmethod
+    def end_flops(self) -> tuple[float, float]:
+        """FLOPs for one token ahead of the first block (embeddings) and after the last (head)."""
+
+    @abstractmethod
+    def parameters_of(self, part: Part) -> int:
+        """Count the trainable numbers of `part`; a tied weight counts in each part that holds it."""
+
+    @abstractmethod
+    def activation_bytes(self, part: Part, rows: int, element_bytes: int = 4) -> int:
+        """Estimate the bytes that the forward pass of `rows` sequences keeps for the backward pass of `part`."""
+
+    @abstractmethod
+    def output_bytes(self, rows: int) -> int:
+        """Estimate the bytes of the model's outputs for `rows` sequences, with their gradients."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return the settings that people compare, in one line."""
+
+    @property
+    def whole(self) -> Part:
+        return Part(0, self.blocks)
+
+    @property
+    def parameters(self) -> int:
+        """How many trainable numbers the whole model has, a tied weight counted once."""
+        return self.parameters_of(self.whole)
+
+    @property
+    def flops_per_token(self) -> float:
+        return sum(self.block_flops) + sum(self.end_flops)
+
+    @property
+    def tied_weights(self) -> "Mapping[str, str]":
+        """Weights that share another's values: the name of the one → the name of the other, which is saved."""
+        return {}
+
+    @property
+    def cut_dims(self) -> "Mapping[str, int]":
+        """The end of a weight's name → the dim along which tensor parallelism may cut it; others are replicated."""
+        return {}
+
+    def begins(self, part: Part) -> bool:
+        return part.first == 0
+
+    def ends(self, part: Part) -> bool:
+        return part.last == self.blocks
+
+    def replace(self, **changes: Any) -> Self:
+        """Return these settings with `changes`; checks them again."""
+        return replace(self, **changes)  # type: ignore[type-var]

@@ -1,0 +1,34 @@
+"""The data axis: every rank holds the same weights and a share of the batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from mpillm.models.spec import ModelSpec
+from mpillm.parallel.parallel_axis import ParallelAxis, RankTimes
+
+# Gradients travel in float32.
+GRADIENT_BYTES = 4
+
+
+class DataAxis(ParallelAxis):
+    name: ClassVar[str] = "data"
+
+    def shares(self, model: ModelSpec, batch: int) -> str:
+        return f"a batch of {batch} sequences"
+
+    def fault(self, size: int, model: ModelSpec, batch: int) -> str:
+        if batch % size == 0:
+            return ""
+        return f"a global batch of {batch} sequences cannot be shared by {size} ranks"
+
+    def traffic_bytes(
+        self, sizes: Mapping[str, int], model: ModelSpec, batch: int, chunks: int
+    ) -> float:
+        # A ring all-reduce sends each gradient about twice (Patarasuk & Yuan 2009).
+        data = sizes[self.name]
+        gradients = GRADIENT_BYTES * model.parameters / sizes.get("pipeline", 1)
+        return 2 * gradients * (data - 1) / data
+
+    def wait_seconds(self, times: RankTimes, groups: Sequence[Sequence[int]]) -> float:
+        # An axis of one rank reduces nothing: what its clock shows there is no wait.
+        return float(times.reducing.mean()) if len(groups[0]) > 1 else 0.0

@@ -1,0 +1,66 @@
+"""How the gradients of one step come together: the seam through which every way to share optimizer work comes in.
+
+Replicated buckets are one file (replicated.py); each ZeRO stage is another.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+
+from torch import Tensor, nn
+
+
+class GradientSync(ABC):
+    """The gradients of a rank's parts of the model. Every rank of the data axis makes one, with the same parameters.
+
+    A step: `begin`; backward passes, with `last_microbatch` ahead of a part's last one and `microbatch_ended` after
+    each; `finish`. Autograd hooks call `ready`.
+    """
+
+    fixed_order: bool
+    """Whether sums are taken in the one tree over all microbatches of all ranks."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Forget the gradients of the step before, ahead of the first backward pass."""
+
+    @abstractmethod
+    def last_microbatch(self, part: int | None = None) -> None:
+        """Announce the last backward pass of `part` (None: of all): from now on complete gradients may start."""
+
+    @abstractmethod
+    def ready(self, parameter: nn.Parameter) -> None:
+        """Take a gradient of one microbatch, which autograd has just added to `parameter.grad`."""
+
+    @abstractmethod
+    def microbatch_ended(self, part: int) -> None:
+        """Note that one microbatch's gradients of `part` are complete."""
+
+    def optimizer_weights(self, weights: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
+        """Return, by name, what the optimizer steps on once `finish` has filled its `grad`: `weights`, or shards."""
+        return weights
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Sum over the data axis, and fill `grad` of the optimizer's weights. Every rank of the axis calls it."""
+
+    @abstractmethod
+    def counted_gradients(
+        self, replica: tuple[int, int], excluded: Collection[nn.Parameter] = ()
+    ) -> list[Tensor]:
+        """Return the pieces of gradients whose squares this rank adds to the norm.
+
+        Over the `replica[1]` ranks that hold the same weights, of which this rank is number `replica[0]`, each element
+        is in one piece of one rank. `excluded`: parameters that count elsewhere.
+        """
+
+    @abstractmethod
+    def scale_(self, factor: float) -> None:
+        """Multiply all gradients by `factor`."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return how gradients are summed, for the plan that is printed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free gradients, shared memory and communicators. Every rank of the axis calls it, last."""

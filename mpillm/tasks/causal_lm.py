@@ -1,0 +1,39 @@
+"""Causal language modelling: each position predicts the next token."""
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mpillm.tasks.task import Fields, RawArrays, Task
+
+
+class CausalLM(Task):
+    """Fields: `ids` (B, T), `targets` (B, T), one position later; `documents` (B, T) for a document mask."""
+
+    name: ClassVar[str] = "causal-lm"
+    field_names: ClassVar[tuple[str, ...]] = ("ids", "targets")
+
+    def fields(self, raw: RawArrays) -> dict[str, Tensor]:
+        tokens_BT = torch.from_numpy(raw["tokens"].astype(np.int64, copy=False))
+        fields = {"ids": tokens_BT[:, :-1], "targets": tokens_BT[:, 1:]}
+        if "documents" in raw:
+            fields["documents"] = torch.from_numpy(raw["documents"])[:, :-1]
+        return fields
+
+    def loss_sum(self, outputs: tuple[Tensor, ...], fields: Fields) -> Tensor:
+        (logits_BTV,) = outputs
+        return cross_entropy_sum(logits_BTV, fields["targets"])
+
+    def weight(self, fields: Fields) -> float:
+        return float(fields["targets"].numel())
+
+    def fixed_weight(self, rows: int, context: int) -> float:
+        return float(rows * context)
+
+
+def cross_entropy_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Sum the cross-entropy over all positions, in nats (float32)."""
+    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")

@@ -1,0 +1,1 @@
+"""Metrics of an evaluation, NumPy only. One metric is one file."""

@@ -1,0 +1,41 @@
+"""Metrics of the likelihood alone: mean loss, perplexity, bits per byte."""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+from mpillm.tasks.metrics.metric import Metric, Totals
+
+# exp(700) is about 1e304: beyond, a float64 overflows.
+LARGEST_EXPONENT = 700.0
+
+
+class Loss(Metric):
+    """The mean loss of a target, in nats."""
+
+    name: ClassVar[str] = "loss"
+    title: ClassVar[str] = "loss (nats a token)"
+
+    def value(self, sums: Sequence[float], totals: Totals) -> float:
+        return totals.loss
+
+
+class Perplexity(Metric):
+    """exp of the mean loss."""
+
+    name: ClassVar[str] = "perplexity"
+    title: ClassVar[str] = "perplexity"
+    digits: ClassVar[int] = 2
+
+    def value(self, sums: Sequence[float], totals: Totals) -> float:
+        return math.exp(min(totals.loss, LARGEST_EXPONENT))
+
+
+class BitsPerByte(Metric):
+    """The nats of all targets (ends of documents too), in bits, over the bytes of the text: free of the tokenizer."""
+
+    name: ClassVar[str] = "bits-per-byte"
+    title: ClassVar[str] = "bits per byte"
+
+    def value(self, sums: Sequence[float], totals: Totals) -> float:
+        return totals.loss * totals.weight / math.log(2) / max(1, totals.text_bytes)

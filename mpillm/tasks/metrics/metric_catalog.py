@@ -1,0 +1,20 @@
+"""The metrics by name; a user's own is named as `package.module:Name`."""
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from mpillm.system.plugins import load_plugin
+from mpillm.tasks.metrics.metric import Metric
+
+METRICS: Mapping[str, str] = MappingProxyType(
+    {
+        "loss": "mpillm.tasks.metrics.likelihood:Loss",
+        "perplexity": "mpillm.tasks.metrics.likelihood:Perplexity",
+        "bits-per-byte": "mpillm.tasks.metrics.likelihood:BitsPerByte",
+    }
+)
+
+
+def make_metrics(names: Iterable[str]) -> list[Metric]:
+    """Make the metrics called `names`, in order. Raises UsageError for a name that is not known."""
+    return [load_plugin(name, METRICS, "metric")() for name in names]

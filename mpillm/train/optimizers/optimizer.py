@@ -1,0 +1,68 @@
+"""What an optimizer is: its settings, how it is built, and its state by name. One optimizer is one file.
+
+The settings class is the recipe's section [optimizer]; its module needs no torch until `build`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+Share = Annotated[float, Ge(0), Le(1)]
+
+
+@dataclass(frozen=True)
+class OptimizerSettings(ABC):
+    """What every optimizer has: a learning rate over the steps, and clipping."""
+
+    slots: ClassVar[tuple[str, ...]] = ()
+    """Its state tensors, each of its weight's shape: their keys in torch's state, and their names in a checkpoint."""
+    state_bytes_per_parameter: ClassVar[int] = 0
+
+    name: str = ""
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
+    schedule: Literal["cosine", "linear", "constant-then-decay"] = "cosine"
+    warmup_steps: Annotated[int, Ge(0)] = 100
+    decay_share: Share = 0.2
+    """constant-then-decay: the share of all steps, at the end, over which the rate falls."""
+    final_share: Share = 0.1
+    """The rate at the last step, as a share of `learning_rate`."""
+    clip: Annotated[float, Ge(0)] = 1.0
+    """The largest global norm of the gradients; 0: no clipping."""
+
+    @abstractmethod
+    def build(self, weights: Iterable["nn.Parameter"]) -> "Optimizer":
+        """Make the optimizer over `weights`, its state allocated; imports torch."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return the settings that people compare, in one line."""
+
+
+def set_rate(optimizer: "Optimizer", rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def set_steps(optimizer: "Optimizer", steps: int) -> None:
+    """Set the number of steps taken, by which Adam and its kind correct their averages."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(steps)
+
+
+def state_tensors(
+    weights: Mapping[str, "nn.Parameter"], optimizer: "Optimizer", slots: Iterable[str]
+) -> dict[tuple[str, str], "Tensor"]:
+    """Return (slot, weight's name) → the state tensor of that weight."""
+    return {
+        (slot, name): optimizer.state[weight][slot]
+        for slot in slots
+        for name, weight in weights.items()
+    }
