@@ -1,7 +1,7 @@
 """The suite is true at 1, 2, 3 and 4 ranks: `pytest`, then `mpirun -n N pytest`.
 
-Tests take the communicator as the fixture `comm` and a folder that all ranks share as `folder`. A test that starts
-processes of its own (the command line, mpirun) is marked `alone` and runs in the serial pass only.
+Tests take the communicator as the fixture `comm` and a folder that all ranks share as `folder`: under mpirun only those
+run. Tests that start processes of their own (the command line, mpirun) use the fixture `processes` and run serially.
 """
 
 import os
@@ -54,12 +54,41 @@ def pytest_configure(config: pytest.Config) -> None:
         reporter._tw._file = Path(os.devnull).open("w")  # noqa: SIM115
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Select by fixtures: under mpirun the tests that use the communicator, in the fast tier those that start nothing.
+
+    A test that starts processes of its own uses the fixture `processes`, mostly by another one (`python`, `mpillm`). It
+    runs in the serial pass only, and never in the fast tier.
+    """
+    left_out = []
     for item in items:
-        if WORLD.size > 1 and item.get_closest_marker("alone"):
-            item.add_marker(
-                pytest.mark.skip(reason="starts processes of its own: serial pass only")
-            )
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "processes" not in fixtures and not item.get_closest_marker("slow"):
+            item.add_marker("fast")
+        if WORLD.size > 1 and ("comm" not in fixtures or "processes" in fixtures):
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+SLOWEST, SLOW_SECONDS = 30, 30.0
+seconds_of: dict[str, float] = {}
+reason_of: dict[str, str] = {}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the slowest tests; one over 30 s should have a reason, as `@pytest.mark.slow("why")`."""
+    slowest = sorted(seconds_of.items(), key=lambda test: -test[1])[:SLOWEST]
+    if len(seconds_of) < SLOWEST:
+        return
+    terminalreporter.section(f"the {SLOWEST} slowest tests, set-up included")
+    for name, seconds in slowest:
+        missing = "no reason given: shorten it, or mark it slow" if seconds > SLOW_SECONDS else ""
+        terminalreporter.write_line(
+            f"{seconds:7.1f} s  {name}  {reason_of.get(name, missing)}".rstrip()
+        )
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -67,6 +96,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Under mpirun a failing rank ends the job with its report; else the others would wait for it in a message."""
     outcome = yield
     report = outcome.get_result()
+    seconds_of[item.nodeid] = seconds_of.get(item.nodeid, 0.0) + report.duration
+    slow = item.get_closest_marker("slow")
+    if slow and slow.args:
+        reason_of[item.nodeid] = str(slow.args[0])
     if report.failed and WORLD.size > 1:
         item.config.pluginmanager.getplugin("capturemanager").suspend_global_capture(in_=True)
         print(
@@ -75,6 +108,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         )
         sys.stderr.flush()
         WORLD.Abort(1)
+
+
+@pytest.fixture(scope="session")
+def processes() -> None:
+    """Say that the test starts processes of its own."""
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +184,7 @@ def python_command(
 
 
 @pytest.fixture
-def begin() -> Iterator[Begin]:
+def begin(processes: None) -> Iterator[Begin]:
     """Begin `mpillm ARGUMENTS…` on `ranks` processes, and hand the process over; it is killed at the test's end."""
     begun: list[subprocess.Popen[str]] = []
 
@@ -173,7 +211,7 @@ def begin() -> Iterator[Begin]:
 
 
 @pytest.fixture(scope="session")
-def python() -> Run:
+def python(processes: None) -> Run:
     """Run `python ARGUMENTS…` on `ranks` processes (under mpirun when more than one) and return what came of it.
 
     `before`: a command that starts the one that is made.

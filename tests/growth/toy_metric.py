@@ -1,0 +1,18 @@
+"""A toy metric that needs the outputs: the share of counted targets that the likeliest token hits."""
+
+from typing import ClassVar
+
+from mpillm.tasks.metrics.metric import Metric
+
+
+class Accuracy(Metric):
+    name: ClassVar[str] = "accuracy"
+    title: ClassVar[str] = "accuracy"
+
+    def of_batch(self, outputs, fields):
+        (logits_BTV,) = outputs
+        hits_BT = logits_BTV.argmax(-1) == fields["targets"]
+        return [float((hits_BT & fields["counts"]).sum())]
+
+    def value(self, sums, totals) -> float:
+        return sums[0] / totals.weight

@@ -1,0 +1,121 @@
+"""The house grows at its seams: each kind of plug-in is one file of tests/growth, and nothing else changes.
+
+A recipe or an option names it as `growth.module:Name`.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mpi4py import MPI
+
+from mpillm.infer.evaluate import WholeModel, evaluate
+from mpillm.infer.loading import load
+from mpillm.system.console import Console
+from mpillm.tokens.prepare import PrepareOptions, prepare
+from mpillm.tokens.reader import open_split
+from mpillm.train.recipe import Recipe, parse_recipe
+from mpillm.train.setup import train
+
+HERE = Path(__file__).parent
+QUIET = Console(speaks=False)
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the plug-ins importable, as PYTHONPATH does for a user's own package."""
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+@pytest.fixture
+def data(folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
+    out = folder / "data"
+    prepare(PrepareOptions((str(documents),), out, tokenizer="bytes", validation=0.1), comm, QUIET)
+    return out
+
+
+def recipe(data: Path, run: Path, **parallel: object) -> Recipe:
+    table = {
+        "model": {"architecture": "growth.toy_architecture:TwoStreams"},
+        "task": {"name": "growth.toy_task:EvenTargets"},
+        "optimizer": {
+            "name": "growth.toy_optimizer:MomentumSettings",
+            "learning_rate": 0.05,
+            "warmup_steps": 2,
+            # A rate that doesn't depend on the number of steps, so that a resumed run can be compared.
+            "schedule": "constant-then-decay",
+            "decay_share": 0.0,
+        },
+        "data": {"path": str(data)},
+        "train": {"run": str(run), "steps": STEPS, "batch": 12, "microbatch": 1, "save_every": 3},
+        "parallel": parallel,
+    }
+    return parse_recipe(table, "toy")
+
+
+def losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def trained_alone(data: Path, folder: Path, comm: MPI.Intracomm) -> list[float]:
+    """One process that sees the whole batch: the reference."""
+    if comm.rank == 0:
+        train(recipe(data, folder / "alone"), MPI.COMM_SELF, QUIET)
+    comm.Barrier()
+    return losses(folder / "alone")
+
+
+def test_a_toy_model_task_and_optimizer_train_at_any_number_of_ranks(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
+    expected = trained_alone(data, folder, comm)
+    assert len(expected) == STEPS
+    assert expected[-1] < expected[0]
+    train(recipe(data, folder / "data-parallel"), comm, QUIET)
+    assert losses(folder / "data-parallel") == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "growth.toy_schedule:Hurried"])
+def test_a_toy_model_of_two_streams_trains_in_a_pipeline_of_two(
+    data: Path, folder: Path, comm: MPI.Intracomm, schedule: str
+) -> None:
+    if comm.size % 2:
+        pytest.skip("needs an even number of ranks")
+    expected = trained_alone(data, folder, comm)
+    run = folder / "pipeline"
+    train(recipe(data, run, pipeline=2, schedule=schedule), comm, QUIET)
+    assert losses(run) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_toy_metric_is_the_same_at_any_number_of_ranks(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
+    train(recipe(data, folder / "run"), comm, QUIET)
+    loaded = load(folder / "run", comm, QUIET)
+    with open_split(data, "validation") as reader:
+        together = evaluate(WholeModel(loaded.model, loaded.task, comm), reader, comm, QUIET)
+        alone = evaluate(
+            WholeModel(loaded.model, loaded.task, MPI.COMM_SELF), reader, MPI.COMM_SELF, QUIET
+        )
+    assert together == alone
+    assert list(together.values) == ["loss", "accuracy"]
+    assert 0 <= together.values["accuracy"] <= 1
+
+
+def test_a_toy_run_resumes_with_its_optimizers_state(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
+    train(recipe(data, folder / "whole"), comm, QUIET)
+    rest = recipe(data, folder / "part")
+    train(replace(rest, train=replace(rest.train, steps=STEPS // 2)), comm, QUIET)
+    train(rest, comm, QUIET, resume=True)
+    assert losses(folder / "part") == losses(folder / "whole")
+
+
+def test_the_plugins_are_named_in_one_file_each() -> None:
+    assert sys.path[0] == str(HERE)
+    assert len(list((HERE / "growth").glob("toy_*.py"))) >= 4
