@@ -103,7 +103,7 @@ def test_a_pipeline_s_checkpoint_serves_one_rank(
     train(recipe(data, run, train={"steps": 5}, parallel={"pipeline": comm.size}), comm, QUIET)
     loaded = load(run, comm, QUIET)
     with open_split(data, "validation") as reader:
-        score = evaluate(WholeModel(loaded.model, comm), reader, comm, QUIET)
+        score = evaluate(WholeModel(loaded.model, loaded.task, comm), reader, comm, QUIET)
     assert [[score.loss]] == metrics(run, "validation_loss")
     text = "".join(generate(loaded.model, loaded.tokenizer, "tion", Sampling(max_tokens=20)))
     assert comm.allgather(text) == [text] * comm.size
