@@ -1,4 +1,4 @@
-"""One order in which all ranks' actions can be done, or the circle that shows why there is none."""
+"""Find an order in which all ranks' actions can run, or the cycle that shows why there is none."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from mpillm.parallel.pipeline.actions import Action, PipelineSchedule
 
 
 @dataclass(frozen=True)
-class Wait:
-    """`rank` stands before `action` until `holder` has done `needed`."""
+class BlockedRank:
+    """`rank` cannot do `action` before `holder` has done `needed`."""
 
     rank: int
     action: Action
@@ -18,14 +18,16 @@ class Wait:
 
 
 def execution_order(schedule: PipelineSchedule) -> list[tuple[int, Action]]:
-    """(rank, action) of all actions, each behind those before it in its row and behind the one that it needs.
+    """List (rank, action) of all actions: a topological order of rows and of what actions need.
 
-    Raises LayoutError with the circle, when the ranks would wait for one another for ever.
+    Raises LayoutError with the cycle when the ranks deadlock.
     """
     heads = [0] * schedule.ranks
     order: list[tuple[int, Action]] = []
     done: set[Action] = set()
-    waiting: dict[Action, list[int]] = {}
+    # Blocked ranks by the action that they need, so that each action is examined twice or less: the
+    # time is linear in the number of actions.
+    blocked: dict[Action, list[int]] = {}
     runnable = deque(range(schedule.ranks))
     while runnable:
         rank = runnable.popleft()
@@ -34,21 +36,23 @@ def execution_order(schedule: PipelineSchedule) -> list[tuple[int, Action]]:
             action = row[heads[rank]]
             needed = schedule.needs(action)
             if needed is not None and needed not in done:
-                waiting.setdefault(needed, []).append(rank)
+                blocked.setdefault(needed, []).append(rank)
                 break
             done.add(action)
             order.append((rank, action))
             heads[rank] += 1
-            runnable.extend(waiting.pop(action, ()))
-    if waiting:
-        raise LayoutError(
-            f"{schedule.name}: a deadlock: {circle(waits(schedule, heads))}; move one of them in its row"
-        )
+            runnable.extend(blocked.pop(action, ()))
+    if blocked:
+        cycle = describe_cycle(blocked_ranks(schedule, heads))
+        raise LayoutError(f"{schedule.name}: a deadlock: {cycle}; move one of them in its row")
     return order
 
 
-def waits(schedule: PipelineSchedule, heads: list[int]) -> dict[int, Wait]:
-    """Rank → what it waits for, of each rank that is stuck at `heads[rank]` of its row."""
+def blocked_ranks(schedule: PipelineSchedule, heads: list[int]) -> dict[int, BlockedRank]:
+    """Map each rank that is blocked at `heads[rank]` of its row to what it waits for.
+
+    Raises LayoutError where a needed action is in no row.
+    """
     found = {}
     for rank, row in enumerate(schedule.rows):
         if heads[rank] < len(row):
@@ -59,28 +63,29 @@ def waits(schedule: PipelineSchedule, heads: list[int]) -> dict[int, Wait]:
                 raise LayoutError(
                     f"{schedule.name}: {action} on rank {rank} needs {needed}; give that to a rank"
                 )
-            found[rank] = Wait(rank, action, needed, schedule.places[needed][0])
+            found[rank] = BlockedRank(rank, action, needed, schedule.places[needed][0])
     return found
 
 
-def circle(stuck: dict[int, Wait]) -> str:
-    """A circle of waiting ranks in words. There is one, since each waits for a rank that waits too."""
-    chain = [next(iter(stuck.values()))]
-    while (following := stuck[chain[-1].holder]) not in chain:
+def describe_cycle(blocked: dict[int, BlockedRank]) -> str:
+    """Describe a cycle of blocked ranks. There is one: each waits for a rank that waits too."""
+    chain = [next(iter(blocked.values()))]
+    while (following := blocked[chain[-1].holder]) not in chain:
         chain.append(following)
-    # The smallest rank begins, so that the words do not depend on who was asked first.
+    # The start of the chain may be outside the cycle.
     chain = chain[chain.index(following) :]
+    # Begin with the smallest rank: the message is then the same for equal cycles.
     start = chain.index(min(chain, key=lambda wait: wait.rank))
     first, *others = chain[start:] + chain[:start]
-    text, needed = (
-        f"rank {first.rank} cannot do {first.action} before rank {first.holder} does {first.needed}",
+    text, previous = (
+        f"rank {first.rank} cannot do {first.action} "
+        f"before rank {first.holder} does {first.needed}",
         first,
     )
     for wait in others:
-        if needed.needed != wait.action:
-            text += f", which stands after {wait.action} there"
-        text += f", which needs {wait.needed}" + (
-            f" of rank {wait.holder}" if wait.holder != first.rank else ""
-        )
-        needed = wait
-    return f"{text}, which stands after {first.action} on rank {first.rank}"
+        if previous.needed != wait.action:
+            text += f", which comes after {wait.action} there"
+        text += f", which needs {wait.needed}"
+        text += f" of rank {wait.holder}" if wait.holder != first.rank else ""
+        previous = wait
+    return f"{text}, which comes after {first.action} on rank {first.rank}"

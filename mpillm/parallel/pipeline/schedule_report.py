@@ -13,8 +13,8 @@ from rich.text import Text
 
 from mpillm.errors import LayoutError, UsageError
 from mpillm.parallel.pipeline.actions import PipelineSchedule
-from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
 from mpillm.parallel.pipeline.gantt import gantt_picture, gantt_text
+from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
 from mpillm.parallel.pipeline.schedule_csv import write_schedule
 from mpillm.parallel.pipeline.simulate import Costs, Timeline, simulate
 from mpillm.system.atomic import write_text
@@ -26,7 +26,7 @@ ALL = "all"
 @dataclass(frozen=True)
 class ScheduleOptions:
     name: str
-    """One of NAMES, a .csv file, or all."""
+    """One of SCHEDULES, a .csv file, or all."""
     ranks: int = 0
     microbatches: int = 0
     chunks: int = 0
@@ -79,7 +79,7 @@ def print_schedule(options: ScheduleOptions, console: Console) -> None:
     Raises UsageError and LayoutError.
     """
     costs = ShareCosts.parse(options.costs)
-    if options.name in (ALL, *NAMES) and not (options.ranks and options.microbatches):
+    if options.name in (ALL, *SCHEDULES) and not (options.ranks and options.microbatches):
         raise UsageError(
             f"{options.name} needs --stages P and --microbatches M; only a .csv file has its own numbers"
         )
@@ -141,7 +141,7 @@ def _compare(options: ScheduleOptions, costs: ShareCosts, console: Console) -> N
             "a file holds one schedule: name one instead of all for --svg, --png or --csv"
         )
     found, left_out = [], {}
-    for name in NAMES:
+    for name in SCHEDULES:
         try:
             schedule = make_schedule(name, options.ranks, options.microbatches, options.chunks)
         except LayoutError as failure:

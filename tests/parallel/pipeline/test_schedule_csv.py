@@ -4,7 +4,7 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
+from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
 from mpillm.parallel.pipeline.schedule_csv import read_schedule, write_schedule
 
 
@@ -20,7 +20,7 @@ def written(folder):
     return write
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_there_and_back(written, name):
     schedule = make_schedule(name, 3, 7)
     found = read_schedule(written(write_schedule(schedule)))
@@ -65,7 +65,7 @@ def test_older_files_call_the_half_for_the_input_b(written):
         ),
         ("0F0,0F1\n1F0,1F1\n", "needs F, and B"),
         ("0F0,0B0,0I0,0W0\n", "and has F, B, I, W on rank 0"),
-        ("0F0,0B0,999999999F0\n", "stage 1 of 1000000000 lies on no rank"),
+        ("0F0,0B0,999999999F0\n", "stage 1 of 1000000000 is on no rank"),
         ("0F0,0B0,0F999999999\n", "microbatch 1, and has nothing on rank 0"),
         (b"\xff\xfe0F0", "cannot read the schedule .*; name a CSV file"),
     ],

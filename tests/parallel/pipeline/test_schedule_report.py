@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mpillm.errors import UsageError
-from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
+from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
 from mpillm.parallel.pipeline.schedule_report import ScheduleOptions, ShareCosts, print_schedule
 from mpillm.system.console import Console
 
@@ -78,7 +78,7 @@ def test_costs(mpillm):
 def test_all_beside_one_another(mpillm):
     done = mpillm("schedule", "all", *SIZE)
     assert done.returncode == 0, done.stderr
-    for name in NAMES:
+    for name in SCHEDULES:
         assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
     few = mpillm("schedule", "all", "--stages", "4", "--microbatches", "6")
     assert "left out: zb-v on 4 ranks needs at least 8 microbatches, not 6" in few.stdout

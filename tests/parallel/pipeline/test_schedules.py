@@ -1,29 +1,46 @@
 """Every schedule over a grid of sizes: whole, free of deadlock, with the bubble and the peak of the literature."""
 
+import hashlib
 from itertools import product
 
 import pytest
 from mpi4py import MPI
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.pipeline.catalog import NAMES, forward_only, make_schedule
-from mpillm.parallel.pipeline.check import ascending, check, programs, run_blocking
+from mpillm.parallel.pipeline.check import ascending, check
+from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
 from mpillm.parallel.pipeline.schedule_csv import write_schedule
+from mpillm.parallel.pipeline.schedule_rule import ScheduleRule
+from mpillm.parallel.pipeline.schedules.forward_only import forward_only
 from mpillm.parallel.pipeline.simulate import Costs, simulate
+from tests.parallel.pipeline.blocking import programs, run_blocking
 
 V_SHAPED = ("zb-v", "dualpipe-v")
 LEAST = {"interleaved": 1, "zb-v": 2, "dualpipe-v": 2}
+# Of all rows for p to 8 and m to 16, as of 2026-11-29. A change here changes what every run does.
+DIGESTS = {
+    "gpipe": "1f5818c67f8b2e31",
+    "1f1b": "166b868143a6d05a",
+    "interleaved": "e4716069769c33c6",
+    "zb-h1": "c46d094c867d928a",
+    "zb-v": "3f762848c6db8820",
+    "dualpipe-v": "6b08619888f6696b",
+}
 
 
-def grid(*names, most=16):
-    """(name, p, m, v) of all that can be had; under mpirun the ranks share it, and one that fails ends the job."""
-    cases = [
+def sizes(*names, most=16):
+    """List (name, p, m, v) of all sizes that the schedules allow."""
+    return [
         (name, p, m, v)
         for name, p, m in product(names, range(1, 9), range(1, most + 1))
         if m >= LEAST.get(name, 0) * p
         for v in ((2, 3, 4) if name == "interleaved" else (2,) if name in V_SHAPED else (1,))
     ]
-    return cases[MPI.COMM_WORLD.rank :: MPI.COMM_WORLD.size]
+
+
+def grid(*names, most=16):
+    """List this rank's share of `sizes`; a rank that fails ends the job."""
+    return sizes(*names, most=most)[MPI.COMM_WORLD.rank :: MPI.COMM_WORLD.size]
 
 
 def played(case, **costs):
@@ -31,7 +48,7 @@ def played(case, **costs):
     return simulate(schedule, Costs.even(schedule.stages, **costs))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_whole_and_free_of_deadlock(name):
     for case in grid(name):
         schedule = make_schedule(*case)
@@ -45,7 +62,15 @@ def test_whole_and_free_of_deadlock(name):
         run_blocking(programs(schedule))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_rows_stay_the_same(name):
+    digest = hashlib.sha256()
+    for case in sizes(name):
+        digest.update(write_schedule(make_schedule(*case)).encode() + b"\n")
+    assert digest.hexdigest()[:16] == DIGESTS[name]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_placement(name):
     schedule = make_schedule(name, 4, 8)
     down = [0, 1, 2, 3]
@@ -114,7 +139,7 @@ def test_dualpipe_v_mostly_does_whole_backwards():
     assert not any(halves("1f1b"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_forwards_alone_keep_the_pipeline_full(name):
     for _, p, m, v in grid(name):
         schedule = make_schedule(name, p, m, v)
@@ -160,7 +185,7 @@ def test_a_file_is_a_schedule_too(folder):
         (("1b1f", 2, 2), "did you mean 1f1b"),
         (
             ("pipedream-2bw", 2, 2),
-            "take gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v or a .csv",
+            r"known: gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v; .*or name a \.csv",
         ),
         (("1f1b", 0, 2), "at least 1 rank and 1 microbatch, not 0 and 2"),
         (("1f1b", 2, 0), "at least 1 rank and 1 microbatch, not 2 and 0"),
@@ -176,6 +201,39 @@ def test_a_file_is_a_schedule_too(folder):
 def test_what_cannot_be_had(arguments, words):
     with pytest.raises(LayoutError, match=words):
         make_schedule(*arguments)
+
+
+def _backwards_first(row, p, m, v, r):
+    row.add(m, "B0")
+    row.add(m, "F0")
+
+
+def _one_by_one(row, p, m, v, r):
+    row.add(m, "F0", "B0")
+
+
+HERE = "tests.parallel.pipeline.test_schedules"
+ONE_BY_ONE = ScheduleRule(_one_by_one)
+BACKWARDS_FIRST = ScheduleRule(_backwards_first)
+
+
+def test_a_plug_in_is_a_schedule_too():
+    schedule = make_schedule(f"{HERE}:ONE_BY_ONE", 2, 3)
+    assert write_schedule(schedule) == "0F0,0B0,0F1,0B1,0F2,0B2\n1F0,1B0,1F1,1B1,1F2,1B2\n"
+    assert simulate(schedule, Costs.even(2)).peaks == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("BACKWARDS_FIRST", "rank 0 has 0B0 before 0F0"),
+        ("DIGESTS", "must be a ScheduleRule, not dict"),
+        ("NONE", "has no NONE"),
+    ],
+)
+def test_a_plug_in_that_cannot_run(name, words):
+    with pytest.raises(LayoutError, match=words):
+        make_schedule(f"{HERE}:{name}", 2, 3)
 
 
 def test_no_forwards_of_nothing():

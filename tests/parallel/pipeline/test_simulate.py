@@ -4,7 +4,7 @@ import pytest
 
 from mpillm.errors import LayoutError
 from mpillm.parallel.pipeline.actions import Action, PipelineSchedule
-from mpillm.parallel.pipeline.catalog import make_schedule
+from mpillm.parallel.pipeline.schedule_catalog import make_schedule
 from mpillm.parallel.pipeline.simulate import Costs, simulate
 
 
