@@ -8,7 +8,7 @@ from typing import get_args
 
 from mpillm.errors import LayoutError
 from mpillm.parallel.pipeline.actions import Action, Kind, PipelineSchedule
-from mpillm.parallel.pipeline.order import execution_order
+from mpillm.parallel.pipeline.execution_order import execution_order
 
 
 def check(schedule: PipelineSchedule, forward_only: bool = False) -> None:
@@ -88,9 +88,8 @@ def _count_fault(schedule: PipelineSchedule, forward_only: bool) -> str:
     for stage, microbatch in (
         (s, m) for s in range(schedule.stages) for m in range(schedule.microbatches)
     ):
-        found = "".join(
-            kind for kind in get_args(Kind) if Action(stage, kind, microbatch) in places
-        )
+        kinds = [kind for kind in get_args(Kind) if Action(stage, kind, microbatch) in places]
+        found = "".join(kinds)
         if found not in (("F",) if forward_only else ("FB", "FIW")):
             what = "F" if forward_only else "F, and B or both I and W"
             return (

@@ -11,6 +11,7 @@ from mpillm.parallel.pipeline.schedule_csv import read_schedule
 from mpillm.parallel.pipeline.schedule_rule import ActionRow, ScheduleRule
 from mpillm.system.plugins import load_plugin
 
+# Order of `mpillm schedule all`, and of its page: from the simplest to the smallest bubble.
 SCHEDULES: Mapping[str, str] = MappingProxyType(
     {
         "gpipe": "mpillm.parallel.pipeline.schedules.gpipe:GPIPE",
@@ -79,6 +80,7 @@ def _check_numbers(
             f"{name} has {number}{' or more' * rule.more_chunks}, not {chunks}; "
             f"leave the number of chunks out, or: {other}"
         )
+    # Below this number a V or a round cannot be filled: the rule would leave actions out.
     least = rule.microbatches_a_rank * ranks
     if microbatches < least:
         raise LayoutError(

@@ -32,6 +32,7 @@ class ActionRow:
         A cell is a kind and a chunk, such as F0, B1 or I1; or W alone, the weight half of the
         oldest I without one.
         """
+        # A tuple times a negative number is empty: rules need no max(0, …) for their phases.
         for cell in cells * times:
             if cell == "W":
                 self.actions.append(self._delayed.popleft())
@@ -39,6 +40,7 @@ class ActionRow:
             kind, stage = cast("Kind", cell[0]), self._stages[int(cell[1:])]
             count = self._forwards if kind == "F" else self._backwards
             self.actions.append(Action(stage, kind, count[stage]))
+            # W takes no chunk: whichever I is oldest, its activations have been stored for longest.
             if kind == "I":
                 self._delayed.append(Action(stage, "W", count[stage]))
             count[stage] += 1
@@ -74,5 +76,6 @@ def split_rounds(ranks: int, microbatches: int) -> list[int]:
 
     A smaller round would leave a rank waiting. One round where there are fewer microbatches.
     """
+    # As many rounds as possible: the fewer microbatches a round, the fewer activations are stored.
     count = max(1, microbatches // ranks)
     return [microbatches // count + (number < microbatches % count) for number in range(count)]

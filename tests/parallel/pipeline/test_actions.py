@@ -1,4 +1,4 @@
-"""What an action needs, where its result goes, and on which channel."""
+"""Actions: what they need, where their results go, and on which channel."""
 
 from itertools import product
 

@@ -1,4 +1,4 @@
-"""Faults are found: each kind planted by hand, then any that chance brings, beside a slow oracle."""
+"""Faults are found: each kind planted by hand, then random ones, compared with a slow oracle."""
 
 from collections import Counter
 from dataclasses import replace
@@ -70,24 +70,24 @@ def test_what_is_right_passes():
         check(schedule("0F0 0F1", "1F0 1F1"))
 
 
-def test_a_deadlock_shows_its_circle():
+def test_a_deadlock_shows_its_cycle():
     with pytest.raises(LayoutError) as caught:
         check(schedule("0F0 0B0 0F1 0B1", "1F0 1F1 1B0 1B1"))
     assert (
-        "rank 0 cannot do 0B0 before rank 1 does 1B0, which comes after 1F1 there, which needs 0F1, "
-        "which comes after 0B0 on rank 0"
+        "rank 0 cannot do 0B0 before rank 1 does 1B0, which comes after 1F1 there, "
+        "which needs 0F1, which comes after 0B0 on rank 0"
     ) in str(caught.value)
 
 
-def test_circles_of_three_ranks_of_two_and_of_one():
+def test_cycles_of_three_ranks_of_two_and_of_one():
     rows = "0F0 0B0 3F0 3B0", "1F0 1B0", "2F0 2B0"
     with pytest.raises(LayoutError) as caught:
         check(schedule(*rows, stages=4, microbatches=1))
     assert (
-        "rank 0 cannot do 0B0 before rank 1 does 1B0, which needs 2B0 of rank 2, which needs 3B0, which comes after "
-        "0B0 on rank 0"
+        "rank 0 cannot do 0B0 before rank 1 does 1B0, which needs 2B0 of rank 2, "
+        "which needs 3B0, which comes after 0B0 on rank 0"
     ) in str(caught.value)
-    # Rank 0 waits too, but beside the circle.
+    # Rank 0 waits too, but outside the cycle.
     rows = "0F0 0B0 0F1 0B1", "1F0 1F1 1B0 1B1", "2F0 2B0 2F1 2B1", "3F0 3F1 3B0 3B1"
     with pytest.raises(LayoutError, match="0F1, which comes after 0B0 on rank 0"):
         check(schedule(*rows, stages=4))
@@ -176,7 +176,7 @@ def test_the_machine_sees_what_is_wrong():
 
 
 def sound(plan):
-    """Whether `plan` can run, found the slow way: every look at every rank, until none goes on."""
+    """Return whether `plan` can run, the slow way: try every rank until none advances."""
     every = [(rank, cell) for rank, row in enumerate(plan.rows) for cell in row]
     if len({(cell.stage, rank) for rank, cell in every}) != plan.stages:
         return False
@@ -226,7 +226,7 @@ def in_order(plan):
 
 
 def disturbed(plan, changes):
-    """Each change: (what, two numbers that say where)."""
+    """Return `plan` with changes: each is (what, two numbers that say where)."""
     rows = [list(row) for row in plan.rows]
     for what, a, b in changes:
         row, other = rows[a % len(rows)], rows[b % len(rows)]

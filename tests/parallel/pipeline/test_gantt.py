@@ -48,7 +48,7 @@ def test_no_line_is_wider_than_it_may_be_and_all_ranks_are_as_long(name, width):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_action_is_in_its_place(name):
-    """Each label stands in the column of its beginning, in the colour of its kind and chunk."""
+    """Each label is in the column of its begin, in the colour of its kind and chunk."""
     schedule = make_schedule(name, 3, 6)
     timeline = simulate(schedule, Costs.even(schedule.stages, backward_weight=2))
     lines = gantt_text(timeline, schedule, 1000)[1:-1]

@@ -10,7 +10,7 @@ from mpillm.parallel.pipeline.schedule_csv import read_schedule, write_schedule
 
 @pytest.fixture
 def written(folder):
-    """Writes a text, or bytes, into this rank's own file and returns its path."""
+    """Write a text, or bytes, into this rank's own file and returns its path."""
 
     def write(text):
         path = folder / f"plan-{MPI.COMM_WORLD.rank}.csv"
@@ -52,9 +52,9 @@ def test_older_files_call_the_half_for_the_input_b(written):
         (",,\n\n", "holds no actions"),
         (
             "0F0,0B0\n1F0,1X0,1B0\n",
-            "row 2, column 2: '1X0' is no action; a cell is a stage, then F, B, I or W",
+            "row 2, column 2: '1X0' is not an action; a cell is a stage, then F, B, I or W",
         ),
-        ("0F0,0SEND_F0,0B0\n", "row 1, column 2: '0SEND_F0' .* leave out"),
+        ("0F0,0SEND_F0,0B0\n", "row 1, column 2: '0SEND_F0' .*leave out messages"),
         ("0F0,-1B0\n", "row 1, column 2: '-1B0'"),
         ("0F0,0B\u0660\n", "row 1, column 2"),
         ("0F0,0B0\n1F0\n", "stage 1 needs F, and B or both I and W with microbatch 0"),

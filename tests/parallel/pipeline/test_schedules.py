@@ -1,4 +1,4 @@
-"""Every schedule over a grid of sizes: whole, free of deadlock, with the bubble and the peak of the literature."""
+"""Every schedule over a grid of sizes: complete, no deadlock, bubble and peak of the literature."""
 
 import hashlib
 from itertools import product

@@ -6,7 +6,7 @@ DeepSeek-AI, "DeepSeek-V3 technical report", 2024, whose DualPipe they cut in ha
 from mpillm.parallel.pipeline.schedule_rule import ActionRow, ScheduleRule
 
 
-def fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
+def _fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
     """Append the phases of DualPipe-V; chunk 0 goes down the V, chunk 1 back up."""
     # Warm-up: until the first microbatch has come back up to this rank.
     row.add(2 * (p - r - 1), "F0")
@@ -24,4 +24,4 @@ def fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
 
 
 # With fewer microbatches than stages the warm-up would not fill the V.
-DUALPIPE_V = ScheduleRule(fill_row, chunks=2, v_shape=True, microbatches_a_rank=2)
+DUALPIPE_V = ScheduleRule(_fill_row, chunks=2, v_shape=True, microbatches_a_rank=2)

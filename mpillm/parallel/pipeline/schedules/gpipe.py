@@ -6,10 +6,10 @@ Huang et al., "GPipe: Efficient training of giant neural networks using pipeline
 from mpillm.parallel.pipeline.schedule_rule import ActionRow, ScheduleRule
 
 
-def fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
+def _fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
     """Append the forwards of all microbatches, then the backwards."""
     row.add(m, "F0")
     row.add(m, "B0")
 
 
-GPIPE = ScheduleRule(fill_row)
+GPIPE = ScheduleRule(_fill_row)

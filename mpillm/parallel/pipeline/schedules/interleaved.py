@@ -7,7 +7,7 @@ Megatron-LM", 2021.
 from mpillm.parallel.pipeline.schedule_rule import ActionRow, ScheduleRule, split_rounds
 
 
-def fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
+def _fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
     """Let the chunks take turns, a round of microbatches each, in the order of 1F1B."""
     # Megatron-LM's rounds hold p microbatches, and p divides m. Where it does not, rounds are
     # larger: no rank waits longer, and each stores a little more.
@@ -24,4 +24,4 @@ def fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
 
 
 # Fewer microbatches than ranks do not fill a round, and the ranks would wait for one another.
-INTERLEAVED = ScheduleRule(fill_row, chunks=2, more_chunks=True, microbatches_a_rank=1)
+INTERLEAVED = ScheduleRule(_fill_row, chunks=2, more_chunks=True, microbatches_a_rank=1)

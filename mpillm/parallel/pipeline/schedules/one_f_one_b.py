@@ -7,7 +7,7 @@ flush of their "Memory-efficient pipeline-parallel DNN training", 2021.
 from mpillm.parallel.pipeline.schedule_rule import ActionRow, ScheduleRule
 
 
-def fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
+def _fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
     """Append p − r forwards, then a backward and a forward in turn, then the other backwards."""
     # The first gradient reaches rank r when p − r forwards of it and the later ranks are done.
     # Fewer would leave the rank idle; more would store activations that nothing waits for.
@@ -17,4 +17,4 @@ def fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
     row.add(ahead, "B0")
 
 
-ONE_F_ONE_B = ScheduleRule(fill_row)
+ONE_F_ONE_B = ScheduleRule(_fill_row)

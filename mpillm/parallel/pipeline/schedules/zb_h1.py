@@ -6,7 +6,7 @@ Qi, Wan, Huang, Lin, "Zero bubble pipeline parallelism", 2023.
 from mpillm.parallel.pipeline.schedule_rule import ActionRow, ScheduleRule
 
 
-def fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
+def _fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
     """Append the order of 1F1B, with W delayed by r microbatches after its I."""
     ahead = min(m, p - r)
     row.add(ahead, "F0")
@@ -21,4 +21,4 @@ def fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
     row.add(min(m, r), "W")
 
 
-ZB_H1 = ScheduleRule(fill_row)
+ZB_H1 = ScheduleRule(_fill_row)

@@ -7,7 +7,7 @@ with controllable memory", 2024.
 from mpillm.parallel.pipeline.schedule_rule import ActionRow, ScheduleRule
 
 
-def fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
+def _fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
     """Append the phases of ZB-V; chunk 0 goes down the V, chunk 1 back up."""
     # Warm-up: until the first microbatch has come back up to this rank.
     row.add(2 * (p - r) - 1, "F0")
@@ -23,4 +23,4 @@ def fill_row(row: ActionRow, p: int, m: int, v: int, r: int) -> None:
 
 
 # With fewer microbatches than stages the warm-up would not fill the V.
-ZB_V = ScheduleRule(fill_row, chunks=2, v_shape=True, microbatches_a_rank=2)
+ZB_V = ScheduleRule(_fill_row, chunks=2, v_shape=True, microbatches_a_rank=2)
