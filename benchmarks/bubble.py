@@ -19,8 +19,8 @@ from mpi4py import MPI
 from mpillm.bench.timing import in_turn
 from mpillm.comm.mesh import Mesh
 from mpillm.parallel.pipeline.actions import PipelineSchedule
-from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
 from mpillm.parallel.pipeline.executor import Pipeline, Stream
+from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
 from mpillm.parallel.pipeline.simulate import Costs, Timeline, simulate
 from mpillm.system.malloc import keep_pages
 from mpillm.train.trace import measured_costs
@@ -96,11 +96,11 @@ def main() -> None:
         name: Contestant(
             make_schedule(name, comm.size, options.microbatches), mesh, options.unit_ms / 1e3
         )
-        for name in NAMES
+        for name in SCHEDULES
     }
-    found: dict[str, list[float]] = {name: [] for name in NAMES}
+    found: dict[str, list[float]] = {name: [] for name in SCHEDULES}
     for turn in range(options.rounds + 1):
-        for name in in_turn(NAMES, turn):
+        for name in in_turn(tuple(SCHEDULES), turn):
             seconds = contestants[name].makespan()
             if turn:
                 found[name].append(seconds)

@@ -14,8 +14,8 @@ from mpillm.models.part_module import Fields, PartModule, create
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.data.replicated import ReplicatedGradients
 from mpillm.parallel.grad_norm import clip_gradients_
-from mpillm.parallel.pipeline.catalog import forward_only
 from mpillm.parallel.pipeline.executor import Pipeline, StreamShapes
+from mpillm.parallel.pipeline.schedules.forward_only import forward_only
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import Batch, BatchScore, ModelStage, OfBatch, ScoringStage
 from mpillm.parallel.pipeline.tying import TiedWeight

@@ -13,9 +13,9 @@ from mpillm.errors import LayoutError
 from mpillm.models.spec import ModelSpec, Part
 from mpillm.parallel.axis_sizes import AXES, mesh_sizes
 from mpillm.parallel.pipeline.actions import PipelineSchedule
-from mpillm.parallel.pipeline.catalog import make_schedule
 from mpillm.parallel.pipeline.check import ascending, check
 from mpillm.parallel.pipeline.partition import partition_blocks
+from mpillm.parallel.pipeline.schedule_catalog import make_schedule
 from mpillm.parallel.pipeline.simulate import Costs, Timeline, simulate
 from mpillm.parallel.settings import ParallelSettings
 

@@ -1,7 +1,7 @@
-"""A schedule's timeline as a chart: a line a rank, time from left to right; on a terminal, or as a picture.
+"""Draw a timeline as a Gantt chart, on a terminal or as a picture: a line a rank, time across.
 
-A kind of action has its letter and its colour. Later chunks of a rank have darker shades; on a terminal those with odd
-numbers also have small letters, for where there is no colour.
+Each kind of action has a letter and a colour. Later chunks of a rank have darker shades. On a
+terminal, chunks with odd numbers have small letters too, for terminals without colours.
 """
 
 import textwrap
@@ -20,20 +20,22 @@ from mpillm.system.atomic import replacing
 COLOURS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
     {"F": (122, 162, 247), "B": (115, 200, 130), "I": (90, 205, 205), "W": (240, 190, 90)}
 )
-"""Red, green, blue."""
+"""Kind of action → red, green, blue."""
+# The share of brightness that the last chunk keeps: darker, F and I could not be distinguished.
 DARKEST = 0.6
 # Below this mean of red, green and blue, white letters are read more easily than black ones.
 DARK = 120
 IDLE = "·"
-# Points; a digit is about six tenths as wide as it is high.
+# The font size in points. A digit's width is about 0.6 of it, with a margin 0.65: a label is drawn
+# only where it fits.
 FONT_POINTS, DIGIT_SHARE = 7, 0.65
 
 
 def gantt_text(timeline: Timeline, schedule: PipelineSchedule, width: int) -> list[Text]:
-    """The chart in lines of at most `width` columns: legend, a line a rank, time.
+    """Draw the chart in lines of at most `width` columns: legend, a line a rank, times.
 
-    To scale, with the microbatch in each cell, if that finds room; else a column is a slice of time, and has the letter
-    of what is done in its middle.
+    The chart is to scale with the microbatch in each cell where the labels fit. Otherwise a column
+    is a slice of time, with the letter of the action in its middle.
     """
     names = [f"rank {rank} " for rank in range(schedule.ranks)]
     margin = max(map(len, names))
@@ -51,13 +53,17 @@ def gantt_text(timeline: Timeline, schedule: PipelineSchedule, width: int) -> li
         )
         for text, style in cells:
             line.append(text, style)
+        # 1e-6: a time that is a whole number of columns, but for rounding, is not cut to one less.
         line.append(IDLE * (int(timeline.makespan * columns + 1e-6) + margin - len(line)), "dim")
         lines.append(line)
     return [*lines, Text(_ruler("time".ljust(margin), timeline.makespan, columns))]
 
 
 def _scale(timeline: Timeline, room: int) -> tuple[float, bool]:
-    """(columns for a unit of time, whether each cell has room for its label), with a space behind labels if it fits."""
+    """Return (columns a unit of time, whether each cell has room for its label).
+
+    Labels are followed by a space where that fits.
+    """
     spans = [span for row in timeline.spans for span in row if span.end > span.begin]
     for space in (1, 0):
         needed = max((1 + len(str(s.action.microbatch)) + space) / (s.end - s.begin) for s in spans)
@@ -69,7 +75,7 @@ def _scale(timeline: Timeline, room: int) -> tuple[float, bool]:
 def _cells(
     spans: tuple[Span, ...], columns: float, schedule: PipelineSchedule
 ) -> Iterator[tuple[str, str]]:
-    """(text, style) of the waits and the actions of a rank."""
+    """Yield (text, style) of the waits and the actions of a rank."""
     at = 0
     for span in spans:
         begin, end = int(span.begin * columns + 1e-6), int(span.end * columns + 1e-6)
@@ -82,6 +88,7 @@ def _cells(
 def _slices(
     spans: tuple[Span, ...], columns: float, makespan: float, schedule: PipelineSchedule
 ) -> Iterator[tuple[str, str]]:
+    """Yield (letter, style) of each column of a rank, for the action in the column's middle."""
     following = iter(spans)
     span = next(following, None)
     for column in range(int(makespan * columns + 1e-6)):
@@ -105,7 +112,7 @@ def _colour(kind: str, chunk: int, schedule: PipelineSchedule) -> str:
 
 
 def _colours(span: Span, schedule: PipelineSchedule) -> tuple[str, str]:
-    """(of the letters, of the cell)."""
+    """Return the colours of (the letters, the cell)."""
     cell = _colour(span.action.kind, schedule.chunk_of[span.action.stage], schedule)
     return ("white" if sum(bytes.fromhex(cell[1:])) < 3 * DARK else "black"), cell
 
@@ -115,7 +122,7 @@ def _style(span: Span, schedule: PipelineSchedule) -> str:
 
 
 def _legend(schedule: PipelineSchedule, columns: float | None) -> str:
-    """`columns` of a unit of time, where cells are not labelled."""
+    """List the letters of the chart; `columns` a unit of time, None where cells have labels."""
     present = {action.kind for row in schedule.rows for action in row}
     return "  ".join(
         [f"{kind} {name}" for kind, name in KINDS.items() if kind in present]
@@ -126,7 +133,8 @@ def _legend(schedule: PipelineSchedule, columns: float | None) -> str:
 
 
 def _ruler(name: str, makespan: float, columns: float) -> str:
-    """Round times below their columns, at least ten columns apart."""
+    """Write round times below their columns, at least ten columns apart."""
+    # 1, 2 or 5 times a power of ten; the range covers nanoseconds to days, whatever the unit.
     step = next(
         size * 10.0**power
         for power in range(-9, 15)
@@ -140,10 +148,14 @@ def _ruler(name: str, makespan: float, columns: float) -> str:
 
 
 def gantt_picture(timeline: Timeline, schedule: PipelineSchedule, path: Path) -> None:
-    """Write the chart as .svg or .png, by the name of `path`. Raises UsageError for another name, OSError."""
+    """Write the chart as .svg or .png, by the suffix of `path`.
+
+    Raises UsageError for another suffix, OSError where the file cannot be written.
+    """
     kind = path.suffix.removeprefix(".")
     if kind not in ("svg", "png"):
         raise UsageError(f"a chart is drawn as .svg or .png, not as {path.name}; end its name so")
+    # Imported here: a chart on the terminal needs no matplotlib, which is slow to load.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -159,8 +171,8 @@ def gantt_picture(timeline: Timeline, schedule: PipelineSchedule, path: Path) ->
     )
     axes.set_yticks(range(schedule.ranks))
     axes.set_title(
-        f"{schedule.name}: {schedule.ranks} ranks, {schedule.stages} stages, {schedule.microbatches} microbatches, "
-        f"bubble {timeline.bubble:.1%}"
+        f"{schedule.name}: {schedule.ranks} ranks, {schedule.stages} stages, "
+        f"{schedule.microbatches} microbatches, bubble {timeline.bubble:.1%}"
     )
     _draw_legend(figure, schedule)
     with replacing(path) as temporary:
@@ -170,7 +182,8 @@ def gantt_picture(timeline: Timeline, schedule: PipelineSchedule, path: Path) ->
 def _draw_rank(
     axes: Any, rank: int, spans: tuple[Span, ...], schedule: PipelineSchedule, points: float
 ) -> None:
-    """One call a colour: thousands of separate cells would take seconds. `points`: of a unit of time."""
+    """Draw the bars and labels of a rank; `points` is the width of a unit of time."""
+    # One call of broken_barh a colour: thousands of separate cells would take seconds.
     bars: dict[str, list[tuple[float, float]]] = {}
     for span in spans:
         ink, colour = _colours(span, schedule)
@@ -188,6 +201,7 @@ def _draw_rank(
                 clip_on=True,
             )
     for colour, places in bars.items():
+        # A white edge would hide bars that are narrower than half a letter.
         narrowest = min(duration for _, duration in places) * points
         line = 0.4 if narrowest > FONT_POINTS / 2 else 0.0
         axes.broken_barh(

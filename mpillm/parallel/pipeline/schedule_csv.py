@@ -1,7 +1,8 @@
-"""Schedules as CSV files: one row a rank, cells such as `0F0`, `1B3`, `0W2`; an empty cell is idle time.
+"""Read and write schedules as CSV files: one row a rank, cells such as `0F0`, `1B3`, `0W2`.
 
-The form of torch.distributed.pipelining and torchtitan, where a file holds computations only: stage, kind, microbatch;
-B is a whole backward, I the half for the stage's input, W the half for its weights.
+This is the format of computation-only files of torch.distributed.pipelining and torchtitan: stage,
+kind, microbatch. B is a whole backward, I its half for the stage's input, W its half for the
+weights. An empty cell is idle time.
 """
 
 import csv
@@ -14,16 +15,19 @@ from mpillm.errors import LayoutError
 from mpillm.parallel.pipeline.actions import Action, Kind, PipelineSchedule
 from mpillm.parallel.pipeline.check import check
 
+# Nine digits at most: a longer number is a mistake, and would cost memory before it is found.
 _CELL = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
 
 
 def read_schedule(path: Path) -> PipelineSchedule:
-    """The schedule in the file `path`, checked. Stages and microbatches are counted from its cells.
+    """Read and check the schedule in the file `path`; its cells give stages and microbatches.
 
-    In older files B is the half for the input: it is read as I where the same stage and microbatch has a W and no I.
-    Raises LayoutError for a file that cannot be read, a cell that says nothing, or a schedule that cannot run.
+    In older files B is the half for the input. It is read as I where the same stage and microbatch
+    has a W and no I. Raises LayoutError for a file that cannot be read, a cell that is not an
+    action, or a schedule that cannot run.
     """
     rows = [_actions(path, number, cells) for number, cells in enumerate(_lines(path), 1)]
+    # Editors leave blank lines at the end. A blank line between rows is a rank without a stage.
     while rows and not rows[-1]:
         rows.pop()
     if not rows:
@@ -43,12 +47,13 @@ def read_schedule(path: Path) -> PipelineSchedule:
 
 
 def write_schedule(schedule: PipelineSchedule) -> str:
-    """The text of a file that `read_schedule` turns back into `schedule`."""
+    """Return `schedule` as the text of a file that `read_schedule` reads back."""
     return "".join(",".join(map(str, row)) + "\n" for row in schedule.rows)
 
 
 def _lines(path: Path) -> list[list[str]]:
     try:
+        # utf-8-sig: spreadsheet programs put a byte order mark first.
         with path.open(encoding="utf-8-sig", newline="") as file:
             return list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as failure:
@@ -67,13 +72,15 @@ def _actions(path: Path, row: int, cells: list[str]) -> list[Action]:
             found.append(Action(int(match[1]), cast("Kind", match[2]), int(match[3])))
         elif text:
             raise LayoutError(
-                f"{path}, row {row}, column {column}: {text!r} is no action; a cell is a stage, then F, B, I or W, "
-                "then a microbatch, such as 0F3, or empty (messages follow from the rest, so leave out theirs)"
+                f"{path}, row {row}, column {column}: {text!r} is not an action; "
+                "a cell is a stage, then F, B, I or W, then a microbatch, such as 0F3, or empty "
+                "(leave out messages, they follow from the rest)"
             )
     return found
 
 
 def _as_half(action: Action, named: set[Action]) -> Action:
+    """Turn the B of older files, which has a W and no I next to it, into I."""
     alone = (
         action.kind == "B"
         and replace(action, kind="W") in named

@@ -1,4 +1,4 @@
-"""What `mpillm schedule` prints and writes: a chart and its figures, or all schedules beside one another."""
+"""Print a pipeline schedule: its chart and figures, or a comparison of all schedules."""
 
 import io
 import json
@@ -13,25 +13,29 @@ from rich.text import Text
 
 from mpillm.errors import LayoutError, UsageError
 from mpillm.parallel.pipeline.actions import PipelineSchedule
-from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
 from mpillm.parallel.pipeline.gantt import gantt_picture, gantt_text
+from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
 from mpillm.parallel.pipeline.schedule_csv import write_schedule
 from mpillm.parallel.pipeline.simulate import Costs, Timeline, simulate
 from mpillm.system.atomic import write_text
 from mpillm.system.console import Console
+from mpillm.system.plugins import is_plugin
 
 ALL = "all"
 
 
 @dataclass(frozen=True)
 class ScheduleOptions:
+    """The options of `mpillm schedule`."""
+
     name: str
-    """One of NAMES, a .csv file, or all."""
+    """A name of the catalogue, a .csv file, `package.module:Name`, or all."""
     ranks: int = 0
     microbatches: int = 0
     chunks: int = 0
     costs: str = "1,1,1,0"
-    """F, B (the input half), W, of a rank's whole share of the model and one microbatch; T, of a message."""
+    """F, B (the input half) and W of a rank's whole share of the model, one microbatch; T of a
+    message. Any unit of time."""
     svg: Path | None = None
     png: Path | None = None
     csv: Path | None = None
@@ -43,6 +47,8 @@ class ScheduleOptions:
 
 @dataclass(frozen=True)
 class ShareCosts:
+    """Times of a rank's whole share of the model with one microbatch, in any unit."""
+
     forward: float
     backward_input: float
     backward_weight: float
@@ -50,7 +56,7 @@ class ShareCosts:
 
     @classmethod
     def parse(cls, text: str) -> "ShareCosts":
-        """`1,1,1,0`: F, B, W, T. Raises UsageError."""
+        """Parse F,B,W,T, such as `1,1,1,0`. Raises UsageError."""
         try:
             numbers = [float(part) for part in text.split(",")]
         except ValueError:
@@ -61,48 +67,54 @@ class ShareCosts:
             or not any(numbers[:3])
         ):
             raise UsageError(
-                f"--costs takes F,B,W,T, four numbers from 0 up, and not {text!r}: what a forward, the input half and "
-                "the weights half of a backward, and a message take, such as 1,1,1,0"
+                f"--costs takes F,B,W,T, four numbers from 0 up, and not {text!r}: the times of a "
+                "forward, of the input half and the weights half of a backward, and of a message, "
+                "such as 1,1,1,0"
             )
         return cls(*numbers)
 
     def of_stages(self, schedule: PipelineSchedule) -> Costs:
-        """Each stage takes its part of a rank's share: so schedules with one and with more stages a rank compare."""
+        """Give each stage its part of a rank's share."""
+        # Schedules with one and with several stages a rank then compute the same model.
         part = schedule.ranks / schedule.stages
         halves = (self.backward_input * part, self.backward_weight * part)
         return Costs.even(schedule.stages, self.forward * part, *halves, self.transfer)
 
 
 def print_schedule(options: ScheduleOptions, console: Console) -> None:
-    """Print the chart and the figures of a schedule, or a comparison of all, and write the files that are asked for.
+    """Print the chart and figures of a schedule, or compare all; write the files of the options.
 
     Raises UsageError and LayoutError.
     """
     costs = ShareCosts.parse(options.costs)
-    if options.name in (ALL, *NAMES) and not (options.ranks and options.microbatches):
+    known = options.name in (ALL, *SCHEDULES) or is_plugin(options.name)
+    if known and not (options.ranks and options.microbatches):
         raise UsageError(
-            f"{options.name} needs --stages P and --microbatches M; only a .csv file has its own numbers"
+            f"{options.name} needs --stages P and --microbatches M; "
+            "only a .csv file has its own numbers"
         )
     if options.name == ALL:
         _compare(options, costs, console)
         return
     schedule = make_schedule(options.name, options.ranks, options.microbatches, options.chunks)
     timeline = simulate(schedule, costs.of_stages(schedule))
+    # Written before the first line is printed: where a file fails, the error is printed alone.
     written = _write_files(options, schedule, timeline)
     if options.as_json:
         console.write(
             json.dumps(schedule_figures(schedule, timeline) | {"costs": asdict(costs)}) + "\n"
         )
         return
-    console.write(_drawn(gantt_text(timeline, schedule, options.width), options))
-    console.facts(f"{schedule.name}: {_numbers(schedule)}", _facts(schedule, timeline))
+    console.write(_as_text(gantt_text(timeline, schedule, options.width), options))
+    console.facts(f"{schedule.name}: {_size(schedule)}", _printed_figures(schedule, timeline))
     for path in written:
         console.say(f"wrote {path}")
 
 
 def schedule_figures(schedule: PipelineSchedule, timeline: Timeline) -> dict[str, Any]:
-    """What a schedule costs, as plain values; times in the unit of the costs."""
+    """Return the figures of a schedule as plain values; times in the unit of the costs."""
     held = [len(schedule.stages_of(rank)) for rank in range(schedule.ranks)]
+    # Over a rank's number of stages, `peaks` are shares of the model, which compare.
     return {
         "schedule": schedule.name,
         "ranks": schedule.ranks,
@@ -119,18 +131,19 @@ def schedule_figures(schedule: PipelineSchedule, timeline: Timeline) -> dict[str
     }
 
 
-def _numbers(schedule: PipelineSchedule) -> str:
+def _size(schedule: PipelineSchedule) -> str:
     return f"{schedule.ranks} ranks, {schedule.stages} stages, {schedule.microbatches} microbatches"
 
 
-def _facts(schedule: PipelineSchedule, timeline: Timeline) -> dict[str, str]:
+def _printed_figures(schedule: PipelineSchedule, timeline: Timeline) -> dict[str, str]:
     found = schedule_figures(schedule, timeline)
-    peaks = ", ".join(_short(peak) for peak in found["peaks"])
+    peaks = ", ".join(_rounded(peak) for peak in found["peaks"])
     return {
-        "makespan": _short(found["makespan"]),
-        "ideal": f"{_short(found['ideal'])} (computing alone, the mean of the ranks)",
+        "makespan": _rounded(found["makespan"]),
+        "ideal": f"{_rounded(found['ideal'])} (computing alone, the mean of the ranks)",
         "bubble": f"{found['bubble']:.1%} (makespan over ideal, less 1)",
-        "stored at most": f"{peaks} (rank by rank: microbatches' activations of a rank's whole share of the model)",
+        "stored at most": f"{peaks} (rank by rank: microbatches' activations of a rank's whole "
+        "share of the model)",
         "messages": f"{found['messages']:,} a step",
     }
 
@@ -140,8 +153,9 @@ def _compare(options: ScheduleOptions, costs: ShareCosts, console: Console) -> N
         raise UsageError(
             "a file holds one schedule: name one instead of all for --svg, --png or --csv"
         )
+    # A schedule that cannot take these numbers is left out with its reason, the others compare.
     found, left_out = [], {}
-    for name in NAMES:
+    for name in SCHEDULES:
         try:
             schedule = make_schedule(name, options.ranks, options.microbatches, options.chunks)
         except LayoutError as failure:
@@ -160,9 +174,9 @@ def _compare(options: ScheduleOptions, costs: ShareCosts, console: Console) -> N
             [
                 row["schedule"],
                 str(row["chunks"]),
-                _short(row["makespan"]),
+                _rounded(row["makespan"]),
                 f"{row['bubble']:.1%}",
-                _short(max(row["peaks"])),
+                _rounded(max(row["peaks"])),
                 f"{row['messages']:,}",
             ]
             for row in found
@@ -175,7 +189,8 @@ def _compare(options: ScheduleOptions, costs: ShareCosts, console: Console) -> N
 def _write_files(
     options: ScheduleOptions, schedule: PipelineSchedule, timeline: Timeline
 ) -> list[Path]:
-    """The files that were written. Raises UsageError for one that cannot be."""
+    """Write the files of the options and return them. Raises UsageError where that fails."""
+    # All suffixes are checked before the first file is written.
     for option, path in (("svg", options.svg), ("png", options.png)):
         if path is not None and path.suffix != f".{option}":
             raise UsageError(f"--{option} takes the name of a .{option} file, not {path}")
@@ -188,12 +203,14 @@ def _write_files(
                 gantt_picture(timeline, schedule, path)
         except OSError as failure:
             raise UsageError(
-                f"cannot write {path}: {failure.strerror}; name a file in a folder that you may write to"
+                f"cannot write {path}: {failure.strerror}; "
+                "name a file in a folder that you may write to"
             ) from failure
     return written
 
 
-def _drawn(lines: Sequence[Text], options: ScheduleOptions) -> str:
+def _as_text(lines: Sequence[Text], options: ScheduleOptions) -> str:
+    """Render lines with colours, or without, whatever stdout is: rank 0's console writes them."""
     paper = io.StringIO()
     pen = rich.console.Console(
         file=paper, force_terminal=options.coloured, highlight=False, soft_wrap=True
@@ -203,5 +220,5 @@ def _drawn(lines: Sequence[Text], options: ScheduleOptions) -> str:
     return paper.getvalue()
 
 
-def _short(number: float) -> str:
+def _rounded(number: float) -> str:
     return f"{number:,.6g}"

@@ -1,7 +1,8 @@
-"""When does each rank do what, if computations and messages take so and so long?
+"""Simulate a schedule: when each rank computes what, for given costs of actions and messages.
 
-Each rank does its row in order; an action begins when the rank is free and what it needs is there. A message takes
-`transfer` between two ranks and nothing within one, and never keeps a rank from computing.
+Each rank does its row in order. An action begins when the rank is free and its input has arrived. A
+message between two ranks takes `transfer` and overlaps with computation; within a rank it takes no
+time.
 """
 
 from dataclasses import dataclass
@@ -9,12 +10,12 @@ from functools import cached_property
 from statistics import fmean
 
 from mpillm.parallel.pipeline.actions import Action, PipelineSchedule
-from mpillm.parallel.pipeline.order import execution_order
+from mpillm.parallel.pipeline.execution_order import execution_order
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, or any unit of time, for each stage; a whole backward takes both its halves together."""
+    """Seconds, or any unit of time, of each stage; B takes the time of I and W together."""
 
     forward: tuple[float, ...]
     backward_input: tuple[float, ...]
@@ -31,12 +32,13 @@ class Costs:
         backward_weight: float = 1,
         transfer: float = 0,
     ) -> "Costs":
-        """The same for each of `stages` stages."""
+        """Make equal costs for each of `stages` stages."""
         return cls(
             (forward,) * stages, (backward_input,) * stages, (backward_weight,) * stages, transfer
         )
 
     def of(self, action: Action) -> float:
+        """Return the time of one action."""
         stage = action.stage
         if action.kind == "F":
             return self.forward[stage]
@@ -46,6 +48,8 @@ class Costs:
 
 @dataclass(frozen=True)
 class Span:
+    """An action with its begin and end: simulated, or measured by the executor."""
+
     action: Action
     begin: float
     end: float
@@ -53,13 +57,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """`spans[rank]`: what the rank does when, in order."""
+    """`spans[rank]`: the rank's actions with their times, in order."""
 
     spans: tuple[tuple[Span, ...], ...]
 
     @cached_property
     def makespan(self) -> float:
-        """From 0 to the end of the last action."""
+        """The time from 0 to the end of the last action."""
         return max((row[-1].end for row in self.spans if row), default=0.0)
 
     @cached_property
@@ -69,14 +73,16 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """Waiting over computing: makespan / mean(busy) − 1. GPipe's is (p−1)/m."""
+        """Idle time over computing time: makespan / mean(busy) − 1. GPipe's is (p−1)/m."""
         computing = fmean(self.busy)
+        # Actions that cost nothing have no bubble rather than an infinite one.
         return self.makespan / computing - 1 if computing else 0.0
 
     @cached_property
     def peaks(self) -> tuple[int, ...]:
-        """The most activations that each rank stores at once: of one stage and microbatch each, from the beginning of
-        F to the end of B or W.
+        """The largest number of activations that each rank stores at once.
+
+        The unit is one stage and microbatch, stored from the begin of F to the end of B or W.
         """
         return tuple(_peak(row) for row in self.spans)
 
@@ -84,6 +90,8 @@ class Timeline:
 def _peak(row: tuple[Span, ...]) -> int:
     stored = peak = 0
     for span in row:
+        # Counted before the release: during B and W the activations are still needed. I releases
+        # nothing, W needs the inputs of the matrix products.
         stored += span.action.kind == "F"
         peak = max(peak, stored)
         stored -= span.action.kind in "BW"
@@ -91,9 +99,10 @@ def _peak(row: tuple[Span, ...]) -> int:
 
 
 def simulate(schedule: PipelineSchedule, costs: Costs) -> Timeline:
-    """Play `schedule`, in time proportional to its number of actions. Raises LayoutError for a deadlock."""
+    """Simulate `schedule`, in time linear in its actions. Raises LayoutError for a deadlock."""
     rows: list[list[Span]] = [[] for _ in schedule.rows]
     ends: dict[Action, float] = {}
+    # In this order everything that an action needs has its end before the action is reached.
     for rank, action in execution_order(schedule):
         begin = rows[rank][-1].end if rows[rank] else 0.0
         needed = schedule.needs(action)

@@ -1,11 +1,12 @@
-"""What an action needs, where its result goes, and on which channel."""
+"""Actions: what they need, where their results go, and on which channel."""
 
 from itertools import product
 
 import pytest
 
 from mpillm.parallel.pipeline.actions import Action, RoutedAction
-from mpillm.parallel.pipeline.catalog import NAMES, forward_only, make_schedule
+from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
+from mpillm.parallel.pipeline.schedules.forward_only import forward_only
 
 
 def test_what_an_action_needs_and_where_it_goes():
@@ -40,7 +41,7 @@ def test_a_routed_row_by_hand():
     assert schedule.routed_row(1) is row, "made once"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_routes_agree_with_needs_and_feeds(name):
     """What one rank sends on a channel is what the other receives, in the same order."""
     for p, m in product((1, 2, 3, 4), (8, 11)):

@@ -1,4 +1,4 @@
-"""Faults are found: each kind planted by hand, then any that chance brings, beside a slow oracle."""
+"""Faults are found: each kind planted by hand, then random ones, compared with a slow oracle."""
 
 from collections import Counter
 from dataclasses import replace
@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from mpillm.errors import LayoutError
 from mpillm.parallel.pipeline.actions import Action, PipelineSchedule
-from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
-from mpillm.parallel.pipeline.check import Step, ascending, check, programs, run_blocking
+from mpillm.parallel.pipeline.check import ascending, check
+from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
+from tests.parallel.pipeline.blocking import Step, programs, run_blocking
 
 
 def action(text):
@@ -34,8 +35,8 @@ FAULTS = {
     "stage 0 needs .* with microbatch 1, and has B on rank 0": ("0F0 0B0 0B1", "1F0 1B0 1F1 1B1"),
     "microbatch 0, and has F, B, W": ("0F0 0F1 0B0 0B1", "1F0 1B0 1W0 1F1 1B1"),
     "microbatch 0, and has F, I on": ("0F0 0F1 0B0 0B1", "1F0 1I0 1F1 1B1"),
-    "stage 1 lies on rank 0 and on rank 1 .with 1F0.": ("0F0 0F1 1B1 0B0 0B1", "1F0 1B0 1F1"),
-    "stage 1 of 2 lies on no rank": ("0F0 0F1 0B0 0B1",),
+    "stage 1 is on rank 0 and on rank 1 .with 1F0.": ("0F0 0F1 1B1 0B0 0B1", "1F0 1B0 1F1"),
+    "stage 1 of 2 is on no rank": ("0F0 0F1 0B0 0B1",),
     "rank 1 does nothing": ("0F0 0F1 0B0 0B1 1F0 1F1 1B0 1B1", ""),
     "rank 1 has 2F0, but stages go from 0 to 1": ("0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1 2F0"),
     "rank 0 has 0F2, but .* microbatches to 1": ("0F0 0F1 0B0 0B1 0F2", "1F0 1B0 1F1 1B1"),
@@ -69,36 +70,36 @@ def test_what_is_right_passes():
         check(schedule("0F0 0F1", "1F0 1F1"))
 
 
-def test_a_deadlock_shows_its_circle():
+def test_a_deadlock_shows_its_cycle():
     with pytest.raises(LayoutError) as caught:
         check(schedule("0F0 0B0 0F1 0B1", "1F0 1F1 1B0 1B1"))
     assert (
-        "rank 0 cannot do 0B0 before rank 1 does 1B0, which stands after 1F1 there, which needs 0F1, "
-        "which stands after 0B0 on rank 0"
+        "rank 0 cannot do 0B0 before rank 1 does 1B0, which comes after 1F1 there, "
+        "which needs 0F1, which comes after 0B0 on rank 0"
     ) in str(caught.value)
 
 
-def test_circles_of_three_ranks_of_two_and_of_one():
+def test_cycles_of_three_ranks_of_two_and_of_one():
     rows = "0F0 0B0 3F0 3B0", "1F0 1B0", "2F0 2B0"
     with pytest.raises(LayoutError) as caught:
         check(schedule(*rows, stages=4, microbatches=1))
     assert (
-        "rank 0 cannot do 0B0 before rank 1 does 1B0, which needs 2B0 of rank 2, which needs 3B0, which stands after "
-        "0B0 on rank 0"
+        "rank 0 cannot do 0B0 before rank 1 does 1B0, which needs 2B0 of rank 2, "
+        "which needs 3B0, which comes after 0B0 on rank 0"
     ) in str(caught.value)
-    # Rank 0 waits too, but beside the circle.
+    # Rank 0 waits too, but outside the cycle.
     rows = "0F0 0B0 0F1 0B1", "1F0 1F1 1B0 1B1", "2F0 2B0 2F1 2B1", "3F0 3F1 3B0 3B1"
-    with pytest.raises(LayoutError, match="0F1, which stands after 0B0 on rank 0"):
+    with pytest.raises(LayoutError, match="0F1, which comes after 0B0 on rank 0"):
         check(schedule(*rows, stages=4))
     rows = "0F0 0F1 0B0 0B1", "1F0 1F1 1B0 1B1", "2F0 2B0 2F1 2B1", "3F0 3F1 3B0 3B1"
     with pytest.raises(
         LayoutError,
-        match="rank 2 cannot do 2B0 before rank 3 does 3B0, which stands after 3F1 there",
+        match="rank 2 cannot do 2B0 before rank 3 does 3B0, which comes after 3F1 there",
     ):
         check(schedule(*rows, stages=4))
     with pytest.raises(
         LayoutError,
-        match="rank 0 cannot do 1F0 before rank 0 does 0F0, which stands after 1F0 on rank 0",
+        match="rank 0 cannot do 1F0 before rank 0 does 0F0, which comes after 1F0 on rank 0",
     ):
         check(schedule("1F0 0F0 1B0 0B0", microbatches=1))
 
@@ -175,7 +176,7 @@ def test_the_machine_sees_what_is_wrong():
 
 
 def sound(plan):
-    """Whether `plan` can run, found the slow way: every look at every rank, until none goes on."""
+    """Return whether `plan` can run, the slow way: try every rank until none advances."""
     every = [(rank, cell) for rank, row in enumerate(plan.rows) for cell in row]
     if len({(cell.stage, rank) for rank, cell in every}) != plan.stages:
         return False
@@ -225,7 +226,7 @@ def in_order(plan):
 
 
 def disturbed(plan, changes):
-    """Each change: (what, two numbers that say where)."""
+    """Return `plan` with changes: each is (what, two numbers that say where)."""
     rows = [list(row) for row in plan.rows]
     for what, a, b in changes:
         row, other = rows[a % len(rows)], rows[b % len(rows)]
@@ -256,7 +257,12 @@ CHANGE = st.tuples(
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.sampled_from(NAMES), st.integers(1, 3), st.integers(0, 2), st.lists(CHANGE, max_size=3))
+@given(
+    st.sampled_from(tuple(SCHEDULES)),
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.lists(CHANGE, max_size=3),
+)
 def test_whatever_breaks_a_schedule_is_found_and_nothing_else(name, ranks, more, changes):
     plan = disturbed(make_schedule(name, ranks, 2 * ranks + more), changes)
     if not sound(plan):

@@ -10,8 +10,9 @@ from mpillm.comm.mesh import Mesh
 from mpillm.errors import CommError, LayoutError
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.part_module import create
-from mpillm.parallel.pipeline.catalog import NAMES, forward_only, make_schedule
 from mpillm.parallel.pipeline.executor import Pipeline, StreamShapes
+from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
+from mpillm.parallel.pipeline.schedules.forward_only import forward_only
 from mpillm.parallel.pipeline.simulate import Costs, simulate
 from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.settings import ParallelSettings
@@ -78,7 +79,7 @@ def reference(config):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["tied", "untied"])
 @pytest.mark.parametrize("handover", ["shared", "messages"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_gradients_are_the_whole_model_s(comm, name, handover, config):
     loss, gradients, norm = reference(config)
     model, batch = sharded(
@@ -123,7 +124,7 @@ def test_pipelines_side_by_side(comm, name, overlap):
     model.close()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_a_fixed_order_gives_the_bits_of_one_rank(comm, name):
     from mpi4py import MPI
 
@@ -209,7 +210,7 @@ class Counting:
 
 
 @pytest.mark.parametrize("microbatches", [8, 32])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_each_stage_is_given_its_neighbour_s_and_stores_what_was_foreseen(comm, name, microbatches):
     axis = Mesh(comm, {"pipeline": comm.size}).axis("pipeline")
     schedule = make_schedule(name, comm.size, microbatches)
@@ -301,7 +302,7 @@ from mpillm.comm.mesh import Mesh
 from mpillm.comm.failure import fail_together
 from mpillm.comm.world import open_world
 from mpillm.parallel.pipeline.executor import Pipeline, StreamShapes
-from mpillm.parallel.pipeline.catalog import make_schedule
+from mpillm.parallel.pipeline.schedule_catalog import make_schedule
 comm = open_world()
 
 class Stage:

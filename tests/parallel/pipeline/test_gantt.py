@@ -6,8 +6,8 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.errors import UsageError
-from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
 from mpillm.parallel.pipeline.gantt import gantt_picture, gantt_text
+from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
 from mpillm.parallel.pipeline.simulate import Costs, simulate
 
 
@@ -38,7 +38,7 @@ def test_it_closes_up_before_it_drops_the_numbers():
     assert set(compressed[0].removeprefix("rank 0 ")) == set("FB·")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("width", [1, 40, 80, 200])
 def test_no_line_is_wider_than_it_may_be_and_all_ranks_are_as_long(name, width):
     lines = chart(name, 4, 9, width, transfer=0.3, backward_input=1.7)
@@ -46,9 +46,9 @@ def test_no_line_is_wider_than_it_may_be_and_all_ranks_are_as_long(name, width):
     assert max(map(len, ranks_of(lines))) <= max(width, len("rank 0 ") + 1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_every_action_is_in_its_place(name):
-    """Each label stands in the column of its beginning, in the colour of its kind and chunk."""
+    """Each label is in the column of its begin, in the colour of its kind and chunk."""
     schedule = make_schedule(name, 3, 6)
     timeline = simulate(schedule, Costs.even(schedule.stages, backward_weight=2))
     lines = gantt_text(timeline, schedule, 1000)[1:-1]

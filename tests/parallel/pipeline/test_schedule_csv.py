@@ -4,13 +4,13 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
+from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
 from mpillm.parallel.pipeline.schedule_csv import read_schedule, write_schedule
 
 
 @pytest.fixture
 def written(folder):
-    """Writes a text, or bytes, into this rank's own file and returns its path."""
+    """Write a text, or bytes, into this rank's own file and returns its path."""
 
     def write(text):
         path = folder / f"plan-{MPI.COMM_WORLD.rank}.csv"
@@ -20,7 +20,7 @@ def written(folder):
     return write
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_there_and_back(written, name):
     schedule = make_schedule(name, 3, 7)
     found = read_schedule(written(write_schedule(schedule)))
@@ -52,9 +52,9 @@ def test_older_files_call_the_half_for_the_input_b(written):
         (",,\n\n", "holds no actions"),
         (
             "0F0,0B0\n1F0,1X0,1B0\n",
-            "row 2, column 2: '1X0' is no action; a cell is a stage, then F, B, I or W",
+            "row 2, column 2: '1X0' is not an action; a cell is a stage, then F, B, I or W",
         ),
-        ("0F0,0SEND_F0,0B0\n", "row 1, column 2: '0SEND_F0' .* leave out"),
+        ("0F0,0SEND_F0,0B0\n", "row 1, column 2: '0SEND_F0' .*leave out messages"),
         ("0F0,-1B0\n", "row 1, column 2: '-1B0'"),
         ("0F0,0B\u0660\n", "row 1, column 2"),
         ("0F0,0B0\n1F0\n", "stage 1 needs F, and B or both I and W with microbatch 0"),
@@ -65,7 +65,7 @@ def test_older_files_call_the_half_for_the_input_b(written):
         ),
         ("0F0,0F1\n1F0,1F1\n", "needs F, and B"),
         ("0F0,0B0,0I0,0W0\n", "and has F, B, I, W on rank 0"),
-        ("0F0,0B0,999999999F0\n", "stage 1 of 1000000000 lies on no rank"),
+        ("0F0,0B0,999999999F0\n", "stage 1 of 1000000000 is on no rank"),
         ("0F0,0B0,0F999999999\n", "microbatch 1, and has nothing on rank 0"),
         (b"\xff\xfe0F0", "cannot read the schedule .*; name a CSV file"),
     ],

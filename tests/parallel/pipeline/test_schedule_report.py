@@ -1,6 +1,7 @@
 """`mpillm schedule` as a user types it."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mpillm.errors import UsageError
-from mpillm.parallel.pipeline.catalog import NAMES, make_schedule
+from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
 from mpillm.parallel.pipeline.schedule_report import ScheduleOptions, ShareCosts, print_schedule
 from mpillm.system.console import Console
 
@@ -78,7 +79,7 @@ def test_costs(mpillm):
 def test_all_beside_one_another(mpillm):
     done = mpillm("schedule", "all", *SIZE)
     assert done.returncode == 0, done.stderr
-    for name in NAMES:
+    for name in SCHEDULES:
         assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
     few = mpillm("schedule", "all", "--stages", "4", "--microbatches", "6")
     assert "left out: zb-v on 4 ranks needs at least 8 microbatches, not 6" in few.stdout
@@ -101,6 +102,8 @@ def test_all_beside_one_another(mpillm):
         (("1f1b",), "1f1b needs --stages P and --microbatches M"),
         (("all", "--stages", "2"), "all needs --stages P and --microbatches M"),
         (("1b1f", *SIZE), "did you mean 1f1b"),
+        (("nowhere.schedules:MINE",), "needs --stages P and --microbatches M"),
+        (("nowhere.schedules:MINE", *SIZE), "cannot be imported"),
         (("zb-v", "--stages", "4", "--microbatches", "2"), "at least 8 microbatches, not 2"),
         (("1f1b", *SIZE, "--costs", "1,2"), "--costs takes F,B,W,T"),
         (("1f1b", *SIZE, "--svg", "{}/a.png"), "--svg takes the name of a .svg file"),
@@ -160,6 +163,16 @@ def test_the_page_shows_what_is_printed(mpillm, folder):
         done = mpillm("schedule", *words, COLUMNS="100")
         printed = {line.rstrip() for line in (done.stdout + done.stderr).splitlines()}
         assert [line for line in text.splitlines() if line not in printed] == []
+
+
+@pytest.mark.alone
+def test_the_page_s_plug_in_runs(mpillm, folder):
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    (folder / "my_schedules.py").write_text(block)
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    done = mpillm("schedule", "my_schedules:ONE_BY_ONE", *SIZE, "--json", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["peaks"] == [1, 1, 1, 1]
 
 
 @pytest.mark.alone

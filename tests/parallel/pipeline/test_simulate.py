@@ -4,7 +4,7 @@ import pytest
 
 from mpillm.errors import LayoutError
 from mpillm.parallel.pipeline.actions import Action, PipelineSchedule
-from mpillm.parallel.pipeline.catalog import make_schedule
+from mpillm.parallel.pipeline.schedule_catalog import make_schedule
 from mpillm.parallel.pipeline.simulate import Costs, simulate
 
 
@@ -53,7 +53,7 @@ def test_a_message_hides_behind_computing_and_is_nothing_within_a_rank():
     rank_1 = simulate(make_schedule("zb-v", 2, 4), slow).spans[1]
     ends = {str(span.action): span for span in rank_1}
     assert ends["2F0"].begin == ends["1F0"].end
-    # GPipe's forwards go on while the first one travels, and each waits for its own message only.
+    # GPipe's forwards continue while the first result travels; each waits for its message alone.
     rows = simulate(make_schedule("gpipe", 2, 8), Costs.even(2, transfer=5)).spans
     assert [span.begin for span in rows[0]][:8] == list(range(8))
     assert [span.begin for span in rows[1]][:8] == list(range(6, 14))

@@ -1,4 +1,4 @@
-"""A backward pass in two halves beside a whole one."""
+"""A backward pass in two halves compared with a whole one."""
 
 import copy
 import gc
@@ -76,7 +76,7 @@ def test_the_second_half_lets_the_graph_go():
 
     class Saved:
         def __init__(self, tensor):
-            self.tensor = tensor.detach()  # with its graph it would make a circle of its own
+            self.tensor = tensor.detach()  # with its graph it would make a cycle of its own
             kept.add(self)
 
     part = create(config(), 1, part=Part(1, 2))
@@ -90,7 +90,7 @@ def test_the_second_half_lets_the_graph_go():
         assert len(kept) > 10
         split.weights()
         del y, split
-        assert not kept, "no circle keeps the activations"
+        assert not kept, "no cycle keeps the activations"
     finally:
         gc.enable()
 

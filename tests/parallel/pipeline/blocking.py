@@ -1,8 +1,9 @@
-"""A schedule with its messages woven in, so that even sends that wait for their receive cannot lock.
+"""A schedule with its messages, played with sends that block: the tests' second proof.
 
-All computations and messages stand in one order for all ranks, that of a simulation with even costs; a rank's program
-is its part of that order. The first thing in the order that is not yet done can always be done: those who take part
-in it have nothing before it. So no MPI library needs to buffer anything for the ranks to go on.
+All computations and messages are put in one order for all ranks, that of a simulation with even
+costs. A rank's program is its part of that order. The first event of the order that is not done can
+always be done: the ranks that take part in it have nothing to do before it. So the ranks finish
+with an MPI library that buffers nothing.
 """
 
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from mpillm.parallel.pipeline.simulate import Costs, simulate
 
 @dataclass(frozen=True)
 class Step:
-    """One line of a rank's program. A message bears the name of the computation that made it: `send 0F3` carries the
-    activations of stage 0 for microbatch 3, `send 1B3` or `send 1I3` the gradient of stage 1's input.
+    """One line of a rank's program. A message has the name of the computation that made it.
+
+    `send 0F3` sends the activations of stage 0 for microbatch 3; `send 1B3` or `send 1I3` sends the
+    gradient of the input of stage 1.
     """
 
     what: Literal["compute", "send", "receive"]
@@ -34,14 +37,13 @@ class Step:
 
 
 def programs(schedule: PipelineSchedule) -> list[list[Step]]:
-    """For each rank what it computes, sends and receives, in order.
+    """List for each rank what it computes, sends and receives, in order.
 
-    A send stands right behind its computation; the receive where the message comes, at or before its use. The messages
-    of one edge (a stage and its neighbour, one way) are sent and received in the same order. Raises LayoutError for
-    a deadlock.
+    A send comes right after its computation, the receive at or before its use. The messages of one
+    channel are sent and received in the same order. Raises LayoutError for a deadlock.
     """
-    # (time, messages before computations, action, ranks that take part): with even costs all computations take time,
-    # so sorting puts a message behind what made it and before what uses it.
+    # (time, messages before computations, action, ranks that take part). With even costs all
+    # computations take time, so sorting puts a message after what made it and before what uses it.
     events: list[tuple[float, int, Action, tuple[int, ...]]] = []
     for rank, row in enumerate(simulate(schedule, Costs.even(schedule.stages)).spans):
         for span in row:
@@ -58,16 +60,16 @@ def programs(schedule: PipelineSchedule) -> list[list[Step]]:
 
 
 def run_blocking(programs: list[list[Step]]) -> None:
-    """Execute `programs` with sends that last until they are received, and nothing in between.
+    """Execute `programs` with sends that return when they are received, and no buffers.
 
-    Raises LayoutError when the ranks lock, with the circle; when a computation lacks what it needs, or when a message
-    is not the one that the receiver expects on its edge.
+    Raises LayoutError with the cycle when the ranks deadlock; when a computation lacks an input; or
+    when a message is not the one that the receiver expects on its channel.
     """
     _Machine(programs).run()
 
 
 class _Machine:
-    """Ranks that meet to exchange a message. `_held[rank]`: what the rank has computed or received."""
+    """Ranks with blocking messages. `_held[rank]`: what the rank has computed or received."""
 
     def __init__(self, programs: list[list[Step]]) -> None:
         self._programs = programs
@@ -86,14 +88,14 @@ class _Machine:
                     moved = True
         stuck = [rank for rank in range(len(self._programs)) if self._at(rank) is not None]
         if stuck:
-            raise LayoutError(f"blocking sends lock: {self._circle(stuck[0])}")
+            raise LayoutError(f"blocking sends lock: {self._cycle(stuck[0])}")
 
     def _at(self, rank: int) -> Step | None:
         steps, index = self._programs[rank], self._next[rank]
         return steps[index] if index < len(steps) else None
 
     def _advance(self, rank: int) -> bool:
-        """Do the next step of `rank`, if it can be done; a message is done from its sender's side."""
+        """Do the next step of `rank` if possible; a message is done by its sender."""
         step = self._at(rank)
         if step is None or step.what == "receive":
             return False
@@ -123,7 +125,7 @@ class _Machine:
         self._held[rank].add(action)
 
     def _met(self, rank: int, step: Step) -> bool:
-        """Whether the peer stands at the receive of this message's edge."""
+        """Return whether the peer is at the receive of this message's channel."""
         other = self._at(step.peer)
         if other is None or other.what != "receive" or other.peer != rank:
             return False
@@ -136,7 +138,7 @@ class _Machine:
             raise LayoutError(f"rank {rank} would {step}, and rank {step.peer} {other}")
         return True
 
-    def _circle(self, rank: int) -> str:
+    def _cycle(self, rank: int) -> str:
         chain: list[int] = []
         while rank not in chain and (step := self._at(rank)) is not None:
             chain.append(rank)
