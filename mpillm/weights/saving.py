@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -50,10 +51,11 @@ def assign_writers(held: Sequence[Mapping[Key, int]]) -> list[list[Key]]:
     sizes = {key: nbytes for keys in held for key, nbytes in keys.items()}
     shares: list[list[Key]] = [[] for _ in held]
     loads = [0] * len(held)
-    for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
-        rank = min(holders[key], key=lambda rank: (loads[rank], rank))
+    for negative, key in sorted((-nbytes, key) for key, nbytes in sizes.items()):
+        # The lowest of equally loaded ranks: holders are in the order of their ranks.
+        rank = min(holders[key], key=loads.__getitem__)
         shares[rank].append(key)
-        loads[rank] += sizes[key]
+        loads[rank] -= negative
     return [sorted(keys) for keys in shares]
 
 
@@ -194,7 +196,8 @@ def _commit(
         return
     tensors: dict[str, dict[str, Any]] = {}
     boxes = False
-    for part in sorted((part for share in written for part in share), key=lambda part: part.key):
+    everything = (part for share in written for part in share)
+    for part in sorted(everything, key=attrgetter("key")):
         empty = {"dtype": part.dtype, "shape": part.key.shape, "pieces": []}
         tensors.setdefault(part.key.name, empty)["pieces"].append(part.entry)
         boxes = boxes or "start" in part.entry
