@@ -14,8 +14,8 @@ from mpillm.tasks.metrics.likelihood import Perplexity
 from mpillm.tasks.metrics.metric import Metric, Totals
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.task import Task
-from mpillm.tokens.evaluation_windows import evaluation_batches, read_evaluation
 from mpillm.tokens.reader import TokenReader
+from mpillm.tokens.windows import evaluation_batches, read_evaluation
 
 if TYPE_CHECKING:
     from mpi4py import MPI
