@@ -1,4 +1,4 @@
-"""Encoding: each rank turns its documents into tokens, and keeps them in one file until the shuffle.
+"""Encoding: each rank encodes its documents, and keeps the tokens in one file until the shuffle.
 
 Here, too, a document's split is decided: a pure function of its key.
 """

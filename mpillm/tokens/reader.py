@@ -72,7 +72,7 @@ class TokenReader:
         return self.bases[shards] + positions * self.dtype.itemsize
 
     def descriptors(self, shards: Sequence[int]) -> list[int]:
-        """Open the file of each of `shards`; its descriptor is valid until `close`. Raises DataError."""
+        """Open the file of each of `shards`; descriptors last until `close`. Raises DataError."""
         if -1 in self._descriptors:
             for shard in set(shards):
                 self._descriptor(shard)

@@ -122,7 +122,7 @@ def _exchange(
 
 
 def _alltoallv(sendbuf: Array, sendcounts: Array, comm: "MPI.Intracomm") -> Array:
-    """All-to-all exchange: `sendbuf` holds the parts for each rank in order; so does the result."""
+    """Exchange all to all: `sendbuf` holds the parts for each rank in order; so does the result."""
     sendcounts = np.ascontiguousarray(sendcounts, np.int64)
     recvcounts = np.empty_like(sendcounts)
     comm.Alltoall(sendcounts, recvcounts)

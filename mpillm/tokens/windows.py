@@ -145,7 +145,7 @@ def _count_up(counts: Int64s) -> Int64s:
 
 
 class EvaluationBatch(NamedTuple):
-    """`rows` windows: row r is `length` inputs and one more target from `start` + r · `length` on."""
+    """`rows` windows: row r is the `length` + 1 tokens from `start` + r · `length` on."""
 
     start: int
     rows: int

@@ -2,8 +2,9 @@
 
 A checkpoint is a folder `step-00001000/`: an HDF5 file of each rank that wrote
 (`rank-00000.h5`, …), small text files, and `index.json`, written last. The index gives the place
-and the hash of each stored slice of each tensor. A reader needs the index and `preadv` alone; any HDF5 tool opens the
-files. Names of tensors never mention ranks: any number of ranks reads what any number wrote.
+and the hash of each stored slice of each tensor. A reader needs the index and `preadv` alone; any
+HDF5 tool opens the files. Names of tensors never mention ranks: any number of ranks reads what
+any number wrote.
 """
 
 import json

@@ -183,7 +183,7 @@ def test_preparing_twice(corpus, folder, comm):
 
 
 def test_a_folder_that_is_not_ours_is_never_replaced(corpus, folder, comm):
-    with pytest.raises(UsageError, match="is no prepared dataset"):
+    with pytest.raises(UsageError, match="is not a prepared dataset"):
         prepare(PrepareOptions(corpus[:1], folder / "texts", overwrite=True), comm, QUIET)
     assert (folder / "texts" / "0.txt").exists()
 

@@ -1,4 +1,4 @@
-"""Batches: the tokens and document ends of each window, against a plain reference, on any number of ranks."""
+"""Batches: tokens and document ends of each window, against a plain reference, at any ranks."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ CONTEXT = 16
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """A reader over 5 shards, small ones among them, and the same in memory: tokens, global document ends."""
+    """Write 5 shards, small ones too; return a reader, and tokens and document ends in memory."""
     folder = tmp_path_factory.mktemp("dataset")
     generator = np.random.default_rng(0)
     shards, everything, ends = [], [], []

@@ -1,6 +1,8 @@
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import pytest
@@ -145,7 +147,7 @@ def test_a_flipped_bit_is_refused_when_read(folder: Path) -> None:
         )
 
 
-def test_another_model_is_told(folder: Path, comm: MPI.Intracomm) -> None:
+def test_another_model_is_refused(folder: Path, comm: MPI.Intracomm) -> None:
     checkpoint = Checkpoint(write(folder, comm, 1))
     with pytest.raises(
         MismatchError, match=r"float32 \[30, 7\], the model wants float32 \[30, 8\]"
@@ -179,7 +181,7 @@ def test_only_the_newest_are_kept(folder: Path, comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.alone
-def test_a_full_disk_leaves_the_old_checkpoint(folder: Path, python) -> None:  # type: ignore[no-untyped-def]
+def test_a_full_disk_leaves_the_old_checkpoint(folder: Path, python: Callable[..., Any]) -> None:
     """A limit on file sizes makes writing fail as on a full disk (EFBIG in place of ENOSPC)."""
     script = folder / "fill.py"
     script.write_text(
