@@ -1,4 +1,4 @@
-"""From a checkpoint to something that computes: the model with its weights, and its tokenizer."""
+"""Load a trained model from a checkpoint, with its task and its tokenizer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,6 +49,7 @@ class RunConstants:
             "tokenizer": dict(manifest.tokenizer),
             "versions": {"torch": torch.__version__},
         }
+        # Rank 0 writes the texts, and a missing file is reported before the first step.
         tokenizer = on_root(comm, lambda: manifest.load_tokenizer().to_json())
         return cls(facts, {TOKENIZER: tokenizer})
 
@@ -62,9 +63,9 @@ class Loaded:
 
 
 def load(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
-    """The model and tokenizer of a run (its newest whole checkpoint) or of one checkpoint. Every rank calls it.
+    """Load the model of a run (its newest whole checkpoint) or of one checkpoint, for inference.
 
-    Raises CheckpointError or MismatchError.
+    Every rank calls it. Raises CheckpointError or MismatchError.
     """
     checkpoint = find(path, comm, console)
     model = read_spec(checkpoint.facts["recipe"]["model"]).build()

@@ -170,8 +170,8 @@ def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
     if tokenizer.sha256 != expected:
         raise MismatchError(
             f"the dataset {manifest.folder} was made with the tokenizer "
-            f"{manifest.tokenizer['name']} (sha256 {expected[:12]}, {manifest.vocab_size:,} tokens), "
-            f"not with {tokenizer.name} "
+            f"{manifest.tokenizer['name']} (sha256 {expected[:12]}, "
+            f"{manifest.vocab_size:,} tokens), not with {tokenizer.name} "
             f"(sha256 {tokenizer.sha256[:12]}, {tokenizer.vocab_size:,} tokens); "
             "take the tokenizer.json next to the shards, or prepare the text again"
         )

@@ -35,12 +35,10 @@ SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES = 4 << 10, 2 << 30
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """The options of `mpillm prepare`.
+    """What `mpillm prepare` is told. `workers` threads a rank read ahead; they don't change the dataset.
 
-    `tokenizer`: "bpe" (trained on about `tokenizer_bytes` of the texts), "bytes", or the path of a
-    tokenizer.json. `validation`: the fraction of the documents that is kept for evaluation.
-    `shard_bytes`: bytes of tokens in a shard, about. `workers`: threads of a rank that read ahead;
-    they don't change the dataset.
+    `tokenizer`: "bpe" (trained on about `tokenizer_bytes` of the texts), "bytes", or the path of a tokenizer.json.
+    `validation`: the fraction of the documents that is kept for evaluation. `shard_bytes`: of tokens, about.
     """
 
     sources: tuple[str, ...]
