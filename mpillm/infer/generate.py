@@ -68,12 +68,12 @@ def sample_tokens(model: PartModule, prompt: list[int], sampling: Sampling) -> I
             cache, new = model.make_cache(1), seen
         with torch.inference_mode():
             logits_V = model.next_logits(torch.tensor([new]), cache)[0, -1]
-        token = draw(logits_V, sampling, generator)
+        token = draw_token(logits_V, sampling, generator)
         seen, new = [*seen, token], [token]
         yield token
 
 
-def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def draw_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Draw a token id: top-k, then top-p (nucleus sampling, Holtzman et al. 2020)."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())

@@ -62,7 +62,7 @@ class Loaded:
     checkpoint: Checkpoint
 
 
-def load(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
+def load_trained(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
     """Load the model of a run (its newest whole checkpoint) or of one checkpoint, for inference.
 
     Every rank calls it. Raises CheckpointError or MismatchError.

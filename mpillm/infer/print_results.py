@@ -9,7 +9,7 @@ from mpillm.comm.waiting import patient_barrier
 from mpillm.infer.baselines import score_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import Sampling, generate
-from mpillm.infer.loading import Loaded, load
+from mpillm.infer.loading import Loaded, load_trained
 from mpillm.system.console import Console
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tokens.manifest import Manifest, check_tokenizer
@@ -33,7 +33,7 @@ def print_evaluation(
     `baselines`: score counting models, too. Every rank calls it. Raises MismatchError when the data
     was made with another tokenizer than the model's.
     """
-    loaded = load(trained, comm, console)
+    loaded = load_trained(trained, comm, console)
     folder = data or Path(loaded.checkpoint.facts["recipe"]["data"]["path"])
     manifest = Manifest.load(folder)
     check_tokenizer(manifest, loaded.tokenizer)
@@ -89,7 +89,7 @@ def print_generation(
 
     Every rank calls it; rank 0 computes.
     """
-    loaded = load(trained, comm, console)
+    loaded = load_trained(trained, comm, console)
     if comm.rank == 0:
         console.write(prompt)
         for text in generate(loaded.model, loaded.tokenizer, prompt, sampling):

@@ -14,8 +14,8 @@ from mpi4py import MPI
 from mpillm.errors import MismatchError, UsageError
 from mpillm.infer.baselines import score_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
-from mpillm.infer.generate import Sampling, draw, generate, sample_tokens
-from mpillm.infer.loading import Loaded, load
+from mpillm.infer.generate import Sampling, draw_token, generate, sample_tokens
+from mpillm.infer.loading import Loaded, load_trained
 from mpillm.infer.print_results import print_evaluation
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.part_module import create
@@ -46,7 +46,7 @@ def trained(folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
 
 
 def loaded_and_score(trained: Path, comm: MPI.Intracomm) -> tuple[Loaded, Score]:
-    loaded = load(trained, comm, QUIET)
+    loaded = load_trained(trained, comm, QUIET)
     with open_split(trained.parent / "data", "validation") as reader:
         return loaded, evaluate(WholeModel(loaded.model, loaded.task, comm), reader, comm, QUIET)
 
@@ -110,7 +110,7 @@ def test_baselines_are_probabilities_and_in_order(trained: Path, comm: MPI.Intra
 
 
 def test_the_same_seed_gives_the_same_text(trained: Path, comm: MPI.Intracomm) -> None:
-    loaded = load(trained, comm, QUIET)
+    loaded = load_trained(trained, comm, QUIET)
     texts = [
         "".join(
             generate(
@@ -145,7 +145,7 @@ def test_draws_follow_temperature_top_k_and_top_p() -> None:
     def seen(**settings: float) -> Counter[int]:
         chosen: dict[str, Any] = {"temperature": 1.0, "top_k": 0, **settings}
         sampling = Sampling(**chosen)
-        return Counter(draw(logits, sampling, generator) for _ in range(2000))
+        return Counter(draw_token(logits, sampling, generator) for _ in range(2000))
 
     assert set(seen(temperature=0.0)) == {0}
     assert set(seen(top_k=2)) == {0, 1}
@@ -169,7 +169,7 @@ def test_sampling_out_of_range(wrong: dict[str, float]) -> None:
 def test_a_checkpoint_of_mpillm_0_1_scores_as_it_did(comm: MPI.Intracomm) -> None:
     """The run printed this validation loss when it saved the checkpoint."""
     tests = Path(__file__).parents[1]
-    loaded = load(tests / "weights/data_0_1/step-00000004", comm, QUIET)
+    loaded = load_trained(tests / "weights/data_0_1/step-00000004", comm, QUIET)
     with open_split(tests / "tokens/data_0_1", "validation") as reader:
         score = evaluate(WholeModel(loaded.model, loaded.task, comm), reader, comm, QUIET)
     assert score.loss == pytest.approx(5.24903361716967, rel=1e-6)
