@@ -13,7 +13,7 @@ from mpillm.tokens.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from the logits.
+    """Settings by which the next token is drawn from the logits.
 
     `temperature` 0 takes the likeliest; `top_k` 0 and `top_p` 1 are off.
     """
