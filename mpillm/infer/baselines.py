@@ -1,6 +1,6 @@
-"""What counting alone achieves: unigram and bigram models of the training tokens, scored on another split.
+"""Baselines by counting: unigram and bigram models of the training tokens, scored on another split.
 
-A trained model that does not beat them has learnt nothing worth its hours.
+A trained model has to beat them to be worth its cost.
 """
 
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ class Baselines:
 def score_baselines(
     train: TokenReader, held_out: TokenReader, vocab_size: int, metrics: Sequence[Metric]
 ) -> Baselines:
-    """Score the two models by `metrics`, over the same targets as `evaluate` takes: each token of `held_out` but the first.
+    """Score both models by `metrics` over the targets of `evaluate`: all of `held_out` but one.
 
-    Unigram: counts plus one. Bigram: Witten & Bell 1991, interpolated with that unigram; the weight left to the
-    unigram after a token grows with how many kinds of followers the token has had.
+    Unigram: counts plus one. Bigram: Witten & Bell 1991, interpolated with that unigram. The
+    unigram's weight after a token grows with the number of different followers of that token.
     """
     ids = _read(train)
     targets = _read(held_out)
@@ -50,14 +50,14 @@ def score_baselines(
 def _bigram(
     ids: Ids, targets: Ids, counts: Ids, unigram: np.ndarray[Any, Any], vocab_size: int
 ) -> np.ndarray[Any, Any]:
-    """p(target | token before) of each target but the first."""
+    """Compute p(target | token before it) for each target but the first."""
     pairs, pair_counts = np.unique(ids[:-1] * vocab_size + ids[1:], return_counts=True)
     kinds = np.bincount(pairs // vocab_size, minlength=vocab_size)
     before = targets[:-1]
     wanted = before * vocab_size + targets[1:]
     place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
     seen = np.where(pairs[place] == wanted, pair_counts[place], 0)
-    # The last training token was counted once more than it was followed: a difference of one, not worth a pass.
+    # The last training token has one more occurrence than followers: too little to correct for.
     weight = counts[before] + kinds[before]
     mixed = (seen + kinds[before] * unigram[targets[1:]]) / np.maximum(weight, 1)
     return np.asarray(np.where(weight > 0, mixed, unigram[targets[1:]]))

@@ -1,4 +1,4 @@
-"""Evaluate a model over a whole split: loss, perplexity and the task's other metrics, shared by the ranks."""
+"""Evaluate a model over a whole split by the task's metrics, its batches shared by the ranks."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,19 +14,23 @@ from mpillm.tasks.metrics.likelihood import Perplexity
 from mpillm.tasks.metrics.metric import Metric, Totals
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.task import Task
-from mpillm.tokens.evaluation_windows import evaluation_batches, read_evaluation
 from mpillm.tokens.reader import TokenReader
+from mpillm.tokens.windows import evaluation_batches, read_evaluation
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# Tokens in a batch: enough to fill the matrix products, few enough for the logits of a large vocabulary.
+# Tokens in a batch: enough to fill the matrix products, few enough for the logits of a large
+# vocabulary.
 BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Score:
-    """The totals of an evaluation and the values of its metrics, in order; None where a metric needs the outputs."""
+    """The totals of an evaluation and the values of its metrics, in order.
+
+    A value is None where its metric needs the model's outputs and there were none.
+    """
 
     totals: Totals
     values: Mapping[str, float | None]
@@ -76,7 +80,7 @@ class Scorer(Protocol):
 
     @property
     def share(self) -> tuple[int, int]:
-        """(i, n): which of n shares of the batches is this rank's; ranks that hold stages of one model have one."""
+        """(i, n): this rank takes share i of n of the batches; the stages of one model take one."""
 
     def score(
         self,
@@ -88,8 +92,8 @@ class Scorer(Protocol):
     ) -> dict[int, BatchScore]:
         """Score each of `count` batches; the results are on the rank that computes the loss.
 
-        `read(number)` gives the fields of a batch of `shape_of(number)` = (B, T). `done` is called once a batch, on some
-        rank.
+        `read(number)` gives the fields of a batch of `shape_of(number)` = (B, T). `done` is called
+        once a batch, on some rank.
         """
 
 
@@ -133,8 +137,8 @@ def evaluate(
 ) -> Score:
     """Score each token of the split but the first, in windows of the model's context.
 
-    `names`: the metrics; none: the task's. Every rank calls it and gets the same score: the batches are the same at any
-    number of ranks, and their sums are added exactly.
+    `names`: the metrics; none: the task's. Every rank calls it and gets the same score: the
+    batches are the same at any number of ranks, and their sums are added exactly.
     """
     spec, task = scorer.spec, scorer.task
     metrics = make_metrics(names or task.metrics)

@@ -13,7 +13,7 @@ from mpillm.tokens.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from the logits.
+    """Settings by which the next token is drawn from the logits.
 
     `temperature` 0 takes the likeliest; `top_k` 0 and `top_p` 1 are off.
     """
@@ -32,9 +32,7 @@ class Sampling:
             ("top-p", self.top_p, 0 < self.top_p <= 1),
         ):
             if not fits:
-                raise UsageError(
-                    f"--{name} {value} makes no sense; see mpillm generate --help for what it may be"
-                )
+                raise UsageError(f"--{name} {value} is out of range; see mpillm generate --help")
 
 
 def generate(
@@ -55,9 +53,11 @@ def generate(
 def sample_tokens(model: PartModule, prompt: list[int], sampling: Sampling) -> Iterator[int]:
     """Yield `max_tokens` token ids that follow `prompt`.
 
-    When the text passes the model's context, the older half is forgotten and the cache is filled anew.
+    When the text exceeds the model's context, its older half is dropped and the cache is filled
+    again.
     """
     context = model.spec.context
+    # No more of a long prompt than the model can see.
     seen = prompt[-context:]
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = model.make_cache(1)
@@ -68,13 +68,13 @@ def sample_tokens(model: PartModule, prompt: list[int], sampling: Sampling) -> I
             cache, new = model.make_cache(1), seen
         with torch.inference_mode():
             logits_V = model.next_logits(torch.tensor([new]), cache)[0, -1]
-        token = draw(logits_V, sampling, generator)
+        token = draw_token(logits_V, sampling, generator)
         seen, new = [*seen, token], [token]
         yield token
 
 
-def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id. Top-p is nucleus sampling (Holtzman et al. 2020), after top-k."""
+def draw_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Draw a token id: top-k, then top-p (nucleus sampling, Holtzman et al. 2020)."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     logits_V = logits_V.float() / sampling.temperature
@@ -85,7 +85,7 @@ def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     probability_V = logits_V.softmax(0)
     if sampling.top_p < 1:
         sorted_V, order_V = probability_V.sort(descending=True)
-        # A token stays if those likelier than it do not fill the nucleus yet: so at least one stays.
+        # A token is kept while the likelier ones do not fill the nucleus: so at least one is kept.
         outside_V = sorted_V.cumsum(0) - sorted_V >= sampling.top_p
         probability_V = probability_V.index_fill(0, order_V[outside_V], 0.0)
     return int(torch.multinomial(probability_V, 1, generator=generator))

@@ -1,26 +1,57 @@
-"""From a checkpoint to something that computes: the model with its weights, and its tokenizer."""
+"""Load a trained model from a checkpoint, with its task and its tokenizer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mpillm.comm.agreement import on_root
 from mpillm.models.model_catalog import read_spec
 from mpillm.models.part_module import PartModule
 from mpillm.system.console import Console
 from mpillm.tasks import task_catalog
 from mpillm.tasks.task import Task
 from mpillm.tasks.task_catalog import make_task
+from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.finding import find
+from mpillm.weights.names import weight_tensors
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class RunConstants:
+    """The facts and texts that are equal in every checkpoint of a run: read once, at its start."""
+
+    facts: Mapping[str, Any]
+    texts: Mapping[str, str]
+
+    @classmethod
+    def read(
+        cls, manifest: Manifest, recipe: Mapping[str, Any], comm: "MPI.Intracomm"
+    ) -> "RunConstants":
+        """Read them, with the tokenizer of the data. Every rank calls it; rank 0 reads.
+
+        `recipe`: the resolved recipe as a table. Raises DataError or MismatchError on every rank
+        where the dataset's tokenizer is missing or another one.
+        """
+        facts = {
+            "seed": recipe["train"]["seed"],
+            "recipe": recipe,
+            "data": manifest.manifest_hash,
+            "tokenizer": dict(manifest.tokenizer),
+            "versions": {"torch": torch.__version__},
+        }
+        # Rank 0 writes the texts, and a missing file is reported before the first step.
+        tokenizer = on_root(comm, lambda: manifest.load_tokenizer().to_json())
+        return cls(facts, {TOKENIZER: tokenizer})
 
 
 @dataclass(frozen=True)
@@ -31,10 +62,10 @@ class Loaded:
     checkpoint: Checkpoint
 
 
-def load(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
-    """The model and tokenizer of a run (its newest whole checkpoint) or of one checkpoint. Every rank calls it.
+def load_trained(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
+    """Load the model of a run (its newest whole checkpoint) or of one checkpoint, for inference.
 
-    Raises CheckpointError or MismatchError.
+    Every rank calls it. Raises CheckpointError or MismatchError.
     """
     checkpoint = find(path, comm, console)
     model = read_spec(checkpoint.facts["recipe"]["model"]).build()
@@ -46,10 +77,5 @@ def load(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
 
 
 def model_tensors(model: PartModule) -> dict[str, torch.Tensor]:
-    """A model's weights by their names in a checkpoint (`model/layers/0/attention/query/weight`), a tied one once."""
+    """Collect a model's weights by their names in a checkpoint, a tied weight once."""
     return weight_tensors(dict(model.named_weights()))
-
-
-def weight_tensors(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights, by their names in the whole model, by their names in a checkpoint."""
-    return {f"model/{name.replace('.', '/')}": weight.detach() for name, weight in weights.items()}

@@ -1,4 +1,4 @@
-"""What `evaluate` and `generate` print."""
+"""Print the results of `evaluate` and `generate`: the work of their verbs."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from mpillm.comm.waiting import patient_barrier
 from mpillm.infer.baselines import score_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import Sampling, generate
-from mpillm.infer.loading import Loaded, load
+from mpillm.infer.loading import Loaded, load_trained
 from mpillm.system.console import Console
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tokens.manifest import Manifest, check_tokenizer
@@ -30,25 +30,25 @@ def print_evaluation(
 ) -> None:
     """Score a trained model on the validation split of `data` (None: of its own data) and print it.
 
-    Every rank calls it. Raises MismatchError when the data was made with another tokenizer than the model's.
+    `baselines`: score counting models, too. Every rank calls it. Raises MismatchError when the data
+    was made with another tokenizer than the model's.
     """
-    loaded = load(trained, comm, console)
+    loaded = load_trained(trained, comm, console)
     folder = data or Path(loaded.checkpoint.facts["recipe"]["data"]["path"])
     manifest = Manifest.load(folder)
     check_tokenizer(manifest, loaded.tokenizer)
     with open_split(folder, "validation") as reader:
+        # One JSON object is all that --json prints: no progress bar.
+        progress = Console(speaks=False) if as_json else console
         scorer = WholeModel(loaded.model, loaded.task, comm)
-        scores = {
-            "model": evaluate(
-                scorer, reader, comm, Console(speaks=False) if as_json else console, metrics
-            )
-        }
+        scores = {"model": evaluate(scorer, reader, comm, progress, metrics)}
         if baselines and comm.rank == 0:
             with open_split(folder, "train") as train:
                 counted = score_baselines(
                     train, reader, manifest.vocab_size, make_metrics(scores["model"].values)
                 )
             scores |= {"bigram": counted.bigram, "unigram": counted.unigram}
+    # Rank 0 counts the training tokens alone: the others sleep meanwhile.
     patient_barrier(comm)
     _print(scores, loaded, folder, as_json, console)
 
@@ -85,8 +85,11 @@ def _cell(value: float | None, digits: int) -> str:
 def print_generation(
     trained: Path, prompt: str, sampling: Sampling, comm: "MPI.Intracomm", console: Console
 ) -> None:
-    """Print the prompt and what the model makes of it, as it comes. Every rank calls it; rank 0 computes."""
-    loaded = load(trained, comm, console)
+    """Print the prompt and the model's continuation as it comes.
+
+    Every rank calls it; rank 0 computes.
+    """
+    loaded = load_trained(trained, comm, console)
     if comm.rank == 0:
         console.write(prompt)
         for text in generate(loaded.model, loaded.tokenizer, prompt, sampling):

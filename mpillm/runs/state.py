@@ -16,7 +16,7 @@ from mpillm.runs.history_writer import HISTORY
 from mpillm.runs.lock import LOCK, Holder, live_holder, modified
 from mpillm.runs.metrics import METRICS, RECIPE, read_metrics
 from mpillm.runs.submit import JOB, read_job
-from mpillm.weights.places import CHECKPOINTS, INDEX
+from mpillm.weights.places import CHECKPOINTS, INDEX, checkpoint_folders
 
 SUBMITTED, UNKNOWN, FINISHED = "submitted", "unknown", "finished"
 # Steps that stand for how it goes now.
@@ -166,18 +166,18 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def kept(run: Path) -> list[Kept]:
     """The checkpoints of a run, the oldest first. One that is removed meanwhile is left out."""
     found = []
-    for folder in sorted((run / CHECKPOINTS).glob("step-*")):
+    for step, folder in checkpoint_folders(run / CHECKPOINTS).items():
         try:
             size = sum(file.stat().st_size for file in folder.iterdir())
             found.append(
                 Kept(
                     folder,
-                    int(folder.name.removeprefix("step-")),
+                    step,
                     size,
                     (folder / INDEX).stat().st_mtime,
                 )
             )
-        except (OSError, ValueError):
+        except OSError:
             continue
     return found
 

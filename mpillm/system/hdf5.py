@@ -117,31 +117,26 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 
 def write_at(descriptor: int, values: np.ndarray[Any, Any], offset: int) -> None:
     """Write the bytes of a C-contiguous array at `offset`. Raises OSError (ENOSPC on a full disk)."""
-    for start, piece in _pieces(octets(values)):
-        done = 0
-        while done < len(piece):
-            done += os.pwrite(descriptor, piece[done:], offset + start + done)
+    whole, done = octets(values), 0
+    while done < len(whole):
+        chunk = whole[done : done + LARGEST_CALL_BYTES]
+        done += os.pwrite(descriptor, chunk, offset + done)
 
 
 def read_at(descriptor: int, values: np.ndarray[Any, Any], offset: int) -> None:
     """Fill a C-contiguous array from the bytes at `offset`. Raises EOFError when the file ends too early."""
-    for start, piece in _pieces(octets(values)):
-        done = 0
-        while done < len(piece):
-            got = os.preadv(descriptor, [piece[done:]], offset + start + done)
-            if got == 0:
-                raise EOFError(f"the file ends before byte {offset + start + len(piece)}")
-            done += got
+    whole, done = octets(values), 0
+    while done < len(whole):
+        chunk = whole[done : done + LARGEST_CALL_BYTES]
+        got = os.preadv(descriptor, [chunk], offset + done)
+        if got == 0:
+            raise EOFError(f"the file ends before byte {offset + done + len(chunk)}")
+        done += got
 
 
 def octets(values: np.ndarray[Any, Any]) -> memoryview:
     """The memory of a C-contiguous array as bytes."""
     return values.reshape(-1).view(np.uint8).data
-
-
-def _pieces(whole: memoryview) -> Iterator[tuple[int, memoryview]]:
-    for start in range(0, len(whole), LARGEST_CALL_BYTES):
-        yield start, whole[start : start + LARGEST_CALL_BYTES]
 
 
 def block_hashes(

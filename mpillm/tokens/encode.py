@@ -1,4 +1,7 @@
-"""Encoding: each rank turns its own documents into tokens and keeps them in one file until their shards are known."""
+"""Encoding: each rank encodes its documents, and keeps the tokens in one file until the shuffle.
+
+Here, too, a document's split is decided: a pure function of its key.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +12,16 @@ import numpy as np
 
 from mpillm.errors import DataError
 from mpillm.system.console import Progress
+from mpillm.tokens.order import mix
 from mpillm.tokens.sources import read_pieces
-from mpillm.tokens.splitting import TRAIN, VALIDATION, cut_tail, split_of
 from mpillm.tokens.survey import Survey, key_of
 from mpillm.tokens.tokenizer import Tokenizer
 
-# Texts are encoded together up to so many characters: enough for all threads, little enough to hold.
+TRAIN, VALIDATION = 0, 1
+# The shard follows from the key itself; the split must not, or validation would fill the first
+# shards only.
+SPLIT_SALT = np.uint64(0x7E57)
+# Characters that are encoded together: enough for all threads, little enough to hold in memory.
 BATCH_CHARACTERS = 1 << 20
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -33,7 +40,7 @@ SPILLED = np.dtype(
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """This rank's encoded documents: `index` (n,) of SPILLED, whose tokens lie in `path` in the same order."""
+    """This rank's encoded documents: `index` (n,) of SPILLED; `path` has their tokens in order."""
 
     path: Path
     index: Array
@@ -41,14 +48,14 @@ class EncodedDocuments:
 
     @property
     def starts(self) -> Array:
-        """Where each document's tokens start in the file, in tokens."""
+        """The first token of each document in the file."""
         counts: Array = self.index["n_tokens"]
         return np.cumsum(counts) - counts
 
 
 @dataclass(frozen=True)
 class EncodedPart:
-    """A document, or the half of it that goes to one split, and its line of the index (tokens not counted yet)."""
+    """A document, or the part of it in one split, and its row of the index but for `n_tokens`."""
 
     text: str
     row: tuple[int, int, int, int, int]
@@ -64,9 +71,10 @@ def encode_documents(
     threads: int,
     progress: Progress,
 ) -> EncodedDocuments:
-    """Encode this rank's documents into the file `path`. No communication. Raises DataError, OSError.
+    """Encode this rank's documents into the file `path`, without communication.
 
-    `cut`: each document is cut in two, else it goes to one split whole. `progress` counts this rank's bytes.
+    `cut`: each document is cut in two, else it goes to one split whole. `progress` counts this
+    rank's bytes. Raises DataError, OSError.
     """
     tables = [np.empty(0, SPILLED)]
     with path.open("wb") as file:
@@ -89,12 +97,13 @@ def _parts(
         keys = [key_of(text.encode(), seed) for text in texts.documents]
         if keys != known["key"].tolist():
             raise DataError(
-                f"{texts.piece.path} changed while it was being prepared; run again when it rests"
+                f"{texts.piece.path} changed while it was read; run again when nothing writes to it"
             )
         splits = split_of(known["key"], validation).tolist()
         for text, key, ordinal, split in zip(
             texts.documents, keys, known["ordinal"].tolist(), splits, strict=True
         ):
+            # Numbered as the splits: the first half is TRAIN, the second VALIDATION.
             halves = enumerate(cut_tail(text, validation)) if cut else [(split, text)]
             for which, half in halves:
                 if half:
@@ -116,4 +125,20 @@ def _batches(parts: Iterator[EncodedPart]) -> Iterator[list[EncodedPart]]:
         yield batch
 
 
-assert (TRAIN, VALIDATION) == (0, 1)  # the order of cut_tail's halves
+def split_of(keys: Array, validation: float) -> Array:
+    """Decide each key's split by hash, TRAIN or VALIDATION: a fraction `validation` of all keys."""
+    largest = np.uint64(min(int(validation * 2.0**64), 2**64 - 1))
+    return (mix(keys ^ SPLIT_SALT) < largest).astype(np.uint8)
+
+
+def cut_tail(text: str, validation: float) -> tuple[str, str]:
+    """Cut a text in two, the second part about a fraction `validation` of it.
+
+    The second part begins at the start of a line if there is one.
+    """
+    target = min(len(text) - 1, max(1, round(len(text) * (1 - validation))))
+    after = text.find("\n", target - 1) + 1
+    if not 0 < after < len(text):
+        after = text.rfind("\n", 0, target) + 1
+    place = after if 0 < after < len(text) else max(0, target)
+    return text[:place], text[place:]

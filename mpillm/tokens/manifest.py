@@ -1,8 +1,9 @@
-"""manifest.json: what a dataset is, written last. A reader needs nothing else to open it."""
+"""manifest.json: the description of a dataset, written last. A reader needs nothing else."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Split:
-    """One split's totals and shards; `n_bytes` counts the UTF-8 bytes of its texts."""
+    """A split's totals and shards; `n_bytes` counts the UTF-8 bytes of its texts."""
 
     n_tokens: int
     n_docs: int
@@ -37,7 +38,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset: its tokenizer (name, sha256, vocab_size, eot_id, end_of_text), how it was prepared, its splits."""
+    """A dataset: its tokenizer (name, sha256, vocab_size, eot_id, end_of_text), the options that
+    it was prepared with (`prep`), and its splits.
+    """
 
     folder: Path
     tokenizer: Mapping[str, Any]
@@ -52,9 +55,9 @@ class Manifest:
     def eot_id(self) -> int:
         return int(self.tokenizer["eot_id"])
 
-    @property
+    @cached_property
     def manifest_hash(self) -> str:
-        """Identifies the dataset: xxh3-128 of the manifest's bytes, which name the hash of every shard."""
+        """The dataset's identity: xxh3-128 of the manifest's bytes, with the hash of each shard."""
         return hdf5.digest(self.text().encode())
 
     def text(self) -> str:
@@ -73,14 +76,14 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
-        """Read a dataset's manifest; the shards aren't looked at (`check_shards` does). Raises DataError."""
+        """Read a dataset's manifest, but no shard (`check_shards` does). Raises DataError."""
         folder = Path(folder)
         path = folder / NAME
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as failure:
             raise DataError(
-                f"{folder} is no prepared dataset: it has no {NAME}; "
+                f"{folder} is not a prepared dataset: it has no {NAME}; "
                 f"make one with `mpillm prepare SOURCE --out {folder}`"
             ) from failure
         except (OSError, ValueError) as failure:
@@ -96,7 +99,8 @@ class Manifest:
         )
         if kind != (FORMAT, VERSION):
             raise DataError(
-                f"{path} should be format {FORMAT} version {VERSION}, found format {kind[0]} version {kind[1]}; "
+                f"{path} should be format {FORMAT} version {VERSION}, "
+                f"found format {kind[0]} version {kind[1]}; "
                 "prepare the dataset with this mpillm, or use the one that made it"
             )
         try:
@@ -108,7 +112,7 @@ class Manifest:
             ) from failure
 
     def split(self, name: str) -> Split:
-        """The split of that name, which has tokens. Raises DataError."""
+        """Return the split of that name. Raises DataError when it has no tokens."""
         split = self.splits.get(name)
         if split is None or not split.n_tokens:
             full = ", ".join(key for key, value in self.splits.items() if value.n_tokens)
@@ -117,12 +121,15 @@ class Manifest:
         return split
 
     def check_shards(self, name: str) -> None:
-        """Look whether each shard of the split is there and whole, by its size alone. Raises DataError."""
+        """Check that each shard of the split exists and has its size. Raises DataError."""
         for shard in self.split(name).shards:
             check_shard(self.folder / shard.file, shard)
 
     def load_tokenizer(self) -> Tokenizer:
-        """The dataset's own tokenizer. Raises DataError, and MismatchError when the file is another one."""
+        """Load the dataset's own tokenizer.
+
+        Raises DataError, and MismatchError when the file is another tokenizer.
+        """
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise DataError(
@@ -138,7 +145,8 @@ def check_shard(path: Path, shard: ShardInfo) -> None:
         nbytes = path.stat().st_size
     except OSError as failure:
         raise DataError(
-            f"the manifest lists {path}, but: {failure.strerror}; copy the file back or prepare the dataset again"
+            f"the manifest lists {path}, but: {failure.strerror}; "
+            "copy the file back or prepare the dataset again"
         ) from failure
     if nbytes != shard.nbytes:
         what = "cut short" if nbytes < shard.nbytes else "not the file that was written"
@@ -151,7 +159,8 @@ def check_shard(path: Path, shard: ShardInfo) -> None:
         or shard.doc_ends_offset + 8 * shard.n_docs > nbytes
     ):
         raise DataError(
-            f"the manifest puts arrays of {path} beyond its end at {nbytes:,} bytes; prepare the dataset again"
+            f"the manifest puts arrays of {path} beyond its end at {nbytes:,} bytes; "
+            "prepare the dataset again"
         )
 
 
@@ -160,15 +169,16 @@ def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
     expected = manifest.tokenizer["sha256"]
     if tokenizer.sha256 != expected:
         raise MismatchError(
-            f"the dataset {manifest.folder} was made with the tokenizer {manifest.tokenizer['name']} "
-            f"(sha256 {expected[:12]}, {manifest.vocab_size:,} tokens), not with {tokenizer.name} "
-            f"(sha256 {tokenizer.sha256[:12]}, {tokenizer.vocab_size:,} tokens); take the tokenizer.json beside the "
-            "shards, or prepare the text again"
+            f"the dataset {manifest.folder} was made with the tokenizer "
+            f"{manifest.tokenizer['name']} (sha256 {expected[:12]}, "
+            f"{manifest.vocab_size:,} tokens), not with {tokenizer.name} "
+            f"(sha256 {tokenizer.sha256[:12]}, {tokenizer.vocab_size:,} tokens); "
+            "take the tokenizer.json next to the shards, or prepare the text again"
         )
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the manifest tells of a tokenizer."""
+    """Describe a tokenizer for the manifest."""
     return {
         "name": tokenizer.name,
         "sha256": tokenizer.sha256,

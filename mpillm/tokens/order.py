@@ -1,9 +1,10 @@
-"""Which window comes when: pure functions of (seed, sample id), never of the number of ranks.
+"""The order of windows: pure functions of (seed, sample id), never of the number of ranks.
 
-    sample id k = step · global_batch + position        epoch = k // n        index = permute(k mod n; seed, epoch)
+    sample id k = step · global_batch + position
+    epoch = k // n,  index = permute(k mod n; seed, epoch)
     start = index · context + phase(seed, epoch)
 
-Nothing is stored: a permutation of a trillion windows costs no memory, and a run resumes at any step.
+Nothing is stored: a permutation of a trillion windows costs no memory; a run resumes at any step.
 """
 
 from dataclasses import dataclass
@@ -13,15 +14,19 @@ import numpy as np
 
 from mpillm.errors import DataError
 
+# Six rounds of one multiplication each scatter windows well; an order needs no cryptography.
 ROUNDS = 6
-PHASE_ROUND = 1 << 20  # a round number that no permutation has
+PHASE_ROUND = 1 << 20  # a round number that no permutation uses
 
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
 UInt64s = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 def mix(values: UInt64s) -> UInt64s:
-    """A bijection of 64-bit words; each output bit hangs on all input bits (SplitMix64, Steele et al. 2014)."""
+    """Mix 64-bit words by a bijection in which each output bit depends on all input bits.
+
+    SplitMix64 (Steele et al. 2014).
+    """
     with np.errstate(over="ignore"):
         z = values + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -30,16 +35,16 @@ def mix(values: UInt64s) -> UInt64s:
 
 
 def keys_of(seed: int, epochs: Int64s, number: int) -> UInt64s:
-    """A 64-bit key for each epoch: round key `number` of the permutation, or the phase's."""
+    """Make a 64-bit key for each epoch: round key `number` of the permutation, or the phase's."""
     words = np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)
     return mix(mix(mix(words) ^ epochs.astype(np.uint64)) ^ np.uint64(number))
 
 
 def permute(indices: Int64s, count: int, seed: int, epochs: Int64s) -> Int64s:
-    """Where `indices` (in [0, count), any shape (n,)) go in the permutation of [0, count) keyed by (seed, epoch).
+    """Permute `indices`, each in [0, count), by the permutation of [0, count) for (seed, epoch).
 
-    `epochs` has the shape of `indices`. A Feistel network over the next power of two; what falls outside goes round
-    again (cycle walking, Black & Rogaway 2002), so the map stays a bijection of [0, count).
+    `indices` and `epochs`: shape (n,). A Feistel network over the next power of two; values outside
+    pass through it again (cycle walking, Black & Rogaway 2002), so the map stays a bijection.
     """
     if count <= 1:
         return np.zeros_like(indices)
@@ -58,7 +63,7 @@ def permute(indices: Int64s, count: int, seed: int, epochs: Int64s) -> Int64s:
 
 
 def _feistel(values: UInt64s, round_keys: UInt64s, bits: int) -> UInt64s:
-    """One pass over words of `bits` bits: each half in turn is masked with a keyed hash of the other."""
+    """Run the network once over words of `bits` bits: each half masks the other by its hash."""
     low_bits = np.uint64(bits // 2)
     low_mask, high_mask = (
         np.uint64((1 << (bits // 2)) - 1),
@@ -72,7 +77,7 @@ def _feistel(values: UInt64s, round_keys: UInt64s, bits: int) -> UInt64s:
 
 
 def _hash(words: UInt64s) -> UInt64s:
-    """One multiply: the keys are mixed well, and six rounds of it are plenty for an order."""
+    """Hash by one multiplication: the keys are mixed well already."""
     with np.errstate(over="ignore"):
         words = words * np.uint64(0xD6E8FEB86659FD93)
     return words >> np.uint64(32)
@@ -89,8 +94,9 @@ class WindowOrder:
     def __post_init__(self) -> None:
         if self.context < 1 or self.n_tokens < self.context + 1:
             raise DataError(
-                f"a window of context {self.context} is {self.context + 1} tokens, the dataset has {self.n_tokens}; "
-                f"prepare more text, or lower the context to {max(1, self.n_tokens - 1)} or less"
+                f"a window of context {self.context} is {self.context + 1} tokens, the dataset has "
+                f"{self.n_tokens}; prepare more text, or lower the context to "
+                f"{max(1, self.n_tokens - 1)} or less"
             )
 
     @property
@@ -102,14 +108,14 @@ class WindowOrder:
         return ids // self.n_windows
 
     def starts(self, ids: Int64s) -> Int64s:
-        """The first token of each sample: int64 sample ids of shape (n,) → int64 token offsets of shape (n,)."""
+        """Find the first token of each sample: int64 sample ids (n,) → int64 positions (n,)."""
         count = self.n_windows
         epochs = ids // count
         index = permute(ids - epochs * count, count, self.seed, epochs)
         return index * self.context + self._phases(epochs)
 
     def _phases(self, epochs: Int64s) -> Int64s:
-        """By how many tokens all windows of an epoch are shifted, so that no epoch cuts the text at the same places."""
+        """Shift all windows of an epoch by some tokens, so that epochs cut the text differently."""
         slack = self.n_tokens - 1 - self.n_windows * self.context
         choices = min(self.context - 1, slack) + 1
         unique, which = np.unique(epochs, return_inverse=True)

@@ -1,4 +1,7 @@
-"""Sources to a dataset: survey, tokenizer, encoding, exchange, manifest. The same bytes on any number of ranks."""
+"""Prepare a dataset: survey, tokenizer, encoding, shuffle, manifest.
+
+The same bytes on any number of ranks.
+"""
 
 import hashlib
 import json
@@ -17,10 +20,9 @@ from mpillm.errors import DataError, UsageError
 from mpillm.system.atomic import flush, make_folder, write_text
 from mpillm.system.console import Console, binary_bytes
 from mpillm.tokens import shuffle
-from mpillm.tokens.encode import EncodedDocuments, encode_documents
+from mpillm.tokens.encode import EncodedDocuments, encode_documents, split_of
 from mpillm.tokens.manifest import NAME, SPLITS, Manifest, Split, tokenizer_facts
 from mpillm.tokens.sources import SourcePiece, list_pieces
-from mpillm.tokens.splitting import split_of
 from mpillm.tokens.survey import Survey, survey
 from mpillm.tokens.tokenizer import Tokenizer, check_vocab_size
 from mpillm.tokens.train_tokenizer import load_or_make, train_together
@@ -53,15 +55,16 @@ class PrepareOptions:
     overwrite: bool = False
 
     def check(self) -> None:
-        """Raises UsageError for a number out of its range."""
+        """Raise UsageError for a number out of its range."""
         if not 0 <= self.validation < 1:
             raise UsageError(
-                f"--validation is a fraction of the documents, from 0 to below 1; got {self.validation}; try 0.05"
+                "--validation is a fraction of the documents, from 0 to below 1; "
+                f"got {self.validation}; try 0.05"
             )
         if not SMALLEST_SHARD_BYTES <= self.shard_bytes <= LARGEST_SHARD_BYTES:
             raise UsageError(
-                f"a shard holds {SMALLEST_SHARD_BYTES:,} to {LARGEST_SHARD_BYTES:,} bytes of tokens, "
-                f"got {self.shard_bytes:,}; try {256 << 20:,}"
+                f"a shard holds {SMALLEST_SHARD_BYTES:,} to {LARGEST_SHARD_BYTES:,} bytes of "
+                f"tokens, got {self.shard_bytes:,}; try {256 << 20:,}"
             )
         if self.workers < 1 or self.tokenizer_bytes < 1 or not 0 <= self.seed < 1 << 63:
             raise UsageError(
@@ -73,22 +76,23 @@ class PrepareOptions:
 
 
 def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) -> Manifest:
-    """Make the dataset `options.out`, or find it already made. Every rank of `comm` calls it with equal options.
+    """Make the dataset `options.out`, or find it already made.
 
-    The folder appears when it's whole, under its name; before that, and after an error, there is none. Raises
-    UsageError and DataError on every rank alike for what can be foreseen; a file that one rank cannot read, or a full
-    disk (OSError), raises there alone.
+    Every rank of `comm` calls it with equal options. The folder appears under its name when it is
+    whole; before that, and after an error, there is none. Wrong options and sources raise
+    UsageError or DataError on every rank alike, before any work. A file that one rank cannot read
+    (DataError), or a full disk (OSError), raises there alone.
     """
     options.check()
     out = options.out.absolute()
 
-    def foresee() -> tuple[list[SourcePiece], str | None, str]:
+    def check_inputs() -> tuple[list[SourcePiece], str | None, str]:
         _check_out(out)
         loaded = load_or_make(options.tokenizer, options.end_of_text)
         pieces = list_pieces(options.sources, options.glob, out.resolve())
         return (pieces, loaded.to_json(), loaded.name) if loaded else (pieces, None, "bpe")
 
-    pieces, tokenizer_json, name = on_root(comm, foresee)
+    pieces, tokenizer_json, name = on_root(comm, check_inputs)
     found = survey(pieces, options.sources, options.seed, options.workers, comm, console)
     prep = _prep(options, found, tokenizer_json)
     made = on_root(comm, lambda: _already(out, prep, options.overwrite))
@@ -109,16 +113,16 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
 
 
 def _check_out(out: Path) -> None:
-    """Raise UsageError when `out` holds something that isn't a dataset: that's never ours to replace."""
+    """Raise UsageError when `out` holds anything but a dataset: it must not be replaced."""
     if out.exists() and not (out.is_dir() and ((out / NAME).exists() or not any(out.iterdir()))):
         raise UsageError(
-            f"{out} exists and is no prepared dataset; choose another --out, or move it away"
+            f"{out} exists and is not a prepared dataset; choose another --out, or move it away"
         )
     make_folder(out.parent)
 
 
 def _prep(options: PrepareOptions, found: Survey, tokenizer_json: str | None) -> dict[str, Any]:
-    """All that decides the dataset's bytes."""
+    """Collect all that decides the dataset's bytes."""
     trained = {"vocab_size": options.vocab_size, "tokenizer_bytes": options.tokenizer_bytes}
     return {
         "sources": list(options.sources),
@@ -137,7 +141,7 @@ def _prep(options: PrepareOptions, found: Survey, tokenizer_json: str | None) ->
 
 
 def _already(out: Path, prep: dict[str, Any], overwrite: bool) -> Manifest | None:
-    """The dataset at `out` if it's the one that is asked for. Raises UsageError when it's another."""
+    """Open the dataset at `out` if `prep` made it; raise UsageError when it's another."""
     if overwrite or not (out / NAME).exists():
         return None
     way_out = "give --overwrite to replace it, or choose another --out"
@@ -159,7 +163,7 @@ def _already(out: Path, prep: dict[str, Any], overwrite: bool) -> Manifest | Non
 
 @contextmanager
 def _partial_folder(out: Path, comm: "MPI.Intracomm") -> Iterator[Path]:
-    """A new folder beside `out` in which the dataset grows; removed when the block raises."""
+    """Make a new folder next to `out` to write the dataset in; remove it when the block raises."""
     partial = out.with_name(f".{out.name}.partial")
 
     def make() -> None:
@@ -183,7 +187,7 @@ def _write(
     comm: "MPI.Intracomm",
     console: Console,
 ) -> Manifest:
-    """Encode, exchange and write everything into `partial`; the manifest comes last. Every rank calls it."""
+    """Encode, shuffle and write all into `partial`, the manifest last. Every rank calls it."""
     encoded = _encode(options, found, tokenizer, partial, comm, console)
     where = shuffle.plan_shuffle(encoded, options.shard_bytes, comm)
     attributes = {
@@ -233,8 +237,8 @@ def _encode(
     cut = options.validation > 0 and not counts.all()
     if cut:
         console.say(
-            f"the hash puts all {found.n_docs:,} documents into one split, so each is cut: its last "
-            f"{options.validation:.1%}, from a line's start, is for validation"
+            f"the hash puts all {found.n_docs:,} documents into one split, so each is cut: its "
+            f"last {options.validation:.1%}, from a line's start, is for validation"
         )
     path = partial / f".spill-{comm.rank:05d}"
     own = int(found.documents["nbytes"].sum())
@@ -253,7 +257,7 @@ def _totals(n_bytes: int, shards: list[Any]) -> Split:
 
 
 def _publish(partial: Path, out: Path) -> None:
-    """Give the folder its name; what had it before goes only then."""
+    """Rename the folder to its name; remove an earlier dataset only after that."""
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     flush(partial)

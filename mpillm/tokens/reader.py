@@ -1,4 +1,4 @@
-"""Tokens by their number, out of a split's shards: opened lazily, read by byte offset, never through HDF5."""
+"""Tokens of a split by number: shards opened lazily, read by byte offset, never through HDF5."""
 
 import errno
 import os
@@ -18,7 +18,10 @@ Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class TokenReader:
-    """The tokens of one split as one long run, numbered from 0. Every rank opens its own; none keeps an HDF5 handle."""
+    """The tokens of one split as one sequence, numbered from 0.
+
+    Every rank opens its own; none keeps an HDF5 handle.
+    """
 
     def __init__(self, folder: Path, name: str, split: Split) -> None:
         self.folder, self.name, self.split = folder, name, split
@@ -29,14 +32,11 @@ class TokenReader:
             ([0], np.cumsum([shard.n_tokens for shard in shards], dtype=np.int64))
         )
         self.n_tokens = int(self.firsts[-1])
-        # Token t of shard i lies at byte bases[i] + t · itemsize.
+        # Token t of shard i is at byte bases[i] + t · itemsize, t counted in the whole split.
         self.bases = np.array([shard.tokens_offset for shard in shards], np.int64)
         self.bases -= self.firsts[:-1] * self.dtype.itemsize
         self._descriptors = [-1] * len(shards)
-        # Descriptors that were handed out before the last close are stale.
-        self.times_closed = 0
         self._doc_ends: list[Int64s | None] = [None] * len(shards)
-        self._viewed: tuple[Array | None, list[tuple[memoryview]]] = (None, [])
 
     def __enter__(self) -> Self:
         return self
@@ -54,27 +54,25 @@ class TokenReader:
         return self.split.n_docs
 
     def close(self) -> None:
-        """Let the files go; reading again opens them again."""
-        self.times_closed += 1
+        """Close the files; the next read opens them again."""
         for shard, descriptor in enumerate(self._descriptors):
             if descriptor >= 0:
                 self._descriptors[shard] = -1
                 os.close(descriptor)
         self._doc_ends = [None] * len(self._doc_ends)
-        self._viewed = (None, [])
 
     def shards_of(self, positions: Int64s) -> Int64s:
-        """The shard of each global token position, both of shape (n,)."""
+        """Find the shard of each token position in the split, both of shape (n,)."""
         if len(self.firsts) == 2:
             return np.zeros(len(positions), np.int64)
         return np.searchsorted(self.firsts, positions, "right") - 1
 
     def offsets_of(self, positions: Int64s, shards: Int64s) -> Int64s:
-        """The byte offset of each position in the file of its shard."""
+        """Compute the byte offset of each position in the file of its shard."""
         return self.bases[shards] + positions * self.dtype.itemsize
 
     def descriptors(self, shards: Sequence[int]) -> list[int]:
-        """An open file descriptor for each of `shards`. Raises DataError when a file cannot be opened."""
+        """Open the file of each of `shards`; descriptors last until `close`. Raises DataError."""
         if -1 in self._descriptors:
             for shard in set(shards):
                 self._descriptor(shard)
@@ -96,31 +94,16 @@ class TokenReader:
                 ) from failure
         return self._descriptors[shard]
 
-    def row_views(self, out: Array) -> list[tuple[memoryview]]:
-        """What os.preadv takes to fill each row of `out` (B, T); kept for the next call with the same array.
-
-        Views made once take a tenth off a warm read, and slices of one view are faster made than rows of an array.
-        """
-        if self._viewed[0] is not out:
-            assert out.flags.c_contiguous, "a copy would be filled in place of the rows"
-            flat = out.reshape(-1).data.cast("B")
-            nbytes = len(flat) // len(out)
-            self._viewed = (
-                out,
-                [(flat[start : start + nbytes],) for start in range(0, len(flat), nbytes)],
-            )
-        return self._viewed[1]
-
     def read(self, start: int, out: Array) -> None:
-        """Fill `out` (C-contiguous, of `self.dtype`) with the tokens from position `start` on, across shards.
+        """Fill `out` (C-contiguous, of `self.dtype`) with the tokens from position `start` on.
 
-        Raises DataError when there are fewer, or when a file has shrunk.
+        Shards are crossed. Raises DataError when there are fewer, or when a file has shrunk.
         """
         flat = out.reshape(-1)
         if start < 0 or start + len(flat) > self.n_tokens or out.dtype != self.dtype:
             raise DataError(
-                f"the {self.name} split has {self.n_tokens:,} tokens of {self.dtype}, asked for {len(flat):,} of "
-                f"{out.dtype} from {start:,}; ask for less"
+                f"the {self.name} split has {self.n_tokens:,} tokens of {self.dtype}, "
+                f"asked for {len(flat):,} of {out.dtype} from {start:,}; ask for less"
             )
         shard, done = int(np.searchsorted(self.firsts, start, "right")) - 1, 0
         while done < len(flat):
@@ -136,20 +119,24 @@ class TokenReader:
             shard, done = shard + 1, done + count
 
     def doc_ends(self, shard: int) -> Int64s:
-        """Where the documents of a shard end, counted from the shard's first token: a memory map, int64 (n_docs,)."""
+        """Map the document ends of a shard, counted from its first token: int64 (n_docs,)."""
         known = self._doc_ends[shard]
         if known is None:
             info = self.split.shards[shard]
             mapped = np.memmap(
                 self.folder / info.file, "<u8", "r", info.doc_ends_offset, shape=(info.n_docs,)
             )
-            # Viewed as signed: searching unsigned numbers for signed ones would copy the whole map as floats.
+            # Viewed as signed: a search for signed numbers in unsigned ones would copy the map as
+            # floats.
             known = self._doc_ends[shard] = np.asarray(mapped).view(np.int64)
         return known
 
 
 def open_split(folder: str | Path, split: str = "train") -> TokenReader:
-    """Open a split by its manifest alone; sizes and offsets of its shards are checked here. Raises DataError."""
+    """Open a split by its manifest alone, checking sizes and offsets of its shards.
+
+    Raises DataError.
+    """
     manifest = Manifest.load(folder)
     manifest.check_shards(split)
     return TokenReader(manifest.folder, split, manifest.split(split))

@@ -1,8 +1,8 @@
-"""One shard of tokens: an immutable HDF5 file of contiguous arrays, in the format `mpillm.tokens` version 1.
+"""A shard of tokens: an immutable HDF5 file of contiguous arrays, format `mpillm.tokens` version 1.
 
-    /tokens      <u2 or <u4  the ids of all documents, one after the other, each ended by the end-of-text token
-    /doc_ends    <u8         where each document ends in /tokens (exclusive, so the last one equals n_tokens)
-    /doc_source  <u2         which of the sources each document came from
+    /tokens      <u2 or <u4  the ids of all documents in order, each ended by the end-of-text token
+    /doc_ends    <u8         the end of each document in /tokens (exclusive: the last is n_tokens)
+    /doc_source  <u2         the number of the source of each document
     /doc_key     <u8         xxh3-64 of each document's text, seeded
     /block_xxh3  <u8         xxh3-64 of each MiB of /tokens (the last one may be short)
 
@@ -32,9 +32,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest tells of a shard: enough to read it without HDF5. Sizes and offsets are bytes.
+    """A shard's entry of the manifest: enough to read it without HDF5. Sizes and offsets are bytes.
 
-    `xxh3_128` is the digest of /block_xxh3, `rest_xxh3_128` that of every byte of the file outside /tokens.
+    `xxh3_128` is the digest of /block_xxh3, `rest_xxh3_128` that of every byte outside /tokens.
     """
 
     file: str
@@ -68,7 +68,8 @@ class Documents:
 def write_shard(path: Path, documents: Documents, attributes: Mapping[str, Any]) -> ShardInfo:
     """Write the shard whole or not at all. One rank calls it; needs at least one document.
 
-    `attributes` are those of the dataset (vocabulary, split, seed …); the counts are added. Raises OSError.
+    `attributes` are those of the dataset (vocabulary, split, seed …); the counts are added.
+    Raises OSError.
     """
     blocks = hdf5.block_hashes(documents.tokens, BLOCK_BYTES)
     arrays = {
@@ -84,7 +85,7 @@ def write_shard(path: Path, documents: Documents, attributes: Mapping[str, Any])
         "n_tokens": len(documents.tokens),
         "n_docs": len(documents.ends),
         "block_bytes": BLOCK_BYTES,
-        # The file has its name only once it's whole.
+        # True from the start: the file gets its name only when it is whole.
         "complete": True,
     }
     with replacing(path) as temporary:
@@ -108,7 +109,7 @@ def write_shard(path: Path, documents: Documents, attributes: Mapping[str, Any])
 
 
 def rest_digest(path: Path, tokens_offset: int, tokens_nbytes: int) -> str:
-    """xxh3-128 of the file's bytes but for /tokens: the HDF5 structure, the attributes, the tables."""
+    """Hash (xxh3-128) the file but for /tokens: HDF5 structure, attributes, tables."""
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
         state.update(file.read(tokens_offset))
@@ -119,17 +120,17 @@ def rest_digest(path: Path, tokens_offset: int, tokens_nbytes: int) -> str:
 
 
 def read_attributes(path: Path) -> tuple[dict[str, hdf5.Extent], dict[str, Any]]:
-    """The arrays' places and the root attributes as HDF5 tells them. Raises DataError."""
+    """Read the arrays' extents and the root attributes through HDF5. Raises DataError."""
     try:
         return hdf5.places(path)
     except (OSError, RuntimeError, ValueError, KeyError) as failure:
         raise DataError(
-            f"{path} is no HDF5 file: {failure}; prepare the dataset again"
+            f"{path} is not an HDF5 file: {failure}; prepare the dataset again"
         ) from failure
 
 
 def token_blocks(path: Path, info: ShardInfo) -> Iterator[tuple[int, int]]:
-    """The number and the xxh3-64 of each block of /tokens, read in order; ends early where the file does."""
+    """Yield the number and the xxh3-64 of each block of /tokens in order, up to the file's end."""
     with path.open("rb") as file:
         file.seek(info.tokens_offset)
         left, number = info.tokens_nbytes, 0

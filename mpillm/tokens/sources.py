@@ -1,4 +1,7 @@
-"""Sources → pieces → documents. Pieces are cut the same way for any number of ranks; a rank reads some of them."""
+"""Sources → pieces → documents.
+
+Pieces are cut in the same way for any number of ranks; each rank reads some of them.
+"""
 
 import json
 import sysconfig
@@ -14,7 +17,7 @@ import numpy as np
 from mpillm.errors import DataError, UsageError
 
 STDLIB = "stdlib"
-# Not the library itself: other people's packages, its tests, and programs that come along.
+# Not the library itself: installed packages, its tests, and bundled programs.
 NOT_LIBRARY = {
     "site-packages",
     "dist-packages",
@@ -35,10 +38,10 @@ BYTE_ORDER_MARK = "\ufeff"
 
 @dataclass(frozen=True)
 class SourcePiece:
-    """What one rank reads at once: the bytes [start, stop) of a file, which belongs to source number `source`.
+    """The unit of reading: the bytes [start, stop) of a file of source number `source`.
 
-    `lines`: a JSONL file, whose lines that start in the range are documents; else the file is one document.
-    `found`: found in a folder rather than named, so it's passed over when it isn't text.
+    `lines`: a JSONL file, whose lines that start in the range are documents; else the file is one
+    document. `found`: found in a folder rather than named, so it is skipped when it isn't text.
     """
 
     source: int
@@ -54,7 +57,7 @@ class SourcePiece:
 
 
 class Texts(NamedTuple):
-    """What a piece holds: its documents, and how often bytes that aren't UTF-8 were replaced by U+FFFD."""
+    """The documents of a piece; `replaced` counts the runs of bytes replaced by U+FFFD."""
 
     piece: SourcePiece
     documents: list[str]
@@ -64,13 +67,14 @@ class Texts(NamedTuple):
 def list_pieces(
     sources: Sequence[str], glob: str = "**/*", exclude: Path | None = None
 ) -> list[SourcePiece]:
-    """The pieces of all sources, in an order that only their names decide; `exclude` is a folder to pass over.
+    """List the pieces of all sources, in an order that only their names decide.
 
-    Raises UsageError for a source that's missing or empty.
+    `exclude`: a folder to skip. Raises UsageError for a source that is missing or empty.
     """
     if not sources or len(sources) > MOST_SOURCES:
         raise UsageError(
-            f"prepare takes 1 to {MOST_SOURCES:,} sources, got {len(sources)}; name a file, a folder or stdlib"
+            f"prepare takes 1 to {MOST_SOURCES:,} sources, got {len(sources)}; "
+            "name a file, a folder or stdlib"
         )
     pieces: list[SourcePiece] = []
     for number, name in enumerate(sources):
@@ -90,7 +94,7 @@ def list_pieces(
 
 
 def _files(name: str, glob: str, exclude: Path | None) -> tuple[list[Path], bool]:
-    """The files of a source, and whether they were found in a folder."""
+    """List the files of a source; True when they were found in a folder."""
     path = Path(name)
     if name == STDLIB and not path.exists():
         root = Path(sysconfig.get_path("stdlib"))
@@ -107,7 +111,7 @@ def _files(name: str, glob: str, exclude: Path | None) -> tuple[list[Path], bool
         matches = [p.relative_to(path) for p in path.glob(glob)]
     except (ValueError, NotImplementedError) as failure:
         raise UsageError(
-            f"--glob {glob!r} is no pattern: {failure}; write one like '**/*.txt'"
+            f"--glob {glob!r} is not a pattern: {failure}; write one like '**/*.txt'"
         ) from failure
     seen = sorted((p for p in matches if not _hidden(p)), key=lambda p: p.as_posix())
     files_found = [path / p for p in seen if (path / p).is_file()]
@@ -119,12 +123,12 @@ def _hidden(path: Path) -> bool:
 
 
 def _cut(source: int, path: Path, found: bool) -> Iterator[SourcePiece]:
-    """A JSONL file in ranges of fixed size, any other file whole; a file without bytes isn't a piece."""
+    """Cut a JSONL file into ranges of fixed size; any other file is a piece, an empty one none."""
     try:
         nbytes = path.stat().st_size
     except OSError as failure:
         raise UsageError(
-            f"cannot look at {path}: {failure.strerror}; mend that or leave it out by --glob"
+            f"cannot access {path}: {failure.strerror}; correct that or leave it out by --glob"
         ) from failure
     lines = path.suffix.lower() == ".jsonl"
     step = JSONL_PIECE_BYTES if lines else max(nbytes, 1)
@@ -133,16 +137,19 @@ def _cut(source: int, path: Path, found: bool) -> Iterator[SourcePiece]:
 
 
 def pieces_of_rank(pieces: Sequence[SourcePiece], rank: int, size: int) -> range:
-    """The numbers of the pieces that `rank` of `size` reads: a run of neighbours with about its share of the bytes."""
+    """Number the pieces that `rank` of `size` reads: neighbours, with about its share of bytes."""
     nbytes = np.array([piece.nbytes for piece in pieces], np.float64)
-    # A piece goes to the rank in whose share its middle lies.
+    # A piece goes to the rank in whose share its middle is.
     middles = np.cumsum(nbytes) - nbytes / 2
     first, last = np.searchsorted(middles, nbytes.sum() * np.array([rank, rank + 1]) / size)
     return range(int(first), int(last))
 
 
 def read_pieces(pieces: Sequence[SourcePiece], threads: int) -> Iterator[Texts]:
-    """The documents of `pieces` in order; `threads` files are read ahead, since many small reads wait, not work."""
+    """Yield the documents of `pieces` in order.
+
+    `threads` files are read ahead: reads of many small files mostly wait.
+    """
     with ThreadPoolExecutor(max(1, threads)) as pool:
         waiting: deque[Future[Texts]] = deque()
         for piece in pieces:
@@ -154,7 +161,7 @@ def read_pieces(pieces: Sequence[SourcePiece], threads: int) -> Iterator[Texts]:
 
 
 def read_piece(piece: SourcePiece) -> Texts:
-    """Read one piece. Documents without a visible character are left out. Raises DataError."""
+    """Read a piece. Documents without a visible character are left out. Raises DataError."""
     try:
         with Path(piece.path).open("rb") as file:
             if piece.lines:
@@ -162,7 +169,7 @@ def read_piece(piece: SourcePiece) -> Texts:
             data = file.read()
     except OSError as failure:
         raise DataError(
-            f"cannot read {piece.path}: {failure.strerror}; mend that or leave the file out"
+            f"cannot read {piece.path}: {failure.strerror}; correct that or leave the file out"
         ) from failure
     if piece.found and b"\0" in data[:PROBE_BYTES]:
         return Texts(piece, [], 0)
@@ -172,7 +179,7 @@ def read_piece(piece: SourcePiece) -> Texts:
 
 
 def decode_utf8(data: bytes) -> tuple[str, int]:
-    """The text, and how many runs of bytes had to be replaced by U+FFFD."""
+    """Decode the text; count the runs of bytes that are replaced by U+FFFD."""
     try:
         return data.decode("utf-8"), 0
     except UnicodeDecodeError:
@@ -181,7 +188,7 @@ def decode_utf8(data: bytes) -> tuple[str, int]:
 
 
 def _read_lines(piece: SourcePiece, file: Any) -> Texts:
-    """The documents of the lines that start in the piece: a line that began before it is the piece before's."""
+    """Read the lines that start in the piece: a line that began earlier is the last piece's."""
     documents: list[str] = []
     replaced = 0
     if piece.start:
@@ -197,7 +204,7 @@ def _read_lines(piece: SourcePiece, file: Any) -> Texts:
 
 
 def _field_text(line: str, path: str, offset: int) -> tuple[str, int]:
-    """The field `text` of a JSON line, and how many lone surrogates in it had to be replaced."""
+    """Return the field `text` of a JSON line, and count the lone surrogates replaced in it."""
     if not line.strip():
         return "", 0
     try:
@@ -213,7 +220,8 @@ def _field_text(line: str, path: str, offset: int) -> tuple[str, int]:
             else type(value).__name__
         )
         raise DataError(
-            f'{_place(path, offset)} has no string field "text" (it is {has}); write {{"text": "…"}} a line'
+            f'{_place(path, offset)} has no string field "text" (it is {has}); '
+            'write {"text": "…"} a line'
         )
     text: str = value["text"]
     try:

@@ -1,4 +1,4 @@
-"""The first look at the texts: which documents there are, before anything is decided about them."""
+"""Survey the texts: key and measure every document, before anything is decided about them."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,17 +17,19 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# A document's number: which piece, and which document of it. The same on any number of ranks.
+# A document's ordinal: the number of its piece, then its number in the piece.
+# It is the same on any number of ranks.
 ORDINAL_BITS = 32
 DOCUMENT = np.dtype([("key", "<u8"), ("ordinal", "<u8"), ("nbytes", "<i8"), ("source", "<u2")])
 
 
 @dataclass(frozen=True)
 class Survey:
-    """This rank's pieces and documents, and what all ranks' documents amount to.
+    """This rank's pieces and documents, and the totals of all ranks.
 
-    `pieces` lists every piece, `mine` numbers this rank's. `documents` (n,) of DOCUMENT, in the order of `mine`:
-    `key` xxh3-64 of the UTF-8 text, `nbytes` its length. `content` identifies the set of all documents.
+    `pieces` lists every piece, `mine` numbers this rank's. `documents` (n,) of DOCUMENT, in the
+    order of `mine`: `key` xxh3-64 of the UTF-8 text, `nbytes` its length. `content` identifies the
+    set of all documents.
     """
 
     pieces: list[SourcePiece]
@@ -38,7 +40,7 @@ class Survey:
     content: str
 
     def of_piece(self, number: int) -> Array:
-        """The documents of one of this rank's pieces."""
+        """Return the documents of one of this rank's pieces."""
         first, last = np.searchsorted(
             self.documents["ordinal"] >> np.uint64(ORDINAL_BITS), [number, number + 1]
         )
@@ -53,9 +55,10 @@ def survey(
     comm: "MPI.Intracomm",
     console: Console,
 ) -> Survey:
-    """Read all pieces once, each on one rank, and key every document. Every rank of `comm` calls it.
+    """Read all pieces once, each on one rank, and key every document.
 
-    Raises DataError: on all ranks for a source without documents, on one rank for a file that cannot be read.
+    Every rank of `comm` calls it. Raises DataError: on all ranks for a source without documents,
+    on one rank for a file that cannot be read.
     """
     mine = pieces_of_rank(pieces, comm.rank, comm.size)
     tables, replaced, first_bad = [np.empty(0, DOCUMENT)], 0, len(pieces)
@@ -74,8 +77,8 @@ def survey(
     replaced, first_bad = comm.allreduce(replaced), min(comm.allgather(first_bad))
     if replaced:
         console.warn(
-            f"{replaced:,} places aren't UTF-8 and were replaced by U+FFFD, first in {pieces[first_bad].path}; "
-            "convert such files with iconv to keep their text"
+            f"{replaced:,} places aren't UTF-8 and were replaced by U+FFFD, first in "
+            f"{pieces[first_bad].path}; convert such files with iconv to keep their text"
         )
     _check_sources(documents, names, comm)
     n_docs, n_bytes = comm.allreduce(len(documents)), comm.allreduce(int(documents["nbytes"].sum()))
@@ -93,7 +96,7 @@ def _table(texts: list[str], number: int, source: int, seed: int) -> Array:
 
 
 def key_of(text: bytes, seed: int) -> int:
-    """What decides a document's split, shard and place in it: its text and the seed alone."""
+    """Hash a text: the key alone decides the document's split, shard and place in it."""
     return xxhash.xxh3_64_intdigest(text, seed=seed)
 
 
@@ -106,13 +109,13 @@ def _check_sources(documents: Array, names: tuple[str, ...], comm: "MPI.Intracom
     for name, count in zip(names, all_counts.tolist(), strict=True):
         if not count:
             raise DataError(
-                f"the source {name} is empty: none of its files holds text (blank and binary ones don't count); "
-                "give one with text, or another --glob"
+                f"the source {name} is empty: none of its files holds text "
+                "(blank and binary ones don't count); give one with text, or another --glob"
             )
 
 
 def _content(documents: Array, comm: "MPI.Intracomm") -> str:
-    """A digest of (key, ordinal) of all documents that doesn't depend on who holds them: a sum modulo 2^64."""
+    """Digest (key, ordinal) of all documents: a sum modulo 2^64, equal for any number of ranks."""
     total = np.zeros(1, np.uint64)
     own = mix(documents["key"] ^ mix(documents["ordinal"])).sum(dtype=np.uint64, keepdims=True)
     comm.Allreduce(own, total)

@@ -1,10 +1,11 @@
-"""Text to token ids and back. On disk a tokenizer is a Hugging Face tokenizer.json and nothing else."""
+"""Text to token ids and back. On disk a tokenizer is a Hugging Face tokenizer.json alone."""
 
+import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mpillm.errors import DataError, UsageError
-from mpillm.tokens.decoding import StreamDecoder, byte_symbols, bytes_of_token
 
 END_OF_TEXT = "<|endoftext|>"
 # What other tokenizers call it, in the order in which we ask.
@@ -30,34 +30,41 @@ KNOWN_ENDS_OF_TEXT = (
     "<｜end▁of▁sentence｜>",
 )
 SMALLEST_VOCABULARY = 256 + 1
+# Long texts are cut into parts, so that threads share them and the library's results stay small.
 PART_CHARACTERS = 1 << 16
 PARTS_AT_ONCE = 64
-# Between these two the pre-tokeniser of GPT-2 always splits, so a long text may be cut here without changing an id.
+# Ids that don't end a character after 8 tokens never will: a UTF-8 character has at most 4 bytes.
+LONGEST_TAIL = 8
+# GPT-2's pre-tokenizer always splits between these two: a cut here changes no id.
 SAFE_CUT = re.compile(r"\S\n(?=\S)")
 
 Ids = np.ndarray[Any, np.dtype[Any]]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """How a token id is stored: two bytes while they hold every id, else four. The one place of this rule."""
+    """Choose the stored type of a token id: two bytes while they hold every id, else four."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 class Tokenizer:
-    """A tokenizer.json with its end-of-text token: `encode` and `decode` never add or obey special tokens in a text."""
+    """A tokenizer.json with its end-of-text token.
+
+    `encode` and `decode` never add special tokens, nor obey those in a text.
+    """
 
     def __init__(self, text: str, name: str = "", end_of_text: str | None = None) -> None:
-        """`text` is the JSON; `name` is shown to people ("" → "bytes" or "bpe").
+        """Parse `text`, the JSON; `name` is for messages ("" → "bytes" or "bpe").
 
-        Raises DataError when the JSON is no tokenizer or its end-of-text token isn't known.
+        Raises DataError when the JSON is not a tokenizer or its end-of-text token isn't known.
         """
         self._json = text
         try:
             self._inner = tokenizers.Tokenizer.from_str(text)
         except Exception as failure:  # the library raises bare Exception
             raise DataError(
-                f"this is no tokenizer.json that the tokenizers library {tokenizers.__version__} understands: "
-                f"{failure}; give the tokenizer.json of a fast Hugging Face tokenizer"
+                "this is not a tokenizer.json that the tokenizers library "
+                f"{tokenizers.__version__} understands: {failure}; "
+                "give the tokenizer.json of a fast Hugging Face tokenizer"
             ) from failure
         self._inner.no_truncation()
         self._inner.no_padding()
@@ -75,7 +82,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, end_of_text: str | None = None, name: str = "") -> "Tokenizer":
-        """Read a tokenizer.json, or the one in the folder `path`. Raises UsageError (no such file) and DataError."""
+        """Read a tokenizer.json, or the one in the folder `path`.
+
+        Raises UsageError (no such file) and DataError.
+        """
         path = Path(path)
         name = name or path.stem
         path = path / "tokenizer.json" if path.is_dir() else path
@@ -84,7 +94,8 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as failure:
             reason = getattr(failure, "strerror", None) or "not UTF-8 text"
             raise UsageError(
-                f"cannot read the tokenizer {path}: {reason}; give `bpe`, `bytes` or the path of a tokenizer.json"
+                f"cannot read the tokenizer {path}: {reason}; "
+                "give `bpe`, `bytes` or the path of a tokenizer.json"
             ) from failure
         try:
             return cls(text, name, end_of_text)
@@ -96,7 +107,7 @@ class Tokenizer:
         return cls(text, name, end_of_text)
 
     def to_json(self) -> str:
-        """The JSON that this tokenizer was made from, unchanged."""
+        """Return the JSON that this tokenizer was made from, unchanged."""
         return self._json
 
     @cached_property
@@ -107,7 +118,7 @@ class Tokenizer:
         return self.encode_batch([text])[0].tolist()  # type: ignore[no-any-return]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text, in `self.dtype`, without an end-of-text token. Uses rayon's threads."""
+        """Encode each text to ids of `self.dtype`, without end of text. Uses rayon's threads."""
         if self._is_bytes:
             return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
         parts = [list(_parts(text)) if self._may_cut else [text] for text in texts]
@@ -115,7 +126,7 @@ class Tokenizer:
         return [np.concatenate([next(ids) for _ in some]) for some in parts]
 
     def _encode_parts(self, parts: list[str]) -> Iterator[Ids]:
-        """In groups: the library's results take some hundred bytes a token."""
+        """Encode in groups: the library's results take some hundred bytes a token."""
         for first in range(0, len(parts), PARTS_AT_ONCE):
             group = self._inner.encode_batch_fast(
                 parts[first : first + PARTS_AT_ONCE], add_special_tokens=False
@@ -123,7 +134,10 @@ class Tokenizer:
             yield from (np.array(encoding.ids, self.dtype) for encoding in group)
 
     def decode(self, ids: Iterable[int] | Ids) -> str:
-        """The text of `ids`; special tokens and ids beyond the vocabulary are left out, broken UTF-8 becomes U+FFFD."""
+        """Decode `ids` to text.
+
+        Special tokens and ids beyond the vocabulary are left out; broken UTF-8 becomes U+FFFD.
+        """
         if self._is_bytes:
             wide = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
             return (
@@ -137,8 +151,8 @@ class Tokenizer:
             [i for i in numbers if 0 <= i < self.vocab_size], skip_special_tokens=True
         )
 
-    def stream(self) -> StreamDecoder:
-        """A decoder that takes one id at a time and holds back what isn't yet a whole character."""
+    def stream(self) -> "StreamDecoder":
+        """Make a decoder that takes one id at a time and returns whole characters."""
         return StreamDecoder(self.decode, self._token_bytes)
 
     @cached_property
@@ -156,24 +170,88 @@ class Tokenizer:
                 return token
         special = [token["content"] for token in self._spec.get("added_tokens", [])][:12]
         raise DataError(
-            f"the tokenizer has none of the known end-of-text tokens ({' '.join(KNOWN_ENDS_OF_TEXT[:6])} …); "
-            f"name yours with --end-of-text TOKEN; its added tokens are: {' '.join(special) or 'none'}"
+            "the tokenizer has none of the known end-of-text tokens "
+            f"({' '.join(KNOWN_ENDS_OF_TEXT[:6])} …); name yours with --end-of-text TOKEN; "
+            f"its added tokens are: {' '.join(special) or 'none'}"
         )
 
     def _id_of_end_of_text(self) -> int:
         found = self._inner.token_to_id(self.end_of_text)
         if found is None:
             raise DataError(
-                f"the end-of-text token {self.end_of_text!r} isn't in the vocabulary of {self.vocab_size} tokens; "
-                "give one that is with --end-of-text TOKEN"
+                f"the end-of-text token {self.end_of_text!r} isn't in the vocabulary of "
+                f"{self.vocab_size} tokens; give one that is with --end-of-text TOKEN"
             )
         return int(found)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE: any text can be written in it, and equal texts in equal order give equal bytes.
+class StreamDecoder:
+    """Token ids to text as they come: a character is returned when its last byte is there.
 
-    The vocabulary is smaller than asked for when the texts hold too few different pairs. Raises UsageError.
+    `push` each id and print the result; `finish` returns the rest.
+    """
+
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], token_bytes: Sequence[bytes] | None
+    ) -> None:
+        """Decode by `token_bytes[id]` where each token is a run of bytes, else by `decode`."""
+        self._decode, self._token_bytes = decode, token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, token_id: int) -> str:
+        """Take the next id; return the text that is certain now, perhaps empty."""
+        if self._token_bytes is not None:
+            known = 0 <= token_id < len(self._token_bytes)
+            return self._utf8.decode(self._token_bytes[token_id] if known else b"")
+        self._ids.append(token_id)
+        return self._new_text(final=len(self._ids) - self._shown > LONGEST_TAIL)
+
+    def finish(self) -> str:
+        """Return the rest, with U+FFFD for a character that never became whole."""
+        if self._token_bytes is not None:
+            return self._utf8.decode(b"", final=True)
+        return self._new_text(final=True)
+
+    def _new_text(self, final: bool) -> str:
+        # The ids shown last are decoded again as context: some decoders drop the space before the
+        # first token.
+        before, now = self._decode(self._ids[: self._shown]), self._decode(self._ids)
+        if now.endswith("\ufffd") and not final:
+            return ""
+        self._ids = self._ids[self._shown :]
+        self._shown = len(self._ids)
+        return now[len(before) :]
+
+
+@cache
+def byte_symbols() -> tuple[str, ...]:
+    """List the printable symbol that byte-level tokenizers write for each byte value.
+
+    GPT-2's table (Radford et al. 2019).
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return tuple(chr(byte if byte in printable else next(others)) for byte in range(256))
+
+
+@cache
+def _byte_of_symbol() -> dict[str, int]:
+    return {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+
+
+def bytes_of_token(token: str) -> bytes:
+    """Decode a byte-level token to its bytes; a token with other symbols is taken as text."""
+    table = _byte_of_symbol()
+    return bytes(table[s] for s in token) if all(s in table for s in token) else token.encode()
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE: it encodes any text, and equal texts in equal order give equal bytes.
+
+    The vocabulary is smaller than asked for when the texts hold too few different pairs.
+    Raises UsageError.
     """
     check_vocab_size(vocab_size)
     inner = tokenizers.Tokenizer(models.BPE())
@@ -192,13 +270,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def check_vocab_size(vocab_size: int) -> None:
     if vocab_size < SMALLEST_VOCABULARY:
         raise UsageError(
-            f"a byte-level vocabulary holds 256 bytes and {END_OF_TEXT}, so at least {SMALLEST_VOCABULARY} tokens; "
-            f"got --vocab-size {vocab_size}; ask for {SMALLEST_VOCABULARY} or more, or take --tokenizer bytes"
+            f"a byte-level vocabulary holds 256 bytes and {END_OF_TEXT}, so at least "
+            f"{SMALLEST_VOCABULARY} tokens; got --vocab-size {vocab_size}; "
+            f"ask for {SMALLEST_VOCABULARY} or more, or take --tokenizer bytes"
         )
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token per byte, its id the byte's value; end of text is 256. Encodes and decodes in NumPy."""
+    """Make the tokenizer of bytes: a token's id is its byte, 256 ends a text; it runs in NumPy."""
     inner = tokenizers.Tokenizer(
         models.BPE({symbol: i for i, symbol in enumerate(byte_symbols())}, [])
     )

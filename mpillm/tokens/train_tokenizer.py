@@ -1,4 +1,4 @@
-"""The tokenizer of a dataset: loaded, or trained on a sample that doesn't depend on the number of ranks."""
+"""Train the tokenizer of a dataset, on a sample that does not depend on the number of ranks."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 SAMPLE_SALT = np.uint64(0x5A3F1E)
+# Bins of the histogram over hashes that decides the sample: 512 KiB a rank, fine enough for it.
 BINS = 1 << 16
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def load_or_make(spec: str, end_of_text: str | None) -> Tokenizer | None:
-    """The tokenizer that `spec` names, or None where one is to be trained ("bpe"). Raises UsageError, DataError."""
+    """Make or load the tokenizer that `spec` names; None for "bpe", which is to be trained.
+
+    Raises UsageError, DataError.
+    """
     if spec == "bpe":
         return None
     return byte_tokenizer() if spec == "bytes" else Tokenizer.load(spec, end_of_text)
@@ -31,7 +35,10 @@ def load_or_make(spec: str, end_of_text: str | None) -> Tokenizer | None:
 def train_together(
     survey: Survey, vocab_size: int, sample_bytes: int, comm: "MPI.Intracomm", console: Console
 ) -> str:
-    """The JSON of a BPE trained by rank 0 on about `sample_bytes` of all ranks' documents. Every rank calls it."""
+    """Train a BPE on rank 0 on about `sample_bytes` of all ranks' documents; return its JSON.
+
+    Every rank calls it.
+    """
     gathered = comm.gather(_own_sample(survey, sample_bytes, comm))
     patient_barrier(comm)
 
@@ -48,7 +55,8 @@ def train_together(
         tokenizer = train_bpe(texts, vocab_size)
         if tokenizer.vocab_size < vocab_size:
             console.say(
-                f"the text has pairs for {tokenizer.vocab_size:,} tokens only; the vocabulary is that small"
+                f"the text has pairs for {tokenizer.vocab_size:,} tokens only; "
+                "the vocabulary has no more"
             )
         return tokenizer.to_json()
 
@@ -58,10 +66,11 @@ def train_together(
 def _own_sample(
     survey: Survey, sample_bytes: int, comm: "MPI.Intracomm"
 ) -> list[tuple[int, int, str]]:
-    """(mixed key, ordinal, text) of this rank's documents among those with the smallest mixed keys.
+    """Take this rank's documents with the smallest mixed keys: (mixed key, ordinal, text).
 
-    Where to stop is read off a histogram of bytes over the mixed keys that all ranks sum, so no rank ever holds the
-    keys of all documents. The last bin is taken whole: the sample is cut to size where it's sorted.
+    All ranks sum a histogram of bytes over the mixed keys, which gives the last bin to take: no
+    rank ever holds the keys of all documents. That bin is taken whole; rank 0 cuts the sorted
+    sample to size.
     """
     mixed = mix(survey.documents["key"] ^ SAMPLE_SALT)
     bins = (mixed >> np.uint64(48)).astype(np.int64)

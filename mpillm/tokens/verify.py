@@ -27,10 +27,10 @@ AGAIN = "copy the file again or prepare the dataset again"
 
 
 def verify(folder: str | Path, comm: "MPI.Intracomm", console: Console) -> Manifest:
-    """Check all shards against the manifest, shared out over the ranks. Every rank of `comm` calls it.
+    """Check all shards against the manifest, each on one rank. Every rank of `comm` calls it.
 
-    Raises on every rank alike the first fault found: DataError (a missing, short or changed file, with the bad block)
-    or MismatchError (another tokenizer.json).
+    Raises the first fault on every rank alike: DataError (a missing, short or changed file, with
+    the bad block) or MismatchError (another tokenizer.json).
     """
     manifest = Manifest.load(folder)
     manifest.load_tokenizer()
@@ -54,19 +54,21 @@ def verify(folder: str | Path, comm: "MPI.Intracomm", console: Console) -> Manif
         raise min(faults, key=lambda found: found[0])[1]
     tokens = sum(split.n_tokens for split in manifest.splits.values())
     console.say(
-        f"{manifest.folder}: {len(shards)} shards, {tokens:,} tokens, {total:,} bytes: as they were written"
+        f"{manifest.folder}: {len(shards)} shards, {tokens:,} tokens, {total:,} bytes: "
+        "as they were written"
     )
     return manifest
 
 
 def verify_shard(manifest: Manifest, split: str, shard: ShardInfo) -> None:
-    """Check one shard. Raises DataError naming the file, and the block and bytes where the tokens differ."""
+    """Check one shard. Raises DataError with the file, and the block and bytes that differ."""
     path = manifest.folder / shard.file
     check_shard(path, shard)
-    # First what everything else is read from.
+    # First the structure and tables: everything else is read by them.
     if rest_digest(path, shard.tokens_offset, shard.tokens_nbytes) != shard.rest_xxh3_128:
         raise DataError(
-            f"{path} is damaged outside /tokens (its structure, attributes or document tables); {AGAIN}"
+            f"{path} is damaged outside /tokens "
+            f"(its structure, attributes or document tables); {AGAIN}"
         )
     places, attributes = read_attributes(path)
     _check_attributes(path, manifest, split, shard, attributes)
@@ -83,8 +85,8 @@ def verify_shard(manifest: Manifest, split: str, shard: ShardInfo) -> None:
             start = shard.tokens_offset + block * BLOCK_BYTES
             stop = min(start + BLOCK_BYTES, shard.tokens_offset + shard.tokens_nbytes)
             raise DataError(
-                f"{path} is damaged in block {block} of /tokens (bytes {start:,} to {stop:,}): xxh3 "
-                f"{int(expected[block]):016x} was written, {found:016x} is there; {AGAIN}"
+                f"{path} is damaged in block {block} of /tokens (bytes {start:,} to {stop:,}): "
+                f"xxh3 {int(expected[block]):016x} was written, {found:016x} is there; {AGAIN}"
             )
 
 

@@ -15,7 +15,7 @@ from mpillm.comm.failure import host_name
 from mpillm.comm.waiting import patient_barrier
 from mpillm.errors import CheckpointError, DivergedError, StoppedError
 from mpillm.infer.evaluate import evaluate
-from mpillm.infer.loading import TOKENIZER, weight_tensors
+from mpillm.infer.loading import RunConstants
 from mpillm.launch.current_job import CurrentJob
 from mpillm.launch.signals import StopSignals
 from mpillm.launch.walltime import seconds_of
@@ -36,6 +36,7 @@ from mpillm.train.step import StepResult, Trainer
 from mpillm.train.stopping import Stopping
 from mpillm.train.trace import StepTrace
 from mpillm.weights.checkpoint import Checkpoint
+from mpillm.weights.names import slot_tensors, weight_tensors
 from mpillm.weights.places import CHECKPOINTS
 from mpillm.weights.saving import prune, save
 
@@ -96,6 +97,7 @@ class TrainingLoop:
         self._recipe, self._manifest, self._trainer = recipe, manifest, trainer
         self._comm, self._console = trainer.mesh.comm, console
         self._folder = Path(recipe.train.run)
+        self._constants = RunConstants.read(manifest, recipe.to_dict(), self._comm)
         self._timing, self._trace = (
             StepTrace(trainer.mesh, trainer.plan, trainer.clock_offset),
             trace,
@@ -235,16 +237,11 @@ class TrainingLoop:
         facts = {
             "step": self._done,
             "tokens": self._done * step_tokens,
-            "seed": self._recipe.train.seed,
-            "recipe": self._recipe.to_dict(),
-            "data": self._manifest.manifest_hash,
-            "tokenizer": dict(self._manifest.tokenizer),
-            "versions": {"torch": torch.__version__},
+            **self._constants.facts,
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        tokenizer = self._manifest.load_tokenizer()
         folder = self._folder / CHECKPOINTS
-        saved = save(folder, self._tensors(), facts, {TOKENIZER: tokenizer.to_json()}, self._comm)
+        saved = save(folder, self._tensors(), facts, self._constants.texts, self._comm)
         self._last_saved, seconds = saved, time.perf_counter() - begun
         self._stopping.saved(seconds)
         if self._comm.rank == 0:
@@ -258,12 +255,9 @@ class TrainingLoop:
         trainer = self._trainer
         return {
             **weight_tensors(trainer.weights),
-            **{
-                f"optimizer/{slot}/{name.replace('.', '/')}": tensor
-                for (slot, name), tensor in state_tensors(
-                    trainer.weights, trainer.optimizer, trainer.recipe.optimizer.slots
-                ).items()
-            },
+            **slot_tensors(
+                state_tensors(trainer.weights, trainer.optimizer, trainer.recipe.optimizer.slots)
+            ),
         }
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:

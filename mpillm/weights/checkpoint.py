@@ -1,46 +1,58 @@
-"""Checkpoints: one namespace of whole tensors, format `mpillm.checkpoint` version 1.
+"""Checkpoints: one namespace of whole tensors, format `mpillm.checkpoint` versions 1 and 2.
 
-A checkpoint is a folder `step-00001000/`: an HDF5 file of each rank that wrote (`rank-00000.h5`, …), small text files,
-and `index.json`, written last. The index tells for each tensor where its bytes lie and their hash, so a reader needs
-the index and `preadv` alone; any HDF5 tool may look too. Tensor names know nothing of ranks: any number of ranks reads
-what any number wrote.
+A checkpoint is a folder `step-00001000/`: an HDF5 file of each rank that wrote
+(`rank-00000.h5`, …), small text files, and `index.json`, written last. The index gives the place
+and the hash of each stored slice of each tensor. A reader needs the index and `preadv` alone; any
+HDF5 tool opens the files. Names of tensors never mention ranks: any number of ranks reads what
+any number wrote.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.lib.stride_tricks import as_strided
 
 from mpillm.errors import CheckpointError, MismatchError
 from mpillm.system import hdf5
 from mpillm.weights.places import INDEX
+from mpillm.weights.slices import Array, Box, Held, TensorSlice, raw, run_boxes, slices_of
 
-FORMAT, VERSION = "mpillm.checkpoint", 1
-# HDF5 has no bfloat16: it is stored as its two bytes, and the index tells the type.
-STORED_AS = {torch.bfloat16: torch.int16}
+# Version 2 adds slices that are boxes, but not runs of elements. Without one, version 1 is written.
+FORMAT, VERSION, VERSION_WITH_BOXES = "mpillm.checkpoint", 1, 2
 
 
 @dataclass(frozen=True)
 class StoredSlice:
-    """A run of `count` elements, from element `first` of the row-major tensor on, in `file` at byte `offset`."""
+    """Elements of a tensor, stored in `file` from byte `offset` on, with the hash of their bytes.
+
+    `boxes`: the boxes of the tensor that they fill, one after another.
+    """
 
     file: str
     offset: int
     nbytes: int
-    first: int
-    count: int
+    boxes: tuple[Box, ...]
     xxh3_128: str
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], shape: tuple[int, ...]) -> Self:
+        """Read an entry of the index: a run (`first`, `count`), or a box (`start`, `size`)."""
+        if "first" in value:
+            boxes = run_boxes(shape, value["first"], value["count"])
+        else:
+            boxes = [Box(tuple(value["start"]), tuple(value["size"]))]
+        return cls(value["file"], value["offset"], value["nbytes"], tuple(boxes), value["xxh3_128"])
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the namespace: its torch dtype (`float32`), its whole shape, the pieces that make it up."""
+    """A tensor of the namespace: its torch dtype (`float32`), whole shape and stored slices."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -48,38 +60,35 @@ class StoredTensor:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        pieces = tuple(StoredSlice(**piece) for piece in value["pieces"])
-        return cls(str(value["dtype"]), tuple(value["shape"]), pieces)
-
-
-def raw(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
-    """The tensor's memory as a NumPy array: shared on the CPU, so reading into it fills the tensor."""
-    tensor = tensor.detach()
-    return tensor.view(STORED_AS.get(tensor.dtype, tensor.dtype)).numpy()
-
-
-def dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+        """Read a tensor's entry of the index."""
+        shape = tuple(value["shape"])
+        pieces = tuple(StoredSlice.from_json(piece, shape) for piece in value["pieces"])
+        return cls(str(value["dtype"]), shape, pieces)
 
 
 class Checkpoint:
-    """An opened checkpoint: its `facts` (step, seed, recipe, …) and its tensors, which are read on demand."""
+    """An opened checkpoint: its `facts` (step, seed, recipe, …) and its tensors, read on demand."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the index and compare the files' sizes with it. Raises CheckpointError naming what is wrong."""
+        """Read the index and compare the files' sizes with it.
+
+        Raises CheckpointError with the fault.
+        """
         self.folder = folder
+        # After every byte was verified, a slice that is needed in part is read in part.
+        self.verified = False
         index = _read_index(folder)
         try:
             self.facts: dict[str, Any] = index["facts"]
             self.tensors = {
                 name: StoredTensor.from_json(value) for name, value in index["tensors"].items()
             }
-            self._files: dict[str, int] = index["files"]
-        except (KeyError, TypeError) as failure:
+            files: dict[str, int] = index["files"]
+        except (KeyError, TypeError, ValueError) as failure:
             raise CheckpointError(
                 f"{folder / INDEX} is damaged ({failure}); use another checkpoint"
             ) from failure
-        for file, nbytes in self._files.items():
+        for file, nbytes in files.items():
             _check_size(folder / file, nbytes)
 
     @property
@@ -87,42 +96,75 @@ class Checkpoint:
         return int(self.facts["step"])
 
     def text(self, file: str) -> str:
-        """The small text file `file` that lies beside the tensors."""
+        """Read the small text file `file` of the checkpoint."""
         return (self.folder / file).read_text(encoding="utf-8")
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill CPU tensors (name → tensor) in place; each byte read is checked against its hash.
+    def load(self, tensors: Mapping[str, Held]) -> None:
+        """Fill CPU tensors and slices in place, by name, from whatever slices are stored.
 
-        Raises MismatchError when a name is missing or its shape or type differs, CheckpointError when bytes are wrong.
+        A stored slice that is read whole is checked against its hash. A slice that is needed in
+        part is read in part where the checkpoint is `verified`, else whole. Raises MismatchError
+        when a name is missing or its shape or type differs, CheckpointError when bytes are wrong.
         """
-        for name, tensor in tensors.items():
-            self._check_match(name, tensor)
+        wanted = [(name, part) for name, held in tensors.items() for part in slices_of(held)]
+        for name, part in wanted:
+            self._check_match(name, part)
         with _Files(self.folder) as files:
-            for name, tensor in tensors.items():
-                flat = raw(tensor).reshape(-1)
-                for piece in self.tensors[name].pieces:
-                    files.read(name, piece, flat[piece.first : piece.first + piece.count])
+            for name, part in wanted:
+                array = raw(part.tensor)[1]
+                pieces = self.tensors[name].pieces
+                found = sum(
+                    _fill(files, name, piece, array, part.box, self.verified) for piece in pieces
+                )
+                if found != array.size:
+                    raise CheckpointError(
+                        f"{self.folder} holds {found:,} of the {array.size:,} elements of {name} "
+                        f"from {list(part.start)} on; use another checkpoint"
+                    )
 
     def verify(self) -> None:
         """Read every byte and compare the hashes. Raises CheckpointError."""
-        with _Files(self.folder) as files:
-            for name, entry in self.tensors.items():
-                for piece in entry.pieces:
-                    files.read(name, piece, np.empty(piece.nbytes, np.uint8))
+        fault = self.first_fault(0, 1)
+        if fault:
+            raise CheckpointError(fault[1])
+        self.verified = True
 
-    def _check_match(self, name: str, tensor: Tensor) -> None:
+    def first_fault(self, rank: int, ranks: int) -> tuple[int, str] | None:
+        """Verify this rank's share of the stored slices.
+
+        Returns the number of its first damaged slice and the reason, or None. The shares of all
+        ranks make up the whole; the lowest number is the fault that one rank alone would find.
+        """
+        slices = [(name, piece) for name, entry in self.tensors.items() for piece in entry.pieces]
+        nbytes = np.array([piece.nbytes for _, piece in slices], np.float64)
+        # A slice goes to the rank in whose share its middle is: neighbours stay together.
+        middles = np.cumsum(nbytes) - nbytes / 2
+        first, last = np.searchsorted(middles, nbytes.sum() * np.array([rank, rank + 1]) / ranks)
+        if rank == ranks - 1:
+            last = len(slices)
+        with _Files(self.folder) as files:
+            for number in range(int(first), int(last)):
+                name, piece = slices[number]
+                try:
+                    files.read(name, piece, np.empty(piece.nbytes, np.uint8))
+                except CheckpointError as failure:
+                    return number, str(failure)
+        return None
+
+    def _check_match(self, name: str, part: TensorSlice) -> None:
         entry = self.tensors.get(name)
         if entry is None:
             raise MismatchError(
-                f"the checkpoint {self.folder} holds no tensor {name}; was it written for another model?"
+                f"the checkpoint {self.folder} holds no tensor {name}; "
+                "was it written for another model?"
             )
-        wanted = (dtype_name(tensor), tuple(tensor.shape))
-        if (entry.dtype, entry.shape) != wanted:
+        dtype = raw(part.tensor)[0]
+        if (entry.dtype, entry.shape) != (dtype, part.shape):
             raise MismatchError(
                 f"the checkpoint {self.folder} holds {name} as {entry.dtype} {list(entry.shape)}, "
-                f"the model wants {wanted[0]} {list(wanted[1])}; use the recipe that it was written with"
+                f"the model wants {dtype} {list(part.shape)}; "
+                "use the recipe that it was written with"
             )
-        assert raw(tensor).flags.c_contiguous, f"{name} is not contiguous"
 
 
 class _Files:
@@ -139,20 +181,56 @@ class _Files:
         for descriptor in self._open.values():
             os.close(descriptor)
 
-    def read(self, name: str, piece: StoredSlice, values: np.ndarray[Any, np.dtype[Any]]) -> None:
+    def read(self, name: str, piece: StoredSlice, values: Array, skipped: int = 0) -> None:
+        """Fill `values` (C-contiguous) from byte `skipped` of a stored slice on.
+
+        A whole slice is checked against its hash; a part cannot be. Raises CheckpointError.
+        """
         path = self._folder / piece.file
         try:
             if piece.file not in self._open:
                 self._open[piece.file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            hdf5.read_at(self._open[piece.file], values, piece.offset)
+            hdf5.read_at(self._open[piece.file], values, piece.offset + skipped)
         except (OSError, EOFError) as failure:
             raise CheckpointError(
                 f"cannot read {name} from {path}: {failure}; use another checkpoint"
             ) from failure
-        if hdf5.digest(values) != piece.xxh3_128:
+        if values.nbytes == piece.nbytes and hdf5.digest(values) != piece.xxh3_128:
             raise CheckpointError(
                 f"{name} in {path} is damaged: its hash differs; use another checkpoint"
             )
+
+
+def _fill(
+    files: _Files, name: str, piece: StoredSlice, array: Array, box: Box, in_part: bool
+) -> int:
+    """Fill the elements of `array` (the box `box` of the tensor) that a stored slice holds.
+
+    Returns how many they are. `in_part`: read no more than the span that holds them.
+    """
+    shares, before = [], 0
+    for stored in piece.boxes:
+        if common := stored.common(box):
+            first, last = common.span(stored)
+            shares.append((before + first, before + last, common, stored))
+        before += stored.numel
+    if not shares:
+        return 0
+    count = sum(common.numel for _, _, common, _ in shares)
+    begin = min(first for first, *_ in shares) if in_part else 0
+    end = max(last for _, last, *_ in shares) if in_part else before
+    target = array[shares[0][2].within(box)]
+    if len(shares) == 1 and end - begin == count and target.flags.c_contiguous:
+        # Straight into the tensor: nothing is copied where whole tensors are stored and wanted.
+        files.read(name, piece, target, begin * array.itemsize)
+        return count
+    values = np.empty(end - begin, array.dtype)
+    files.read(name, piece, values, begin * array.itemsize)
+    for first, _, common, stored in shares:
+        strides = [math.prod(stored.size[d + 1 :]) * array.itemsize for d in range(array.ndim)]
+        # The span begins with the first element of the common box, so its strides are the box's.
+        array[common.within(box)] = as_strided(values[first - begin :], common.size, strides)
+    return count
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -161,16 +239,17 @@ def _read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as failure:
         raise CheckpointError(
-            f"{folder} is no whole checkpoint: it has no {INDEX}; use another"
+            f"{folder} is not a whole checkpoint: it has no {INDEX}; use another"
         ) from failure
     except (OSError, ValueError) as failure:
         raise CheckpointError(
             f"{path} cannot be read: {failure}; use another checkpoint"
         ) from failure
     found = (index.get("format"), index.get("version")) if isinstance(index, dict) else (None, None)
-    if found != (FORMAT, VERSION):
+    if found not in ((FORMAT, VERSION), (FORMAT, VERSION_WITH_BOXES)):
         raise CheckpointError(
-            f"{path} is of format {found[0]} version {found[1]}; this mpillm reads {FORMAT} {VERSION}"
+            f"{path} is of format {found[0]} version {found[1]}; "
+            f"this mpillm reads {FORMAT} {VERSION} and {VERSION_WITH_BOXES}"
         )
     assert isinstance(index, dict)
     return index
@@ -187,17 +266,3 @@ def _check_size(path: Path, nbytes: int) -> None:
         raise CheckpointError(
             f"{path} has {found:,} bytes, its index says {nbytes:,}; use another checkpoint"
         )
-
-
-def index_json(
-    facts: Mapping[str, Any], tensors: Mapping[str, StoredTensor], files: Mapping[str, int]
-) -> dict[str, Any]:
-    """The index as JSON takes it; what `Checkpoint` reads."""
-    entries = {name: asdict(entry) for name, entry in sorted(tensors.items())}
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "facts": dict(facts),
-        "files": dict(files),
-        "tensors": entries,
-    }

@@ -1,50 +1,65 @@
-"""Finding the checkpoint that is meant: a folder of its own, or the newest whole one of a run."""
+"""Find the checkpoint that is meant: one by its folder, or the newest whole one of a run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.comm.agreement import on_root
+from mpillm.comm.waiting import patient_barrier
 from mpillm.errors import CheckpointError
 from mpillm.system.console import Console
 from mpillm.weights.checkpoint import Checkpoint
-from mpillm.weights.places import CHECKPOINTS, INDEX
+from mpillm.weights.places import CHECKPOINTS, INDEX, checkpoint_folders
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 
 def newest_whole(run: Path, comm: "MPI.Intracomm", console: Console) -> Checkpoint | None:
-    """The newest checkpoint of the run whose every byte is as its index says; None if the run has none at all.
+    """Open the newest checkpoint of the run whose every byte matches its index; None without any.
 
-    Every rank calls it; rank 0 looks and tells, so that all take the same one. A damaged checkpoint is passed over
-    with a warning. Raises CheckpointError when there are checkpoints but none is whole: a run never starts anew
-    without being asked to.
+    Every rank calls it and verifies its share of the bytes, and all open the same one. A damaged
+    checkpoint is passed over with a warning. Raises CheckpointError when there are checkpoints but
+    none is whole: a run never begins again at step 1 unasked.
     """
-    found = on_root(comm, lambda: _newest_whole(run / CHECKPOINTS, console))
-    return Checkpoint(found) if found else None
-
-
-def _newest_whole(folder: Path, console: Console) -> Path | None:
-    candidates = sorted(folder.glob("step-*"), reverse=True)
-    for candidate in candidates:
-        try:
-            Checkpoint(candidate).verify()
-        except CheckpointError as failure:
-            console.warn(f"passing over a checkpoint that is not whole: {failure}")
-        else:
-            return candidate
-    if candidates:
+    folder = run / CHECKPOINTS
+    # Rank 0 lists the folder: another node may see it differently for a moment.
+    found = on_root(comm, lambda: list(checkpoint_folders(folder).values()))
+    for path in reversed(found):
+        checkpoint, fault = _verify(path, comm)
+        if checkpoint is not None:
+            return checkpoint
+        console.warn(f"passing over a checkpoint that is not whole: {fault}")
+    if found:
         raise CheckpointError(
-            f"none of the {len(candidates)} checkpoints in {folder} is whole; restore one from a backup, "
-            f"or remove the folder to begin anew"
+            f"none of the {len(found)} checkpoints in {folder} is whole; "
+            "restore one from a backup, or remove the folder to begin at step 1"
         )
     return None
 
 
-def find(path: Path, comm: "MPI.Intracomm", console: Console) -> Checkpoint:
-    """The checkpoint at `path`, or the newest whole one if `path` is a run's folder. Every rank calls it.
+def _verify(path: Path, comm: "MPI.Intracomm") -> tuple[Checkpoint | None, str]:
+    """Open and verify a checkpoint together; None and the first fault where it is not whole."""
+    checkpoint = None
+    # A rank that cannot open it reports slice -1, ahead of any damaged slice.
+    try:
+        checkpoint = Checkpoint(path)
+        fault = checkpoint.first_fault(comm.rank, comm.size)
+    except CheckpointError as failure:
+        fault = (-1, str(failure))
+    # Shares take unequal time on a busy file system: sleep, don't spin.
+    patient_barrier(comm)
+    faults = [found for found in comm.allgather(fault) if found]
+    if faults:
+        return None, min(faults)[1]
+    assert checkpoint is not None
+    checkpoint.verified = True
+    return checkpoint, ""
 
-    Raises CheckpointError when there is none.
+
+def find(path: Path, comm: "MPI.Intracomm", console: Console) -> Checkpoint:
+    """Open the checkpoint at `path`, or the newest whole one if `path` is a run's folder.
+
+    Every rank calls it. Raises CheckpointError when there is none.
     """
     if (path / INDEX).exists():
         return Checkpoint(path)
@@ -52,6 +67,7 @@ def find(path: Path, comm: "MPI.Intracomm", console: Console) -> Checkpoint:
     if checkpoint is None:
         what = "holds no checkpoint" if path.is_dir() else "does not exist"
         raise CheckpointError(
-            f"{path} {what}; name a run's folder (with {CHECKPOINTS}/ in it) or one checkpoint (…/step-00001000)"
+            f"{path} {what}; name a run's folder (with {CHECKPOINTS}/ in it) "
+            "or one checkpoint (…/step-00001000)"
         )
     return checkpoint

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from mpi4py import MPI
 from mpillm.errors import MismatchError, UsageError
 from mpillm.infer.baselines import score_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
-from mpillm.infer.generate import Sampling, draw, generate, sample_tokens
-from mpillm.infer.loading import Loaded, load
+from mpillm.infer.generate import Sampling, draw_token, generate, sample_tokens
+from mpillm.infer.loading import Loaded, load_trained
 from mpillm.infer.print_results import print_evaluation
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.part_module import create
@@ -31,7 +32,7 @@ QUIET = Console(speaks=False)
 
 @pytest.fixture
 def trained(folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
-    """A run of a few steps on bytes."""
+    """Train a run of a few steps on bytes."""
     out = folder / "data"
     prepare(PrepareOptions((str(documents),), out, tokenizer="bytes", validation=0.1), comm, QUIET)
     table = {
@@ -45,7 +46,7 @@ def trained(folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
 
 
 def loaded_and_score(trained: Path, comm: MPI.Intracomm) -> tuple[Loaded, Score]:
-    loaded = load(trained, comm, QUIET)
+    loaded = load_trained(trained, comm, QUIET)
     with open_split(trained.parent / "data", "validation") as reader:
         return loaded, evaluate(WholeModel(loaded.model, loaded.task, comm), reader, comm, QUIET)
 
@@ -109,7 +110,7 @@ def test_baselines_are_probabilities_and_in_order(trained: Path, comm: MPI.Intra
 
 
 def test_the_same_seed_gives_the_same_text(trained: Path, comm: MPI.Intracomm) -> None:
-    loaded = load(trained, comm, QUIET)
+    loaded = load_trained(trained, comm, QUIET)
     texts = [
         "".join(
             generate(
@@ -123,7 +124,7 @@ def test_the_same_seed_gives_the_same_text(trained: Path, comm: MPI.Intracomm) -
 
 
 def test_the_cache_and_the_slide_change_no_likeliest_token() -> None:
-    """Greedy, with the cache, against the plain way: the whole context anew for each token."""
+    """Greedy, with the cache, against the plain way: the whole context again for each token."""
     model = create(
         DecoderConfig(layers=2, width=32, heads=4, context=24, vocab_size=60), seed=5
     ).eval()
@@ -142,8 +143,9 @@ def test_draws_follow_temperature_top_k_and_top_p() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def seen(**settings: float) -> Counter[int]:
-        sampling = Sampling(**{"temperature": 1.0, "top_k": 0, **settings})  # type: ignore[arg-type]
-        return Counter(draw(logits, sampling, generator) for _ in range(2000))
+        chosen: dict[str, Any] = {"temperature": 1.0, "top_k": 0, **settings}
+        sampling = Sampling(**chosen)
+        return Counter(draw_token(logits, sampling, generator) for _ in range(2000))
 
     assert set(seen(temperature=0.0)) == {0}
     assert set(seen(top_k=2)) == {0, 1}
@@ -159,9 +161,18 @@ def test_draws_follow_temperature_top_k_and_top_p() -> None:
     "wrong",
     [{"max_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}],
 )
-def test_sampling_that_makes_no_sense(wrong: dict[str, float]) -> None:
+def test_sampling_out_of_range(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong)).replace("_", "-")):
         Sampling(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_mpillm_0_1_scores_as_it_did(comm: MPI.Intracomm) -> None:
+    """The run printed this validation loss when it saved the checkpoint."""
+    tests = Path(__file__).parents[1]
+    loaded = load_trained(tests / "weights/data_0_1/step-00000004", comm, QUIET)
+    with open_split(tests / "tokens/data_0_1", "validation") as reader:
+        score = evaluate(WholeModel(loaded.model, loaded.task, comm), reader, comm, QUIET)
+    assert score.loss == pytest.approx(5.24903361716967, rel=1e-6)
 
 
 def test_data_of_another_tokenizer_is_refused(

@@ -31,7 +31,7 @@ def test_a_large_permutation_needs_no_memory_and_stays_inside(count, seed):
 
 
 def test_a_permutation_scatters():
-    """Neighbours don't stay neighbours, and each place is taken about equally often over the seeds."""
+    """Neighbours are separated, and over the seeds each place is taken about equally often."""
     found = permute(np.arange(10_000), 10_000, 1, np.zeros(10_000, np.int64))
     assert abs(np.corrcoef(np.arange(10_000), found)[0, 1]) < 0.05
     assert np.mean(np.diff(found) == 1) < 0.01
@@ -74,7 +74,7 @@ def test_epochs_and_seeds_differ():
     )  # the phase moves
 
 
-def test_the_order_is_the_same_for_ever():
+def test_the_order_never_changes():
     """Figures kept here: a change would give every resumed run other data."""
     assert mix(np.arange(2, dtype=np.uint64)).tolist() == [0xE220A8397B1DCDAF, 0x910A2DEC89025CC1]
     assert WindowOrder(100_000, 64, 7).starts(np.array([0, 1, 1561, 10**9])).tolist() == [

@@ -1,4 +1,4 @@
-"""Preparation: the same bytes on any number of ranks, the text that went in, and what wrong inputs are told."""
+"""Preparation: the same bytes on any number of ranks, the text that went in, and the errors."""
 
 import dataclasses
 import io
@@ -10,24 +10,25 @@ from mpi4py import MPI
 
 from mpillm.errors import DataError, UsageError
 from mpillm.system.console import Console
+from mpillm.tokens.encode import cut_tail, split_of
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.reader import open_split
-from mpillm.tokens.splitting import cut_tail, range_of, split_of
+from mpillm.tokens.shuffle import range_of
 from mpillm.tokens.tokenizer import train_bpe
 
 QUIET = Console(False)
 
 
 def heard(comm):
-    """A console that rank 0 writes to, and what it wrote."""
+    """Make a console that rank 0 writes to, and the stream that it writes."""
     stream = io.StringIO()
     return Console(comm.rank == 0, stream), stream
 
 
 @pytest.fixture
 def corpus(folder, comm):
-    """A folder, a JSONL file and a text file, with duplicates, empty lines and long documents."""
+    """Write a folder, a JSONL and a text file, with duplicates, empty lines, long documents."""
     if comm.rank == 0:
         generator = np.random.default_rng(0)
         words = ["alpha", "beta", "gamma\n", "delta.", "é", "😀", "  ", "x = 1\n"]
@@ -47,7 +48,7 @@ def contents(folder):
 
 
 def decoded(folder, split):
-    """The texts of a split, shard by shard."""
+    """Decode the texts of a split, shard by shard."""
     tokenizer = Manifest.load(folder).load_tokenizer()
     texts = []
     with open_split(folder, split) as reader:
@@ -182,7 +183,7 @@ def test_preparing_twice(corpus, folder, comm):
 
 
 def test_a_folder_that_is_not_ours_is_never_replaced(corpus, folder, comm):
-    with pytest.raises(UsageError, match="is no prepared dataset"):
+    with pytest.raises(UsageError, match="is not a prepared dataset"):
         prepare(PrepareOptions(corpus[:1], folder / "texts", overwrite=True), comm, QUIET)
     assert (folder / "texts" / "0.txt").exists()
 
@@ -213,7 +214,7 @@ def test_an_interruption_leaves_no_folder(corpus, folder, comm, monkeypatch):
 
     monkeypatch.setattr("mpillm.tokens.shuffle.write_shard", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        # Each rank on its own: an interrupted rank leaves the others waiting, and the command line ends them.
+        # Each rank alone: an interrupted rank leaves the others waiting, until the job ends them.
         prepare(
             PrepareOptions(corpus[:1], folder / f"out{comm.rank}", "bytes"), MPI.COMM_SELF, QUIET
         )
@@ -235,7 +236,7 @@ def test_a_foreign_tokenizer_with_its_end_of_text_named(corpus, folder, comm):
     assert len(decoded(folder / "out", "train")) == manifest.splits["train"].n_docs
 
 
-def test_bytes_that_are_not_utf8_are_told(folder, comm):
+def test_bytes_that_are_not_utf8_are_reported(folder, comm):
     if comm.rank == 0:
         (folder / "texts").mkdir()
         for name in ("a", "b", "c"):
@@ -264,7 +265,7 @@ def test_bytes_that_are_not_utf8_are_told(folder, comm):
         ({"sources": ("blank",)}, "is empty: none of its files holds text"),
     ],
 )
-def test_wrong_inputs_are_told_on_every_rank(corpus, folder, comm, change, says, monkeypatch):
+def test_wrong_inputs_are_reported_on_every_rank(corpus, folder, comm, change, says, monkeypatch):
     monkeypatch.chdir(folder)
     if comm.rank == 0:
         (folder / "blank").write_text("\n \n")

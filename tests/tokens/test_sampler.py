@@ -1,4 +1,4 @@
-"""Batches: the tokens and document ends of each window, against a plain reference, on any number of ranks."""
+"""Batches: tokens and document ends of each window, against a plain reference, at any ranks."""
 
 import numpy as np
 import pytest
@@ -6,19 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpillm.errors import DataError
-from mpillm.tokens.evaluation_windows import evaluation_batches, read_evaluation
 from mpillm.tokens.manifest import Manifest, Split
 from mpillm.tokens.reader import open_split
-from mpillm.tokens.sampler import Sampler
+from mpillm.tokens.sampler import KEPT_PLANS, Sampler
 from mpillm.tokens.shards import Documents, write_shard
-from mpillm.tokens.windows import ReadPlan
+from mpillm.tokens.windows import ReadPlan, evaluation_batches, read_evaluation
 
 CONTEXT = 16
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """A reader over 5 shards, small ones among them, and the same in memory: tokens, global document ends."""
+    """Write 5 shards, small ones too; return a reader, and tokens and document ends in memory."""
     folder = tmp_path_factory.mktemp("dataset")
     generator = np.random.default_rng(0)
     shards, everything, ends = [], [], []
@@ -45,8 +44,7 @@ def test_windows_and_their_document_ends(dataset, length):
     starts = np.random.default_rng(1).permutation(len(tokens) - length + 1)
     plan = ReadPlan(reader, starts, length)
     out = np.empty((len(starts), length), reader.dtype)
-    plan.fetch(0, out)
-    windows = plan.windows(0, out)
+    windows = plan.fetch(0, out)
     for row, start in enumerate(starts.tolist()):
         assert np.array_equal(windows.tokens_BT[row], tokens[start : start + length])
         assert windows.ends_of(row).tolist() == reference_ends(ends, start, length)
@@ -103,7 +101,7 @@ def test_plans_are_not_kept_without_end(dataset):
     sampler = Sampler(reader, CONTEXT, 100, 0)
     for first in range(100):
         sampler.windows(0, first, 1)
-    assert len(sampler._plans) <= 64
+    assert sampler._plan_of_block.cache_info().currsize <= KEPT_PLANS < 100
 
 
 def test_a_dataset_shorter_than_a_window(dataset):
@@ -118,7 +116,7 @@ def test_a_dataset_shorter_than_a_window(dataset):
     rows=st.integers(1, 9),
     ranks=st.integers(1, 4),
 )
-def test_evaluation_foretells_each_token_once(n_tokens, context, rows, ranks):
+def test_evaluation_predicts_each_token_once(n_tokens, context, rows, ranks):
     batches = evaluation_batches(n_tokens, context, rows)
     shared = [batch for rank in range(ranks) for batch in batches[rank::ranks]]
     targets = [
@@ -139,6 +137,18 @@ def test_evaluation_reads_the_tokens_in_order(dataset):
         targets += windows.tokens_BT[:, 1:].reshape(-1).tolist()
         assert windows.ends_of(0).tolist() == reference_ends(ends, batch.start, batch.length + 1)
     assert targets == tokens[1:].tolist()
+
+
+def test_the_fields_of_a_batch_number_its_documents(dataset):
+    reader, _, ends = dataset
+    windows = Sampler(reader, 100, 6, 0).windows(3, 0, 6)
+    assert list(windows.fields(documents=False)) == ["tokens"]
+    fields = windows.fields(documents=True)
+    assert fields["tokens"] is windows.tokens_BT
+    assert fields["documents"].dtype == np.int64
+    for row, start in enumerate(windows.starts.tolist()):
+        inside = [sum(start < end <= start + i for end in ends) for i in range(101)]
+        assert fields["documents"][row].tolist() == inside
 
 
 def test_evaluation_of_one_token():

@@ -1,4 +1,4 @@
-"""Shards, manifest and reader: what is written is read, by HDF5 and without it, and damage is told."""
+"""Shards, manifest and reader: data written is read, by HDF5 and without; damage is reported."""
 
 import json
 
@@ -123,7 +123,7 @@ def test_another_tokenizer(dataset):
 
 def test_a_folder_that_is_no_dataset(tmp_path):
     with pytest.raises(
-        DataError, match=r"is no prepared dataset: it has no manifest\.json; make one with"
+        DataError, match=r"is not a prepared dataset: it has no manifest\.json; make one with"
     ):
         open_split(tmp_path)
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="no messages: se
 
 @pytest.fixture
 def own(tmp_path):
-    """A folder of this rank's own: nothing here is collective."""
+    """Give each rank a folder of its own: nothing here is collective."""
     return tmp_path
 
 
@@ -95,7 +95,7 @@ def test_missing_and_empty_sources(own):
     (own / "a.txt").touch()
     with pytest.raises(UsageError, match="empty: it has no bytes"):
         list_pieces([str(own / "a.txt")])
-    with pytest.raises(UsageError, match="is no pattern"):
+    with pytest.raises(UsageError, match="is not a pattern"):
         list_pieces([str(own)], glob="/etc/*")
     with pytest.raises(UsageError, match="1 to 65,536 sources, got 0"):
         list_pieces([])

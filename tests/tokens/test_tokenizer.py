@@ -120,7 +120,8 @@ def test_a_long_text_is_cut_without_changing_an_id():
 def test_training_gives_the_same_bytes_on_any_number_of_threads(python):
     program = (
         "import pathlib, mpillm.tokens.tokenizer as t; texts = [p.read_text() for p in "
-        "sorted(pathlib.Path(t.__file__).parent.parent.rglob('*.py'))]; print(t.train_bpe(texts, 1000).sha256)"
+        "sorted(pathlib.Path(t.__file__).parent.parent.rglob('*.py'))]; "
+        "print(t.train_bpe(texts, 1000).sha256)"
     )
     runs = [python("-c", program, RAYON_NUM_THREADS=threads) for threads in ("1", "2", "2")]
     assert {run.returncode for run in runs} == {0}, runs[0].stderr

@@ -35,7 +35,7 @@ def flip(path, offset):
 
 
 def fault(dataset, comm, kind=DataError):
-    """What verify raises, the same on every rank."""
+    """Return the message that verify raises, the same on every rank."""
     with pytest.raises(kind) as caught:
         verify(dataset, comm, QUIET)
     assert len(set(comm.allgather(str(caught.value)))) == 1
@@ -79,7 +79,7 @@ def test_a_flipped_bit_outside_the_tokens(dataset, comm, place):
     assert f"{shard.file} is damaged outside /tokens" in fault(dataset, comm)
 
 
-def test_the_first_of_several_faults_is_told(dataset, comm):
+def test_the_first_of_several_faults_is_reported(dataset, comm):
     shards = Manifest.load(dataset).splits["train"].shards
     comm.Barrier()
     if comm.rank == 0:

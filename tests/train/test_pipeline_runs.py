@@ -9,7 +9,7 @@ from mpi4py import MPI
 from mpillm.errors import LayoutError
 from mpillm.infer.evaluate import WholeModel, evaluate
 from mpillm.infer.generate import Sampling, generate
-from mpillm.infer.loading import load
+from mpillm.infer.loading import load_trained
 from mpillm.system.console import Console
 from mpillm.tokens.reader import open_split
 from mpillm.train.recipe import Recipe, parse_recipe
@@ -101,7 +101,7 @@ def test_a_pipeline_s_checkpoint_serves_one_rank(
 ) -> None:
     run = folder / "run"
     train(recipe(data, run, train={"steps": 5}, parallel={"pipeline": comm.size}), comm, QUIET)
-    loaded = load(run, comm, QUIET)
+    loaded = load_trained(run, comm, QUIET)
     with open_split(data, "validation") as reader:
         score = evaluate(WholeModel(loaded.model, loaded.task, comm), reader, comm, QUIET)
     assert [[score.loss]] == metrics(run, "validation_loss")

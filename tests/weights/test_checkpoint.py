@@ -1,5 +1,8 @@
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import pytest
@@ -9,8 +12,9 @@ from torch import Tensor
 
 from mpillm.errors import CheckpointError, MismatchError
 from mpillm.system.console import Console
-from mpillm.weights.checkpoint import INDEX, Checkpoint
-from mpillm.weights.finding import CHECKPOINTS, find, newest_whole
+from mpillm.weights.checkpoint import Checkpoint
+from mpillm.weights.finding import find, newest_whole
+from mpillm.weights.places import CHECKPOINTS, INDEX, checkpoint_folders
 from mpillm.weights.saving import assign_writers, prune, save
 
 QUIET = Console(speaks=False)
@@ -143,7 +147,7 @@ def test_a_flipped_bit_is_refused_when_read(folder: Path) -> None:
         )
 
 
-def test_another_model_is_told(folder: Path, comm: MPI.Intracomm) -> None:
+def test_another_model_is_refused(folder: Path, comm: MPI.Intracomm) -> None:
     checkpoint = Checkpoint(write(folder, comm, 1))
     with pytest.raises(
         MismatchError, match=r"float32 \[30, 7\], the model wants float32 \[30, 8\]"
@@ -177,8 +181,8 @@ def test_only_the_newest_are_kept(folder: Path, comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.alone
-def test_a_full_disk_leaves_the_old_checkpoint(folder: Path, python) -> None:  # type: ignore[no-untyped-def]
-    """The files of a process may not pass a limit: writing fails as on a full disk (EFBIG in place of ENOSPC)."""
+def test_a_full_disk_leaves_the_old_checkpoint(folder: Path, python: Callable[..., Any]) -> None:
+    """A limit on file sizes makes writing fail as on a full disk (EFBIG in place of ENOSPC)."""
     script = folder / "fill.py"
     script.write_text(
         "import resource, signal, sys, torch\n"
@@ -204,3 +208,42 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder: Path, python) -> None:  #
         assert f"rank {ranks - 1} could not write" in done.stdout
         assert [path.name for path in target.iterdir()] == ["step-00000001"]
         Checkpoint(target / "step-00000001").verify()
+
+
+def test_only_step_and_eight_digits_is_a_checkpoint(folder: Path, comm: MPI.Intracomm) -> None:
+    write(folder, comm, 7)
+    if comm.rank == 0:
+        for name in ("step-7", "step-00000008.old", ".step-00000009.tmp", "step-0000001x"):
+            (folder / CHECKPOINTS / name).mkdir()
+    comm.Barrier()
+    assert list(checkpoint_folders(folder / CHECKPOINTS)) == [7]
+    found = newest_whole(folder, comm, QUIET)
+    assert found is not None
+    assert found.step == 7
+    assert checkpoint_folders(folder / "nowhere") == {}
+
+
+def test_the_first_of_several_faults_is_reported(folder: Path, comm: MPI.Intracomm) -> None:
+    """However many ranks share the verification, the message is the one of a single rank."""
+    write(folder, comm, 1)
+    newest = write(folder, comm, 2)
+    comm.Barrier()
+    if comm.rank == 0:
+        for entry in json.loads((newest / INDEX).read_text())["tensors"].values():
+            for piece in entry["pieces"]:
+                if piece["nbytes"]:
+                    with (newest / piece["file"]).open("r+b") as file:
+                        file.seek(piece["offset"])
+                        [byte] = file.read(1)
+                        file.seek(piece["offset"])
+                        file.write(bytes([byte ^ 1]))
+    comm.Barrier()
+    stream = io.StringIO()
+    found = newest_whole(folder, comm, Console(comm.rank == 0, stream))
+    assert found is not None
+    assert found.step == 1
+    with pytest.raises(CheckpointError, match=r"^count in .* is damaged: its hash differs"):
+        Checkpoint(newest).verify()
+    if comm.rank == 0:
+        said = " ".join(stream.getvalue().split())
+        assert "passing over a checkpoint that is not whole: count in" in said
