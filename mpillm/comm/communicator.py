@@ -28,7 +28,7 @@ from mpillm.comm.executors.dispatch import Dispatcher
 from mpillm.comm.executors.request import Request
 from mpillm.comm.gpu.device_arrays import as_device_buffer
 from mpillm.comm.gpu.device_buffer import DeviceBuffer, is_on_device
-from mpillm.comm.gpu.device_selection import Gpus
+from mpillm.comm.gpu.device_selection import DeviceCollectives
 from mpillm.comm.selection import CollectiveCall, NodeMap, Profile
 from mpillm.comm.shared.team import NOWHERE, NodeTeam, SharedRows
 from mpillm.comm.waiting import Backoff
@@ -97,7 +97,7 @@ class Communicator:
         self._calls = itertools.count(1)
         self.under_way: list[Handle] = []
         self._queue: deque[Handle] = deque()
-        self._gpus: Gpus | None = None
+        self._gpus: DeviceCollectives | None = None
 
     def _join_across(self, place: int) -> "MPI.Intracomm | None":
         """The ranks of the same place on each node; where nodes are uneven, their first ranks alone."""
@@ -228,11 +228,11 @@ class Communicator:
             self, chosen, stage, facts, queued=chosen != "nccl", mark=stage.mark
         )
 
-    def _on_gpus(self) -> Gpus:
+    def _on_gpus(self) -> DeviceCollectives:
         if self._gpus is None:
             # To make communicators, ranks wait for each other without moving on what is under way.
             self.settle()
-            self._gpus = Gpus(
+            self._gpus = DeviceCollectives(
                 Communicator(self.comm, profile=self.profile), self.profile, self.settle
             )
         return self._gpus

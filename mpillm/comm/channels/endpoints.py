@@ -1,7 +1,8 @@
 """The endpoints of a channel: SPSC queues in shared memory, or MPI messages.
 
-A sender has `send`, a receiver `post`; `progress` advances what is in flight without waiting. Arrays are seen as bytes (`octets_of`). An endpoint references an array until its message
-has left, or has filled it.
+A sender has `send`, a receiver `post`; `progress` advances what is in flight without waiting.
+Arrays are seen as bytes (`octets_of`). An endpoint references an array until its message has left,
+or has filled it.
 """
 
 import sys

@@ -20,7 +20,7 @@ def sendrecv_request(
 ) -> Request:
     """Set up persistent requests (MPI 4.1, section 3.9): one set-up for any number of messages."""
     requests: list[MPI.Prequest] = []
-    # Receives first: when both start, a message finds its receive posted and needs no bounce buffer.
+    # Receives start first, so that a message finds its receive posted and needs no extra copy.
     if incoming is not None and source is not None:
         requests += [comm.Recv_init(incoming.raw(*span), source, tag) for span in _spans(incoming)]
     if outgoing is not None and to is not None:

@@ -417,7 +417,8 @@ def test_what_is_refused_on_a_gpu(gpu, gpu_group):
         gpu_group.allreduce(cupy.asarray(locked))
     if gpu_group.size > 1:
         with pytest.raises(
-            CommError, match="by nccl: NCCL, as CuPy has it, sums no int16; take one of device-mpi"
+            CommError,
+            match="by nccl: NCCL, as CuPy has it, does not sum int16; take one of device-mpi",
         ):
             gpu_group.prepare("allreduce", cupy.asarray(np.ones(3, np.int16)), algorithm="nccl")
 
@@ -429,7 +430,7 @@ def test_without_a_probe_mpi_gets_no_device_pointers(gpu, comm):
     group = Communicator(comm)
     ones = cupy.asarray(np.ones(4, np.float32))
     assert "device-mpi" not in group.algorithms("allreduce", ones)
-    with pytest.raises(CommError, match="no probe has shown that this MPI takes memory of a GPU"):
+    with pytest.raises(CommError, match="no probe has shown that this MPI takes GPU memory"):
         group.prepare("allreduce", ones, algorithm="device-mpi")
     group.free()
 
@@ -460,7 +461,7 @@ def test_ranks_that_share_a_gpu_have_no_nccl(gpu, comm, monkeypatch):
     monkeypatch.setattr(cupy.cuda.runtime, "deviceGetPCIBusId", lambda number: "0000:07:00.0")
     assert (
         nccl.join(comm, 0, 0)
-        == "NCCL wants a GPU a rank, and ranks 0 and 1 share the one at 0000:07:00.0"
+        == "NCCL needs a GPU a rank, and ranks 0 and 1 share the one at 0000:07:00.0"
     )
     monkeypatch.setattr(cupy.cuda.nccl, "available", comm.rank == 0)
     assert "rank 1: CuPy finds no NCCL library" in nccl.join(comm, 0, 0)
@@ -470,7 +471,7 @@ def test_ranks_that_share_a_gpu_have_no_nccl(gpu, comm, monkeypatch):
 
 
 class OnDevice:
-    """Says that it lies on a GPU."""
+    """An array that claims to be on a GPU."""
 
     def __init__(self, **changed):
         self.__cuda_array_interface__ = {
