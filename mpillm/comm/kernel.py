@@ -19,7 +19,7 @@ REBUILD = "pip install --no-deps --force-reinstall ."
 
 
 def source_hash(sources: Path) -> str:
-    """Hash the C sources in the order of their names, as mpillm/meson.build does; "" without any."""
+    """Hash the C sources in the order of their names, as meson.build does; "" without any."""
     files = sorted(sources.glob("*.[ch]"))
     if not files:
         return ""

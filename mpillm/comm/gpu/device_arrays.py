@@ -39,7 +39,7 @@ def _from_torch(cupy: Any, tensor: Any) -> DeviceBuffer:
     element = element_of(tensor.dtype)
     check_memory(element, tensor.is_contiguous(), tuple(tensor.shape), ".contiguous()")
     device, torch = int(tensor.device.index), sys.modules["torch"]
-    kept = tensor.detach()
+    kept = tensor.detach()  # the buffer must not hold an autograd graph
 
     def current() -> int:
         return int(torch.cuda.current_stream(device).cuda_stream)

@@ -104,6 +104,7 @@ class DeviceBuffer:
 
     def settle(self) -> None:
         """Return when CuPy's current stream has done its work."""
+        # NumPy in place of CuPy works at once.
         if self.library is not np:
             self.library.cuda.get_current_stream().synchronize()
 
@@ -114,6 +115,7 @@ class DeviceBuffer:
             return replace(
                 self, flat=flat, count=count, pointer=int(flat.ctypes.data), writable=True
             )
+        # CuPy allocates on its current device, which may be another than the array's.
         with self.library.cuda.Device(self.device):
             flat = self.library.empty(count, self.flat.dtype)
         return replace(self, flat=flat, count=count, pointer=int(flat.data.ptr), writable=True)
@@ -133,6 +135,7 @@ def load_cupy() -> Any:
 
 def is_on_device(array: Any) -> bool:
     """Return True for a torch CUDA tensor and for objects with `__cuda_array_interface__`."""
+    # Arrays of the CPU first: they must pay nothing for GPUs.
     if array is None or isinstance(array, np.ndarray | Buffer):
         return False
     torch = sys.modules.get("torch")  # a caller with a tensor has loaded torch

@@ -150,6 +150,7 @@ class DeviceBuilder:
         target: DeviceBuffer,
     ) -> Request:
         host = self._host
+        # Pinning memory takes milliseconds, so slots are kept for later calls.
         if source.device not in self._pinned:
             self._pinned[source.device] = Pinned(source.device, host.size * LARGEST_ELEMENT_BYTES)
         pinned = self._pinned[source.device]
@@ -163,6 +164,7 @@ class DeviceBuilder:
             pinned.slot_bytes // source.itemsize,
             in_place=source is target,
         )
+        # Segments of one length in one slot share a collective: all but the last few.
         prepared: dict[tuple[int, int], Host] = {}
         hosts = []
         for index, segment in enumerate(segments):

@@ -74,6 +74,7 @@ class DeviceCollectives:
         target: DeviceBuffer,
     ) -> Request:
         arrays = (call, caller, source, target)
+        # Empty arrays have null pointers, which libraries refuse.
         if whole_of(call, source, target).count == 0:
             return LocalRequest(lambda: None)
         if self._host.size == 1:
@@ -93,6 +94,7 @@ class DeviceCollectives:
         ordered = call.fixed_order and call.operation in REDUCING
         if self._host.size == 1:
             return able | dict.fromkeys(WAYS[:2], "there is no other rank")
+        # Neither NCCL nor an MPI library promises the order of its sums.
         if ordered:
             return able | dict.fromkeys(WAYS[:2], "it cannot keep the fixed order of a sum")
         if call.algorithm in ("auto", "nccl"):
@@ -132,6 +134,7 @@ class DeviceCollectives:
             return call.algorithm
         layout, known = self._host.layout, None
         if self._profile is not None and not call.fixed_order:
+            # The reference is for tests: never chosen by itself.
             allowed = [name for name in can if name != "reference"]
             known = self._profile.best(
                 call.operation,
@@ -142,6 +145,7 @@ class DeviceCollectives:
                 allowed,
                 device="cuda",
             )
+        # Without a measurement the first possible way of WAYS: fewest copies first.
         return known or can[0]
 
     def free(self) -> None:

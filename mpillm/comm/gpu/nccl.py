@@ -44,6 +44,7 @@ def join(comm: "MPI.Intracomm", node: int, device: int) -> "Nccl | str":
     ) or _crowded(found)
     if reason:
         return reason
+    # All ranks take the same branches from here on, because each reason is shared first.
     cupy = load_cupy()
     from cupy.cuda import nccl
 
@@ -83,6 +84,7 @@ def _found(device: int) -> tuple[str, str]:
 def _crowded(found: Sequence[tuple[str, int, str]]) -> str:
     first: dict[tuple[int, str], int] = {}
     for rank, (_, node, place) in enumerate(found):
+        # Two ranks of a node with one PCI bus id: NCCL refuses a duplicate GPU.
         other = first.setdefault((node, place), rank)
         if other != rank:
             return f"NCCL needs a GPU a rank, and ranks {other} and {rank} share the one at {place}"
@@ -138,6 +140,7 @@ class Nccl:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
+        # Without a group, each send would wait for its receive, in different orders on the ranks.
         self._nccl.groupStart()
         try:
             yield
@@ -215,6 +218,7 @@ class Nccl:
         each = target.count // self._size
 
         def exchange(stream: int) -> None:
+            # In place, a receive would overwrite a block that is still to be sent.
             given = self._copied(source, stream) if source is target else source
             with self._together():
                 for peer in range(self._size):

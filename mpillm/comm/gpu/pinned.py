@@ -53,7 +53,7 @@ class CudaCopies:
         self, pinned: Pinned, caller: CallerStream, source: DeviceBuffer, target: DeviceBuffer
     ) -> None:
         self._pinned, self._caller, self._source, self._target = pinned, caller, source, target
-        self._ended = caller.event()
+        self._ended = caller.event()  # after the last copy up
         self.slots = SLOTS
 
     def begin(self) -> None:

@@ -68,7 +68,7 @@ class GpuTrials:
             self._row(0.0, count),
         )
         left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
-        self._settle()
+        self._settle()  # MPI knows no streams: the arrays must be filled first
         requests = [comm.Irecv(other.octets, left), comm.Isend(own.octets, right)]
         for request in requests:
             request.Wait()

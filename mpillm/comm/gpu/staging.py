@@ -2,8 +2,8 @@
 
 While one segment is in a host collective, by any algorithm of the CPU, the next ones are copied
 down from the GPU and the one before is copied up again. The sum is taken on the host, as the data
-passes there anyway. A list algorithm that sums on the GPU copies every message up and every partial sum
-down: 2 (p - 1) times over the bus instead of once each way.
+passes there anyway. A list algorithm that sums on the GPU copies every message up and every partial
+sum down: 2 (p - 1) times over the bus instead of once each way.
 
 `plan_staging` is pure, and `StagedRequest` uses no CUDA: both are tested without a GPU.
 """
@@ -57,6 +57,7 @@ def plan_staging(
             )
             for first in range(0, count, most)
         )
+    # Cut by the longest block, so that every rank has the same number of segments.
     longest, each = -(-count // size), max(1, most // size)
     return tuple(
         _of_blocks(operation, count, size, rank, first, min(each, longest - first), in_place)
@@ -76,7 +77,7 @@ def _of_blocks(
     down = [own] if operation == "allgather" else every
     up = [own] if operation == "reduce_scatter" else every
     if operation == "allgather" and in_place:
-        up = every[:rank] + every[rank + 1 :]
+        up = every[:rank] + every[rank + 1 :]  # the own block is in its place already
     return Segment(size * width, _kept(down), _kept(up))
 
 
@@ -149,6 +150,7 @@ class StagedRequest:
     def test(self) -> bool:
         while self._raised < len(self._segments):
             if self._current is None:
+                # In the order of segments on every rank, whenever this rank's slot is filled.
                 if not self._copies.arrived(self._slot(self._raised)):
                     return False
                 self._current = self._hosts[self._raised].start()

@@ -17,6 +17,7 @@ class CallerStream:
         self._current = buffer.current_stream
         self._cuda = buffer.library.cuda
         self._device = buffer.device
+        # One event a prepared call: each run records it again.
         self.marked = self.event()
         self.stream = 0
 
@@ -32,6 +33,7 @@ class CallerStream:
     def record(self, event: Any) -> None:
         """Record `event` after all work enqueued in the stream so far."""
         with self._cuda.Device(self._device):
+            # By raw handle: the stream may be torch's, of which CuPy has no object.
             self._cuda.runtime.eventRecord(event.ptr, self.stream)
 
     def follow(self, event: Any) -> None:
@@ -43,6 +45,7 @@ class CallerStream:
 
         A rank may start a collective in one stream and wait for it in another.
         """
+        # The default stream has handle 0, so handles are compared, not their truth.
         current = self._current()
         if current != self.stream:
             self._follow(current, event)
@@ -115,6 +118,7 @@ class EnqueuedRequest:
         self._ended = False
 
     def test(self) -> bool:
+        # A query, never a wait: Test() must not block.
         self._ended = self._ended or bool(self._end.done)
         return self._ended
 
@@ -142,6 +146,7 @@ class StreamReachedRequest:
         return bool(self._event.done)
 
     def wait(self) -> None:
+        # It blocks the host thread, not the device; other streams keep computing.
         self._event.synchronize()
 
 

@@ -1,8 +1,8 @@
 """Segments of node-shared memory: one file in /dev/shm, mapped by all ranks and unlinked at once.
 
 It is POSIX shared memory, not an MPI-3 window. Without room, some MPI libraries fail on one rank
-and hang the others, or die of SIGBUS at the first touch. Here each rank allocates its own part, so its
-pages are near its cores, and a full /dev/shm is an error on every rank.
+and hang the others, or die of SIGBUS at the first touch. Here each rank allocates its own part, so
+its pages are near its cores, and a full /dev/shm is an error on every rank.
 """
 
 import errno

@@ -274,7 +274,8 @@ def test_channels_differ(comm):
     last = comm.size - 1
     with pytest.raises(
         CommError,
-        match=rf"channel 0 is \(rank 0 → rank 1, 10 bytes\) on rank 0 and \(.* 11 bytes\) on rank {last}",
+        match=r"channel 0 is \(rank 0 → rank 1, 10 bytes\) on rank 0 and "
+        rf"\(.* 11 bytes\) on rank {last}",
     ):
         ChannelSet(comm, [Channel(0, 1, 10 + (comm.rank == last))])
     with pytest.raises(

@@ -1,6 +1,6 @@
-"""Collectives of arrays on a GPU, without one: plans, ways and stream order on a simulated CuPy, and what is refused.
+"""Collectives on a simulated GPU: plans, ways, stream order, and refused calls.
 
-tests/comm/test_gpu.py is the same on real ones.
+test_gpu_pieces.py runs the same calls on real GPUs.
 """
 
 import importlib.util
@@ -42,7 +42,7 @@ TOLERANCE = {"float64": 1e-13, "float32": 1e-5, "float16": 8e-3, "bfloat16": 6e-
 
 
 def host_collective(operation, rows, root):
-    """What each rank's segment holds behind it; rows: (ranks, count)."""
+    """Compute each rank's segment after the collective; rows: (ranks, count)."""
     size, count = rows.shape
     if operation in REDUCING:
         return np.broadcast_to(rows.sum(0), rows.shape)
@@ -55,7 +55,7 @@ def host_collective(operation, rows, root):
 
 
 def by_plan(operation, wholes, root, most, in_place):
-    """Every rank's target, by the plans of all; an array is NaN where nothing was written."""
+    """Run all ranks' plans; return every rank's target, NaN where nothing was written."""
     size, count = wholes.shape
     bounds = block_bounds(count, size)
     plans = [
@@ -145,14 +145,14 @@ def test_only_the_last_segment_is_short():
 
 @pytest.fixture
 def gpu():
-    """(cupy, machine), on which nothing is a GPU's but the words."""
+    """Replace cupy by the simulated one; yield (cupy, machine)."""
     with simulated.pretended(seed=7) as (cupy, machine):
         yield cupy, machine
 
 
 @pytest.fixture
 def gpu_group(comm, gpu):
-    """A group that may take every way."""
+    """Make a communicator whose profile allows every way."""
     profile = SimpleNamespace(best=lambda *_, **__: None, gpu_probe={"mpi": EVERYTHING})
     made = Communicator(comm, profile=profile)
     yield made
@@ -167,7 +167,7 @@ def values(element, count, rank):
 
 
 def on_gpu(cupy, tensor, element):
-    """A CuPy array; bfloat16 as one that calls itself so, for NumPy has no such type."""
+    """Copy a tensor to a CuPy array; bfloat16 as a DeviceBuffer, as NumPy has no such type."""
     raw = np.frombuffer(
         bytearray(as_buffer(tensor).octets.tobytes()),
         "uint16" if element == "bfloat16" else element,
@@ -190,7 +190,7 @@ def tensor_of(memory, element):
 
 
 def expected(operation, op, rows, rank, root):
-    """The part of the result that is defined, wide: (first, values) in the whole array."""
+    """Compute the defined part of the result, wide: (first, values) in the whole array."""
     wide = rows.double() if rows.is_floating_point() else rows
     size, count = rows.shape
     bounds = block_bounds(count, size)
@@ -213,7 +213,7 @@ def expected(operation, op, rows, rank, root):
 
 
 def run_once(gpu, group, operation, way, element, count, in_place, op="sum", root=0, handle=False):
-    """Late source, call, and at once work that reads the result and overwrites the arrays, all in one side stream."""
+    """Run a call between a late source and work that overwrites the arrays, in one stream."""
     cupy, _ = gpu
     rows = torch.stack([values(element, count, rank) for rank in range(group.size)])
     first, stop = block_bounds(count, group.size)[group.rank : group.rank + 2]
@@ -294,7 +294,7 @@ def test_other_reductions(gpu, gpu_group, op, element):
 
 
 def test_many_segments_overlap(gpu, gpu_group, monkeypatch):
-    """Pinned memory far smaller than the array: copies down and up of different segments are on their way at once."""
+    """With slots far smaller than the array, copies of several segments are in flight at once."""
     monkeypatch.setattr("mpillm.comm.gpu.pinned.SEGMENT_BYTES", 4096)
     for operation in MOVING:
         for in_place in (True, False) if operation != "broadcast" else (True,):
@@ -337,8 +337,8 @@ def test_handles_in_any_order(gpu, gpu_group):
 
 
 @pytest.mark.parametrize("op", ["sum", "mean"])
-def test_who_waits_on_another_stream_is_in_order_too(gpu, gpu_group, op):
-    """Begun in one stream, which is late; waited for, and read, in another, which nothing else orders behind it."""
+def test_a_wait_in_another_stream_is_in_order_too(gpu, gpu_group, op):
+    """The call starts in a late stream; a second stream waits for it and reads the result."""
     cupy, _ = gpu
     one, other = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
     for name in ways(gpu_group, "reduce_scatter", cupy):
@@ -405,7 +405,10 @@ def test_what_is_refused_on_a_gpu(gpu, gpu_group):
         ),
         ({"array": cupy.asarray(np.ones(3, complex))}, "type complex128 cannot travel"),
         ({"array": cupy.asarray(np.ones(3, ">f4"))}, "byte order"),
-        ({"array": cupy.asarray(np.ones(3, np.int32)), "op": "mean"}, "a mean of int32"),
+        (
+            {"array": cupy.asarray(np.ones(3, np.int32)), "op": "mean"},
+            "mean needs a floating-point array, got int32",
+        ),
         ({"array": ones, "out": cupy.asarray(np.ones(5, np.float32))}, "needs an out of as many"),
     ]
     for settings, rule in cases:

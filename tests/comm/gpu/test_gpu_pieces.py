@@ -1,6 +1,7 @@
-"""Collectives of arrays on real GPUs, beside those of the CPU. Ranks may share a GPU; NCCL then stands aside.
+"""Collectives of arrays on real GPUs against those of the CPU.
 
-tests/comm/test_gpus.py proves plans, ways and the order of streams without one.
+Ranks may share a GPU; NCCL is then not available. test_gpu_collectives.py covers plans, ways and
+the order of streams without a GPU.
 """
 
 import itertools
@@ -39,12 +40,12 @@ MOVING = tuple(name for name in OPERATIONS if name != "barrier")
 REDUCING = ("allreduce", "reduce_scatter", "reduce")
 TOLERANCE = {"float64": 1e-13, "float32": 1e-5, "float16": 8e-3, "bfloat16": 6e-2}
 SLOW_CYCLES = 100_000_000
-"""Some 50 ms of a GPU: what comes too early is seen."""
+"""About 50 ms of a GPU, so that work which comes too early gives wrong data."""
 
 
 @pytest.fixture(scope="module")
 def probed(comm):
-    """What this MPI does with a GPU's memory, found as `mpillm bench` finds it."""
+    """Probe this MPI on GPU memory, as `mpillm bench` does."""
     return comm.bcast(probe(os.environ) if comm.rank == 0 else None)
 
 
@@ -64,7 +65,7 @@ def values(element, count, rank):
 
 
 def as_library(tensor, library):
-    """A copy on this rank's GPU: a torch tensor, or a CuPy array."""
+    """Copy to this rank's GPU: a torch tensor, or a CuPy array."""
     if library == "torch":
         return tensor.cuda()
     import cupy
@@ -78,13 +79,13 @@ def back(array):
 
 
 def on_the_cpu(group, operation, array, out, **wish):
-    """The same call on the CPU, by the plain reference."""
+    """Run the same call on the CPU, by the plain reference."""
     group.prepare(operation, array, out, algorithm="reference", **wish).run()
     return array if out is None else out
 
 
 def arrays(operation, rows, rank, in_place):
-    """(array, out or None) on the CPU."""
+    """Make (array, out or None) on the CPU."""
     size, count = rows.shape
     first, stop = block_bounds(count, size)[rank : rank + 2]
     own = rows[rank].clone()
@@ -97,7 +98,7 @@ def arrays(operation, rows, rank, in_place):
 
 
 def defined(operation, whole, rank, size, in_place, root):
-    """The part of a result that the operation promises."""
+    """Return the part of a result that the operation defines."""
     if operation == "reduce" and rank != root:
         return whole if in_place else whole[:0]
     if operation == "reduce_scatter" and in_place:
@@ -183,7 +184,7 @@ def test_many_segments(group):
 
 
 def test_the_call_takes_its_place_in_the_stream(group):
-    """A slow kernel before, a reader behind, all in one side stream, and no synchronization between."""
+    """A slow kernel, the call and a reader are in one side stream, without synchronization."""
     for way in ways(group, "allreduce"):
         side, late = torch.cuda.Stream(), torch.full((3_000_000,), group.rank + 1.0, device="cuda")
         array, seen = torch.zeros_like(late), torch.zeros_like(late)
