@@ -104,7 +104,7 @@ class ChannelSet:
             if isinstance(endpoint, MessageReceiver | MessageSender)
         ]
         self._thread = (
-            ProgressThread(_Progressing(self._messages), PROGRESS_SECONDS)
+            ProgressThread(_MessageProgress(self._messages), PROGRESS_SECONDS)
             if self._messages
             else None
         )
@@ -267,7 +267,7 @@ class ChannelSet:
             self._thread.pause()
 
 
-class _Progressing:
+class _MessageProgress:
     """The endpoints that the progress thread advances."""
 
     def __init__(self, endpoints: Iterable[Endpoint]) -> None:
