@@ -26,15 +26,15 @@ from mpillm.comm.world import open_world
 
 comm = open_world()
 with fail_together(comm):
-    group = Communicator(comm, warn=lambda text: print("warning:", text, flush=True))
+    communicator = Communicator(comm, warn=lambda text: print("warning:", text, flush=True))
     count = int(sys.argv[1])
-    rows = group.allocate(count, "float32")
+    rows = communicator.allocate(count, "float32")
     array = numpy.ones(count, numpy.float32) if rows is None else rows.own
     array[:] = 1
-    group.allreduce(array)
+    communicator.allreduce(array)
     assert (array == comm.size).all()
     if comm.rank == 0:
-        names = group.algorithms("allreduce")
+        names = communicator.algorithms("allreduce")
         print("algorithms:", *names, "; rows:", rows is not None, flush=True)
 """
 
@@ -213,10 +213,10 @@ def test_a_small_shared_memory_falls_back_with_one_warning(
 def test_more_ranks_than_a_team_takes_fall_back_with_one_warning(comm, monkeypatch):
     monkeypatch.setattr(kernel, "MOST_RANKS", 1)
     warnings = []
-    group = Communicator(comm, warn=warnings.append)
-    assert ("shared" in group.algorithms("allreduce")) == (comm.size == 1)
+    communicator = Communicator(comm, warn=warnings.append)
+    assert ("shared" in communicator.algorithms("allreduce")) == (comm.size == 1)
     array = np.ones(100)
-    group.allreduce(array)
+    communicator.allreduce(array)
     assert (array == comm.size).all()
     if on_one_node(comm):
         rule = (
@@ -226,7 +226,7 @@ def test_more_ranks_than_a_team_takes_fall_back_with_one_warning(comm, monkeypat
         assert [text[: len(rule)] for text in warnings] == (
             [rule] if comm.rank == 0 < comm.size - 1 else []
         )
-    group.free()
+    communicator.free()
 
 
 @pytest.mark.alone
@@ -236,9 +236,9 @@ def test_a_killed_rank_ends_the_job(folder, python, algorithm):
     script.write_text(
         "import os, signal, sys, numpy\nfrom mpi4py import MPI\n"
         "from mpillm.comm.communicator import Communicator\n"
-        "group = Communicator(MPI.COMM_WORLD)\narray = numpy.ones(100000, numpy.float32)\n"
-        f"ready = group.prepare('allreduce', array, op='max', algorithm={algorithm!r})\n"
-        "for turn in range(10**9):\n    if turn == 50 and group.rank == 1:\n"
+        "communicator = Communicator(MPI.COMM_WORLD)\narray = numpy.ones(100000, numpy.float32)\n"
+        f"ready = communicator.prepare('allreduce', array, op='max', algorithm={algorithm!r})\n"
+        "for turn in range(10**9):\n    if turn == 50 and communicator.rank == 1:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    ready.run()\n"
     )
