@@ -1,7 +1,7 @@
 """Build the requests of calls on GPUs, by the ways that device_selection.py chooses from."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.comm.buffers import from_octets
@@ -10,7 +10,7 @@ from mpillm.comm.gpu.device_buffer import DeviceBuffer
 from mpillm.comm.gpu.gpu_aware import DeviceMessages
 from mpillm.comm.gpu.nccl import Nccl
 from mpillm.comm.gpu.pinned import SLOTS, CudaCopies, Pinned
-from mpillm.comm.gpu.staging import Host, StagedRequest, plan_staging
+from mpillm.comm.gpu.staging import StagedRequest, plan_staging
 from mpillm.comm.gpu.streams import (
     CallerStream,
     EnqueuedRequest,
@@ -18,36 +18,13 @@ from mpillm.comm.gpu.streams import (
     StreamReachedRequest,
     stream_at,
 )
-from mpillm.comm.selection import REDUCING, CollectiveCall, NodeMap
+from mpillm.comm.selection import REDUCING, CollectiveCall
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
+    from mpillm.comm.communicator import Communicator, PersistentCollective
 
 # Of int64 and float64: a slot must hold an element of every rank's block.
 LARGEST_ELEMENT_BYTES = 8
-
-
-class HostGroup(Protocol):
-    """A Communicator of the same ranks for the host's part, as far as gpu uses it."""
-
-    comm: "MPI.Intracomm"
-    rank: int
-    size: int
-    layout: NodeMap
-
-    def algorithms(self, operation: str) -> tuple[str, ...]: ...
-    def prepare(
-        self,
-        operation: str,
-        array: Any = None,
-        out: Any = None,
-        *,
-        op: str = "sum",
-        root: int = 0,
-        algorithm: str = "auto",
-        fixed_order: bool = False,
-    ) -> Host: ...
-    def free(self) -> None: ...
 
 
 def whole_of(call: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer) -> DeviceBuffer:
@@ -58,7 +35,7 @@ def whole_of(call: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer) -
 class DeviceBuilder:
     """Builds requests on GPUs; `host` is a communicator that nothing else uses."""
 
-    def __init__(self, host: HostGroup) -> None:
+    def __init__(self, host: "Communicator") -> None:
         self._host = host
         self._pinned: dict[int, Pinned] = {}
         self._streams: dict[int, Any] = {}
@@ -165,7 +142,7 @@ class DeviceBuilder:
             in_place=source is target,
         )
         # Segments of one length in one slot share a collective: all but the last few.
-        prepared: dict[tuple[int, int], Host] = {}
+        prepared: dict[tuple[int, int], PersistentCollective] = {}
         hosts = []
         for index, segment in enumerate(segments):
             key = (index % SLOTS, segment.count)

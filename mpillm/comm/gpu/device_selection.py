@@ -7,17 +7,20 @@
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpillm.comm.buffers import FLOATS
 from mpillm.comm.executors.request import LocalRequest, Request
 from mpillm.comm.gpu import gpu_aware, nccl
 from mpillm.comm.gpu.device_arrays import as_device_buffer
 from mpillm.comm.gpu.device_buffer import DeviceBuffer
-from mpillm.comm.gpu.device_dispatch import DeviceBuilder, HostGroup, whole_of
+from mpillm.comm.gpu.device_dispatch import DeviceBuilder, whole_of
 from mpillm.comm.gpu.streams import CallerStream, OrderedRequest
 from mpillm.comm.selection import REDUCING, CollectiveCall, Profile, check_known
 from mpillm.errors import CommError
+
+if TYPE_CHECKING:
+    from mpillm.comm.communicator import Communicator
 
 WAYS = ("nccl", "device-mpi", "staged")
 UNPROBED = (
@@ -35,7 +38,7 @@ class DeviceCollectives:
     """
 
     def __init__(
-        self, host: HostGroup, profile: Profile | None, settle: Callable[[], None]
+        self, host: "Communicator", profile: Profile | None, settle: Callable[[], None]
     ) -> None:
         self._host, self._profile, self._settle = host, profile, settle
         self._probe: Mapping[str, Any] = getattr(profile, "gpu_probe", {}).get("mpi", {})

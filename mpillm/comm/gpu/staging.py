@@ -11,9 +11,12 @@ sum down: 2 (p - 1) times over the bus instead of once each way.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mpillm.comm.algorithms.schedule import block_bounds
+
+if TYPE_CHECKING:
+    from mpillm.comm.communicator import Handle, PersistentCollective
 
 
 @dataclass(frozen=True)
@@ -112,19 +115,6 @@ class Copies(Protocol):
         """Let the caller's stream wait for all copies up."""
 
 
-class HostHandle(Protocol):
-    """A host collective in flight."""
-
-    def test(self) -> bool: ...
-    def wait(self) -> None: ...
-
-
-class Host(Protocol):
-    """A host collective, ready to run."""
-
-    def start(self) -> HostHandle: ...
-
-
 class StagedRequest:
     """Segment i goes through slot i modulo `slots`; `hosts[i]` is its collective on the host.
 
@@ -133,10 +123,12 @@ class StagedRequest:
     the host does not.
     """
 
-    def __init__(self, segments: Sequence[Segment], hosts: Sequence[Host], copies: Copies) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], hosts: "Sequence[PersistentCollective]", copies: Copies
+    ) -> None:
         self._segments, self._hosts, self._copies = segments, hosts, copies
         self._lowered = self._raised = len(segments)
-        self._current: HostHandle | None = None
+        self._current: Handle | None = None
 
     def run(self) -> None:
         self.start()
