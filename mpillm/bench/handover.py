@@ -1,4 +1,4 @@
-"""How soon a message is handed over, alone and while its sender computes: by Mail's two ways, and by bare MPI."""
+"""Measure message latency, alone and while the sender computes: both ways of channels, bare MPI."""
 
 import time
 from collections.abc import Mapping
@@ -40,22 +40,24 @@ class Hand(Protocol):
     def free(self) -> None: ...
 
 
-class ByMail:
+class ByChannels:
     """Both ranks of `pair` make it. Raises CommError, on both, where the way can't be had."""
 
     def __init__(self, pair: "MPI.Intracomm", nbytes: int, way: str) -> None:
-        self._mail = ChannelSet(pair, [Channel(0, 1, nbytes), Channel(1, 0, nbytes)], way=way)
+        self._channel_set = ChannelSet(
+            pair, [Channel(0, 1, nbytes), Channel(1, 0, nbytes)], way=way
+        )
         self._out, self._back = pair.rank, 1 - pair.rank
-        self.finish, self.free = self._mail.drain, self._mail.free
+        self.finish, self.free = self._channel_set.drain, self._channel_set.free
 
     def send(self, array: Bytes) -> None:
-        self._mail.send(self._out, array)
+        self._channel_set.send(self._out, array)
 
     def expect(self, array: Bytes) -> None:
-        self._mail.expect(self._back, array)
+        self._channel_set.post_receive(self._back, array)
 
     def wait(self) -> None:
-        self._mail.wait(self._back)
+        self._channel_set.wait(self._back)
 
 
 class ByRequests:
@@ -206,10 +208,13 @@ def _open(pair: Pair, joined: "MPI.Intracomm", size: int) -> tuple[dict[str, Han
     note = ""
     if pair.level == "node":
         try:
-            hands["shared"] = ByMail(joined, size, "shared")
+            hands["shared"] = ByChannels(joined, size, "shared")
         except CommError as failure:
             note = f"handover has no shared: {failure}"
-    return hands | {"messages": ByMail(joined, size, "messages"), NATIVE: ByRequests(joined)}, note
+    return hands | {
+        "messages": ByChannels(joined, size, "messages"),
+        NATIVE: ByRequests(joined),
+    }, note
 
 
 def _quartiles(key: str, seconds: Seconds) -> dict[str, float]:

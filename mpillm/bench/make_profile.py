@@ -9,13 +9,13 @@ from mpillm.bench.options import COLLECTIVES
 from mpillm.bench.pairs import fastest
 from mpillm.bench.peers import PEERS
 from mpillm.bench.results import Row, Section
-from mpillm.comm.channels.channel import Way
 from mpillm.machine.cluster_profile import (
     Cluster,
     ClusterProfile,
     CollectiveCost,
     Cost,
     PointToPointCost,
+    Way,
 )
 
 

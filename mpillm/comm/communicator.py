@@ -23,14 +23,14 @@ import numpy as np
 from mpillm.comm import selection
 from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.comm.buffers import Buffer, as_buffer
-from mpillm.comm.channels.sendrecv import exchange_stage
+from mpillm.comm.channels.sendrecv import sendrecv_request
 from mpillm.comm.executors.dispatch import Dispatcher
 from mpillm.comm.executors.request import Request
 from mpillm.comm.gpu.device_arrays import as_device_buffer
 from mpillm.comm.gpu.device_buffer import DeviceBuffer, is_on_device
-from mpillm.comm.gpu.device_selection import Gpus
+from mpillm.comm.gpu.device_selection import DeviceCollectives
 from mpillm.comm.selection import CollectiveCall, NodeMap, Profile
-from mpillm.comm.shared.team import NodeTeam, SharedRows
+from mpillm.comm.shared.team import NOWHERE, NodeTeam, SharedRows
 from mpillm.comm.waiting import Backoff
 from mpillm.errors import CommError
 
@@ -97,7 +97,7 @@ class Communicator:
         self._calls = itertools.count(1)
         self.under_way: list[Handle] = []
         self._queue: deque[Handle] = deque()
-        self._gpus: Gpus | None = None
+        self._gpus: DeviceCollectives | None = None
 
     def _join_across(self, place: int) -> "MPI.Intracomm | None":
         """The ranks of the same place on each node; where nodes are uneven, their first ranks alone."""
@@ -200,12 +200,14 @@ class Communicator:
             target = source if out is None else as_buffer(out)
             _check_arrays(wish, source, target, self.rank, self.size)
         node = self._node
-        pushes = node is not None and node.pushes(operation, source, target)
-        places = (None, None) if node is None else (node.place(source), node.place(target))
+        # Asked once: the choice, the executor and `debug` need it.
+        location = NOWHERE if node is None else node.locate(source, target)
         nbytes = max(source.octets.size, target.octets.size)
-        chosen = selection.choose(wish, source.element, nbytes, self.layout, pushes, self.profile)
-        stage = self._builder.build(wish, chosen, source, target)
-        facts = _facts(wish, source, places)
+        chosen = selection.choose(
+            wish, source.element, nbytes, self.layout, location.pushes(operation), self.profile
+        )
+        stage = self._builder.build(wish, chosen, source, target, location)
+        facts = _facts(wish, source, location.offsets)
         return PersistentCollective(
             self,
             chosen,
@@ -226,11 +228,11 @@ class Communicator:
             self, chosen, stage, facts, queued=chosen != "nccl", mark=stage.mark
         )
 
-    def _on_gpus(self) -> Gpus:
+    def _on_gpus(self) -> DeviceCollectives:
         if self._gpus is None:
             # To make communicators, ranks wait for each other without moving on what is under way.
             self.settle()
-            self._gpus = Gpus(
+            self._gpus = DeviceCollectives(
                 Communicator(self.comm, profile=self.profile), self.profile, self.settle
             )
         return self._gpus
@@ -280,7 +282,7 @@ class Communicator:
         return PersistentCollective(
             self,
             "native",
-            exchange_stage(self.comm, given, to, taken, source, tag),
+            sendrecv_request(self.comm, given, to, taken, source, tag),
             None,
             queued=False,
         )

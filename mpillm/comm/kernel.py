@@ -1,7 +1,8 @@
-"""Load the compiled kernel: sums, team collectives and SPSC queues in shared memory (csrc/, documented in kernel.pyi).
+"""Load the compiled kernel: sums, team collectives and SPSC queues in shared memory (csrc/).
 
-An installed package holds the compiled module next to this file. A checkout holds the C sources instead, so its Python
-files run with the compiled module of the installed package. Nothing is rebuilt at import.
+An installed package holds the compiled module next to this file. A checkout holds the C sources
+instead, and its Python files run with the compiled module of the installed package. Nothing is
+rebuilt at import. kernel.pyi documents the functions.
 """
 
 import hashlib
@@ -18,18 +19,17 @@ REBUILD = "pip install --no-deps --force-reinstall ."
 
 
 def source_hash(sources: Path) -> str:
-    """Hash the C sources in the order of their names, as mpillm/meson.build does at build time; "" without any."""
-    files = sorted(path for path in sources.glob("*.[ch]"))
-    return (
-        hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-        if files
-        else ""
-    )
+    """Hash the C sources in the order of their names, as meson.build does; "" without any."""
+    files = sorted(sources.glob("*.[ch]"))
+    if not files:
+        return ""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def compiled_files() -> Iterator[Path]:
-    """The compiled modules that may serve this Python: next to this file first, then those of installed packages."""
+    """Yield the compiled modules for this Python: next to this file first, then installed ones."""
     suffix = str(sysconfig.get_config_var("EXT_SUFFIX"))
+    # site-packages may be absent from sys.path's front in a checkout, but not from the interpreter.
     folders = [Path(__file__).parents[2], *map(Path, sys.path), Path(sysconfig.get_path("platlib"))]
     for folder in dict.fromkeys(folders):
         path = folder / "mpillm" / "comm" / f"_kernel{suffix}"
@@ -37,8 +37,8 @@ def compiled_files() -> Iterator[Path]:
             yield path
 
 
-def load() -> ModuleType:
-    """Load the compiled module; warn on stderr where the C sources of this checkout are not those it was built from.
+def load_kernel() -> ModuleType:
+    """Load the compiled module; warn on stderr where it was built from other C sources.
 
     Raises ImportError with the command that builds it where there is none.
     """
@@ -52,16 +52,18 @@ def load() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    # An installed package has no sources, and nothing to compare.
     here = source_hash(SOURCES)
     if here and here != module.SOURCE_HASH:
+        # Not mpillm.system.console: a warning at import must not need the rest of the package.
         sys.stderr.write(
-            f"mpillm: warning: the C sources in {SOURCES} differ from those that {path} was built from; "
-            f"rebuild it with `{REBUILD}`\n"
+            f"mpillm: warning: the C sources in {SOURCES} differ from those that {path} was built "
+            f"from; rebuild it with `{REBUILD}`\n"
         )
     return module
 
 
-_kernel = load()
+_kernel = load_kernel()
 MOST_RANKS: int = _kernel.MOST_RANKS
 SOURCE_HASH: str = _kernel.SOURCE_HASH
 Operation, Team, SpscQueue = _kernel.Operation, _kernel.Team, _kernel.SpscQueue

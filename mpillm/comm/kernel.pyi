@@ -1,7 +1,8 @@
-"""The compiled kernel: arithmetic on rows of memory; collectives and messages in memory that the ranks of a node share.
+"""The compiled kernel: arithmetic on rows of memory; team collectives and SPSC queues.
 
-`element` and `reduction` are indices into buffers.ELEMENTS and buffers.REDUCTIONS, `kind` into node.KINDS. Rows are
-objects with the buffer protocol; their lengths are checked, and a mistake raises ValueError.
+`element` and `reduction` are indices into buffers.ELEMENTS and buffers.REDUCTIONS, `kind` into
+shared.team.KINDS. Rows are objects with the buffer protocol. Lengths are checked, and a mistake
+raises ValueError.
 """
 
 import mmap
@@ -15,9 +16,10 @@ MOST_RANKS: int
 SOURCE_HASH: str
 
 class Operation:
-    """One collective of a team, ready to run any number of times. Its buffers stay exported while it lives.
+    """One collective of a team, prepared for any number of runs. It holds its buffers' exports.
 
-    `run`, `wait` and, where it finds nothing to do for a while, `test` raise the team's error for a rank that ended.
+    `run` and `wait` raise the team's error for a rank that ended; so does `test` after a time in
+    which nothing moved.
     """
 
     def run(self) -> None: ...
@@ -26,14 +28,14 @@ class Operation:
     def wait(self) -> None: ...
 
 class Team:
-    """The ranks of one node. `processes`: their process ids, 0 for one that cannot be asked whether it lives."""
+    """The ranks of one node. `processes`: their ids, 0 for a process that cannot be signalled."""
 
     def __init__(
         self,
         memory: Buffer,
         rank: int,
         size: int,
-        stage_bytes: int,
+        staging_bytes: int,
         spins: int,
         processes: tuple[int, ...],
         error: type[Exception],
@@ -54,11 +56,11 @@ class Team:
     ) -> Operation: ...
 
 class SpscQueue:
-    """One end of a way for messages from one process to another, through `slots` slots of `slot_bytes` each.
+    """One end of a single-producer, single-consumer queue of `slots` slots of `slot_bytes` each.
 
-    `memory` holds `spsc_queue_bytes`, zero at first and the same at both ends; one end `sends`, the other receives. One
-    thread calls at a time. What waits raises `error` when the process `peer_process` (0: it can't be asked) is gone;
-    what meets a message of another length than its buffer's raises it too.
+    `memory` has `spsc_queue_bytes`, zero at first and the same at both ends; one end `sends`, the
+    other receives. One thread calls at a time. A wait raises `error` when `peer_process` has ended
+    (0: a process that cannot be signalled). A message whose length is not the buffer's raises it.
     """
 
     def __init__(
@@ -77,11 +79,11 @@ class SpscQueue:
     def try_receive(self, buffer: Buffer, /) -> bool: ...
     def receive(self, buffer: Buffer, limit_seconds: float = ..., /) -> bool: ...
     def check(self) -> None:
-        """Raise where the peer is gone and this end would wait for ever."""
+        """Raise the error where the peer has ended and this end would wait without end."""
 
 def combine(element: int, reduction: int, target: Buffer, source: Buffer, /) -> None: ...
 def scale(element: int, target: Buffer, factor: float, /) -> None: ...
 def widen(element: int, target: Buffer, source: Buffer, /) -> None: ...
 def narrow(element: int, target: Buffer, source: Buffer, /) -> None: ...
-def team_bytes(size: int, stage_bytes: int, /) -> int: ...
+def team_bytes(size: int, staging_bytes: int, /) -> int: ...
 def spsc_queue_bytes(slots: int, slot_bytes: int, /) -> int: ...

@@ -23,7 +23,7 @@ class ProgressThread:
 
     def __init__(self, group: Progressing, interval_seconds: float) -> None:
         self._group, self._interval_seconds = group, interval_seconds
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._wanted = threading.Event()
         self._ended = False
         self._failure: Exception | None = None
@@ -33,10 +33,14 @@ class ProgressThread:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """For calls of the group from another thread: one at a time. Raises what the thread failed of."""
-        with self._lock:
-            if self._failure is not None:
-                raise self._failure
+        with self.lock:
+            self.check()
             yield
+
+    def check(self) -> None:
+        """Raise the exception that ended the thread, if any."""
+        if self._failure is not None:
+            raise self._failure
 
     def resume(self) -> None:
         self._wanted.set()
@@ -55,7 +59,7 @@ class ProgressThread:
 
     def _work(self) -> None:
         while self._wanted.wait() and not self._ended:
-            with self._lock:
+            with self.lock:
                 try:
                     if self._wanted.is_set():
                         self._group.progress()

@@ -14,9 +14,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
-from mpillm.comm.channels.channel import Way
 from mpillm.comm.mesh import hosts, local_ranks
 from mpillm.errors import UsageError
 from mpillm.system.atomic import write_json
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 SCHEMA, VERSION = "mpillm cluster profile", 1
 WAY_OUT = "make one with `mpirun … mpillm bench all --save PROFILE.json`"
 Warn = Callable[[str], None]
+Way = Literal["shared", "messages"]
+"""How a channel carries its messages: queues in shared memory, or MPI messages."""
 
 
 @dataclass(frozen=True)

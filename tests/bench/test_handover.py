@@ -10,7 +10,7 @@ from mpi4py import MPI
 from mpillm.bench.context import Bench
 from mpillm.bench.handover import (
     WORK_SECONDS,
-    ByMail,
+    ByChannels,
     ByRequests,
     Hand,
     behind_work,
@@ -31,7 +31,7 @@ CLUSTER = Cluster("Made Up 9000", 2, "Open MPI", "5.0.9", 1, 2)
 
 def hands(pair: MPI.Intracomm, nbytes: int) -> dict[str, Hand]:
     ways = ("shared", "messages") if on_one_node(pair) else ("messages",)
-    return {**{way: ByMail(pair, nbytes, way) for way in ways}, "native": ByRequests(pair)}
+    return {**{way: ByChannels(pair, nbytes, way) for way in ways}, "native": ByRequests(pair)}
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def rows_of(way: str, seconds: dict[int, float], level: str = "node") -> list[di
     ]
 
 
-def test_the_profile_knows_the_faster_way_and_mail_follows_it(
+def test_the_profile_knows_the_faster_way_and_channels_follow_it(
     comm: MPI.Intracomm, folder: Path
 ) -> None:
     rows = rows_of("shared", {1000: 1e-5, 100_000: 1e-3}) + rows_of(
@@ -124,6 +124,8 @@ def test_the_profile_knows_the_faster_way_and_mail_follows_it(
     profile.save(path)
     assert load_profile(path, print, CLUSTER) == profile
     if comm.size > 1 and on_one_node(comm):
-        mail = ChannelSet(comm, [Channel(0, 1, 1000), Channel(0, 1, 100_000)], profile=profile)
-        assert mail.ways == ["shared", "messages"]
-        mail.free()
+        channel_set = ChannelSet(
+            comm, [Channel(0, 1, 1000), Channel(0, 1, 100_000)], profile=profile
+        )
+        assert channel_set.ways == ["shared", "messages"]
+        channel_set.free()

@@ -1,4 +1,11 @@
-"""The compiled kernel beside NumPy and torch: each element type, each reduction, and every 16-bit float there is."""
+"""The compiled kernel against NumPy and torch, and its loader in a checkout.
+
+Each element type, each reduction, and every 16-bit float.
+"""
+
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,7 +56,7 @@ def test_floats_are_rounded_to_the_nearest_and_ties_to_even(element, piece):
 @pytest.mark.parametrize("element", [*FLOATS, *WHOLE])
 def test_combine(element, op):
     if element == "bfloat16":
-        pytest.skip("NumPy has none; the group's tests compare it with torch")
+        pytest.skip("NumPy has no bfloat16; the communicator's tests compare it with torch")
     chance = np.random.default_rng(5)
     for count in COUNTS:
         pair = (
@@ -150,7 +157,7 @@ def test_unaligned_rows():
             lambda: team().operation(
                 0, *[np.zeros(9999, "f")] * 2, 9999, 0, 0, 1.0, 0, True, None, None
             ),
-            "one half stage",
+            "one half of a staging buffer",
         ),
     ],
 )
@@ -178,7 +185,7 @@ def test_memory_lives_as_long_as_an_operation():
 
 @pytest.mark.parametrize("element", SHORT_FLOATS)
 def test_pairs_of_short_floats(element):
-    """Two rows are summed in one go: every value with its neighbours and with others, at odd places and lengths."""
+    """Two rows are summed in one pass: every value, with neighbours and others, at odd offsets."""
     for shift, length in ((1, 65536), (77, 65535), (4099, 65533), (32768, 7)):
         one, two = HALVES[:length].copy(), np.roll(HALVES, shift)[:length].copy()
         expected = (as_torch(one, element).float() + as_torch(two, element).float()).to(
@@ -189,3 +196,87 @@ def test_pairs_of_short_floats(element):
     memory = np.zeros(1001, np.uint16)
     kernel.combine(ELEMENTS.index(element), 0, memory[1:], HALVES[5:1005])
     assert np.array_equal(memory[1:], HALVES[5:1005])
+
+
+# ---- the loader ----
+
+LOAD = "import mpillm.comm.kernel as kernel; print(kernel._kernel.__file__, kernel.combine)"
+
+
+@pytest.fixture
+def checkout(folder):
+    """Copy this checkout's comm, without a compiled module of its own."""
+    package = Path(kernel.__file__).parents[1]
+    copy = folder / "checkout" / "mpillm"
+    shutil.copytree(
+        package / "comm", copy / "comm", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    shutil.copy(package / "__init__.py", copy)
+    # A script, because `python -c` would import from the current folder first.
+    (copy.parent / "load.py").write_text(LOAD)
+    return copy.parent
+
+
+@pytest.mark.alone
+def test_a_checkout_runs_with_the_installed_module(checkout, python):
+    """An edit of a Python file takes effect; the compiled module is the installed package's."""
+    edited = checkout / "mpillm/comm/kernel.py"
+    edited.write_text(edited.read_text() + "print('edited')\n")
+    done = python(checkout / "load.py", PYTHONPATH=str(checkout))
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "edited"
+    assert not second.startswith(str(checkout))
+    assert "_kernel" in second
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("change", ["changed", "removed"])
+def test_other_c_sources_give_one_warning_with_the_command(checkout, python, change):
+    sources = checkout / "mpillm/comm/csrc"
+    if change == "changed":
+        (sources / "team.c").write_text((sources / "team.c").read_text() + "\n/* changed */\n")
+    else:  # as in an installed package, which has no sources
+        shutil.rmtree(sources)
+    done = python(checkout / "load.py", PYTHONPATH=str(checkout))
+    assert done.returncode == 0, done.stderr
+    if change == "changed":
+        (line,) = done.stderr.splitlines()
+        assert f"the C sources in {sources} differ" in line
+        assert f"rebuild it with `{kernel.REBUILD}`" in line
+    else:
+        assert done.stderr == ""
+
+
+def test_the_hash_is_that_of_names_in_order(tmp_path):
+    (tmp_path / "b.c").write_text("int b;")
+    (tmp_path / "a.h").write_text("int a;")
+    (tmp_path / "notes.txt").write_text("not compiled")
+    first = kernel.source_hash(tmp_path)
+    (tmp_path / "notes.txt").unlink()
+    assert kernel.source_hash(tmp_path) == first
+    (tmp_path / "a.h").write_text("int c;")
+    assert kernel.source_hash(tmp_path) != first
+    (tmp_path / "a.h").unlink()
+    (tmp_path / "b.c").unlink()
+    assert kernel.source_hash(tmp_path) == ""
+
+
+def test_the_module_next_to_the_loader_comes_first(tmp_path, monkeypatch):
+    """The checkout's own module, then sys.path, then site-packages; each once."""
+    name = Path(kernel._kernel.__file__).name
+    places = [tmp_path / place for place in ("own", "path")]
+    for place in places:
+        (place / "mpillm/comm").mkdir(parents=True)
+        (place / "mpillm/comm" / name).touch()
+    monkeypatch.setattr(kernel, "__file__", str(places[0] / "mpillm/comm/kernel.py"))
+    monkeypatch.setattr(sys, "path", [str(places[1]), str(places[0]), *sys.path])
+    found = [path.parents[2] for path in kernel.compiled_files()]
+    assert found[:2] == places
+    assert len(found) == len(set(found))
+
+
+def test_without_a_module_the_error_has_the_command(monkeypatch):
+    monkeypatch.setattr(kernel, "compiled_files", lambda: iter(()))
+    with pytest.raises(ImportError, match=r"not installed for this Python; build it with `pip"):
+        kernel.load_kernel()

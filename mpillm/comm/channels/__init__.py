@@ -1,1 +1,1 @@
-"""Point-to-point channels between ranks, known ahead: queues in shared memory, or persistent MPI requests."""
+"""Point-to-point channels known ahead: queues in shared memory, or MPI messages."""

@@ -1,9 +1,9 @@
-"""Edges: the ways that messages take between the ranks of a communicator, known ahead and alike on all ranks."""
+"""Channels: one-way connections between two ranks, known ahead and the same on every rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
 from mpillm.comm.selection import check_known
 from mpillm.errors import CommError
@@ -11,76 +11,81 @@ from mpillm.errors import CommError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-Way = Literal["shared", "messages"]
+    from mpillm.machine.cluster_profile import ClusterProfile, Way
+
 WAYS = ("auto", "shared", "messages")
 
 
 @dataclass(frozen=True)
 class Channel:
-    """One way between two ranks of a communicator: its messages arrive in the order in which they were sent."""
+    """A connection from `sender` to `receiver`, ranks of one communicator; messages keep order."""
 
     sender: int
     receiver: int
     nbytes: int
-    """Of the longest message."""
+    """Bytes of the longest message."""
 
     def __str__(self) -> str:
         return f"rank {self.sender} → rank {self.receiver}, {self.nbytes:,} bytes"
 
 
-class HandoverProfile(Protocol):
-    """What a cluster's profile answers; profile.py has it."""
+def check_channels(comm: "MPI.Intracomm", channels: Sequence[Channel], way: str) -> None:
+    """Check that all ranks of `comm` pass the same, valid channels and `way`. Every rank calls it.
 
-    def faster_way(self, nbytes: int) -> Way | None:
-        """The way within a node that hands a message over sooner; None where that was not measured."""
-
-
-def check_edges(comm: "MPI.Intracomm", edges: Sequence[Channel], way: str) -> None:
-    """Raise CommError, on every rank, unless all ranks have the same edges, each between two ranks of `comm`."""
-    everywhere: list[tuple[str, list[Channel]]] = comm.allgather((way, list(edges)))
-    first_way, first_edges = everywhere[0]
-    for rank, (other_way, other_edges) in enumerate(everywhere):
+    Raises CommError on every rank for a difference, a rank out of range, or a channel to itself.
+    """
+    # An allgather before the first check: a bad list on one rank must raise on all of them.
+    everywhere: list[tuple[str, list[Channel]]] = comm.allgather((way, list(channels)))
+    first_way, first_channels = everywhere[0]
+    for rank, (other_way, other_channels) in enumerate(everywhere):
         if other_way != first_way:
             raise CommError(
-                f"all ranks must choose one way, but rank 0 has {first_way!r} and rank {rank} {other_way!r}"
+                f"all ranks must choose one way, but rank 0 has {first_way!r} and rank {rank} "
+                f"{other_way!r}"
             )
-        for number, (one, other) in enumerate(zip_longest(first_edges, other_edges)):
+        for number, (one, other) in enumerate(zip_longest(first_channels, other_channels)):
             if one != other:
                 raise CommError(
-                    f"all ranks must have the same edges, but edge {number} is ({one or 'none'}) on rank 0 and "
-                    f"({other or 'none'}) on rank {rank}"
+                    f"all ranks must have the same channels, but channel {number} is "
+                    f"({one or 'none'}) on rank 0 and ({other or 'none'}) on rank {rank}"
                 )
     check_known(way, WAYS, "way")
-    for number, edge in enumerate(edges):
-        if not (0 <= edge.sender < comm.size and 0 <= edge.receiver < comm.size) or edge.nbytes < 0:
+    for number, channel in enumerate(channels):
+        ranks = range(comm.size)
+        if channel.sender not in ranks or channel.receiver not in ranks or channel.nbytes < 0:
             raise CommError(
-                f"edge {number} ({edge}) needs ranks from 0 to {comm.size - 1} and bytes of 0 at least"
+                f"channel {number} ({channel}) needs ranks from 0 to {comm.size - 1} and a "
+                "length of 0 bytes or more"
             )
-        if edge.sender == edge.receiver:
+        if channel.sender == channel.receiver:
             raise CommError(
-                f"edge {number} ({edge}) leads from a rank to itself; hand the array on without a message"
+                f"channel {number} ({channel}) leads from a rank to itself; pass the array on "
+                "without a message"
             )
 
 
-def wished_ways(
-    edges: Sequence[Channel], node_of: Sequence[int], way: str, profile: HandoverProfile | None
-) -> list[Way]:
-    """Which way each edge is to go. `node_of`: a number for the node of each rank.
+def choose_ways(
+    channels: Sequence[Channel],
+    node_of: Sequence[int],
+    way: str,
+    profile: "ClusterProfile | None",
+) -> "list[Way]":
+    """Choose shared memory or messages for each channel; `node_of[rank]` numbers a rank's node.
 
-    Raises CommError where shared memory is asked for between nodes.
+    Raises CommError where `way` asks for shared memory between nodes.
     """
-    return [_wished_way(number, edge, node_of, way, profile) for number, edge in enumerate(edges)]
-
-
-def _wished_way(
-    number: int, edge: Channel, node_of: Sequence[int], way: str, profile: HandoverProfile | None
-) -> Way:
-    together = node_of[edge.sender] == node_of[edge.receiver]
-    if way == "shared" and not together:
-        raise CommError(
-            f"edge {number} ({edge}) leads to another node, which shares no memory; take way='auto'"
-        )
-    if way == "messages" or not together:
-        return "messages"
-    known = profile.faster_way(edge.nbytes) if way == "auto" and profile is not None else None
-    return known or "shared"
+    ways: list[Way] = []
+    for number, channel in enumerate(channels):
+        same_node = node_of[channel.sender] == node_of[channel.receiver]
+        if way == "shared" and not same_node:
+            raise CommError(
+                f"channel {number} ({channel}) leads to another node, which shares no memory; "
+                "take way='auto'"
+            )
+        if way == "messages" or not same_node:
+            ways.append("messages")
+        elif way == "auto" and profile is not None:
+            ways.append(profile.faster_way(channel.nbytes) or "shared")
+        else:
+            ways.append("shared")
+    return ways

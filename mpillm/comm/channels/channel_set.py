@@ -1,34 +1,37 @@
-"""Mail: arrays handed over from rank to rank along edges that are known ahead, while both ranks compute.
+"""Channel sets: pass arrays from rank to rank over channels known ahead, while both ranks compute.
 
-    mail = Mail(comm, [Edge(0, 1, nbytes), Edge(1, 0, nbytes)])
-    mail.send(0, array)                      # rank 0: begins, and goes on computing
-    mail.expect(0, array); …; mail.wait(0)   # rank 1: posted ahead; then it is filled
+    channel_set = ChannelSet(comm, [Channel(0, 1, nbytes), Channel(1, 0, nbytes)])
+    channel_set.send(0, array)             # rank 0: starts the send, and continues to compute
+    channel_set.post_receive(0, array)     # rank 1: posts the receive ahead
+    ...
+    channel_set.wait(0)                    # rank 1: returns when the array is filled
 
-MPI hands a large message over when both ends are inside MPI (the rendezvous protocol), so a receiver waits until the
-sender's computation ends. Within a node messages therefore go through mailboxes in shared memory: the sender copies
-into a slot and goes on, the receiver copies out, and neither needs the other to be there. Between nodes they go by
-MPI, receives posted ahead, and a thread moves them on.
+MPI transfers a large message while both ranks are inside MPI (the rendezvous protocol), so a
+receiver would wait until the sender's computation ends. Within a node messages therefore pass
+through SPSC queues in shared memory. The sender copies into a slot, the receiver copies out later,
+and neither needs the other to be present. Between nodes they are MPI messages: receives are posted
+ahead, and a thread makes progress.
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from mpillm.comm.buffers import as_buffer
-from mpillm.comm.channels.channel import Channel, HandoverProfile, Way, check_edges
+from mpillm.comm.channels.channel import Channel, check_channels
 from mpillm.comm.channels.endpoints import (
     Endpoint,
-    Incoming,
-    MessagesIncoming,
-    MessagesOutgoing,
+    MessageReceiver,
+    MessageSender,
     Octets,
-    Outgoing,
-    SharedIncoming,
-    SharedOutgoing,
+    Receiver,
+    Sender,
+    SharedReceiver,
+    SharedSender,
+    octets_of,
 )
-from mpillm.comm.channels.setup import open_ways
+from mpillm.comm.channels.queue_setup import open_channels
 from mpillm.comm.communicator import silent
 from mpillm.comm.kernel import SpscQueue
 from mpillm.comm.progress_thread import ProgressThread
@@ -37,237 +40,262 @@ from mpillm.errors import CommError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from mpillm.machine.cluster_profile import ClusterProfile, Way
+
 __all__ = ["Channel", "ChannelSet"]
 
-AnyEnd = TypeVar("AnyEnd", bound=Endpoint)
-# How long this rank may look at one mailbox alone before the other edges get their turn.
+# How long `wait` may block in one queue before the other channels make progress.
 SLICE_SECONDS = 0.05
-# Who has waited so long may oversleep a little, and after the longer time asks whether the other rank still lives.
+# A wait this long may oversleep a little; after the longer time, check that the peer lives.
 PATIENCE_SECONDS, SUSPICION_SECONDS = 0.01, 0.5
-# Not after each look: where an MPI library moves a message on by a small piece a look, naps would be most of its time.
-NAP_SECONDS, LOOKS_A_NAP = 50e-6, 16
-# How long the thread that moves messages on sleeps between two looks.
+# Sleep after every 16th poll only: some MPI libraries transfer a small piece a poll, and more sleep
+# would be most of the message's time.
+SLEEP_SECONDS, POLLS_A_SLEEP = 50e-6, 16
+# The progress thread sleeps this long between polls, so that computation keeps the core.
 PROGRESS_SECONDS = 1e-3
 
 
 class ChannelSet:
-    """Hands arrays over along `edges`, each named by its number. Every rank of `comm`, which is duplicated, makes it
-    with the same edges.
+    """Pass arrays over `channels`, each named by its number in the sequence.
 
-    `way`: "shared" or "messages" for all edges; "auto" takes shared memory within a node, unless `profile` knows
-    better. `warn` is told, on rank 0, where there is no room in shared memory; then all edges go by messages.
+    Every rank of `comm`, which is duplicated, makes it with the same channels. A channel is set up
+    once: its endpoint, queue or tag. A message then takes the array's memory alone. A channel may
+    carry arrays of any shape and type, up to its `nbytes`; they arrive in the order of `send`.
 
-    Arrays are C-contiguous NumPy arrays or torch CPU tensors. Raises CommError, on every rank, for edges that differ
-    between ranks and for shared memory that was asked for and cannot be had.
+    `way`: "shared" or "messages" for all channels; "auto" takes shared memory within a node, unless
+    `profile` has measured that messages are faster. Without room in shared memory, rank 0 calls
+    `warn` and all channels use messages.
+
+    Arrays are C-contiguous NumPy arrays or torch CPU tensors. Raises CommError, on every rank, for
+    channels that differ between ranks, and where `way` asks for shared memory that has no room.
     """
 
-    ways: list[Way]
-    """Which way each edge goes."""
+    ways: "list[Way]"
+    """Shared memory or messages, for each channel."""
 
     def __init__(
         self,
         comm: "MPI.Intracomm",
-        edges: Sequence[Channel],
+        channels: Sequence[Channel],
         *,
         way: str = "auto",
-        profile: HandoverProfile | None = None,
+        profile: "ClusterProfile | None" = None,
         warn: Callable[[str], None] = silent,
     ) -> None:
-        check_edges(comm, edges, way)
-        self.edges, self.rank = tuple(edges), comm.rank
-        self.ways, boxes = open_ways(comm, self.edges, way, profile, warn)
+        check_channels(comm, channels, way)
+        self.channels, self.rank = tuple(channels), comm.rank
+        self.ways, queues = open_channels(comm, self.channels, way, profile, warn)
+        # A communicator of its own: tags are channel numbers, and must meet no other messages.
         self._comm: MPI.Intracomm = comm.Dup()
-        self._outgoing = {
-            n: self._outgoing_end(n, boxes)
-            for n, edge in enumerate(edges)
-            if edge.sender == self.rank
+        self._senders = {
+            n: self._sender(n, queues)
+            for n, channel in enumerate(channels)
+            if channel.sender == self.rank
         }
-        self._incoming = {
-            n: self._incoming_end(n, boxes)
-            for n, edge in enumerate(edges)
-            if edge.receiver == self.rank
+        self._receivers = {
+            n: self._receiver(n, queues)
+            for n, channel in enumerate(channels)
+            if channel.receiver == self.rank
         }
-        ends: list[Endpoint] = [*self._outgoing.values(), *self._incoming.values()]
+        endpoints: list[Endpoint] = [*self._senders.values(), *self._receivers.values()]
         self._messages = [
-            end for end in ends if isinstance(end, MessagesIncoming | MessagesOutgoing)
+            endpoint
+            for endpoint in endpoints
+            if isinstance(endpoint, MessageReceiver | MessageSender)
         ]
         self._thread = (
-            ProgressThread(_Moving(self._messages), PROGRESS_SECONDS) if self._messages else None
+            ProgressThread(_MessageProgress(self._messages), PROGRESS_SECONDS)
+            if self._messages
+            else None
         )
+        # Calls of MPI from two threads must not overlap; without a thread nothing contends for it.
+        self._lock = threading.Lock() if self._thread is None else self._thread.lock
 
-    def _outgoing_end(self, number: int, boxes: Mapping[int, SpscQueue]) -> Outgoing:
-        if number in boxes:
-            return SharedOutgoing(boxes[number])
-        return MessagesOutgoing(self._comm, self.edges[number].receiver, number)
+    def _sender(self, number: int, queues: Mapping[int, SpscQueue]) -> Sender:
+        if number in queues:
+            return SharedSender(queues[number])
+        return MessageSender(self._comm, self.channels[number].receiver, number)
 
-    def _incoming_end(self, number: int, boxes: Mapping[int, SpscQueue]) -> Incoming:
-        if number in boxes:
-            return SharedIncoming(boxes[number])
-        return MessagesIncoming(self._comm, self.edges[number].sender, number)
+    def _receiver(self, number: int, queues: Mapping[int, SpscQueue]) -> Receiver:
+        if number in queues:
+            return SharedReceiver(queues[number])
+        return MessageReceiver(self._comm, self.channels[number].sender, number)
 
-    def send(self, edge: int, array: Any) -> None:
-        """Begin to send `array` to the edge's receiver, and return. It must not change until `drain` has returned."""
-        end, octets = (
-            self._own(self._outgoing, edge, "sender"),
-            self._octets(edge, array, writable=False),
-        )
-        with self._turn():
-            end.put(octets)
-            self._push()
-        self._wake(end)
+    def send(self, channel: int, array: Any) -> None:
+        """Start to send `array` to the channel's receiver, and return.
 
-    def expect(self, edge: int, array: Any) -> None:
-        """Give `array` to be filled by the next message of the edge that has none yet; it is as long as the message."""
-        end, octets = (
-            self._own(self._incoming, edge, "receiver"),
-            self._octets(edge, array, writable=True),
-        )
-        with self._turn():
-            end.expect(octets)
-            self._push()
-        self._wake(end)
-
-    def wait(self, edge: int) -> None:
-        """Return when the oldest expected array of the edge that was not waited for yet is filled.
-
-        All else that is under way goes on meanwhile, so ranks may wait in any order. Raises CommError for a message of
-        another length, and where the sender is on this node and has died.
+        The array must not change until `drain` has returned. Raises CommError for an array longer
+        than the channel's `nbytes`, and where this rank is not the sender.
         """
-        end = self._own(self._incoming, edge, "receiver")
-        with self._turn():
-            if not end.arrived and not end.under_way:
-                raise CommError(
-                    f"edge {edge} ({self.edges[edge]}): nothing is expected; call expect before wait"
-                )
-        rest = _Rest()
-        while not self._took(end):
-            self._rest(end, rest)
+        sender = self._senders.get(channel)
+        if sender is None:
+            raise self._not_an_end("sender", channel, self._senders)
+        octets = octets_of(array, writable=False)
+        if octets.size > self.channels[channel].nbytes:
+            raise self._too_long(channel, octets)
+        with self._lock:
+            sender.send(octets)
+            self._progress_senders()
+        if self._thread is not None and isinstance(sender, MessageSender):
+            self._thread.resume()
+
+    def post_receive(self, channel: int, array: Any) -> None:
+        """Post a receive: `array` is filled by the channel's next message without one.
+
+        The array is as long as the message. Raises CommError as `send` does.
+        """
+        receiver = self._receivers.get(channel)
+        if receiver is None:
+            raise self._not_an_end("receiver", channel, self._receivers)
+        octets = octets_of(array, writable=True)
+        if octets.size > self.channels[channel].nbytes:
+            raise self._too_long(channel, octets)
+        with self._lock:
+            receiver.post(octets)
+            self._progress_senders()
+        if self._thread is not None and isinstance(receiver, MessageReceiver):
+            self._thread.resume()
+
+    def wait(self, channel: int) -> None:
+        """Return when the channel's oldest posted array that was not waited for is filled.
+
+        All other channels make progress meanwhile, so ranks may wait in any order. Raises CommError
+        for a message of another length, and where the sender is on this node and has died.
+        """
+        receiver = self._receivers.get(channel)
+        if receiver is None:
+            raise self._not_an_end("receiver", channel, self._receivers)
+        if not receiver.filled and not receiver.in_flight:
+            raise CommError(
+                f"channel {channel} ({self.channels[channel]}): no receive is posted; call "
+                "post_receive before wait"
+            )
+        if not self._poll(receiver):
+            waiting = _Waiting()
+            self._back_off(receiver, waiting)
+            while not self._poll(receiver):
+                self._back_off(receiver, waiting)
         self._settle()
 
     def progress(self) -> None:
-        """Move all that is under way on, without waiting."""
-        with self._turn():
-            self._push()
-            for end in self._incoming.values():
-                end.move()
+        """Advance all that is in flight, without waiting."""
+        with self._lock:
+            self._progress_senders()
+            for receiver in self._receivers.values():
+                receiver.progress()
 
     def drain(self) -> None:
-        """Return when every array that was sent may change: it is on its way.
+        """Return when every array that was sent may change: its message has left.
 
-        The receivers need not wait for their messages, but must have come to expect them.
+        The receivers need not have waited for their messages, but must have posted receives.
         """
-        rest = _Rest()
+        waiting = _Waiting()
         self.progress()
-        while sending := [end for end in self._outgoing.values() if end.under_way]:
-            rest.offer_core(*sending)
+        while sending := [sender for sender in self._senders.values() if sender.in_flight]:
+            waiting.back_off(sending)
             self.progress()
         self._settle()
 
     def free(self) -> None:
-        """Send what is left, forget what is still expected, give the memory back. Every rank calls it, once."""
+        """Send what is left, cancel posted receives, free memory. Every rank calls it, once."""
         try:
             self.drain()
         finally:
             if self._thread is not None:
                 self._thread.end()
-            for end in self._messages:
-                if isinstance(end, MessagesIncoming):
-                    end.cancel()
-            self._outgoing, self._incoming = {}, {}
+            for endpoint in self._messages:
+                if isinstance(endpoint, MessageReceiver):
+                    endpoint.cancel()
+            self._senders, self._receivers = {}, {}
             self._comm.Free()
 
     # ---- inside ----
 
-    def _own(self, ends: Mapping[int, AnyEnd], edge: int, role: str) -> AnyEnd:
-        if edge not in ends:
-            known = (
-                f"{edge} ({self.edges[edge]})"
-                if 0 <= edge < len(self.edges)
-                else f"{edge} of {len(self.edges)}"
-            )
-            raise CommError(
-                f"rank {self.rank} is not the {role} of edge {known}; its own are {list(ends)}"
-            )
-        return ends[edge]
+    def _not_an_end(self, role: str, channel: int, own: Mapping[int, Endpoint]) -> CommError:
+        known = 0 <= channel < len(self.channels)
+        name = (
+            f"{channel} ({self.channels[channel]})"
+            if known
+            else f"{channel} of {len(self.channels)}"
+        )
+        return CommError(
+            f"rank {self.rank} is not the {role} of channel {name}; its own are {list(own)}"
+        )
 
-    def _octets(self, edge: int, array: Any, writable: bool) -> Octets:
-        octets = as_buffer(array, writable).octets
-        if octets.size > self.edges[edge].nbytes:
-            raise CommError(
-                f"an array of {octets.size:,} bytes is too long for edge {edge} ({self.edges[edge]})"
-            )
-        return octets
+    def _too_long(self, channel: int, octets: Octets) -> CommError:
+        return CommError(
+            f"an array of {octets.size:,} bytes is too long for channel {channel} "
+            f"({self.channels[channel]}); make the channel with more bytes"
+        )
 
-    def _turn(self) -> AbstractContextManager[None]:
-        """Calls of MPI from two threads must not overlap."""
-        return nullcontext() if self._thread is None else self._thread.paused()
+    def _progress_senders(self) -> None:
+        """Advance the send queues; with the lock held. Raises what the thread failed of."""
+        if self._thread is not None:
+            self._thread.check()
+        for sender in self._senders.values():
+            if sender.in_flight:
+                sender.progress()
 
-    def _push(self) -> None:
-        for end in self._outgoing.values():
-            end.move()
-
-    def _took(self, end: Incoming) -> bool:
-        """Move all on; whether `end` had a filled array, which then counts as waited for."""
-        with self._turn():
-            self._push()
-            end.move()
-            if end.arrived:
-                end.arrived -= 1
+    def _poll(self, receiver: Receiver) -> bool:
+        """Advance all channels; True when `receiver` had a filled array, then waited for."""
+        with self._lock:
+            self._progress_senders()
+            receiver.progress()
+            if receiver.filled:
+                receiver.filled -= 1
                 return True
-            for other in self._incoming.values():
-                if other is not end:
-                    other.move()
+            for other in self._receivers.values():
+                if other is not receiver:
+                    other.progress()
         return False
 
-    def _rest(self, end: Incoming, rest: "_Rest") -> None:
-        """Between two looks. While none of this rank's outboxes holds anything, the mailbox alone is watched."""
-        pushes = any(
-            isinstance(other, SharedOutgoing) and other.under_way
-            for other in self._outgoing.values()
+    def _back_off(self, receiver: Receiver, waiting: "_Waiting") -> None:
+        """Wait between two polls. With empty send queues, block in the receiver's queue alone."""
+        queued = any(
+            isinstance(sender, SharedSender) and sender.in_flight
+            for sender in self._senders.values()
         )
-        if isinstance(end, SharedIncoming) and not pushes:
-            end.block(SLICE_SECONDS)
-            rest.suspect(end)
+        if isinstance(receiver, SharedReceiver) and not queued:
+            receiver.block(SLICE_SECONDS)
+            waiting.suspect([receiver])
         else:
-            rest.offer_core(end)
-
-    def _wake(self, end: Endpoint) -> None:
-        if self._thread is not None and end in self._messages:
-            self._thread.resume()
+            waiting.back_off([receiver])
 
     def _settle(self) -> None:
-        """Let the thread sleep where no message is under way."""
-        if self._thread is not None and not any(end.under_way for end in self._messages):
+        """Let the thread sleep where no MPI message is in flight."""
+        if self._thread is not None and not any(end.in_flight for end in self._messages):
             self._thread.pause()
 
 
-class _Moving:
-    """What the thread moves on."""
+class _MessageProgress:
+    """The endpoints that the progress thread advances."""
 
-    def __init__(self, ends: Iterable[Endpoint]) -> None:
-        self._ends = ends
+    def __init__(self, endpoints: Iterable[Endpoint]) -> None:
+        self._endpoints = endpoints
 
     def progress(self) -> None:
-        for end in self._ends:
-            end.move()
+        for endpoint in self._endpoints:
+            endpoint.progress()
 
 
-class _Rest:
-    """What one does between two looks, the longer the more patiently."""
+class _Waiting:
+    """A wait's polls so far: back off between them, the longer the more."""
 
     def __init__(self) -> None:
-        self._began, self._looks = time.monotonic(), 0
+        self._began, self._polls = time.monotonic(), 0
 
-    def offer_core(self, *ends: Endpoint) -> None:
-        self.suspect(*ends)
-        self._looks += 1
-        if self._looks % LOOKS_A_NAP == 0 and time.monotonic() - self._began > PATIENCE_SECONDS:
-            time.sleep(NAP_SECONDS)
+    def back_off(self, endpoints: Sequence[Endpoint]) -> None:
+        """Offer the core to others between two polls; sleep at times in a long wait."""
+        self.suspect(endpoints)
+        self._polls += 1
+        patient = time.monotonic() - self._began > PATIENCE_SECONDS
+        if self._polls % POLLS_A_SLEEP == 0 and patient:
+            time.sleep(SLEEP_SECONDS)
         else:
             os.sched_yield()
 
-    def suspect(self, *ends: Endpoint) -> None:
-        """After a while, ask whether `ends` can still get on."""
+    def suspect(self, endpoints: Sequence[Endpoint]) -> None:
+        """Check, in a long wait, that the peers of `endpoints` live."""
         if time.monotonic() - self._began > SUSPICION_SECONDS:
-            for end in ends:
-                end.check()
+            for endpoint in endpoints:
+                endpoint.check()

@@ -1,16 +1,19 @@
-"""The two ends of an edge: mailboxes in shared memory, or messages of MPI.
+"""The endpoints of a channel: SPSC queues in shared memory, or MPI messages.
 
-An end that sends has `put`, one that receives `expect`; `move` carries on what is under way, without waiting. Arrays
-are seen as bytes (`Buffer.octets`), and an end keeps them until it has done with them.
+A sender has `send`, a receiver `post`; `progress` advances what is in flight without waiting.
+Arrays are seen as bytes (`octets_of`). An endpoint references an array until its message has left,
+or has filled it.
 """
 
+import sys
 from collections import deque
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.comm import kernel
+from mpillm.comm.buffers import ELEMENTS, as_buffer, element_of
 from mpillm.comm.executors.mpi_library import pieces
 from mpillm.errors import CommError
 
@@ -20,141 +23,155 @@ if TYPE_CHECKING:
 Octets: TypeAlias = NDArray[np.uint8]
 
 
+def octets_of(array: Any, writable: bool) -> Octets:
+    """View a C-contiguous NumPy array or torch CPU tensor as bytes, without a copy.
+
+    It runs once a message, so it takes one call where `as_buffer` takes six. Raises CommError as
+    `as_buffer` does, for an array with gaps, on a GPU, of another element type, or read-only.
+    """
+    torch = sys.modules.get("torch")  # a caller with a tensor has loaded torch; comm never does
+    if torch is not None and isinstance(array, torch.Tensor):
+        if (
+            array.device.type == "cpu"
+            and array.is_contiguous()
+            and element_of(array.dtype) in ELEMENTS
+        ):
+            # Bytes, because NumPy has no bfloat16.
+            octets: Octets = array.detach().view(-1).view(torch.uint8).numpy()
+            return octets
+    elif (
+        isinstance(array, np.ndarray)
+        and array.flags.c_contiguous
+        and array.dtype.isnative
+        and (array.flags.writeable or not writable)
+        and element_of(array.dtype) in ELEMENTS
+    ):
+        return array.reshape(-1).view(np.uint8)
+    # Buffers pass; all else is refused, with the reason.
+    return as_buffer(array, writable).octets
+
+
 class Endpoint(Protocol):
-    """What both kinds of ends have."""
+    """A rank's end of one channel."""
 
-    @property
-    def under_way(self) -> bool:
-        """Whether an array is still in use: not sent yet, or not filled."""
+    in_flight: deque[Any]
+    """Arrays in use, oldest first: not sent yet, or not filled yet."""
 
-    def move(self) -> None: ...
+    def progress(self) -> None: ...
     def check(self) -> None:
-        """Raise CommError where the other rank is gone and this end would wait for ever."""
+        """Raise CommError where the peer has ended and this endpoint would wait without end."""
 
 
-class Outgoing(Endpoint, Protocol):
-    def put(self, octets: Octets) -> None: ...
+class Sender(Endpoint, Protocol):
+    """A sending endpoint."""
+
+    def send(self, octets: Octets) -> None: ...
 
 
-class Incoming(Endpoint, Protocol):
-    arrived: int
-    """Arrays that are filled, and that no one has waited for."""
+class Receiver(Endpoint, Protocol):
+    """A receiving endpoint."""
 
-    def expect(self, octets: Octets) -> None: ...
+    filled: int
+    """Arrays that are filled and were not waited for."""
+
+    def post(self, octets: Octets) -> None: ...
 
 
-class SharedOutgoing:
-    """Into a mailbox; what finds no slot free waits in the outbox."""
+class SharedSender:
+    """The sender of a queue; arrays that find no free slot wait in `in_flight`, the send queue."""
 
-    def __init__(self, box: kernel.SpscQueue) -> None:
-        self._box = box
-        self._outbox: deque[Octets] = deque()
+    def __init__(self, queue: kernel.SpscQueue) -> None:
+        self._queue = queue
+        self.in_flight: deque[Octets] = deque()
 
-    @property
-    def under_way(self) -> bool:
-        return bool(self._outbox)
+    def send(self, octets: Octets) -> None:
+        # Straight into a slot, unless earlier messages still wait for one: order is kept.
+        if self.in_flight or not self._queue.try_send(octets):
+            self.in_flight.append(octets)
 
-    def put(self, octets: Octets) -> None:
-        self._outbox.append(octets)
-        self.move()
-
-    def move(self) -> None:
-        while self._outbox and self._box.try_send(self._outbox[0]):
-            self._outbox.popleft()
+    def progress(self) -> None:
+        while self.in_flight and self._queue.try_send(self.in_flight[0]):
+            self.in_flight.popleft()
 
     def check(self) -> None:
-        self._box.check()
+        self._queue.check()
 
 
-class SharedIncoming:
-    """Out of a mailbox."""
+class SharedReceiver:
+    """The receiver of a queue."""
 
-    def __init__(self, box: kernel.SpscQueue) -> None:
-        self._box = box
-        self._expected: deque[Octets] = deque()
-        self.arrived = 0
+    def __init__(self, queue: kernel.SpscQueue) -> None:
+        self._queue = queue
+        self.in_flight: deque[Octets] = deque()
+        self.filled = 0
 
-    @property
-    def under_way(self) -> bool:
-        return bool(self._expected)
+    def post(self, octets: Octets) -> None:
+        self.in_flight.append(octets)
 
-    def expect(self, octets: Octets) -> None:
-        self._expected.append(octets)
-
-    def move(self) -> None:
-        while self._expected and self._box.try_receive(self._expected[0]):
-            self._filled()
+    def progress(self) -> None:
+        while self.in_flight and self._queue.try_receive(self.in_flight[0]):
+            self.in_flight.popleft()
+            self.filled += 1
 
     def block(self, limit_seconds: float) -> None:
-        """Until the oldest expected array is filled, or the limit has passed."""
-        if self._box.receive(self._expected[0], limit_seconds):
-            self._filled()
+        """Wait in the kernel, without the GIL, until the oldest array is filled or time is up."""
+        if self._queue.receive(self.in_flight[0], limit_seconds):
+            self.in_flight.popleft()
+            self.filled += 1
 
     def check(self) -> None:
-        self._box.check()
-
-    def _filled(self) -> None:
-        self._expected.popleft()
-        self.arrived += 1
+        self._queue.check()
 
 
-class MessagesOutgoing:
-    """By MPI, each edge under a tag of its own."""
+class MessageSender:
+    """The sender of MPI messages; the tag is the channel's number."""
 
     def __init__(self, comm: "MPI.Intracomm", peer: int, tag: int) -> None:
         self._comm, self._peer, self._tag = comm, peer, tag
-        self._requests: deque[MPI.Request] = deque()
+        self.in_flight: deque[MPI.Request] = deque()
 
-    @property
-    def under_way(self) -> bool:
-        return bool(self._requests)
-
-    def put(self, octets: Octets) -> None:
-        # A request of mpi4py keeps its array.
+    def send(self, octets: Octets) -> None:
+        # A request of mpi4py keeps its array alive.
         for first, stop in _spans(octets):
-            self._requests.append(self._comm.Isend(octets[first:stop], self._peer, self._tag))
+            self.in_flight.append(self._comm.Isend(octets[first:stop], self._peer, self._tag))
 
-    def move(self) -> None:
-        while self._requests and self._requests[0].Test():
-            self._requests.popleft()
+    def progress(self) -> None:
+        while self.in_flight and self.in_flight[0].Test():
+            self.in_flight.popleft()
 
     def check(self) -> None:
-        """Over messages a rank's death is the launcher's task."""
+        """Do nothing: with MPI messages a dead rank is the launcher's to report."""
 
 
-class MessagesIncoming:
-    """By MPI, receives posted ahead: what arrives then goes straight to its place."""
+class MessageReceiver:
+    """The receiver of MPI messages, posted ahead: they arrive in their arrays without a copy."""
 
     def __init__(self, comm: "MPI.Intracomm", peer: int, tag: int) -> None:
         from mpi4py import MPI
 
         self._comm, self._peer, self._tag = comm, peer, tag
         # (request, bytes, whether it is its array's last)
-        self._requests: deque[tuple[MPI.Request, int, bool]] = deque()
+        self.in_flight: deque[tuple[MPI.Request, int, bool]] = deque()
         self._status = MPI.Status()
         self._failure: CommError | None = None
-        self.arrived = 0
+        self.filled = 0
 
-    @property
-    def under_way(self) -> bool:
-        return bool(self._requests)
-
-    def expect(self, octets: Octets) -> None:
+    def post(self, octets: Octets) -> None:
         for first, stop in _spans(octets):
-            # Intel MPI is silent about a message that is too long for an empty array.
+            # Intel MPI reports no error for a message too long for an empty array: give it a byte.
             place = octets[first:stop] if octets.size else np.empty(1, np.uint8)
             request = self._comm.Irecv(place, self._peer, self._tag)
-            self._requests.append((request, stop - first, stop == octets.size))
+            self.in_flight.append((request, stop - first, stop == octets.size))
 
-    def move(self) -> None:
-        while self._requests and self._is_done(*self._requests[0][:2]):
-            _, _, last = self._requests.popleft()
-            self.arrived += last
+    def progress(self) -> None:
+        while self.in_flight and self._is_done(*self.in_flight[0][:2]):
+            _, _, last = self.in_flight.popleft()
+            self.filled += last
 
     def _is_done(self, request: "MPI.Request", nbytes: int) -> bool:
         from mpi4py import MPI
 
-        # The request is gone, and would pass for an empty message.
+        # The failed request is null now, and its Test would report an empty message.
         if self._failure is not None:
             raise self._failure
         try:
@@ -166,22 +183,22 @@ class MessagesIncoming:
             done, sent = True, "more"
         if sent != nbytes:
             self._failure = CommError(
-                f"rank {self._peer} sent a message of {sent} bytes, the array for it holds {nbytes}; both ends must "
-                "agree on lengths"
+                f"rank {self._peer} sent a message of {sent} bytes, the array for it holds "
+                f"{nbytes}; both ends must agree on lengths"
             )
             raise self._failure
         return done
 
     def check(self) -> None:
-        """As of MessagesOutgoing."""
+        """Do nothing, as in MessageSender."""
 
     def cancel(self) -> None:
-        """Give up what has not arrived."""
-        for request, _, _ in self._requests:
-            if request:  # one that failed is no more
+        """Cancel the receives that are still posted."""
+        for request, _, _ in self.in_flight:
+            if request:  # null after a failure
                 request.Cancel()
                 request.Wait()
-        self._requests.clear()
+        self.in_flight.clear()
 
 
 def _spans(octets: Octets) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Point to point: sends, receives, and both at once, as stages."""
+"""Send, receive, and sendrecv between ranks as one persistent request."""
 
 from typing import TYPE_CHECKING
 
@@ -10,20 +10,21 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-def exchange_stage(
+def sendrecv_request(
     comm: "MPI.Intracomm",
-    given: Buffer | None,
+    outgoing: Buffer | None,
     to: int | None,
-    taken: Buffer | None,
+    incoming: Buffer | None,
     source: int | None,
     tag: int,
 ) -> Request:
-    """Persistent requests (MPI 4.1, section 3.9): what can be set up once is not set up for each message."""
+    """Set up persistent requests (MPI 4.1, section 3.9): one set-up for any number of messages."""
     requests: list[MPI.Prequest] = []
-    if taken is not None and source is not None:
-        requests += [comm.Recv_init(taken.raw(*span), source, tag) for span in _spans(taken)]
-    if given is not None and to is not None:
-        requests += [comm.Send_init(given.raw(*span), to, tag) for span in _spans(given)]
+    # Receives start first, so that a message finds its receive posted and needs no extra copy.
+    if incoming is not None and source is not None:
+        requests += [comm.Recv_init(incoming.raw(*span), source, tag) for span in _spans(incoming)]
+    if outgoing is not None and to is not None:
+        requests += [comm.Send_init(outgoing.raw(*span), to, tag) for span in _spans(outgoing)]
     return SendrecvRequest(requests)
 
 
@@ -33,7 +34,7 @@ def _spans(buffer: Buffer) -> list[tuple[int, int]]:
 
 
 class SendrecvRequest:
-    """Messages that are started together."""
+    """Persistent requests that start together."""
 
     def __init__(self, requests: "list[MPI.Prequest]") -> None:
         self._requests = requests
@@ -47,7 +48,7 @@ class SendrecvRequest:
             request.Start()
 
     def test(self) -> bool:
-        # Each is asked, so that each moves.
+        # No short circuit: each call of Test makes progress on its own message.
         return sum(not request.Test() for request in self._requests) == 0
 
     def wait(self) -> None:
@@ -57,6 +58,7 @@ class SendrecvRequest:
     def __del__(self) -> None:
         from mpi4py import MPI
 
+        # A persistent request lives until it is freed; after MPI_Finalize no call is allowed.
         if not MPI.Is_finalized():
             for request in self._requests:
                 request.Free()

@@ -1,13 +1,14 @@
-/* See arithmetic.h. Each loop is compiled for several vector widths; the loader takes what the processor has. */
+/* See arithmetic.h. Each loop is compiled for several vector widths; the loader picks the
+ * processor's widest, so that one build serves a cluster of unlike nodes. */
 #include "arithmetic.h"
 
 #include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 
-/* Blocks of this many elements stay in the first cache between being summed and being written out. */
+/* A block of this many elements stays in the first-level cache between its sum and its write. */
 #define BLOCK 1024
-/* The tree over MOST_ROWS rows is this deep. */
+/* The depth of the tree over MOST_ROWS rows: log2(1024), and one for uneven counts. */
 #define DEPTH 11
 
 #if defined(__x86_64__) && defined(__GLIBC__) && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 9)
@@ -33,7 +34,7 @@ typedef void combine_function(void *out, const void *left, const void *right, si
             o[i] = (type)(expression);                                                                                 \
         }                                                                                                              \
     }
-/* A NaN on either side stays: it must never be hidden by a maximum. */
+/* A NaN on either side is kept: max and min must not hide it. */
 #define COMBINE_FLOATS(type)                                                                                           \
     COMBINE(sum_##type, type, a + b)                                                                                   \
     COMBINE(max_##type, type, a > b || a != a ? a : b)                                                                 \
@@ -109,10 +110,10 @@ WIDE static void narrow_bfloat16(uint16_t *out, const float *in, size_t n) {
         out[i] = (uint16_t)(rounded_bits(in[i]) >> 16);
 }
 
-/* Two neighbours in one word, so that all is done on whole words, which every processor has vectors for. */
+/* Two neighbours in one 32-bit word: vectors of 32-bit words exist on every processor. */
 typedef uint32_t __attribute__((aligned(2), may_alias)) two_bfloat16;
 
-/* Two rows, the commonest case, without a row of float32 between. */
+/* Two rows, the commonest case, without a scratch row of float32. */
 WIDE static void sum_pair_bfloat16(void *out, const void *left, const void *right, size_t n) {
     two_bfloat16 *o = out;
     const two_bfloat16 *l = left, *r = right;
@@ -130,7 +131,7 @@ WIDE static void sum_pair_bfloat16(void *out, const void *left, const void *righ
 }
 
 static inline float widen_half(uint16_t half) {
-    /* The exponent moves by 112; what was infinite stays so, and subnormals are made by a subtraction. */
+    /* The bias differs by 112; infinities stay infinite, and subnormals are scaled by 2^-24. */
     const uint32_t sign = (uint32_t)(half & 0x8000u) << 16, magnitude = half & 0x7fffu;
     if (magnitude >= 0x7c00u)
         return float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
@@ -242,14 +243,14 @@ void narrow(unsigned char *out, const float *in, size_t n, enum element element)
 
 typedef struct {
     const unsigned char *const *sources;
-    size_t offset, n; /* the block: bytes from the rows' beginning, and elements */
+    size_t offset, n; /* the block: bytes from the start of each row, and elements */
     enum element element;
     combine_function *combine;
     bool narrow;                      /* 16-bit floats, computed in float32 */
     double (*scratch)[BLOCK];         /* a block of the widest type for each level */
 } Block;
 
-/* The sum of rows lo to hi, in scratch[level] or where the row itself lies. */
+/* Sum rows lo to hi into scratch[level]; a single row is returned in place. */
 static const void *sum_rows(const Block *block, int lo, int hi, int level) {
     void *own = block->scratch[level];
     if (hi - lo == 1) {
@@ -268,7 +269,7 @@ static const void *sum_rows(const Block *block, int lo, int hi, int level) {
     return own;
 }
 
-/* What sums two rows of the rows' own type in one go; NULL where the way leads over scratch. */
+/* The function that sums two rows of this type in one pass; NULL where scratch is needed. */
 static combine_function *pair_function(enum element element, enum reduction reduction) {
     if (element != FLOAT16 && element != BFLOAT16)
         return COMBINERS[element][reduction];
@@ -296,7 +297,7 @@ void reduce_rows(const unsigned char *const *sources, int n_sources, unsigned ch
         block.n = count - first < BLOCK ? count - first : BLOCK;
         unsigned char *out = targets[0] + block.offset;
         if (pair != NULL) {
-            /* No scratch between: with two rows no sum is written over a row that is still to be read. */
+            /* In place is safe: with two rows no sum overwrites a row that is still to be read. */
             pair(out, sources[0] + block.offset, sources[1] + block.offset, block.n);
         } else {
             const void *sum = sum_rows(&block, 0, n_sources, 0);

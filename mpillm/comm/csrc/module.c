@@ -1,5 +1,5 @@
-/* The module mpillm.comm.kernel: Python's door to arithmetic.c and team.c and, by module_queue.c, to spsc_queue.c. Only comm
- * uses it. */
+/* The module mpillm.comm._kernel: Python types and functions over arithmetic.c and team.c, and, in
+ * module_queue.c, over spsc_queue.c. Only mpillm/comm/kernel.py loads it. */
 #define PY_SSIZE_T_CLEAN
 #define _GNU_SOURCE
 #include <Python.h>
@@ -13,11 +13,11 @@
 #include "spsc_queue.h"
 #include "team.h"
 
-/* How long a wait may keep Python from handling a signal. */
+/* A wait returns to Python this often, so that Ctrl-C and SIGTERM are handled. */
 #define SIGNAL_SECONDS 0.05
-/* How long others may keep a rank waiting until it looks whether they still live. */
+/* A wait this long checks whether the peer lives; a check is a system call a rank. */
 #define SUSPICION_SECONDS 0.5
-/* Steps that one test may take: a small operation needs three, a large one is to leave the caller's work its time. */
+/* Steps of one Test(): a small operation needs three; a large one must leave time for computation. */
 #define MOVES_A_TEST 4
 
 /* ---- Waiting ---- */
@@ -48,32 +48,32 @@ typedef struct {
     struct team team;
     unsigned spins;
     PyObject *error;
-    pid_t *processes; /* of the ranks, 0 for one that cannot be asked */
+    pid_t *processes; /* of the ranks, 0 for a process that cannot be signalled */
 } Team;
 
 static PyTypeObject OperationType;
 
 static int team_init(Team *self, PyObject *arguments, PyObject *keywords) {
-    static char *names[] = {"memory", "rank", "size", "stage_bytes", "spins", "processes", "error", NULL};
+    static char *names[] = {"memory", "rank", "size", "staging_bytes", "spins", "processes", "error", NULL};
     PyObject *processes;
-    Py_ssize_t stage_bytes;
+    Py_ssize_t staging_bytes;
     if (self->memory.obj != NULL) {
         PyErr_SetString(PyExc_RuntimeError, "a team is made once");
         return -1;
     }
     if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "w*iinIO!O", names, &self->memory, &self->team.rank,
-                                     &self->team.size, &stage_bytes, &self->spins, &PyTuple_Type, &processes,
+                                     &self->team.size, &staging_bytes, &self->spins, &PyTuple_Type, &processes,
                                      &self->error))
         return -1;
     Py_INCREF(self->error);
     const int size = self->team.size;
     self->team.memory = self->memory.buf;
-    self->team.stage_bytes = (size_t)stage_bytes;
+    self->team.staging_bytes = (size_t)staging_bytes;
     atomic_flag_clear(&self->team.busy);
     if (size < 1 || size > MOST_ROWS || self->team.rank < 0 || self->team.rank >= size ||
-        stage_bytes < 64 * (Py_ssize_t)size || PyTuple_GET_SIZE(processes) != size ||
-        (size_t)self->memory.len < team_bytes(size, (size_t)stage_bytes)) {
-        PyErr_SetString(PyExc_ValueError, "a team's rank, size, stage, processes and memory must fit each other");
+        staging_bytes < 64 * (Py_ssize_t)size || PyTuple_GET_SIZE(processes) != size ||
+        (size_t)self->memory.len < team_bytes(size, (size_t)staging_bytes)) {
+        PyErr_SetString(PyExc_ValueError, "a team's rank, size, staging buffer, processes and memory must fit each other");
         return -1;
     }
     self->processes = PyMem_Calloc((size_t)size, sizeof *self->processes);
@@ -100,13 +100,13 @@ typedef struct {
     PyObject_HEAD
     Team *team;
     Py_buffer source, target;
-    PyObject *held[2]; /* what keeps the rows' memory alive: of the sources, and of the targets */
+    PyObject *held[2]; /* references that keep the rows' memory alive: of sources, and of targets */
     unsigned char **rows[2];
     struct operation operation;
-    double idle_since; /* since when tests have found nothing to do; 0 where the last one did */
+    double idle_since; /* the time of the first Test() that found nothing to do; 0 after progress */
 } Operation;
 
-/* Which rows there are: of the sources (0) and of the targets (1). A row holds the whole array. */
+/* Take the rows of the sources (0) or of the targets (1). A row holds the whole array. */
 static bool fill_rows(Operation *self, int which, PyObject *rows) {
     if (rows == Py_None)
         return true;
@@ -138,7 +138,7 @@ static bool fill_rows(Operation *self, int which, PyObject *rows) {
     return true;
 }
 
-/* Does the operation have the rows, and the arrays of its own, that it needs to do without the stage? */
+/* Does the operation have the rows and own arrays that its kind needs to push? */
 static bool can_push(const struct operation *op) {
     switch (op->kind) {
     case ALLREDUCE:
@@ -152,7 +152,8 @@ static bool can_push(const struct operation *op) {
     }
 }
 
-/* Which elements of the whole array a buffer holds: all, or the own block alone. Its element 0, or where that would be. */
+/* Check that a buffer holds all elements, or the own block alone. `*first`: the address of element 0
+ * of the whole array, or where it would be. */
 static bool place(Operation *self, const Py_buffer *buffer, bool own_block, unsigned char **first) {
     const struct operation *op = &self->operation;
     const size_t size = (size_t)op->team->size, rank = (size_t)op->team->rank, itemsize = itemsize_of(op->element);
@@ -221,7 +222,7 @@ static PyObject *team_operation(Team *self, PyObject *arguments, PyObject *keywo
         goto fail;
     }
     if (op->flat && op->count > piece_elements(&self->team, 1, op->element)) {
-        PyErr_SetString(PyExc_ValueError, "a flat operation fits into one half stage");
+        PyErr_SetString(PyExc_ValueError, "a flat operation fits into one half of a staging buffer");
         goto fail;
     }
     return (PyObject *)made;
@@ -248,21 +249,21 @@ static bool drive_operation(void *waiting, double limit_seconds) {
     return drive(&self->operation, limit_seconds, self->team->spins);
 }
 
-/* Raise the team's error where a rank that this one waits for is no longer there. */
+/* Raise the team's error where a rank that this one waits for has ended. */
 static bool all_live(void *waiting) {
     const Team *team = ((Operation *)waiting)->team;
     const int rank = awaited(&team->team);
-    /* One that has ended since may have given its part: asked again. */
+    /* It may have published its part and ended since the first check: check its flag again. */
     if (rank < 0 || !is_gone(team->processes[rank]) || awaited(&team->team) != rank)
         return true;
     PyErr_Format(team->error,
-                 "rank %d of this node (process %d) ended while rank %d waited for it in a collective; its own output "
-                 "tells why, a checkpoint brings the run back",
+                 "rank %d of this node (process %d) ended while rank %d waited for it in a collective; see its output "
+                 "for the reason, a checkpoint resumes the run",
                  rank, (int)team->processes[rank], team->team.rank);
     return false;
 }
 
-/* A started operation is held until it is done, since the team knows its address. */
+/* The team's list has the address of a started operation, so a reference is held until it is done. */
 static bool begin(Operation *self) {
     if (self->operation.started && !self->operation.done) {
         PyErr_SetString(self->team->error, "an operation was started again before it was done; wait for it first");
@@ -276,13 +277,13 @@ static bool begin(Operation *self) {
     return true;
 }
 
-/* It is done, and no longer held. */
+/* Drop the reference of a done operation. */
 static void settle(Operation *self) {
     self->operation.started = false;
     Py_DECREF(self);
 }
 
-/* Whether to test again: who tests until it is done must hear of a rank that ended as well as one who waits. */
+/* Test() detects a dead peer too, not only Wait(): a caller may poll in a loop of its own. */
 static bool may_go_on(Operation *self, bool moved) {
     const double now = moved ? 0 : seconds_now();
     if (moved || self->idle_since == 0)
@@ -322,7 +323,7 @@ static PyObject *operation_wait(Operation *self, PyObject *unused) {
     (void)unused;
     if (self->operation.started) {
         if (wait_for(self, drive_operation, all_live, INFINITY) < 0)
-            return NULL; /* still held: the team goes on to know it */
+            return NULL; /* still held: it stays in the team's list */
         settle(self);
     }
     Py_RETURN_NONE;
@@ -337,8 +338,8 @@ static PyObject *operation_run(Operation *self, PyObject *unused) {
 
 static PyMethodDef operation_methods[] = {
     {"run", (PyCFunction)operation_run, METH_NOARGS, "Start it and wait until it is done."},
-    {"start", (PyCFunction)operation_start, METH_NOARGS, "Start it; test or wait tell when it is done."},
-    {"test", (PyCFunction)operation_test, METH_NOARGS, "Move on without waiting; whether it is done."},
+    {"start", (PyCFunction)operation_start, METH_NOARGS, "Start it; test or wait completes it."},
+    {"test", (PyCFunction)operation_test, METH_NOARGS, "Make progress without waiting; True when it is done."},
     {"wait", (PyCFunction)operation_wait, METH_NOARGS, "Return when it is done."},
     {NULL, NULL, 0, NULL},
 };
@@ -360,7 +361,7 @@ static PyMethodDef team_methods[] = {
 
 static PyTypeObject TeamType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "mpillm.comm.kernel.Team",
-    .tp_doc = "Team(memory, rank, size, stage_bytes, spins, processes, error): the ranks of one node.",
+    .tp_doc = "Team(memory, rank, size, staging_bytes, spins, processes, error): the ranks of one node.",
     .tp_basicsize = sizeof(Team),
     .tp_new = PyType_GenericNew,
     .tp_init = (initproc)team_init,
@@ -416,7 +417,7 @@ static PyObject *kernel_scale(PyObject *module, PyObject *arguments) {
     return NULL;
 }
 
-/* float32 to a 16-bit float or back, whichever of the two rows is `element`. */
+/* Convert float32 to 16-bit floats or back; `element` is the 16-bit row's type. */
 static PyObject *convert(PyObject *arguments, bool widens) {
     Py_buffer target, source;
     int element;
@@ -454,10 +455,10 @@ static PyObject *kernel_narrow(PyObject *module, PyObject *arguments) {
 static PyObject *kernel_team_bytes(PyObject *module, PyObject *arguments) {
     (void)module;
     int size;
-    Py_ssize_t stage_bytes;
-    if (!PyArg_ParseTuple(arguments, "in", &size, &stage_bytes))
+    Py_ssize_t staging_bytes;
+    if (!PyArg_ParseTuple(arguments, "in", &size, &staging_bytes))
         return NULL;
-    return PyLong_FromSize_t(team_bytes(size, (size_t)stage_bytes));
+    return PyLong_FromSize_t(team_bytes(size, (size_t)staging_bytes));
 }
 
 static PyObject *kernel_spsc_queue_bytes(PyObject *module, PyObject *arguments) {
@@ -473,9 +474,9 @@ static PyMethodDef functions[] = {
     {"scale", kernel_scale, METH_VARARGS, "scale(element, target, factor): target *= factor, floats only."},
     {"widen", kernel_widen, METH_VARARGS, "widen(element, target, source): 16-bit floats into float32."},
     {"narrow", kernel_narrow, METH_VARARGS, "narrow(element, target, source): float32 into 16-bit floats."},
-    {"team_bytes", kernel_team_bytes, METH_VARARGS, "team_bytes(size, stage_bytes): what a Team's memory must hold."},
+    {"team_bytes", kernel_team_bytes, METH_VARARGS, "team_bytes(size, staging_bytes): the bytes of a Team's memory."},
     {"spsc_queue_bytes", kernel_spsc_queue_bytes, METH_VARARGS,
-     "spsc_queue_bytes(slots, slot_bytes): what a SpscQueue's memory must hold."},
+     "spsc_queue_bytes(slots, slot_bytes): the bytes of a SpscQueue's memory."},
     {NULL, NULL, 0, NULL},
 };
 

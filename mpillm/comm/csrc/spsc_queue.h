@@ -1,20 +1,20 @@
-/* Messages one way between two processes, through slots in memory that they share. */
-#ifndef MPILLM_MAILBOX_H
-#define MPILLM_MAILBOX_H
+/* A single-producer, single-consumer queue of messages, in memory that two processes share. */
+#ifndef MPILLM_SPSC_QUEUE_H
+#define MPILLM_SPSC_QUEUE_H
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-/* One end. The sender's and the receiver's differ in nothing but what is called on them. */
-struct mailbox {
+/* One process's view of a queue. Sender and receiver use the same struct and different calls. */
+struct spsc_queue {
     unsigned char *memory; /* spsc_queue_bytes() of it, zero at first, the same for both */
     size_t slots, slot_bytes;
-    uint64_t messages, pieces; /* that this end has done with */
+    uint64_t messages, pieces; /* that this process has sent or received */
 };
 
-/* One message on its way out. */
-struct arrival {
+/* One message on its way into an array. */
+struct receipt {
     unsigned char *target;
     size_t nbytes, copied;
 };
@@ -23,19 +23,20 @@ enum outcome { NOTHING, SOME, WHOLE, ANOTHER_LENGTH };
 
 size_t spsc_queue_bytes(size_t slots, size_t slot_bytes);
 
-/* Is there a slot to send into? */
-bool has_room(const struct mailbox *box);
+/* Is there a free slot to send into? */
+bool has_free_slot(const struct spsc_queue *queue);
 
-/* Copy a message of at most slot_bytes into a slot. There must be room. */
-void put_message(struct mailbox *box, const unsigned char *source, size_t nbytes);
+/* Copy a message of at most slot_bytes into the next slot, which must be free. */
+void enqueue(struct spsc_queue *queue, const unsigned char *source, size_t nbytes);
 
 /* Has the oldest message arrived as a whole? */
-bool has_arrived(const struct mailbox *box);
+bool has_arrived(const struct spsc_queue *queue);
 
-/* Copy out what has arrived of the oldest message, and free its slot when it is whole. One of ANOTHER_LENGTH stays. */
-enum outcome take_message(struct mailbox *box, struct arrival *arrival);
+/* Copy out what has arrived of the oldest message, and free its slot when it is whole.
+ * A message of ANOTHER_LENGTH stays in the queue. */
+enum outcome dequeue(struct spsc_queue *queue, struct receipt *receipt);
 
-/* The length of the oldest message, of which something has arrived. */
-size_t message_bytes(const struct mailbox *box);
+/* The length of the oldest message, of which at least one piece has arrived. */
+size_t message_bytes(const struct spsc_queue *queue);
 
 #endif

@@ -1,33 +1,37 @@
 /*
- * The team's memory is a line of flags a rank, then a stage a rank. A rank's only flag counts how often it has published:
- * a release store, which an acquire load of another rank answers, so that all it wrote before is seen behind. All ranks
- * run the same operations in the same order and publish equally often; so "all others have published as often as I" is
- * the only thing that anyone ever waits for.
+ * The team's memory: a line of flags a rank, then a staging buffer a rank. A rank's only flag counts
+ * how often it has published. Publishing is a release store, and reading a flag an acquire load, so
+ * a reader of the flag sees all that the rank wrote before. All ranks run the same operations in the
+ * same order and publish equally often. The only wait is therefore "all others have published as
+ * often as I have".
  *
- * An array is cut into a block a rank, blocks into pieces, and piece i of every block makes up chunk i. A chunk takes
- * three steps: each rank writes into its stage what others need of it; each sums its own block's piece; each reads the
- * others' sums. Ranks publish behind each step that others wait for.
+ * An array is cut into a block a rank, blocks into pieces; piece i of every block makes up chunk i.
+ * A chunk takes three steps. Each rank writes into its staging buffer what others need of it; each
+ * sums its own block's piece; each reads the others' sums. Ranks publish after each step that others
+ * wait for.
  *
- * The stage has two halves that take turns by chunk. A rank writes into a half only after a wait within the chunk before,
- * which the others reached only when they had read what was there.
+ * A staging buffer has two halves, which chunks use in turns. A rank writes into a half only after a
+ * wait within the chunk before, and the others reach that point only after they have read the half.
+ * So two halves replace a barrier at the end of each chunk.
  */
 #define _GNU_SOURCE
 #include "team.h"
 
 #include <string.h>
 
-/* What one call of progress may move, so that a poll between computations stays short. */
+/* The most that one call of progress moves, so that a poll between computations stays short. */
 #define PROGRESS_BYTES ((size_t)1 << 20)
 
-/* Some processors copy at a third of their speed where the target stands 1 to 31 bytes further in its page than the
- * source (docs/notes.md). Arrays begin near a page's beginning as a rule, so stages begin amidst one. */
+/* On AMD EPYC a copy by `rep movsb` runs at a third of its speed where dst - src is 1 to 31 modulo
+ * 4096 (page aliasing, glibc bug 30994); collectives of private arrays took 2.5 times as long.
+ * Arrays start near the start of a page as a rule, so staging buffers are offset by half a page. */
 #define PAGE_BYTES ((size_t)4096)
 
-static size_t stages_offset(int size) {
+static size_t staging_offset(int size) {
     return ((size_t)size * LINE_BYTES + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES + PAGE_BYTES / 2;
 }
 
-size_t team_bytes(int size, size_t stage_bytes) { return stages_offset(size) + (size_t)size * HALVES * stage_bytes; }
+size_t team_bytes(int size, size_t staging_bytes) { return staging_offset(size) + (size_t)size * HALVES * staging_bytes; }
 
 static _Atomic uint64_t *flag_of(const struct team *team, int rank) {
     return (_Atomic uint64_t *)(void *)(team->memory + (size_t)rank * LINE_BYTES);
@@ -35,6 +39,7 @@ static _Atomic uint64_t *flag_of(const struct team *team, int rank) {
 
 static void publish(struct team *team) {
     team->published++;
+    /* Release: pairs with the acquire in `awaited`. */
     atomic_store_explicit(flag_of(team, team->rank), team->published, memory_order_release);
 }
 
@@ -45,21 +50,23 @@ int awaited(const struct team *team) {
     return -1;
 }
 
-/* ---- places ---- */
+/* ---- offsets ---- */
 
 size_t piece_elements(const struct team *team, int blocks, enum element element) {
-    return team->stage_bytes / (size_t)blocks / 64 * 64 / itemsize_of(element);
+    /* Whole cache lines of 64 bytes, so that no two blocks share one. */
+    return team->staging_bytes / (size_t)blocks / 64 * 64 / itemsize_of(element);
 }
 
 static int blocks_of(const struct operation *op) { return op->flat || op->kind == BROADCAST ? 1 : op->team->size; }
 
-/* block_bounds of algorithms.py. */
+/* As block_bounds in algorithms/schedule.py: both sides must cut alike. */
 static size_t bound(const struct operation *op, int block, int blocks) {
     const size_t whole = op->count / (size_t)blocks, rest = op->count % (size_t)blocks;
     return whole * (size_t)block + rest * (size_t)block / (size_t)blocks;
 }
 
-/* Where the present piece of a block lies: bytes from the array's beginning and in a stage, and its elements. */
+/* The current piece of a block: its offsets in bytes in the array and in a half of the staging
+ * buffer, and its elements. */
 struct place {
     size_t offset, staged, n;
 };
@@ -72,9 +79,9 @@ static struct place place_of(const struct operation *op, int block) {
     return (struct place){first * itemsize, (size_t)block * most * itemsize, left < most ? left : most};
 }
 
-static unsigned char *stage_of(const struct team *team, int rank) {
+static unsigned char *staging_of(const struct team *team, int rank) {
     const size_t half = (size_t)rank * HALVES + team->chunks % HALVES;
-    return team->memory + stages_offset(team->size) + half * team->stage_bytes;
+    return team->memory + staging_offset(team->size) + half * team->staging_bytes;
 }
 
 static bool is_last_piece(const struct operation *op) {
@@ -87,14 +94,14 @@ static bool is_last_piece(const struct operation *op) {
 
 static void write_block(const struct operation *op, int block) {
     const struct place place = place_of(op, block);
-    memcpy(stage_of(op->team, op->team->rank) + place.staged, op->source + place.offset,
+    memcpy(staging_of(op->team, op->team->rank) + place.staged, op->source + place.offset,
            place.n * itemsize_of(op->element));
 }
 
-/* Copy what `rank` has staged of its block `staged_block` to the place of `block` in the target. */
+/* Copy the piece of block `staged_block` from the staging buffer of `rank` to `block` in the target. */
 static void read_block(const struct operation *op, int rank, int staged_block, int block) {
     const struct place from = place_of(op, staged_block), to = place_of(op, block);
-    memcpy(op->target + to.offset, stage_of(op->team, rank) + from.staged, to.n * itemsize_of(op->element));
+    memcpy(op->target + to.offset, staging_of(op->team, rank) + from.staged, to.n * itemsize_of(op->element));
 }
 
 static void keep_own_block(const struct operation *op) {
@@ -103,7 +110,7 @@ static void keep_own_block(const struct operation *op) {
         memcpy(op->target + place.offset, op->source + place.offset, place.n * itemsize_of(op->element));
 }
 
-/* Sum this rank's piece over all ranks, into its target and its stage as the kind wants. */
+/* Sum this rank's piece over all ranks, into its target and its staging buffer as the kind needs. */
 static void reduce_own(const struct operation *op) {
     const struct team *team = op->team;
     const int block = op->flat ? 0 : team->rank;
@@ -111,13 +118,14 @@ static void reduce_own(const struct operation *op) {
     const unsigned char *sources[MOST_ROWS];
     unsigned char *targets[2];
     int n_targets = 0;
+    /* The own source is read in place: its copy in the staging buffer is for the others. */
     for (int rank = 0; rank < team->size; rank++)
-        sources[rank] = stage_of(team, rank) + place.staged;
+        sources[rank] = staging_of(team, rank) + place.staged;
     sources[team->rank] = op->source + place.offset;
     if (op->target != NULL)
         targets[n_targets++] = op->target + place.offset;
     if (!op->flat && op->kind != REDUCE_SCATTER)
-        targets[n_targets++] = stage_of(team, team->rank) + place.staged;
+        targets[n_targets++] = staging_of(team, team->rank) + place.staged;
     if (n_targets > 0)
         reduce_rows(sources, team->size, targets, n_targets, place.n, op->element, op->reduction, op->scale);
 }
@@ -129,7 +137,7 @@ static void write_step(const struct operation *op) {
     else if (op->kind == ALLGATHER)
         write_block(op, team->rank);
     else if (op->kind != BROADCAST)
-        /* From the right neighbour on, so that not all ranks read one rank's memory at a time. */
+        /* Start at the right neighbour, so that not all ranks use one rank's memory at a time. */
         for (int turn = 1; turn < team->size; turn++)
             write_block(op, (team->rank + turn) % team->size);
 }
@@ -157,7 +165,7 @@ static void end_chunk(struct operation *op) {
     op->team->chunks++;
 }
 
-/* Is there a third step, for which the sums must be published? */
+/* Is there a third step, in which others read this rank's sums? */
 static bool spreads_sums(const struct operation *op) {
     return !op->flat && (op->kind == ALLREDUCE || op->kind == REDUCE);
 }
@@ -187,8 +195,9 @@ static void staged_step(struct operation *op) {
     }
 }
 
-/* The arrays lie in shared memory: no stage between. Each rank works on its own block: sums it over all source rows and
- * pushes the sum into every target row (all-reduce) or keeps it (reduce-scatter), or pushes what it has (all-gather). */
+/* The arrays are in shared memory, so no staging buffer is needed. Each rank works on its own block:
+ * it sums the block over all source rows and pushes the sum into every target row (all-reduce) or
+ * keeps it (reduce-scatter), or pushes its own block (all-gather). */
 static void push_piece(const struct operation *op, size_t first, size_t n) {
     const struct team *team = op->team;
     const size_t offset = first * itemsize_of(op->element);
@@ -227,9 +236,11 @@ static void push_step(struct operation *op) {
     op->step++;
 }
 
-/* One step of the operation, if it need not wait; whether it moved. */
+/* Take one step of the operation, if it need not wait; whether it moved. */
 static bool step(struct operation *op) {
+    /* The first step needs no wait: the half it writes to is free, see the top of the file. */
     const bool begins = op->step == 0;
+    /* Later pieces of a push need none either: all ranks had published before the first piece. */
     const bool pushes_on = op->pushes && op->step == 1 && op->piece > 0;
     if (!begins && !pushes_on && awaited(op->team) >= 0)
         return false;
@@ -270,6 +281,7 @@ static bool progress_alone(struct team *team) {
 }
 
 bool progress(struct team *team) {
+    /* Another thread makes progress already: do not wait for it. */
     if (atomic_flag_test_and_set_explicit(&team->busy, memory_order_acquire))
         return false;
     const bool moved = progress_alone(team);

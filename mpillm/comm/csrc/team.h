@@ -10,7 +10,7 @@
 #include "arithmetic.h"
 #include "flags.h"
 
-/* The stage is used in two halves, in turns: see team.c. */
+/* A staging buffer has two halves, used in turns: see team.c. */
 #define HALVES 2
 
 enum kind { ALLREDUCE, REDUCE_SCATTER, ALLGATHER, BROADCAST, REDUCE, ALLTOALL, BARRIER, N_KINDS };
@@ -20,11 +20,11 @@ struct operation;
 struct team {
     unsigned char *memory; /* team_bytes() of it, zero at first, the same on every rank */
     int rank, size;
-    size_t stage_bytes;    /* of one half of one rank's stage */
-    uint64_t published;    /* how often this rank has published */
-    uint64_t chunks;       /* how many chunks went over the stage */
+    size_t staging_bytes;  /* of one half of one rank's staging buffer */
+    uint64_t published;    /* how often this rank has published: the value of its flag */
+    uint64_t chunks;       /* chunks that went through the staging buffers */
     struct operation *first, *last; /* started and not done, in order */
-    atomic_flag busy;
+    atomic_flag busy;      /* a spin lock: one thread makes progress at a time, others return */
 };
 
 struct operation {
@@ -37,12 +37,12 @@ struct operation {
     size_t count;
     const unsigned char *source; /* where element 0 of the whole array is, or would be */
     unsigned char *target;       /* likewise; NULL where this rank takes no result */
-    /* Each rank's array, where all lie in shared memory; else NULL. */
+    /* Each rank's array, where all are in shared memory; else NULL. */
     unsigned char *const *source_rows;
     unsigned char *const *target_rows;
-    bool pushes;                 /* there are the rows that this kind needs to do without the stage */
+    bool pushes;                 /* the rows are there that this kind needs to push */
     bool flat;                   /* every rank reads the whole arrays of all: one wait, for small ones */
-    /* Where it stands. */
+    /* Its progress. */
     int step;
     size_t piece;
     bool started;
@@ -50,23 +50,23 @@ struct operation {
     struct operation *next;
 };
 
-/* Bytes of shared memory for the flags and stages of `size` ranks. */
-size_t team_bytes(int size, size_t stage_bytes);
+/* Bytes of shared memory for the flags and staging buffers of `size` ranks. */
+size_t team_bytes(int size, size_t staging_bytes);
 
-/* Elements that one rank's half stage holds for each of `blocks` blocks. */
+/* Elements that one half of a staging buffer holds for each of `blocks` blocks. */
 size_t piece_elements(const struct team *team, int blocks, enum element element);
 
 void start(struct operation *operation);
 
-/* Work on the team's operations, in order, as far as goes without waiting but one bounded piece at the most.
+/* Advance the team's oldest operation by one bounded step, if it need not wait.
  * Returns whether anything moved. */
 bool progress(struct team *team);
 
-/* A rank for which this one waits, or -1. */
+/* A rank that this one waits for, or -1. */
 int awaited(const struct team *team);
 
-/* Progress until `operation` is done or `limit_seconds` have passed; whether it is done. `spins`: how long to wait with
- * the core held before it is offered to others. */
+/* Make progress until `operation` is done or `limit_seconds` have passed; whether it is done.
+ * `spins`: polls before the core is yielded. */
 bool drive(struct operation *operation, double limit_seconds, unsigned spins);
 
 #endif

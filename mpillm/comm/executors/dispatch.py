@@ -18,7 +18,7 @@ from mpillm.comm.executors.reference import reference
 from mpillm.comm.executors.request import LocalRequest, Request, ScheduleRequest, chain
 from mpillm.comm.executors.segmented import Scratch
 from mpillm.comm.selection import FEW_ROUNDS_BYTES, KIB, MIB, CollectiveCall, NodeMap
-from mpillm.comm.shared.team import NodeTeam
+from mpillm.comm.shared.team import Location, NodeTeam
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -59,7 +59,12 @@ class Dispatcher:
         self._scratch = Scratch()
 
     def build(
-        self, wish: CollectiveCall, algorithm: str, source: Buffer, target: Buffer
+        self,
+        wish: CollectiveCall,
+        algorithm: str,
+        source: Buffer,
+        target: Buffer,
+        location: Location | None = None,
     ) -> Request:
         """The stages of `wish` by `algorithm`; `source` is `target` where it works in place."""
         if wish.operation == "barrier":
@@ -71,7 +76,7 @@ class Dispatcher:
                 lambda: None if source is target else np.copyto(target.octets, source.octets)
             )
         if algorithm == "shared":
-            return self._shared(wish, source, target)
+            return self._shared(wish, source, target, location)
         if wish.fixed_order and wish.op in ("sum", "mean") and source.element in SHORT_FLOATS:
             return self._widened(wish, algorithm, source, target)
         stages = [self._summed(wish, algorithm, source, target)]
@@ -96,7 +101,9 @@ class Dispatcher:
             return self._two_level(wish, source, target, op)
         return self._by_list(wish.operation, algorithm, source, target, op, wish.root)
 
-    def _shared(self, wish: CollectiveCall, source: Buffer, target: Buffer) -> Request:
+    def _shared(
+        self, wish: CollectiveCall, source: Buffer, target: Buffer, location: Location | None
+    ) -> Request:
         """All ranks are on one node: the team does it, mean and all."""
         assert self._node is not None
         root = self._comm.rank == wish.root
@@ -107,7 +114,7 @@ class Dispatcher:
             )
         op, scale = ("sum", 1 / self._comm.size) if wish.op == "mean" else (wish.op, 1.0)
         result = None if wish.operation == "reduce" and not root else takes
-        return self._node.prepare(wish.operation, gives, result, op, scale, wish.root)
+        return self._node.prepare(wish.operation, gives, result, op, scale, wish.root, location)
 
     # ---- lists ----
 

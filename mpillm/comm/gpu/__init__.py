@@ -1,1 +1,1 @@
-"""How do ranks whose arrays lie on GPUs talk? The CPU's collectives behind pinned memory, device pointers, or NCCL."""
+"""Collectives of arrays on GPUs: NCCL, device pointers to MPI, or staging through pinned memory."""

@@ -1,13 +1,14 @@
-"""Sums on a GPU, by CuPy, on its current stream: the counterpart of the compiled kernel for DeviceBuffers.
+"""Element-wise sums on a GPU, by CuPy on its current stream: the kernel's counterpart.
 
-`library` is the module cupy (tests that need no GPU pass numpy, which has the same words for all but bfloat16).
-bfloat16 is uint16 here: widened to float32, summed, and rounded to the nearest, ties to even, as torch does.
+`library` is the module cupy. Tests without a GPU pass numpy, which has the same functions for all
+types but bfloat16. bfloat16 is uint16 here: widened to float32, summed, and rounded to the nearest,
+ties to even, as torch does.
 """
 
 import functools
 from typing import Any
 
-# Not a number stays so, and stays quiet: rounding alone could carry it over to infinity.
+# A NaN is made quiet before rounding: the carry of rounding alone could turn it into infinity.
 BFLOAT16 = """
 static __device__ __forceinline__ float mpillm_widen(unsigned short bits) {
     return __uint_as_float((unsigned int)bits << 16);
@@ -19,7 +20,7 @@ static __device__ __forceinline__ unsigned short mpillm_narrow(float value) {
     return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 """
-# Of two numbers of which one is none, that one is the maximum and the minimum: it must not be hidden.
+# A NaN on either side is the maximum and the minimum: max and min must not hide it.
 COMBINED = {
     "sum": "c = mpillm_narrow(mpillm_widen(a) + mpillm_widen(b));",
     "max": "c = mpillm_widen(a) != mpillm_widen(a) || mpillm_widen(a) > mpillm_widen(b) ? a : b;",
@@ -28,6 +29,7 @@ COMBINED = {
 UNIVERSAL = {"sum": "add", "max": "maximum", "min": "minimum"}
 
 
+# Cached: CuPy compiles a kernel at its first use, which takes up to a second.
 @functools.cache
 def _bfloat16_combine(op: str) -> Any:
     import cupy
@@ -39,7 +41,7 @@ def _bfloat16_combine(op: str) -> Any:
 
 @functools.cache
 def _scaling(element: str) -> Any:
-    """16-bit floats are scaled in float32, and rounded once."""
+    """Compile the scaling kernel; 16-bit floats are scaled in float32 and rounded once."""
     import cupy
 
     if element == "bfloat16":
@@ -57,7 +59,7 @@ def _scaling(element: str) -> Any:
 
 
 def combine(library: Any, element: str, op: str, target: Any, source: Any) -> None:
-    """target = target op source, in place; `op` is one of buffers.REDUCTIONS."""
+    """Compute target = target op source, in place; `op` is one of buffers.REDUCTIONS."""
     if element == "bfloat16":
         _bfloat16_combine(op)(target, source, target)
     else:
@@ -65,7 +67,7 @@ def combine(library: Any, element: str, op: str, target: Any, source: Any) -> No
 
 
 def scale(library: Any, element: str, target: Any, factor: float) -> None:
-    """target *= factor, in place."""
+    """Multiply `target` by `factor`, in place."""
     if library.__name__ == "cupy":
         _scaling(element)(target, factor, target)
     else:

@@ -1,4 +1,4 @@
-"""What may travel from a GPU: C-contiguous torch CUDA tensors, CuPy arrays and their like, without a copy."""
+"""Arrays on a GPU as flat DeviceBuffers: torch CUDA tensors, CuPy arrays and their like."""
 
 import sys
 from collections.abc import Callable
@@ -12,15 +12,16 @@ from mpillm.errors import CommError
 
 
 def as_device_buffer(array: Any, writable: bool = True) -> DeviceBuffer:
-    """A C-contiguous array on a GPU, of any shape, as a flat DeviceBuffer, without a copy.
+    """View a C-contiguous array on a GPU, of any shape, as a flat DeviceBuffer, without a copy.
 
-    Raises CommError for an array on the CPU, without CuPy, and for what `as_buffer` refuses on the CPU.
+    Raises CommError for an array on the CPU, without CuPy, and as `as_buffer` does.
     """
     if isinstance(array, DeviceBuffer):
         buffer = array
     elif not is_on_device(array):
         raise CommError(
-            f"array and out must lie on one GPU; out is a {type(array).__name__} on the CPU. Make it with .to(device)"
+            f"array and out must be on one GPU; out is a {type(array).__name__} on the CPU. "
+            "Make it with .to(device)"
         )
     else:
         cupy = load_cupy()
@@ -38,7 +39,7 @@ def _from_torch(cupy: Any, tensor: Any) -> DeviceBuffer:
     element = element_of(tensor.dtype)
     check_memory(element, tensor.is_contiguous(), tuple(tensor.shape), ".contiguous()")
     device, torch = int(tensor.device.index), sys.modules["torch"]
-    kept = tensor.detach()
+    kept = tensor.detach()  # the buffer must not hold an autograd graph
 
     def current() -> int:
         return int(torch.cuda.current_stream(device).cuda_stream)
@@ -49,7 +50,7 @@ def _from_torch(cupy: Any, tensor: Any) -> DeviceBuffer:
 def _from_interface(cupy: Any, array: Any) -> DeviceBuffer:
     interface = array.__cuda_array_interface__
     shape = tuple(interface["shape"])
-    # The interface has no word for bfloat16; a CuPy array of it has.
+    # The interface cannot name bfloat16; a CuPy array's dtype can.
     kind = np.dtype(getattr(array, "dtype", interface["typestr"]))
     element = element_of(kind)
     strides, wanted = interface.get("strides"), _strides(shape, kind.itemsize)
@@ -62,7 +63,8 @@ def _from_interface(cupy: Any, array: Any) -> DeviceBuffer:
     )
     if not kind.isnative:
         raise CommError(
-            f"an array of byte order {kind.str!r} cannot be summed; convert it with .astype({element!r})"
+            f"an array of byte order {kind.str!r} cannot be summed; convert it with "
+            f".astype({element!r})"
         )
     pointer, read_only = interface["data"]
     device = _device_of(cupy, array, int(pointer))
@@ -81,13 +83,14 @@ def _buffer(
     writable: bool,
 ) -> DeviceBuffer:
     kind = np.dtype("uint16" if element == "bfloat16" else element)
+    # `owner` keeps the memory alive as long as CuPy's view of it.
     memory = cupy.cuda.UnownedMemory(pointer, count * kind.itemsize, owner, device)
     flat = cupy.ndarray((count,), kind, cupy.cuda.MemoryPointer(memory, 0))
     return DeviceBuffer(element, flat, count, pointer, device, current, cupy, writable)
 
 
 def _strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Of a C-contiguous array, in bytes."""
+    """Compute the strides of a C-contiguous array, in bytes."""
     return tuple(
         itemsize * int(np.prod(shape[dim + 1 :], dtype=np.int64)) for dim in range(len(shape))
     )
@@ -96,7 +99,7 @@ def _strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 def _device_of(cupy: Any, array: Any, pointer: int) -> int:
     if isinstance(array, cupy.ndarray):
         return int(array.device.id)
-    # An array without elements has no address to be asked about.
+    # An array without elements has a null pointer, of which CUDA knows no device.
     return int(
         cupy.cuda.runtime.pointerGetAttributes(pointer).device
         if pointer
@@ -105,7 +108,10 @@ def _device_of(cupy: Any, array: Any, pointer: int) -> int:
 
 
 def _stream_of(cupy: Any, array: Any, device: int) -> Callable[[], int]:
-    """CuPy's current stream; for another library's array the one that its interface names, where it names one."""
+    """Return a function that gives the handle of the stream on which the array's library works.
+
+    It is the stream that the array's interface names, else CuPy's current one.
+    """
 
     def current() -> int:
         named = (

@@ -1,7 +1,7 @@
-"""Memory of a GPU as the collectives see it: flat rows of elements, the counterpart of buffers.py.
+"""GPU memory as the collectives see it: flat rows of elements, the counterpart of buffers.py.
 
-CuPy is loaded when the first array on a GPU comes, never before. It knows no bfloat16: that is seen as uint16 here, and
-summed by the kernels of device_arithmetic.py.
+CuPy is loaded with the first array on a GPU, not earlier. It has no bfloat16: such arrays are
+viewed as uint16, and summed by the kernels of device_arithmetic.py.
 """
 
 import functools
@@ -19,7 +19,7 @@ from mpillm.errors import CommError
 
 @dataclass(frozen=True)
 class DeviceBytes:
-    """Memory of a GPU as MPI takes it: by its address alone, for libraries that a probe has shown to take such."""
+    """GPU memory as a GPU-aware MPI takes it: an address and a length."""
 
     pointer: int
     size: int
@@ -39,7 +39,7 @@ class DeviceBytes:
 
 @dataclass(frozen=True)
 class DeviceBuffer:
-    """An array's memory on a GPU as one flat row of elements; to the list algorithms it is what a Buffer is."""
+    """An array's memory on a GPU as one flat row of elements, with the methods of a Buffer."""
 
     element: str
     """One of ELEMENTS."""
@@ -49,9 +49,9 @@ class DeviceBuffer:
     pointer: int
     device: int
     current_stream: Callable[[], int]
-    """The handle of the stream on which the array's library would work now."""
+    """Returns the handle of the stream on which the array's library works now."""
     library: Any
-    """The module cupy; numpy where the CPU stands in for a GPU (trial.py, tests)."""
+    """The module cupy; numpy where the CPU replaces a GPU (probe_child.py, tests)."""
     writable: bool = True
 
     @property
@@ -63,11 +63,11 @@ class DeviceBuffer:
         return self.count * self.itemsize
 
     def at(self, first: int) -> int:
-        """The address of element `first`."""
+        """Return the address of element `first`."""
         return self.pointer + first * self.itemsize
 
     def raw(self, first: int, stop: int) -> DeviceBytes:
-        """The bytes of elements `first` to `stop`, for MPI to send or receive."""
+        """Return the bytes of elements `first` to `stop`, for MPI to send or receive."""
         return DeviceBytes(self.at(first), (stop - first) * self.itemsize, self.flat)
 
     @property
@@ -75,12 +75,13 @@ class DeviceBuffer:
         return self.raw(0, self.count)
 
     def part(self, first: int, stop: int) -> "DeviceBuffer":
-        """Elements `first` to `stop` as a buffer of their own."""
+        """Return elements `first` to `stop` as a DeviceBuffer of their own."""
         return replace(self, flat=self.flat[first:stop], count=stop - first, pointer=self.at(first))
 
     def combine(self, op: str, target: slice, source: "DeviceBuffer", source_slice: slice) -> None:
-        """self[target] = self[target] op source[source_slice], by a kernel on CuPy's current stream; it has run when
-        this returns, so that the sum may be sent on.
+        """Compute self[target] = self[target] op source[source_slice] on CuPy's current stream.
+
+        The kernel has run when this returns, so that the sum may be sent.
         """
         device_arithmetic.combine(
             self.library, self.element, op, self.flat[target], source.flat[source_slice]
@@ -90,11 +91,11 @@ class DeviceBuffer:
     def combining(
         self, op: str, target: slice, source: "DeviceBuffer", source_slice: slice
     ) -> Callable[[], object]:
-        """`combine` as a call, to be made any number of times."""
+        """Bind `combine` to its arguments, to be called any number of times."""
         return functools.partial(self.combine, op, target, source, source_slice)
 
     def scale(self, factor: float) -> None:
-        """self *= factor, in place, on CuPy's current stream; floats only."""
+        """Multiply by `factor`, in place, on CuPy's current stream; floats only."""
         device_arithmetic.scale(self.library, self.element, self.flat, factor)
 
     def copy_from(self, source: "DeviceBuffer") -> None:
@@ -103,38 +104,41 @@ class DeviceBuffer:
 
     def settle(self) -> None:
         """Return when CuPy's current stream has done its work."""
+        # NumPy in place of CuPy works at once.
         if self.library is not np:
             self.library.cuda.get_current_stream().synchronize()
 
     def empty(self, count: int) -> "DeviceBuffer":
-        """A new buffer of `count` elements of the same type on the same GPU, its contents undefined."""
+        """Allocate `count` elements of the same type on the same GPU, contents undefined."""
         if self.library is np:
             flat: Any = np.empty(count, self.flat.dtype)
             return replace(
                 self, flat=flat, count=count, pointer=int(flat.ctypes.data), writable=True
             )
+        # CuPy allocates on its current device, which may be another than the array's.
         with self.library.cuda.Device(self.device):
             flat = self.library.empty(count, self.flat.dtype)
         return replace(self, flat=flat, count=count, pointer=int(flat.data.ptr), writable=True)
 
 
 def load_cupy() -> Any:
-    """The module cupy; raises CommError with the way out where it cannot be had."""
+    """Import cupy; raises CommError with the command that installs it."""
     try:
         import cupy
     except ImportError as failure:
         raise CommError(
-            f"arrays on a GPU travel through CuPy, which cannot be loaded ({failure}); install mpillm[cuda12], or "
-            "mpillm[cuda13] for CUDA 13, or copy the array to the CPU first"
+            f"arrays on a GPU travel through CuPy, which cannot be loaded ({failure}); install "
+            "mpillm[cuda12], or mpillm[cuda13] for CUDA 13, or copy the array to the CPU first"
         ) from failure
     return cupy
 
 
 def is_on_device(array: Any) -> bool:
-    """Whether `array` is a torch CUDA tensor, or else an object with `__cuda_array_interface__`."""
+    """Return True for a torch CUDA tensor and for objects with `__cuda_array_interface__`."""
+    # Arrays of the CPU first: they must pay nothing for GPUs.
     if array is None or isinstance(array, np.ndarray | Buffer):
         return False
-    torch = sys.modules.get("torch")  # who passes a tensor has loaded torch
+    torch = sys.modules.get("torch")  # a caller with a tensor has loaded torch
     if torch is not None and isinstance(array, torch.Tensor):
         return bool(array.device.type == "cuda")
     return isinstance(array, DeviceBuffer) or hasattr(array, "__cuda_array_interface__")

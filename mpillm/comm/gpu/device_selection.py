@@ -1,40 +1,44 @@
-"""The GPU side of a group: which way for an array on a GPU, and the stages of it.
+"""Collectives of arrays on GPUs: choose a way and prepare the request.
 
 - nccl: the GPUs among themselves (nccl.py).
-- device-mpi: device pointers handed to an MPI library that takes them (gpu_aware.py).
-- staged: pinned host memory in segments, and between the hosts the best algorithm of the CPU (staging.py). The name of
-  an algorithm of the CPU means the same by that algorithm.
+- device-mpi: device pointers in calls of a GPU-aware MPI library (gpu_aware.py).
+- staged: pinned host memory in segments, between the hosts the best algorithm of the CPU
+  (staging.py). The name of an algorithm of the CPU means staged, by that algorithm.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpillm.comm.buffers import FLOATS
 from mpillm.comm.executors.request import LocalRequest, Request
 from mpillm.comm.gpu import gpu_aware, nccl
 from mpillm.comm.gpu.device_arrays import as_device_buffer
 from mpillm.comm.gpu.device_buffer import DeviceBuffer
-from mpillm.comm.gpu.device_dispatch import DeviceBuilder, HostGroup, whole_of
-from mpillm.comm.gpu.streams import Caller, Ordered
+from mpillm.comm.gpu.device_dispatch import DeviceBuilder, whole_of
+from mpillm.comm.gpu.streams import CallerStream, OrderedRequest
 from mpillm.comm.selection import REDUCING, CollectiveCall, Profile, check_known
 from mpillm.errors import CommError
 
+if TYPE_CHECKING:
+    from mpillm.comm.communicator import Communicator
+
 WAYS = ("nccl", "device-mpi", "staged")
 UNPROBED = (
-    "no probe has shown that this MPI takes memory of a GPU; make a profile with "
+    "no probe has shown that this MPI takes GPU memory; make a profile with "
     "`mpirun … mpillm bench all --device cuda --save PROFILE.json`"
 )
 
 
-class Gpus:
-    """Every rank makes it, at the first call that has an array on a GPU; `host` becomes its own, and is freed with it.
+class DeviceCollectives:
+    """Collectives on GPUs. Every rank makes it at its first call with an array on a GPU.
 
-    Calls of it are under way one at a time, in one order on all ranks: the group queues them. `settle` waits for all
-    that is under way; it is called before ranks must wait for each other.
+    It owns `host`, and frees it. Its calls are in flight one at a time, in one order on all ranks:
+    the communicator queues them. `settle` waits for all that is in flight; it is called before
+    ranks must wait for each other.
     """
 
     def __init__(
-        self, host: HostGroup, profile: Profile | None, settle: Callable[[], None]
+        self, host: "Communicator", profile: Profile | None, settle: Callable[[], None]
     ) -> None:
         self._host, self._profile, self._settle = host, profile, settle
         self._probe: Mapping[str, Any] = getattr(profile, "gpu_probe", {}).get("mpi", {})
@@ -42,36 +46,39 @@ class Gpus:
         self._nccl: nccl.Nccl | str | None = None
 
     def algorithms(self, operation: str, like: Any) -> tuple[str, ...]:
-        """The ways in which `operation` can be done here on arrays like `like`, `auto` first. Every rank calls it."""
+        """List the ways of `operation` on arrays like `like`, "auto" first. Every rank calls it."""
         buffer = as_device_buffer(like, writable=False)
         able = self._able(CollectiveCall(operation), buffer)
         return ("auto", *(name for name, reason in able.items() if not reason))
 
     def prepare(
-        self, wish: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer
-    ) -> tuple[str, Ordered]:
-        """What was chosen, and its stage; `source` is `target` where it works in place. The arrays fit the wish.
+        self, call: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer
+    ) -> tuple[str, OrderedRequest]:
+        """Choose a way; return its name and request. `source` is `target` for a call in place.
 
-        Raises CommError for a way that cannot be taken here, or that does not exist.
+        The arrays fit the call. Raises CommError for a way that does not exist, or does not work
+        here.
         """
         if source.device != target.device:
             raise CommError(
-                f"array lies on GPU {source.device} and out on GPU {target.device}; both must be on one GPU"
+                f"array is on GPU {source.device} and out on GPU {target.device}; both must be on "
+                "one GPU"
             )
-        chosen = self._choose(wish, source, whole_of(wish, source, target).nbytes)
-        caller = Caller(source)
-        return chosen, Ordered(caller, self._stage(wish, chosen, caller, source, target))
+        chosen = self._choose(call, source, whole_of(call, source, target).nbytes)
+        caller = CallerStream(source)
+        return chosen, OrderedRequest(caller, self._request(call, chosen, caller, source, target))
 
-    def _stage(
+    def _request(
         self,
-        wish: CollectiveCall,
+        call: CollectiveCall,
         chosen: str,
-        caller: Caller,
+        caller: CallerStream,
         source: DeviceBuffer,
         target: DeviceBuffer,
     ) -> Request:
-        arrays = (wish, caller, source, target)
-        if whole_of(wish, source, target).count == 0:
+        arrays = (call, caller, source, target)
+        # Empty arrays have null pointers, which libraries refuse.
+        if whole_of(call, source, target).count == 0:
             return LocalRequest(lambda: None)
         if self._host.size == 1:
             return self._builder.alone(caller, source, target)
@@ -79,58 +86,61 @@ class Gpus:
             return self._builder.by_nccl(self._nccl, *arrays)
         if chosen == "device-mpi":
             return self._builder.by_pointers(
-                gpu_aware.way(wish.operation, source.element, self._probe), *arrays
+                gpu_aware.way(call.operation, source.element, self._probe), *arrays
             )
         return self._builder.by_host("auto" if chosen == "staged" else chosen, *arrays)
 
-    def _able(self, wish: CollectiveCall, buffer: DeviceBuffer) -> dict[str, str]:
-        """Way → why it can't be taken; "" where it can."""
-        others = [name for name in self._host.algorithms(wish.operation) if name != "auto"]
+    def _able(self, call: CollectiveCall, buffer: DeviceBuffer) -> dict[str, str]:
+        """Map each way to the reason why it does not work here; "" where it works."""
+        others = [name for name in self._host.algorithms(call.operation) if name != "auto"]
         able = dict.fromkeys(WAYS, "") | dict.fromkeys(others, "")
-        ordered = wish.fixed_order and wish.operation in REDUCING
+        ordered = call.fixed_order and call.operation in REDUCING
         if self._host.size == 1:
             return able | dict.fromkeys(WAYS[:2], "there is no other rank")
+        # Neither NCCL nor an MPI library promises the order of its sums.
         if ordered:
             return able | dict.fromkeys(WAYS[:2], "it cannot keep the fixed order of a sum")
-        if wish.algorithm in ("auto", "nccl"):
+        if call.algorithm in ("auto", "nccl"):
             able["nccl"] = self._joined(buffer)
             if isinstance(self._nccl, nccl.Nccl):
-                able["nccl"] = self._nccl.lacks(wish.operation, buffer.element, buffer.device)
-        if not gpu_aware.way(wish.operation, buffer.element, self._probe):
+                able["nccl"] = self._nccl.lacks(call.operation, buffer.element, buffer.device)
+        if not gpu_aware.way(call.operation, buffer.element, self._probe):
             able["device-mpi"] = (
                 UNPROBED if not self._probe else "the probe in the profile found that it fails"
             )
         return able
 
     def _joined(self, buffer: DeviceBuffer) -> str:
-        """Join NCCL, once; why that failed, the same on every rank, or ""."""
+        """Join NCCL, once; return why that failed, the same on every rank, or ""."""
         if self._nccl is None:
+            # To join is collective and blocks: nothing of this rank's may be in flight meanwhile.
             self._settle()
             nodes = self._host.layout.nodes
             own = next(node for node, ranks in enumerate(nodes) if self._host.rank in ranks)
             self._nccl = nccl.join(self._host.comm, own, buffer.device)
         return self._nccl if isinstance(self._nccl, str) else ""
 
-    def _choose(self, wish: CollectiveCall, buffer: DeviceBuffer, nbytes: int) -> str:
-        if wish.op == "mean" and buffer.element not in FLOATS:
+    def _choose(self, call: CollectiveCall, buffer: DeviceBuffer, nbytes: int) -> str:
+        if call.op == "mean" and buffer.element not in FLOATS:
             raise CommError(
-                f"a mean of {buffer.element} is no {buffer.element}; reduce by sum, or convert to a float type"
+                f"mean needs a floating-point array, got {buffer.element}; use op='sum' or convert"
             )
-        able = self._able(wish, buffer)
+        able = self._able(call, buffer)
         can = [name for name, reason in able.items() if not reason]
-        check_known(wish.algorithm, ("auto", *able), f"algorithm for {wish.operation} on a GPU")
-        if wish.algorithm != "auto":
-            if able[wish.algorithm]:
+        check_known(call.algorithm, ("auto", *able), f"algorithm for {call.operation} on a GPU")
+        if call.algorithm != "auto":
+            if able[call.algorithm]:
                 raise CommError(
-                    f"{wish.operation} of {buffer.element} on a GPU by {wish.algorithm}: {able[wish.algorithm]}; take "
-                    f"one of {', '.join(can)}"
+                    f"{call.operation} of {buffer.element} on a GPU by {call.algorithm}: "
+                    f"{able[call.algorithm]}; take one of {', '.join(can)}"
                 )
-            return wish.algorithm
+            return call.algorithm
         layout, known = self._host.layout, None
-        if self._profile is not None and not wish.fixed_order:
+        if self._profile is not None and not call.fixed_order:
+            # The reference is for tests: never chosen by itself.
             allowed = [name for name in can if name != "reference"]
             known = self._profile.best(
-                wish.operation,
+                call.operation,
                 nbytes,
                 buffer.element,
                 len(layout.nodes),
@@ -138,10 +148,11 @@ class Gpus:
                 allowed,
                 device="cuda",
             )
+        # Without a measurement the first possible way of WAYS: fewest copies first.
         return known or can[0]
 
     def free(self) -> None:
-        """Every rank calls it."""
+        """Free communicators and pinned memory. Every rank calls it."""
         self._builder.free()
         if isinstance(self._nccl, nccl.Nccl):
             self._nccl.free()

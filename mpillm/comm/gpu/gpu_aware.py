@@ -1,7 +1,8 @@
-"""Collectives by device pointers handed to MPI, for libraries that a probe (probe.py) has shown to take them.
+"""Collectives by device pointers in MPI calls, for libraries that pass the probe (probe.py).
 
-The library's own collective where the probe ran it, blocking and not; else, and for 16-bit floats, which no library
-sums on a GPU, a list algorithm whose messages are the library's and whose sums are CuPy's, on the GPU.
+The library's own collective where the probe ran it, blocking and not. Else a list algorithm, whose
+messages are the library's and whose sums are CuPy's, on the GPU. 16-bit floats always take a list:
+no MPI library sums them on a GPU.
 """
 
 import functools
@@ -22,21 +23,24 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 MESSAGES = "messages"
-"""In a probe's answer: sends and receives. Other keys are operations; and ARITHMETIC."""
+"""Key of sends and receives in a probe's answers; other keys are operations, and ARITHMETIC."""
 ARITHMETIC = "arithmetic"
+# Above every eager limit, short enough that sums overlap with messages.
 SEGMENT_BYTES = MIB
+# Below this, latency of the rounds is most of the time. Not measured on a GPU yet.
 FEW_ROUNDS_BYTES = 256 * KIB
 FEW_ROUNDS = ("recursive-doubling", "recursive-halving", "binomial", "pairwise")
 FEW_BYTES = ("ring", "rabenseifner", "scatter-allgather", "pairwise")
-# A list runs under one tag: at most one is under way at a time in the communicator that is its own.
+# One tag is enough: at most one list is in flight at a time, in a communicator of its own.
 TAG = 1
 
 
 def way(operation: str, element: str, probe: Mapping[str, Any]) -> str:
-    """How MPI does it on device pointers: by "library" or "list"; "" where `probe` allows neither."""
+    """Choose "library" or "list" for device pointers; "" where `probe` allows neither."""
     takes = bool(probe.get(operation))
     if operation in REDUCING:
-        # Open MPI's non-blocking sums touch device memory on the CPU, and a probe of one process need not sum at all.
+        # Open MPI's non-blocking sums read device memory on the CPU. A probe of one process may
+        # succeed without any sum, so local arithmetic is probed apart.
         takes = takes and bool(probe.get(ARITHMETIC)) and element not in SHORT_FLOATS
     if takes:
         return "library"
@@ -44,16 +48,17 @@ def way(operation: str, element: str, probe: Mapping[str, Any]) -> str:
 
 
 def list_for(operation: str, nbytes: int) -> str:
-    """The list algorithm: few rounds for small arrays, few bytes for large ones."""
+    """Choose the list algorithm: few rounds for small arrays, few bytes for large ones."""
     wanted = FEW_ROUNDS if nbytes < FEW_ROUNDS_BYTES else FEW_BYTES
     return next(name for name in wanted if name in ALGORITHMS[operation])
 
 
 class DeviceMessages:
-    """Builds such collectives over `comm`, in which only one is under way at a time, in one order on all ranks.
+    """Builds such collectives over `comm`; one is in flight at a time, in one order on all ranks.
 
-    `copying(work)`: `work`, which copies within the GPU, as a call that gives it to the caller's stream. `reached`: a
-    stage that waits for that stream. `apart(stage)`: the stage with a stream of its own, on which it sums.
+    `copying(work)` wraps copies within the GPU so that they are enqueued in the caller's stream.
+    `reached()` makes a request that waits for that stream. `apart(request)` gives a request a
+    stream of its own, on which it sums.
     """
 
     def __init__(
@@ -66,14 +71,15 @@ class DeviceMessages:
         self._comm, self._copying, self._reached, self._apart = comm, copying, reached, apart
 
     def build(
-        self, wish: CollectiveCall, kind: str, source: DeviceBuffer, target: DeviceBuffer
+        self, call: CollectiveCall, kind: str, source: DeviceBuffer, target: DeviceBuffer
     ) -> Request:
-        """The stages of `wish` by `kind`, see `way`; `source` is `target` where it works in place. A mean is left a
-        sum.
+        """Build the request of `call` by `kind`, see `way`; `source` is `target` in place.
+
+        A mean is left a sum: the caller scales it.
         """
-        op = "sum" if wish.op == "mean" else wish.op
+        op = "sum" if call.op == "mean" else call.op
         make = self._by_library if kind == "library" else self._by_list
-        return make(wish.operation, op, wish.root, source, target)
+        return make(call.operation, op, call.root, source, target)
 
     def _copy(self, source: DeviceBuffer, target: DeviceBuffer) -> Request:
         return LocalRequest(self._copying(functools.partial(target.copy_from, source)))
@@ -85,22 +91,22 @@ class DeviceMessages:
     def _by_library(
         self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer
     ) -> Request:
-        behind = []
+        after = []
         if operation == "reduce_scatter" and source is target:
-            # mpi_library.py would copy on the CPU what MPI puts at the array's beginning.
+            # MPI puts the block at the array's start; mpi_library.py would move it on the CPU.
             own = self._own(source)
             target = own.empty(own.count)
-            behind = [self._copy(target, own)]
-        call = mpi_library.stage(self._comm, operation, _seen(source), _seen(target), op, root)
-        return chain(self._reached(), call, *behind)
+            after = [self._copy(target, own)]
+        library = mpi_library.stage(self._comm, operation, _seen(source), _seen(target), op, root)
+        return chain(self._reached(), library, *after)
 
     def _by_list(
         self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer
     ) -> Request:
-        """A list works in one array, in place; what is to be kept or goes elsewhere is copied before and behind."""
+        """Run a list in place, with copies before and after for separate arrays."""
         given, whole = target, target
         before: list[Request] = []
-        behind: list[Request] = []
+        after: list[Request] = []
         if operation == "alltoall":
             given = source.empty(source.count) if source is target else source
             own = (self._own(source), self._own(target))
@@ -110,7 +116,7 @@ class DeviceMessages:
         ):
             given = whole = source.empty(source.count)
             before = [self._copy(source, whole)]
-            behind = [self._copy(self._own(whole), target)] if operation == "reduce_scatter" else []
+            after = [self._copy(self._own(whole), target)] if operation == "reduce_scatter" else []
         elif operation == "allgather" and source is not target:
             before = [self._copy(source, self._own(target))]
         elif source is not target:
@@ -119,7 +125,7 @@ class DeviceMessages:
             *before,
             self._reached(),
             self._apart(self._listed(operation, op, root, given, whole)),
-            *behind,
+            *after,
         )
 
     def _listed(
@@ -130,12 +136,12 @@ class DeviceMessages:
         given, taken = _seen(source), _seen(target)
         if source is target:
             given = taken
-        # CuPy keeps freed memory itself.
+        # CuPy has a memory pool, so scratch memory need not be kept here.
         scratch = Scratch(kept_bytes=0)
         steps = make_steps(plan, self._comm, given, taken, op, SEGMENT_BYTES, IN_FLIGHT, scratch)
         return ScheduleRequest(steps, lambda: TAG)
 
 
 def _seen(buffer: DeviceBuffer) -> Buffer:
-    """To messages and their interpreter a DeviceBuffer is a Buffer: it has the same words."""
+    """Type a DeviceBuffer as a Buffer: it has the methods that executors use."""
     return cast(Buffer, buffer)

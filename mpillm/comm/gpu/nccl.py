@@ -1,6 +1,7 @@
-"""Collectives by NCCL, through CuPy: given to the caller's stream, where the GPUs do them without the host.
+"""Collectives by NCCL, through CuPy: enqueued in the caller's stream, without the host.
 
-NVIDIA's NCCL knows blocks of equal length only; where they differ by an element, a group of calls takes its place.
+NCCL has blocks of equal length only. Where block lengths differ by an element, a group of calls,
+one a block, replaces the collective.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,9 +33,9 @@ TYPES = {
 
 
 def join(comm: "MPI.Intracomm", node: int, device: int) -> "Nccl | str":
-    """NCCL between the ranks' GPUs; or, on every rank, why it can't be had. Every rank of `comm` calls it.
+    """Join the ranks' GPUs by NCCL; or return, on every rank, why that failed.
 
-    `node`: a number of this rank's node. `device`: this rank's GPU.
+    Every rank of `comm` calls it. `node`: a number of this rank's node. `device`: its GPU.
     """
     reason, place = _found(device)
     found: list[tuple[str, int, str]] = comm.allgather((reason, node, place))
@@ -43,6 +44,7 @@ def join(comm: "MPI.Intracomm", node: int, device: int) -> "Nccl | str":
     ) or _crowded(found)
     if reason:
         return reason
+    # All ranks take the same branches from here on, because each reason is shared first.
     cupy = load_cupy()
     from cupy.cuda import nccl
 
@@ -67,7 +69,7 @@ def join(comm: "MPI.Intracomm", node: int, device: int) -> "Nccl | str":
 
 
 def _found(device: int) -> tuple[str, str]:
-    """(why this rank has no NCCL, its GPU's place on the bus)."""
+    """Return (why this rank has no NCCL, its GPU's PCI bus id)."""
     try:
         cupy = load_cupy()
     except CommError as failure:
@@ -82,14 +84,15 @@ def _found(device: int) -> tuple[str, str]:
 def _crowded(found: Sequence[tuple[str, int, str]]) -> str:
     first: dict[tuple[int, str], int] = {}
     for rank, (_, node, place) in enumerate(found):
+        # Two ranks of a node with one PCI bus id: NCCL refuses a duplicate GPU.
         other = first.setdefault((node, place), rank)
         if other != rank:
-            return f"NCCL wants a GPU a rank, and ranks {other} and {rank} share the one at {place}"
+            return f"NCCL needs a GPU a rank, and ranks {other} and {rank} share the one at {place}"
     return ""
 
 
 class Nccl:
-    """A group's NCCL communicator, which belongs to one GPU; `join` makes it."""
+    """An NCCL communicator, which belongs to one GPU a rank; `join` makes it."""
 
     def __init__(self, joined: Any, rank: int, size: int, device: int) -> None:
         self._joined, self._rank, self._size, self.device = joined, rank, size, device
@@ -99,22 +102,24 @@ class Nccl:
         self._nccl: Any = nccl
 
     def lacks(self, operation: str, element: str, device: int) -> str:
-        """Why it can't do `operation` on such elements on this rank's GPU `device`; "" where it can."""
+        """Return why NCCL can't do `operation` on `element` on GPU `device`; "" where it can."""
         if device != self.device:
-            return f"this group's NCCL is bound to GPU {self.device}, and the array lies on GPU {device}"
+            return f"NCCL is bound to GPU {self.device} here, and the array is on GPU {device}"
         if operation in REDUCING and not hasattr(self._nccl, TYPES.get(element, "")):
-            return f"NCCL, as CuPy has it, sums no {element}"
+            return f"NCCL, as CuPy has it, does not sum {element}"
         return ""
 
-    def call(
-        self, wish: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer
+    def prepare(
+        self, call: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer
     ) -> Callable[[int], None]:
-        """A call that gives `wish` to a stream, by its handle; `source` is `target` where it works in place.
+        """Prepare a function that enqueues `call` in a stream, given by its handle.
 
-        Every rank calls them in the same order. A mean is left a sum.
+        `source` is `target` for a call in place. Every rank enqueues in the same order. A mean is
+        left a sum: the caller scales it.
         """
-        reduction = getattr(self._nccl, f"NCCL_{'SUM' if wish.op == 'mean' else wish.op.upper()}")
-        moving = wish.operation not in REDUCING
+        reduction = getattr(self._nccl, f"NCCL_{'SUM' if call.op == 'mean' else call.op.upper()}")
+        # Moved data are bytes: NCCL has no 16-bit integers.
+        moving = call.operation not in REDUCING
         kind = self._nccl.NCCL_UINT8 if moving else getattr(self._nccl, TYPES[source.element])
         unit = source.itemsize if moving else 1
         make: Callable[..., Callable[[int], None]] = {
@@ -124,8 +129,8 @@ class Nccl:
             "broadcast": self._broadcast,
             "reduce": self._reduce,
             "alltoall": self._alltoall,
-        }[wish.operation]
-        work = make(source, target, kind, unit if moving else reduction, wish.root)
+        }[call.operation]
+        work = make(source, target, kind, unit if moving else reduction, call.root)
 
         def on_device(stream: int) -> None:
             with self._cupy.cuda.Device(self.device):
@@ -135,6 +140,7 @@ class Nccl:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
+        # Without a group, each send would wait for its receive, in different orders on the ranks.
         self._nccl.groupStart()
         try:
             yield
@@ -179,7 +185,7 @@ class Nccl:
             with self._together():
                 for block, (first, stop) in enumerate(pairwise(bounds)):
                     if first < stop:
-                        # What is no result of this rank's is not written to.
+                        # Only the root writes its result: other ranks pass the source's address.
                         result = into if block == self._rank else source.at(first)
                         self._joined.reduce(
                             source.at(first), result, stop - first, kind, op, block, stream
@@ -212,6 +218,7 @@ class Nccl:
         each = target.count // self._size
 
         def exchange(stream: int) -> None:
+            # In place, a receive would overwrite a block that is still to be sent.
             given = self._copied(source, stream) if source is target else source
             with self._together():
                 for peer in range(self._size):
@@ -221,7 +228,7 @@ class Nccl:
         return exchange
 
     def _copied(self, source: DeviceBuffer, stream: int) -> DeviceBuffer:
-        """On the stream, so that CuPy hands its memory out again only behind what the stream still does with it."""
+        """Copy `source` on the stream: CuPy reuses memory of a stream in the order of its work."""
         with stream_at(self._cupy.cuda, stream, self.device):
             copy = source.empty(source.count)
             copy.copy_from(source)

@@ -8,18 +8,20 @@ from numpy.typing import NDArray
 
 from mpillm.comm.gpu.device_buffer import DeviceBuffer, load_cupy
 from mpillm.comm.gpu.staging import StagingSpan
-from mpillm.comm.gpu.streams import Caller
+from mpillm.comm.gpu.streams import CallerStream
 
+# One slot is copied down, one is in a host collective, one is copied up.
 SLOTS = 3
-# Large against the start of a copy, small against what it hides. Not measured yet: docs/collectives.md.
+# Long against the start-up of a copy, short against the whole array, so that copies overlap.
+# Not measured yet.
 SEGMENT_BYTES = 4 * 1024 * 1024
 
 
 class Pinned:
-    """The pinned memory of one group on one GPU, with a stream down and a stream up.
+    """The staging slots of one communicator on one GPU, with a stream down and a stream up.
 
-    All staged calls of the group pass through it, one at a time. It lives as long as the group: pinned memory that was
-    given back while a copy up still read it could become another call's.
+    All staged calls of the communicator use them, one at a time. They live as long as the
+    communicator: memory freed while a copy up still reads it could become another call's.
     """
 
     def __init__(self, device: int, least_bytes: int) -> None:
@@ -37,7 +39,7 @@ class Pinned:
             ]
 
     def free(self) -> None:
-        """Return when no copy needs the memory any more."""
+        """Drop the memory when no copy uses it any more."""
         with self.cuda.Device(self.device):
             self.downward.synchronize()
             self.upward.synchronize()
@@ -45,17 +47,17 @@ class Pinned:
 
 
 class CudaCopies:
-    """The copies of one prepared call."""
+    """The copies of one prepared call: staging.Copies."""
 
     def __init__(
-        self, pinned: Pinned, caller: Caller, source: DeviceBuffer, target: DeviceBuffer
+        self, pinned: Pinned, caller: CallerStream, source: DeviceBuffer, target: DeviceBuffer
     ) -> None:
         self._pinned, self._caller, self._source, self._target = pinned, caller, source, target
-        self._ended = caller.event()
+        self._ended = caller.event()  # after the last copy up
         self.slots = SLOTS
 
     def begin(self) -> None:
-        # The way up waits too: until its mark the caller may still read what the result will overwrite.
+        # Copies up wait too: before the mark the caller may still read what they overwrite.
         with self._pinned.cuda.Device(self._pinned.device):
             self._pinned.downward.wait_event(self._caller.marked)
             self._pinned.upward.wait_event(self._caller.marked)
@@ -63,6 +65,7 @@ class CudaCopies:
     def down(self, slot: int, spans: Sequence[StagingSpan]) -> None:
         pinned, runtime = self._pinned, self._pinned.cuda.runtime
         with pinned.cuda.Device(pinned.device):
+            # The slot's previous segment must have left it.
             pinned.downward.wait_event(pinned.emptied[slot])
             for span in spans:
                 runtime.memcpyAsync(

@@ -1,8 +1,8 @@
-"""Which operations this MPI does with memory of a GPU: each is tried, in a child process, for it may crash or hang.
+"""Probe which operations this MPI supports on GPU memory, in a child: they may crash or hang.
 
-The child is a process of its own, that messages itself, in no job: inside one, not every launcher lets another start.
-It cannot try what happens between two GPUs, so `mpillm bench … --device cuda --check` has the last word. A `launch`
-("mpirun", "-n", "2") makes it a job, where that can be had.
+The child is a singleton that sends messages to itself: not every launcher starts a job inside a
+job. It cannot try messages between two GPUs, which `mpillm bench … --device cuda --check` does.
+A `launch` ("mpirun", "-n", "2") makes it a job of two ranks, where a launcher allows that.
 """
 
 import os
@@ -20,7 +20,7 @@ OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "broadcast", "reduce",
 TRIALS = (MESSAGES, *OPERATIONS, ARITHMETIC)
 READY = "ready"
 CHILD = (sys.executable, "-m", "mpillm.comm.gpu.probe_child", "cuda")
-# One child, with the import of CuPy; and all of them.
+# Limits for one child, which imports CuPy first, and for all of them.
 CHILD_SECONDS, ALL_SECONDS = 60.0, 240.0
 
 
@@ -32,26 +32,27 @@ def probe(
     child_seconds: float = CHILD_SECONDS,
     all_seconds: float = ALL_SECONDS,
 ) -> dict[str, bool]:
-    """Trial → whether it ended well. One rank calls it; whatever cannot be tried did not.
+    """Run all trials; return trial → True where it succeeded. One rank calls it.
 
-    A trial that takes its child down, or keeps it for `child_seconds`, has failed; another child goes on behind it.
+    A trial that crashes its child, or takes longer than `child_seconds`, has failed; another child
+    continues with the next trial. Trials that could not run count as failed.
     """
     found = dict.fromkeys(TRIALS, False)
     left, until = list(TRIALS), time.monotonic() + all_seconds
     while left and time.monotonic() < until:
         seconds = min(child_seconds, until - time.monotonic())
-        lines = _ask([*launch, *child, *left], without_launcher(environment), seconds)
+        lines = _run_child([*launch, *child, *left], without_launcher(environment), seconds)
         if not lines or lines[0] != READY:
             break
-        told = dict(line.split() for line in lines[1:] if line.count(" ") == 1)
-        found |= {name: told[name] == "ok" for name in left if name in told}
-        # The first of which nothing was told is the one that went wrong.
-        left = left[len(told) + 1 :]
+        answers = dict(line.split() for line in lines[1:] if line.count(" ") == 1)
+        found |= {name: answers[name] == "ok" for name in left if name in answers}
+        # The first trial without an answer is the one that crashed or hung: skip it.
+        left = left[len(answers) + 1 :]
     return found
 
 
-def _ask(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> list[str]:
-    """What a child wrote, line by line, until it ended, crashed, or `seconds` were over."""
+def _run_child(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> list[str]:
+    """Run a child; return its answers, until it ended, crashed, or `seconds` were over."""
     try:
         child = subprocess.Popen(
             command,
@@ -67,7 +68,7 @@ def _ask(command: Sequence[str], environment: Mapping[str, str], seconds: float)
     try:
         written, _ = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        # A session of its own: a launcher's processes go with it.
+        # The child's session, so that a launcher's processes end with it.
         os.killpg(child.pid, signal.SIGKILL)
         written, _ = child.communicate()
     return [
@@ -75,7 +76,7 @@ def _ask(command: Sequence[str], environment: Mapping[str, str], seconds: float)
     ]
 
 
-def tell(name: str, out: IO[str], well: bool | None = None) -> None:
-    """The child's side: a line that `probe` reads, written through at once."""
+def report_trial(name: str, out: IO[str], well: bool | None = None) -> None:
+    """Write one answer for `probe` to read; flushed, because the next trial may crash."""
     out.write(name + ("" if well is None else f" {'ok' if well else 'wrong'}") + "\n")
     out.flush()

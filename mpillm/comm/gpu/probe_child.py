@@ -1,7 +1,7 @@
-"""The child of probe.py: `python -m mpillm.comm.gpu.probe_child cuda messages allreduce …` tries one after the other.
+"""The child of probe.py: `python -m mpillm.comm.gpu.probe_child cuda messages allreduce …`.
 
-Each trial takes the very way of direct.py: small and large arrays, in place and not, blocking and not. With `cpu`
-in place of `cuda` it is tried on NumPy arrays.
+It runs the trials in turn. Each takes the code path of gpu_aware.py: small and large arrays, in
+place and not, blocking and not. With `cpu` for `cuda` the arrays are NumPy's.
 """
 
 import resource
@@ -14,32 +14,32 @@ from mpillm.comm.executors import mpi_library
 from mpillm.comm.executors.request import LocalRequest, Request
 from mpillm.comm.gpu.device_buffer import DeviceBuffer, DeviceBytes
 from mpillm.comm.gpu.gpu_aware import ARITHMETIC, MESSAGES, DeviceMessages
-from mpillm.comm.gpu.probe import READY, tell
+from mpillm.comm.gpu.probe import READY, report_trial
 from mpillm.comm.selection import CollectiveCall
 from mpillm.errors import MpillmError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# Elements for each rank: an eager message, and one that is not.
+# Elements for each rank: an eager message, and a rendezvous one.
 BLOCKS = (64, 1 << 18)
 
 
 def row_of(flat: Any, library: Any) -> DeviceBuffer:
-    """A float32 array as a DeviceBuffer; `library`: cupy or numpy."""
+    """View a float32 array as a DeviceBuffer; `library`: cupy or numpy."""
     interface = getattr(flat, "__cuda_array_interface__", None) or flat.__array_interface__
     return DeviceBuffer(
         "float32", flat, flat.size, int(interface["data"][0]), 0, lambda: 0, library
     )
 
 
-class Trial:
+class GpuTrials:
     """All trials, over `comm`, with arrays of `library`."""
 
     def __init__(self, comm: "MPI.Intracomm", library: Any) -> None:
         self._comm, self._library = comm, library
         self._build = DeviceMessages(
-            comm, lambda work: work, lambda: LocalRequest(self._settle), lambda stage: stage
+            comm, lambda work: work, lambda: LocalRequest(self._settle), lambda request: request
         )
 
     def _settle(self) -> None:
@@ -54,7 +54,7 @@ class Trial:
         return bool((flat == value).all())
 
     def run(self, name: str) -> bool:
-        """Whether `name`, one of probe.TRIALS, gave the right result at every size."""
+        """Run trial `name`, one of probe.TRIALS; True for the right result at every size."""
         make: Callable[[int], Iterator[bool]] = {
             MESSAGES: self._messages,
             ARITHMETIC: self._arithmetic,
@@ -68,7 +68,7 @@ class Trial:
             self._row(0.0, count),
         )
         left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
-        self._settle()
+        self._settle()  # MPI knows no streams: the arrays must be filled first
         requests = [comm.Irecv(other.octets, left), comm.Isend(own.octets, right)]
         for request in requests:
             request.Wait()
@@ -100,7 +100,7 @@ class Trial:
     def _expected(
         self, operation: str, count: int, whole: bool
     ) -> Iterator[tuple[int, int, float]]:
-        """(first, stop, value) of what this rank must hold."""
+        """Yield (first, stop, value) of the elements that the operation defines on this rank."""
         size, rank = self._comm.size, self._comm.rank
         bounds, total = block_bounds(count, size), size * (size + 1) / 2
         if operation in ("allgather", "alltoall"):
@@ -121,18 +121,18 @@ def _message(octets: DeviceBytes, count: int, kind: "MPI.Datatype") -> Any:
     return [octets, count, kind]
 
 
-def _blocking(stage: Request) -> None:
-    stage.run()
+def _blocking(request: Request) -> None:
+    request.run()
 
 
-def _not_blocking(stage: Request) -> None:
-    stage.start()
-    stage.wait()
+def _not_blocking(request: Request) -> None:
+    request.start()
+    request.wait()
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`arguments`: the device, then the trials."""
-    # A crash is an answer here: it need not leave a core file behind.
+    """Run the trials; `arguments`: the device, then the trials' names."""
+    # A crash is an answer here, and needs no core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     device, *names = arguments
     if device == "cuda":
@@ -142,19 +142,19 @@ def main(arguments: Sequence[str]) -> None:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    trial = Trial(comm, library)
-    # Where there is no GPU it ends here.
+    trials = GpuTrials(comm, library)
+    # Without a GPU the child ends here, before READY.
     library.full(1, 1.0, "float32")
     if comm.rank == 0:
-        tell(READY, sys.stdout)
+        report_trial(READY, sys.stdout)
     for name in names:
         try:
-            well = trial.run(name)
+            well = trials.run(name)
         except (MPI.Exception, MpillmError, RuntimeError, TypeError, ValueError, BufferError):
             well = False
         well = bool(comm.allreduce(well, MPI.LAND))
         if comm.rank == 0:
-            tell(name, sys.stdout, well)
+            report_trial(name, sys.stdout, well)
 
 
 if __name__ == "__main__":

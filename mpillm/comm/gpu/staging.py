@@ -1,23 +1,27 @@
-"""Collectives of arrays on a GPU through pinned memory of the host, segment by segment.
+"""Collectives of arrays on a GPU through pinned host memory, segment by segment.
 
-While the ranks meet over one segment, by any algorithm of the CPU, the next ones come down from the GPU and the one
-before goes up again. The sum is taken on the host, where the data passes anyway: a list algorithm that summed on the
-GPU would carry every arrival up and every part sum down, 2 (p − 1) times over the bus in place of once each way.
+While one segment is in a host collective, by any algorithm of the CPU, the next ones are copied
+down from the GPU and the one before is copied up again. The sum is taken on the host, as the data
+passes there anyway. A list algorithm that sums on the GPU copies every message up and every partial
+sum down: 2 (p - 1) times over the bus instead of once each way.
 
-`plan` is plain counting, and `Staged` knows of no CUDA: both are tested without a GPU.
+`plan_staging` is pure, and `StagedRequest` uses no CUDA: both are tested without a GPU.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mpillm.comm.algorithms.schedule import block_bounds
+
+if TYPE_CHECKING:
+    from mpillm.comm.communicator import Handle, PersistentCollective
 
 
 @dataclass(frozen=True)
 class StagingSpan:
-    """`count` elements from `device` on in the array on the GPU, and from `host` on in the segment's memory."""
+    """`count` elements, first at `device` in the array on the GPU and at `host` in the slot."""
 
     device: int
     host: int
@@ -26,23 +30,24 @@ class StagingSpan:
 
 @dataclass(frozen=True)
 class Segment:
-    """One host collective, in place, of `count` elements: the same on every rank."""
+    """One host collective, in place, of `count` elements; `count` is the same on every rank."""
 
     count: int
     down: tuple[StagingSpan, ...]
-    """What this rank gives to it, from the source."""
+    """Spans of this rank's source, copied to the slot before it."""
     up: tuple[StagingSpan, ...]
-    """What this rank takes from it, into the target."""
+    """Spans of this rank's target, copied from the slot after it."""
 
 
 def plan_staging(
     operation: str, count: int, size: int, rank: int, root: int, most: int, *, in_place: bool
 ) -> tuple[Segment, ...]:
-    """The segments of a collective over a whole array of `count` elements, each of `most` or of `size` at most.
+    """Cut a collective over a whole array of `count` elements into segments.
 
-    Where the array is cut in blocks, a segment has the same piece of every block, so that it is such a collective
-    itself. Blocks that are an element shorter than others leave a gap in the last one. `in_place`: source and target
-    are one array, the whole; else the source of an allgather and the target of a reduce_scatter are the own block.
+    A segment has at most `most` elements, or `size` if that is more. In an operation on blocks it
+    has the same piece of every block, so it is such an operation itself; blocks an element shorter
+    than others leave a gap in the last segment. `in_place`: source and target are the whole array.
+    Else the source of an allgather and the target of a reduce_scatter are the own block.
     """
     if operation in ("allreduce", "broadcast", "reduce"):
         gives = operation != "broadcast" or rank == root
@@ -55,6 +60,7 @@ def plan_staging(
             )
             for first in range(0, count, most)
         )
+    # Cut by the longest block, so that every rank has the same number of segments.
     longest, each = -(-count // size), max(1, most // size)
     return tuple(
         _of_blocks(operation, count, size, rank, first, min(each, longest - first), in_place)
@@ -65,7 +71,7 @@ def plan_staging(
 def _of_blocks(
     operation: str, count: int, size: int, rank: int, first: int, width: int, in_place: bool
 ) -> Segment:
-    """The segment of elements `first` to `first + width` of each block."""
+    """Make the segment of elements `first` to `first + width` of each block."""
     every = [
         StagingSpan(start + first, block * width, max(0, min(width, stop - start - first)))
         for block, (start, stop) in enumerate(pairwise(block_bounds(count, size)))
@@ -74,7 +80,7 @@ def _of_blocks(
     down = [own] if operation == "allgather" else every
     up = [own] if operation == "reduce_scatter" else every
     if operation == "allgather" and in_place:
-        up = every[:rank] + every[rank + 1 :]
+        up = every[:rank] + every[rank + 1 :]  # the own block is in its place already
     return Segment(size * width, _kept(down), _kept(up))
 
 
@@ -83,53 +89,46 @@ def _kept(spans: Iterable[StagingSpan]) -> tuple[StagingSpan, ...]:
 
 
 class Copies(Protocol):
-    """Copies between arrays on a GPU and `slots` pieces of pinned memory, both ways at once; copies.py has it."""
+    """Copies between arrays on a GPU and `slots` slots of pinned memory, both ways at once.
+
+    pinned.CudaCopies on a GPU; tests have one without CUDA.
+    """
 
     slots: int
 
     def begin(self) -> None:
-        """Let all copies wait for what the caller's stream had been given when it was marked."""
+        """Let all copies wait for the caller's stream up to its mark."""
 
     def down(self, slot: int, spans: Sequence[StagingSpan]) -> None:
-        """Begin to fill a slot, behind the last copy up from it."""
+        """Start to fill a slot, after the last copy up from it."""
 
     def arrived(self, slot: int) -> bool:
-        """Whether the slot is the host's: filled, and copied up before."""
+        """Return True when the slot is filled."""
 
     def await_down(self, slot: int) -> None:
-        """Return when it is."""
+        """Wait until the slot is filled."""
 
     def up(self, slot: int, spans: Sequence[StagingSpan]) -> None:
-        """Begin to copy from a slot into the result."""
+        """Start to copy from a slot into the target."""
 
     def finish(self) -> None:
         """Let the caller's stream wait for all copies up."""
 
 
-class HostHandle(Protocol):
-    """A host collective under way."""
+class StagedRequest:
+    """Segment i goes through slot i modulo `slots`; `hosts[i]` is its collective on the host.
 
-    def test(self) -> bool: ...
-    def wait(self) -> None: ...
-
-
-class Host(Protocol):
-    """A host collective, ready to run."""
-
-    def start(self) -> HostHandle: ...
-
-
-class Staged:
-    """A stage (stages.py): segment i passes through slot i modulo `slots`, and `hosts[i]` is its collective.
-
-    One host collective is under way at a time, in the order of the segments: the same on every rank. All is done when
-    the last one is, and the last copy up is in order with the caller's stream; the host doesn't wait for that.
+    One host collective is in flight at a time, in the order of the segments: the same on every
+    rank. The request is done when the last one is: the caller's stream waits for the last copy up,
+    the host does not.
     """
 
-    def __init__(self, segments: Sequence[Segment], hosts: Sequence[Host], copies: Copies) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], hosts: "Sequence[PersistentCollective]", copies: Copies
+    ) -> None:
         self._segments, self._hosts, self._copies = segments, hosts, copies
         self._lowered = self._raised = len(segments)
-        self._meeting: HostHandle | None = None
+        self._current: Handle | None = None
 
     def run(self) -> None:
         self.start()
@@ -138,32 +137,33 @@ class Staged:
     def start(self) -> None:
         self._lowered = self._raised = 0
         self._copies.begin()
-        self._lower()
+        self._lower()  # all slots are filled at once, so that copies overlap the first collective
 
     def test(self) -> bool:
         while self._raised < len(self._segments):
-            if self._meeting is None:
+            if self._current is None:
+                # In the order of segments on every rank, whenever this rank's slot is filled.
                 if not self._copies.arrived(self._slot(self._raised)):
                     return False
-                self._meeting = self._hosts[self._raised].start()
-            if not self._meeting.test():
+                self._current = self._hosts[self._raised].start()
+            if not self._current.test():
                 return False
             self._raise()
         return True
 
     def wait(self) -> None:
         while self._raised < len(self._segments):
-            if self._meeting is None:
+            if self._current is None:
                 self._copies.await_down(self._slot(self._raised))
-                self._meeting = self._hosts[self._raised].start()
-            self._meeting.wait()
+                self._current = self._hosts[self._raised].start()
+            self._current.wait()
             self._raise()
 
     def _slot(self, index: int) -> int:
         return index % self._copies.slots
 
     def _lower(self) -> None:
-        """Begin the copies down for which there is a slot."""
+        """Start the copies down for which there is a free slot."""
         while (
             self._lowered < len(self._segments)
             and self._lowered - self._raised < self._copies.slots
@@ -172,8 +172,8 @@ class Staged:
             self._lowered += 1
 
     def _raise(self) -> None:
-        """The host collective of a segment is done: copy up, and refill its slot."""
-        self._meeting = None
+        """Copy up a segment whose host collective is done, and refill its slot."""
+        self._current = None
         self._copies.up(self._slot(self._raised), self._segments[self._raised].up)
         self._raised += 1
         self._lower()

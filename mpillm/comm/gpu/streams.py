@@ -1,4 +1,7 @@
-"""Order between a caller's CUDA stream and what a collective does, kept by events, never by waiting for a device."""
+"""Order between the caller's CUDA stream and a collective's work, by events.
+
+The host waits for an event at most, never for a whole device: other streams keep computing.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,18 +10,19 @@ from mpillm.comm.executors.request import Request
 from mpillm.comm.gpu.device_buffer import DeviceBuffer
 
 
-class Caller:
-    """The stream on which the caller works: `mark` notes which it is, and what it has been given so far."""
+class CallerStream:
+    """The stream on which the caller works; `mark` records it and the end of its work so far."""
 
     def __init__(self, buffer: DeviceBuffer) -> None:
         self._current = buffer.current_stream
         self._cuda = buffer.library.cuda
         self._device = buffer.device
+        # One event a prepared call: each run records it again.
         self.marked = self.event()
         self.stream = 0
 
     def event(self) -> Any:
-        """A new event of the caller's GPU."""
+        """Make an event on the caller's GPU, without timing, which would make it slower."""
         with self._cuda.Device(self._device):
             return self._cuda.Event(disable_timing=True)
 
@@ -27,16 +31,21 @@ class Caller:
         self.record(self.marked)
 
     def record(self, event: Any) -> None:
-        """Set `event` behind all that the stream has been given so far."""
+        """Record `event` after all work enqueued in the stream so far."""
         with self._cuda.Device(self._device):
+            # By raw handle: the stream may be torch's, of which CuPy has no object.
             self._cuda.runtime.eventRecord(event.ptr, self.stream)
 
     def follow(self, event: Any) -> None:
-        """What the stream is given from now on waits for `event`."""
+        """Let the stream's further work wait for `event`."""
         self._follow(self.stream, event)
 
     def follow_elsewhere(self, event: Any) -> None:
-        """The same for the stream that is current now, of who polls or waits, where that is another one."""
+        """Let the stream that is current now wait for `event`, where it is another stream.
+
+        A rank may start a collective in one stream and wait for it in another.
+        """
+        # The default stream has handle 0, so handles are compared, not their truth.
         current = self._current()
         if current != self.stream:
             self._follow(current, event)
@@ -46,7 +55,7 @@ class Caller:
             self._cuda.runtime.streamWaitEvent(stream, event.ptr)
 
     def doing(self, work: Callable[[], object]) -> Callable[[], None]:
-        """`work` as a call in which the caller's stream is CuPy's current one."""
+        """Wrap `work` so that the caller's stream is CuPy's current one while it runs."""
 
         def on_stream() -> None:
             with self._cuda.Device(self._device), stream_at(self._cuda, self.stream, self._device):
@@ -55,8 +64,8 @@ class Caller:
         return on_stream
 
 
-class _EventHandle:
-    """A stream of another library, by the protocol that CuPy 14 asks for."""
+class _ForeignStream:
+    """A stream of another library, by the protocol that CuPy 14 requires."""
 
     def __init__(self, pointer: int) -> None:
         self._pointer = pointer
@@ -66,34 +75,36 @@ class _EventHandle:
 
 
 def stream_at(cuda: Any, pointer: int, device: int) -> Any:
-    """A stream by its handle, as CuPy takes it; `cuda` is the module cupy.cuda."""
+    """Wrap a stream's handle for CuPy; `cuda` is the module cupy.cuda."""
     wrap = getattr(cuda.Stream, "from_external", None)
-    return cuda.ExternalStream(pointer, device) if wrap is None else wrap(_EventHandle(pointer))
+    return cuda.ExternalStream(pointer, device) if wrap is None else wrap(_ForeignStream(pointer))
 
 
-class Ordered:
-    """A whole collective on a GPU: `stage`, which reads and writes only what `caller` has given it leave to.
+class OrderedRequest:
+    """A whole collective on a GPU, ordered after the caller's work by `mark`.
 
-    `mark` comes first: when a call begins, its place in the caller's stream is noted, even if it must queue.
+    `mark` comes first: it records the call's place in the caller's stream, even if the call must
+    queue.
     """
 
-    def __init__(self, caller: Caller, stage: Request) -> None:
-        self._caller, self._stage = caller, stage
+    def __init__(self, caller: CallerStream, request: Request) -> None:
+        self._caller, self._request = caller, request
         self.mark = caller.mark
-        self.start, self.test, self.wait = stage.start, stage.test, stage.wait
+        self.start, self.test, self.wait = request.start, request.test, request.wait
 
     def run(self) -> None:
         self._caller.mark()
-        self._stage.run()
+        self._request.run()
 
 
-class Enqueued:
-    """Work of which all is given to the caller's stream at once, and done there in its turn: NCCL's, and copies.
+class EnqueuedRequest:
+    """Work enqueued in the caller's stream as a whole: NCCL's collectives, and copies.
 
-    `run` returns when it is given. `test` asks an event; `wait` lets the stream of who waits wait for it.
+    `run` returns when it is enqueued. `test` queries an event; `wait` lets the current stream wait
+    for that event.
     """
 
-    def __init__(self, caller: Caller, enqueue: Callable[[], object]) -> None:
+    def __init__(self, caller: CallerStream, enqueue: Callable[[], object]) -> None:
         self._caller, self._enqueue = caller, enqueue
         self._end = caller.event()
         self._ended = True
@@ -107,6 +118,7 @@ class Enqueued:
         self._ended = False
 
     def test(self) -> bool:
+        # A query, never a wait: Test() must not block.
         self._ended = self._ended or bool(self._end.done)
         return self._ended
 
@@ -116,10 +128,10 @@ class Enqueued:
             self._ended = True
 
 
-class Reached:
-    """Nothing but waiting, on the host, until the caller's stream has come here: MPI knows no streams."""
+class StreamReachedRequest:
+    """Wait on the host until the caller's stream has reached this point: MPI knows no streams."""
 
-    def __init__(self, caller: Caller) -> None:
+    def __init__(self, caller: CallerStream) -> None:
         self._caller = caller
         self._event = caller.event()
 
@@ -134,27 +146,28 @@ class Reached:
         return bool(self._event.done)
 
     def wait(self) -> None:
+        # It blocks the host thread, not the device; other streams keep computing.
         self._event.synchronize()
 
 
-class Within:
-    """A stage whose every step is taken with a GPU and a stream of its own as CuPy's current ones."""
+class OwnStreamRequest:
+    """A request whose every step runs with a GPU and a stream of its own as CuPy's current ones."""
 
-    def __init__(self, cuda: Any, device: int, stream: Any, stage: Request) -> None:
-        self._cuda, self._device, self._stream, self._stage = cuda, device, stream, stage
+    def __init__(self, cuda: Any, device: int, stream: Any, request: Request) -> None:
+        self._cuda, self._device, self._stream, self._request = cuda, device, stream, request
 
     def _step(self, step: Callable[[], Any]) -> Any:
         with self._cuda.Device(self._device), self._stream:
             return step()
 
     def run(self) -> None:
-        self._step(self._stage.run)
+        self._step(self._request.run)
 
     def start(self) -> None:
-        self._step(self._stage.start)
+        self._step(self._request.start)
 
     def test(self) -> bool:
-        return bool(self._step(self._stage.test))
+        return bool(self._step(self._request.test))
 
     def wait(self) -> None:
-        self._step(self._stage.wait)
+        self._step(self._request.wait)

@@ -1,8 +1,8 @@
-"""Memory that the ranks of a node share: one file in /dev/shm, mapped by all and unlinked at once.
+"""Segments of node-shared memory: one file in /dev/shm, mapped by all ranks and unlinked at once.
 
-POSIX shared memory and not an MPI-3 window: where the room is missing, some MPI libraries fail on one rank and let the
-others wait for ever, or die of SIGBUS at the first touch. Here each rank allocates its own part, so its pages lie near
-its cores, and a full /dev/shm is an error that all ranks hear of.
+It is POSIX shared memory, not an MPI-3 window. Without room, some MPI libraries fail on one rank
+and hang the others, or die of SIGBUS at the first touch. Here each rank allocates its own part, so
+its pages are near its cores, and a full /dev/shm is an error on every rank.
 """
 
 import errno
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 FOLDER = Path("/dev/shm")
 PAGE_BYTES = 4096
+# On x86-64, and on AArch64 with 4 KiB pages. Large sums take fewer TLB misses on huge pages.
 HUGE_PAGE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
 class SharedSegment:
-    """One row of bytes a rank, each on pages of its own; `rows[rank]` is that rank's, writable by all."""
+    """A row of bytes a rank, each on pages of its own, writable by all ranks."""
 
     whole: NDArray[np.uint8]
-    """All of the memory, rows and what fills their pages up."""
+    """All of the memory, rows and padding to whole pages."""
     rows: tuple[NDArray[np.uint8], ...]
     rank: int
 
@@ -40,11 +41,12 @@ class SharedSegment:
 
 
 def share_segment(comm: "MPI.Intracomm", nbytes: int, folder: Path = FOLDER) -> SharedSegment | str:
-    """Rows of `nbytes` zeros for the ranks of `comm`, which share a node; or, on every rank, why they can't be had.
+    """Map rows of `nbytes` zeros for the ranks of `comm`; return on every rank why that failed.
 
-    Every rank of `comm` calls it. The memory is given back when no array points into it any more.
+    Every rank of `comm`, all of one node, calls it. The system frees the memory when no array
+    points into it any more.
     """
-    # A row that can have huge pages begins on one.
+    # A row long enough for huge pages begins on one, so that no two ranks share a page.
     page = HUGE_PAGE_BYTES if nbytes >= HUGE_PAGE_BYTES else PAGE_BYTES
     stride = -(-max(nbytes, 1) // page) * page
     path = folder / comm.bcast(f"mpillm-{os.getpid()}-{secrets.token_hex(8)}")
@@ -58,23 +60,23 @@ def share_segment(comm: "MPI.Intracomm", nbytes: int, folder: Path = FOLDER) -> 
 
 
 def _map(comm: "MPI.Intracomm", path: Path, stride: int) -> tuple[mmap.mmap | None, str]:
-    """Make the file on rank 0, open it on the others, allocate this rank's part, unlink it: each step on all ranks."""
+    """Create the file on rank 0, open it on the others, allocate this rank's part, unlink it."""
     descriptor, reason, memory = -1, "", None
     try:
         try:
             if comm.rank == 0:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
                 os.ftruncate(descriptor, stride * comm.size)
-            comm.Barrier()
+            comm.Barrier()  # the file exists and has its length before others open it
             if comm.rank != 0:
                 descriptor = os.open(path, os.O_RDWR)
         except OSError as failure:
             if comm.rank == 0:
-                comm.Barrier()
+                comm.Barrier()  # the others wait for it above
             reason = f"cannot open {path}: {failure.strerror}"
         else:
             memory, reason = _allocate(descriptor, stride, comm)
-        # Whoever could open it has it now; a job that is killed leaves nothing behind.
+        # All ranks have it open: from here on a killed job leaves no file.
         comm.Barrier()
     finally:
         if comm.rank == 0:
@@ -86,15 +88,16 @@ def _map(comm: "MPI.Intracomm", path: Path, stride: int) -> tuple[mmap.mmap | No
 
 
 def _allocate(descriptor: int, stride: int, comm: "MPI.Intracomm") -> tuple[mmap.mmap | None, str]:
-    """Map the file, and have the pages of this rank's part, by huge pages where the system grants them."""
+    """Map the file and allocate this rank's part, in huge pages where the system allows them."""
     try:
         memory = mmap.mmap(descriptor, stride * comm.size)
         if stride % HUGE_PAGE_BYTES == 0:
             with suppress(OSError, AttributeError):
                 memory.madvise(mmap.MADV_HUGEPAGE)
+        # Allocate now: a full /dev/shm is ENOSPC here, and SIGBUS at a later touch.
         os.posix_fallocate(descriptor, comm.rank * stride, stride)
     except OSError as failure:
         full = failure.errno in (errno.ENOSPC, errno.ENOMEM)
         what = "no room left" if full else failure.strerror
-        return None, f"{stride:,} bytes of shared memory in {FOLDER} cannot be had: {what}"
+        return None, f"cannot allocate {stride:,} bytes of shared memory in {FOLDER}: {what}"
     return memory, ""

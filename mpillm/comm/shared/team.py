@@ -1,15 +1,17 @@
-"""The ranks of one node as a team: collectives in memory that they share, run by the compiled kernel.
+"""The ranks of one node as a team: collectives in node-shared memory, run by the compiled kernel.
 
-- push: arrays that lie in shared memory themselves. Each rank sums its block over all sources and writes the sum into
-  every target, so each byte moves once.
-- flat: small arrays, anywhere. Each rank shows a copy of its own, and each sums all copies: one wait.
-- staged: arrays anywhere. Pieces pass through a small stage that all ranks see, in three steps a chunk; `team.c` tells.
+- push: arrays in shared memory themselves. Each rank sums its block over all sources and writes the
+  sum into every target, so each byte moves once.
+- flat: small arrays, anywhere. Each rank publishes a copy, and each sums all copies: one wait.
+- staged: arrays anywhere. Chunks pass through a staging buffer that all ranks see, in three steps
+  each; `csrc/team.c` has the protocol.
 
-All of them sum in the one tree order of `algorithms.tree_split`, so they agree bit for bit.
+All of them sum in the tree order of `algorithms/trees.py`, so they agree bit for bit.
 """
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,32 +27,42 @@ from mpillm.errors import CommError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+# In the order of `enum kind` in team.h.
 KINDS = ("allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall", "barrier")
-PUSHED = ("allreduce", "reduce_scatter", "allgather")
+# The kinds that can push → whether the source, and the target, must be in shared memory for it.
+PUSHED = {
+    "allreduce": (True, True),
+    "reduce_scatter": (True, False),
+    "allgather": (False, True),
+}
 ManyRows = tuple[NDArray[np.uint8], ...] | None
-# Measured in docs/notes.md: what passes between two waits stays in a core's second cache.
-STAGE_BYTES = 256 * 1024
-STAGE_BYTES_A_RANK = 16 * 1024
-# Up to here one wait with more reading beats two waits with less.
+# Bytes of one half of a rank's staging buffer: a chunk stays in a core's second-level cache between
+# its write and its read. The second constant keeps blocks long where many ranks share a node.
+STAGING_BYTES = 256 * 1024
+STAGING_BYTES_A_RANK = 16 * 1024
+# Up to here one wait and more reading is faster than two waits and less reading.
 FLAT_BYTES = 64 * 1024
+# Below this a flat all-reduce is faster even than a push, which takes two waits.
 FLAT_PUSH_BYTES = 512
-# How often a waiting rank looks at a flag before it offers its core to others: some 10 µs where each has its own.
+# Polls of a flag before a waiting rank yields its core: about 10 µs where each rank has a core of
+# its own. On shared cores a spinning rank takes time from the rank that it waits for.
 SPINS = 200
 SPINS_CROWDED = 20
 
 
 class SharedRows:
-    """Node-shared memory for `count` elements a rank, the form in which sums are fastest. `own` is this rank's row.
+    """Node-shared memory for `count` elements a rank, in which sums are fastest.
 
-    Every rank of the node may read and write all rows; the collectives keep order between them.
+    `own` is this rank's row. Every rank of the node may read and write all rows; the collectives
+    keep order between them.
     """
 
-    def __init__(self, rows: SharedSegment, count: int, element: str) -> None:
-        """See `Node.allocate`, which finds the memory."""
+    def __init__(self, segment: SharedSegment, count: int, element: str) -> None:
+        """See `NodeTeam.allocate`, which maps the memory."""
         self.element, self.count = element, count
-        self.octets = rows.rows
-        self.rank = rows.rank
-        # NumPy has no bfloat16: as_buffer and torch know these two bytes by another name.
+        self.octets = segment.rows
+        self.rank = segment.rank
+        # NumPy has no bfloat16; `buffer` gives the same bytes with their own type.
         self._dtype = np.dtype("uint16" if element == "bfloat16" else element)
 
     @property
@@ -63,63 +75,139 @@ class SharedRows:
         """This rank's row as the collectives take it, of its own element type."""
         return from_octets(self.octets[self.rank], self.element)
 
-    def place_of(self, octets: NDArray[np.uint8]) -> int | None:
-        """Where in this rank's row `octets` begins, in bytes; None where it lies elsewhere."""
+    def offset_of(self, octets: NDArray[np.uint8]) -> int | None:
+        """Return the offset of `octets` in this rank's row, in bytes; None for other memory."""
         own = self.octets[self.rank]
         first = int(octets.ctypes.data - own.ctypes.data)
         return first if 0 <= first <= first + octets.size <= own.size else None
 
     def free(self) -> None:
-        """Let go of the memory; it is given back when no view of it is left."""
+        """Drop the memory; the system frees it when no view of it is left."""
         self.octets = ()
 
 
-class NodeTeam:
-    """The team of this rank's node. Every rank of `comm`, all of one node, makes it through `create`."""
+@dataclass(frozen=True)
+class SharedPlace:
+    """An array's place in node-shared memory."""
 
-    def __init__(self, comm: "MPI.Intracomm", memory: SharedSegment, stage_bytes: int) -> None:
+    shared: SharedRows
+    first: int
+    """Its offset in this rank's row, in bytes."""
+    nbytes: int
+
+    @property
+    def rows(self) -> tuple[NDArray[np.uint8], ...]:
+        """The same bytes of every rank's row: every rank passes the same part of its row."""
+        return tuple(row[self.first : self.first + self.nbytes] for row in self.shared.octets)
+
+
+@dataclass(frozen=True)
+class Location:
+    """The places of a collective's two arrays in node-shared memory; None for private memory."""
+
+    source: SharedPlace | None
+    target: SharedPlace | None
+
+    @property
+    def offsets(self) -> tuple[int | None, int | None]:
+        """Offsets of source and target in this rank's row, in bytes."""
+        return (
+            None if self.source is None else self.source.first,
+            None if self.target is None else self.target.first,
+        )
+
+    def pushes(self, kind: str) -> bool:
+        """Return True where `kind` needs no staging buffer for these arrays."""
+        if kind not in PUSHED:
+            return False
+        needs_source, needs_target = PUSHED[kind]
+        missing = (needs_source and self.source is None) or (needs_target and self.target is None)
+        return not missing
+
+    def rows(self, kind: str) -> tuple[ManyRows, ManyRows]:
+        """Return all ranks' rows of sources and targets for a push of `kind`, else None, None."""
+        if not self.pushes(kind):
+            return None, None
+        needs_source, needs_target = PUSHED[kind]
+        return (
+            self.source.rows if needs_source and self.source else None,
+            self.target.rows if needs_target and self.target else None,
+        )
+
+
+# Where no team is, and for a barrier.
+NOWHERE = Location(None, None)
+
+
+class NodeTeam:
+    """The team of this rank's node. Every rank of `comm`, all of one node, calls `create`."""
+
+    def __init__(self, comm: "MPI.Intracomm", memory: SharedSegment, staging_bytes: int) -> None:
         self.comm, self._memory = comm, memory
         self._team = kernel.Team(
             memory.whole,
             comm.rank,
             comm.size,
-            stage_bytes,
+            staging_bytes,
             spins_of(comm),
-            tuple(processes(comm)),
+            tuple(process_ids(comm)),
             CommError,
         )
-        self._flat_bytes = min(FLAT_BYTES, stage_bytes)
+        self._flat_bytes = min(FLAT_BYTES, staging_bytes)
         self._shared: list[SharedRows] = []
 
     @classmethod
     def create(cls, comm: "MPI.Intracomm", warn: Callable[[str], None]) -> "NodeTeam | None":
-        """The team, or None on every rank where shared memory can't be had; `warn` is told why, on rank 0 of `comm`."""
-        stage_bytes = max(STAGE_BYTES, STAGE_BYTES_A_RANK * comm.size)
+        """Make the team; None on every rank where shared memory has no room.
+
+        Every rank of `comm` calls it. Rank 0 of `comm` calls `warn` with the reason for None.
+        """
+        staging_bytes = max(STAGING_BYTES, STAGING_BYTES_A_RANK * comm.size)
         if comm.size > kernel.MOST_RANKS:
             memory: str | SharedSegment = (
                 f"{comm.size} ranks share a node, and at most {kernel.MOST_RANKS} sum in its memory"
             )
         else:
-            # The flags begin as zeros.
-            memory = share_segment(comm, -(-kernel.team_bytes(comm.size, stage_bytes) // comm.size))
+            # A new segment is zero, and so are the flags in it.
+            team_bytes = kernel.team_bytes(comm.size, staging_bytes)
+            memory = share_segment(comm, -(-team_bytes // comm.size))
         if isinstance(memory, str):
             if comm.rank == 0:
                 warn(
                     f"{memory}; collectives within the node fall back to messages, which is slower"
                 )
             return None
-        return cls(comm, memory, stage_bytes)
+        return cls(comm, memory, staging_bytes)
 
     def allocate(self, count: int, element: str, warn: Callable[[str], None]) -> SharedRows | None:
-        """Shared memory for `count` elements a rank, or None on every rank (and a warning). Every rank calls it."""
-        rows = share_segment(self.comm, count * itemsize_of(element))
-        if isinstance(rows, str):
+        """Allocate shared memory for `count` elements a rank; None on every rank without room.
+
+        Every rank of the node calls it. Rank 0 calls `warn` with the reason for None.
+        """
+        segment = share_segment(self.comm, count * itemsize_of(element))
+        if isinstance(segment, str):
             if self.comm.rank == 0:
-                warn(f"{rows}; arrays stay private to their ranks, and sums of them are slower")
+                warn(f"{segment}; arrays stay private to their ranks, and sums of them are slower")
             return None
-        shared = SharedRows(rows, count, element)
+        shared = SharedRows(segment, count, element)
         self._shared.append(shared)
         return shared
+
+    def locate(self, source: Buffer | None, target: Buffer | None) -> Location:
+        """Find both arrays in the memory that `allocate` gave; the same buffer is found once."""
+        found = self._find(source)
+        return Location(found, found if source is target else self._find(target))
+
+    def _find(self, buffer: Buffer | None) -> SharedPlace | None:
+        if buffer is None or not buffer.count:
+            return None
+        # Rows that were freed have no memory to find an array in.
+        self._shared = [shared for shared in self._shared if shared.octets]
+        for shared in self._shared:
+            first = shared.offset_of(buffer.octets)
+            if first is not None:
+                return SharedPlace(shared, first, buffer.octets.size)
+        return None
 
     def prepare(
         self,
@@ -129,11 +217,13 @@ class NodeTeam:
         op: str = "sum",
         scale: float = 1.0,
         root: int = 0,
+        location: Location | None = None,
     ) -> kernel.Operation:
-        """A collective of the team, ready to run. Every rank of the node prepares the same, in the same order.
+        """Prepare a collective of the team. Every rank of the node prepares the same, in one order.
 
-        `source` and `target` may be the same buffer. A reduce_scatter's target, and an allgather's source, is either
-        the whole array or the own block alone. None: this rank gives, or takes, nothing.
+        `source` and `target` may be the same buffer; None: this rank gives, or takes, nothing. A
+        reduce_scatter's target, and an allgather's source, is the whole array or the own block.
+        `location`: of the two, where the caller has it from `locate` already.
         """
         given = source or target
         if given is None:
@@ -143,7 +233,9 @@ class NodeTeam:
         # The longer of the two is the whole array.
         count = max(buffer.count for buffer in (source, target) if buffer is not None)
         nbytes = count * given.itemsize
-        rows = self._rows(kind, source, target)
+        rows: tuple[ManyRows, ManyRows] = (None, None)
+        if source is not None and target is not None and kind in PUSHED:
+            rows = (location or self.locate(source, target)).rows(kind)
         if kind == "allreduce" and nbytes <= FLAT_PUSH_BYTES:
             rows = None, None
         flat = (
@@ -162,50 +254,17 @@ class NodeTeam:
             *rows,
         )
 
-    def pushes(self, kind: str, source: Buffer, target: Buffer) -> bool:
-        """Whether the arrays lie so that the stage is not needed."""
-        return self._rows(kind, source, target) != (None, None)
-
-    def _rows(
-        self, kind: str, source: Buffer | None, target: Buffer | None
-    ) -> tuple[ManyRows, ManyRows]:
-        """All ranks' rows of the sources and of the targets that `kind` works on without the stage; else None, None."""
-        if kind not in PUSHED or source is None or target is None:
-            return None, None
-        sources = None if kind == "allgather" else self._rows_of(source)
-        targets = None if kind == "reduce_scatter" else self._rows_of(target)
-        if kind == "allreduce" and (sources is None or targets is None):
-            return None, None
-        return sources, targets
-
-    def place(self, buffer: Buffer) -> int | None:
-        """Where in this rank's row `buffer` begins, in bytes, if it lies in memory that `allocate` gave; else None."""
-        found = self._find(buffer)
-        return None if found is None else found[1]
-
-    def _rows_of(self, buffer: Buffer) -> ManyRows:
-        """All ranks' rows, where `buffer` lies in shared memory (every rank passes the same part of its row)."""
-        found = self._find(buffer)
-        if found is None:
-            return None
-        shared, first = found
-        return tuple(row[first : first + buffer.octets.size] for row in shared.octets)
-
-    def _find(self, buffer: Buffer) -> tuple[SharedRows, int] | None:
-        self._shared = [shared for shared in self._shared if shared.octets]
-        for shared in self._shared if buffer.count else ():
-            first = shared.place_of(buffer.octets)
-            if first is not None:
-                return shared, first
-        return None
-
 
 def spins_of(comm: "MPI.Intracomm") -> int:
-    """How often a rank of `comm`, a node's, looks at a flag before it offers its core. Every rank calls it."""
+    """Return the polls of a flag before a rank of `comm` yields its core. Every rank calls it."""
     return SPINS_CROWDED if share_cores(comm) else SPINS
 
 
-def processes(comm: "MPI.Intracomm") -> list[int]:
-    """The ranks' process ids; 0 for those of another process namespace, which can't be asked for a sign of life."""
+def process_ids(comm: "MPI.Intracomm") -> list[int]:
+    """Gather the ranks' process ids; 0 for a process that this one cannot signal.
+
+    Process ids mean nothing in another PID namespace (a container a rank): there a dead rank is
+    not detected here, only by the launcher.
+    """
     own = Path("/proc/self/ns/pid").stat().st_ino
     return [process if space == own else 0 for process, space in comm.allgather((os.getpid(), own))]

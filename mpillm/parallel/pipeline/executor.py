@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from mpillm.comm.channels.channel import Channel, HandoverProfile
-from mpillm.comm.channels.channel_set import ChannelSet
+from mpillm.comm.channels.channel_set import Channel, ChannelSet
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Axis
 from mpillm.errors import CommError
+from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Streams
 from mpillm.parallel.pipeline.actions import Action, PipelineSchedule, RoutedAction
 from mpillm.parallel.pipeline.simulate import Span
@@ -48,7 +48,7 @@ class Pipeline:
         placement: PipelineSchedule,
         nbytes: int,
         way: str = "auto",
-        profile: HandoverProfile | None = None,
+        profile: ClusterProfile | None = None,
         warn: Callable[[str], None] = silent,
     ) -> None:
         self.axis, self.placement = axis, placement
@@ -134,7 +134,7 @@ class _RowExecution:
         shapes = self._streams.shapes_of(self._arriving[channel].popleft())
         buffers = tuple(torch.empty(shape, dtype=self._streams.dtype) for shape in shapes)
         for buffer in buffers:
-            self._channels.expect(channel, buffer)
+            self._channels.post_receive(channel, buffer)
         self._posted[channel].append(buffers)
 
     def _take(self, routed: RoutedAction) -> Streams:

@@ -1,4 +1,4 @@
-"""The compiled mailbox alone, without MPI: slots, lengths, order, and what happens when the other process is gone."""
+"""The compiled SPSC queue alone, without MPI: slots, lengths, order, and a dead peer."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 from mpillm.comm import kernel
 from mpillm.errors import CommError
 
-# More than one of the pieces that a message is copied in.
+# Several of the pieces in which a message is copied.
 LONG = 1_000_000
 
 
@@ -67,7 +67,7 @@ def test_other_types_and_read_only_arrays_are_bytes():
 
 @pytest.mark.parametrize("length", [0, 399, 401, LONG])
 @pytest.mark.parametrize("method", ["try_receive", "receive"])
-def test_another_length_is_told_and_nothing_lost(length, method):
+def test_another_length_is_refused_and_nothing_lost(length, method):
     sender, receiver = both_ends()
     array, got = octets(400), np.zeros(400, np.uint8)
     assert sender.try_send(array)
@@ -129,7 +129,7 @@ def test_a_peer_that_is_gone_is_named():
         match=rf"rank 0 \(process {process}\) has died while this rank waited for its message",
     ):
         receiver.receive(array)
-    # What it left behind still arrives, and what can't be stored is told.
+    # A free slot still takes a message, and a whole message still arrives; else it raises.
     assert sender.send(octets(1000))
     receiver.check()
     with pytest.raises(
@@ -147,9 +147,9 @@ RECEIVER = """
 import numpy
 from mpillm.comm import kernel
 memory = numpy.zeros(kernel.spsc_queue_bytes(1, 8), numpy.uint8)
-box = kernel.SpscQueue(memory, 1, 8, False, 0, 0, 50, ValueError)
+queue = kernel.SpscQueue(memory, 1, 8, False, 0, 0, 50, ValueError)
 print('waiting', flush=True)
-box.receive(numpy.zeros(8, numpy.uint8))
+queue.receive(numpy.zeros(8, numpy.uint8))
 """
 
 
@@ -165,17 +165,17 @@ from mpillm.comm import kernel
 path, slots, sends = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
 with open(path, "r+b") as file:
     memory = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
-box = kernel.SpscQueue(memory, slots, 400_000, sends, 0, 0, 50, ValueError)
+queue = kernel.SpscQueue(memory, slots, 400_000, sends, 0, 0, 50, ValueError)
 chance = np.random.default_rng(1)
 for turn in range(400):
     array = chance.integers(0, 256, chance.integers(0, 400_000), dtype=np.uint8)
     if turn % 50 == 10 * sends:
         time.sleep(0.005)
     if sends:
-        box.send(array)
+        queue.send(array)
     else:
         got = np.zeros_like(array)
-        box.receive(got)
+        queue.receive(got)
         assert (got == array).all(), turn
 print("right")
 """
@@ -184,7 +184,7 @@ print("right")
 @pytest.mark.alone
 @pytest.mark.parametrize("slots", [1, 2, 5])
 def test_two_processes_keep_order_and_contents(folder, slots):
-    """Either is slow now and then, so the slots are full at times and empty at others."""
+    """Each end sleeps at times, so the slots are full at times and empty at others."""
     path = folder / "memory"
     path.write_bytes(bytes(kernel.spsc_queue_bytes(slots, 400_000)))
     ends = [

@@ -1,7 +1,7 @@
-"""A GPU that isn't there: CuPy's words as mpillm uses them, on the CPU's memory, with streams that lag behind.
+"""A simulated GPU: the part of CuPy's API that mpillm uses, on CPU memory, with late streams.
 
-What is given to a stream waits in its queue until someone asks or waits for an event; then queues move on by chance,
-one piece of work at a time. So work that should have waited for other work, and did not, is seen to come too early.
+Work enqueued in a stream waits until an event is queried or waited for. Then the queues advance in
+random order, one piece of work at a time. So missing order between pieces of work gives wrong data.
 """
 
 import ctypes
@@ -65,7 +65,7 @@ class Machine:
         return self.entered[-1] if self.entered else self.streams[0]
 
     def enqueued(self, function):
-        """`function(target, source, out)` on the memory of its arrays, in the turn of the current stream."""
+        """Wrap `function(target, source, out)` to run on arrays' memory in the current stream."""
 
         def on_stream(target, source, out=None):
             given = [
@@ -164,7 +164,7 @@ def bfloat16_at(raw):
 
 
 def kernel_of(machine, name):
-    """What the kernels of device_arithmetic.py do, by torch."""
+    """Make a kernel of device_arithmetic.py, by torch."""
 
     def combine(a, b, out):
         function = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[
@@ -182,7 +182,7 @@ def kernel_of(machine, name):
 
 
 class Nccl:
-    """NCCL by MPI, in its stream's turn, but at once: the queue before it is worked off. Kinds are element types."""
+    """NCCL by MPI: a call first finishes the work before it in its stream. Kinds are dtypes."""
 
     machine: Machine
 
@@ -196,7 +196,7 @@ class Nccl:
     def _do(self, stream, work, last=False):
         self.machine.streams[stream].synchronize()
         if self.grouped:
-            # What must wait for others comes behind what the others wait for.
+            # Receives come after the sends of a group: each rank's sends are what others wait for.
             self.grouped[-1].insert(len(self.grouped[-1]) if last else 0, work)
         else:
             work()
@@ -342,7 +342,7 @@ def device(number):
 
 
 def build(seed=0):
-    """The modules cupy, cupy.cuda, cupy.cuda.nccl and cupyx by name, and the machine behind them."""
+    """Make the modules cupy, cupy.cuda, cupy.cuda.nccl and cupyx, and their machine."""
     machine = Machine(seed)
     nccl, cuda, cupy, cupyx = nccl_of(machine), *map(ModuleType, ("cupy.cuda", "cupy", "cupyx"))
     stream = type("Stream", (Stream,), {"machine": machine})

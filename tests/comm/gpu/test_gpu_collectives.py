@@ -1,6 +1,6 @@
-"""Collectives of arrays on a GPU, without one: plans, ways and stream order on a simulated CuPy, and what is refused.
+"""Collectives on a simulated GPU: plans, ways, stream order, and refused calls.
 
-tests/comm/test_gpu.py is the same on real ones.
+test_gpu_pieces.py runs the same calls on real GPUs.
 """
 
 import importlib.util
@@ -42,7 +42,7 @@ TOLERANCE = {"float64": 1e-13, "float32": 1e-5, "float16": 8e-3, "bfloat16": 6e-
 
 
 def host_collective(operation, rows, root):
-    """What each rank's segment holds behind it; rows: (ranks, count)."""
+    """Compute each rank's segment after the collective; rows: (ranks, count)."""
     size, count = rows.shape
     if operation in REDUCING:
         return np.broadcast_to(rows.sum(0), rows.shape)
@@ -55,7 +55,7 @@ def host_collective(operation, rows, root):
 
 
 def by_plan(operation, wholes, root, most, in_place):
-    """Every rank's target, by the plans of all; an array is NaN where nothing was written."""
+    """Run all ranks' plans; return every rank's target, NaN where nothing was written."""
     size, count = wholes.shape
     bounds = block_bounds(count, size)
     plans = [
@@ -145,14 +145,14 @@ def test_only_the_last_segment_is_short():
 
 @pytest.fixture
 def gpu():
-    """(cupy, machine), on which nothing is a GPU's but the words."""
+    """Replace cupy by the simulated one; yield (cupy, machine)."""
     with simulated.pretended(seed=7) as (cupy, machine):
         yield cupy, machine
 
 
 @pytest.fixture
-def gpu_group(comm, gpu):
-    """A group that may take every way."""
+def gpu_communicator(comm, gpu):
+    """Make a communicator whose profile allows every way."""
     profile = SimpleNamespace(best=lambda *_, **__: None, gpu_probe={"mpi": EVERYTHING})
     made = Communicator(comm, profile=profile)
     yield made
@@ -167,7 +167,7 @@ def values(element, count, rank):
 
 
 def on_gpu(cupy, tensor, element):
-    """A CuPy array; bfloat16 as one that calls itself so, for NumPy has no such type."""
+    """Copy a tensor to a CuPy array; bfloat16 as a DeviceBuffer, as NumPy has no such type."""
     raw = np.frombuffer(
         bytearray(as_buffer(tensor).octets.tobytes()),
         "uint16" if element == "bfloat16" else element,
@@ -190,7 +190,7 @@ def tensor_of(memory, element):
 
 
 def expected(operation, op, rows, rank, root):
-    """The part of the result that is defined, wide: (first, values) in the whole array."""
+    """Compute the defined part of the result, wide: (first, values) in the whole array."""
     wide = rows.double() if rows.is_floating_point() else rows
     size, count = rows.shape
     bounds = block_bounds(count, size)
@@ -212,13 +212,17 @@ def expected(operation, op, rows, rank, root):
     return (first, total[first:stop]) if operation == "reduce_scatter" else (0, total)
 
 
-def run_once(gpu, group, operation, way, element, count, in_place, op="sum", root=0, handle=False):
-    """Late source, call, and at once work that reads the result and overwrites the arrays, all in one side stream."""
+def run_once(
+    gpu, communicator, operation, way, element, count, in_place, op="sum", root=0, handle=False
+):
+    """Run a call between a late source and work that overwrites the arrays, in one stream."""
     cupy, _ = gpu
-    rows = torch.stack([values(element, count, rank) for rank in range(group.size)])
-    first, stop = block_bounds(count, group.size)[group.rank : group.rank + 2]
+    rows = torch.stack([values(element, count, rank) for rank in range(communicator.size)])
+    first, stop = block_bounds(count, communicator.size)[communicator.rank : communicator.rank + 2]
     given = (
-        rows[group.rank] if in_place or operation != "allgather" else rows[group.rank, first:stop]
+        rows[communicator.rank]
+        if in_place or operation != "allgather"
+        else rows[communicator.rank, first:stop]
     )
     late = on_gpu(cupy, given, element)
     source = on_gpu(cupy, torch.zeros_like(given), element)
@@ -229,7 +233,7 @@ def run_once(gpu, group, operation, way, element, count, in_place, op="sum", roo
     side, seen = cupy.cuda.Stream(non_blocking=True), []
     with side:
         side.queue.append(lambda: np.copyto(memory_of(source), memory_of(late)))
-        ready = group.prepare(
+        ready = communicator.prepare(
             operation, source, None if in_place else target, op=op, root=root, algorithm=way
         )
         if handle == "polled":
@@ -244,12 +248,12 @@ def run_once(gpu, group, operation, way, element, count, in_place, op="sum", roo
         side.queue.append(lambda: (memory_of(source).fill(55), memory_of(target).fill(55)))
     side.synchronize()
     found = tensor_of(seen[0], element)
-    if operation == "reduce" and not in_place and group.rank != root:
+    if operation == "reduce" and not in_place and communicator.rank != root:
         return ready.algorithm
-    begin, wanted = expected(operation, op, rows, group.rank, root)
+    begin, wanted = expected(operation, op, rows, communicator.rank, root)
     own = found[begin : begin + len(wanted)] if in_place or operation != "reduce_scatter" else found
     if op in ("sum", "mean") and operation in REDUCING and element in TOLERANCE:
-        tolerance = TOLERANCE[element] * group.size
+        tolerance = TOLERANCE[element] * communicator.size
         torch.testing.assert_close(
             own.double(), wanted, rtol=tolerance, atol=tolerance, msg=f"{operation} {way}"
         )
@@ -258,15 +262,15 @@ def run_once(gpu, group, operation, way, element, count, in_place, op="sum", roo
     return ready.algorithm
 
 
-def ways(group, operation, cupy):
-    return list(group.algorithms(operation, cupy.asarray(np.ones(1, np.float32))))
+def ways(communicator, operation, cupy):
+    return list(communicator.algorithms(operation, cupy.asarray(np.ones(1, np.float32))))
 
 
 @pytest.mark.parametrize("operation", MOVING)
 @pytest.mark.parametrize("element", ["float32", "bfloat16", "int64"])
-def test_every_way_in_the_order_of_the_stream(gpu, gpu_group, operation, element):
-    group, size = gpu_group, gpu_group.size
-    able = ways(group, operation, gpu[0])
+def test_every_way_in_the_order_of_the_stream(gpu, gpu_communicator, operation, element):
+    communicator, size = gpu_communicator, gpu_communicator.size
+    able = ways(communicator, operation, gpu[0])
     assert able[: able.index("staged")] == (
         ["auto", "nccl", "device-mpi"] if size > 1 else ["auto"]
     )
@@ -279,75 +283,103 @@ def test_every_way_in_the_order_of_the_stream(gpu, gpu_group, operation, element
         count = blocks * size + (0 if operation == "alltoall" else min(size - 1, 1))
         handle = "polled" if blocks == 999 and in_place else blocks == 999
         run_once(
-            gpu, group, operation, algorithm, element, count, in_place, root=root, handle=handle
+            gpu,
+            communicator,
+            operation,
+            algorithm,
+            element,
+            count,
+            in_place,
+            root=root,
+            handle=handle,
         )
 
 
 @pytest.mark.parametrize("op", ["mean", "max", "min"])
 @pytest.mark.parametrize("element", ["float32", "float16", "bfloat16"])
-def test_other_reductions(gpu, gpu_group, op, element):
-    able = ("auto", "nccl", "device-mpi", "staged") if gpu_group.size > 1 else ("auto", "staged")
+def test_other_reductions(gpu, gpu_communicator, op, element):
+    able = (
+        ("auto", "nccl", "device-mpi", "staged")
+        if gpu_communicator.size > 1
+        else ("auto", "staged")
+    )
     for operation, algorithm, in_place in itertools.product(REDUCING, able, (True, False)):
         run_once(
-            gpu, gpu_group, operation, algorithm, element, 1001, in_place, op=op, handle=in_place
+            gpu,
+            gpu_communicator,
+            operation,
+            algorithm,
+            element,
+            1001,
+            in_place,
+            op=op,
+            handle=in_place,
         )
 
 
-def test_many_segments_overlap(gpu, gpu_group, monkeypatch):
-    """Pinned memory far smaller than the array: copies down and up of different segments are on their way at once."""
+def test_many_segments_overlap(gpu, gpu_communicator, monkeypatch):
+    """With slots far smaller than the array, copies of several segments are in flight at once."""
     monkeypatch.setattr("mpillm.comm.gpu.pinned.SEGMENT_BYTES", 4096)
     for operation in MOVING:
         for in_place in (True, False) if operation != "broadcast" else (True,):
             run_once(
-                gpu, gpu_group, operation, "staged", "float32", 12_000 * gpu_group.size, in_place
+                gpu,
+                gpu_communicator,
+                operation,
+                "staged",
+                "float32",
+                12_000 * gpu_communicator.size,
+                in_place,
             )
-    assert gpu[1].busiest >= 3 or gpu_group.size == 1, "the caller, down, and up"
+    assert gpu[1].busiest >= 3 or gpu_communicator.size == 1, "the caller, down, and up"
 
 
 @pytest.mark.parametrize("segment_bytes", [1024, 2**20])
 @pytest.mark.parametrize("operation", MOVING)
-def test_long_lists(gpu, gpu_group, monkeypatch, operation, segment_bytes):
+def test_long_lists(gpu, gpu_communicator, monkeypatch, operation, segment_bytes):
     """Lists of as many rounds as there are ranks, each of whole blocks or of segments."""
     monkeypatch.setattr("mpillm.comm.gpu.gpu_aware.SEGMENT_BYTES", segment_bytes)
-    if gpu_group.size > 1:
-        count = 80_000 * gpu_group.size + (0 if operation == "alltoall" else 1)
-        run_once(gpu, gpu_group, operation, "device-mpi", "bfloat16", count, in_place=True)
+    if gpu_communicator.size > 1:
+        count = 80_000 * gpu_communicator.size + (0 if operation == "alltoall" else 1)
+        run_once(gpu, gpu_communicator, operation, "device-mpi", "bfloat16", count, in_place=True)
 
 
-def test_handles_in_any_order(gpu, gpu_group):
+def test_handles_in_any_order(gpu, gpu_communicator):
     cupy, machine = gpu
-    names = [name for name in ways(gpu_group, "allreduce", cupy) if name != "reference"]
+    names = [name for name in ways(gpu_communicator, "allreduce", cupy) if name != "reference"]
     arrays = [
-        cupy.asarray(np.full(30_000 + index, gpu_group.rank + 1.0, np.float32))
+        cupy.asarray(np.full(30_000 + index, gpu_communicator.rank + 1.0, np.float32))
         for index in range(2 * len(names))
     ]
-    cpu = np.full(5000, gpu_group.rank + 1.0, np.float32)
+    cpu = np.full(5000, gpu_communicator.rank + 1.0, np.float32)
     handles = [
-        gpu_group.prepare("allreduce", array, algorithm=name).start()
+        gpu_communicator.prepare("allreduce", array, algorithm=name).start()
         for array, name in zip(arrays, itertools.cycle(names), strict=False)
     ]
-    handles.insert(3, gpu_group.prepare("allreduce", cpu).start())
-    for handle in reversed(handles) if gpu_group.rank % 2 else handles:
+    handles.insert(3, gpu_communicator.prepare("allreduce", cpu).start())
+    for handle in reversed(handles) if gpu_communicator.rank % 2 else handles:
         handle.wait()
         assert handle.test()
     for stream in list(machine.streams.values()):
         stream.synchronize()
-    total = sum(range(1, gpu_group.size + 1))
+    total = sum(range(1, gpu_communicator.size + 1))
     assert all((array == total).all() for array in [*map(memory_of, arrays), cpu])
 
 
 @pytest.mark.parametrize("op", ["sum", "mean"])
-def test_who_waits_on_another_stream_is_in_order_too(gpu, gpu_group, op):
-    """Begun in one stream, which is late; waited for, and read, in another, which nothing else orders behind it."""
+def test_a_wait_in_another_stream_is_in_order_too(gpu, gpu_communicator, op):
+    """The call starts in a late stream; a second stream waits for it and reads the result."""
     cupy, _ = gpu
     one, other = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
-    for name in ways(gpu_group, "reduce_scatter", cupy):
-        array, seen = cupy.asarray(np.zeros(5000 * gpu_group.size, np.float32)), []
+    for name in ways(gpu_communicator, "reduce_scatter", cupy):
+        array, seen = cupy.asarray(np.zeros(5000 * gpu_communicator.size, np.float32)), []
         whole = memory_of(array)
-        own = whole[5000 * gpu_group.rank :][:5000]
+        own = whole[5000 * gpu_communicator.rank :][:5000]
         with one:
             one.queue.append(lambda whole=whole: whole.fill(2.0))
-            handle = gpu_group.prepare("reduce_scatter", array, op=op, algorithm=name).start()
+            handle = gpu_communicator.prepare(
+                "reduce_scatter", array, op=op, algorithm=name
+            ).start()
         with other:
             handle.wait()
             for stream in (one, other):
@@ -355,41 +387,42 @@ def test_who_waits_on_another_stream_is_in_order_too(gpu, gpu_group, op):
         one.synchronize()
         other.synchronize()
         assert all(
-            (found == (2.0 if op == "mean" else 2.0 * gpu_group.size)).all() for found in seen
+            (found == (2.0 if op == "mean" else 2.0 * gpu_communicator.size)).all()
+            for found in seen
         ), name
 
 
-def test_a_prepared_call_runs_again_on_another_stream(gpu, gpu_group):
+def test_a_prepared_call_runs_again_on_another_stream(gpu, gpu_communicator):
     cupy, _ = gpu
-    for name in ways(gpu_group, "allreduce", cupy):
+    for name in ways(gpu_communicator, "allreduce", cupy):
         array = cupy.asarray(np.ones(5000, np.float32))
-        ready = gpu_group.prepare("allreduce", array, algorithm=name)
+        ready = gpu_communicator.prepare("allreduce", array, algorithm=name)
         for turn in range(1, 4):
             with cupy.cuda.Stream(non_blocking=True) as stream:
                 ready.run()
                 stream.synchronize()
-            assert (memory_of(array) == gpu_group.size**turn).all(), name
+            assert (memory_of(array) == gpu_communicator.size**turn).all(), name
 
 
-def test_fixed_order_is_staged(gpu, gpu_group):
+def test_fixed_order_is_staged(gpu, gpu_communicator):
     cupy, _ = gpu
-    own = values("bfloat16", 5000, gpu_group.rank)
+    own = values("bfloat16", 5000, gpu_communicator.rank)
     host = own.clone()
-    gpu_group.allreduce(host, fixed_order=True)
+    gpu_communicator.allreduce(host, fixed_order=True)
     array = on_gpu(cupy, own, "bfloat16")
-    ready = gpu_group.prepare("allreduce", array, fixed_order=True)
+    ready = gpu_communicator.prepare("allreduce", array, fixed_order=True)
     ready.run()
     cupy.cuda.get_current_stream().synchronize()
     assert ready.algorithm == "staged"
     assert tensor_of(memory_of(array), "bfloat16").view(torch.int16).equal(host.view(torch.int16))
-    if gpu_group.size > 1:
+    if gpu_communicator.size > 1:
         with pytest.raises(
             CommError, match="by nccl: it cannot keep the fixed order of a sum; take one of staged"
         ):
-            gpu_group.prepare("allreduce", array, algorithm="nccl", fixed_order=True)
+            gpu_communicator.prepare("allreduce", array, algorithm="nccl", fixed_order=True)
 
 
-def test_what_is_refused_on_a_gpu(gpu, gpu_group):
+def test_what_is_refused_on_a_gpu(gpu, gpu_communicator):
     cupy, _ = gpu
     ones = cupy.asarray(np.ones(4, np.float32))
     cases = [
@@ -405,33 +438,39 @@ def test_what_is_refused_on_a_gpu(gpu, gpu_group):
         ),
         ({"array": cupy.asarray(np.ones(3, complex))}, "type complex128 cannot travel"),
         ({"array": cupy.asarray(np.ones(3, ">f4"))}, "byte order"),
-        ({"array": cupy.asarray(np.ones(3, np.int32)), "op": "mean"}, "a mean of int32"),
+        (
+            {"array": cupy.asarray(np.ones(3, np.int32)), "op": "mean"},
+            "mean needs a floating-point array, got int32",
+        ),
         ({"array": ones, "out": cupy.asarray(np.ones(5, np.float32))}, "needs an out of as many"),
     ]
     for settings, rule in cases:
         with pytest.raises(CommError, match=rule):
-            gpu_group.prepare("allreduce", **settings)
+            gpu_communicator.prepare("allreduce", **settings)
     locked = np.ones(4, np.float32)
     locked.flags.writeable = False
     with pytest.raises(CommError, match="read-only"):
-        gpu_group.allreduce(cupy.asarray(locked))
-    if gpu_group.size > 1:
+        gpu_communicator.allreduce(cupy.asarray(locked))
+    if gpu_communicator.size > 1:
         with pytest.raises(
-            CommError, match="by nccl: NCCL, as CuPy has it, sums no int16; take one of device-mpi"
+            CommError,
+            match="by nccl: NCCL, as CuPy has it, does not sum int16; take one of device-mpi",
         ):
-            gpu_group.prepare("allreduce", cupy.asarray(np.ones(3, np.int16)), algorithm="nccl")
+            gpu_communicator.prepare(
+                "allreduce", cupy.asarray(np.ones(3, np.int16)), algorithm="nccl"
+            )
 
 
 def test_without_a_probe_mpi_gets_no_device_pointers(gpu, comm):
     if comm.size == 1:
         pytest.skip("needs another rank")
     cupy, _ = gpu
-    group = Communicator(comm)
+    communicator = Communicator(comm)
     ones = cupy.asarray(np.ones(4, np.float32))
-    assert "device-mpi" not in group.algorithms("allreduce", ones)
-    with pytest.raises(CommError, match="no probe has shown that this MPI takes memory of a GPU"):
-        group.prepare("allreduce", ones, algorithm="device-mpi")
-    group.free()
+    assert "device-mpi" not in communicator.algorithms("allreduce", ones)
+    with pytest.raises(CommError, match="no probe has shown that this MPI takes GPU memory"):
+        communicator.prepare("allreduce", ones, algorithm="device-mpi")
+    communicator.free()
 
 
 def test_auto_follows_the_profile_then_the_order_of_ways(gpu, comm):
@@ -445,9 +484,12 @@ def test_auto_follows_the_profile_then_the_order_of_ways(gpu, comm):
         return "ring"
 
     for profile, chosen in ((None, "nccl"), (SimpleNamespace(best=best), "ring")):
-        group = Communicator(comm, profile=profile)
-        assert group.prepare("allreduce", cupy.asarray(np.ones(9, np.float32))).algorithm == chosen
-        group.free()
+        communicator = Communicator(comm, profile=profile)
+        assert (
+            communicator.prepare("allreduce", cupy.asarray(np.ones(9, np.float32))).algorithm
+            == chosen
+        )
+        communicator.free()
     assert any(
         settings == {"device": "cuda"} and arguments[1] == 36 for arguments, settings in asked
     )
@@ -460,7 +502,7 @@ def test_ranks_that_share_a_gpu_have_no_nccl(gpu, comm, monkeypatch):
     monkeypatch.setattr(cupy.cuda.runtime, "deviceGetPCIBusId", lambda number: "0000:07:00.0")
     assert (
         nccl.join(comm, 0, 0)
-        == "NCCL wants a GPU a rank, and ranks 0 and 1 share the one at 0000:07:00.0"
+        == "NCCL needs a GPU a rank, and ranks 0 and 1 share the one at 0000:07:00.0"
     )
     monkeypatch.setattr(cupy.cuda.nccl, "available", comm.rank == 0)
     assert "rank 1: CuPy finds no NCCL library" in nccl.join(comm, 0, 0)
@@ -470,7 +512,7 @@ def test_ranks_that_share_a_gpu_have_no_nccl(gpu, comm, monkeypatch):
 
 
 class OnDevice:
-    """Says that it lies on a GPU."""
+    """An array that claims to be on a GPU."""
 
     def __init__(self, **changed):
         self.__cuda_array_interface__ = {
@@ -488,10 +530,10 @@ def test_without_cupy_the_way_out_is_told(comm, monkeypatch):
         CommError, match=r"travel through CuPy, which cannot be loaded .*install mpillm\[cuda12\]"
     ):
         as_device_buffer(OnDevice())
-    group = Communicator(comm)
+    communicator = Communicator(comm)
     with pytest.raises(CommError, match=r"install mpillm\[cuda12\]"):
-        group.allreduce(OnDevice())
-    group.free()
+        communicator.allreduce(OnDevice())
+    communicator.free()
 
 
 def test_other_libraries_name_their_stream(gpu):

@@ -1,6 +1,7 @@
-"""Collectives of arrays on real GPUs, beside those of the CPU. Ranks may share a GPU; NCCL then stands aside.
+"""Collectives of arrays on real GPUs against those of the CPU.
 
-tests/comm/test_gpus.py proves plans, ways and the order of streams without one.
+Ranks may share a GPU; NCCL is then not available. test_gpu_collectives.py covers plans, ways and
+the order of streams without a GPU.
 """
 
 import itertools
@@ -39,17 +40,17 @@ MOVING = tuple(name for name in OPERATIONS if name != "barrier")
 REDUCING = ("allreduce", "reduce_scatter", "reduce")
 TOLERANCE = {"float64": 1e-13, "float32": 1e-5, "float16": 8e-3, "bfloat16": 6e-2}
 SLOW_CYCLES = 100_000_000
-"""Some 50 ms of a GPU: what comes too early is seen."""
+"""About 50 ms of a GPU, so that work which comes too early gives wrong data."""
 
 
 @pytest.fixture(scope="module")
 def probed(comm):
-    """What this MPI does with a GPU's memory, found as `mpillm bench` finds it."""
+    """Probe this MPI on GPU memory, as `mpillm bench` does."""
     return comm.bcast(probe(os.environ) if comm.rank == 0 else None)
 
 
 @pytest.fixture(scope="module")
-def group(comm, probed):
+def communicator(comm, probed):
     torch.cuda.set_device(comm.rank % torch.cuda.device_count())
     cluster = Cluster("any", 1, "any", "1", 1, comm.size)
     made = Communicator(comm, profile=ClusterProfile("now", cluster, gpu_probe={"mpi": probed}))
@@ -64,7 +65,7 @@ def values(element, count, rank):
 
 
 def as_library(tensor, library):
-    """A copy on this rank's GPU: a torch tensor, or a CuPy array."""
+    """Copy to this rank's GPU: a torch tensor, or a CuPy array."""
     if library == "torch":
         return tensor.cuda()
     import cupy
@@ -77,14 +78,14 @@ def back(array):
     return array.cpu() if isinstance(array, torch.Tensor) else torch.from_numpy(array.get())
 
 
-def on_the_cpu(group, operation, array, out, **wish):
-    """The same call on the CPU, by the plain reference."""
-    group.prepare(operation, array, out, algorithm="reference", **wish).run()
+def on_the_cpu(communicator, operation, array, out, **wish):
+    """Run the same call on the CPU, by the plain reference."""
+    communicator.prepare(operation, array, out, algorithm="reference", **wish).run()
     return array if out is None else out
 
 
 def arrays(operation, rows, rank, in_place):
-    """(array, out or None) on the CPU."""
+    """Make (array, out or None) on the CPU."""
     size, count = rows.shape
     first, stop = block_bounds(count, size)[rank : rank + 2]
     own = rows[rank].clone()
@@ -97,7 +98,7 @@ def arrays(operation, rows, rank, in_place):
 
 
 def defined(operation, whole, rank, size, in_place, root):
-    """The part of a result that the operation promises."""
+    """Return the part of a result that the operation defines."""
     if operation == "reduce" and rank != root:
         return whole if in_place else whole[:0]
     if operation == "reduce_scatter" and in_place:
@@ -118,13 +119,22 @@ def same(found, wanted, element, rounds, size):
 
 
 def compare(
-    group, operation, way, element, count, in_place, library="torch", op="sum", root=0, handle=False
+    communicator,
+    operation,
+    way,
+    element,
+    count,
+    in_place,
+    library="torch",
+    op="sum",
+    root=0,
+    handle=False,
 ):
-    rows = torch.stack([values(element, count, rank) for rank in range(group.size)])
-    array, out = arrays(operation, rows, group.rank, in_place)
+    rows = torch.stack([values(element, count, rank) for rank in range(communicator.size)])
+    array, out = arrays(operation, rows, communicator.rank, in_place)
     there = as_library(array, library)
     result = there if in_place else as_library(out, library)
-    ready = group.prepare(
+    ready = communicator.prepare(
         operation, there, None if in_place else result, op=op, root=root, algorithm=way
     )
     if handle:
@@ -133,30 +143,32 @@ def compare(
             pass
     else:
         ready.run()
-    wanted = on_the_cpu(group, operation, array, out, op=op, root=root)
+    wanted = on_the_cpu(communicator, operation, array, out, op=op, root=root)
     parts = (
-        defined(operation, each, group.rank, group.size, in_place, root)
+        defined(operation, each, communicator.rank, communicator.size, in_place, root)
         for each in (back(result), wanted)
     )
-    same(*parts, element, operation in REDUCING and op in ("sum", "mean"), group.size)
+    same(*parts, element, operation in REDUCING and op in ("sum", "mean"), communicator.size)
 
 
-def ways(group, operation, element="float32"):
-    return group.algorithms(operation, torch.empty(0, dtype=getattr(torch, element), device="cuda"))
+def ways(communicator, operation, element="float32"):
+    return communicator.algorithms(
+        operation, torch.empty(0, dtype=getattr(torch, element), device="cuda")
+    )
 
 
 @pytest.mark.parametrize("operation", MOVING)
 @pytest.mark.parametrize("element", ELEMENTS)
-def test_every_operation_by_every_way(group, operation, element):
-    roots = {0, group.size - 1} if operation in ("broadcast", "reduce") else {0}
+def test_every_operation_by_every_way(communicator, operation, element):
+    roots = {0, communicator.size - 1} if operation in ("broadcast", "reduce") else {0}
     libraries = ("torch", "cupy") if element != "bfloat16" else ("torch",)
     for way, blocks, in_place, root, library in itertools.product(
-        ways(group, operation, element), (0, 1, 70_001), (True, False), roots, libraries
+        ways(communicator, operation, element), (0, 1, 70_001), (True, False), roots, libraries
     ):
         if operation != "broadcast" or in_place:
-            count = blocks * group.size + (0 if operation == "alltoall" or not blocks else 1)
+            count = blocks * communicator.size + (0 if operation == "alltoall" or not blocks else 1)
             compare(
-                group,
+                communicator,
                 operation,
                 way,
                 element,
@@ -170,80 +182,83 @@ def test_every_operation_by_every_way(group, operation, element):
 
 @pytest.mark.parametrize("op", ["mean", "max", "min"])
 @pytest.mark.parametrize("element", ["float32", "float64", *SHORT_FLOATS])
-def test_other_reductions(group, op, element):
+def test_other_reductions(communicator, op, element):
     for operation, in_place in itertools.product(REDUCING, (True, False)):
-        for way in ways(group, operation, element):
-            compare(group, operation, way, element, 50_021, in_place, op=op)
+        for way in ways(communicator, operation, element):
+            compare(communicator, operation, way, element, 50_021, in_place, op=op)
 
 
-def test_many_segments(group):
-    for way in ways(group, "allreduce"):
+def test_many_segments(communicator):
+    for way in ways(communicator, "allreduce"):
         if way != "reference":
-            compare(group, "allreduce", way, "float32", 12_000_001, True)
+            compare(communicator, "allreduce", way, "float32", 12_000_001, True)
 
 
-def test_the_call_takes_its_place_in_the_stream(group):
-    """A slow kernel before, a reader behind, all in one side stream, and no synchronization between."""
-    for way in ways(group, "allreduce"):
-        side, late = torch.cuda.Stream(), torch.full((3_000_000,), group.rank + 1.0, device="cuda")
+def test_the_call_takes_its_place_in_the_stream(communicator):
+    """A slow kernel, the call and a reader are in one side stream, without synchronization."""
+    for way in ways(communicator, "allreduce"):
+        side, late = (
+            torch.cuda.Stream(),
+            torch.full((3_000_000,), communicator.rank + 1.0, device="cuda"),
+        )
         array, seen = torch.zeros_like(late), torch.zeros_like(late)
         torch.cuda.synchronize()
         with torch.cuda.stream(side):
             torch.cuda._sleep(SLOW_CYCLES)
             array.copy_(late)
-            group.allreduce(array, algorithm=way)
+            communicator.allreduce(array, algorithm=way)
             seen.copy_(array)
             array.zero_()
         side.synchronize()
-        assert (seen == sum(range(1, group.size + 1))).all(), way
+        assert (seen == sum(range(1, communicator.size + 1))).all(), way
 
 
-def test_a_handle_orders_the_stream_that_waits(group):
-    for way in ways(group, "allreduce"):
+def test_a_handle_orders_the_stream_that_waits(communicator):
+    for way in ways(communicator, "allreduce"):
         array = torch.zeros(3_000_000, device="cuda")
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda._sleep(SLOW_CYCLES)
-            array.fill_(group.rank + 1.0)
-            handle = group.prepare("allreduce", array, algorithm=way).start()
+            array.fill_(communicator.rank + 1.0)
+            handle = communicator.prepare("allreduce", array, algorithm=way).start()
             handle.wait()
             seen = array.clone()
             torch.cuda.current_stream().synchronize()
-        assert (seen == sum(range(1, group.size + 1))).all(), way
+        assert (seen == sum(range(1, communicator.size + 1))).all(), way
 
 
-def test_cupy_streams_are_kept_too(group):
+def test_cupy_streams_are_kept_too(communicator):
     import cupy
 
-    for way in ways(group, "allreduce"):
+    for way in ways(communicator, "allreduce"):
         with (
             cupy.cuda.Device(torch.cuda.current_device()),
             cupy.cuda.Stream(non_blocking=True) as stream,
         ):
             array = cupy.zeros(3_000_000, cupy.float32)
-            array += group.rank + 1.0
-            group.allreduce(array, algorithm=way)
+            array += communicator.rank + 1.0
+            communicator.allreduce(array, algorithm=way)
             seen = array.copy()
             array.fill(0)
             stream.synchronize()
-            assert bool((seen == sum(range(1, group.size + 1))).all()), way
+            assert bool((seen == sum(range(1, communicator.size + 1))).all()), way
 
 
-def test_handles_in_any_order(group):
-    names = ways(group, "allreduce")
+def test_handles_in_any_order(communicator):
+    names = ways(communicator, "allreduce")
     made = [
-        torch.full((30_000 + index,), group.rank + 1.0, device="cuda")
+        torch.full((30_000 + index,), communicator.rank + 1.0, device="cuda")
         for index in range(2 * len(names))
     ]
     handles = [
-        group.prepare("allreduce", array, algorithm=name).start()
+        communicator.prepare("allreduce", array, algorithm=name).start()
         for array, name in zip(made, itertools.cycle(names), strict=False)
     ]
-    handles.insert(3, group.prepare("allreduce", np.ones(5000, np.float32)).start())
-    for handle in reversed(handles) if group.rank % 2 else handles:
+    handles.insert(3, communicator.prepare("allreduce", np.ones(5000, np.float32)).start())
+    for handle in reversed(handles) if communicator.rank % 2 else handles:
         handle.wait()
         assert handle.test()
-    assert all((array == sum(range(1, group.size + 1))).all().item() for array in made)
+    assert all((array == sum(range(1, communicator.size + 1))).all().item() for array in made)
 
 
 @pytest.mark.parametrize("op", ["sum", "max", "min"])
@@ -285,20 +300,20 @@ def test_the_probe_tells_of_every_trial(probed):
     assert set(probed) == set(TRIALS)
 
 
-def test_two_gpus_for_one_call(group):
+def test_two_gpus_for_one_call(communicator):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     with pytest.raises(CommError, match="both must be on one GPU"):
-        group.allreduce(torch.ones(3, device="cuda:0"), torch.ones(3, device="cuda:1"))
+        communicator.allreduce(torch.ones(3, device="cuda:0"), torch.ones(3, device="cuda:1"))
 
 
-def test_what_does_not_fit(group):
+def test_what_does_not_fit(communicator):
     ones = torch.ones(4, 3, device="cuda")
     with pytest.raises(CommError, match="has gaps"):
-        group.allreduce(ones.T)
+        communicator.allreduce(ones.T)
     with pytest.raises(CommError, match="type bool cannot travel"):
-        group.allreduce(ones > 0)
+        communicator.allreduce(ones > 0)
     with pytest.raises(CommError, match="on the CPU"):
-        group.allreduce(ones, torch.ones(4, 3))
+        communicator.allreduce(ones, torch.ones(4, 3))
     with pytest.raises(CommError, match="CPU, this is a tensor on cuda"):
-        group.send(ones, 0)
+        communicator.send(ones, 0)

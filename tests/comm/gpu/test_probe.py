@@ -1,4 +1,4 @@
-"""The probe of a GPU's memory in MPI: children that answer, crash, hang, or can't be had."""
+"""The probe of GPU memory in MPI: children that answer, crash, hang, or can't start."""
 
 import os
 import sys
@@ -15,27 +15,28 @@ NOTHING = dict.fromkeys(TRIALS, False)
 
 
 def child(script):
-    """A child that is handed the trials as `names`, and says what it can to `tell`."""
+    """Make the command of a child with the trials in `names` and `answer` for its lines."""
     head = (
-        "import os, sys, time\nnames = sys.argv[1:]\ntell = lambda text: print(text, flush=True)\n"
+        "import os, sys, time\nnames = sys.argv[1:]\n"
+        "answer = lambda text: print(text, flush=True)\n"
     )
     return (sys.executable, "-c", head + script)
 
 
 def test_the_real_child_on_the_cpu():
-    """The trials themselves are right: every one ends well on memory that MPI takes for certain."""
+    """The trials themselves are right: each succeeds on CPU memory, which every MPI takes."""
     assert probe(os.environ, child=ON_THE_CPU) == dict.fromkeys(TRIALS, True)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_real_child_as_a_job(python, ranks):
-    told = python(
+    answers = python(
         "-m", "mpillm.comm.gpu.probe_child", "cpu", *TRIALS, ranks=ranks
     ).stdout.splitlines()
-    assert told == ["ready", *(f"{name} ok" for name in TRIALS)]
+    assert answers == ["ready", *(f"{name} ok" for name in TRIALS)]
 
 
-def test_without_a_gpu_nothing_is_taken():
+def test_without_a_gpu_every_trial_fails():
     try:
         import cupy
 
@@ -52,8 +53,8 @@ def test_without_a_gpu_nothing_is_taken():
         "os.abort()",
         "import ctypes; ctypes.string_at(0)",
         "sys.exit(3)",
-        "tell('what?')",
-        "tell('ready'); os.abort()",
+        "answer('what?')",
+        "answer('ready'); os.abort()",
     ],
 )
 def test_a_child_that_crashes_found_nothing(script):
@@ -70,7 +71,7 @@ def test_a_child_that_hangs_is_ended():
     assert (
         probe(
             os.environ,
-            child=child("tell('ready'); time.sleep(600)"),
+            child=child("answer('ready'); time.sleep(600)"),
             child_seconds=0.3,
             all_seconds=1,
         )
@@ -79,13 +80,13 @@ def test_a_child_that_hangs_is_ended():
     assert time.monotonic() - began < 30
 
 
-def test_another_child_goes_on_behind_a_crash_and_behind_a_hang():
+def test_another_child_continues_after_a_crash_and_after_a_hang():
     script = (
-        "tell('ready')\n"
+        "answer('ready')\n"
         "for name in names:\n"
         "    if name == 'allreduce': os.abort()\n"
         "    if name == 'alltoall': time.sleep(600)\n"
-        "    tell(name + (' wrong' if name == 'reduce' else ' ok'))\n"
+        "    answer(name + (' wrong' if name == 'reduce' else ' ok'))\n"
     )
     found = probe(os.environ, child=child(script), child_seconds=2)
     assert found == {name: name not in ("allreduce", "alltoall", "reduce") for name in TRIALS}

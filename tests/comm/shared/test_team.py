@@ -1,4 +1,4 @@
-"""The node's team and its memory: what happens when there is no room, and when a rank is gone."""
+"""The node's team and its memory, without room, and with a rank that has ended."""
 
 import os
 import subprocess
@@ -20,21 +20,22 @@ from mpillm.errors import CommError
 SUMS = """
 import sys
 import numpy
-from mpillm.comm.communicator import Group
+from mpillm.comm.communicator import Communicator
 from mpillm.comm.failure import fail_together
 from mpillm.comm.world import open_world
 
 comm = open_world()
 with fail_together(comm):
-    group = Group(comm, warn=lambda text: print("warning:", text, flush=True))
+    communicator = Communicator(comm, warn=lambda text: print("warning:", text, flush=True))
     count = int(sys.argv[1])
-    rows = group.allocate(count, "float32")
+    rows = communicator.allocate(count, "float32")
     array = numpy.ones(count, numpy.float32) if rows is None else rows.own
     array[:] = 1
-    group.allreduce(array)
+    communicator.allreduce(array)
     assert (array == comm.size).all()
     if comm.rank == 0:
-        print("algorithms:", *group.algorithms("allreduce"), "; rows:", rows is not None, flush=True)
+        names = communicator.algorithms("allreduce")
+        print("algorithms:", *names, "; rows:", rows is not None, flush=True)
 """
 
 
@@ -56,8 +57,8 @@ def test_rows_are_zero_and_seen_by_all(comm):
 @pytest.mark.parametrize(
     ("nbytes", "folder"), [(1 << 44, "/dev/shm"), (100, "/dev/shm/nowhere/at/all")]
 )
-def test_what_cannot_be_had_is_told_to_all(comm, nbytes, folder):
-    """16 TiB a rank are more than any node has."""
+def test_a_failed_allocation_is_reported_on_every_rank(comm, nbytes, folder):
+    """16 TiB a rank is more than any node has."""
     if not on_one_node(comm):
         pytest.skip("the ranks share no memory")
     reasons = comm.allgather(share_segment(comm, nbytes, Path(folder)))
@@ -75,7 +76,7 @@ def test_nothing_is_left_in_the_folder(comm):
     assert not list(Path("/dev/shm").glob(f"mpillm-{os.getpid()}-*"))
 
 
-def looked_at(operation):
+def polled(operation):
     operation.start()
     given_up = time.monotonic() + 30
     while not operation.test():
@@ -83,11 +84,9 @@ def looked_at(operation):
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("end", [kernel.Operation.run, looked_at])
+@pytest.mark.parametrize("end", [kernel.Operation.run, polled])
 def test_a_rank_that_is_gone_is_named(end):
-    """Two processes without any launcher: one ends; the other waits for it, or looks again and again, and must say so
-    within seconds.
-    """
+    """Without a launcher one process ends; the other waits or polls, and must raise in seconds."""
     gone = subprocess.Popen([sys.executable, "-c", "pass"])
     gone.wait()
     memory = np.zeros(kernel.team_bytes(2, 4096), np.uint8)
@@ -110,7 +109,7 @@ def test_a_rank_that_is_late_is_not_accused():
         KINDS.index("barrier"), None, None, 0, 0, 0, 1.0, 0, False, None, None
     )
     operation.start()
-    until = time.monotonic() + 1.5  # it asks after 0.5 s
+    until = time.monotonic() + 1.5  # the first check is after 0.5 s
     while time.monotonic() < until:
         assert not operation.test()
 
@@ -122,7 +121,8 @@ def test_a_signal_is_handled_while_waiting(interrupted):
         "import os, numpy\nfrom mpillm.comm import kernel\n"
         "memory = numpy.zeros(kernel.team_bytes(2, 4096), numpy.uint8)\n"
         "team = kernel.Team(memory, 0, 2, 4096, 100, (0, 0), ValueError)\n"
-        "print('waiting', flush=True)\nteam.operation(6, None, None, 0, 0, 0, 1.0, 0, False, None, None).run()\n"
+        "print('waiting', flush=True)\n"
+        "team.operation(6, None, None, 0, 0, 0, 1.0, 0, False, None, None).run()\n"
     )
     assert "KeyboardInterrupt" in interrupted(script)
 
@@ -149,7 +149,7 @@ print("right")
 
 @pytest.mark.alone
 def test_two_processes_without_mpi(folder):
-    """The flags alone keep order: one of the two is slow now and then, and sums of many sizes follow each other."""
+    """The flags alone keep order: one rank sleeps at times, through sums of many sizes."""
     path = folder / "memory"
     path.write_bytes(bytes(kernel.team_bytes(2, 4096)))
     ranks = [
@@ -163,7 +163,7 @@ def test_two_processes_without_mpi(folder):
 
 @pytest.fixture
 def with_little_memory(folder, python):
-    """Run SUMS on 2 ranks in a mount namespace whose /dev/shm has so many free bytes."""
+    """Run SUMS on 2 ranks in a mount namespace whose /dev/shm has `free_bytes`."""
     if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode:
         pytest.skip("a mount namespace needs root, or a kernel that allows it to users")
 
@@ -182,7 +182,7 @@ def with_little_memory(folder, python):
             ranks=2,
             before=["unshare", "--mount", "sh", "-c", shell, "sh"],
             timeout=100,
-            # The MPI library's own use of /dev/shm is not what is tested.
+            # The MPI library itself needs room in /dev/shm; that is not under test.
             OMPI_MCA_btl_sm_backing_directory=str(folder),
             PYTHONPATH=os.pathsep.join(sys.path),
         )
@@ -212,18 +212,21 @@ def test_a_small_shared_memory_falls_back_with_one_warning(
 
 def test_more_ranks_than_a_team_takes_fall_back_with_one_warning(comm, monkeypatch):
     monkeypatch.setattr(kernel, "MOST_RANKS", 1)
-    told = []
-    group = Communicator(comm, warn=told.append)
-    assert ("shared" in group.algorithms("allreduce")) == (comm.size == 1)
+    warnings = []
+    communicator = Communicator(comm, warn=warnings.append)
+    assert ("shared" in communicator.algorithms("allreduce")) == (comm.size == 1)
     array = np.ones(100)
-    group.allreduce(array)
+    communicator.allreduce(array)
     assert (array == comm.size).all()
     if on_one_node(comm):
-        rule = f"{comm.size} ranks share a node, and at most 1 sum in its memory; collectives within the node fall back"
-        assert [text[: len(rule)] for text in told] == (
+        rule = (
+            f"{comm.size} ranks share a node, and at most 1 sum in its memory; "
+            "collectives within the node fall back"
+        )
+        assert [text[: len(rule)] for text in warnings] == (
             [rule] if comm.rank == 0 < comm.size - 1 else []
         )
-    group.free()
+    communicator.free()
 
 
 @pytest.mark.alone
@@ -231,10 +234,11 @@ def test_more_ranks_than_a_team_takes_fall_back_with_one_warning(comm, monkeypat
 def test_a_killed_rank_ends_the_job(folder, python, algorithm):
     script = folder / "killed.py"
     script.write_text(
-        "import os, signal, sys, numpy\nfrom mpi4py import MPI\nfrom mpillm.comm.communicator import Group\n"
-        "group = Group(MPI.COMM_WORLD)\narray = numpy.ones(100000, numpy.float32)\n"
-        f"ready = group.prepare('allreduce', array, op='max', algorithm={algorithm!r})\n"
-        "for turn in range(10**9):\n    if turn == 50 and group.rank == 1:\n"
+        "import os, signal, sys, numpy\nfrom mpi4py import MPI\n"
+        "from mpillm.comm.communicator import Communicator\n"
+        "communicator = Communicator(MPI.COMM_WORLD)\narray = numpy.ones(100000, numpy.float32)\n"
+        f"ready = communicator.prepare('allreduce', array, op='max', algorithm={algorithm!r})\n"
+        "for turn in range(10**9):\n    if turn == 50 and communicator.rank == 1:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    ready.run()\n"
     )
