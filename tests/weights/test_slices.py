@@ -60,9 +60,8 @@ def cut_shapes(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box], list[Box]]:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(case=cut_shapes(), bfloat=st.booleans(), in_part=st.booleans())
-@pytest.mark.alone
 def test_any_cuts_write_and_any_others_read(
-    folder: Path,
+    tmp_path: Path,
     case: tuple[tuple[int, ...], list[Box], list[Box]],
     bfloat: bool,
     in_part: bool,
@@ -72,7 +71,7 @@ def test_any_cuts_write_and_any_others_read(
     dtype = torch.bfloat16 if bfloat else torch.float32
     tensor = whole_tensor(shape, dtype)
     path = save(
-        folder, {"a/b": [cut(tensor, box) for box in written]}, {"step": 1}, {}, MPI.COMM_SELF
+        tmp_path, {"a/b": [cut(tensor, box) for box in written]}, {"step": 1}, {}, MPI.COMM_SELF
     )
     checkpoint = Checkpoint(path)
     if in_part:
@@ -87,7 +86,6 @@ def test_any_cuts_write_and_any_others_read(
 
 
 @given(case=cut_shapes())
-@pytest.mark.alone
 def test_boxes_know_their_common_part_and_their_span(
     case: tuple[tuple[int, ...], list[Box], list[Box]],
 ) -> None:
@@ -106,7 +104,6 @@ def test_boxes_know_their_common_part_and_their_span(
 
 
 @given(shape=SHAPES, data=st.data())
-@pytest.mark.alone
 def test_a_run_is_a_few_boxes_in_its_order(shape: tuple[int, ...], data: st.DataObject) -> None:
     total = math.prod(shape)
     first = data.draw(st.integers(0, total))
@@ -178,11 +175,10 @@ def test_runs_are_written_as_version_1_and_boxes_as_version_2(
         assert f'"{keys}"' in text
 
 
-@pytest.mark.alone
-def test_only_the_bytes_of_a_part_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_bytes_of_a_part_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read a part in part where every byte was verified before."""
     tensor = whole_tensor((64, 32))
-    path = save(folder, {"a": tensor}, {"step": 1}, {}, MPI.COMM_SELF)
+    path = save(tmp_path, {"a": tensor}, {"step": 1}, {}, MPI.COMM_SELF)
     sizes: list[int] = []
     monkeypatch.setattr(
         "mpillm.weights.checkpoint.hdf5.read_at",
