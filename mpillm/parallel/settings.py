@@ -37,6 +37,7 @@ class ParallelSettings:
         "recursive-doubling",
         "rabenseifner",
         "binomial",
+        "mpi",
         "native",
     ] = "auto"
     """Who sums the gradients: the ranks of a node in memory that they share, one of our lists of messages, or the MPI

@@ -1,14 +1,12 @@
-"""The collectives beside their plain reference: operations, algorithms and element types, at any number of ranks."""
+"""Collectives against their plain reference: operations, algorithms, types, any number of ranks."""
 
 import itertools
-import time
 
 import numpy as np
 import pytest
 import torch
 
-from mpillm.comm import waiting
-from mpillm.comm.algorithms.catalog import block_bounds
+from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.comm.buffers import ELEMENTS, FLOATS, SHORT_FLOATS, WHOLE, as_buffer
 from mpillm.comm.communicator import Communicator
 from mpillm.comm.selection import OPERATIONS
@@ -45,7 +43,7 @@ def wide(tensor):
 
 
 def expected(operation, op, rows, rank, root):
-    """What rank `rank` is to hold: (first, values) of the part of its array that is defined."""
+    """Return (first, values) of the defined part of the array of rank `rank`."""
     size, count = rows.shape
     first, stop = block_bounds(count, size)[rank : rank + 2]
     if operation == "broadcast":
@@ -84,9 +82,10 @@ def ways(group, operation):
 @pytest.mark.parametrize("count", [0, 1, 7, 1000, 100_001])
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_allreduce(group, element, count):
-    # Open MPI's own sum of 8- and 16-bit integers saturates where ours wraps: it is tested without overflow.
+    # Open MPI's own sum of 8- and 16-bit integers saturates where ours wraps: it is tested without
+    # overflow.
     for algorithm in ways(group, "allreduce"):
-        highest = 127 // group.size if algorithm == "native" else 100
+        highest = 127 // group.size if algorithm == "mpi" else 100
         tensor = filled(element, count, group.rank, highest)
         group.allreduce(tensor, algorithm=algorithm)
         rows = parts(element, count, group.size, highest)
@@ -152,7 +151,7 @@ def test_reductions(group, op, element):
 
 def test_a_maximum_hides_no_nan(group):
     for op, algorithm in itertools.product(("max", "min"), ways(group, "allreduce")):
-        if algorithm == "native":  # the MPI standard leaves it open
+        if algorithm == "mpi":  # the MPI standard leaves it open
             continue
         array = np.full(100, float(group.rank), np.float32)
         if group.rank == group.size - 1:
@@ -169,7 +168,7 @@ def test_fixed_order_gives_the_same_bits_by_every_algorithm(group, element, coun
         found = {}
         for algorithm in ways(group, operation):
             tensor = filled(element, count, group.rank)
-            if algorithm in ("ring", "segmented-ring", "native"):
+            if algorithm in ("ring", "segmented-ring", "mpi"):
                 with pytest.raises(CommError, match="cannot keep the fixed order"):
                     group.prepare(operation, tensor, op=op, algorithm=algorithm, fixed_order=True)
                 continue
@@ -186,7 +185,9 @@ def test_fixed_order_gives_the_same_bits_by_every_algorithm(group, element, coun
 
 @pytest.mark.parametrize("element", SHORT_FLOATS)
 def test_short_floats_are_summed_in_float32_and_rounded_once(group, element):
-    """Against float64: where the node's team sums, the error is half a unit of the last place, and float32's."""
+    """Against float64: where the node's team sums, the error is half a unit of the last place, and
+    float32's.
+    """
     if "shared" not in group.algorithms("allreduce"):
         pytest.skip("the ranks share no memory")
     count = 40_000
@@ -208,7 +209,7 @@ def test_prepared_runs_again_and_again(group):
 
 
 def test_handles_in_any_order(group):
-    """Several under way at a time, waited for from the last to the first on odd ranks."""
+    """Several in flight at a time, waited for from the last to the first on odd ranks."""
     names = ways(group, "allreduce")
     arrays = [
         np.full(30_000 + index, group.rank + 1.0, np.float32) for index in range(2 * len(names))
@@ -224,41 +225,24 @@ def test_handles_in_any_order(group):
     assert all((array == total).all() for array in arrays)
 
 
-@pytest.mark.parametrize(("algorithm", "naps"), [("segmented-ring", True), ("ring", False)])
-def test_who_waits_long_for_segments_sleeps(group, monkeypatch, algorithm, naps):
-    if group.size == 1:
-        pytest.skip("needs another rank")
-    breather = group._breather
-    monkeypatch.setattr(breather, "_naps", 0)
-    monkeypatch.setattr(waiting, "TAKEN_SECONDS", 1e9)  # whatever else runs on these cores
-    taken, sleep, array = [], time.sleep, np.full(200_000, group.rank + 1.0, np.float32)
-    group.comm.Barrier()
-    if group.rank == 0:
-        time.sleep(0.05)
-    monkeypatch.setattr(time, "sleep", lambda seconds: (taken.append(seconds), sleep(seconds)))
-    group.prepare("allreduce", array, algorithm=algorithm).start()
-    group.settle()
-    assert (array == sum(range(1, group.size + 1))).all()
-    if group.rank:
-        assert (waiting.NAP_SECONDS in taken) == naps
-
-
-def test_settled_when_nothing_is_under_way(group):
-    group.settle()
+def test_wait_all_returns_when_nothing_is_in_flight(group):
+    group.wait_all()
     arrays = {
         name: np.full(30_000, group.rank + 1.0, np.float32) for name in ways(group, "allreduce")
     }
     handles = [
         group.prepare("allreduce", array, algorithm=name).start() for name, array in arrays.items()
     ]
-    group.settle()
+    group.wait_all()
     assert all(handle.done for handle in handles)
-    assert not group.under_way
+    assert not group.in_flight.calls
     assert all((array == sum(range(1, group.size + 1))).all() for array in arrays.values())
 
 
-def test_a_look_between_two_starts_changes_nothing(group):
-    """A list behind a copy has its tag from its start on, whether or not a rank looked at it before the next start."""
+def test_a_test_between_two_starts_changes_nothing(group):
+    """A schedule after a copy takes its tag at its start, whether or not a rank tests before the
+    next.
+    """
     own, other = (
         np.full(30_000, group.rank + 1.0, np.float32),
         np.full(500, group.rank + 1.0, np.float32),
@@ -428,7 +412,7 @@ def test_neighbours(group):
         ("alreduce", (np.ones(3),), {}, "did you mean 'allreduce'"),
         ("allreduce", (np.ones((3, 3))[:, 1],), {}, "C-contiguous"),
         ("allreduce", (np.broadcast_to(np.zeros(1), (1,)),), {}, "read-only"),
-        ("reduce", (np.ones(3),), {"root": 99}, "root 99 is no rank of this group"),
+        ("reduce", (np.ones(3),), {"root": 99}, "root 99 must be a rank from 0 to"),
         ("broadcast", (np.ones(3), np.ones(3)), {}, "in place"),
         ("reduce_scatter", (np.ones(10), np.ones(11)), {}, "a block of .*; out holds 11"),
         ("allgather", (np.ones(99), np.ones(4)), {}, "a block of .*; array holds 99"),
@@ -508,7 +492,7 @@ def test_debug_finds_who_is_elsewhere_in_shared_memory(comm):
     careful.free()
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "ring", "native"])
+@pytest.mark.parametrize("algorithm", ["auto", "ring", "mpi"])
 def test_more_than_2_to_the_31(group, algorithm):
     if group.size != 2:
         pytest.skip("takes 2 GiB a rank: at exactly 2 ranks only")
