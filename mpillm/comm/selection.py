@@ -181,7 +181,8 @@ def _check_able(operation: str, algorithm: str, able: Sequence[str], node_map: N
         memory = "with" if node_map.shares_memory else "without"
         raise CommError(
             f"{operation} by {algorithm} needs {needs[algorithm]}; here are {node_map.size} "
-            f"ranks on {len(node_map.nodes)} node(s), {memory} shared memory; take one of {', '.join(able)}"
+            f"ranks on {len(node_map.nodes)} node(s), {memory} shared memory; "
+            f"take one of {', '.join(able)}"
         )
     check_known(algorithm, able, f"algorithm for {operation}")
 

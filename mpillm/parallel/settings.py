@@ -38,7 +38,6 @@ class ParallelSettings:
         "rabenseifner",
         "binomial",
         "mpi",
-        "native",
     ] = "auto"
     """Who sums the gradients: the ranks of a node in memory that they share, one of our lists of messages, or the MPI
     library; auto: whichever is fastest by the cluster's profile, or by what was measured elsewhere.

@@ -1,18 +1,20 @@
 """Collectives against their plain reference: operations, algorithms, types, any number of ranks."""
 
 import itertools
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
-from mpillm.comm.algorithms.schedule import block_bounds
+from mpillm.comm.algorithms.schedule import REDUCING, Algorithm, Transfer, block_bounds
 from mpillm.comm.buffers import ELEMENTS, FLOATS, SHORT_FLOATS, WHOLE, as_buffer
 from mpillm.comm.communicator import Communicator
 from mpillm.comm.selection import OPERATIONS
 from mpillm.errors import CommError
+from mpillm.machine.node_map import map_nodes
 
-REDUCING = ("allreduce", "reduce_scatter", "reduce")
 # Unit of the last place, times the additions that may each round once.
 TOLERANCE = {"float64": 1e-14, "float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
@@ -199,6 +201,27 @@ def test_short_floats_are_summed_in_float32_and_rounded_once(group, element):
     assert ((tensor.double() - exact).abs() <= half_unit * exact.abs() + slack + 2.0**-25).all()
 
 
+def test_a_plugin_runs_on_the_executors(group, monkeypatch):
+    """An algorithm of a user's module, by its name: rank 0 sums and sends the whole array to all."""
+
+    def rounds(rank, size, root):
+        others = range(1, size) if rank == 0 else [0]
+        down = [Transfer(peer, 0, "copy" if rank else "send") for peer in others]
+        up = [Transfer(peer, 0, "send" if rank else "add", added=True) for peer in others]
+        return [tuple(up), tuple(down)] if size > 1 else []
+
+    star = Algorithm({"allreduce": rounds}, whole=frozenset({"allreduce"}))
+    module = types.ModuleType("users_algorithms")
+    monkeypatch.setattr(module, "STAR", star, raising=False)
+    monkeypatch.setitem(sys.modules, "users_algorithms", module)
+    for op, expected in (("sum", sum(range(1, group.size + 1))), ("max", group.size)):
+        array = np.full(3001, group.rank + 1.0)
+        ready = group.prepare("allreduce", array, op=op, algorithm="users_algorithms:STAR")
+        assert ready.algorithm == "users_algorithms:STAR"
+        ready.run()
+        assert (array == expected).all()
+
+
 def test_prepared_runs_again_and_again(group):
     for algorithm in ways(group, "allreduce"):
         array = np.ones(5000, np.float32)
@@ -280,6 +303,23 @@ def test_handles_are_polled_to_their_end(group):
                 pass
             if operation == "allreduce":
                 assert (array == sum(range(group.size))).all()
+
+
+def test_a_communicator_with_the_map_of_another(comm):
+    """The map that was asked for once serves communicators of the same ranks and of a part of them."""
+    node_map = map_nodes(comm)
+    whole = Communicator(comm, node_map=node_map)
+    assert whole.nodes == [list(ranks) for ranks in node_map.nodes]
+    members = [rank for rank in range(comm.size) if rank % 2 == comm.rank % 2]
+    part_comm = comm.Split(comm.rank % 2, comm.rank)
+    part = Communicator(part_comm, node_map=node_map.of_ranks(members))
+    assert part.node_map.nodes == map_nodes(part_comm).nodes
+    array = np.full(1000, comm.rank + 1.0)
+    part.allreduce(array)
+    assert (array == sum(rank + 1 for rank in members)).all()
+    for made in (part, whole):
+        made.free()
+    part_comm.Free()
 
 
 def test_starting_twice_is_refused(group):

@@ -1,5 +1,8 @@
 """Which ranks share a node."""
 
+from pathlib import Path
+
+from mpillm.machine import node_map
 from mpillm.machine.node_map import NodeMap, map_nodes, nodes_by_first
 
 DEALT = NodeMap(((0, 2, 4), (1, 3)), True, "Open MPI v5")
@@ -29,6 +32,12 @@ def test_the_map_of_some_ranks():
 
 def test_nodes_are_ordered_by_their_first_ranks():
     assert nodes_by_first([0, 1, 0, 1, 4]) == ((0, 2), (1, 3), (4,))
+
+
+def test_no_other_file_asks_mpi():
+    house = Path(node_map.__file__).parents[1]
+    asking = [path for path in house.rglob("*.py") if ".Split_type(" in path.read_text("utf-8")]
+    assert asking == [Path(node_map.__file__)]
 
 
 def test_mpi_is_asked(comm):

@@ -97,11 +97,7 @@ class ChannelSet:
             for endpoint in endpoints
             if isinstance(endpoint, MessageReceiver | MessageSender)
         ]
-        self._thread = (
-            ProgressThread(_MessageProgress(self._messages))
-            if self._messages
-            else None
-        )
+        self._thread = ProgressThread(_MessageProgress(self._messages)) if self._messages else None
         # Calls of MPI from two threads must not overlap; without a thread nothing contends for it.
         self._lock = threading.Lock() if self._thread is None else self._thread.lock
 

@@ -21,9 +21,14 @@ def sendrecv_request(
     requests: list[MPI.Prequest] = []
     # Receives start first, so that a message finds its receive posted and needs no extra copy.
     if incoming is not None and source is not None:
-        requests += [comm.Recv_init(incoming.raw(*span), source, tag) for span in message_spans(incoming.count)]
+        requests += [
+            comm.Recv_init(incoming.raw(*span), source, tag)
+            for span in message_spans(incoming.count)
+        ]
     if outgoing is not None and to is not None:
-        requests += [comm.Send_init(outgoing.raw(*span), to, tag) for span in message_spans(outgoing.count)]
+        requests += [
+            comm.Send_init(outgoing.raw(*span), to, tag) for span in message_spans(outgoing.count)
+        ]
     return SendrecvRequest(requests)
 
 

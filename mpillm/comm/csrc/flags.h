@@ -1,4 +1,4 @@
-/* Flags in memory that processes share: where they lie, and how one waits for them. */
+/* Flags in memory that processes share: their alignment, and the waits for them. */
 #ifndef MPILLM_FLAGS_H
 #define MPILLM_FLAGS_H
 

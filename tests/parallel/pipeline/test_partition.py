@@ -6,8 +6,8 @@ import re
 import pytest
 
 from mpillm.errors import LayoutError
-from mpillm.models.decoder import DecoderConfig
 from mpillm.machine.node_map import NodeMap, nodes_by_first
+from mpillm.models.decoder import DecoderConfig
 from mpillm.parallel.axis_sizes import legal_layouts, mesh_sizes
 from mpillm.parallel.pipeline.partition import even_counts, partition_blocks
 from mpillm.parallel.settings import ParallelSettings
