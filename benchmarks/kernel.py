@@ -17,7 +17,7 @@ import torch
 from mpi4py import MPI
 
 from mpillm.bench.timing import in_turn
-from mpillm.comm.algorithms.catalog import block_bounds
+from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.comm.buffers import from_octets
 from mpillm.comm.communicator import Communicator
 from mpillm.comm.shared.team import SharedRows

@@ -138,7 +138,7 @@ def _check(bench: Bench, entries: Mapping[str, Contestant]) -> dict[str, int]:
 
 def rows_of(shape: Shape, seconds: Mapping[str, Seconds], facts: Mapping[str, Row]) -> list[Row]:
     """The table's rows of one size, from the times of each contestant, the floor among them."""
-    native, memory = seconds.get("native"), seconds.get(FLOOR)
+    native, memory = seconds.get("mpi"), seconds.get(FLOOR)
     least = None
     if memory is not None and shape.ranks > 1:
         least = figures.times(memory).median * figures.floor_share(shape.operation, shape.ranks)

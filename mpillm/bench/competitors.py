@@ -6,7 +6,6 @@ turn, so none finds its data warmer than the others do.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from mpillm.bench.options import BenchOptions
 from mpillm.bench.peers import PEERS, Peer
 from mpillm.bench.sample_arrays import Shape, new_array
 from mpillm.bench.timing import Call, Make
-from mpillm.comm.algorithms.catalog import ALGORITHMS
+from mpillm.comm.algorithms.algorithm_catalog import ALGORITHM_CATALOG
 from mpillm.comm.gpu.device_selection import WAYS
 from mpillm.errors import MpillmError, UsageError
 
@@ -29,14 +28,14 @@ SLOW = ("reference",)
 # Exist somewhere, if not for this operation or on this machine.
 KNOWN = {
     "auto",
-    "native",
+    "mpi",
     "reference",
     "shared",
     "segmented-ring",
     "two-level",
     *WAYS,
     *PEERS,
-    *chain(*ALGORITHMS.values()),
+    *ALGORITHM_CATALOG,
 }
 SHARED_BY_DEFAULT = ("auto", "shared")
 SHARED_PRIVATE = "shared, private"
@@ -194,7 +193,7 @@ def contestants(
                 root=shape.root,
                 algorithm=name,
             )
-            return prepared.bare if name == "native" else prepared.run, prepared.algorithm
+            return prepared.bare if name == "mpi" else prepared.run, prepared.algorithm
 
         return prepare
 

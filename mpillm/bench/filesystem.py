@@ -19,7 +19,7 @@ from mpillm.bench import figures
 from mpillm.bench.context import Bench
 from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, text, whole
 from mpillm.bench.timing import Call, slowest
-from mpillm.comm.agreement import on_root
+from mpillm.comm.failure import on_root
 from mpillm.errors import UsageError
 
 if TYPE_CHECKING:

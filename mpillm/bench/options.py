@@ -7,6 +7,7 @@ from pathlib import Path
 from mpillm.bench.sizes import parse_sizes
 from mpillm.comm.buffers import ELEMENTS
 from mpillm.errors import UsageError
+from mpillm.machine.cluster_profile import ALIASES
 
 COLLECTIVES = {
     "allreduce": "allreduce",
@@ -99,10 +100,9 @@ class BenchOptions:
 
     @property
     def algorithm_names(self) -> tuple[str, ...]:
-        """The names as asked for, each once."""
-        return tuple(
-            dict.fromkeys(name.strip() for name in self.algorithms.split(",") if name.strip())
-        )
+        """The names as asked for, each once; a former name becomes the present one."""
+        asked = [name.strip() for name in self.algorithms.split(",")]
+        return tuple(dict.fromkeys(ALIASES.get(name, name) for name in asked if name))
 
     @property
     def quiet(self) -> bool:

@@ -17,11 +17,12 @@ from mpillm.bench.overlap import run_overlap
 from mpillm.bench.pairs import run_message_rate, run_pairs
 from mpillm.bench.plot import draw, drawn
 from mpillm.bench.results import Section, as_csv, as_json, tell
-from mpillm.comm.agreement import on_root
 from mpillm.comm.communicator import Communicator
+from mpillm.comm.failure import on_root
 from mpillm.comm.gpu.probe import probe
 from mpillm.errors import UsageError
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
+from mpillm.machine.node_map import map_nodes
 from mpillm.system.atomic import make_folder, write_text
 from mpillm.system.console import Console
 from mpillm.system.malloc import keep_pages
@@ -42,9 +43,10 @@ def run(
     `environment`: the process's, for the child that tries what MPI does with a GPU's memory; None: it isn't tried.
     """
     on_root(comm, lambda: _check_places(options))
-    _check_device(options, comm)
+    node_map = map_nodes(comm)
+    _check_device(options, node_map.local_rank(comm.rank))
     quiet = Console(speaks=False) if options.quiet else console
-    cluster = describe_cluster(comm)
+    cluster = describe_cluster(comm, node_map)
     profile = load_profile(options.profile, quiet.warn, cluster) if options.profile else None
     kept = options.buffers == "warm" and keep_pages()
     gpu: dict[str, Any] = {}
@@ -53,7 +55,7 @@ def run(
         gpu = {**known.gpu_probe, **on_root(comm, lambda: _gpu_facts(environment))}
         # What was found holds for this very run.
         profile = replace(known, gpu_probe=gpu)
-    group = Communicator(comm, profile=profile, warn=quiet.warn)
+    group = Communicator(comm, profile=profile, warn=quiet.warn, node_map=node_map)
     bench = Bench(options, comm, group, quiet)
     facts = header(bench, cluster, kept)
     sections = [
@@ -97,19 +99,16 @@ def _check_places(options: BenchOptions) -> None:
         make_folder(path.parent)
 
 
-def _check_device(options: BenchOptions, comm: "MPI.Intracomm") -> None:
+def _check_device(options: BenchOptions, local_rank: int) -> None:
     """Raise UsageError without a GPU; else the ranks of a node take its GPUs in turn."""
     if options.device == "cuda":
         import torch
-        from mpi4py import MPI
 
         if not torch.cuda.is_available():
             raise UsageError(
                 f"--device cuda needs a GPU and a torch built for it, this is torch {torch.__version__}"
             )
-        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        torch.cuda.set_device(node.rank % torch.cuda.device_count())
-        node.Free()
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
 
 def _write(

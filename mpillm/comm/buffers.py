@@ -1,7 +1,9 @@
-"""What may travel: C-contiguous NumPy arrays and torch CPU tensors, seen flat.
+"""Arrays that messages carry: C-contiguous NumPy arrays and torch CPU tensors, as flat buffers.
 
-A Buffer shares its array's memory. Messages carry bytes, so that every element type travels alike; MPI knows
-no bfloat16, and most libraries no float16. Arithmetic is done by the compiled kernel, 16-bit floats in float32.
+A Buffer shares its array's memory. Messages carry bytes, so that all element types are handled
+alike: MPI has no bfloat16, and most libraries no float16. The compiled kernel does the arithmetic,
+16-bit floats in float32. Nothing here loads torch, except for a bfloat16 buffer made from bare
+bytes.
 """
 
 import functools
@@ -20,9 +22,12 @@ from mpillm.errors import CommError
 WHOLE = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 SHORT_FLOATS = ("float16", "bfloat16")
 FLOATS = ("float32", "float64", *SHORT_FLOATS)
-# The kernel counts on the order of these two.
+# The kernel takes indices into these two, so their order is that of arithmetic.h.
 ELEMENTS = (*FLOATS, *WHOLE)
 REDUCTIONS = ("sum", "max", "min")
+# MPI's classic interface counts to 2³¹ − 1, and some libraries err near it: no call of MPI gets
+# more elements.
+LARGEST_COUNT = 2**30
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Buffer:
     element: str
     """One of ELEMENTS."""
     flat: Any
-    """1-dim NumPy array, or torch tensor for the types that NumPy has not."""
+    """1-dim NumPy array; a torch tensor for bfloat16, which NumPy lacks."""
     octets: NDArray[np.uint8]
     """The same memory as bytes."""
     count: int
@@ -42,15 +47,15 @@ class Buffer:
 
     @property
     def code(self) -> int:
-        """The element type as the kernel counts them."""
+        """The element type's number in the kernel."""
         return ELEMENTS.index(self.element)
 
     def raw(self, first: int, stop: int) -> NDArray[np.uint8]:
-        """The bytes of elements `first` to `stop`, for MPI to send or receive."""
+        """Return the bytes of elements `first` to `stop`, for MPI to send or receive."""
         return self.octets[first * self.itemsize : stop * self.itemsize]
 
     def part(self, first: int, stop: int) -> "Buffer":
-        """Elements `first` to `stop` as a Buffer of their own."""
+        """Return elements `first` to `stop` as a Buffer of the same memory."""
         return Buffer(
             self.element,
             self.flat[first:stop],
@@ -61,13 +66,13 @@ class Buffer:
         )
 
     def combine(self, op: str, target: slice, source: "Buffer", source_slice: slice) -> None:
-        """self[target] = self[target] op source[source_slice], in place; `op` is one of REDUCTIONS."""
+        """Set self[target] = self[target] op source[source_slice]; `op` is one of REDUCTIONS."""
         self.combining(op, target, source, source_slice)()
 
     def combining(
         self, op: str, target: slice, source: "Buffer", source_slice: slice
     ) -> Callable[[], object]:
-        """`combine` as a call, to be made any number of times."""
+        """Prepare `combine` as a call without arguments, to repeat any number of times."""
         own, other = (
             self.raw(target.start, target.stop),
             source.raw(source_slice.start, source_slice.stop),
@@ -75,36 +80,47 @@ class Buffer:
         return functools.partial(kernel.combine, self.code, REDUCTIONS.index(op), own, other)
 
     def scale(self, factor: float) -> None:
-        """self *= factor, in place; floats only."""
+        """Multiply all elements by `factor`, in place; floats only."""
         kernel.scale(self.code, self.octets, factor)
 
     def empty(self, count: int) -> "Buffer":
-        """A new buffer of `count` elements of the same type, its contents undefined."""
-        # Some processors copy at a third of their speed where the target stands 1 to 31 bytes further in its page than
-        # the source (docs/notes.md). Arrays stand near a page's beginning as a rule, what they are copied to amidst it.
+        """Allocate `count` elements of the same type, their contents undefined."""
+        # AMD EPYC copies at a third of its speed if target − source ≡ 1 … 31 modulo a page (`rep
+        # movsb`). Arrays begin near a page's start as a rule, so scratch begins half a page
+        # further.
         return from_octets(new_octets(count * self.itemsize, PAGE_BYTES // 2), self.element)
 
 
 def new_octets(nbytes: int, place: int = 0) -> NDArray[np.uint8]:
-    """New memory that begins `place` bytes within a page; its contents are undefined."""
+    """Allocate memory that begins `place` bytes within a page; its contents are undefined."""
     memory = np.empty(nbytes + PAGE_BYTES, np.uint8)
     start = (place - memory.ctypes.data) % PAGE_BYTES
     return memory[start : start + nbytes]
 
 
+def message_spans(count: int) -> list[tuple[int, int]]:
+    """Cut `count` elements into spans (first, stop) of one MPI call each; an empty array is one
+    message, too.
+    """
+    firsts = range(0, max(count, 1), LARGEST_COUNT)
+    return [(first, min(first + LARGEST_COUNT, count)) for first in firsts]
+
+
 @functools.cache
 def element_of(dtype: Any) -> str:
-    """The name of a NumPy or torch element type, without its library's: NumPy takes its time to tell."""
+    """Return the name of a NumPy or torch element type; cached, because NumPy composes it each
+    time.
+    """
     return dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
 
 
 def itemsize_of(element: str) -> int:
-    """Bytes of one element of that name."""
+    """Return the bytes of one element of that name."""
     return 2 if element == "bfloat16" else np.dtype(element).itemsize
 
 
 def from_octets(octets: NDArray[np.uint8], element: str) -> Buffer:
-    """Bytes as a row of `element`: a torch tensor for bfloat16, else a NumPy array, over the same memory."""
+    """View bytes as elements of type `element`: a torch tensor for bfloat16, else a NumPy array."""
     if element == "bfloat16":
         import torch
 
@@ -113,26 +129,27 @@ def from_octets(octets: NDArray[np.uint8], element: str) -> Buffer:
 
 
 def as_buffer(array: Any, writable: bool = True) -> Buffer:
-    """A C-contiguous NumPy array or torch CPU tensor of any shape as a flat Buffer, without a copy.
+    """View a C-contiguous NumPy array or torch CPU tensor of any shape as a flat Buffer, without a
+    copy.
 
-    Raises CommError for another kind of array, another element type, a gap in its memory, or a read-only one where
-    `writable` asks for one that can take a result.
+    Raises CommError for another kind of array, another element type, or gaps in its memory; and for
+    a read-only array where it must be `writable`, to take a result.
     """
     if isinstance(array, Buffer):
         buffer = array
     elif isinstance(array, np.ndarray):
         buffer = _from_numpy(array)
     else:
-        torch = sys.modules.get(
-            "torch"
-        )  # who passes a tensor has loaded torch; comm itself never does
+        # The caller of a tensor has loaded torch; comm itself never does for NumPy arrays.
+        torch = sys.modules.get("torch")
         if torch is not None and isinstance(array, torch.Tensor):
             buffer = _from_torch(array)
         elif hasattr(array, "__cuda_array_interface__"):
             raise CommError(_no_device("a CUDA array"))
         else:
             raise CommError(
-                f"messages carry NumPy arrays and torch tensors, not {type(array).__name__}; wrap it with numpy.asarray"
+                f"messages carry NumPy arrays and torch tensors, not {type(array).__name__}; "
+                "wrap it with numpy.asarray"
             )
     if writable and not buffer.writable:
         raise CommError(
@@ -146,7 +163,8 @@ def _from_numpy(array: NDArray[Any]) -> Buffer:
     check_memory(element, array.flags.c_contiguous, array.shape, "numpy.ascontiguousarray")
     if not array.dtype.isnative:
         raise CommError(
-            f"an array of byte order {array.dtype.str!r} cannot be summed; convert it with .astype({element!r})"
+            f"an array of byte order {array.dtype.str!r} cannot be summed; convert it with "
+            f".astype({element!r})"
         )
     flat = array.reshape(-1)
     return Buffer(
@@ -162,25 +180,29 @@ def _from_torch(tensor: Any) -> Buffer:
     flat = tensor.detach().reshape(-1)
     if element != "bfloat16":
         return _from_numpy(flat.numpy())
-    # int16 has its size, and NumPy knows it: the memory stays the same.
+    # NumPy lacks bfloat16 but has int16, of the same size: a view of the same memory.
     octets = flat.view(sys.modules["torch"].int16).numpy().view(np.uint8)
     return Buffer(element, flat, octets, flat.numel(), 2)
 
 
 def check_memory(element: str, contiguous: bool, shape: tuple[int, ...], remedy: str) -> None:
-    """Raise CommError for an element type that can't travel, or memory with gaps; `remedy` closes them."""
+    """Raise CommError for an unknown element type, or memory with gaps; `remedy` names the call
+    that closes them.
+    """
     if element not in ELEMENTS:
         raise CommError(
-            f"elements of type {element} cannot travel; convert to one of {', '.join(ELEMENTS)}"
+            f"elements of type {element} cannot travel; "
+            f"convert to one of {', '.join(ELEMENTS)}"
         )
     if not contiguous:
         raise CommError(
-            f"a message needs C-contiguous memory, this array of shape {shape} has gaps; make it so with {remedy}"
+            f"a message needs C-contiguous memory, this array of shape {shape} has gaps; "
+            f"close them with {remedy}"
         )
 
 
 def _no_device(what: str) -> str:
     return (
-        f"messages carry memory of the CPU, this is {what}; copy it with .cpu() first. Collectives take a GPU's, too, "
-        "for array and out alike"
+        f"messages carry memory of the CPU, this is {what}; copy it with .cpu() first. "
+        "Collectives take memory of a GPU, too, but then for both array and out"
     )

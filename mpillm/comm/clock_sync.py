@@ -1,33 +1,37 @@
-"""One clock for all ranks: how far each host's time.perf_counter is from that of rank 0."""
+"""One clock for all ranks: the offset of each host's time.perf_counter from that of rank 0."""
 
 import time
 from typing import TYPE_CHECKING
 
+from mpillm.machine.node_map import NodeMap, map_nodes
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+# The offset's error is half the shortest round trip, and 50 of them find a short one even on a busy
+# network.
 TRIALS = 50
 TAG = 7
 
 
-def clock_offset(comm: "MPI.Intracomm") -> float:
-    """Seconds to take from this rank's time.perf_counter to have rank 0's. Every rank of `comm` calls it.
+def clock_offset(comm: "MPI.Intracomm", node_map: NodeMap | None = None) -> float:
+    """Return the seconds to subtract from this rank's time.perf_counter to get rank 0's.
 
-    On Linux the processes of a host have one such clock. Between hosts: of several round trips the shortest, in whose
-    middle the other clock was read (Cristian, "Probabilistic clock synchronization", Distributed Computing 3 (1989));
-    it errs by half of that trip at the most.
+    Every rank of `comm` calls it; `node_map`: of `comm`. On Linux the processes of a host share
+    this clock. Between hosts the shortest of several round trips gives it (Cristian, "Probabilistic
+    clock synchronization", Distributed Computing 3 (1989)); the error is at most half of that trip.
     """
     from mpi4py import MPI
 
-    node: MPI.Intracomm = comm.Split_type(MPI.COMM_TYPE_SHARED)  # type: ignore[assignment]
-    leaders = comm.Split(0 if node.rank == 0 else MPI.UNDEFINED, comm.rank)
+    node_map = node_map or map_nodes(comm)
+    leads = node_map.local_rank(comm.rank) == 0
+    leaders = comm.Split(0 if leads else MPI.UNDEFINED, comm.rank)
     offset = 0.0
     if leaders != MPI.COMM_NULL:
         offset = _offset_of_leader(leaders)  # type: ignore[arg-type]
         leaders.Free()
-    offset = float(node.bcast(offset))
-    node.Free()
-    return offset
+    offsets: list[float] = comm.allgather(offset)
+    return offsets[node_map.local_ranks(comm.rank)[0]]
 
 
 def _offset_of_leader(leaders: "MPI.Intracomm") -> float:
@@ -42,9 +46,11 @@ def _offset_of_leader(leaders: "MPI.Intracomm") -> float:
 
 
 def _trial(leaders: "MPI.Intracomm", other: int) -> tuple[float, float]:
-    """(seconds of a round trip, the other's clock less this one's in the middle of it)."""
-    begun = time.perf_counter()
+    """Measure one round trip: (its seconds, the other's clock minus this one's in the middle of
+    it).
+    """
+    began = time.perf_counter()
     leaders.send(None, other, TAG)
     theirs = float(leaders.recv(source=other, tag=TAG))
     ended = time.perf_counter()
-    return ended - begun, theirs - (begun + ended) / 2
+    return ended - began, theirs - (began + ended) / 2

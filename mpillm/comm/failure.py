@@ -1,8 +1,10 @@
-"""Failing together: one rank's failure ends the job with its reason and never leaves the others waiting.
+"""Fail together: one rank's failure ends the job with its reason and never leaves the others
+waiting.
 
-A rank that fails asks whether all ranks failed, with a non-blocking barrier on a communicator of its own that
-the healthy ranks never join. All came (a wrong path, a typo in a recipe): one message and an orderly exit.
-Some did not (they wait in a collective, or are done): this rank says why and calls MPI_Abort, which ends all.
+A rank that fails asks whether all ranks failed, by a non-blocking barrier on a communicator of its
+own that healthy ranks never join. If all came (a wrong path, a typo in a recipe), rank 0 prints one
+message and all exit. If some did not (they wait in a collective, or are done), this rank prints the
+reason and calls MPI_Abort, which ends all.
 """
 
 import signal
@@ -10,28 +12,35 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from mpillm.comm.waiting import wait_patiently
+from mpillm.comm.waiting import patient_bcast, wait_patiently
 from mpillm.errors import MpillmError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# Long enough for ranks that meet the same fault one after the other on a slow file system.
+# Long enough for ranks that find the same fault one after the other on a slow file system.
 AGREEMENT_SECONDS = 2.0
-TELLING_SECONDS = 0.5
-# Of reasons: the word that stays ahead of the ranks.
+# On a busy host the launcher may end itself before it has forwarded the message: this long it may
+# take.
+FORWARDING_SECONDS = 0.5
+# The first word of a message, kept ahead of the ranks, so that a log can be searched for it.
 KINDS = ("error", "stopped")
-INTERRUPTED = 130  # what a shell reports for a process ended by SIGINT: 128 + 2
+# The exit code that a shell reports for a process ended by SIGINT: 128 + 2.
+INTERRUPTED = 130
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a rank leaves: `text` to print ("" where all is said), the exit `code`, the `trace` for --debug."""
+    """Why a rank leaves: the `text` to print ("" where all is printed), the exit `code`, the
+    `trace` for --debug.
+    """
 
     text: str
     code: int
@@ -40,11 +49,13 @@ class Reason:
 
 @contextmanager
 def fail_together(comm: "MPI.Intracomm | None", *, debug: bool = False) -> Iterator[None]:
-    """Run the block; when it raises, print the reason to stderr and leave through SystemExit or MPI_Abort.
+    """Run the block; when it raises, print the reason to stderr and leave through SystemExit or
+    MPI_Abort.
 
-    Every rank of `comm` enters it (it duplicates the communicator); `None` stands for a process without MPI.
-    `debug` prints tracebacks. An exit with code 0 (SystemExit, typer.Exit) passes through untouched.
-    Exit codes: MpillmError's own (75 for a run that was asked to stop), 130 when interrupted, 1 otherwise.
+    Every rank of `comm` enters it (it duplicates the communicator); None means a process without
+    MPI. `debug` prints tracebacks. An exit with code 0 (SystemExit, typer.Exit) passes through
+    untouched. Exit codes: MpillmError's own (75 for a run that was asked to stop), 130 when
+    interrupted, 1 otherwise.
     """
     private = comm.Dup() if comm is not None and comm.size > 1 else None
     try:
@@ -54,13 +65,33 @@ def fail_together(comm: "MPI.Intracomm | None", *, debug: bool = False) -> Itera
             raise
         _ignore_interrupts()
         _leave(private, reason_of(failure), debug)
-    # Collective, so only where all went well; where one rank failed, its Abort ends a wait in here.
+    # Free is collective, so it is called only after success; if a rank failed, its Abort ends a
+    # wait in here.
     if private is not None:
         private.Free()
 
 
+def on_root(comm: "MPI.Intracomm", work: Callable[[], Result]) -> Result:
+    """Run `work` on rank 0 and give its picklable result, or its MpillmError, to every rank.
+
+    Every rank of `comm` calls it; the others sleep meanwhile. So a mistake that rank 0 finds is
+    raised on all ranks alike.
+    """
+    result: Result | None = None
+    failure: MpillmError | None = None
+    if comm.rank == 0:
+        try:
+            result = work()
+        except MpillmError as caught:
+            failure = caught
+    result, failure = patient_bcast(comm, (result, failure))
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
+
+
 def exit_code(failure: BaseException) -> int:
-    """The process's exit code for what was raised."""
+    """Return the process's exit code for an exception."""
     if isinstance(failure, SystemExit):
         return failure.code if isinstance(failure.code, int) else int(failure.code is not None)
     if isinstance(failure, KeyboardInterrupt):
@@ -70,17 +101,20 @@ def exit_code(failure: BaseException) -> int:
 
 
 def is_typer_exit(failure: BaseException) -> bool:
-    """typer.Exit by its shape, so that comm need not load typer."""
+    """Recognize typer.Exit by its shape, so that comm need not load typer."""
     return type(failure).__name__ == "Exit" and isinstance(getattr(failure, "exit_code", None), int)
 
 
 def reason_of(failure: BaseException) -> Reason:
-    """What to tell the user: our own errors hold the way out, any other names its type and --debug."""
+    """Write the message for an exception: mpillm's own errors hold the remedy, others name their
+    type.
+    """
     text, code = str(failure), exit_code(failure)
     if is_typer_exit(failure) or (
         isinstance(failure, SystemExit) and not isinstance(failure.code, str)
     ):
-        return Reason("", code)  # whoever exits with a bare code has spoken already
+        # Code that exits with a bare number has printed its message already.
+        return Reason("", code)
     if isinstance(failure, KeyboardInterrupt):
         return Reason(f"interrupted: {text}" if text else "interrupted", code)
     if not isinstance(failure, MpillmError | SystemExit):
@@ -91,47 +125,52 @@ def reason_of(failure: BaseException) -> Reason:
 
 
 def _leave(private: "MPI.Intracomm | None", reason: Reason, debug: bool) -> NoReturn:
-    """Tell the reason and leave, with all ranks if all failed, else by MPI_Abort."""
+    """Print the reason and leave, with all ranks if all failed, else by MPI_Abort."""
     if private is None:
         _print(message([reason], debug))
     elif wait_patiently(private.Ibarrier(), AGREEMENT_SECONDS):
         reasons = private.allgather(reason)
         if private.rank == 0:
             _print(message(reasons, debug))
-        # A launcher kills the rest once a rank leaves with an error: none may leave before the words are out.
+        # A launcher kills the rest once a rank leaves with an error: no rank may leave before the
+        # message is out.
         private.Barrier()
         private.Free()
     else:
         _print(lone_message(reason, private.rank, private.size, host_name(), debug))
-        # On a busy host the launcher may end itself before it has passed the words on.
-        time.sleep(TELLING_SECONDS)
+        time.sleep(FORWARDING_SECONDS)
         from mpi4py import MPI
 
-        # The world, and not its duplicate: of that, MPICH's launcher now and then gives an exit code of its own.
+        # The world, not its duplicate: for that, MPICH's launcher sometimes replaces the exit code
+        # by its own.
         MPI.COMM_WORLD.Abort(reason.code)
     raise SystemExit(reason.code)
 
 
 def message(reasons: Sequence[Reason], debug: bool = False) -> str:
-    """What the lowest rank prints when all failed: like reasons once, others each with their ranks."""
+    """Write the message of rank 0 when all ranks failed: each different reason once, with its
+    ranks.
+    """
     groups: dict[str, list[int]] = {}
     for rank, reason in enumerate(reasons):
         groups.setdefault(reason.text, []).append(rank)
     if len(groups) == 1:
-        return _told(reasons[0], "", debug) if reasons[0].text else ""
+        return _line(reasons[0], "", debug) if reasons[0].text else ""
     return "".join(
-        _told(reasons[ranks[0]], f"{ranks_text(ranks)} of {len(reasons)}: ", debug)
+        _line(reasons[ranks[0]], f"{ranks_text(ranks)} of {len(reasons)}: ", debug)
         for ranks in groups.values()
     )
 
 
 def lone_message(reason: Reason, rank: int, size: int, host: str, debug: bool = False) -> str:
-    """What a rank prints when it fails while others go on."""
-    return _told(reason, f"rank {rank} of {size} ({host}): ", debug)
+    """Write the message of a rank that fails while others continue."""
+    return _line(reason, f"rank {rank} of {size} ({host}): ", debug)
 
 
-def _told(reason: Reason, who: str, debug: bool) -> str:
-    """`mpillm: error: rank 2 of 4: what`: the kind first, so that a log can be searched for it."""
+def _line(reason: Reason, who: str, debug: bool) -> str:
+    """Write `mpillm: error: rank 2 of 4: what`: the kind first, so that a log can be searched for
+    it.
+    """
     words = reason.text or f"error: left with exit code {reason.code}"
     kind, _, rest = words.partition(": ")
     if who:
@@ -141,7 +180,7 @@ def _told(reason: Reason, who: str, debug: bool) -> str:
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """[0] → `rank 0`, [1, 2, 3, 7] → `ranks 1–3, 7`."""
+    """Write [0] as `rank 0`, [1, 2, 3, 7] as `ranks 1–3, 7`."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][1] + 1:
@@ -153,22 +192,26 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 
 def host_name() -> str:
+    """Return this host's name as MPI reports it."""
     from mpi4py import MPI
 
     return MPI.Get_processor_name()
 
 
 def _print(text: str) -> None:
-    """One write, flushed: MPI_Abort ends the process without Python's own flushing."""
-    with suppress(OSError):  # stdout may be a closed pipe; that must not hide the reason
+    """Print in one write, flushed: MPI_Abort ends the process without Python's own flushing."""
+    # stdout may be a closed pipe, which must not hide the reason.
+    with suppress(OSError):
         sys.stdout.flush()
     sys.stderr.write(text)
     sys.stderr.flush()
 
 
 def _ignore_interrupts() -> None:
-    """For the rest of this process's short life: a second Ctrl-C, or the SIGTERM that launchers send once another rank
-    has left, would print a traceback over the reason, or keep this rank from the others.
+    """Ignore SIGINT and SIGTERM for the rest of this process's short life.
+
+    A second Ctrl-C would print a traceback over the reason, or keep this rank from the others. So
+    would the SIGTERM that launchers send once another rank has left.
     """
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -63,9 +63,11 @@ def load_kernel() -> ModuleType:
     return module
 
 
+# Loaded once, at import: the names below are those of kernel.pyi.
 _kernel = load_kernel()
 MOST_RANKS: int = _kernel.MOST_RANKS
 SOURCE_HASH: str = _kernel.SOURCE_HASH
+WAITING: Mapping[str, float] = _kernel.WAITING
 Operation, Team, SpscQueue = _kernel.Operation, _kernel.Team, _kernel.SpscQueue
 combine, scale, widen, narrow = _kernel.combine, _kernel.scale, _kernel.widen, _kernel.narrow
 team_bytes, spsc_queue_bytes = _kernel.team_bytes, _kernel.spsc_queue_bytes

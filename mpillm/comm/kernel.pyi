@@ -6,6 +6,7 @@ raises ValueError.
 """
 
 import mmap
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
@@ -14,6 +15,8 @@ Buffer: TypeAlias = NDArray[Any] | mmap.mmap
 
 MOST_RANKS: int
 SOURCE_HASH: str
+WAITING: Mapping[str, float]
+"""The constants of all waits, by their names in csrc/flags.h."""
 
 class Operation:
     """One collective of a team, prepared for any number of runs. It holds its buffers' exports.
@@ -21,6 +24,10 @@ class Operation:
     `run` and `wait` raise the team's error for a rank that ended; so does `test` after a time in
     which nothing moved.
     """
+
+    @property
+    def queued(self) -> bool:
+        """False: see executors.request.Request."""
 
     def run(self) -> None: ...
     def start(self) -> None: ...

@@ -1,17 +1,17 @@
-"""The mesh: the job's ranks laid out along named axes, `data=2 × pipeline=4`, each axis with its
-communicator.
+"""The mesh: the job's ranks along named axes, `data=2 × pipeline=4`, a communicator for each axis.
 
-Row-major, the last axis fastest: neighbours along the last axis are neighbours in rank order, which launchers
-place on one node. So the axis that talks most is named last.
+Row-major, the last axis fastest: neighbours along the last axis are neighbours in rank order, which
+launchers place on one node. So the axis that moves most bytes is named last.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from mpillm.errors import LayoutError
+from mpillm.machine.node_map import NodeMap, map_nodes
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -19,35 +19,53 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis as this rank sees it; `comm` joins the ranks that differ from it along this axis only."""
+    """One axis as this rank sees it; `comm` joins the ranks that differ from it along this axis
+    only.
+    """
 
     name: str
     size: int
     rank: int
     comm: "MPI.Intracomm"
+    node_map: NodeMap | None = None
+    """The nodes of the ranks of `comm`; None where the axis was made by hand."""
 
 
 class Mesh:
     """`Mesh(comm, {"data": 2, "pipeline": 2})`: every rank of `comm` makes it, with the same axes.
 
-    Raises LayoutError on every rank when the axes' product is not the number of ranks.
+    `node_map`: of `comm`; without it MPI is asked. Raises LayoutError on every rank when the axes'
+    product is not the number of ranks.
     """
 
-    def __init__(self, comm: "MPI.Intracomm", axes: Mapping[str, int]) -> None:
+    def __init__(
+        self, comm: "MPI.Intracomm", axes: Mapping[str, int], node_map: NodeMap | None = None
+    ) -> None:
         check_axes(axes, comm.size)
         self.comm = comm
+        self.node_map = node_map or map_nodes(comm)
         self.sizes = dict(axes)
         self.coordinates = coordinates(comm.rank, self.sizes)
         self._axes = {name: self._split(name) for name in self.sizes}
 
     def _split(self, name: str) -> Axis:
-        others = {other: place for other, place in self.coordinates.items() if other != name}
-        color = rank_at({**others, name: 0}, self.sizes)
-        axis_comm: MPI.Intracomm = self.comm.Split(color, key=self.coordinates[name])  # type: ignore[assignment]
-        return Axis(name, self.sizes[name], self.coordinates[name], axis_comm)
+        ranks = [
+            rank_at({**self.coordinates, name: place}, self.sizes)
+            for place in range(self.sizes[name])
+        ]
+        # The first rank of the axis names it among its parallels; any number that only they share
+        # would do.
+        axis_comm: MPI.Intracomm = self.comm.Split(ranks[0], key=self.coordinates[name])  # type: ignore[assignment]
+        return Axis(
+            name,
+            self.sizes[name],
+            self.coordinates[name],
+            axis_comm,
+            self.node_map.of_ranks(ranks),
+        )
 
     def axis(self, name: str) -> Axis:
-        """The axis called `name`; raises LayoutError for a name that the mesh has not."""
+        """Return the axis called `name`; raises LayoutError for a name that the mesh lacks."""
         if name not in self._axes:
             near = get_close_matches(name, self._axes, n=1, cutoff=0.0)
             raise LayoutError(
@@ -56,17 +74,18 @@ class Mesh:
         return self._axes[name]
 
     def describe(self) -> str:
+        """Write the axes as `data=2 × pipeline=2`."""
         return describe(self.sizes)
 
     def free(self) -> None:
-        """Give the axes' communicators back to MPI; every rank calls it, and uses no axis afterwards."""
+        """Free the axes' communicators; every rank calls it, and uses no axis afterwards."""
         for axis in self._axes.values():
             axis.comm.Free()
         self._axes.clear()
 
 
 def describe(axes: Mapping[str, int]) -> str:
-    """{"data": 2, "pipeline": 2} → `data=2 × pipeline=2`."""
+    """Write {"data": 2, "pipeline": 2} as `data=2 × pipeline=2`."""
     return " × ".join(f"{name}={size}" for name, size in axes.items())
 
 
@@ -88,7 +107,7 @@ def check_axes(axes: Mapping[str, int], ranks: int) -> None:
 
 
 def coordinates(rank: int, axes: Mapping[str, int]) -> dict[str, int]:
-    """Where `rank` stands along each axis, row-major, the last axis fastest."""
+    """Return the place of `rank` along each axis, row-major, the last axis fastest."""
     places: dict[str, int] = {}
     for name in reversed(list(axes)):
         rank, places[name] = divmod(rank, axes[name])
@@ -96,47 +115,24 @@ def coordinates(rank: int, axes: Mapping[str, int]) -> dict[str, int]:
 
 
 def rank_at(places: Mapping[str, int], axes: Mapping[str, int]) -> int:
-    """The inverse of `coordinates`."""
+    """Return the rank at `places`: the inverse of `coordinates`."""
     rank = 0
     for name, size in axes.items():
         rank = rank * size + places[name]
     return rank
 
 
-def by_hosts(comm: "MPI.Intracomm") -> "MPI.Intracomm":
-    """`comm` with the ranks of each node side by side, nodes in the order of their first ranks; rank 0 stays rank 0.
-    Every rank of `comm` calls it. Launchers may deal ranks out to nodes in turns.
+def by_hosts(comm: "MPI.Intracomm", node_map: NodeMap) -> "tuple[MPI.Intracomm, NodeMap]":
+    """Reorder `comm` node by node, nodes in the order of their first ranks; rank 0 stays rank 0.
+
+    Launchers may deal ranks out to nodes in turns. Every rank of `comm` calls it, with the map of
+    `comm`; returns the new communicator and its map.
     """
-    ordered: MPI.Intracomm = comm.Split(0, key=host_order(first_ranks(comm)).index(comm.rank))  # type: ignore[assignment]
-    return ordered
-
-
-def first_ranks(comm: "MPI.Intracomm") -> list[int]:
-    """For each rank of `comm` the first rank of its node. Every rank of `comm` calls it."""
-    from mpi4py import MPI
-
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    first = node.bcast(comm.rank)
-    node.Free()
-    return comm.allgather(first)
-
-
-def host_order(first_ranks: Sequence[int]) -> list[int]:
-    """The ranks by node; `first_ranks[rank]` is the first rank of its node."""
-    return sorted(range(len(first_ranks)), key=lambda rank: (first_ranks[rank], rank))
-
-
-def local_ranks(comm: "MPI.Intracomm") -> int:
-    """How many ranks of `comm` share this rank's node. Every rank of `comm` calls it."""
-    firsts = first_ranks(comm)
-    return firsts.count(firsts[comm.rank])
-
-
-def hosts(comm: "MPI.Intracomm") -> int:
-    """How many nodes `comm` spans. Every rank of `comm` calls it."""
-    return len(set(first_ranks(comm)))
+    order = node_map.host_order
+    ordered: MPI.Intracomm = comm.Split(0, key=order.index(comm.rank))  # type: ignore[assignment]
+    return ordered, node_map.of_ranks(order)
 
 
 def on_one_node(comm: "MPI.Intracomm") -> bool:
-    """Whether all ranks of `comm` share a node; the same answer on each. Every rank of `comm` calls it."""
-    return local_ranks(comm) == comm.size
+    """Return whether all ranks of `comm` share a node. Asks MPI: every rank of `comm` calls it."""
+    return map_nodes(comm).on_one_node

@@ -1,4 +1,6 @@
-"""A thread that moves collectives on while this rank computes: nothing progresses by itself in most MPI libraries."""
+"""A thread that progresses messages while this rank computes: most MPI libraries progress only
+inside a call.
+"""
 
 import threading
 import time
@@ -6,23 +8,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from mpillm.comm.kernel import WAITING
+
 
 class Progressing(Protocol):
-    """What has something under way, such as a Group."""
+    """A set of messages in flight, such as a Communicator's."""
 
     def progress(self) -> None:
-        """Move it on, without waiting."""
+        """Progress them, without waiting."""
 
 
 class ProgressThread:
-    """Moves what is under way in `group` on, again and again, while it is resumed.
+    """Calls `progress` of `messages` again and again, while it is resumed.
 
-    It sleeps between two looks, so that the computation keeps its core, and takes Python's lock for a look only: the
-    backward pass of torch runs without it. MPI must allow calls from several threads, which mpi4py asks for by default.
+    It sleeps between two polls, so that the computation keeps its core, and holds Python's lock for
+    a poll only: torch's backward pass runs without it. MPI must allow calls from several threads
+    (MPI_THREAD_MULTIPLE, which mpi4py asks for by default).
     """
 
-    def __init__(self, group: Progressing, interval_seconds: float) -> None:
-        self._group, self._interval_seconds = group, interval_seconds
+    def __init__(self, messages: Progressing) -> None:
+        self._messages = messages
+        # MPI calls of the two threads must not overlap on one request.
         self.lock = threading.Lock()
         self._wanted = threading.Event()
         self._ended = False
@@ -32,7 +38,9 @@ class ProgressThread:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For calls of the group from another thread: one at a time. Raises what the thread failed of."""
+        """Hold the thread off while the block calls MPI. Raises the exception that ended the
+        thread, if any.
+        """
         with self.lock:
             self.check()
             yield
@@ -43,10 +51,11 @@ class ProgressThread:
             raise self._failure
 
     def resume(self) -> None:
+        """Let the thread poll."""
         self._wanted.set()
 
     def pause(self) -> None:
-        """When this returns the thread has let go of the group."""
+        """Stop polling; the thread touches no message after this returns."""
         self._wanted.clear()
         with self.paused():
             pass
@@ -58,12 +67,14 @@ class ProgressThread:
         self._thread.join()
 
     def _work(self) -> None:
+        interval_seconds = WAITING["PROGRESS_SECONDS"]
         while self._wanted.wait() and not self._ended:
             with self.lock:
                 try:
+                    # `pause` may have been called between the wait and the lock.
                     if self._wanted.is_set():
-                        self._group.progress()
+                        self._messages.progress()
                 except Exception as failure:
                     self._failure = failure
                     return
-            time.sleep(self._interval_seconds)
+            time.sleep(interval_seconds)

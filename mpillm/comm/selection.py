@@ -1,18 +1,22 @@
-"""Which algorithm for which call: what can run, and which of those is fastest, by a cluster's profile or by a table.
+"""Algorithm selection: which algorithms can run a call here, and which of them is fastest.
 
-The table holds what docs/notes.md measured; a profile that `mpillm bench … --save` wrote on the cluster knows better.
+The cluster's profile, written by `mpillm bench … --save`, decides where it has figures for the
+call. Else the default profile does, which ships with mpillm.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from math import inf
-from types import MappingProxyType
 from typing import Protocol
 
-from mpillm.comm.algorithms.catalog import ALGORITHMS, FIXED_ORDER
-from mpillm.comm.buffers import FLOATS, SHORT_FLOATS
+from mpillm.comm.algorithms.algorithm_catalog import algorithms_of, load_algorithm
+from mpillm.comm.algorithms.schedule import REDUCING
+from mpillm.comm.buffers import FLOATS
+from mpillm.comm.default_profile import DefaultProfile
 from mpillm.errors import CommError
+from mpillm.machine.cluster_profile import ALIASES
+from mpillm.machine.node_map import NodeMap
+from mpillm.system.plugins import is_plugin
 
 OPERATIONS = (
     "allreduce",
@@ -23,44 +27,15 @@ OPERATIONS = (
     "alltoall",
     "barrier",
 )
-REDUCING = ("allreduce", "reduce_scatter", "reduce")
 OPS = ("sum", "mean", "max", "min")
-SHORT_INTEGERS = ("int8", "uint8", "int16", "uint16")
 KIB, MIB = 1024, 1024 * 1024
-# Measured in docs/notes.md. Below, between processes that share no memory, the library's own has the shortest latency.
-FEW_BYTES = 64 * KIB
-# From here on few rounds are worth less than few bytes.
-FEW_ROUNDS_BYTES = 256 * KIB
-# From here on our ring is faster within a node than the library's own.
-RING_BYTES = 8 * MIB
-# The library's all-gather and all-to-all are one call, whose counts end at 2³¹; all others are cut.
-ONE_CALL = ("allgather", "alltoall")
-ONE_CALL_BYTES = 1024 * MIB
-# (algorithm, from so many bytes on, below so many), by library and operation: what beats the stage on private arrays of
-# two ranks, because it copies once.
-_OVER_STAGE: Mapping[str, Mapping[str, tuple[tuple[str, int, float], ...]]] = MappingProxyType(
-    {
-        "Open MPI": {
-            "allreduce": (("native", 2 * MIB, RING_BYTES), ("ring", RING_BYTES, inf)),
-            "allgather": (("native", 128 * KIB, ONE_CALL_BYTES),),
-            "broadcast": (("native", 64 * KIB, inf),),
-            "reduce": (("native", 128 * KIB, MIB),),
-        },
-        "MPICH": {
-            "allreduce": (("ring", RING_BYTES, inf),),
-            "allgather": (("ring", RING_BYTES, inf),),
-        },
-        "Intel": {
-            "allreduce": (("native", 128 * KIB, 2 * MIB),),
-            "allgather": (("native", 128 * KIB, ONE_CALL_BYTES),),
-            "broadcast": (("native", 128 * KIB, inf),),
-        },
-    }
-)
+# Algorithms that are not schedules and keep a fixed order; two-level keeps it on some node maps
+# only.
+ORDERED = ("auto", "shared", "reference")
 
 
 class Profile(Protocol):
-    """What a cluster's profile answers; profile.py has it."""
+    """A source of choices: the cluster's profile, and the default profile."""
 
     def best(
         self,
@@ -72,52 +47,17 @@ class Profile(Protocol):
         allowed: Sequence[str],
         device: str = "cpu",
         node_shared: bool = False,
-    ) -> str | None: ...
-
-
-@dataclass(frozen=True)
-class NodeMap:
-    """How the ranks of a communicator lie on nodes."""
-
-    nodes: tuple[tuple[int, ...], ...]
-    """The ranks of each node, in order of their first rank."""
-    shares_memory: bool
-    """Whether the ranks of each node have a team in shared memory."""
-    library: str = ""
-    """The MPI library's name."""
-
-    @property
-    def size(self) -> int:
-        return sum(len(ranks) for ranks in self.nodes)
-
-    @property
-    def on_one_node(self) -> bool:
-        """Whether all ranks are on one node, be there shared memory or not."""
-        return len(self.nodes) == 1
-
-    @property
-    def even(self) -> bool:
-        """Whether all nodes have equally many ranks."""
-        return len({len(ranks) for ranks in self.nodes}) == 1
-
-    @property
-    def two_level(self) -> bool:
-        """Whether there is something to gain: several nodes, several ranks on one of them, and shared memory there."""
-        return self.shares_memory and 1 < len(self.nodes) < self.size
-
-    @property
-    def keeps_order(self) -> bool:
-        """Whether each node is a whole subtree of the canonical order: 2^k neighbours on every node."""
-        each = len(self.nodes[0])
-        in_order = all(
-            ranks == tuple(range(i * each, (i + 1) * each)) for i, ranks in enumerate(self.nodes)
-        )
-        return in_order and each & (each - 1) == 0
+    ) -> str | None:
+        """Return the fastest of the `allowed` algorithms; None where the profile has no figure."""
 
 
 @dataclass(frozen=True)
 class CollectiveCall:
-    """What a call asks for, beside its arrays. Checked when it is made; raises CommError."""
+    """The arguments of a call apart from its arrays. Raises CommError for unknown words.
+
+    `algorithm`: a name of `available`, or `package.module:Name` of a plug-in; former names are
+    replaced.
+    """
 
     operation: str
     op: str = "sum"
@@ -128,6 +68,7 @@ class CollectiveCall:
     def __post_init__(self) -> None:
         check_known(self.operation, OPERATIONS, "operation")
         check_known(self.op, OPS, "reduction")
+        object.__setattr__(self, "algorithm", ALIASES.get(self.algorithm, self.algorithm))
 
 
 def check_known(word: str, known: Sequence[str], what: str) -> None:
@@ -139,137 +80,118 @@ def check_known(word: str, known: Sequence[str], what: str) -> None:
         )
 
 
-def available(operation: str, layout: NodeMap) -> tuple[str, ...]:
-    """The algorithms that can run `operation` here, `auto` first."""
-    one_team = layout.size == 1 or (layout.shares_memory and layout.on_one_node)
-    lists = list(ALGORITHMS.get(operation, ()))
-    if "ring" in lists:
-        lists.insert(lists.index("ring") + 1, "segmented-ring")
-    if operation == "allreduce" and layout.two_level:
-        lists.append("two-level")
+def available(operation: str, node_map: NodeMap) -> tuple[str, ...]:
+    """List the algorithms that can run `operation` here, `auto` first; no plug-ins."""
+    one_team = node_map.size == 1 or (node_map.shares_memory and node_map.on_one_node)
+    scheduled = list(algorithms_of(operation))
+    if "ring" in scheduled:
+        scheduled.insert(scheduled.index("ring") + 1, "segmented-ring")
+    if operation == "allreduce" and node_map.two_level:
+        scheduled.append("two-level")
     return (
         "auto",
         *(["shared"] if one_team else []),
-        *lists,
-        "native",
+        *scheduled,
+        "mpi",
         *(["reference"] if operation != "barrier" else []),
     )
 
 
 def choose(
-    wish: CollectiveCall,
+    call: CollectiveCall,
     element: str,
     nbytes: int,
-    layout: NodeMap,
+    node_map: NodeMap,
     in_shared: bool,
     profile: Profile | None,
 ) -> str:
-    """The algorithm for a call. `in_shared`: the arrays lie in node-shared memory.
+    """Choose the algorithm for a call. `in_shared`: the arrays are in node-shared memory.
 
-    Raises CommError for an algorithm that does not exist, can't run here, or can't keep the order asked for.
+    Raises CommError for an algorithm that does not exist, cannot run here, or cannot keep a fixed
+    order.
     """
-    if wish.op == "mean" and element not in FLOATS:
+    if call.op == "mean" and element not in FLOATS:
         raise CommError(
-            f"a mean of {element} is no {element}; reduce by sum, or convert to a float type"
+            f"a mean of {element} needs a floating-point array; use op='sum' or convert the array"
         )
-    able = available(wish.operation, layout)
-    algorithm = wish.algorithm
-    if algorithm == "two-level" and layout.on_one_node:
-        # A recipe for a cluster runs on a laptop too.
+    able = available(call.operation, node_map)
+    algorithm = call.algorithm
+    if is_plugin(algorithm):
+        _check_plugin(call)
+        able = (*able, algorithm)
+    if algorithm == "two-level" and node_map.on_one_node:
+        # A recipe for a cluster runs on a laptop, too.
         algorithm = "shared" if "shared" in able else "auto"
-    _check_able(wish.operation, algorithm, able, layout)
-    ordered = wish.fixed_order and wish.operation in REDUCING
-    if ordered:
-        able = tuple(name for name in able if _keeps_order(name, layout))
+    _check_able(call.operation, algorithm, able, node_map)
+    if call.fixed_order and call.operation in REDUCING:
+        able = tuple(name for name in able if _keeps_order(name, node_map))
     if algorithm == "auto":
-        known = None
-        if profile is not None:
-            allowed = [name for name in able if name not in ("auto", "reference")]
-            where = (len(layout.nodes), layout.size)
-            known = profile.best(
-                wish.operation, nbytes, element, *where, allowed, node_shared=in_shared
-            )
-        return known or table(wish.operation, element, nbytes, layout, in_shared, able)
+        return _fastest(call, element, nbytes, node_map, in_shared, profile, able)
     if algorithm not in able:
         raise CommError(
-            f"{algorithm} cannot keep the fixed order of a sum here; take one of {', '.join(able)}, "
-            "or leave fixed_order out"
+            f"{algorithm} cannot keep the fixed order of a sum here; "
+            f"take one of {', '.join(able)}, or leave fixed_order out"
         )
     return algorithm
 
 
-def _check_able(operation: str, algorithm: str, able: Sequence[str], layout: NodeMap) -> None:
+def _fastest(
+    call: CollectiveCall,
+    element: str,
+    nbytes: int,
+    node_map: NodeMap,
+    in_shared: bool,
+    profile: Profile | None,
+    able: Sequence[str],
+) -> str:
+    """Ask the cluster's profile, then the default profile."""
+    allowed = [name for name in able if name not in ("auto", "reference")]
+    for source in (profile, DefaultProfile(node_map)):
+        found = source and source.best(
+            call.operation,
+            nbytes,
+            element,
+            len(node_map.nodes),
+            node_map.size,
+            allowed,
+            node_shared=in_shared,
+        )
+        if found:
+            return found
+    raise AssertionError(f"the default profile prefers none of {', '.join(allowed)}")
+
+
+def _check_plugin(call: CollectiveCall) -> None:
+    """Raise CommError unless the plug-in exists and can run the operation."""
+    rounds = load_algorithm(call.algorithm).rounds
+    if call.operation not in rounds:
+        raise CommError(
+            f"{call.algorithm} cannot run {call.operation}, only {', '.join(rounds)}; "
+            "take another algorithm"
+        )
+
+
+def _check_able(operation: str, algorithm: str, able: Sequence[str], node_map: NodeMap) -> None:
+    """Raise CommError unless `algorithm` can run here, with the reason where it runs elsewhere."""
     needs = {
         "shared": "all ranks on one node, and room in its shared memory",
         "two-level": "several nodes, several ranks on one of them, and room in its shared memory",
     }
     if algorithm in needs and algorithm not in able and operation != "barrier":
+        memory = "with" if node_map.shares_memory else "without"
         raise CommError(
-            f"{operation} by {algorithm} needs {needs[algorithm]}; here are {layout.size} ranks on {len(layout.nodes)} "
-            f"node(s), with{'' if layout.shares_memory else 'out'} shared memory; take one of {', '.join(able)}"
+            f"{operation} by {algorithm} needs {needs[algorithm]}; here are {node_map.size} "
+            f"ranks on {len(node_map.nodes)} node(s), {memory} shared memory; "
+            f"take one of {', '.join(able)}"
         )
     check_known(algorithm, able, f"algorithm for {operation}")
 
 
-def _keeps_order(algorithm: str, layout: NodeMap) -> bool:
+def _keeps_order(algorithm: str, node_map: NodeMap) -> bool:
+    """Return whether `algorithm` can sum in the canonical order of trees.py here."""
     if algorithm == "two-level":
-        return layout.keeps_order
-    return algorithm in FIXED_ORDER or algorithm in ("auto", "shared", "reference")
-
-
-def table(
-    operation: str, element: str, nbytes: int, layout: NodeMap, in_shared: bool, able: Sequence[str]
-) -> str:
-    """The choice without a profile."""
-    return next(
-        name for name in _preferences(operation, element, nbytes, layout, in_shared) if name in able
-    )
-
-
-def _preferences(
-    operation: str, element: str, nbytes: int, layout: NodeMap, in_shared: bool
-) -> list[str]:
-    # 16-bit floats the libraries add slowly or not at all; short integers saturate in Open MPI, where ours wrap.
-    native_wins = operation not in REDUCING or not (
-        element in SHORT_FLOATS or element in SHORT_INTEGERS
-    )
-    if layout.on_one_node and layout.shares_memory:
-        better = _over_stage(operation, nbytes, layout) if native_wins and not in_shared else []
-        return [*better, "shared", "native", *_by_size(nbytes)]
-    if native_wins and nbytes < _lists_win_from(operation, layout):
-        return ["native", *_by_size(nbytes)]
-    if layout.on_one_node and nbytes >= FEW_ROUNDS_BYTES:
-        return ["ring", *_by_size(nbytes), "native"]
-    return ["two-level", *_by_size(nbytes), "native"]
-
-
-def _by_size(nbytes: int) -> list[str]:
-    """Over a network: few rounds for small arrays, few bytes and both directions at once for large ones."""
-    if nbytes < FEW_ROUNDS_BYTES:
-        return ["recursive-doubling", "recursive-halving", "rabenseifner", "binomial", "pairwise"]
-    return [
-        "segmented-ring",
-        "rabenseifner",
-        "recursive-halving",
-        "scatter-allgather",
-        "binomial",
-        "pairwise",
-    ]
-
-
-def _lists_win_from(operation: str, layout: NodeMap) -> float:
-    """The bytes from which on lists beat the library's own between processes that share no memory."""
-    if not layout.on_one_node:
-        return FEW_BYTES
-    if operation in ONE_CALL:
-        return ONE_CALL_BYTES
-    return RING_BYTES if operation in ("allreduce", "reduce_scatter") else inf
-
-
-def _over_stage(operation: str, nbytes: int, layout: NodeMap) -> list[str]:
-    """What beats the stage on private arrays of one node. Its two copies weigh less, the more ranks there are."""
-    if layout.size != 2:
-        return []
-    known = (spans for library, spans in _OVER_STAGE.items() if library in layout.library)
-    spans = next(known, {}).get(operation, ())
-    return [name for name, first, stop in spans if first <= nbytes < stop]
+        return node_map.keeps_order
+    if algorithm in ORDERED:
+        return True
+    # segmented-ring and mpi are neither schedules of the catalogue nor ordered.
+    return algorithm not in ("segmented-ring", "mpi") and load_algorithm(algorithm).fixed_order

@@ -1,4 +1,4 @@
-"""The door to MPI: opened late, so that what needs no message loads no MPI."""
+"""Open MPI late, so that commands without messages load no MPI."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -11,14 +11,16 @@ if TYPE_CHECKING:
 
 
 def open_world(check: Callable[[str], None] | None = None) -> "MPI.Intracomm":
-    """All ranks of the job, MPI_COMM_WORLD; a process started without mpirun is a world of one.
+    """Initialize MPI and return MPI_COMM_WORLD; a process started without mpirun is a world of one.
 
-    Calls MPI_Init. `check` is handed the library's version before that, for some end the process in MPI_Init when
-    another MPI's launcher started it. Raises LaunchError when no MPI library can be loaded, and what `check` raises.
+    `check` is called with the library's version before MPI_Init, because some libraries end the
+    process there if another MPI's launcher started it. Raises LaunchError when no MPI library can
+    be loaded, and the errors of `check`.
     """
     try:
         import mpi4py
 
+        # Not at import: `check` must run first, and the thread level is ours to ask for.
         mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
     except (ImportError, RuntimeError) as failure:
@@ -30,6 +32,7 @@ def open_world(check: Callable[[str], None] | None = None) -> "MPI.Intracomm":
     if not MPI.Is_initialized():
         if check is not None:
             check(MPI.Get_library_version())
+        # The progress thread calls MPI, too.
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
         wait_until_all_began(MPI.COMM_WORLD.size)
     return MPI.COMM_WORLD

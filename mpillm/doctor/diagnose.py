@@ -33,6 +33,7 @@ from mpillm.launch.launchers import Started, detect
 from mpillm.launch.placement import narrow_binding, placement
 from mpillm.launch.singleton import refuse_before_init, refuse_lonely_ranks, without_foreign_warning
 from mpillm.launch.threads import threads_per_rank
+from mpillm.machine.node_map import map_nodes
 from mpillm.system.console import Console
 from mpillm.system.environment import without_launcher
 from mpillm.system.pmix import wait_until_all_began
@@ -232,11 +233,10 @@ def _lost(
 
 def _world(comm: "MPI.Intracomm") -> World:
     """Hosts of the same name (containers) are told apart by a number."""
-    from mpi4py import MPI
-
     meet(comm)
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    first = node.bcast(comm.rank)
+    node_map = map_nodes(comm)
+    node = node_map.split(comm)
+    first = node_map.local_ranks(comm.rank)[0]
     told: list[tuple[int, str]] = comm.allgather((first, os.uname().nodename))
     names: dict[int, str] = {}
     for leader, name in told:

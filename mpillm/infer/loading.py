@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mpillm.comm.agreement import on_root
+from mpillm.comm.failure import on_root
 from mpillm.models.model_catalog import read_spec
 from mpillm.models.part_module import PartModule
 from mpillm.system.console import Console

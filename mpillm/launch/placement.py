@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mpillm.launch.launchers import detect, launcher_named
 from mpillm.launch.threads import allowance
 from mpillm.machine.gpus import gpu_of, visible_gpus
+from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.machine.topology import ROOT, job_cpus, ranges_text, read_topology
 from mpillm.system.console import Console, counted
 
@@ -45,12 +46,17 @@ class RankPlace:
 
 
 def placement(
-    comm: "MPI.Intracomm", environment: Mapping[str, str], threads: int, root: Path = ROOT
+    comm: "MPI.Intracomm",
+    environment: Mapping[str, str],
+    threads: int,
+    root: Path = ROOT,
+    node_map: NodeMap | None = None,
 ) -> list[RankPlace]:
     """The place of each rank of `comm`, in their order, on every rank. Every rank calls it; `threads`: of this one."""
     from mpi4py import MPI
 
-    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    node_map = node_map or map_nodes(comm)
+    local_rank = node_map.local_rank(comm.rank)
     topology, cpus, limit = (
         read_topology(root),
         os.sched_getaffinity(0),
@@ -60,19 +66,18 @@ def placement(
     mine = RankPlace(
         rank=comm.rank,
         host=MPI.Get_processor_name(),
-        local_rank=local.rank,
-        local_size=local.size,
+        local_rank=local_rank,
+        local_size=len(node_map.local_ranks(comm.rank)),
         cpus=frozenset(cpus),
         cores=frozenset(topology.cores(cpus)),
         threads=threads,
         sockets=frozenset(topology.sockets(cpus)),
         numa=frozenset(topology.numa_nodes(cpus)),
-        gpu=gpu_of(local.rank, visible_gpus(environment, root)),
+        gpu=gpu_of(local_rank, visible_gpus(environment, root)),
         offered_cores=cores_within(limit, len(offered), len(topology.cores(offered))),
         limit=limit,
         launcher=detect(environment).launcher,
     )
-    local.Free()
     return comm.allgather(mine)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.launch.launchers import number
+from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.machine.topology import ROOT, cpu_limit, read_topology
 
 if TYPE_CHECKING:
@@ -43,15 +44,15 @@ def threads_wish(environment: Mapping[str, str]) -> int | None:
     return int(wish) if wish.isdigit() and int(wish) else None
 
 
-def threads_per_rank(comm: "MPI.Intracomm", environment: Mapping[str, str]) -> int:
+def threads_per_rank(
+    comm: "MPI.Intracomm", environment: Mapping[str, str], node_map: NodeMap | None = None
+) -> int:
     """The threads of this rank: OMP_NUM_THREADS where the user set it, else its fair share of the node's cores.
 
-    Every rank calls it.
+    Every rank calls it; `node_map`: of `comm`, else MPI is asked.
     """
-    from mpi4py import MPI
-
-    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    masks: list[set[int]] = local.allgather(read_topology().cores(os.sched_getaffinity(0)))
-    threads = fair_threads(masks, local.rank, allowance(environment))
-    local.Free()
+    node_map = node_map or map_nodes(comm)
+    cores: list[set[int]] = comm.allgather(read_topology().cores(os.sched_getaffinity(0)))
+    masks = [cores[rank] for rank in node_map.local_ranks(comm.rank)]
+    threads = fair_threads(masks, node_map.local_rank(comm.rank), allowance(environment))
     return threads_wish(environment) or threads

@@ -1,38 +1,43 @@
-"""The cluster profile: what `mpillm bench --save` measured, a JSON file that the choice of algorithms reads.
+"""The cluster profile: the figures of `mpillm bench --save`, a JSON file that comm chooses
+algorithms by.
 
-    {"schema": "mpillm cluster profile", "version": 1, "made": DATE, "cluster": {…}, "collectives": [{…}, …],
-     "point_to_point": [{…}, …], "memory": {…}, "gemm": [{…}, …], "filesystem": {…}, "gpu_probe": {…},
+    {"schema": "mpillm cluster profile", "version": 1, "made": DATE, "cluster": {…},
+     "collectives": [{…}, …], "point_to_point": [{…}, …], "memory": {…}, "gemm": [{…}, …],
+     "filesystem": {…}, "gpu_probe": {…},
      "handover": {"shared": {…}, "messages": {…}}}
 
-docs/bench.md tells every key. Sizes are bytes, times seconds, rates bytes a second.
+docs/bench.md explains every key. Sizes are bytes, times seconds, rates bytes a second.
 """
 
 import json
 import math
 import platform
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
-from mpillm.comm.mesh import hosts, local_ranks
 from mpillm.errors import UsageError
+from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.system.atomic import write_json
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 SCHEMA, VERSION = "mpillm cluster profile", 1
-WAY_OUT = "make one with `mpirun … mpillm bench all --save PROFILE.json`"
+REMEDY = "make one with `mpirun … mpillm bench all --save PROFILE.json`"
 Warn = Callable[[str], None]
 Way = Literal["shared", "messages"]
-"""How a channel carries its messages: queues in shared memory, or MPI messages."""
+"""How a message passes between two ranks: through shared memory or by MPI."""
+ALIASES: Mapping[str, str] = MappingProxyType({"native": "mpi"})
+"""Former names of algorithms, still read in profiles, recipes and options."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the figures belong to."""
+    """The hardware and the MPI library that the figures belong to."""
 
     cpu_model: str
     cores_per_node: int
@@ -42,7 +47,7 @@ class Cluster:
     ranks_per_node: int
 
     def differs_from(self, other: "Cluster") -> str:
-        """In what another machine's figures would not hold here; "" where they do."""
+        """Say why figures of this cluster do not hold on `other`; "" where they do."""
         pairs = [
             ("processor", self.cpu_model, other.cpu_model),
             ("MPI library", self.mpi_name, other.mpi_name),
@@ -58,7 +63,9 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds by bytes: the measured medians, ascending, and the line latency + bytes / rate through them."""
+    """Seconds by bytes: the measured medians, ascending, and the line latency + bytes / rate
+    through them.
+    """
 
     points: tuple[tuple[int, float], ...]
     latency_seconds: float
@@ -68,7 +75,7 @@ class Cost:
     """Of the line: the root of the mean square."""
 
     def seconds(self, nbytes: int) -> float:
-        """Between points straight on logarithmic axes, outside of them by the line."""
+        """Interpolate the points on logarithmic axes; outside of them follow the line."""
         sizes = [size for size, _ in self.points]
         if not sizes or not sizes[0] <= nbytes <= sizes[-1]:
             return self.latency_seconds + (
@@ -79,13 +86,16 @@ class Cost:
         if high == nbytes:
             return at_high
         (low, at_low) = self.points[right - 1]
+        # A size of 0 has no logarithm: from there the interpolation is linear.
         part = math.log(nbytes / low) / math.log(high / low) if low else nbytes / high
         return math.exp(math.log(at_low) + part * math.log(at_high / at_low))
 
 
 @dataclass(frozen=True)
 class CollectiveCost:
-    """One algorithm of one operation on `ranks` ranks of `nodes` nodes; bytes are those of the whole array."""
+    """One algorithm of one operation on `ranks` ranks of `nodes` nodes; bytes are those of the
+    whole array.
+    """
 
     operation: str
     algorithm: str
@@ -95,13 +105,15 @@ class CollectiveCost:
     ranks: int
     ranks_per_node: int
     node_shared: bool
-    """Whether the arrays lay in memory that the node shares."""
+    """Whether the arrays were in memory that the node's ranks share."""
     cost: Cost
 
 
 @dataclass(frozen=True)
 class PointToPointCost:
-    """Messages between two ranks of one `level`: "node" or "network". The cost is half a round trip."""
+    """Messages between two ranks of one `level`: "node" or "network". The cost is half a round
+    trip.
+    """
 
     level: str
     cost: Cost
@@ -112,8 +124,10 @@ class PointToPointCost:
 
 @dataclass(frozen=True)
 class ClusterProfile:
-    """A whole profile. `memory`, `gemm`, `filesystem` and `gpu_probe` are as docs/bench.md tells them. `handover`: of a
-    message within a node while its sender computes, by each way; profiles from before it have none.
+    """A whole profile. docs/bench.md describes `memory`, `gemm`, `filesystem` and `gpu_probe`.
+
+    `handover`: the cost of a message within a node while its sender computes, by each way; older
+    profiles have none.
     """
 
     made: str
@@ -137,9 +151,11 @@ class ClusterProfile:
         device: str = "cpu",
         node_shared: bool = False,
     ) -> float | None:
-        """Seconds of a collective of `nbytes`; None where nothing was measured for this combination.
+        """Predict the seconds of a collective of `nbytes`; None where this combination was not
+        measured.
 
-        `node_shared`: where the arrays lie; what was measured in the other memory alone is taken for both.
+        `node_shared`: whether the arrays are in node-shared memory. A figure of one kind of memory
+        alone is taken for both.
         """
         wanted = (operation, algorithm, element, nodes, ranks, device)
         found = {
@@ -165,24 +181,29 @@ class ClusterProfile:
         element: str,
         nodes: int,
         ranks: int,
-        allowed: Iterable[str],
+        allowed: Sequence[str],
         device: str = "cpu",
         node_shared: bool = False,
     ) -> str | None:
-        """The one of `allowed` algorithms that is fastest by `predict`; None where none was measured."""
+        """Return the `allowed` algorithm that is fastest by `predict`; None where none was
+        measured.
+        """
         where = (nbytes, element, nodes, ranks, device, node_shared)
         known = {name: self.predict(operation, name, *where) for name in allowed}
         seconds = {name: value for name, value in known.items() if value is not None}
         return min(seconds, key=lambda name: seconds[name]) if seconds else None
 
     def faster_way(self, nbytes: int) -> Way | None:
-        """The way within a node that hands `nbytes` over sooner; None where that was not measured."""
+        """Return the way within a node that delivers `nbytes` sooner; None where it was not
+        measured.
+        """
         if not self.handover:
             return None
         best: Way = min(self.handover, key=lambda way: self.handover[way].seconds(nbytes))
         return best
 
     def to_json(self) -> dict[str, Any]:
+        """Write the profile as the JSON object that `from_json` reads."""
         return {
             "schema": SCHEMA,
             "version": VERSION,
@@ -199,11 +220,13 @@ class ClusterProfile:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`; raises KeyError, TypeError or ValueError where a part is missing or wrong."""
+        """Read what `to_json` wrote; raises KeyError, TypeError or ValueError for a missing or
+        wrong part.
+        """
         return cls(
             str(value["made"]),
             Cluster(**value["cluster"]),
-            tuple(CollectiveCost(**_split(entry)) for entry in value["collectives"]),
+            tuple(_collective(entry) for entry in value["collectives"]),
             tuple(PointToPointCost(**_split(entry)) for entry in value["point_to_point"]),
             dict(value["memory"]),
             tuple(map(dict, value["gemm"])),
@@ -213,7 +236,9 @@ class ClusterProfile:
         )
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all. One rank calls it. Raises UsageError when it cannot be written."""
+        """Write the file atomically. One rank calls it. Raises UsageError when it cannot be
+        written.
+        """
         try:
             write_json(path, self.to_json())
         except OSError as failure:
@@ -223,18 +248,25 @@ class ClusterProfile:
 
 
 def _flat(entry: CollectiveCost | PointToPointCost) -> dict[str, Any]:
-    """The cost's keys beside the others."""
+    """Put the cost's keys into the entry's own object."""
     value = asdict(entry)
     cost: dict[str, Any] = value.pop("cost")
     return value | cost
 
 
+def _collective(value: Mapping[str, Any]) -> CollectiveCost:
+    """Read one collective; an algorithm's former name becomes the present one."""
+    entry = CollectiveCost(**_split(value))
+    return replace(entry, algorithm=ALIASES.get(entry.algorithm, entry.algorithm))
+
+
 def _split(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Gather the keys of the cost into a Cost, and check it."""
     names = {part.name for part in fields(Cost)}
     points = tuple((int(size), float(seconds)) for size, seconds in value["points"])
     bandwidth = value["bytes_per_second"]
     if not all(0 < seconds < math.inf for _, seconds in points) or list(points) != sorted(points):
-        raise ValueError("points must ascend and take longer than nothing")
+        raise ValueError("points must ascend in size and have positive times")
     cost = Cost(
         points,
         float(value["latency_seconds"]),
@@ -251,39 +283,47 @@ def _way(name: str) -> Way:
 
 
 def load_profile(path: Path, warn: Warn, here: Cluster) -> ClusterProfile | None:
-    """The profile at `path`; None, after one sentence to `warn`, where it was made by another schema or for another
-    cluster than `here` (see `describe_cluster`). Raises UsageError when it is missing or cannot be read.
+    """Load the profile at `path`; None, and one sentence to `warn`, where it does not hold here.
+
+    That is a profile of another version, or of another cluster than `here` (see
+    `describe_cluster`). Raises UsageError when the file is missing or cannot be read.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as failure:
-        raise UsageError(f"there is no profile {path}; {WAY_OUT}") from failure
+        raise UsageError(f"there is no profile {path}; {REMEDY}") from failure
     except (OSError, ValueError) as failure:
-        raise UsageError(f"the profile {path} cannot be read: {failure}; {WAY_OUT}") from failure
+        raise UsageError(f"the profile {path} cannot be read: {failure}; {REMEDY}") from failure
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-        raise UsageError(f"{path} is no cluster profile (its schema is not {SCHEMA!r}); {WAY_OUT}")
+        raise UsageError(
+            f"{path} is not a cluster profile (its schema is not {SCHEMA!r}); {REMEDY}"
+        )
     if value.get("version") != VERSION:
         warn(
-            f"the profile {path} is of version {value.get('version')}, this mpillm reads {VERSION}: ignored; {WAY_OUT}"
+            f"the profile {path} is of version {value.get('version')}, this mpillm reads "
+            f"{VERSION}: ignored; {REMEDY}"
         )
         return None
     try:
         profile = ClusterProfile.from_json(value)
     except (KeyError, TypeError, ValueError, AttributeError) as failure:
         raise UsageError(
-            f"the profile {path} is damaged: {type(failure).__name__} {failure}; {WAY_OUT}"
+            f"the profile {path} is damaged: {type(failure).__name__} {failure}; {REMEDY}"
         ) from failure
     if difference := profile.cluster.differs_from(here):
-        warn(f"the profile {path} is of another cluster ({difference}): ignored; {WAY_OUT}")
+        warn(f"the profile {path} is of another cluster ({difference}): ignored; {REMEDY}")
         return None
     return profile
 
 
-def describe_cluster(comm: "MPI.Intracomm") -> Cluster:
-    """What this job runs on, as rank 0 sees it. Every rank of `comm` calls it."""
+def describe_cluster(comm: "MPI.Intracomm", node_map: NodeMap | None = None) -> Cluster:
+    """Describe the machine of this job as rank 0 sees it; `node_map`: of `comm`. Every rank of
+    `comm` calls it.
+    """
     from mpi4py import MPI
 
-    nodes, ranks = hosts(comm), local_ranks(comm)
+    node_map = node_map or map_nodes(comm)
+    nodes, ranks = len(node_map.nodes), len(node_map.local_ranks(comm.rank))
     name, version = MPI.get_vendor()
     cpu_model, cores = processor()
     here = Cluster(cpu_model, cores, name, ".".join(map(str, version)), nodes, ranks)
@@ -291,7 +331,7 @@ def describe_cluster(comm: "MPI.Intracomm") -> Cluster:
 
 
 def processor(table: Path = Path("/proc/cpuinfo")) -> tuple[str, int]:
-    """The processor's name and the number of logical cores of this node, as Linux tells them."""
+    """Return the processor's name and this node's number of logical cores, from /proc/cpuinfo."""
     try:
         lines = table.read_text(encoding="utf-8").splitlines()
     except OSError:

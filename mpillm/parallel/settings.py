@@ -37,7 +37,7 @@ class ParallelSettings:
         "recursive-doubling",
         "rabenseifner",
         "binomial",
-        "native",
+        "mpi",
     ] = "auto"
     """Who sums the gradients: the ranks of a node in memory that they share, one of our lists of messages, or the MPI
     library; auto: whichever is fastest by the cluster's profile, or by what was measured elsewhere.

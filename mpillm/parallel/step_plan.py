@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mpillm.comm.mesh import Mesh, by_hosts
 from mpillm.errors import LayoutError
+from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.spec import ModelSpec, Part
 from mpillm.parallel.axis_sizes import AXES, mesh_sizes
 from mpillm.parallel.pipeline.actions import PipelineSchedule
@@ -71,17 +72,22 @@ class StepPlan:
 
 
 def make_mesh(
-    comm: "MPI.Intracomm", settings: ParallelSettings, model: ModelSpec, batch: int
+    comm: "MPI.Intracomm",
+    settings: ParallelSettings,
+    model: ModelSpec,
+    batch: int,
+    node_map: NodeMap | None = None,
 ) -> Mesh:
     """Make the mesh, ranks in the order of their hosts, the axis that moves most bytes innermost.
 
-    The innermost axis stays within a node where it can. Every rank of `comm` calls it. `batch`: sequences of the global
+    `node_map`: of `comm`, else MPI is asked. The innermost axis stays within a node where it can. Every rank of `comm` calls it. `batch`: sequences of the global
     batch. Raises LayoutError.
     """
     sizes = mesh_sizes(settings, comm.size, model, batch)
     traffic = traffic_bytes(sizes, model, batch, max(1, settings.chunks))
     ordered = dict(sorted(sizes.items(), key=lambda axis: traffic[axis[0]]))
-    return Mesh(by_hosts(comm), ordered)
+    by_host, node_map = by_hosts(comm, node_map or map_nodes(comm))
+    return Mesh(by_host, ordered, node_map)
 
 
 def traffic_bytes(

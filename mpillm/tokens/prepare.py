@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.comm.agreement import on_root
+from mpillm.comm.failure import on_root
 from mpillm.comm.waiting import patient_barrier
 from mpillm.errors import DataError, UsageError
 from mpillm.system.atomic import flush, make_folder, write_text

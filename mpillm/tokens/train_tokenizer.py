@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.comm.agreement import on_root
+from mpillm.comm.failure import on_root
 from mpillm.comm.waiting import patient_barrier
 from mpillm.system.console import Console
 from mpillm.tokens.order import mix

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mpillm.comm.agreement import on_root
-from mpillm.comm.failure import host_name
+from mpillm.comm.failure import host_name, on_root
 from mpillm.comm.waiting import patient_barrier
 from mpillm.errors import CheckpointError, DivergedError, StoppedError
 from mpillm.infer.evaluate import evaluate

@@ -2,7 +2,7 @@
 
 import torch
 
-from mpillm.comm.mesh import Mesh, hosts
+from mpillm.comm.mesh import Mesh
 from mpillm.parallel.step_plan import StepPlan
 from mpillm.system.console import Console, binary_bytes
 from mpillm.tokens.reader import TokenReader
@@ -59,7 +59,7 @@ def print_plan(
     model, train = recipe.model, recipe.train
     step_tokens = train.batch * model.context
     passes = train.steps * step_tokens / reader.n_tokens
-    spanned = hosts(mesh.comm)
+    spanned = len(mesh.node_map.nodes)
     console.facts(
         "plan",
         {

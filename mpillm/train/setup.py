@@ -4,9 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpillm.comm.agreement import on_root
+from mpillm.comm.failure import on_root
 from mpillm.errors import MismatchError, UsageError
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
+from mpillm.machine.node_map import map_nodes
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.step_plan import make_mesh, plan_step
 from mpillm.runs.metrics import CLUSTER, METRICS
@@ -48,7 +49,8 @@ def train(
     manifest = Manifest.load(recipe.data.path)
     recipe = replace(recipe, model=_with_vocabulary(recipe, manifest))
     settings, parallel = recipe.train, recipe.parallel
-    mesh = make_mesh(comm, parallel, recipe.model, settings.batch)
+    node_map = map_nodes(comm)
+    mesh = make_mesh(comm, parallel, recipe.model, settings.batch, node_map)
     data = mesh.axis("data")
     plan = plan_step(
         recipe.model,
@@ -63,7 +65,7 @@ def train(
     with open_split(recipe.data.path, "train") as reader:
         # Refused before the run has a folder: a dataset that is shorter than one context, a profile that is missing.
         WindowOrder(reader.n_tokens, recipe.model.context, settings.seed)
-        cluster = describe_cluster(comm)
+        cluster = describe_cluster(comm, node_map)
         profile = _profile(recipe, comm, console, cluster)
         folder = Path(settings.run)
         make_folder(folder)

@@ -80,7 +80,7 @@ class Trainer:
         )
         offered = (*task.field_names, *(["documents"] if documents else []))
         self._reads_fields = self.model.reads_fields(offered)
-        self.clock_offset = clock_offset(mesh.comm)
+        self.clock_offset = clock_offset(mesh.comm, mesh.node_map)
 
     def describe_pipeline(self) -> str:
         """Return how streams pass between stages: `2 on 2 ranks, handed over by shared`."""

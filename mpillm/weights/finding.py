@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpillm.comm.agreement import on_root
+from mpillm.comm.failure import on_root
 from mpillm.comm.waiting import patient_barrier
 from mpillm.errors import CheckpointError
 from mpillm.system.console import Console

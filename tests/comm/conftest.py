@@ -9,7 +9,9 @@ import pytest
 
 @pytest.fixture
 def interrupted() -> Callable[[str], str]:
-    """What a Python script that prints `waiting` and then waits has on stderr, once it is sent SIGINT."""
+    """Return a call: run a Python script that prints `waiting` and waits, send it SIGINT, give its
+    stderr.
+    """
 
     def run(script: str) -> str:
         waiting = subprocess.Popen(
@@ -22,7 +24,7 @@ def interrupted() -> Callable[[str], str]:
         assert waiting.stdout.readline() == "waiting\n"
         time.sleep(0.2)
         waiting.send_signal(signal.SIGINT)
-        _, told = waiting.communicate(timeout=20)
-        return told
+        _, text = waiting.communicate(timeout=20)
+        return text
 
     return run

@@ -74,5 +74,8 @@ def test_what_cannot_travel(array, rule):
 
 @pytest.mark.alone
 def test_comm_on_numpy_loads_no_torch(python):
-    script = "import mpillm.comm.communicator as g, numpy, sys; g.as_buffer(numpy.ones(3)); print('torch' in sys.modules)"
+    script = (
+        "import mpillm.comm.communicator as g, numpy, sys; "
+        "g.as_buffer(numpy.ones(3)); print('torch' in sys.modules)"
+    )
     assert python("-c", script).stdout == "False\n"

@@ -1,20 +1,20 @@
-"""The collectives beside their plain reference: operations, algorithms and element types, at any number of ranks."""
+"""Collectives against their plain reference: operations, algorithms, types, any number of ranks."""
 
 import itertools
-import time
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
-from mpillm.comm import waiting
-from mpillm.comm.algorithms.catalog import block_bounds
+from mpillm.comm.algorithms.schedule import REDUCING, Algorithm, Transfer, block_bounds
 from mpillm.comm.buffers import ELEMENTS, FLOATS, SHORT_FLOATS, WHOLE, as_buffer
 from mpillm.comm.communicator import Communicator
 from mpillm.comm.selection import OPERATIONS
 from mpillm.errors import CommError
+from mpillm.machine.node_map import map_nodes
 
-REDUCING = ("allreduce", "reduce_scatter", "reduce")
 # Unit of the last place, times the additions that may each round once.
 TOLERANCE = {"float64": 1e-14, "float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
@@ -45,7 +45,7 @@ def wide(tensor):
 
 
 def expected(operation, op, rows, rank, root):
-    """What rank `rank` is to hold: (first, values) of the part of its array that is defined."""
+    """Return (first, values) of the defined part of the array of rank `rank`."""
     size, count = rows.shape
     first, stop = block_bounds(count, size)[rank : rank + 2]
     if operation == "broadcast":
@@ -84,9 +84,10 @@ def ways(group, operation):
 @pytest.mark.parametrize("count", [0, 1, 7, 1000, 100_001])
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_allreduce(group, element, count):
-    # Open MPI's own sum of 8- and 16-bit integers saturates where ours wraps: it is tested without overflow.
+    # Open MPI's own sum of 8- and 16-bit integers saturates where ours wraps: it is tested without
+    # overflow.
     for algorithm in ways(group, "allreduce"):
-        highest = 127 // group.size if algorithm == "native" else 100
+        highest = 127 // group.size if algorithm == "mpi" else 100
         tensor = filled(element, count, group.rank, highest)
         group.allreduce(tensor, algorithm=algorithm)
         rows = parts(element, count, group.size, highest)
@@ -152,7 +153,7 @@ def test_reductions(group, op, element):
 
 def test_a_maximum_hides_no_nan(group):
     for op, algorithm in itertools.product(("max", "min"), ways(group, "allreduce")):
-        if algorithm == "native":  # the MPI standard leaves it open
+        if algorithm == "mpi":  # the MPI standard leaves it open
             continue
         array = np.full(100, float(group.rank), np.float32)
         if group.rank == group.size - 1:
@@ -169,7 +170,7 @@ def test_fixed_order_gives_the_same_bits_by_every_algorithm(group, element, coun
         found = {}
         for algorithm in ways(group, operation):
             tensor = filled(element, count, group.rank)
-            if algorithm in ("ring", "segmented-ring", "native"):
+            if algorithm in ("ring", "segmented-ring", "mpi"):
                 with pytest.raises(CommError, match="cannot keep the fixed order"):
                     group.prepare(operation, tensor, op=op, algorithm=algorithm, fixed_order=True)
                 continue
@@ -186,7 +187,9 @@ def test_fixed_order_gives_the_same_bits_by_every_algorithm(group, element, coun
 
 @pytest.mark.parametrize("element", SHORT_FLOATS)
 def test_short_floats_are_summed_in_float32_and_rounded_once(group, element):
-    """Against float64: where the node's team sums, the error is half a unit of the last place, and float32's."""
+    """Against float64: where the node's team sums, the error is half a unit of the last place, and
+    float32's.
+    """
     if "shared" not in group.algorithms("allreduce"):
         pytest.skip("the ranks share no memory")
     count = 40_000
@@ -196,6 +199,27 @@ def test_short_floats_are_summed_in_float32_and_rounded_once(group, element):
     half_unit = {"float16": 2.0**-11, "bfloat16": 2.0**-8}[element]
     slack = 1e-6 * parts(element, count, group.size).double().abs().sum(0)
     assert ((tensor.double() - exact).abs() <= half_unit * exact.abs() + slack + 2.0**-25).all()
+
+
+def test_a_plugin_runs_on_the_executors(group, monkeypatch):
+    """An algorithm of a user's module, by its name: rank 0 sums and sends the whole array to all."""
+
+    def rounds(rank, size, root):
+        others = range(1, size) if rank == 0 else [0]
+        down = [Transfer(peer, 0, "copy" if rank else "send") for peer in others]
+        up = [Transfer(peer, 0, "send" if rank else "add", added=True) for peer in others]
+        return [tuple(up), tuple(down)] if size > 1 else []
+
+    star = Algorithm({"allreduce": rounds}, whole=frozenset({"allreduce"}))
+    module = types.ModuleType("users_algorithms")
+    monkeypatch.setattr(module, "STAR", star, raising=False)
+    monkeypatch.setitem(sys.modules, "users_algorithms", module)
+    for op, expected in (("sum", sum(range(1, group.size + 1))), ("max", group.size)):
+        array = np.full(3001, group.rank + 1.0)
+        ready = group.prepare("allreduce", array, op=op, algorithm="users_algorithms:STAR")
+        assert ready.algorithm == "users_algorithms:STAR"
+        ready.run()
+        assert (array == expected).all()
 
 
 def test_prepared_runs_again_and_again(group):
@@ -208,7 +232,7 @@ def test_prepared_runs_again_and_again(group):
 
 
 def test_handles_in_any_order(group):
-    """Several under way at a time, waited for from the last to the first on odd ranks."""
+    """Several in flight at a time, waited for from the last to the first on odd ranks."""
     names = ways(group, "allreduce")
     arrays = [
         np.full(30_000 + index, group.rank + 1.0, np.float32) for index in range(2 * len(names))
@@ -224,41 +248,24 @@ def test_handles_in_any_order(group):
     assert all((array == total).all() for array in arrays)
 
 
-@pytest.mark.parametrize(("algorithm", "naps"), [("segmented-ring", True), ("ring", False)])
-def test_who_waits_long_for_segments_sleeps(group, monkeypatch, algorithm, naps):
-    if group.size == 1:
-        pytest.skip("needs another rank")
-    breather = group._breather
-    monkeypatch.setattr(breather, "_naps", 0)
-    monkeypatch.setattr(waiting, "TAKEN_SECONDS", 1e9)  # whatever else runs on these cores
-    taken, sleep, array = [], time.sleep, np.full(200_000, group.rank + 1.0, np.float32)
-    group.comm.Barrier()
-    if group.rank == 0:
-        time.sleep(0.05)
-    monkeypatch.setattr(time, "sleep", lambda seconds: (taken.append(seconds), sleep(seconds)))
-    group.prepare("allreduce", array, algorithm=algorithm).start()
-    group.settle()
-    assert (array == sum(range(1, group.size + 1))).all()
-    if group.rank:
-        assert (waiting.NAP_SECONDS in taken) == naps
-
-
-def test_settled_when_nothing_is_under_way(group):
-    group.settle()
+def test_wait_all_returns_when_nothing_is_in_flight(group):
+    group.wait_all()
     arrays = {
         name: np.full(30_000, group.rank + 1.0, np.float32) for name in ways(group, "allreduce")
     }
     handles = [
         group.prepare("allreduce", array, algorithm=name).start() for name, array in arrays.items()
     ]
-    group.settle()
+    group.wait_all()
     assert all(handle.done for handle in handles)
-    assert not group.under_way
+    assert not group.in_flight.calls
     assert all((array == sum(range(1, group.size + 1))).all() for array in arrays.values())
 
 
-def test_a_look_between_two_starts_changes_nothing(group):
-    """A list behind a copy has its tag from its start on, whether or not a rank looked at it before the next start."""
+def test_a_test_between_two_starts_changes_nothing(group):
+    """A schedule after a copy takes its tag at its start, whether or not a rank tests before the
+    next.
+    """
     own, other = (
         np.full(30_000, group.rank + 1.0, np.float32),
         np.full(500, group.rank + 1.0, np.float32),
@@ -296,6 +303,23 @@ def test_handles_are_polled_to_their_end(group):
                 pass
             if operation == "allreduce":
                 assert (array == sum(range(group.size))).all()
+
+
+def test_a_communicator_with_the_map_of_another(comm):
+    """The map that was asked for once serves communicators of the same ranks and of a part of them."""
+    node_map = map_nodes(comm)
+    whole = Communicator(comm, node_map=node_map)
+    assert whole.nodes == [list(ranks) for ranks in node_map.nodes]
+    members = [rank for rank in range(comm.size) if rank % 2 == comm.rank % 2]
+    part_comm = comm.Split(comm.rank % 2, comm.rank)
+    part = Communicator(part_comm, node_map=node_map.of_ranks(members))
+    assert part.node_map.nodes == map_nodes(part_comm).nodes
+    array = np.full(1000, comm.rank + 1.0)
+    part.allreduce(array)
+    assert (array == sum(rank + 1 for rank in members)).all()
+    for made in (part, whole):
+        made.free()
+    part_comm.Free()
 
 
 def test_starting_twice_is_refused(group):
@@ -428,7 +452,7 @@ def test_neighbours(group):
         ("alreduce", (np.ones(3),), {}, "did you mean 'allreduce'"),
         ("allreduce", (np.ones((3, 3))[:, 1],), {}, "C-contiguous"),
         ("allreduce", (np.broadcast_to(np.zeros(1), (1,)),), {}, "read-only"),
-        ("reduce", (np.ones(3),), {"root": 99}, "root 99 is no rank of this group"),
+        ("reduce", (np.ones(3),), {"root": 99}, "root 99 must be a rank from 0 to"),
         ("broadcast", (np.ones(3), np.ones(3)), {}, "in place"),
         ("reduce_scatter", (np.ones(10), np.ones(11)), {}, "a block of .*; out holds 11"),
         ("allgather", (np.ones(99), np.ones(4)), {}, "a block of .*; array holds 99"),
@@ -508,7 +532,7 @@ def test_debug_finds_who_is_elsewhere_in_shared_memory(comm):
     careful.free()
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "ring", "native"])
+@pytest.mark.parametrize("algorithm", ["auto", "ring", "mpi"])
 def test_more_than_2_to_the_31(group, algorithm):
     if group.size != 2:
         pytest.skip("takes 2 GiB a rank: at exactly 2 ranks only")

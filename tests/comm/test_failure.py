@@ -1,4 +1,6 @@
-"""Leaving together, under a real mpirun: whoever fails, the job ends within seconds with one reason."""
+"""Leaving together, under a real mpirun: if any rank fails, the job ends within seconds with one
+reason.
+"""
 
 import time
 from pathlib import Path
@@ -24,7 +26,7 @@ print("went on", comm.rank, flush=True)
 
 @pytest.fixture
 def leave(folder, python):
-    """Run `body` under fail_together; return what it printed and did, and the seconds that it took."""
+    """Run `body` under fail_together; return its outputs and exit code, and its seconds."""
 
     def run(body, *arguments, ranks=2):
         script = Path(folder) / "script.py"
@@ -41,7 +43,7 @@ def leave(folder, python):
 
 
 def ours(done):
-    """The lines of stderr that are ours; a launcher adds its own."""
+    """Return the lines of stderr that are ours; a launcher adds its own."""
     return [line for line in done.stderr.splitlines() if line.startswith("mpillm:")]
 
 
@@ -139,7 +141,8 @@ def test_unexpected_with_debug(leave):
 
 @pytest.mark.alone
 def test_interrupt_everywhere_and_again(leave):
-    # The second SIGINT comes 0.2 s after the first, on ranks that are telling it and wait for the slowest.
+    # The second SIGINT comes 0.2 s after the first, on ranks that are telling it and wait for the
+    # slowest.
     body = """
 if os.fork() == 0:
     time.sleep(0.5)
@@ -166,7 +169,10 @@ finally:
 
 @pytest.mark.alone
 def test_interrupt_of_one(leave):
-    body = "if comm.rank == 0:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\ncomm.Barrier()"
+    body = (
+        "if comm.rank == 0:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
+        "comm.Barrier()"
+    )
     done, _ = leave(body)
     assert done.returncode == 130
     (line,) = ours(done)

@@ -4,15 +4,15 @@ import pytest
 
 from mpillm.comm.mesh import (
     Mesh,
+    by_hosts,
     check_axes,
     coordinates,
     describe,
-    hosts,
-    local_ranks,
     on_one_node,
     rank_at,
 )
 from mpillm.errors import LayoutError
+from mpillm.machine.node_map import NodeMap, map_nodes
 
 
 def test_row_major_last_axis_fastest():
@@ -65,6 +65,27 @@ def test_wrong_mesh_raises_everywhere(comm):
         Mesh(comm, {"data": comm.size + 1})
 
 
+def test_each_axis_has_a_part_of_the_node_map(comm):
+    if comm.size % 2:
+        pytest.skip("needs an even number of ranks")
+    half = comm.size // 2
+    pairs = NodeMap(tuple((2 * node, 2 * node + 1) for node in range(half)), library="one")
+    mesh = Mesh(comm, {"data": half, "tensor": 2}, pairs)
+    assert mesh.node_map is pairs
+    assert mesh.axis("tensor").node_map == NodeMap(((0, 1),), library="one")
+    assert mesh.axis("data").node_map == NodeMap(
+        tuple((rank,) for rank in range(half)), library="one"
+    )
+    mesh.free()
+
+
+def test_ranks_in_the_order_of_their_hosts(comm):
+    dealt = NodeMap(tuple(tuple(range(comm.size)[first::2]) for first in range(min(2, comm.size))))
+    ordered, node_map = by_hosts(comm, dealt)
+    assert ordered.allgather(comm.rank) == dealt.host_order
+    assert node_map.host_order == list(range(comm.size))
+    ordered.Free()
+
+
 def test_nodes(comm):
-    assert 1 <= local_ranks(comm) <= comm.size
-    assert on_one_node(comm) == (hosts(comm) == 1)
+    assert on_one_node(comm) == (len(map_nodes(comm).nodes) == 1)

@@ -1,5 +1,6 @@
-"""Collectives between hosts. The serial pass starts this file again, and test_communicator.py, on two hosts made of network
-namespaces; on a cluster, `mpirun pytest` over several nodes runs the same.
+"""Collectives between hosts. The serial pass starts this file again, and test_communicator.py, on
+two hosts made of network namespaces; on a cluster, `mpirun pytest` over several nodes runs the
+same.
 """
 
 import itertools
@@ -15,7 +16,7 @@ import torch
 from mpillm.comm.buffers import as_buffer
 from mpillm.comm.communicator import Communicator
 from mpillm.comm.executors import dispatch
-from mpillm.comm.executors.blockwise import make_steps
+from mpillm.comm.executors.blockwise import make_executor
 
 TWO_HOSTS = Path(__file__).parents[1] / "fixtures" / "two_hosts.sh"
 UNAVAILABLE = 77
@@ -65,7 +66,7 @@ def test_on_two_hosts(python, ranks_per_host):
             PATH=path,
         )
 
-    # Not `true`: Open MPI's mpirun can wait for ever for processes that end at once.
+    # Not `true`: Open MPI's mpirun can wait endlessly for processes that end at once.
     tried = on_two_hosts("sleep", "1")
     if tried.returncode == UNAVAILABLE:
         pytest.skip(tried.stderr.strip().splitlines()[-1])
@@ -113,7 +114,7 @@ def test_every_algorithm_agrees_with_the_reference(group, op, element):
 def test_a_fixed_order_gives_the_same_bits_on_any_way(group, element):
     found = {}
     names = ["reference", "rabenseifner", "recursive-doubling", "binomial"]
-    if "two-level" in group.algorithms("allreduce") and group.layout.keeps_order:
+    if "two-level" in group.algorithms("allreduce") and group.node_map.keeps_order:
         names.append("two-level")
     for algorithm in names:
         tensor = array_of(group, COUNT, element)
@@ -123,7 +124,9 @@ def test_a_fixed_order_gives_the_same_bits_on_any_way(group, element):
 
 
 def test_handles_of_two_levels_in_any_order(group):
-    """They share the team of the node, so each begins when the one before it is done, whoever waits first."""
+    """They share the team of the node, so each begins when the one before it is done, in any order
+    of waits.
+    """
     if "two-level" not in group.algorithms("allreduce"):
         pytest.skip("one rank a host has one level")
     arrays = [
@@ -136,22 +139,24 @@ def test_handles_of_two_levels_in_any_order(group):
 
 
 def sent_over_the_network():
-    """By this host, in bytes: the counters of all interfaces but loopback."""
+    """Return the bytes that this host sent: the counters of all interfaces but loopback."""
     rows = (line.partition(":") for line in Path("/proc/net/dev").read_text().splitlines()[2:])
     return sum(int(numbers.split()[8]) for name, _, numbers in rows if name.strip() != "lo")
 
 
 def test_two_levels_send_each_byte_once_a_host(group, monkeypatch):
-    """Between two hosts: the array once each way. One level sends it twice from each rank but for its neighbours'."""
+    """Between two hosts: the array once each way. One level sends it twice from each rank but for
+    its neighbours'.
+    """
     if "two-level" not in group.algorithms("allreduce") or len(group.nodes) != 2:
         pytest.skip("needs two hosts, of which one has two ranks")
     runs = []
 
     def noted(*arguments):
-        runs.append(make_steps(*arguments))
+        runs.append(make_executor(*arguments))
         return runs[-1]
 
-    monkeypatch.setattr(dispatch, "make_steps", noted)
+    monkeypatch.setattr(dispatch, "make_executor", noted)
     array = array_of(group, COUNT)
     nbytes = 4 * COUNT
     ready = group.prepare("allreduce", array, algorithm="two-level")
@@ -171,10 +176,10 @@ def test_only_within_a_node_blocks_come_in_pieces(group, monkeypatch):
     given = []
 
     def noted(*arguments):
-        given.append(arguments[-1])
-        return make_steps(*arguments)
+        given.append(arguments[3].added_bytes)
+        return make_executor(*arguments)
 
-    monkeypatch.setattr(dispatch, "make_steps", noted)
+    monkeypatch.setattr(dispatch, "make_executor", noted)
     if group.size > 1:
         group.prepare("allreduce", array_of(group, COUNT), algorithm="ring")
         assert given == [dispatch.ADDED_BYTES if len(group.nodes) == 1 else None]

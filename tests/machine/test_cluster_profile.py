@@ -32,7 +32,7 @@ def profile() -> ClusterProfile:
     return ClusterProfile(
         "2026-11-25",
         HERE,
-        (entry("ring", slow_start), entry("native", COST), entry("ring", COST, "bfloat16")),
+        (entry("ring", slow_start), entry("mpi", COST), entry("ring", COST, "bfloat16")),
         (PointToPointCost("node", COST, 1e10, 2e10, 1e6),),
         {"copy_bytes_per_second": 1e10},
         ({"edge": 64},),
@@ -69,11 +69,11 @@ def test_there_and_back(tmp_path: Path) -> None:
 
 
 def test_prediction_goes_through_the_points_and_along_the_line_outside() -> None:
-    assert ask("native", 1000) == 1e-5
-    assert ask("native", 100_000) == 1e-3
-    assert ask("native", 10_000) == pytest.approx(1e-4)
-    assert ask("native", 0) == 2e-6
-    assert ask("native", 10**9) == pytest.approx(1 + 2e-6)
+    assert ask("mpi", 1000) == 1e-5
+    assert ask("mpi", 100_000) == 1e-3
+    assert ask("mpi", 10_000) == pytest.approx(1e-4)
+    assert ask("mpi", 0) == 2e-6
+    assert ask("mpi", 10**9) == pytest.approx(1 + 2e-6)
     flat = replace(COST, points=(), bytes_per_second=None)
     assert flat.seconds(10**9) == 2e-6
     assert replace(COST, points=((0, 1e-6), (100, 1e-4))).seconds(50) == pytest.approx(1e-5)
@@ -83,7 +83,7 @@ def test_prediction_goes_through_the_points_and_along_the_line_outside() -> None
     "other", [{"element": "int8"}, {"nodes": 1}, {"ranks": 9}, {"device": "cuda"}]
 )
 def test_nothing_is_made_up(other: dict[str, Any]) -> None:
-    assert ask("native", 1000, **other) is None
+    assert ask("mpi", 1000, **other) is None
 
 
 def test_where_the_arrays_lie_counts() -> None:
@@ -92,7 +92,7 @@ def test_where_the_arrays_lie_counts() -> None:
     )
     fast = replace(COST, points=((1000, 1e-6),))
     both = replace(profile(), collectives=(private, replace(shared, cost=fast)))
-    asked = ("allreduce", "native", 1000, "float32", 2, 8, "cpu")
+    asked = ("allreduce", "mpi", 1000, "float32", 2, 8, "cpu")
     assert both.predict(*asked) == 1e-5
     assert both.predict(*asked, node_shared=True) == 1e-6
     assert profile().predict(*asked, node_shared=True) == 1e-5
@@ -100,10 +100,10 @@ def test_where_the_arrays_lie_counts() -> None:
 
 def test_the_best_of_those_allowed() -> None:
     best = profile().best
-    assert best("allreduce", 1000, "float32", 2, 8, ("ring", "native", "shared")) == "native"
-    assert best("allreduce", 100_000, "float32", 2, 8, ("ring", "native")) == "ring"
+    assert best("allreduce", 1000, "float32", 2, 8, ("ring", "mpi", "shared")) == "mpi"
+    assert best("allreduce", 100_000, "float32", 2, 8, ("ring", "mpi")) == "ring"
     assert best("allreduce", 1000, "float32", 2, 8, ("shared",)) is None
-    assert best("broadcast", 1000, "float32", 2, 8, ("ring", "native")) is None
+    assert best("broadcast", 1000, "float32", 2, 8, ("ring", "mpi")) is None
 
 
 def test_the_faster_way_of_a_hand_over() -> None:

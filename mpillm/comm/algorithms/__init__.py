@@ -1,1 +1,1 @@
-"""Collective algorithms as data: for each rank a list of rounds, free of MPI."""
+"""Collective algorithms as data: for each rank a list of rounds, independent of MPI."""

@@ -1,14 +1,16 @@
-"""The one canonical tree, and the algorithms that sum in its order, for any number of ranks.
+"""The canonical tree, and the rounds that sum in its order, for any number of ranks.
 
-sum(lo, hi) = sum(lo, mid) + sum(mid, hi), with mid = tree_split(lo, hi): for 6 ranks ((0+1)+(2+3))+(4+5). Addition
-commutes bit for bit, so only this association matters; which rank takes which sum is free, and it is there that
-the algorithms differ. They all give the same bits.
+sum(lo, hi) = sum(lo, mid) + sum(mid, hi), with mid = tree_split(lo, hi): for 6 ranks
+((0+1)+(2+3))+(4+5). Addition commutes bit for bit, so only this association matters. Algorithms
+differ in which rank takes which sum, and all give the same bits.
 
-Recursive halving and doubling: Thakur, Rabenseifner, Gropp, "Optimization of collective communication operations
-in MPICH", International Journal of High Performance Computing Applications 19 (2005). They fold the ranks beyond a
-power of two into their neighbours, which breaks the order above; here the tree itself is uneven instead, and the
-halving sends no byte more for it. Where they halve at distance p/2 first, the order asks for distance 1 first: whoever
-may choose the blocks' owners takes `scattered_owners`, so that what one rank sends to another still lies in one piece.
+Recursive halving and doubling: Thakur, Rabenseifner, Gropp, "Optimization of collective
+communication operations in MPICH", International Journal of High Performance Computing Applications
+19 (2005). They fold the ranks beyond a power of two into their neighbours, which breaks the order
+above. Here the tree itself is uneven instead, and the halving sends no byte more for it. They halve
+at distance p/2 first, and the order asks for distance 1 first. So an algorithm that is free to
+choose the blocks' owners uses `scattered_owners`: then the blocks from one rank to another are
+still adjacent.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,26 +21,31 @@ from mpillm.comm.algorithms.schedule import Move, Round, one_round
 
 
 def tree_split(lo: int, hi: int) -> int:
-    """Where the node of ranks `lo` to `hi` − 1, two at least, parts: `lo` + the largest power of two below its size."""
+    """Return the first rank of the right child of the node of ranks `lo` to `hi` − 1, at least two
+    ranks.
+
+    It is `lo` + the largest power of two below the node's size.
+    """
     return lo + (1 << ((hi - lo - 1).bit_length() - 1))
 
 
 def levels(size: int) -> int:
-    """The number of levels of inner nodes over `size` leaves."""
+    """Return the number of levels of inner nodes over `size` leaves."""
     return (size - 1).bit_length()
 
 
 def scattered_owners(size: int) -> list[int]:
-    """Ranks by their reversed bits: those that agree in their lowest bits stand side by side."""
+    """Order ranks by their reversed bits: ranks that agree in their lowest bits are adjacent."""
     width = levels(size)
     return sorted(range(size), key=lambda rank: int(f"{rank:0{width}b}"[::-1], 2))
 
 
 def host(lo: int, hi: int, owner: int) -> int:
-    """The rank that sums node (lo, hi) of a block which is to end on rank `owner`: one of its two children's hosts.
+    """Return the rank that sums node (lo, hi) of a block that ends on rank `owner`.
 
-    `owner` itself where the node holds it; elsewhere the rank that agrees with it in the bits that tell the node's
-    ranks apart. Where the node ends before that rank, the left child, which is never short, has one that does.
+    It is the host of one of the node's children: `owner` itself where the node holds it, else the
+    rank that agrees with it in the bits that distinguish the node's ranks. If the node ends before
+    that rank, the left child, which is never short, has one that agrees in one bit less.
     """
     reach = 1 << levels(hi - lo)
     place = lo + owner % reach
@@ -46,7 +53,9 @@ def host(lo: int, hi: int, owner: int) -> int:
 
 
 def nodes_of(rank: int, size: int) -> Iterator[tuple[int, int, int] | None]:
-    """The inner nodes (lo, mid, hi) over `rank`, bottom up, one a level; None where the tree has none there."""
+    """Yield the inner nodes (lo, mid, hi) over `rank`, bottom up, one a level; None for a level
+    without.
+    """
     for level in range(levels(size)):
         half = 1 << level
         lo = rank & -(2 * half)
@@ -54,7 +63,7 @@ def nodes_of(rank: int, size: int) -> Iterator[tuple[int, int, int] | None]:
 
 
 def halving(rank: int, size: int, owners: Sequence[int]) -> list[Round]:
-    """Sum each block up the tree; `owners[block]` ends with the whole. One block makes a binomial tree."""
+    """Sum each block up the tree to `owners[block]`. A single block makes a binomial tree."""
     return [one_round(rank, _halving_moves(node, owners), "add") for node in nodes_of(rank, size)]
 
 
@@ -68,7 +77,7 @@ def _halving_moves(node: tuple[int, int, int] | None, owners: Sequence[int]) -> 
 
 
 def spreading(rank: int, size: int, owners: Sequence[int]) -> list[Round]:
-    """`halving` played backwards: each block goes from its owner down the tree to all."""
+    """Reverse `halving`: each block goes from its owner down the tree to all."""
     turned: dict[str, Literal["send", "copy"]] = {"send": "copy", "add": "send"}
     rounds = [
         [replace(t, action=turned[t.action], added=False) for t in up]
@@ -78,9 +87,10 @@ def spreading(rank: int, size: int, owners: Sequence[int]) -> list[Round]:
 
 
 def gathering(rank: int, size: int, owners: Sequence[int], root: int) -> list[Round]:
-    """Each block goes from its owner to `root`: those that agree in their lowest k bits meet k rounds from the end.
+    """Gather each block from its owner to `root`.
 
-    Their meeting place is `root` if it agrees with them, else the lowest of them.
+    Blocks whose owners agree in their lowest k bits are on one rank k rounds from the end: on
+    `root` if it agrees with them, else on the lowest of them.
     """
 
     def meeting(owner: int, bits: int) -> int:
@@ -98,12 +108,15 @@ def gathering(rank: int, size: int, owners: Sequence[int], root: int) -> list[Ro
 
 
 def doubling(rank: int, size: int) -> list[Round]:
-    """Sum one block so that it ends on all: in each node as many pairs exchange and add as the right child has sums.
+    """Sum one block so that it ends on all ranks.
 
-    At a power of two these are all ranks. Elsewhere those that have the whole pass it on, twice as many each round.
+    In each node as many pairs exchange and add as the right child has sums; at a power of two these
+    are all ranks. Elsewhere the ranks that have the whole pass it to the others, twice as many each
+    round.
     """
     rounds = []
     for node in nodes_of(rank, size):
+        # A left child is never smaller than the right one: its last ranks find no partner here.
         pairs = (
             zip(range(node[0], node[1]), _knowing(node[1], node[2]), strict=False) if node else ()
         )
@@ -120,7 +133,7 @@ def doubling(rank: int, size: int) -> list[Round]:
 
 
 def _knowing(lo: int, hi: int) -> list[int]:
-    """The ranks that hold the sum of node (lo, hi) once its pairs have exchanged."""
+    """List the ranks that hold the sum of node (lo, hi) once its pairs have exchanged."""
     if (hi - lo).bit_count() == 1:
         return list(range(lo, hi))
     right = _knowing(tree_split(lo, hi), hi)

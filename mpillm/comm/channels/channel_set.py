@@ -33,9 +33,10 @@ from mpillm.comm.channels.endpoints import (
 )
 from mpillm.comm.channels.queue_setup import open_channels
 from mpillm.comm.communicator import silent
-from mpillm.comm.kernel import SpscQueue
+from mpillm.comm.kernel import WAITING, SpscQueue
 from mpillm.comm.progress_thread import ProgressThread
 from mpillm.errors import CommError
+from mpillm.machine.node_map import NodeMap, map_nodes
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -43,16 +44,6 @@ if TYPE_CHECKING:
     from mpillm.machine.cluster_profile import ClusterProfile, Way
 
 __all__ = ["Channel", "ChannelSet"]
-
-# How long `wait` may block in one queue before the other channels make progress.
-SLICE_SECONDS = 0.05
-# A wait this long may oversleep a little; after the longer time, check that the peer lives.
-PATIENCE_SECONDS, SUSPICION_SECONDS = 0.01, 0.5
-# Sleep after every 16th poll only: some MPI libraries transfer a small piece a poll, and more sleep
-# would be most of the message's time.
-SLEEP_SECONDS, POLLS_A_SLEEP = 50e-6, 16
-# The progress thread sleeps this long between polls, so that computation keeps the core.
-PROGRESS_SECONDS = 1e-3
 
 
 class ChannelSet:
@@ -64,7 +55,7 @@ class ChannelSet:
 
     `way`: "shared" or "messages" for all channels; "auto" takes shared memory within a node, unless
     `profile` has measured that messages are faster. Without room in shared memory, rank 0 calls
-    `warn` and all channels use messages.
+    `warn` and all channels use messages. `node_map`: of `comm`, else MPI is asked.
 
     Arrays are C-contiguous NumPy arrays or torch CPU tensors. Raises CommError, on every rank, for
     channels that differ between ranks, and where `way` asks for shared memory that has no room.
@@ -81,10 +72,13 @@ class ChannelSet:
         way: str = "auto",
         profile: "ClusterProfile | None" = None,
         warn: Callable[[str], None] = silent,
+        node_map: NodeMap | None = None,
     ) -> None:
         check_channels(comm, channels, way)
         self.channels, self.rank = tuple(channels), comm.rank
-        self.ways, queues = open_channels(comm, self.channels, way, profile, warn)
+        self.ways, queues = open_channels(
+            comm, node_map or map_nodes(comm), self.channels, way, profile, warn
+        )
         # A communicator of its own: tags are channel numbers, and must meet no other messages.
         self._comm: MPI.Intracomm = comm.Dup()
         self._senders = {
@@ -103,11 +97,7 @@ class ChannelSet:
             for endpoint in endpoints
             if isinstance(endpoint, MessageReceiver | MessageSender)
         ]
-        self._thread = (
-            ProgressThread(_MessageProgress(self._messages), PROGRESS_SECONDS)
-            if self._messages
-            else None
-        )
+        self._thread = ProgressThread(_MessageProgress(self._messages)) if self._messages else None
         # Calls of MPI from two threads must not overlap; without a thread nothing contends for it.
         self._lock = threading.Lock() if self._thread is None else self._thread.lock
 
@@ -256,7 +246,7 @@ class ChannelSet:
             for sender in self._senders.values()
         )
         if isinstance(receiver, SharedReceiver) and not queued:
-            receiver.block(SLICE_SECONDS)
+            receiver.block(WAITING["SLICE_SECONDS"])
             waiting.suspect([receiver])
         else:
             waiting.back_off([receiver])
@@ -288,14 +278,14 @@ class _Waiting:
         """Offer the core to others between two polls; sleep at times in a long wait."""
         self.suspect(endpoints)
         self._polls += 1
-        patient = time.monotonic() - self._began > PATIENCE_SECONDS
-        if self._polls % POLLS_A_SLEEP == 0 and patient:
-            time.sleep(SLEEP_SECONDS)
+        patient = time.monotonic() - self._began > WAITING["PATIENCE_SECONDS"]
+        if self._polls % WAITING["POLLS_A_SLEEP"] == 0 and patient:
+            time.sleep(WAITING["SLEEP_SECONDS"])
         else:
             os.sched_yield()
 
     def suspect(self, endpoints: Sequence[Endpoint]) -> None:
         """Check, in a long wait, that the peers of `endpoints` live."""
-        if time.monotonic() - self._began > SUSPICION_SECONDS:
+        if time.monotonic() - self._began > WAITING["SUSPICION_SECONDS"]:
             for endpoint in endpoints:
                 endpoint.check()

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.comm import kernel
-from mpillm.comm.buffers import ELEMENTS, as_buffer, element_of
-from mpillm.comm.executors.mpi_library import pieces
+from mpillm.comm.buffers import ELEMENTS, as_buffer, element_of, message_spans
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ class MessageSender:
 
     def send(self, octets: Octets) -> None:
         # A request of mpi4py keeps its array alive.
-        for first, stop in _spans(octets):
+        for first, stop in message_spans(octets.size):
             self.in_flight.append(self._comm.Isend(octets[first:stop], self._peer, self._tag))
 
     def progress(self) -> None:
@@ -157,7 +156,7 @@ class MessageReceiver:
         self.filled = 0
 
     def post(self, octets: Octets) -> None:
-        for first, stop in _spans(octets):
+        for first, stop in message_spans(octets.size):
             # Intel MPI reports no error for a message too long for an empty array: give it a byte.
             place = octets[first:stop] if octets.size else np.empty(1, np.uint8)
             request = self._comm.Irecv(place, self._peer, self._tag)
@@ -199,8 +198,3 @@ class MessageReceiver:
                 request.Cancel()
                 request.Wait()
         self.in_flight.clear()
-
-
-def _spans(octets: Octets) -> list[tuple[int, int]]:
-    # An empty array is a message too: the receiver waits for it.
-    return pieces(octets.size) or [(0, 0)]

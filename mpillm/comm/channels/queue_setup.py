@@ -8,6 +8,7 @@ from mpillm.comm.channels.channel import Channel, choose_ways
 from mpillm.comm.shared.segment import SharedSegment, share_segment
 from mpillm.comm.shared.team import process_ids, spins_of
 from mpillm.errors import CommError
+from mpillm.machine.node_map import NodeMap
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -21,6 +22,7 @@ SLOTS = 2
 
 def open_channels(
     comm: "MPI.Intracomm",
+    node_map: NodeMap,
     channels: Sequence[Channel],
     way: str,
     profile: "ClusterProfile | None",
@@ -31,13 +33,10 @@ def open_channels(
     Every rank of `comm` calls it. Without room in shared memory all channels fall back to messages;
     rank 0 warns. Raises CommError on every rank where `way` asks for shared memory without room.
     """
-    from mpi4py import MPI
-
-    node: MPI.Intracomm = comm.Split_type(MPI.COMM_TYPE_SHARED)  # type: ignore[assignment]
+    node = node_map.split(comm)
     try:
-        node_of: list[int] = comm.allgather(node.bcast(comm.rank))
         # Rank 0 decides for all: profiles are files, and ranks may have read different ones.
-        ways: list[Way] = comm.bcast(choose_ways(channels, node_of, way, profile))
+        ways: list[Way] = comm.bcast(choose_ways(channels, node_map.node_of, way, profile))
         shared = {n: channel for n, channel in enumerate(channels) if ways[n] == "shared"}
         queues = _open_queues(comm, node, shared)
     finally:

@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from mpillm.comm.buffers import Buffer
-from mpillm.comm.executors.mpi_library import pieces
+from mpillm.comm.buffers import Buffer, message_spans
 from mpillm.comm.executors.request import Request
 
 if TYPE_CHECKING:
@@ -22,19 +21,21 @@ def sendrecv_request(
     requests: list[MPI.Prequest] = []
     # Receives start first, so that a message finds its receive posted and needs no extra copy.
     if incoming is not None and source is not None:
-        requests += [comm.Recv_init(incoming.raw(*span), source, tag) for span in _spans(incoming)]
+        requests += [
+            comm.Recv_init(incoming.raw(*span), source, tag)
+            for span in message_spans(incoming.count)
+        ]
     if outgoing is not None and to is not None:
-        requests += [comm.Send_init(outgoing.raw(*span), to, tag) for span in _spans(outgoing)]
+        requests += [
+            comm.Send_init(outgoing.raw(*span), to, tag) for span in message_spans(outgoing.count)
+        ]
     return SendrecvRequest(requests)
-
-
-def _spans(buffer: Buffer) -> list[tuple[int, int]]:
-    # An empty array is a message too: the receiver waits for it.
-    return pieces(buffer.count) or [(0, 0)]
 
 
 class SendrecvRequest:
     """Persistent requests that start together."""
+
+    queued = False
 
     def __init__(self, requests: "list[MPI.Prequest]") -> None:
         self._requests = requests

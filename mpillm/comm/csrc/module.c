@@ -9,14 +9,11 @@
 #include <signal.h>
 #include <string.h>
 
+#include "flags.h"
 #include "module.h"
 #include "spsc_queue.h"
 #include "team.h"
 
-/* A wait returns to Python this often, so that Ctrl-C and SIGTERM are handled. */
-#define SIGNAL_SECONDS 0.05
-/* A wait this long checks whether the peer lives; a check is a system call a rank. */
-#define SUSPICION_SECONDS 0.5
 /* Steps of one Test(): a small operation needs three; a large one must leave time for computation. */
 #define MOVES_A_TEST 4
 
@@ -25,8 +22,8 @@
 bool is_gone(pid_t process) { return process > 0 && kill(process, 0) != 0 && errno == ESRCH; }
 
 int wait_for(void *waiting, bool (*step)(void *, double), bool (*may_come)(void *), double limit_seconds) {
-    for (double waited = 0;; waited += SIGNAL_SECONDS) {
-        const double left = limit_seconds - waited, slice = left < SIGNAL_SECONDS ? left : SIGNAL_SECONDS;
+    for (double waited = 0;; waited += SLICE_SECONDS) {
+        const double left = limit_seconds - waited, slice = left < SLICE_SECONDS ? left : SLICE_SECONDS;
         bool done;
         Py_BEGIN_ALLOW_THREADS
         done = step(waiting, slice);
@@ -35,7 +32,7 @@ int wait_for(void *waiting, bool (*step)(void *, double), bool (*may_come)(void 
             return 1;
         if (PyErr_CheckSignals() < 0 || (waited > SUSPICION_SECONDS && !may_come(waiting)))
             return -1;
-        if (slice < SIGNAL_SECONDS)
+        if (slice < SLICE_SECONDS)
             return 0;
     }
 }
@@ -485,16 +482,62 @@ static struct PyModuleDef definition = {
     functions, NULL, NULL, NULL, NULL,
 };
 
+/* The table of flags.h as a read-only mapping. */
+static PyObject *waiting_table(void) {
+    const struct {
+        const char *name;
+        double value;
+    } constants[] = {
+        {"PATIENCE_SECONDS", PATIENCE_SECONDS},
+        {"SLEEP_SECONDS", SLEEP_SECONDS},
+        {"POLLS_A_SLEEP", POLLS_A_SLEEP},
+        {"SUSPICION_SECONDS", SUSPICION_SECONDS},
+        {"SLICE_SECONDS", SLICE_SECONDS},
+        {"TAKEN_SECONDS", TAKEN_SECONDS},
+        {"CROWDED_SLEEP_SECONDS", CROWDED_SLEEP_SECONDS},
+        {"CROWDED_SLEEPS", CROWDED_SLEEPS},
+        {"SPINS", SPINS},
+        {"SPINS_CROWDED", SPINS_CROWDED},
+        {"PROGRESS_SECONDS", PROGRESS_SECONDS},
+    };
+    PyObject *table = PyDict_New();
+    if (table == NULL)
+        return NULL;
+    for (size_t i = 0; i < sizeof constants / sizeof *constants; i++) {
+        PyObject *value = PyFloat_FromDouble(constants[i].value);
+        const int failed = value == NULL ? -1 : PyDict_SetItemString(table, constants[i].name, value);
+        Py_XDECREF(value);
+        if (failed < 0) {
+            Py_DECREF(table);
+            return NULL;
+        }
+    }
+    PyObject *proxy = PyDictProxy_New(table);
+    Py_DECREF(table);
+    return proxy;
+}
+
+static int add_waiting(PyObject *module) {
+    PyObject *table = waiting_table();
+    const int failed = table == NULL ? -1 : PyModule_AddObjectRef(module, "WAITING", table);
+    Py_XDECREF(table);
+    return failed;
+}
+
 PyMODINIT_FUNC PyInit__kernel(void) {
     if (PyType_Ready(&TeamType) < 0 || PyType_Ready(&OperationType) < 0 || PyType_Ready(&SpscQueueType) < 0)
         return NULL;
+    /* An operation is one step of the team, so it never waits in a queue of requests (executors/request.py). */
+    if (PyDict_SetItemString(OperationType.tp_dict, "queued", Py_False) < 0)
+        return NULL;
+    PyType_Modified(&OperationType);
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL)
         return NULL;
     if (PyModule_AddObjectRef(module, "Team", (PyObject *)&TeamType) < 0 ||
         PyModule_AddObjectRef(module, "Operation", (PyObject *)&OperationType) < 0 ||
         PyModule_AddObjectRef(module, "SpscQueue", (PyObject *)&SpscQueueType) < 0 ||
-        PyModule_AddIntConstant(module, "MOST_RANKS", MOST_ROWS) < 0 ||
+        add_waiting(module) < 0 || PyModule_AddIntConstant(module, "MOST_RANKS", MOST_ROWS) < 0 ||
         PyModule_AddStringConstant(module, "SOURCE_HASH", MPILLM_SOURCE_HASH) < 0) {
         Py_DECREF(module);
         return NULL;

@@ -1,1 +1,1 @@
-"""What runs a collective: requests, the executors of a schedule, the MPI library's own collectives."""
+"""Run a collective: requests, the executors of a schedule, the MPI library's own collectives."""

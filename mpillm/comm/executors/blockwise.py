@@ -1,12 +1,14 @@
-"""Schedules of whole blocks, round by round: all of a round is posted at once; when it is there, it is combined.
+"""Run a schedule block by block: all messages of a round are posted at once and combined when they
+are there.
 
-What interpreter.py does for segments, with much less to think about: where each message is a block, or the array is
-short, Python's own time is what an algorithm costs beyond its messages.
+segmented.py does the same for segments, at more Python time a message. Where each message is a
+block, or the array is short, Python's own time is the cost of an algorithm beyond its messages.
 
-Blocks that are added where they arrive may come in pieces, of which a rank takes two at a time: scratch memory is then
-so small that it stays in the processor's cache from the message to the sum. No circle of waiting can form: what a
-round sends is posted before the rank waits for any of its pieces, and no sum of these waits for what the same round
-sends (where one would overwrite it, all pieces are taken at once).
+Blocks that are added may come in pieces, of which a rank takes two at a time: scratch memory is
+then so small that it stays in the processor's cache from the message to the sum. This cannot
+deadlock. A rank posts all sends of a round before it waits for any of its pieces. No sum of these
+waits for the sends of the same round; where a sum would overwrite them, all pieces are taken at
+once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +21,13 @@ from mpillm.comm.algorithms.schedule import (
     cut,
     sums_over_sent,
 )
-from mpillm.comm.buffers import Buffer
+from mpillm.comm.buffers import LARGEST_COUNT, Buffer
+from mpillm.comm.executors.request import Operands, Request
 from mpillm.comm.executors.segmented import (
-    LARGEST_MESSAGE_BYTES,
     LEFT_EARLY,
+    WHOLE_BLOCKS,
     Scratch,
+    Segmentation,
     SegmentedExecutor,
 )
 from mpillm.errors import CommError
@@ -33,57 +37,42 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from numpy.typing import NDArray
 
-    from mpillm.comm.executors.request import Executor
-
 _Part = tuple[int, int, int]
-"""(peer, first element, the element behind its last)."""
+"""(peer, first element, last element + 1)."""
 _Arrivals = list[tuple["NDArray[np.uint8]", int]]
-"""Where messages go, and from which peers they come."""
-# Pieces under way at a time: one is summed while the next arrives.
-IN_HAND = 2
+"""The memory that messages arrive in, and their peers."""
+# Two pieces: one is summed while the next arrives.
+PIECES_IN_FLIGHT = 2
 
 
-def make_steps(
+def make_executor(
     plan: CollectiveSchedule,
     comm: "MPI.Intracomm",
-    source: Buffer,
-    target: Buffer,
-    op: str,
-    segment_bytes: int | None,
-    in_flight: int,
+    operands: Operands,
+    segmentation: Segmentation,
     scratch: Scratch,
-    moved: Callable[[], object] = lambda: None,
-    added_bytes: int | None = None,
-) -> "Executor":
-    """A rank's part in `plan`, ready to begin: in lock step where no message is longer than a segment, else a Run.
+    next_tag: Callable[[], int],
+) -> Request:
+    """Choose the executor of a rank's part in `plan`: blockwise where no message is longer than a
+    segment.
 
-    The arguments are those of `Run`.
+    The arguments are those of SegmentedExecutor.
     """
+    target = operands.target
     longest_bytes = plan.widest * plan.longest(target.count) * target.itemsize
-    if longest_bytes <= min(segment_bytes or LARGEST_MESSAGE_BYTES, LARGEST_MESSAGE_BYTES):
-        return BlockwiseExecutor(plan, comm, source, target, op, scratch, moved, added_bytes)
-    bounds = block_bounds(target.count, plan.blocks)
-    return SegmentedExecutor(
-        plan.rounds,
-        comm,
-        source,
-        target,
-        bounds,
-        op,
-        segment_bytes,
-        in_flight,
-        scratch,
-        moved,
-        added_bytes,
-    )
+    blockwise = longest_bytes <= min(segmentation.segment_bytes or LARGEST_COUNT, LARGEST_COUNT)
+    executor = BlockwiseExecutor if blockwise else SegmentedExecutor
+    return executor(plan, comm, operands, segmentation, scratch, next_tag)
 
 
 class BlockwiseExecutor:
-    """One rank's part in one collective, with the words of `Run`; another rank's part may be a Run.
+    """One rank's part in one collective. Another rank's part may be run by a SegmentedExecutor.
 
-    `sent_bytes` and `received_bytes` grow as a round opens.
+    Arguments and methods are those of SegmentedExecutor; `sent_bytes` and `received_bytes` grow as
+    a round opens.
     """
 
+    queued = False
     sent_bytes = 0
     received_bytes = 0
 
@@ -91,137 +80,137 @@ class BlockwiseExecutor:
         self,
         plan: CollectiveSchedule,
         comm: "MPI.Intracomm",
-        source: Buffer,
-        target: Buffer,
-        op: str,
-        scratch: Scratch,
-        moved: Callable[[], object] = lambda: None,
-        added_bytes: int | None = None,
+        operands: Operands,
+        segmentation: Segmentation = WHOLE_BLOCKS,
+        scratch: Scratch | None = None,
+        next_tag: Callable[[], int] = lambda: 0,
     ) -> None:
         from mpi4py.MPI import Request
 
+        # Bound once: looking a method up costs as much as a short message on the way.
         self._receive, self._send = comm.Irecv, comm.Isend
         self._testall, self._waitall = Request.Testall, Request.Waitall
-        self._source, self._target, self._op, self._scratch = source, target, op, scratch
-        self._moved = moved
+        self._operands, self._next_tag = operands, next_tag
+        self._scratch = scratch or Scratch(kept_bytes=0)
+        target = operands.target
         self._bounds = block_bounds(target.count, plan.blocks)
         self._coming = iter(plan.rounds)
         self._made: list[_RoundMessages] = []
-        self._piece = max(1, (added_bytes or LARGEST_MESSAGE_BYTES) // target.itemsize)
+        self._piece = max(1, (segmentation.added_bytes or LARGEST_COUNT) // target.itemsize)
         added = plan.most_added * plan.longest(target.count)
         if added > self._piece:
-            added = max(IN_HAND * self._piece, added if plan.sums_over_sent else 0)
+            added = max(PIECES_IN_FLIGHT * self._piece, added if plan.sums_over_sent else 0)
         self._added = added
         self._memory: Buffer | None = None
         self._walk: Iterator[list[MPI.Request]] = iter(())
         self._awaited: list[MPI.Request] | None = None
 
-    def begin(self, tag: int = 0) -> None:
-        """As `Run.begin`."""
+    def run(self) -> None:
+        """Run the rank's part from beginning to end."""
+        self.start()
+        self.wait()
+
+    def start(self) -> None:
+        """Post the messages of the first round, under the next tag."""
         if self._awaited is not None:
             raise CommError(LEFT_EARLY)
         self.sent_bytes = self.received_bytes = 0
-        self._walk = self._through_rounds(tag)
+        if self._added:
+            memory = self._scratch.borrow(self._operands.target, self._added)
+            # As a rule it is the memory of the last run, and then the messages are cut out of it
+            # already.
+            if memory is not self._memory:
+                self._arrive_in(memory)
+        self._walk = self._through_rounds(self._next_tag())
         self._awaited = next(self._walk, None)
 
-    def progress(self) -> bool:
-        """As `Run.progress`."""
+    def test(self) -> bool:
+        """Progress without waiting; True when this rank's part is complete."""
         while self._awaited is not None:
             if not self._testall(self._awaited):
                 return False
-            self._moved()
             self._awaited = next(self._walk, None)
         return True
 
     def wait(self) -> None:
-        """As `Run.wait`."""
+        """Block inside MPI until this rank's part is complete."""
         while self._awaited is not None:
             self._waitall(self._awaited)
             self._awaited = next(self._walk, None)
 
     def _through_rounds(self, tag: int) -> "Iterator[list[MPI.Request]]":
-        """Give the messages that must be complete before it goes on.
+        """Yield the messages that must be complete before it continues.
 
-        What a round sends may still be leaving while the next one goes on. Before a rank has posted what a round sends
-        it waits for messages of earlier rounds only, and then for pieces whose sends need nothing of this round: so no
-        circle of waiting can form.
+        The sends of a round may still be in flight during the next one. Before a rank has posted
+        the sends of a round it waits only for messages of earlier rounds. Then it waits for pieces
+        whose sends need nothing of this round. So no circle of waits can form.
         """
         receive, send = self._receive, self._send
-        self._borrow()
         leaving: list[MPI.Request] = []
-        for messages in self._rounds():
+        index = 0
+        while index < len(self._made) or self._make_round():
+            messages = self._made[index]
+            index += 1
             if messages.overwrites_leaving:
+                # A receive must not open over memory that a send of the round before still reads.
                 sent = [send(octets, peer, tag) for octets, peer in messages.sends]
                 yield leaving
                 leaving = []
             pieces = [
                 [receive(octets, peer, tag) for octets, peer in arrivals]
-                for arrivals, _ in messages.pieces[:IN_HAND]
+                for arrivals, _ in messages.pieces[:PIECES_IN_FLIGHT]
             ]
-            if (
-                not messages.overwrites_leaving
-            ):  # receives first: what finds one open is not copied twice
+            if not messages.overwrites_leaving:
+                # Receives first: a message that finds its receive open is not copied twice.
                 sent = [send(octets, peer, tag) for octets, peer in messages.sends]
             self.sent_bytes += messages.sent_bytes
             self.received_bytes += messages.received_bytes
             if messages.sums_over_sent:
                 leaving, sent = leaving + sent, []
-            for index, (_, sums) in enumerate(messages.pieces, IN_HAND):
+            for number, (_, sums) in enumerate(messages.pieces, PIECES_IN_FLIGHT):
                 yield pieces.pop(0) + leaving
                 leaving = []
                 for combine in sums:
                     combine()
-                if index < len(messages.pieces):
+                if number < len(messages.pieces):
                     pieces.append(
-                        [receive(octets, peer, tag) for octets, peer in messages.pieces[index][0]]
+                        [receive(octets, peer, tag) for octets, peer in messages.pieces[number][0]]
                     )
             leaving = sent
         yield leaving
         if self._memory is not None and not self._scratch.give_back(self._memory):
             self._arrive_in(None)
 
-    def _rounds(self) -> "Iterator[_RoundMessages]":
-        """Those that carry anything, made when they are first reached."""
-        yield from self._made
+    def _make_round(self) -> bool:
+        """Make the messages of the next round that carries anything; False where there is none."""
         for transfers in self._coming:
-            messages = _RoundMessages(
-                transfers,
-                self._source,
-                self._target,
-                self._bounds,
-                self._piece,
-                self._made[-1] if self._made else None,
-            )
+            before = self._made[-1] if self._made else None
+            messages = _RoundMessages(transfers, self._operands, self._bounds, self._piece, before)
             if messages.sends or messages.received_bytes:
-                messages.arrive_in(self._memory, self._target, self._op)
+                messages.arrive_in(self._memory, self._operands)
                 self._made.append(messages)
-                yield messages
-
-    def _borrow(self) -> None:
-        """Have memory for what is added: that of the last run as a rule, and then its parts are cut out already."""
-        memory = self._scratch.borrow(self._target, self._added) if self._added else None
-        if memory is not self._memory:
-            self._arrive_in(memory)
+                return True
+        return False
 
     def _arrive_in(self, memory: Buffer | None) -> None:
         self._memory = memory
         for messages in self._made:
-            messages.arrive_in(memory, self._target, self._op)
+            messages.arrive_in(memory, self._operands)
 
 
 class _RoundMessages:
-    """What one round sends, receives and sums, each piece of memory cut out once. `before`: the round before, if any.
+    """The sends, receives and sums of one round, each piece of memory cut out once.
 
-    `piece`: the most elements of a message that is added. `pieces`: what arrives, and the sums behind it, in the order
-    in which it is taken. `overwrites_leaving`: it receives over what the round before sends. `sums_over_sent`: it sums
-    into what it sends.
+    `before`: the round before, if any. `piece`: the most elements of a message that is added.
+    `pieces`: the arrivals, and the sums after them, in the order in which they are taken.
+    `overwrites_leaving`: it receives over the sends of the round before. `sums_over_sent`: it sums
+    into its own sends.
     """
 
     def __init__(
         self,
         transfers: Round,
-        source: Buffer,
-        target: Buffer,
+        operands: Operands,
         bounds: Sequence[int],
         piece: int,
         before: "_RoundMessages | None",
@@ -231,23 +220,21 @@ class _RoundMessages:
             first, stop = bounds[transfer.block], bounds[transfer.block + transfer.width]
             cuts = cut(first, stop, piece if transfer.added else max(1, stop - first))
             parts[transfer.action] += [(transfer.peer, *ends) for ends in cuts]
-        self._piece, self._sent, self._adds, copies = (
-            piece,
-            parts["send"],
-            parts["add"],
-            parts["copy"],
+        self._piece, copies = piece, parts["copy"]
+        self._sent, self._adds = parts["send"], parts["add"]
+        source, target = operands.source, operands.target
+        self.overwrites_leaving = (
+            operands.in_place and before is not None and _touch(copies, before._sent)
         )
-        in_place = source is target
-        self.overwrites_leaving = in_place and before is not None and _touch(copies, before._sent)
-        self.sums_over_sent = in_place and sums_over_sent(transfers)
+        self.sums_over_sent = operands.in_place and sums_over_sent(transfers)
         self.sends = [(source.raw(first, stop), peer) for peer, first, stop in self._sent]
         self._copies = [(target.raw(first, stop), peer) for peer, first, stop in copies]
         self.pieces: list[tuple[_Arrivals, list[Callable[[], object]]]]
         self.sent_bytes = target.itemsize * _total(self._sent)
         self.received_bytes = target.itemsize * (_total(self._adds) + _total(copies))
 
-    def arrive_in(self, memory: Buffer | None, target: Buffer, op: str) -> None:
-        """What is added comes into `memory` from now on, and is summed from there; None: let go of what there was."""
+    def arrive_in(self, memory: Buffer | None, operands: Operands) -> None:
+        """Let messages to be added arrive in `memory` from now on; None drops the former one."""
         self.pieces = [(list(self._copies), [])]
         if memory is None:
             return
@@ -256,11 +243,15 @@ class _RoundMessages:
             if number:
                 self.pieces.append(([], []))
             arrivals, sums = self.pieces[-1]
-            end = number % IN_HAND * self._piece
+            end = number % PIECES_IN_FLIGHT * self._piece
             for peer, first, stop in turn:
                 begin, end = end, end + stop - first
                 arrivals.append((memory.raw(begin, end), peer))
-                sums.append(target.combining(op, slice(first, stop), memory, slice(begin, end)))
+                sums.append(
+                    operands.target.combining(
+                        operands.op, slice(first, stop), memory, slice(begin, end)
+                    )
+                )
 
 
 def _total(parts: Sequence[_Part]) -> int:
@@ -268,7 +259,9 @@ def _total(parts: Sequence[_Part]) -> int:
 
 
 def _turns(parts: Sequence[_Part], most: int) -> list[list[_Part]]:
-    """Those that are taken together, in order: of `most` elements in all, or a single one."""
+    """Group parts that are taken together, in order: at most `most` elements in all, or a single
+    part.
+    """
     turns: list[list[_Part]] = [[]]
     for part in parts:
         if turns[-1] and _total([*turns[-1], part]) > most:
@@ -278,5 +271,5 @@ def _turns(parts: Sequence[_Part], most: int) -> list[list[_Part]]:
 
 
 def _touch(ones: "Sequence[_Part]", others: "Sequence[_Part]") -> bool:
-    """Whether two of them lie in the same memory."""
+    """Return whether two of them share memory."""
     return any(first < end and begin < stop for _, first, stop in ones for _, begin, end in others)

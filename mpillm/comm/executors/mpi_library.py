@@ -1,7 +1,8 @@
-"""The MPI library's own collectives as stages: what `native` means, and what every other algorithm is measured by.
+"""The MPI library's own collectives as requests: the algorithm `mpi`, the baseline of all others.
 
-float16 goes by the library's own type where it has one. bfloat16 (and float16 elsewhere) goes by a user-defined
-operation over two-byte integers that calls the compiled kernel: the fastest that MPI offers for it.
+float16 uses the library's own type where it has one. bfloat16 (and float16 elsewhere) uses a
+user-defined operation over two-byte integers that calls the compiled kernel: the fastest that MPI
+offers for it.
 """
 
 import functools
@@ -13,14 +14,12 @@ import numpy as np
 
 from mpillm.comm import kernel
 from mpillm.comm.algorithms.schedule import block_bounds
-from mpillm.comm.buffers import ELEMENTS, REDUCTIONS, SHORT_FLOATS, Buffer
-from mpillm.comm.executors.request import LocalRequest, MpiRequest, Request, chain
+from mpillm.comm.buffers import ELEMENTS, REDUCTIONS, SHORT_FLOATS, message_spans
+from mpillm.comm.executors.request import LocalRequest, MpiRequest, Operands, Request, chain
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# MPI's classic interface counts to 2³¹ − 1; some libraries err near it.
-PIECE_ELEMENTS = 2**30
 TYPES = {
     "float32": "FLOAT",
     "float64": "DOUBLE",
@@ -37,14 +36,9 @@ TYPES = {
 }
 
 
-def pieces(count: int) -> list[tuple[int, int]]:
-    """Spans (first, stop) small enough for one call of MPI each."""
-    return [(n, min(n + PIECE_ELEMENTS, count)) for n in range(0, count, PIECE_ELEMENTS)]
-
-
 @functools.cache
 def _own_half() -> "MPI.Datatype | None":
-    """The library's own float16, where it can be summed: asked of the library itself, on this rank alone."""
+    """Return the library's own float16 where it can sum it; found by trying, on this rank alone."""
     from mpi4py import MPI
 
     half = getattr(MPI, "FLOAT16_T", MPI.DATATYPE_NULL)
@@ -52,7 +46,8 @@ def _own_half() -> "MPI.Datatype | None":
         return None
     one, two = np.ones(1, np.float16), np.ones(1, np.float16)
     try:
-        # Open MPI 4 without it still hands out a type, which has no size, and a sum of which ends the process.
+        # Open MPI 4 without float16 has a type of no size, and summing it ends the process: ask the
+        # size first.
         half.Get_size()
         MPI.SUM.Reduce_local([one, 1, half], [two, 1, half])
     except MPI.Exception:
@@ -71,7 +66,7 @@ def _user_operation(element: str, op: str) -> "MPI.Op":
 
 
 def type_and_op(element: str, op: str) -> "tuple[MPI.Datatype, MPI.Op]":
-    """The MPI type and operation for `element`: the library's own where it has them."""
+    """Return the MPI type and operation for `element`: the library's own where it has them."""
     from mpi4py import MPI
 
     if element in SHORT_FLOATS:
@@ -82,11 +77,9 @@ def type_and_op(element: str, op: str) -> "tuple[MPI.Datatype, MPI.Op]":
     return getattr(MPI, TYPES[element]), getattr(MPI, op.upper())
 
 
-def stage(
-    comm: "MPI.Intracomm", operation: str, source: Buffer, target: Buffer, op: str, root: int
-) -> Request:
-    """The library's `operation`; `source` is `target` where it works in place. Every rank prepares the same."""
-    make: Callable[..., Request] = {
+def mpi_request(comm: "MPI.Intracomm", operation: str, operands: Operands) -> Request:
+    """Prepare the library's own `operation`. Every rank of `comm` prepares the same."""
+    make = {
         "allreduce": _allreduce,
         "reduce_scatter": _reduce_scatter,
         "allgather": _allgather,
@@ -94,101 +87,116 @@ def stage(
         "broadcast": _broadcast,
         "alltoall": _alltoall,
     }[operation]
-    return make(comm, source, target, *type_and_op(target.element, op), root)
+    return make(comm, operands, *type_and_op(operands.target.element, operands.op))
 
 
-def barrier(comm: "MPI.Intracomm") -> Request:
+def mpi_barrier(comm: "MPI.Intracomm") -> Request:
+    """Prepare the library's own barrier."""
     return MpiRequest(comm.Barrier, comm.Ibarrier)
 
 
-def _calls(
-    blocking: list[Callable[[], object]], starting: list[Callable[[], "MPI.Request"]]
+def _in_spans(
+    call: Callable[..., object],
+    starting: "Callable[..., MPI.Request]",
+    arguments: Callable[[int, int], tuple[Any, ...]],
+    count: int,
 ) -> Request:
-    """One stage of several calls, for arrays that one call cannot count."""
-    if len(blocking) == 1:
-        return MpiRequest(blocking[0], starting[0])
-    return MpiRequest(lambda: [call() for call in blocking], lambda: [call() for call in starting])
+    """Make one request of as many calls as `count` elements need."""
+    spans = [arguments(*span) for span in message_spans(count)]
+    blocking = [functools.partial(call, *span) for span in spans]
+    starts = [functools.partial(starting, *span) for span in spans]
+    if len(spans) == 1:
+        return MpiRequest(blocking[0], starts[0])
+    return MpiRequest(lambda: [each() for each in blocking], lambda: [each() for each in starts])
 
 
-def _in_pieces(
-    call: Any, starting: Any, arguments: Callable[[int, int], tuple[Any, ...]], count: int
+def _allreduce(
+    comm: "MPI.Intracomm", operands: Operands, kind: "MPI.Datatype", op: "MPI.Op"
 ) -> Request:
-    spans = [arguments(first, stop) for first, stop in pieces(count)] or [arguments(0, 0)]
-    return _calls(
-        [functools.partial(call, *span) for span in spans],
-        [functools.partial(starting, *span) for span in spans],
-    )
-
-
-def _allreduce(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Request:
     from mpi4py import MPI
+
+    source, target = operands.source, operands.target
 
     def arguments(first: int, stop: int) -> tuple[Any, ...]:
-        given = MPI.IN_PLACE if source is target else [source.raw(first, stop), stop - first, kind]
+        given = MPI.IN_PLACE if operands.in_place else [source.raw(first, stop), stop - first, kind]
         return given, [target.raw(first, stop), stop - first, kind], op
 
-    return _in_pieces(comm.Allreduce, comm.Iallreduce, arguments, target.count)
+    return _in_spans(comm.Allreduce, comm.Iallreduce, arguments, target.count)
 
 
-def _reduce(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Request:
+def _reduce(
+    comm: "MPI.Intracomm", operands: Operands, kind: "MPI.Datatype", op: "MPI.Op"
+) -> Request:
     from mpi4py import MPI
+
+    source, target, root = operands.source, operands.target, operands.root
 
     def arguments(first: int, stop: int) -> tuple[Any, ...]:
         given = [source.raw(first, stop), stop - first, kind]
         if comm.rank != root:
             return given, None, op, root
         into = [target.raw(first, stop), stop - first, kind]
-        return MPI.IN_PLACE if source is target else given, into, op, root
+        return MPI.IN_PLACE if operands.in_place else given, into, op, root
 
-    return _in_pieces(comm.Reduce, comm.Ireduce, arguments, source.count)
+    return _in_spans(comm.Reduce, comm.Ireduce, arguments, source.count)
 
 
-def _broadcast(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Request:
-    return _in_pieces(
+def _broadcast(
+    comm: "MPI.Intracomm", operands: Operands, kind: "MPI.Datatype", op: "MPI.Op"
+) -> Request:
+    target = operands.target
+    return _in_spans(
         comm.Bcast,
         comm.Ibcast,
-        lambda first, stop: ([target.raw(first, stop), stop - first, kind], root),
+        lambda first, stop: ([target.raw(first, stop), stop - first, kind], operands.root),
         target.count,
     )
 
 
 def _reduce_scatter(
-    comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int
+    comm: "MPI.Intracomm", operands: Operands, kind: "MPI.Datatype", op: "MPI.Op"
 ) -> Request:
+    source, target = operands.source, operands.target
     bounds = block_bounds(source.count, comm.size)
     counts = [stop - first for first, stop in pairwise(bounds)]
     first, stop = bounds[comm.rank], bounds[comm.rank + 1]
     # MPI puts an in-place result at the array's beginning; ours belongs into the own block.
-    block = source.empty(stop - first) if source is target else target
+    block = source.empty(stop - first) if operands.in_place else target
     given, into = [source.octets, source.count, kind], [block.octets, block.count, kind]
     call = MpiRequest(
         functools.partial(comm.Reduce_scatter, given, into, counts, op),
         functools.partial(comm.Ireduce_scatter, given, into, counts, op),
     )
-    if source is not target:
+    if not operands.in_place:
         return call
     return chain(call, LocalRequest(lambda: np.copyto(target.raw(first, stop), block.octets)))
 
 
-def _allgather(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Request:
+def _allgather(
+    comm: "MPI.Intracomm", operands: Operands, kind: "MPI.Datatype", op: "MPI.Op"
+) -> Request:
     from mpi4py import MPI
 
+    source, target = operands.source, operands.target
     bounds = block_bounds(target.count, comm.size)
     counts = [stop - first for first, stop in pairwise(bounds)]
-    given = MPI.IN_PLACE if source is target else [source.octets, source.count, kind]
-    into = [target.octets, (counts, bounds[:-1]), kind]
+    given: Any = MPI.IN_PLACE if operands.in_place else [source.octets, source.count, kind]
+    into: Any = [target.octets, (counts, bounds[:-1]), kind]
     return MpiRequest(
         functools.partial(comm.Allgatherv, given, into),
         functools.partial(comm.Iallgatherv, given, into),
     )
 
 
-def _alltoall(comm: Any, source: Buffer, target: Buffer, kind: Any, op: Any, root: int) -> Request:
+def _alltoall(
+    comm: "MPI.Intracomm", operands: Operands, kind: "MPI.Datatype", op: "MPI.Op"
+) -> Request:
     from mpi4py import MPI
 
+    source, target = operands.source, operands.target
     each = target.count // comm.size
-    given = MPI.IN_PLACE if source is target else [source.octets, each, kind]
-    into = [target.octets, each, kind]
+    given: Any = MPI.IN_PLACE if operands.in_place else [source.octets, each, kind]
+    into: Any = [target.octets, each, kind]
     return MpiRequest(
         functools.partial(comm.Alltoall, given, into),
         functools.partial(comm.Ialltoall, given, into),

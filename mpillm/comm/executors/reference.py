@@ -1,4 +1,6 @@
-"""Slow and plain: gather everything, then take one's own. What every other algorithm is tested by."""
+"""The plain reference: gather everything, then take the own part. All other algorithms are tested
+against it.
+"""
 
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -13,19 +15,22 @@ from mpillm.comm.selection import CollectiveCall
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+# Bounds the gathered memory: p pieces of 2 MiB of float64.
 PIECE_ELEMENTS = 2**18
 
 
-def reference(comm: "MPI.Intracomm", wish: CollectiveCall, source: Buffer, target: Buffer) -> None:
-    """Do what `wish` says, a mean's division apart. Floats are summed in rank order in float64, or in a fixed order in
-    the canonical tree, in their own type (16-bit ones in float32). Every rank calls it.
+def reference(comm: "MPI.Intracomm", call: CollectiveCall, source: Buffer, target: Buffer) -> None:
+    """Run `call`, apart from a mean's division. Every rank of `comm` calls it.
+
+    Floats are summed in rank order in float64. With a fixed order they are summed in the canonical
+    tree, in their own type, 16-bit floats in float32.
     """
-    size, rank, operation = comm.size, comm.rank, wish.operation
+    size, rank, operation = comm.size, comm.rank, call.operation
     if operation in ("allgather", "alltoall", "broadcast"):
-        _move(comm, wish, source, target)
+        _move(comm, call, source, target)
         return
-    total = _reduced(comm, wish, source)
-    if operation == "allreduce" or (operation == "reduce" and rank == wish.root):
+    total = _reduced(comm, call, source)
+    if operation == "allreduce" or (operation == "reduce" and rank == call.root):
         target.octets[:] = total.octets
     elif operation == "reduce_scatter":
         first, stop = block_bounds(source.count, size)[rank : rank + 2]
@@ -33,11 +38,11 @@ def reference(comm: "MPI.Intracomm", wish: CollectiveCall, source: Buffer, targe
         place.octets[:] = total.raw(first, stop)
 
 
-def _move(comm: "MPI.Intracomm", wish: CollectiveCall, source: Buffer, target: Buffer) -> None:
+def _move(comm: "MPI.Intracomm", call: CollectiveCall, source: Buffer, target: Buffer) -> None:
     rank, bounds = comm.rank, block_bounds(target.count, comm.size)
-    if wish.operation == "broadcast":
-        target.octets[:] = np.frombuffer(comm.bcast(source.octets.tobytes(), wish.root), np.uint8)
-    elif wish.operation == "allgather":
+    if call.operation == "broadcast":
+        target.octets[:] = np.frombuffer(comm.bcast(source.octets.tobytes(), call.root), np.uint8)
+    elif call.operation == "allgather":
         own = source if source is not target else source.part(bounds[rank], bounds[rank + 1])
         target.octets[:] = np.frombuffer(b"".join(comm.allgather(own.octets.tobytes())), np.uint8)
     else:
@@ -45,27 +50,27 @@ def _move(comm: "MPI.Intracomm", wish: CollectiveCall, source: Buffer, target: B
         target.octets[:] = np.frombuffer(b"".join(comm.alltoall(blocks)), np.uint8)
 
 
-def _reduced(comm: "MPI.Intracomm", wish: CollectiveCall, source: Buffer) -> Buffer:
+def _reduced(comm: "MPI.Intracomm", call: CollectiveCall, source: Buffer) -> Buffer:
     total = source.empty(source.count)
     for first in range(0, source.count, PIECE_ELEMENTS):
         stop = min(first + PIECE_ELEMENTS, source.count)
         gathered = source.empty(comm.size * (stop - first))
         comm.Allgather(source.raw(first, stop), gathered.octets)
         total.flat[first:stop] = _combined(
-            gathered.flat.reshape(comm.size, stop - first), source.element, wish
+            gathered.flat.reshape(comm.size, stop - first), source.element, call
         )
     return total
 
 
-def _combined(rows: Any, element: str, wish: CollectiveCall) -> Any:
-    """All rows as one; integers in their own type (they wrap alike)."""
-    if wish.op in ("max", "min"):
+def _combined(rows: Any, element: str, call: CollectiveCall) -> Any:
+    """Reduce all rows to one; integers in their own type, in which they wrap as in the kernel."""
+    if call.op in ("max", "min"):
         if isinstance(rows, np.ndarray):
-            return rows.max(0) if wish.op == "max" else rows.min(0)
-        return rows.amax(0) if wish.op == "max" else rows.amin(0)
+            return rows.max(0) if call.op == "max" else rows.min(0)
+        return rows.amax(0) if call.op == "max" else rows.amin(0)
     if element in WHOLE:
         return rows.sum(0, dtype=rows.dtype)
-    if wish.fixed_order:
+    if call.fixed_order:
         return _tree(_as(rows, element if element == "float64" else "float32"), 0, len(rows))
     wide = _as(rows, "float64")
     total = wide[0]

@@ -1,17 +1,29 @@
-"""What a prepared collective is made of: stages that run one after the other, blocking or not.
+"""Requests: the steps of a prepared collective, run one after the other, blocking or not.
 
-A stage can be run any number of times. `run` is `start`, then `wait`; `test` moves on without waiting.
+A request is persistent in MPI's sense: it can run any number of times. `run` is `start`, then
+`wait`; `test` progresses it without waiting.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from mpillm.comm.buffers import Buffer
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 
 class Request(Protocol):
-    """A kernel.Operation is one, too."""
+    """One step, or a chain of them. A kernel.Operation is a Request, too."""
+
+    @property
+    def queued(self) -> bool:
+        """Whether it starts steps on something shared (a team, a communicator) after its own start.
+
+        Ranks must start such steps in one order, so these requests run one at a time, in the order
+        of their starts.
+        """
 
     @property
     def run(self) -> Callable[[], object]: ...
@@ -20,16 +32,27 @@ class Request(Protocol):
     def wait(self) -> None: ...
 
 
-class Executor(Protocol):
-    """A list of rounds, to begin under a tag and carry on: one of lockstep.py or interpreter.py."""
+@dataclass(frozen=True)
+class Operands:
+    """The arrays of a collective, and the reduction of what arrives."""
 
-    def begin(self, tag: int) -> None: ...
-    def progress(self) -> bool: ...
-    def wait(self) -> None: ...
+    source: Buffer
+    target: Buffer
+    """`source` itself where the collective is in place."""
+    op: str = "sum"
+    """One of buffers.REDUCTIONS."""
+    root: int = 0
+
+    @property
+    def in_place(self) -> bool:
+        """Whether source and target are one array."""
+        return self.source is self.target
 
 
 class LocalRequest:
     """Work of this rank alone: copies and scaling."""
+
+    queued = False
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._work = work
@@ -47,23 +70,10 @@ class LocalRequest:
         pass
 
 
-class ScheduleRequest:
-    """A list algorithm; each run is given a tag."""
-
-    def __init__(self, steps: Executor, next_tag: Callable[[], int]) -> None:
-        self._steps, self._next_tag = steps, next_tag
-        self.test, self.wait = steps.progress, steps.wait
-
-    def run(self) -> None:
-        self.start()
-        self.wait()
-
-    def start(self) -> None:
-        self._steps.begin(self._next_tag())
-
-
 class MpiRequest:
     """A collective of the MPI library: `blocking` calls it, `starting` its non-blocking form."""
+
+    queued = False
 
     def __init__(
         self,
@@ -90,41 +100,43 @@ class MpiRequest:
 
 
 class ChainRequest:
-    """Stages in order."""
+    """Requests in order."""
 
-    def __init__(self, stages: Sequence[Request]) -> None:
-        self._stages = stages
-        self._index = len(stages)
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._requests = requests
+        self._index = len(requests)
+        self.queued = any(request.queued for request in requests)
 
     def run(self) -> None:
-        for stage in self._stages:
-            stage.run()
+        for request in self._requests:
+            request.run()
 
     def start(self) -> None:
         self._index = 0
-        if self._stages:
-            self._stages[0].start()
-        # A list behind a copy takes its tag now, on every rank, and not when someone first looks.
+        if self._requests:
+            self._requests[0].start()
+        # A schedule after a copy takes its tag now: ranks that test at other times must not take
+        # another.
         self.test()
 
     def test(self) -> bool:
-        while self._index < len(self._stages):
-            if not self._stages[self._index].test():
+        while self._index < len(self._requests):
+            if not self._requests[self._index].test():
                 return False
             self._next()
         return True
 
     def wait(self) -> None:
-        while self._index < len(self._stages):
-            self._stages[self._index].wait()
+        while self._index < len(self._requests):
+            self._requests[self._index].wait()
             self._next()
 
     def _next(self) -> None:
         self._index += 1
-        if self._index < len(self._stages):
-            self._stages[self._index].start()
+        if self._index < len(self._requests):
+            self._requests[self._index].start()
 
 
-def chain(*stages: Request) -> Request:
-    """One stage as it is, several as a Chain."""
-    return stages[0] if len(stages) == 1 else ChainRequest(stages)
+def chain(*requests: Request) -> Request:
+    """Return a single request as it is, several as a ChainRequest."""
+    return requests[0] if len(requests) == 1 else ChainRequest(requests)

@@ -1,28 +1,32 @@
-"""The interpreter of collective algorithms: runs the rounds of a schedule over mpi4py, waiting or not.
+"""Run a schedule in segments over mpi4py, waiting or not: segments flow through the rounds as a
+pipeline.
 
-It takes any schedule and segments; where no message is longer than a segment, lockstep.py does the same with less. A
-Run is made once for its arrays and begun any number of times: what can be known before is worked out once.
+It takes any schedule; where no message is longer than a segment, blockwise.py does the same with
+less Python time. An executor is made once for its arrays and started any number of times.
 
-A lane is all that goes one way between this rank and one peer in one round: messages in a fixed order, of which some
-are in flight. Segments flow from round to round: one that was received and combined is sent on while its successor
-arrives, so both ways of a link stay busy from the first to the last segment.
+A lane is one direction between this rank and one peer in one round: messages in a fixed order, of
+which some are in flight. A segment that was received and combined is sent on while its successor
+arrives, so both directions of a link stay busy from the first to the last segment.
 
-No circle of waiting can form. A rank opens a round once it has posted all of the round before, and all rounds before
-that are complete; within a round, segment i waits only for segments up to i (a send for room among those in flight; a
-sum until the same segment, as it was, has left). So whatever a message waits for lies in an earlier round, or in the
-same round at no later a segment, on this rank or another; and the earliest of all waits for nothing. Messages match
-because both ends post a pair's messages in one order: round by round, and in a round the lane's.
+No circle of waits can form. A rank opens a round once it has posted all of the round before, and
+all rounds before that are complete. Within a round, segment i waits only for segments up to i: a
+send for room among those in flight, a sum until the same segment, as it was, has left. So each
+message waits only for earlier rounds, or for its own round at no later a segment, on this rank or
+another; the earliest waits for nothing. Messages match because both ends post a pair's messages in
+one order: by round, then in the lane's order.
 """
 
 from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter, sub
 from typing import TYPE_CHECKING
 
-from mpillm.comm.algorithms.schedule import Round, Transfer, cut
-from mpillm.comm.buffers import Buffer
+from mpillm.comm.algorithms.schedule import CollectiveSchedule, Transfer, block_bounds, cut
+from mpillm.comm.buffers import LARGEST_COUNT, Buffer
+from mpillm.comm.executors.request import Operands
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -30,16 +34,34 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from numpy.typing import NDArray
 
-IN_FLIGHT = 2
-# MPI's classic interface counts to 2³¹ − 1; some libraries err near it.
-LARGEST_MESSAGE_BYTES = 2**30 - 1
-LEFT_EARLY = "a collective was left before its end, so it cannot run again: end the job, or prepare another group"
-# What scratch memory is kept between runs; a longer piece is rare, and its room better given back.
+LEFT_EARLY = (
+    "a collective was left before its end, so it cannot run again: end the job, or prepare it on "
+    "another communicator"
+)
+# Scratch memory up to this size is kept between runs; longer pieces are rare, and better given
+# back.
 KEPT_BYTES = 256 * 1024 * 1024
 
 
+@dataclass(frozen=True)
+class Segmentation:
+    """The length of messages, and the number in flight; the same on all ranks of a collective."""
+
+    segment_bytes: int | None = None
+    """The longest message; None sends whole blocks."""
+    in_flight: int = 2
+    """Segments open at once in each lane."""
+    added_bytes: int | None = None
+    """The longest message that is added on arrival; None: as the others."""
+
+
+WHOLE_BLOCKS = Segmentation()
+
+
 class Scratch:
-    """Memory for what arrives and is combined, kept from run to run: fresh pages cost as much as the messages."""
+    """Memory for arrivals that are combined, kept from run to run: fresh pages cost as much as the
+    messages.
+    """
 
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         """`kept_bytes`: the longest piece that is kept; 0 keeps none."""
@@ -47,7 +69,9 @@ class Scratch:
         self._free: defaultdict[str, list[Buffer]] = defaultdict(list)
 
     def borrow(self, like: Buffer, count: int) -> Buffer:
-        """At least `count` elements of the type of `like`. Pieces too short for this are let go."""
+        """Return at least `count` elements of the type of `like`. Pieces too short for this are
+        dropped.
+        """
         free = self._free[like.element]
         while count and free:
             memory = free.pop()
@@ -56,7 +80,7 @@ class Scratch:
         return like.empty(count)
 
     def give_back(self, memory: Buffer) -> bool:
-        """Whether it is kept; else the caller had better let go of it, too."""
+        """Take memory back; False where it is not kept, and the caller should drop it, too."""
         kept = 0 < memory.count * memory.itemsize <= self._kept_bytes
         if kept:
             self._free[memory.element].append(memory)
@@ -64,70 +88,69 @@ class Scratch:
 
 
 class SegmentedExecutor:
-    """One rank's part in one collective: `begin` it, then carry it on by `progress` or `wait`; again when it is done.
+    """One rank's part in one collective: a Request that takes a new tag at each start.
 
-    `bounds`: of the blocks, in elements, in both buffers. `target`: `source` itself unless the operation is alltoall.
-    `op`: "sum", "max" or "min", for arrivals that are added. `segment_bytes`: the longest message; None sends whole
-    blocks. `added_bytes`: the longest of those that are added where they arrive; None: as the others. `in_flight`: the
-    segments open at once in each lane. `scratch`: kept by the caller from run to run; without it, memory is fresh each
-    time. `moved` is called when `progress` finds that messages are complete.
+    `scratch`: kept by the caller from run to run; without it, memory is fresh each time.
+    `next_tag`: gives the same tag on all ranks, different from that of any run still in flight on
+    `comm`.
 
-    Every rank of `comm` makes one with its own rounds of one schedule, and the same bounds, element type and segments.
-    The buffers are in use from `begin` until `progress` or `wait` tells that all is done.
+    Every rank of `comm` makes one with its own rounds of one schedule, and the same count, element
+    type and segmentation. The buffers are in use from `start` until `test` returns True or `wait`
+    returns.
     """
 
+    queued = False
     sent_bytes = 0
-    """Of the messages posted since `begin`, as `received_bytes`."""
+    """Of the messages posted since `start`, as `received_bytes`."""
     received_bytes = 0
 
     def __init__(
         self,
-        rounds: Sequence[Round],
+        plan: CollectiveSchedule,
         comm: "MPI.Intracomm",
-        source: Buffer,
-        target: Buffer,
-        bounds: Sequence[int],
-        op: str = "sum",
-        segment_bytes: int | None = None,
-        in_flight: int = IN_FLIGHT,
+        operands: Operands,
+        segmentation: Segmentation = WHOLE_BLOCKS,
         scratch: Scratch | None = None,
-        moved: Callable[[], object] = lambda: None,
-        added_bytes: int | None = None,
+        next_tag: Callable[[], int] = lambda: 0,
     ) -> None:
         from mpi4py.MPI import Request
 
-        self.comm, self.source, self.target, self.op = comm, source, target, op
-        longest_bytes = min(segment_bytes or LARGEST_MESSAGE_BYTES, LARGEST_MESSAGE_BYTES)
-        self.longest = max(1, longest_bytes // source.itemsize)
-        self.longest_added = max(
-            1, min(longest_bytes, added_bytes or longest_bytes) // source.itemsize
-        )
-        self.in_flight = in_flight
+        self.comm, self.operands, self._next_tag = comm, operands, next_tag
+        longest_bytes = min(segmentation.segment_bytes or LARGEST_COUNT, LARGEST_COUNT)
+        added_bytes = min(longest_bytes, segmentation.added_bytes or longest_bytes)
+        self.longest = max(1, longest_bytes // operands.source.itemsize)
+        self.longest_added = max(1, added_bytes // operands.source.itemsize)
+        self.in_flight = segmentation.in_flight
         self.tag = 0
         self._testsome, self._waitsome = Request.Testsome, Request.Waitsome
-        self._coming, self.bounds = iter(rounds), bounds
+        self._coming = iter(plan.rounds)
+        self.bounds = block_bounds(operands.target.count, plan.blocks)
         self._rounds: list[list[_Lane]] = []
         self._opened = 0
+        # Topologically sorted: a lane precedes those that depend on it.
         self._live: list[_Lane] = []
         self.scratch = scratch or Scratch(kept_bytes=0)
-        self._moved = moved
 
-    def begin(self, tag: int = 0) -> None:
-        """Post the first messages. `tag`: the same on all ranks, another than that of any run that is not complete."""
+    def run(self) -> None:
+        """Run the rank's part from beginning to end."""
+        self.start()
+        self.wait()
+
+    def start(self) -> None:
+        """Post the first messages, under the next tag."""
         if self._live:
             raise CommError(LEFT_EARLY)
-        self.tag = tag
+        self.tag = self._next_tag()
         self.sent_bytes = self.received_bytes = self._opened = 0
         self._open()
 
-    def progress(self) -> bool:
-        """Do all that can be done without waiting; True when this rank's part is complete."""
+    def test(self) -> bool:
+        """Progress without waiting; True when this rank's part is complete."""
         while self._live:
             waiting = [lane for lane in self._live if lane.requests]
             arrived = self._testsome([lane.requests[0] for lane in waiting])
             if not arrived:
                 return False
-            self._moved()
             self._completed([waiting[index] for index in arrived])
         return True
 
@@ -142,13 +165,13 @@ class SegmentedExecutor:
             self._completed([waiting[index] for index in arrived])
 
     def _completed(self, lanes: "list[_Lane]") -> None:
-        """Note the oldest message of each of `lanes` as complete; post and combine all that may be now.
-
-        What hangs on a lane stands behind it among the live ones, so that going through them once is enough.
+        """Note the oldest message of each of `lanes` as complete; post and combine all that is now
+        possible.
         """
         for lane in lanes:
             lane.requests.popleft()
             lane.complete += 1
+        # `_live` is topologically sorted, so one pass suffices.
         for lane in self._live:
             if lane.done < lane.complete or lane.posted < lane.count:
                 lane.advance(self)
@@ -156,7 +179,7 @@ class SegmentedExecutor:
         self._open()
 
     def _open(self) -> None:
-        """Open the next rounds for as long as the last one is all posted and those before it are complete."""
+        """Open rounds while the last one is all posted and those before it are complete."""
         while True:
             for lane in self._live:
                 if lane.posted < lane.count or lane.round < self._opened:
@@ -165,75 +188,86 @@ class SegmentedExecutor:
                 return
             lanes = self._rounds[self._opened]
             self._opened += 1
-            for lane in reversed(lanes):  # receives first: what finds one open is not copied twice
+            # Receives first: a message that finds its receive open is not copied twice.
+            for lane in reversed(lanes):
                 lane.open(self)
             self._live += lanes
 
     def _make_round(self) -> bool:
-        """Make the lanes of the next round that carries anything, sends first; False where there is none."""
+        """Make the lanes of the next round that carries anything, sends first; False where there is
+        none.
+        """
         for transfers in self._coming:
             sends: list[_Lane] = []
             arrivals: list[_Lane] = []
-            for (action, _), group in groupby(transfers, key=_BY_LANE):
-                lane = _KINDS[action](self, len(self._rounds) + 1, list(group))
+            for (action, _), lane_transfers in groupby(transfers, key=_BY_LANE):
+                lane = _KINDS[action](self, len(self._rounds) + 1, list(lane_transfers))
                 if lane.count:
                     (sends if action == "send" else arrivals).append(lane)
             if sends or arrivals:
-                if self.source is self.target:
+                if self.operands.in_place:
                     self._order(sends, arrivals)
                 self._rounds.append(sends + arrivals)
                 return True
         return False
 
     def _order(self, sends: "list[_Lane]", arrivals: "list[_Lane]") -> None:
-        """Note what in the round before, and in this one, touches the same memory: no older round is live beside it."""
+        """Note which lanes of this round, and of the one before, touch the same memory.
+
+        No older round is still live by then.
+        """
         before = self._rounds[-1] if self._rounds else []
         for lane in sends:
             lane.after = [
-                other for other in before if type(other) is not _Sends and lane.hangs_on(other)
+                other for other in before if type(other) is not _SendLane and lane.depends_on(other)
             ]
         for lane in arrivals:
-            earlier = before + sends if type(lane) is _Adds else before
-            lane.after = [other for other in earlier if lane.hangs_on(other)]
+            earlier = before + sends if type(lane) is _AddLane else before
+            lane.after = [other for other in earlier if lane.depends_on(other)]
 
 
 class _Lane:
-    """Messages between this rank and one peer, one way, in one round; segment i is posted, complete and done in turn.
+    """Messages between this rank and one peer, one direction, in one round; each segment is posted,
+    then complete, then done.
 
-    `round`: its number, from 1. `after`: the lanes of which no overlapping segment may be undone when one of this lane
-    reads or writes its own. It has no hold of its run: a circle would keep a caller's arrays until Python looks for it.
+    `round`: its number, from 1. `after`: a segment of this lane may start only when the overlapping
+    segments of these lanes are done.
     """
 
-    def __init__(self, run: SegmentedExecutor, number: int, transfers: Sequence[Transfer]) -> None:
+    # No reference to the executor: a cycle would pin the caller's arrays until the next garbage
+    # collection.
+    def __init__(
+        self, executor: SegmentedExecutor, number: int, transfers: Sequence[Transfer]
+    ) -> None:
         self.starts: list[int] = []
         self.stops: list[int] = []
-        longest = run.longest_added if transfers[0].added else run.longest
+        bounds = executor.bounds
+        longest = executor.longest_added if transfers[0].added else executor.longest
         for transfer in transfers:
-            for start, stop in cut(
-                run.bounds[transfer.block], run.bounds[transfer.block + transfer.width], longest
-            ):
-                self.starts.append(start)
-                self.stops.append(stop)
+            first, stop = bounds[transfer.block], bounds[transfer.block + transfer.width]
+            for piece in cut(first, stop, longest):
+                self.starts.append(piece[0])
+                self.stops.append(piece[1])
         self.count = len(self.starts)
-        # What makes up one segment at most goes all at once.
+        # Messages that make up one segment at most are all posted at once.
         total = sum(map(sub, self.stops, self.starts))
-        self.slots = self.count if total <= longest else min(run.in_flight, self.count)
+        self.slots = self.count if total <= longest else min(executor.in_flight, self.count)
         self.posted = self.complete = self.done = 0
         self.requests: deque[MPI.Request] = deque()
         self.after: list[_Lane] = []
         self.round = number
         self._peer = transfers[0].peer
 
-    def open(self, run: SegmentedExecutor) -> None:
+    def open(self, executor: SegmentedExecutor) -> None:
         """Begin, from the first segment on."""
         self.posted = self.complete = self.done = 0
-        self.advance(run)
+        self.advance(executor)
 
-    def hangs_on(self, other: "_Lane") -> bool:
-        """Whether the two may touch the same memory."""
+    def depends_on(self, other: "_Lane") -> bool:
+        """Return whether the two may touch the same memory."""
         return other.starts[0] < self.stops[-1] and self.starts[0] < other.stops[-1]
 
-    def advance(self, run: SegmentedExecutor) -> None:
+    def advance(self, executor: SegmentedExecutor) -> None:
         """Post the next segments, as far as there is room and their memory is free."""
         self.done = self.complete
         while (
@@ -241,66 +275,72 @@ class _Lane:
             and self.posted - self.done < self.slots
             and self._is_free(self.posted)
         ):
-            self._post(run, self.posted)
+            self._post(executor, self.posted)
             self.posted += 1
 
     def _is_free(self, index: int) -> bool:
         for other in self.after:
             if other.done == other.count:
                 continue
+            # The last segment of `other` that begins before this one ends.
             last = bisect_left(other.starts, self.stops[index]) - 1
             if last >= other.done and other.stops[last] > self.starts[index]:
                 return False
         return True
 
-    def _post(self, run: SegmentedExecutor, index: int) -> None:
+    def _post(self, executor: SegmentedExecutor, index: int) -> None:
         raise NotImplementedError
 
-    def _receive(self, run: SegmentedExecutor, memory: "NDArray[np.uint8]") -> None:
-        self.requests.append(run.comm.Irecv(memory, self._peer, run.tag))
-        run.received_bytes += memory.size
+    def _receive(self, executor: SegmentedExecutor, memory: "NDArray[np.uint8]") -> None:
+        self.requests.append(executor.comm.Irecv(memory, self._peer, executor.tag))
+        executor.received_bytes += memory.size
 
 
-class _Sends(_Lane):
-    def _post(self, run: SegmentedExecutor, index: int) -> None:
-        memory = run.source.raw(self.starts[index], self.stops[index])
-        self.requests.append(run.comm.Isend(memory, self._peer, run.tag))
-        run.sent_bytes += memory.size
+class _SendLane(_Lane):
+    def _post(self, executor: SegmentedExecutor, index: int) -> None:
+        memory = executor.operands.source.raw(self.starts[index], self.stops[index])
+        self.requests.append(executor.comm.Isend(memory, self._peer, executor.tag))
+        executor.sent_bytes += memory.size
 
 
-class _CopyGroups(_Lane):
-    def _post(self, run: SegmentedExecutor, index: int) -> None:
-        self._receive(run, run.target.raw(self.starts[index], self.stops[index]))
+class _CopyLane(_Lane):
+    def _post(self, executor: SegmentedExecutor, index: int) -> None:
+        target = executor.operands.target
+        self._receive(executor, target.raw(self.starts[index], self.stops[index]))
 
 
-class _Adds(_Lane):
+class _AddLane(_Lane):
     """Segments arrive in scratch memory, `slots` of them in turn, and are combined from there."""
 
     _memory: Buffer
 
-    def __init__(self, run: SegmentedExecutor, number: int, transfers: Sequence[Transfer]) -> None:
-        super().__init__(run, number, transfers)
+    def __init__(
+        self, executor: SegmentedExecutor, number: int, transfers: Sequence[Transfer]
+    ) -> None:
+        super().__init__(executor, number, transfers)
         self._longest = max(map(sub, self.stops, self.starts), default=0)
 
-    def open(self, run: SegmentedExecutor) -> None:
-        self._memory = run.scratch.borrow(run.target, self.slots * self._longest)
-        super().open(run)
+    def open(self, executor: SegmentedExecutor) -> None:
+        target = executor.operands.target
+        self._memory = executor.scratch.borrow(target, self.slots * self._longest)
+        super().open(executor)
 
-    def advance(self, run: SegmentedExecutor) -> None:
+    def advance(self, executor: SegmentedExecutor) -> None:
+        operands = executor.operands
         while self.done < self.complete and self._is_free(self.done):
             own = slice(self.starts[self.done], self.stops[self.done])
-            run.target.combine(run.op, own, self._memory, self._place(self.done))
+            operands.target.combine(operands.op, own, self._memory, self._place(self.done))
             self.done += 1
             if self.done == self.count:
-                run.scratch.give_back(self._memory)
+                executor.scratch.give_back(self._memory)
                 del self._memory
         while self.posted < self.count and self.posted - self.done < self.slots:
-            self._post(run, self.posted)
+            self._post(executor, self.posted)
             self.posted += 1
 
-    def _post(self, run: SegmentedExecutor, index: int) -> None:
+    def _post(self, executor: SegmentedExecutor, index: int) -> None:
         place = self._place(index)
-        self._receive(run, self._memory.raw(place.start, place.stop))
+        self._receive(executor, self._memory.raw(place.start, place.stop))
 
     def _place(self, index: int) -> slice:
         start = index % self.slots * self._longest
@@ -308,4 +348,4 @@ class _Adds(_Lane):
 
 
 _BY_LANE = attrgetter("action", "peer")
-_KINDS: Mapping[str, type[_Lane]] = {"send": _Sends, "add": _Adds, "copy": _CopyGroups}
+_KINDS: Mapping[str, type[_Lane]] = {"send": _SendLane, "add": _AddLane, "copy": _CopyLane}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mpillm.comm.algorithms.schedule import block_bounds
+from mpillm.comm.algorithms.schedule import REDUCING, block_bounds
 from mpillm.comm.buffers import from_octets
 from mpillm.comm.executors.request import Request, chain
 from mpillm.comm.gpu.device_buffer import DeviceBuffer
@@ -18,10 +18,11 @@ from mpillm.comm.gpu.streams import (
     StreamReachedRequest,
     stream_at,
 )
-from mpillm.comm.selection import REDUCING, CollectiveCall
+from mpillm.comm.selection import CollectiveCall
 
 if TYPE_CHECKING:
-    from mpillm.comm.communicator import Communicator, PersistentCollective
+    from mpillm.comm.communicator import Communicator
+    from mpillm.comm.persistent import PersistentCollective
 
 # Of int64 and float64: a slot must hold an element of every rank's block.
 LARGEST_ELEMENT_BYTES = 8

@@ -9,6 +9,7 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from mpillm.comm.algorithms.schedule import REDUCING
 from mpillm.comm.buffers import FLOATS
 from mpillm.comm.executors.request import LocalRequest, Request
 from mpillm.comm.gpu import gpu_aware, nccl
@@ -16,7 +17,7 @@ from mpillm.comm.gpu.device_arrays import as_device_buffer
 from mpillm.comm.gpu.device_buffer import DeviceBuffer
 from mpillm.comm.gpu.device_dispatch import DeviceBuilder, whole_of
 from mpillm.comm.gpu.streams import CallerStream, OrderedRequest
-from mpillm.comm.selection import REDUCING, CollectiveCall, Profile, check_known
+from mpillm.comm.selection import CollectiveCall, Profile, check_known
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ class DeviceCollectives:
             )
         chosen = self._choose(call, source, whole_of(call, source, target).nbytes)
         caller = CallerStream(source)
-        return chosen, OrderedRequest(caller, self._request(call, chosen, caller, source, target))
+        return chosen, OrderedRequest(
+            caller, self._request(call, chosen, caller, source, target), queued=chosen != "nccl"
+        )
 
     def _request(
         self,
@@ -115,7 +118,7 @@ class DeviceCollectives:
         if self._nccl is None:
             # To join is collective and blocks: nothing of this rank's may be in flight meanwhile.
             self._settle()
-            nodes = self._host.layout.nodes
+            nodes = self._host.node_map.nodes
             own = next(node for node, ranks in enumerate(nodes) if self._host.rank in ranks)
             self._nccl = nccl.join(self._host.comm, own, buffer.device)
         return self._nccl if isinstance(self._nccl, str) else ""
@@ -135,7 +138,7 @@ class DeviceCollectives:
                     f"{able[call.algorithm]}; take one of {', '.join(can)}"
                 )
             return call.algorithm
-        layout, known = self._host.layout, None
+        node_map, known = self._host.node_map, None
         if self._profile is not None and not call.fixed_order:
             # The reference is for tests: never chosen by itself.
             allowed = [name for name in can if name != "reference"]
@@ -143,8 +146,8 @@ class DeviceCollectives:
                 call.operation,
                 nbytes,
                 buffer.element,
-                len(layout.nodes),
-                layout.size,
+                len(node_map.nodes),
+                node_map.size,
                 allowed,
                 device="cuda",
             )

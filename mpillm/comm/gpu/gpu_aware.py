@@ -9,15 +9,15 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from mpillm.comm.algorithms.catalog import ALGORITHMS, schedule
-from mpillm.comm.algorithms.schedule import block_bounds
+from mpillm.comm.algorithms.algorithm_catalog import algorithms_of, schedule
+from mpillm.comm.algorithms.schedule import REDUCING, block_bounds
 from mpillm.comm.buffers import SHORT_FLOATS, Buffer
-from mpillm.comm.executors import mpi_library
-from mpillm.comm.executors.blockwise import make_steps
-from mpillm.comm.executors.request import LocalRequest, Request, ScheduleRequest, chain
-from mpillm.comm.executors.segmented import IN_FLIGHT, Scratch
+from mpillm.comm.executors.blockwise import make_executor
+from mpillm.comm.executors.mpi_library import mpi_request
+from mpillm.comm.executors.request import LocalRequest, Operands, Request, chain
+from mpillm.comm.executors.segmented import Scratch, Segmentation
 from mpillm.comm.gpu.device_buffer import DeviceBuffer
-from mpillm.comm.selection import KIB, MIB, REDUCING, CollectiveCall
+from mpillm.comm.selection import KIB, MIB, CollectiveCall
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -26,7 +26,7 @@ MESSAGES = "messages"
 """Key of sends and receives in a probe's answers; other keys are operations, and ARITHMETIC."""
 ARITHMETIC = "arithmetic"
 # Above every eager limit, short enough that sums overlap with messages.
-SEGMENT_BYTES = MIB
+SEGMENTS = Segmentation(MIB)
 # Below this, latency of the rounds is most of the time. Not measured on a GPU yet.
 FEW_ROUNDS_BYTES = 256 * KIB
 FEW_ROUNDS = ("recursive-doubling", "recursive-halving", "binomial", "pairwise")
@@ -50,7 +50,7 @@ def way(operation: str, element: str, probe: Mapping[str, Any]) -> str:
 def list_for(operation: str, nbytes: int) -> str:
     """Choose the list algorithm: few rounds for small arrays, few bytes for large ones."""
     wanted = FEW_ROUNDS if nbytes < FEW_ROUNDS_BYTES else FEW_BYTES
-    return next(name for name in wanted if name in ALGORITHMS[operation])
+    return next(name for name in wanted if name in algorithms_of(operation))
 
 
 class DeviceMessages:
@@ -97,7 +97,7 @@ class DeviceMessages:
             own = self._own(source)
             target = own.empty(own.count)
             after = [self._copy(target, own)]
-        library = mpi_library.stage(self._comm, operation, _seen(source), _seen(target), op, root)
+        library = mpi_request(self._comm, operation, _operands(source, target, op, root))
         return chain(self._reached(), library, *after)
 
     def _by_list(
@@ -133,15 +133,12 @@ class DeviceMessages:
     ) -> Request:
         algorithm = list_for(operation, target.nbytes)
         plan = schedule(operation, algorithm, self._comm.rank, self._comm.size, root)
-        given, taken = _seen(source), _seen(target)
-        if source is target:
-            given = taken
+        operands = _operands(source, target, op, root)
         # CuPy has a memory pool, so scratch memory need not be kept here.
         scratch = Scratch(kept_bytes=0)
-        steps = make_steps(plan, self._comm, given, taken, op, SEGMENT_BYTES, IN_FLIGHT, scratch)
-        return ScheduleRequest(steps, lambda: TAG)
+        return make_executor(plan, self._comm, operands, SEGMENTS, scratch, lambda: TAG)
 
 
-def _seen(buffer: DeviceBuffer) -> Buffer:
-    """Type a DeviceBuffer as a Buffer: it has the methods that executors use."""
-    return cast(Buffer, buffer)
+def _operands(source: DeviceBuffer, target: DeviceBuffer, op: str, root: int) -> Operands:
+    """Type DeviceBuffers as Buffers: they have the methods that executors use."""
+    return Operands(cast(Buffer, source), cast(Buffer, target), op, root)

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from mpillm.comm.algorithms.schedule import block_bounds
+from mpillm.comm.algorithms.schedule import REDUCING, block_bounds
 from mpillm.comm.gpu.device_buffer import DeviceBuffer, load_cupy
 from mpillm.comm.gpu.streams import stream_at
-from mpillm.comm.selection import REDUCING, CollectiveCall
+from mpillm.comm.selection import CollectiveCall
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from mpillm.comm.algorithms.schedule import block_bounds
 
 if TYPE_CHECKING:
-    from mpillm.comm.communicator import Handle, PersistentCollective
+    from mpillm.comm.persistent import PersistentCollective
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,14 @@ class StagedRequest:
     the host does not.
     """
 
+    queued = False
+
     def __init__(
         self, segments: Sequence[Segment], hosts: "Sequence[PersistentCollective]", copies: Copies
     ) -> None:
         self._segments, self._hosts, self._copies = segments, hosts, copies
         self._lowered = self._raised = len(segments)
-        self._current: Handle | None = None
+        self._current: PersistentCollective | None = None
 
     def run(self) -> None:
         self.start()

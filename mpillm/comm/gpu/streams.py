@@ -87,8 +87,9 @@ class OrderedRequest:
     queue.
     """
 
-    def __init__(self, caller: CallerStream, request: Request) -> None:
-        self._caller, self._request = caller, request
+    def __init__(self, caller: CallerStream, request: Request, queued: bool) -> None:
+        """`queued`: see Request. NCCL orders its calls on the stream; the others share memory or MPI."""
+        self._caller, self._request, self.queued = caller, request, queued
         self.mark = caller.mark
         self.start, self.test, self.wait = request.start, request.test, request.wait
 
@@ -103,6 +104,8 @@ class EnqueuedRequest:
     `run` returns when it is enqueued. `test` queries an event; `wait` lets the current stream wait
     for that event.
     """
+
+    queued = False
 
     def __init__(self, caller: CallerStream, enqueue: Callable[[], object]) -> None:
         self._caller, self._enqueue = caller, enqueue
@@ -131,6 +134,8 @@ class EnqueuedRequest:
 class StreamReachedRequest:
     """Wait on the host until the caller's stream has reached this point: MPI knows no streams."""
 
+    queued = False
+
     def __init__(self, caller: CallerStream) -> None:
         self._caller = caller
         self._event = caller.event()
@@ -152,6 +157,8 @@ class StreamReachedRequest:
 
 class OwnStreamRequest:
     """A request whose every step runs with a GPU and a stream of its own as CuPy's current ones."""
+
+    queued = False
 
     def __init__(self, cuda: Any, device: int, stream: Any, request: Request) -> None:
         self._cuda, self._device, self._stream, self._request = cuda, device, stream, request

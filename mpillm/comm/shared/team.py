@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpillm.comm import kernel
+from mpillm.comm.backoff import share_cores
 from mpillm.comm.buffers import ELEMENTS, REDUCTIONS, Buffer, from_octets, itemsize_of
 from mpillm.comm.shared.segment import SharedSegment, share_segment
-from mpillm.comm.waiting import share_cores
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
@@ -44,10 +44,6 @@ STAGING_BYTES_A_RANK = 16 * 1024
 FLAT_BYTES = 64 * 1024
 # Below this a flat all-reduce is faster even than a push, which takes two waits.
 FLAT_PUSH_BYTES = 512
-# Polls of a flag before a waiting rank yields its core: about 10 µs where each rank has a core of
-# its own. On shared cores a spinning rank takes time from the rank that it waits for.
-SPINS = 200
-SPINS_CROWDED = 20
 
 
 class SharedRows:
@@ -257,7 +253,7 @@ class NodeTeam:
 
 def spins_of(comm: "MPI.Intracomm") -> int:
     """Return the polls of a flag before a rank of `comm` yields its core. Every rank calls it."""
-    return SPINS_CROWDED if share_cores(comm) else SPINS
+    return int(kernel.WAITING["SPINS_CROWDED" if share_cores(comm) else "SPINS"])
 
 
 def process_ids(comm: "MPI.Intracomm") -> list[int]:

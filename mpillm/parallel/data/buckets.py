@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mpillm.comm.communicator import Communicator, Handle, PersistentCollective
+from mpillm.comm.communicator import Communicator
+from mpillm.comm.persistent import PersistentCollective
 from mpillm.comm.shared.team import SharedRows
 
 # Each gradient begins on a cache line of its own, so that two ranks never write to one line.
@@ -36,7 +37,7 @@ class Bucket:
     """The rank's part of the model to which the parameters belong."""
     missing: int = 0
     """Gradients of the last microbatch that are not complete yet."""
-    handle: Handle | None = None
+    handle: PersistentCollective | None = None
     """The sum in flight; None before it starts."""
     folded: list[Tensor] = field(default_factory=list)
     """With a fixed order: sums of 2ᵏ microbatches each, the largest k first."""

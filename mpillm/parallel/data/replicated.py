@@ -25,9 +25,6 @@ from mpillm.parallel.data.buckets import (
 from mpillm.parallel.data.gradient_sync import GradientSync
 from mpillm.parallel.settings import ParallelSettings
 
-# The progress thread's sleep between two polls. Shorter ones take the core from the backward pass, longer ones leave the
-# network idle; 1 ms is a twentieth of a 4 MiB bucket at 1 Gbit/s.
-PROGRESS_SECONDS = 1e-3
 # Overlapped: small buckets, so that the first all-reduce starts early. Not overlapped: few large ones.
 OVERLAPPED_BYTES, AFTER_BYTES = 4 << 20, 32 << 20
 
@@ -57,7 +54,13 @@ class ReplicatedGradients(GradientSync):
         each part has a power of two of microbatches on more than one rank, and takes them in ascending order.
         """
         self.axis, self.fixed_order = axis, fixed_order
-        self._group = Communicator(axis.comm, profile=profile, debug=settings.debug, warn=warn)
+        self._group = Communicator(
+            axis.comm,
+            profile=profile,
+            debug=settings.debug,
+            warn=warn,
+            node_map=axis.node_map,
+        )
         self.overlaps = axis.size > 1 and not fixed_order and self._wants_overlap(settings.overlap)
         nbytes = settings.bucket_bytes or (OVERLAPPED_BYTES if self.overlaps else AFTER_BYTES)
         # The last part first: its backward pass comes first.
@@ -70,7 +73,7 @@ class ReplicatedGradients(GradientSync):
         self._check_same_groups([group for _, group in groups])
         buckets_needed = axis.size > 1 or fixed_order
         self._loose = [] if buckets_needed else [p for parameters in trained for p in parameters]
-        self._thread = ProgressThread(self._group, PROGRESS_SECONDS) if self.overlaps else None
+        self._thread = ProgressThread(self._group) if self.overlaps else None
         # Shared memory pays where ranks of the axis share a node.
         share = settings.allreduce in ("auto", "shared", "two-level") and axis.size > len(
             self._group.nodes
@@ -160,7 +163,7 @@ class ReplicatedGradients(GradientSync):
                     bucket.handle = bucket.sum.start()
                 else:
                     bucket.sum.run()
-        self._group.settle()
+        self._group.wait_all()
         for bucket in self.buckets:
             bucket.handle = None
             bucket.missing = len(bucket.parameters)

@@ -7,12 +7,11 @@ from itertools import zip_longest
 import xxhash
 from torch import Tensor
 
-from mpillm.comm.buffers import as_buffer
+from mpillm.comm.buffers import as_buffer, message_spans
 from mpillm.comm.mesh import Axis
 from mpillm.errors import CommError
 
 # The counts of one MPI call end at 2³¹ elements.
-BCAST_PIECE_BYTES = 2**30
 
 
 def broadcast_parameters(parameters: Iterable[Tensor], axis: Axis, root: int = 0) -> None:
@@ -22,8 +21,8 @@ def broadcast_parameters(parameters: Iterable[Tensor], axis: Axis, root: int = 0
     """
     for parameter in parameters:
         octets = as_buffer(parameter).octets
-        for first in range(0, octets.size, BCAST_PIECE_BYTES):
-            axis.comm.Bcast(octets[first : first + BCAST_PIECE_BYTES], root)
+        for first, stop in message_spans(octets.size):
+            axis.comm.Bcast(octets[first:stop], root)
 
 
 def check_same(parameters: Iterable[Tensor], axis: Axis) -> None:

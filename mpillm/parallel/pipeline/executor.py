@@ -54,7 +54,9 @@ class Pipeline:
         self.axis, self.placement = axis, placement
         rank_of = placement.rank_of
         channels = [Channel(rank_of[a], rank_of[b], nbytes) for a, b in placement.channels]
-        self._channels = ChannelSet(axis.comm, channels, way=way, profile=profile, warn=warn)
+        self._channels = ChannelSet(
+            axis.comm, channels, way=way, profile=profile, warn=warn, node_map=axis.node_map
+        )
 
     @property
     def ways(self) -> list[str]:

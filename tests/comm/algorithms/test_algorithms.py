@@ -7,22 +7,23 @@ from itertools import pairwise, product
 import pytest
 from mpi4py import MPI
 
-from mpillm.comm.algorithms.catalog import (
-    ALGORITHMS,
-    FIXED_ORDER,
-    Transfer,
-    block_bounds,
+from mpillm.comm.algorithms.algorithm_catalog import (
+    ALGORITHM_CATALOG,
+    algorithms_of,
+    load_algorithm,
     schedule,
-    sent_elements,
-    total_sent,
-    tree_split,
 )
-from mpillm.errors import CommError
+from mpillm.comm.algorithms.schedule import Algorithm, Transfer, block_bounds
+from mpillm.comm.algorithms.trees import scattered_owners, tree_split
+from mpillm.comm.selection import OPERATIONS
+from mpillm.errors import CommError, UsageError
 
 SIZES = [*range(1, 19), 24, 31, 32, 33, 48, 63, 64]
 # Under mpirun the ranks share the longer proofs; one that fails ends the job.
 SHARE = SIZES[MPI.COMM_WORLD.rank :: MPI.COMM_WORLD.size]
-PAIRS = [(operation, algorithm) for operation, lists in ALGORITHMS.items() for algorithm in lists]
+PAIRS = [
+    (operation, algorithm) for operation in OPERATIONS for algorithm in algorithms_of(operation)
+]
 IN_PLACE = [pair for pair in PAIRS if pair[0] != "alltoall"]
 
 
@@ -40,7 +41,9 @@ def cases(operation):
 
 
 class Sums:
-    """Symbolic sums: a value is (bits of the ranks in it, number of its expression); a + b and b + a are one."""
+    """Symbolic sums: a value is (bits of the ranks in it, number of its expression); a + b and b +
+    a are one.
+    """
 
     def __init__(self):
         self.numbers = {}
@@ -64,7 +67,9 @@ class Sums:
 
 
 def execute(plans, state, sums):
-    """Run all ranks' rounds in lock-step on `state[rank][block]`; sends carry what the earlier rounds left."""
+    """Run all ranks' rounds in lock-step on `state[rank][block]`; sends carry what the earlier
+    rounds left.
+    """
     for turn in range(max(len(plan.rounds) for plan in plans)):
         before = [list(blocks) for blocks in state]
         for rank, plan in enumerate(plans):
@@ -79,7 +84,9 @@ def execute(plans, state, sums):
 
 
 def run(operation, algorithm, size, root=0):
-    """(state at the end, what the whole is) of an operation over leaves; what is not right at first is None."""
+    """(state at the end, what the whole is) of an operation over leaves; what is not right at first
+    is None.
+    """
     plans, sums = schedules(operation, algorithm, size, root), Sums()
     blocks = plans[0].blocks
     if operation == "allgather":
@@ -111,7 +118,9 @@ def test_each_ends_with_what_the_operation_says(operation, algorithm):
             assert all(value[0] == whole for value in state[root])
 
 
-@pytest.mark.parametrize(("operation", "algorithm"), [p for p in IN_PLACE if p[1] in FIXED_ORDER])
+@pytest.mark.parametrize(
+    ("operation", "algorithm"), [p for p in IN_PLACE if load_algorithm(p[1]).fixed_order]
+)
 def test_sums_are_taken_in_the_canonical_order(operation, algorithm):
     for size, root in cases(operation):
         state, sums = run(operation, algorithm, size, root)
@@ -138,7 +147,7 @@ def test_the_canonical_order():
 
 
 def test_the_ring_sums_in_another_order():
-    """So the check of the order can fail; and each block of a ring is summed from another rank on."""
+    """The check of the order can fail; each block of a ring is summed from another rank on."""
     state, sums = run("allreduce", "ring", 4)
     assert all(value != sums.canonical(0, 4) for value in state[0])
 
@@ -164,8 +173,10 @@ def test_alltoall_turns_the_matrix(size):
 
 @pytest.mark.parametrize(("operation", "algorithm"), PAIRS)
 def test_both_ends_agree(operation, algorithm):
-    """Each send meets a receive of as many blocks in the same round, in one order for each pair of ranks, and both know
-    whether it is added there.
+    """Each send has a receive of as many blocks in the same round, in one order for each pair of
+    ranks.
+
+    Both ends know whether it is added there.
     """
     for size, root in cases(operation):
         plans = schedules(operation, algorithm, size, root)
@@ -190,7 +201,9 @@ def test_both_ends_agree(operation, algorithm):
 
 @pytest.mark.parametrize(("operation", "algorithm"), IN_PLACE)
 def test_no_two_touch_a_block_at_once(operation, algorithm):
-    """In a round a block is written once; sent and written only as one whole exchange, and never copied over."""
+    """In a round a block is written once; sent and written only as one whole exchange, and never
+    copied over.
+    """
     for size, root in cases(operation):
         for plan in schedules(operation, algorithm, size, root):
             for transfers in plan.rounds:
@@ -215,7 +228,10 @@ def test_no_two_touch_a_block_at_once(operation, algorithm):
 
 
 def stuck(lists):
-    """The ranks that never end if a send completes only with its receive, and a round only with all its transfers."""
+    """List the ranks that never end.
+
+    A send completes only with its receive, a round only with all its transfers.
+    """
     at, posted = [0] * len(lists), Counter()
 
     def ways(rank):
@@ -251,6 +267,52 @@ def test_a_planted_circle_is_found():
     rings = [list(plan.rounds) for plan in schedules("allreduce", "ring", 4)]
     rings[2].pop(0)
     assert stuck(rings)
+
+
+def sent_elements(operation, algorithm, rank, size, count):
+    return schedule(operation, algorithm, rank, size).sent_elements(count)
+
+
+def total_sent(operation, algorithm, size, count):
+    """Count the elements that all ranks together send for `count`, by the literature's formulas;
+    root 0.
+
+    To sum n elements of p ranks, or to spread them, takes at least (p−1)n, and an all-reduce twice
+    that (Patarasuk and Yuan 2009); ring, rabenseifner and binomial need no more. Recursive doubling
+    sends n log2(p) a rank at powers of two (Thakur, Rabenseifner, Gropp 2005); see `doubling_sent`
+    for others. A binomial scatter or gather carries a block once for each bit set in the number of
+    its owner: n log2(p)/2 in all at powers of two.
+    """
+    least = (size - 1) * count
+    if operation != "allreduce":
+        walks = (operation, algorithm) in (
+            ("broadcast", "scatter-allgather"),
+            ("reduce", "rabenseifner"),
+        )
+        return least + (walked(size, count, algorithm == "rabenseifner") if walks else 0)
+    return doubling_sent(size) * count if algorithm == "recursive-doubling" else 2 * least
+
+
+def walked(size, count, scattered):
+    bounds = block_bounds(count, size)
+    owners = scattered_owners(size) if scattered else range(size)
+    return sum((bounds[b + 1] - bounds[b]) * owner.bit_count() for b, owner in enumerate(owners))
+
+
+def doubling_sent(size):
+    """Count whole arrays sent in recursive doubling, from the bits of p = 2^a0 + … + 2^am, a0 the
+    lowest.
+
+    Each of the m + 1 even subtrees doubles by itself: ai · 2^ai sends. Their m joins pair 2^a0,
+    2^(a0+1), … ranks, with two sends a pair. That leaves 2^(a0+m) ranks with the sum, and one send
+    for each other rank.
+    """
+    bits = [bit for bit in range(size.bit_length()) if size >> bit & 1]
+    joins = len(bits) - 1
+    lowest = 1 << bits[0]
+    return (
+        sum(bit << bit for bit in bits) + 2 * lowest * ((1 << joins) - 1) + size - (lowest << joins)
+    )
 
 
 @pytest.mark.parametrize(("operation", "algorithm"), PAIRS)
@@ -306,7 +368,7 @@ def test_rounds_are_few(size):
 
 @pytest.mark.parametrize("size", [2, 8, 64])
 def test_one_message_each_way_in_a_round(size):
-    """At powers of two what rabenseifner sends to a partner lies in one piece."""
+    """At powers of two what rabenseifner sends to a partner is one piece."""
     for plan in schedules("allreduce", "rabenseifner", size):
         assert all(
             sorted(t.action == "send" for t in transfers) == [False, True]
@@ -314,14 +376,35 @@ def test_one_message_each_way_in_a_round(size):
         )
 
 
-def test_an_unknown_list():
+def test_an_unknown_algorithm():
     with pytest.raises(
-        CommError,
-        match="no list is known for allreduce by rign; take allreduce by ring or recursive-",
+        UsageError, match="no collective algorithm is called 'rign', did you mean ring"
     ):
         schedule("allreduce", "rign", 0, 2)
-    with pytest.raises(CommError, match="no list is known for scan by ring"):
-        schedule("scan", "ring", 0, 2)
+    with pytest.raises(
+        CommError, match=r"ring cannot run broadcast.*take one of binomial, scatter-"
+    ):
+        schedule("broadcast", "ring", 0, 2)
+
+
+def test_a_plugin_is_an_algorithm_of_any_package():
+    plan = schedule("allreduce", "mpillm.comm.algorithms.ring:RING", 1, 4)
+    assert plan == schedule("allreduce", "ring", 1, 4)
+    with pytest.raises(
+        CommError, match="is of type function; a collective algorithm is an Algorithm"
+    ):
+        schedule("allreduce", "mpillm.comm.algorithms.ring:allreduce", 0, 2)
+
+
+def test_the_catalogue():
+    assert all(isinstance(load_algorithm(name), Algorithm) for name in ALGORITHM_CATALOG)
+    assert set(algorithms_of("allreduce")) == {
+        "ring",
+        "recursive-doubling",
+        "binomial",
+        "rabenseifner",
+    }
+    assert algorithms_of("barrier") == ()
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 64, 2**31 + 5])
@@ -335,17 +418,19 @@ def test_bounds(count, size):
 
 @pytest.mark.parametrize("inner", ["segmented-ring", "recursive-doubling", "rabenseifner"])
 def test_two_levels_add_each_rank_once(inner):
-    """Within each node the team's tree, then a list between the ranks of equal place: building.py's two-level, whose
-    order is the canonical one where nodes hold 2^k neighbours and the list keeps it.
+    """Within each node the team's tree, then a list between the ranks of equal place: dispatch.py's
+    two-level, whose order is the canonical one where nodes hold 2^k neighbours and the list keeps
+    it.
     """
     for nodes, each in ((n, k) for n in (2, 3, 5, 8, 16) for k in (1, 2, 3, 4, 7) if n * k <= 64):
         sums = Sums()
-        # Each rank of a node has its stripe of the node's sum; all stripes of a node are alike, symbolically.
+        # Each rank of a node has its stripe of the node's sum; all stripes of a node are alike,
+        # symbolically.
         of_node = [sums.canonical(node * each, (node + 1) * each) for node in range(nodes)]
         plans = schedules("allreduce", inner.removeprefix("segmented-"), nodes)
         state = execute(plans, [[value] * plans[0].blocks for value in of_node], sums)
         assert all(value[0] == (1 << nodes * each) - 1 for blocks in state for value in blocks)
-        if each & (each - 1) == 0 and inner in FIXED_ORDER:
+        if each & (each - 1) == 0 and inner in ("recursive-doubling", "rabenseifner"):
             assert all(
                 value == sums.canonical(0, nodes * each) for blocks in state for value in blocks
             )

@@ -1,4 +1,6 @@
-"""Sums over two levels in pieces: their order, whatever takes how long; and real ones, over nodes made of one."""
+"""Sums over two levels in pieces: their order, whatever takes how long; and real ones, over nodes
+made of one.
+"""
 
 import itertools
 
@@ -12,25 +14,26 @@ from mpillm.comm.executors import dispatch
 from mpillm.comm.executors.dispatch import Dispatcher
 from mpillm.comm.executors.hierarchical import HierarchicalPiece, HierarchicalRequest
 from mpillm.comm.mesh import on_one_node
-from mpillm.comm.selection import CollectiveCall, NodeMap
+from mpillm.comm.selection import CollectiveCall
 from mpillm.comm.shared.team import NodeTeam
 from mpillm.errors import CommError
+from mpillm.machine.node_map import NodeMap
 
 ENDLESS = 10**9
 LONG = 2**20 + 3
 
 
 class Slow:
-    """A stage that is done after `looks` tests, and tells what happens to it."""
+    """A request that is done after `polls` tests, and records its events."""
 
-    def __init__(self, name, looks, told):
-        self.name, self.looks, self.told = name, looks, told
+    def __init__(self, name, polls, events):
+        self.name, self.polls, self.events = name, polls, events
         self.left = None
 
     def start(self):
         assert self.left is None, f"{self.name} began twice"
-        self.left = self.looks
-        self.told.append(f"begin {self.name}")
+        self.left = self.polls
+        self.events.append(f"begin {self.name}")
 
     def test(self):
         assert self.left is not None, f"{self.name} was tested before it began"
@@ -38,25 +41,25 @@ class Slow:
         if self.left >= 0:
             return False
         self.left = None
-        self.told.append(f"end {self.name}")
+        self.events.append(f"end {self.name}")
         return True
 
     def wait(self):
-        self.told.append(f"wait {self.name}")
+        self.events.append(f"wait {self.name}")
         self.left = 0
 
 
-def slow_pieces(looks):
-    """`looks`: of each piece's three stages."""
-    told = []
+def slow_pieces(polls):
+    """`polls`: of each piece's three requests."""
+    events = []
     names = ("summed", "crossed", "spread")
     made = [
         HierarchicalPiece(
-            *(Slow(f"{name} {index}", n, told) for name, n in zip(names, each, strict=True))
+            *(Slow(f"{name} {index}", n, events) for name, n in zip(names, each, strict=True))
         )
-        for index, each in enumerate(looks)
+        for index, each in enumerate(polls)
     ]
-    return made, told
+    return made, events
 
 
 times = st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=1, max_size=6)
@@ -64,62 +67,65 @@ times = st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=1, max_size=6)
 
 @settings(deadline=None)
 @given(times, st.booleans())
-def test_each_stage_once_behind_what_it_needs(looks, waits):
-    made, told = slow_pieces(looks)
+def test_each_request_once_behind_what_it_needs(polls, waits):
+    made, events = slow_pieces(polls)
     pieces = HierarchicalRequest(made)
     assert pieces.test()  # nothing has begun, nothing is to be waited for
-    assert not told
+    assert not events
     for _ in range(2):  # it can run again
-        told.clear()
+        events.clear()
         pieces.start()
         if waits:
             pieces.wait()
         else:
             assert any(pieces.test() for _ in range(1000))
         assert pieces.test()
-        for index in range(len(looks)):
+        for index in range(len(polls)):
             order = [
-                told.index(f"{what} {name} {index}")
+                events.index(f"{what} {name} {index}")
                 for name in ("summed", "crossed", "spread")
                 for what in ("begin", "end")
             ]
             assert order == sorted(order)
-        begun = [line.removeprefix("begin ") for line in told if line.startswith("begin")]
-        assert len(begun) == len(set(begun)) == 3 * len(looks)
+        begun = [line.removeprefix("begin ") for line in events if line.startswith("begin")]
+        assert len(begun) == len(set(begun)) == 3 * len(polls)
 
 
 @settings(deadline=None)
 @given(times)
-def test_ranks_begin_in_one_order_whatever_takes_how_long(looks):
-    """The team's stages, and the lists, which take their tags when they begin."""
-    made, told = slow_pieces(looks)
+def test_ranks_begin_in_one_order_whatever_takes_how_long(polls):
+    """The team's requests, and the lists, which take their tags when they begin."""
+    made, events = slow_pieces(polls)
     HierarchicalRequest(made).run()
     within = [
-        line.removeprefix("begin ") for line in told if "begin" in line and "crossed" not in line
+        line.removeprefix("begin ") for line in events if "begin" in line and "crossed" not in line
     ]
-    n = len(looks)
+    n = len(polls)
     ahead = itertools.chain.from_iterable((f"summed {i + 1}", f"spread {i}") for i in range(n - 1))
     assert within == ["summed 0", *ahead, f"spread {n - 1}"]
-    assert [line for line in told if "begin crossed" in line] == [
+    assert [line for line in events if "begin crossed" in line] == [
         f"begin crossed {i}" for i in range(n)
     ]
 
 
 def test_the_node_works_while_a_piece_is_between_nodes():
-    made, told = slow_pieces([(0, 0, 0), (0, ENDLESS, 0), (0, 0, 0)])
+    made, events = slow_pieces([(0, 0, 0), (0, ENDLESS, 0), (0, 0, 0)])
     pieces = HierarchicalRequest(made)
     pieces.start()
     assert not pieces.test()
-    assert {"end spread 0", "end summed 2"} <= set(told)
-    assert "begin crossed 2" not in told
+    assert {"end spread 0", "end summed 2"} <= set(events)
+    assert "begin crossed 2" not in events
 
 
-def test_it_waits_inside_a_stage_only_where_that_is_alone():
-    """What waits in MPI moves no other stage on, and another rank may need that."""
-    made, told = slow_pieces([(0, 5, 0), (50, 50, 0)])
+def test_it_waits_inside_a_request_only_where_that_is_alone():
+    """What waits in MPI moves no other request on, and another rank may need that."""
+    made, events = slow_pieces([(0, 5, 0), (50, 50, 0)])
     HierarchicalRequest(made).run()
-    assert [line for line in told if line.startswith("wait")] == ["wait summed 1", "wait crossed 1"]
-    assert told.index("end crossed 0") < told.index("wait summed 1")
+    assert [line for line in events if line.startswith("wait")] == [
+        "wait summed 1",
+        "wait crossed 1",
+    ]
+    assert events.index("end crossed 0") < events.index("wait summed 1")
 
 
 def test_what_was_left_early_cannot_begin_again():
@@ -135,7 +141,9 @@ def test_what_was_left_early_cannot_begin_again():
 
 
 class TwoLevels:
-    """All-reduces over two levels, where the ranks of one node play several, of `each` ranks or fewer."""
+    """All-reduces over two levels, where the ranks of one node play several, of `each` ranks or
+    fewer.
+    """
 
     def __init__(self, comm, each):
         even = comm.size % each == 0
@@ -147,9 +155,7 @@ class TwoLevels:
         tags = itertools.count(1).__next__
         ranks = range(comm.size)
         layout = NodeMap(tuple(tuple(ranks[first : first + each]) for first in ranks[::each]), True)
-        self.builder = Dispatcher(
-            comm, self.node, across if even or leads else None, layout, tags, lambda: None
-        )
+        self.builder = Dispatcher(comm, self.node, across if even or leads else None, layout, tags)
 
     def build(self, array, op="sum", fixed_order=False, out=None):
         source = as_buffer(array)
@@ -215,14 +221,14 @@ def test_pieces_of_memory_that_the_node_shares(small_pieces, comm, levels):
 
 def test_ranks_that_test_meet_ranks_that_wait(small_pieces, comm, levels):
     array = np.empty(LONG, np.float32)
-    stage = levels.build(array)
+    request = levels.build(array)
     for turn in range(4):
         array[:] = comm.rank + turn
         if (comm.rank + turn) % 2:
-            stage.run()
+            request.run()
         else:
-            stage.start()
-            while not stage.test():
+            request.start()
+            while not request.test():
                 pass
         assert (array == sum(rank + turn for rank in range(comm.size))).all()
 

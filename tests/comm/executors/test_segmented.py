@@ -1,6 +1,9 @@
-"""The interpreter, and the lock step: any schedule, whole or in segments, waiting or not, at any number of ranks."""
+"""The interpreter, and the blockwise executor: any schedule, whole or in segments, waiting or not,
+at any number of ranks.
+"""
 
 import gc
+import itertools
 import random
 import time
 import tracemalloc
@@ -11,30 +14,29 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpillm.comm.algorithms.catalog import (
-    ALGORITHMS,
-    FIXED_ORDER,
-    CollectiveSchedule,
-    Transfer,
-    block_bounds,
-    schedule,
-    sent_elements,
-    tree_split,
-)
+from mpillm.comm.algorithms.algorithm_catalog import algorithms_of, load_algorithm, schedule
+from mpillm.comm.algorithms.schedule import CollectiveSchedule, Transfer, block_bounds
+from mpillm.comm.algorithms.trees import tree_split
 from mpillm.comm.buffers import as_buffer
-from mpillm.comm.executors.blockwise import BlockwiseExecutor, make_steps
-from mpillm.comm.executors.segmented import KEPT_BYTES, Scratch, SegmentedExecutor
+from mpillm.comm.executors.blockwise import BlockwiseExecutor, make_executor
+from mpillm.comm.executors.request import Operands
+from mpillm.comm.executors.segmented import KEPT_BYTES, Scratch, Segmentation, SegmentedExecutor
+from mpillm.comm.selection import OPERATIONS
 from mpillm.errors import CommError
 
-PAIRS = [(operation, algorithm) for operation, lists in ALGORITHMS.items() for algorithm in lists]
+PAIRS = [
+    (operation, algorithm) for operation in OPERATIONS for algorithm in algorithms_of(operation)
+]
 REDUCING = [pair for pair in PAIRS if pair[0] in ("allreduce", "reduce_scatter", "reduce")]
 COUNTS = [0, 1, 2, 5, 23, 100, 3001]
-PIECES = "lock step in pieces"
-SEGMENTS = ["lock step", PIECES, None, 8, 64, 4096]
+PIECES = "blockwise in pieces"
+SEGMENTS = ["blockwise", PIECES, None, 8, 64, 4096]
 
 
 class Rendezvous(MPI.Intracomm):
-    """A send completes only once its receive has begun, whatever its size: nothing is hidden by eager messages."""
+    """A send completes only once its receive has begun, whatever its size: nothing is hidden by
+    eager messages.
+    """
 
     def Isend(self, *arguments):  # noqa: N802 - MPI's own name
         return self.Issend(*arguments)
@@ -50,34 +52,24 @@ def make(
     segment_bytes=None,
     in_flight=2,
     op="sum",
-    moved=lambda: None,
+    next_tag=lambda: 0,
 ):
     plan = schedule(operation, algorithm, comm.rank, comm.size, root)
     source = as_buffer(array)
-    memory = (comm, source, source if target is None else as_buffer(target))
-    if segment_bytes in ("lock step", PIECES):
-        return BlockwiseExecutor(
-            plan, *memory, op, Scratch(), moved, 24 if segment_bytes == PIECES else None
-        )
-    bounds = block_bounds(source.count, plan.blocks)
+    operands = Operands(source, source if target is None else as_buffer(target), op, root)
+    if segment_bytes in ("blockwise", PIECES):
+        pieces = Segmentation(added_bytes=24 if segment_bytes == PIECES else None)
+        return BlockwiseExecutor(plan, comm, operands, pieces, Scratch(), next_tag)
     added_bytes = None
     if segment_bytes == "pieces":
         segment_bytes, added_bytes = None, 24
-    return SegmentedExecutor(
-        plan.rounds,
-        *memory,
-        bounds,
-        op,
-        segment_bytes,
-        in_flight,
-        moved=moved,
-        added_bytes=added_bytes,
-    )
+    segmentation = Segmentation(segment_bytes, in_flight, added_bytes)
+    return SegmentedExecutor(plan, comm, operands, segmentation, next_tag=next_tag)
 
 
 def begin(*arguments, tag=0, **settings):
-    steps = make(*arguments, **settings)
-    steps.begin(tag)
+    steps = make(*arguments, next_tag=lambda: tag, **settings)
+    steps.start()
     return steps
 
 
@@ -115,10 +107,9 @@ def test_every_list(comm, operation, algorithm, segment_bytes):
         run = begin(comm, operation, algorithm, array, root, segment_bytes=segment_bytes, tag=turn)
         run.wait()
         np.testing.assert_array_equal(array[where], expected[where])
-        assert run.progress()
-        assert run.sent_bytes == 8 * sent_elements(
-            operation, algorithm, comm.rank, comm.size, count, root
-        )
+        assert run.test()
+        plan = schedule(operation, algorithm, comm.rank, comm.size, root)
+        assert run.sent_bytes == 8 * plan.sent_elements(count)
         assert comm.allreduce(run.received_bytes) == comm.allreduce(run.sent_bytes)
 
 
@@ -138,12 +129,14 @@ def test_alltoall(comm, segment_bytes):
         assert run.sent_bytes == run.received_bytes == 8 * length * (comm.size - 1)
 
 
-@pytest.mark.parametrize("in_flight", ["lock step", PIECES, 1, 2, 5])
+@pytest.mark.parametrize("in_flight", ["blockwise", PIECES, 1, 2, 5])
 @pytest.mark.parametrize(
     ("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"]
 )
 def test_no_rank_waits_in_a_circle(comm, operation, algorithm, in_flight):
-    """Under rendezvous, with ranks late by turns, many segments, and an array that each run changes for the next."""
+    """Under rendezvous, with ranks late by turns, many segments, and an array that each run changes
+    for the next.
+    """
     strict, late = Rendezvous(comm), random.Random(comm.rank)
     for turn in range(4):
         array, expected, where = prepared(operation, 100, comm.rank, comm.size)
@@ -153,13 +146,13 @@ def test_no_rank_waits_in_a_circle(comm, operation, algorithm, in_flight):
             else {"segment_bytes": in_flight}
         )
         run = begin(strict, operation, algorithm, array, **way)
-        while turn % 2 and not run.progress():
+        while turn % 2 and not run.test():
             time.sleep(late.choice([0, 0, 0.0002]))
         run.wait()
         np.testing.assert_array_equal(array[where], expected[where])
 
 
-@pytest.mark.parametrize("segment_bytes", ["lock step", PIECES, 32])
+@pytest.mark.parametrize("segment_bytes", ["blockwise", PIECES, 32])
 @pytest.mark.parametrize("op", ["max", "min", "sum"])
 @pytest.mark.parametrize(("operation", "algorithm"), REDUCING)
 def test_every_way_to_combine(comm, operation, algorithm, op, segment_bytes):
@@ -171,9 +164,11 @@ def test_every_way_to_combine(comm, operation, algorithm, op, segment_bytes):
 
 
 @pytest.mark.parametrize("segment_bytes", SEGMENTS)
-@pytest.mark.parametrize("algorithm", sorted(FIXED_ORDER & set(ALGORITHMS["allreduce"])))
+@pytest.mark.parametrize(
+    "algorithm", [name for name in algorithms_of("allreduce") if load_algorithm(name).fixed_order]
+)
 def test_one_order_one_sum(comm, algorithm, segment_bytes):
-    """Numbers whose sum depends on the order of adding come out bitwise as in the canonical tree."""
+    """Sums that depend on the order of adding are bitwise those of the canonical tree."""
     rows = [
         np.random.default_rng(rank).standard_normal(999).astype(np.float32) ** 9
         for rank in range(comm.size)
@@ -191,7 +186,7 @@ def test_one_order_one_sum(comm, algorithm, segment_bytes):
     np.testing.assert_array_equal(array, tree(0, comm.size))
 
 
-@pytest.mark.parametrize("segment_bytes", ["lock step", PIECES, 15])
+@pytest.mark.parametrize("segment_bytes", ["blockwise", PIECES, 15])
 @pytest.mark.parametrize("element", ["bfloat16", "float16", "int8"])
 def test_short_elements(comm, element, segment_bytes):
     tensor = torch.full((301,), comm.rank + 1).to(getattr(torch, element))
@@ -204,16 +199,17 @@ def test_short_elements(comm, element, segment_bytes):
     ("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"]
 )
 def test_begun_again_and_again(comm, operation, algorithm, segment_bytes):
-    """What was made once runs any number of times, over what lies in the array then."""
+    """What was made once runs any number of times, over what the array holds then."""
     memory = np.empty(100)
-    steps = make(comm, operation, algorithm, memory, segment_bytes=segment_bytes)
+    tags = itertools.count().__next__
+    steps = make(comm, operation, algorithm, memory, segment_bytes=segment_bytes, next_tag=tags)
     sent = []
     for turn in range(3):
         array, expected, where = prepared(operation, 100, comm.rank, comm.size)
         memory[:] = array * (turn + 1)
-        steps.begin(tag=turn)
+        steps.start()
         if turn == 1:
-            while not steps.progress():
+            while not steps.test():
                 pass
         steps.wait()
         np.testing.assert_array_equal(memory[where], expected[where] * (turn + 1))
@@ -229,14 +225,12 @@ def test_scratch_that_is_not_kept_is_held_during_a_run_only(comm):
         steps = BlockwiseExecutor(
             schedule("allreduce", "ring", comm.rank, comm.size),
             comm,
-            buffer,
-            buffer,
-            "sum",
-            Scratch(0),
+            Operands(buffer, buffer),
+            scratch=Scratch(0),
         )
         for turn in (1, 2):
             before = tracemalloc.get_traced_memory()[0]
-            steps.begin()
+            steps.start()
             steps.wait()
             assert (array == comm.size**turn).all()
             assert tracemalloc.get_traced_memory()[0] - before < 2**15
@@ -244,12 +238,14 @@ def test_scratch_that_is_not_kept_is_held_during_a_run_only(comm):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("ways", [("lock step", None), (PIECES, "pieces")])
+@pytest.mark.parametrize("ways", [("blockwise", None), (PIECES, "pieces")])
 @pytest.mark.parametrize(
     ("operation", "algorithm"), [pair for pair in PAIRS if pair[0] != "alltoall"]
 )
-def test_some_ranks_in_lock_step(comm, operation, algorithm, ways):
-    """Messages match, of whole blocks or in pieces where they are added, however each rank goes through its rounds."""
+def test_some_ranks_by_blocks(comm, operation, algorithm, ways):
+    """Messages match, of whole blocks or in pieces where they are added, however each rank goes
+    through its rounds.
+    """
     for odd in (0, 1):
         array, expected, where = prepared(operation, 101, comm.rank, comm.size)
         kind = ways[comm.rank % 2 == odd]
@@ -259,11 +255,13 @@ def test_some_ranks_in_lock_step(comm, operation, algorithm, ways):
 
 def test_which_way_is_taken(comm):
     buffer = as_buffer(np.zeros(1000))
+
+    def choose(plan, size):
+        operands = Operands(buffer, buffer)
+        return make_executor(plan, comm, operands, Segmentation(size), Scratch(), lambda: 0)
+
     plan = schedule("allreduce", "recursive-doubling", 0, 4)
-    ways = {
-        size: make_steps(plan, comm, buffer, buffer, "sum", size, 2, Scratch())
-        for size in (None, 8000, 7999, 8)
-    }
+    ways = {size: choose(plan, size) for size in (None, 8000, 7999, 8)}
     kinds = {size: type(steps) for size, steps in ways.items()}
     assert kinds == {
         None: BlockwiseExecutor,
@@ -274,10 +272,7 @@ def test_which_way_is_taken(comm):
     wide = schedule(
         "broadcast", "scatter-allgather", 0, 4
     )  # its first message carries two blocks of four
-    ways = {
-        size: make_steps(wide, comm, buffer, buffer, "sum", size, 2, Scratch())
-        for size in (4000, 3999)
-    }
+    ways = {size: choose(wide, size) for size in (4000, 3999)}
     assert {size: type(steps) for size, steps in ways.items()} == {
         4000: BlockwiseExecutor,
         3999: SegmentedExecutor,
@@ -296,32 +291,34 @@ def test_each_rank_takes_the_way_that_fits_it(comm, operation, algorithm, added_
         as_buffer(array),
         Scratch(),
     )
-    steps = make_steps(
-        plan, comm, buffer, buffer, "sum", 8 * 30, 2, scratch, added_bytes=added_bytes
-    )
-    steps.begin(1)
+    segmentation = Segmentation(8 * 30, added_bytes=added_bytes)
+    steps = make_executor(plan, comm, Operands(buffer, buffer), segmentation, scratch, lambda: 1)
+    steps.start()
     steps.wait()
     np.testing.assert_array_equal(array[where], expected[where])
 
 
 @pytest.mark.parametrize("added_bytes", [None, 64])
 def test_two_in_turn_through_one_scratch_memory(comm, added_bytes):
-    """Each finds what the other left: the messages of a shorter one are cut from a longer piece, and the other way."""
+    """Each finds what the other left: the messages of a shorter one are cut from a longer piece,
+    and the other way.
+    """
     arrays, scratch = [np.ones(count) for count in (100, 1000, 10)], Scratch()
     plan = schedule("allreduce", "rabenseifner", comm.rank, comm.size)
     buffers = [as_buffer(array) for array in arrays]
+    pieces = Segmentation(added_bytes=added_bytes)
     steps = [
-        BlockwiseExecutor(plan, comm, buffer, buffer, "sum", scratch, added_bytes=added_bytes)
+        BlockwiseExecutor(plan, comm, Operands(buffer, buffer), pieces, scratch)
         for buffer in buffers
     ]
     for turn in range(1, 4):
         for each, array in zip(steps, arrays, strict=True):
-            each.begin()
+            each.start()
             each.wait()
             assert (array == comm.size**turn).all()
 
 
-@pytest.mark.parametrize("segment_bytes", ["lock step", PIECES, 64])
+@pytest.mark.parametrize("segment_bytes", ["blockwise", PIECES, 64])
 def test_nothing_keeps_the_array_of_a_call_that_is_done(comm, segment_bytes):
     array = np.ones(1000)
     seen = weakref.ref(array)
@@ -335,12 +332,12 @@ def test_nothing_keeps_the_array_of_a_call_that_is_done(comm, segment_bytes):
         gc.enable()
 
 
-@pytest.mark.parametrize("segment_bytes", ["lock step", PIECES, 64])
+@pytest.mark.parametrize("segment_bytes", ["blockwise", PIECES, 64])
 def test_what_was_left_early_cannot_begin_again(comm, segment_bytes):
     steps = begin(Rendezvous(comm), "allreduce", "ring", np.ones(1000), segment_bytes=segment_bytes)
     if comm.size > 1:
         with pytest.raises(CommError, match="left before its end"):
-            steps.begin(1)
+            steps.start()
     steps.wait()
 
 
@@ -371,20 +368,20 @@ def test_two_runs_at_once(comm):
         runs[which] = begin(
             comm, "allreduce", algorithm, arrays[which], segment_bytes=segment_bytes, tag=10 + which
         )
-    while not all([runs[which].progress() for which in order]):  # noqa: C419 - each must be carried on
+    while not all([runs[which].test() for which in order]):  # noqa: C419 - each must be carried on
         pass
     for array, whole in zip(arrays, expected, strict=True):
         np.testing.assert_array_equal(array, whole)
 
 
-@pytest.mark.parametrize("segment_bytes", ["lock step", PIECES, 64])
+@pytest.mark.parametrize("segment_bytes", ["blockwise", PIECES, 64])
 def test_progress_never_waits(comm, segment_bytes):
-    """The last rank begins only when all others have called progress in vain."""
+    """The last rank begins only when all others have tested without success."""
     array, last = np.ones(1000), comm.size - 1
     if comm.rank != last:
         run = begin(comm, "allreduce", "ring", array, segment_bytes=segment_bytes)
-        assert not run.progress()
-        assert not run.progress()
+        assert not run.test()
+        assert not run.test()
         comm.send(None, last, tag=1)
     else:
         for rank in range(last):
@@ -394,29 +391,6 @@ def test_progress_never_waits(comm, segment_bytes):
     assert (array == comm.size).all()
 
 
-@pytest.mark.parametrize("segment_bytes", ["lock step", 4096])
-def test_who_looks_is_told_of_what_moved(comm, segment_bytes):
-    looks, moved, array = [], [], np.ones(20_000)
-    comm.Barrier()
-    run = begin(
-        comm,
-        "allreduce",
-        "ring",
-        array,
-        segment_bytes=segment_bytes,
-        moved=lambda: moved.append(len(looks)),
-    )
-    if comm.rank == 0:
-        time.sleep(0.05)
-    while not run.progress():
-        looks.append(run.received_bytes)
-    assert moved or comm.size == 1
-    assert len(moved) < len(looks) or comm.rank == 0 or comm.size == 1
-    # Whatever was posted between two looks, it was told in the second of them.
-    for look in range(1, len(looks)):
-        assert looks[look] == looks[look - 1] or look in moved
-
-
 def test_two_rounds_are_open_at_most(comm):
     """A rank that all others keep waiting has posted no more than two partners' blocks."""
     source, target = np.ones((comm.size, 10)), np.zeros((comm.size, 10))
@@ -424,7 +398,7 @@ def test_two_rounds_are_open_at_most(comm):
         comm.Barrier()
     run = begin(Rendezvous(comm), "alltoall", "pairwise", source, target=target)
     if comm.rank == 0:
-        assert not run.progress() or comm.size == 1
+        assert not run.test() or comm.size == 1
         assert run.sent_bytes == run.received_bytes == min(2, comm.size - 1) * 80
         comm.Barrier()
     run.wait()
@@ -454,12 +428,15 @@ class NotedScratch(Scratch):
 @pytest.mark.parametrize("added_bytes", [2**10, 2**17])
 @pytest.mark.parametrize(("operation", "algorithm"), REDUCING)
 def test_pieces_need_little_scratch_memory(comm, operation, algorithm, added_bytes):
-    """That of two pieces, unless a round sums over what it sends: then all that arrives waits until that has left."""
+    """That of two pieces, unless a round sums over what it sends: then all that arrives waits until
+    that has left.
+    """
     array, expected, where = prepared(operation, 2**16, comm.rank, comm.size)
     buffer, scratch = as_buffer(array), NotedScratch()
     plan = schedule(operation, algorithm, comm.rank, comm.size)
-    steps = BlockwiseExecutor(plan, comm, buffer, buffer, "sum", scratch, added_bytes=added_bytes)
-    steps.begin()
+    pieces = Segmentation(added_bytes=added_bytes)
+    steps = BlockwiseExecutor(plan, comm, Operands(buffer, buffer), pieces, scratch)
+    steps.start()
     steps.wait()
     np.testing.assert_array_equal(array[where], expected[where])
     assert 8 * scratch.longest <= (array.nbytes if plan.sums_over_sent else 2 * added_bytes)
@@ -476,26 +453,26 @@ def test_a_chain_of_one_sided_rounds(comm):
     ]
     array = np.full(1000, comm.rank, np.int32)
     buffer = as_buffer(array)
-    run = SegmentedExecutor(rounds, comm, buffer, buffer, [0, 1000], segment_bytes=256)
-    run.begin()
+    plan = CollectiveSchedule(1, tuple(rounds))
+    run = SegmentedExecutor(plan, comm, Operands(buffer, buffer), Segmentation(256))
+    run.start()
     run.wait()
     assert (array == 0).all()
 
 
 def by_run(comm, buffer, rounds):
-    return SegmentedExecutor(rounds, comm, buffer, buffer, block_bounds(buffer.count, 2))
+    return SegmentedExecutor(CollectiveSchedule(2, tuple(rounds)), comm, Operands(buffer, buffer))
 
 
-def by_lock_step(comm, buffer, rounds):
-    return BlockwiseExecutor(
-        CollectiveSchedule(2, tuple(rounds)), comm, buffer, buffer, "sum", Scratch()
-    )
+def by_block(comm, buffer, rounds):
+    plan = CollectiveSchedule(2, tuple(rounds))
+    return BlockwiseExecutor(plan, comm, Operands(buffer, buffer), scratch=Scratch())
 
 
-@pytest.mark.parametrize("way", [by_run, by_lock_step])
+@pytest.mark.parametrize("way", [by_run, by_block])
 @pytest.mark.parametrize(("block", "opened_bytes"), [(0, 0), (1, 256)])
 def test_no_receive_opens_over_what_has_not_left(comm, block, opened_bytes, way):
-    """Block 0 is sent, then a block received: over block 0 only once the late partner has taken it."""
+    """Block 0 is sent, then a block received: over block 0 only once the late partner has it."""
     other = comm.rank ^ 1
     if other >= comm.size:
         return
@@ -505,13 +482,13 @@ def test_no_receive_opens_over_what_has_not_left(comm, block, opened_bytes, way)
     if comm.rank % 2:
         comm.recv(source=other, tag=1)
         run = way(Rendezvous(comm), buffer, [(Transfer(other, 1, "copy"),), send])
-        run.begin()
+        run.start()
         run.wait()
         assert (array == np.repeat([comm.rank, other], 32)).all()
     else:
         run = way(Rendezvous(comm), buffer, [send, receive])
-        run.begin()
-        assert not run.progress()
+        run.start()
+        assert not run.test()
         assert (run.sent_bytes, run.received_bytes) == (256, opened_bytes)
         comm.send(None, other, tag=1)
         run.wait()
@@ -520,7 +497,9 @@ def test_no_receive_opens_over_what_has_not_left(comm, block, opened_bytes, way)
 
 @pytest.mark.parametrize("added_bytes", [256, 40])
 def test_no_sum_goes_over_what_has_not_left(comm, added_bytes):
-    """Block 0 is sent, then pieces come to be added to it: only once the late partner has taken the block."""
+    """Block 0 is sent, then pieces come to be added to it: only once the late partner has taken the
+    block.
+    """
     other = comm.rank ^ 1
     if other >= comm.size:
         return
@@ -538,15 +517,12 @@ def test_no_sum_goes_over_what_has_not_left(comm, added_bytes):
     steps = BlockwiseExecutor(
         CollectiveSchedule(2, rounds),
         Rendezvous(comm),
-        buffer,
-        buffer,
-        "sum",
-        Scratch(),
-        added_bytes=added_bytes,
+        Operands(buffer, buffer),
+        Segmentation(added_bytes=added_bytes),
     )
-    steps.begin()
+    steps.start()
     comm.recv(source=other, tag=1)
-    assert not any(steps.progress() for _ in range(100))
+    assert not any(steps.test() for _ in range(100))
     assert (array == comm.rank + 1).all()
     comm.send(None, other, tag=1)
     steps.wait()

@@ -24,11 +24,11 @@ SETTINGS = [
     ParallelSettings(),
     ParallelSettings(allreduce="shared", bucket_bytes=4096),
     ParallelSettings(allreduce="ring", bucket_bytes=4096),
-    ParallelSettings(allreduce="native", overlap="after", bucket_bytes=1),
+    ParallelSettings(allreduce="mpi", overlap="after", bucket_bytes=1),
     OVERLAPPED,
     ParallelSettings(overlap="during", bucket_bytes=1),
     ParallelSettings(allreduce="ring", overlap="during", bucket_bytes=4096),
-    ParallelSettings(allreduce="native", overlap="during", bucket_bytes=4096),
+    ParallelSettings(allreduce="mpi", overlap="during", bucket_bytes=4096),
     ParallelSettings(allreduce="rabenseifner", overlap="during", debug=True),
     ParallelSettings(allreduce="two-level"),
 ]
@@ -124,7 +124,7 @@ def test_overlapped_equals_after(axis, net):
     ids = batch(ROWS * axis.size)
     after, during = copy.deepcopy(net), net
     for model, overlap in ((after, "after"), (during, "during")):
-        settings = ParallelSettings(allreduce="native", overlap=overlap, bucket_bytes=2048)
+        settings = ParallelSettings(allreduce="mpi", overlap=overlap, bucket_bytes=2048)
         run_step(ReplicatedGradients([model.parameters()], axis, settings), model, ids, axis)
     for one, other in zip(after.parameters(), during.parameters(), strict=True):
         if one.grad is not None:
@@ -175,7 +175,7 @@ def test_buckets_hold_each_parameter_once_in_reverse(axis, net):
 def test_mixed_types(axis):
     torch.manual_seed(1)
     pair = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6).bfloat16(), nn.Linear(6, 6)])
-    for overlap, algorithm in (("after", "auto"), ("during", "auto"), ("after", "native")):
+    for overlap, algorithm in (("after", "auto"), ("during", "auto"), ("after", "mpi")):
         buckets = ReplicatedGradients(
             [pair.parameters()], axis, ParallelSettings(overlap=overlap, allreduce=algorithm)
         )

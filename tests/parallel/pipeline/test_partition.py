@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from mpillm.comm.mesh import host_order
 from mpillm.errors import LayoutError
+from mpillm.machine.node_map import NodeMap, nodes_by_first
 from mpillm.models.decoder import DecoderConfig
 from mpillm.parallel.axis_sizes import legal_layouts, mesh_sizes
 from mpillm.parallel.pipeline.partition import even_counts, partition_blocks
@@ -61,8 +61,8 @@ def test_shares_that_do_not_fit(stages, wanted, words):
 
 
 def test_ranks_dealt_out_in_turns_stand_by_their_hosts():
-    assert host_order([0, 1, 0, 1]) == [0, 2, 1, 3]
-    assert host_order([0, 0, 2, 2]) == [0, 1, 2, 3]
+    assert NodeMap(nodes_by_first([0, 1, 0, 1])).host_order == [0, 2, 1, 3]
+    assert NodeMap(nodes_by_first([0, 0, 2, 2])).host_order == [0, 1, 2, 3]
 
 
 def test_the_busiest_axis_is_innermost(comm):
