@@ -9,7 +9,6 @@ docs/bench.md tells every key. Sizes are bytes, times seconds, rates bytes a sec
 
 import json
 import math
-import platform
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
 from mpillm.comm.mesh import hosts, local_ranks
 from mpillm.errors import UsageError
+from mpillm.machine.cpu import processor
 from mpillm.system.atomic import write_json
 
 if TYPE_CHECKING:
@@ -288,16 +288,3 @@ def describe_cluster(comm: "MPI.Intracomm") -> Cluster:
     cpu_model, cores = processor()
     here = Cluster(cpu_model, cores, name, ".".join(map(str, version)), nodes, ranks)
     return comm.bcast(here)  # type: ignore[no-any-return]
-
-
-def processor(table: Path = Path("/proc/cpuinfo")) -> tuple[str, int]:
-    """The processor's name and the number of logical cores of this node, as Linux tells them."""
-    try:
-        lines = table.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    pairs = [
-        (key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)
-    ]
-    names = [value for key, value in pairs if key in ("model name", "cpu", "Model")]
-    return (names or [platform.machine()])[0], sum(key == "processor" for key, _ in pairs) or 1

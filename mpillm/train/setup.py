@@ -9,7 +9,7 @@ from mpillm.errors import MismatchError, UsageError
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.step_plan import make_mesh, plan_step
-from mpillm.runs.metrics import CLUSTER, METRICS
+from mpillm.runs.folder import CLUSTER, METRICS
 from mpillm.system.atomic import make_folder
 from mpillm.system.console import Console
 from mpillm.system.malloc import keep_pages

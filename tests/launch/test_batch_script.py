@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 
 from mpillm.errors import UsageError
-from mpillm.launch.batch_script import BatchJob, render, stop_seconds_for
-from mpillm.launch.locking import hdf5_file_locking
+from mpillm.launch.batch_script import BatchJob, render_script, stop_seconds_for
 from mpillm.launch.quoting import Verbatim, finalize, quote
 from mpillm.launch.schedulers import SCHEDULERS
 from mpillm.launch.site import Site, load_site
-from mpillm.machine.mounts import mounts_of
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "jobs" / "sites").glob("*.toml"))
 NASTY = 'it\'s a "$(touch CANARY)" `touch CANARY` \\ * ~ {a,b} !x #x -x ü “q” ‘r’ \u00a0 & ; | > CANARY $HOME'
@@ -137,7 +135,7 @@ def scripts() -> dict[str, str]:
                         cores_per_node=4,
                         hdf5_file_locking="FALSE" if gpus else "",
                     )
-                    found[f"{scheduler}-{number}-{stage:d}{oversubscribe:d}{gpus}"] = render(
+                    found[f"{scheduler}-{number}-{stage:d}{oversubscribe:d}{gpus}"] = render_script(
                         scheduler, made, site
                     )
     return found
@@ -189,7 +187,7 @@ def test_directives_are_as_documented(scheduler: str) -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_each_example_site_gives_a_script(path: Path) -> None:
     site = load_site(path, {"HOME": "/h"})
-    script = render(
+    script = render_script(
         site.scheduler, job(stage=bool(site.node_local), gpus_per_node=site.gpus_per_node), site
     )
     for directive in site.directives:
@@ -197,7 +195,7 @@ def test_each_example_site_gives_a_script(path: Path) -> None:
 
 
 def test_what_each_batch_system_is_asked_for() -> None:
-    slurm = render("slurm", job(), Site(partition="p", directives=("--mem=0",)))
+    slurm = render_script("slurm", job(), Site(partition="p", directives=("--mem=0",)))
     for line in (
         "--nodes=2",
         "--ntasks-per-node=2",
@@ -208,10 +206,10 @@ def test_what_each_batch_system_is_asked_for() -> None:
         "--mem=0",
     ):
         assert f"#SBATCH {line}\n" in slurm
-    assert "select=2:ncpus=8:mpiprocs=2:ompthreads=4:ngpus=1\n" in render(
+    assert "select=2:ncpus=8:mpiprocs=2:ompthreads=4:ngpus=1\n" in render_script(
         "pbs", job(gpus_per_node=1), Site()
     )
-    lsf = render("lsf", job(), Site(constraint="mem>1"))
+    lsf = render_script("lsf", job(), Site(constraint="mem>1"))
     for line in ("-n 16", '-R "span[ptile=8] select[mem>1]"', "-W 1:30", "-wt 5"):
         assert f"#BSUB {line}\n" in lsf
 
@@ -236,7 +234,7 @@ def test_what_cannot_be_asked_for(
     scheduler: str, settings: dict[str, Any], site: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(UsageError, match=told):
-        render(scheduler, job(**settings), Site(**site))
+        render_script(scheduler, job(**settings), Site(**site))
 
 
 @pytest.mark.alone
@@ -271,34 +269,3 @@ def test_when_a_job_is_told_to_stop() -> None:
     assert stop_seconds_for(3600) == 180
     assert stop_seconds_for(600) == 60
     assert stop_seconds_for(30) == 10
-
-
-MOUNTINFO = r"""22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
-30 22 0:30 / /homes rw - nfs server:/homes rw,vers=3
-31 22 0:31 / /homes/new rw - nfs4 server:/new rw
-40 22 0:40 / /scratch rw - lustre 10.0.0.1@tcp:/s rw,checksum,noflock
-41 22 0:41 / /flocked rw shared:5 master:2 - lustre 10.0.0.1@tcp:/f rw,flock
-42 22 0:42 / /with\040space rw - dvs /x rw
-50 22 0:50 / /gpfs rw - gpfs gpfs rw
-short line
-"""
-
-
-@pytest.mark.parametrize(
-    ("path", "wanted"),
-    [
-        ("/data", ""),
-        ("/homes/me/run", "FALSE"),
-        ("/homes", "FALSE"),
-        ("/homesick", ""),
-        ("/homes/new/run", ""),
-        ("/scratch/run", "FALSE"),
-        ("/flocked/run", ""),
-        ("/with space/run", "FALSE"),
-        ("/gpfs/run", ""),
-    ],
-)
-def test_hdf5_locks_where_the_file_system_can(path: str, wanted: str) -> None:
-    assert hdf5_file_locking(None, ["/data", path], mounts_of(MOUNTINFO)) == wanted
-    assert hdf5_file_locking(True, [path], []) == "TRUE"
-    assert hdf5_file_locking(False, [path], []) == "FALSE"

@@ -10,16 +10,21 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.errors import LaunchError
-from mpillm.launch.launchers import LAUNCHERS, Started, detect, launcher_named
-from mpillm.launch.ranks import RANK_VARIABLES, rank_from_environment
+from mpillm.launch.launchers import (
+    LAUNCHERS,
+    RANK_VARIABLES,
+    Started,
+    detect,
+    launcher_named,
+    rank_from_environment,
+)
 from mpillm.launch.singleton import (
     LonelyError,
-    mpirun_of,
     one_voice,
     refuse_before_init,
     refuse_lonely_ranks,
 )
-from mpillm.machine.mpi_names import named
+from mpillm.machine.mpi_names import mpirun_of, named
 
 OPEN_MPI = "Open MPI v5.0.11, package: Open MPI user@localhost Distribution, ident: 5.0.11, Sep 16, 2026\x00"
 MPICH = "MPICH Version:      5.0.2\nMPICH Release date: Fri Sep 25\nMPICH configure:    --with-device=ch4:ucx,ofi\n"

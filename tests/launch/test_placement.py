@@ -301,27 +301,27 @@ def test_ranks_that_fit_are_left_in_peace(there: list[RankPlace]) -> None:
             places("n1", [{0, 1}] * 4, threads=1),
             [
                 "ranks 0–3 of the job run 4 threads on 2 CPUs (0–1)",
-                "start 2 ranks there at the most",
+                "start at most 2 ranks there",
             ],
             ["OMP_NUM_THREADS", "--bind-to"],
         ),
         (
             places("n1", [{0, 1, 2, 3}] * 2, threads=4),
             ["run 8 threads on 4 CPUs (0–3)", "set OMP_NUM_THREADS=2"],
-            ["at the most", "--bind-to"],
+            ["at most", "--bind-to"],
         ),
         (
             places("n1", [{0}, {0}, {1, 2, 3}], threads=1, offered_cores=6),
             [
                 "ranks 0–1 of the job run 2 threads on 1 CPU (0)",
-                "slot:PE=2 or start 1 rank there at the most",
+                "slot:PE=2 or start at most 1 rank there",
             ],
             ["OMP_NUM_THREADS"],
         ),
         (
             places("n1", [set(range(64))], threads=64, limit=2.0),
             ["rank 0 of the job run 64 threads on 2 CPUs' worth of time", "set OMP_NUM_THREADS=2"],
-            ["at the most"],
+            ["at most"],
         ),
     ],
 )

@@ -8,8 +8,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpillm.runs.history import Event, attempts, read_history
-from mpillm.runs.history_writer import HISTORY, HistoryWriter
+from mpillm.runs.folder import HISTORY
+from mpillm.runs.history import Event, HistoryWriter, attempts, read_history
 
 NOON = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
 START = {

@@ -11,9 +11,9 @@ import pytest
 
 from mpillm.errors import UsageError
 from mpillm.launch.current_job import CurrentJob
+from mpillm.runs.folder import LOCK
 from mpillm.runs.lock import (
     DEAD_SECONDS,
-    LOCK,
     RunLock,
     is_gone,
     live_holder,

@@ -25,7 +25,7 @@ from markupsafe import escape
 
 from mpillm.errors import UsageError
 from mpillm.runs.report.downsample import curve, smooth, thin
-from mpillm.runs.report.page import render
+from mpillm.runs.report.page import render_page
 from mpillm.runs.report.run_report import make_page, write_report
 from mpillm.runs.state import read_run
 from mpillm.system.console import Console
@@ -279,7 +279,7 @@ class Reader(html.parser.HTMLParser):
 
 def written(run: Path, out: Path | None = None) -> str:
     write_report(run, QUIET, out)
-    return (out or run / "write_report.html").read_text(encoding="utf-8")
+    return (out or run / "report.html").read_text(encoding="utf-8")
 
 
 def drawn(page: str) -> set[str]:
@@ -396,7 +396,7 @@ def test_a_long_run_makes_a_small_file(tmp_path: Path) -> None:
         line["loss"] += 30.0 * (line["step"] == spike)
 
     standing = read_run(a_run(tmp_path / "run", 200_000, change))
-    page = render(make_page(standing))
+    page = render_page(make_page(standing))
     assert drawn(page) == PLOTS
     assert len(page) < 3_000_000
     losses = curve(standing.steps["loss"])
@@ -409,7 +409,7 @@ def test_a_long_run_makes_a_small_file(tmp_path: Path) -> None:
 def test_where_it_is_written(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", 3)
     assert "<h1>run</h1>" in written(run, tmp_path / "elsewhere.html")
-    assert not (run / "write_report.html").exists()
+    assert not (run / "report.html").exists()
     with pytest.raises(UsageError, match=r"cannot write .*nowhere.* --out"):
         write_report(run, QUIET, tmp_path / "nowhere/report.html")
     with pytest.raises(UsageError, match="there is no run"):
@@ -447,7 +447,7 @@ def test_a_smooth_curve_follows_without_spikes_or_gaps() -> None:
 @browser_needed
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_browser_draws_every_plot_and_asks_no_network(tmp_path: Path, dark: bool) -> None:
-    path = a_run(tmp_path / EVIL.replace("/", "|")) / "write_report.html"
+    path = a_run(tmp_path / EVIL.replace("/", "|")) / "report.html"
     write_report(path.parent, QUIET)
     with browser() as chromium:
         scheme = "dark" if dark else "light"

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from mpillm.errors import LaunchError, UsageError
-from mpillm.launch.schedulers import find_scheduler, hand_over, is_over, job_state
+from mpillm.launch.schedulers import find_scheduler, is_over, job_state, submit_script
 from mpillm.launch.site import Site
 from mpillm.runs.lock import RunLock
-from mpillm.runs.submit import SubmitOptions, SubmittedRecipe, job_name, read_job, submit
+from mpillm.runs.submit import SubmitOptions, SubmittedRecipe, job_name, read_job, submit_run
 from mpillm.system.console import Console
 from mpillm.train.recipe import load_recipe, write_recipe
 
@@ -80,7 +80,7 @@ def test_a_dry_run_prints_the_script_alone_and_leaves_nothing(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(place.rglob("*"))
-    submit(
+    submit_run(
         options(scheduler="slurm", dry_run=True),
         submitted(place),
         Site(),
@@ -90,7 +90,7 @@ def test_a_dry_run_prints_the_script_alone_and_leaves_nothing(
     out = capsys.readouterr().out
     assert out.startswith("#!/bin/bash\n#SBATCH --job-name=r\n")
     assert sorted(place.rglob("*")) == before
-    submit(
+    submit_run(
         options(scheduler="slurm", dry_run=True, as_json=True),
         submitted(place),
         Site(),
@@ -114,7 +114,7 @@ def test_a_job_is_handed_over_and_noted(
     name, number = ANSWERS[scheduler]
     answer = "Job <4242> is submitted to queue <normal>." if scheduler == "lsf" else number
     command(place.parent / "bin", name, f"cat >{place.parent}/input", f"echo '{answer}'")
-    submit(
+    submit_run(
         options(scheduler=scheduler),
         submitted(place, f"train.run={NASTY}"),
         Site(cores_per_node=32),
@@ -152,13 +152,13 @@ def test_the_batch_systems_own_words_are_passed_on(place: Path) -> None:
     words = "sbatch: error: invalid partition specified: nowhere"
     command(place.parent / "bin", "sbatch", f"echo '{words}' >&2", "exit 1")
     with pytest.raises(LaunchError, match=f"Slurm refused the job: {words}"):
-        submit(
+        submit_run(
             options(partition="nowhere"), submitted(place), Site(), Console(), environment_of(place)
         )
     assert not (place / "runs/r/job.json").exists()
     command(place.parent / "bin", "sbatch", "echo hello")
     with pytest.raises(LaunchError, match="did not tell the job's number, but 'hello'"):
-        hand_over("slurm", str(place), environment_of(place))
+        submit_script("slurm", str(place), environment_of(place))
 
 
 @pytest.mark.alone
@@ -168,15 +168,15 @@ def test_a_run_is_submitted_once(place: Path) -> None:
     state = place.parent / "state"
     state.write_text("PENDING\n")
     environment = environment_of(place)
-    submit(options(), submitted(place), Site(), Console(), environment)
+    submit_run(options(), submitted(place), Site(), Console(), environment)
     with pytest.raises(UsageError, match=r"is submitted already, as job 7 \(PENDING\)"):
-        submit(options(), submitted(place), Site(), Console(), environment)
+        submit_run(options(), submitted(place), Site(), Console(), environment)
     state.write_text("COMPLETED\n")
-    submit(options(), submitted(place), Site(), Console(), environment)
+    submit_run(options(), submitted(place), Site(), Console(), environment)
     lock = RunLock(place / "runs/r", None)
     try:
         with pytest.raises(UsageError, match=f"is held by process {os.getpid()} on"):
-            submit(options(), submitted(place), Site(), Console(), environment)
+            submit_run(options(), submitted(place), Site(), Console(), environment)
     finally:
         lock.release()
 
@@ -204,7 +204,7 @@ def test_a_run_is_submitted_once(place: Path) -> None:
 )
 def test_refusals(place: Path, settings: dict[str, Any], site: dict[str, Any], told: str) -> None:
     with pytest.raises((UsageError, LaunchError), match=told):
-        submit(
+        submit_run(
             options(**{"scheduler": "slurm", "dry_run": True, **settings}),
             submitted(place),
             Site(**site),
@@ -217,7 +217,7 @@ def test_more_ranks_than_cores_where_it_is_meant(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = options(scheduler="slurm", dry_run=True, threads=8, oversubscribe=True)
-    submit(wanted, submitted(place), Site(cores_per_node=16), Console(), environment_of(place))
+    submit_run(wanted, submitted(place), Site(cores_per_node=16), Console(), environment_of(place))
     out = capsys.readouterr().out
     # A Slurm that is asked for more CPUs than a node has refuses the job: the crowding is srun's affair.
     assert "#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=16\n" in out
@@ -229,7 +229,7 @@ def test_what_would_fail_later_is_refused_now(place: Path) -> None:
 
     def refused(told: str, recipe: SubmittedRecipe, site: Site = Site(), **settings: Any) -> None:  # noqa: B008
         with pytest.raises(UsageError, match=told):
-            submit(options(scheduler="slurm", **settings), recipe, site, Console(), environment)
+            submit_run(options(scheduler="slurm", **settings), recipe, site, Console(), environment)
 
     refused("there is no folder .*/nowhere of data", submitted(place, "data.path=nowhere"))
     refused("there is no Python in environment", submitted(place), Site(environment=str(place)))
@@ -239,19 +239,6 @@ def test_what_would_fail_later_is_refused_now(place: Path) -> None:
     refused("holds a run already; --resume", submitted(place, "train.run=old"))
     refused("holds a run already; --resume", submitted(place, "train.run=old"), dry_run=True)
 
-    def misfit(ranks: int) -> None:
-        raise UsageError(f"no mesh of {ranks}")
-
-    with pytest.raises(UsageError, match="no mesh of 8"):
-        submit(
-            options(scheduler="slurm", dry_run=True),
-            submitted(place),
-            Site(),
-            Console(),
-            environment,
-            check_ranks=misfit,
-        )
-
 
 def test_a_sites_profile_is_for_recipes_that_name_none(
     place: Path, capsys: pytest.CaptureFixture[str]
@@ -260,12 +247,12 @@ def test_a_sites_profile_is_for_recipes_that_name_none(
         Site(profile="/p/cluster.json"),
         options(scheduler="lsf", dry_run=True, as_json=True),
     )
-    submit(dry, submitted(place), site, Console(), {})
+    submit_run(dry, submitted(place), site, Console(), {})
     assert json.loads(capsys.readouterr().out)["command"][-2:] == [
         "--set",
         "parallel.profile=/p/cluster.json",
     ]
-    submit(dry, submitted(place, "parallel.profile=mine.json"), site, Console(), {})
+    submit_run(dry, submitted(place, "parallel.profile=mine.json"), site, Console(), {})
     assert json.loads(capsys.readouterr().out)["command"][-1] == "--resume"
 
 
@@ -353,7 +340,7 @@ def run_stub(
     run.mkdir(parents=True, exist_ok=True)
     capture = Path(place.parent / "script")
     with capture.open("w") as stream:
-        submit(
+        submit_run(
             options(
                 scheduler=scheduler,
                 dry_run=True,
@@ -507,7 +494,7 @@ def test_training_under_the_environment_of(
         recipe = submitted(place, f"train.steps={steps}")
         (run / "job.toml").write_text(recipe.text)
         with (place.parent / "script").open("w") as stream:
-            submit(
+            submit_run(
                 options(
                     scheduler=scheduler,
                     nodes=1,
