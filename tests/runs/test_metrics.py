@@ -92,7 +92,9 @@ def test_an_earlier_attempts_steps_beyond_the_checkpoint_are_removed(tmp_path: P
 def test_a_sink_of_ones_own(tmp_path: Path) -> None:
     write(tmp_path, last_step=7, sinks=[f"{__name__}:ListSink"])
     assert json.loads((tmp_path / "from-7").read_text()) == [1, 2, 3]
-    with pytest.raises(UsageError, match=r"no metrics sink is called 'loss\.pgn', did you mean loss"):
+    with pytest.raises(
+        UsageError, match=r"no metrics sink is called 'loss\.pgn', did you mean loss"
+    ):
         MetricsWriter(tmp_path, 0, True, sinks=["loss.pgn"])
 
 
