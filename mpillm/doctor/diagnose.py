@@ -1,7 +1,7 @@
 """`mpillm doctor`: run all checks, alone or under mpirun, and report on rank 0.
 
-MPI itself may be the fault, and MPI_Init ends a process that it refuses. So a child process tries it
-first. Processes that MPI does not join leave with one report, of the first of them.
+MPI itself may be the fault, and MPI_Init ends a process that it refuses. So a child process tries
+it first. Processes that MPI does not join leave with one report, of the first of them.
 """
 
 import os
@@ -199,7 +199,7 @@ def _collect(
     rows: list[FindingRow],
     facts: dict[str, Mapping[str, str]],
 ) -> None:
-    """Fill `rows` and `facts`, so that rank 0 can report them after a failure. Every rank calls it."""
+    """Fill `rows` and `facts`: rank 0 reports them even after a failure. Every rank calls it."""
     comm, job = world.comm, world.job
     if comm.rank == 0:
         rows += [FindingRow(finding) for finding in _job_findings(checks, job)]

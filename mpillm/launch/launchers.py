@@ -1,9 +1,9 @@
 """Launchers: which one started this process, its rank, and whether its output ends at a terminal.
 
 The table's order is the order of trust: the launcher that started last comes first. A job's outer
-layers stay visible in its inner ones. mpirun inside a Slurm allocation starts its daemons with srun,
-and their SLURM_PROCID and SLURM_STEP_NUM_TASKS reach every rank (seen with MPICH's and Intel's
-Hydra). So mpirun's own variables go before srun's.
+layers stay visible in its inner ones. mpirun inside a Slurm allocation starts its daemons with
+srun, and their SLURM_PROCID and SLURM_STEP_NUM_TASKS reach every rank (seen with MPICH's and
+Intel's Hydra). So mpirun's own variables go before srun's.
 
 Sources. Started and printed with `env`: Open MPI 4.1 and 5.0, MPICH 5.0, Intel MPI 2021.18, Slurm
 22.05 with --mpi=none, pmi2, pmix and cray_shasta, and mpirun inside its allocations. From documents
@@ -93,7 +93,7 @@ FLUX = Launcher(
 SRUN = Launcher(
     name="srun",
     rank="SLURM_PROCID",
-    # The shell of a batch script has SLURM_PROCID=0 and SLURM_NTASKS too; only a step has a number of tasks.
+    # The shell of a batch script has SLURM_PROCID=0 and SLURM_NTASKS too; only a step has this.
     size="SLURM_STEP_NUM_TASKS",
     local_rank="SLURM_LOCALID",
     marks=("SLURM_STEP_NUM_TASKS",),

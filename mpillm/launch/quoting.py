@@ -1,12 +1,12 @@
-"""Values for shell scripts and for directives of batch systems: quoted, or refused with the rule."""
+"""Values for shell scripts and batch directives: quoted, or refused with the rule."""
 
 import re
 from typing import Any
 
 from mpillm.errors import UsageError
 
-# "=" and "," are quoted although bash needs no quotes: shellcheck takes them for mistakes where they
-# are unquoted in an array.
+# "=" and "," are quoted although bash needs no quotes: in an array shellcheck takes them for
+# mistakes.
 _PLAIN = re.compile(r"[A-Za-z0-9@%+:./_-]+", re.ASCII)
 _SPECIAL = re.compile(r"([$`'\\‘’])")
 # The C0 and C1 controls, and halves of characters, which no file name of UTF-8 can hold.

@@ -1,7 +1,7 @@
 """Refuse singleton starts: N ranks of one MPI's launcher, each a world of its own in another MPI.
 
 Each of N such processes takes itself for a whole job, and all of them write the same files. The
-world's size comes from MPI alone; the environment serves to notice the mistake and to name its cure.
+world's size comes from MPI alone; the environment shows the mistake, and names its cure.
 
 The rule: where MPI counts 1 rank and the launcher more, the start is refused. A child process of a
 rank inherits the launcher's variables and is refused too. MPILLM_ALONE=1 allows N lone processes.

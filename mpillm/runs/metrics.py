@@ -38,7 +38,7 @@ class MetricsSink(ABC):
 
 
 class MetricsWriter:
-    """Write the metrics of one run to its sinks on rank 0; elsewhere (`writes` false) do nothing."""
+    """Write the metrics of a run to its sinks on rank 0; elsewhere (`writes` false) do nothing."""
 
     def __init__(
         self,

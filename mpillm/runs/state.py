@@ -88,7 +88,7 @@ class RunState:
 
 
 def read_run(run: Path, now: float | None = None) -> RunState:
-    """Read a run's folder, while it trains or after. Raises UsageError where there is no run."""
+    """Read a run's folder, while it trains or after. Raises UsageError for another folder."""
     check_run(run)
     now = time.time() if now is None else now
     metrics = list(read_metrics(run / METRICS))
@@ -121,7 +121,7 @@ def check_run(run: Path) -> None:
     """Raise UsageError where `run` is not a run's folder, with the folder to name instead."""
     if not run.exists():
         raise UsageError(
-            f"there is no run {run}; name the folder that a recipe's train.run names, "
+            f"there is no folder {run}; name the one that a recipe's train.run names, "
             "such as runs/quickstart"
         )
     if not run.is_dir():

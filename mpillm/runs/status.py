@@ -30,7 +30,7 @@ def print_status(
 ) -> None:
     """Print the state of a run, as a table or as one JSON object.
 
-    Raises UsageError where there is no run.
+    Raises UsageError for another folder than a run's.
     """
     found = run_figures(read_run(run), ask)
     if as_json:

@@ -142,10 +142,13 @@ def make_job(
     gpus = site.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
     if site.gpus_per_node and gpus > site.gpus_per_node:
         raise UsageError(
-            f"--gpus-per-node {gpus}: a node has {site.gpus_per_node} by the site file; ask for fewer"
+            f"--gpus-per-node {gpus}: a node has {site.gpus_per_node} by the site file; "
+            "ask for fewer"
         )
     seconds = seconds_of(options.time)
-    run, data = (os.path.abspath(folder / path) for path in (recipe.run, recipe.data))  # noqa: PTH100 # keeps links
+    # Path.resolve would replace links, which other nodes may see differently.
+    whole = os.path.abspath
+    run, data = whole(folder / recipe.run), whole(folder / recipe.data)
     program = site.program or (
         (f"{site.environment}/bin/python" if site.environment else sys.executable),
         "-m",
@@ -177,7 +180,7 @@ def make_job(
 
 
 def job_name(text: str) -> str:
-    """Turn a recipe's name into a job's name: characters that a batch system may refuse become `-`."""
+    """Turn a recipe's name into a job's name: characters that a system may refuse become `-`."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text, flags=re.ASCII).strip("-._")[:15] or "mpillm"
 
 
@@ -185,9 +188,9 @@ def _check_cores(options: SubmitOptions, site: Site, threads: int) -> None:
     wanted = options.ranks_per_node * threads
     if site.cores_per_node and wanted > site.cores_per_node and not options.oversubscribe:
         raise UsageError(
-            f"{options.ranks_per_node} ranks × {threads} threads need {wanted} cores a node, and the "
-            f"site file's nodes have {site.cores_per_node}; lower --ranks-per-node or --threads, "
-            "or say --oversubscribe"
+            f"{options.ranks_per_node} ranks × {threads} threads need {wanted} cores a node, and "
+            f"the site file's nodes have {site.cores_per_node}; lower --ranks-per-node or "
+            "--threads, or say --oversubscribe"
         )
 
 

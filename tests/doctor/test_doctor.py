@@ -1,4 +1,4 @@
-"""`mpillm doctor` meets real faults, planted one at a time: it names each, says what to do, and leaves with 1."""
+"""`mpillm doctor` on real, planted faults: it names each with a remedy, and leaves with 1."""
 
 import json
 import os
@@ -42,7 +42,7 @@ class Report:
         ]
 
     def fault(self, area, verdict, *words):
-        """The one finding of that verdict whose name or text holds all `words`; it must come with a way out."""
+        """Return the only finding of that verdict with all `words`; it must have a remedy."""
         fitting = [
             finding
             for finding in self.findings(area, verdict)
@@ -65,7 +65,7 @@ def doctor(python, folder):
 
 
 def namespace(script, *kinds):
-    """A command that runs what follows it in namespaces of its own, after `script`; skips where they can't be had."""
+    """Make a command prefix that runs `script` and the rest in namespaces; skip without any."""
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     command = ["unshare", *user, *(f"--{kind}" for kind in kinds or ("mount",))]
     if (
@@ -77,7 +77,7 @@ def namespace(script, *kinds):
 
 
 def mpiruns():
-    """Every mpirun on PATH with what it says of itself."""
+    """Return every mpirun on PATH with its --version."""
     found = [
         Path(place) / "mpirun"
         for place in PATH.split(os.pathsep)
@@ -109,7 +109,7 @@ def test_healthy_ranks_have_no_error_and_one_voice(doctor, folder):
     (neighbours,) = report.findings("neighbours")
     assert "1 pair" in neighbours["found"]
     assert "GB/s" in neighbours["found"]
-    assert not list(folder.iterdir()), "nothing is left behind"
+    assert not list(folder.iterdir()), "no file is left"
 
 
 def test_the_table_is_readable_at_100_columns(python, folder):
@@ -148,9 +148,8 @@ def test_a_missing_package(folder):
     for path in here.iterdir():
         if not path.name.lower().startswith("h5py"):
             (there / path.name).symlink_to(path)
-    for library in (here.parents[1]).glob(
-        "*mpi*"
-    ):  # mpi4py looks for the MPI of its own environment
+    # mpi4py loads the MPI of its own environment.
+    for library in here.parents[1].glob("*mpi*"):
         (there.parents[1] / library.name).symlink_to(library)
     program = [folder / "environment/bin/python", *DOCTOR, "--json", folder]
     done = subprocess.run(
@@ -190,7 +189,7 @@ int fcntl64(int fd, int command, ...) {
 
 @pytest.fixture(scope="module")
 def no_locks(tmp_path_factory):
-    """A library that refuses every lock, as NFS does without its lock daemon."""
+    """Build a library that refuses every lock, as NFS does without its lock daemon."""
     folder = tmp_path_factory.mktemp("shim")
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
@@ -212,7 +211,7 @@ def profile_of_another_cluster(path):
 
 @pytest.fixture(scope="module")
 def ill(python, tmp_path_factory, no_locks):
-    """One start on a host with several faults, each in a folder or an option of its own."""
+    """Start once on a host with several faults, each in a folder or an option of its own."""
     root = tmp_path_factory.mktemp("ill")
     folders = {name: root / name for name in ("whole", "readonly", "full", "inodes")}
     for folder in folders.values():
@@ -277,7 +276,7 @@ def test_a_stale_cluster_profile(ill):
 
 @pytest.fixture(scope="module")
 def mistyped(python, tmp_path_factory):
-    """What doctor says when all of its options are wrong at once."""
+    """Start once with all options wrong."""
     folder = tmp_path_factory.mktemp("mistyped")
     (folder / "site.toml").write_text("colour = 'blue'\n")
     names = {"--profile": "none.json", "--site": "site.toml"}
@@ -356,7 +355,7 @@ def test_the_mpirun_of_another_mpi(python, folder):
 
 
 def test_processes_of_another_launcher():
-    """What the mpirun of the other MPI leaves in the environment of two processes that MPI does not join."""
+    """Two processes with the variables of the other MPI's mpirun, which MPI does not join."""
     launcher = (
         {"PMI_RANK": "{}", "PMI_SIZE": "2", "MPI_LOCALRANKID": "{}"}
         if OPEN_MPI
@@ -425,13 +424,15 @@ def test_a_pair_that_exchanges_no_message_is_told_and_not_waited_for(python, fol
         "    if comm.rank == 0:\n"
         "        measure(comm, ['a', 'b'], patience=0.5)\n"
         "except LaunchError as failure:\n"
-        "    print('told:', failure, flush=True)\n"
+        "    print('caught:', failure, flush=True)\n"
         "    comm.Abort(7)\n"
         "comm.Barrier()\n"
     )
     done = python(script, ranks=2)
     assert done.returncode != 0
-    assert "told: no message passed between ranks 0 and 1 within 0.5 s" in done.stdout, done.stderr
+    assert "caught: no message passed between ranks 0 and 1 within 0.5 s" in done.stdout, (
+        done.stderr
+    )
 
 
 def test_checks_of_ones_own_and_one_that_raises(doctor, folder):

@@ -1,4 +1,4 @@
-"""What doctor makes of facts: its judging, on plain values and on small trees of files as Linux lays them out."""
+"""The doctor's judgements, on plain values and on small trees of files as in /sys and /proc."""
 
 import errno
 import math

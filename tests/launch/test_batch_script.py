@@ -142,7 +142,7 @@ def scripts() -> dict[str, str]:
 
 
 def shellcheck(paths: list[Path], *options: str) -> str:
-    """What shellcheck has to say; with none installed the test is skipped, as elsewhere in the suite."""
+    """Return the output of shellcheck; skip the test where it is not installed."""
     program = shutil.which(
         "shellcheck", path=f"{sysconfig.get_path('scripts')}:/usr/bin:/usr/local/bin"
     )
@@ -174,7 +174,7 @@ def test_directives_are_as_documented(scheduler: str) -> None:
         assert lines[0] == "#!/bin/bash"
         first = next(number for number, line in enumerate(lines) if not line.startswith("#"))
         found = [line for line in lines if line.startswith(PREFIX[scheduler])]
-        assert found == lines[1 : len(found) + 1], "directives stand before the first command"
+        assert found == lines[1 : len(found) + 1], "directives come before the first command"
         assert first > len(found)
         for line in found:
             option = line.removeprefix(PREFIX[scheduler])
@@ -215,25 +215,25 @@ def test_what_each_batch_system_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "settings", "site", "told"),
+    ("scheduler", "settings", "site", "message"),
     [
         ("pbs", {}, {"qos": "low"}, "only Slurm has qualities of service"),
-        ("pbs", {}, {"launcher": "srun"}, "launcher = 'srun' is not of pbs"),
-        ("slurm", {}, {"launcher": "jsrun"}, "launcher = 'jsrun' is not of slurm"),
+        ("pbs", {}, {"launcher": "srun"}, "launcher = 'srun' does not exist under pbs"),
+        ("slurm", {}, {"launcher": "jsrun"}, "launcher = 'jsrun' does not exist under slurm"),
         ("slurm", {"stage": True}, {}, "set node_local"),
-        ("slurm", {"stop_seconds": 5400}, {}, "cannot be told to stop"),
+        ("slurm", {"stop_seconds": 5400}, {}, "cannot stop"),
         ("slurm", {"name": "a b"}, {}, "the job's name starts with a letter"),
         ("slurm", {"name": "a\n#SBATCH -x"}, {}, "the job's name"),
         ("slurm", {"partition": "$(x)"}, {}, "partition is a word"),
         ("slurm", {"run": "/x\ny"}, {}, r"'/x\\ny' holds '\\n'"),
-        ("slurm", {"folder": "/x\udc80"}, {}, "no UTF-8"),
+        ("slurm", {"folder": "/x\udc80"}, {}, "outside of UTF-8"),
         ("slurm", {"command": ("a", "\x1b[2J")}, {}, r"holds '\\x1b'"),
     ],
 )
 def test_what_cannot_be_asked_for(
-    scheduler: str, settings: dict[str, Any], site: dict[str, Any], told: str
+    scheduler: str, settings: dict[str, Any], site: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         render_script(scheduler, job(**settings), Site(**site))
 
 

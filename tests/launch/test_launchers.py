@@ -267,7 +267,7 @@ def test_mpich_without_pmix_is_stopped_before_it_aborts() -> None:
     # It ends each process in MPI_Init, where Open MPI 5 lets each be alone.
     with pytest.raises(
         LaunchError,
-        match=r"srun --mpi=none tells its .* Open MPI 4\.1\.4, .*; start them with srun",
+        match=r"srun --mpi=none gives its .* Open MPI 4\.1\.4, .*; start them with srun",
     ):
         refuse_before_init(SRUN, "Open MPI v4.1.4, package: Debian OpenMPI")
     refuse_before_init(SRUN, OPEN_MPI)

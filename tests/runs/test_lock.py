@@ -26,7 +26,7 @@ JOB = CurrentJob("slurm", "12", 1)
 
 
 def plant(folder: Path, **changes: object) -> None:
-    """The lock of another system's process."""
+    """Write the lock of another system's process."""
     (folder / LOCK).write_text(
         json.dumps(asdict(this_process(None)) | {"system": "elsewhere"} | changes)
     )

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,6 @@ pytestmark = pytest.mark.alone
 QUIET = Console(speaks=False)
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-browser_needed = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium or google-chrome on PATH to look at the page"
 )
 PATIENCE_SECONDS = 120
 PLOTS = {
@@ -74,7 +70,7 @@ LOOK = """
 
 
 class Browser:
-    """Chromium without a window, spoken to over a pipe: `ask` for a method of its DevTools, `events` are kept."""
+    """Chromium without a window, over a pipe: `ask` calls a DevTools method, `events` are kept."""
 
     def __init__(self, commands: int, answers: int) -> None:
         self._commands, self._answers = commands, answers
@@ -101,6 +97,9 @@ class Browser:
             self.events.append(answer)
 
     def open(self, path: Path) -> None:
+        # Events and the size of an earlier page don't belong to this one.
+        self.ask("Emulation.clearDeviceMetricsOverride")
+        self.events.clear()
         self.ask("Page.navigate", url=path.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
@@ -126,10 +125,11 @@ class Browser:
         return found
 
 
-@contextmanager
-def browser() -> Iterator[Browser]:
-    """It reads commands on descriptor 3 and answers on 4."""
-    assert CHROMIUM is not None
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """Start one browser for all pages; it reads commands on descriptor 3 and answers on 4."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium or google-chrome on PATH to open the page")
     theirs_in, commands = os.pipe()
     answers, theirs_out = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
@@ -169,7 +169,10 @@ def browser() -> Iterator[Browser]:
 def a_run(
     folder: Path, steps: int = 300, change: Callable[[dict[str, float]], object] = lambda line: None
 ) -> Path:
-    """A run of four attempts in a pipeline: stopped, killed, failed, finished. `change` alters the line of a step."""
+    """Make a run of four attempts in a pipeline: stopped, killed, failed, finished.
+
+    `change` alters the line of a step.
+    """
     chance = random.Random(1)
     folder.mkdir(parents=True)
     lines: list[dict[str, float]] = []
@@ -412,7 +415,7 @@ def test_where_it_is_written(tmp_path: Path) -> None:
     assert not (run / "report.html").exists()
     with pytest.raises(UsageError, match=r"cannot write .*nowhere.* --out"):
         write_report(run, QUIET, tmp_path / "nowhere/report.html")
-    with pytest.raises(UsageError, match="there is no run"):
+    with pytest.raises(UsageError, match="there is no folder"):
         write_report(tmp_path / "none", QUIET)
 
 
@@ -444,37 +447,33 @@ def test_a_smooth_curve_follows_without_spikes_or_gaps() -> None:
     assert np.isnan(smooth(x, np.full(1000, np.nan))[1]).all()
 
 
-@browser_needed
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_a_browser_draws_every_plot_and_asks_no_network(tmp_path: Path, dark: bool) -> None:
+def test_a_browser_draws_every_plot_and_asks_no_network(
+    chromium: Browser, tmp_path: Path, dark: bool
+) -> None:
     path = a_run(tmp_path / EVIL.replace("/", "|")) / "report.html"
     write_report(path.parent, QUIET)
-    with browser() as chromium:
-        scheme = "dark" if dark else "light"
-        chromium.ask(
-            "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": scheme}],
-        )
-        chromium.open(path)
-        plots = {plot["key"]: plot for plot in chromium.evaluate(LOOK)}
-        paper = chromium.evaluate("getComputedStyle(document.body).backgroundColor")
-        title = chromium.evaluate("document.title")
-        chromium.ask(
-            "Emulation.setDeviceMetricsOverride",
-            width=400,
-            height=800,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
-        width = chromium.evaluate("document.documentElement.scrollWidth")
-        pdf = chromium.ask("Page.printToPDF")["data"]
-        chromium.ask("Runtime.evaluate", expression="0")
-        asked = [
-            request["request"]["url"] for request in chromium.named("Network.requestWillBeSent")
-        ]
-        told = chromium.named(
-            "Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"
-        )
+    scheme = "dark" if dark else "light"
+    chromium.ask(
+        "Emulation.setEmulatedMedia",
+        features=[{"name": "prefers-color-scheme", "value": scheme}],
+    )
+    chromium.open(path)
+    plots = {plot["key"]: plot for plot in chromium.evaluate(LOOK)}
+    paper = chromium.evaluate("getComputedStyle(document.body).backgroundColor")
+    title = chromium.evaluate("document.title")
+    chromium.ask(
+        "Emulation.setDeviceMetricsOverride",
+        width=400,
+        height=800,
+        deviceScaleFactor=1,
+        mobile=False,
+    )
+    width = chromium.evaluate("document.documentElement.scrollWidth")
+    pdf = chromium.ask("Page.printToPDF")["data"]
+    chromium.ask("Runtime.evaluate", expression="0")
+    asked = [request["request"]["url"] for request in chromium.named("Network.requestWillBeSent")]
+    told = chromium.named("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
     assert told == []
     assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
     assert set(plots) == PLOTS

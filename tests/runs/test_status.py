@@ -1,4 +1,4 @@
-"""`mpillm status`: where a run stands, at work or not, whole or half-written."""
+"""`mpillm status`: the state of a run, training or not, whole or half-written."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def facts(**changes: object) -> dict[str, object]:
 def a_run(
     folder: Path, steps: int = 30, goal: int = 100, **last: float
 ) -> tuple[Path, HistoryWriter]:
-    """A run of `steps` steps, a checkpoint at step 20, which began and tells no end."""
+    """Make a run of `steps` steps with a checkpoint at step 20, begun and without an end."""
     run = folder / "run"
     checkpoint = run / "checkpoints/step-00000020"
     checkpoint.mkdir(parents=True)
@@ -242,7 +242,7 @@ def test_recent_means_of_the_newest_attempt(tmp_path: Path) -> None:
 def test_what_is_no_run(tmp_path: Path) -> None:
     run, _ = a_run(tmp_path)
     for path, reason in (
-        (tmp_path / "nowhere", "there is no run"),
+        (tmp_path / "nowhere", "there is no folder"),
         (run / "recipe.toml", "is a file; name the run's folder"),
         (
             run / "checkpoints/step-00000020",

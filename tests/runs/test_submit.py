@@ -34,7 +34,7 @@ steps = 40
 
 
 def command(folder: Path, name: str, *lines: str) -> None:
-    """A command of a batch system, as a shell script that tells how it was called in NAME.calls."""
+    """Write a command of a batch system as a script that records its calls in NAME.calls."""
     path = folder / name
     path.write_text(
         "\n".join(
@@ -45,14 +45,14 @@ def command(folder: Path, name: str, *lines: str) -> None:
 
 
 def calls(folder: Path, name: str) -> list[str]:
-    """The current folder and the arguments of each call, one after the other."""
+    """Return the current folder and the arguments of each call, one after the other."""
     path = folder / f"{name}.calls"
     return path.read_text().split("\0")[:-1] if path.exists() else []
 
 
 @pytest.fixture
 def place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to submit from, whose bin is on PATH."""
+    """Make a folder to submit from, whose bin is on PATH."""
     here = folder / f"rank-{os.getpid()}" / NASTY
     (here / "prepared").mkdir(parents=True)
     (here.parent / "bin").mkdir()
@@ -157,7 +157,7 @@ def test_the_batch_systems_own_words_are_passed_on(place: Path) -> None:
         )
     assert not (place / "runs/r/job.json").exists()
     command(place.parent / "bin", "sbatch", "echo hello")
-    with pytest.raises(LaunchError, match="did not tell the job's number, but 'hello'"):
+    with pytest.raises(LaunchError, match="did not print the job's number, but 'hello'"):
         submit_script("slurm", str(place), environment_of(place))
 
 
@@ -182,7 +182,7 @@ def test_a_run_is_submitted_once(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "site", "told"),
+    ("settings", "site", "message"),
     [
         ({"nodes": 0}, {}, "--nodes is a number from 1, and not 0"),
         ({"ranks_per_node": -1}, {}, "--ranks-per-node is a number from 1"),
@@ -202,8 +202,10 @@ def test_a_run_is_submitted_once(place: Path) -> None:
         ({"dry_run": False}, {}, "sbatch of Slurm is not on PATH"),
     ],
 )
-def test_refusals(place: Path, settings: dict[str, Any], site: dict[str, Any], told: str) -> None:
-    with pytest.raises((UsageError, LaunchError), match=told):
+def test_refusals(
+    place: Path, settings: dict[str, Any], site: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((UsageError, LaunchError), match=message):
         submit_run(
             options(**{"scheduler": "slurm", "dry_run": True, **settings}),
             submitted(place),
@@ -219,7 +221,7 @@ def test_more_ranks_than_cores_where_it_is_meant(
     wanted = options(scheduler="slurm", dry_run=True, threads=8, oversubscribe=True)
     submit_run(wanted, submitted(place), Site(cores_per_node=16), Console(), environment_of(place))
     out = capsys.readouterr().out
-    # A Slurm that is asked for more CPUs than a node has refuses the job: the crowding is srun's affair.
+    # Slurm refuses a job of more CPUs than a node has, so srun alone oversubscribes.
     assert "#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=16\n" in out
     assert "--ntasks-per-node=4 --kill-on-bad-exit=0 --wait=60 --label --overcommit" in out
 
@@ -434,16 +436,16 @@ def test_the_sign_before_the_limit_reaches_the_ranks_each_time(
 ) -> None:
     command(place.parent / "bin", "qsub", "echo 13.head")
     command(place.parent / "bin", "squeue", "echo TIMEOUT")
-    # The script's shell is told twice; the ranks save on the second sign only, so none may be lost and none may end
-    # the shell's waiting.
-    tell = (
+    # The script's shell gets two signals, and the ranks save on the second one only. So neither may
+    # be lost, and neither may end the shell's waiting.
+    send = (
         f"kill -{sign} $PPID; sleep 0.5; kill -{sign} $PPID"
         if sign
         else "sleep 4; kill -USR1 $PPID"
     )
     program = (
         "n=0; trap 'n=$((n + 1)); if [ $n -eq 2 ]; then echo stopped >\"$RUN/outcome\"; exit 75; fi' USR1; "
-        f"({tell}) & for i in {{1..300}}; do sleep 0.1; done; exit 9"
+        f"({send}) & for i in {{1..300}}; do sleep 0.1; done; exit 9"
     ).replace("$PPID", '"$JOB_SHELL"')
     code, out = run_stub(
         scheduler, place, f"JOB_SHELL=$PPID; {program}", time="1:30:00" if sign else "3s"
@@ -545,5 +547,5 @@ def test_training_under_the_environment_of(
     assert code == 0, out
     assert (run / "outcome").read_text() == "finished\n"
     assert f"going on from runs/r/checkpoints/step-{steps:08d}" in out
-    assert "[1,0]<stdout>" in out or "[0]" in out, "output tells its rank"
+    assert "[1,0]<stdout>" in out or "[0]" in out, "each line has its rank"
     assert not list(place.parent.rglob("CANARY"))

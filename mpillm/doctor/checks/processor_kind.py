@@ -1,4 +1,4 @@
-"""The kind of host: processor, sockets, NUMA nodes, system. A report needs it; none of it is a fault."""
+"""The kind of host: processor, sockets, NUMA nodes, system: for a report, none of it a fault."""
 
 import platform
 from collections.abc import Iterable

@@ -57,7 +57,7 @@ def _slurm_hosts(environment: Mapping[str, str]) -> list[str]:
 
 
 def _hosts_of_file(path: str) -> list[str]:
-    """Read a file of one line a slot; LSF's also names the submission host, which is one of them."""
+    """Read a file of one line a slot; LSF's names the submission host too."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError:

@@ -34,7 +34,7 @@ LAST_TRACE = (
 def write_report(run: Path, console: Console, out: Path | None = None) -> None:
     """Write the report of a run, while it trains or after, and print its name.
 
-    Raises UsageError where there is no run or the file cannot be written.
+    Raises UsageError for another folder than a run's, and where the file cannot be written.
     """
     target = out or run / REPORT
     page = make_page(read_run(run))

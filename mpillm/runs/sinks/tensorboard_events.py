@@ -1,4 +1,4 @@
-"""TensorBoard's event files, by TensorBoard's own writer: torch's wrapper of it loads for a second."""
+"""TensorBoard's event files, by its own writer: torch's wrapper of it takes a second to load."""
 
 import time
 from pathlib import Path
