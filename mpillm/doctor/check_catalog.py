@@ -7,7 +7,7 @@ CHECKS: Mapping[str, str] = MappingProxyType(
     {
         # Software goes first: the checks of GPUs use what torch's import found.
         "software": "mpillm.doctor.checks.software:SoftwareCheck",
-        "mpi-library": "mpillm.doctor.checks.mpi_library:MpiLibraryCheck",
+        "mpi-library": "mpillm.doctor.checks.loaded_mpi:MpiLibraryCheck",
         "mpirun": "mpillm.doctor.checks.mpirun:MpirunCheck",
         "processor": "mpillm.doctor.checks.processor_kind:ProcessorCheck",
         "cores": "mpillm.doctor.checks.host_cores:CoresCheck",

@@ -14,10 +14,10 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from mpillm.comm.world import open_world
-from mpillm.doctor.check import Check, HostView, JobView, World, meet
+from mpillm.doctor.check_base import Check, HostView, JobView, World, meet
 from mpillm.doctor.check_catalog import CHECKS
 from mpillm.doctor.checks import dev_shm, ring_links
-from mpillm.doctor.checks.mpi_library import judge_library, judge_start
+from mpillm.doctor.checks.loaded_mpi import judge_library, judge_start
 from mpillm.doctor.checks.site_file import read_site
 from mpillm.doctor.findings import MISSED, Finding, FindingRow, guarded, merge
 from mpillm.doctor.findings_report import print_findings

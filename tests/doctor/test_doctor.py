@@ -438,7 +438,7 @@ def test_a_pair_that_exchanges_no_message_is_told_and_not_waited_for(python, fol
 def test_checks_of_ones_own_and_one_that_raises(doctor, folder):
     """Checks of a user's own: one that raises, and one whose messages work."""
     (folder / "mychecks.py").write_text(
-        "from mpillm.doctor.check import Check\n"
+        "from mpillm.doctor.check_base import Check\n"
         "from mpillm.doctor.findings import Finding\n"
         "class Broken(Check):\n"
         "    name, area = 'broken', 'mine'\n"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpillm.doctor.check import Check
+from mpillm.doctor.check_base import Check
 from mpillm.doctor.check_catalog import CHECKS
 from mpillm.doctor.checks import (
     batch_system,
@@ -20,7 +20,7 @@ from mpillm.doctor.checks import (
     host_memory,
     infiniband,
     interfaces,
-    mpi_library,
+    loaded_mpi,
     mpirun,
     process_limits,
     profile_match,
@@ -151,17 +151,17 @@ def test_an_mpi_that_does_not_start_is_told_with_its_signal_and_its_words():
         (None, "did not end in time"),
         (15, "left with code 15: no pmi"),
     ):
-        found = mpi_library.judge_library(look_of(Ended(code, library, "---\nno pmi\n")))
+        found = loaded_mpi.judge_library(look_of(Ended(code, library, "---\nno pmi\n")))
         assert [one.verdict for one in found] == ["ok", "error"]
         assert word in found[1].found
         assert found[1].remedy
-    (missing,) = mpi_library.judge_library(
+    (missing,) = loaded_mpi.judge_library(
         look_of(Ended(1, "", "Traceback …\n  line\nRuntimeError: cannot load MPI library\n"))
     )
     assert "RuntimeError: cannot load MPI library" in missing.found
-    good = mpi_library.judge_library(look_of(Ended(0, library + '{"thread_level": 3}\n')))
+    good = loaded_mpi.judge_library(look_of(Ended(0, library + '{"thread_level": 3}\n')))
     assert [one.verdict for one in good] == ["ok", "ok"]
-    assert mpi_library.judge_threads(1).verdict == "warning"
+    assert loaded_mpi.judge_threads(1).verdict == "warning"
 
 
 def test_needs_come_from_metadata_lines():

@@ -24,7 +24,7 @@ def test_which_file_is_read(tmp_path: Path) -> None:
     assert load_site(None, home).account == "own"
     assert load_site(None, home | {"XDG_CONFIG_HOME": str(tmp_path / "x")}).account == "xdg"
     assert load_site(None, home | {"MPILLM_SITE": str(set_)}).account == "set"
-    assert load_site(named, home | {"MPILLM_SITE": str(told)}).account == "named"
+    assert load_site(named, home | {"MPILLM_SITE": str(set_)}).account == "named"
 
 
 def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:

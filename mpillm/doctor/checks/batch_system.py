@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterable, Mapping
 
-from mpillm.doctor.check import Check, JobView
+from mpillm.doctor.check_base import Check, JobView
 from mpillm.doctor.findings import Finding
 from mpillm.launch.current_job import CurrentJob, current_job
 from mpillm.launch.schedulers import SCHEDULERS

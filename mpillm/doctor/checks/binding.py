@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from mpillm.doctor.check import Check, World
+from mpillm.doctor.check_base import Check, World
 from mpillm.doctor.findings import Finding
 from mpillm.launch.placement import narrow_binding
 

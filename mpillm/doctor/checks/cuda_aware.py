@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from mpillm.doctor.check import Check, HostView
+from mpillm.doctor.check_base import Check, HostView
 from mpillm.doctor.checks.gpu_count import torch_gpus
 from mpillm.doctor.findings import Finding
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mpillm.doctor.check import Check, HostView, JobView
+from mpillm.doctor.check_base import Check, HostView, JobView
 from mpillm.doctor.findings import Finding, guarded
 from mpillm.doctor.subprocesses import run_child, trial
 from mpillm.machine.mounts import mount_of, read_mounts

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mpillm.doctor.check import Check, HostView
+from mpillm.doctor.check_base import Check, HostView
 from mpillm.doctor.findings import Finding
 from mpillm.launch.current_job import current_job
 from mpillm.machine.gpus import visible_gpus

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from mpillm.doctor.check import Check, World
+from mpillm.doctor.check_base import Check, World
 from mpillm.doctor.findings import Finding, hosts_text
 
 AREA = "hosts"

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from mpillm.doctor.check import Check, HostView
+from mpillm.doctor.check_base import Check, HostView
 from mpillm.doctor.findings import Finding, Verdict
 from mpillm.launch.threads import allowance, threads_setting
 from mpillm.machine.topology import Topology, read_topology

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpillm.doctor.check import Check, HostView
+from mpillm.doctor.check_base import Check, HostView
 from mpillm.doctor.findings import Finding
 from mpillm.machine.topology import text_of
 

@@ -4,8 +4,8 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mpillm.doctor.check import Check, JobView
-from mpillm.doctor.checks.mpi_library import AREA, INSTALL
+from mpillm.doctor.check_base import Check, JobView
+from mpillm.doctor.checks.loaded_mpi import AREA, INSTALL
 from mpillm.doctor.findings import Finding, Verdict
 from mpillm.doctor.mpi_look import MpiLook
 from mpillm.doctor.subprocesses import run_child

@@ -4,7 +4,7 @@ import resource
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mpillm.doctor.check import Check, HostView
+from mpillm.doctor.check_base import Check, HostView
 from mpillm.doctor.checks.infiniband import read_ports
 from mpillm.doctor.findings import Finding
 from mpillm.system.console import binary_bytes

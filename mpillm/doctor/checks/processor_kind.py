@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Iterable
 
-from mpillm.doctor.check import Check, HostView
+from mpillm.doctor.check_base import Check, HostView
 from mpillm.doctor.findings import Finding
 from mpillm.machine.cpu import processor
 from mpillm.machine.topology import Topology, read_topology

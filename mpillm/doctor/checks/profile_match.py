@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpillm.doctor.check import Check, World
+from mpillm.doctor.check_base import Check, World
 from mpillm.doctor.findings import Finding, Verdict, guarded
 from mpillm.errors import MpillmError
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mpillm.doctor.check import Check, JobView
+from mpillm.doctor.check_base import Check, JobView
 from mpillm.doctor.findings import Finding, hosts_text
 from mpillm.doctor.subprocesses import run_child
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpillm.comm.waiting import wait_patiently
-from mpillm.doctor.check import Check, World
+from mpillm.doctor.check_base import Check, World
 from mpillm.doctor.findings import Finding
 from mpillm.errors import LaunchError
 from mpillm.system.console import counted

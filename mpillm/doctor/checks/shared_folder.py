@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from mpillm.doctor.check import Check, World
+from mpillm.doctor.check_base import Check, World
 from mpillm.doctor.checks.folders import AREA, folders_to_try
 from mpillm.doctor.findings import Finding, hosts_text
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mpillm.doctor.check import Check, JobView, SiteReading
+from mpillm.doctor.check_base import Check, JobView, SiteReading
 from mpillm.doctor.findings import Finding
 from mpillm.errors import MpillmError
 

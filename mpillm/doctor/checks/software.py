@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mpillm
-from mpillm.doctor.check import Check, HostView
+from mpillm.doctor.check_base import Check, HostView
 from mpillm.doctor.checks.gpu_count import build_of
 from mpillm.doctor.findings import Finding
 from mpillm.doctor.subprocesses import trial

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from mpillm.doctor.check import Check, JobView
+from mpillm.doctor.check_base import Check, JobView
 from mpillm.doctor.findings import Finding
 from mpillm.doctor.mpi_look import MpiLook
 
