@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.usefixtures("processes")
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 TWO_HOSTS = Path(__file__).parents[1] / "fixtures" / "two_hosts.sh"
 TWO_HOSTS_UNAVAILABLE = 77

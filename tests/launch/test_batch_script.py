@@ -153,7 +153,7 @@ def shellcheck(paths: list[Path], *options: str) -> str:
     ).stdout
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_every_script_passes_bash_and_shellcheck(tmp_path: Path) -> None:
     paths = []
     for name, script in scripts().items():
@@ -237,7 +237,7 @@ def test_what_cannot_be_asked_for(
         render_script(scheduler, job(**settings), Site(**site))
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     "text",
     [NASTY, "", "-n", "~", "a b", "'", "\\", "\\'", "$", "``", "a=b", "é", "’‘”", "x" * 3000],

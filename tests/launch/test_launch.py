@@ -51,14 +51,14 @@ def test_versions_name_every_part() -> None:
     assert found["torch"][0].isdigit()
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_pipe_is_not_watched(folder: Path) -> None:
     code = "import os; from mpillm.launch.launchers import watched; print(watched(os.environ))"
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_pseudo_terminal_under_mpirun_is_not_watched_when_mpirun_writes_to_a_pipe(
     python, folder: Path
 ) -> None:  # type: ignore[no-untyped-def]

@@ -349,7 +349,7 @@ def start(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_rank_of_another_mpis_launcher_stops_with_one_line(python, start: Path) -> None:  # type: ignore[no-untyped-def]
     first, second = (python(start, **_foreign_environment(rank)) for rank in (0, 1))
     assert (first.returncode, second.returncode) == (1, 1)
@@ -359,20 +359,20 @@ def test_a_rank_of_another_mpis_launcher_stops_with_one_line(python, start: Path
     assert (second.stdout, second.stderr) == ("", "")
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_lone_processes_that_are_meant_go_on(python, start: Path) -> None:  # type: ignore[no-untyped-def]
     done = python(start, **_foreign_environment(1), MPILLM_ALONE="1")
     assert (done.returncode, done.stdout) == (0, "went on 1\n"), done.stderr
     assert python(start).stdout == "went on 1\n"
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_ranks_of_the_right_mpirun_go_on(python, start: Path) -> None:  # type: ignore[no-untyped-def]
     done = python(start, ranks=2)
     assert (done.returncode, done.stdout.count("went on 2")) == (0, 2), done.stderr
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_the_mpirun_of_another_mpi_is_refused(python, start: Path) -> None:  # type: ignore[no-untyped-def]
     other = _mpirun_of_another_mpi()
     if not other:

@@ -396,7 +396,7 @@ def test_the_users_threads_are_told_and_crowds_noticed(comm: MPI.Intracomm) -> N
     assert "OMP_NUM_THREADS=" in oversubscription(found)
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_places_under_mpirun(python, folder: Path) -> None:  # type: ignore[no-untyped-def]
     script = folder / "places.py"
     script.write_text(

@@ -12,7 +12,7 @@ from mpi4py import MPI
 from mpillm.system.console import Console
 from mpillm.tokens.prepare import PrepareOptions, prepare
 
-pytestmark = [pytest.mark.alone, pytest.mark.slurm]
+pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.slurm]
 
 STEPS = 90
 ON_TWO_NODES = ("--nodes", "2", "--ranks-per-node", "2", "--time", "0:20:00")

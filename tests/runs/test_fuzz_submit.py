@@ -331,7 +331,7 @@ def check_all(cases: Sequence[Case], stubs: Path) -> list[str]:
     return [fault for fault in faults if fault]
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_any_text_is_refused_or_does_no_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ from mpillm.runs.state import read_run
 from mpillm.system.console import Console
 
 # A page knows nothing of ranks, and is too much work to be made on each of them.
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.usefixtures("processes")
 QUIET = Console(speaks=False)
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -115,7 +115,7 @@ def test_a_run_at_work(tmp_path: Path) -> None:
     assert str(os.getpid()) in found["holder"]
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_run_whose_process_is_killed_says_so(tmp_path: Path) -> None:
     run, diary = a_run(tmp_path)
     diary.started(0, facts())
@@ -263,7 +263,7 @@ def test_columns() -> None:
     assert [str(value) for value in found["b"]] == ["nan", "2.5", "nan"]
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_the_login_node_stays_light(tmp_path: Path) -> None:
     run, diary = a_run(tmp_path)
     diary.started(0, facts())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mpi4py import MPI
 
 from mpillm.errors import LaunchError, UsageError
 from mpillm.launch.schedulers import find_scheduler, is_over, job_state, submit_script
@@ -17,6 +18,7 @@ from mpillm.launch.site import Site
 from mpillm.runs.lock import RunLock
 from mpillm.runs.submit import SubmitOptions, SubmittedRecipe, job_name, read_job, submit_run
 from mpillm.system.console import Console
+from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.train.recipe import load_recipe, write_recipe
 
 NASTY = "a 'b' $(touch CANARY) `touch CANARY` \"c\" \\ ü"
@@ -106,7 +108,7 @@ def test_a_dry_run_prints_the_script_alone_and_leaves_nothing(
 ANSWERS = {"slurm": ("sbatch", "4242"), "pbs": ("qsub", "4242.head"), "lsf": ("bsub", "4242")}
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("scheduler", list(ANSWERS))
 def test_a_job_is_handed_over_and_noted(
     scheduler: str, place: Path, capsys: pytest.CaptureFixture[str]
@@ -147,7 +149,7 @@ def test_a_job_is_handed_over_and_noted(
     assert not list(place.parent.rglob("CANARY"))
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_the_batch_systems_own_words_are_passed_on(place: Path) -> None:
     words = "sbatch: error: invalid partition specified: nowhere"
     command(place.parent / "bin", "sbatch", f"echo '{words}' >&2", "exit 1")
@@ -161,7 +163,7 @@ def test_the_batch_systems_own_words_are_passed_on(place: Path) -> None:
         submit_script("slurm", str(place), environment_of(place))
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_run_is_submitted_once(place: Path) -> None:
     command(place.parent / "bin", "sbatch", "echo 7")
     command(place.parent / "bin", "squeue", f"cat {place.parent}/state")
@@ -266,7 +268,7 @@ def test_names_of_jobs() -> None:
     assert len(job_name("x" * 99)) == 15
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     ("scheduler", "name", "lines", "state"),
     [
@@ -296,7 +298,7 @@ def test_the_state_of_a_job(
     assert is_over(state or "DONE") == (state in ("COMPLETED", "CANCELLED", "FINISHED", None))
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_the_batch_system_that_is_there(place: Path) -> None:
     folder = place.parent / "bin"
     for name, scheduler in (("bsub", "lsf"), ("qsub", "pbs"), ("sbatch", "slurm")):
@@ -371,7 +373,7 @@ def run_stub(
     return done.returncode, out + "".join(path.read_text() for path in run.glob("job-12*.out"))
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("scheduler", ["slurm", "pbs", "lsf"])
 def test_the_exit_code_tells_what_became_of_the_run(scheduler: str, place: Path) -> None:
     bin_folder, run = place.parent / "bin", place / "runs/r"
@@ -408,7 +410,7 @@ def test_the_exit_code_tells_what_became_of_the_run(scheduler: str, place: Path)
     assert "the job was started 3 times more" in out
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_job_that_is_cancelled_does_not_come_back(place: Path) -> None:
     for name in ("scontrol", "qsub"):
         command(place.parent / "bin", name)
@@ -427,7 +429,7 @@ def test_a_job_that_is_cancelled_does_not_come_back(place: Path) -> None:
     assert calls(place.parent / "bin", "scontrol") == calls(place.parent / "bin", "qsub") == []
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     ("scheduler", "sign"), [("slurm", "USR1"), ("lsf", "URG"), ("lsf", "USR2"), ("pbs", "")]
 )
@@ -454,7 +456,7 @@ def test_the_sign_before_the_limit_reaches_the_ranks_each_time(
     assert out.count("the time limit is near: asking the ranks to save and stop") == 2
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_staging(place: Path) -> None:
     (place / "prepared/deep").mkdir()
     (place / "prepared/deep/a b").write_text("tokens")
@@ -468,7 +470,7 @@ def test_staging(place: Path) -> None:
     assert "tokens" in out
     arguments = calls(place.parent / "bin", "srun")
     assert f"data.path={local}/mpillm-12-0" in arguments
-    # What was copied is taken away again: by the launcher, one process a node.
+    # The launcher removes the copy again, by one process a node.
     assert arguments[-4:] == ["rm", "-rf", "--", f"{local}/mpillm-12-0"]
     shutil.rmtree(local)
     (place.parent / "bin/srun.calls").unlink()
@@ -478,16 +480,12 @@ def test_staging(place: Path) -> None:
     assert "--set" not in calls(place.parent / "bin", "srun")
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("scheduler", ["pbs", "lsf"])
-def test_training_under_the_environment_of(
-    scheduler: str, place: Path, documents: Path, mpillm: Any
-) -> None:
-    """The script of a real run, under the real mpirun: it stops before its limit, is submitted again, and finishes."""
-    assert (
-        mpillm("prepare", documents, "--out", place / "prepared", "--tokenizer", "bytes").returncode
-        == 0
-    )
+def test_training_under_the_environment_of(scheduler: str, place: Path, documents: Path) -> None:
+    """Run a real script under the real mpirun: stop before its limit, submit again, finish."""
+    data = PrepareOptions((str(documents),), place / "prepared", tokenizer="bytes")
+    prepare(data, MPI.COMM_WORLD, Console(speaks=False))
     folder, run = place.parent / "bin", place / "runs/r"
     command(folder, "qsub", "echo 13.head")
     run.mkdir(parents=True)
@@ -532,7 +530,7 @@ def test_training_under_the_environment_of(
         ):
             time.sleep(0.2)
         if stop:
-            # LSF's sign is URG; PBS gives none, so there the script's own timer sends USR1.
+            # LSF sends URG; PBS sends nothing, so there the script's own timer sends USR1.
             os.kill(process.pid, signal.SIGURG if scheduler == "lsf" else signal.SIGUSR1)
         return process.wait(timeout=300), next(run.glob("job-12*.out")).read_text()
 

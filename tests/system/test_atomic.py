@@ -87,7 +87,7 @@ def test_a_missing_folder_is_told(tmp_path: Path) -> None:
         write_text(tmp_path / "absent" / "a.txt", "text")
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_full_disk_leaves_the_old_file(python: Run, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
