@@ -88,7 +88,7 @@ class Slurm:
 
 @pytest.fixture(scope="session")
 def slurm(python: Callable[..., Done]) -> Iterator[Slurm]:
-    """Two nodes, n1 and n2, of three cores each. Skips where there is no Slurm, or no namespaces."""
+    """Start two nodes, n1 and n2, of three cores each; skip without Slurm or namespaces."""
     # Not with mkdtemp's mode, and not below TMPDIR, of which each node has its own.
     folder = Path(tempfile.mkdtemp(prefix="mpillm-slurm-"))
     up = subprocess.Popen(

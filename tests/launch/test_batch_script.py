@@ -16,10 +16,14 @@ from mpillm.launch.schedulers import SCHEDULERS
 from mpillm.launch.site import Site, load_site
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "jobs" / "sites").glob("*.toml"))
-NASTY = 'it\'s a "$(touch CANARY)" `touch CANARY` \\ * ~ {a,b} !x #x -x ü “q” ‘r’ \u00a0 & ; | > CANARY $HOME'
+NASTY = (
+    'it\'s a "$(touch CANARY)" `touch CANARY` \\ * ~ {a,b} !x #x -x ü “q” ‘r’ \u00a0 & ; | '
+    "> CANARY $HOME"
+)
 
-# The options that a script uses, as documented: sbatch(1) of Slurm 23.11; qsub(1B) of the PBS Professional 2022 User's
-# Guide, "Submitting a PBS Job" and "Allocating Resources"; bsub of IBM Spectrum LSF 10.1's command reference.
+# The options of the scripts, as documented: sbatch(1) of Slurm 23.11; qsub(1B) of the PBS
+# Professional 2022 User's Guide, "Submitting a PBS Job" and "Allocating Resources"; bsub of IBM
+# Spectrum LSF 10.1's command reference.
 DIRECTIVES = {
     "slurm": [
         r"--job-name=[\w.-]+",

@@ -64,7 +64,8 @@ def test_a_pseudo_terminal_under_mpirun_is_not_watched_when_mpirun_writes_to_a_p
 ) -> None:  # type: ignore[no-untyped-def]
     script = folder / "watched.py"
     script.write_text(
-        "import os; from mpillm.launch.launchers import watched; print('watched', watched(os.environ))"
+        "import os; from mpillm.launch.launchers import watched\n"
+        "print('watched', watched(os.environ))"
     )
     done = python(script, ranks=2)
     assert done.stdout.count("watched False") == 2, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Signals are noted from the first moment on, and end the process only where there is nothing to save."""
+"""Signals are recorded from the start, and end the process only with nothing to save."""
 
 import signal
 import subprocess

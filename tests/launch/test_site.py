@@ -42,7 +42,7 @@ def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("acount = 'x'", "unknown key acount, did you mean account"),
         ("xyzzy = 1", r"unknown key xyzzy \(known: scheduler, "),
@@ -69,8 +69,8 @@ def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
         ("account = 'a'\nqos = 1\nxyz = 2", "qos = 1: .*; unknown key xyz"),
     ],
 )
-def test_faults_are_told_with_the_way_out(text: str, told: str) -> None:
-    with pytest.raises(UsageError, match=told) as failure:
+def test_faults_are_told_with_the_way_out(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as failure:
         parse_site(text, "site.toml", HOME)
     assert str(failure.value).startswith("the site file site.toml")
 

@@ -66,7 +66,7 @@ def test_who_is_gone() -> None:
     far = replace(me, system="elsewhere", job=None)
     assert not is_gone(far, me, DEAD_SECONDS - 1)
     assert is_gone(far, me, DEAD_SECONDS + 1)
-    # The same batch job, started again: its earlier start cannot run any more, its present one does.
+    # The same batch job, started again: its earlier start has ended, its present one runs.
     assert is_gone(replace(far, job=replace(JOB, restart=0)), me, 0)
     assert not is_gone(replace(far, job=JOB), me, 0)
     # A job that its batch system ran again, and does not count.

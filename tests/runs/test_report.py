@@ -1,4 +1,4 @@
-"""`mpillm report`: one page that needs no network, with every plot drawn, whatever the run has been through."""
+"""`mpillm report`: one page that needs no network, with every plot, after any course of a run."""
 
 import html.parser
 import json
@@ -49,7 +49,7 @@ PLOTS = {
 }
 EVIL = "<script>alert(1)</script>&\"' {{ 7*7 }} <img src=x onerror=alert(2)>"
 
-# Of each plot: its size, its names, and for each colour of a curve how much of the width its drawn lines span.
+# Of each plot: its size, its names, and the share of the width that the lines of a colour span.
 LOOK = """
 [...document.querySelectorAll('figure')].map(figure => {
   const svg = figure.querySelector('svg'), box = svg.getBoundingClientRect(), ends = {};

@@ -188,7 +188,10 @@ def test_what_the_scheduler_says(tmp_path: Path) -> None:
         "partition": "short",
     }
     (run / JOB).write_text(json.dumps(job | {"output": "job-12.out"}))
-    wanted = f"mpillm submit {run}/recipe.toml --nodes 2 --ranks-per-node 3 --time 01:30:00 --partition short --resume"
+    wanted = (
+        f"mpillm submit {run}/recipe.toml --nodes 2 --ranks-per-node 3 --time 01:30:00 "
+        "--partition short --resume"
+    )
     for answer in (ask, broken, None):
         found = as_json(run, answer)
         assert (found["job"]["id"], found["job"]["output"]) == ("12", "job-12.out")
@@ -272,7 +275,8 @@ def test_the_login_node_stays_light(tmp_path: Path) -> None:
         "from mpillm.runs.report.run_report import write_report\n"
         "from mpillm.runs.status import print_status\n"
         "print_status(Path(sys.argv[1]), Console())\nwrite_report(Path(sys.argv[1]), Console())\n"
-        "print('loaded:', [name for name in ('torch', 'mpi4py', 'h5py', 'tokenizers') if name in sys.modules])\n"
+        "heavy = ('torch', 'mpi4py', 'h5py', 'tokenizers')\n"
+        "print('loaded:', [name for name in heavy if name in sys.modules])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, run],

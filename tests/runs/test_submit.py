@@ -231,9 +231,17 @@ def test_more_ranks_than_cores_where_it_is_meant(
 def test_what_would_fail_later_is_refused_now(place: Path) -> None:
     environment = environment_of(place)
 
-    def refused(told: str, recipe: SubmittedRecipe, site: Site = Site(), **settings: Any) -> None:  # noqa: B008
-        with pytest.raises(UsageError, match=told):
-            submit_run(options(scheduler="slurm", **settings), recipe, site, Console(), environment)
+    def refused(
+        message: str, recipe: SubmittedRecipe, site: Site | None = None, **settings: Any
+    ) -> None:
+        with pytest.raises(UsageError, match=message):
+            submit_run(
+                options(scheduler="slurm", **settings),
+                recipe,
+                site or Site(),
+                Console(),
+                environment,
+            )
 
     refused("there is no folder .*/nowhere of data", submitted(place, "data.path=nowhere"))
     refused("there is no Python in environment", submitted(place), Site(environment=str(place)))
@@ -337,7 +345,7 @@ def allotted(scheduler: str, place: Path, restart: int = 0) -> dict[str, str]:
 def run_stub(
     scheduler: str, place: Path, program: str, restart: int = 0, **settings: Any
 ) -> tuple[int, str]:
-    """Run a job's script as the batch system would, with an srun or mpirun that is `program`; (exit code, output)."""
+    """Run a script with `program` as srun or mpirun; return (exit code, output)."""
     folder, run = place.parent / "bin", place / "runs/r"
     for name in ("srun", "mpirun"):
         command(folder, name, '[ "$*" != --version ] || { echo HYDRA; exit; }', program)
@@ -446,7 +454,8 @@ def test_the_sign_before_the_limit_reaches_the_ranks_each_time(
         else "sleep 4; kill -USR1 $PPID"
     )
     program = (
-        "n=0; trap 'n=$((n + 1)); if [ $n -eq 2 ]; then echo stopped >\"$RUN/outcome\"; exit 75; fi' USR1; "
+        "n=0; trap 'n=$((n + 1)); "
+        'if [ $n -eq 2 ]; then echo stopped >"$RUN/outcome"; exit 75; fi\' USR1; '
         f"({send}) & for i in {{1..300}}; do sleep 0.1; done; exit 9"
     ).replace("$PPID", '"$JOB_SHELL"')
     code, out = run_stub(
@@ -462,7 +471,10 @@ def test_staging(place: Path) -> None:
     (place / "prepared/deep/a b").write_text("tokens")
     local = place.parent / "local"
     local.mkdir()
-    program = 'data=${*: -1}; data=${data#data.path=}; cat "$data/deep/a b"; echo finished >"$RUN/outcome"'
+    program = (
+        'data=${*: -1}; data=${data#data.path=}; cat "$data/deep/a b"; '
+        'echo finished >"$RUN/outcome"'
+    )
     code, out = run_stub(
         "slurm", place, f'if [ "${{*: -2:1}}" = --set ]; then {program}; fi', stage=True
     )
@@ -510,7 +522,7 @@ def test_training_under_the_environment_of(scheduler: str, place: Path, document
                 Console(stream=stream),
                 environment_of(place),
             )
-        path = os.pathsep.join([str(folder), os.path.dirname(sys.executable), os.environ["PATH"]])  # noqa: PTH120
+        path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {
             **os.environ,
             "PATH": path,

@@ -14,7 +14,7 @@ from mpillm.system.atomic import flush, make_folder, replacing, write_json, writ
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
-# A child may write 4,096 bytes a file, as if the disk were full then; Python hears of it as an OSError.
+# A child may write 4,096 bytes a file, as if the disk were full: Python raises OSError then.
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ranks meet before their first message; tests/launch/test_slurm.py has the same between the nodes of a real Slurm."""
+"""Ranks wait for each other before their first message; test_slurm.py has it between nodes."""
 
 from pathlib import Path
 
