@@ -27,8 +27,14 @@ from mpillm.launch.singleton import (
 )
 from mpillm.machine.mpi_names import mpirun_of, named
 
-OPEN_MPI = "Open MPI v5.0.11, package: Open MPI user@localhost Distribution, ident: 5.0.11, Sep 16, 2026\x00"
-MPICH = "MPICH Version:      5.0.2\nMPICH Release date: Fri Sep 25\nMPICH configure:    --with-device=ch4:ucx,ofi\n"
+OPEN_MPI = (
+    "Open MPI v5.0.11, package: Open MPI user@localhost Distribution, "
+    "ident: 5.0.11, Sep 16, 2026\x00"
+)
+MPICH = (
+    "MPICH Version:      5.0.2\nMPICH Release date: Fri Sep 25\n"
+    "MPICH configure:    --with-device=ch4:ucx,ofi\n"
+)
 INTEL = "Intel(R) MPI Library 2021.18.1 for Linux* OS\n"
 
 OMPI_5 = {

@@ -54,17 +54,20 @@ LOOK = """
 [...document.querySelectorAll('figure')].map(figure => {
   const svg = figure.querySelector('svg'), box = svg.getBoundingClientRect(), ends = {};
   for (const path of svg.querySelectorAll('path')) {
-    const colour = /^var\\(--([abcd])\\)$/.exec(path.style.stroke), part = path.getBoundingClientRect();
+    const colour = /^var\\(--([abcd])\\)$/.exec(path.style.stroke);
+    const part = path.getBoundingClientRect();
     if (!colour || path.closest('defs') || path.getTotalLength() < 10) continue;
     if (!getComputedStyle(path).stroke.startsWith('rgb')) continue;
     const [left, right] = ends[colour[1]] || [Infinity, -Infinity];
     ends[colour[1]] = [Math.min(left, part.left), Math.max(right, part.right)];
   }
   return {key: figure.id, width: box.width, height: box.height,
-    spans: Object.fromEntries(Object.entries(ends).map(([name, [left, right]]) => [name, (right - left) / box.width])),
+    spans: Object.fromEntries(Object.entries(ends).map(
+      ([name, [left, right]]) => [name, (right - left) / box.width])),
     label: svg.getAttribute('aria-label'), title: svg.querySelector('title').textContent,
     texts: svg.querySelectorAll('text').length,
-    lost: [...svg.querySelectorAll('use')].filter(use => !document.querySelector(use.href.baseVal)).length};
+    lost: [...svg.querySelectorAll('use')].filter(
+      use => !document.querySelector(use.href.baseVal)).length};
 })
 """
 
