@@ -59,7 +59,7 @@ def test_status_and_report_of_a_run_by_version_0_1(run: Path) -> None:
     )
     write_report(run, Console(speaks=False))
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 8
+    assert page.count("<svg") == 7
     assert "slurm 4243" in page
 
 
