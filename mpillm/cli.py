@@ -1,19 +1,18 @@
 """The front door: one short function a verb. Rooms are imported inside the verbs, so that `--help` loads none."""
 
-import importlib
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpillm.launch.ranks import rank_from_environment
+from mpillm.launch.launchers import rank_from_environment
 from mpillm.system.console import Console
 
 if TYPE_CHECKING:
@@ -51,9 +50,9 @@ def _job(debug: bool, torch_threads: bool = False, stops_in_order: bool = False)
     """
     from mpillm.comm.failure import fail_together
     from mpillm.comm.world import open_world
+    from mpillm.launch.launchers import watched
     from mpillm.launch.signals import interrupt_on_terminate
     from mpillm.launch.singleton import one_voice, refuse_before_init, refuse_lonely_ranks
-    from mpillm.launch.terminal import watched
     from mpillm.launch.threads import threads_per_rank
 
     if not stops_in_order:
@@ -79,7 +78,7 @@ def _job(debug: bool, torch_threads: bool = False, stops_in_order: bool = False)
 def _first_alone(debug: bool) -> Iterator[Console]:
     """For verbs that need one process and no MPI: under a launcher all but the first leave at once."""
     from mpillm.comm.failure import fail_together
-    from mpillm.launch.terminal import watched
+    from mpillm.launch.launchers import watched
 
     if rank_from_environment(os.environ):
         raise typer.Exit
@@ -187,12 +186,12 @@ def train(
 
     begun, signals = time.time(), StopSignals()
     with _job(debug, torch_threads=True, stops_in_order=True) as job:
-        from mpillm.launch.placement import tell_placement
+        from mpillm.launch.placement import print_placement
         from mpillm.train.loop import Allotment
         from mpillm.train.recipe import load_recipe
         from mpillm.train.setup import train as run
 
-        tell_placement(job.comm, os.environ, job.threads, job.console, verbose)
+        print_placement(job.comm, os.environ, job.threads, job.console, verbose)
         allotment = Allotment(signals, current_job(os.environ), job_end(os.environ), begun)
         run(load_recipe(recipe, overrides or ()), job.comm, job.console, resume, trace, allotment)
 
@@ -386,7 +385,7 @@ def schedule(
 ) -> None:
     """Draw a pipeline schedule, and tell how long ranks wait and what they store; no MPI, no torch."""
     with _first_alone(debug) as console:
-        from mpillm.launch.terminal import watched
+        from mpillm.launch.launchers import watched
         from mpillm.parallel.pipeline.schedule_report import ScheduleOptions, print_schedule
 
         options = ScheduleOptions(
@@ -403,11 +402,6 @@ def schedule(
             coloured=watched(os.environ),
         )
         print_schedule(options, console)
-
-
-def _late(module: str, name: str) -> Callable[..., Any]:
-    """A function of another room, imported when it is called: what that room needs may be what is missing."""
-    return lambda *given: getattr(importlib.import_module(module), name)(*given)
 
 
 @app.command(epilog="Example: mpirun -n 4 mpillm doctor /scratch/me --json")
@@ -429,28 +423,31 @@ def doctor(
     site: Annotated[
         Path | None, typer.Option(metavar="SITE.toml", help="Another site file than your own.")
     ] = None,
+    check: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="package.module:Name", help="A check of your own, run after the others."
+        ),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Look for what would keep a run from starting or make it slow: alone, or under mpirun on every host."""
     from mpillm.comm.failure import fail_together
-    from mpillm.launch.terminal import watched
+    from mpillm.launch.launchers import watched
 
     with fail_together(None, debug=debug):
-        from mpillm.doctor.diagnose import doctor as run
-        from mpillm.doctor.options import DoctorOptions, Probes
+        from mpillm.doctor.diagnose import diagnose
+        from mpillm.doctor.options import DoctorOptions
 
         names = tuple(filter(None, hosts.split(",")))
-        options = DoctorOptions(tuple(paths or ()), profile, names, gpus, site, as_json)
-        probes = Probes(
-            gpu_probe=_late("mpillm.comm.gpu.probe", "probe"),
-            describe_cluster=_late("mpillm.machine.cluster_profile", "describe_cluster"),
-            load_profile=_late("mpillm.machine.cluster_profile", "load_profile"),
+        options = DoctorOptions(
+            tuple(paths or ()), profile, names, gpus, site, as_json, tuple(check or ())
         )
         console = Console(
             speaks=rank_from_environment(os.environ) == 0, watched=watched(os.environ)
         )
-        raise typer.Exit(run(options, console, probes, os.environ))
+        raise typer.Exit(diagnose(options, console, os.environ))
 
 
 @app.command(
@@ -505,8 +502,7 @@ def submit(
     with _first_alone(debug) as console:
         from mpillm.launch.site import load_site
         from mpillm.parallel.axis_sizes import mesh_sizes
-        from mpillm.runs.submit import SubmitOptions, SubmittedRecipe
-        from mpillm.runs.submit import submit as run
+        from mpillm.runs.submit import SubmitOptions, SubmittedRecipe, submit_run
         from mpillm.train.recipe import load_recipe, write_recipe
 
         options = SubmitOptions(
@@ -530,11 +526,8 @@ def submit(
         submitted = SubmittedRecipe(
             recipe.stem, plan.train.run, plan.data.path, plan.parallel.profile, write_recipe(plan)
         )
-
-        def check_ranks(ranks: int) -> None:
-            mesh_sizes(plan.parallel, ranks, plan.model, plan.train.batch)
-
-        run(options, submitted, load_site(site, os.environ), console, os.environ, check_ranks)
+        mesh_sizes(plan.parallel, options.ranks, plan.model, plan.train.batch)
+        submit_run(options, submitted, load_site(site, os.environ), console, os.environ)
 
 
 @app.command(epilog="Example: mpillm status runs/quickstart")

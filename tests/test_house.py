@@ -127,10 +127,10 @@ def at_import(tree: ast.Module) -> ast.Module:
     """Return what runs when the module is imported: neither bodies of functions nor imports for types alone."""
 
     class Pruned(ast.NodeTransformer):
-        def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:  # noqa: N802
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
             return ast.Pass()
 
-        def visit_If(self, node: ast.If) -> ast.AST:  # noqa: N802
+        def visit_If(self, node: ast.If) -> ast.AST:
             return (
                 ast.Pass()
                 if ast.unparse(node.test) == "TYPE_CHECKING"

@@ -1,6 +1,6 @@
 #!/bin/bash
 {% block directives %}{% endblock %}
-# Written by `mpillm submit`; docs/batch.md tells what it does and why.
+# Written by `mpillm submit`; docs/batch.md explains each step.
 set -u
 run={{ job.run }}
 folder={{ job.folder }}
@@ -16,7 +16,7 @@ die() {
     exit 1
 }
 
-# A signal that is waited for ends `wait` early, so each is counted. None goes to a launcher that has not begun.
+# A trapped signal ends `wait` early, so each is counted. None is sent to a launcher that has not begun.
 signals=0 taken='' step=''
 ask_to_stop() {
     signals=$((signals + 1))
@@ -106,12 +106,12 @@ outcome=unknown
 if [ "$(outcome_stamp)" != "$before" ]; then
     outcome=$(cat -- "$run/outcome")
 fi
-say "training ended with exit code $code, and tells: $outcome"
+say "training ended with exit code $code, and reports: $outcome"
 {% if job.stage %}
 unstage
 {% endif %}
 
-# Launchers do not always tell the truth, so the run's own word counts: 0 is finished, 75 is to be continued.
+# A launcher's exit code may be wrong, so the run's own outcome counts: 0 finished, 75 to be continued.
 case $outcome in
 finished) exit 0 ;;
 stopped) ;;
@@ -121,9 +121,9 @@ stopped) ;;
     ;;
 esac
 if [ -n "$taken" ]; then
-    say "the batch system ended the job, so it is not submitted again; \`mpillm submit … --resume\` goes on"
+    say "the batch system ended the job, so it is not submitted again; \`mpillm submit … --resume\` continues it"
 elif [ "$restart" -ge "$max_restarts" ]; then
-    say "the job was started $max_restarts times more, as --max-restarts allows; \`mpillm submit … --resume\` goes on"
+    say "the job was started $max_restarts times more, as --max-restarts allows; \`mpillm submit … --resume\` continues it"
 else
 {% block again %}{% endblock %}
 fi

@@ -27,7 +27,7 @@
 {% endfor %}
 {% endblock %}
 {% block output %}
-# LSF hands a job's output over at its end, and loses that of a job that it queues again; this can be watched.
+# LSF delivers a job's output at its end, and loses that of a job that it queues again; this file can be watched.
 exec >>"$run/job-$LSB_JOBID.out" 2>&1
 {% endblock %}
 {% block identity %}

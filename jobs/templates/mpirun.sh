@@ -9,7 +9,7 @@ mapfile -t hosts < <(awk '!seen[$0]++' "$LSB_DJOB_HOSTFILE")
 {% if job.stage or scheduler != "" %}host_list=$(IFS=,; echo "${hosts[*]}"){% endif %}
 
 slot_list=$(IFS=,; echo "${hosts[*]/%/:{{ job.ranks_per_node }}}")
-# Whose launcher it is decides how hosts, places and labels are told.
+# The launcher's MPI decides the options for hosts, places and labels.
 version=$("$launcher" --version 2>&1)
 case $version in
 *"Open MPI"* | *OpenRTE* | *PRRTE* | *prterun*)

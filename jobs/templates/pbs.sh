@@ -18,7 +18,7 @@
 {% endfor %}
 {% endblock %}
 {% block output %}
-# PBS hands a job's output over at its end; this can be watched.
+# PBS delivers a job's output at its end; this file can be watched.
 exec >>"$run/job-$PBS_JOBID.out" 2>&1
 {% endblock %}
 {% block identity %}
@@ -27,7 +27,7 @@ case $restart in *[!0-9]*) restart=0 ;; esac
 end=$(($(date +%s) + {{ job.seconds }}))
 {% endblock %}
 {% block timer %}
-# PBS gives no sign before the end, so the script gives it to itself.
+# PBS sends no signal before the end, so the script sends it to itself.
 {
     trap 'kill "$sleeper"; exit' TERM
     left=$((end - $(date +%s) - {{ job.stop_seconds }}))
@@ -54,6 +54,6 @@ kill "$timer" 2>/dev/null
             ;;
         esac
     else
-        say "PBS did not take the job again (some sites allow qsub on login nodes only); \`mpillm submit … --resume\` goes on"
+        say "PBS did not take the job again (some sites allow qsub on login nodes only); \`mpillm submit … --resume\` continues it"
     fi
 {% endblock %}

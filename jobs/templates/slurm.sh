@@ -53,8 +53,8 @@ fi
         trap - TERM
         # It ends this shell.
         scontrol requeue "$job" && sleep 300
-        say "Slurm did not take the job again; \`mpillm submit … --resume\` goes on"
+        say "Slurm did not take the job again; \`mpillm submit … --resume\` continues it"
         ;;
-    *) say "the job is $state, so it is not submitted again; \`mpillm submit … --resume\` goes on" ;;
+    *) say "the job is $state, so it is not submitted again; \`mpillm submit … --resume\` continues it" ;;
     esac
 {% endblock %}

@@ -191,8 +191,7 @@ def check_memory(element: str, contiguous: bool, shape: tuple[int, ...], remedy:
     """
     if element not in ELEMENTS:
         raise CommError(
-            f"elements of type {element} cannot travel; "
-            f"convert to one of {', '.join(ELEMENTS)}"
+            f"elements of type {element} cannot travel; convert to one of {', '.join(ELEMENTS)}"
         )
     if not contiguous:
         raise CommError(

@@ -1,1 +1,1 @@
-"""What stands in the way of a run on this machine, and what to do about it?"""
+"""What is wrong on this machine, and what helps?"""

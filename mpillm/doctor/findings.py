@@ -1,4 +1,4 @@
-"""What a check found: an area, a name, a verdict, the facts and the way out; and how those of many hosts become one."""
+"""Findings of checks: an area, a name, a verdict, the facts and the remedy; merged over hosts."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ NUMBER = re.compile(r"(\d[\d,]*(?:\.\d+)?)")
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the report. `remedy` is empty where all is well."""
+    """The result of a check. `remedy` is empty where nothing needs to be done."""
 
     area: str
     name: str
@@ -24,14 +24,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class FindingRow:
-    """A finding and the hosts that it is true of; none where it is of the whole job."""
+    """A row of the report: a finding and its hosts; none for the whole job."""
 
     finding: Finding
     hosts: tuple[str, ...] = ()
 
 
 def guarded(area: str, name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """What `check` found; where it raises, an error finding that says so, so that no other rank waits for this one."""
+    """Run `check`; turn an exception into an error finding, so that no rank waits for this one."""
     try:
         return list(check())
     except Exception as failure:
@@ -40,7 +40,7 @@ def guarded(area: str, name: str, check: Callable[[], Iterable[Finding]]) -> lis
 
 
 def merge(by_host: Mapping[str, Sequence[Finding]]) -> list[FindingRow]:
-    """Findings that are equal but for their numbers as one row, in the order in which they first come."""
+    """Merge findings of hosts that differ in numbers alone, in the order of their first one."""
     groups: dict[tuple[str, ...], list[tuple[str, Finding]]] = {}
     for host, findings in by_host.items():
         for finding in findings:
@@ -62,7 +62,7 @@ def _row(group: Sequence[tuple[str, Finding]]) -> FindingRow:
 
 
 def ranged(texts: Sequence[str]) -> str:
-    """["3 GiB free", "5 GiB free"] → `3–5 GiB free`; the texts differ in their numbers alone."""
+    """Merge ["3 GiB free", "5 GiB free"] into `3–5 GiB free`; only numbers may differ."""
     parts = [NUMBER.split(text) for text in texts]
     joined = []
     for column in zip(*parts, strict=True):
@@ -84,13 +84,13 @@ def worst(rows: Iterable[FindingRow]) -> Verdict:
 
 
 def count(rows: Iterable[FindingRow]) -> dict[Verdict, int]:
-    """Verdict → how many rows have it, errors first."""
+    """Count the rows of each verdict, errors first."""
     verdicts = [row.finding.verdict for row in rows]
     return {verdict: verdicts.count(verdict) for verdict in VERDICTS}
 
 
 def hosts_text(names: Sequence[str], most: int = 6) -> str:
-    """n1, n2, n3, n7 → `n1–n3, n7`; more than `most` runs of names end in `and 9 more`."""
+    """Write n1, n2, n3, n7 as `n1–n3, n7`; more than `most` runs end in `and 9 more`."""
     runs: list[list[str]] = []
     for name in names:
         if runs and name == _next(runs[-1][-1]):
@@ -103,7 +103,7 @@ def hosts_text(names: Sequence[str], most: int = 6) -> str:
 
 
 def _next(name: str) -> str:
-    """n09 → n10: the name whose number is one more; "" where it has none. Only the last number counts."""
+    """Return the name whose last number is one more: n09 → n10; "" without a number."""
     found = re.fullmatch(r"(.*?)(\d+)(\D*)", name)
     if not found:
         return ""

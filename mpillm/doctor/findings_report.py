@@ -1,4 +1,4 @@
-"""The report: rows grouped by area, each with its verdict, what was found and what to do; or one JSON object."""
+"""The report: rows grouped by area, with verdict, facts and remedy; or one JSON object."""
 
 import json
 import textwrap
@@ -28,10 +28,10 @@ Part = tuple[str, str]
 """A piece of a line and its style, "" for none."""
 
 
-def render(
+def report_lines(
     rows: Sequence[FindingRow], hosts: Sequence[str], width: int = WIDTH
 ) -> list[list[Part]]:
-    """Lines of parts. `hosts`: all of the job; a row that is true of some alone names them."""
+    """Write the report as lines of parts. `hosts`: all of the job; rows of some name them."""
     lines: list[list[Part]] = []
     for area in sorted({row.finding.area for row in rows}, key=_place):
         lines.append([(area, "bold")])
@@ -60,7 +60,7 @@ def _lines(row: FindingRow, hosts: Sequence[str], width: int) -> list[list[Part]
     ]
     if len(finding.name) < NAME_COLUMNS:
         first = [[*head, (f"{finding.name:<{NAME_COLUMNS}}{texts.pop(0)}", "")]]
-    else:  # a long path has a line of its own
+    else:  # a long path gets a line to itself
         first = [[*head, (finding.name, "")]]
     return first + [[(" " * indent + text, "")] for text in texts]
 
@@ -72,7 +72,7 @@ def _wrap(text: str, width: int) -> list[str]:
 
 
 def summary(rows: Sequence[FindingRow]) -> str:
-    """`doctor: 1 error, 2 warnings, 24 ok`"""
+    """Write `doctor: 1 error, 2 warnings, 24 ok`."""
     counts = count(rows)
     plural = {
         verdict: "s" if number != 1 and verdict != "ok" else ""
@@ -83,7 +83,9 @@ def summary(rows: Sequence[FindingRow]) -> str:
     )
 
 
-def to_json(rows: Sequence[FindingRow], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def report_json(
+    rows: Sequence[FindingRow], facts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     findings = [asdict(row.finding) | {"hosts": list(row.hosts)} for row in rows]
     return {
         "verdict": worst(rows),
@@ -93,16 +95,16 @@ def to_json(rows: Sequence[FindingRow], facts: Mapping[str, Mapping[str, Any]]) 
     }
 
 
-def tell(
+def print_findings(
     rows: Sequence[FindingRow],
     facts: Mapping[str, Mapping[str, Any]],
     as_json: bool,
     console: Console,
 ) -> int:
-    """Print the report where `console` speaks; the exit code: 1 where there is an error, else 0."""
+    """Print the report where `console` prints; return the exit code: 1 after an error, else 0."""
     if as_json:
-        console.write(json.dumps(to_json(rows, facts), indent=1, ensure_ascii=False) + "\n")
+        console.write(json.dumps(report_json(rows, facts), indent=1, ensure_ascii=False) + "\n")
     else:
-        for parts in render(rows, list(facts)):
+        for parts in report_lines(rows, list(facts)):
             console.styled(parts)
     return int(worst(rows) == "error")

@@ -1,7 +1,8 @@
-"""A child of doctor: tries one folder by writing, reading and locking a small file; a file server may hang it.
+"""A child of doctor: write, read and lock a small file in one folder. A file server may hang it.
 
-`folder_child.py SYS_PATH FOLDER BYTES` writes one JSON object: {"failure": [number, step] or null, "write_seconds",
-"read_seconds", "locks": {"flock": …, "fcntl": …}}. A lock is "kept", "granted twice", or the name of its error.
+`folder_child.py SYS_PATH FOLDER BYTES` prints one JSON object: {"failure": [number, step] or null,
+"write_seconds", "read_seconds", "locks": {"flock": …, "fcntl": …}}. A lock is "kept", "granted
+twice", or the name of its error.
 """
 
 import errno
@@ -27,12 +28,12 @@ def main() -> None:
     found: dict[str, Any] = {"failure": None}
     step = "open"
     try:
-        # A folder that is not there should not be told as a file that cannot be made.
+        # A missing folder is another fault than a file that cannot be made.
         folder.stat()
         step = "write"
-        found["write_seconds"] = write(path, nbytes)
+        found["write_seconds"] = write_file(path, nbytes)
         step = "read"
-        found["read_seconds"] = read(path)
+        found["read_seconds"] = read_file(path)
         step = "lock"
         found["locks"] = {name: try_lock(path, lock) for name, lock in LOCKS.items()}
     except OSError as failure:
@@ -43,8 +44,8 @@ def main() -> None:
     sys.stdout.write(json.dumps(found) + "\n")
 
 
-def write(path: Path, nbytes: int) -> float:
-    """Seconds until `nbytes` are on the disk or the server."""
+def write_file(path: Path, nbytes: int) -> float:
+    """Write `nbytes`; return the seconds until they are on the disk or the server."""
     piece = os.urandom(PIECE_BYTES)  # some file systems compress
     started = time.perf_counter()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -59,8 +60,8 @@ def write(path: Path, nbytes: int) -> float:
     return time.perf_counter() - started
 
 
-def read(path: Path) -> float:
-    """Seconds to read it, from the disk where the system can be talked into forgetting it."""
+def read_file(path: Path) -> float:
+    """Read the file; return the seconds, from the disk where the system drops its cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -73,7 +74,7 @@ def read(path: Path) -> float:
 
 
 def try_lock(path: Path, lock: Callable[[int, int], None]) -> str:
-    """What another process meets that asks for a lock which this one holds."""
+    """Take a lock, and return whether another process that asks for it is refused."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         try:
@@ -91,7 +92,7 @@ def try_lock(path: Path, lock: Callable[[int, int], None]) -> str:
 
 
 def ask(path: Path, lock: Callable[[int, int], None]) -> int:
-    """1 where the lock is refused, as it should be, through a file handle of this process's own."""
+    """Return 1 where the lock is refused, as it should be. Opens a file handle of its own."""
     try:
         lock(os.open(path, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

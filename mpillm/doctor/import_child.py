@@ -1,7 +1,7 @@
-"""A child of doctor: imports the modules that it is told, one after the other, and writes what came of each.
+"""A child of doctor: import the named modules in turn, and print the result of each.
 
-`import_child.py SYS_PATH NAME…` writes a JSON object a line: {"name", "failure", "facts"}. A module that takes the
-process down is the one after the last line.
+`import_child.py SYS_PATH NAME…` prints a JSON object a line: {"name", "failure", "facts"}. A module
+that takes the process down has no line: it is the next in order.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""A child of doctor: which MPI mpi4py finds and, when asked, whether MPI_Init ends well.
+"""A child of doctor: find the MPI of mpi4py and, with `init`, call MPI_Init.
 
-`mpi_child.py SYS_PATH look|init` writes a JSON object, {"mpi4py", "library", "files"}, where `files` are the lines of
-/proc/self/maps that name an MPI library; and after MPI_Init another, {"thread_level"}.
+`mpi_child.py SYS_PATH look|init` prints a JSON object, {"mpi4py", "library", "files"}: `files` are
+the lines of /proc/self/maps that name an MPI library. After MPI_Init it prints {"thread_level"}.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-def files(maps: Path = Path("/proc/self/maps")) -> str:
+def mpi_files(maps: Path = Path("/proc/self/maps")) -> str:
     try:
         lines = maps.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -22,17 +22,19 @@ def main() -> None:
     sys.path += [folder for folder in json.loads(sys.argv[1]) if folder not in sys.path]
     import mpi4py
 
-    # Which library it is can be asked before MPI_Init, that may end the process.
+    # The library's version needs no MPI_Init, which may end the process.
     mpi4py.rc.initialize = False
     from mpi4py import MPI
 
-    write({"mpi4py": mpi4py.__version__, "library": MPI.Get_library_version(), "files": files()})
+    write_line(
+        {"mpi4py": mpi4py.__version__, "library": MPI.Get_library_version(), "files": mpi_files()}
+    )
     if sys.argv[2] == "init":
-        write({"thread_level": MPI.Init_thread(MPI.THREAD_MULTIPLE)})
+        write_line({"thread_level": MPI.Init_thread(MPI.THREAD_MULTIPLE)})
         MPI.Finalize()
 
 
-def write(found: dict[str, Any]) -> None:
+def write_line(found: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(found) + "\n")
     sys.stdout.flush()
 

@@ -1,6 +1,7 @@
-"""Checks that may crash or hang run in a child process with a time limit, so that they take no one with them.
+"""Child processes with a time limit, for checks that may crash or hang.
 
-A child is a file of this folder, started by its path: it must not matter how the parent came to find mpillm.
+A child is a file of this folder, started by its path: it must not depend on how the parent found
+mpillm.
 """
 
 import json
@@ -17,7 +18,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: its `code` (negative: a signal; None: it was stopped after its time), and what it wrote."""
+    """The end of a child: its `code` (negative: a signal; None: out of time), and its output."""
 
     code: int | None
     out: str
@@ -25,20 +26,22 @@ class Ended:
 
     @property
     def how(self) -> str:
-        """`was killed by SIGBUS`, `left with code 3: why`, `did not end in time`. Why: the first line of stderr, of a
-        traceback the last.
+        """`was killed by SIGBUS`, `left with code 3: reason`, `did not end in time`.
+
+        The reason is the first line of stderr, or the last of a traceback.
         """
         if self.code is None:
             return "did not end in time"
         if self.code < 0:
             return f"was killed by {signal.Signals(-self.code).name}"
-        told = [line.strip() for line in self.err.splitlines() if any(map(str.isalnum, line))]
-        line = next(iter(told[-1:] if told[:1] and told[0].startswith("Traceback") else told), "")
+        lines = [line.strip() for line in self.err.splitlines() if any(map(str.isalnum, line))]
+        traceback = lines[:1] and lines[0].startswith("Traceback")
+        line = next(iter(lines[-1:] if traceback else lines), "")
         return f"left with code {self.code}" + (f": {line[:200]}" if line else "")
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> Ended:
-    """Run `command` to its end, or for `seconds`. Raises OSError where it cannot be started."""
+def run_child(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> Ended:
+    """Run `command` to its end, or kill it after `seconds`. Raises OSError if it cannot start."""
     child = subprocess.Popen(
         command,
         env=dict(environment),
@@ -56,9 +59,8 @@ def run(command: Sequence[str], environment: Mapping[str, str], seconds: float) 
         os.killpg(child.pid, signal.SIGKILL)
     try:
         out, err = child.communicate(timeout=1)
-    except (
-        subprocess.TimeoutExpired
-    ):  # it hangs in the kernel, as on a file server that is gone: leave it there
+    except subprocess.TimeoutExpired:
+        # It hangs in the kernel, as on a file server that is gone: it cannot be killed.
         out, err = "", ""
     return Ended(None, out, err)
 
@@ -66,8 +68,8 @@ def run(command: Sequence[str], environment: Mapping[str, str], seconds: float) 
 def trial(
     name: str, arguments: Sequence[str], environment: Mapping[str, str], seconds: float
 ) -> Ended:
-    """Run this folder's `name`.py as a child, with this process's ways to find modules behind its own."""
-    return run(
+    """Run this folder's `name`.py as a child; it appends this process's sys.path to its own."""
+    return run_child(
         [sys.executable, "-P", str(HERE / f"{name}.py"), json.dumps(sys.path), *arguments],
         environment,
         seconds,

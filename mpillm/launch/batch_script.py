@@ -1,4 +1,4 @@
-"""A batch script from plain values: pure, no file but the templates is read. The templates are in jobs/templates."""
+"""A batch script from plain values, by the templates of jobs/templates. Reads no other file."""
 
 import functools
 from dataclasses import dataclass
@@ -26,14 +26,15 @@ if TYPE_CHECKING:
     import jinja2
 
 HERE = Path(__file__).parent
-# Installed beside this file; in a checkout beside the other job scripts.
+# An installation has them next to this file, a checkout next to the other job scripts.
 TEMPLATES = (HERE / "templates", HERE.parents[1] / "jobs" / "templates")
 TIMES = {"slurm": clock_time, "pbs": clock_time, "lsf": minutes_time}
-# LSF's own at the limit is USR2; before it URG, whose default is to be ignored, so that it kills no ssh on its way.
+# LSF itself sends USR2 at the limit. The scripts ask for URG before it: a process ignores URG by
+# default, so that it kills no ssh on its way to the ranks.
 LIMIT_SIGNALS = {"slurm": "USR1", "pbs": "USR1", "lsf": "URG USR1 USR2"}
-# LSF queues a job that exits with 75 again, so there it must be another code when it shall not.
+# LSF requeues a job that exits with 75, so a job that gives up must leave with another code.
 GIVEN_UP = {"slurm": 75, "pbs": 75, "lsf": 1}
-# A launcher's argument that begins with one of these places ranks.
+# A launcher's argument with one of these beginnings places ranks, and replaces our own placing.
 PLACING = (
     "--map-by",
     "-map-by",
@@ -46,20 +47,21 @@ PLACING = (
     "-rf",
     "--cpu-bind",
 )
-# How long before its end a job is asked to stop: a twentieth of it, within bounds.
+# A job is asked to stop a twentieth of its time before its end: never less than a minute, which a
+# small checkpoint needs, nor more than ten.
 STOP_SHARE, LEAST_STOP_SECONDS, MOST_STOP_SECONDS = 20, 60, 600
 
 
 @dataclass(frozen=True)
 class BatchJob:
-    """What a script is made of. Folders and files are whole paths."""
+    """The values of a script. Folders and files are absolute paths."""
 
     name: str
     run: str
     folder: str
-    """Where it was submitted: the recipe's relative paths start there."""
+    """The folder of the submission, where the recipe's relative paths start."""
     command: tuple[str, ...]
-    """What each rank is."""
+    """The command that each rank runs."""
     nodes: int
     ranks_per_node: int
     threads: int
@@ -83,7 +85,7 @@ class BatchJob:
     def __post_init__(self) -> None:
         for key in ("run", "folder", "data"):
             if (path := getattr(self, key)) and not path.startswith("/"):
-                raise AssertionError(f"{key} must be a whole path: {path}")
+                raise AssertionError(f"{key} must be an absolute path: {path}")
 
     @property
     def ranks(self) -> int:
@@ -91,8 +93,8 @@ class BatchJob:
 
     @property
     def cpus_per_node(self) -> int:
-        wanted = self.ranks_per_node * self.threads
-        return min(wanted, self.cores_per_node or self.threads) if self.oversubscribe else wanted
+        cpus = self.ranks_per_node * self.threads
+        return min(cpus, self.cores_per_node or self.threads) if self.oversubscribe else cpus
 
     @property
     def slots(self) -> int:
@@ -104,15 +106,16 @@ class BatchJob:
 
 
 def stop_seconds_for(seconds: int) -> int:
-    """How long before the end of `seconds` of wall time a job is asked to stop, where the site does not say."""
+    """Return how long before the end of its `seconds` of wall time a job is asked to stop."""
     return min(max(seconds // STOP_SHARE, LEAST_STOP_SECONDS), MOST_STOP_SECONDS, seconds // 3)
 
 
-def render(scheduler: str, job: BatchJob, site: Site) -> str:
-    """The batch script of `job` for slurm, pbs or lsf at `site`, as text.
+def render_script(scheduler: str, job: BatchJob, site: Site) -> str:
+    """Write the batch script of `job` for slurm, pbs or lsf at `site`, as text.
 
-    Each value is either checked, where the shell's quotes do not hold, or quoted as one word. Raises UsageError for
-    what can be neither, and for what the scheduler has no word for.
+    Each value is checked where the shell does not quote (directives), and quoted as one word
+    elsewhere. Raises UsageError for a value that allows neither, and for a setting that the
+    scheduler does not have.
     """
     _check(scheduler, job, site)
     variable, rest = leading_variable(site.node_local.rstrip("/"))
@@ -148,7 +151,7 @@ def render(scheduler: str, job: BatchJob, site: Site) -> str:
 
 
 class _Checked:
-    """A job as a template sees it: what goes into directives is checked and bare."""
+    """A job for a template, with the values of directives checked and unquoted."""
 
     def __init__(self, job: BatchJob, site: Site) -> None:
         self._job = job
@@ -171,23 +174,24 @@ def _word(value: str, what: str) -> str:
 def _check(scheduler: str, job: BatchJob, site: Site) -> None:
     if site.qos and scheduler != "slurm":
         raise UsageError(
-            f"qos = {site.qos!r}: only Slurm has qualities of service; give {scheduler} its own as directives"
+            f"qos = {site.qos!r}: only Slurm has qualities of service; "
+            f"give {scheduler} its own as directives"
         )
     launcher = site.launcher
     if (launcher == "srun" and scheduler != "slurm") or (
         launcher == "jsrun" and scheduler != "lsf"
     ):
         raise UsageError(
-            f"launcher = {launcher!r} is not of {scheduler}; take mpirun or leave it out"
+            f"launcher = {launcher!r} does not exist under {scheduler}; take mpirun or leave it out"
         )
     if job.stage and not site.node_local:
         raise UsageError(
-            "--stage copies the data to each node's own disk, and the site file does not say where that is; "
-            'set node_local = "$TMPDIR" or such in it'
+            "--stage copies the data to each node's own disk, and the site file does not name it; "
+            'set node_local = "$TMPDIR" or another folder there'
         )
     if not 0 < job.stop_seconds < job.seconds:
         raise UsageError(
-            f"a job of {job.seconds} s cannot be told to stop {job.stop_seconds} s before its end; "
+            f"a job of {job.seconds} s cannot stop {job.stop_seconds} s before its end; "
             "lower stop_seconds in the site file, or give the job more --time"
         )
 
@@ -200,8 +204,8 @@ def _templates() -> "jinja2.Environment":
     folder = next((folder for folder in TEMPLATES if (folder / "job.sh").exists()), None)
     if folder is None:
         raise LaunchError(
-            f"the templates of batch scripts are missing: neither {TEMPLATES[0]} nor {TEMPLATES[1]} has them; "
-            "install mpillm again"
+            f"the templates of batch scripts are missing: neither {TEMPLATES[0]} nor "
+            f"{TEMPLATES[1]} has them; install mpillm again"
         )
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
@@ -215,7 +219,7 @@ def _templates() -> "jinja2.Environment":
 
 
 def _squeezed(text: str) -> str:
-    """No line of spaces alone, no two empty lines in a row."""
+    """Empty the lines of spaces alone, and join empty lines."""
     lines = [line.rstrip() if not line.strip() else line for line in text.split("\n")]
     return "\n".join(
         line for line, before in zip(lines, ["x", *lines], strict=False) if line or before

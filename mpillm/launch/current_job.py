@@ -1,11 +1,11 @@
-"""The batch job that this process runs in, as the environment tells it: its number, its restarts, its end."""
+"""The batch job around this process, from its environment: number, restarts, end."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mpillm.errors import UsageError
 
-# Slurm before Flux: a Flux instance may run inside a Slurm job, and that job's end is the one that counts.
+# Slurm before Flux: a Flux instance may run inside a Slurm job, whose end then counts.
 JOB_VARIABLES = {
     "slurm": "SLURM_JOB_ID",
     "pbs": "PBS_JOBID",
@@ -25,11 +25,11 @@ class CurrentJob:
     """slurm, pbs, lsf or flux."""
     id: str
     restart: int = 0
-    """How often the job was started before: 0 the first time."""
+    """The number of earlier starts of the job: 0 the first time."""
 
 
 def current_job(environment: Mapping[str, str]) -> CurrentJob | None:
-    """The batch job around this process, None outside of one."""
+    """Return the batch job around this process, None outside of one."""
     for scheduler, variable in JOB_VARIABLES.items():
         if environment.get(variable):
             return CurrentJob(scheduler, environment[variable], _restart(environment))
@@ -37,22 +37,22 @@ def current_job(environment: Mapping[str, str]) -> CurrentJob | None:
 
 
 def job_end(environment: Mapping[str, str]) -> float | None:
-    """When the batch system ends this process, in unix seconds; None where nothing tells.
+    """Return when the batch system ends this process, in unix seconds; None where unknown.
 
-    MPILLM_JOB_END, which the scripts of `mpillm submit` export and a user may set, goes before Slurm's own word.
-    Raises UsageError where MPILLM_JOB_END is no number.
+    MPILLM_JOB_END goes before Slurm's own variable: the scripts of `mpillm submit` export it, and
+    a user may set it. Raises UsageError where it does not hold a number.
     """
-    wish = environment.get(END_VARIABLE, "")
-    if wish:
+    setting = environment.get(END_VARIABLE, "")
+    if setting:
         try:
-            return float(wish)
+            return float(setting)
         except ValueError:
             raise UsageError(
-                f"{END_VARIABLE} is the end of the job in unix seconds, such as $(($(date +%s) + 3600)), "
-                f"and not {wish!r}; set it so or unset it"
+                f"{END_VARIABLE} is the end of the job in unix seconds, such as "
+                f"$(($(date +%s) + 3600)), and not {setting!r}; set it so or unset it"
             ) from None
-    told = environment.get(SLURM_END_VARIABLE, "")
-    return float(told) if told.isascii() and told.isdigit() else None
+    end = environment.get(SLURM_END_VARIABLE, "")
+    return float(end) if end.isascii() and end.isdigit() else None
 
 
 def _restart(environment: Mapping[str, str]) -> int:

@@ -1,36 +1,40 @@
-"""Who started this process: what each launcher leaves in the environment of its ranks.
+"""Launchers: which one started this process, its rank, and whether its output ends at a terminal.
 
-A table, in the order of trust: what started last is asked first. A job's outer layers stay visible in its inner ones:
-mpirun inside a Slurm allocation starts its daemons with srun, and their SLURM_PROCID and SLURM_STEP_NUM_TASKS pass on
-to every rank (seen with MPICH's and Intel's Hydra). So mpirun's own variables go before srun's.
+The table's order is the order of trust: the launcher that started last comes first. A job's outer
+layers stay visible in its inner ones. mpirun inside a Slurm allocation starts its daemons with
+srun, and their SLURM_PROCID and SLURM_STEP_NUM_TASKS reach every rank (seen with MPICH's and
+Intel's Hydra). So mpirun's own variables go before srun's.
 
-Sources. Run and looked at with `env`: Open MPI 4.1 and 5.0, MPICH 5.0, Intel MPI 2021.18, and Slurm 22.05 with
---mpi=none, pmi2, pmix and cray_shasta, as with mpirun inside its allocations. From documents and sources: Open MPI,
-"Environment variables set for MPI applications"; Slurm, srun(1), "output environment variables"; Flux,
-flux-environment(7) and its job shell; MVAPICH2's user guide, and MVAPICH's table of parameters; the scripts and
-plugins that read PALS's and jsrun's variables on the machines of ALCF and OLCF.
+Sources. Started and printed with `env`: Open MPI 4.1 and 5.0, MPICH 5.0, Intel MPI 2021.18, Slurm
+22.05 with --mpi=none, pmi2, pmix and cray_shasta, and mpirun inside its allocations. From documents
+and sources: Open MPI, "Environment variables set for MPI applications"; Slurm, srun(1), "output
+environment variables"; Flux, flux-environment(7) and its job shell; MVAPICH2's user guide, and
+MVAPICH's table of parameters; the scripts and plugins that read the variables of PALS and jsrun on
+the machines of ALCF and OLCF.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """One launcher: the names of its variables, and how it is told to give ranks more cores."""
+    """A launcher: the names of its variables, and its option that gives ranks more cores."""
 
     name: str
-    """As it stands in a sentence, ahead of "started 8 processes"."""
+    """Its name in a sentence, before "started 8 processes"."""
     rank: str
     size: str = ""
-    """"" where the launcher does not tell."""
+    """"" where the launcher sets no such variable."""
     local_rank: str = ""
     marks: tuple[str, ...] = ()
     """Variables without which `rank` is another launcher's, or none's."""
     details: tuple[tuple[str, str], ...] = ()
-    """What else is worth telling: its name, and the variable that holds it."""
+    """Further facts: a name, and the variable that holds it."""
     widen: str = ""
-    """What lets a rank run on `{cores}` cores."""
+    """The option that lets a rank run on `{cores}` cores."""
 
 
 OPEN_MPI = Launcher(
@@ -89,7 +93,7 @@ FLUX = Launcher(
 SRUN = Launcher(
     name="srun",
     rank="SLURM_PROCID",
-    # The shell of a batch script has SLURM_PROCID=0 and SLURM_NTASKS too; only a step has a number of tasks.
+    # The shell of a batch script has SLURM_PROCID=0 and SLURM_NTASKS too; only a step has this.
     size="SLURM_STEP_NUM_TASKS",
     local_rank="SLURM_LOCALID",
     marks=("SLURM_STEP_NUM_TASKS",),
@@ -105,29 +109,33 @@ PALS = Launcher(
 PMI = Launcher(name="a PMI launcher", rank="PMI_RANK", size="PMI_SIZE")
 PMIX = Launcher(name="a PMIx launcher", rank="PMIX_RANK")
 
-# jsrun before Open MPI: its MPI is one of Open MPI's kin and sets those variables too. srun before PALS: on a Cray
-# (--mpi=cray_shasta) srun sets PALS_RANKID.
+# jsrun before Open MPI: its MPI descends from Open MPI and sets those variables too.
+# srun before PALS: on a Cray (--mpi=cray_shasta) srun sets PALS_RANKID.
 LAUNCHERS = (JSRUN, OPEN_MPI, MVAPICH2, MVAPICH, INTEL, HYDRA, FLUX, SRUN, PALS, PMI, PMIX)
+
+
+# In the order of trust.
+RANK_VARIABLES = tuple(dict.fromkeys(launcher.rank for launcher in LAUNCHERS))
 
 
 @dataclass(frozen=True)
 class Started:
-    """How this process was started, as the environment tells; all by itself where `launcher` is ""."""
+    """The start of this process, by its environment; `launcher` is "" without a launcher."""
 
     launcher: str = ""
     """The launcher's name in the table."""
     rank: int = 0
     size: int | None = None
-    """The number of processes; None where the launcher does not tell."""
+    """The number of processes; None where the launcher sets none."""
     local_rank: int | None = None
     details: Mapping[str, str] = field(default_factory=dict)
     """`version`: of mpirun; `mpi`: srun's --mpi."""
 
 
 def detect(environment: Mapping[str, str]) -> Started:
-    """The launcher that started this process, and what it says of its rank.
+    """Find the launcher that started this process, and the rank that it gave.
 
-    A hint, and no more: the world's size is MPI's to tell. A child of a rank inherits its variables and passes for it.
+    This is a hint: the world's size comes from MPI. A child of a rank inherits its variables.
     """
     for launcher in LAUNCHERS:
         rank = number(environment, launcher.rank)
@@ -142,12 +150,37 @@ def detect(environment: Mapping[str, str]) -> Started:
     return Started()
 
 
+def rank_from_environment(environment: Mapping[str, str]) -> int:
+    """Return this process's rank before MPI is loaded; 0 without a launcher.
+
+    With it `--help` is printed once and not by N ranks.
+    """
+    return detect(environment).rank
+
+
+def watched(environment: Mapping[str, str]) -> bool:
+    """Return whether this process's output ends at a terminal, where a redrawn bar helps.
+
+    Open MPI gives each rank a pseudo-terminal even where mpirun's own output goes to a file. So
+    under a launcher the parent's output decides.
+    """
+    if not os.isatty(1):
+        return False
+    if not any(variable in environment for variable in RANK_VARIABLES):
+        return True
+    try:
+        output = str(Path(f"/proc/{os.getppid()}/fd/1").readlink())
+    except OSError:
+        return False
+    return output.startswith(("/dev/pts/", "/dev/tty"))
+
+
 def launcher_named(name: str) -> Launcher | None:
     return next((launcher for launcher in LAUNCHERS if launcher.name == name), None)
 
 
 def number(environment: Mapping[str, str], variable: str) -> int | None:
-    """The whole number that a variable holds; None where it holds none."""
+    """Read the whole number that a variable holds; None where it holds none."""
     text = environment.get(variable, "")
     return int(text) if text.isascii() and text.isdigit() else None
 
@@ -162,7 +195,10 @@ def _details(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, st
 
 
 def _slurm_mpi(environment: Mapping[str, str]) -> str:
-    """srun's --mpi: by what it left for the ranks, since SLURM_MPI_TYPE may also be the user's own wish."""
+    """Infer srun's --mpi from the variables of the ranks.
+
+    SLURM_MPI_TYPE does not serve: it may be the user's own default, which an option overrode.
+    """
     if "PMIX_RANK" in environment:
         return "pmix"
     if "PMI_RANK" in environment:

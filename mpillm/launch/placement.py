@@ -1,4 +1,4 @@
-"""Where the ranks are: host, cores, sockets, threads, GPU; and whether they crowd each other or leave cores idle."""
+"""Placement of the ranks: host, cores, sockets, threads, GPU; oversubscribed and idle cores."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class RankPlace:
-    """One rank's: what it is given of its node."""
+    """The place of one rank: its share of its node."""
 
     rank: int
     host: str
@@ -36,7 +36,7 @@ class RankPlace:
     sockets: frozenset[int] = frozenset()
     numa: frozenset[int] = frozenset()
     gpu: str = ""
-    """The one that its local rank stands for, such as `cuda 2`; "" without any."""
+    """The GPU of its local rank, such as `cuda 2`; "" without any."""
     offered_cores: int = 1
     """The cores that the node offers to all ranks of the job there."""
     limit: float = float("inf")
@@ -52,7 +52,10 @@ def placement(
     root: Path = ROOT,
     node_map: NodeMap | None = None,
 ) -> list[RankPlace]:
-    """The place of each rank of `comm`, in their order, on every rank. Every rank calls it; `threads`: of this one."""
+    """Gather the place of each rank of `comm`, in their order, on every rank.
+
+    Every rank calls it; `threads` is the number of this rank's threads.
+    """
     from mpi4py import MPI
 
     node_map = node_map or map_nodes(comm)
@@ -81,14 +84,17 @@ def placement(
     return comm.allgather(mine)
 
 
-def tell_placement(
+def print_placement(
     comm: "MPI.Intracomm",
     environment: Mapping[str, str],
     threads: int,
     console: Console,
     verbose: bool,
 ) -> None:
-    """Warn of ranks that crowd each other or leave cores idle; `verbose`: show where each is. Every rank calls it."""
+    """Warn of oversubscribed and of idle cores; `verbose`: print the place of each rank.
+
+    Every rank calls it.
+    """
     places = placement(comm, environment, threads)
     if verbose:
         console.table("placement", COLUMNS, table_rows(places))
@@ -98,12 +104,15 @@ def tell_placement(
 
 
 def cores_within(limit: float, cpus: int, cores: int) -> int:
-    """How many of a node's `cores`, with `cpus` hardware threads in all, `limit` CPUs amount to; at least 1."""
+    """Convert `limit` CPUs into cores of a node that has `cores` with `cpus` hardware threads.
+
+    Returns at least 1.
+    """
     return max(1, int(min(cores, limit * cores / cpus)))
 
 
 def table_rows(places: Sequence[RankPlace]) -> list[tuple[str, ...]]:
-    """A row for each run of like ranks, under COLUMNS; hosts whose ranks lie alike are shown once."""
+    """Write a row for each run of equal ranks, under COLUMNS; equal hosts are shown once."""
     hosts = by_host(places)
     alike: dict[tuple[tuple[str, ...], ...], list[str]] = {}
     for host, there in hosts.items():
@@ -126,10 +135,10 @@ def table_rows(places: Sequence[RankPlace]) -> list[tuple[str, ...]]:
 
 
 def oversubscription(places: Sequence[RankPlace]) -> str:
-    """A warning where more threads than CPUs can run on a host; "" where each has its own.
+    """Write a warning where a host runs more threads than CPUs; "" where each has its own.
 
-    Ranks that wait for a message spin, so a thread without a CPU of its own holds all of them up. CPUs are those that
-    the ranks may run on, in time no more than the job's limit.
+    Ranks that wait for a message spin, so a thread without a CPU of its own delays all of them.
+    The CPUs are those that the ranks may run on, within the job's limit of CPU time.
     """
     crowds = [crowd for there in by_host(places).values() if (crowd := _worst_crowd(there))]
     if not crowds:
@@ -144,15 +153,17 @@ def oversubscription(places: Sequence[RankPlace]) -> str:
         else f"{counted(len(cpus), 'CPU')} ({ranges_text(cpus)})"
     )
     return (
-        f"host {there[0].host}{others}: {_ranks(there)} of the job run {sum(place.threads for place in there)} threads "
-        f"on {only}, so they wait for each other; {_ways_out(there, room)}"
+        f"host {there[0].host}{others}: {_ranks(there)} of the job run "
+        f"{sum(place.threads for place in there)} threads on {only}, so they wait for each other; "
+        f"{_remedies(there, room)}"
     )
 
 
 def narrow_binding(places: Sequence[RankPlace]) -> str:
-    """A hint where the ranks of a host may run on half of the cores that it offers to the job, or fewer; "" elsewhere.
+    """Write a hint where a host's ranks may run on at most half of the cores offered to the job.
 
-    Open MPI binds each rank to one core unless told otherwise: `mpirun -n 2` leaves 62 of 64 cores idle.
+    Returns "" elsewhere. By default Open MPI binds each rank to one core: `mpirun -n 2` leaves 62
+    of 64 cores idle.
     """
     idle = [
         there
@@ -165,13 +176,13 @@ def narrow_binding(places: Sequence[RankPlace]) -> str:
     used, offered = _used_cores(there), there[0].offered_cores
     others = f" (and {counted(len(idle) - 1, 'host')} more like it)" if len(idle) > 1 else ""
     return (
-        f"{counted(len(there), 'rank')} on host {there[0].host}{others} may run on {used} of its {offered} cores; "
-        f"{_widen(there[0])}"
+        f"{counted(len(there), 'rank')} on host {there[0].host}{others} may run on {used} of its "
+        f"{offered} cores; {_widen(there[0])}"
     )
 
 
 def by_host(places: Sequence[RankPlace]) -> dict[str, list[RankPlace]]:
-    """Host → its places, hosts and places in the order of ranks."""
+    """Group places by host, hosts and places in the order of ranks."""
     hosts: dict[str, list[RankPlace]] = {}
     for place in places:
         hosts.setdefault(place.host, []).append(place)
@@ -181,10 +192,10 @@ def by_host(places: Sequence[RankPlace]) -> dict[str, list[RankPlace]]:
 def _worst_crowd(
     there: Sequence[RankPlace],
 ) -> tuple[list[RankPlace], frozenset[int], float] | None:
-    """The ranks of one host that run the most threads for their CPUs, these CPUs, and how many count; None if all fit.
+    """Find the most oversubscribed ranks of one host, their CPUs, and how many of those count.
 
-    Threads fit when no set of CPUs is asked for more than it has by the ranks that may run there alone (Hall's
-    theorem); the sets worth a look are the masks of the ranks and all of them together.
+    Returns None if all threads fit. They do when no set of CPUs has more threads of ranks confined
+    to it than CPUs (Hall's theorem). The masks of the ranks and their union are the sets to check.
     """
     everything = frozenset[int]().union(*(place.cpus for place in there))
     crowds = []
@@ -198,8 +209,8 @@ def _worst_crowd(
     )
 
 
-def _ways_out(there: Sequence[RankPlace], room: float) -> str:
-    fewer = f"start {counted(int(room), 'rank')} there at the most" if len(there) > room else ""
+def _remedies(there: Sequence[RankPlace], room: float) -> str:
+    fewer = f"start at most {counted(int(room), 'rank')} there" if len(there) > room else ""
     offered = there[0].offered_cores
     wider = _widen(there[0]) if _used_cores(there) < offered else ""
     fair = max(1, int(room / len(there)))
@@ -212,7 +223,7 @@ def _used_cores(there: Sequence[RankPlace]) -> int:
 
 
 def _widen(place: RankPlace) -> str:
-    """How this place's launcher gives each rank of the host its share of the cores."""
+    """Write the launcher's option that gives each rank of the host its share of the cores."""
     launcher = launcher_named(place.launcher)
     if launcher is None or not launcher.widen:
         return "start with a wider mask (`taskset --pid --cpu-list $$` shows the shell's own)"
@@ -220,7 +231,7 @@ def _widen(place: RankPlace) -> str:
 
 
 def _runs(there: Sequence[RankPlace]) -> list[list[RankPlace]]:
-    """Neighbours that differ in nothing but their ranks, together."""
+    """Group consecutive places that differ in their ranks alone."""
     runs: list[list[RankPlace]] = []
     for place in there:
         if runs and _cells(runs[-1][0]) == _cells(place):
@@ -231,7 +242,7 @@ def _runs(there: Sequence[RankPlace]) -> list[list[RankPlace]]:
 
 
 def _cells(place: RankPlace) -> tuple[str, ...]:
-    """What the table tells of a place apart from its host and ranks."""
+    """Write the columns of a place after its host and ranks."""
     lists = (ranges_text(numbers) or NONE for numbers in (place.cores, place.sockets, place.numa))
     return (*lists, str(place.threads), place.gpu or NONE)
 

@@ -1,17 +1,18 @@
-"""Words for shell scripts and for the directives of batch systems: safe by construction, or refused with the rule."""
+"""Values for shell scripts and batch directives: quoted, or refused with the rule."""
 
 import re
 from typing import Any
 
 from mpillm.errors import UsageError
 
-# "=" and "," are left out for shellcheck's sake, which takes them for slips where they stand bare in an array.
+# "=" and "," are quoted although bash needs no quotes: in an array shellcheck takes them for
+# mistakes.
 _PLAIN = re.compile(r"[A-Za-z0-9@%+:./_-]+", re.ASCII)
 _SPECIAL = re.compile(r"([$`'\\‘’])")
 # The C0 and C1 controls, and halves of characters, which no file name of UTF-8 can hold.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
-# What may stand in a directive, where no shell quotes: (pattern, the rule in words).
+# Values of directives, where no shell removes quotes: (pattern, the rule in words).
 NAME = (
     r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}",
     "starts with a letter or a digit and has up to 63 of A-Z a-z 0-9 _ . -",
@@ -33,13 +34,13 @@ VARIABLE = (r"[A-Za-z_][A-Za-z0-9_]*", "starts with a letter or _ and has only A
 
 
 class Verbatim(str):
-    """Text that goes into a script as it is: checked against a pattern, or quoted already."""
+    """Text for a script without further quotes: checked against a pattern, or quoted already."""
 
     __slots__ = ()
 
 
 def checked(value: str, rule: tuple[str, str], what: str) -> Verbatim:
-    """The value, fit to stand bare. Raises UsageError with the rule that it breaks."""
+    """Check the value of a directive. Raises UsageError with the rule that it breaks."""
     pattern, words = rule
     if not re.fullmatch(pattern, value, re.ASCII):
         raise UsageError(f"{what} {words}, and {value!r} does not")
@@ -47,20 +48,21 @@ def checked(value: str, rule: tuple[str, str], what: str) -> Verbatim:
 
 
 def check_text(value: str, what: str) -> str:
-    """Any text but control characters. Raises UsageError."""
+    """Refuse text with control characters. Raises UsageError."""
     if found := _CONTROL.search(value):
         raise UsageError(
-            f"{what} {value!r} holds {found.group()!r}; line breaks, control characters and bytes that are no UTF-8 "
-            "can't stand in a batch script, so choose another name"
+            f"{what} {value!r} holds {found.group()!r}; a batch script cannot hold line breaks, "
+            "control characters or bytes outside of UTF-8, so choose another name"
         )
     return value
 
 
 def quote(text: str) -> Verbatim:
-    """One word of bash that stands for `text`, whatever it holds but control characters.
+    """Quote `text` as one word of bash; it may hold anything but control characters.
 
-    What is special even between quotes stands outside of them, behind a backslash: so it holds in any locale, and
-    shellcheck sees that `$` is meant. Typographic quotes, which it takes for slips, stand between the other kind.
+    Characters that are special between quotes get a backslash outside of them: this holds in any
+    locale, and shows shellcheck that `$` is meant. Typographic quotes are put between double ones,
+    for shellcheck takes them for mistakes.
     """
     if _PLAIN.fullmatch(text):
         return Verbatim(text)
@@ -74,7 +76,7 @@ def _quoted(piece: str) -> str:
 
 
 def finalize(value: Any) -> str:
-    """What a template's `{{ … }}` becomes: numbers and Verbatim as they are, any other text as one quoted word."""
+    """Write the value of a template's `{{ … }}`: numbers and Verbatim as they are, text quoted."""
     if isinstance(value, Verbatim):
         return value
     if isinstance(value, bool) or not isinstance(value, str | int):

@@ -1,4 +1,4 @@
-"""The batch systems: how a job is handed to each, and how each is asked what became of it."""
+"""The batch systems: submit a job to each, and ask each for the state of a job."""
 
 import re
 import shutil
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from mpillm.errors import LaunchError, UsageError
 
+# `mpillm status` should answer while a controller hangs.
 QUESTION_SECONDS = 10.0
 # A busy controller may take a minute.
 SUBMIT_SECONDS = 120.0
@@ -16,13 +17,15 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@\[\]-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class Scheduler:
+    """A batch system and its command to submit."""
+
     title: str
     submit: tuple[str, ...]
-    """The command that hands the script job.sh in the current folder over, its options apart."""
+    """The command that submits the script job.sh of the current folder, without options."""
     by_input: bool
     """The script goes to the command's standard input."""
     answer: str
-    """What it answers; the group is the job's number."""
+    """The pattern of its answer; the group is the job's number."""
 
 
 SCHEDULERS = {
@@ -65,36 +68,39 @@ OVER = {
 }
 
 
-def find_scheduler(wish: str, environment: Mapping[str, str]) -> str:
-    """`wish`, or for auto the batch system whose command is on PATH; Slurm first, whose packages bring a qsub too.
+def find_scheduler(name: str, environment: Mapping[str, str]) -> str:
+    """Return `name`, or for auto the batch system whose command is on PATH.
 
-    Raises UsageError where there is none.
+    Slurm goes first, for its packages bring a qsub too. Raises UsageError where there is none.
     """
-    if wish in SCHEDULERS:
-        return wish
-    if wish != "auto":
-        raise UsageError(f"--scheduler is auto, {', '.join(SCHEDULERS)}, and not {wish!r}")
+    if name in SCHEDULERS:
+        return name
+    if name != "auto":
+        raise UsageError(f"--scheduler is auto, {', '.join(SCHEDULERS)}, and not {name!r}")
     found = next(
-        (name for name in SCHEDULERS if _which(SCHEDULERS[name].submit[0], environment)), None
+        (known for known in SCHEDULERS if _which(SCHEDULERS[known].submit[0], environment)), None
     )
     if found is None:
-        looked = ", ".join(f"{system.submit[0]} ({system.title})" for system in SCHEDULERS.values())
+        tried = ", ".join(f"{system.submit[0]} ({system.title})" for system in SCHEDULERS.values())
         raise UsageError(
-            f"no batch system is here: none of {looked} is on PATH; submit from a login node, or name one with "
-            "--scheduler and --dry-run to see its script"
+            f"no batch system is here: none of {tried} is on PATH; submit from a login node, or "
+            "name one with --scheduler and --dry-run to see its script"
         )
     return found
 
 
-def hand_over(name: str, folder: str, environment: Mapping[str, str]) -> str:
-    """Submit the script job.sh in `folder`; return the job's number. Raises LaunchError with the system's own words."""
+def submit_script(name: str, folder: str, environment: Mapping[str, str]) -> str:
+    """Submit the script job.sh in `folder`; return the job's number.
+
+    Raises LaunchError with the batch system's own words.
+    """
     system = SCHEDULERS[name]
     program = _which(system.submit[0], environment)
     if program is None:
         raise LaunchError(
             f"{system.submit[0]} of {system.title} is not on PATH; submit from a login node"
         )
-    # --chdir is told here and not in the script: an argument may hold any character.
+    # --chdir is an option here and not a directive: an argument may hold any character.
     options = [f"--chdir={folder}"] if name == "slurm" else []
     words = [program, *system.submit[1:], *options, *([] if system.by_input else ["job.sh"])]
     done = _run(
@@ -102,26 +108,27 @@ def hand_over(name: str, folder: str, environment: Mapping[str, str]) -> str:
     )
     if done is None:
         raise LaunchError(
-            f"{system.submit[0]} gave no answer within {SUBMIT_SECONDS:g} s; the job may be queued or not: look before "
-            "you submit it again"
+            f"{system.submit[0]} gave no answer within {SUBMIT_SECONDS:g} s; the job may be queued "
+            "or not: check before you submit it again"
         )
-    told = " ".join(
+    answer = " ".join(
         (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").split()
     )
     if done.returncode:
-        raise LaunchError(f"{system.title} refused the job: {told}")
+        raise LaunchError(f"{system.title} refused the job: {answer}")
     found = re.search(system.answer, done.stdout.strip(), re.MULTILINE)
     if not found:
         raise LaunchError(
-            f"{system.submit[0]} did not tell the job's number, but {told!r}; look whether it is queued"
+            f"{system.submit[0]} did not print the job's number, but {answer!r}; "
+            "check whether it is queued"
         )
     return found[1]
 
 
 def job_state(scheduler: str, job: str, environment: Mapping[str, str]) -> str | None:
-    """What became of a job, in the batch system's word (PENDING, RUNNING, QUEUED, DONE …); None where it can't be told.
+    """Ask the batch system for the state of a job, as its own word (PENDING, RUNNING, DONE …).
 
-    Asks the batch system, at most QUESTION_SECONDS a question.
+    Returns None where it does not answer. Each question takes at most QUESTION_SECONDS.
     """
     if not _ID.fullmatch(job):
         return None
@@ -140,7 +147,7 @@ def job_state(scheduler: str, job: str, environment: Mapping[str, str]) -> str |
 
 
 def is_over(state: str) -> bool:
-    """Whether a job in this state will never run again by itself."""
+    """Return whether a job in this state will never run again by itself."""
     return state in OVER
 
 
@@ -164,9 +171,9 @@ def _run(
     folder: str | None = None,
     script: str | None = None,
 ) -> "subprocess.CompletedProcess[str] | None":
-    """Run a command of the batch system; None when it takes longer than `seconds`. Raises LaunchError."""
+    """Run a command of the batch system; None after `seconds`. Raises LaunchError."""
     try:
-        with open(script or "/dev/null", "rb") as stdin:  # noqa: PTH123 # also no file of a Path
+        with open(script or "/dev/null", "rb") as stdin:  # noqa: PTH123 # the path is text
             return subprocess.run(
                 words,
                 env=dict(environment),

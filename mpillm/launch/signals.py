@@ -1,12 +1,12 @@
-"""Signals that end a job: a user, a launcher or a batch system asks, and a run that can stops in good order."""
+"""Signals that ask a job to stop: from a user, a launcher or a batch system."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# Slurm and PBS send SIGTERM and what one asks for (USR1 in our scripts), LSF SIGUSR2 at its limit and SIGURG before
-# it, a terminal SIGINT.
+# Slurm and PBS send SIGTERM and the signal of our scripts, SIGUSR1. LSF sends SIGUSR2 at its limit,
+# and our scripts SIGURG before it. A terminal sends SIGINT.
 NOTED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG)
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
@@ -16,16 +16,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def interrupt_on_terminate() -> None:
-    """From now on SIGTERM raises KeyboardInterrupt in the main thread, as SIGINT does."""
+    """Make SIGTERM raise KeyboardInterrupt in the main thread, as SIGINT does."""
     signal.signal(signal.SIGTERM, _interrupt)
 
 
 class StopSignals:
-    """Notes the signals that ask to stop. One a process, made in its main thread before anything slow is imported.
+    """Record the signals that ask to stop.
 
-    SIGUSR1, SIGUSR2 and SIGURG are noted from now on, so that none that comes early ends the process. SIGTERM and
-    SIGINT raise KeyboardInterrupt as long as there is nothing to save, and are noted inside `orderly`; there a second
-    SIGINT raises it too, for a person who will not wait.
+    One a process, made in its main thread before slow imports. SIGUSR1, SIGUSR2 and SIGURG are
+    recorded from now on, so that an early one does not end the process. SIGTERM and SIGINT raise
+    KeyboardInterrupt while there is nothing to save, and are recorded inside `orderly`. There a
+    second SIGINT raises it too, for a user who will not wait.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class StopSignals:
 
     @contextmanager
     def orderly(self) -> Iterator[None]:
-        """While the block runs, whoever asks to stop waits until it is done."""
+        """Defer every request to stop until the block is done."""
         self._orderly = True
         try:
             yield
@@ -54,5 +55,5 @@ class StopSignals:
 
 
 def signal_name(number: int) -> str:
-    """10 → `SIGUSR1`."""
+    """Return the name of a signal: 10 → `SIGUSR1`."""
     return signal.Signals(number).name

@@ -1,4 +1,7 @@
-"""A site file: what is the same for every job at one computing centre. ~/.config/mpillm/site.toml, or --site FILE."""
+"""The site file: settings of every job at one computing centre.
+
+Its place is ~/.config/mpillm/site.toml, or --site FILE.
+"""
 
 import difflib
 import json
@@ -15,7 +18,7 @@ from mpillm.errors import UsageError
 from mpillm.launch.quoting import CONSTRAINT, DIRECTIVE, MODULE, VARIABLE, WORD, check_text, checked
 
 SITE_VARIABLE = "MPILLM_SITE"
-# bash makes these itself and lets nobody set them.
+# bash sets these itself and refuses an assignment.
 _READ_ONLY = {"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"}
 _LEADING_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))(?=/|$)", re.ASCII)
 Many = Annotated[int, Ge(0)]
@@ -23,7 +26,7 @@ Many = Annotated[int, Ge(0)]
 
 @dataclass(frozen=True)
 class Site:
-    """Every key may be left out."""
+    """The keys of a site file; every one may be left out."""
 
     scheduler: Literal["auto", "slurm", "pbs", "lsf"] = "auto"
     """auto: the one whose commands are on PATH."""
@@ -34,33 +37,36 @@ class Site:
     qos: str = ""
     """Slurm's quality of service."""
     constraint: str = ""
-    """Slurm's --constraint; for PBS more of the chunk, such as cpu_type=milan; for LSF what select[…] takes."""
+    """Slurm's --constraint; a part of PBS's chunk, such as cpu_type=milan; LSF's select[…]."""
     directives: tuple[str, ...] = ()
     """More directives as they are, such as --exclusive or --mem=0."""
     cores_per_node: Many = 0
-    """Physical cores of a node; 0: not known, so nothing is checked."""
+    """Physical cores of a node; 0: unknown, so nothing is checked."""
     gpus_per_node: Many = 0
-    """GPUs of a node, which a job asks for where --gpus-per-node does not say otherwise."""
+    """GPUs of a node, which a job asks for unless --gpus-per-node differs."""
     gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
-    """How Slurm is asked for them; none: the partition gives whole nodes."""
+    """The option that asks Slurm for them; none: the partition gives whole nodes."""
     modules: tuple[str, ...] = ()
-    """What `module load` loads, in this order."""
+    """Modules for `module load`, in this order."""
     environment: str = ""
-    """The folder of a Python environment (venv or conda) that has mpillm; empty: the one that submits."""
+    """The folder of a Python environment (venv or conda) with mpillm; empty: the submitting one."""
     program: tuple[str, ...] = ()
-    """Words that start mpillm where it isn't the environment's, such as ["apptainer", "exec", "x.sif", "mpillm"]."""
+    """Words that start mpillm elsewhere, such as ["apptainer", "exec", "x.sif", "mpillm"]."""
     variables: dict[str, str] = field(default_factory=dict)
     """Environment variables of the job, taken literally."""
     launcher: Literal["", "srun", "mpirun", "mpiexec", "jsrun"] = ""
-    """What starts the ranks; empty: srun under Slurm, else mpirun."""
+    """The program that starts the ranks; empty: srun under Slurm, else mpirun."""
     launcher_arguments: tuple[str, ...] = ()
-    """Further arguments of the launcher, such as --mpi=pmix. One that places ranks replaces mpillm's own placing."""
+    """Further arguments of the launcher, such as --mpi=pmix.
+
+    An argument that places ranks replaces mpillm's own placing.
+    """
     node_local: str = ""
-    """A folder on each node's own disk or memory for --stage; may begin with a variable of the job: $TMPDIR."""
+    """A folder on each node's own disk or memory for --stage; may begin with $TMPDIR."""
     stop_seconds: Many = 0
-    """How long before its end a job is told to save and stop; 0: by the wall time."""
+    """Seconds before its end at which a job is asked to save and stop; 0: by the wall time."""
     hdf5_file_locking: bool | None = None
-    """Whether HDF5 locks files; left out: by the file system that the run and the data are on."""
+    """Whether HDF5 locks files; left out: by the file systems of the run and the data."""
     profile: str = ""
     """The cluster profile that `mpillm bench all --save` wrote, for recipes that name none."""
 
@@ -73,7 +79,7 @@ class Site:
             checked(name, VARIABLE, "the name of each of variables")
             check_text(value, f"variables.{name} =")
             if name in _READ_ONLY:
-                raise UsageError(f"variables.{name}: bash lets nobody set {name}; leave it out")
+                raise UsageError(f"variables.{name}: bash sets {name} itself; leave it out")
         for key in ("environment", "node_local", "profile"):
             check_text(getattr(self, key), f"{key} =")
         for word in (*self.program, *self.launcher_arguments):
@@ -82,7 +88,8 @@ class Site:
             self.node_local.startswith("/") or leading_variable(self.node_local)[0]
         ):
             raise UsageError(
-                f"node_local is a folder such as /tmp, $TMPDIR or $TMPDIR/mpillm, and not {self.node_local!r}"
+                "node_local is a folder such as /tmp, $TMPDIR or $TMPDIR/mpillm, "
+                f"and not {self.node_local!r}"
             )
 
     def _check_directives(self) -> None:
@@ -98,15 +105,16 @@ class Site:
 
 
 def leading_variable(path: str) -> tuple[str, str]:
-    """`$TMPDIR/x` → ("TMPDIR", "/x"); a path that begins with none → ("", path)."""
+    """Split `$TMPDIR/x` into ("TMPDIR", "/x"); a path without a variable into ("", path)."""
     found = _LEADING_VARIABLE.match(path)
     return (found[1] or found[2], path[found.end() :]) if found else ("", path)
 
 
 def load_site(path: Path | None, environment: Mapping[str, str]) -> Site:
-    """The site file `path`, else the one that MPILLM_SITE names, else the user's own; without one the defaults.
+    """Read the site file `path`, else that of MPILLM_SITE, else the user's own; else defaults.
 
-    In environment and profile a leading `~` or `$NAME` is put in. Raises UsageError naming each fault.
+    In environment and profile a leading `~` or `$NAME` is expanded. Raises UsageError with each
+    fault.
     """
     named = path or (Path(environment[SITE_VARIABLE]) if environment.get(SITE_VARIABLE) else None)
     source = named or _own_file(environment)
@@ -160,11 +168,14 @@ def _expanded(path: str, key: str, environment: Mapping[str, str]) -> str:
     name, rest = leading_variable(path)
     if name and not environment.get(name):
         raise UsageError(
-            f"{key} = {path!r} begins with ${name}, which is not set here; set it or write the path out"
+            f"{key} = {path!r} begins with ${name}, which is not set here; "
+            "set it or write the path out"
         )
     path = environment[name] + rest if name else path
     if path and not path.startswith("/"):
-        raise UsageError(f"{key} is a whole path, from /, ~ or a variable, and not {path!r}")
+        raise UsageError(
+            f"{key} is an absolute path, from /, ~ or a variable, and not {path!r}; write it out"
+        )
     return path
 
 
@@ -173,5 +184,6 @@ def _fault(kind: str, place: tuple[int | str, ...], message: str, value: object)
     if kind == "unexpected_keyword_argument":
         known = [key.name for key in fields(Site)]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        return f"unknown key {name}{f', did you mean {near[0]}?' if near else ''} (known: {', '.join(known)})"
+        hint = f", did you mean {near[0]}?" if near else ""
+        return f"unknown key {name}{hint} (known: {', '.join(known)})"
     return f"{name} = {value!r}: {message[0].lower()}{message[1:]}"

@@ -1,7 +1,7 @@
-"""How many threads a rank may use, so that ranks which share cores do not crowd each other.
+"""Threads a rank, so that ranks on the same cores are not oversubscribed.
 
-A core counts once, however many hardware threads it has: torch's matrix products keep its arithmetic units busy from
-one thread, and a second only takes turns with it.
+A core counts once, however many hardware threads it has: one thread of torch's matrix products
+keeps its arithmetic units busy, and a second only takes turns with it.
 """
 
 import math
@@ -20,34 +20,34 @@ if TYPE_CHECKING:
 
 
 def fair_threads(masks: Sequence[AbstractSet[int]], me: int, limit: float = math.inf) -> int:
-    """The threads due to process `me`, where process i of this node may run on the cores `masks[i]`; at least 1.
+    """Return the fair number of threads of process `me`; at least 1.
 
-    A core that k processes may run on counts 1/k for each of them: right for ranks bound to cores of their own, for
-    ranks that float over a whole node, and for anything between. `limit` CPUs' worth of time, which all of them share,
-    is parted evenly.
+    Process i of this node may run on the cores `masks[i]`. A core of k processes counts 1/k for
+    each: right for bound ranks, for ranks that float over a node, and for anything between. All
+    of them share `limit` CPUs' worth of time evenly.
     """
     due = sum(1 / sum(core in mask for mask in masks) for core in masks[me])
     return max(1, int(min(due, limit / len(masks)) + 1e-9))
 
 
 def allowance(environment: Mapping[str, str], root: Path = ROOT) -> float:
-    """The CPUs that the job may use of this node, by its control groups and by Slurm, which need not bind it to them.
+    """Return the CPUs of this node that the job may use by its control groups and by Slurm.
 
-    Infinite where neither sets a limit.
+    Slurm need not bind the job to them. Infinite where neither sets a limit.
     """
     return min(cpu_limit(root), number(environment, "SLURM_CPUS_ON_NODE") or math.inf)
 
 
-def threads_wish(environment: Mapping[str, str]) -> int | None:
-    """OMP_NUM_THREADS, where the user set it: of nested parallelism the outermost."""
-    wish = environment.get("OMP_NUM_THREADS", "").split(",")[0]
-    return int(wish) if wish.isdigit() and int(wish) else None
+def threads_setting(environment: Mapping[str, str]) -> int | None:
+    """Read OMP_NUM_THREADS where the user set it: of nested parallelism the outermost level."""
+    setting = environment.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(setting) if setting.isdigit() and int(setting) else None
 
 
 def threads_per_rank(
     comm: "MPI.Intracomm", environment: Mapping[str, str], node_map: NodeMap | None = None
 ) -> int:
-    """The threads of this rank: OMP_NUM_THREADS where the user set it, else its fair share of the node's cores.
+    """Return the threads of this rank: OMP_NUM_THREADS, else its fair share of the node's cores.
 
     Every rank calls it; `node_map`: of `comm`, else MPI is asked.
     """
@@ -55,4 +55,4 @@ def threads_per_rank(
     cores: list[set[int]] = comm.allgather(read_topology().cores(os.sched_getaffinity(0)))
     masks = [cores[rank] for rank in node_map.local_ranks(comm.rank)]
     threads = fair_threads(masks, node_map.local_rank(comm.rank), allowance(environment))
-    return threads_wish(environment) or threads
+    return threads_setting(environment) or threads

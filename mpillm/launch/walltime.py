@@ -1,4 +1,4 @@
-"""Wall time as people write it, and as each batch system reads it."""
+"""Wall time, as users write it and as each batch system reads it."""
 
 import re
 
@@ -11,16 +11,16 @@ _WORDS = re.compile(r"(?:(\d{1,8})d)?(?:(\d{1,8})h)?(?:(\d{1,8})m)?(?:(\d{1,8})s
 
 
 def seconds_of(text: str) -> int:
-    """The seconds of `1:30:00`, `2-00:00:00` (two days), `90m`, `2h`, `1h30m` or `45s`.
+    """Read `1:30:00`, `2-00:00:00` (two days), `90m`, `2h`, `1h30m` or `45s` as seconds.
 
-    A bare number and `1:30` are refused: Slurm reads the first as minutes and PBS as seconds, and the second is an
+    A bare number is refused, for Slurm reads it as minutes and PBS as seconds. So is `1:30`, an
     hour and a half to LSF and a minute and a half to Slurm. Raises UsageError.
     """
     seconds = _seconds(text.strip())
     if seconds is None:
         raise UsageError(
-            f"a time is H:MM:SS, D-HH:MM:SS or a number with its unit, such as 1:30:00, 2-00:00:00, 90m, 2h or 1h30m, "
-            f"and not {text!r}"
+            "a time is H:MM:SS, D-HH:MM:SS or a number with its unit, such as "
+            f"1:30:00, 2-00:00:00, 90m, 2h or 1h30m, and not {text!r}"
         )
     if not 0 < seconds <= LONGEST_DAYS * UNITS["d"]:
         raise UsageError(
@@ -44,11 +44,11 @@ def _seconds(text: str) -> int | None:
 
 
 def clock_time(seconds: int) -> str:
-    """5,400 → `01:30:00`: hours may pass 24. What Slurm and PBS take."""
+    """Write 5,400 as `01:30:00` for Slurm and PBS; hours may pass 24."""
     return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 def minutes_time(seconds: int) -> str:
-    """5,400 → `1:30`, hours and minutes, begun minutes counted whole: what LSF takes."""
+    """Write 5,400 as `1:30` for LSF: hours and minutes, rounded up."""
     minutes = -(-seconds // 60)
     return f"{minutes // 60}:{minutes % 60:02d}"

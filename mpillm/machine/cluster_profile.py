@@ -11,7 +11,6 @@ docs/bench.md explains every key. Sizes are bytes, times seconds, rates bytes a 
 
 import json
 import math
-import platform
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,6 +19,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
 from mpillm.errors import UsageError
+from mpillm.machine.cpu import processor
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.system.atomic import write_json
 
@@ -328,16 +328,3 @@ def describe_cluster(comm: "MPI.Intracomm", node_map: NodeMap | None = None) -> 
     cpu_model, cores = processor()
     here = Cluster(cpu_model, cores, name, ".".join(map(str, version)), nodes, ranks)
     return comm.bcast(here)  # type: ignore[no-any-return]
-
-
-def processor(table: Path = Path("/proc/cpuinfo")) -> tuple[str, int]:
-    """Return the processor's name and this node's number of logical cores, from /proc/cpuinfo."""
-    try:
-        lines = table.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    pairs = [
-        (key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)
-    ]
-    names = [value for key, value in pairs if key in ("model name", "cpu", "Model")]
-    return (names or [platform.machine()])[0], sum(key == "processor" for key, _ in pairs) or 1

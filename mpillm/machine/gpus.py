@@ -1,4 +1,4 @@
-"""The GPUs that this process may use, counted without a GPU library: those take seconds and memory to load."""
+"""The GPUs of this process, without a GPU library: those take seconds and memory to load."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mpillm.machine.topology import ROOT
 
-# What hides GPUs from a process, by maker; the first that is set counts.
+# Variables that hide GPUs from a process, by maker; the first that is set counts.
 VISIBLE = {
     "cuda": ("CUDA_VISIBLE_DEVICES",),
     "rocm": ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
@@ -14,9 +14,10 @@ VISIBLE = {
 
 
 def visible_gpus(environment: Mapping[str, str], root: Path = ROOT) -> list[str]:
-    """The names of the GPUs that this process sees, in the order of its devices: `cuda 0`, `cuda GPU-8f3b…`, `rocm 1`.
+    """List the GPUs that this process sees, in device order: `cuda 0`, `cuda GPU-8f3b…`, `rocm 1`.
 
-    The name is the driver's, not the process's own number: where CUDA_VISIBLE_DEVICES=2,3, device 0 is `cuda 2`.
+    The name is the driver's and not the process's number: with CUDA_VISIBLE_DEVICES=2,3 device 0
+    is `cuda 2`.
     """
     for maker, count in (("cuda", _nvidia_gpus(root)), ("rocm", _amd_gpus(root))):
         if count:
@@ -25,12 +26,12 @@ def visible_gpus(environment: Mapping[str, str], root: Path = ROOT) -> list[str]
 
 
 def gpu_of(local_rank: int, gpus: Sequence[str]) -> str:
-    """The GPU of the node's rank `local_rank`, in turn; "" without any."""
+    """Return the GPU of the node's rank `local_rank`, in turn; "" without any."""
     return gpus[local_rank % len(gpus)] if gpus else ""
 
 
 def _seen(environment: Mapping[str, str], variables: Sequence[str], count: int) -> list[str]:
-    """The names that the first variable which is set lists, up to the first that names no GPU, as CUDA reads it."""
+    """Read the first variable that is set, up to its first unknown GPU, as CUDA does."""
     for variable in variables:
         if variable in environment:
             names = [name.strip() for name in environment[variable].split(",")]
@@ -43,13 +44,13 @@ def _seen(environment: Mapping[str, str], variables: Sequence[str], count: int) 
 
 
 def _nvidia_gpus(root: Path) -> int:
-    """By the driver's own list; in a container that lacks it, by the devices that it was given."""
+    """Count by the driver's list; in a container that lacks it, by the device files."""
     listed = len(list((root / "proc/driver/nvidia/gpus").glob("*")))
     return listed or len(list((root / "dev").glob("nvidia[0-9]*")))
 
 
 def _amd_gpus(root: Path) -> int:
-    """By the nodes of AMD's compute driver: those with vector units are GPUs, the others CPUs."""
+    """Count by the nodes of AMD's compute driver: those with vector units are GPUs."""
     nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("*/properties")
     return sum(
         bool(re.search(r"^simd_count [1-9]", node.read_text(encoding="ascii"), re.MULTILINE))

@@ -1,6 +1,6 @@
-"""The node as Linux tells it: which CPUs share a core, a socket, a NUMA node, and how many of them one may use.
+"""The node by Linux's /sys: CPUs by core, socket and NUMA node, and the CPUs of this job.
 
-A CPU is Linux's word: a hardware thread. A core holds one, or several that share its arithmetic units.
+A CPU is a hardware thread, in Linux's words. The CPUs of a core share its arithmetic units.
 """
 
 import math
@@ -15,14 +15,14 @@ ROOT = Path("/")
 
 @dataclass(frozen=True)
 class Topology:
-    """CPU → its core (named by the core's lowest CPU), socket, NUMA node; empty where Linux does not tell."""
+    """CPU → its core (named by the core's lowest CPU), socket, NUMA node; empty if unknown."""
 
     core: Mapping[int, int] = field(default_factory=dict)
     socket: Mapping[int, int] = field(default_factory=dict)
     numa: Mapping[int, int] = field(default_factory=dict)
 
     def cores(self, cpus: Iterable[int]) -> set[int]:
-        """The cores of these CPUs; a CPU of which nothing is known is a core of its own."""
+        """Return the cores of these CPUs; an unknown CPU is a core of its own."""
         return {self.core.get(cpu, cpu) for cpu in cpus}
 
     def sockets(self, cpus: Iterable[int]) -> set[int]:
@@ -33,14 +33,14 @@ class Topology:
 
 
 def read_topology(root: Path = ROOT) -> Topology:
-    """This node's; `root` holds `sys`."""
+    """Read the topology of this node; `root` holds `sys`."""
     core, socket = {}, {}
     for folder in (root / SYSTEM / "cpu").glob("cpu[0-9]*"):
-        cpu, told = int(folder.name[3:]), folder / "topology"
-        siblings = parse_cpus(text_of(told / "thread_siblings_list"))
+        cpu, files = int(folder.name[3:]), folder / "topology"
+        siblings = parse_cpus(text_of(files / "thread_siblings_list"))
         if siblings:  # a CPU that is switched off has none
             core[cpu] = min(siblings)
-        package = text_of(told / "physical_package_id")
+        package = text_of(files / "physical_package_id")
         if package.isdigit():
             socket[cpu] = int(package)
     numa = {
@@ -52,7 +52,10 @@ def read_topology(root: Path = ROOT) -> Topology:
 
 
 def job_cpus(root: Path = ROOT) -> set[int]:
-    """The CPUs that the node offers to this job or container, whatever narrower mask this process is bound to."""
+    """Return the CPUs that the node offers to this job or container.
+
+    The mask of this process may be narrower.
+    """
     for folder in control_groups(root, "cpuset"):
         for name in ("cpuset.cpus.effective", "cpuset.effective_cpus"):
             cpus = parse_cpus(text_of(folder / name))
@@ -62,21 +65,21 @@ def job_cpus(root: Path = ROOT) -> set[int]:
 
 
 def cpu_limit(root: Path = ROOT) -> float:
-    """How many CPUs' worth of time this job or container gets by its control groups; infinite without a limit.
+    """Return the CPUs' worth of time of this job or container by its control groups.
 
-    A container may be given 2 CPUs of time and see 64 in its mask.
+    Infinite without a limit. A container may have 2 CPUs of time and 64 in its mask.
     """
     return min((_quota(folder) for folder in control_groups(root, "cpu")), default=math.inf)
 
 
 def parse_cpus(text: str) -> set[int]:
-    """Linux's list of CPUs: `0-3,8` → {0, 1, 2, 3, 8}."""
+    """Parse Linux's list of CPUs: `0-3,8` → {0, 1, 2, 3, 8}."""
     ranges = re.findall(r"(\d+)(?:-(\d+))?", text)
     return {cpu for first, last in ranges for cpu in range(int(first), int(last or first) + 1)}
 
 
 def ranges_text(numbers: Iterable[int]) -> str:
-    """{0, 1, 2, 3, 8} → `0–3,8`."""
+    """Write {0, 1, 2, 3, 8} as `0–3,8`."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -87,9 +90,9 @@ def ranges_text(numbers: Iterable[int]) -> str:
 
 
 def control_groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of this process's control groups, the innermost first, in version 2 and 1.
+    """Yield the folders of this process's control groups, the innermost first, in version 2 and 1.
 
-    A container often sees its own group as the top folder, and in /proc a path that only its host knows.
+    A container often sees its own group as the top folder, and in /proc a path of its host.
     """
     mounts = root / "sys/fs/cgroup"
     for line in text_of(root / "proc/self/cgroup").splitlines():
@@ -110,15 +113,21 @@ def control_groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _quota(folder: Path) -> float:
-    """A control group's own limit, in CPUs: version 2 writes `max 100000` or `200000 100000`, version 1 two files."""
+    """Read a control group's own limit, in CPUs.
+
+    Version 2 writes `max 100000` or `200000 100000`, version 1 two files.
+    """
     quota, period = (text_of(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
-    told = text_of(folder / "cpu.max") or f"{quota} {period}"
-    limit = re.fullmatch(r"(\d+) ([1-9]\d*)", told)
+    text = text_of(folder / "cpu.max") or f"{quota} {period}"
+    limit = re.fullmatch(r"(\d+) ([1-9]\d*)", text)
     return int(limit[1]) / int(limit[2]) if limit else math.inf
 
 
 def text_of(path: Path) -> str:
-    """A file of Linux's, stripped; "" where it cannot be read: a network card that is down refuses its speed."""
+    """Read a file of /sys or /proc, stripped; "" where it cannot be read.
+
+    A network card that is down refuses to give its speed.
+    """
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

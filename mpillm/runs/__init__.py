@@ -1,1 +1,1 @@
-"""What did a run leave? Its folder, metrics, history, lock, state, status, report; no torch, no MPI."""
+"""What did a run leave? Its folder, metrics and sinks, history, lock, state, submit, report."""

@@ -1,14 +1,25 @@
-"""Reading a run's history: who trained it when, and how each attempt ended. Needs neither torch nor MPI."""
+"""The history of a run: its starts, saves and ends, an object a line; and its outcome in one word.
+
+    {"event": "started", "time": "2026-11-26T14:00:00+0100", "step": 0, "ranks": 4, …}
+
+docs/formats.md lists every key. Batch scripts read the outcome from a file of its own.
+"""
 
 import json
+import os
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from mpillm.runs.folder import HISTORY, OUTCOME
+from mpillm.system.atomic import flush, write_text
 
 STARTED, SAVED, ENDS = "started", "saved", ("finished", "stopped", "failed")
 RUNNING, KILLED = "running", "killed"
+Outcome = Literal["running", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Attempt:
-    """From one start to its end. Times have a zone."""
+    """An attempt at the run, from one start to its end. Times have a zone."""
 
     number: int
     """From 1."""
@@ -32,13 +43,13 @@ class Attempt:
     first_step: int
     """Steps that were done when it began."""
     ended: datetime
-    """The last sign of it, where it was killed or is running."""
+    """The last trace of it, where it was killed or is running."""
     last_step: int
-    """The last step that is known of it: one that was killed may have done more."""
+    """The last step on record: a killed attempt may have done more."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What its start told: ranks, hosts, mesh, versions, job …"""
+    """The facts of its start: ranks, hosts, mesh, versions, job …"""
     how: str = KILLED
-    """finished, stopped, failed, running, or killed: it ended without a word."""
+    """finished, stopped, failed, running, or killed: it recorded no end."""
     reason: str = ""
     saved: tuple[Event, ...] = ()
 
@@ -56,15 +67,55 @@ class Attempt:
 
     @property
     def job(self) -> dict[str, Any]:
-        """The batch job: scheduler, id, restart; empty where there was none."""
+        """The batch job: scheduler, id, restart; empty without one."""
         job = object_at(self.facts, "job")
         return job if job.get("scheduler") and job.get("id") else {}
 
 
-def read_history(path: Path) -> list[Event]:
-    """The events of a history file, none if there is no such file.
+class HistoryWriter:
+    """Write the history of the run in `folder` on rank 0; elsewhere (`writes` false) do nothing."""
 
-    Lines that tell nothing are left out: one that is being written, one that a crash cut short, one of a later mpillm.
+    def __init__(self, folder: Path, writes: bool) -> None:
+        self._folder, self._writes = folder, writes
+
+    def started(self, step: int, facts: Mapping[str, Any]) -> None:
+        self._add(STARTED, step, facts)
+        self._write_outcome("running")
+
+    def saved(self, step: int, checkpoint: Path, seconds: float, nbytes: int) -> None:
+        name = str(checkpoint.relative_to(self._folder))
+        self._add(SAVED, step, {"checkpoint": name, "seconds": seconds, "bytes": nbytes})
+
+    def ended(self, outcome: Outcome, step: int, reason: str = "") -> None:
+        """Record that the run finished, failed, or stopped: saved, and to be resumed."""
+        self._add(outcome, step, {"reason": reason} if reason else {})
+        self._write_outcome(outcome)
+
+    def _write_outcome(self, outcome: Outcome) -> None:
+        if self._writes:
+            write_text(self._folder / OUTCOME, f"{outcome}\n")
+
+    def _add(self, event: str, step: int, facts: Mapping[str, Any]) -> None:
+        if not self._writes:
+            return
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        line = json.dumps({"event": event, "time": now, "step": step, **facts})
+        with (self._folder / HISTORY).open("a+b") as file:
+            # A killed job may have left half a line: it must not swallow this one.
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = "\n" * (file.read() != b"\n") + line
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        # Without it a power cut may lose the name of a file whose bytes are safe.
+        flush(self._folder)
+
+
+def read_history(path: Path) -> list[Event]:
+    """Read the events of a history file; none without a file.
+
+    Skips lines that cannot be read: half-written ones, and those of a later mpillm.
     """
     if not path.exists():
         return []
@@ -75,10 +126,10 @@ def read_history(path: Path) -> list[Event]:
 def _event(line: str) -> Event | None:
     try:
         facts = json.loads(line)
-        time = datetime.fromisoformat(facts["time"])
+        moment = datetime.fromisoformat(facts["time"])
         return Event(
             str(facts["event"]),
-            time if time.tzinfo else time.replace(tzinfo=UTC),
+            moment if moment.tzinfo else moment.replace(tzinfo=UTC),
             int(facts["step"]),
             facts,
         )
@@ -86,24 +137,37 @@ def _event(line: str) -> Event | None:
         return None
 
 
+def last_save_seconds(folder: Path) -> float | None:
+    """Return the duration of the run's newest save; None before the first."""
+    found = (
+        event.facts.get("seconds")
+        for event in read_history(folder / HISTORY)
+        if event.name == SAVED
+    )
+    seconds = [value for value in found if isinstance(value, int | float)]
+    return float(seconds[-1]) if seconds else None
+
+
 def attempts(
     events: Iterable[Event], alive: bool = False, now: datetime | None = None, reached: int = 0
 ) -> list[Attempt]:
-    """The attempts at a run, in their order.
+    """Group the events of a run into its attempts, in their order.
 
-    `alive`: somebody holds the run, so that a last attempt without an end is running. `now`: the last sign of such an
-    attempt. `reached`: the last step in the run's metrics, which only the last attempt can have done.
+    `alive`: a job holds the run, so that a last attempt without an end is running. `now`: the
+    time of the last trace of such an attempt. `reached`: the last step in the run's metrics,
+    which only the last attempt can have done.
     """
     found: list[Attempt] = []
     open_ended = False
     for event in events:
         if event.name == STARTED:
+            number = len(found) + 1
             found.append(
-                Attempt(len(found) + 1, event.time, event.step, event.time, event.step, event.facts)
+                Attempt(number, event.time, event.step, event.time, event.step, event.facts)
             )
             open_ended = True
         elif found and open_ended:
-            found[-1] = _went_on(found[-1], event)
+            found[-1] = _extended(found[-1], event)
             open_ended = event.name not in ENDS
     if found and open_ended:
         last = found[-1]
@@ -116,7 +180,7 @@ def attempts(
     return found
 
 
-def _went_on(attempt: Attempt, event: Event) -> Attempt:
+def _extended(attempt: Attempt, event: Event) -> Attempt:
     attempt = replace(attempt, ended=event.time, last_step=max(attempt.last_step, event.step))
     if event.name == SAVED:
         return replace(attempt, saved=(*attempt.saved, event))
@@ -126,6 +190,6 @@ def _went_on(attempt: Attempt, event: Event) -> Attempt:
 
 
 def object_at(facts: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The JSON object at `key`; empty where there is something else, or nothing."""
+    """Return the JSON object at `key`; empty where there is another value, or none."""
     value = facts.get(key)
     return value if isinstance(value, dict) else {}

@@ -1,8 +1,8 @@
-"""One job a run: the file `lock` in the run's folder tells who holds it, and shows signs of life.
+"""The lock of a run: the file `lock` in its folder names the job that holds it.
 
-A parallel file system need not have file locks, and a job that is killed takes nothing back. So the lock is a file that
-is made only where there was none; its holder touches it now and then; and it counts as left behind when its holder is
-known to be gone, or has shown no sign of life for long.
+A parallel file system need not have file locks, and a killed job removes nothing. So the lock is a
+file that is created only where there was none, and its holder touches it every BEAT_SECONDS. The
+lock is stale once its holder is known to be gone, or after DEAD_SECONDS without a touch.
 """
 
 import json
@@ -18,23 +18,24 @@ from typing import Any
 
 from mpillm.errors import UsageError
 from mpillm.launch.current_job import CurrentJob
+from mpillm.runs.folder import LOCK
 
-LOCK = "lock"
-# Metadata of a parallel file system may be late by some seconds; a lost holder should not cost long.
+# Metadata of a parallel file system may be late by some seconds, so a few beats must be missed; a
+# lost holder should block the run for no more than two minutes.
 BEAT_SECONDS = 15.0
 DEAD_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a run: rank 0 of its job."""
+    """The holder of a run: rank 0 of its job."""
 
     host: str
     pid: int
     born: str
-    """When the process began, as its kernel counts; a process number alone is given again."""
+    """The start time of the process, in its kernel's ticks: process numbers are used again."""
     system: str
-    """Which boot and which process namespace the two belong to."""
+    """The boot and the process namespace that pid and start time belong to."""
     since: str
     token: str
     job: CurrentJob | None = None
@@ -57,8 +58,10 @@ def this_process(job: CurrentJob | None) -> Holder:
 
 
 def is_gone(holder: Holder, me: Holder, silent_seconds: float) -> bool:
-    """Whether `holder` no longer runs, as far as `me` can know: its process is gone from this very system, its batch
-    job was started anew, as `me`, or it was silent for long.
+    """Return whether `holder` no longer runs, as far as `me` can know.
+
+    Its process is gone from this same system, or its batch job was started again, as `me`, or
+    `silent_seconds` are more than DEAD_SECONDS.
     """
     if holder.system == me.system:
         return _born(holder.pid) != holder.born
@@ -72,7 +75,7 @@ def is_gone(holder: Holder, me: Holder, silent_seconds: float) -> bool:
 
 
 class RunLock:
-    """The lock of the run in `folder`, taken. One process a job makes it, and lets it go with `release`."""
+    """The lock of the run in `folder`, taken by one process of a job until `release`."""
 
     def __init__(self, folder: Path, job: CurrentJob | None) -> None:
         """Raises UsageError, naming the holder, where another job holds the run."""
@@ -97,11 +100,12 @@ class RunLock:
             if self._make():
                 return
             holder = read_holder(folder)
-            if not _left_behind(folder, holder, self._me):
+            if not _is_stale(folder, holder, self._me):
+                name = holder.describe() if holder else "a job that begins just now"
                 raise UsageError(
-                    f"the run {folder} is held by {holder.describe() if holder else 'a job that begins just now'}; "
-                    "wait for it, end it, or name another train.run (one that died elsewhere is free "
-                    f"{DEAD_SECONDS:g} s after its last sign of life)"
+                    f"the run {folder} is held by {name}; wait for it, end it, or name another "
+                    "train.run (the lock of a job that died on another host expires "
+                    f"{DEAD_SECONDS:g} s after its last update)"
                 )
             self._set_aside(holder)
         raise UsageError(
@@ -114,26 +118,26 @@ class RunLock:
         except FileExistsError:
             return False
         except OSError as failure:
-            raise UsageError(
-                f"cannot make {self._path}: {failure.strerror}; free some space there"
-            ) from failure
+            raise self._unwritable("make", failure) from failure
         try:
             with file:
                 json.dump(asdict(self._me), file)
         except OSError as failure:
             self._path.unlink()
-            raise UsageError(
-                f"cannot write {self._path}: {failure.strerror}; free some space there"
-            ) from failure
+            raise self._unwritable("write", failure) from failure
         return True
 
+    def _unwritable(self, verb: str, failure: OSError) -> UsageError:
+        return UsageError(f"cannot {verb} {self._path}: {failure.strerror}; free some space there")
+
     def _set_aside(self, judged: Holder | None) -> None:
-        """Take away the lock that was found to be left behind; of several jobs that do so at once one succeeds."""
+        """Remove a stale lock, `judged`; of several jobs that do so at once one succeeds."""
+        # rename(2) is atomic: only one job can move the stale file, and it can look again at it.
         aside = self._path.with_name(f".{LOCK}.{self._me.token}.left")
         with suppress(FileNotFoundError):
             self._path.rename(aside)
             if _read(aside) != judged:
-                # Somebody else was faster, and this is the lock of that one.
+                # Another job was faster, and this is its lock: put it back.
                 aside.rename(self._path)
             else:
                 aside.unlink()
@@ -145,12 +149,16 @@ class RunLock:
 
 
 def read_holder(folder: Path) -> Holder | None:
-    """Who holds, or held, the run in `folder`; None where there is no lock, or none that can be read."""
+    """Read the holder from the run's lock; None without a lock that can be read."""
     return _read(folder / LOCK)
 
 
 def silent_seconds(folder: Path) -> float:
-    """How long the lock's holder has shown no sign of life, by the clock of the file system itself."""
+    """Return the seconds since the holder last touched the lock.
+
+    The file system's own clock decides, for the clocks of two hosts may differ: a probe file is
+    made next to the lock.
+    """
     probe = folder / f".{LOCK}.{uuid.uuid4().hex}.now"
     try:
         probe.touch()
@@ -163,14 +171,14 @@ def silent_seconds(folder: Path) -> float:
 
 
 def live_holder(folder: Path) -> Holder | None:
-    """Who holds the run in `folder` now, as far as can be known from here."""
+    """Return the job that holds the run in `folder` now, as far as this host can know."""
     holder = read_holder(folder)
-    return None if holder is None or _left_behind(folder, holder, this_process(None)) else holder
+    return None if holder is None or _is_stale(folder, holder, this_process(None)) else holder
 
 
-def _left_behind(folder: Path, holder: Holder | None, me: Holder) -> bool:
-    """Whether the lock in `folder` is of a `holder` that is gone; of one that cannot be read (None) silence tells."""
-    # Silence is asked for by a file that is made, so only where it counts.
+def _is_stale(folder: Path, holder: Holder | None, me: Holder) -> bool:
+    """Return whether the lock in `folder` is stale. An unreadable one (None) expires by its age."""
+    # Its age costs a probe file, so it is measured only where it counts.
     silence = 0.0 if holder is not None and holder.system == me.system else silent_seconds(folder)
     return silence >= DEAD_SECONDS if holder is None else is_gone(holder, me, silence)
 
@@ -185,7 +193,7 @@ def _read(path: Path) -> Holder | None:
 
 
 def modified(path: Path) -> float:
-    """When a file was last written, in unix seconds; 0 where it is not there."""
+    """Return when a file was last written, in unix seconds; 0 without a file."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -193,8 +201,9 @@ def modified(path: Path) -> float:
 
 
 def _born(pid: int) -> str:
-    """The start time of a process, "" where none runs: proc(5), fields 3 and 22 of stat. One that ended and that nobody
-    asked for (Z) does not run.
+    """Return the start time of a process, "" where it does not run: proc(5), fields 3 and 22.
+
+    A zombie (Z) does not run.
     """
     try:
         fields = (

@@ -1,4 +1,7 @@
-"""Where a run stands, from the files in its folder alone: read once, without torch, MPI or the job's help."""
+"""The state of a run, read once from the files in its folder.
+
+Needs neither torch nor MPI nor the job itself.
+"""
 
 import math
 import time
@@ -11,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.errors import UsageError
+from mpillm.runs.folder import HISTORY, JOB, LOCK, METRICS, RECIPE
 from mpillm.runs.history import KILLED, RUNNING, Attempt, attempts, object_at, read_history
-from mpillm.runs.history_writer import HISTORY
-from mpillm.runs.lock import LOCK, Holder, live_holder, modified
-from mpillm.runs.metrics import METRICS, RECIPE, read_metrics
-from mpillm.runs.submit import JOB, read_job
+from mpillm.runs.lock import Holder, live_holder, modified
+from mpillm.runs.metrics import read_metrics
+from mpillm.runs.submit import read_job
 from mpillm.weights.places import CHECKPOINTS, INDEX, checkpoint_folders
 
 SUBMITTED, UNKNOWN, FINISHED = "submitted", "unknown", "finished"
-# Steps that stand for how it goes now.
+# Enough steps for a median that one slow step does not move.
 RECENT = 50
 Columns = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A checkpoint that lies in the run's folder."""
+class KeptCheckpoint:
+    """A checkpoint in the run's folder."""
 
     folder: Path
     step: int
@@ -37,24 +40,26 @@ class Kept:
 
 @dataclass(frozen=True)
 class RunState:
+    """What the files of a run's folder say of it, at one moment."""
+
     run: Path
     name: str
     now: float
-    """When it was read, in unix seconds."""
+    """The time of reading, in unix seconds."""
     state: str
-    """running, finished, stopped, failed, killed (without a word), submitted, or unknown: no history tells."""
+    """running, finished, stopped, failed, killed (no end on record), submitted, or unknown."""
     reason: str
     holder: str
-    """Who holds the run's lock and gives signs of life; empty where nobody does."""
+    """The live holder of the run's lock; empty without one."""
     steps: Columns
     """The metrics of each step, a column a key, NaN where a step has none."""
     evaluations: Columns
     attempts: tuple[Attempt, ...]
-    checkpoints: tuple[Kept, ...]
+    checkpoints: tuple[KeptCheckpoint, ...]
     """The oldest first."""
     recipe: Mapping[str, Any]
     job: Mapping[str, Any]
-    """As `mpillm submit` wrote it; empty where nobody submitted the run."""
+    """The file of `mpillm submit`; empty where the run was not submitted."""
 
     @property
     def step(self) -> int:
@@ -63,18 +68,18 @@ class RunState:
 
     @property
     def goal(self) -> int:
-        """Steps that are wanted; 0 where nothing tells."""
-        wanted = object_at(self.recipe, "train").get("steps") or (
+        """Steps that the recipe asks for; 0 where that is unknown."""
+        steps = object_at(self.recipe, "train").get("steps") or (
             self.attempts[-1].facts.get("steps") if self.attempts else 0
         )
-        return wanted if isinstance(wanted, int) else 0
+        return steps if isinstance(steps, int) else 0
 
     @property
     def steps_left(self) -> int:
         return max(0, self.goal - self.step)
 
     def recent(self, key: str) -> list[float]:
-        """The finite values of the last steps, of the newest attempt alone if it has any."""
+        """Return the finite values of the last steps, of the newest attempt if it has any."""
         first = self.attempts[-1].first_step if self.attempts else 0
         steps, values = self.steps.get("step", ()), self.steps.get(key, ())
         tail = list(zip(steps, values, strict=False))[-RECENT:]
@@ -83,7 +88,7 @@ class RunState:
 
 
 def read_run(run: Path, now: float | None = None) -> RunState:
-    """Read a run's folder, be it at work or not. Raises UsageError where there is no run."""
+    """Read a run's folder, while it trains or after. Raises UsageError for another folder."""
     check_run(run)
     now = time.time() if now is None else now
     metrics = list(read_metrics(run / METRICS))
@@ -93,7 +98,7 @@ def read_run(run: Path, now: float | None = None) -> RunState:
     reached = int(steps["step"][-1]) if steps else 0
     holder, tried = _attempts(run, reached, now)
     if tried and tried[-1].how == KILLED:
-        # Between a look at the lock and one at the history a job may have begun or ended.
+        # A job may have begun or ended after the lock was read and before the history was.
         holder, tried = _attempts(run, reached, now)
     state, reason = _state(tried, holder is not None, reached, recipe, job)
     return RunState(
@@ -106,21 +111,23 @@ def read_run(run: Path, now: float | None = None) -> RunState:
         steps,
         evaluations,
         tuple(tried),
-        tuple(kept(run)),
+        tuple(kept_checkpoints(run)),
         recipe,
         job,
     )
 
 
 def check_run(run: Path) -> None:
-    """Raise UsageError, with the way out, where `run` is no run's folder."""
+    """Raise UsageError where `run` is not a run's folder, with the folder to name instead."""
     if not run.exists():
         raise UsageError(
-            f"there is no run {run}; name the folder that a recipe's train.run names, such as runs/quickstart"
+            f"there is no folder {run}; name the one that a recipe's train.run names, "
+            "such as runs/quickstart"
         )
     if not run.is_dir():
         raise UsageError(
-            f"{run} is a file; name the run's folder (a recipe's train.run, such as runs/quickstart)"
+            f"{run} is a file; name the run's folder "
+            "(a recipe's train.run, such as runs/quickstart)"
         )
     if (run / INDEX).exists() and run.parent.name == CHECKPOINTS:
         raise UsageError(
@@ -128,13 +135,16 @@ def check_run(run: Path) -> None:
         )
     if not any((run / name).exists() for name in (METRICS, HISTORY, CHECKPOINTS, RECIPE, JOB)):
         raise UsageError(
-            f"{run} is no run: it holds none of {METRICS}, {HISTORY}, {CHECKPOINTS}/, {RECIPE} and {JOB}; "
-            "name the folder that a recipe's train.run names"
+            f"{run} is not a run's folder: it holds none of {METRICS}, {HISTORY}, {CHECKPOINTS}/, "
+            f"{RECIPE} and {JOB}; name the folder that a recipe's train.run names"
         )
 
 
 def columns(lines: Iterable[Mapping[str, Any]]) -> dict[str, "array[float]"]:
-    """Objects turned into a column a key; what has no number is NaN. Lines without a step are left out."""
+    """Turn objects into one column a key, with NaN for a missing number.
+
+    Skips lines without a step.
+    """
     found: dict[str, array[float]] = {}
     count = 0
     for line in lines:
@@ -156,21 +166,21 @@ def _fill(column: "array[float]", length: int) -> None:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The sections of a resolved recipe; empty where it cannot be read."""
+    """Read the sections of a resolved recipe; empty where it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def kept(run: Path) -> list[Kept]:
-    """The checkpoints of a run, the oldest first. One that is removed meanwhile is left out."""
+def kept_checkpoints(run: Path) -> list[KeptCheckpoint]:
+    """List the checkpoints of a run, the oldest first; skip one that is removed meanwhile."""
     found = []
     for step, folder in checkpoint_folders(run / CHECKPOINTS).items():
         try:
             size = sum(file.stat().st_size for file in folder.iterdir())
             found.append(
-                Kept(
+                KeptCheckpoint(
                     folder,
                     step,
                     size,
@@ -183,7 +193,7 @@ def kept(run: Path) -> list[Kept]:
 
 
 def _attempts(run: Path, reached: int, now: float) -> tuple[Holder | None, list[Attempt]]:
-    """Who holds the run, and the attempts at it."""
+    """Return the live holder of the run, and the attempts at it."""
     holder = live_holder(run)
     sign = now if holder else max(modified(run / LOCK), modified(run / METRICS))
     tried = attempts(
@@ -199,13 +209,13 @@ def _state(
     recipe: Mapping[str, Any],
     job: Mapping[str, Any],
 ) -> tuple[str, str]:
-    """(state, reason)."""
+    """Decide (state, reason)."""
     if tried:
         return tried[-1].how, tried[-1].reason
     if alive:
         return RUNNING, ""
     if reached:
-        # An mpillm before the history was kept.
+        # An early mpillm wrote metrics and no history.
         return (
             FINISHED if reached >= object_at(recipe, "train").get("steps", math.inf) else UNKNOWN
         ), ""

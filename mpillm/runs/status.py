@@ -1,4 +1,4 @@
-"""What `mpillm status` tells: where a run stands, how fast it goes, and what to do next."""
+"""`mpillm status`: the state of a run, its speed, and the next command."""
 
 import json
 import math
@@ -12,24 +12,26 @@ from typing import Any
 from mpillm.errors import MpillmError
 from mpillm.launch.schedulers import is_over
 from mpillm.launch.walltime import clock_time
+from mpillm.runs.folder import JOB_RECIPE, RECIPE
 from mpillm.runs.history import KILLED, RUNNING, Attempt
-from mpillm.runs.metrics import RECIPE
-from mpillm.runs.state import FINISHED, SUBMITTED, UNKNOWN, Kept, RunState, read_run
-from mpillm.runs.submit import RECIPE as SUBMITTED_RECIPE
+from mpillm.runs.state import FINISHED, SUBMITTED, UNKNOWN, KeptCheckpoint, RunState, read_run
 from mpillm.system.console import Console, clock
 
 Ask = Callable[[str, str], str]
-"""(scheduler, job id) → what the scheduler says of the job, in a word; empty where it says nothing."""
-# What a job was asked with, besides its size, and would be asked with again.
-KEPT = ("partition", "account", "threads", "gpus-per-node")
-# More names than these are counted, not told.
+"""(scheduler, job id) → the scheduler's word for the state of the job; empty without one."""
+# Options of the last submission that the next one repeats, next to its size.
+REPEATED = ("partition", "account", "threads", "gpus-per-node")
+# Further names are counted and not listed.
 MOST_HOSTS = 4
 
 
 def print_status(
     run: Path, console: Console, as_json: bool = False, ask: Ask | None = None
 ) -> None:
-    """Print where a run stands, as a table or as one JSON object. Raises UsageError where there is no run."""
+    """Print the state of a run, as a table or as one JSON object.
+
+    Raises UsageError for another folder than a run's.
+    """
     found = run_figures(read_run(run), ask)
     if as_json:
         console.write(json.dumps(_plain(found), ensure_ascii=False) + "\n")
@@ -37,45 +39,45 @@ def print_status(
         console.facts(str(run), facts(found))
 
 
-def run_figures(standing: RunState, ask: Ask | None = None) -> dict[str, Any]:
-    """Where a run stands, as plain values: seconds, bytes, unix seconds; None for what nothing tells."""
-    last = standing.attempts[-1] if standing.attempts else None
-    job = dict(standing.job) or (last.job if last else {})
+def run_figures(run_state: RunState, ask: Ask | None = None) -> dict[str, Any]:
+    """Return the state of a run as plain values: seconds, bytes, unix seconds; None if unknown."""
+    last = run_state.attempts[-1] if run_state.attempts else None
+    job = dict(run_state.job) or (last.job if last else {})
     job_state = _asked(job, ask)
-    step_seconds = _median(standing.recent("step_seconds"))
+    step_seconds = _median(run_state.recent("step_seconds"))
     deadline = last.facts.get("deadline") if last and last.how == RUNNING else None
-    newest = standing.checkpoints[-1] if standing.checkpoints else None
+    newest = run_state.checkpoints[-1] if run_state.checkpoints else None
     return {
-        "run": str(standing.run),
-        "state": standing.state,
-        "reason": standing.reason,
-        "holder": standing.holder,
+        "run": str(run_state.run),
+        "state": run_state.state,
+        "reason": run_state.reason,
+        "holder": run_state.holder,
         "job": {**{key: job.get(key) for key in ("scheduler", "id", "output")}, "state": job_state}
         if job
         else None,
-        "step": standing.step,
-        "steps": standing.goal or None,
-        "loss": _last(standing.steps.get("loss", ())),
-        "recent_loss": _mean(standing.recent("loss")),
-        "validation_loss": _last(standing.evaluations.get("validation_loss", ())),
-        "validation_step": _count(standing.evaluations.get("step", ())),
-        "tokens": _count(standing.steps.get("tokens", ())),
-        "tokens_per_second": _median(standing.recent("tokens_per_second")),
+        "step": run_state.step,
+        "steps": run_state.goal or None,
+        "loss": _last(run_state.steps.get("loss", ())),
+        "recent_loss": _mean(run_state.recent("loss")),
+        "validation_loss": _last(run_state.evaluations.get("validation_loss", ())),
+        "validation_step": _count(run_state.evaluations.get("step", ())),
+        "tokens": _count(run_state.steps.get("tokens", ())),
+        "tokens_per_second": _median(run_state.recent("tokens_per_second")),
         "step_seconds": step_seconds,
-        "seconds_left": step_seconds * standing.steps_left
-        if step_seconds is not None and standing.goal
+        "seconds_left": step_seconds * run_state.steps_left
+        if step_seconds is not None and run_state.goal
         else None,
-        "seconds_to_deadline": deadline - standing.now
+        "seconds_to_deadline": deadline - run_state.now
         if isinstance(deadline, int | float)
         else None,
-        "checkpoint": _checkpoint(newest, standing.now),
-        "attempts": [_attempt(attempt) for attempt in standing.attempts],
-        "next": next_thing(standing, newest, job_state),
+        "checkpoint": _checkpoint(newest, run_state.now),
+        "attempts": [_attempt(attempt) for attempt in run_state.attempts],
+        "next": next_step(run_state, newest, job_state),
     }
 
 
 def facts(found: Mapping[str, Any]) -> dict[str, str]:
-    """The rows of the table; what nothing tells is left out."""
+    """Write the rows of the table; leave out unknown values."""
     rows = {
         "state": state_text(found),
         "job": _job_text(found["job"]),
@@ -91,40 +93,43 @@ def facts(found: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in rows.items() if text}
 
 
-def next_thing(standing: RunState, newest: Kept | None, job_state: str) -> str:
-    """What is to be done next, by whom."""
-    run, state = standing.run, standing.state
-    if state == RUNNING or standing.holder:
-        return f"it goes on by itself; mpillm report {run} draws it"
+def next_step(run_state: RunState, newest: KeptCheckpoint | None, job_state: str) -> str:
+    """Name the next command, or say that none is needed."""
+    run, state = run_state.run, run_state.state
+    if state == RUNNING or run_state.holder:
+        return f"it continues by itself; mpillm report {run} draws it"
     if state == FINISHED:
         return f"mpillm evaluate {run}, mpillm generate {run} --prompt TEXT, mpillm report {run}"
     if job_state and not is_over(job_state):
-        return "the job goes on by itself"
-    log = f"look into {standing.job.get('output') or 'what the job printed'}, then "
-    mend = {"failed": "mend what failed, then ", KILLED: log}.get(state, "")
-    on = (
-        f"goes on from step {newest.step:,}"
+        return "the job continues by itself"
+    log = f"read {run_state.job.get('output') or 'the output of the job'}, then "
+    first = {"failed": "repair the failure, then ", KILLED: log}.get(state, "")
+    start = (
+        f"continues from step {newest.step:,}"
         if newest
         else "begins at step 1: no checkpoint was saved yet"
     )
-    return f"{mend}{_way_on(standing)} {on}"
+    return f"{first}{_resume_command(run_state)} {start}"
 
 
-def _way_on(standing: RunState) -> str:
-    """The command that goes on with the run, on as many nodes and ranks as before."""
-    job = standing.job
-    # Before training began there is the job's recipe alone.
-    path = standing.run / (RECIPE if (standing.run / RECIPE).exists() else SUBMITTED_RECIPE)
+def _resume_command(run_state: RunState) -> str:
+    """Write the command that resumes the run, on as many nodes and ranks as before."""
+    job = run_state.job
+    # Before training began only the job's recipe is there.
+    path = run_state.run / (RECIPE if (run_state.run / RECIPE).exists() else JOB_RECIPE)
     recipe = shlex.quote(str(path))
     if isinstance(job.get("nodes"), int) and isinstance(job.get("seconds"), int):
-        size = f"--nodes {job['nodes']} --ranks-per-node {job.get('ranks_per_node')} --time {clock_time(job['seconds'])}"
+        size = (
+            f"--nodes {job['nodes']} --ranks-per-node {job.get('ranks_per_node')} "
+            f"--time {clock_time(job['seconds'])}"
+        )
         asked = "".join(
             f" --{key} {shlex.quote(str(job[key.replace('-', '_')]))}"
-            for key in KEPT
+            for key in REPEATED
             if job.get(key.replace("-", "_"))
         )
         return f"mpillm submit {recipe} {size}{asked} --resume"
-    ranks = standing.attempts[-1].facts.get("ranks") if standing.attempts else None
+    ranks = run_state.attempts[-1].facts.get("ranks") if run_state.attempts else None
     launcher = f"mpirun -n {ranks} " if isinstance(ranks, int) and ranks > 1 else ""
     return f"{launcher}mpillm train {recipe} --resume"
 
@@ -135,23 +140,23 @@ def _asked(job: Mapping[str, Any], ask: Ask | None) -> str:
     try:
         return ask(str(job["scheduler"]), str(job["id"]))
     except MpillmError:
-        # The run's own files tell the rest.
+        # A batch system that does not answer must not hide the run's own files.
         return ""
 
 
 def host_names(names: Sequence[str]) -> str:
-    """`n1, n2`, and of many the first few and how many more."""
+    """Write `n1, n2`, or the first few of many and the number of the others."""
     more = len(names) - MOST_HOSTS
     return ", ".join(names[:MOST_HOSTS]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def moment(seconds: float) -> str:
-    """Unix seconds → `2026-11-26 14:00:00`, as the clock here shows it."""
+    """Write unix seconds as `2026-11-26 14:00:00` in local time."""
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def state_text(found: Mapping[str, Any]) -> str:
-    """The state in a phrase: where, since when, why. `found`: of `figures`."""
+    """Write the state in a phrase: where, since when, why. `found` comes from `run_figures`."""
     state, reason = str(found["state"]), f": {found['reason']}" if found["reason"] else ""
     last = found["attempts"][-1] if found["attempts"] else None
     held = (
@@ -162,14 +167,14 @@ def state_text(found: Mapping[str, Any]) -> str:
     if state == SUBMITTED:
         return f"submitted, not started yet{held}"
     if state == UNKNOWN:
-        return f"unknown: an mpillm that keeps no history trained it, or nobody did{held}"
+        return f"unknown: it has no history (never trained, or by an early mpillm){held}"
     if last is None:
         return f"{state} {found['holder']}".rstrip()
     if state == RUNNING:
         where = f" on {host_names(last['hosts'])}" if last["hosts"] else ""
         return f"running{where} since {moment(last['began'])} ({clock(last['seconds'])})"
     if state == KILLED:
-        return f"killed without a word; last sign {moment(last['ended'])}{held}"
+        return f"killed, no end on record; last trace {moment(last['ended'])}{held}"
     return f"{state} {moment(last['ended'])}{reason}{held}"
 
 
@@ -246,7 +251,7 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
     }
 
 
-def _checkpoint(newest: Kept | None, now: float) -> dict[str, Any] | None:
+def _checkpoint(newest: KeptCheckpoint | None, now: float) -> dict[str, Any] | None:
     if newest is None:
         return None
     age = max(0.0, now - newest.written)
@@ -275,7 +280,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity: null stands for them."""
+    """Replace NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

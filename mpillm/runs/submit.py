@@ -1,34 +1,36 @@
-"""`mpillm submit`: a recipe, a site and a few numbers become a batch job."""
+"""`mpillm submit`: make a batch job from a recipe, a site file and a few numbers."""
 
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mpillm.errors import UsageError
-from mpillm.launch.batch_script import BatchJob, render, stop_seconds_for
+from mpillm.launch.batch_script import BatchJob, render_script, stop_seconds_for
 from mpillm.launch.current_job import END_VARIABLES, RESTART_VARIABLES
-from mpillm.launch.locking import hdf5_file_locking
-from mpillm.launch.schedulers import SCHEDULERS, find_scheduler, hand_over, is_over, job_state
+from mpillm.launch.schedulers import SCHEDULERS, find_scheduler, is_over, job_state, submit_script
 from mpillm.launch.site import Site
 from mpillm.launch.walltime import seconds_of
-from mpillm.machine.mounts import Mount, read_mounts
+from mpillm.machine.mounts import Mount, hdf5_file_locking, read_mounts
+from mpillm.runs.folder import JOB, JOB_RECIPE, JOB_SCRIPT, METRICS
 from mpillm.runs.lock import live_holder
 from mpillm.system.atomic import make_folder, write_json, write_text
 from mpillm.system.console import Console, clock, counted
+from mpillm.weights.places import CHECKPOINTS
 
-SCRIPT, RECIPE, JOB = "job.sh", "job.toml", "job.json"
-# What a run leaves that has begun; train, which names them, is a floor above.
-TRACES = ("metrics.jsonl", "checkpoints")
+# A run that has begun leaves one of these.
+BEGUN = (METRICS, CHECKPOINTS)
 
 
 @dataclass(frozen=True)
 class SubmitOptions:
+    """The options of `mpillm submit`. Raises UsageError for a number that no job can have."""
+
     nodes: int
     ranks_per_node: int
     time: str
@@ -39,7 +41,7 @@ class SubmitOptions:
     name: str = ""
     """Empty: the recipe's."""
     threads: int = 0
-    """Per rank; 0: the node's cores shared out, as the site tells them, else 1."""
+    """Per rank; 0: the node's cores divided by its ranks, or 1 where the site file has none."""
     gpus_per_node: int | None = None
     """None: as the site has."""
     stage: bool = False
@@ -49,10 +51,23 @@ class SubmitOptions:
     dry_run: bool = False
     as_json: bool = False
 
+    def __post_init__(self) -> None:
+        sizes = {"--nodes": self.nodes, "--ranks-per-node": self.ranks_per_node}
+        for name, count in sizes.items():
+            if count < 1:
+                raise UsageError(f"{name} is a number from 1, and not {count}")
+        if min(self.threads, self.max_restarts, self.gpus_per_node or 0) < 0:
+            raise UsageError("--threads, --gpus-per-node and --max-restarts are numbers from 0")
+
+    @property
+    def ranks(self) -> int:
+        """The ranks of the whole job."""
+        return self.nodes * self.ranks_per_node
+
 
 @dataclass(frozen=True)
 class SubmittedRecipe:
-    """What submit needs of a recipe, which it cannot read itself: train is a floor above."""
+    """The part of a recipe that a job needs; train, which reads recipes, is a floor above."""
 
     name: str
     run: str
@@ -62,27 +77,25 @@ class SubmittedRecipe:
     """The whole resolved recipe, as TOML."""
 
 
-def submit(
+def submit_run(
     options: SubmitOptions,
     recipe: SubmittedRecipe,
     site: Site,
     console: Console,
     environment: Mapping[str, str],
-    check_ranks: Callable[[int], None] | None = None,
 ) -> None:
-    """Write RUN/job.toml and RUN/job.sh, hand the script to the batch system, and note the job in RUN/job.json.
+    """Write RUN/job.toml and RUN/job.sh, submit the script, and record the job in RUN/job.json.
 
-    With `dry_run` print the script and leave no trace. `check_ranks` raises where the recipe's layout does not fit so
-    many ranks. Raises UsageError for what can't be asked for, LaunchError with the batch system's words.
+    With `dry_run` print the script and write nothing. The caller has checked that the recipe's
+    mesh fits `options.ranks`. Raises UsageError for a job that cannot be, and LaunchError with the
+    batch system's own words.
     """
     scheduler = find_scheduler(
         site.scheduler if options.scheduler == "auto" else options.scheduler, environment
     )
     site = _with_environment(site, environment)
     job = make_job(options, recipe, site, Path.cwd(), read_mounts())
-    script = render(scheduler, job, site)
-    if check_ranks:
-        check_ranks(job.ranks)
+    script = render_script(scheduler, job, site)
     run = Path(job.run)
     _check_unused(run, options.resume)
     if options.dry_run:
@@ -90,24 +103,25 @@ def submit(
         return
     _check_here(run, job, site, environment)
     make_folder(run)
-    write_text(run / RECIPE, recipe.text)
-    write_text(run / SCRIPT, script)
+    write_text(run / JOB_RECIPE, recipe.text)
+    write_text(run / JOB_SCRIPT, script)
     if not options.as_json:
         console.write(script)
-    # Those of a job around this one are not the new job's.
+    # The end and the restarts of a job around this process are not those of the new job.
     kept = {
         name: value
         for name, value in environment.items()
         if name not in (*END_VARIABLES, *RESTART_VARIABLES)
     }
-    facts = _facts(scheduler, job, hand_over(scheduler, job.run, kept))
+    facts = _facts(scheduler, job, submit_script(scheduler, job.run, kept))
     write_json(run / JOB, facts)
     if options.as_json:
         console.write(_as_json(scheduler, job, script, facts))
     else:
         console.say(
-            f"job {facts['id']} is submitted to {SCHEDULERS[scheduler].title}: {counted(job.nodes, 'node')} × "
-            f"{counted(job.ranks_per_node, 'rank')} × {counted(job.threads, 'thread')} for {clock(job.seconds)}\n"
+            f"job {facts['id']} is submitted to {SCHEDULERS[scheduler].title}: "
+            f"{counted(job.nodes, 'node')} × {counted(job.ranks_per_node, 'rank')} × "
+            f"{counted(job.threads, 'thread')} for {clock(job.seconds)}\n"
             f"its output: {facts['output']}"
         )
 
@@ -119,24 +133,22 @@ def make_job(
     folder: Path,
     mounts: Sequence[Mount],
 ) -> BatchJob:
-    """The job that is asked for, its numbers checked against the site's nodes. `folder`: where paths start.
+    """Make the job that `options` ask for, checked against the site's nodes.
 
-    Raises UsageError.
+    Relative paths of the recipe start at `folder`. Raises UsageError.
     """
-    for name, count in (("--nodes", options.nodes), ("--ranks-per-node", options.ranks_per_node)):
-        if count < 1:
-            raise UsageError(f"{name} is a number from 1, and not {count}")
-    if min(options.threads, options.max_restarts, options.gpus_per_node or 0) < 0:
-        raise UsageError("--threads, --gpus-per-node and --max-restarts are numbers from 0")
     threads = options.threads or max(1, site.cores_per_node // options.ranks_per_node)
     _check_cores(options, site, threads)
     gpus = site.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
     if site.gpus_per_node and gpus > site.gpus_per_node:
         raise UsageError(
-            f"--gpus-per-node {gpus}: a node has {site.gpus_per_node}, as the site file tells"
+            f"--gpus-per-node {gpus}: a node has {site.gpus_per_node} by the site file; "
+            "ask for fewer"
         )
     seconds = seconds_of(options.time)
-    run, data = (os.path.abspath(folder / path) for path in (recipe.run, recipe.data))  # noqa: PTH100 # keeps links
+    # Path.resolve would replace links, which other nodes may see differently.
+    whole = os.path.abspath
+    run, data = whole(folder / recipe.run), whole(folder / recipe.data)
     program = site.program or (
         (f"{site.environment}/bin/python" if site.environment else sys.executable),
         "-m",
@@ -149,7 +161,7 @@ def make_job(
         name=options.name or job_name(recipe.name),
         run=run,
         folder=str(folder),
-        command=(*program, "train", f"{run}/{RECIPE}", "--resume", *profile),
+        command=(*program, "train", f"{run}/{JOB_RECIPE}", "--resume", *profile),
         nodes=options.nodes,
         ranks_per_node=options.ranks_per_node,
         threads=threads,
@@ -168,7 +180,7 @@ def make_job(
 
 
 def job_name(text: str) -> str:
-    """A recipe's name as a job's name: what no batch system takes becomes a hyphen."""
+    """Turn a recipe's name into a job's name: characters that a system may refuse become `-`."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text, flags=re.ASCII).strip("-._")[:15] or "mpillm"
 
 
@@ -176,22 +188,23 @@ def _check_cores(options: SubmitOptions, site: Site, threads: int) -> None:
     wanted = options.ranks_per_node * threads
     if site.cores_per_node and wanted > site.cores_per_node and not options.oversubscribe:
         raise UsageError(
-            f"{options.ranks_per_node} ranks × {threads} threads need {wanted} cores a node, and the site file's "
-            f"nodes have {site.cores_per_node}; lower --ranks-per-node or --threads, or say --oversubscribe"
+            f"{options.ranks_per_node} ranks × {threads} threads need {wanted} cores a node, and "
+            f"the site file's nodes have {site.cores_per_node}; lower --ranks-per-node or "
+            "--threads, or say --oversubscribe"
         )
 
 
 def _check_unused(run: Path, resume: bool) -> None:
     if run.exists() and not run.is_dir():
         raise UsageError(f"the run {run} is a file; name another train.run")
-    if not resume and any((run / trace).exists() for trace in TRACES):
+    if not resume and any((run / name).exists() for name in BEGUN):
         raise UsageError(
-            f"{run} holds a run already; --resume goes on with it, or name another train.run"
+            f"{run} holds a run already; --resume continues it, or name another train.run"
         )
 
 
 def _check_here(run: Path, job: BatchJob, site: Site, environment: Mapping[str, str]) -> None:
-    """What would fail only after hours in the queue is refused now."""
+    """Refuse now a job that would fail only after hours in the queue."""
     if holder := live_holder(run):
         raise UsageError(f"the run {run} is held by {holder.describe()}; wait for it or end it")
     queued = read_job(run)
@@ -202,27 +215,28 @@ def _check_here(run: Path, job: BatchJob, site: Site, environment: Mapping[str, 
     )
     if state and not is_over(state):
         raise UsageError(
-            f"the run {run} is submitted already, as job {queued['id']} ({state}); wait for it or cancel it"
+            f"the run {run} is submitted already, as job {queued['id']} ({state}); "
+            "wait for it or cancel it"
         )
     if not Path(job.data).is_dir():
         raise UsageError(f"there is no folder {job.data} of data; `mpillm prepare` makes it")
     if site.environment and not os.access(f"{site.environment}/bin/python", os.X_OK):
         raise UsageError(
-            f"there is no Python in environment = {site.environment!r}; mend the site file"
+            f"there is no Python in environment = {site.environment!r}; correct the site file"
         )
 
 
 def read_job(run: Path) -> dict[str, Any]:
-    """What was noted of the run's newest job; empty where nothing was, or nothing that can be read."""
+    """Read the record of the run's newest job; empty without one that can be read."""
     try:
-        noted = json.loads((run / JOB).read_text(encoding="utf-8"))
+        recorded = json.loads((run / JOB).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return noted if isinstance(noted, dict) else {}
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def _with_environment(site: Site, environment: Mapping[str, str]) -> Site:
-    """Where the site names no environment, and no other way to start mpillm, the job runs in this one."""
+    """Let the job run in this environment where the site file names neither one nor a program."""
     here = (
         sys.prefix
         if sys.prefix != sys.base_prefix or (Path(sys.prefix) / "conda-meta").is_dir()
@@ -236,7 +250,7 @@ def _with_environment(site: Site, environment: Mapping[str, str]) -> Site:
 
 
 def _facts(scheduler: str, job: BatchJob, number: str) -> dict[str, Any]:
-    # pbs.sh replaces the line of "id".
+    # The template pbs.sh replaces the line of "id".
     return {
         "scheduler": scheduler,
         "id": number,
@@ -255,11 +269,11 @@ def _facts(scheduler: str, job: BatchJob, number: str) -> dict[str, Any]:
 
 
 def _as_json(scheduler: str, job: BatchJob, script: str, facts: Mapping[str, Any] | None) -> str:
-    told = {
+    value = {
         "scheduler": scheduler,
         "run": job.run,
         "command": list(job.command),
         "script": script,
         "job": facts,
     }
-    return json.dumps(told, ensure_ascii=False) + "\n"
+    return json.dumps(value, ensure_ascii=False) + "\n"

@@ -1,1 +1,1 @@
-"""What is this process? Its console, atomic files, HDF5 by byte offset, malloc, environment, PMIx, versions."""
+"""What is this process? Its console, atomic files, HDF5, malloc, environment, PMIx, versions."""

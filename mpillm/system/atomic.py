@@ -12,7 +12,10 @@ from mpillm.errors import UsageError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed, on failure removed."""
+    """Yield a temporary path next to `path`.
+
+    On success it is flushed to disk and renamed, on failure removed.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -34,7 +37,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def flush(path: Path) -> None:
-    """fsync a file or a folder: after this its contents (a folder: its names) survive a power cut."""
+    """Fsync a file or a folder: its contents (a folder: its names) then survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,10 +54,10 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".writable.{os.getpid()}"
         probe.touch()
-        probe.unlink(
-            missing_ok=True
-        )  # another node's process of the same number may have been first
+        # Another node's process of the same number may have removed it first.
+        probe.unlink(missing_ok=True)
     except OSError as failure:
         raise UsageError(
-            f"cannot write into the folder {path}: {failure.strerror}; choose a folder that you may write to"
+            f"cannot write into the folder {path}: {failure.strerror}; "
+            "choose a folder that you may write to"
         ) from failure

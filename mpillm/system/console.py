@@ -1,4 +1,4 @@
-"""How mpillm speaks: text, tables and progress, on rank 0 only, to people at a terminal and to batch logs alike."""
+"""The console: text, tables and progress on rank 0, for terminals and for batch logs."""
 
 import sys
 import time
@@ -12,15 +12,16 @@ import rich.progress
 import rich.table
 from rich.text import Text
 
-# A batch log wants a line now and then, not a bar redrawn ten times a second: soon at first, seldom in a long run.
+# A batch log gets a line at intervals, not a bar redrawn ten times a second. The interval grows, so
+# that a long run does not fill its log.
 LOG_INTERVAL_SECONDS = 5.0
 LONGEST_LOG_INTERVAL_SECONDS = 60.0
-# A file or a pipe has no width of its own: a table in it is as wide as its columns need, up to this.
+# A file or a pipe has no width: a table in it is as wide as its columns need, up to this.
 LOG_COLUMNS = 240
 
 
 class Progress:
-    """One long piece of work: `advance` it, with the figures that people want to watch."""
+    """A long piece of work: `advance` it, with the figures to watch."""
 
     def __init__(
         self, console: "Console", description: str, total: float, unit: str, start: float = 0
@@ -32,7 +33,7 @@ class Progress:
         self._said = ""
 
     def advance(self, amount: float = 1, **figures: str) -> None:
-        """Tell that `amount` more is done; `figures` (name=text) replace those shown before."""
+        """Record that `amount` more is done; `figures` (name=text) replace those shown before."""
         self._done += amount
         if figures:
             self._figures = "  ".join(f"{name} {text}" for name, text in figures.items())
@@ -68,7 +69,7 @@ class Progress:
 
 
 class _Bar(Progress):
-    """The same on a terminal: a bar drawn by rich."""
+    """Progress on a terminal: a bar drawn by rich."""
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class _Silent(Progress):
 
 
 class Console:
-    """Speaks where `speaks` is true (rank 0), and is silent elsewhere."""
+    """A console that prints where `speaks` is true (rank 0), and is silent elsewhere."""
 
     def __init__(
         self, speaks: bool = True, stream: TextIO | None = None, watched: bool | None = None
@@ -131,18 +132,18 @@ class Console:
             self.styled([("warning:", "yellow"), (f" {text}", "")])
 
     def styled(self, parts: Sequence[tuple[str, str]]) -> None:
-        """A line of parts, each with rich's name of its style, "" for none."""
+        """Print a line of parts, each with rich's name of its style, "" for none."""
         if self.speaks:
             self._out.print(Text.assemble(*parts))
 
     def write(self, text: str) -> None:
-        """Text as it is, without a line end: for output that streams."""
+        """Write text as it is, without a line end: for output that streams."""
         if self.speaks:
             self._stream.write(text)
             self._stream.flush()
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table whose first column is text and whose other columns are figures, set to the right."""
+        """Print a table: text in the first column, figures in the others, aligned to the right."""
         if not self.speaks:
             return
         table = rich.table.Table(title=Text(title), box=rich.box.SIMPLE_HEAD, title_justify="left")
@@ -153,7 +154,7 @@ class Console:
         self._out.print(table, soft_wrap=False)
 
     def facts(self, title: str, facts: Mapping[str, str]) -> None:
-        """A table of two columns without a head: a name and what it is."""
+        """Print a table of names and values, without a head."""
         if not self.speaks:
             return
         table = rich.table.Table(
@@ -184,19 +185,19 @@ class Console:
 
 
 def clock(seconds: float) -> str:
-    """75 → `1:15`, 7,500 → `2:05:00`."""
+    """Write 75 as `1:15` and 7,500 as `2:05:00`."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def counted(number: float, what: str) -> str:
-    """1 → `1 rank`, 3 → `3 ranks`, 2.5 → `2.5 ranks`."""
+    """Write 1 as `1 rank`, 3 as `3 ranks`, 2.5 as `2.5 ranks`."""
     return f"{number:g} {what}{'' if number == 1 else 's'}"
 
 
 def binary_bytes(count: float) -> str:
-    """1,536 → `1.5 KiB`."""
+    """Write 1,536 as `1.5 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"

@@ -1,8 +1,9 @@
-"""A process that is in no job: what launchers told its parent must not reach it."""
+"""The environment of a process outside of the job: without the launcher's variables."""
 
 from collections.abc import Mapping
 
-# How launchers tell a process that it is one of a job, by the beginnings of names; a user's own settings stay.
+# Beginnings of the variables by which a launcher makes a process a rank of a job. A user's own
+# settings, such as OMPI_MCA_pml, stay.
 LAUNCHERS = (
     "OMPI_COMM_",
     "OMPI_UNIVERSE_",
@@ -35,5 +36,8 @@ LAUNCHERS = (
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that is in no job: one that starts MPI would else take the place of its parent."""
+    """Return the environment without the launcher's variables.
+
+    A child that starts MPI with them would take the place of its parent in the job.
+    """
     return {name: value for name, value in environment.items() if not name.startswith(LAUNCHERS)}

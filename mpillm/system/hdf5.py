@@ -1,8 +1,8 @@
 """HDF5 files of contiguous arrays: laid out by h5py, written and read by byte offset.
 
-A contiguous HDF5 dataset is a plain run of bytes at a known place, so reading it by offset is as fast as a raw file
-(docs/notes.md), while h5ls, h5py, MATLAB and Julia still open it. Nothing here keeps an h5py handle open, so readers
-may be forked, pickled and used from threads.
+A contiguous HDF5 dataset is a plain run of bytes at a known offset. So reading it is as fast as a
+raw file, while h5ls, h5py, MATLAB and Julia still open it. Nothing here keeps an h5py handle open,
+so readers may be forked, pickled and used from threads.
 """
 
 import os
@@ -27,7 +27,7 @@ Bytes = bytes | bytearray | memoryview
 
 @dataclass(frozen=True)
 class Extent:
-    """Where an array lies in its file: `nbytes` bytes from byte `offset`, row-major, little-endian."""
+    """The place of an array in its file: `nbytes` from byte `offset`, row-major, little-endian."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Extent:
 def layout(
     path: Path, arrays: Mapping[str, tuple[Any, tuple[int, ...]]], attributes: Mapping[str, Any]
 ) -> dict[str, Extent]:
-    """Create the file at `path` with space for `arrays` (name → dtype, shape), and tell where each lies.
+    """Create the file at `path` with space for `arrays` (name → dtype, shape); return their places.
 
     The values are not written yet. No time stamps are stored, so equal contents give equal bytes.
     """
@@ -81,9 +81,9 @@ def _allocate(file: h5py.File, name: str, dtype: np.dtype[Any], shape: tuple[int
 
 
 def places(path: Path) -> tuple[dict[str, Extent], dict[str, Any]]:
-    """The arrays of the file and its root attributes, as HDF5 itself tells them.
+    """Read the places of the arrays, and the root attributes, by HDF5 itself.
 
-    Raises OSError if it is no HDF5 file or an array is not contiguous.
+    Raises OSError for another kind of file, and where an array is not contiguous.
     """
     found: dict[str, Extent] = {}
 
@@ -100,7 +100,7 @@ def _offset(dataset: h5py.Dataset, name: str) -> int:
     offset = dataset.id.get_offset()
     if offset is None and dataset.nbytes:
         raise OSError(
-            f"the array {name} is chunked, compact or never written, so it has no place to be read from; "
+            f"the array {name} is chunked, compact or never written, so it has no offset; "
             "store it contiguous"
         )
     return offset or 0
@@ -116,7 +116,10 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 
 
 def write_at(descriptor: int, values: np.ndarray[Any, Any], offset: int) -> None:
-    """Write the bytes of a C-contiguous array at `offset`. Raises OSError (ENOSPC on a full disk)."""
+    """Write the bytes of a C-contiguous array at `offset`.
+
+    Raises OSError, ENOSPC on a full disk.
+    """
     whole, done = octets(values), 0
     while done < len(whole):
         chunk = whole[done : done + LARGEST_CALL_BYTES]
@@ -124,7 +127,10 @@ def write_at(descriptor: int, values: np.ndarray[Any, Any], offset: int) -> None
 
 
 def read_at(descriptor: int, values: np.ndarray[Any, Any], offset: int) -> None:
-    """Fill a C-contiguous array from the bytes at `offset`. Raises EOFError when the file ends too early."""
+    """Fill a C-contiguous array from the bytes at `offset`.
+
+    Raises EOFError when the file ends too early.
+    """
     whole, done = octets(values), 0
     while done < len(whole):
         chunk = whole[done : done + LARGEST_CALL_BYTES]
@@ -135,14 +141,14 @@ def read_at(descriptor: int, values: np.ndarray[Any, Any], offset: int) -> None:
 
 
 def octets(values: np.ndarray[Any, Any]) -> memoryview:
-    """The memory of a C-contiguous array as bytes."""
+    """View the memory of a C-contiguous array as bytes."""
     return values.reshape(-1).view(np.uint8).data
 
 
 def block_hashes(
     values: np.ndarray[Any, Any], block_bytes: int
 ) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """xxh3-64 of each `block_bytes` bytes of a C-contiguous array (the last block may be short)."""
+    """Hash each `block_bytes` of a C-contiguous array by xxh3-64; the last block may be short."""
     whole = octets(values)
     starts = range(0, len(whole), block_bytes)
     return np.array(
@@ -151,5 +157,5 @@ def block_hashes(
 
 
 def digest(values: np.ndarray[Any, Any] | Bytes) -> str:
-    """xxh3-128 of the bytes, as 32 hexadecimal digits."""
+    """Hash the bytes by xxh3-128, as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(octets(values) if isinstance(values, np.ndarray) else values)

@@ -1,4 +1,4 @@
-"""Pages of memory: kept by this process once it has them, since to fault one in costs as much as to fill it."""
+"""Pages of memory: keep them in this process, for a page fault costs as much as a fill."""
 
 import ctypes
 
@@ -7,10 +7,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_pages() -> bool:
-    """From now on this process's C library keeps the memory that it frees, so that no page is faulted in twice.
+    """Make the C library keep the memory that it frees, so that no page is faulted in twice.
 
-    A training step frees and allocates its gradients, an MPI library room for each large call: without this they pay
-    for page faults again and again (docs/notes.md). False where there is no glibc.
+    A training step frees and allocates its gradients, and an MPI library buffers for each large
+    call: both would pay for page faults each time. Returns False without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return (

@@ -1,7 +1,7 @@
 """Find a plug-in by name: a catalogue's entry, or `package.module:Name` of a user's own package.
 
-Each kind of thing that can be added (verb, algorithm, schedule, architecture, task, metric, optimizer, check) has one
-catalogue: a read-only table of its names. There is no registration call.
+Each kind of plug-in (verb, algorithm, schedule, architecture, task, metric, optimizer, check) has
+one catalogue: a read-only table of its names. There is no registration call.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from mpillm.errors import UsageError
 
 
 def is_plugin(name: str) -> bool:
-    """Tell a plug-in's `package.module:Name` from a catalogue's name."""
+    """Distinguish a plug-in's `package.module:Name` from a catalogue's name."""
     module, colon, attribute = name.partition(":")
     return bool(colon) and all(part.isidentifier() for part in [*module.split("."), attribute])
 
@@ -21,8 +21,8 @@ def is_plugin(name: str) -> bool:
 def load_plugin(name: str, catalog: Mapping[str, str], what: str) -> Any:
     """Import the object that `name` names: an entry of `catalog`, or `package.module:Name`.
 
-    `what` is the kind of thing, for the message. Raises UsageError, with the nearest known name, where there is no such
-    entry, and with the reason where the module cannot be imported or lacks the attribute.
+    `what` is the kind of plug-in, for the message. Raises UsageError with the nearest known name
+    where there is no such entry. Raises it with the reason where the import fails.
     """
     target = catalog.get(name, name)
     if not is_plugin(target):
@@ -36,12 +36,12 @@ def load_plugin(name: str, catalog: Mapping[str, str], what: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ImportError as failure:
-        if (
-            name in catalog
-        ):  # an entry of ours: a package it needs is missing, which the caller explains
+        # An entry of the catalogue lacks a package, which the caller explains.
+        if name in catalog:
             raise
         raise UsageError(
-            f"the {what} {name} cannot be imported: {failure}; install its package, or set PYTHONPATH"
+            f"the {what} {name} cannot be imported: {failure}; "
+            "install its package, or set PYTHONPATH"
         ) from failure
     except AttributeError as failure:
         raise UsageError(f"the {what} {name}: module {module} has no {attribute}") from failure

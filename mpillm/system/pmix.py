@@ -1,4 +1,4 @@
-"""PMIx, by which Open MPI's ranks learn of one another: a meeting point before their first message."""
+"""PMIx, by which Open MPI's ranks find one another: a barrier before their first message."""
 
 import ctypes
 import os
@@ -11,15 +11,16 @@ COLLECT_DATA, BOOL = b"pmix.collect", 1
 
 
 def wait_until_all_began(ranks: int) -> None:
-    """Return once MPI_Init has returned on all `ranks` of MPI_COMM_WORLD; one alone waits for nobody.
+    """Wait until MPI_Init has returned on all `ranks` of MPI_COMM_WORLD; a lone rank returns.
 
-    Each calls it after its own MPI_Init, before its first message.
+    Each rank calls it after its own MPI_Init, before its first message.
 
-    A message that reaches a rank of Open MPI 5 within MPI_Init may end it with a segmentation fault (issue 12495 and
-    pull request 13559 of github.com/open-mpi/ompi). A barrier of PMIx at the end of MPI_Init should rule that out, but
-    Slurm's mpi/pmix makes none between nodes, unless the fence collects data: so this one does.
+    A message that reaches a rank of Open MPI 5 within MPI_Init may end it by SIGSEGV: issue 12495
+    and pull request 13559 of github.com/open-mpi/ompi. A PMIx barrier at the
+    end of MPI_Init should prevent that. Slurm's mpi/pmix makes none between nodes unless the fence
+    collects data, so this one does.
 
-    Returns at once where the process uses no PMIx: of other libraries nothing of the kind is known.
+    Returns at once without PMIx: the fault is not known of other libraries.
     """
     if ranks == 1:
         return

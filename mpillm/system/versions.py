@@ -1,4 +1,4 @@
-"""Which versions are at work: the first question of every bug report."""
+"""Versions of mpillm and its packages: the first question of every bug report."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +14,10 @@ def package_version(name: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Name → version of mpillm, the MPI library, the packages that matter, HDF5 and Python. Loads MPI and h5py."""
+    """Return name → version of mpillm, MPI, the main packages, HDF5 and Python.
+
+    Loads MPI and h5py.
+    """
     found = {name: package_version(name) for name in PACKAGES}
     import h5py
 

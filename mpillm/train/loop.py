@@ -21,9 +21,10 @@ from mpillm.launch.walltime import seconds_of
 from mpillm.machine.cluster_profile import Cluster
 from mpillm.parallel.data.same_weights import check_same
 from mpillm.parallel.step_plan import traffic_bytes
-from mpillm.runs.history_writer import HistoryWriter, last_save_seconds
+from mpillm.runs.folder import METRICS, PICTURE, RECIPE, TRACE
+from mpillm.runs.history import HistoryWriter, last_save_seconds
 from mpillm.runs.lock import RunLock
-from mpillm.runs.metrics import METRICS, RECIPE, TRACE, MetricsWriter, read_metrics
+from mpillm.runs.metrics import MetricsWriter, read_metrics
 from mpillm.system.atomic import write_text
 from mpillm.system.console import Console, Progress
 from mpillm.system.versions import package_version
@@ -144,7 +145,7 @@ class TrainingLoop:
             self._timing.write(self._folder / TRACE, self._console)
         if not reason:
             self._console.say(
-                f"finished: {self._last_saved}, {self._folder / METRICS}, {self._folder / 'loss.png'}"
+                f"finished: {self._last_saved}, {self._folder / METRICS}, {self._folder / PICTURE}"
             )
         return reason
 
@@ -156,7 +157,8 @@ class TrainingLoop:
                 write_text(self._folder / RECIPE, write_recipe(self._recipe))
             self._diary.started(self._done, self._facts())
             check_same(self._trainer.weights.values(), self._trainer.mesh.axis("data"))
-            record = MetricsWriter(self._folder, self._done, writes=self._comm.rank == 0)
+            writes = self._comm.rank == 0
+            record = MetricsWriter(self._folder, self._done, writes, self._console)
             if owed:
                 self._evaluate(record)
             with self._console.progress("train", steps, "steps", start=self._done) as progress:
@@ -172,7 +174,6 @@ class TrainingLoop:
             self._diary.ended("stopped" if reason else "finished", self._done, reason)
         finally:
             if record is not None:
-                record.draw()
                 record.close()
         return reason
 

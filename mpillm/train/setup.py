@@ -10,7 +10,7 @@ from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_clu
 from mpillm.machine.node_map import map_nodes
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.step_plan import make_mesh, plan_step
-from mpillm.runs.metrics import CLUSTER, METRICS
+from mpillm.runs.folder import CLUSTER, METRICS
 from mpillm.system.atomic import make_folder
 from mpillm.system.console import Console
 from mpillm.system.malloc import keep_pages

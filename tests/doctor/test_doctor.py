@@ -1,4 +1,4 @@
-"""`mpillm doctor` meets real faults, planted one at a time: it names each, says what to do, and leaves with 1."""
+"""`mpillm doctor` on real, planted faults: it names each with a remedy, and leaves with 1."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.usefixtures("processes")
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 TWO_HOSTS = Path(__file__).parents[1] / "fixtures" / "two_hosts.sh"
 TWO_HOSTS_UNAVAILABLE = 77
@@ -42,7 +42,7 @@ class Report:
         ]
 
     def fault(self, area, verdict, *words):
-        """The one finding of that verdict whose name or text holds all `words`; it must come with a way out."""
+        """Return the only finding of that verdict with all `words`; it must have a remedy."""
         fitting = [
             finding
             for finding in self.findings(area, verdict)
@@ -59,14 +59,13 @@ def doctor(python, folder):
     """Run `mpillm doctor --json ARGUMENTS…` in the folder `folder` and read its report."""
 
     def run(*arguments, **settings):
-        paths = () if any(str(argument).startswith("/") for argument in arguments) else (folder,)
-        return Report(python(*DOCTOR, "--json", *paths, *arguments, **({"PATH": PATH} | settings)))
+        return Report(python(*DOCTOR, "--json", folder, *arguments, **({"PATH": PATH} | settings)))
 
     return run
 
 
 def namespace(script, *kinds):
-    """A command that runs what follows it in namespaces of its own, after `script`; skips where they can't be had."""
+    """Make a command prefix that runs `script` and the rest in namespaces; skip without any."""
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     command = ["unshare", *user, *(f"--{kind}" for kind in kinds or ("mount",))]
     if (
@@ -78,7 +77,7 @@ def namespace(script, *kinds):
 
 
 def mpiruns():
-    """Every mpirun on PATH with what it says of itself."""
+    """Return every mpirun on PATH with its --version."""
     found = [
         Path(place) / "mpirun"
         for place in PATH.split(os.pathsep)
@@ -110,7 +109,7 @@ def test_healthy_ranks_have_no_error_and_one_voice(doctor, folder):
     (neighbours,) = report.findings("neighbours")
     assert "1 pair" in neighbours["found"]
     assert "GB/s" in neighbours["found"]
-    assert not list(folder.iterdir()), "nothing is left behind"
+    assert not list(folder.iterdir()), "no file is left"
 
 
 def test_the_table_is_readable_at_100_columns(python, folder):
@@ -133,27 +132,6 @@ def test_a_tiny_dev_shm(doctor, ranks):
     assert "remount,size=" in found["remedy"]
 
 
-def test_a_read_only_folder(doctor, folder):
-    before = namespace(f"mount -t tmpfs -o ro tmpfs {folder}")
-    found = doctor(folder, before=before).fault(
-        "folders", "error", str(folder), "read-only", "tmpfs"
-    )
-    assert "mounted for writing" in found["remedy"]
-
-
-def test_a_full_disk(doctor, folder):
-    fill = f"mount -t tmpfs -o size=1m tmpfs {folder} && ! dd if=/dev/zero of={folder}/all bs=64k 2>/dev/null"
-    report = doctor(folder, before=namespace(fill))
-    found = report.fault("folders", "error", str(folder), "full", "0 B free of 1.0 MiB")
-    assert "delete what is no longer needed" in found["remedy"]
-
-
-def test_a_disk_without_inodes(doctor, folder):
-    fill = f"mount -t tmpfs -o nr_inodes=2 tmpfs {folder} && touch {folder}/last"
-    found = doctor(folder, before=namespace(fill)).fault("folders", "error", "inodes")
-    assert "small files" in found["remedy"]
-
-
 def test_one_core_for_four_ranks(doctor):
     core = str(min(os.sched_getaffinity(0)))
     report = doctor(ranks=4, before=["taskset", "-c", core])
@@ -170,9 +148,8 @@ def test_a_missing_package(folder):
     for path in here.iterdir():
         if not path.name.lower().startswith("h5py"):
             (there / path.name).symlink_to(path)
-    for library in (here.parents[1]).glob(
-        "*mpi*"
-    ):  # mpi4py looks for the MPI of its own environment
+    # mpi4py loads the MPI of its own environment.
+    for library in here.parents[1].glob("*mpi*"):
         (there.parents[1] / library.name).symlink_to(library)
     program = [folder / "environment/bin/python", *DOCTOR, "--json", folder]
     done = subprocess.run(
@@ -210,9 +187,10 @@ int fcntl64(int fd, int command, ...) {
 """
 
 
-@pytest.fixture
-def no_locks(folder):
-    """A library that refuses every lock, as NFS does without its lock daemon."""
+@pytest.fixture(scope="module")
+def no_locks(tmp_path_factory):
+    """Build a library that refuses every lock, as NFS does without its lock daemon."""
+    folder = tmp_path_factory.mktemp("shim")
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("the shim that refuses locks needs a C compiler")
@@ -224,23 +202,81 @@ def no_locks(folder):
     return folder / "shim.so"
 
 
-def test_locking_is_refused(doctor, folder, no_locks):
-    report = doctor(folder, LD_PRELOAD=str(no_locks))
-    found = report.fault(
-        "folders", "warning", f"{folder}: locks", "locking refused", "flock", "fcntl", "ENOLCK"
+def profile_of_another_cluster(path):
+    name, version = MPI.get_vendor()
+    other = Cluster("Another Processor 9000", 128, name, ".".join(map(str, version)), 1, 128)
+    ClusterProfile("2024-01-01T00:00:00Z", other).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ill(python, tmp_path_factory, no_locks):
+    """Start once on a host with several faults, each in a folder or an option of its own."""
+    root = tmp_path_factory.mktemp("ill")
+    folders = {name: root / name for name in ("whole", "readonly", "full", "inodes")}
+    for folder in folders.values():
+        folder.mkdir()
+    mount = "mount -t tmpfs -o"
+    script = " && ".join(
+        [
+            f"{mount} ro tmpfs {folders['readonly']}",
+            f"{mount} size=1m tmpfs {folders['full']}",
+            f"! dd if=/dev/zero of={folders['full']}/all bs=64k 2>/dev/null",
+            f"{mount} nr_inodes=2 tmpfs {folders['inodes']}",
+            f"touch {folders['inodes']}/last",
+        ]
     )
+    done = python(
+        *DOCTOR,
+        "--json",
+        *folders.values(),
+        *("--hosts", "192.0.2.1"),
+        *("--profile", profile_of_another_cluster(root / "profile.json")),
+        before=namespace(script, "mount", "net"),
+        PATH=PATH,
+        LD_PRELOAD=str(no_locks),
+    )
+    return Report(done), folders
+
+
+def test_a_read_only_folder(ill):
+    report, folders = ill
+    found = report.fault("folders", "error", str(folders["readonly"]), "read-only", "tmpfs")
+    assert "mounted for writing" in found["remedy"]
+
+
+def test_a_full_disk(ill):
+    report, folders = ill
+    found = report.fault("folders", "error", str(folders["full"]), "full", "0 B free of 1.0 MiB")
+    assert "delete what is no longer needed" in found["remedy"]
+
+
+def test_a_disk_without_inodes(ill):
+    report, folders = ill
+    found = report.fault("folders", "error", str(folders["inodes"]), "inodes")
+    assert "small files" in found["remedy"]
+
+
+def test_locking_is_refused(ill):
+    report, folders = ill
+    name = f"{folders['whole']}: locks"
+    found = report.fault("folders", "warning", name, "locking refused", "flock", "fcntl", "ENOLCK")
     assert "export HDF5_USE_FILE_LOCKING=FALSE" in found["remedy"]
 
 
-def test_a_host_that_cannot_be_reached(doctor):
-    report = doctor("--hosts", "192.0.2.1", before=namespace("true", "net"))
-    found = report.fault("hosts", "error", "192.0.2.1", "cannot be reached", "unreachable")
+def test_a_host_that_cannot_be_reached(ill):
+    found = ill[0].fault("hosts", "error", "192.0.2.1", "cannot be reached", "unreachable")
     assert "ping 192.0.2.1" in found["remedy"]
+
+
+def test_a_stale_cluster_profile(ill):
+    found = ill[0].fault("cluster profile", "warning", "stale", "Another Processor 9000")
+    assert "mpillm bench all --save" in found["remedy"]
 
 
 @pytest.fixture(scope="module")
 def mistyped(python, tmp_path_factory):
-    """What doctor says when all of its options are wrong at once."""
+    """Start once with all options wrong."""
     folder = tmp_path_factory.mktemp("mistyped")
     (folder / "site.toml").write_text("colour = 'blue'\n")
     names = {"--profile": "none.json", "--site": "site.toml"}
@@ -289,19 +325,6 @@ def test_a_broken_site_file(mistyped):
     assert str(folder / "site.toml") in found["remedy"]
 
 
-def test_a_stale_cluster_profile(doctor, folder):
-    name, version = MPI.get_vendor()
-    other = Cluster("Another Processor 9000", 128, name, ".".join(map(str, version)), 1, 128)
-    ClusterProfile("2024-01-01T00:00:00Z", other).save(folder / "profile.json")
-    report = doctor("--profile", folder / "profile.json")
-    found = report.fault("cluster profile", "warning", "stale", "Another Processor 9000")
-    assert "mpillm bench all --save" in found["remedy"]
-    old = json.loads((folder / "profile.json").read_text()) | {"version": 0}
-    (folder / "profile.json").write_text(json.dumps(old))
-    report = doctor("--profile", folder / "profile.json", ranks=2)
-    report.fault("cluster profile", "warning", "stale", "version 0")
-
-
 def test_no_mpi_library(doctor, folder):
     """mpi4py that finds no library, as where the module is not loaded."""
     package = folder / "packages" / "mpi4py"
@@ -312,7 +335,7 @@ def test_no_mpi_library(doctor, folder):
     report = doctor(PYTHONPATH=path)
     found = report.fault("MPI", "error", "library", "cannot load MPI library")
     assert "module load" in found["remedy"]
-    assert report.findings("folders"), "all else is told too"
+    assert report.findings("folders"), "all else is reported too"
 
 
 def test_the_mpirun_of_another_mpi(python, folder):
@@ -332,7 +355,7 @@ def test_the_mpirun_of_another_mpi(python, folder):
 
 
 def test_processes_of_another_launcher():
-    """What the mpirun of the other MPI leaves in the environment of two processes that MPI does not join."""
+    """Two processes with the variables of the other MPI's mpirun, which MPI does not join."""
     launcher = (
         {"PMI_RANK": "{}", "PMI_SIZE": "2", "MPI_LOCALRANKID": "{}"}
         if OPEN_MPI
@@ -395,35 +418,43 @@ def test_a_pair_that_exchanges_no_message_is_told_and_not_waited_for(python, fol
     script.write_text(
         "from mpi4py import MPI\n"
         "from mpillm.errors import LaunchError\n"
-        "from mpillm.doctor.ring_links import measure\n"
+        "from mpillm.doctor.checks.ring_links import measure\n"
         "comm = MPI.COMM_WORLD\n"
         "try:\n"
         "    if comm.rank == 0:\n"
         "        measure(comm, ['a', 'b'], patience=0.5)\n"
         "except LaunchError as failure:\n"
-        "    print('told:', failure, flush=True)\n"
+        "    print('caught:', failure, flush=True)\n"
         "    comm.Abort(7)\n"
         "comm.Barrier()\n"
     )
     done = python(script, ranks=2)
     assert done.returncode != 0
-    assert "told: no message passed between ranks 0 and 1 within 0.5 s" in done.stdout, done.stderr
-
-
-def test_a_check_that_raises_on_one_rank_is_an_error_and_no_hang(python, folder):
-    """The probe for GPUs breaks down on one host's rank; here the kernel's name takes its part."""
-    script = folder / "broken.py"
-    script.write_text(
-        "import os, sys\n"
-        "from mpillm.system.console import Console\n"
-        "from mpillm.doctor.options import DoctorOptions, Probes\n"
-        "from mpillm.doctor.diagnose import doctor\n"
-        "from mpillm.comm.gpu.probe import probe\n"
-        "rank = int(os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK', 0)))\n"
-        "def fail(path, warn, cluster):\n    raise ZeroDivisionError('planted')\n"
-        "probes = Probes(probe, lambda comm: None, fail)\n"
-        "options = DoctorOptions((), profile=__import__('pathlib').Path('x.json'), as_json=True)\n"
-        "sys.exit(doctor(options, Console(speaks=rank == 0), probes, os.environ))\n"
+    assert "caught: no message passed between ranks 0 and 1 within 0.5 s" in done.stdout, (
+        done.stderr
     )
-    report = Report(python(script, ranks=2, PATH=PATH))
-    report.fault("cluster profile", "error", "ZeroDivisionError: planted")
+
+
+def test_checks_of_ones_own_and_one_that_raises(doctor, folder):
+    """Checks of a user's own: one that raises, and one whose messages work."""
+    (folder / "mychecks.py").write_text(
+        "from mpillm.doctor.check_base import Check\n"
+        "from mpillm.doctor.findings import Finding\n"
+        "class Broken(Check):\n"
+        "    name, area = 'broken', 'mine'\n"
+        "    def examine_host(self, host):\n"
+        "        raise ZeroDivisionError('planted')\n"
+        "class Count(Check):\n"
+        "    name, area = 'count', 'mine'\n"
+        "    def examine_ranks(self, world):\n"
+        "        ranks = world.comm.allreduce(1)\n"
+        "        return [Finding(self.area, self.name, 'ok', f'{ranks} ranks answer')]\n"
+    )
+    path = os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
+    mine = ["--check", "mychecks:Broken", "--check", "mychecks:Count"]
+    profile = profile_of_another_cluster(folder / "profile.json")
+    profile.write_text(json.dumps(json.loads(profile.read_text()) | {"version": 0}))
+    report = doctor(*mine, "--profile", profile, ranks=2, PYTHONPATH=path)
+    report.fault("cluster profile", "warning", "stale", "version 0")
+    report.fault("mine", "error", "broken", "ZeroDivisionError: planted")
+    assert [one["found"] for one in report.findings("mine", "ok")] == ["2 ranks answer"]

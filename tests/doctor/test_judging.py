@@ -1,30 +1,43 @@
-"""What doctor makes of facts: its judging, on plain values and on small trees of files as Linux lays them out."""
+"""The doctor's judgements, on plain values and on small trees of files as in /sys and /proc."""
 
 import errno
 import math
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpillm.doctor import (
+from mpillm.doctor.check_base import Check
+from mpillm.doctor.check_catalog import CHECKS
+from mpillm.doctor.checks import (
     batch_system,
+    cuda_aware,
+    dev_shm,
     folders,
     gpu_count,
     homogeneous,
-    host,
-    mpi_start,
-    network,
+    host_cores,
+    host_memory,
+    infiniband,
+    interfaces,
+    loaded_mpi,
+    mpirun,
+    process_limits,
+    profile_match,
     reach,
     ring_links,
     shared_folder,
+    site_file,
     software,
 )
+from mpillm.doctor.diagnose import load_checks
 from mpillm.doctor.findings import Finding, FindingRow, guarded, hosts_text, merge, ranged, worst
-from mpillm.doctor.findings_report import render, summary, tell
+from mpillm.doctor.findings_report import print_findings, report_lines, summary
+from mpillm.doctor.mpi_look import MpiLook, look_of
 from mpillm.doctor.subprocesses import Ended
 from mpillm.errors import UsageError
+from mpillm.machine.cluster_profile import Cluster, ClusterProfile
+from mpillm.machine.mpi_names import MpiName, named
 from mpillm.machine.topology import Topology
 from mpillm.system.console import Console
 from mpillm.system.environment import without_launcher
@@ -93,11 +106,11 @@ def test_a_check_that_raises_is_an_error_finding():
     ],
 )
 def test_what_mpi_libraries_and_launchers_call_themselves(says, library):
-    assert mpi_start.named(says).text == library
+    assert named(says).text == library
 
 
 @pytest.mark.parametrize(
-    ("mpirun", "started", "verdict"),
+    ("says", "started", "verdict"),
     [
         ("HYDRA build details:\n Version: 4.2", False, "error"),
         ("HYDRA build details:\n Version: 4.2", True, "warning"),
@@ -106,21 +119,19 @@ def test_what_mpi_libraries_and_launchers_call_themselves(says, library):
         ("something else", False, "ok"),
     ],
 )
-def test_mpirun_and_library_agree(mpirun, started, verdict):
-    look = mpi_start.Look(mpi_start.MpiName("Open MPI", "5.0.11"), mpirun="/opt/mpi/bin/mpirun")
-    found = mpi_start.judge_mpirun(
-        look, mpi_start.Mpirun("/usr/bin/mpirun", mpi_start.named(mpirun)), False, started
-    )
+def test_mpirun_and_library_agree(says, started, verdict):
+    look = MpiLook(MpiName("Open MPI", "5.0.11"), mpirun="/opt/mpi/bin/mpirun")
+    found = mpirun.judge_mpirun(look, mpirun.Mpirun("/usr/bin/mpirun", named(says)), False, started)
     assert found.verdict == verdict
     assert verdict == "ok" or "/opt/mpi/bin/mpirun" in found.remedy
 
 
-def test_hydra_starts_its_kin():
-    look = mpi_start.Look(mpi_start.MpiName("Intel MPI", "2021.11"))
+def test_hydra_starts_its_family():
+    look = MpiLook(MpiName("Intel MPI", "2021.11"))
     assert (
-        mpi_start.judge_mpirun(
+        mpirun.judge_mpirun(
             look,
-            mpi_start.Mpirun("/usr/bin/mpirun", mpi_start.MpiName("MPICH", "4.2")),
+            mpirun.Mpirun("/usr/bin/mpirun", MpiName("MPICH", "4.2")),
             False,
             False,
         ).verdict
@@ -129,11 +140,8 @@ def test_hydra_starts_its_kin():
 
 
 def test_without_mpirun_ranks_are_the_batch_systems_to_start():
-    assert (
-        mpi_start.judge_mpirun(mpi_start.Look(), mpi_start.Mpirun(), False, False).verdict
-        == "warning"
-    )
-    assert mpi_start.judge_mpirun(mpi_start.Look(), mpi_start.Mpirun(), True, False).verdict == "ok"
+    assert mpirun.judge_mpirun(MpiLook(), mpirun.Mpirun(), False, False).verdict == "warning"
+    assert mpirun.judge_mpirun(MpiLook(), mpirun.Mpirun(), True, False).verdict == "ok"
 
 
 def test_an_mpi_that_does_not_start_is_told_with_its_signal_and_its_words():
@@ -143,19 +151,17 @@ def test_an_mpi_that_does_not_start_is_told_with_its_signal_and_its_words():
         (None, "did not end in time"),
         (15, "left with code 15: no pmi"),
     ):
-        found = mpi_start.judge_library(mpi_start.look_of(Ended(code, library, "---\nno pmi\n")))
+        found = loaded_mpi.judge_library(look_of(Ended(code, library, "---\nno pmi\n")))
         assert [one.verdict for one in found] == ["ok", "error"]
         assert word in found[1].found
         assert found[1].remedy
-    (missing,) = mpi_start.judge_library(
-        mpi_start.look_of(
-            Ended(1, "", "Traceback …\n  line\nRuntimeError: cannot load MPI library\n")
-        )
+    (missing,) = loaded_mpi.judge_library(
+        look_of(Ended(1, "", "Traceback …\n  line\nRuntimeError: cannot load MPI library\n"))
     )
     assert "RuntimeError: cannot load MPI library" in missing.found
-    good = mpi_start.judge_library(mpi_start.look_of(Ended(0, library + '{"thread_level": 3}\n')))
+    good = loaded_mpi.judge_library(look_of(Ended(0, library + '{"thread_level": 3}\n')))
     assert [one.verdict for one in good] == ["ok", "ok"]
-    assert mpi_start.judge_threads(1).verdict == "warning"
+    assert loaded_mpi.judge_threads(1).verdict == "warning"
 
 
 def test_needs_come_from_metadata_lines():
@@ -164,11 +170,13 @@ def test_needs_come_from_metadata_lines():
         "torch >= 2.5 ; python_version > '3'",
         "mpich>=4.2; extra == 'mpich'",
         "rich",
+        "tensorboard>=2.10; extra == 'train'",
     ]
     assert software.needs_of(lines) == (
         software.Need("h5py", "3.10"),
-        software.Need("torch", "2.5"),
+        software.Need("torch", "2.5", optional=True),
         software.Need("rich", ""),
+        software.Need("tensorboard", "2.10", optional=True),
     )
     python, needs = software.requirements()
     assert python == "3.11"
@@ -191,15 +199,18 @@ def test_versions_are_compared_by_their_numbers(version, lowest, older):
 def test_packages_too_old_and_missing():
     needs = (
         software.Need("h5py", "3.10"),
-        software.Need("torch", "2.5"),
+        software.Need("torch", "2.5", optional=True),
         software.Need("rich", ""),
+        software.Need("numpy", "2"),
     )
     found = software.judge_packages(
-        needs, {"h5py": "3.9", "torch": "not installed", "rich": "15.0"}
+        needs, {"h5py": "3.9", "torch": "not installed", "rich": "15.0", "numpy": "not installed"}
     )
-    assert [one.verdict for one in found] == ["ok", "error", "error"]
+    assert [one.verdict for one in found] == ["ok", "error", "ok", "error"]
     assert found[1].remedy == "pip install --upgrade 'h5py>=3.10'"
-    assert found[2].remedy == "pip install 'torch>=2.5'"
+    assert found[2].found.startswith("not installed; `mpillm train`")
+    assert found[2].remedy == "pip install 'mpillm[train]'"
+    assert found[3].remedy == "pip install 'numpy>=2'"
     assert software.judge_python("3.9.1", "3.11").verdict == "error"
 
 
@@ -213,15 +224,15 @@ def test_a_module_that_takes_its_process_down_is_named_and_the_next_still_tried(
     assert found["json"].failure == found["math"].failure == ""
     assert found["crashing"].failure == "the process was killed by SIGILL"
     assert found["absent"].failure.startswith("ModuleNotFoundError")
-    kernel = software.judge_kernel("mpillm.comm.kernel", found["crashing"])
+    kernel = software.judge_kernel(found["crashing"])
     assert kernel.verdict == "error"
     assert "build it on this machine" in kernel.remedy
 
 
 def test_builds_of_torch():
-    assert software.build_of({"cuda": "12.8", "hip": ""}) == "CUDA 12.8"
-    assert software.build_of({"cuda": "", "hip": "6.2"}) == "ROCm 6.2"
-    assert software.build_of({}) == "CPU"
+    assert gpu_count.build_of({"cuda": "12.8", "hip": ""}) == "CUDA 12.8"
+    assert gpu_count.build_of({"cuda": "", "hip": "6.2"}) == "ROCm 6.2"
+    assert gpu_count.build_of({}) == "CPU"
 
 
 FOUR_CORES = Topology({cpu: cpu % 4 for cpu in range(8)}, dict.fromkeys(range(8), 0), {})
@@ -241,7 +252,7 @@ FOUR_CORES = Topology({cpu: cpu % 4 for cpu in range(8)}, dict.fromkeys(range(8)
     ],
 )
 def test_ranks_want_cores(masks, allowed, threads, verdict):
-    found = host.judge_cores(host.cores_of(masks, FOUR_CORES, allowed, threads))
+    found = host_cores.judge_cores(host_cores.cores_of(masks, FOUR_CORES, allowed, threads))
     assert found.verdict == verdict, found
     assert bool(found.remedy) == (verdict != "ok")
 
@@ -258,21 +269,31 @@ def test_ranks_want_cores(masks, allowed, threads, verdict):
     ],
 )
 def test_shared_memory(total, free, ranks, verdict):
-    found = host.judge_shared(host.SharedMemory(total, free), ranks)
+    found = dev_shm.judge_shared(dev_shm.SharedMemory(total, free), ranks)
     assert found.verdict == verdict, found
     assert bool(found.remedy) == (verdict != "ok")
 
 
 def test_limits():
-    few = host.judge_limits(host.Limits(256, 64 * 1024), 2, infiniband=True)
+    few = process_limits.judge_limits(
+        process_limits.ProcessLimits(256, 64 * 1024), 2, infiniband=True
+    )
     assert [one.verdict for one in few] == ["warning", "error"]
     assert "ulimit -n" in few[0].remedy
     assert "ulimit -l unlimited" in few[1].remedy
     assert [
-        one.verdict for one in host.judge_limits(host.Limits(1024, 64), 2, infiniband=False)
+        one.verdict
+        for one in process_limits.judge_limits(
+            process_limits.ProcessLimits(1024, 64), 2, infiniband=False
+        )
     ] == ["ok"]
-    assert host.judge_limits(host.Limits(1024, -1), 5000, infiniband=True)[0].verdict == "warning"
-    assert host.judge_locked(host.UNLIMITED).verdict == "ok"
+    assert (
+        process_limits.judge_limits(process_limits.ProcessLimits(1024, -1), 5000, infiniband=True)[
+            0
+        ].verdict
+        == "warning"
+    )
+    assert process_limits.judge_locked(process_limits.UNLIMITED).verdict == "ok"
 
 
 def test_memory_and_its_control_group(tmp_path):
@@ -282,12 +303,12 @@ def test_memory_and_its_control_group(tmp_path):
     group = tmp_path / "sys/fs/cgroup/job/step"
     group.mkdir(parents=True)
     (group / "memory.max").write_text("max\n")
-    assert host.read_memory(tmp_path) == host.HostMemory(8 * GIB, 8 * GIB, 6 * GIB)
+    assert host_memory.read_memory(tmp_path) == host_memory.HostMemory(8 * GIB, 8 * GIB, 6 * GIB)
     (group.parent / "memory.max").write_text(f"{2 * GIB}\n")
-    memory = host.read_memory(tmp_path)
+    memory = host_memory.read_memory(tmp_path)
     assert memory.limit == 2 * GIB
-    assert host.judge_memory(memory, 2).verdict == "ok"
-    crowded = host.judge_memory(memory, 3)
+    assert host_memory.judge_memory(memory, 2).verdict == "ok"
+    crowded = host_memory.judge_memory(memory, 3)
     assert crowded.verdict == "warning"
     assert "control group" in crowded.found
 
@@ -316,7 +337,7 @@ def test_infiniband_ports(tmp_path, states, verdict, word):
         "mlx5_0",
         **{f"p{number}": (state, "100 Gb/sec (4X EDR)") for number, state in enumerate(states)},
     )
-    found = network.judge_ports(network.read_ports(tmp_path))
+    found = infiniband.judge_ports(infiniband.read_ports(tmp_path))
     assert found.verdict == verdict
     assert word in found.found
     assert ("subnet manager" in found.remedy) == ("INIT" in states)
@@ -332,43 +353,47 @@ def test_interfaces(tmp_path):
         (tmp_path / name / "operstate").write_text(state + "\n")
         (tmp_path / name / "speed").write_text(speed + "\n")
     (tmp_path / "eth1/device").mkdir()
-    found = network.judge_interfaces(network.read_interfaces(tmp_path), 2)
+    found = interfaces.judge_interfaces(interfaces.read_interfaces(tmp_path), 2)
     assert (found.verdict, found.found) == ("ok", "eth1 down, ib0 200 Gb/s")
-    assert network.judge_interfaces((), 2).verdict == "warning"
-    assert network.judge_interfaces((), 1).verdict == "ok"
-    assert network.read_interfaces(tmp_path / "none") == ()
+    assert interfaces.judge_interfaces((), 2).verdict == "warning"
+    assert interfaces.judge_interfaces((), 1).verdict == "ok"
+    assert interfaces.read_interfaces(tmp_path / "none") == ()
 
 
 @pytest.mark.parametrize(
-    ("names", "devices", "wanted", "build", "verdict", "word"),
+    ("names", "visible", "wanted", "build", "verdict", "word"),
     [
         (["A"] * 4, 4, 4, "CUDA 12.8", "ok", "4 × A"),
         (["A"] * 3, 3, 4, "CUDA 12.8", "error", "3 × A, where 4 should be by the site file"),
         ([], 2, None, "CPU", "warning", "can use 0 of 2 GPUs"),
         ([], 0, None, "CPU", "ok", "none"),
         (["A"], 1, 0, "CUDA 12.8", "error", "where 0 should be"),
+        ([], 2, None, "", "ok", "2 visible; torch is not installed"),
+        ([], 2, 4, "", "error", "where 4 should be"),
+        ([], 0, None, "", "ok", "none"),
     ],
 )
-def test_gpus(names, devices, wanted, build, verdict, word):
+def test_gpus(names, visible, wanted, build, verdict, word):
+    devices = [f"cuda {number}" for number in range(visible)]
     found = gpu_count.judge_gpus(names, devices, wanted, build, "the site file")
     assert found.verdict == verdict
     assert word in found.found
-    assert ("install torch" in found.remedy) == (build == "CPU" and devices > 0)
+    assert ("install torch" in found.remedy) == (build == "CPU" and visible > 0)
 
 
 def test_cuda_awareness_is_told():
-    assert gpu_count.judge_aware({"messages": True, "allreduce": True}).verdict == "ok"
+    assert cuda_aware.judge_aware({"messages": True, "allreduce": True}).verdict == "ok"
     assert (
         "through the host: allreduce"
-        in gpu_count.judge_aware({"messages": True, "allreduce": False}).found
+        in cuda_aware.judge_aware({"messages": True, "allreduce": False}).found
     )
-    assert gpu_count.judge_aware({"messages": False, "allreduce": False}).verdict == "warning"
+    assert cuda_aware.judge_aware({"messages": False, "allreduce": False}).verdict == "warning"
 
 
 @pytest.mark.parametrize("number", [*folders.FAILURES, errno.ENOSPC, errno.EIO])
 def test_each_failure_of_a_folder_has_a_way_out(number):
     (found,) = folders.judge_folder(
-        folders.Folder("/x", "nfs4", GIB, 0, None, (number, "write")), {}
+        folders.TriedFolder("/x", "nfs4", GIB, 0, None, (number, "write")), {}
     )
     assert found.verdict == "error"
     assert found.remedy
@@ -376,9 +401,9 @@ def test_each_failure_of_a_folder_has_a_way_out(number):
 
 
 def test_a_folder_that_hangs_is_slow_or_short_of_room():
-    (hung,) = folders.judge_folder(folders.Folder("/x", "nfs4", hung=30), {})
+    (hung,) = folders.judge_folder(folders.TriedFolder("/x", "nfs4", hung=30), {})
     assert "no answer from its file system (nfs4) within 30 s" in hung.found
-    slow = folders.Folder(
+    slow = folders.TriedFolder(
         "/x", "lustre", GIB, MIB, None, None, 0, 8.0, 0.1, {"flock": "ENOSYS", "fcntl": "kept"}, 1
     )
     room, rate, locks, stripes = folders.judge_folder(slow, {})
@@ -390,9 +415,11 @@ def test_a_folder_that_hangs_is_slow_or_short_of_room():
     assert folders.judge_locks(slow, {"HDF5_USE_FILE_LOCKING": "FALSE"}).verdict == "ok"
     assert (
         "not kept"
-        in folders.judge_locks(folders.Folder("/x", locks={"fcntl": "granted twice"}), {}).found
+        in folders.judge_locks(
+            folders.TriedFolder("/x", locks={"fcntl": "granted twice"}), {}
+        ).found
     )
-    assert folders.judge_stripes(folders.Folder("/x", stripes=-1)).verdict == "ok"
+    assert folders.judge_stripes(folders.TriedFolder("/x", stripes=-1)).verdict == "ok"
 
 
 def test_a_folder_that_some_hosts_do_not_share():
@@ -451,7 +478,7 @@ def test_the_odd_host_is_named():
 
 @given(st.integers(2, 70))
 def test_each_pair_of_the_ring_once_and_each_rank_once_a_round(ranks):
-    rounds = ring_links.rounds(ranks)
+    rounds = ring_links.ring_rounds(ranks)
     assert len(rounds) <= 3
     for pairs in rounds:
         busy = [rank for pair in pairs for rank in pair]
@@ -480,21 +507,51 @@ def test_a_pair_far_behind_its_like_is_named():
     assert [one.name for one in mixed] == ["within a host", "between hosts"]
 
 
-def test_profiles_and_sites():
-    def stale(path, warn, cluster):
-        warn(
-            f"the profile {path} is of another cluster (processor 'a', not 'b'): ignored; make one with X"
-        )
+def test_profiles(tmp_path):
+    here = Cluster("Fast 1", 8, "Open MPI", "5.0", 1, 8)
+    path = tmp_path / "p.json"
+    missing = profile_match.judge_profile(path, here)
+    assert (missing.verdict, missing.name) == ("error", "unusable")
+    assert missing.found == f"there is no profile {path}"
+    assert missing.remedy.startswith("make one with `mpirun")
+    ClusterProfile("2026-01-01T00:00:00Z", here).save(path)
+    assert profile_match.judge_profile(path, here).verdict == "ok"
+    stale = profile_match.judge_profile(path, Cluster("Slow 2", 8, "Open MPI", "5.0", 1, 8))
+    assert (stale.verdict, stale.name) == ("warning", "stale")
+    assert "another cluster (processor 'Fast 1', not 'Slow 2')" in stale.found
+    assert stale.remedy == missing.remedy
 
-    def missing(path, warn, cluster):
-        raise UsageError(f"there is no profile {path}; make one with X")
 
-    found = batch_system.judge_profile(Path("p.json"), stale, None)
-    assert (found.verdict, found.remedy) == ("warning", "make one with X")
-    found = batch_system.judge_profile(Path("p.json"), missing, None)
-    assert (found.verdict, found.found) == ("error", "there is no profile p.json")
-    assert batch_system.judge_profile(Path("p.json"), lambda *given: object(), None).verdict == "ok"
+def test_sites_and_batch_systems(tmp_path):
     assert batch_system.judge_systems({}, None).verdict == "ok"
+    path = tmp_path / "site.toml"
+    path.write_text("colour = 'blue'\n")
+    broken = site_file.judge_site(site_file.read_site(None, {"MPILLM_SITE": str(path)}))
+    assert (broken.verdict, "colour" in broken.found) == ("error", True)
+    assert broken.remedy == f"correct {path}; jobs/sites has examples"
+    path.write_text("gpus_per_node = 4\n")
+    reading = site_file.read_site(path, {})
+    assert (reading.site.gpus_per_node, site_file.judge_site(reading).verdict) == (4, "ok")
+    none = site_file.judge_site(site_file.read_site(None, {"HOME": str(tmp_path)}))
+    assert none.found.startswith("none, or an empty one")
+    reading = site_file.SiteReading(failure="No module named 'pydantic'", package_missing=True)
+    assert site_file.judge_site(reading).verdict == "warning"
+
+
+class OwnCheck(Check):
+    """A check of a user's own, named as a plug-in."""
+
+    name, area = "own", "mine"
+
+
+def test_the_catalogue_and_a_check_of_ones_own():
+    checks = load_checks([f"{__name__}:OwnCheck"])
+    assert len(checks) == len(CHECKS) + 1
+    assert checks[-1].examine_job(None) == ()
+    places = [(check.area, check.name) for check in checks]
+    assert len(set(places)) == len(places)
+    with pytest.raises(UsageError, match="no check is called 'memroy', did you mean memory"):
+        load_checks(["memroy"])
 
 
 def test_a_process_in_no_job_keeps_the_users_settings():
@@ -521,7 +578,7 @@ ROWS = [
 
 
 def test_the_report_groups_by_area_names_hosts_and_fits():
-    text = ["".join(part for part, _ in line) for line in render(ROWS, ["n1", "n2", "n3"])]
+    text = ["".join(part for part, _ in line) for line in report_lines(ROWS, ["n1", "n2", "n3"])]
     assert [line for line in text if not line.startswith(" ")] == [
         "software",
         "host",
@@ -536,6 +593,6 @@ def test_the_report_groups_by_area_names_hosts_and_fits():
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_the_exit_code_is_of_errors_alone(as_json, capsys):
-    assert tell(ROWS, {"n1": {}}, as_json, Console()) == 1
-    assert tell(ROWS[1:], {"n1": {}}, as_json, Console()) == 0
-    assert tell(ROWS, {"n1": {}}, as_json, Console(speaks=False)) == 1
+    assert print_findings(ROWS, {"n1": {}}, as_json, Console()) == 1
+    assert print_findings(ROWS[1:], {"n1": {}}, as_json, Console()) == 0
+    assert print_findings(ROWS, {"n1": {}}, as_json, Console(speaks=False)) == 1

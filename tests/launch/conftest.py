@@ -1,4 +1,4 @@
-"""A real Slurm for tests/launch: two nodes of three cores, made of namespaces by tests/fixtures/minicluster.py."""
+"""A real Slurm for tests/launch: two nodes of three cores, by tests/fixtures/minicluster.py."""
 
 import re
 import shutil
@@ -18,7 +18,8 @@ UNAVAILABLE = 77
 CPUS = 3
 PATIENCE_SECONDS = 240.0
 OVER = ("CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
-# All nodes are one machine: what would notice that is told not to, and ranks that wait yield their core.
+# All nodes are one machine: MPI must not use shared memory between them, and ranks that wait yield
+# their core.
 ONE_MACHINE = {
     "OMPI_MCA_pml": "ob1",
     "OMPI_MCA_mpi_yield_when_idle": "1",
@@ -46,7 +47,7 @@ class Slurm:
         )
 
     def run(self, *command: str | Path, timeout: float = PATIENCE_SECONDS) -> Done:
-        """A command on the head, from where jobs are submitted."""
+        """Run a command on the head node, where jobs are submitted."""
         return self.cluster("exec", *command, timeout=timeout)
 
     def mpillm(self, *arguments: str | Path, timeout: float = PATIENCE_SECONDS) -> Done:
@@ -54,7 +55,7 @@ class Slurm:
         return self.run(sys.executable, "-m", "mpillm", *arguments, timeout=timeout)
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm knows of a job: JobState, Restarts, ExitCode, Reason …"""
+        """Return the facts of a job: JobState, Restarts, ExitCode, Reason …"""
         told = self.run("scontrol", "--oneliner", "show", "job", number)
         assert told.returncode == 0, told.stderr
         return dict(re.findall(r"(\S+?)=(\S*)", told.stdout))
@@ -79,7 +80,7 @@ class Slurm:
             time.sleep(1)
 
     def outputs(self) -> str:
-        """What all jobs have said, for a test that fails."""
+        """Collect the output of all jobs, for a test that fails."""
         return "\n".join(
             f"== {path}\n{path.read_text()}" for path in sorted(self.folder.glob("**/job-*.out"))
         )
@@ -87,7 +88,7 @@ class Slurm:
 
 @pytest.fixture(scope="session")
 def slurm(python: Callable[..., Done]) -> Iterator[Slurm]:
-    """Two nodes, n1 and n2, of three cores each. Skips where there is no Slurm, or no namespaces."""
+    """Start two nodes, n1 and n2, of three cores each; skip without Slurm or namespaces."""
     # Not with mkdtemp's mode, and not below TMPDIR, of which each node has its own.
     folder = Path(tempfile.mkdtemp(prefix="mpillm-slurm-"))
     up = subprocess.Popen(

@@ -10,18 +10,20 @@ from typing import Any
 import pytest
 
 from mpillm.errors import UsageError
-from mpillm.launch.batch_script import BatchJob, render, stop_seconds_for
-from mpillm.launch.locking import hdf5_file_locking
+from mpillm.launch.batch_script import BatchJob, render_script, stop_seconds_for
 from mpillm.launch.quoting import Verbatim, finalize, quote
 from mpillm.launch.schedulers import SCHEDULERS
 from mpillm.launch.site import Site, load_site
-from mpillm.machine.mounts import mounts_of
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "jobs" / "sites").glob("*.toml"))
-NASTY = 'it\'s a "$(touch CANARY)" `touch CANARY` \\ * ~ {a,b} !x #x -x ü “q” ‘r’ \u00a0 & ; | > CANARY $HOME'
+NASTY = (
+    'it\'s a "$(touch CANARY)" `touch CANARY` \\ * ~ {a,b} !x #x -x ü “q” ‘r’ \u00a0 & ; | '
+    "> CANARY $HOME"
+)
 
-# The options that a script uses, as documented: sbatch(1) of Slurm 23.11; qsub(1B) of the PBS Professional 2022 User's
-# Guide, "Submitting a PBS Job" and "Allocating Resources"; bsub of IBM Spectrum LSF 10.1's command reference.
+# The options of the scripts, as documented: sbatch(1) of Slurm 23.11; qsub(1B) of the PBS
+# Professional 2022 User's Guide, "Submitting a PBS Job" and "Allocating Resources"; bsub of IBM
+# Spectrum LSF 10.1's command reference.
 DIRECTIVES = {
     "slurm": [
         r"--job-name=[\w.-]+",
@@ -137,14 +139,14 @@ def scripts() -> dict[str, str]:
                         cores_per_node=4,
                         hdf5_file_locking="FALSE" if gpus else "",
                     )
-                    found[f"{scheduler}-{number}-{stage:d}{oversubscribe:d}{gpus}"] = render(
+                    found[f"{scheduler}-{number}-{stage:d}{oversubscribe:d}{gpus}"] = render_script(
                         scheduler, made, site
                     )
     return found
 
 
 def shellcheck(paths: list[Path], *options: str) -> str:
-    """What shellcheck has to say; with none installed the test is skipped, as elsewhere in the suite."""
+    """Return the output of shellcheck; skip the test where it is not installed."""
     program = shutil.which(
         "shellcheck", path=f"{sysconfig.get_path('scripts')}:/usr/bin:/usr/local/bin"
     )
@@ -155,7 +157,7 @@ def shellcheck(paths: list[Path], *options: str) -> str:
     ).stdout
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_every_script_passes_bash_and_shellcheck(tmp_path: Path) -> None:
     paths = []
     for name, script in scripts().items():
@@ -176,7 +178,7 @@ def test_directives_are_as_documented(scheduler: str) -> None:
         assert lines[0] == "#!/bin/bash"
         first = next(number for number, line in enumerate(lines) if not line.startswith("#"))
         found = [line for line in lines if line.startswith(PREFIX[scheduler])]
-        assert found == lines[1 : len(found) + 1], "directives stand before the first command"
+        assert found == lines[1 : len(found) + 1], "directives come before the first command"
         assert first > len(found)
         for line in found:
             option = line.removeprefix(PREFIX[scheduler])
@@ -189,7 +191,7 @@ def test_directives_are_as_documented(scheduler: str) -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_each_example_site_gives_a_script(path: Path) -> None:
     site = load_site(path, {"HOME": "/h"})
-    script = render(
+    script = render_script(
         site.scheduler, job(stage=bool(site.node_local), gpus_per_node=site.gpus_per_node), site
     )
     for directive in site.directives:
@@ -197,7 +199,7 @@ def test_each_example_site_gives_a_script(path: Path) -> None:
 
 
 def test_what_each_batch_system_is_asked_for() -> None:
-    slurm = render("slurm", job(), Site(partition="p", directives=("--mem=0",)))
+    slurm = render_script("slurm", job(), Site(partition="p", directives=("--mem=0",)))
     for line in (
         "--nodes=2",
         "--ntasks-per-node=2",
@@ -208,38 +210,38 @@ def test_what_each_batch_system_is_asked_for() -> None:
         "--mem=0",
     ):
         assert f"#SBATCH {line}\n" in slurm
-    assert "select=2:ncpus=8:mpiprocs=2:ompthreads=4:ngpus=1\n" in render(
+    assert "select=2:ncpus=8:mpiprocs=2:ompthreads=4:ngpus=1\n" in render_script(
         "pbs", job(gpus_per_node=1), Site()
     )
-    lsf = render("lsf", job(), Site(constraint="mem>1"))
+    lsf = render_script("lsf", job(), Site(constraint="mem>1"))
     for line in ("-n 16", '-R "span[ptile=8] select[mem>1]"', "-W 1:30", "-wt 5"):
         assert f"#BSUB {line}\n" in lsf
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "settings", "site", "told"),
+    ("scheduler", "settings", "site", "message"),
     [
         ("pbs", {}, {"qos": "low"}, "only Slurm has qualities of service"),
-        ("pbs", {}, {"launcher": "srun"}, "launcher = 'srun' is not of pbs"),
-        ("slurm", {}, {"launcher": "jsrun"}, "launcher = 'jsrun' is not of slurm"),
+        ("pbs", {}, {"launcher": "srun"}, "launcher = 'srun' does not exist under pbs"),
+        ("slurm", {}, {"launcher": "jsrun"}, "launcher = 'jsrun' does not exist under slurm"),
         ("slurm", {"stage": True}, {}, "set node_local"),
-        ("slurm", {"stop_seconds": 5400}, {}, "cannot be told to stop"),
+        ("slurm", {"stop_seconds": 5400}, {}, "cannot stop"),
         ("slurm", {"name": "a b"}, {}, "the job's name starts with a letter"),
         ("slurm", {"name": "a\n#SBATCH -x"}, {}, "the job's name"),
         ("slurm", {"partition": "$(x)"}, {}, "partition is a word"),
         ("slurm", {"run": "/x\ny"}, {}, r"'/x\\ny' holds '\\n'"),
-        ("slurm", {"folder": "/x\udc80"}, {}, "no UTF-8"),
+        ("slurm", {"folder": "/x\udc80"}, {}, "outside of UTF-8"),
         ("slurm", {"command": ("a", "\x1b[2J")}, {}, r"holds '\\x1b'"),
     ],
 )
 def test_what_cannot_be_asked_for(
-    scheduler: str, settings: dict[str, Any], site: dict[str, Any], told: str
+    scheduler: str, settings: dict[str, Any], site: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=told):
-        render(scheduler, job(**settings), Site(**site))
+    with pytest.raises(UsageError, match=message):
+        render_script(scheduler, job(**settings), Site(**site))
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     "text",
     [NASTY, "", "-n", "~", "a b", "'", "\\", "\\'", "$", "``", "a=b", "é", "’‘”", "x" * 3000],
@@ -271,34 +273,3 @@ def test_when_a_job_is_told_to_stop() -> None:
     assert stop_seconds_for(3600) == 180
     assert stop_seconds_for(600) == 60
     assert stop_seconds_for(30) == 10
-
-
-MOUNTINFO = r"""22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
-30 22 0:30 / /homes rw - nfs server:/homes rw,vers=3
-31 22 0:31 / /homes/new rw - nfs4 server:/new rw
-40 22 0:40 / /scratch rw - lustre 10.0.0.1@tcp:/s rw,checksum,noflock
-41 22 0:41 / /flocked rw shared:5 master:2 - lustre 10.0.0.1@tcp:/f rw,flock
-42 22 0:42 / /with\040space rw - dvs /x rw
-50 22 0:50 / /gpfs rw - gpfs gpfs rw
-short line
-"""
-
-
-@pytest.mark.parametrize(
-    ("path", "wanted"),
-    [
-        ("/data", ""),
-        ("/homes/me/run", "FALSE"),
-        ("/homes", "FALSE"),
-        ("/homesick", ""),
-        ("/homes/new/run", ""),
-        ("/scratch/run", "FALSE"),
-        ("/flocked/run", ""),
-        ("/with space/run", "FALSE"),
-        ("/gpfs/run", ""),
-    ],
-)
-def test_hdf5_locks_where_the_file_system_can(path: str, wanted: str) -> None:
-    assert hdf5_file_locking(None, ["/data", path], mounts_of(MOUNTINFO)) == wanted
-    assert hdf5_file_locking(True, [path], []) == "TRUE"
-    assert hdf5_file_locking(False, [path], []) == "FALSE"

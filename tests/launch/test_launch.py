@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mpillm.launch.ranks import rank_from_environment
-from mpillm.launch.terminal import watched
+from mpillm.launch.launchers import rank_from_environment, watched
 from mpillm.launch.threads import fair_threads, threads_per_rank
 from mpillm.system.versions import versions
 
@@ -52,20 +51,21 @@ def test_versions_name_every_part() -> None:
     assert found["torch"][0].isdigit()
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_pipe_is_not_watched(folder: Path) -> None:
-    code = "import os; from mpillm.launch.terminal import watched; print(watched(os.environ))"
+    code = "import os; from mpillm.launch.launchers import watched; print(watched(os.environ))"
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_pseudo_terminal_under_mpirun_is_not_watched_when_mpirun_writes_to_a_pipe(
     python, folder: Path
 ) -> None:  # type: ignore[no-untyped-def]
     script = folder / "watched.py"
     script.write_text(
-        "import os; from mpillm.launch.terminal import watched; print('watched', watched(os.environ))"
+        "import os; from mpillm.launch.launchers import watched\n"
+        "print('watched', watched(os.environ))"
     )
     done = python(script, ranks=2)
     assert done.stdout.count("watched False") == 2, done.stdout + done.stderr

@@ -1,28 +1,40 @@
-"""The environments are what real launchers left to rank 1 of 2 (see launchers.py), without what nobody asks for."""
+"""Launchers, by the variables that real ones left to rank 1 of 2 (see launchers.py)."""
 
 import os
 import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mpi4py import MPI
 
 from mpillm.errors import LaunchError
-from mpillm.launch.launchers import LAUNCHERS, Started, detect, launcher_named
-from mpillm.launch.ranks import RANK_VARIABLES, rank_from_environment
+from mpillm.launch.launchers import (
+    LAUNCHERS,
+    RANK_VARIABLES,
+    Started,
+    detect,
+    launcher_named,
+    rank_from_environment,
+)
 from mpillm.launch.singleton import (
     LonelyError,
-    mpirun_of,
     one_voice,
     refuse_before_init,
     refuse_lonely_ranks,
 )
-from mpillm.machine.mpi_names import named
+from mpillm.machine.mpi_names import mpirun_of, named
 
-OPEN_MPI = "Open MPI v5.0.11, package: Open MPI user@localhost Distribution, ident: 5.0.11, Sep 16, 2026\x00"
-MPICH = "MPICH Version:      5.0.2\nMPICH Release date: Fri Sep 25\nMPICH configure:    --with-device=ch4:ucx,ofi\n"
+OPEN_MPI = (
+    "Open MPI v5.0.11, package: Open MPI user@localhost Distribution, "
+    "ident: 5.0.11, Sep 16, 2026\x00"
+)
+MPICH = (
+    "MPICH Version:      5.0.2\nMPICH Release date: Fri Sep 25\n"
+    "MPICH configure:    --with-device=ch4:ucx,ofi\n"
+)
 INTEL = "Intel(R) MPI Library 2021.18.1 for Linux* OS\n"
 
 OMPI_5 = {
@@ -95,7 +107,7 @@ SRUN_CRAY = SRUN | {
     "PALS_RANKID": "1",
     "SLURM_MPI_TYPE": "cray_shasta",
 }
-# mpirun inside an allocation of 4: Hydra's daemon is a step of one task, and its variables come through.
+# mpirun inside an allocation of 4: Hydra's daemon is a step of one task, whose variables remain.
 HYDRA_IN_SLURM = (
     SBATCH | HYDRA | {"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
 )
@@ -262,7 +274,7 @@ def test_mpich_without_pmix_is_stopped_before_it_aborts() -> None:
     # It ends each process in MPI_Init, where Open MPI 5 lets each be alone.
     with pytest.raises(
         LaunchError,
-        match=r"srun --mpi=none tells its .* Open MPI 4\.1\.4, .*; start them with srun",
+        match=r"srun --mpi=none gives its .* Open MPI 4\.1\.4, .*; start them with srun",
     ):
         refuse_before_init(SRUN, "Open MPI v4.1.4, package: Debian OpenMPI")
     refuse_before_init(SRUN, OPEN_MPI)
@@ -293,7 +305,10 @@ def test_a_fault_of_one_rank_alone_is_told_by_that_rank() -> None:
 
 
 def test_the_mpirun_beside_the_library_is_named(tmp_path: Path) -> None:
-    maps = f"7f00-7f01 r-xp 00000000 08:01 1234   {tmp_path}/mpi/lib/libmpi.so.40\n7f02-7f03 r-xp 0 0 1 /lib/libc.so\n"
+    maps = (
+        f"7f00-7f01 r-xp 00000000 08:01 1234   {tmp_path}/mpi/lib/libmpi.so.40\n"
+        "7f02-7f03 r-xp 0 0 1 /lib/libc.so\n"
+    )
     assert mpirun_of(maps) == ""
     for name in ("mpiexec", "mpirun"):
         path = tmp_path / "mpi/bin" / name
@@ -310,7 +325,7 @@ def test_the_library_at_work_is_named_shortly() -> None:
 
 
 def _foreign_environment(rank: int) -> dict[str, str]:
-    """What a launcher that this MPI does not listen to would leave to `rank` of 2."""
+    """Return the variables of a launcher, for `rank` of 2, that this MPI ignores."""
     if "Open MPI" in MPI.Get_library_version():
         return {"PMI_RANK": str(rank), "PMI_SIZE": "2", "MPI_LOCALRANKID": str(rank)}
     return {
@@ -344,8 +359,8 @@ def start(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.alone
-def test_a_rank_of_another_mpis_launcher_stops_with_one_line(python, start: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.usefixtures("processes")
+def test_a_rank_of_another_mpis_launcher_stops_with_one_line(python: Any, start: Path) -> None:
     first, second = (python(start, **_foreign_environment(rank)) for rank in (0, 1))
     assert (first.returncode, second.returncode) == (1, 1)
     assert first.stderr.count("\n") == 1, first.stderr
@@ -354,21 +369,21 @@ def test_a_rank_of_another_mpis_launcher_stops_with_one_line(python, start: Path
     assert (second.stdout, second.stderr) == ("", "")
 
 
-@pytest.mark.alone
-def test_lone_processes_that_are_meant_go_on(python, start: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.usefixtures("processes")
+def test_lone_processes_that_are_meant_go_on(python: Any, start: Path) -> None:
     done = python(start, **_foreign_environment(1), MPILLM_ALONE="1")
     assert (done.returncode, done.stdout) == (0, "went on 1\n"), done.stderr
     assert python(start).stdout == "went on 1\n"
 
 
-@pytest.mark.alone
-def test_ranks_of_the_right_mpirun_go_on(python, start: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.usefixtures("processes")
+def test_ranks_of_the_right_mpirun_go_on(python: Any, start: Path) -> None:
     done = python(start, ranks=2)
     assert (done.returncode, done.stdout.count("went on 2")) == (0, 2), done.stderr
 
 
-@pytest.mark.alone
-def test_the_mpirun_of_another_mpi_is_refused(python, start: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.usefixtures("processes")
+def test_the_mpirun_of_another_mpi_is_refused(python: Any, start: Path) -> None:
     other = _mpirun_of_another_mpi()
     if not other:
         pytest.skip("there is one MPI here, and no mpirun of another on PATH")
@@ -381,7 +396,7 @@ def test_the_mpirun_of_another_mpi_is_refused(python, start: Path) -> None:  # t
 
 
 def _mpirun_of_another_mpi() -> list[str]:
-    """The command that starts two processes with it; empty where PATH has none."""
+    """Return the command that starts two processes with it; empty where PATH has none."""
     ours = "Open MPI" in MPI.Get_library_version()
     # Open MPI's mpirun cannot be called by its path /bin/mpirun, where /bin leads to /usr/bin.
     folders = dict.fromkeys(

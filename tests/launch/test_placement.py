@@ -36,7 +36,7 @@ def plant(root: Path, files: dict[str, str]) -> Path:
 
 
 def machine(root: Path, sockets: int = 2, cores: int = 2, threads: int = 2) -> Path:
-    """A tree as Linux shows it: thread t of core c is CPU c + t × all cores, as on most x86 servers."""
+    """Make a tree as in /sys: thread t of core c is CPU c + t × all cores, as on most x86."""
     total = sockets * cores
     files = {"sys/devices/system/cpu/online": f"0-{total * threads - 1}"}
     for core in range(total):
@@ -223,7 +223,7 @@ def test_local_ranks_take_gpus_in_turn() -> None:
 
 
 def places(host: str, masks: list[set[int]], first: int = 0, **settings: object) -> list[RankPlace]:
-    """The ranks of one host, each with a thread for each of its cores unless `threads` says otherwise."""
+    """Make the places of one host's ranks, with a thread for each core unless `threads` is set."""
     return [
         replace(
             RankPlace(
@@ -301,27 +301,27 @@ def test_ranks_that_fit_are_left_in_peace(there: list[RankPlace]) -> None:
             places("n1", [{0, 1}] * 4, threads=1),
             [
                 "ranks 0–3 of the job run 4 threads on 2 CPUs (0–1)",
-                "start 2 ranks there at the most",
+                "start at most 2 ranks there",
             ],
             ["OMP_NUM_THREADS", "--bind-to"],
         ),
         (
             places("n1", [{0, 1, 2, 3}] * 2, threads=4),
             ["run 8 threads on 4 CPUs (0–3)", "set OMP_NUM_THREADS=2"],
-            ["at the most", "--bind-to"],
+            ["at most", "--bind-to"],
         ),
         (
             places("n1", [{0}, {0}, {1, 2, 3}], threads=1, offered_cores=6),
             [
                 "ranks 0–1 of the job run 2 threads on 1 CPU (0)",
-                "slot:PE=2 or start 1 rank there at the most",
+                "slot:PE=2 or start at most 1 rank there",
             ],
             ["OMP_NUM_THREADS"],
         ),
         (
             places("n1", [set(range(64))], threads=64, limit=2.0),
             ["rank 0 of the job run 64 threads on 2 CPUs' worth of time", "set OMP_NUM_THREADS=2"],
-            ["at the most"],
+            ["at most"],
         ),
     ],
 )
@@ -346,7 +346,8 @@ def test_the_worst_of_many_hosts_is_named() -> None:
 def test_idle_cores_are_noticed() -> None:
     said = narrow_binding(places("n1", [{0}, {1}], offered_cores=64))
     assert said == (
-        "2 ranks on host n1 may run on 2 of its 64 cores; start with --bind-to none or --map-by slot:PE=32"
+        "2 ranks on host n1 may run on 2 of its 64 cores; "
+        "start with --bind-to none or --map-by slot:PE=32"
     )
     said = narrow_binding(
         [
@@ -396,14 +397,17 @@ def test_the_users_threads_are_told_and_crowds_noticed(comm: MPI.Intracomm) -> N
     assert "OMP_NUM_THREADS=" in oversubscription(found)
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_places_under_mpirun(python, folder: Path) -> None:  # type: ignore[no-untyped-def]
     script = folder / "places.py"
     script.write_text(
-        "import os\nfrom mpi4py import MPI\nfrom mpillm.launch.placement import placement, table_rows\n"
+        "import os\nfrom mpi4py import MPI\n"
+        "from mpillm.launch.placement import placement, table_rows\n"
         "from mpillm.launch.threads import threads_per_rank\n"
-        "places = placement(MPI.COMM_WORLD, os.environ, threads_per_rank(MPI.COMM_WORLD, os.environ))\n"
-        "if MPI.COMM_WORLD.rank == 0:\n    print([place.local_rank for place in places], places[0].launcher)\n"
+        "comm = MPI.COMM_WORLD\n"
+        "places = placement(comm, os.environ, threads_per_rank(comm, os.environ))\n"
+        "if comm.rank == 0:\n"
+        "    print([place.local_rank for place in places], places[0].launcher)\n"
     )
     done = python(script, ranks=3)
     assert done.stdout.startswith("[0, 1, 2] mpirun ("), done.stdout + done.stderr

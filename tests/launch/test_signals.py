@@ -1,4 +1,4 @@
-"""Signals are noted from the first moment on, and end the process only where there is nothing to save."""
+"""Signals are recorded from the start, and end the process only with nothing to save."""
 
 import signal
 import subprocess
@@ -25,14 +25,14 @@ def run(when: str, *numbers: int) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG])
 @pytest.mark.parametrize("when", ["early", "orderly"])
 def test_a_notice_never_ends_the_process(when: str, number: int) -> None:
     assert run(when, number).stdout == f"went on with {int(number)}\n"
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_end_is_put_off_while_there_is_something_to_save(number: int) -> None:
     assert run("orderly", number).stdout == f"went on with {int(number)}\n"
@@ -41,7 +41,7 @@ def test_an_end_is_put_off_while_there_is_something_to_save(number: int) -> None
     assert "KeyboardInterrupt" in early.stderr
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_the_first_signal_counts_and_a_second_ctrl_c_ends() -> None:
     assert (
         run("orderly", signal.SIGUSR1, signal.SIGTERM, signal.SIGINT).stdout == "went on with 10\n"

@@ -13,18 +13,18 @@ def test_without_a_file_the_defaults_hold(tmp_path: Path) -> None:
     assert load_site(None, {"HOME": str(tmp_path)}) == Site()
 
 
-def test_where_the_file_is_looked_for(tmp_path: Path) -> None:
+def test_which_file_is_read(tmp_path: Path) -> None:
     for name, folder in (("own", ".config/mpillm"), ("xdg", "x/mpillm")):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "site.toml").write_text(f'account = "{name}"\n')
-    named, told = tmp_path / "named.toml", tmp_path / "told.toml"
+    named, set_ = tmp_path / "named.toml", tmp_path / "set.toml"
     named.write_text('account = "named"\n')
-    told.write_text('account = "told"\n')
+    set_.write_text('account = "set"\n')
     home = {"HOME": str(tmp_path)}
     assert load_site(None, home).account == "own"
     assert load_site(None, home | {"XDG_CONFIG_HOME": str(tmp_path / "x")}).account == "xdg"
-    assert load_site(None, home | {"MPILLM_SITE": str(told)}).account == "told"
-    assert load_site(named, home | {"MPILLM_SITE": str(told)}).account == "named"
+    assert load_site(None, home | {"MPILLM_SITE": str(set_)}).account == "set"
+    assert load_site(named, home | {"MPILLM_SITE": str(set_)}).account == "named"
 
 
 def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("acount = 'x'", "unknown key acount, did you mean account"),
         ("xyzzy = 1", r"unknown key xyzzy \(known: scheduler, "),
@@ -58,10 +58,10 @@ def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
         ("directives = ['exclusive']", "each of directives starts with -"),
         ('directives = ["--a\\nrm"]', "each of directives starts with -"),
         ("variables = {'A-B' = 'x'}", "the name of each of variables starts with a letter"),
-        ("variables = {UID = '0'}", "bash lets nobody set UID"),
+        ("variables = {UID = '0'}", "bash sets UID itself"),
         ("variables = {A = 1}", "variables.A = 1: input should be a valid string"),
         ('variables = {A = "x\\ny"}', r"variables.A = 'x\\ny' holds '\\n'"),
-        ("environment = 'venv'", "environment is a whole path"),
+        ("environment = 'venv'", "environment is an absolute path"),
         ("environment = '$NOT_SET/venv'", "begins with \\$NOT_SET, which is not set"),
         ("node_local = 'tmp'", "node_local is a folder such as"),
         ('launcher_arguments = ["a\\tb"]', r"holds '\\t'"),
@@ -69,8 +69,8 @@ def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
         ("account = 'a'\nqos = 1\nxyz = 2", "qos = 1: .*; unknown key xyz"),
     ],
 )
-def test_faults_are_told_with_the_way_out(text: str, told: str) -> None:
-    with pytest.raises(UsageError, match=told) as failure:
+def test_faults_are_told_with_the_way_out(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as failure:
         parse_site(text, "site.toml", HOME)
     assert str(failure.value).startswith("the site file site.toml")
 

@@ -12,7 +12,7 @@ from mpi4py import MPI
 from mpillm.system.console import Console
 from mpillm.tokens.prepare import PrepareOptions, prepare
 
-pytestmark = [pytest.mark.alone, pytest.mark.slurm]
+pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.slurm]
 
 STEPS = 90
 ON_TWO_NODES = ("--nodes", "2", "--ranks-per-node", "2", "--time", "0:20:00")
@@ -21,7 +21,7 @@ MPI_TYPE = "pmix" if "Open MPI" in MPI.Get_library_version() else "pmi2"
 
 @pytest.fixture(scope="module")
 def recipe(slurm: Any) -> Path:
-    """Of a run whose bits are the same in any layout, on a small dataset of bytes."""
+    """Write a recipe whose bits are the same in any layout, on a small dataset of bytes."""
     folder = Path(slurm.folder)
     text, data, path = folder / "text", folder / "data", folder / "tiny.toml"
     text.mkdir()
@@ -44,7 +44,7 @@ def recipe(slurm: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(slurm: Any, recipe: Path, mpillm: Callable[..., Any]) -> list[float]:
-    """The losses of the recipe under mpirun."""
+    """Train the recipe under mpirun, and return its losses."""
     run = slurm.folder / "mpirun"
     done = mpillm("train", recipe, "--set", f"train.run={run}", ranks=4)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -58,7 +58,7 @@ def site(slurm: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(slurm: Any, recipe: Path, site: Path) -> Path:
-    """A run that a job has trained to its end."""
+    """Train a run to its end in a job."""
     run = Path(slurm.folder) / "trained"
     ended = slurm.wait_for_end(submitted(slurm, recipe, run, site, *ON_TWO_NODES))
     assert ended == "COMPLETED", slurm.outputs()
@@ -86,7 +86,7 @@ def submit(slurm: Any, recipe: Path, run: Path, site: Path, *arguments: str) -> 
 
 
 def submitted(slurm: Any, recipe: Path, run: Path, site: Path, *arguments: str) -> str:
-    """The number of the job."""
+    """Return the number of the job."""
     done = submit(slurm, recipe, run, site, "--json", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     number: str = json.loads(done.stdout)["job"]["id"]
@@ -98,7 +98,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> list[float]:
-    """Of the steps 1, 2 … each once, or this fails."""
+    """Return the losses of the steps 1, 2 …; each must be there once."""
     steps = [line for line in lines(run / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in steps] == [number + 1 for number in range(len(steps))]
     return [line["loss"] for line in steps]
@@ -153,7 +153,7 @@ def test_an_unknown_partition_is_refused_in_slurms_own_words(
 
 @pytest.fixture
 def slow_link(slurm: Any) -> Iterator[Callable[[], None]]:
-    """A link so slow that a step takes no less than half a second on any machine; call it to have the fast one back."""
+    """Slow the link to at least half a second a step on any machine; call it to undo that."""
     for node in ("n1", "n2"):
         done = slurm.run(
             "tc",
@@ -184,7 +184,7 @@ def test_a_job_that_runs_out_of_time_goes_on_by_itself(
     slurm: Any, recipe: Path, expected: list[float], slow_link: Callable[[], None]
 ) -> None:
     run = slurm.folder / "in parts"
-    # Slurm looks at limits twice a minute: it gives the sign 10 to 40 seconds after the start.
+    # Slurm checks limits twice a minute: it sends the signal 10 to 40 seconds after the start.
     site = site_file(slurm.folder / "short.toml", stop_seconds=80)
     number = submitted(
         slurm, recipe, run, site, "--nodes", "2", "--ranks-per-node", "2", "--time", "0:02:00"
@@ -201,7 +201,7 @@ def test_a_job_that_runs_out_of_time_goes_on_by_itself(
 
 @pytest.fixture(scope="module")
 def running(slurm: Any, recipe: Path, site: Path) -> tuple[str, Path]:
-    """A job that does not end by itself, with a checkpoint behind it: its number, its run."""
+    """Start a job that does not end by itself; return its number and run after a checkpoint."""
     run = slurm.folder / "running"
     endless = ("--set", "train.steps=1000000", "--set", "train.save_every=5")
     number = submitted(slurm, recipe, run, site, *ON_TWO_NODES, *endless)

@@ -1,6 +1,4 @@
-"""Site files, recipes and options of any text whatever: a clear refusal, or a script that does what it should and no
-more.
-"""
+"""Site files, recipes and options of any text: a clear refusal, or a script that does no harm."""
 
 import itertools
 import json
@@ -23,11 +21,12 @@ from hypothesis import strategies as st
 
 from mpillm.errors import MpillmError
 from mpillm.launch.site import load_site
-from mpillm.runs.submit import SubmitOptions, SubmittedRecipe, submit
+from mpillm.runs.submit import SubmitOptions, SubmittedRecipe, submit_run
 from mpillm.system.console import Console
 from mpillm.train.recipe import load_recipe, write_recipe
 
-CASES = 2000
+# Enough for every piece in every place; the seed is fixed.
+CASES = 300
 RECIPE = '[model]\nlayers = 1\nwidth = 32\nheads = 2\n[data]\npath = "prepared"\n'
 PIECES = [
     "$(touch CANARY)",
@@ -95,7 +94,7 @@ any_text = st.integers(0, 11).flatmap(lambda chance: nasty if chance else broken
 
 
 def bare(fit: Sequence[str]) -> st.SearchStrategy[str]:
-    """What goes into a script without quotes: mostly fit for that, lest all be refused."""
+    """Draw a value that a script does not quote: mostly a fit one, or all would be refused."""
     return st.integers(0, 8).flatmap(lambda chance: st.sampled_from(fit) if chance else any_text)
 
 
@@ -140,7 +139,7 @@ class Case:
 
 
 def as_toml(table: dict[str, Any]) -> str:
-    """As a person would write it: not all of it has a form in TOML, and that is refused when it is read."""
+    """Write the table as TOML; text without a form in TOML is refused when it is read."""
     lines = []
     for key, value in table.items():
         if isinstance(value, dict):
@@ -190,7 +189,7 @@ asked = st.builds(
 
 
 def is_a_path(text: str) -> bool:
-    """Whether a folder of this name, with what is in it, can be made here."""
+    """Return whether a folder of this name can be made here."""
     try:
         path = os.fsencode(text)
     except UnicodeEncodeError:
@@ -198,16 +197,16 @@ def is_a_path(text: str) -> bool:
     return b"\x00" not in path and all(len(part) <= LONGEST_NAME for part in path.split(b"/"))
 
 
-def make_case(wish: Asked, root: Path, number: int) -> Case:
+def make_case(asked: Asked, root: Path, number: int) -> Case:
     """Ask `mpillm submit --dry-run` in this process. Raises MpillmError."""
-    folder = root / str(number) / "".join(wish.folder.split("/"))[:60].replace("\x00", "")
+    folder = root / str(number) / "".join(asked.folder.split("/"))[:60].replace("\x00", "")
     folder.mkdir(parents=True)
     os.chdir(folder)
-    write(root / str(number) / "site.toml", as_toml(wish.site) + wish.garbage)
+    write(root / str(number) / "site.toml", as_toml(asked.site) + asked.garbage)
     write(folder / "r.toml", RECIPE)
     site = load_site(root / str(number) / "site.toml", {})
     recipe = load_recipe(
-        folder / "r.toml", [f"train.run=runs/{wish.run}", f"data.path=data/{wish.data}"]
+        folder / "r.toml", [f"train.run=runs/{asked.run}", f"data.path=data/{asked.data}"]
     )
     text = write_recipe(recipe)
     said = StringIO()
@@ -216,13 +215,13 @@ def make_case(wish: Asked, root: Path, number: int) -> Case:
         ranks_per_node=3,
         time="10m",
         scheduler="slurm",
-        name=wish.name,
+        name=asked.name,
         dry_run=True,
         as_json=True,
-        stage=wish.stage and bool(site.node_local),
-        partition=wish.partition,
+        stage=asked.stage and bool(site.node_local),
+        partition=asked.partition,
     )
-    submit(
+    submit_run(
         options,
         SubmittedRecipe("r", recipe.train.run, recipe.data.path, "", text),
         site,
@@ -237,7 +236,7 @@ def make_case(wish: Asked, root: Path, number: int) -> Case:
         if not site.program
         else site.program
     )
-    assert tomllib.loads(text)["train"]["run"] == f"runs/{wish.run}"
+    assert tomllib.loads(text)["train"]["run"] == f"runs/{asked.run}"
     return Case(
         folder,
         Path(run),
@@ -249,7 +248,7 @@ def make_case(wish: Asked, root: Path, number: int) -> Case:
 
 
 def shellcheck(paths: Sequence[Path]) -> str:
-    """What shellcheck has to say; its analysis of the flow of data sees no texts, and test_batch.py has it."""
+    """Return shellcheck's output, without its analysis of data flow (test_batch_script.py)."""
     program = shutil.which(
         "shellcheck", path=f"{sysconfig.get_path('scripts')}:/usr/bin:/usr/local/bin"
     )
@@ -274,7 +273,7 @@ echo finished >"$OUTCOME/outcome"
 
 
 def run_case(case: Case, number: int, stubs: Path) -> str:
-    """Run the script with an srun that records how it was called; return what went wrong, "" when nothing did."""
+    """Run the script with an srun that records its call; return the fault, "" without one."""
     record = stubs.parent / f"record-{number}"
     record.mkdir()
     script = record / "job.sh"
@@ -332,7 +331,7 @@ def check_all(cases: Sequence[Case], stubs: Path) -> list[str]:
     return [fault for fault in faults if fault]
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_any_text_is_refused_or_does_no_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,9 +349,9 @@ def test_any_text_is_refused_or_does_no_harm(
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     @given(asked)
-    def ask(wish: Asked) -> None:
+    def ask(asked_for: Asked) -> None:
         try:
-            case = make_case(wish, tmp_path / "cases", next(numbers))
+            case = make_case(asked_for, tmp_path / "cases", next(numbers))
         except MpillmError as refusal:
             refusals.append(str(refusal))
         else:

@@ -8,8 +8,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpillm.runs.history import Event, attempts, read_history
-from mpillm.runs.history_writer import HISTORY, HistoryWriter
+from mpillm.runs.folder import HISTORY
+from mpillm.runs.history import Event, HistoryWriter, attempts, read_history
 
 NOON = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
 START = {
@@ -59,7 +59,7 @@ def test_an_open_end_is_a_run_at_work_or_one_that_was_killed() -> None:
     assert (running.how, running.last_step, running.seconds) == ("running", 170, 900)
     killed = attempts(STORY, alive=False, now=later, reached=170)[-1]
     assert (killed.how, killed.last_step, killed.seconds) == ("killed", 170, 900)
-    # The metrics tell of the last attempt alone, and a sign from before it is none of it.
+    # The metrics are those of the last attempt alone; an earlier trace does not count for it.
     assert attempts(STORY, now=NOON, reached=170)[1].last_step == 90
     assert attempts(STORY, now=NOON, reached=170)[-1].seconds == 0
     assert attempts([], alive=True) == []

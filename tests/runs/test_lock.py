@@ -11,9 +11,9 @@ import pytest
 
 from mpillm.errors import UsageError
 from mpillm.launch.current_job import CurrentJob
+from mpillm.runs.folder import LOCK
 from mpillm.runs.lock import (
     DEAD_SECONDS,
-    LOCK,
     RunLock,
     is_gone,
     live_holder,
@@ -26,7 +26,7 @@ JOB = CurrentJob("slurm", "12", 1)
 
 
 def plant(folder: Path, **changes: object) -> None:
-    """The lock of another system's process."""
+    """Write the lock of another system's process."""
     (folder / LOCK).write_text(
         json.dumps(asdict(this_process(None)) | {"system": "elsewhere"} | changes)
     )
@@ -66,7 +66,7 @@ def test_who_is_gone() -> None:
     far = replace(me, system="elsewhere", job=None)
     assert not is_gone(far, me, DEAD_SECONDS - 1)
     assert is_gone(far, me, DEAD_SECONDS + 1)
-    # The same batch job, started anew: its former self cannot run any more, and its later self does.
+    # The same batch job, started again: its earlier start has ended, its present one runs.
     assert is_gone(replace(far, job=replace(JOB, restart=0)), me, 0)
     assert not is_gone(replace(far, job=JOB), me, 0)
     # A job that its batch system ran again, and does not count.

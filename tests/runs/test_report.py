@@ -1,4 +1,4 @@
-"""`mpillm report`: one page that needs no network, with every plot drawn, whatever the run has been through."""
+"""`mpillm report`: one page that needs no network, with every plot, after any course of a run."""
 
 import html.parser
 import json
@@ -12,7 +12,6 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,16 @@ from markupsafe import escape
 
 from mpillm.errors import UsageError
 from mpillm.runs.report.downsample import curve, smooth, thin
-from mpillm.runs.report.page import render
+from mpillm.runs.report.page import render_page
 from mpillm.runs.report.run_report import make_page, write_report
 from mpillm.runs.state import read_run
 from mpillm.system.console import Console
 
 # A page knows nothing of ranks, and is too much work to be made on each of them.
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.usefixtures("processes")
 QUIET = Console(speaks=False)
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-browser_needed = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium or google-chrome on PATH to look at the page"
 )
 PATIENCE_SECONDS = 120
 PLOTS = {
@@ -53,28 +49,31 @@ PLOTS = {
 }
 EVIL = "<script>alert(1)</script>&\"' {{ 7*7 }} <img src=x onerror=alert(2)>"
 
-# Of each plot: its size, its names, and for each colour of a curve how much of the width its drawn lines span.
+# Of each plot: its size, its names, and the share of the width that the lines of a colour span.
 LOOK = """
 [...document.querySelectorAll('figure')].map(figure => {
   const svg = figure.querySelector('svg'), box = svg.getBoundingClientRect(), ends = {};
   for (const path of svg.querySelectorAll('path')) {
-    const colour = /^var\\(--([abcd])\\)$/.exec(path.style.stroke), part = path.getBoundingClientRect();
+    const colour = /^var\\(--([abcd])\\)$/.exec(path.style.stroke);
+    const part = path.getBoundingClientRect();
     if (!colour || path.closest('defs') || path.getTotalLength() < 10) continue;
     if (!getComputedStyle(path).stroke.startsWith('rgb')) continue;
     const [left, right] = ends[colour[1]] || [Infinity, -Infinity];
     ends[colour[1]] = [Math.min(left, part.left), Math.max(right, part.right)];
   }
   return {key: figure.id, width: box.width, height: box.height,
-    spans: Object.fromEntries(Object.entries(ends).map(([name, [left, right]]) => [name, (right - left) / box.width])),
+    spans: Object.fromEntries(Object.entries(ends).map(
+      ([name, [left, right]]) => [name, (right - left) / box.width])),
     label: svg.getAttribute('aria-label'), title: svg.querySelector('title').textContent,
     texts: svg.querySelectorAll('text').length,
-    lost: [...svg.querySelectorAll('use')].filter(use => !document.querySelector(use.href.baseVal)).length};
+    lost: [...svg.querySelectorAll('use')].filter(
+      use => !document.querySelector(use.href.baseVal)).length};
 })
 """
 
 
 class Browser:
-    """Chromium without a window, spoken to over a pipe: `ask` for a method of its DevTools, `events` are kept."""
+    """Chromium without a window, over a pipe: `ask` calls a DevTools method, `events` are kept."""
 
     def __init__(self, commands: int, answers: int) -> None:
         self._commands, self._answers = commands, answers
@@ -101,6 +100,9 @@ class Browser:
             self.events.append(answer)
 
     def open(self, path: Path) -> None:
+        # Events and the size of an earlier page don't belong to this one.
+        self.ask("Emulation.clearDeviceMetricsOverride")
+        self.events.clear()
         self.ask("Page.navigate", url=path.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
@@ -126,10 +128,11 @@ class Browser:
         return found
 
 
-@contextmanager
-def browser() -> Iterator[Browser]:
-    """It reads commands on descriptor 3 and answers on 4."""
-    assert CHROMIUM is not None
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """Start one browser for all pages; it reads commands on descriptor 3 and answers on 4."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium or google-chrome on PATH to open the page")
     theirs_in, commands = os.pipe()
     answers, theirs_out = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
@@ -169,7 +172,10 @@ def browser() -> Iterator[Browser]:
 def a_run(
     folder: Path, steps: int = 300, change: Callable[[dict[str, float]], object] = lambda line: None
 ) -> Path:
-    """A run of four attempts in a pipeline: stopped, killed, failed, finished. `change` alters the line of a step."""
+    """Make a run of four attempts in a pipeline: stopped, killed, failed, finished.
+
+    `change` alters the line of a step.
+    """
     chance = random.Random(1)
     folder.mkdir(parents=True)
     lines: list[dict[str, float]] = []
@@ -279,7 +285,7 @@ class Reader(html.parser.HTMLParser):
 
 def written(run: Path, out: Path | None = None) -> str:
     write_report(run, QUIET, out)
-    return (out or run / "write_report.html").read_text(encoding="utf-8")
+    return (out or run / "report.html").read_text(encoding="utf-8")
 
 
 def drawn(page: str) -> set[str]:
@@ -396,7 +402,7 @@ def test_a_long_run_makes_a_small_file(tmp_path: Path) -> None:
         line["loss"] += 30.0 * (line["step"] == spike)
 
     standing = read_run(a_run(tmp_path / "run", 200_000, change))
-    page = render(make_page(standing))
+    page = render_page(make_page(standing))
     assert drawn(page) == PLOTS
     assert len(page) < 3_000_000
     losses = curve(standing.steps["loss"])
@@ -409,10 +415,10 @@ def test_a_long_run_makes_a_small_file(tmp_path: Path) -> None:
 def test_where_it_is_written(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", 3)
     assert "<h1>run</h1>" in written(run, tmp_path / "elsewhere.html")
-    assert not (run / "write_report.html").exists()
+    assert not (run / "report.html").exists()
     with pytest.raises(UsageError, match=r"cannot write .*nowhere.* --out"):
         write_report(run, QUIET, tmp_path / "nowhere/report.html")
-    with pytest.raises(UsageError, match="there is no run"):
+    with pytest.raises(UsageError, match="there is no folder"):
         write_report(tmp_path / "none", QUIET)
 
 
@@ -444,37 +450,33 @@ def test_a_smooth_curve_follows_without_spikes_or_gaps() -> None:
     assert np.isnan(smooth(x, np.full(1000, np.nan))[1]).all()
 
 
-@browser_needed
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_a_browser_draws_every_plot_and_asks_no_network(tmp_path: Path, dark: bool) -> None:
-    path = a_run(tmp_path / EVIL.replace("/", "|")) / "write_report.html"
+def test_a_browser_draws_every_plot_and_asks_no_network(
+    chromium: Browser, tmp_path: Path, dark: bool
+) -> None:
+    path = a_run(tmp_path / EVIL.replace("/", "|")) / "report.html"
     write_report(path.parent, QUIET)
-    with browser() as chromium:
-        scheme = "dark" if dark else "light"
-        chromium.ask(
-            "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": scheme}],
-        )
-        chromium.open(path)
-        plots = {plot["key"]: plot for plot in chromium.evaluate(LOOK)}
-        paper = chromium.evaluate("getComputedStyle(document.body).backgroundColor")
-        title = chromium.evaluate("document.title")
-        chromium.ask(
-            "Emulation.setDeviceMetricsOverride",
-            width=400,
-            height=800,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
-        width = chromium.evaluate("document.documentElement.scrollWidth")
-        pdf = chromium.ask("Page.printToPDF")["data"]
-        chromium.ask("Runtime.evaluate", expression="0")
-        asked = [
-            request["request"]["url"] for request in chromium.named("Network.requestWillBeSent")
-        ]
-        told = chromium.named(
-            "Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"
-        )
+    scheme = "dark" if dark else "light"
+    chromium.ask(
+        "Emulation.setEmulatedMedia",
+        features=[{"name": "prefers-color-scheme", "value": scheme}],
+    )
+    chromium.open(path)
+    plots = {plot["key"]: plot for plot in chromium.evaluate(LOOK)}
+    paper = chromium.evaluate("getComputedStyle(document.body).backgroundColor")
+    title = chromium.evaluate("document.title")
+    chromium.ask(
+        "Emulation.setDeviceMetricsOverride",
+        width=400,
+        height=800,
+        deviceScaleFactor=1,
+        mobile=False,
+    )
+    width = chromium.evaluate("document.documentElement.scrollWidth")
+    pdf = chromium.ask("Page.printToPDF")["data"]
+    chromium.ask("Runtime.evaluate", expression="0")
+    asked = [request["request"]["url"] for request in chromium.named("Network.requestWillBeSent")]
+    told = chromium.named("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
     assert told == []
     assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
     assert set(plots) == PLOTS

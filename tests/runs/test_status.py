@@ -1,4 +1,4 @@
-"""`mpillm status`: where a run stands, at work or not, whole or half-written."""
+"""`mpillm status`: the state of a run, training or not, whole or half-written."""
 
 import io
 import json
@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from mpillm.errors import LaunchError, UsageError
-from mpillm.runs.history_writer import HistoryWriter
-from mpillm.runs.lock import LOCK, RunLock
-from mpillm.runs.state import JOB, columns, read_run
+from mpillm.runs.folder import JOB, LOCK
+from mpillm.runs.history import HistoryWriter
+from mpillm.runs.lock import RunLock
+from mpillm.runs.state import columns, read_run
 from mpillm.runs.status import Ask, print_status, run_figures
 from mpillm.system.console import Console
 
@@ -44,7 +45,7 @@ def facts(**changes: object) -> dict[str, object]:
 def a_run(
     folder: Path, steps: int = 30, goal: int = 100, **last: float
 ) -> tuple[Path, HistoryWriter]:
-    """A run of `steps` steps, a checkpoint at step 20, which began and tells no end."""
+    """Make a run of `steps` steps with a checkpoint at step 20, begun and without an end."""
     run = folder / "run"
     checkpoint = run / "checkpoints/step-00000020"
     checkpoint.mkdir(parents=True)
@@ -99,7 +100,7 @@ def test_a_run_at_work(tmp_path: Path) -> None:
     assert "2:20 for 70 steps; the job ends in" in text
     assert "too early: it will save and stop before" in text
     assert f"{run}/checkpoints/step-00000020, " in text
-    assert "it goes on by itself" in text
+    assert "it continues by itself" in text
     assert (found["state"], found["step"], found["steps"], found["seconds_left"]) == (
         "running",
         30,
@@ -114,7 +115,7 @@ def test_a_run_at_work(tmp_path: Path) -> None:
     assert str(os.getpid()) in found["holder"]
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_run_whose_process_is_killed_says_so(tmp_path: Path) -> None:
     run, diary = a_run(tmp_path)
     diary.started(0, facts())
@@ -130,10 +131,10 @@ def test_a_run_whose_process_is_killed_says_so(tmp_path: Path) -> None:
             process.wait()
     assert (run / LOCK).exists()
     text = told(run)
-    assert "killed without a word; last sign 20" in text
+    assert "killed, no end on record; last trace 20" in text
     assert (
-        f"look into what the job printed, then mpirun -n 4 mpillm train {run}/recipe.toml --resume goes on from step 20"
-        in text
+        f"read the output of the job, then mpirun -n 4 mpillm train {run}/recipe.toml --resume "
+        "continues from step 20" in text
     )
 
 
@@ -146,11 +147,11 @@ def test_runs_that_ended(tmp_path: Path) -> None:
     diary.started(0, facts(ranks=1))
     diary.ended("stopped", 30, "SIGUSR1 on rank 2")
     assert ": SIGUSR1 on rank 2" in told(run)
-    assert as_json(run)["next"] == f"mpillm train {run}/recipe.toml --resume goes on from step 20"
+    assert as_json(run)["next"] == f"mpillm train {run}/recipe.toml --resume continues from step 20"
     diary.started(20, facts())
     diary.ended("failed", 25, "the loss at step 25 is no longer a number")
     assert ": the loss at step 25 is no longer a number" in told(run)
-    assert "mend what failed, then mpirun -n 4 mpillm train" in told(run)
+    assert "repair the failure, then mpirun -n 4 mpillm train" in told(run)
     assert "2: 1 stopped, 1 failed" in told(run)
     diary.started(20, facts())
     diary.ended("finished", 30)
@@ -177,7 +178,7 @@ def test_what_the_scheduler_says(tmp_path: Path) -> None:
     diary.started(0, facts(job={"scheduler": "pbs", "id": "7.head", "restart": 0}))
     diary.ended("stopped", 30, "the time limit is near")
     assert "pbs 7.head: QUEUED" in told(run, ask)
-    assert as_json(run, ask)["next"] == "the job goes on by itself"
+    assert as_json(run, ask)["next"] == "the job continues by itself"
     job = {
         "scheduler": "slurm",
         "id": "12",
@@ -187,11 +188,14 @@ def test_what_the_scheduler_says(tmp_path: Path) -> None:
         "partition": "short",
     }
     (run / JOB).write_text(json.dumps(job | {"output": "job-12.out"}))
-    wanted = f"mpillm submit {run}/recipe.toml --nodes 2 --ranks-per-node 3 --time 01:30:00 --partition short --resume"
+    wanted = (
+        f"mpillm submit {run}/recipe.toml --nodes 2 --ranks-per-node 3 --time 01:30:00 "
+        "--partition short --resume"
+    )
     for answer in (ask, broken, None):
         found = as_json(run, answer)
         assert (found["job"]["id"], found["job"]["output"]) == ("12", "job-12.out")
-        assert found["next"] == f"{wanted} goes on from step 20"
+        assert found["next"] == f"{wanted} continues from step 20"
     assert "slurm 12; its output: job-12.out" in told(run)
     assert asked == [("pbs", "7.head"), ("pbs", "7.head"), ("slurm", "12")]
 
@@ -220,7 +224,7 @@ def test_half_a_line_and_numbers_that_are_none(tmp_path: Path) -> None:
 
 def test_a_run_of_an_older_mpillm(tmp_path: Path) -> None:
     run, _ = a_run(tmp_path)
-    assert "unknown: an mpillm that keeps no history trained it" in told(run)
+    assert "unknown: it has no history" in told(run)
     assert (as_json(run)["step"], as_json(run)["attempts"]) == (30, [])
     (run / "recipe.toml").write_text("[train]\nsteps = 30\n")
     assert as_json(run)["state"] == "finished"
@@ -241,13 +245,13 @@ def test_recent_means_of_the_newest_attempt(tmp_path: Path) -> None:
 def test_what_is_no_run(tmp_path: Path) -> None:
     run, _ = a_run(tmp_path)
     for path, reason in (
-        (tmp_path / "nowhere", "there is no run"),
+        (tmp_path / "nowhere", "there is no folder"),
         (run / "recipe.toml", "is a file; name the run's folder"),
         (
             run / "checkpoints/step-00000020",
             f"is one checkpoint; name the run that it belongs to: {run}",
         ),
-        (tmp_path, "is no run: it holds none of metrics.jsonl"),
+        (tmp_path, "is not a run's folder: it holds none of metrics.jsonl"),
     ):
         with pytest.raises(UsageError, match=reason):
             print_status(path, Console(speaks=False))
@@ -262,15 +266,17 @@ def test_columns() -> None:
     assert [str(value) for value in found["b"]] == ["nan", "2.5", "nan"]
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_the_login_node_stays_light(tmp_path: Path) -> None:
     run, diary = a_run(tmp_path)
     diary.started(0, facts())
     code = (
         "import sys\nfrom pathlib import Path\nfrom mpillm.system.console import Console\n"
-        "from mpillm.runs.report.run_report import report\nfrom mpillm.runs.status import status\n"
-        "status(Path(sys.argv[1]), Console())\nreport(Path(sys.argv[1]), Console())\n"
-        "print('loaded:', [name for name in ('torch', 'mpi4py', 'h5py', 'tokenizers') if name in sys.modules])\n"
+        "from mpillm.runs.report.run_report import write_report\n"
+        "from mpillm.runs.status import print_status\n"
+        "print_status(Path(sys.argv[1]), Console())\nwrite_report(Path(sys.argv[1]), Console())\n"
+        "heavy = ('torch', 'mpi4py', 'h5py', 'tokenizers')\n"
+        "print('loaded:', [name for name in heavy if name in sys.modules])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, run],

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mpi4py import MPI
 
 from mpillm.errors import LaunchError, UsageError
-from mpillm.launch.schedulers import find_scheduler, hand_over, is_over, job_state
+from mpillm.launch.schedulers import find_scheduler, is_over, job_state, submit_script
 from mpillm.launch.site import Site
 from mpillm.runs.lock import RunLock
-from mpillm.runs.submit import SubmitOptions, SubmittedRecipe, job_name, read_job, submit
+from mpillm.runs.submit import SubmitOptions, SubmittedRecipe, job_name, read_job, submit_run
 from mpillm.system.console import Console
+from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.train.recipe import load_recipe, write_recipe
 
 NASTY = "a 'b' $(touch CANARY) `touch CANARY` \"c\" \\ ü"
@@ -34,7 +36,7 @@ steps = 40
 
 
 def command(folder: Path, name: str, *lines: str) -> None:
-    """A command of a batch system, as a shell script that tells how it was called in NAME.calls."""
+    """Write a command of a batch system as a script that records its calls in NAME.calls."""
     path = folder / name
     path.write_text(
         "\n".join(
@@ -45,14 +47,14 @@ def command(folder: Path, name: str, *lines: str) -> None:
 
 
 def calls(folder: Path, name: str) -> list[str]:
-    """The current folder and the arguments of each call, one after the other."""
+    """Return the current folder and the arguments of each call, one after the other."""
     path = folder / f"{name}.calls"
     return path.read_text().split("\0")[:-1] if path.exists() else []
 
 
 @pytest.fixture
 def place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to submit from, whose bin is on PATH."""
+    """Make a folder to submit from, whose bin is on PATH."""
     here = folder / f"rank-{os.getpid()}" / NASTY
     (here / "prepared").mkdir(parents=True)
     (here.parent / "bin").mkdir()
@@ -80,7 +82,7 @@ def test_a_dry_run_prints_the_script_alone_and_leaves_nothing(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(place.rglob("*"))
-    submit(
+    submit_run(
         options(scheduler="slurm", dry_run=True),
         submitted(place),
         Site(),
@@ -90,7 +92,7 @@ def test_a_dry_run_prints_the_script_alone_and_leaves_nothing(
     out = capsys.readouterr().out
     assert out.startswith("#!/bin/bash\n#SBATCH --job-name=r\n")
     assert sorted(place.rglob("*")) == before
-    submit(
+    submit_run(
         options(scheduler="slurm", dry_run=True, as_json=True),
         submitted(place),
         Site(),
@@ -106,7 +108,7 @@ def test_a_dry_run_prints_the_script_alone_and_leaves_nothing(
 ANSWERS = {"slurm": ("sbatch", "4242"), "pbs": ("qsub", "4242.head"), "lsf": ("bsub", "4242")}
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("scheduler", list(ANSWERS))
 def test_a_job_is_handed_over_and_noted(
     scheduler: str, place: Path, capsys: pytest.CaptureFixture[str]
@@ -114,7 +116,7 @@ def test_a_job_is_handed_over_and_noted(
     name, number = ANSWERS[scheduler]
     answer = "Job <4242> is submitted to queue <normal>." if scheduler == "lsf" else number
     command(place.parent / "bin", name, f"cat >{place.parent}/input", f"echo '{answer}'")
-    submit(
+    submit_run(
         options(scheduler=scheduler),
         submitted(place, f"train.run={NASTY}"),
         Site(cores_per_node=32),
@@ -147,42 +149,42 @@ def test_a_job_is_handed_over_and_noted(
     assert not list(place.parent.rglob("CANARY"))
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_the_batch_systems_own_words_are_passed_on(place: Path) -> None:
     words = "sbatch: error: invalid partition specified: nowhere"
     command(place.parent / "bin", "sbatch", f"echo '{words}' >&2", "exit 1")
     with pytest.raises(LaunchError, match=f"Slurm refused the job: {words}"):
-        submit(
+        submit_run(
             options(partition="nowhere"), submitted(place), Site(), Console(), environment_of(place)
         )
     assert not (place / "runs/r/job.json").exists()
     command(place.parent / "bin", "sbatch", "echo hello")
-    with pytest.raises(LaunchError, match="did not tell the job's number, but 'hello'"):
-        hand_over("slurm", str(place), environment_of(place))
+    with pytest.raises(LaunchError, match="did not print the job's number, but 'hello'"):
+        submit_script("slurm", str(place), environment_of(place))
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_run_is_submitted_once(place: Path) -> None:
     command(place.parent / "bin", "sbatch", "echo 7")
     command(place.parent / "bin", "squeue", f"cat {place.parent}/state")
     state = place.parent / "state"
     state.write_text("PENDING\n")
     environment = environment_of(place)
-    submit(options(), submitted(place), Site(), Console(), environment)
+    submit_run(options(), submitted(place), Site(), Console(), environment)
     with pytest.raises(UsageError, match=r"is submitted already, as job 7 \(PENDING\)"):
-        submit(options(), submitted(place), Site(), Console(), environment)
+        submit_run(options(), submitted(place), Site(), Console(), environment)
     state.write_text("COMPLETED\n")
-    submit(options(), submitted(place), Site(), Console(), environment)
+    submit_run(options(), submitted(place), Site(), Console(), environment)
     lock = RunLock(place / "runs/r", None)
     try:
         with pytest.raises(UsageError, match=f"is held by process {os.getpid()} on"):
-            submit(options(), submitted(place), Site(), Console(), environment)
+            submit_run(options(), submitted(place), Site(), Console(), environment)
     finally:
         lock.release()
 
 
 @pytest.mark.parametrize(
-    ("settings", "site", "told"),
+    ("settings", "site", "message"),
     [
         ({"nodes": 0}, {}, "--nodes is a number from 1, and not 0"),
         ({"ranks_per_node": -1}, {}, "--ranks-per-node is a number from 1"),
@@ -202,9 +204,11 @@ def test_a_run_is_submitted_once(place: Path) -> None:
         ({"dry_run": False}, {}, "sbatch of Slurm is not on PATH"),
     ],
 )
-def test_refusals(place: Path, settings: dict[str, Any], site: dict[str, Any], told: str) -> None:
-    with pytest.raises((UsageError, LaunchError), match=told):
-        submit(
+def test_refusals(
+    place: Path, settings: dict[str, Any], site: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((UsageError, LaunchError), match=message):
+        submit_run(
             options(**{"scheduler": "slurm", "dry_run": True, **settings}),
             submitted(place),
             Site(**site),
@@ -217,9 +221,9 @@ def test_more_ranks_than_cores_where_it_is_meant(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = options(scheduler="slurm", dry_run=True, threads=8, oversubscribe=True)
-    submit(wanted, submitted(place), Site(cores_per_node=16), Console(), environment_of(place))
+    submit_run(wanted, submitted(place), Site(cores_per_node=16), Console(), environment_of(place))
     out = capsys.readouterr().out
-    # A Slurm that is asked for more CPUs than a node has refuses the job: the crowding is srun's affair.
+    # Slurm refuses a job of more CPUs than a node has, so srun alone oversubscribes.
     assert "#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=16\n" in out
     assert "--ntasks-per-node=4 --kill-on-bad-exit=0 --wait=60 --label --overcommit" in out
 
@@ -227,9 +231,17 @@ def test_more_ranks_than_cores_where_it_is_meant(
 def test_what_would_fail_later_is_refused_now(place: Path) -> None:
     environment = environment_of(place)
 
-    def refused(told: str, recipe: SubmittedRecipe, site: Site = Site(), **settings: Any) -> None:  # noqa: B008
-        with pytest.raises(UsageError, match=told):
-            submit(options(scheduler="slurm", **settings), recipe, site, Console(), environment)
+    def refused(
+        message: str, recipe: SubmittedRecipe, site: Site | None = None, **settings: Any
+    ) -> None:
+        with pytest.raises(UsageError, match=message):
+            submit_run(
+                options(scheduler="slurm", **settings),
+                recipe,
+                site or Site(),
+                Console(),
+                environment,
+            )
 
     refused("there is no folder .*/nowhere of data", submitted(place, "data.path=nowhere"))
     refused("there is no Python in environment", submitted(place), Site(environment=str(place)))
@@ -239,19 +251,6 @@ def test_what_would_fail_later_is_refused_now(place: Path) -> None:
     refused("holds a run already; --resume", submitted(place, "train.run=old"))
     refused("holds a run already; --resume", submitted(place, "train.run=old"), dry_run=True)
 
-    def misfit(ranks: int) -> None:
-        raise UsageError(f"no mesh of {ranks}")
-
-    with pytest.raises(UsageError, match="no mesh of 8"):
-        submit(
-            options(scheduler="slurm", dry_run=True),
-            submitted(place),
-            Site(),
-            Console(),
-            environment,
-            check_ranks=misfit,
-        )
-
 
 def test_a_sites_profile_is_for_recipes_that_name_none(
     place: Path, capsys: pytest.CaptureFixture[str]
@@ -260,12 +259,12 @@ def test_a_sites_profile_is_for_recipes_that_name_none(
         Site(profile="/p/cluster.json"),
         options(scheduler="lsf", dry_run=True, as_json=True),
     )
-    submit(dry, submitted(place), site, Console(), {})
+    submit_run(dry, submitted(place), site, Console(), {})
     assert json.loads(capsys.readouterr().out)["command"][-2:] == [
         "--set",
         "parallel.profile=/p/cluster.json",
     ]
-    submit(dry, submitted(place, "parallel.profile=mine.json"), site, Console(), {})
+    submit_run(dry, submitted(place, "parallel.profile=mine.json"), site, Console(), {})
     assert json.loads(capsys.readouterr().out)["command"][-1] == "--resume"
 
 
@@ -277,7 +276,7 @@ def test_names_of_jobs() -> None:
     assert len(job_name("x" * 99)) == 15
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     ("scheduler", "name", "lines", "state"),
     [
@@ -307,7 +306,7 @@ def test_the_state_of_a_job(
     assert is_over(state or "DONE") == (state in ("COMPLETED", "CANCELLED", "FINISHED", None))
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_the_batch_system_that_is_there(place: Path) -> None:
     folder = place.parent / "bin"
     for name, scheduler in (("bsub", "lsf"), ("qsub", "pbs"), ("sbatch", "slurm")):
@@ -346,14 +345,14 @@ def allotted(scheduler: str, place: Path, restart: int = 0) -> dict[str, str]:
 def run_stub(
     scheduler: str, place: Path, program: str, restart: int = 0, **settings: Any
 ) -> tuple[int, str]:
-    """Run a job's script as the batch system would, with an srun or mpirun that is `program`; (exit code, output)."""
+    """Run a script with `program` as srun or mpirun; return (exit code, output)."""
     folder, run = place.parent / "bin", place / "runs/r"
     for name in ("srun", "mpirun"):
         command(folder, name, '[ "$*" != --version ] || { echo HYDRA; exit; }', program)
     run.mkdir(parents=True, exist_ok=True)
     capture = Path(place.parent / "script")
     with capture.open("w") as stream:
-        submit(
+        submit_run(
             options(
                 scheduler=scheduler,
                 dry_run=True,
@@ -382,7 +381,7 @@ def run_stub(
     return done.returncode, out + "".join(path.read_text() for path in run.glob("job-12*.out"))
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("scheduler", ["slurm", "pbs", "lsf"])
 def test_the_exit_code_tells_what_became_of_the_run(scheduler: str, place: Path) -> None:
     bin_folder, run = place.parent / "bin", place / "runs/r"
@@ -419,7 +418,7 @@ def test_the_exit_code_tells_what_became_of_the_run(scheduler: str, place: Path)
     assert "the job was started 3 times more" in out
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_job_that_is_cancelled_does_not_come_back(place: Path) -> None:
     for name in ("scontrol", "qsub"):
         command(place.parent / "bin", name)
@@ -438,7 +437,7 @@ def test_a_job_that_is_cancelled_does_not_come_back(place: Path) -> None:
     assert calls(place.parent / "bin", "scontrol") == calls(place.parent / "bin", "qsub") == []
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     ("scheduler", "sign"), [("slurm", "USR1"), ("lsf", "URG"), ("lsf", "USR2"), ("pbs", "")]
 )
@@ -447,16 +446,17 @@ def test_the_sign_before_the_limit_reaches_the_ranks_each_time(
 ) -> None:
     command(place.parent / "bin", "qsub", "echo 13.head")
     command(place.parent / "bin", "squeue", "echo TIMEOUT")
-    # The script's shell is told twice; the ranks save on the second sign only, so none may be lost and none may end
-    # the shell's waiting.
-    tell = (
+    # The script's shell gets two signals, and the ranks save on the second one only. So neither may
+    # be lost, and neither may end the shell's waiting.
+    send = (
         f"kill -{sign} $PPID; sleep 0.5; kill -{sign} $PPID"
         if sign
         else "sleep 4; kill -USR1 $PPID"
     )
     program = (
-        "n=0; trap 'n=$((n + 1)); if [ $n -eq 2 ]; then echo stopped >\"$RUN/outcome\"; exit 75; fi' USR1; "
-        f"({tell}) & for i in {{1..300}}; do sleep 0.1; done; exit 9"
+        "n=0; trap 'n=$((n + 1)); "
+        'if [ $n -eq 2 ]; then echo stopped >"$RUN/outcome"; exit 75; fi\' USR1; '
+        f"({send}) & for i in {{1..300}}; do sleep 0.1; done; exit 9"
     ).replace("$PPID", '"$JOB_SHELL"')
     code, out = run_stub(
         scheduler, place, f"JOB_SHELL=$PPID; {program}", time="1:30:00" if sign else "3s"
@@ -465,13 +465,16 @@ def test_the_sign_before_the_limit_reaches_the_ranks_each_time(
     assert out.count("the time limit is near: asking the ranks to save and stop") == 2
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_staging(place: Path) -> None:
     (place / "prepared/deep").mkdir()
     (place / "prepared/deep/a b").write_text("tokens")
     local = place.parent / "local"
     local.mkdir()
-    program = 'data=${*: -1}; data=${data#data.path=}; cat "$data/deep/a b"; echo finished >"$RUN/outcome"'
+    program = (
+        'data=${*: -1}; data=${data#data.path=}; cat "$data/deep/a b"; '
+        'echo finished >"$RUN/outcome"'
+    )
     code, out = run_stub(
         "slurm", place, f'if [ "${{*: -2:1}}" = --set ]; then {program}; fi', stage=True
     )
@@ -479,7 +482,7 @@ def test_staging(place: Path) -> None:
     assert "tokens" in out
     arguments = calls(place.parent / "bin", "srun")
     assert f"data.path={local}/mpillm-12-0" in arguments
-    # What was copied is taken away again: by the launcher, one process a node.
+    # The launcher removes the copy again, by one process a node.
     assert arguments[-4:] == ["rm", "-rf", "--", f"{local}/mpillm-12-0"]
     shutil.rmtree(local)
     (place.parent / "bin/srun.calls").unlink()
@@ -489,16 +492,12 @@ def test_staging(place: Path) -> None:
     assert "--set" not in calls(place.parent / "bin", "srun")
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("scheduler", ["pbs", "lsf"])
-def test_training_under_the_environment_of(
-    scheduler: str, place: Path, documents: Path, mpillm: Any
-) -> None:
-    """The script of a real run, under the real mpirun: it stops before its limit, is submitted again, and finishes."""
-    assert (
-        mpillm("prepare", documents, "--out", place / "prepared", "--tokenizer", "bytes").returncode
-        == 0
-    )
+def test_training_under_the_environment_of(scheduler: str, place: Path, documents: Path) -> None:
+    """Run a real script under the real mpirun: stop before its limit, submit again, finish."""
+    data = PrepareOptions((str(documents),), place / "prepared", tokenizer="bytes")
+    prepare(data, MPI.COMM_WORLD, Console(speaks=False))
     folder, run = place.parent / "bin", place / "runs/r"
     command(folder, "qsub", "echo 13.head")
     run.mkdir(parents=True)
@@ -507,7 +506,7 @@ def test_training_under_the_environment_of(
         recipe = submitted(place, f"train.steps={steps}")
         (run / "job.toml").write_text(recipe.text)
         with (place.parent / "script").open("w") as stream:
-            submit(
+            submit_run(
                 options(
                     scheduler=scheduler,
                     nodes=1,
@@ -523,7 +522,7 @@ def test_training_under_the_environment_of(
                 Console(stream=stream),
                 environment_of(place),
             )
-        path = os.pathsep.join([str(folder), os.path.dirname(sys.executable), os.environ["PATH"]])  # noqa: PTH120
+        path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {
             **os.environ,
             "PATH": path,
@@ -543,7 +542,7 @@ def test_training_under_the_environment_of(
         ):
             time.sleep(0.2)
         if stop:
-            # LSF's sign is URG; PBS gives none, so there the script's own timer sends USR1.
+            # LSF sends URG; PBS sends nothing, so there the script's own timer sends USR1.
             os.kill(process.pid, signal.SIGURG if scheduler == "lsf" else signal.SIGUSR1)
         return process.wait(timeout=300), next(run.glob("job-12*.out")).read_text()
 
@@ -558,5 +557,5 @@ def test_training_under_the_environment_of(
     assert code == 0, out
     assert (run / "outcome").read_text() == "finished\n"
     assert f"going on from runs/r/checkpoints/step-{steps:08d}" in out
-    assert "[1,0]<stdout>" in out or "[0]" in out, "output tells its rank"
+    assert "[1,0]<stdout>" in out or "[0]" in out, "each line has its rank"
     assert not list(place.parent.rglob("CANARY"))

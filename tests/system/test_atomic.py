@@ -14,7 +14,7 @@ from mpillm.system.atomic import flush, make_folder, replacing, write_json, writ
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
-# A child may write 4,096 bytes a file, as if the disk were full then; Python hears of it as an OSError.
+# A child may write 4,096 bytes a file, as if the disk were full: Python raises OSError then.
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_a_missing_folder_is_told(tmp_path: Path) -> None:
         write_text(tmp_path / "absent" / "a.txt", "text")
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_full_disk_leaves_the_old_file(python: Run, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")

@@ -1,4 +1,4 @@
-"""Arrays in HDF5: what we write, h5py reads; what it tells, we read; equal contents, equal bytes."""
+"""Arrays in HDF5: h5py reads ours and we read its; equal contents, equal bytes."""
 
 import os
 import time

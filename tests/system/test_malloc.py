@@ -30,7 +30,7 @@ print(faults() - before)
 """
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 def test_what_is_freed_is_not_faulted_in_again():
     """Three times 60 MiB are 46,080 pages."""

@@ -1,4 +1,4 @@
-"""Ranks meet before their first message; tests/launch/test_slurm.py has the same between the nodes of a real Slurm."""
+"""Ranks wait for each other before their first message; test_slurm.py has it between nodes."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from mpillm.system.pmix import wait_until_all_began
 LATE_RANK = Path(__file__).parents[1] / "fixtures" / "late_rank.py"
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.skipif(
     MPI.get_vendor()[0] != "Open MPI", reason="only Open MPI's ranks are started by PMIx"
 )

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from mpillm.runs.history_writer import HISTORY, OUTCOME
-from mpillm.runs.lock import LOCK
+from mpillm.runs.folder import HISTORY, LOCK, OUTCOME
 from mpillm.system.console import Console
 from mpillm.train.stopping import NONE, TIME_IS_UP, Stopping, margin_seconds
 from mpillm.weights.finding import find

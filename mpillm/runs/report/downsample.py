@@ -1,4 +1,4 @@
-"""Long curves made short for a picture: fewer points with every spike kept, and a smooth line through noise."""
+"""Downsample long curves for a picture: every spike is kept, and a median smooths the noise."""
 
 import math
 from itertools import pairwise
@@ -9,19 +9,20 @@ from numpy.typing import ArrayLike, NDArray
 
 Curve = NDArray[np.float64]
 MOST_POINTS = 2000
-# The smooth line is a median over this share of the steps, and there is none for fewer steps than this.
+# The smooth line is a median over this share of the steps; below this number of steps it would
+# only repeat the values.
 SMOOTH_SHARE, FEWEST_TO_SMOOTH = 1 / 50, 20
 
 
 def curve(values: ArrayLike) -> Curve:
-    """As float64; what is no number or infinite is NaN, where a picture has a gap."""
+    """Convert to float64, with NaN for each value that is not finite: a gap in the picture."""
     found = np.array(values, dtype=np.float64)
     found[~np.isfinite(found)] = np.nan
     return found
 
 
 def thin(x: Curve, y: Curve, most: int = MOST_POINTS) -> tuple[Curve, Curve]:
-    """At most `most` (4 or more) of the points: the lowest and the highest of each bin, the first and the last.
+    """Keep at most `most` (4 or more) points: the extremes of each bin, the first and the last.
 
     A bin without any number stays as a gap.
     """
@@ -39,11 +40,11 @@ def thin(x: Curve, y: Curve, most: int = MOST_POINTS) -> tuple[Curve, Curve]:
 
 
 def smooth(x: Curve, y: Curve, most: int = MOST_POINTS // 4) -> tuple[Curve, Curve]:
-    """At most `most` points, each the median of a window around it: a single slow step doesn't bend the line.
+    """Take at most `most` points, each the median of a window around it.
 
-    Gaps are left out of a median; a window without any number is a gap. The window is cut evenly at the steep
-    beginning, so that the line begins where the curve does, and on the right alone at the end, so that one last value
-    doesn't bend it.
+    Medians skip gaps; a window without any number is a gap. At the steep beginning the window
+    shrinks on both sides, so that the line begins with the curve. At the end it shrinks on the
+    right alone, so that one last value does not bend the line.
     """
     half = max(1, int(len(y) * SMOOTH_SHARE / 2))
     at = np.unique(np.linspace(0, len(y) - 1, most).astype(np.int64))

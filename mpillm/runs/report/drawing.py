@@ -1,4 +1,4 @@
-"""The report's plots: SVG that takes its colours and its type from the page it stands in, light or dark."""
+"""The report's plots: SVG that takes colours and type from its page, light or dark."""
 
 import io
 import re
@@ -17,8 +17,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from mpillm.runs.history import Attempt
 from mpillm.runs.report.downsample import FEWEST_TO_SMOOTH, MOST_POINTS, Curve, smooth, thin
 
-# matplotlib draws in stand-ins, each of which becomes a variable of the page's style.
-STAND_INS: Mapping[str, str] = MappingProxyType(
+# matplotlib draws in these placeholders; each becomes a variable of the page's style.
+PLACEHOLDERS: Mapping[str, str] = MappingProxyType(
     {
         name: f"#0a0b{number:02x}"
         for number, name in enumerate(
@@ -41,14 +41,14 @@ STAND_INS: Mapping[str, str] = MappingProxyType(
 )
 # Points at 72 to an inch, the page's pixels.
 NARROW, WIDE, HEIGHT, TALL = 520, 1080, 250, 300
-# Of the left, right, lower and upper side, in the same points.
+# The left, right, lower and upper side, in the same points.
 MARGINS = (62, 14, 34, 8)
 LABEL = 10
-# Up to so many points each gets a dot: a line of one point has no length.
+# Up to this number of points each gets a dot: a line of one point has no length.
 FEW = 30
 # Largest over median from which only a logarithmic axis shows both.
 STEEP = 20.0
-# More marks than these only make the picture grey.
+# More marks than these make the picture grey.
 MOST_MARKS, MOST_NUMBERED = 200, 25
 ENDS: Mapping[str, str] = MappingProxyType(
     {"finished": "o", "running": ">", "stopped": "s", "failed": "X", "killed": "x"}
@@ -56,11 +56,11 @@ ENDS: Mapping[str, str] = MappingProxyType(
 _RC: Mapping[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10.0,
-    "axes.edgecolor": STAND_INS["grid"],
-    "axes.labelcolor": STAND_INS["ink"],
-    "text.color": STAND_INS["ink"],
-    "xtick.color": STAND_INS["ink"],
-    "ytick.color": STAND_INS["ink"],
+    "axes.edgecolor": PLACEHOLDERS["grid"],
+    "axes.labelcolor": PLACEHOLDERS["ink"],
+    "text.color": PLACEHOLDERS["ink"],
+    "xtick.color": PLACEHOLDERS["ink"],
+    "ytick.color": PLACEHOLDERS["ink"],
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "axes.spines.top": False,
@@ -74,31 +74,31 @@ _RC: Mapping[Any, Any] = {
 class Line:
     label: str
     colour: str
-    """A key of STAND_INS."""
+    """A key of PLACEHOLDERS."""
     x: Curve
     y: Curve
     smoothed: bool = False
-    """Draw the values faintly, and their median over some steps before them."""
+    """Draw the values faintly, and their median over some steps in front."""
     complete: bool = False
-    """Each step has a value: where it is no finite number, a cross tells so."""
+    """Each step has a value: a cross marks one that is not finite."""
 
 
 @dataclass(frozen=True)
 class Plot:
     key: str
-    """A word of small letters, one of its own on the page."""
+    """A word of small letters, unique on the page."""
     title: str
     unit: str
     lines: tuple[Line, ...]
     caption: str = ""
     from_zero: bool = False
     marks: tuple[int, ...] = ()
-    """Steps at which an attempt went on from a checkpoint."""
+    """Steps at which an attempt continued from a checkpoint."""
     wide: bool = False
 
 
-def draw(plot: Plot) -> Markup:
-    """A plot over the steps as one <svg>."""
+def draw_plot(plot: Plot) -> Markup:
+    """Draw a plot over the steps as one <svg>."""
 
     def fill(axes: Any) -> None:
         for line in plot.lines:
@@ -120,7 +120,10 @@ def draw(plot: Plot) -> Markup:
 
 
 def draw_attempts(attempts: Sequence[Attempt], goal: int) -> Markup:
-    """Steps over wall time as one <svg>: a band an attempt, how it ended, and the steps that were lost between them."""
+    """Draw steps over wall time as one <svg>.
+
+    Each attempt is a band with its end; a line to the next one shows the steps lost between them.
+    """
     begin = attempts[0].began
     longest = max((attempt.ended - begin).total_seconds() for attempt in attempts)
     unit, size = next(
@@ -131,7 +134,7 @@ def draw_attempts(attempts: Sequence[Attempt], goal: int) -> Markup:
     def fill(axes: Any) -> None:
         before: tuple[float, int] | None = None
         for attempt in attempts:
-            colour = STAND_INS[attempt.how]
+            colour = PLACEHOLDERS[attempt.how]
             points = [(attempt.began, attempt.first_step)]
             points += [(event.time, event.step) for event in attempt.saved]
             points.append((attempt.ended, attempt.last_step))
@@ -142,13 +145,18 @@ def draw_attempts(attempts: Sequence[Attempt], goal: int) -> Markup:
                 axes.plot(
                     [before[0], x[0]],
                     [before[1], y[0]],
-                    color=STAND_INS["ink"],
+                    color=PLACEHOLDERS["ink"],
                     linewidth=0.8,
                     linestyle=":",
                 )
-            axes.plot(x, y, color=STAND_INS["a"], linewidth=1.8)
+            axes.plot(x, y, color=PLACEHOLDERS["a"], linewidth=1.8)
             axes.plot(
-                x[1:-1], y[1:-1], color=STAND_INS["a"], linestyle="none", marker="o", markersize=3
+                x[1:-1],
+                y[1:-1],
+                color=PLACEHOLDERS["a"],
+                linestyle="none",
+                marker="o",
+                markersize=3,
             )
             axes.plot(
                 x[-1:],
@@ -161,7 +169,7 @@ def draw_attempts(attempts: Sequence[Attempt], goal: int) -> Markup:
             )
             before = (x[-1], y[-1])
         if goal:
-            axes.axhline(goal, color=STAND_INS["ink"], linewidth=0.8, linestyle="--")
+            axes.axhline(goal, color=PLACEHOLDERS["ink"], linewidth=0.8, linestyle="--")
         axes.set(xlabel=f"{unit} since the first start", ylabel="step")
         axes.set_ylim(0, max(goal, *(attempt.last_step for attempt in attempts), 1) * 1.06)
         axes.set_xlim(0, max(longest / size, 1e-9) * 1.01)
@@ -171,7 +179,7 @@ def draw_attempts(attempts: Sequence[Attempt], goal: int) -> Markup:
 
 
 def short(value: float) -> str:
-    """1,234,567 → `1.23M`, 0.00012 → `0.00012`."""
+    """Write 1,234,567 as `1.23M` and 0.00012 as `0.00012`."""
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{suffix}"
@@ -179,7 +187,7 @@ def short(value: float) -> str:
 
 
 def _draw_line(axes: Any, line: Line) -> None:
-    colour = STAND_INS[line.colour]
+    colour = PLACEHOLDERS[line.colour]
     count = int(np.isfinite(line.y).sum())
     x, y = thin(line.x, line.y)
     if line.smoothed and count >= FEWEST_TO_SMOOTH:
@@ -202,9 +210,9 @@ def _scale(axes: Any, plot: Plot, first: float, last: float) -> None:
 
 
 def _draw_marks(axes: Any, marks: Sequence[int]) -> None:
-    """A line where an attempt began, with its number if there are few."""
+    """Draw a line where an attempt began, with its number if there are few."""
     for number, step in enumerate(marks[:MOST_MARKS], 2):
-        axes.axvline(step + 0.5, color=STAND_INS["ink"], linewidth=0.8, linestyle=":", alpha=0.8)
+        axes.axvline(step + 0.5, color=PLACEHOLDERS["ink"], linewidth=0.8, linestyle=":", alpha=0.8)
         if len(marks) <= MOST_NUMBERED:
             place = {"xy": (step + 0.5, 1), "xycoords": ("data", "axes fraction")}
             axes.annotate(
@@ -218,14 +226,14 @@ def _draw_marks(axes: Any, marks: Sequence[int]) -> None:
 
 
 def _draw_gaps(axes: Any, line: Line) -> None:
-    """Crosses on the lower edge, where a value was no finite number."""
+    """Draw crosses on the lower edge where a value was not finite."""
     gaps = line.x[np.isnan(line.y)]
     if line.complete and len(gaps):
         chosen = gaps[np.unique(np.linspace(0, len(gaps) - 1, MOST_MARKS).astype(int))]
         axes.plot(
             chosen,
             np.zeros(len(chosen)),
-            color=STAND_INS["failed"],
+            color=PLACEHOLDERS["failed"],
             linestyle="none",
             marker="x",
             markersize=5,
@@ -239,13 +247,13 @@ def _svg(key: str, title: str, size: tuple[int, int], fill: Callable[[Any], None
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), facecolor="none")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
-        # Fixed, so that plots below one another stand in line; a layout that is computed takes twice as long.
+        # Fixed margins align the plots of a column; a computed layout takes twice as long.
         left, right, bottom, top = MARGINS
         sides = {"left": left / size[0], "right": 1 - right / size[0]}
         figure.subplots_adjust(**sides, bottom=bottom / size[1], top=1 - top / size[1])
         axes.yaxis.set_label_coords(LABEL / size[0], 0.55, transform=figure.transFigure)
         axes.set_facecolor("none")
-        axes.grid(axis="y", color=STAND_INS["grid"], linewidth=0.8)
+        axes.grid(axis="y", color=PLACEHOLDERS["grid"], linewidth=0.8)
         fill(axes)
         paper = io.StringIO()
         figure.savefig(paper, format="svg", metadata={"Date": None})
@@ -253,14 +261,14 @@ def _svg(key: str, title: str, size: tuple[int, int], fill: Callable[[Any], None
 
 
 def _in_page(svg: str, key: str, title: str) -> str:
-    """The <svg> alone, with names of its own, the page's colours, coordinates to a hundredth and a title."""
+    """Cut out the <svg>: unique ids, the page's colours, coordinates to a hundredth, a title."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>{key}-", svg)
     svg = re.sub(
         r" (?:d|x|y)=\"[^\"]*\"", lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found.group()), svg
     )
-    for name, colour in STAND_INS.items():
+    for name, colour in PLACEHOLDERS.items():
         svg = svg.replace(colour, f"var(--{name})")
     head = re.search(r"viewBox=\"[^\"]*\"", svg)
     assert head

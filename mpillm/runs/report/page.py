@@ -1,4 +1,4 @@
-"""The report as one HTML file: it asks no network, holds no script, and shows any value as mere text."""
+"""The report's page as one HTML file: no network, no script, and each value escaped as text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,10 +34,10 @@ class Picture:
 class Table:
     title: str
     columns: Sequence[str]
-    """Empty: a table of names and what they are."""
+    """Empty: a table of names and values."""
     rows: Sequence[Sequence[str]]
     figures: frozenset[int] = frozenset()
-    """Which columns are set to the right."""
+    """Columns that are aligned to the right."""
     note: str = ""
     wide: bool = False
 
@@ -59,8 +59,8 @@ class Page:
     """Section → (key, value)."""
 
 
-def render(page: Page) -> str:
-    """The page's HTML; the same for the same page."""
+def render_page(page: Page) -> str:
+    """Return the page's HTML: equal pages give equal bytes."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

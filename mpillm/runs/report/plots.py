@@ -1,4 +1,4 @@
-"""Which plots a report has: those that the run has figures for, each with its caption."""
+"""The plots of a report: those that the run has figures for, each with its caption."""
 
 import math
 from collections.abc import Mapping
@@ -15,39 +15,39 @@ WAIT, STEP_SECONDS = "_seconds", "step_seconds"
 AXIS_COLOURS = ("a", "b", "c", "d")
 
 
-def plots(standing: RunState) -> list[Plot]:
-    """The plots over the steps; none before the first step."""
-    if not standing.steps.get("step"):
+def step_plots(run_state: RunState) -> list[Plot]:
+    """Collect the plots over the steps; none before the first step."""
+    if not run_state.steps.get("step"):
         return []
     found = [
-        _loss(standing),
-        _single(standing, "tokens_per_second", "throughput", "Throughput", "tokens/s"),
-        _single(standing, STEP_SECONDS, "step-time", "Time of a step", "s"),
-        _waits(standing),
-        _bubble(standing),
-        _single(standing, "learning_rate", "learning-rate", "Learning rate", "", smoothed=False),
-        _single(standing, "grad_norm", "gradient-norm", "Norm of the gradient", "before clipping"),
-        _memory(standing),
+        _loss(run_state),
+        _single(run_state, "tokens_per_second", "throughput", "Throughput", "tokens/s"),
+        _single(run_state, STEP_SECONDS, "step-time", "Time of a step", "s"),
+        _waits(run_state),
+        _bubble(run_state),
+        _single(run_state, "learning_rate", "learning-rate", "Learning rate", "", smoothed=False),
+        _single(run_state, "grad_norm", "gradient-norm", "Norm of the gradient", "before clipping"),
+        _memory(run_state),
     ]
     return [plot for plot in found if plot is not None]
 
 
-def restarts(standing: RunState) -> tuple[int, ...]:
-    """The steps from which later attempts went on."""
-    return tuple(attempt.first_step for attempt in standing.attempts[1:])
+def restarts(run_state: RunState) -> tuple[int, ...]:
+    """Return the steps from which later attempts continued."""
+    return tuple(attempt.first_step for attempt in run_state.attempts[1:])
 
 
-def axes_with_waits(standing: RunState) -> list[str]:
-    """The mesh axes along which waiting was measured."""
+def axes_with_waits(run_state: RunState) -> list[str]:
+    """Return the mesh axes along which waiting was measured."""
     return sorted(
         key.removesuffix(WAIT)
-        for key in standing.steps
+        for key in run_state.steps
         if key.endswith(WAIT) and key != STEP_SECONDS
     )
 
 
-def _loss(standing: RunState) -> Plot:
-    steps, tests = standing.steps, standing.evaluations
+def _loss(run_state: RunState) -> Plot:
+    steps, tests = run_state.steps, run_state.evaluations
     losses = steps.get("loss", [math.nan] * len(steps["step"]))
     training = Line(
         "training", "a", curve(steps["step"]), curve(losses), smoothed=True, complete=True
@@ -67,13 +67,13 @@ def _loss(standing: RunState) -> Plot:
         "nats a token",
         tuple(lines),
         caption + _broken(training),
-        marks=restarts(standing),
+        marks=restarts(run_state),
         wide=True,
     )
 
 
 def _single(
-    standing: RunState,
+    run_state: RunState,
     column: str,
     key: str,
     title: str,
@@ -81,13 +81,13 @@ def _single(
     scale: float = 1.0,
     smoothed: bool = True,
 ) -> Plot | None:
-    values = standing.steps.get(column)
+    values = run_state.steps.get(column)
     if not values:
         return None
     line = Line(
         title,
         "a",
-        curve(standing.steps["step"]),
+        curve(run_state.steps["step"]),
         curve(values) / scale,
         smoothed,
         complete=column == "grad_norm",
@@ -99,16 +99,23 @@ def _single(
         else ""
     )
     return Plot(
-        key, title, unit, (line,), caption + _broken(line), from_zero=True, marks=restarts(standing)
+        key,
+        title,
+        unit,
+        (line,),
+        caption + _broken(line),
+        from_zero=True,
+        marks=restarts(run_state),
     )
 
 
-def _waits(standing: RunState) -> Plot | None:
-    steps, axes = standing.steps, axes_with_waits(standing)
+def _waits(run_state: RunState) -> Plot | None:
+    steps, axes = run_state.steps, axes_with_waits(run_state)
     if not axes or not steps.get(STEP_SECONDS):
         return None
     whole = curve(steps[STEP_SECONDS])
-    # The step is rank 0's, the waiting a mean of all: at the first step others may wait for longer than it takes.
+    # The step's time is rank 0's, the waiting is a mean over ranks: in the first step it may be
+    # the longer of the two.
     whole[whole <= 0] = np.nan
     lines = [
         Line(
@@ -123,7 +130,10 @@ def _waits(standing: RunState) -> Plot | None:
     medians = ", ".join(
         f"{line.label} {np.nanmedian(line.y):.1f}%" for line in lines if np.isfinite(line.y).any()
     )
-    caption = f"Time that a rank waits for messages, of the step's (mean over ranks). Median: {medians}.{_traffic(standing)}"
+    caption = (
+        "Share of a step that a rank waits for messages (mean over ranks). "
+        f"Median: {medians}.{_traffic(run_state)}"
+    )
     title = "Communication, axis by axis"
     return Plot(
         "communication",
@@ -132,36 +142,42 @@ def _waits(standing: RunState) -> Plot | None:
         tuple(lines),
         caption,
         from_zero=True,
-        marks=restarts(standing),
+        marks=restarts(run_state),
     )
 
 
-def _traffic(standing: RunState) -> str:
-    facts: Mapping[str, object] = standing.attempts[-1].facts if standing.attempts else {}
+def _traffic(run_state: RunState) -> str:
+    facts: Mapping[str, object] = run_state.attempts[-1].facts if run_state.attempts else {}
     traffic = object_at(facts, "traffic")
-    told = [
+    found = [
         f"{axis} {binary_bytes(count)}"
         for axis, count in traffic.items()
         if isinstance(count, int | float) and count
     ]
-    return f" Bytes of a rank and step, by formula: {', '.join(told)}." if told else ""
+    return f" Bytes of a rank and step, by formula: {', '.join(found)}." if found else ""
 
 
-def _bubble(standing: RunState) -> Plot | None:
+def _bubble(run_state: RunState) -> Plot | None:
     return _single(
-        standing, "bubble", "bubble", "Bubble of the pipeline", "% of computing", 1 / 100
+        run_state, "bubble", "bubble", "Bubble of the pipeline", "% of computing", 1 / 100
     )
 
 
-def _memory(standing: RunState) -> Plot | None:
-    values = [value for value in standing.steps.get("memory_bytes", ()) if math.isfinite(value)]
+def _memory(run_state: RunState) -> Plot | None:
+    values = [value for value in run_state.steps.get("memory_bytes", ()) if math.isfinite(value)]
     if not values:
         return None
     size, unit = next(
         ((s, u) for s, u in ((1 << 30, "GiB"), (1 << 20, "MiB")) if max(values) >= s), (1, "bytes")
     )
     return _single(
-        standing, "memory_bytes", "memory", "Memory of the largest rank", unit, size, smoothed=False
+        run_state,
+        "memory_bytes",
+        "memory",
+        "Memory of the largest rank",
+        unit,
+        size,
+        smoothed=False,
     )
 
 

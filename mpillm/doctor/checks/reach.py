@@ -1,4 +1,4 @@
-"""Whether the hosts of an allocation can be reached: their names resolve, and something answers at the other end."""
+"""Reach: whether the names of the allocation's hosts resolve, and their ssh port answers."""
 
 import errno
 import os
@@ -7,21 +7,36 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from mpillm.doctor.check_base import Check, JobView
 from mpillm.doctor.findings import Finding, hosts_text
-from mpillm.doctor.subprocesses import run
+from mpillm.doctor.subprocesses import run_child
 
 AREA = "hosts"
 SSH_PORT = 22
 CONNECT_SECONDS, ALL_SECONDS, LIST_SECONDS = 2.0, 15.0, 10.0
 
 ANSWERS, REFUSED, NO_NAME, NO_ANSWER = "ssh answers", "ssh is refused", "no address", "no answer"
+THIS_HOST = "this host"
+
+
+class ReachCheck(Check):
+    name, area = "reach", AREA
+
+    def examine_job(self, job: JobView) -> Iterable[Finding]:
+        allocation, scheduler = allocated(job.environment)
+        # Ranks that run have reached each other already.
+        hosts = list(job.options.hosts) or ([] if job.ranks > 1 else allocation)
+        return judge_hosts(try_hosts(hosts, os.uname().nodename), scheduler)
 
 
 def allocated(environment: Mapping[str, str]) -> tuple[list[str], str]:
-    """The hosts that the scheduler gave this job, each once, and the scheduler's name; [] and "" outside of a job."""
+    """Return the hosts of this job's allocation, each once, and the scheduler's name.
+
+    Returns [] and "" outside of a job.
+    """
     if environment.get("SLURM_JOB_NODELIST"):
         return _slurm_hosts(environment), "Slurm"
     if environment.get("PBS_NODEFILE"):
@@ -35,14 +50,14 @@ def _slurm_hosts(environment: Mapping[str, str]) -> list[str]:
     scontrol = shutil.which("scontrol", path=environment.get("PATH", ""))
     listed = environment["SLURM_JOB_NODELIST"]
     if scontrol:
-        ended = run([scontrol, "show", "hostnames", listed], environment, LIST_SECONDS)
+        ended = run_child([scontrol, "show", "hostnames", listed], environment, LIST_SECONDS)
         if ended.code == 0:
             return ended.out.split()
     return [] if "[" in listed else listed.split(",")
 
 
 def _hosts_of_file(path: str) -> list[str]:
-    """A line a slot; LSF names the host that the job was sent from, too, which is one of the job's."""
+    """Read a file of one line a slot; LSF's names the submission host too."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError:
@@ -51,9 +66,9 @@ def _hosts_of_file(path: str) -> list[str]:
 
 
 def try_hosts(hosts: Sequence[str], own: str) -> dict[str, str]:
-    """Host → what came of reaching it, all at once; `own` is this one's name, which needs no network."""
+    """Try to reach all hosts at once; return host → result. `own`, this host, needs no network."""
     found = dict.fromkeys(hosts, NO_ANSWER)
-    # Daemons: the system's resolver takes its own time and cannot be stopped.
+    # Daemon threads: a call of the system's resolver cannot be stopped.
     threads = [
         threading.Thread(target=lambda host=host: found.update({host: try_host(host)}), daemon=True)
         for host in hosts
@@ -65,12 +80,12 @@ def try_hosts(hosts: Sequence[str], own: str) -> dict[str, str]:
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
     return dict(found) | {
-        host: "this host" for host in hosts if host.partition(".")[0] == own.partition(".")[0]
+        host: THIS_HOST for host in hosts if host.partition(".")[0] == own.partition(".")[0]
     }
 
 
 def try_host(host: str, port: int = SSH_PORT) -> str:
-    """One of the constants above, or the system's word for what went wrong."""
+    """Connect to the port; return one of the constants above, or the system's error text."""
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
@@ -93,7 +108,7 @@ def try_host(host: str, port: int = SSH_PORT) -> str:
 
 
 def judge_hosts(results: Mapping[str, str], scheduler: str) -> list[Finding]:
-    """A finding for each outcome, with all hosts that it is true of."""
+    """Make one finding for each result, with all hosts that have it."""
     groups: dict[str, list[str]] = {}
     for host, result in results.items():
         groups.setdefault(result, []).append(host)
@@ -102,7 +117,7 @@ def judge_hosts(results: Mapping[str, str], scheduler: str) -> list[Finding]:
 
 def judge_result(result: str, hosts: Sequence[str], scheduler: str) -> Finding:
     name = hosts_text(hosts)
-    if result in (ANSWERS, "this host"):
+    if result in (ANSWERS, THIS_HOST):
         return Finding(AREA, name, "ok", result)
     if result == REFUSED:
         if scheduler == "Slurm":
@@ -113,9 +128,15 @@ def judge_result(result: str, hosts: Sequence[str], scheduler: str) -> Finding:
         )
     if result == NO_NAME:
         found = "the name has no address here"
-        remedy = f"is it spelt as the scheduler spells it? see `getent hosts {hosts[0]}`, /etc/hosts and the DNS"
+        remedy = (
+            "is it spelt as the scheduler spells it? "
+            f"see `getent hosts {hosts[0]}`, /etc/hosts and the DNS"
+        )
         return Finding(AREA, name, "error", found, remedy)
     detail = re.sub(rf"^{NO_ANSWER}:? ?", "", result) or f"within {CONNECT_SECONDS:g} s"
     found = f"cannot be reached: no answer at port {SSH_PORT} ({detail})"
-    remedy = f"is it up, and in this network (ping {hosts[0]}, ip route get ADDRESS)? does a firewall stand between?"
+    remedy = (
+        f"is it up, and in this network (ping {hosts[0]}, ip route get ADDRESS)? "
+        "does a firewall block the port?"
+    )
     return Finding(AREA, name, "error", found, remedy)

@@ -1,23 +1,32 @@
-"""Whether the hosts of a job are alike; the one that is not is named."""
+"""Homogeneous hosts: whether all have the same software and hardware; name the one that differs."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from mpillm.doctor.check_base import Check, World
 from mpillm.doctor.findings import Finding, hosts_text
 
 AREA = "hosts"
 REMEDIES = {
-    "MPI library": "load the same module on all hosts, or keep the environment on a file system that they share",
-    "Linux": "let the site's staff bring them to one state, or leave the odd one out (sbatch --exclude=NODE)",
+    "MPI library": "load the same module on all hosts, "
+    "or keep the environment on a file system that they share",
+    "Linux": "ask the site's staff for one state, or exclude the odd one (sbatch --exclude=NODE)",
 }
 SOFTWARE = ("MPI library", "mpillm", "Python", "torch", "h5py", "numpy")
 HARDWARE = (
-    "ask for hosts of one kind (sbatch --constraint=… or --exclude=NODE): the slowest holds up all"
+    "ask for hosts of one kind (sbatch --constraint=… or --exclude=NODE): the slowest delays all"
 )
 
 
+class AlikeCheck(Check):
+    name, area = "alike", AREA
+
+    def examine_ranks(self, world: World) -> Iterable[Finding]:
+        return judge_alike(world.facts)
+
+
 def judge_alike(hosts: Mapping[str, Mapping[str, str]]) -> list[Finding]:
-    """`hosts`: host → what → value. One finding for each thing in which they differ, or one that they do not."""
+    """Compare host → name → value; one finding for each difference, or one without any."""
     names = list(dict.fromkeys(what for facts in hosts.values() for what in facts))
     found = [finding for what in names if (finding := judge_one(what, hosts))]
     if found or len(hosts) < 2:
@@ -26,7 +35,7 @@ def judge_alike(hosts: Mapping[str, Mapping[str, str]]) -> list[Finding]:
 
 
 def judge_one(what: str, hosts: Mapping[str, Mapping[str, str]]) -> Finding | None:
-    """The odd ones are those that differ from what most have; where no value leads, all are told."""
+    """Name the hosts that differ from the most common value; all hosts where no value leads."""
     values = {host: facts.get(what, "none") for host, facts in hosts.items()}
     ranking = Counter(values.values()).most_common()
     if len(ranking) == 1:

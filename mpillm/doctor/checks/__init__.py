@@ -1,0 +1,1 @@
+"""Which faults does the doctor find? One check, one file."""

@@ -1,0 +1,21 @@
+"""The files in a run's folder, by name; weights/places.py names the folder of checkpoints."""
+
+RECIPE = "recipe.toml"
+"""The resolved recipe, as training read it."""
+CLUSTER = "cluster.json"
+"""A cluster profile for this run alone."""
+METRICS = "metrics.jsonl"
+EVENTS = "tensorboard"
+"""The folder of TensorBoard's event files."""
+PICTURE = "loss.png"
+TRACE = "trace.json"
+REPORT = "report.html"
+HISTORY = "history.jsonl"
+OUTCOME = "outcome"
+"""One word for batch scripts: running, finished, stopped or failed."""
+LOCK = "lock"
+
+# Written by `mpillm submit`, before training begins.
+JOB = "job.json"
+JOB_RECIPE = "job.toml"
+JOB_SCRIPT = "job.sh"

@@ -1,0 +1,1 @@
+"""Where do a run's metrics go? One sink, one file."""
