@@ -1,6 +1,6 @@
 """Who takes part in a collective's benchmark: mpillm's algorithms, the library's own, torch's peers, the memory floor.
 
-All private contestants use one pair of arrays and all node-shared ones another: their order changes from turn to
+All private competitors use one pair of arrays and all node-shared ones another: their order changes from turn to
 turn, so none finds its data warmer than the others do.
 """
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.bench.options import BenchOptions
+from mpillm.bench.options import ALIASES, MPI_LIBRARY, BenchOptions
 from mpillm.bench.peers import PEERS, Peer
 from mpillm.bench.sample_arrays import Shape, new_array
 from mpillm.bench.timing import Call, Make
@@ -29,7 +29,7 @@ SLOW = ("reference",)
 # Exist somewhere, if not for this operation or on this machine.
 KNOWN = {
     "auto",
-    "native",
+    MPI_LIBRARY,
     "reference",
     "shared",
     "segmented-ring",
@@ -46,9 +46,10 @@ SHARED_PRIVATE = "shared, private"
 def runnable(group: "Communicator", operation: str, options: BenchOptions) -> tuple[str, ...]:
     """The algorithms that can run `operation` on the arrays asked for. Every rank of the group calls it."""
     on_gpu = options.device == "cuda"
-    return group.algorithms(
+    names = group.algorithms(
         operation, new_array(0, options.element, options.device) if on_gpu else None
     )
+    return tuple(ALIASES.get(name, name) for name in names)
 
 
 def select(
@@ -131,7 +132,7 @@ class ArrayMemory:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Competitor:
     """`prepare(source, target)` makes ready and gives the call, with the name of what was chosen."""
 
     name: str
@@ -171,13 +172,13 @@ class Contestant:
         return synchronized
 
 
-def contestants(
+def competitors(
     group: "Communicator",
     peers: Mapping[str, Peer],
     memory: ArrayMemory,
     names: list[str],
     options: BenchOptions,
-) -> dict[str, Contestant]:
+) -> dict[str, Competitor]:
     """One for each of `names` and `peers`, in that order.
 
     Where nothing else was asked for, the algorithm `shared` takes part twice: on node-shared and on private arrays.
@@ -192,25 +193,26 @@ def contestants(
                 None if shape.same_array else target,
                 op=shape.op,
                 root=shape.root,
-                algorithm=name,
+                algorithm="native" if name == MPI_LIBRARY else name,
             )
-            return prepared.bare if name == "native" else prepared.run, prepared.algorithm
+            chosen = ALIASES.get(prepared.algorithm, prepared.algorithm)
+            return prepared.bare if name == MPI_LIBRARY else prepared.run, chosen
 
         return prepare
 
     def theirs(peer: Peer) -> Callable[[Any, Any], tuple[Call, str]]:
         return lambda source, target: (peer.prepare(shape, source, target), peer.name)
 
-    found = {name: Contestant(name, memory, ours(name), synchronize) for name in names}
+    found = {name: Competitor(name, memory, ours(name), synchronize) for name in names}
     if (
         "shared" in found
         and not options.algorithms
         and options.node_shared is None
         and memory.is_shared("shared")
     ):
-        found[SHARED_PRIVATE] = Contestant(SHARED_PRIVATE, memory, ours("shared"), synchronize)
+        found[SHARED_PRIVATE] = Competitor(SHARED_PRIVATE, memory, ours("shared"), synchronize)
     return found | {
-        name: Contestant(name, memory, theirs(peer), synchronize) for name, peer in peers.items()
+        name: Competitor(name, memory, theirs(peer), synchronize) for name, peer in peers.items()
     }
 
 
@@ -239,14 +241,14 @@ def _synchronizer(device: str) -> Callable[[], None] | None:
     return torch.cuda.synchronize
 
 
-def tried(group: "Communicator", contestant: Contestant) -> tuple[str, str]:
-    """Call `contestant` once: the algorithm that it chose, and why it cannot do its operation on this job ("": it can).
+def tried(group: "Communicator", competitor: Competitor) -> tuple[str, str]:
+    """Call `competitor` once: the algorithm that it chose, and why it cannot do its operation on this job ("": it can).
 
     Every rank of the group calls it, and all agree.
     """
     chosen = reason = ""
     try:
-        chosen = contestant.try_out()[1]
+        chosen = competitor.try_out()[1]
     except (MpillmError, RuntimeError, KeyError, ValueError) as failure:
         reason = str(failure).strip().partition("\n")[0] or type(failure).__name__
     reasons: list[str] = group.comm.allgather(reason)

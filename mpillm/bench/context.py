@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchContext:
     """One run of `mpillm bench`: every rank has one, with the same options."""
 
     options: BenchOptions
@@ -41,7 +41,7 @@ class Bench:
             yield progress.advance
 
 
-def header(bench: Bench, cluster: Cluster, kept: bool) -> dict[str, str]:
+def header(bench: BenchContext, cluster: Cluster, kept: bool) -> dict[str, str]:
     """Fact → text. Every rank calls it; `kept`: whether malloc was told to keep its pages."""
     from mpi4py import MPI
 

@@ -1,4 +1,4 @@
-"""Measure message latency, alone and while the sender computes: both ways of channels, bare MPI."""
+"""How soon a message is handed over, alone and while its sender computes: by Mail's two ways, and by bare MPI."""
 
 import time
 from collections.abc import Mapping
@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mpillm.bench.context import Bench
-from mpillm.bench.figures import Seconds
+from mpillm.bench.context import BenchContext
 from mpillm.bench.overlap import computation
-from mpillm.bench.pairs import Pair, pairs
+from mpillm.bench.point_to_point import Pair, pairs
 from mpillm.bench.results import Row, Section, Show, figure, scaled, text, whole
+from mpillm.bench.statistics import Seconds
 from mpillm.bench.timing import Call, in_turn, interleave
 from mpillm.comm.channels.channel_set import Channel, ChannelSet
 from mpillm.comm.clock_sync import clock_offset
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # How long the sender computes. A stage of a pipeline computes for so long and longer, and it is more than any of the
 # default sizes needs for its way.
 WORK_SECONDS = 10e-3
-NATIVE = "native"
+BARE_MPI = "mpi"
 TAG = 73
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -40,24 +40,22 @@ class Hand(Protocol):
     def free(self) -> None: ...
 
 
-class ByChannels:
+class ByMail:
     """Both ranks of `pair` make it. Raises CommError, on both, where the way can't be had."""
 
     def __init__(self, pair: "MPI.Intracomm", nbytes: int, way: str) -> None:
-        self._channel_set = ChannelSet(
-            pair, [Channel(0, 1, nbytes), Channel(1, 0, nbytes)], way=way
-        )
+        self._mail = ChannelSet(pair, [Channel(0, 1, nbytes), Channel(1, 0, nbytes)], way=way)
         self._out, self._back = pair.rank, 1 - pair.rank
-        self.finish, self.free = self._channel_set.drain, self._channel_set.free
+        self.finish, self.free = self._mail.drain, self._mail.free
 
     def send(self, array: Bytes) -> None:
-        self._channel_set.send(self._out, array)
+        self._mail.send(self._out, array)
 
     def expect(self, array: Bytes) -> None:
-        self._channel_set.post_receive(self._back, array)
+        self._mail.expect(self._back, array)
 
     def wait(self) -> None:
-        self._channel_set.wait(self._back)
+        self._mail.wait(self._back)
 
 
 class ByRequests:
@@ -144,7 +142,7 @@ def _send_and_work(hand: Hand, outgoing: Bytes, unit: Call) -> tuple[float, floa
     return begun, time.perf_counter() - worked + sent - begun
 
 
-def run_handover(bench: Bench) -> list[Section]:
+def run_handover(bench: BenchContext) -> list[Section]:
     """Pair by pair and size by size. Every rank calls it."""
     from mpi4py import MPI
 
@@ -171,7 +169,9 @@ def run_handover(bench: Bench) -> list[Section]:
     return [Section("handover", title, rows, COLUMNS)]
 
 
-def _measure(bench: Bench, pair: Pair, joined: "MPI.Intracomm", size: int) -> tuple[list[Row], str]:
+def _measure(
+    bench: BenchContext, pair: Pair, joined: "MPI.Intracomm", size: int
+) -> tuple[list[Row], str]:
     """The rows of one size, a way each, and what could not be had. Both ranks of the pair call it."""
     rounds = bench.options.iterations, bench.options.warmup
     outgoing, incoming = np.ones(size, np.uint8), np.ones(size, np.uint8)
@@ -208,12 +208,12 @@ def _open(pair: Pair, joined: "MPI.Intracomm", size: int) -> tuple[dict[str, Han
     note = ""
     if pair.level == "node":
         try:
-            hands["shared"] = ByChannels(joined, size, "shared")
+            hands["shared"] = ByMail(joined, size, "shared")
         except CommError as failure:
             note = f"handover has no shared: {failure}"
     return hands | {
-        "messages": ByChannels(joined, size, "messages"),
-        NATIVE: ByRequests(joined),
+        "messages": ByMail(joined, size, "messages"),
+        BARE_MPI: ByRequests(joined),
     }, note
 
 

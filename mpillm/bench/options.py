@@ -1,12 +1,14 @@
 """What `mpillm bench` was asked for, checked before anything is measured."""
 
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Annotated
 
-from mpillm.bench.sizes import parse_sizes
 from mpillm.comm.buffers import ELEMENTS
 from mpillm.errors import UsageError
+from mpillm.system.command_line import Argument, Json, Option
 
 COLLECTIVES = {
     "allreduce": "allreduce",
@@ -32,35 +34,54 @@ DEFAULT_SIZES = {
 # What a matrix's edge may be: three of them in float32 take 12 GiB.
 LARGEST_EDGE = 32 * 1024
 STDOUT = "-"
+MPI_LIBRARY = "mpi"
+ALIASES = {"native": MPI_LIBRARY}
+"""Names of earlier versions → what the algorithm is called now."""
+UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+MOST_SIZES = 1000
+LARGEST_BYTES = 1 << 40
+WAY_OUT = "write --sizes as 1K:256M:x2 (first:last:factor), 1M:4M:+1M (first:last:step) or a list such as 64,1M,4M"
 
 
 @dataclass(frozen=True)
 class BenchOptions:
     """The command line's settings; a wrong one raises UsageError."""
 
-    what: str
-    sizes: str = ""
-    """As `sizes.py` reads them; "": each benchmark's own."""
-    dtype: str = ""
-    """One of ELEMENTS; "": float32, and for gemm both float32 and bfloat16."""
-    algorithms: str = ""
-    """Names with commas; "": all that can run here but the reference."""
-    iterations: int = 20
-    warmup: int = 3
-    check: bool = False
-    device: str = "cpu"
-    in_place: bool = False
-    buffers: str = "warm"
-    op: str = "sum"
-    node_shared: bool | None = None
-    """Buffers in memory that the node shares; None: for auto and shared alone."""
-    as_json: bool = False
-    csv: str = ""
-    plot: Path | None = None
-    save: Path | None = None
-    profile: Path | None = None
-    folder: Path | None = None
+    what: Annotated[
+        str,
+        Argument(f"{', '.join(BENCHMARKS)}, or {ALL}.", metavar="WHAT"),
+    ]
+    sizes: Annotated[str, Option("1K:256M:x2, 1M:4M:+1M or a list such as 64,1M.")] = ""
+    dtype: Annotated[str, Option("float32, bfloat16, int32 …; float32 where none is named.")] = ""
+    algorithms: Annotated[
+        str, Option("auto,mpi,shared,ring,gloo …; all that can run where none is named.")
+    ] = ""
+    iterations: Annotated[int, Option("Rounds that are timed.")] = 20
+    warmup: Annotated[int, Option("Rounds before them.")] = 3
+    check: Annotated[bool, Option("Count wrong elements.")] = False
+    device: Annotated[str, Option("cpu or cuda.")] = "cpu"
+    in_place: Annotated[bool, Option("The result replaces the data.")] = False
+    buffers: Annotated[str, Option("warm: the same each time; fresh: new pages each time.")] = (
+        "warm"
+    )
+    op: Annotated[str, Option("sum, mean, max or min.")] = "sum"
+    node_shared: Annotated[
+        bool | None,
+        Option(
+            "Where the data is; by default node-shared for auto and shared.",
+            flag="--node-shared/--private",
+        ),
+    ] = None
+    as_json: Json = False
+    csv: Annotated[str, Option("Write the figures; - prints them instead.", metavar="FILE")] = ""
+    plot: Annotated[Path | None, Option("Draw bandwidth over size.", metavar="FILE.png")] = None
+    save: Annotated[Path | None, Option("Write the cluster profile.", metavar="PROFILE.json")] = (
+        None
+    )
+    profile: Annotated[Path | None, Option("Let auto choose by it.", metavar="PROFILE.json")] = None
+    folder: Annotated[Path | None, Option("Which file system to measure.", metavar="DIR")] = None
     threads: int = 1
+    """Threads of this rank; not an option: the verb counts them."""
 
     def __post_init__(self) -> None:
         _one_of("bench", self.what, (*BENCHMARKS, ALL))
@@ -99,10 +120,9 @@ class BenchOptions:
 
     @property
     def algorithm_names(self) -> tuple[str, ...]:
-        """The names as asked for, each once."""
-        return tuple(
-            dict.fromkeys(name.strip() for name in self.algorithms.split(",") if name.strip())
-        )
+        """The names as asked for, each once, aliases resolved."""
+        names = (name.strip() for name in self.algorithms.split(","))
+        return tuple(dict.fromkeys(ALIASES.get(name, name) for name in names if name))
 
     @property
     def quiet(self) -> bool:
@@ -115,3 +135,61 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         near = get_close_matches(value, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UsageError(f"{name} {value!r} is unknown; {hint}known: {', '.join(known)}")
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """The sizes that `text` names, ascending, each once. Raises UsageError for what is no size."""
+    sizes: set[int] = set()
+    for item in text.split(","):
+        sizes.update(_series(item, text))
+        if len(sizes) > MOST_SIZES:
+            raise UsageError(
+                f"--sizes {text} names more than {MOST_SIZES:,} sizes; take a larger step"
+            )
+    return tuple(sorted(sizes))
+
+
+def _series(item: str, text: str) -> list[int]:
+    parts = item.split(":")
+    if len(parts) > 3:
+        raise UsageError(
+            f"--sizes {text}: {item!r} has {len(parts)} parts, at most three; {WAY_OUT}"
+        )
+    first, last = _size(parts[0], text), _size(parts[-1 if len(parts) < 3 else 1], text)
+    if last < first:
+        raise UsageError(
+            f"--sizes {text}: {item!r} ends below its start, {last:,} < {first:,}; {WAY_OUT}"
+        )
+    factor, step = _stride(parts[2] if len(parts) == 3 else "x2", text)
+    found: list[int] = []
+    size = first
+    while size <= last and len(found) <= MOST_SIZES:
+        found.append(size)
+        size = max(size + 1, int(size * factor) + step)
+    return found
+
+
+def _stride(text: str, whole: str) -> tuple[float, int]:
+    """`x2` → (2, 0), `+1M` → (1, 1048576)."""
+    kind, rest = text[:1], text[1:]
+    if kind == "+":
+        return 1.0, _size(rest, whole)
+    if kind != "x" or not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", rest) or float(rest) <= 1:
+        raise UsageError(
+            f"--sizes {whole}: {text!r} is neither x and a factor above 1 nor + and a size; {WAY_OUT}"
+        )
+    return float(rest), 0
+
+
+def _size(text: str, whole: str) -> int:
+    match = re.fullmatch(
+        r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmg]?)(?:i?b)?\s*", text.lower(), re.ASCII
+    )
+    if match is None:
+        raise UsageError(f"--sizes {whole}: {text!r} is no size; {WAY_OUT}")
+    size = int(float(match[1]) * UNITS[match[2]])
+    if not 1 <= size <= LARGEST_BYTES:
+        raise UsageError(
+            f"--sizes {whole}: {text!r} is {size:,}, outside 1 to {LARGEST_BYTES:,}; {WAY_OUT}"
+        )
+    return size

@@ -6,17 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from mpillm.bench import figures
+from mpillm.bench import statistics
 from mpillm.bench.collectives import keep_able
 from mpillm.bench.competitors import (
     SHARED_PRIVATE,
     ArrayMemory,
-    contestants,
+    competitors,
     peers_wanted,
     runnable,
     select,
 )
-from mpillm.bench.context import Bench
+from mpillm.bench.context import BenchContext
+from mpillm.bench.gemm import multiplier
+from mpillm.bench.options import MPI_LIBRARY
 from mpillm.bench.peers import Peer, joined
 from mpillm.bench.results import Row, Section, Show, scaled, text, whole
 from mpillm.bench.sample_arrays import Shape, fitting_count
@@ -31,13 +33,7 @@ Start = Callable[[], Any]
 
 def computation(seconds: float) -> tuple[Call, int]:
     """One unit of work, and how many units last `seconds` on this rank."""
-    import torch
-
-    left, right, product = torch.ones(EDGE, EDGE), torch.ones(EDGE, EDGE), torch.empty(EDGE, EDGE)
-
-    def unit() -> None:
-        torch.mm(left, right, out=product)
-
+    unit = multiplier("float32", EDGE, "cpu")
     trials = []
     for _ in range(5):
         started = time.perf_counter()
@@ -56,7 +52,7 @@ def work(unit: Call, units: int, between: Call = lambda: None) -> None:
         between()
 
 
-def run_overlap(bench: Bench) -> list[Section]:
+def run_overlap(bench: BenchContext) -> list[Section]:
     """Every algorithm of the all-reduce at every size. Every rank calls it, with the same options."""
     options, comm = bench.options, bench.comm
     names = select(
@@ -93,10 +89,12 @@ COLUMNS: dict[str, Show] = {
 }
 
 
-def _measure(bench: Bench, shape: Shape, names: list[str], peers: Mapping[str, Peer]) -> list[Row]:
+def _measure(
+    bench: BenchContext, shape: Shape, names: list[str], peers: Mapping[str, Peer]
+) -> list[Row]:
     options = bench.options
     memory = ArrayMemory(bench.group, shape, options)
-    entries = contestants(bench.group, peers, memory, names, options)
+    entries = competitors(bench.group, peers, memory, names, options)
     entries.pop(SHARED_PRIVATE, None)
     keep_able(bench, entries)
     rows = []
@@ -107,7 +105,11 @@ def _measure(bench: Bench, shape: Shape, names: list[str], peers: Mapping[str, P
             figures_of_one = _one(bench, peers[name].start(shape, source, None), _torch_poll)
         else:
             figures_of_one = _one(
-                bench, bench.group.prepare("allreduce", source, algorithm=name).start, _poll
+                bench,
+                bench.group.prepare(
+                    "allreduce", source, algorithm="native" if name == MPI_LIBRARY else name
+                ).start,
+                _poll,
             )
         rows.append(
             {"bytes": shape.nbytes, "element": shape.element, "algorithm": name} | figures_of_one
@@ -126,10 +128,10 @@ def _torch_poll(handle: Any) -> object:
     return handle.is_completed()
 
 
-def _one(bench: Bench, start: Start, poll: Callable[[Any], object]) -> Row:
+def _one(bench: BenchContext, start: Start, poll: Callable[[Any], object]) -> Row:
     """Alone, the computation alone, and both together in two ways, in turns."""
     comm, rounds = bench.comm, (bench.options.iterations, bench.options.warmup)
-    alone = figures.times(
+    alone = statistics.times(
         interleave(comm, {"alone": lambda: lambda: start().wait()}, 3, 1)["alone"]
     ).median
     unit, units = computation(alone)
@@ -152,9 +154,9 @@ def _one(bench: Bench, start: Start, poll: Callable[[Any], object]) -> Row:
         "unpolled": unpolled,
     }
     seconds = interleave(comm, {way: lambda call=call: call for way, call in ways.items()}, *rounds)  # type: ignore[misc]
-    median = {way: figures.times(found).median for way, found in seconds.items()}
+    median = {way: statistics.times(found).median for way, found in seconds.items()}
     shares = {
-        f"{way}_overlap": figures.overlap(median["alone"], median["compute"], median[way])
+        f"{way}_overlap": statistics.overlap(median["alone"], median["compute"], median[way])
         for way in ("polled", "unpolled")
     }
     return {f"{way}_seconds": value for way, value in median.items()} | shares

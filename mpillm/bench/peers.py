@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from mpillm.bench.sample_arrays import Shape, as_tensor
 from mpillm.bench.timing import Call
 from mpillm.comm.mesh import on_one_node
+from mpillm.system.extras import install_command, installed
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 PEERS = ("gloo", "torch-nccl")
-# mpillm's own nccl is another contestant.
+# mpillm's own nccl is another competitor.
 PATIENCE = timedelta(seconds=60)
 
 
@@ -89,11 +90,14 @@ def joined(
 
     The ranks of one host meet in a file, those of several through rank 0's host name.
     """
-    import torch.distributed as dist
-
+    if wanted and not installed("torch"):
+        note(f"left out: {', '.join(wanted)}: torch is not installed ({install_command('torch')})")
+        wanted = ()
     if not wanted:
         yield {}
         return
+    import torch.distributed as dist
+
     with ExitStack() as stack:
         if reason := _missing() or _meet(comm, stack):
             note(f"left out: {', '.join(wanted)}: {reason}")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpillm.bench import figures
+from mpillm.bench import statistics
 from mpillm.bench.competitors import FLOOR
 from mpillm.bench.results import Row, Section
 from mpillm.system.atomic import replacing
@@ -38,7 +38,7 @@ def _point(what: str, row: Row, ranks: int) -> tuple[str, float]:
         return "", 0.0
     if row["algorithm"] != FLOOR:
         return row["algorithm"], row["algorithm_bytes_per_second"]
-    share = figures.floor_share(row["operation"], ranks)
+    share = statistics.floor_share(row["operation"], ranks)
     return "memory floor", row["algorithm_bytes_per_second"] / share if share and ranks > 1 else 0.0
 
 

@@ -66,7 +66,7 @@ TIME_COLUMNS: dict[str, Show] = {
 }
 
 
-def tell(
+def print_sections(
     header: Mapping[str, str], sections: Sequence[Section], notes: Sequence[str], console: Console
 ) -> None:
     """Print all for people."""

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpillm.bench.collectives import run_collective
-from mpillm.bench.context import Bench, header
-from mpillm.bench.filesystem import TrainingPaths, run_filesystem
+from mpillm.bench.context import BenchContext, header
+from mpillm.bench.filesystem import run_filesystem
 from mpillm.bench.gemm import run_gemm
 from mpillm.bench.handover import run_handover
 from mpillm.bench.make_profile import make_profile
 from mpillm.bench.memory_bandwidth import run_memory
 from mpillm.bench.options import COLLECTIVES, STDOUT, BenchOptions
 from mpillm.bench.overlap import run_overlap
-from mpillm.bench.pairs import run_message_rate, run_pairs
 from mpillm.bench.plot import draw, drawn
-from mpillm.bench.results import Section, as_csv, as_json, tell
+from mpillm.bench.point_to_point import run_message_rate, run_pairs
+from mpillm.bench.results import Section, as_csv, as_json, print_sections
 from mpillm.comm.agreement import on_root
 from mpillm.comm.communicator import Communicator
 from mpillm.comm.gpu.probe import probe
@@ -30,11 +30,10 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-def run(
+def run_benchmarks(
     options: BenchOptions,
     comm: "MPI.Intracomm",
     console: Console,
-    paths: TrainingPaths,
     environment: Mapping[str, str] | None = None,
 ) -> None:
     """Every rank of `comm` calls it, with the same options. Raises UsageError for what cannot be asked for here.
@@ -54,11 +53,9 @@ def run(
         # What was found holds for this very run.
         profile = replace(known, gpu_probe=gpu)
     group = Communicator(comm, profile=profile, warn=quiet.warn)
-    bench = Bench(options, comm, group, quiet)
+    bench = BenchContext(options, comm, group, quiet)
     facts = header(bench, cluster, kept)
-    sections = [
-        section for what in options.benchmarks() for section in _measure(bench, what, paths)
-    ]
+    sections = [section for what in options.benchmarks() for section in _measure(bench, what)]
     group.free()
     on_root(comm, lambda: _write(bench, sections, cluster, facts, gpu))
     if options.as_json:
@@ -66,20 +63,19 @@ def run(
     elif options.csv == STDOUT:
         console.write(as_csv(sections))
     else:
-        tell(facts, sections, bench.notes, console)
+        print_sections(facts, sections, bench.notes, console)
 
 
-def _measure(bench: Bench, what: str, paths: TrainingPaths) -> list[Section]:
+def _measure(bench: BenchContext, what: str) -> list[Section]:
     if what in COLLECTIVES:
         return run_collective(bench, what)
-    if what == "filesystem":
-        return run_filesystem(bench, paths)
-    others: dict[str, Callable[[Bench], list[Section]]] = {
+    others: dict[str, Callable[[BenchContext], list[Section]]] = {
         "overlap": run_overlap,
         "memory": run_memory,
         "gemm": run_gemm,
         "message-rate": run_message_rate,
         "handover": run_handover,
+        "filesystem": run_filesystem,
     }
     return others[what](bench) if what in others else run_pairs(bench, what)
 
@@ -113,7 +109,7 @@ def _check_device(options: BenchOptions, comm: "MPI.Intracomm") -> None:
 
 
 def _write(
-    bench: Bench,
+    bench: BenchContext,
     sections: list[Section],
     cluster: Cluster,
     facts: dict[str, str],

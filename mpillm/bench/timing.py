@@ -1,4 +1,4 @@
-"""The clock: contestants take turns round by round, in changing order, so that a noisy machine is noisy for all."""
+"""The clock: competitors take turns round by round, in changing order, so that a noisy machine is noisy for all."""
 
 import math
 import random
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpillm.bench.figures import Seconds
+from mpillm.bench.statistics import Seconds
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -37,20 +37,20 @@ def batch_of(seconds: float) -> int:
 
 def interleave(
     comm: "MPI.Intracomm",
-    contestants: Mapping[str, Make],
+    competitors: Mapping[str, Make],
     iterations: int,
     warmup: int,
     *,
     fresh: bool = False,
     advance: Call = lambda: None,
 ) -> dict[str, Seconds]:
-    """Seconds a call of each contestant in each iteration (iterations,), of the slowest rank; the same on every rank.
+    """Seconds a call of each competitor in each iteration (iterations,), of the slowest rank; the same on every rank.
 
     Every rank of `comm` calls it with the same names. A barrier goes before each timed batch and is not counted.
     `fresh`: make anew for each iteration, and time a single call; `advance` is called after each round.
     """
-    names = list(contestants)
-    kept = {} if fresh else {name: make() for name, make in contestants.items()}
+    names = list(competitors)
+    kept = {} if fresh else {name: make() for name, make in competitors.items()}
     batches = dict.fromkeys(names, 1)
     if not fresh:
         alone = np.array([_timed(comm, kept[name], 1) for name in names for _ in range(2)]).reshape(
@@ -61,7 +61,7 @@ def interleave(
     measured = np.zeros((len(names), warmup + iterations))
     for turn in range(warmup + iterations):
         for name in in_turn(names, turn):
-            call = contestants[name]() if fresh else kept[name]
+            call = competitors[name]() if fresh else kept[name]
             measured[names.index(name), turn] = _timed(comm, call, batches[name])
             del call
         advance()

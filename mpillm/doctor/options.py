@@ -3,22 +3,32 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from mpillm.system.command_line import Argument, Json, Option
 
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    paths: tuple[Path, ...] = ()
-    """Folders to try; none: the current folder and the one for temporary files."""
-    profile: Path | None = None
-    """A cluster profile to judge."""
-    hosts: tuple[str, ...] = ()
-    """Hosts to reach; none: those of the scheduler's allocation."""
-    gpus: int | None = None
-    """GPUs that each host should have; None: as the site file says, if it does."""
-    site: Path | None = None
-    """The site file; None: the user's own, where there is one."""
-    as_json: bool = False
+    paths: Annotated[
+        tuple[Path, ...],
+        Argument(
+            "Folders for runs and data; without any the current and the temporary folder.",
+            metavar="PATH…",
+        ),
+    ] = ()
+    profile: Annotated[
+        Path | None, Option("A cluster profile to judge.", metavar="PROFILE.json")
+    ] = None
+    hosts: Annotated[
+        tuple[str, ...],
+        Option("Hosts to reach; else those of the allocation.", metavar="A,B,…", commas=True),
+    ] = ()
+    gpus: Annotated[int | None, Option("GPUs that each host should have.")] = None
+    site: Annotated[
+        Path | None, Option("Another site file than your own.", metavar="SITE.toml")
+    ] = None
+    as_json: Json = False
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpillm.bench.context import Bench
+from mpillm.bench.context import BenchContext
 from mpillm.bench.handover import (
     WORK_SECONDS,
-    ByChannels,
+    ByMail,
     ByRequests,
     Hand,
     behind_work,
@@ -31,7 +31,7 @@ CLUSTER = Cluster("Made Up 9000", 2, "Open MPI", "5.0.9", 1, 2)
 
 def hands(pair: MPI.Intracomm, nbytes: int) -> dict[str, Hand]:
     ways = ("shared", "messages") if on_one_node(pair) else ("messages",)
-    return {**{way: ByChannels(pair, nbytes, way) for way in ways}, "native": ByRequests(pair)}
+    return {**{way: ByMail(pair, nbytes, way) for way in ways}, "mpi": ByRequests(pair)}
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_rows_are_the_same_on_every_rank(comm: MPI.Intracomm) -> None:
         Communicator(comm),
         BenchOptions("handover", sizes="100,70K", iterations=3, warmup=1),
     )
-    bench = Bench(options, comm, group, Console(speaks=False))
+    bench = BenchContext(options, comm, group, Console(speaks=False))
     sections = run_handover(bench)
     group.free()
     rows = [row for section in sections for row in section.rows]
@@ -84,7 +84,7 @@ def test_rows_are_the_same_on_every_rank(comm: MPI.Intracomm) -> None:
     assert ("mpirun -n 2" in " ".join(bench.notes)) == (comm.size == 1)
     if comm.size > 1 and on_one_node(comm):
         assert [(row["bytes"], row["way"]) for row in rows] == [
-            (size, way) for size in (100, 71680) for way in ("shared", "messages", "native")
+            (size, way) for size in (100, 71680) for way in ("shared", "messages", "mpi")
         ]
     for row in rows:
         assert row["work_seconds"] == WORK_SECONDS
@@ -109,13 +109,13 @@ def rows_of(way: str, seconds: dict[int, float], level: str = "node") -> list[di
     ]
 
 
-def test_the_profile_knows_the_faster_way_and_channels_follow_it(
+def test_the_profile_knows_the_faster_way_and_mail_follows_it(
     comm: MPI.Intracomm, folder: Path
 ) -> None:
     rows = rows_of("shared", {1000: 1e-5, 100_000: 1e-3}) + rows_of(
         "messages", {1000: 1e-4, 100_000: 2e-4}
     )
-    rows += rows_of("native", {1000: 1e-9}) + rows_of("messages", {1000: 1e-9}, "network")
+    rows += rows_of("mpi", {1000: 1e-9}) + rows_of("messages", {1000: 1e-9}, "network")
     profile = make_profile([Section("handover", "", rows, {})], CLUSTER, 2, "cpu", "today", {})
     assert set(profile.handover) == {"shared", "messages"}
     assert [profile.faster_way(n) for n in (1000, 100_000)] == ["shared", "messages"]
@@ -124,8 +124,6 @@ def test_the_profile_knows_the_faster_way_and_channels_follow_it(
     profile.save(path)
     assert load_profile(path, print, CLUSTER) == profile
     if comm.size > 1 and on_one_node(comm):
-        channel_set = ChannelSet(
-            comm, [Channel(0, 1, 1000), Channel(0, 1, 100_000)], profile=profile
-        )
-        assert channel_set.ways == ["shared", "messages"]
-        channel_set.free()
+        mail = ChannelSet(comm, [Channel(0, 1, 1000), Channel(0, 1, 100_000)], profile=profile)
+        assert mail.ways == ["shared", "messages"]
+        mail.free()

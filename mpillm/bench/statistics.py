@@ -56,13 +56,16 @@ def floor_share(operation: str, ranks: int) -> float:
     return {**shares, "broadcast": 0.5, "barrier": 0.0}.get(operation, 1.0)
 
 
-def ratios(native: Seconds, own: Seconds) -> dict[str, float]:
-    """How many times as fast as `native`: quartiles of the ratios within a round, so that a noisy round is fair."""
-    low, middle, high = np.percentile(native / own, [25, 50, 75])
+def ratios(library: Seconds, own: Seconds) -> dict[str, float]:
+    """Divide the MPI library's times by `own`, round by round, and give the quartiles.
+
+    Both were measured in the same round, so a noisy round leaves its ratio alone.
+    """
+    low, middle, high = np.percentile(library / own, [25, 50, 75])
     return {
-        "native_ratio": float(middle),
-        "native_ratio_q1": float(low),
-        "native_ratio_q3": float(high),
+        "mpi_ratio": float(middle),
+        "mpi_ratio_q1": float(low),
+        "mpi_ratio_q3": float(high),
     }
 
 

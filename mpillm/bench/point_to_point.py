@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.bench import figures
-from mpillm.bench.context import Bench
-from mpillm.bench.figures import Seconds
+from mpillm.bench import statistics
+from mpillm.bench.context import BenchContext
 from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, text, whole
+from mpillm.bench.statistics import Seconds
 from mpillm.bench.timing import batch_of
 from mpillm.comm.waiting import patient_barrier
 
@@ -141,7 +141,7 @@ def _by_two(
     return most
 
 
-def run_pairs(bench: Bench, what: str) -> list[Section]:
+def run_pairs(bench: BenchContext, what: str) -> list[Section]:
     """latency, bandwidth or bibw, pair by pair. Every rank calls it."""
     comm, options = bench.comm, bench.options
     chosen, sizes = pairs(bench.group.nodes), options.sizes_of(what)
@@ -156,14 +156,14 @@ def run_pairs(bench: Bench, what: str) -> list[Section]:
                 per_call = 2 if what == "latency" else window_of(size)
                 seconds = _by_two(comm, [pair], once, options.iterations, options.warmup, per_call)
                 ways = 2 if what == "bibw" else 1
-                times = figures.times(seconds)
+                times = statistics.times(seconds)
                 rows.append(
                     {
                         "level": pair.level,
                         "pair": pair.text,
                         "bytes": size,
                         **times.row(),
-                        "bytes_per_second": ways * figures.rate(size, times.median),
+                        "bytes_per_second": ways * statistics.rate(size, times.median),
                         "window": 1 if what == "latency" else window_of(size),
                     }
                 )
@@ -198,7 +198,7 @@ def _once(comm: "MPI.Intracomm", what: str, size: int) -> Callable[[Pair], Once]
     return for_pair
 
 
-def run_message_rate(bench: Bench) -> list[Section]:
+def run_message_rate(bench: BenchContext) -> list[Section]:
     """Messages a second of all pairs at once, each in windows one way. Every rank calls it."""
     comm, options, what = bench.comm, bench.options, "message-rate"
     active, rows = many_pairs(bench.group.nodes, comm.size), list[Row]()
@@ -213,7 +213,7 @@ def run_message_rate(bench: Bench) -> list[Section]:
             seconds = _by_two(
                 comm, active, once, options.iterations, options.warmup, window_of(size)
             )
-            times = figures.times(seconds)
+            times = statistics.times(seconds)
             rows.append(
                 {
                     "level": level,
@@ -222,7 +222,7 @@ def run_message_rate(bench: Bench) -> list[Section]:
                     "window": window_of(size),
                     **times.row(),
                     "messages_per_second": len(active) / times.median,
-                    "bytes_per_second": len(active) * figures.rate(size, times.median),
+                    "bytes_per_second": len(active) * statistics.rate(size, times.median),
                 }
             )
             advance()
