@@ -1,4 +1,4 @@
-"""The command line: find the verb, let it run, and print what was typed wrong. No room is loaded for the help."""
+"""The command line: find the verb, run it, and print typing errors. The help loads no room."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from mpillm.system.plugins import is_plugin, load_plugin
 from mpillm.verbs.command import make_command, summary
 from mpillm.verbs.verb_catalog import VERBS
 
-# A launcher kills the other ranks once one leaves with an error: the first rank must print before that.
+# A launcher kills all ranks once one leaves with an error: the first rank must print before that.
 OTHERS_WAIT_SECONDS = 1.0
 
 
@@ -40,7 +40,8 @@ class _Verbs(TyperGroup):
 app = typer.Typer(
     cls=_Verbs,
     name="mpillm",
-    help="Train large language models on classic HPC clusters, over MPI alone. Each verb runs with or without mpirun.",
+    help="Train large language models on classic HPC clusters, over MPI alone. "
+    "Each verb runs with or without mpirun.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -1,4 +1,6 @@
-"""The benchmark of one collective: every algorithm, size by size, beside the library's own and the memory floor."""
+"""Time every algorithm of one collective, size by size, with the MPI library's and the memory
+floor.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -42,7 +44,10 @@ COLUMNS: dict[str, Show] = {
 
 
 def run_collective(bench: BenchContext, what: str) -> list[Section]:
-    """Measure the collective that the command line calls `what`. Every rank calls it, with the same options."""
+    """Measure the collective that the command line calls `what`.
+
+    Every rank calls it, with the same options.
+    """
     options, operation = bench.options, COLLECTIVES[what]
     here = runnable(bench.group, operation, options)
     names = select(options.algorithm_names, here, bench.note, what)
@@ -66,7 +71,7 @@ def _reduces(operation: str) -> bool:
 
 
 def shapes_of(bench: BenchContext, what: str) -> list[Shape]:
-    """What is measured, by size; sizes that come to the same count are taken once."""
+    """List the shapes to measure by size, each element count once."""
     options, comm, operation = bench.options, bench.comm, COLLECTIVES[what]
     sizes = (0,) if operation == "barrier" else options.sizes_of(what)
     counts = [
@@ -113,7 +118,10 @@ def _measure(
 
 
 def keep_able(bench: BenchContext, entries: dict[str, Competitor]) -> dict[str, str]:
-    """Take those out of `entries` that cannot do it here, with a note; the others' names with what they chose."""
+    """Remove those of `entries` that cannot run here, with a note.
+
+    Gives the others' names with the algorithm that each chose.
+    """
     chosen = {}
     for name in list(entries):
         chosen[name], reason = tried(bench.group, entries[name])
@@ -124,7 +132,7 @@ def keep_able(bench: BenchContext, entries: dict[str, Competitor]) -> dict[str, 
 
 
 def _check(bench: BenchContext, entries: Mapping[str, Competitor]) -> dict[str, int]:
-    """Wrong elements on all ranks together, by algorithm."""
+    """Count the wrong elements of all ranks together, by algorithm."""
     counts = {}
     for name, entry in entries.items():
         shape = entry.memory.shape
@@ -137,7 +145,7 @@ def _check(bench: BenchContext, entries: Mapping[str, Competitor]) -> dict[str, 
 
 
 def rows_of(shape: Shape, seconds: Mapping[str, Seconds], facts: Mapping[str, Row]) -> list[Row]:
-    """The table's rows of one size, from the times of each competitor, the floor among them."""
+    """Make the rows of one size from the times of each competitor, the floor included."""
     library, memory = seconds.get(MPI_LIBRARY), seconds.get(FLOOR)
     least = None
     if memory is not None and shape.ranks > 1:
@@ -162,7 +170,7 @@ def rows_of(shape: Shape, seconds: Mapping[str, Seconds], facts: Mapping[str, Ro
         if library is not None and name != FLOOR:
             row |= statistics.ratios(library, own)
         if name == FLOOR:
-            # The row tells the pass over memory itself; a bus bandwidth it has not.
+            # A pass over local memory sends nothing: it has no bus bandwidth.
             row["bus_bytes_per_second"] = None
         row["floor_ratio"] = least / row["median_seconds"] if least and name != FLOOR else None
         rows.append(row)

@@ -26,6 +26,7 @@ from mpillm.tokens.windows import ReadPlan
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+# As a recipe with a context of 1024 reads them: inputs and the next token.
 WINDOW_TOKENS = 1025
 ROWS = 64
 WINDOWS = 16 * ROWS
@@ -40,15 +41,16 @@ COLUMNS: dict[str, Show] = {
 
 
 def run_filesystem(bench: BenchContext) -> list[Section]:
-    """Shards and checkpoints of each size (bytes a rank) under `--folder`; all is removed. Every rank calls it.
+    """Write and read shards and checkpoints of each size (bytes a rank) under `--folder`.
 
-    Raises UsageError where no folder is named, or it is not there or cannot be written to.
+    Every rank calls it; all files are removed. Raises UsageError without a folder that it can write
+    to.
     """
     options, rows = bench.options, list[Row]()
     if options.folder is None:
         if options.what != "all":
             raise UsageError(
-                "bench filesystem needs --folder DIR: an existing folder on the file system to measure"
+                "bench filesystem needs --folder DIR: a folder on the file system to measure"
             )
         bench.note(
             "filesystem is left out; name a folder on the file system to measure with --folder DIR"
@@ -79,7 +81,10 @@ def run_filesystem(bench: BenchContext) -> list[Section]:
 
 @contextmanager
 def temporary_folder(comm: "MPI.Intracomm", parent: Path) -> Iterator[Path]:
-    """A new folder in `parent`, the same on each rank, removed with all that is in it. Every rank enters it."""
+    """Make a folder in `parent`, the same on each rank, and remove it with its files.
+
+    Every rank enters it.
+    """
     path = on_root(comm, lambda: _new_folder(parent))
     try:
         yield path
@@ -101,7 +106,9 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _tokens(bench: BenchContext, folder: Path, nbytes: int) -> list[Row]:
-    """Write a shard a rank, then read random windows of all shards: warm, cold, and cold with the kernel told ahead."""
+    """Write a shard a rank, then read random windows of all shards: warm, cold, cold with
+    readahead.
+    """
     comm, options = bench.comm, bench.options
     on_root(comm, folder.mkdir)
     tokens = np.random.default_rng(comm.rank).integers(
@@ -134,6 +141,7 @@ def _tokens(bench: BenchContext, folder: Path, nbytes: int) -> list[Row]:
                 plan.fetch(first, out)
             return time.perf_counter() - started
 
+        # The names become keys of the cluster profile: they stay as version 1 has them.
         ways = {"warm": (False, False), "cold": (True, False), "cold, told ahead": (True, True)}
         moved = WINDOWS * WINDOW_TOKENS * 2
         for name, (cold, ahead) in ways.items():
@@ -144,7 +152,7 @@ def _tokens(bench: BenchContext, folder: Path, nbytes: int) -> list[Row]:
 
 
 def _checkpoint(bench: BenchContext, folder: Path, nbytes: int) -> list[Row]:
-    """All ranks write one checkpoint of `nbytes` a rank, and each reads the whole of it back, as a resumed run does."""
+    """Write one checkpoint of `nbytes` a rank; each rank reads all of it, as a resumed run does."""
     import torch
 
     from mpillm.weights.checkpoint import Checkpoint
@@ -194,7 +202,7 @@ def _rounds(
 
 
 def _forgetter(comm: "MPI.Intracomm", folder: Path) -> Call:
-    """What asks the kernel to drop the pages of the folder's files; a file system in memory cannot."""
+    """Make the call that drops the folder's pages from the page cache, where it has one."""
 
     def forget() -> None:
         comm.Barrier()

@@ -1,4 +1,4 @@
-"""Square matrix products with this rank's threads, all ranks at once: the rate that a model's layers can hope for."""
+"""Multiply square matrices, all ranks at once: the upper bound of a model's layers."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from mpillm.bench.timing import Call, interleave
 from mpillm.errors import UsageError
 from mpillm.system.extras import install_command, installed, require_packages
 
-# Processors without bfloat16 multiply it a hundred times slower than float32: minutes for one large edge.
+# Processors without bfloat16 are a hundred times slower at it: minutes for one large edge.
 LONGEST_SECONDS = 1.0
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 COLUMNS: dict[str, Show] = {
@@ -24,7 +24,10 @@ COLUMNS: dict[str, Show] = {
 
 
 def run_gemm(bench: BenchContext) -> list[Section]:
-    """Each edge in each float type. Every rank calls it. Raises UsageError for a type that is no float."""
+    """Time each edge in each float type.
+
+    Every rank calls it. Raises UsageError for integer types.
+    """
     options, comm, rows = bench.options, bench.comm, list[Row]()
     if options.dtype and options.dtype not in FLOATS and options.what == "gemm":
         raise UsageError(
@@ -65,7 +68,7 @@ def _elements(bench: BenchContext) -> tuple[str, ...]:
 
 
 def multiplier(element: str, edge: int, device: str) -> Call:
-    """Make the product of two square matrices of ones, written into a third; by NumPy without torch."""
+    """Make the call that multiplies two square matrices of ones; NumPy does it without torch."""
     if not installed("torch"):
         a, b, c = (np.ones((edge, edge), element) for _ in range(3))
         return lambda: np.matmul(a, b, out=c)
@@ -87,7 +90,10 @@ def multiplier(element: str, edge: int, device: str) -> Call:
 def _bearable(
     bench: BenchContext, elements: Sequence[str], edge: int, rows: Sequence[Row]
 ) -> list[str]:
-    """The types whose product of this edge will not take too long, by that of a smaller one; the same on all ranks."""
+    """Select the types whose product of this edge is fast enough, extrapolated from a smaller edge.
+
+    The same on all ranks.
+    """
     kept = []
     for element in elements:
         before = next((row for row in reversed(rows) if row["element"] == element), None)

@@ -1,4 +1,4 @@
-"""Memory as STREAM measures it (McCalpin 1995), all ranks at once, and the rate of a write alone."""
+"""Measure memory as STREAM does (McCalpin 1995), all ranks at once, and a write alone."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from mpillm.bench.timing import Call, interleave
 from mpillm.system.extras import install_command, installed
 
 MOVED = {"copy": 2, "scale": 2, "add": 3, "triad": 3, "write": 1}
-"""How many arrays each kernel reads and writes; what a cache fetches before a write is not counted, as in STREAM."""
+"""Arrays that each kernel reads and writes; as in STREAM without the fetch before a write."""
 COLUMNS: dict[str, Show] = {
     "kernel": text("kernel"),
     "bytes": whole("bytes"),
@@ -20,7 +20,9 @@ COLUMNS: dict[str, Show] = {
 
 
 def kernels(count: int) -> dict[str, Call]:
-    """Make each kernel's call, on three arrays of `count` float64; without torch by NumPy, which lacks triad."""
+    """Make each kernel's call on three arrays of `count` float64; NumPy, without torch, lacks
+    triad.
+    """
     if not installed("torch"):
         x, y, z = (np.ones(count) for _ in range(3))
         return {
@@ -42,7 +44,7 @@ def kernels(count: int) -> dict[str, Call]:
 
 
 def run_memory(bench: BenchContext) -> list[Section]:
-    """Each kernel on arrays of each size, by every rank at once. Every rank calls it."""
+    """Time each kernel on arrays of each size, all ranks at once. Every rank calls it."""
     options, comm, rows = bench.options, bench.comm, list[Row]()
     sizes = options.sizes_of("memory")
     if not installed("torch"):

@@ -1,4 +1,4 @@
-"""What `mpillm bench` was asked for, checked before anything is measured."""
+"""The options of `mpillm bench`, checked before anything is measured."""
 
 import re
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ DEFAULT_SIZES = {
     "gemm": "128:2K:x2",
     "filesystem": "64M",
 }
-# What a matrix's edge may be: three of them in float32 take 12 GiB.
+# Three matrices of this edge in float32 take 12 GiB.
 LARGEST_EDGE = 32 * 1024
 STDOUT = "-"
 MPI_LIBRARY = "mpi"
@@ -40,12 +40,15 @@ ALIASES = {"native": MPI_LIBRARY}
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 MOST_SIZES = 1000
 LARGEST_BYTES = 1 << 40
-WAY_OUT = "write --sizes as 1K:256M:x2 (first:last:factor), 1M:4M:+1M (first:last:step) or a list such as 64,1M,4M"
+REMEDY = (
+    "write --sizes as 1K:256M:x2 (first:last:factor), 1M:4M:+1M (first:last:step) "
+    "or a list such as 64,1M,4M"
+)
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """The command line's settings; a wrong one raises UsageError."""
+    """Hold the settings of the command line; a wrong one raises UsageError."""
 
     what: Annotated[
         str,
@@ -92,8 +95,8 @@ class BenchOptions:
             _one_of("--dtype", self.dtype, ELEMENTS)
         if self.iterations < 1 or self.warmup < 0:
             raise UsageError(
-                f"a benchmark needs --iterations of 1 at least and --warmup of 0 at least, "
-                f"not {self.iterations} and {self.warmup}"
+                f"--iterations is 1 or more and --warmup 0 or more, "
+                f"got {self.iterations} and {self.warmup}"
             )
         if self.as_json and self.csv == STDOUT:
             raise UsageError("--json and --csv - both want the standard output; give --csv a file")
@@ -104,12 +107,16 @@ class BenchOptions:
         return BENCHMARKS if self.what == ALL else (self.what,)
 
     def sizes_of(self, what: str) -> tuple[int, ...]:
-        """Bytes, or for gemm the edges of the matrices. With `all` the user's sizes are those of the messages."""
+        """Give the sizes in bytes, or for gemm the edges of the matrices.
+
+        With `all` the user's sizes are those of the messages.
+        """
         own = not self.sizes or (self.what == ALL and what in ("gemm", "memory", "filesystem"))
         sizes = parse_sizes(DEFAULT_SIZES[what] if own else self.sizes)
         if what == "gemm" and sizes[-1] > LARGEST_EDGE:
             raise UsageError(
-                f"the --sizes of gemm are edges of square matrices, at most {LARGEST_EDGE:,}, not {sizes[-1]:,}; "
+                f"the --sizes of gemm are edges of square matrices, at most {LARGEST_EDGE:,}, "
+                f"not {sizes[-1]:,}; "
                 f"write --sizes {DEFAULT_SIZES['gemm']}"
             )
         return sizes
@@ -126,7 +133,7 @@ class BenchOptions:
 
     @property
     def quiet(self) -> bool:
-        """Whether the standard output is a program's."""
+        """True where a program reads the standard output."""
         return self.as_json or self.csv == STDOUT
 
 
@@ -138,7 +145,10 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
-    """The sizes that `text` names, ascending, each once. Raises UsageError for what is no size."""
+    """Parse `1K:256M:x2`, `64,1M,4M` or `0.5M:4M:+512K`, K, M and G binary: ascending, each once.
+
+    Raises UsageError.
+    """
     sizes: set[int] = set()
     for item in text.split(","):
         sizes.update(_series(item, text))
@@ -153,12 +163,12 @@ def _series(item: str, text: str) -> list[int]:
     parts = item.split(":")
     if len(parts) > 3:
         raise UsageError(
-            f"--sizes {text}: {item!r} has {len(parts)} parts, at most three; {WAY_OUT}"
+            f"--sizes {text}: {item!r} has {len(parts)} parts, at most three; {REMEDY}"
         )
     first, last = _size(parts[0], text), _size(parts[-1 if len(parts) < 3 else 1], text)
     if last < first:
         raise UsageError(
-            f"--sizes {text}: {item!r} ends below its start, {last:,} < {first:,}; {WAY_OUT}"
+            f"--sizes {text}: {item!r} ends below its start, {last:,} < {first:,}; {REMEDY}"
         )
     factor, step = _stride(parts[2] if len(parts) == 3 else "x2", text)
     found: list[int] = []
@@ -176,7 +186,8 @@ def _stride(text: str, whole: str) -> tuple[float, int]:
         return 1.0, _size(rest, whole)
     if kind != "x" or not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", rest) or float(rest) <= 1:
         raise UsageError(
-            f"--sizes {whole}: {text!r} is neither x and a factor above 1 nor + and a size; {WAY_OUT}"
+            f"--sizes {whole}: {text!r} is neither x and a factor above 1 nor + and a size; "
+            f"{REMEDY}"
         )
     return float(rest), 0
 
@@ -186,10 +197,10 @@ def _size(text: str, whole: str) -> int:
         r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmg]?)(?:i?b)?\s*", text.lower(), re.ASCII
     )
     if match is None:
-        raise UsageError(f"--sizes {whole}: {text!r} is no size; {WAY_OUT}")
+        raise UsageError(f"--sizes {whole}: {text!r} is not a size; {REMEDY}")
     size = int(float(match[1]) * UNITS[match[2]])
     if not 1 <= size <= LARGEST_BYTES:
         raise UsageError(
-            f"--sizes {whole}: {text!r} is {size:,}, outside 1 to {LARGEST_BYTES:,}; {WAY_OUT}"
+            f"--sizes {whole}: {text!r} is {size:,}, outside 1 to {LARGEST_BYTES:,}; {REMEDY}"
         )
     return size

@@ -1,4 +1,4 @@
-"""How much of an all-reduce runs behind computation, polled and left alone, as OSU's osu_iallreduce counts it."""
+"""Measure how much of an all-reduce overlaps computation, polled and unpolled (osu_iallreduce)."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -25,14 +25,14 @@ from mpillm.bench.sample_arrays import Shape, fitting_count
 from mpillm.bench.timing import Call, interleave, slowest
 
 SLICES = 40
-"""The computation is cut so often at the most, and the operation is polled between."""
+"""Slices of the computation, at most; the operation is polled between them."""
 EDGE = 64
-"""Of the matrices that are multiplied: they stay in a core's cache, so that it is the core that is kept busy."""
+"""Edge of the multiplied matrices: they fit the core's cache, so only the core is busy."""
 Start = Callable[[], Any]
 
 
 def computation(seconds: float) -> tuple[Call, int]:
-    """One unit of work, and how many units last `seconds` on this rank."""
+    """Calibrate the computation: give one unit of work and the units that take `seconds` here."""
     unit = multiplier("float32", EDGE, "cpu")
     trials = []
     for _ in range(5):
@@ -44,7 +44,7 @@ def computation(seconds: float) -> tuple[Call, int]:
 
 
 def work(unit: Call, units: int, between: Call = lambda: None) -> None:
-    """`units` of work in up to SLICES slices of one length, `between` called after each."""
+    """Do `units` of work in up to SLICES equal slices; call `between` after each."""
     each = -(-units // SLICES)
     for _ in range(units // each):
         for _ in range(each):
@@ -53,7 +53,10 @@ def work(unit: Call, units: int, between: Call = lambda: None) -> None:
 
 
 def run_overlap(bench: BenchContext) -> list[Section]:
-    """Every algorithm of the all-reduce at every size. Every rank calls it, with the same options."""
+    """Measure every algorithm of the all-reduce at every size.
+
+    Every rank calls it, with the same options.
+    """
     options, comm = bench.options, bench.comm
     names = select(
         options.algorithm_names, runnable(bench.group, "allreduce", options), bench.note, "overlap"
@@ -72,7 +75,7 @@ def run_overlap(bench: BenchContext) -> list[Section]:
                 peers,
             )
             advance()
-    title = f"overlap of allreduce with matrix products, in {SLICES} slices at the most"
+    title = f"overlap of allreduce with matrix products, in at most {SLICES} slices"
     return [Section("overlap", title, rows, COLUMNS)]
 
 
@@ -129,7 +132,7 @@ def _torch_poll(handle: Any) -> object:
 
 
 def _one(bench: BenchContext, start: Start, poll: Callable[[Any], object]) -> Row:
-    """Alone, the computation alone, and both together in two ways, in turns."""
+    """Time the operation alone, the computation alone, and both in two ways, in turns."""
     comm, rounds = bench.comm, (bench.options.iterations, bench.options.warmup)
     alone = statistics.times(
         interleave(comm, {"alone": lambda: lambda: start().wait()}, 3, 1)["alone"]

@@ -1,4 +1,4 @@
-"""`mpillm bench`: runs what was asked for, tells the results and writes the files."""
+"""Run the benchmarks of `mpillm bench`, print the results and write the files."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,6 +24,7 @@ from mpillm.errors import UsageError
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.system.atomic import make_folder, write_text
 from mpillm.system.console import Console
+from mpillm.system.extras import require_packages
 from mpillm.system.malloc import keep_pages
 
 if TYPE_CHECKING:
@@ -36,10 +37,15 @@ def run_benchmarks(
     console: Console,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Every rank of `comm` calls it, with the same options. Raises UsageError for what cannot be asked for here.
+    """Measure, print and write what `options` ask for. Every rank of `comm` calls it with equal
+    options.
 
-    `environment`: the process's, for the child that tries what MPI does with a GPU's memory; None: it isn't tried.
+    Raises UsageError for what cannot run here. `environment`: the process's, for the child that
+    probes MPI with a GPU's memory; None: no probe.
     """
+    if options.plot is not None:
+        # Before anything is measured: a long run must not end in a picture that cannot be drawn.
+        require_packages("bench --plot", "matplotlib")
     on_root(comm, lambda: _check_places(options))
     _check_device(options, comm)
     quiet = Console(speaks=False) if options.quiet else console
@@ -50,7 +56,7 @@ def run_benchmarks(
     if options.device == "cuda":
         known = profile or ClusterProfile("", cluster)
         gpu = {**known.gpu_probe, **on_root(comm, lambda: _gpu_facts(environment))}
-        # What was found holds for this very run.
+        # The Communicator of this run already chooses by the probe.
         profile = replace(known, gpu_probe=gpu)
     group = Communicator(comm, profile=profile, warn=quiet.warn)
     bench = BenchContext(options, comm, group, quiet)
@@ -86,7 +92,7 @@ def _files(options: BenchOptions) -> list[Path]:
 
 
 def _check_places(options: BenchOptions) -> None:
-    """A long run should not end in a file that cannot be written."""
+    """Fail before measuring where a file of the options cannot be written."""
     for path in _files(options):
         if path.is_dir():
             raise UsageError(f"{path} is a folder; name a file in it")
@@ -94,14 +100,15 @@ def _check_places(options: BenchOptions) -> None:
 
 
 def _check_device(options: BenchOptions, comm: "MPI.Intracomm") -> None:
-    """Raise UsageError without a GPU; else the ranks of a node take its GPUs in turn."""
+    """Take this rank's GPU, those of a node in turn; raise UsageError without a GPU."""
     if options.device == "cuda":
         import torch
         from mpi4py import MPI
 
         if not torch.cuda.is_available():
             raise UsageError(
-                f"--device cuda needs a GPU and a torch built for it, this is torch {torch.__version__}"
+                f"--device cuda needs a GPU and a torch built for it, "
+                f"this is torch {torch.__version__}"
             )
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         torch.cuda.set_device(node.rank % torch.cuda.device_count())
@@ -115,7 +122,7 @@ def _write(
     facts: dict[str, str],
     gpu: Mapping[str, Any],
 ) -> None:
-    """Rank 0 writes the files that were asked for."""
+    """Write the files that were asked for; rank 0 calls it."""
     options = bench.options
     if options.csv not in ("", STDOUT):
         write_text(Path(options.csv), as_csv(sections))
@@ -131,7 +138,7 @@ def _write(
 
 
 def _gpu_facts(environment: Mapping[str, str] | None) -> dict[str, Any]:
-    """Of rank 0's node: its GPUs, and under `mpi` which operations the MPI library does with their memory."""
+    """Describe the GPUs of rank 0's node; `mpi`: operations that take their memory."""
     import torch
 
     taken = {} if environment is None else {"mpi": probe(environment)}

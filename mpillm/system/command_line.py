@@ -1,11 +1,12 @@
 """Mark the fields of a dataclass as options of the command line.
 
-A verb's options are one frozen dataclass. Each field holds its type and default, and its help stands in a marker:
+A verb's options are one frozen dataclass. Each field has its type, its default, and its help in a
+marker:
 
     threads: Annotated[int, Option("Threads a rank; 0: its share of the cores.")] = 0
 
-`verbs/command.py` makes the command from the fields. A field without a marker is no option. This module imports no
-command-line library, so every room may mark its own settings.
+`verbs/command.py` makes the command from the fields; a field without a marker is not an option.
+This module imports no command-line library, so every room may mark its own settings.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ class Option:
     metavar: str = ""
     """The name of its value in the help; "": the type's."""
     flag: str = ""
-    """Its spelling, such as `--set` or `--node-shared/--private`; "": the field's name with dashes."""
+    """Its spelling, such as `--set` or `--here/--there`; "": the field's name with dashes."""
     commas: bool = False
     """For a tuple of texts: given once, its values separated by commas."""
 
@@ -36,7 +37,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class CommandParameter:
-    """Describe one option or argument: the field's name, type and default (`required`: it has none)."""
+    """Describe one option or argument: the field's name, type and default, if any."""
 
     name: str
     kind: Any

@@ -1,7 +1,7 @@
 """Name the extra that installs a missing package.
 
-mpillm's own dependencies are enough for bench, doctor, schedule, prepare, submit and status. Training, and drawing,
-need the packages of the extra `train`.
+mpillm's own dependencies are enough for bench, doctor, schedule, prepare, submit and status.
+Training and pictures need the packages of the extra `train`.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def require_packages(purpose: str, *packages: str) -> None:
 
 @contextmanager
 def extras_explained() -> Iterator[None]:
-    """Turn the failed import of an extra's package in the block into a UsageError that names the extra."""
+    """Turn the failed import of an extra's package into a UsageError that names the extra."""
     try:
         yield
     except ModuleNotFoundError as failure:

@@ -11,7 +11,9 @@ from mpillm.verbs.job import limit_torch_threads, open_job
 
 @dataclass(frozen=True)
 class Bench(BenchOptions):
-    """Measure messages, memory, arithmetic and files as OSU and nccl-tests do, and write the cluster profile."""
+    """Measure messages, memory, arithmetic and files as OSU and nccl-tests do, and write the
+    cluster profile.
+    """
 
     example: ClassVar = (
         "mpirun -n 2 mpillm bench allreduce --sizes 64K:64M:x4 --check --plot allreduce.png"
@@ -26,7 +28,7 @@ class Bench(BenchOptions):
             from mpillm.comm.mesh import on_one_node
 
             if on_one_node(job.comm):
-                # gloo, a peer, takes its network from the environment, and else from the host's name.
+                # gloo takes its network from the environment, else from the host's name.
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             options = replace(self, threads=job.threads)
             run_benchmarks(options, job.comm, job.console, environment=dict(os.environ))

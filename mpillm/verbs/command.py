@@ -59,14 +59,16 @@ def make_command(name: str, verb: Callable[..., Verb]) -> Any:
 
 
 def summary(target: str) -> str:
-    """Give the first paragraph of a verb's docstring, read from its file: nothing of the verb is imported."""
+    """Give the first paragraph of a verb's docstring, read from its file: nothing of the verb is
+    imported.
+    """
     module, _, name = target.partition(":")
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.origin is not None
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-    return (ast.get_docstring(found) or "").partition("\n\n")[0]
+    return " ".join((ast.get_docstring(found) or "").partition("\n\n")[0].split())
 
 
 def _signature_parameter(one: CommandParameter) -> inspect.Parameter:

@@ -18,7 +18,9 @@ def _late(module: str, name: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Doctor(DoctorOptions):
-    """Look for what would keep a run from starting or make it slow: alone, or under mpirun on every host."""
+    """Find what would keep a run from starting or make it slow: alone, or under mpirun on every
+    host.
+    """
 
     example: ClassVar = "mpirun -n 4 mpillm doctor /scratch/me --json"
 

@@ -10,7 +10,7 @@ from mpillm.verbs.job import first_process
 
 @dataclass(frozen=True)
 class Report:
-    """Draw a run as one HTML file that needs no network: curves, hosts, recipe, failures and restarts."""
+    """Draw a run as one HTML file that needs no network: curves, hosts, recipe, restarts."""
 
     example: ClassVar = "mpillm report runs/quickstart --out quickstart.html"
 

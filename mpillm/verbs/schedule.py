@@ -13,7 +13,9 @@ from mpillm.verbs.job import first_process
 
 @dataclass(frozen=True)
 class Schedule(ScheduleOptions):
-    """Draw a pipeline schedule, with the time that ranks wait and the memory that they store; no MPI, no torch."""
+    """Draw a pipeline schedule, with the time that ranks wait and the memory that they store; no
+    MPI, no torch.
+    """
 
     example: ClassVar = "mpillm schedule 1f1b --ranks 4 --microbatches 8 --svg 1f1b.svg"
 

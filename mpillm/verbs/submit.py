@@ -13,7 +13,9 @@ from mpillm.verbs.train import Overrides, Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Submit(SubmitOptions):
-    """Write a batch script into the run's folder, show it, and submit it to Slurm, PBS or LSF; no MPI, no torch."""
+    """Write a batch script into the run's folder, show it, and submit it to Slurm, PBS or LSF; no
+    MPI, no torch.
+    """
 
     example: ClassVar = (
         "mpillm submit recipe.toml --nodes 2 --ranks-per-node 64 --time 12:00:00 --dry-run"

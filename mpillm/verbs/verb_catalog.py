@@ -1,7 +1,8 @@
 """The verbs of `mpillm`, in the order of the help: name → class.
 
-A verb is a frozen dataclass. Its fields are the options (system/command_line.py), its docstring is the help, `example`
-is a command to copy, and `run()` does the work. A verb of a user's own is reached as `mpillm package.module:Name`.
+A verb is a frozen dataclass. Its fields are the options (system/command_line.py), its docstring is
+the help, `example` is a command to copy, and `run()` does the work. `mpillm package.module:Name`
+runs a verb of a user's own.
 """
 
 from collections.abc import Mapping

@@ -94,7 +94,7 @@ def test_a_table_for_people_and_lines_for_programs(mpillm) -> None:  # type: ign
     [
         (("allreduc",), "did you mean allreduce"),
         (("allreduce", "--algorithms", "native,rign"), "'rign' is unknown"),
-        (("allreduce", "--sizes", "1K:oops"), "'oops' is no size"),
+        (("allreduce", "--sizes", "1K:oops"), "'oops' is not a size"),
         (("filesystem", "--folder", "{}/none"), "existing folder"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Who is measured: names that exist, peers that fit, arrays that lie where they should, wrong results that are seen."""
+"""Who is measured: names that exist, peers that fit, arrays that lie where they should, wrong
+results that are seen.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -12,6 +14,7 @@ from mpillm.bench.competitors import (
     Competitor,
     competitors,
     peers_wanted,
+    runnable,
     select,
     tried,
 )
@@ -57,9 +60,9 @@ def test_peers() -> None:
         ({"device": "tpu"}, "--device 'tpu'"),
         ({"buffers": "cold"}, "--buffers 'cold'"),
         ({"op": "avg"}, "--op 'avg'"),
-        ({"sizes": "many"}, "no size"),
-        ({"iterations": 0}, "--iterations of 1"),
-        ({"warmup": -1}, "--warmup of 0"),
+        ({"sizes": "many"}, "not a size"),
+        ({"iterations": 0}, "--iterations is 1 or more"),
+        ({"warmup": -1}, "--warmup 0 or more"),
         ({"what": "gemm", "sizes": "1G"}, "edges of square matrices"),
         ({"as_json": True, "csv": "-"}, "standard output"),
     ],
@@ -87,7 +90,7 @@ def test_everyone_is_right(
     notes: list[str] = []
     memory = ArrayMemory(group, shape, BenchOptions("all", in_place=in_place))
     with joined(comm, ("gloo",), notes.append) as peers:
-        names = list(group.algorithms(operation))
+        names = list(runnable(group, operation, BenchOptions("all")))
         for name, entry in competitors(group, peers, memory, names, BenchOptions("all")).items():
             chosen, reason = tried(group, entry)
             assert not reason or name == "gloo", reason

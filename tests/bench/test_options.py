@@ -28,11 +28,11 @@ def test_sizes(text: str, sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "no size"),
-        ("1K:", "no size"),
-        ("x", "no size"),
-        ("-1", "no size"),
-        ("1e3", "no size"),
+        ("", "not a size"),
+        ("1K:", "not a size"),
+        ("x", "not a size"),
+        ("-1", "not a size"),
+        ("1e3", "not a size"),
         ("0", "outside 1"),
         ("9999G", "outside 1"),
         ("8K:1K", "ends below its start"),

@@ -1,4 +1,6 @@
-"""Whole benchmarks in the suite's own ranks: nothing is wrong whatever the arrays, and what cannot be is refused."""
+"""Whole benchmarks in the suite's own ranks: nothing is wrong whatever the arrays, and what cannot
+be is refused.
+"""
 
 import io
 import json
@@ -22,7 +24,7 @@ QUICK = BenchOptions("all", sizes="100,5K", iterations=2, warmup=1, check=True)
 
 
 def measured(comm: MPI.Intracomm, what: str, options: BenchOptions) -> list[dict[str, Any]]:
-    """The rows of a collective but the floor's; the same names, counts and figures on every rank."""
+    """Measure a collective; check that every rank has the same rows, and give all but the floor's."""
     group = Communicator(comm)
     bench = BenchContext(options, comm, group, Console(speaks=False))
     rows = run_collective(bench, what)[0].rows

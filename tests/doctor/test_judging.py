@@ -163,11 +163,13 @@ def test_needs_come_from_metadata_lines():
         "h5py>=3.10",
         "torch >= 2.5 ; python_version > '3'",
         "mpich>=4.2; extra == 'mpich'",
+        "matplotlib>=3.8; extra == 'train'",
         "rich",
     ]
     assert software.needs_of(lines) == (
         software.Need("h5py", "3.10"),
         software.Need("torch", "2.5"),
+        software.Need("matplotlib", "3.8"),
         software.Need("rich", ""),
     )
     python, needs = software.requirements()
@@ -191,15 +193,23 @@ def test_versions_are_compared_by_their_numbers(version, lowest, older):
 def test_packages_too_old_and_missing():
     needs = (
         software.Need("h5py", "3.10"),
+        software.Need("xxhash", "3.4"),
         software.Need("torch", "2.5"),
         software.Need("rich", ""),
     )
-    found = software.judge_packages(
-        needs, {"h5py": "3.9", "torch": "not installed", "rich": "15.0"}
-    )
-    assert [one.verdict for one in found] == ["ok", "error", "error"]
+    versions = {
+        "h5py": "3.9",
+        "xxhash": "not installed",
+        "torch": "not installed",
+        "rich": "15.0",
+    }
+    found = software.judge_packages(needs, versions)
+    assert [one.verdict for one in found] == ["ok", "error", "error", "ok"]
     assert found[1].remedy == "pip install --upgrade 'h5py>=3.10'"
-    assert found[2].remedy == "pip install 'torch>=2.5'"
+    assert found[2].remedy == "pip install 'xxhash>=3.4'"
+    assert found[0].found == "rich 15.0"
+    # Without torch everything but training runs: no fault, but the command that installs it.
+    assert "pip install 'mpillm[train]'" in found[3].found
     assert software.judge_python("3.9.1", "3.11").verdict == "error"
 
 

@@ -32,8 +32,7 @@ class ScheduleOptions:
     name: Annotated[
         str,
         Argument(
-            "gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v, a .csv file, package.module:Name, "
-            "or all: a comparison.",
+            f"{', '.join(SCHEDULES)}, a .csv file, package.module:Name, or all: a comparison.",
             metavar="NAME",
         ),
     ]
@@ -106,7 +105,7 @@ def print_schedule(options: ScheduleOptions, console: Console) -> None:
     known = options.name in (ALL, *SCHEDULES) or is_plugin(options.name)
     if known and not (options.ranks and options.microbatches):
         raise UsageError(
-            f"{options.name} needs --stages P and --microbatches M; "
+            f"{options.name} needs --ranks P and --microbatches M; "
             "only a .csv file has its own numbers"
         )
     if options.name == ALL:
