@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 from mpillm.errors import MpillmError
 from mpillm.launch.ranks import rank_from_environment
 from mpillm.system.plugins import is_plugin, load_plugin
-from mpillm.verbs.command import make_command, summary
+from mpillm.verbs.command import make_command, verb_summary
 from mpillm.verbs.verb_catalog import VERBS
 
 # A launcher kills all ranks once one leaves with an error: the first rank must print before that.
@@ -27,7 +27,7 @@ class _Verbs(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         for name, target in VERBS.items():
-            self.commands[name].help = summary(target)
+            self.commands[name].help = verb_summary(target)
         return list(VERBS)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str, Any, list[str]]:

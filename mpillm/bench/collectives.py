@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpillm.bench import statistics
+from mpillm.bench.bench_options import COLLECTIVES, MPI_LIBRARY
 from mpillm.bench.competitors import (
     FLOOR,
     ArrayMemory,
@@ -19,7 +20,6 @@ from mpillm.bench.competitors import (
     tried,
 )
 from mpillm.bench.context import BenchContext
-from mpillm.bench.options import COLLECTIVES, MPI_LIBRARY
 from mpillm.bench.pattern import count_wrong
 from mpillm.bench.peers import Peer, joined
 from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, spread, text, whole
@@ -107,10 +107,12 @@ def _measure(
         fresh=options.buffers == "fresh",
         advance=advance,
     )
+    # Again after the timing: a reused buffer may be wrong from the second call on only.
     if options.check:
         wrong = {name: max(before, _check(bench, entries)[name]) for name, before in wrong.items()}
     facts = {name: {"chosen": chosen[name], "wrong": wrong.get(name)} for name in entries}
     facts = {name: fact | {"node_shared": memory.is_shared(name)} for name, fact in facts.items()}
+    # The calls hold views of node-shared memory: they must go before it is freed.
     entries.clear()
     makes.clear()
     memory.free()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.bench.options import ALIASES, MPI_LIBRARY, BenchOptions
+from mpillm.bench.bench_options import ALIASES, MPI_LIBRARY, BenchOptions
 from mpillm.bench.peers import PEERS, Peer
 from mpillm.bench.sample_arrays import Shape, new_array
 from mpillm.bench.timing import Call, Make
@@ -261,6 +261,7 @@ def tried(group: "Communicator", competitor: Competitor) -> tuple[str, str]:
     chosen = reason = ""
     try:
         chosen = competitor.try_out()[1]
+    # Ours raise MpillmError; torch has several classes for an operation that it lacks.
     except (MpillmError, RuntimeError, KeyError, ValueError) as failure:
         reason = str(failure).strip().partition("\n")[0] or type(failure).__name__
     reasons: list[str] = group.comm.allgather(reason)

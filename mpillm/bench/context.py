@@ -8,7 +8,7 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from mpillm.bench.options import BenchOptions
+from mpillm.bench.bench_options import BenchOptions
 from mpillm.comm.failure import ranks_text
 from mpillm.machine.cluster_profile import Cluster
 from mpillm.system.console import Console, counted
@@ -59,7 +59,7 @@ def header(bench: BenchContext, cluster: Cluster, kept: bool) -> dict[str, str]:
         "threads a rank": str(bench.options.threads),
         "device": bench.options.device,
         "buffers": buffers_text(bench.options, kept),
-        "iterations": f"{bench.options.iterations} after {bench.options.warmup} warm-ups, interleaved",
+        "iterations": f"{bench.options.iterations}, {bench.options.warmup} before them, interleaved",
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "mpillm": _version(),
     }

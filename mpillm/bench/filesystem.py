@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
 # As a recipe with a context of 1024 reads them: inputs and the next token.
 WINDOW_TOKENS = 1025
+# A batch, and as many of them as give a steady rate.
 ROWS = 64
 WINDOWS = 16 * ROWS
 MEAN_DOCUMENT_TOKENS = 4096
+# Several, as in a model: the ranks divide tensors among them when they write.
 TENSORS = 16
 COLUMNS: dict[str, Show] = {
     "path": text("path"),

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from mpillm.bench.bench_options import COLLECTIVES
 from mpillm.bench.competitors import COPY, FLOOR, SHARED_PRIVATE
-from mpillm.bench.options import COLLECTIVES
 from mpillm.bench.peers import PEERS
 from mpillm.bench.point_to_point import fastest
 from mpillm.bench.results import Row, Section

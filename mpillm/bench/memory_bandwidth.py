@@ -33,6 +33,7 @@ def kernels(count: int) -> dict[str, Call]:
         }
     import torch
 
+    # float64, as in STREAM.
     a, b, c = (torch.ones(count, dtype=torch.float64) for _ in range(3))
     return {
         "copy": lambda: c.copy_(a),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpillm.bench import statistics
+from mpillm.bench.bench_options import MPI_LIBRARY
 from mpillm.bench.collectives import keep_able
 from mpillm.bench.competitors import (
     SHARED_PRIVATE,
@@ -18,7 +19,6 @@ from mpillm.bench.competitors import (
 )
 from mpillm.bench.context import BenchContext
 from mpillm.bench.gemm import multiplier
-from mpillm.bench.options import MPI_LIBRARY
 from mpillm.bench.peers import Peer, joined
 from mpillm.bench.results import Row, Section, Show, scaled, text, whole
 from mpillm.bench.sample_arrays import Shape, fitting_count
@@ -118,6 +118,7 @@ def _measure(
             {"bytes": shape.nbytes, "element": shape.element, "algorithm": name} | figures_of_one
         )
         del source
+    # As in collectives.py: no view may outlive the node-shared memory.
     entries.clear()
     memory.free()
     return rows
@@ -138,6 +139,7 @@ def _one(bench: BenchContext, start: Start, poll: Callable[[Any], object]) -> Ro
         interleave(comm, {"alone": lambda: lambda: start().wait()}, 3, 1)["alone"]
     ).median
     unit, units = computation(alone)
+    # All ranks compute equally long: as many units as the slowest needs.
     units = int(slowest(comm, np.array([float(units)]))[0])
 
     def unpolled() -> None:
@@ -156,7 +158,8 @@ def _one(bench: BenchContext, start: Start, poll: Callable[[Any], object]) -> Ro
         "polled": polled,
         "unpolled": unpolled,
     }
-    seconds = interleave(comm, {way: lambda call=call: call for way, call in ways.items()}, *rounds)  # type: ignore[misc]
+    makes = {way: lambda call=call: call for way, call in ways.items()}  # type: ignore[misc]
+    seconds = interleave(comm, makes, *rounds)
     median = {way: statistics.times(found).median for way, found in seconds.items()}
     shares = {
         f"{way}_overlap": statistics.overlap(median["alone"], median["compute"], median[way])

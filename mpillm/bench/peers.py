@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 PEERS = ("gloo", "torch-nccl")
+# A rank that never comes must not block the benchmark for torch's own 30 minutes.
 PEER_TIMEOUT = timedelta(seconds=60)
 
 

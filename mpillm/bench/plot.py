@@ -48,7 +48,7 @@ def drawn(sections: Sequence[Section], ranks: int) -> list[tuple[str, dict[str, 
     return [(title, lines) for title, lines in found if lines]
 
 
-def draw(sections: Sequence[Section], ranks: int, path: Path) -> None:
+def draw_bandwidth(sections: Sequence[Section], ranks: int, path: Path) -> None:
     """Write the picture, PNG, one panel a benchmark that `drawn` finds, at least one.
 
     Raises OSError.

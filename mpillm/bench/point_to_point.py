@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 WINDOW = 64
 """Messages in flight at once, as in osu_bw; fewer where they would exceed WINDOW_BYTES."""
 WINDOW_BYTES = 256 << 20
+# Two tags, so that an answer never matches a receive of data.
 TAG, ANSWER = 71, 72
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -134,6 +135,7 @@ def _by_two(
             seconds = call(batch)
             if turn >= warmup and comm.rank == pair.first:
                 measured[turn - warmup] = seconds
+    # The idle ranks poll with pauses: a spinning rank could take a measured rank's core.
     patient_barrier(comm)
     from mpi4py import MPI
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpillm.bench.bench_options import COLLECTIVES, STDOUT, BenchOptions
 from mpillm.bench.collectives import run_collective
 from mpillm.bench.context import BenchContext, header
 from mpillm.bench.filesystem import run_filesystem
@@ -12,9 +13,8 @@ from mpillm.bench.gemm import run_gemm
 from mpillm.bench.handover import run_handover
 from mpillm.bench.make_profile import make_profile
 from mpillm.bench.memory_bandwidth import run_memory
-from mpillm.bench.options import COLLECTIVES, STDOUT, BenchOptions
 from mpillm.bench.overlap import run_overlap
-from mpillm.bench.plot import draw, drawn
+from mpillm.bench.plot import draw_bandwidth, drawn
 from mpillm.bench.point_to_point import run_message_rate, run_pairs
 from mpillm.bench.results import Section, as_csv, as_json, print_sections
 from mpillm.comm.agreement import on_root
@@ -128,7 +128,7 @@ def _write(
         write_text(Path(options.csv), as_csv(sections))
     if options.plot is not None:
         if drawn(sections, bench.comm.size):
-            draw(sections, bench.comm.size, options.plot)
+            draw_bandwidth(sections, bench.comm.size, options.plot)
         else:
             bench.note(f"no picture: {options.what} measures no bandwidth over size")
     if options.save is not None:

@@ -81,6 +81,7 @@ def new_array(count: int, element: str, device: str, pages: bool = False) -> Any
 
         return torch.empty(count, dtype=getattr(torch, element), device="cuda")
     nbytes = count * itemsize_of(element)
+    # mmap instead of malloc: malloc may reuse pages that are mapped already.
     raw = (
         np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8, nbytes)
         if pages

@@ -18,6 +18,7 @@ Make = Callable[[], Call]
 """Prepares, untimed, the call that is timed."""
 # Minimum timed interval: keeps timer cost and barrier exit skew negligible.
 LEAST_SECONDS = 200e-6
+# Bounds a round where a call takes less than the timer resolves.
 LARGEST_BATCH = 1000
 
 
@@ -54,6 +55,7 @@ def interleave(
     kept = {} if fresh else {name: make() for name, make in competitors.items()}
     batches = dict.fromkeys(names, 1)
     if not fresh:
+        # The faster of two trials: the first pays for page faults and lazy initialization.
         alone = np.array([_timed(comm, kept[name], 1) for name in names for _ in range(2)]).reshape(
             -1, 2
         )
@@ -71,6 +73,7 @@ def interleave(
 
 def _timed(comm: "MPI.Intracomm", call: Call, batch: int) -> float:
     comm.Barrier()
+    # Without the loop: its overhead would show in a single short call.
     if batch == 1:
         started = time.perf_counter()
         call()
@@ -86,6 +89,7 @@ def slowest(comm: "MPI.Intracomm", seconds: Seconds) -> Seconds:
     """Take each figure's maximum over the ranks. Every rank calls it."""
     from mpi4py import MPI
 
+    # A collective has ended when its last rank has.
     most = np.empty_like(seconds)
     comm.Allreduce(np.ascontiguousarray(seconds), most, MPI.MAX)
     return most

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from mpillm.bench.options import BenchOptions
+from mpillm.bench.bench_options import BenchOptions
 from mpillm.system.command_line import Debug
 from mpillm.verbs.job import limit_torch_threads, open_job
 

@@ -58,7 +58,7 @@ def make_command(name: str, verb: Callable[..., Verb]) -> Any:
     return typer.main.get_command(app)
 
 
-def summary(target: str) -> str:
+def verb_summary(target: str) -> str:
     """Give the first paragraph of a verb's docstring, read from its file: nothing of the verb is
     imported.
     """

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from mpillm.bench.bench_options import BenchOptions
 from mpillm.bench.competitors import (
     ArrayMemory,
     Competitor,
@@ -18,7 +19,6 @@ from mpillm.bench.competitors import (
     select,
     tried,
 )
-from mpillm.bench.options import BenchOptions
 from mpillm.bench.pattern import count_wrong
 from mpillm.bench.peers import joined
 from mpillm.bench.sample_arrays import Shape

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from mpillm.bench.bench_options import BenchOptions
 from mpillm.bench.context import BenchContext
 from mpillm.bench.handover import (
     WORK_SECONDS,
@@ -20,7 +21,6 @@ from mpillm.bench.handover import (
     while_computing,
 )
 from mpillm.bench.make_profile import make_profile
-from mpillm.bench.options import BenchOptions
 from mpillm.bench.results import Section
 from mpillm.comm.channels.channel_set import Channel, ChannelSet
 from mpillm.comm.communicator import Communicator

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpillm.bench.bench_options import BenchOptions
 from mpillm.bench.collectives import COLUMNS, rows_of
 from mpillm.bench.context import binding, buffers_text, cores_text
-from mpillm.bench.options import BenchOptions
-from mpillm.bench.plot import draw, drawn
+from mpillm.bench.plot import draw_bandwidth, drawn
 from mpillm.bench.results import Section, as_csv, as_json, figure, print_sections
 from mpillm.bench.sample_arrays import Shape
 from mpillm.system.console import Console
@@ -90,7 +90,7 @@ def test_the_picture_is_a_png_with_the_floor(tmp_path: Path) -> None:
     lines = dict(drawn([section()], 4)[0][1])
     assert list(lines) == ["auto", "mpi", "memory floor"]
     assert [size for size, _ in lines["memory floor"]] == [1024, 16384]
-    draw([section()], 4, path)
+    draw_bandwidth([section()], 4, path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [path]
     assert drawn([Section("gemm", "gemm", [{"edge": 64}], {})], 4) == []

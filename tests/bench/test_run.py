@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 
+from mpillm.bench.bench_options import COLLECTIVES, BenchOptions
 from mpillm.bench.collectives import run_collective
 from mpillm.bench.context import BenchContext
-from mpillm.bench.options import COLLECTIVES, BenchOptions
 from mpillm.bench.overlap import run_overlap, work
 from mpillm.bench.run import run_benchmarks
 from mpillm.comm.communicator import Communicator
@@ -24,7 +24,7 @@ QUICK = BenchOptions("all", sizes="100,5K", iterations=2, warmup=1, check=True)
 
 
 def measured(comm: MPI.Intracomm, what: str, options: BenchOptions) -> list[dict[str, Any]]:
-    """Measure a collective; check that every rank has the same rows, and give all but the floor's."""
+    """Measure a collective; check that the ranks agree, and give all rows but the floor's."""
     group = Communicator(comm)
     bench = BenchContext(options, comm, group, Console(speaks=False))
     rows = run_collective(bench, what)[0].rows

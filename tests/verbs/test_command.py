@@ -82,7 +82,7 @@ def test_every_verb_of_the_catalogue(name: str) -> None:
     module, _, attribute = VERBS[name].partition(":")
     assert module == f"mpillm.verbs.{name}"
     verb = getattr(importlib.import_module(module), attribute)
-    assert command.summary(VERBS[name]) == " ".join(verb.__doc__.split("\n\n")[0].split())
+    assert command.verb_summary(VERBS[name]) == " ".join(verb.__doc__.split("\n\n")[0].split())
     assert verb.example.partition("mpillm ")[2].startswith(f"{name} ")
     parameters = list(command_parameters(verb))
     assert len({one.name for one in parameters}) == len(parameters) <= len(fields(verb))

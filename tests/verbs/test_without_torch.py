@@ -52,7 +52,7 @@ def make_environment(python: str, folder: Path) -> Path:
             left_out = path.name.startswith(ABSENT) or path.suffix == ".pth"
             if not left_out and not (packages / path.name).exists():
                 (packages / path.name).symlink_to(path)
-    # mpi4py looks for a wheel's MPI in its environment's own lib.
+    # mpi4py searches its environment's own lib for the MPI of a wheel.
     for path in Path(sys.prefix, "lib").glob("lib*.so*"):
         (folder / "lib" / path.name).symlink_to(path)
     return folder / "bin/python"
@@ -77,7 +77,7 @@ def bare(
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
-    """A folder with a short text in it."""
+    """Make a folder with a short text in it."""
     (tmp_path / "text.txt").write_text("the quick brown fox\n" * 200)
     yield tmp_path
     shutil.rmtree(tmp_path, ignore_errors=True)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpillm.bench.options import LARGEST_BYTES, MOST_SIZES, parse_sizes
+from mpillm.bench.bench_options import LARGEST_BYTES, MOST_SIZES, parse_sizes
 from mpillm.errors import UsageError
 
 
