@@ -75,9 +75,9 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except Exception as failure:
-        if not hasattr(failure, "show") and not isinstance(failure, MpillmError):
-            raise
-        if rank == 0:
+        # What was typed is wrong on every rank; any other failure may be this rank's alone.
+        on_every_rank = hasattr(failure, "show") or isinstance(failure, MpillmError)
+        if rank == 0 or not on_every_rank:
             _print_failure(failure)
         else:
             time.sleep(OTHERS_WAIT_SECONDS)
@@ -86,9 +86,10 @@ def main() -> None:
 
 
 def _print_failure(failure: Any) -> None:
-    if isinstance(failure, MpillmError):
-        from mpillm.comm.failure import fail_together
+    if hasattr(failure, "show"):
+        failure.show()
+        return
+    from mpillm.comm.failure import fail_together
 
-        with fail_together(None, debug="--debug" in sys.argv):
-            raise failure
-    failure.show()
+    with fail_together(None, debug="--debug" in sys.argv):
+        raise failure

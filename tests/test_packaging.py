@@ -248,6 +248,29 @@ def test_a_system_without_an_mpirun_is_told_before_anything_is_installed(tmp_pat
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("had", "asked", "kept"),
+    [
+        ("", "train", "train"),
+        ("train", "dev", "dev"),
+        ("dev", "train", "dev"),
+        ("dev", "dev", "dev"),
+    ],
+)
+def test_an_extra_once_installed_is_kept(tmp_path: Path, had: str, asked: str, kept: str) -> None:
+    """Ask environment.sh which extras it installs where `had` are installed and `asked` are wanted."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "mpillm-installed").write_text(f"needs\ntree\n{had}\n")
+    script = tmp_path / "jobs/ask.sh"
+    script.write_text(
+        f'. "{ROOT}/jobs/environment.sh"\nENVIRONMENT={tmp_path}\n'
+        "new_enough() { :; }\nneeds_digest() { echo needs; }\ntree_digest() { echo tree; }\n"
+        f"is_current {asked} && current=yes || current=no\necho $extras $current\n"
+    )
+    done = subprocess.run(["sh", script], text=True, capture_output=True, check=True)
+    assert done.stdout.split() == [kept, "yes" if had == kept else "no"]
+
+
 @pytest.mark.alone
 def test_an_environment_of_one_mpi_borrows_what_another_has(tmp_path: Path) -> None:
     """A lender with one module in it: the borrower imports it, and says so to no one but itself."""
