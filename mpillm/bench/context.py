@@ -59,7 +59,7 @@ def header(bench: BenchContext, cluster: Cluster, kept: bool) -> dict[str, str]:
         "threads a rank": str(bench.options.threads),
         "device": bench.options.device,
         "buffers": buffers_text(bench.options, kept),
-        "iterations": f"{bench.options.iterations}, {bench.options.warmup} before them, interleaved",
+        "iterations": f"{bench.options.iterations} after {bench.options.warmup} warm-up, interleaved",
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "mpillm": _version(),
     }

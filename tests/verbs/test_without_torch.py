@@ -45,7 +45,7 @@ def make_environment(python: str, folder: Path) -> Path:
         [python, "-m", "venv", "--without-pip", folder], check=False, capture_output=True, text=True
     )
     if made.returncode:
-        pytest.skip(f"{python} makes no environment: {made.stderr.strip().splitlines()[-1:]}")
+        pytest.skip(f"{python} cannot make an environment")
     (packages,) = folder.glob("lib/python*/site-packages")
     for name in ("purelib", "platlib"):
         for path in Path(sysconfig.get_path(name)).iterdir():
@@ -155,14 +155,16 @@ def test_schedule_status_and_submit(bare: Run, place: Path) -> None:
     assert "#SBATCH" in submitted.stdout
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
-    "arguments",
-    [("train", "recipe.toml"), ("evaluate", "run"), ("generate", "run", "--prompt", "")],
+    ("ranks", "arguments"),
+    [
+        (1, ("train", "recipe.toml")),
+        (2, ("train", "recipe.toml")),
+        (1, ("evaluate", "run")),
+        (1, ("generate", "run", "--prompt", "")),
+    ],
 )
-def test_training_ends_in_one_line(bare: Run, arguments: tuple[str, ...], ranks: int) -> None:
-    if ranks > 1 and arguments[0] != "train":
-        pytest.skip("one verb is enough under mpirun")
+def test_training_ends_in_one_line(bare: Run, ranks: int, arguments: tuple[str, ...]) -> None:
     assert_one_line(bare(*arguments, ranks=ranks), f"mpillm {arguments[0]} needs torch", ranks)
 
 
