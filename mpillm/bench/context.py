@@ -45,6 +45,7 @@ def header(bench: BenchContext, cluster: Cluster, kept: bool) -> dict[str, str]:
     """Describe the job as name → text. Every rank calls it; `kept`: malloc keeps its pages."""
     from mpi4py import MPI
 
+    options = bench.options
     mine = (MPI.Get_processor_name(), os.sched_getaffinity(0))
     placed: list[tuple[str, set[int]]] = bench.comm.allgather(mine)
     hosts: dict[str, int] = {}
@@ -56,10 +57,10 @@ def header(bench: BenchContext, cluster: Cluster, kept: bool) -> dict[str, str]:
         "processor": f"{cluster.cpu_model}, {cluster.cores_per_node} cores a node",
         "ranks": f"{bench.comm.size} on {counted(len(bench.group.nodes), 'node')}",
         "binding": binding([cores for _, cores in placed], cluster.cores_per_node),
-        "threads a rank": str(bench.options.threads),
-        "device": bench.options.device,
-        "buffers": buffers_text(bench.options, kept),
-        "iterations": f"{bench.options.iterations} after {bench.options.warmup} warm-up, interleaved",
+        "threads a rank": str(options.threads),
+        "device": options.device,
+        "buffers": buffers_text(options, kept),
+        "iterations": f"{options.iterations} after {options.warmup} to warm up, interleaved",
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "mpillm": _version(),
     }
