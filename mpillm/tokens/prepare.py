@@ -38,12 +38,13 @@ SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES = 4 << 10, 2 << 30
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Describe a dataset to prepare, as the command line does. `workers` do not change the dataset."""
+    """Describe a dataset to prepare. `workers` do not change the dataset."""
 
     sources: Annotated[
         tuple[str, ...],
         Argument(
-            "Text files, folders, .jsonl files (field text), or stdlib: the source of Python's own library.",
+            "Text files, folders, .jsonl files (field text), or stdlib: the source of Python's own "
+            "library.",
             metavar="SOURCE…",
         ),
     ] = ()
