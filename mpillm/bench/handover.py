@@ -54,7 +54,7 @@ class ChannelPath:
         self._channels.send(self._out, array)
 
     def expect(self, array: Bytes) -> None:
-        self._channels.expect(self._back, array)
+        self._channels.post_receive(self._back, array)
 
     def wait(self) -> None:
         self._channels.wait(self._back)
@@ -104,11 +104,10 @@ def while_computing(
     iterations: int,
     warmup: int,
 ) -> tuple[dict[str, Seconds], dict[str, Seconds]]:
-    """Time messages whose sender, rank 0, computes for WORK_SECONDS after the send without an MPI
-    call.
+    """Time messages whose sender, rank 0, computes for WORK_SECONDS after it has sent.
 
-    Gives, by path, the seconds (iterations,) from the send until rank 1 has the message, and the
-    seconds that rank 0 spends in calls. Both ranks of `pair` call it.
+    It makes no MPI call meanwhile. Gives two mappings of path to seconds (iterations,): from the
+    send until rank 1 has the message, and of rank 0 in calls. Both ranks of `pair` call it.
     """
     from mpi4py import MPI
 

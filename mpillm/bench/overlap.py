@@ -158,7 +158,7 @@ def _one(bench: BenchContext, start: Start, poll: Callable[[Any], object]) -> Ro
         "polled": polled,
         "unpolled": unpolled,
     }
-    makes = {way: lambda call=call: call for way, call in ways.items()}  # type: ignore[misc]
+    makes = {way: lambda call=call: call for way, call in ways.items()}
     seconds = interleave(comm, makes, *rounds)
     median = {way: statistics.times(found).median for way, found in seconds.items()}
     shares = {

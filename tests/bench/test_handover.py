@@ -111,7 +111,7 @@ def rows_of(way: str, seconds: dict[int, float], level: str = "node") -> list[di
     ]
 
 
-def test_the_profile_knows_the_faster_way_and_mail_follows_it(
+def test_the_profile_knows_the_faster_way_and_channels_follow_it(
     comm: MPI.Intracomm, folder: Path
 ) -> None:
     rows = rows_of("shared", {1000: 1e-5, 100_000: 1e-3}) + rows_of(
@@ -126,6 +126,8 @@ def test_the_profile_knows_the_faster_way_and_mail_follows_it(
     profile.save(path)
     assert load_profile(path, print, CLUSTER) == profile
     if comm.size > 1 and on_one_node(comm):
-        mail = ChannelSet(comm, [Channel(0, 1, 1000), Channel(0, 1, 100_000)], profile=profile)
-        assert mail.ways == ["shared", "messages"]
-        mail.free()
+        channel_set = ChannelSet(
+            comm, [Channel(0, 1, 1000), Channel(0, 1, 100_000)], profile=profile
+        )
+        assert channel_set.ways == ["shared", "messages"]
+        channel_set.free()
