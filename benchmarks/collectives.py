@@ -3,7 +3,7 @@
     python benchmarks/collectives.py --environments openmpi=PATH,mpich=PATH [--sizes 64:256M:x4 --json FILE]
 
 For each environment, way of buffers and element type it runs `mpirun -n 2 mpillm bench allreduce --check`, in which the
-algorithms take turns round by round. A ratio is the peer's time over that of `auto`: to native the median over rounds
+algorithms take turns round by round. A ratio is the peer's time over that of `auto`: to mpi the median over rounds
 [quartiles], to gloo that of the medians.
 """
 
@@ -38,7 +38,7 @@ def bench(
         "--json",
         "--check",
         "--algorithms",
-        f"{options.algorithm},native,gloo",
+        f"{options.algorithm},mpi,gloo",
         "--sizes",
         options.sizes,
         "--dtype",
@@ -84,25 +84,25 @@ def number(value: float | None, digits: int) -> str:
 
 
 def tell(row: Row) -> None:
-    quarters = f"[{number(row['native_ratio_q1'], 2)}..{number(row['native_ratio_q3'], 2)}]"
+    quarters = f"[{number(row['mpi_ratio_q1'], 2)}..{number(row['mpi_ratio_q3'], 2)}]"
     print(
         f"{row['mpi']:8s} {row['buffers']:6s} {row['element']:9s} {row['bytes']:12,d}  {row['chosen']:15s}"
-        f"{1e6 * row['median_seconds']:12,.1f}  {number(row['native_ratio'], 2):>6s} {quarters:17s}"
+        f"{1e6 * row['median_seconds']:12,.1f}  {number(row['mpi_ratio'], 2):>6s} {quarters:17s}"
         f"{number(row['gloo_ratio'], 1):>7s}  {number(row['floor_ratio'], 2):>6s}  {row['wrong']:6d}",
         flush=True,
     )
 
 
 def sum_up(rows: list[Row]) -> None:
-    """The least ratios to native of each MPI, way of buffers and type: over all sizes, and over the large ones."""
-    print("\nthe least ratio to native: at any size, and from 64 KiB up")
+    """The least ratios to mpi of each MPI, way of buffers and type: over all sizes, and over the large ones."""
+    print("\nthe least ratio to mpi: at any size, and from 64 KiB up")
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["mpi"], row["buffers"], row["element"]), []).append(row)
     for (mpi, buffers, element), members in groups.items():
-        least = min(row["native_ratio"] for row in members)
+        least = min(row["mpi_ratio"] for row in members)
         large = min(
-            (row["native_ratio"] for row in members if row["bytes"] >= LARGE_BYTES), default=None
+            (row["mpi_ratio"] for row in members if row["bytes"] >= LARGE_BYTES), default=None
         )
         print(f"{mpi:8s} {buffers:6s} {element:9s} {least:6.2f} {number(large, 2):>6s}")
 
@@ -118,7 +118,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", default="64:256M:x4")
     parser.add_argument("--dtypes", default="float32,bfloat16,float16")
     parser.add_argument("--buffers", default="warm,fresh")
-    parser.add_argument("--algorithm", default="auto", help="whom to set beside native and gloo")
+    parser.add_argument("--algorithm", default="auto", help="whom to set beside mpi and gloo")
     parser.add_argument(
         "--bench", default="--in-place", help="more options of bench; in place, as training sums"
     )
@@ -132,7 +132,7 @@ def main() -> None:
     environments = dict(item.split("=", 1) for item in options.environments.split(","))
     print(
         f"{'MPI':8s} {'pages':6s} {'type':9s} {'bytes':>12s}  {'chosen':15s}{'median µs':>12s}  "
-        f"{'× native':24s}{'× gloo':>7s}  floor  #wrong"
+        f"{'× mpi   ':24s}{'× gloo':>7s}  floor  #wrong"
     )
     rows: list[Row] = []
     for name, folder in environments.items():

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpillm.bench.sizes import parse_sizes
+from mpillm.bench.bench_options import parse_sizes
 from mpillm.bench.timing import in_turn
 from mpillm.comm.communicator import Communicator
 from mpillm.comm.executors import dispatch

@@ -171,8 +171,9 @@ is_current() {
     if [ -f "$ENVIRONMENT/mpillm-installed" ]; then
         { read -r had_needs && read -r had_tree && read -r had_extras; } <"$ENVIRONMENT/mpillm-installed" || true
     fi
-    # An extra once installed is kept.
-    extras=${had_extras:-$1}
+    # An extra once installed is kept, and dev includes train.
+    extras=$1
+    [ "$had_extras" != dev ] || extras=dev
     needs=$(needs_digest) tree=$(tree_digest)
     [ "$had_needs $had_extras" = "$needs $extras" ] && [ "$had_tree" = "$tree" ]
 }

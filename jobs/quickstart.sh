@@ -19,7 +19,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-prepare_environment ""
+prepare_environment train
 folder=${MPILLM_QUICKSTART:-$ROOT}
 mkdir -p "$folder"
 cd "$folder"

@@ -175,12 +175,15 @@ def mpirun_command(ranks: int) -> list[str]:
 
 
 def python_command(
-    arguments: Sequence[str | Path], ranks: int, before: Sequence[str] = ()
+    arguments: Sequence[str | Path],
+    ranks: int,
+    before: Sequence[str] = (),
+    executable: str | Path = sys.executable,
 ) -> list[str]:
     return [
         *before,
         *(mpirun_command(ranks) if ranks > 1 else []),
-        sys.executable,
+        str(executable),
         *map(str, arguments),
     ]
 
@@ -216,7 +219,7 @@ def begin(processes: None) -> Iterator[Begin]:
 def python(processes: None) -> Run:
     """Run `python ARGUMENTS…` on `ranks` processes (under mpirun when more than one) and return what came of it.
 
-    `before`: a command that starts the one that is made.
+    `before`: a command that starts the one that is made. `executable`: another Python than the suite's.
     """
 
     def run(
@@ -224,10 +227,11 @@ def python(processes: None) -> Run:
         ranks: int = 1,
         timeout: float = 240,
         before: Sequence[str] = (),
+        executable: str | Path = sys.executable,
         **environment: str,
     ) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            python_command(arguments, ranks, before),
+            python_command(arguments, ranks, before, executable),
             env=clean_environment(**environment),
             timeout=timeout,
             text=True,

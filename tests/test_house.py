@@ -257,10 +257,13 @@ def word_faults(house: Path) -> list[str]:
         text, name = path.read_text(encoding="utf-8"), str(path.relative_to(house))
         if re.search(r"^\s*(import|from) pickle\b", text, re.MULTILINE):
             faults.append(f"{name} imports pickle; mpillm stores nothing by pickle")
-        if re.search(
-            r"\bos\.(environ|getenv)\b|\bfrom os import .*\b(environ|getenv)", text
-        ) and room_of(name.replace("/", ".")) not in ("launch", "cli"):
-            faults.append(f"{name} reads the environment; only launch and cli do")
+        if (
+            re.search(r"\bos\.(environ|getenv)\b|\bfrom os import .*\b(environ|getenv)", text)
+            and room_of(name.replace("/", ".").removesuffix(".py")) not in READ_ENVIRONMENT
+        ):
+            faults.append(
+                f"{name} reads the environment; only {', '.join(sorted(READ_ENVIRONMENT))} do"
+            )
         if any(isinstance(node, ast.Global) for node in ast.walk(ast.parse(text))):
             faults.append(f"{name} has a global statement; hand the value on as an argument")
         if path.name == "__init__.py" and not _only_a_docstring(text):

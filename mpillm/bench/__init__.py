@@ -1,1 +1,1 @@
-"""What does it really cost? Benchmarks in the manner of OSU and nccl-tests, and the cluster profile they write."""
+"""What does it really cost? OSU-style benchmarks; they write the cluster profile."""

@@ -1,14 +1,17 @@
-"""The benchmark of one collective: every algorithm, size by size, beside the library's own and the memory floor."""
+"""Time every algorithm of one collective, size by size, with the MPI library's and the memory
+floor.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mpillm.bench import figures
+from mpillm.bench import statistics
+from mpillm.bench.bench_options import COLLECTIVES, MPI_LIBRARY
 from mpillm.bench.competitors import (
     FLOOR,
     ArrayMemory,
-    Contestant,
-    contestants,
+    Competitor,
+    competitors,
     floor,
     floor_kind,
     peers_wanted,
@@ -16,13 +19,12 @@ from mpillm.bench.competitors import (
     select,
     tried,
 )
-from mpillm.bench.context import Bench
-from mpillm.bench.figures import Seconds
-from mpillm.bench.options import COLLECTIVES
+from mpillm.bench.context import BenchContext
 from mpillm.bench.pattern import count_wrong
 from mpillm.bench.peers import Peer, joined
 from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, spread, text, whole
 from mpillm.bench.sample_arrays import Shape, fitting_count
+from mpillm.bench.statistics import Seconds
 from mpillm.bench.timing import interleave
 
 COLUMNS: dict[str, Show] = {
@@ -36,13 +38,16 @@ COLUMNS: dict[str, Show] = {
     "algbw GB/s": scaled("algorithm_bytes_per_second", 1e-9),
     "busbw GB/s": scaled("bus_bytes_per_second", 1e-9),
     "#wrong": text("wrong"),
-    "× native": spread("native_ratio"),
+    "× mpi": spread("mpi_ratio"),
     "of floor": scaled("floor_ratio", 1),
 }
 
 
-def run_collective(bench: Bench, what: str) -> list[Section]:
-    """Measure the collective that the command line calls `what`. Every rank calls it, with the same options."""
+def run_collective(bench: BenchContext, what: str) -> list[Section]:
+    """Measure the collective that the command line calls `what`.
+
+    Every rank calls it, with the same options.
+    """
     options, operation = bench.options, COLLECTIVES[what]
     here = runnable(bench.group, operation, options)
     names = select(options.algorithm_names, here, bench.note, what)
@@ -65,8 +70,8 @@ def _reduces(operation: str) -> bool:
     return operation in ("allreduce", "reduce_scatter", "reduce")
 
 
-def shapes_of(bench: Bench, what: str) -> list[Shape]:
-    """What is measured, by size; sizes that come to the same count are taken once."""
+def shapes_of(bench: BenchContext, what: str) -> list[Shape]:
+    """List the shapes to measure by size, each element count once."""
     options, comm, operation = bench.options, bench.comm, COLLECTIVES[what]
     sizes = (0,) if operation == "barrier" else options.sizes_of(what)
     counts = [
@@ -80,7 +85,7 @@ def shapes_of(bench: Bench, what: str) -> list[Shape]:
 
 
 def _measure(
-    bench: Bench,
+    bench: BenchContext,
     shape: Shape,
     names: list[str],
     peers: Mapping[str, Peer],
@@ -88,7 +93,7 @@ def _measure(
 ) -> list[Row]:
     options, group = bench.options, bench.group
     memory = ArrayMemory(group, shape, options)
-    entries = contestants(group, peers, memory, names, options)
+    entries = competitors(group, peers, memory, names, options)
     chosen = keep_able(bench, entries)
     wrong = _check(bench, entries) if options.check else {}
     makes = {name: entry.make for name, entry in entries.items()}
@@ -102,18 +107,23 @@ def _measure(
         fresh=options.buffers == "fresh",
         advance=advance,
     )
+    # Again after the timing: a reused buffer may be wrong from the second call on only.
     if options.check:
         wrong = {name: max(before, _check(bench, entries)[name]) for name, before in wrong.items()}
     facts = {name: {"chosen": chosen[name], "wrong": wrong.get(name)} for name in entries}
     facts = {name: fact | {"node_shared": memory.is_shared(name)} for name, fact in facts.items()}
+    # The calls hold views of node-shared memory: they must go before it is freed.
     entries.clear()
     makes.clear()
     memory.free()
     return rows_of(shape, seconds, facts)
 
 
-def keep_able(bench: Bench, entries: dict[str, Contestant]) -> dict[str, str]:
-    """Take those out of `entries` that cannot do it here, with a note; the others' names with what they chose."""
+def keep_able(bench: BenchContext, entries: dict[str, Competitor]) -> dict[str, str]:
+    """Remove those of `entries` that cannot run here, with a note.
+
+    Gives the others' names with the algorithm that each chose.
+    """
     chosen = {}
     for name in list(entries):
         chosen[name], reason = tried(bench.group, entries[name])
@@ -123,8 +133,8 @@ def keep_able(bench: Bench, entries: dict[str, Contestant]) -> dict[str, str]:
     return chosen
 
 
-def _check(bench: Bench, entries: Mapping[str, Contestant]) -> dict[str, int]:
-    """Wrong elements on all ranks together, by algorithm."""
+def _check(bench: BenchContext, entries: Mapping[str, Competitor]) -> dict[str, int]:
+    """Count the wrong elements of all ranks together, by algorithm."""
     counts = {}
     for name, entry in entries.items():
         shape = entry.memory.shape
@@ -137,11 +147,13 @@ def _check(bench: Bench, entries: Mapping[str, Contestant]) -> dict[str, int]:
 
 
 def rows_of(shape: Shape, seconds: Mapping[str, Seconds], facts: Mapping[str, Row]) -> list[Row]:
-    """The table's rows of one size, from the times of each contestant, the floor among them."""
-    native, memory = seconds.get("mpi"), seconds.get(FLOOR)
+    """Make the rows of one size from the times of each competitor, the floor included."""
+    library, memory = seconds.get(MPI_LIBRARY), seconds.get(FLOOR)
     least = None
     if memory is not None and shape.ranks > 1:
-        least = figures.times(memory).median * figures.floor_share(shape.operation, shape.ranks)
+        least = statistics.times(memory).median * statistics.floor_share(
+            shape.operation, shape.ranks
+        )
     rows = []
     for name, own in seconds.items():
         row: dict[str, Any] = {
@@ -155,12 +167,12 @@ def rows_of(shape: Shape, seconds: Mapping[str, Seconds], facts: Mapping[str, Ro
             "node_shared": False,
             **facts.get(name, {}),
         }
-        row |= figures.collective_row(shape.operation, shape.nbytes, shape.ranks, own)
-        row |= {"native_ratio": None, "native_ratio_q1": None, "native_ratio_q3": None}
-        if native is not None and name != FLOOR:
-            row |= figures.ratios(native, own)
+        row |= statistics.collective_row(shape.operation, shape.nbytes, shape.ranks, own)
+        row |= {"mpi_ratio": None, "mpi_ratio_q1": None, "mpi_ratio_q3": None}
+        if library is not None and name != FLOOR:
+            row |= statistics.ratios(library, own)
         if name == FLOOR:
-            # The row tells the pass over memory itself; a bus bandwidth it has not.
+            # A pass over local memory sends nothing: it has no bus bandwidth.
             row["bus_bytes_per_second"] = None
         row["floor_ratio"] = least / row["median_seconds"] if least and name != FLOOR else None
         rows.append(row)

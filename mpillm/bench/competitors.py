@@ -1,7 +1,8 @@
-"""Who takes part in a collective's benchmark: mpillm's algorithms, the library's own, torch's peers, the memory floor.
+"""List the competitors of a collective's benchmark: algorithms, the MPI library, torch, the memory
+floor.
 
-All private contestants use one pair of arrays and all node-shared ones another: their order changes from turn to
-turn, so none finds its data warmer than the others do.
+All private competitors use one pair of arrays and all node-shared ones another. Their order changes
+from turn to turn, so no competitor finds its data in the cache more often than the others.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.bench.options import BenchOptions
+from mpillm.bench.bench_options import MPI_LIBRARY, BenchOptions
 from mpillm.bench.peers import PEERS, Peer
 from mpillm.bench.sample_arrays import Shape, new_array
 from mpillm.bench.timing import Call, Make
 from mpillm.comm.algorithms.algorithm_catalog import ALGORITHM_CATALOG
 from mpillm.comm.gpu.device_selection import WAYS
 from mpillm.errors import MpillmError, UsageError
+from mpillm.machine.cluster_profile import ALIASES
 
 if TYPE_CHECKING:
     from mpillm.comm.communicator import Communicator
@@ -25,10 +27,10 @@ if TYPE_CHECKING:
 FLOOR = "floor"
 COPY, IN_PLACE = "copy", "pass in place"
 SLOW = ("reference",)
-# Exist somewhere, if not for this operation or on this machine.
+# Every name that exists for some operation or machine: an unknown name is a typing error.
 KNOWN = {
     "auto",
-    "mpi",
+    MPI_LIBRARY,
     "reference",
     "shared",
     "segmented-ring",
@@ -39,28 +41,34 @@ KNOWN = {
 }
 SHARED_BY_DEFAULT = ("auto", "shared")
 SHARED_PRIVATE = "shared, private"
-"""The node-shared algorithm on private arrays: what auto must know where the data is not the library's to place."""
+"""The algorithm `shared` on private arrays: auto needs its cost where a program owns the arrays."""
 
 
 def runnable(group: "Communicator", operation: str, options: BenchOptions) -> tuple[str, ...]:
-    """The algorithms that can run `operation` on the arrays asked for. Every rank of the group calls it."""
+    """List the algorithms that can run `operation` on the arrays asked for.
+
+    Every rank of the group calls it.
+    """
     on_gpu = options.device == "cuda"
-    return group.algorithms(
+    names = group.algorithms(
         operation, new_array(0, options.element, options.device) if on_gpu else None
     )
+    return tuple(ALIASES.get(name, name) for name in names)
 
 
 def select(
     asked: tuple[str, ...], here: tuple[str, ...], note: Callable[[str], None], operation: str
 ) -> list[str]:
-    """The names to measure of those that can run `here`; without any asked for all but the slow reference.
+    """Select the names to measure from those that can run `here`: all but the slow reference by
+    default.
 
-    Raises UsageError for a name that exists nowhere; one that cannot run here is noted.
+    Raises UsageError for an unknown name; a known one that cannot run here becomes a note.
     """
     unknown = [name for name in asked if name not in KNOWN.union(here)]
     if unknown:
         raise UsageError(
-            f"--algorithms {unknown[0]!r} is unknown; for {operation} there are {', '.join((*here, *PEERS))}"
+            f"--algorithms {unknown[0]!r} is unknown; "
+            f"for {operation} there are {', '.join((*here, *PEERS))}"
         )
     for name in asked:
         if name not in here and name not in PEERS:
@@ -73,13 +81,16 @@ def select(
 
 
 def peers_wanted(options: BenchOptions) -> tuple[str, ...]:
-    """The peers asked for; where none was asked for, those that fit the device."""
+    """List the peers asked for; by default those that fit the device."""
     fitting = PEERS if options.device == "cuda" else PEERS[:1]
     return tuple(name for name in (options.algorithm_names or fitting) if name in PEERS)
 
 
 class ArrayMemory:
-    """The arrays of one shape: a private pair and, where it can be had, a node-shared pair. Every rank makes it."""
+    """Hold the arrays of one shape: a private pair and, where possible, a node-shared pair.
+
+    Every rank makes it.
+    """
 
     def __init__(self, group: "Communicator", shape: Shape, options: BenchOptions) -> None:
         self.shape, self._options = shape, options
@@ -101,7 +112,7 @@ class ArrayMemory:
             self._kept[True] = (flats[0], flats[1])
 
     def pair(self, algorithm: str) -> tuple[Any, Any]:
-        """(source, target or None) for a call of `algorithm`: new each time with `--buffers fresh`, else kept."""
+        """Give (source, target or None) for `algorithm`: new with `--buffers fresh`, else kept."""
         shared = self.is_shared(algorithm)
         if not shared and (self._fresh or False not in self._kept):
             source, target = self.shape.counts()
@@ -122,7 +133,7 @@ class ArrayMemory:
         return new_array(count, self.shape.element, self._options.device, self._fresh)
 
     def free(self) -> None:
-        """Give node-shared memory back. Every rank calls it."""
+        """Free the node-shared memory. Every rank calls it."""
         self._kept.clear()
         for rows in self._rows:
             if rows is not None:
@@ -130,8 +141,10 @@ class ArrayMemory:
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """`prepare(source, target)` makes ready and gives the call, with the name of what was chosen."""
+class Competitor:
+    """Hold one competitor: `prepare(source, target)` gives the call and the chosen algorithm's
+    name.
+    """
 
     name: str
     memory: ArrayMemory
@@ -140,7 +153,7 @@ class Contestant:
     """On a GPU: return when the call's work is done."""
 
     def make(self) -> Call:
-        """For the clock: arrays, written by this rank; then the bare call."""
+        """Prepare the call to be timed, on arrays that this rank has written."""
         source, target = self.memory.pair(self.name)
         if self.memory.shape.operation != "barrier":
             source[...] = 0
@@ -148,7 +161,7 @@ class Contestant:
         return self._finished(call)
 
     def try_out(self) -> tuple[Any, str]:
-        """Call once on known data; the result, and the algorithm that was chosen."""
+        """Call once on known data; give the result and the algorithm that was chosen."""
         shape = self.memory.shape
         source, target = self.memory.pair(self.name)
         shape.fill_source(source)
@@ -170,16 +183,16 @@ class Contestant:
         return synchronized
 
 
-def contestants(
+def competitors(
     group: "Communicator",
     peers: Mapping[str, Peer],
     memory: ArrayMemory,
     names: list[str],
     options: BenchOptions,
-) -> dict[str, Contestant]:
-    """One for each of `names` and `peers`, in that order.
+) -> dict[str, Competitor]:
+    """Make a competitor for each of `names` and `peers`, in that order.
 
-    Where nothing else was asked for, the algorithm `shared` takes part twice: on node-shared and on private arrays.
+    By default the algorithm `shared` takes part twice: on node-shared and on private arrays.
     """
     shape, synchronize = memory.shape, _synchronizer(options.device)
 
@@ -193,31 +206,32 @@ def contestants(
                 root=shape.root,
                 algorithm=name,
             )
-            return prepared.bare if name == "mpi" else prepared.run, prepared.algorithm
+            return prepared.bare if name == MPI_LIBRARY else prepared.run, prepared.algorithm
 
         return prepare
 
     def theirs(peer: Peer) -> Callable[[Any, Any], tuple[Call, str]]:
         return lambda source, target: (peer.prepare(shape, source, target), peer.name)
 
-    found = {name: Contestant(name, memory, ours(name), synchronize) for name in names}
+    found = {name: Competitor(name, memory, ours(name), synchronize) for name in names}
     if (
         "shared" in found
         and not options.algorithms
         and options.node_shared is None
         and memory.is_shared("shared")
     ):
-        found[SHARED_PRIVATE] = Contestant(SHARED_PRIVATE, memory, ours("shared"), synchronize)
+        found[SHARED_PRIVATE] = Competitor(SHARED_PRIVATE, memory, ours("shared"), synchronize)
     return found | {
-        name: Contestant(name, memory, theirs(peer), synchronize) for name, peer in peers.items()
+        name: Competitor(name, memory, theirs(peer), synchronize) for name, peer in peers.items()
     }
 
 
 def floor(shape: Shape) -> Make:
-    """What memory allows: every rank at once reads the whole array and writes as much; see `figures.floor_share`.
+    """Make the memory floor's call: every rank at once reads the whole array and writes as much.
 
-    Out of place a warm copy. In place each number is read and written where it lies, which moves less: a copy must
-    often fetch what it is about to overwrite. A pass in place took half a copy's time from 1 to 128 MiB.
+    Out of place it is a warm copy. In place each number is overwritten, which moves less: a copy
+    often fetches the cache lines that it overwrites. In place took half the time from 1 to 128 MiB.
+    See `statistics.floor_share`.
     """
     source = np.ones(max(1, shape.nbytes // 8), np.uint64)
     if floor_kind(shape) == COPY:
@@ -238,14 +252,15 @@ def _synchronizer(device: str) -> Callable[[], None] | None:
     return torch.cuda.synchronize
 
 
-def tried(group: "Communicator", contestant: Contestant) -> tuple[str, str]:
-    """Call `contestant` once: the algorithm that it chose, and why it cannot do its operation on this job ("": it can).
+def tried(group: "Communicator", competitor: Competitor) -> tuple[str, str]:
+    """Call `competitor` once: give the algorithm that it chose, and why it cannot run ("": it can).
 
     Every rank of the group calls it, and all agree.
     """
     chosen = reason = ""
     try:
-        chosen = contestant.try_out()[1]
+        chosen = competitor.try_out()[1]
+    # Ours raise MpillmError; torch has several classes for an operation that it lacks.
     except (MpillmError, RuntimeError, KeyError, ValueError) as failure:
         reason = str(failure).strip().partition("\n")[0] or type(failure).__name__
     reasons: list[str] = group.comm.allgather(reason)

@@ -1,4 +1,4 @@
-"""What each benchmark is handed, and the header that says where and how it was measured."""
+"""Hold what every benchmark needs, and describe where and how it was measured."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,10 +8,10 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from mpillm.bench.options import BenchOptions
+from mpillm.bench.bench_options import BenchOptions
 from mpillm.comm.failure import ranks_text
 from mpillm.machine.cluster_profile import Cluster
-from mpillm.system.console import Console
+from mpillm.system.console import Console, counted
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """One run of `mpillm bench`: every rank has one, with the same options."""
+class BenchContext:
+    """Hold one run of `mpillm bench`: every rank has one, with the same options."""
 
     options: BenchOptions
     comm: "MPI.Intracomm"
@@ -36,15 +36,16 @@ class Bench:
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
-        """Show `total` rounds of work; the block is handed what to call after each."""
+        """Show `total` rounds of work; the block calls the yielded function after each."""
         with self.console.progress(what, total, "rounds") as progress:
             yield progress.advance
 
 
-def header(bench: Bench, cluster: Cluster, kept: bool) -> dict[str, str]:
-    """Fact → text. Every rank calls it; `kept`: whether malloc was told to keep its pages."""
+def header(bench: BenchContext, cluster: Cluster, kept: bool) -> dict[str, str]:
+    """Describe the job as name → text. Every rank calls it; `kept`: malloc keeps its pages."""
     from mpi4py import MPI
 
+    options = bench.options
     mine = (MPI.Get_processor_name(), os.sched_getaffinity(0))
     placed: list[tuple[str, set[int]]] = bench.comm.allgather(mine)
     hosts: dict[str, int] = {}
@@ -54,19 +55,19 @@ def header(bench: Bench, cluster: Cluster, kept: bool) -> dict[str, str]:
         "MPI library": f"{cluster.mpi_library} {cluster.mpi_version}",
         "hosts": ", ".join(f"{host} × {count}" for host, count in hosts.items()),
         "processor": f"{cluster.cpu_model}, {cluster.cores_per_node} cores a node",
-        "ranks": f"{bench.comm.size} on {len(bench.group.nodes)} node{'s' * (len(bench.group.nodes) > 1)}",
+        "ranks": f"{bench.comm.size} on {counted(len(bench.group.nodes), 'node')}",
         "binding": binding([cores for _, cores in placed], cluster.cores_per_node),
-        "threads a rank": str(bench.options.threads),
-        "device": bench.options.device,
-        "buffers": buffers_text(bench.options, kept),
-        "iterations": f"{bench.options.iterations} after {bench.options.warmup} to warm up, interleaved",
+        "threads a rank": str(options.threads),
+        "device": options.device,
+        "buffers": buffers_text(options, kept),
+        "iterations": f"{options.iterations} after {options.warmup} to warm up, interleaved",
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "mpillm": _version(),
     }
 
 
 def binding(cores: list[set[int]], cores_per_node: int) -> str:
-    """`rank 0: 0, rank 1: 1`; ranks that may run on every core of their node are not bound."""
+    """Describe the binding as `rank 0: 0, rank 1: 1`; unbound ranks may run on every core."""
     if all(len(mask) >= cores_per_node for mask in cores):
         return "none: each rank may run on every core"
     return "; ".join(f"rank {rank}: {cores_text(mask)}" for rank, mask in enumerate(cores))
@@ -78,14 +79,14 @@ def cores_text(cores: set[int]) -> str:
 
 
 def buffers_text(options: BenchOptions, kept: bool) -> str:
-    """Which memory the arrays of a collective lie in, so that a ratio can be judged."""
+    """Describe the memory of a collective's arrays: a ratio depends on it."""
     where = {
-        None: "node-shared for auto and shared, as training keeps its gradients, private for the others",
-        True: "node-shared where it can be had",
+        None: "node-shared for auto and shared, as in training, private for the others",
+        True: "node-shared where possible",
         False: "private",
     }[options.node_shared]
     if options.buffers == "fresh":
-        age = "fresh: new pages each iteration, those of the result faulted in by the clock; node-shared ones are kept"
+        age = "fresh: new pages each iteration, page faults are timed; node-shared ones are kept"
     else:
         age = "warm: the same arrays each time" + ("; malloc keeps its pages" if kept else "")
     return f"{age}; {where}; {'in place' if options.in_place else 'out of place'}"

@@ -1,7 +1,4 @@
-"""Reading shards and writing checkpoints by the very functions that training calls; `cli` hands them in.
-
-bench may import neither tokens nor weights, so TrainingPaths names what it takes of them.
-"""
+"""Time shards and checkpoints, written and read by the functions that training calls."""
 
 import os
 import shutil
@@ -9,26 +6,33 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpillm.bench import figures
-from mpillm.bench.context import Bench
+from mpillm.bench import statistics
+from mpillm.bench.context import BenchContext
 from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, text, whole
 from mpillm.bench.timing import Call, slowest
 from mpillm.comm.failure import on_root
 from mpillm.errors import UsageError
+from mpillm.system.extras import install_command, installed
+from mpillm.tokens.manifest import Manifest, Split
+from mpillm.tokens.reader import open_split
+from mpillm.tokens.shards import Documents, write_shard
+from mpillm.tokens.windows import ReadPlan
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+# As a recipe with a context of 1024 reads them: inputs and the next token.
 WINDOW_TOKENS = 1025
+# A batch, and as many of them as give a steady rate.
 ROWS = 64
 WINDOWS = 16 * ROWS
 MEAN_DOCUMENT_TOKENS = 4096
+# Several, as in a model: the ranks divide tensors among them when they write.
 TENSORS = 16
 COLUMNS: dict[str, Show] = {
     "path": text("path"),
@@ -38,52 +42,34 @@ COLUMNS: dict[str, Show] = {
 }
 
 
-@dataclass(frozen=True)
-class TrainingPaths:
-    """The parts of tokens and weights that touch files, as they are called there."""
+def run_filesystem(bench: BenchContext) -> list[Section]:
+    """Write and read shards and checkpoints of each size (bytes a rank) under `--folder`.
 
-    documents: Callable[..., Any]
-    """tokens.shards.Documents"""
-    write_shard: Callable[..., Any]
-    """tokens.shards.write_shard"""
-    split: Callable[..., Any]
-    """tokens.manifest.Split"""
-    manifest: Callable[..., Any]
-    """tokens.manifest.Manifest"""
-    open_split: Callable[..., Any]
-    """tokens.reader.open_split"""
-    plan: Callable[..., Any]
-    """tokens.windows.Plan"""
-    save: Callable[..., Path]
-    """weights.saving.save"""
-    checkpoint: Callable[..., Any]
-    """weights.checkpoint.Checkpoint"""
-
-
-def run_filesystem(bench: Bench, paths: TrainingPaths) -> list[Section]:
-    """Shards and checkpoints of each size (bytes a rank) under `--folder`; all is removed. Every rank calls it.
-
-    Raises UsageError where no folder is named, or it is not there or cannot be written to.
+    Every rank calls it; all files are removed. Raises UsageError without a folder that it can write
+    to.
     """
     options, rows = bench.options, list[Row]()
     if options.folder is None:
         if options.what != "all":
             raise UsageError(
-                "bench filesystem needs --folder DIR: an existing folder on the file system to measure"
+                "bench filesystem needs --folder DIR: a folder on the file system to measure"
             )
         bench.note(
             "filesystem is left out; name a folder on the file system to measure with --folder DIR"
         )
         return []
-    sizes = options.sizes_of("filesystem")
+    sizes, with_checkpoints = options.sizes_of("filesystem"), installed("torch")
+    if not with_checkpoints:
+        bench.note(f"checkpoints are left out: torch is not installed ({install_command('torch')})")
     with (
         temporary_folder(bench.comm, options.folder) as folder,
         bench.progress("filesystem", 2 * len(sizes)) as advance,
     ):
         for size in sizes:
-            rows += _tokens(bench, paths, folder / f"tokens-{size}", size)
+            rows += _tokens(bench, folder / f"tokens-{size}", size)
             advance()
-            rows += _checkpoint(bench, paths, folder / f"checkpoint-{size}", size)
+            if with_checkpoints:
+                rows += _checkpoint(bench, folder / f"checkpoint-{size}", size)
             advance()
     return [
         Section(
@@ -97,7 +83,10 @@ def run_filesystem(bench: Bench, paths: TrainingPaths) -> list[Section]:
 
 @contextmanager
 def temporary_folder(comm: "MPI.Intracomm", parent: Path) -> Iterator[Path]:
-    """A new folder in `parent`, the same on each rank, removed with all that is in it. Every rank enters it."""
+    """Make a folder in `parent`, the same on each rank, and remove it with its files.
+
+    Every rank enters it.
+    """
     path = on_root(comm, lambda: _new_folder(parent))
     try:
         yield path
@@ -118,8 +107,10 @@ def _new_folder(parent: Path) -> Path:
         ) from failure
 
 
-def _tokens(bench: Bench, paths: TrainingPaths, folder: Path, nbytes: int) -> list[Row]:
-    """Write a shard a rank, then read random windows of all shards: warm, cold, and cold with the kernel told ahead."""
+def _tokens(bench: BenchContext, folder: Path, nbytes: int) -> list[Row]:
+    """Write a shard a rank, then read random windows of all shards: warm, cold, cold with
+    readahead.
+    """
     comm, options = bench.comm, bench.options
     on_root(comm, folder.mkdir)
     tokens = np.random.default_rng(comm.rank).integers(
@@ -129,26 +120,22 @@ def _tokens(bench: Bench, paths: TrainingPaths, folder: Path, nbytes: int) -> li
         np.arange(MEAN_DOCUMENT_TOKENS, len(tokens), MEAN_DOCUMENT_TOKENS), len(tokens)
     )
     nothing = np.zeros(len(ends), np.uint64)
-    documents = paths.documents(tokens, ends, nothing, nothing)
+    documents = Documents(tokens, ends, nothing, nothing)
     started = time.perf_counter()
-    info = paths.write_shard(folder / f"train-{comm.rank:05d}.h5", documents, {})
+    info = write_shard(folder / f"train-{comm.rank:05d}.h5", documents, {})
     written = np.array([time.perf_counter() - started])
     shards = tuple(comm.allgather(info))
     total = sum(shard.n_tokens for shard in shards)
-    split = paths.split(total, len(ends) * comm.size, 0, shards)
-    empty = paths.split(0, 0, 0, ())
-    on_root(
-        comm, lambda: paths.manifest(folder, {}, {}, {"train": split, "validation": empty}).save()
-    )
+    split = Split(total, len(ends) * comm.size, 0, shards)
+    empty = Split(0, 0, 0, ())
+    on_root(comm, lambda: Manifest(folder, {}, {}, {"train": split, "validation": empty}).save())
     rows = [_row("write shards", tokens.nbytes, comm.size, slowest(comm, written))]
     out = np.empty((ROWS, WINDOW_TOKENS), np.uint16)
     draw = np.random.default_rng(1000 + comm.rank)
-    with paths.open_split(folder, "train") as reader:
+    with open_split(folder, "train") as reader:
 
         def read(ahead: bool) -> float:
-            plan = paths.plan(
-                reader, draw.integers(0, total - WINDOW_TOKENS, WINDOWS), WINDOW_TOKENS
-            )
+            plan = ReadPlan(reader, draw.integers(0, total - WINDOW_TOKENS, WINDOWS), WINDOW_TOKENS)
             started = time.perf_counter()
             if ahead:
                 plan.advise(0, WINDOWS)
@@ -156,6 +143,7 @@ def _tokens(bench: Bench, paths: TrainingPaths, folder: Path, nbytes: int) -> li
                 plan.fetch(first, out)
             return time.perf_counter() - started
 
+        # The names become keys of the cluster profile: they stay as version 1 has them.
         ways = {"warm": (False, False), "cold": (True, False), "cold, told ahead": (True, True)}
         moved = WINDOWS * WINDOW_TOKENS * 2
         for name, (cold, ahead) in ways.items():
@@ -165,9 +153,12 @@ def _tokens(bench: Bench, paths: TrainingPaths, folder: Path, nbytes: int) -> li
     return rows
 
 
-def _checkpoint(bench: Bench, paths: TrainingPaths, folder: Path, nbytes: int) -> list[Row]:
-    """All ranks write one checkpoint of `nbytes` a rank, and each reads the whole of it back, as a resumed run does."""
+def _checkpoint(bench: BenchContext, folder: Path, nbytes: int) -> list[Row]:
+    """Write one checkpoint of `nbytes` a rank; each rank reads all of it, as a resumed run does."""
     import torch
+
+    from mpillm.weights.checkpoint import Checkpoint
+    from mpillm.weights.saving import save as save_checkpoint
 
     comm = bench.comm
     on_root(comm, folder.mkdir)
@@ -182,12 +173,12 @@ def _checkpoint(bench: Bench, paths: TrainingPaths, folder: Path, nbytes: int) -
 
     def save() -> float:
         started = time.perf_counter()
-        made.append(paths.save(folder, tensors, {"step": 1}, {}, comm))
+        made.append(save_checkpoint(folder, tensors, {"step": 1}, {}, comm))
         return time.perf_counter() - started
 
     def load() -> float:
         started = time.perf_counter()
-        paths.checkpoint(made[-1]).load(tensors)
+        Checkpoint(made[-1]).load(tensors)
         return time.perf_counter() - started
 
     written = _rounds(comm, save, lambda: None, iterations)
@@ -203,7 +194,7 @@ def _checkpoint(bench: Bench, paths: TrainingPaths, folder: Path, nbytes: int) -
 
 def _rounds(
     comm: "MPI.Intracomm", once: Callable[[], float], before: Call, iterations: int
-) -> figures.Seconds:
+) -> statistics.Seconds:
     measured = []
     for _ in range(iterations):
         before()
@@ -213,7 +204,7 @@ def _rounds(
 
 
 def _forgetter(comm: "MPI.Intracomm", folder: Path) -> Call:
-    """What asks the kernel to drop the pages of the folder's files; a file system in memory cannot."""
+    """Make the call that drops the folder's pages from the page cache, where it has one."""
 
     def forget() -> None:
         comm.Barrier()
@@ -227,11 +218,11 @@ def _forgetter(comm: "MPI.Intracomm", folder: Path) -> Call:
     return forget
 
 
-def _row(path: str, nbytes: int, ranks: int, seconds: figures.Seconds) -> Row:
-    times = figures.times(seconds)
+def _row(path: str, nbytes: int, ranks: int, seconds: statistics.Seconds) -> Row:
+    times = statistics.times(seconds)
     return {
         "path": path,
         "bytes": nbytes,
         **times.row(),
-        "all_bytes_per_second": figures.rate(ranks * nbytes, times.median),
+        "all_bytes_per_second": statistics.rate(ranks * nbytes, times.median),
     }

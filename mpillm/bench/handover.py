@@ -1,4 +1,4 @@
-"""Measure message latency, alone and while the sender computes: both ways of channels, bare MPI."""
+"""Time a message alone and while its sender computes, by both ways of a ChannelSet and bare MPI."""
 
 import time
 from collections.abc import Mapping
@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mpillm.bench.context import Bench
-from mpillm.bench.figures import Seconds
+from mpillm.bench.context import BenchContext
 from mpillm.bench.overlap import computation
-from mpillm.bench.pairs import Pair, pairs
+from mpillm.bench.point_to_point import Pair, pairs
 from mpillm.bench.results import Row, Section, Show, figure, scaled, text, whole
+from mpillm.bench.statistics import Seconds
 from mpillm.bench.timing import Call, in_turn, interleave
 from mpillm.comm.channels.channel_set import Channel, ChannelSet
 from mpillm.comm.clock_sync import clock_offset
@@ -20,48 +20,48 @@ from mpillm.errors import CommError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# How long the sender computes. A stage of a pipeline computes for so long and longer, and it is more than any of the
-# default sizes needs for its way.
+# A pipeline stage computes at least as long as this, and no default size takes longer.
 WORK_SECONDS = 10e-3
-NATIVE = "native"
+BARE_MPI = "mpi"
 TAG = 73
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-class Hand(Protocol):
-    """One way between this rank and the other of its pair, for messages of one length in both directions."""
+class MessagePath(Protocol):
+    """Send messages of one length between the two ranks of a pair, in both directions."""
 
     def send(self, array: Bytes) -> None: ...
     def expect(self, array: Bytes) -> None: ...
     def wait(self) -> None: ...
     def finish(self) -> None:
-        """Return when what was sent is on its way."""
+        """Return when the sent message no longer needs its array."""
 
     def free(self) -> None: ...
 
 
-class ByChannels:
-    """Both ranks of `pair` make it. Raises CommError, on both, where the way can't be had."""
+class ChannelPath:
+    """Send through a ChannelSet. Both ranks of `pair` make it.
+
+    Raises CommError on both where they cannot use `way`.
+    """
 
     def __init__(self, pair: "MPI.Intracomm", nbytes: int, way: str) -> None:
-        self._channel_set = ChannelSet(
-            pair, [Channel(0, 1, nbytes), Channel(1, 0, nbytes)], way=way
-        )
+        self._channels = ChannelSet(pair, [Channel(0, 1, nbytes), Channel(1, 0, nbytes)], way=way)
         self._out, self._back = pair.rank, 1 - pair.rank
-        self.finish, self.free = self._channel_set.drain, self._channel_set.free
+        self.finish, self.free = self._channels.drain, self._channels.free
 
     def send(self, array: Bytes) -> None:
-        self._channel_set.send(self._out, array)
+        self._channels.send(self._out, array)
 
     def expect(self, array: Bytes) -> None:
-        self._channel_set.post_receive(self._back, array)
+        self._channels.post_receive(self._back, array)
 
     def wait(self) -> None:
-        self._channel_set.wait(self._back)
+        self._channels.wait(self._back)
 
 
-class ByRequests:
-    """Isend, Irecv and Wait, and nothing that moves them between."""
+class RequestPath:
+    """Send by Isend, Irecv and Wait, without progress in between."""
 
     def __init__(self, pair: "MPI.Intracomm") -> None:
         self._pair, self._other = pair, 1 - pair.rank
@@ -81,50 +81,51 @@ class ByRequests:
         self._sent.Wait()
 
     def free(self) -> None:
-        """Nothing is kept."""
+        """Free nothing: no request is persistent."""
 
 
-def round_trip(hand: Hand, leads: bool, outgoing: Bytes, incoming: Bytes) -> None:
-    """A message there and one back."""
-    hand.expect(incoming)
+def round_trip(path: MessagePath, leads: bool, outgoing: Bytes, incoming: Bytes) -> None:
+    """Send a message and wait for one back."""
+    path.expect(incoming)
     if leads:
-        hand.send(outgoing)
-        hand.wait()
+        path.send(outgoing)
+        path.wait()
     else:
-        hand.wait()
-        hand.send(outgoing)
-    hand.finish()
+        path.wait()
+        path.send(outgoing)
+    path.finish()
 
 
-def behind_work(
+def while_computing(
     pair: "MPI.Intracomm",
-    hands: Mapping[str, Hand],
+    paths: Mapping[str, MessagePath],
     outgoing: Bytes,
     incoming: Bytes,
     iterations: int,
     warmup: int,
 ) -> tuple[dict[str, Seconds], dict[str, Seconds]]:
-    """Seconds from rank 0's send until rank 1 has the message; and seconds that rank 0 spends in its calls for it.
+    """Time messages whose sender, rank 0, computes for WORK_SECONDS after it has sent.
 
-    Each (iterations,), on both ranks. Rank 0 computes for WORK_SECONDS right after it has sent, and calls nothing of
-    MPI meanwhile. Both ranks of `pair` call it.
+    It makes no MPI call meanwhile. Gives two mappings of path to seconds (iterations,): from the
+    send until rank 1 has the message, and of rank 0 in calls. Both ranks of `pair` call it.
     """
     from mpi4py import MPI
 
-    names, unit, offset = list(hands), computation(WORK_SECONDS)[0], clock_offset(pair)
-    # [0]: when it arrived, less when it was sent, each known on one rank; their sum is what it took. [1]: the sender's.
+    names, unit, offset = list(paths), computation(WORK_SECONDS)[0], clock_offset(pair)
+    # [0]: minus the send's time on rank 0, the arrival's time on rank 1: the sum is the latency.
+    # [1]: the sender's seconds in calls.
     clock = np.zeros((2, len(names), warmup + iterations))
     for turn in range(warmup + iterations):
         for name in in_turn(names, turn):
-            hand, place = hands[name], (names.index(name), turn)
+            path, place = paths[name], (names.index(name), turn)
             if pair.rank:
-                hand.expect(incoming)
+                path.expect(incoming)
                 pair.Barrier()
-                hand.wait()
+                path.wait()
                 clock[0][place] = time.perf_counter() - offset
             else:
                 pair.Barrier()
-                begun, spent = _send_and_work(hand, outgoing, unit)
+                begun, spent = _send_and_work(path, outgoing, unit)
                 clock[0][place], clock[1][place] = offset - begun, spent
     taken = np.empty_like(clock)
     pair.Allreduce(clock, taken, MPI.SUM)
@@ -132,20 +133,20 @@ def behind_work(
     return arrival, sending
 
 
-def _send_and_work(hand: Hand, outgoing: Bytes, unit: Call) -> tuple[float, float]:
-    """When the message was sent, and the seconds that were not for work."""
+def _send_and_work(path: MessagePath, outgoing: Bytes, unit: Call) -> tuple[float, float]:
+    """Send, compute, finish; give the time of the send and the seconds outside the computation."""
     begun = time.perf_counter()
-    hand.send(outgoing)
+    path.send(outgoing)
     sent = time.perf_counter()
     while time.perf_counter() < begun + WORK_SECONDS:
         unit()
     worked = time.perf_counter()
-    hand.finish()
+    path.finish()
     return begun, time.perf_counter() - worked + sent - begun
 
 
-def run_handover(bench: Bench) -> list[Section]:
-    """Pair by pair and size by size. Every rank calls it."""
+def run_handover(bench: BenchContext) -> list[Section]:
+    """Measure pair by pair and size by size. Every rank calls it."""
     from mpi4py import MPI
 
     comm, sizes, rows = bench.comm, bench.options.sizes_of("handover"), list[Row]()
@@ -167,24 +168,32 @@ def run_handover(bench: Bench) -> list[Section]:
                 advance()
             if member:
                 joined.Free()
-    title = f"handover: half a round trip; a message whose sender computes for {WORK_SECONDS * 1e3:.0f} ms behind it"
+    title = (
+        "handover: half a round trip; "
+        f"a message whose sender then computes for {WORK_SECONDS * 1e3:.0f} ms"
+    )
     return [Section("handover", title, rows, COLUMNS)]
 
 
-def _measure(bench: Bench, pair: Pair, joined: "MPI.Intracomm", size: int) -> tuple[list[Row], str]:
-    """The rows of one size, a way each, and what could not be had. Both ranks of the pair call it."""
+def _measure(
+    bench: BenchContext, pair: Pair, joined: "MPI.Intracomm", size: int
+) -> tuple[list[Row], str]:
+    """Measure one size: a row a way, and a note on the ways that failed.
+
+    Both ranks of the pair call it.
+    """
     rounds = bench.options.iterations, bench.options.warmup
     outgoing, incoming = np.ones(size, np.uint8), np.ones(size, np.uint8)
-    hands, note = _open(pair, joined, size)
+    paths, note = _open(pair, joined, size)
     calls = {
-        name: lambda hand=hand: lambda: round_trip(hand, joined.rank == 0, outgoing, incoming)
-        for name, hand in hands.items()
+        name: lambda path=path: lambda: round_trip(path, joined.rank == 0, outgoing, incoming)
+        for name, path in paths.items()
     }
     both = interleave(joined, calls, *rounds)
-    behind, sending = behind_work(joined, hands, outgoing, incoming, *rounds)
-    for hand in hands.values():
-        hand.free()
-    # As soon as any way could have brought it.
+    computing, sending = while_computing(joined, paths, outgoing, incoming, *rounds)
+    for path in paths.values():
+        path.free()
+    # The fastest way's half round trip: no message arrives earlier.
     soonest = min(float(np.median(seconds)) for seconds in both.values()) / 2
     rows: list[Row] = [
         {
@@ -193,27 +202,27 @@ def _measure(bench: Bench, pair: Pair, joined: "MPI.Intracomm", size: int) -> tu
             "bytes": size,
             "way": name,
             **_quartiles("half_round_trip_seconds", both[name] / 2),
-            **_quartiles("behind_work_seconds", behind[name]),
-            "later_seconds": float(np.median(behind[name])) - soonest,
+            **_quartiles("behind_work_seconds", computing[name]),
+            "later_seconds": float(np.median(computing[name])) - soonest,
             **_quartiles("sender_seconds", sending[name]),
             "work_seconds": WORK_SECONDS,
         }
-        for name in hands
+        for name in paths
     ]
     return rows, note
 
 
-def _open(pair: Pair, joined: "MPI.Intracomm", size: int) -> tuple[dict[str, Hand], str]:
-    hands: dict[str, Hand] = {}
+def _open(pair: Pair, joined: "MPI.Intracomm", size: int) -> tuple[dict[str, MessagePath], str]:
+    paths: dict[str, MessagePath] = {}
     note = ""
     if pair.level == "node":
         try:
-            hands["shared"] = ByChannels(joined, size, "shared")
+            paths["shared"] = ChannelPath(joined, size, "shared")
         except CommError as failure:
             note = f"handover has no shared: {failure}"
-    return hands | {
-        "messages": ByChannels(joined, size, "messages"),
-        NATIVE: ByRequests(joined),
+    return paths | {
+        "messages": ChannelPath(joined, size, "messages"),
+        BARE_MPI: RequestPath(joined),
     }, note
 
 
@@ -223,9 +232,9 @@ def _quartiles(key: str, seconds: Seconds) -> dict[str, float]:
 
 
 def _spread(key: str) -> Show:
-    """In µs."""
-    return lambda row: (
-        f"{figure(row[key] * 1e6)} [{figure(row[key + '_q1'] * 1e6)}..{figure(row[key + '_q3'] * 1e6)}]"
+    """Show median and quartiles in µs."""
+    return lambda row: "{} [{}..{}]".format(
+        *(figure(row[name] * 1e6) for name in (key, f"{key}_q1", f"{key}_q3"))
     )
 
 
@@ -235,7 +244,7 @@ COLUMNS: dict[str, Show] = {
     "bytes": whole("bytes"),
     "way": text("way"),
     "half a round trip µs": _spread("half_round_trip_seconds"),
-    "behind work µs": _spread("behind_work_seconds"),
-    "later than could be µs": scaled("later_seconds", 1e6),
+    "overlapped µs": _spread("behind_work_seconds"),
+    "added latency µs": scaled("later_seconds", 1e6),
     "sender µs": scaled("sender_seconds", 1e6),
 }

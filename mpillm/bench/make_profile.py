@@ -1,13 +1,14 @@
-"""From a run's results to the cluster profile that `comm` and `plan` read; pure."""
+"""Make the cluster profile, which `comm` and `plan` read, from a run's results; pure."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
+from mpillm.bench.bench_options import COLLECTIVES
 from mpillm.bench.competitors import COPY, FLOOR, SHARED_PRIVATE
-from mpillm.bench.fit import fit
-from mpillm.bench.options import COLLECTIVES
-from mpillm.bench.pairs import fastest
 from mpillm.bench.peers import PEERS
+from mpillm.bench.point_to_point import fastest
 from mpillm.bench.results import Row, Section
 from mpillm.machine.cluster_profile import (
     Cluster,
@@ -27,7 +28,10 @@ def make_profile(
     made: str,
     probe: Mapping[str, Any],
 ) -> ClusterProfile:
-    """`made`: the date; `probe`: what is known of the GPU. Peers and the choice of `auto` are not kept."""
+    """Collect the costs of a run. `made`: the date; `probe`: facts of the GPU.
+
+    Rows of peers and of `auto` are left out: no choice depends on them.
+    """
     rows = {section.what: section.rows for section in sections}
     collectives = [
         entry
@@ -38,7 +42,7 @@ def make_profile(
         made,
         cluster,
         tuple(collectives),
-        tuple(point_to_point(rows)),
+        tuple(point_to_point_costs(rows)),
         memory(rows),
         tuple(gemm(rows, device)),
         filesystem(rows),
@@ -48,7 +52,7 @@ def make_profile(
 
 
 def cost_of(rows: Sequence[Row]) -> Cost:
-    """Points and line of rows with `bytes` and `median_seconds`, at least one."""
+    """Fit rows with `bytes` and `median_seconds`, at least one, into points and a line."""
     points = tuple(sorted((row["bytes"], row["median_seconds"]) for row in rows))
     line = fit(points)
     return Cost(points, line.latency_seconds, line.bytes_per_second, line.relative_error)
@@ -78,7 +82,7 @@ def collective_costs(
     return found
 
 
-def point_to_point(rows: Mapping[str, list[Row]]) -> list[PointToPointCost]:
+def point_to_point_costs(rows: Mapping[str, list[Row]]) -> list[PointToPointCost]:
     latency = rows.get("latency", [])
     found = []
     for level in dict.fromkeys(row["level"] for row in latency):
@@ -99,7 +103,7 @@ def point_to_point(rows: Mapping[str, list[Row]]) -> list[PointToPointCost]:
 
 
 def handover(rows: Mapping[str, list[Row]]) -> dict[Way, Cost]:
-    """Way within a node → what a message takes to arrive while its sender computes, which is how pipelines send."""
+    """Map each way within a node to the cost of a message whose sender computes."""
     found: dict[Way, Cost] = {}
     for way in get_args(Way):
         own = [
@@ -116,7 +120,10 @@ def handover(rows: Mapping[str, list[Row]]) -> dict[Way, Cost]:
 
 
 def memory(rows: Mapping[str, list[Row]]) -> dict[str, Any]:
-    """Kernel → bytes a second of a rank while all work, at the largest size; `floor`: (bytes, seconds) of a copy."""
+    """Map each kernel to a rank's bytes a second, all ranks at once, at the largest size.
+
+    `floor`: (bytes, seconds) of a copy.
+    """
     found: dict[str, Any] = {}
     for row in rows.get("memory", []):  # sizes ascend
         found[f"{row['kernel']}_bytes_per_second"] = row["bytes_per_second"]
@@ -146,10 +153,54 @@ def gemm(rows: Mapping[str, list[Row]], device: str) -> list[dict[str, Any]]:
 
 
 def filesystem(rows: Mapping[str, list[Row]]) -> dict[str, Any]:
-    """`read_windows_cold_bytes_per_second` and its like, of all ranks together, at the largest size."""
+    """Map keys such as `read_windows_cold_bytes_per_second` to rates of all ranks, at the largest
+    size.
+    """
     return {
         row["path"].replace(",", "").replace(" ", "_") + "_bytes_per_second": row[
             "all_bytes_per_second"
         ]
         for row in rows.get("filesystem", [])
     }
+
+
+@dataclass(frozen=True)
+class Fit:
+    """`bytes_per_second` is None where the times do not grow with the bytes.
+
+    `relative_error`: the root of the mean square of (fitted − measured) / measured.
+    """
+
+    latency_seconds: float
+    bytes_per_second: float | None
+    relative_error: float
+
+    def seconds(self, nbytes: float) -> float:
+        return self.latency_seconds + (
+            nbytes / self.bytes_per_second if self.bytes_per_second else 0.0
+        )
+
+
+def fit(points: Sequence[tuple[float, float]]) -> Fit:
+    """Fit seconds = latency + bytes / rate (Hockney 1994) by least squares on relative error.
+
+    `points`: (bytes, seconds > 0), at least one; latency and slope are zero or more. In absolute
+    error the largest size alone would decide.
+    """
+    # With weights w = 1/t² the normal equations of Σ w (a + b n − t)².
+    weights = [1 / seconds**2 for _, seconds in points]
+    w = sum(weights)
+    wn = sum(weight * n for weight, (n, _) in zip(weights, points, strict=True))
+    wnn = sum(weight * n * n for weight, (n, _) in zip(weights, points, strict=True))
+    wt = sum(weight * t for weight, (_, t) in zip(weights, points, strict=True))
+    wnt = sum(weight * n * t for weight, (n, t) in zip(weights, points, strict=True))
+    determinant = w * wnn - wn * wn
+    latency, slope = wt / w, 0.0
+    if determinant > 1e-12 * w * wnn:
+        latency, slope = (wt * wnn - wnt * wn) / determinant, (w * wnt - wn * wt) / determinant
+    if latency < 0:
+        latency, slope = 0.0, wnt / wnn
+    elif slope <= 0:
+        latency, slope = wt / w, 0.0
+    errors = [((latency + slope * n) / t - 1) ** 2 for n, t in points]
+    return Fit(latency, 1 / slope if slope else None, math.sqrt(sum(errors) / len(errors)))

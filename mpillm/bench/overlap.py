@@ -1,4 +1,4 @@
-"""How much of an all-reduce runs behind computation, polled and left alone, as OSU's osu_iallreduce counts it."""
+"""Measure how much of an all-reduce overlaps computation, polled and unpolled (osu_iallreduce)."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -6,38 +6,34 @@ from typing import Any
 
 import numpy as np
 
-from mpillm.bench import figures
+from mpillm.bench import statistics
+from mpillm.bench.bench_options import MPI_LIBRARY
 from mpillm.bench.collectives import keep_able
 from mpillm.bench.competitors import (
     SHARED_PRIVATE,
     ArrayMemory,
-    contestants,
+    competitors,
     peers_wanted,
     runnable,
     select,
 )
-from mpillm.bench.context import Bench
+from mpillm.bench.context import BenchContext
+from mpillm.bench.gemm import multiplier
 from mpillm.bench.peers import Peer, joined
 from mpillm.bench.results import Row, Section, Show, scaled, text, whole
 from mpillm.bench.sample_arrays import Shape, fitting_count
 from mpillm.bench.timing import Call, interleave, slowest
 
 SLICES = 40
-"""The computation is cut so often at the most, and the operation is polled between."""
+"""Slices of the computation, at most; the operation is polled between them."""
 EDGE = 64
-"""Of the matrices that are multiplied: they stay in a core's cache, so that it is the core that is kept busy."""
+"""Edge of the multiplied matrices: they fit the core's cache, so only the core is busy."""
 Start = Callable[[], Any]
 
 
 def computation(seconds: float) -> tuple[Call, int]:
-    """One unit of work, and how many units last `seconds` on this rank."""
-    import torch
-
-    left, right, product = torch.ones(EDGE, EDGE), torch.ones(EDGE, EDGE), torch.empty(EDGE, EDGE)
-
-    def unit() -> None:
-        torch.mm(left, right, out=product)
-
+    """Calibrate the computation: give one unit of work and the units that take `seconds` here."""
+    unit = multiplier("float32", EDGE, "cpu")
     trials = []
     for _ in range(5):
         started = time.perf_counter()
@@ -48,7 +44,7 @@ def computation(seconds: float) -> tuple[Call, int]:
 
 
 def work(unit: Call, units: int, between: Call = lambda: None) -> None:
-    """`units` of work in up to SLICES slices of one length, `between` called after each."""
+    """Do `units` of work in up to SLICES equal slices; call `between` after each."""
     each = -(-units // SLICES)
     for _ in range(units // each):
         for _ in range(each):
@@ -56,8 +52,11 @@ def work(unit: Call, units: int, between: Call = lambda: None) -> None:
         between()
 
 
-def run_overlap(bench: Bench) -> list[Section]:
-    """Every algorithm of the all-reduce at every size. Every rank calls it, with the same options."""
+def run_overlap(bench: BenchContext) -> list[Section]:
+    """Measure every algorithm of the all-reduce at every size.
+
+    Every rank calls it, with the same options.
+    """
     options, comm = bench.options, bench.comm
     names = select(
         options.algorithm_names, runnable(bench.group, "allreduce", options), bench.note, "overlap"
@@ -76,7 +75,7 @@ def run_overlap(bench: Bench) -> list[Section]:
                 peers,
             )
             advance()
-    title = f"overlap of allreduce with matrix products, in {SLICES} slices at the most"
+    title = f"overlap of allreduce with matrix products, in at most {SLICES} slices"
     return [Section("overlap", title, rows, COLUMNS)]
 
 
@@ -93,10 +92,12 @@ COLUMNS: dict[str, Show] = {
 }
 
 
-def _measure(bench: Bench, shape: Shape, names: list[str], peers: Mapping[str, Peer]) -> list[Row]:
+def _measure(
+    bench: BenchContext, shape: Shape, names: list[str], peers: Mapping[str, Peer]
+) -> list[Row]:
     options = bench.options
     memory = ArrayMemory(bench.group, shape, options)
-    entries = contestants(bench.group, peers, memory, names, options)
+    entries = competitors(bench.group, peers, memory, names, options)
     entries.pop(SHARED_PRIVATE, None)
     keep_able(bench, entries)
     rows = []
@@ -107,12 +108,17 @@ def _measure(bench: Bench, shape: Shape, names: list[str], peers: Mapping[str, P
             figures_of_one = _one(bench, peers[name].start(shape, source, None), _torch_poll)
         else:
             figures_of_one = _one(
-                bench, bench.group.prepare("allreduce", source, algorithm=name).start, _poll
+                bench,
+                bench.group.prepare(
+                    "allreduce", source, algorithm="native" if name == MPI_LIBRARY else name
+                ).start,
+                _poll,
             )
         rows.append(
             {"bytes": shape.nbytes, "element": shape.element, "algorithm": name} | figures_of_one
         )
         del source
+    # As in collectives.py: no view may outlive the node-shared memory.
     entries.clear()
     memory.free()
     return rows
@@ -126,13 +132,14 @@ def _torch_poll(handle: Any) -> object:
     return handle.is_completed()
 
 
-def _one(bench: Bench, start: Start, poll: Callable[[Any], object]) -> Row:
-    """Alone, the computation alone, and both together in two ways, in turns."""
+def _one(bench: BenchContext, start: Start, poll: Callable[[Any], object]) -> Row:
+    """Time the operation alone, the computation alone, and both in two ways, in turns."""
     comm, rounds = bench.comm, (bench.options.iterations, bench.options.warmup)
-    alone = figures.times(
+    alone = statistics.times(
         interleave(comm, {"alone": lambda: lambda: start().wait()}, 3, 1)["alone"]
     ).median
     unit, units = computation(alone)
+    # All ranks compute equally long: as many units as the slowest needs.
     units = int(slowest(comm, np.array([float(units)]))[0])
 
     def unpolled() -> None:
@@ -151,10 +158,11 @@ def _one(bench: Bench, start: Start, poll: Callable[[Any], object]) -> Row:
         "polled": polled,
         "unpolled": unpolled,
     }
-    seconds = interleave(comm, {way: lambda call=call: call for way, call in ways.items()}, *rounds)  # type: ignore[misc]
-    median = {way: figures.times(found).median for way, found in seconds.items()}
+    makes = {way: lambda call=call: call for way, call in ways.items()}
+    seconds = interleave(comm, makes, *rounds)
+    median = {way: statistics.times(found).median for way, found in seconds.items()}
     shares = {
-        f"{way}_overlap": figures.overlap(median["alone"], median["compute"], median[way])
+        f"{way}_overlap": statistics.overlap(median["alone"], median["compute"], median[way])
         for way in ("polled", "unpolled")
     }
     return {f"{way}_seconds": value for way, value in median.items()} | shares

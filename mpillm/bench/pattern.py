@@ -1,7 +1,8 @@
-"""Data whose sum is exact in its own element type, and the count of elements that came out wrong.
+"""Fill arrays with data whose sum is exact in its element type, and count wrong elements.
 
-Rank r's array holds pattern(r)[i mod PERIOD] at i. Every partial sum is a small whole number, so that any order of
-adding gives the same bits; PERIOD is a prime, so that no block of a power of two can pass for its neighbour.
+Rank r's array holds pattern(r)[i mod PERIOD] at i. Every partial sum is a small whole number, so
+any order of adding gives the same bits. PERIOD is prime, so no power-of-two block equals its
+neighbour.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ COMBINE: dict[str, Callable[[Row, Row], Row]] = {
 
 
 def pattern(rank: int, ranks: int, element: str, op: str) -> Row:
-    """One period of `rank`'s data, whole numbers (PERIOD,), never negative."""
+    """Give one period of `rank`'s data: whole numbers (PERIOD,), zero or more."""
     index = np.arange(PERIOD, dtype=np.int64)
     limit = EXACT.get(element, EXACT_ELSEWHERE)
     values: Row
@@ -47,19 +48,19 @@ def pattern(rank: int, ranks: int, element: str, op: str) -> Row:
     elif ranks <= limit:
         values = (index * 7919 + rank * 104729) % (limit // ranks + 1)
     else:
-        # More ranks than exact numbers: only every so many ranks add one.
+        # More ranks than exact numbers: only some ranks add one.
         values = ((index + rank) % (ranks // limit + 1) == 0).astype(np.int64)
     return values
 
 
 def combined(ranks: int, element: str, op: str) -> Row:
-    """One period of what a reduction over `ranks` must give."""
+    """Give one period of the result of a reduction over `ranks`."""
     total: Row = reduce(COMBINE[op], (pattern(rank, ranks, element, op) for rank in range(ranks)))
     return total // ranks if op == "mean" else total
 
 
 def laid(period: Row, first: int, count: int) -> Row:
-    """Elements `first` … of the endless repetition of `period`: (count,)."""
+    """Repeat `period` from element `first` on: (count,)."""
     return np.resize(np.roll(period, -(first % PERIOD)), count) if count else np.empty(0, np.int64)
 
 
@@ -73,7 +74,9 @@ def fill(array: Any, period: Row, first: int = 0) -> None:
 
 
 def wrong_elements(array: Any, period: Row, first: int = 0, relative: float = 0.0) -> int:
-    """How many elements of a flat array differ from `period` laid from `first` on by more than `relative`."""
+    """Count elements of a flat array that differ from the repeated `period` by more than
+    `relative`.
+    """
     wrong = 0
     for start in range(0, len(array), BLOCK):
         piece = array[start : start + BLOCK]
@@ -81,7 +84,7 @@ def wrong_elements(array: Any, period: Row, first: int = 0, relative: float = 0.
             np.float64
         )
         expected = laid(period, first + start, len(found)).astype(np.float64)
-        # Written so that not-a-number counts as wrong.
+        # Not `> relative`: a comparison with not-a-number is false, and it must count as wrong.
         wrong += int(
             len(found) - np.count_nonzero(np.abs(found - expected) <= relative * np.abs(expected))
         )
@@ -91,9 +94,10 @@ def wrong_elements(array: Any, period: Row, first: int = 0, relative: float = 0.
 def count_wrong(
     operation: str, result: Any, bounds: Sequence[int], rank: int, element: str, op: str, root: int
 ) -> int:
-    """Wrong elements in this rank's flat `result` of an operation on `bounds[-1]` elements, in blocks at `bounds`.
+    """Count wrong elements in this rank's flat `result` of an operation on blocks at `bounds`.
 
-    `result`: the whole array; of reduce_scatter the own block alone. Elements that MPI leaves undefined do not count.
+    `result`: the whole array; of reduce_scatter the own block. Elements that MPI leaves undefined
+    do not count.
     """
     ranks = len(bounds) - 1
     tolerance = MEAN_ERROR.get(element, 0.0) if op == "mean" and ranks & (ranks - 1) else 0.0

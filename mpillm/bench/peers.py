@@ -1,4 +1,4 @@
-"""Peers measured in the same rounds: torch.distributed over gloo, and over NCCL where there are GPUs."""
+"""Measure torch.distributed in the same rounds: over gloo, and over NCCL on GPUs."""
 
 import shutil
 import socket
@@ -12,31 +12,32 @@ from typing import TYPE_CHECKING, Any
 from mpillm.bench.sample_arrays import Shape, as_tensor
 from mpillm.bench.timing import Call
 from mpillm.comm.mesh import on_one_node
+from mpillm.system.extras import install_command, installed
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 PEERS = ("gloo", "torch-nccl")
-# mpillm's own nccl is another contestant.
-PATIENCE = timedelta(seconds=60)
+# A rank that never comes must not block the benchmark for torch's own 30 minutes.
+PEER_TIMEOUT = timedelta(seconds=60)
 
 
 class Peer:
-    """One torch.distributed backend that spans the job."""
+    """Hold one torch.distributed backend that spans the job."""
 
     def __init__(self, name: str, process_group: Any) -> None:
         self.name, self._group = name, process_group
 
     def prepare(self, shape: Shape, source: Any, target: Any) -> Call:
-        """The call that does the whole of a collective, the copy of an out-of-place all-reduce or reduce included.
+        """Make the call of a whole collective, with the copy of an out-of-place reduction.
 
-        Raises KeyError, RuntimeError or ValueError for what torch.distributed has not.
+        Raises KeyError, RuntimeError or ValueError for operations that torch.distributed lacks.
         """
         start = self._starter(shape, source, target)
         return lambda: start().wait()
 
     def start(self, shape: Shape, source: Any, target: Any) -> Callable[[], Any]:
-        """As `prepare`, for a call that returns torch's handle (`wait`, `is_completed`)."""
+        """Make a call that returns torch's handle (`wait`, `is_completed`)."""
         return self._starter(shape, source, target)
 
     def _starter(self, shape: Shape, source: Any, target: Any) -> Callable[[], Any]:
@@ -85,15 +86,18 @@ def _reduction(op: str) -> Any:
 def joined(
     comm: "MPI.Intracomm", wanted: tuple[str, ...], note: Callable[[str], None]
 ) -> Iterator[dict[str, Peer]]:
-    """Those of the `wanted` peers that can be had, by name, while the block runs. Every rank calls it.
+    """Open the `wanted` peers that work here, by name, while the block runs. Every rank calls it.
 
-    The ranks of one host meet in a file, those of several through rank 0's host name.
+    torch's ranks find each other by a file on one host, and by rank 0's host name on several.
     """
-    import torch.distributed as dist
-
+    if wanted and not installed("torch"):
+        note(f"left out: {', '.join(wanted)}: torch is not installed ({install_command('torch')})")
+        wanted = ()
     if not wanted:
         yield {}
         return
+    import torch.distributed as dist
+
     with ExitStack() as stack:
         if reason := _missing() or _meet(comm, stack):
             note(f"left out: {', '.join(wanted)}: {reason}")
@@ -110,14 +114,17 @@ def joined(
 
 
 def _meet(comm: "MPI.Intracomm", stack: ExitStack) -> str:
-    """Open torch's process group over gloo for as long as `stack`; why that failed, the same on every rank, or ""."""
+    """Open torch's process group over gloo for as long as `stack`.
+
+    Gives the reason where that failed, the same on every rank, else "".
+    """
     import torch.distributed as dist
 
     reason = ""
     try:
         store = _store(comm, stack)
         dist.init_process_group(
-            "gloo", store=store, rank=comm.rank, world_size=comm.size, timeout=PATIENCE
+            "gloo", store=store, rank=comm.rank, world_size=comm.size, timeout=PEER_TIMEOUT
         )
         stack.callback(dist.destroy_process_group)
     except (RuntimeError, ValueError) as failure:
@@ -138,7 +145,9 @@ def _store(comm: "MPI.Intracomm", stack: ExitStack) -> Any:
         return FileStore(str(folder / "store"), comm.size)
     place = (socket.gethostname(), _free_port()) if comm.rank == 0 else None
     name, port = comm.bcast(place)
-    return TCPStore(name, port, comm.size, comm.rank == 0, timeout=PATIENCE, wait_for_workers=False)
+    return TCPStore(
+        name, port, comm.size, comm.rank == 0, timeout=PEER_TIMEOUT, wait_for_workers=False
+    )
 
 
 def _free_port() -> int:
@@ -163,4 +172,4 @@ def _no_nccl(comm: "MPI.Intracomm") -> str:
 
     if not dist.is_nccl_available():
         return "this torch has no NCCL"
-    return "" if torch.cuda.device_count() >= comm.size else "NCCL wants a GPU a rank"
+    return "" if torch.cuda.device_count() >= comm.size else "NCCL needs a GPU a rank"

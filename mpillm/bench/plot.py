@@ -1,16 +1,16 @@
-"""Bandwidth over size as a picture: a line an algorithm, the memory floor drawn in."""
+"""Draw bandwidth over size: a line an algorithm, the memory floor dashed."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpillm.bench import figures
+from mpillm.bench import statistics
 from mpillm.bench.competitors import FLOOR
 from mpillm.bench.results import Row, Section
 from mpillm.system.atomic import replacing
 from mpillm.system.console import binary_bytes
 
-# The key that tells a line's rows from another's.
+# The key whose values separate the lines of a picture.
 LINE_OF = {
     "memory": "kernel",
     "latency": "level",
@@ -22,7 +22,7 @@ Line = list[tuple[int, float]]
 
 
 def lines_of(section: Section, ranks: int) -> dict[str, Line]:
-    """Name → (bytes, GB/s) of the array through the operation; nothing for a benchmark without sizes in bytes."""
+    """Map each line's name to its (bytes, GB/s); empty for a benchmark without sizes in bytes."""
     lines: dict[str, Line] = {}
     for row in section.rows:
         name, speed = _point(section.what, row, ranks)
@@ -38,18 +38,21 @@ def _point(what: str, row: Row, ranks: int) -> tuple[str, float]:
         return "", 0.0
     if row["algorithm"] != FLOOR:
         return row["algorithm"], row["algorithm_bytes_per_second"]
-    share = figures.floor_share(row["operation"], ranks)
+    share = statistics.floor_share(row["operation"], ranks)
     return "memory floor", row["algorithm_bytes_per_second"] / share if share and ranks > 1 else 0.0
 
 
 def drawn(sections: Sequence[Section], ranks: int) -> list[tuple[str, dict[str, Line]]]:
-    """(title, lines) of each benchmark that makes a picture."""
+    """Give (title, lines) of each benchmark that makes a picture."""
     found = [(section.title, lines_of(section, ranks)) for section in sections]
     return [(title, lines) for title, lines in found if lines]
 
 
-def draw(sections: Sequence[Section], ranks: int, path: Path) -> None:
-    """Write the picture, PNG, one panel a benchmark. Needs at least one that `drawn` finds. Raises OSError."""
+def draw_bandwidth(sections: Sequence[Section], ranks: int, path: Path) -> None:
+    """Write the picture, PNG, one panel a benchmark that `drawn` finds, at least one.
+
+    Raises OSError.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -69,7 +72,7 @@ def draw(sections: Sequence[Section], ranks: int, path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda nbytes, _: binary_bytes(nbytes).replace(".0 ", " "))
         axis.grid(alpha=0.3)
-        # Beside the picture: there is always a line where a legend would lie.
+        # Right of the axes: inside them the legend would cover a line.
         axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -1,4 +1,4 @@
-"""How results are told: a table for people, one JSON object or CSV lines for programs. Pure but for the printing."""
+"""Format results: a table for people, one JSON object or CSV lines for programs."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ Show = Callable[[Row], str]
 
 @dataclass(frozen=True)
 class Section:
-    """One benchmark's results: `rows` in SI units, and how people want to see them (head → text of a row)."""
+    """Hold one benchmark's results: `rows` in SI units, `columns` as head → text of a row."""
 
     what: str
     title: str
@@ -25,7 +25,7 @@ class Section:
 
 
 def figure(value: Any) -> str:
-    """Three digits that count; a dash for nothing."""
+    """Format a number with three significant digits; a dash for None."""
     if value is None:
         return "–"
     if not value:
@@ -43,12 +43,12 @@ def whole(key: str) -> Show:
 
 
 def scaled(key: str, factor: float) -> Show:
-    """`scaled("median_seconds", 1e6)`: in µs."""
+    """Show a key times `factor`: `scaled("median_seconds", 1e6)` in µs."""
     return lambda row: figure(None if row.get(key) is None else row[key] * factor)
 
 
 def spread(key: str) -> Show:
-    """Median and quartiles of a ratio."""
+    """Show median and quartiles of a ratio."""
 
     def show(row: Row) -> str:
         if row.get(key) is None:
@@ -66,7 +66,7 @@ TIME_COLUMNS: dict[str, Show] = {
 }
 
 
-def tell(
+def print_sections(
     header: Mapping[str, str], sections: Sequence[Section], notes: Sequence[str], console: Console
 ) -> None:
     """Print all for people."""
@@ -83,7 +83,7 @@ def tell(
 
 
 def as_json(header: Mapping[str, str], sections: Sequence[Section], notes: Sequence[str]) -> str:
-    """One object: schema, version, header, results (each with `benchmark` and `rows`), notes."""
+    """Write one object: schema, version, header, results (`benchmark` and `rows`), notes."""
     results = [
         {"benchmark": section.what, "title": section.title, "rows": section.rows}
         for section in sections
@@ -99,7 +99,7 @@ def as_json(header: Mapping[str, str], sections: Sequence[Section], notes: Seque
 
 
 def as_csv(sections: Sequence[Section]) -> str:
-    """One rectangle: `benchmark`, then every key that any row has; empty where a row has none."""
+    """Write one table: `benchmark`, then every key of any row; empty where a row has none."""
     rows = [{"benchmark": section.what, **row} for section in sections for row in section.rows]
     keys = dict.fromkeys(key for row in rows for key in row)
     out = io.StringIO()

@@ -1,22 +1,22 @@
-"""`mpillm bench`: runs what was asked for, tells the results and writes the files."""
+"""Run the benchmarks of `mpillm bench`, print the results and write the files."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpillm.bench.bench_options import COLLECTIVES, STDOUT, BenchOptions
 from mpillm.bench.collectives import run_collective
-from mpillm.bench.context import Bench, header
-from mpillm.bench.filesystem import TrainingPaths, run_filesystem
+from mpillm.bench.context import BenchContext, header
+from mpillm.bench.filesystem import run_filesystem
 from mpillm.bench.gemm import run_gemm
 from mpillm.bench.handover import run_handover
 from mpillm.bench.make_profile import make_profile
 from mpillm.bench.memory_bandwidth import run_memory
-from mpillm.bench.options import COLLECTIVES, STDOUT, BenchOptions
 from mpillm.bench.overlap import run_overlap
-from mpillm.bench.pairs import run_message_rate, run_pairs
-from mpillm.bench.plot import draw, drawn
-from mpillm.bench.results import Section, as_csv, as_json, tell
+from mpillm.bench.plot import draw_bandwidth, drawn
+from mpillm.bench.point_to_point import run_message_rate, run_pairs
+from mpillm.bench.results import Section, as_csv, as_json, print_sections
 from mpillm.comm.communicator import Communicator
 from mpillm.comm.failure import on_root
 from mpillm.comm.gpu.probe import probe
@@ -25,23 +25,28 @@ from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_clu
 from mpillm.machine.node_map import map_nodes
 from mpillm.system.atomic import make_folder, write_text
 from mpillm.system.console import Console
+from mpillm.system.extras import require_packages
 from mpillm.system.malloc import keep_pages
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-def run(
+def run_benchmarks(
     options: BenchOptions,
     comm: "MPI.Intracomm",
     console: Console,
-    paths: TrainingPaths,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Every rank of `comm` calls it, with the same options. Raises UsageError for what cannot be asked for here.
+    """Measure, print and write what `options` ask for. Every rank of `comm` calls it with equal
+    options.
 
-    `environment`: the process's, for the child that tries what MPI does with a GPU's memory; None: it isn't tried.
+    Raises UsageError for what cannot run here. `environment`: the process's, for the child that
+    probes MPI with a GPU's memory; None: no probe.
     """
+    if options.plot is not None:
+        # Before anything is measured: a long run must not end in a picture that cannot be drawn.
+        require_packages("bench --plot", "matplotlib")
     on_root(comm, lambda: _check_places(options))
     node_map = map_nodes(comm)
     _check_device(options, node_map.local_rank(comm.rank))
@@ -53,14 +58,12 @@ def run(
     if options.device == "cuda":
         known = profile or ClusterProfile("", cluster)
         gpu = {**known.gpu_probe, **on_root(comm, lambda: _gpu_facts(environment))}
-        # What was found holds for this very run.
+        # The Communicator of this run already chooses by the probe.
         profile = replace(known, gpu_probe=gpu)
     group = Communicator(comm, profile=profile, warn=quiet.warn, node_map=node_map)
-    bench = Bench(options, comm, group, quiet)
+    bench = BenchContext(options, comm, group, quiet)
     facts = header(bench, cluster, kept)
-    sections = [
-        section for what in options.benchmarks() for section in _measure(bench, what, paths)
-    ]
+    sections = [section for what in options.benchmarks() for section in _measure(bench, what)]
     group.free()
     on_root(comm, lambda: _write(bench, sections, cluster, facts, gpu))
     if options.as_json:
@@ -68,20 +71,19 @@ def run(
     elif options.csv == STDOUT:
         console.write(as_csv(sections))
     else:
-        tell(facts, sections, bench.notes, console)
+        print_sections(facts, sections, bench.notes, console)
 
 
-def _measure(bench: Bench, what: str, paths: TrainingPaths) -> list[Section]:
+def _measure(bench: BenchContext, what: str) -> list[Section]:
     if what in COLLECTIVES:
         return run_collective(bench, what)
-    if what == "filesystem":
-        return run_filesystem(bench, paths)
-    others: dict[str, Callable[[Bench], list[Section]]] = {
+    others: dict[str, Callable[[BenchContext], list[Section]]] = {
         "overlap": run_overlap,
         "memory": run_memory,
         "gemm": run_gemm,
         "message-rate": run_message_rate,
         "handover": run_handover,
+        "filesystem": run_filesystem,
     }
     return others[what](bench) if what in others else run_pairs(bench, what)
 
@@ -92,7 +94,7 @@ def _files(options: BenchOptions) -> list[Path]:
 
 
 def _check_places(options: BenchOptions) -> None:
-    """A long run should not end in a file that cannot be written."""
+    """Fail before measuring where a file of the options cannot be written."""
     for path in _files(options):
         if path.is_dir():
             raise UsageError(f"{path} is a folder; name a file in it")
@@ -100,31 +102,32 @@ def _check_places(options: BenchOptions) -> None:
 
 
 def _check_device(options: BenchOptions, local_rank: int) -> None:
-    """Raise UsageError without a GPU; else the ranks of a node take its GPUs in turn."""
+    """Take this rank's GPU, those of a node in turn; raise UsageError without a GPU."""
     if options.device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             raise UsageError(
-                f"--device cuda needs a GPU and a torch built for it, this is torch {torch.__version__}"
+                f"--device cuda needs a GPU and a torch built for it, "
+                f"this is torch {torch.__version__}"
             )
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
 
 def _write(
-    bench: Bench,
+    bench: BenchContext,
     sections: list[Section],
     cluster: Cluster,
     facts: dict[str, str],
     gpu: Mapping[str, Any],
 ) -> None:
-    """Rank 0 writes the files that were asked for."""
+    """Write the files that were asked for; rank 0 calls it."""
     options = bench.options
     if options.csv not in ("", STDOUT):
         write_text(Path(options.csv), as_csv(sections))
     if options.plot is not None:
         if drawn(sections, bench.comm.size):
-            draw(sections, bench.comm.size, options.plot)
+            draw_bandwidth(sections, bench.comm.size, options.plot)
         else:
             bench.note(f"no picture: {options.what} measures no bandwidth over size")
     if options.save is not None:
@@ -134,7 +137,7 @@ def _write(
 
 
 def _gpu_facts(environment: Mapping[str, str] | None) -> dict[str, Any]:
-    """Of rank 0's node: its GPUs, and under `mpi` which operations the MPI library does with their memory."""
+    """Describe the GPUs of rank 0's node; `mpi`: operations that take their memory."""
     import torch
 
     taken = {} if environment is None else {"mpi": probe(environment)}

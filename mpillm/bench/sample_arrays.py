@@ -1,4 +1,4 @@
-"""Arrays to measure with: of any element type, on the CPU or a GPU, new or kept, private or node-shared."""
+"""Make the arrays of a benchmark: any element type, on the CPU or a GPU, new or kept."""
 
 import mmap
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ IN_BLOCKS = ("reduce_scatter", "allgather", "alltoall")
 
 @dataclass(frozen=True)
 class Shape:
-    """What one collective works on: `count` elements of the whole array, its result in place or in another array."""
+    """Describe one collective: `count` elements of the whole array, in place or into another."""
 
     operation: str
     count: int
@@ -37,11 +37,11 @@ class Shape:
 
     @property
     def same_array(self) -> bool:
-        """A broadcast and a barrier have no other array, whatever was asked."""
+        """True in place; a broadcast and a barrier have no other array."""
         return self.in_place or self.operation in ("broadcast", "barrier")
 
     def counts(self) -> tuple[int, int]:
-        """Elements of the source, and of the result where it is another array."""
+        """Give the elements of the source, and of the result where it is another array."""
         own = self.bounds[self.rank + 1] - self.bounds[self.rank]
         if self.same_array:
             return self.count, 0
@@ -49,14 +49,14 @@ class Shape:
         return source, own if self.operation == "reduce_scatter" else self.count
 
     def fill_source(self, source: Any) -> None:
-        """Write this rank's data; in place every block but the own one is then another rank's to replace."""
+        """Write this rank's data; in place the other ranks replace every block but the own."""
         first = (
             self.bounds[self.rank] if self.operation == "allgather" and not self.same_array else 0
         )
         fill(source, pattern(self.rank, self.ranks, self.element, self.op), first)
 
     def result(self, source: Any, target: Any) -> Any:
-        """Where the result lies: of an in-place reduce-scatter the own block."""
+        """Give the array of the result: of an in-place reduce-scatter the own block."""
         if not self.same_array:
             return target
         if self.operation == "reduce_scatter":
@@ -65,21 +65,23 @@ class Shape:
 
 
 def fitting_count(operation: str, nbytes: int, element: str, ranks: int) -> int:
-    """Elements in `nbytes`, at least one; where the array is cut in equal blocks a multiple of `ranks`."""
+    """Count the elements in `nbytes`, at least one; a multiple of `ranks` for equal blocks."""
     block = ranks if operation in IN_BLOCKS else 1
     return max(1, nbytes // itemsize_of(element) // block) * block
 
 
 def new_array(count: int, element: str, device: str, pages: bool = False) -> Any:
-    """A flat array from a page's beginning on, its contents undefined: NumPy's, or torch's for bfloat16 and on a GPU.
+    """Make a flat, page-aligned array with undefined contents.
 
-    `pages`: from pages that no one has touched, whatever malloc has kept; not on a GPU.
+    It is NumPy's, or torch's for bfloat16 and on a GPU. `pages`: on fresh pages, whatever malloc
+    keeps; not on a GPU.
     """
     if device == "cuda":
         import torch
 
         return torch.empty(count, dtype=getattr(torch, element), device="cuda")
     nbytes = count * itemsize_of(element)
+    # mmap instead of malloc: malloc may reuse pages that are mapped already.
     raw = (
         np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8, nbytes)
         if pages
@@ -89,7 +91,7 @@ def new_array(count: int, element: str, device: str, pages: bool = False) -> Any
 
 
 def as_tensor(array: Any) -> Any:
-    """The same memory as a torch tensor."""
+    """View the same memory as a torch tensor."""
     if not isinstance(array, np.ndarray):
         return array
     import torch

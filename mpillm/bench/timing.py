@@ -1,4 +1,4 @@
-"""The clock: contestants take turns round by round, in changing order, so that a noisy machine is noisy for all."""
+"""Time competitors in turns, round by round in changing order: noise hits all of them alike."""
 
 import math
 import random
@@ -8,51 +8,54 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpillm.bench.figures import Seconds
+from mpillm.bench.statistics import Seconds
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 Call = Callable[[], object]
 Make = Callable[[], Call]
-"""Makes ready outside the clock what the call then does inside it."""
-# So long at the least does the clock run, that its own cost and a barrier's parting are small beside it.
+"""Prepares, untimed, the call that is timed."""
+# Minimum timed interval: keeps timer cost and barrier exit skew negligible.
 LEAST_SECONDS = 200e-6
+# Bounds a round where a call takes less than the timer resolves.
 LARGEST_BATCH = 1000
 
 
 def in_turn(names: Sequence[str], turn: int) -> list[str]:
-    """The order of round `turn`: by chance, but the same on all ranks and in each run; odd rounds go backwards.
+    """Draw the order of round `turn`, the same on all ranks and in each run; odd rounds reverse it.
 
-    In a rotation each would follow the same neighbour nearly always, and find the caches as that one leaves them.
+    In a rotation a competitor would nearly always follow the same one, and find its cache contents.
     """
     order = random.Random(turn // 2).sample(names, len(names))
     return order[::-1] if turn % 2 else order
 
 
 def batch_of(seconds: float) -> int:
-    """Calls to time in one go."""
+    """Count the calls to time in one interval."""
     return min(LARGEST_BATCH, max(1, math.ceil(LEAST_SECONDS / max(seconds, 1e-9))))
 
 
 def interleave(
     comm: "MPI.Intracomm",
-    contestants: Mapping[str, Make],
+    competitors: Mapping[str, Make],
     iterations: int,
     warmup: int,
     *,
     fresh: bool = False,
     advance: Call = lambda: None,
 ) -> dict[str, Seconds]:
-    """Seconds a call of each contestant in each iteration (iterations,), of the slowest rank; the same on every rank.
+    """Time each competitor: seconds a call by iteration (iterations,), of the slowest rank.
 
-    Every rank of `comm` calls it with the same names. A barrier goes before each timed batch and is not counted.
-    `fresh`: make anew for each iteration, and time a single call; `advance` is called after each round.
+    Every rank of `comm` calls it with the same names and gets the same times. A barrier precedes
+    each timed batch and is not counted. `fresh`: prepare each iteration's call again and time it
+    alone; `advance` is called after each round.
     """
-    names = list(contestants)
-    kept = {} if fresh else {name: make() for name, make in contestants.items()}
+    names = list(competitors)
+    kept = {} if fresh else {name: make() for name, make in competitors.items()}
     batches = dict.fromkeys(names, 1)
     if not fresh:
+        # The faster of two trials: the first pays for page faults and lazy initialization.
         alone = np.array([_timed(comm, kept[name], 1) for name in names for _ in range(2)]).reshape(
             -1, 2
         )
@@ -61,7 +64,7 @@ def interleave(
     measured = np.zeros((len(names), warmup + iterations))
     for turn in range(warmup + iterations):
         for name in in_turn(names, turn):
-            call = contestants[name]() if fresh else kept[name]
+            call = competitors[name]() if fresh else kept[name]
             measured[names.index(name), turn] = _timed(comm, call, batches[name])
             del call
         advance()
@@ -70,6 +73,7 @@ def interleave(
 
 def _timed(comm: "MPI.Intracomm", call: Call, batch: int) -> float:
     comm.Barrier()
+    # Without the loop: its overhead would show in a single short call.
     if batch == 1:
         started = time.perf_counter()
         call()
@@ -82,9 +86,10 @@ def _timed(comm: "MPI.Intracomm", call: Call, batch: int) -> float:
 
 
 def slowest(comm: "MPI.Intracomm", seconds: Seconds) -> Seconds:
-    """Each figure's maximum over the ranks. Every rank calls it."""
+    """Take each figure's maximum over the ranks. Every rank calls it."""
     from mpi4py import MPI
 
+    # A collective has ended when its last rank has.
     most = np.empty_like(seconds)
     comm.Allreduce(np.ascontiguousarray(seconds), most, MPI.MAX)
     return most

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mpillm.errors import UsageError
 from mpillm.launch.batch_script import BatchJob, render_script, stop_seconds_for
@@ -20,6 +20,7 @@ from mpillm.machine.mounts import Mount, hdf5_file_locking, read_mounts
 from mpillm.runs.folder import JOB, JOB_RECIPE, JOB_SCRIPT, METRICS
 from mpillm.runs.lock import live_holder
 from mpillm.system.atomic import make_folder, write_json, write_text
+from mpillm.system.command_line import Json, Option
 from mpillm.system.console import Console, clock, counted
 from mpillm.weights.places import CHECKPOINTS
 
@@ -31,25 +32,27 @@ BEGUN = (METRICS, CHECKPOINTS)
 class SubmitOptions:
     """The options of `mpillm submit`. Raises UsageError for a number that no job can have."""
 
-    nodes: int
-    ranks_per_node: int
-    time: str
-    """Wall time: 1:30:00, 90m …"""
-    scheduler: str = "auto"
-    partition: str = ""
-    account: str = ""
-    name: str = ""
-    """Empty: the recipe's."""
-    threads: int = 0
-    """Per rank; 0: the node's cores divided by its ranks, or 1 where the site file has none."""
-    gpus_per_node: int | None = None
-    """None: as the site has."""
-    stage: bool = False
-    oversubscribe: bool = False
-    resume: bool = False
-    max_restarts: int = 100
-    dry_run: bool = False
-    as_json: bool = False
+    nodes: Annotated[int, Option("Nodes of the job.")]
+    ranks_per_node: Annotated[int, Option("Ranks on each.")]
+    time: Annotated[str, Option("Wall time: 1:30:00, 2-00:00:00, 90m, 2h.")]
+    scheduler: Annotated[str, Option("slurm, pbs, lsf, or auto: the one that is here.")] = "auto"
+    partition: Annotated[str, Option("Slurm's partition, the queue of PBS and LSF.")] = ""
+    account: Annotated[str, Option("The project that pays.")] = ""
+    name: Annotated[str, Option("The job's name; else the recipe's.")] = ""
+    threads: Annotated[
+        int, Option("Threads a rank; 0: the node's cores divided by the ranks, or 1.")
+    ] = 0
+    gpus_per_node: Annotated[int | None, Option("GPUs to ask for; else as the site file says.")] = (
+        None
+    )
+    stage: Annotated[bool, Option("Copy the shards to each node first.")] = False
+    oversubscribe: Annotated[bool, Option("Allow more threads than cores.")] = False
+    resume: Annotated[bool, Option("Continue the run that is there.")] = False
+    max_restarts: Annotated[
+        int, Option("How often a job that ran out of time is submitted again.")
+    ] = 100
+    dry_run: Annotated[bool, Option("Show the script, and do nothing.")] = False
+    as_json: Json = False
 
     def __post_init__(self) -> None:
         sizes = {"--nodes": self.nodes, "--ranks-per-node": self.ranks_per_node}

@@ -8,9 +8,9 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from mpillm.comm.failure import on_root
 from mpillm.comm.waiting import patient_barrier
 from mpillm.errors import DataError, UsageError
 from mpillm.system.atomic import flush, make_folder, write_text
+from mpillm.system.command_line import Argument, Option
 from mpillm.system.console import Console, binary_bytes
 from mpillm.tokens import shuffle
 from mpillm.tokens.encode import EncodedDocuments, encode_documents, split_of
@@ -30,29 +31,39 @@ from mpillm.tokens.train_tokenizer import load_or_make, train_together
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+# Where a library call leaves the choice; `mpillm prepare` takes the rank's share of the cores.
+DEFAULT_WORKERS = 2
 SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES = 4 << 10, 2 << 30
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What `mpillm prepare` is told. `workers` threads a rank read ahead; they don't change the dataset.
+    """Describe a dataset to prepare. `workers` do not change the dataset."""
 
-    `tokenizer`: "bpe" (trained on about `tokenizer_bytes` of the texts), "bytes", or the path of a tokenizer.json.
-    `validation`: the fraction of the documents that is kept for evaluation. `shard_bytes`: of tokens, about.
-    """
-
-    sources: tuple[str, ...]
-    out: Path
-    tokenizer: str = "bpe"
-    vocab_size: int = 8192
-    validation: float = 0.05
-    glob: str = "**/*"
-    workers: int = 2
-    shard_bytes: int = 256 << 20
+    sources: Annotated[
+        tuple[str, ...],
+        Argument(
+            "Text files, folders, .jsonl files (field text), or stdlib: the source of Python's own "
+            "library.",
+            metavar="SOURCE…",
+        ),
+    ] = ()
+    out: Annotated[Path | None, Option("The folder to make.")] = None
+    tokenizer: Annotated[str, Option("bpe (trained on the text), bytes, or a tokenizer.json.")] = (
+        "bpe"
+    )
+    vocab_size: Annotated[int, Option("Tokens of the BPE, specials included.")] = 8192
+    validation: Annotated[float, Option("The share of documents held out for validation.")] = 0.05
+    glob: Annotated[str, Option("Which files of a folder.")] = "**/*"
+    end_of_text: Annotated[
+        str | None, Option("The token that ends a document, for a FILE tokenizer.")
+    ] = None
+    shard_bytes: Annotated[int, Option("Bytes of tokens in a shard, about.")] = 256 << 20
+    seed: Annotated[int, Option("Decides the documents' order and split.")] = 0
+    workers: Annotated[int, Option("Threads a rank; 0: its share of the cores.")] = 0
+    overwrite: Annotated[bool, Option("Replace another dataset in --out.")] = False
     tokenizer_bytes: int = 32 << 20
-    seed: int = 0
-    end_of_text: str | None = None
-    overwrite: bool = False
+    """Bytes of text that the BPE is trained on, about."""
 
     def check(self) -> None:
         """Raise UsageError for a number out of its range."""
@@ -66,9 +77,9 @@ class PrepareOptions:
                 f"a shard holds {SMALLEST_SHARD_BYTES:,} to {LARGEST_SHARD_BYTES:,} bytes of "
                 f"tokens, got {self.shard_bytes:,}; try {256 << 20:,}"
             )
-        if self.workers < 1 or self.tokenizer_bytes < 1 or not 0 <= self.seed < 1 << 63:
+        if self.workers < 0 or self.tokenizer_bytes < 1 or not 0 <= self.seed < 1 << 63:
             raise UsageError(
-                "workers and tokenizer bytes are 1 or more and a seed is 0 or more, "
+                "tokenizer bytes are 1 or more, workers and a seed 0 or more, "
                 f"got {self.workers}, {self.tokenizer_bytes} and {self.seed}"
             )
         if self.tokenizer == "bpe":
@@ -84,7 +95,10 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
     (DataError), or a full disk (OSError), raises there alone.
     """
     options.check()
+    if options.out is None:
+        raise UsageError("prepare writes a folder; name it with --out DIR")
     out = options.out.absolute()
+    options = replace(options, workers=options.workers or DEFAULT_WORKERS)
 
     def check_inputs() -> tuple[list[SourcePiece], str | None, str]:
         _check_out(out)

@@ -62,7 +62,7 @@ def test_all_of_it_at_two_ranks(mpillm, folder: Path) -> None:  # type: ignore[n
     assert set(found) == expected
     for what in ("allreduce", "reduce-scatter", "allgather", "broadcast", "reduce", "alltoall"):
         rows = [row for row in found[what] if row["algorithm"] != "floor"]
-        assert {row["algorithm"] for row in rows} >= {"auto", "native"}
+        assert {row["algorithm"] for row in rows} >= {"auto", "mpi"}
         assert [row["wrong"] for row in rows] == [0] * len(rows), what
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert len(list(csv.DictReader(table.open()))) == sum(map(len, found.values()))
@@ -80,10 +80,10 @@ def test_all_of_it_at_two_ranks(mpillm, folder: Path) -> None:  # type: ignore[n
 
 def test_a_table_for_people_and_lines_for_programs(mpillm) -> None:  # type: ignore[no-untyped-def]
     told = mpillm(
-        "bench", "allreduce", "--sizes", "1K", "--algorithms", "auto,native,nccl", *FEW, ranks=2
+        "bench", "allreduce", "--sizes", "1K", "--algorithms", "auto,mpi,nccl", *FEW, ranks=2
     )
     assert told.returncode == 0, told.stderr
-    for word in ("MPI library", "binding", "algbw", "busbw", "#wrong", "× native", "nccl"):
+    for word in ("MPI library", "binding", "algbw", "busbw", "#wrong", "× mpi", "nccl"):
         assert word in told.stdout
     lines = mpillm("bench", "gemm", "--sizes", "16", "--csv", "-", *FEW)
     assert [row["edge"] for row in csv.DictReader(io.StringIO(lines.stdout))] == ["16", "16"]
@@ -94,7 +94,7 @@ def test_a_table_for_people_and_lines_for_programs(mpillm) -> None:  # type: ign
     [
         (("allreduc",), "did you mean allreduce"),
         (("allreduce", "--algorithms", "native,rign"), "'rign' is unknown"),
-        (("allreduce", "--sizes", "1K:oops"), "'oops' is no size"),
+        (("allreduce", "--sizes", "1K:oops"), "'oops' is not a size"),
         (("filesystem", "--folder", "{}/none"), "existing folder"),
     ],
 )

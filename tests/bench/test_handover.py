@@ -1,4 +1,6 @@
-"""The hand-over's benchmark: messages arrive by each way, all ranks know its rows, and a profile keeps them."""
+"""The path-over's benchmark: messages arrive by each way, all ranks know its rows, and a profile
+keeps them.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,18 +9,18 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpillm.bench.context import Bench
+from mpillm.bench.bench_options import BenchOptions
+from mpillm.bench.context import BenchContext
 from mpillm.bench.handover import (
     WORK_SECONDS,
-    ByChannels,
-    ByRequests,
-    Hand,
-    behind_work,
+    ChannelPath,
+    MessagePath,
+    RequestPath,
     round_trip,
     run_handover,
+    while_computing,
 )
 from mpillm.bench.make_profile import make_profile
-from mpillm.bench.options import BenchOptions
 from mpillm.bench.results import Section
 from mpillm.comm.channels.channel_set import Channel, ChannelSet
 from mpillm.comm.communicator import Communicator
@@ -29,9 +31,9 @@ from mpillm.system.console import Console
 CLUSTER = Cluster("Made Up 9000", 2, "Open MPI", "5.0.9", 1, 2)
 
 
-def hands(pair: MPI.Intracomm, nbytes: int) -> dict[str, Hand]:
+def paths(pair: MPI.Intracomm, nbytes: int) -> dict[str, MessagePath]:
     ways = ("shared", "messages") if on_one_node(pair) else ("messages",)
-    return {**{way: ByChannels(pair, nbytes, way) for way in ways}, "native": ByRequests(pair)}
+    return {**{way: ChannelPath(pair, nbytes, way) for way in ways}, "mpi": RequestPath(pair)}
 
 
 @pytest.fixture
@@ -47,28 +49,28 @@ def pair(comm: MPI.Intracomm) -> Any:
 def test_messages_arrive_by_each_way(pair: MPI.Intracomm | None, nbytes: int) -> None:
     if pair is None:
         pytest.skip("needs two ranks")
-    for name, hand in hands(pair, nbytes).items():
+    for name, path in paths(pair, nbytes).items():
         outgoing, incoming = np.full(nbytes, pair.rank + 1, np.uint8), np.zeros(nbytes, np.uint8)
         for _ in range(3):
-            round_trip(hand, pair.rank == 0, outgoing, incoming)
+            round_trip(path, pair.rank == 0, outgoing, incoming)
             assert (incoming == 2 - pair.rank).all(), name
             incoming[:] = 0
-        hand.free()
+        path.free()
 
 
 def test_behind_work_both_ranks_know_all(pair: MPI.Intracomm | None) -> None:
     if pair is None:
         pytest.skip("needs two ranks")
-    ways, outgoing, incoming = hands(pair, 1000), np.ones(1000, np.uint8), np.zeros(1000, np.uint8)
-    arrival, sending = behind_work(pair, ways, outgoing, incoming, 3, 1)
+    ways, outgoing, incoming = paths(pair, 1000), np.ones(1000, np.uint8), np.zeros(1000, np.uint8)
+    arrival, sending = while_computing(pair, ways, outgoing, incoming, 3, 1)
     for found in (arrival, sending):
         assert list(found) == list(ways)
         assert all(seconds.shape == (3,) and (seconds > 0).all() for seconds in found.values())
     everywhere = pair.allgather([seconds.tolist() for seconds in arrival.values()])
     assert everywhere[0] == everywhere[1]
     assert (incoming == pair.rank).all()
-    for hand in ways.values():
-        hand.free()
+    for path in ways.values():
+        path.free()
 
 
 def test_rows_are_the_same_on_every_rank(comm: MPI.Intracomm) -> None:
@@ -76,7 +78,7 @@ def test_rows_are_the_same_on_every_rank(comm: MPI.Intracomm) -> None:
         Communicator(comm),
         BenchOptions("handover", sizes="100,70K", iterations=3, warmup=1),
     )
-    bench = Bench(options, comm, group, Console(speaks=False))
+    bench = BenchContext(options, comm, group, Console(speaks=False))
     sections = run_handover(bench)
     group.free()
     rows = [row for section in sections for row in section.rows]
@@ -84,7 +86,7 @@ def test_rows_are_the_same_on_every_rank(comm: MPI.Intracomm) -> None:
     assert ("mpirun -n 2" in " ".join(bench.notes)) == (comm.size == 1)
     if comm.size > 1 and on_one_node(comm):
         assert [(row["bytes"], row["way"]) for row in rows] == [
-            (size, way) for size in (100, 71680) for way in ("shared", "messages", "native")
+            (size, way) for size in (100, 71680) for way in ("shared", "messages", "mpi")
         ]
     for row in rows:
         assert row["work_seconds"] == WORK_SECONDS
@@ -115,7 +117,7 @@ def test_the_profile_knows_the_faster_way_and_channels_follow_it(
     rows = rows_of("shared", {1000: 1e-5, 100_000: 1e-3}) + rows_of(
         "messages", {1000: 1e-4, 100_000: 2e-4}
     )
-    rows += rows_of("native", {1000: 1e-9}) + rows_of("messages", {1000: 1e-9}, "network")
+    rows += rows_of("mpi", {1000: 1e-9}) + rows_of("messages", {1000: 1e-9}, "network")
     profile = make_profile([Section("handover", "", rows, {})], CLUSTER, 2, "cpu", "today", {})
     assert set(profile.handover) == {"shared", "messages"}
     assert [profile.faster_way(n) for n in (1000, 100_000)] == ["shared", "messages"]

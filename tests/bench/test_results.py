@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpillm.bench.bench_options import BenchOptions
 from mpillm.bench.collectives import COLUMNS, rows_of
 from mpillm.bench.context import binding, buffers_text, cores_text
-from mpillm.bench.options import BenchOptions
-from mpillm.bench.plot import draw, drawn
-from mpillm.bench.results import Section, as_csv, as_json, figure, tell
+from mpillm.bench.plot import draw_bandwidth, drawn
+from mpillm.bench.results import Section, as_csv, as_json, figure, print_sections
 from mpillm.bench.sample_arrays import Shape
 from mpillm.system.console import Console
 
@@ -23,32 +23,32 @@ def section() -> Section:
         shape = Shape("allreduce", count, "float32", 4, 0, True)
         seconds = {
             "auto": np.array([1e-5, 2e-5]),
-            "native": np.array([2e-5, 4e-5]),
+            "mpi": np.array([2e-5, 4e-5]),
             "floor": np.array([1e-6, 1e-6]),
         }
         rows += rows_of(
-            shape, seconds, {"auto": {"chosen": "ring", "wrong": 0}, "native": {"wrong": 0}}
+            shape, seconds, {"auto": {"chosen": "ring", "wrong": 0}, "mpi": {"wrong": 0}}
         )
     return Section("allreduce", "allreduce: 4 ranks", rows, COLUMNS)
 
 
 def test_rows_hold_the_figures() -> None:
-    auto, native, floor = section().rows[:3]
+    auto, library, floor = section().rows[:3]
     assert (auto["algorithm"], auto["chosen"], auto["bytes"], auto["count"]) == (
         "auto",
         "ring",
         1024,
         256,
     )
-    assert auto["native_ratio"] == native["native_ratio"] * 2 == 2
+    assert auto["mpi_ratio"] == library["mpi_ratio"] * 2 == 2
     assert auto["bus_bytes_per_second"] == 1.5 * auto["algorithm_bytes_per_second"]
     assert auto["floor_ratio"] == pytest.approx(1e-6 / 1.5e-5)
-    assert floor["native_ratio"] is floor["bus_bytes_per_second"] is floor["wrong"] is None
+    assert floor["mpi_ratio"] is floor["bus_bytes_per_second"] is floor["wrong"] is None
 
 
 def test_the_table_has_the_columns_that_people_know() -> None:
     out = io.StringIO()
-    tell({"ranks": "4"}, [section()], ["gloo is left out"], Console(stream=out))
+    print_sections({"ranks": "4"}, [section()], ["gloo is left out"], Console(stream=out))
     text = out.getvalue()
     for word in (
         "bytes",
@@ -63,7 +63,7 @@ def test_the_table_has_the_columns_that_people_know() -> None:
         assert word in text
     heads = list(section().columns)
     assert heads[:4] == ["bytes", "count", "type", "algorithm"]
-    assert heads[-5:] == ["algbw GB/s", "busbw GB/s", "#wrong", "× native", "of floor"]
+    assert heads[-5:] == ["algbw GB/s", "busbw GB/s", "#wrong", "× mpi", "of floor"]
     assert [section().columns[head](section().rows[0]) for head in heads][-1] == "0.067"
 
 
@@ -88,9 +88,9 @@ def test_json_is_one_object() -> None:
 def test_the_picture_is_a_png_with_the_floor(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     lines = dict(drawn([section()], 4)[0][1])
-    assert list(lines) == ["auto", "native", "memory floor"]
+    assert list(lines) == ["auto", "mpi", "memory floor"]
     assert [size for size, _ in lines["memory floor"]] == [1024, 16384]
-    draw([section()], 4, path)
+    draw_bandwidth([section()], 4, path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [path]
     assert drawn([Section("gemm", "gemm", [{"edge": 64}], {})], 4) == []

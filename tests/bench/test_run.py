@@ -1,4 +1,6 @@
-"""Whole benchmarks in the suite's own ranks: nothing is wrong whatever the arrays, and what cannot be is refused."""
+"""Whole benchmarks in the suite's own ranks: nothing is wrong whatever the arrays, and what cannot
+be is refused.
+"""
 
 import io
 import json
@@ -9,32 +11,22 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 
+from mpillm.bench.bench_options import COLLECTIVES, BenchOptions
 from mpillm.bench.collectives import run_collective
-from mpillm.bench.context import Bench
-from mpillm.bench.filesystem import TrainingPaths
-from mpillm.bench.options import COLLECTIVES, BenchOptions
+from mpillm.bench.context import BenchContext
 from mpillm.bench.overlap import run_overlap, work
-from mpillm.bench.run import run
+from mpillm.bench.run import run_benchmarks
 from mpillm.comm.communicator import Communicator
 from mpillm.errors import UsageError
 from mpillm.system.console import Console
-from mpillm.tokens.manifest import Manifest, Split
-from mpillm.tokens.reader import open_split
-from mpillm.tokens.shards import Documents, write_shard
-from mpillm.tokens.windows import ReadPlan
-from mpillm.weights.checkpoint import Checkpoint
-from mpillm.weights.saving import save
 
-PATHS = TrainingPaths(
-    Documents, write_shard, Split, Manifest, open_split, ReadPlan, save, Checkpoint
-)
 QUICK = BenchOptions("all", sizes="100,5K", iterations=2, warmup=1, check=True)
 
 
 def measured(comm: MPI.Intracomm, what: str, options: BenchOptions) -> list[dict[str, Any]]:
-    """The rows of a collective but the floor's; the same names, counts and figures on every rank."""
+    """Measure a collective; check that the ranks agree, and give all rows but the floor's."""
     group = Communicator(comm)
-    bench = Bench(options, comm, group, Console(speaks=False))
+    bench = BenchContext(options, comm, group, Console(speaks=False))
     rows = run_collective(bench, what)[0].rows
     group.free()
     assert comm.allgather((rows, bench.notes)) == [(rows, bench.notes)] * comm.size
@@ -58,7 +50,7 @@ def test_nothing_is_wrong_in_any_memory(
     comm: MPI.Intracomm, dtype: str, settings: dict[str, Any]
 ) -> None:
     rows = measured(comm, "allreduce", replace(QUICK, dtype=dtype, **settings))
-    assert {row["algorithm"] for row in rows} >= {"auto", "native", "ring"}
+    assert {row["algorithm"] for row in rows} >= {"auto", "mpi", "ring"}
     assert {row["wrong"] for row in rows} == {0}
 
 
@@ -66,7 +58,7 @@ def test_nothing_is_wrong_in_any_memory(
 def test_every_collective(comm: MPI.Intracomm, what: str) -> None:
     for settings in ({}, {"op": "mean"}):
         rows = measured(comm, what, replace(QUICK, **settings))
-        assert {row["algorithm"] for row in rows} >= {"auto", "native"}
+        assert {row["algorithm"] for row in rows} >= {"auto", "mpi"}
         assert {row["wrong"] for row in rows} == {0}
         assert all(
             row["min_seconds"] <= row["median_seconds"] <= row["max_seconds"] for row in rows
@@ -75,10 +67,10 @@ def test_every_collective(comm: MPI.Intracomm, what: str) -> None:
 
 def test_overlap_is_a_share(comm: MPI.Intracomm) -> None:
     group = Communicator(comm)
-    options = replace(QUICK, what="overlap", algorithms="auto,native,ring")
-    rows = run_overlap(Bench(options, comm, group, Console(speaks=False)))[0].rows
+    options = replace(QUICK, what="overlap", algorithms="auto,mpi,ring")
+    rows = run_overlap(BenchContext(options, comm, group, Console(speaks=False)))[0].rows
     group.free()
-    assert {row["algorithm"] for row in rows} == {"auto", "native", "ring"}
+    assert {row["algorithm"] for row in rows} == {"auto", "mpi", "ring"}
     assert all(0 <= row[f"{way}_overlap"] <= 1 for row in rows for way in ("polled", "unpolled"))
 
 
@@ -99,7 +91,7 @@ def test_the_others(comm: MPI.Intracomm, folder: Path, what: str) -> None:
     options = BenchOptions(
         what, sizes="16,128", iterations=2, warmup=1, as_json=True, folder=folder
     )
-    run(options, comm, Console(speaks=comm.rank == 0, stream=out), PATHS)
+    run_benchmarks(options, comm, Console(speaks=comm.rank == 0, stream=out))
     if comm.rank == 0:
         value = json.loads(out.getvalue())
         alone = comm.size == 1 and what in ("latency", "bandwidth", "bibw", "message-rate")
@@ -125,4 +117,4 @@ def test_the_others(comm: MPI.Intracomm, folder: Path, what: str) -> None:
 def test_what_cannot_be(comm: MPI.Intracomm, settings: dict[str, Any], words: str) -> None:
     options = BenchOptions(**{"what": "allreduce", "sizes": "1K"} | settings)
     with pytest.raises(UsageError, match=words):
-        run(options, comm, Console(speaks=False), PATHS)
+        run_benchmarks(options, comm, Console(speaks=False))

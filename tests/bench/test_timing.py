@@ -12,7 +12,9 @@ from mpillm.comm.buffers import ELEMENTS, itemsize_of
 
 
 def test_no_one_follows_the_same_neighbour_always() -> None:
-    """Each comes before each other as often as behind it, and directly behind each other now and then."""
+    """Each comes before each other as often as behind it, and directly behind each other now and
+    then.
+    """
     names = ["a", "b", "c", "d"]
     orders = [in_turn(names, turn) for turn in range(60)]
     assert all(sorted(order) == names for order in orders)

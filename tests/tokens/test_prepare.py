@@ -259,7 +259,7 @@ def test_bytes_that_are_not_utf8_are_reported(folder, comm):
         ({"validation": 1.0}, "--validation is a fraction"),
         ({"validation": -0.1}, "--validation is a fraction"),
         ({"shard_bytes": 10}, "a shard holds"),
-        ({"workers": 0}, "1 or more"),
+        ({"workers": -1}, "0 or more"),
         ({"tokenizer": "/nowhere.json"}, "cannot read the tokenizer"),
         ({"glob": "*.none"}, "is empty"),
         ({"sources": ("blank",)}, "is empty: none of its files holds text"),

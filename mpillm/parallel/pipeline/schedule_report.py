@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import rich.console
 from rich.text import Text
@@ -18,6 +18,7 @@ from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
 from mpillm.parallel.pipeline.schedule_csv import write_schedule
 from mpillm.parallel.pipeline.simulate import Costs, Timeline, simulate
 from mpillm.system.atomic import write_text
+from mpillm.system.command_line import Argument, Json, Option
 from mpillm.system.console import Console
 from mpillm.system.plugins import is_plugin
 
@@ -28,18 +29,32 @@ ALL = "all"
 class ScheduleOptions:
     """The options of `mpillm schedule`."""
 
-    name: str
-    """A name of the catalogue, a .csv file, `package.module:Name`, or all."""
-    ranks: int = 0
-    microbatches: int = 0
-    chunks: int = 0
-    costs: str = "1,1,1,0"
-    """F, B (the input half) and W of a rank's whole share of the model, one microbatch; T of a
-    message. Any unit of time."""
-    svg: Path | None = None
-    png: Path | None = None
-    csv: Path | None = None
-    as_json: bool = False
+    name: Annotated[
+        str,
+        Argument(
+            f"{', '.join(SCHEDULES)}, a .csv file, package.module:Name, or all: a comparison.",
+            metavar="NAME",
+        ),
+    ]
+    ranks: Annotated[int, Option("Ranks of the pipeline; 0: as a .csv file has.", metavar="P")] = 0
+    microbatches: Annotated[int, Option("Microbatches; 0: as a .csv file has.", metavar="M")] = 0
+    chunks: Annotated[
+        int, Option("Stages a rank; 0: as is usual for the schedule.", metavar="V")
+    ] = 0
+    costs: Annotated[
+        str,
+        Option(
+            "Time of a rank's forward, of the input half and the weights half of its backward, "
+            "and of a message.",
+            metavar="F,B,W,T",
+        ),
+    ] = "1,1,1,0"
+    svg: Annotated[Path | None, Option("Draw the chart.", metavar="FILE.svg")] = None
+    png: Annotated[Path | None, Option("Draw the chart.", metavar="FILE.png")] = None
+    csv: Annotated[Path | None, Option("Write the schedule, a row a rank.", metavar="FILE.csv")] = (
+        None
+    )
+    as_json: Json = False
     width: int = 120
     """Columns of the terminal."""
     coloured: bool = False
@@ -90,7 +105,7 @@ def print_schedule(options: ScheduleOptions, console: Console) -> None:
     known = options.name in (ALL, *SCHEDULES) or is_plugin(options.name)
     if known and not (options.ranks and options.microbatches):
         raise UsageError(
-            f"{options.name} needs --stages P and --microbatches M; "
+            f"{options.name} needs --ranks P and --microbatches M; "
             "only a .csv file has its own numbers"
         )
     if options.name == ALL:

@@ -14,7 +14,7 @@ from mpillm.parallel.pipeline.schedule_report import ScheduleOptions, ShareCosts
 from mpillm.system.console import Console
 
 PAGE = Path(__file__).parents[3] / "docs/schedules.md"
-SIZE = ("--stages", "4", "--microbatches", "8")
+SIZE = ("--ranks", "4", "--microbatches", "8")
 
 
 @pytest.mark.alone
@@ -81,10 +81,10 @@ def test_all_beside_one_another(mpillm):
     assert done.returncode == 0, done.stderr
     for name in SCHEDULES:
         assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
-    few = mpillm("schedule", "all", "--stages", "4", "--microbatches", "6")
+    few = mpillm("schedule", "all", "--ranks", "4", "--microbatches", "6")
     assert "left out: zb-v on 4 ranks needs at least 8 microbatches, not 6" in few.stdout
     found = json.loads(
-        mpillm("schedule", "all", "--stages", "4", "--microbatches", "6", "--json").stdout
+        mpillm("schedule", "all", "--ranks", "4", "--microbatches", "6", "--json").stdout
     )
     assert [row["schedule"] for row in found["schedules"]] == [
         "gpipe",
@@ -99,12 +99,12 @@ def test_all_beside_one_another(mpillm):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("1f1b",), "1f1b needs --stages P and --microbatches M"),
-        (("all", "--stages", "2"), "all needs --stages P and --microbatches M"),
+        (("1f1b",), "1f1b needs --ranks P and --microbatches M"),
+        (("all", "--ranks", "2"), "all needs --ranks P and --microbatches M"),
         (("1b1f", *SIZE), "did you mean 1f1b"),
-        (("nowhere.schedules:MINE",), "needs --stages P and --microbatches M"),
+        (("nowhere.schedules:MINE",), "needs --ranks P and --microbatches M"),
         (("nowhere.schedules:MINE", *SIZE), "cannot be imported"),
-        (("zb-v", "--stages", "4", "--microbatches", "2"), "at least 8 microbatches, not 2"),
+        (("zb-v", "--ranks", "4", "--microbatches", "2"), "at least 8 microbatches, not 2"),
         (("1f1b", *SIZE, "--costs", "1,2"), "--costs takes F,B,W,T"),
         (("1f1b", *SIZE, "--svg", "{}/a.png"), "--svg takes the name of a .svg file"),
         (("1f1b", *SIZE, "--png", "{}/none/a.png"), "cannot write"),

@@ -17,6 +17,7 @@ class PyMpillm(PythonPackage):
 
     version("main", branch="main")
 
+    variant("train", default=True, description="Training, evaluation, generation and pictures")
     variant("cuda", default=False, description="Collectives on NVIDIA GPUs, through CuPy")
 
     depends_on("c", type="build")
@@ -33,14 +34,14 @@ class PyMpillm(PythonPackage):
         depends_on("py-h5py@3.10:")
         depends_on("py-jinja2@3.1:")
         depends_on("py-markupsafe@2.1:")
-        depends_on("py-matplotlib@3.8:")
         depends_on("py-mpi4py@4.0:")
         depends_on("py-numpy@1.26:")
         depends_on("py-pydantic@2.7:")
         depends_on("py-rich@13.7:")
-        depends_on("py-tensorboard@2.16:")
         depends_on("py-tokenizers@0.20:")
-        depends_on("py-torch@2.5:")
         depends_on("py-typer@0.12:")
         depends_on("py-xxhash@3.4:")
+        depends_on("py-matplotlib@3.8:", when="+train")
+        depends_on("py-tensorboard@2.16:", when="+train")
+        depends_on("py-torch@2.5:", when="+train")
         depends_on("py-cupy@13.0:", when="+cuda")

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from mpillm.bench.figures import bus_factor, collective_row, floor_share, overlap, ratios, times
-from mpillm.bench.fit import fit
+from mpillm.bench.make_profile import fit
+from mpillm.bench.statistics import bus_factor, collective_row, floor_share, overlap, ratios, times
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_times_and_rates() -> None:
 def test_a_ratio_is_taken_within_a_round() -> None:
     # The second round was noisy for both.
     found = ratios(np.array([2.0, 200.0, 2.0]), np.array([1.0, 100.0, 4.0]))
-    assert found == {"native_ratio": 2.0, "native_ratio_q1": 1.25, "native_ratio_q3": 2.0}
+    assert found == {"mpi_ratio": 2.0, "mpi_ratio_q1": 1.25, "mpi_ratio_q3": 2.0}
 
 
 @pytest.mark.parametrize(

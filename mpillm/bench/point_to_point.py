@@ -1,4 +1,4 @@
-"""Messages between two ranks, as OSU measures them: latency, bandwidth, both ways at once, the rate of small ones."""
+"""Measure messages between two ranks as OSU does: latency, bandwidth, both ways, message rate."""
 
 import time
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.bench import figures
-from mpillm.bench.context import Bench
-from mpillm.bench.figures import Seconds
+from mpillm.bench import statistics
+from mpillm.bench.context import BenchContext
 from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, text, whole
+from mpillm.bench.statistics import Seconds
 from mpillm.bench.timing import batch_of
 from mpillm.comm.waiting import patient_barrier
 
@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 WINDOW = 64
-"""Messages under way at once, as in osu_bw; fewer where they would fill more than WINDOW_BYTES."""
+"""Messages in flight at once, as in osu_bw; fewer where they would exceed WINDOW_BYTES."""
 WINDOW_BYTES = 256 << 20
+# Two tags, so that an answer never matches a receive of data.
 TAG, ANSWER = 71, 72
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two ranks and what lies between them: "node" or "network"."""
+    """Two ranks and the `level` between them: "node" or "network"."""
 
     level: str
     first: int
@@ -38,13 +39,13 @@ class Pair:
 
 
 def pairs(nodes: list[list[int]]) -> list[Pair]:
-    """A pair within the first node that has two ranks, and a pair between the first two nodes."""
+    """Choose a pair in the first node with two ranks, and one between the first two nodes."""
     inside = [Pair("node", *ranks[:2]) for ranks in nodes if len(ranks) > 1][:1]
     return inside + ([Pair("network", nodes[0][0], nodes[1][0])] if len(nodes) > 1 else [])
 
 
 def many_pairs(nodes: list[list[int]], ranks: int) -> list[Pair]:
-    """Each rank of the first half with one of the second, as in osu_mbw_mr."""
+    """Pair each rank of the first half with one of the second, as in osu_mbw_mr."""
     node_of = {rank: number for number, members in enumerate(nodes) for rank in members}
     half = ranks // 2
     return [
@@ -54,7 +55,7 @@ def many_pairs(nodes: list[list[int]], ranks: int) -> list[Pair]:
 
 
 def ping_pong(comm: "MPI.Intracomm", peer: int, leads: bool, memory: Bytes, batch: int) -> float:
-    """Seconds of half a round trip, over `batch` of them."""
+    """Time half a round trip in seconds, over `batch` round trips."""
     from mpi4py import MPI
 
     message, send, receive = [memory, MPI.BYTE], comm.Send, comm.Recv
@@ -78,7 +79,7 @@ def stream(
     both: bool,
     batch: int,
 ) -> float:
-    """Seconds of one message of a window, over `batch` windows, each of which the receiver answers.
+    """Time one message of a window in seconds, over `batch` windows; the receiver answers each.
 
     `both`: both ranks send a window at once; the time is then that of a message each way.
     """
@@ -116,9 +117,10 @@ def _by_two(
     warmup: int,
     per_call: int,
 ) -> Seconds:
-    """Seconds by iteration on the first rank of each pair; of all pairs the slowest. The other ranks sleep.
+    """Measure seconds by iteration on the first rank of each pair, and take the slowest pair.
 
-    `once(pair)` gives what times a batch; `per_call`: how many of the timed units one turn of the batch has.
+    The other ranks sleep, so that they take no core. `once(pair)` gives the function that times a
+    batch; `per_call`: timed units in one turn of the batch.
     """
     own = [pair for pair in active if comm.rank in (pair.first, pair.second)]
     measured = np.zeros(iterations)
@@ -133,6 +135,7 @@ def _by_two(
             seconds = call(batch)
             if turn >= warmup and comm.rank == pair.first:
                 measured[turn - warmup] = seconds
+    # The idle ranks poll with pauses: a spinning rank could take a measured rank's core.
     patient_barrier(comm)
     from mpi4py import MPI
 
@@ -141,8 +144,8 @@ def _by_two(
     return most
 
 
-def run_pairs(bench: Bench, what: str) -> list[Section]:
-    """latency, bandwidth or bibw, pair by pair. Every rank calls it."""
+def run_pairs(bench: BenchContext, what: str) -> list[Section]:
+    """Measure latency, bandwidth or bibw, pair by pair. Every rank calls it."""
     comm, options = bench.comm, bench.options
     chosen, sizes = pairs(bench.group.nodes), options.sizes_of(what)
     if not chosen:
@@ -156,14 +159,14 @@ def run_pairs(bench: Bench, what: str) -> list[Section]:
                 per_call = 2 if what == "latency" else window_of(size)
                 seconds = _by_two(comm, [pair], once, options.iterations, options.warmup, per_call)
                 ways = 2 if what == "bibw" else 1
-                times = figures.times(seconds)
+                times = statistics.times(seconds)
                 rows.append(
                     {
                         "level": pair.level,
                         "pair": pair.text,
                         "bytes": size,
                         **times.row(),
-                        "bytes_per_second": ways * figures.rate(size, times.median),
+                        "bytes_per_second": ways * statistics.rate(size, times.median),
                         "window": 1 if what == "latency" else window_of(size),
                     }
                 )
@@ -198,8 +201,8 @@ def _once(comm: "MPI.Intracomm", what: str, size: int) -> Callable[[Pair], Once]
     return for_pair
 
 
-def run_message_rate(bench: Bench) -> list[Section]:
-    """Messages a second of all pairs at once, each in windows one way. Every rank calls it."""
+def run_message_rate(bench: BenchContext) -> list[Section]:
+    """Measure messages a second of all pairs at once, in windows one way. Every rank calls it."""
     comm, options, what = bench.comm, bench.options, "message-rate"
     active, rows = many_pairs(bench.group.nodes, comm.size), list[Row]()
     if not active:
@@ -213,7 +216,7 @@ def run_message_rate(bench: Bench) -> list[Section]:
             seconds = _by_two(
                 comm, active, once, options.iterations, options.warmup, window_of(size)
             )
-            times = figures.times(seconds)
+            times = statistics.times(seconds)
             rows.append(
                 {
                     "level": level,
@@ -222,7 +225,7 @@ def run_message_rate(bench: Bench) -> list[Section]:
                     "window": window_of(size),
                     **times.row(),
                     "messages_per_second": len(active) / times.median,
-                    "bytes_per_second": len(active) * figures.rate(size, times.median),
+                    "bytes_per_second": len(active) * statistics.rate(size, times.median),
                 }
             )
             advance()
@@ -239,6 +242,6 @@ def run_message_rate(bench: Bench) -> list[Section]:
 
 
 def fastest(what: str, rows: list[Row], level: str) -> float | None:
-    """The best rate of `rows` at `level`, in messages or bytes a second: what the cluster profile keeps."""
+    """Give the best rate of `rows` at `level`, in messages or bytes a second, for the profile."""
     key = "messages_per_second" if what == "message-rate" else "bytes_per_second"
     return max((float(row[key]) for row in rows if row["level"] == level), default=None)

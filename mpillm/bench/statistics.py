@@ -1,4 +1,4 @@
-"""What is made of measured times: order statistics, bandwidths as nccl-tests counts them, ratios with their spread."""
+"""Compute order statistics of times, bandwidths as nccl-tests defines them, and ratios."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ Seconds = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one call, over the iterations; each iteration counts as long as its slowest rank took."""
+    """Hold seconds of a call over the iterations, each as long as its slowest rank took."""
 
     least: float
     median: float
@@ -32,7 +32,7 @@ def times(seconds: Seconds) -> Times:
 
 
 def bus_factor(operation: str, ranks: int) -> float:
-    """busbw / algbw: the bytes that each rank must pass through its link for a byte of the array.
+    """Give busbw / algbw: bytes through each rank's link for a byte of the array.
 
     From nccl-tests, PERFORMANCE.md. 0 for the barrier, which has no bytes.
     """
@@ -42,10 +42,11 @@ def bus_factor(operation: str, ranks: int) -> float:
 
 
 def floor_share(operation: str, ranks: int) -> float:
-    """What part of the bytes of a copy of the whole array an average rank must read and write at the least.
+    """Give the fewest bytes that an average rank reads and writes, as a share of a copy's.
 
-    An all-reduce reads the array once and writes it once, as a copy does. A rank of an all-gather reads its block and
-    writes the array; a reduce-scatter the other way round. A broadcast is read by its root and written by the others.
+    An all-reduce reads and writes the array once, as a copy does. A rank of an all-gather reads its
+    block and writes the array; a reduce-scatter the reverse. A broadcast's root reads, the others
+    write.
     """
     block = 1 / ranks
     shares = {
@@ -56,18 +57,21 @@ def floor_share(operation: str, ranks: int) -> float:
     return {**shares, "broadcast": 0.5, "barrier": 0.0}.get(operation, 1.0)
 
 
-def ratios(native: Seconds, own: Seconds) -> dict[str, float]:
-    """How many times as fast as `native`: quartiles of the ratios within a round, so that a noisy round is fair."""
-    low, middle, high = np.percentile(native / own, [25, 50, 75])
+def ratios(library: Seconds, own: Seconds) -> dict[str, float]:
+    """Divide the MPI library's times by `own`, round by round, and give the quartiles.
+
+    Both were measured in the same round, so a noisy round leaves its ratio alone.
+    """
+    low, middle, high = np.percentile(library / own, [25, 50, 75])
     return {
-        "native_ratio": float(middle),
-        "native_ratio_q1": float(low),
-        "native_ratio_q3": float(high),
+        "mpi_ratio": float(middle),
+        "mpi_ratio_q1": float(low),
+        "mpi_ratio_q3": float(high),
     }
 
 
 def overlap(alone: float, compute: float, together: float) -> float:
-    """The part of an operation that ran behind computation, 0 to 1, as OSU's osu_iallreduce counts it."""
+    """Give the share of an operation that overlapped computation, 0 to 1 (osu_iallreduce)."""
     return min(1.0, max(0.0, 1 - (together - compute) / alone))
 
 
@@ -76,7 +80,7 @@ def rate(nbytes: float, seconds: float) -> float:
 
 
 def collective_row(operation: str, nbytes: int, ranks: int, seconds: Seconds) -> dict[str, Any]:
-    """The figures of one algorithm at one size; see docs/bench.md for the keys."""
+    """Make the figures of one algorithm at one size; docs/bench.md explains the keys."""
     found = times(seconds)
     speed = rate(nbytes, found.median)
     return {

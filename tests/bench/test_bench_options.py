@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpillm.bench.sizes import LARGEST_BYTES, MOST_SIZES, parse_sizes
+from mpillm.bench.bench_options import LARGEST_BYTES, MOST_SIZES, parse_sizes
 from mpillm.errors import UsageError
 
 
@@ -28,11 +28,11 @@ def test_sizes(text: str, sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "no size"),
-        ("1K:", "no size"),
-        ("x", "no size"),
-        ("-1", "no size"),
-        ("1e3", "no size"),
+        ("", "not a size"),
+        ("1K:", "not a size"),
+        ("x", "not a size"),
+        ("-1", "not a size"),
+        ("1e3", "not a size"),
         ("0", "outside 1"),
         ("9999G", "outside 1"),
         ("8K:1K", "ends below its start"),

@@ -1,4 +1,6 @@
-"""Who is measured: names that exist, peers that fit, arrays that lie where they should, wrong results that are seen."""
+"""Who is measured: names that exist, peers that fit, arrays that lie where they should, wrong
+results that are seen.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -7,27 +9,28 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from mpillm.bench.bench_options import BenchOptions
 from mpillm.bench.competitors import (
     ArrayMemory,
-    Contestant,
-    contestants,
+    Competitor,
+    competitors,
     peers_wanted,
+    runnable,
     select,
     tried,
 )
-from mpillm.bench.options import BenchOptions
 from mpillm.bench.pattern import count_wrong
 from mpillm.bench.peers import joined
 from mpillm.bench.sample_arrays import Shape
 from mpillm.comm.communicator import Communicator
 from mpillm.errors import CommError, UsageError
 
-HERE = ("auto", "ring", "native", "reference")
+HERE = ("auto", "ring", "mpi", "reference")
 
 
 def test_names() -> None:
     notes: list[str] = []
-    assert select((), HERE, notes.append, "allreduce") == ["auto", "ring", "native"]
+    assert select((), HERE, notes.append, "allreduce") == ["auto", "ring", "mpi"]
     assert select(("reference", "gloo", "auto"), HERE, notes.append, "allreduce") == [
         "reference",
         "auto",
@@ -37,7 +40,7 @@ def test_names() -> None:
     assert select(("pairwise", "ring"), HERE, notes.append, "allreduce") == ["ring"]
     assert notes == ["allreduce has no pairwise on this job"]
     with pytest.raises(
-        UsageError, match=r"'rign' is unknown; .*auto, ring, native, reference, gloo, torch-nccl"
+        UsageError, match=r"'rign' is unknown; .*auto, ring, mpi, reference, gloo, torch-nccl"
     ):
         select(("ring", "rign"), HERE, notes.append, "allreduce")
 
@@ -57,9 +60,9 @@ def test_peers() -> None:
         ({"device": "tpu"}, "--device 'tpu'"),
         ({"buffers": "cold"}, "--buffers 'cold'"),
         ({"op": "avg"}, "--op 'avg'"),
-        ({"sizes": "many"}, "no size"),
-        ({"iterations": 0}, "--iterations of 1"),
-        ({"warmup": -1}, "--warmup of 0"),
+        ({"sizes": "many"}, "not a size"),
+        ({"iterations": 0}, "--iterations is 1 or more"),
+        ({"warmup": -1}, "--warmup 0 or more"),
         ({"what": "gemm", "sizes": "1G"}, "edges of square matrices"),
         ({"as_json": True, "csv": "-"}, "standard output"),
     ],
@@ -87,8 +90,8 @@ def test_everyone_is_right(
     notes: list[str] = []
     memory = ArrayMemory(group, shape, BenchOptions("all", in_place=in_place))
     with joined(comm, ("gloo",), notes.append) as peers:
-        names = list(group.algorithms(operation))
-        for name, entry in contestants(group, peers, memory, names, BenchOptions("all")).items():
+        names = list(runnable(group, operation, BenchOptions("all")))
+        for name, entry in competitors(group, peers, memory, names, BenchOptions("all")).items():
             chosen, reason = tried(group, entry)
             assert not reason or name == "gloo", reason
             if reason:
@@ -112,7 +115,7 @@ def test_a_wrong_result_is_counted(comm: MPI.Intracomm, group: Communicator) -> 
 
         return run, prepared.algorithm
 
-    result, _ = Contestant("auto", memory, spoilt).try_out()
+    result, _ = Competitor("auto", memory, spoilt).try_out()
     assert count_wrong("allreduce", result, shape.bounds, comm.rank, "bfloat16", "sum", 0) == 1
     memory.free()
 
@@ -126,7 +129,7 @@ def test_what_one_rank_cannot_do_no_rank_does(comm: MPI.Intracomm, group: Commun
             raise CommError("not here\nand not there")
         return (lambda: None), "none"
 
-    assert tried(group, Contestant("none", memory, refused))[1] == "not here"
+    assert tried(group, Competitor("none", memory, refused))[1] == "not here"
     memory.free()
 
 
@@ -136,10 +139,10 @@ def test_arrays_are_kept_or_new(comm: MPI.Intracomm, group: Communicator) -> Non
         BenchOptions("all"),
     )
     warm = ArrayMemory(group, shape, options)
-    assert warm.pair("native")[0] is warm.pair("ring")[0]
+    assert warm.pair("mpi")[0] is warm.pair("ring")[0]
     assert warm.is_shared("auto") == (group.size > 1 and "shared" in group.algorithms("allreduce"))
-    assert not warm.is_shared("native")
-    assert np.shares_memory(warm.pair("auto")[0], warm.pair("native")[0]) == (
+    assert not warm.is_shared("mpi")
+    assert np.shares_memory(warm.pair("auto")[0], warm.pair("mpi")[0]) == (
         not warm.is_shared("auto")
     )
     fresh = ArrayMemory(group, shape, replace(options, buffers="fresh", node_shared=False))

@@ -5,7 +5,7 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.bench.make_profile import make_profile
-from mpillm.bench.pairs import (
+from mpillm.bench.point_to_point import (
     WINDOW,
     Pair,
     fastest,

@@ -1,0 +1,33 @@
+"""`mpillm doctor`."""
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mpillm.doctor.options import DoctorOptions
+from mpillm.launch.launchers import rank_from_environment
+from mpillm.system.command_line import Debug
+from mpillm.system.console import Console
+
+
+@dataclass(frozen=True)
+class Doctor(DoctorOptions):
+    """Find what would keep a run from starting or make it slow: alone, or under mpirun on every
+    host.
+    """
+
+    example: ClassVar = "mpirun -n 4 mpillm doctor /scratch/me --json"
+
+    debug: Debug = False
+
+    def run(self) -> None:
+        from mpillm.comm.failure import fail_together
+        from mpillm.launch.launchers import watched
+
+        with fail_together(None, debug=self.debug):
+            from mpillm.doctor.diagnose import diagnose
+
+            console = Console(
+                speaks=rank_from_environment(os.environ) == 0, watched=watched(os.environ)
+            )
+            raise SystemExit(diagnose(self, console, os.environ))

@@ -1,0 +1,36 @@
+"""`mpillm evaluate`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from mpillm.system.command_line import Argument, Debug, Json, Option
+from mpillm.system.extras import require_packages
+from mpillm.verbs.job import limit_torch_threads, open_job
+
+Trained = Annotated[
+    Path, Argument("A run's folder, or one of its checkpoints.", metavar="RUN|CHECKPOINT")
+]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Loss, perplexity and bits per byte over the whole validation set."""
+
+    example: ClassVar = "mpirun -n 2 mpillm evaluate runs/quickstart --baselines"
+
+    trained: Trained
+    data: Annotated[Path | None, Option("Another prepared folder than the run's own.")] = None
+    baselines: Annotated[bool, Option("Score a unigram and a bigram model too.")] = False
+    as_json: Json = False
+    debug: Debug = False
+
+    def run(self) -> None:
+        with open_job(self.debug) as job:
+            require_packages("mpillm evaluate", "torch")
+            limit_torch_threads(job.threads)
+            from mpillm.infer.print_results import print_evaluation
+
+            print_evaluation(
+                self.trained, self.data, self.baselines, self.as_json, job.comm, job.console
+            )

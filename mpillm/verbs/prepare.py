@@ -1,0 +1,37 @@
+"""`mpillm prepare`."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import typer
+
+from mpillm.system.command_line import Debug, Option
+from mpillm.tokens.prepare import PrepareOptions
+from mpillm.verbs.job import open_job
+
+
+@dataclass(frozen=True)
+class Prepare(PrepareOptions):
+    """Turn text into tokens: HDF5 shards and a manifest, the same bytes for any number of ranks."""
+
+    example: ClassVar = "mpirun -n 2 mpillm prepare stdlib --out prepared/stdlib --vocab-size 4096"
+
+    verify: Annotated[Path | None, Option("Check every byte of a prepared folder instead.")] = None
+    debug: Debug = False
+
+    def run(self) -> None:
+        if self.verify is None and (not self.sources or self.out is None):
+            raise typer.BadParameter("name at least one SOURCE and --out DIR, or --verify DIR")
+        if self.workers:
+            os.environ["RAYON_NUM_THREADS"] = str(self.workers)
+        with open_job(self.debug) as job:
+            from mpillm.tokens.prepare import prepare
+            from mpillm.tokens.verify import verify
+
+            if self.verify is not None:
+                verify(self.verify, job.comm, job.console)
+            else:
+                options = replace(self, workers=self.workers or job.threads)
+                prepare(options, job.comm, job.console)

@@ -1,0 +1,27 @@
+"""`mpillm schedule`."""
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from mpillm.launch.launchers import watched
+from mpillm.parallel.pipeline.schedule_report import ScheduleOptions, print_schedule
+from mpillm.system.command_line import Debug
+from mpillm.verbs.job import first_process
+
+
+@dataclass(frozen=True)
+class Schedule(ScheduleOptions):
+    """Draw a pipeline schedule, with the time that ranks wait and the memory that they store; no
+    MPI, no torch.
+    """
+
+    example: ClassVar = "mpillm schedule 1f1b --ranks 4 --microbatches 8 --svg 1f1b.svg"
+
+    debug: Debug = False
+
+    def run(self) -> None:
+        with first_process(self.debug) as console:
+            width = shutil.get_terminal_size((120, 24)).columns
+            print_schedule(replace(self, width=width, coloured=watched(os.environ)), console)
