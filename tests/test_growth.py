@@ -1,27 +1,37 @@
-"""The house grows at its seams: each kind of plug-in is one file of tests/growth, and nothing else changes.
+"""The house grows at its seams: a plug-in is one file of tests/growth, and nothing else changes.
 
 A recipe or an option names it as `growth.module:Name`.
 """
 
 import json
-import sys
+import os
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mpi4py import MPI
 
+from mpillm.comm.communicator import Communicator
+from mpillm.errors import UsageError
 from mpillm.infer.evaluate import WholeModel, evaluate
-from mpillm.infer.loading import load
+from mpillm.infer.loading import load_trained
 from mpillm.system.console import Console
+from mpillm.system.plugins import load_plugin
+from mpillm.tasks.task_catalog import TASKS
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.reader import open_split
 from mpillm.train.recipe import Recipe, parse_recipe
 from mpillm.train.setup import train
 
 HERE = Path(__file__).parent
+PATHS = os.pathsep.join([str(HERE.parent), str(HERE)])
 QUIET = Console(speaks=False)
 STEPS = 6
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +55,7 @@ def recipe(data: Path, run: Path, **parallel: object) -> Recipe:
             "name": "growth.toy_optimizer:MomentumSettings",
             "learning_rate": 0.05,
             "warmup_steps": 2,
-            # A rate that doesn't depend on the number of steps, so that a resumed run can be compared.
+            # The rate depends on no number of steps, so a resumed run can be compared.
             "schedule": "constant-then-decay",
             "decay_share": 0.0,
         },
@@ -95,7 +105,7 @@ def test_a_toy_metric_is_the_same_at_any_number_of_ranks(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
     train(recipe(data, folder / "run"), comm, QUIET)
-    loaded = load(folder / "run", comm, QUIET)
+    loaded = load_trained(folder / "run", comm, QUIET)
     with open_split(data, "validation") as reader:
         together = evaluate(WholeModel(loaded.model, loaded.task, comm), reader, comm, QUIET)
         alone = evaluate(
@@ -116,6 +126,60 @@ def test_a_toy_run_resumes_with_its_optimizers_state(
     assert losses(folder / "part") == losses(folder / "whole")
 
 
-def test_the_plugins_are_named_in_one_file_each() -> None:
-    assert sys.path[0] == str(HERE)
-    assert len(list((HERE / "growth").glob("toy_*.py"))) >= 4
+def test_a_toy_algorithm_sums_as_the_mpi_library_does(comm: MPI.Intracomm) -> None:
+    group = Communicator(comm)
+    for count in (1, 7, 1000):
+        array = np.arange(count, dtype=np.float32) + comm.rank
+        expected = np.empty_like(array)
+        comm.Allreduce(array, expected)
+        group.allreduce(array, algorithm="growth.toy_algorithm:STAR")
+        np.testing.assert_array_equal(array, expected)
+    group.free()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_toy_check_is_part_of_the_doctors_report(mpillm: Run, tmp_path: Path, ranks: int) -> None:
+    check = "growth.toy_check:ShortName"
+    done = mpillm("doctor", tmp_path, "--check", check, "--json", ranks=ranks, PYTHONPATH=PATHS)
+    rows = json.loads(done.stdout)["findings"]
+    own = {row["name"]: row for row in rows if row["area"] == "toys"}
+    assert own["short name"]["found"].startswith("the host is called ")
+    if ranks > 1:
+        assert own["ranks"]["found"] == "2 ranks answered"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_toy_verb_is_called_by_its_name(mpillm: Run, ranks: int) -> None:
+    verb = "growth.toy_verb:AddUp"
+    done = mpillm(verb, "--number", "3", ranks=ranks, PYTHONPATH=PATHS)
+    assert done.stdout == f"the sum is {3 * ranks}\n", done.stderr
+    helped = mpillm(verb, "--help", PYTHONPATH=PATHS)
+    assert "What each rank brings." in helped.stdout
+    assert "mpirun -n 2 mpillm growth.toy_verb:AddUp" in helped.stdout
+
+
+def test_each_plugin_is_one_file() -> None:
+    kinds = (
+        "architecture",
+        "task",
+        "metric",
+        "optimizer",
+        "algorithm",
+        "schedule",
+        "check",
+        "verb",
+    )
+    assert {path.stem for path in (HERE / "growth").glob("*.py")} == {f"toy_{k}" for k in kinds}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("growth.nowhere:Thing", "cannot be imported: No module named 'growth.nowhere'"),
+        ("growth.toy_task:Nothing", "module growth.toy_task has no Nothing"),
+        ("causal-ml", "did you mean causal-lm"),
+    ],
+)
+def test_a_plugin_that_is_not_there_is_named(name: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load_plugin(name, TASKS, "task")

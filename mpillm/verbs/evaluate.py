@@ -15,13 +15,21 @@ Trained = Annotated[
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Loss, perplexity and bits per byte over the whole validation set."""
+    """Evaluate a model over the whole validation set: loss, perplexity, bits per byte, other metrics."""
 
     example: ClassVar = "mpirun -n 2 mpillm evaluate runs/quickstart --baselines"
 
     trained: Trained
     data: Annotated[Path | None, Option("Another prepared folder than the run's own.")] = None
     baselines: Annotated[bool, Option("Score a unigram and a bigram model too.")] = False
+    metrics: Annotated[
+        tuple[str, ...],
+        Option(
+            "Metrics, also your own as package.module:Name; else the task's.",
+            metavar="A,B,…",
+            commas=True,
+        ),
+    ] = ()
     as_json: Json = False
     debug: Debug = False
 
@@ -32,5 +40,11 @@ class Evaluate:
             from mpillm.infer.print_results import print_evaluation
 
             print_evaluation(
-                self.trained, self.data, self.baselines, self.as_json, job.comm, job.console
+                self.trained,
+                self.data,
+                self.baselines,
+                self.as_json,
+                job.comm,
+                job.console,
+                self.metrics,
             )

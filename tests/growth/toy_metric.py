@@ -1,4 +1,4 @@
-"""A toy metric that needs the outputs: the share of counted targets that the likeliest token hits."""
+"""A toy metric that needs the outputs: the share of counted targets that are predicted."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""A toy pipeline schedule: 1F1B whose backwards are split, each weight half right after its input half."""
+"""A toy pipeline schedule: 1F1B with split backwards, each W right after its I."""
 
 from mpillm.parallel.pipeline.schedule_rule import ActionRow, ScheduleRule
 
