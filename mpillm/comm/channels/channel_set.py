@@ -124,6 +124,7 @@ class ChannelSet:
         if octets.size > self.channels[channel].nbytes:
             raise self._too_long(channel, octets)
         with self._lock:
+            # In the order of calls: the receiver posts its arrays in the same order.
             sender.send(octets)
             self._progress_senders()
         if self._thread is not None and isinstance(sender, MessageSender):
@@ -193,6 +194,7 @@ class ChannelSet:
         finally:
             if self._thread is not None:
                 self._thread.end()
+            # MPI must not write into arrays that the caller may free.
             for endpoint in self._messages:
                 if isinstance(endpoint, MessageReceiver):
                     endpoint.cancel()
@@ -230,6 +232,7 @@ class ChannelSet:
         """Advance all channels; True when `receiver` had a filled array, then waited for."""
         with self._lock:
             self._progress_senders()
+            # This channel first: the others' copies would delay it.
             receiver.progress()
             if receiver.filled:
                 receiver.filled -= 1
@@ -246,6 +249,7 @@ class ChannelSet:
             for sender in self._senders.values()
         )
         if isinstance(receiver, SharedReceiver) and not queued:
+            # In slices, so that the other channels make progress in between.
             receiver.block(WAITING["SLICE_SECONDS"])
             waiting.suspect([receiver])
         else:

@@ -19,7 +19,7 @@
 
 /* ---- The table of waiting: module.c exports it as WAITING, and Python's own waits read it there. ---- */
 
-/* After this long a waiting rank may oversleep a little: from then on it sleeps once every so many polls. Not after
+/* After this long a waiting rank may oversleep a little: from then on it sleeps after every 16th poll. Not after
  * each: some MPI libraries progress a message by a small piece a poll, and sleeps would be most of its time. */
 #define PATIENCE_SECONDS 0.01
 #define SLEEP_SECONDS 50e-6

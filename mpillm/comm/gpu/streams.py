@@ -88,7 +88,7 @@ class OrderedRequest:
     """
 
     def __init__(self, caller: CallerStream, request: Request, queued: bool) -> None:
-        """`queued`: see Request. NCCL orders its calls on the stream; the others share memory or MPI."""
+        """Order `request` after the caller's work; `queued`: see Request, False for NCCL."""
         self._caller, self._request, self.queued = caller, request, queued
         self.mark = caller.mark
         self.start, self.test, self.wait = request.start, request.test, request.wait
