@@ -199,7 +199,9 @@ def is_a_path(text: str) -> bool:
 
 def make_case(asked: Asked, root: Path, number: int) -> Case:
     """Ask `mpillm submit --dry-run` in this process. Raises MpillmError."""
-    folder = root / str(number) / "".join(asked.folder.split("/"))[:60].replace("\x00", "")
+    name = "".join(asked.folder.split("/"))[:60].replace("\x00", "")
+    # The name ".." would be the folder above.
+    folder = root / str(number) / f"f{name}"
     folder.mkdir(parents=True)
     os.chdir(folder)
     write(root / str(number) / "site.toml", as_toml(asked.site) + asked.garbage)

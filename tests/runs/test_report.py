@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import escape
+from mpi4py import MPI
 
 from mpillm.errors import UsageError
 from mpillm.runs.report.downsample import curve, smooth, thin
@@ -28,6 +29,7 @@ from mpillm.runs.report.page import render_page
 from mpillm.runs.report.run_report import make_page, write_report
 from mpillm.runs.state import read_run
 from mpillm.system.console import Console
+from mpillm.tokens.prepare import PrepareOptions, prepare
 
 # A page knows nothing of ranks, and is too much work to be made on each of them.
 pytestmark = pytest.mark.usefixtures("processes")
@@ -495,7 +497,12 @@ def test_a_browser_draws_every_plot_and_asks_no_network(
     assert len(pdf) > 10_000
 
 
-def test_the_report_of_a_trained_run(data: Path, folder: Path, mpillm: Callable[..., Any]) -> None:
+def test_the_report_of_a_trained_run(
+    documents: Path, folder: Path, mpillm: Callable[..., Any]
+) -> None:
+    data = folder / "data"
+    options = PrepareOptions((str(documents),), data, tokenizer="bytes", validation=0.1)
+    prepare(options, MPI.COMM_WORLD, QUIET)
     run, path = folder / "run", folder / "recipe.toml"
     path.write_text(
         "[model]\nlayers = 4\nwidth = 32\nheads = 2\ncontext = 32\n"
