@@ -14,6 +14,10 @@ from pathlib import Path
 from types import ModuleType
 
 NAME = "mpillm.comm._kernel"
+NAMES = (
+    *("MOST_RANKS", "SOURCE_HASH", "WAITING", "Operation", "Team", "SpscQueue"),
+    *("combine", "scale", "widen", "narrow", "team_bytes", "spsc_queue_bytes"),
+)
 SOURCES = Path(__file__).parent / "csrc"
 REBUILD = "pip install --no-deps --force-reinstall ."
 
@@ -59,6 +63,11 @@ def load_kernel() -> ModuleType:
         sys.stderr.write(
             f"mpillm: warning: the C sources in {SOURCES} differ from those that {path} was built "
             f"from; rebuild it with `{REBUILD}`\n"
+        )
+    if missing := [name for name in NAMES if not hasattr(module, name)]:
+        raise ImportError(
+            f"{path} has no {', '.join(missing)}: it was built from another version of mpillm; "
+            f"rebuild it with `{REBUILD}`"
         )
     return module
 
