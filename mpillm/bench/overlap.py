@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from mpillm.bench import statistics
-from mpillm.bench.bench_options import MPI_LIBRARY
 from mpillm.bench.collectives import keep_able
 from mpillm.bench.competitors import (
     SHARED_PRIVATE,
@@ -109,9 +108,7 @@ def _measure(
         else:
             figures_of_one = _one(
                 bench,
-                bench.group.prepare(
-                    "allreduce", source, algorithm="native" if name == MPI_LIBRARY else name
-                ).start,
+                bench.group.prepare("allreduce", source, algorithm=name).start,
                 _poll,
             )
         rows.append(
