@@ -38,7 +38,9 @@ IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A path from the repository's root, or a file named within the package: `tasks/task.py`.
-PATH = re.compile(r"(?<![\w/.-])((?:mpillm|docs|tests|benchmarks|jobs|data)/[\w./-]*|\w+/[\w/]+\.py)\b")
+PATH = re.compile(
+    r"(?<![\w/.-])((?:mpillm|docs|tests|benchmarks|jobs|data)/[\w./-]*|\w+/[\w/]+\.py)\b"
+)
 VERB = re.compile(r"(?<![\w./-])mpillm ([a-z]\w*)(?![\w:.=-])")
 
 
@@ -74,7 +76,8 @@ def test_paths_exist(page: Path) -> None:
     faults = [
         path
         for path in sorted(named)
-        if "NAME" not in path and not any((base / path).exists() for base in (ROOT, ROOT / "mpillm"))
+        if "NAME" not in path
+        and not any((base / path).exists() for base in (ROOT, ROOT / "mpillm"))
     ]
     assert faults == []
 
@@ -94,7 +97,9 @@ def test_every_dependency_has_its_reason() -> None:
     needed += project["build-system"]["requires"]
     page = (ROOT / "docs/decisions/dependencies.md").read_text(encoding="utf-8")
     names = {re.split(r"[>=\[;]", text)[0] for text in needed} - {"mpillm"}
-    assert sorted(name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", page)) == []
+    assert (
+        sorted(name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", page)) == []
+    )
 
 
 def test_every_decision_is_listed_and_dated() -> None:
@@ -170,7 +175,10 @@ def test_the_examples_of_extending_work(tmp_path: Path, monkeypatch: pytest.Monk
     for ranks in (1, 2, 4):
         make_schedule("my_schedule:PAIRED", ranks, 8)
     assert "allreduce" in load_algorithm("my_algorithm:TO_NEXT").rounds
-    sent = [len(list(filter(None, schedule("allreduce", "my_algorithm:TO_NEXT", rank, 3).rounds))) for rank in range(3)]
+    sent = [
+        len(list(filter(None, schedule("allreduce", "my_algorithm:TO_NEXT", rank, 3).rounds)))
+        for rank in range(3)
+    ]
     assert sent == [2, 4, 2]
     assert make_command("my_verb:Count", load_plugin("my_verb:Count", VERBS, "verb"))
     check = load_plugin("my_check:ScratchCheck", {}, "check")()
