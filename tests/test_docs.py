@@ -11,18 +11,18 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-import mpillm
 from mpillm.comm.algorithms.algorithm_catalog import load_algorithm, schedule
 from mpillm.doctor.check_base import Check
+from mpillm.verbs.command import make_command
+from mpillm.verbs.verb_catalog import VERBS
+
+import mpillm
 from mpillm.models.model_catalog import spec_class
 from mpillm.parallel.pipeline.schedule_catalog import make_schedule
 from mpillm.system.plugins import load_plugin
 from mpillm.tasks.metrics.metric import Metric
 from mpillm.tasks.task_catalog import make_task
 from mpillm.train.optimizers.optimizer_catalog import optimizer_class
-from mpillm.verbs.command import make_command
-from mpillm.verbs.verb_catalog import VERBS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
