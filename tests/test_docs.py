@@ -41,12 +41,14 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 PATH = re.compile(
     r"(?<![\w/.-])((?:mpillm|docs|tests|benchmarks|jobs|data)/[\w./-]*|\w+/[\w/]+\.py)\b"
 )
-VERB = re.compile(r"(?<![\w./-])mpillm ([a-z]\w*)(?![\w:.=-])")
+VERB = re.compile(r"(?<![\w./\"#(-])mpillm ([a-z]\w*)(?![\w:.=-])")
 
 
 def code_of(text: str) -> Iterator[str]:
-    """Yield the code spans and blocks of a page, Python apart."""
-    yield from (block for language, block in FENCED.findall(text) if language != "python")
+    """Yield the code spans and blocks of a page, without Python and comments."""
+    for language, block in FENCED.findall(text):
+        if language != "python":
+            yield re.sub(r"(?:^| )#.*$", "", block, flags=re.MULTILINE)
     yield from re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
 
 
