@@ -11,18 +11,19 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from mpillm.comm.algorithms.algorithm_catalog import load_algorithm, schedule
-from mpillm.doctor.check_base import Check
-from mpillm.verbs.command import make_command
-from mpillm.verbs.verb_catalog import VERBS
 
 import mpillm
+from mpillm.comm.algorithms.algorithm_catalog import load_algorithm, schedule
+from mpillm.doctor.check_base import Check
 from mpillm.models.model_catalog import spec_class
 from mpillm.parallel.pipeline.schedule_catalog import make_schedule
+from mpillm.system.command_line import command_parameters
 from mpillm.system.plugins import load_plugin
 from mpillm.tasks.metrics.metric import Metric
 from mpillm.tasks.task_catalog import make_task
 from mpillm.train.optimizers.optimizer_catalog import optimizer_class
+from mpillm.verbs.command import make_command
+from mpillm.verbs.verb_catalog import VERBS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -89,6 +90,24 @@ def test_verbs_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = {verb for code in code_of(text) for verb in VERB.findall(code)}
     assert sorted(named - set(VERBS)) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_options_exist(page: Path) -> None:
+    faults = []
+    for code in code_of(page.read_text(encoding="utf-8")):
+        for line in code.replace("\\\n", " ").splitlines():
+            _, found, words = ([*VERB.split(line, maxsplit=1), "", ""])[:3]
+            if found in VERBS:
+                used = re.findall(r"(?<![\w-])--[a-z][\w-]*", re.split(r"[|&;]", words)[0])
+                faults += [f"{found} {flag}" for flag in used if flag not in flags_of(found)]
+    assert faults == []
+
+
+def flags_of(verb: str) -> set[str]:
+    """Return the options of a verb, `--this/--that` apart."""
+    options = command_parameters(load_plugin(VERBS[verb], {}, "verb"))
+    return {"--help", *(flag for one in options for flag in one.flag.split("/"))}
 
 
 def test_every_dependency_has_its_reason() -> None:
