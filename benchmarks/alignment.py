@@ -1,10 +1,10 @@
-"""How much slower a message is where its target stands a little further in its page than its source.
+"""Time copies and sums by the offset of an array in its page: some processors copy slowly.
 
     mpirun -n 2 python benchmarks/alignment.py [--sum] [--mib 4 --rounds 60]
 
-The source begins with a page, the target so many bytes behind one; both ranks send and receive at once. With `--sum`
-the targets are all-reduced instead, by the stage that a node's ranks have in shared memory. Places take turns within
-each round, in changing order; told are the median seconds and their ratio to those of the first place.
+The source starts at a page, the target some bytes after one; both ranks send and receive at once.
+With `--sum` the targets are all-reduced in node-shared memory instead. Offsets take turns within
+each round. Printed: median seconds, and their ratio to those of the first offset.
 """
 
 import argparse
@@ -59,7 +59,8 @@ def main() -> None:
     if comm.rank == 0:
         for place, seconds in zip(PLACES, medians, strict=True):
             print(
-                f"{place:5d} bytes into its page: {seconds * 1e6:8,.0f} µs  {seconds / medians[0]:.2f}"
+                f"{place:5d} bytes into its page: {seconds * 1e6:8,.0f} µs  "
+                f"{seconds / medians[0]:.2f}"
             )
 
 

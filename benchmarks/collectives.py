@@ -1,10 +1,10 @@
-"""All-reduce by `auto` beside the MPI library's own and gloo, in several MPIs: one table. `mpis.sh` builds them.
+"""Compare all-reduce by `auto` with the MPI library and gloo in several MPIs. mpis.sh builds them.
 
-    python benchmarks/collectives.py --environments openmpi=PATH,mpich=PATH [--sizes 64:256M:x4 --json FILE]
+    python benchmarks/collectives.py --environments openmpi=PATH,mpich=PATH [--sizes 64:256M:x4]
 
-For each environment, way of buffers and element type it runs `mpirun -n 2 mpillm bench allreduce --check`, in which the
-algorithms take turns round by round. A ratio is the peer's time over that of `auto`: to mpi the median over rounds
-[quartiles], to gloo that of the medians.
+For each environment, way of buffers and element type it runs `mpirun -n 2 mpillm bench allreduce
+--check`, in which the algorithms take turns round by round. A ratio is the peer's time over that of
+`auto`: to the MPI library the median over rounds [quartiles], to gloo that of the medians.
 """
 
 import argparse
@@ -24,7 +24,7 @@ OPEN_MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"
 def bench(
     name: str, environment: Path, dtype: str, buffers: str, options: argparse.Namespace
 ) -> list[Row]:
-    """The rows of `auto`, each with the ratio to gloo beside what bench gives."""
+    """Run `mpillm bench`; return the rows of `auto`, with their ratio to gloo added."""
     launch = ["mpirun", "-n", str(options.ranks)]
     if name.startswith("openmpi"):
         launch += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
@@ -83,19 +83,20 @@ def number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def tell(row: Row) -> None:
+def print_row(row: Row) -> None:
     quarters = f"[{number(row['mpi_ratio_q1'], 2)}..{number(row['mpi_ratio_q3'], 2)}]"
     print(
-        f"{row['mpi']:8s} {row['buffers']:6s} {row['element']:9s} {row['bytes']:12,d}  {row['chosen']:15s}"
-        f"{1e6 * row['median_seconds']:12,.1f}  {number(row['mpi_ratio'], 2):>6s} {quarters:17s}"
-        f"{number(row['gloo_ratio'], 1):>7s}  {number(row['floor_ratio'], 2):>6s}  {row['wrong']:6d}",
+        f"{row['mpi']:8s} {row['buffers']:6s} {row['element']:9s} {row['bytes']:12,d}  "
+        f"{row['chosen']:15s}{1e6 * row['median_seconds']:12,.1f}  "
+        f"{number(row['mpi_ratio'], 2):>6s} {quarters:17s}{number(row['gloo_ratio'], 1):>7s}  "
+        f"{number(row['floor_ratio'], 2):>6s}  {row['wrong']:6d}",
         flush=True,
     )
 
 
-def sum_up(rows: list[Row]) -> None:
-    """The least ratios to mpi of each MPI, way of buffers and type: over all sizes, and over the large ones."""
-    print("\nthe least ratio to mpi: at any size, and from 64 KiB up")
+def print_smallest(rows: list[Row]) -> None:
+    """Print the smallest ratio to the MPI library, by MPI, buffers and type."""
+    print("\nthe smallest ratio to the MPI library: at any size, and from 64 KiB up")
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["mpi"], row["buffers"], row["element"]), []).append(row)
@@ -118,7 +119,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", default="64:256M:x4")
     parser.add_argument("--dtypes", default="float32,bfloat16,float16")
     parser.add_argument("--buffers", default="warm,fresh")
-    parser.add_argument("--algorithm", default="auto", help="whom to set beside mpi and gloo")
+    parser.add_argument("--algorithm", default="auto", help="the one that is compared")
     parser.add_argument(
         "--bench", default="--in-place", help="more options of bench; in place, as training sums"
     )
@@ -132,7 +133,7 @@ def main() -> None:
     environments = dict(item.split("=", 1) for item in options.environments.split(","))
     print(
         f"{'MPI':8s} {'pages':6s} {'type':9s} {'bytes':>12s}  {'chosen':15s}{'median µs':>12s}  "
-        f"{'× mpi   ':24s}{'× gloo':>7s}  floor  #wrong"
+        f"{'× mpi':24s}{'× gloo':>7s}  floor  #wrong"
     )
     rows: list[Row] = []
     for name, folder in environments.items():
@@ -140,8 +141,8 @@ def main() -> None:
             for dtype in options.dtypes.split(","):
                 for row in bench(name, Path(folder), dtype, buffers, options):
                     rows.append(row | {"mpi": name, "buffers": buffers})
-                    tell(rows[-1])
-    sum_up(rows)
+                    print_row(rows[-1])
+    print_smallest(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     sys.exit(1 if any(row["wrong"] for row in rows) else 0)

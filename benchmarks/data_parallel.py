@@ -1,14 +1,14 @@
-"""Data parallel beside its peers: tokens a second of one training loop, its gradients summed in several ways.
+"""Compare data-parallel training with its peers: tokens a second of one training loop.
 
-    mpirun -n 2 python benchmarks/data_parallel.py [--rounds 11 --steps 3 --width 384 --layers 8 --json FILE]
-    … --ways 'auto,behind segmented-ring' --bucket-mib 8       some of our ways, with buckets of another size
+    mpirun -n 2 python benchmarks/data_parallel.py [--rounds 11 --steps 3 --width 384 --json FILE]
+    … --ways 'auto,during segmented-ring' --bucket-mib 8     some of our ways, other buckets
 
-- none: the loop without communication, each rank for itself: what cannot be beaten
+- none: the loop without communication, each rank alone: the upper bound
 - ddp gloo: torch's DistributedDataParallel over gloo, its gradients in bucket views
-- the others: mpillm's GradientBuckets, by algorithm and overlap
+- the others: mpillm's ReplicatedGradients, by algorithm and overlap
 
-All take the same model, AdamW(fused=True), batch and one thread a rank. They take turns within each round, in
-changing order, so that a noisy machine is noisy for all; ratios are taken within a round.
+All take the same model, AdamW(fused=True), batch and one thread a rank. They take turns within each
+round, in random order, so that a slow spell of the machine slows all; ratios are taken in a round.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mpillm.bench.timing import in_turn
 from mpillm.comm.mesh import Axis, Mesh
 from mpillm.models.decoder import DecoderConfig
-from mpillm.models.part_module import create
-from mpillm.parallel.data.replicated import GradientBuckets
+from mpillm.models.part_module import PartModule, create
+from mpillm.parallel.data.replicated import ReplicatedGradients
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.system.malloc import keep_pages
 from mpillm.tasks.causal_lm import cross_entropy_sum
@@ -42,34 +42,41 @@ OURS = {
     "after shared": ParallelSettings(overlap="after", allreduce="shared"),
     "after two-level": ParallelSettings(overlap="after", allreduce="two-level"),
     "after segmented-ring": ParallelSettings(overlap="after", allreduce="segmented-ring"),
-    "after native": ParallelSettings(overlap="after", allreduce="native"),
-    "behind segmented-ring": ParallelSettings(overlap="behind", allreduce="segmented-ring"),
-    "behind two-level": ParallelSettings(overlap="behind", allreduce="two-level"),
-    "behind native": ParallelSettings(overlap="behind", allreduce="native"),
+    "after mpi": ParallelSettings(overlap="after", allreduce="mpi"),
+    "during segmented-ring": ParallelSettings(overlap="during", allreduce="segmented-ring"),
+    "during two-level": ParallelSettings(overlap="during", allreduce="two-level"),
+    "during mpi": ParallelSettings(overlap="during", allreduce="mpi"),
 }
 Step = Callable[[], None]
 
 
+class WholeLoss(nn.Module):
+    """The whole decoder with its mean loss, in the form that torch's wrappers take."""
+
+    def __init__(self, part: PartModule) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        (logits_BTV,) = self.part.forward_part({"ids": ids_BT[:, :-1]}, ()).outputs
+        return cross_entropy_sum(logits_BTV, ids_BT[:, 1:]) / ids_BT[:, 1:].numel()
+
+
 def build_model(width: int, layers: int, vocab: int, length: int) -> nn.Module:
-    return create(
-        DecoderConfig(layers=layers, width=width, heads=8, context=length, vocab_size=vocab), seed=1
-    )
-
-
-def mean_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return cross_entropy_sum(model(ids[:, :-1]), ids[:, 1:]) / ids[:, 1:].numel()
+    spec = DecoderConfig(layers=layers, width=width, heads=8, context=length, vocab_size=vocab)
+    return WholeLoss(create(spec, seed=1))
 
 
 def plain_step(
     new_model: Callable[[], nn.Module], ids: torch.Tensor, wrap: Callable[[nn.Module], nn.Module]
 ) -> Step:
-    """torch's own loop; `wrap` may make the model a DistributedDataParallel."""
+    """Make torch's own loop; `wrap` may make the model a DistributedDataParallel."""
     model = wrap(new_model())
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        mean_loss(model, ids).backward()
+        model(ids).backward()
         optimizer.step()
 
     return step
@@ -80,20 +87,20 @@ def our_step(
 ) -> Step:
     model = new_model()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    buckets = GradientBuckets([model.parameters()], axis, settings)
+    gradients = ReplicatedGradients([model.parameters()], axis, settings)
 
     def step() -> None:
-        buckets.zero()
-        buckets.begin_last_microbatch()
-        (mean_loss(model, ids) / axis.size).backward()
-        buckets.reduce()
+        gradients.begin()
+        gradients.last_microbatch()
+        (model(ids) / axis.size).backward()
+        gradients.finish()
         optimizer.step()
 
     return step
 
 
 def join_gloo(comm: MPI.Intracomm) -> None:
-    """torch.distributed over loopback, or the network that GLOO_SOCKET_IFNAME names; the ranks meet in a file."""
+    """Start torch.distributed over loopback, or over the network that GLOO_SOCKET_IFNAME names."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     path = comm.bcast(tempfile.mktemp(prefix="mpillm-gloo-") if comm.rank == 0 else None)
     store = torch.distributed.FileStore(path, comm.size)
@@ -103,7 +110,7 @@ def join_gloo(comm: MPI.Intracomm) -> None:
 def measure(
     steps: dict[str, Step], comm: MPI.Intracomm, rounds: int, repeats: int, tokens: int
 ) -> dict[str, list[float]]:
-    """Tokens a second, over all ranks, of each of `steps` in each round; the first, unmeasured round warms up."""
+    """Measure tokens a second over all ranks, by step and round; a first round warms up."""
     rates: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for turn in range(rounds + 1):
@@ -124,7 +131,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def summary(rates: dict[str, list[float]]) -> dict[str, dict[str, object]]:
-    """Per way: quartiles of tokens/s; against each peer the ratio of medians and the per-round ratio's quartiles."""
+    """Summarize each way: quartiles of its speed, and its ratios to each peer."""
 
     def ratio(name: str, peer: str) -> dict[str, object]:
         rounds = [one / other for one, other in zip(rates[name], rates[peer], strict=True)]
@@ -141,7 +148,7 @@ def summary(rates: dict[str, list[float]]) -> dict[str, dict[str, object]]:
     }
 
 
-def tell(result: dict[str, dict[str, object]]) -> None:
+def print_result(result: dict[str, dict[str, object]]) -> None:
     def spread(q: list[float], digits: int) -> str:
         return f"{q[1]:,.{digits}f} [{q[0]:,.{digits}f}..{q[2]:,.{digits}f}]"
 
@@ -169,7 +176,7 @@ def arguments() -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument(
-        "--ways", default="auto,after native", help=f"of ours, with commas: {', '.join(OURS)}"
+        "--ways", default="auto,after mpi", help=f"of ours, with commas: {', '.join(OURS)}"
     )
     parser.add_argument(
         "--bucket-mib", type=int, default=0, help="the size of our buckets, where not the default's"
@@ -217,9 +224,10 @@ def main() -> None:
         result = summary(rates)
         parameters = sum(parameter.numel() for parameter in new_model().parameters())
         print(
-            f"{comm.size} ranks, {parameters:,} parameters, {options.rows} × {options.length} tokens a rank and step"
+            f"{comm.size} ranks, {parameters:,} parameters, "
+            f"{options.rows} × {options.length} tokens a rank and step"
         )
-        tell(result)
+        print_result(result)
         if options.json:
             options.json.write_text(
                 json.dumps({"settings": vars(options) | {"json": None}, "ways": result}, indent=1)

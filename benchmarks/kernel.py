@@ -1,11 +1,11 @@
-"""Why there is a compiled kernel: the node's all-reduce by it, and by NumPy and torch in cache-sized blocks.
+"""Measure what the compiled kernel gains over NumPy and torch: the all-reduce within a node.
 
     mpirun -n 2 python benchmarks/kernel.py [--rounds 31 --sizes 1024,65536,1048576,33554432]
 
-All work on the same rows of shared memory, sum their own block over all rows and write it into every row; NumPy and
-torch call the kernel's barrier before and after, since Python has no flags that keep memory in order. They take turns
-within each round, in changing order; ratios are taken within a round. `no flags` leaves the barriers out: what is
-left is arithmetic.
+All work on the same rows of shared memory: each rank sums its block over all rows and writes it
+into every row. NumPy and torch call the kernel's barrier before and after, since Python has no
+atomic flags. They take turns within each round; ratios are taken within a round. `no flags` leaves
+the barriers out: the arithmetic alone.
 """
 
 import argparse
@@ -27,7 +27,7 @@ Call = Callable[[], object]
 
 
 def by_library(rows: SharedRows, group: Communicator, barrier: Call) -> Call:
-    """NumPy for float32; torch for the 16-bit floats, which NumPy adds one by one or has not."""
+    """Reduce by NumPy (float32) or torch: NumPy adds float16 slowly and lacks bfloat16."""
     flats = [from_octets(octets, rows.element).flat for octets in rows.octets]
     if rows.element == "float16":
         flats = [torch.from_numpy(flat) for flat in flats]
@@ -52,7 +52,7 @@ def by_library(rows: SharedRows, group: Communicator, barrier: Call) -> Call:
 def measure(
     group: Communicator, calls: dict[str, Call], rounds: int, nbytes: int
 ) -> dict[str, np.ndarray]:
-    """Seconds of each call in each round, of the slowest rank."""
+    """Measure the seconds of each call in each round, on the slowest rank."""
     batch = max(1, min(100, 2**20 // nbytes))
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
@@ -86,13 +86,14 @@ def main() -> None:
             }
             seconds = measure(group, calls, options.rounds, nbytes)
             if group.rank == 0:
-                told = []
+                columns = []
                 for name, own in seconds.items():
                     low, middle, high = np.percentile(own / seconds["kernel"], [25, 50, 75])
-                    told.append(
-                        f"{name} {np.median(own) * 1e6:,.1f} µs ({middle:.2f} [{low:.2f}..{high:.2f}])"
+                    columns.append(
+                        f"{name} {np.median(own) * 1e6:,.1f} µs "
+                        f"({middle:.2f} [{low:.2f}..{high:.2f}])"
                     )
-                print(f"{element:9s} {nbytes:11,d} bytes  {'  '.join(told)}", flush=True)
+                print(f"{element:9s} {nbytes:11,d} bytes  {'  '.join(columns)}", flush=True)
             calls.clear()
             rows.free()
     group.free()

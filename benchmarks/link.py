@@ -1,12 +1,12 @@
-"""All-reduce over a link between two hosts: which part of the link each algorithm fills, both ways at once.
+"""Measure which fraction of a link between two hosts an all-reduce fills, both ways at once.
 
-    sh tests/fixtures/two_hosts.sh [--ranks-per-host 2] python benchmarks/link.py [--sizes 1M,4M --rounds 7 --json FILE]
+    sh tests/fixtures/two_hosts.sh [--ranks-per-host 2] python benchmarks/link.py [--sizes 1M,4M]
 
-First plain TCP sockets measure the link, one way and both ways at once. Then the algorithms of mpillm, `native` and
-torch's gloo take turns within each round, in changing order. What went over the link is read from the network
-interface's counters, of the sockets too, so headers count on both sides; the busier direction counts.
-`--try 60K*8,1M*2` adds the segmented ones with other segments and numbers in flight. On a cluster, `--interface` names
-the link.
+First plain TCP sockets measure the link, one way and both ways at once. Then mpillm's algorithms,
+the MPI library and torch's gloo take turns within each round, in random order. Traffic is read from
+the counters of the network interface, of the sockets too, so headers count for all; the busier
+direction counts. `--try 60K*8,1M*2` adds segmented algorithms with other segments and numbers in
+flight. On a cluster, `--interface` names the link.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from mpillm.bench.timing import in_turn
 from mpillm.comm.communicator import Communicator
 from mpillm.comm.executors import dispatch
 
-OURS = ("native", "ring", "segmented-ring", "rabenseifner", "two-level")
+OURS = ("mpi", "ring", "segmented-ring", "rabenseifner", "two-level")
 SEGMENTED = ("segmented-ring", "two-level")
 SOCKET_BYTES = 1 << 20
 Call = Callable[[], object]
@@ -38,7 +38,7 @@ Call = Callable[[], object]
 
 @dataclass
 class Measured:
-    """What one contestant did, a value a round."""
+    """The measurements of one contestant, a value a round."""
 
     seconds: list[float] = field(default_factory=list)
     link_bytes: list[int] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Measured:
 
 
 def counter(interface: str) -> int:
-    """The bytes that this host has sent over `interface`."""
+    """Read how many bytes this host has sent over `interface`."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, numbers = line.partition(":")
         if name.strip() == interface:
@@ -61,7 +61,7 @@ def counter(interface: str) -> int:
 
 
 def timed(comm: MPI.Intracomm, call: Call, interface: str) -> tuple[float, int]:
-    """Run `call` on all ranks: the slowest rank's time, and the bytes of the host that sent more."""
+    """Run `call` on all ranks; return the slowest rank's seconds and the busier host's bytes."""
     comm.Barrier()
     sent, started = counter(interface), time.perf_counter()
     call()
@@ -75,7 +75,7 @@ def timed(comm: MPI.Intracomm, call: Call, interface: str) -> tuple[float, int]:
 
 
 def connect(comm: MPI.Intracomm, group: Communicator) -> socket.socket | None:
-    """A TCP connection between the first ranks of the two hosts; None on other ranks."""
+    """Connect the first ranks of the two hosts over TCP; return None on other ranks."""
     here, there = (ranks[0] for ranks in group.nodes)
     if comm.rank == here:
         with socket.create_server((socket.gethostbyname(socket.gethostname()), 0)) as server:
@@ -97,7 +97,7 @@ def pull(wire: socket.socket, nbytes: int) -> None:
 
 
 def socket_calls(wire: socket.socket | None, sends: bool, nbytes: int) -> tuple[Call, Call]:
-    """One way, and both ways at once."""
+    """Make the calls that send one way, and both ways at once."""
 
     def one_way() -> None:
         if wire is not None:
@@ -124,11 +124,11 @@ def measure_link(
     return found
 
 
-# ---- who competes ----
+# ---- the contestants ----
 
 
 def join_gloo(comm: MPI.Intracomm, interface: str) -> Callable[[Any], Call] | None:
-    """Makes the gloo all-reduce of an array, or None where torch is missing; the ranks meet in a file that all see."""
+    """Return what makes gloo's all-reduce of an array; None where torch is missing."""
     try:
         import torch
         import torch.distributed
@@ -149,7 +149,7 @@ def join_gloo(comm: MPI.Intracomm, interface: str) -> Callable[[Any], Call] | No
 
 @contextmanager
 def constants(segment_bytes: int, in_flight: int) -> Iterator[None]:
-    """The builder's constants, for a while."""
+    """Replace the constants of the dispatcher for a while."""
     kept = dispatch.SEGMENT_BYTES, dispatch.IN_FLIGHT
     dispatch.SEGMENT_BYTES, dispatch.IN_FLIGHT = segment_bytes, in_flight
     try:
@@ -159,25 +159,19 @@ def constants(segment_bytes: int, in_flight: int) -> Iterator[None]:
 
 
 def prepare(group: Communicator, array: Any, algorithm: str, text: str) -> Call:
-    """`text`: SEGMENT*IN_FLIGHT, or "" for the builder's own."""
+    """Prepare a call. `text`: SEGMENT*IN_FLIGHT, or "" for the built-in numbers."""
     if not text:
         return group.prepare("allreduce", array, algorithm=algorithm).run
     size, _, number = text.partition("*")
-    given = parse_sizes(size)[0], int(number)
-    with constants(*given):
-        ready = group.prepare("allreduce", array, algorithm=algorithm)
-
-    def call() -> None:
-        with constants(*given):
-            ready.run()
-
-    return call
+    # A communicator takes the constants when it is made, and again when it prepares a call.
+    with constants(parse_sizes(size)[0], int(number)):
+        return Communicator(group.comm).prepare("allreduce", array, algorithm=algorithm).run
 
 
 def contestants(
     group: Communicator, nbytes: int, gloo: Any, options: argparse.Namespace
 ) -> dict[str, Call]:
-    """Each reduces an array of its own. Zeros: sums of sums stay what they are, round after round."""
+    """Make the calls, each on an array of its own: zeros, whose repeated sums stay zeros."""
 
     def zeros() -> Any:
         return np.zeros(nbytes // 4, np.float32)
@@ -197,7 +191,7 @@ def contestants(
 def interleave(
     comm: MPI.Intracomm, calls: dict[str, Call], options: argparse.Namespace
 ) -> dict[str, Measured]:
-    """Each of `calls` once a round, in changing order; the first, unmeasured round warms up."""
+    """Run each of `calls` once a round, in random order; a first round warms up."""
     found = {name: Measured() for name in calls}
     names = list(calls)
     for turn in range(options.rounds + 1):
@@ -209,7 +203,7 @@ def interleave(
     return found
 
 
-# ---- what is told ----
+# ---- the output ----
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -221,14 +215,14 @@ def spread(q: list[float], digits: int) -> str:
 
 
 def summary(nbytes: int, found: dict[str, Measured], link_rate: float) -> list[dict[str, Any]]:
-    """A row a contestant; ratios are the peer's time over the own in the same round."""
+    """Make a row for each contestant; a ratio is the peer's time over its own in the same round."""
 
     def row(name: str, own: Measured) -> dict[str, Any]:
         ratios = {
             f"to_{peer}": quartiles(
                 [b / a for a, b in zip(own.seconds, found[peer].seconds, strict=True)]
             )
-            for peer in ("native", "gloo")
+            for peer in ("mpi", "gloo")
             if peer in found
         }
         return {
@@ -243,24 +237,27 @@ def summary(nbytes: int, found: dict[str, Measured], link_rate: float) -> list[d
     return [row(name, own) for name, own in found.items()]
 
 
-def tell_link(link: dict[str, Measured]) -> float:
+def print_link(link: dict[str, Measured]) -> float:
     """Print the link's rates; return that of each direction when both are busy."""
     for name, own in link.items():
         megabits = quartiles([8e-6 * rate for rate in own.rates()])
         print(
-            f"the link by plain TCP sockets, {name}: {spread(megabits, 0)} Mbit/s each direction, headers included"
+            f"the link by plain TCP sockets, {name}: {spread(megabits, 0)} Mbit/s each direction, "
+            "headers included"
         )
     print(
-        f"{'MiB':>6s}  {'algorithm':22s} {'ms':>26s}  {'MiB each way':>12s}  {'of the link':22s} × native, × gloo"
+        f"{'MiB':>6s}  {'algorithm':22s} {'ms':>26s}  {'MiB each way':>12s}  "
+        f"{'of the link':22s} × mpi, × gloo"
     )
     return quartiles(link["both ways"].rates())[1]
 
 
-def tell(rows: list[dict[str, Any]]) -> None:
+def print_rows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        ratios = "  ".join(spread(row[key], 2) for key in ("to_native", "to_gloo") if key in row)
+        ratios = "  ".join(spread(row[key], 2) for key in ("to_mpi", "to_gloo") if key in row)
         print(
-            f"{row['bytes'] / 2**20:6g}  {row['algorithm']:22s} {spread([1e3 * s for s in row['seconds']], 1):>26s}  "
+            f"{row['bytes'] / 2**20:6g}  {row['algorithm']:22s} "
+            f"{spread([1e3 * s for s in row['seconds']], 1):>26s}  "
             f"{row['link_bytes'] / 2**20:12.2f}  {spread(row['of_link'], 2):22s} {ratios}",
             flush=True,
         )
@@ -289,20 +286,21 @@ def main() -> None:
     group = Communicator(comm, warn=print)
     if len(group.nodes) != 2:
         raise SystemExit(
-            f"a link joins 2 hosts, these ranks are on {len(group.nodes)}; see tests/fixtures/two_hosts.sh"
+            f"a link joins 2 hosts, these ranks are on {len(group.nodes)}; "
+            "start them by tests/fixtures/two_hosts.sh"
         )
     gloo = join_gloo(comm, options.interface) if "gloo" in options.algorithms else None
     link = measure_link(comm, group, options)
     link_rate = 0.0
     if comm.rank == 0:
         print(f"{MPI.Get_library_version().splitlines()[0]}; ranks of each host: {group.nodes}")
-        link_rate = tell_link(link)
+        link_rate = print_link(link)
     rows = []
     for nbytes in parse_sizes(options.sizes):
         found = interleave(comm, contestants(group, nbytes, gloo, options), options)
         if comm.rank == 0:
             rows += summary(nbytes, found, link_rate)
-            tell(rows[-len(found) :])
+            print_rows(rows[-len(found) :])
     if comm.rank == 0 and options.json:
         rates = {name: quartiles(own.rates()) for name, own in link.items()}
         options.json.write_text(

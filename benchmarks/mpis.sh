@@ -1,12 +1,12 @@
 #!/bin/sh
-# All-reduce beside the library's own in each MPI that comes as a wheel: builds one environment an MPI, then runs
-# collectives.py, which prints one table.
+# Compare all-reduce with the MPI library's own in each MPI that comes as a wheel: build one environment an MPI, then
+# run collectives.py, which prints one table.
 #   sh benchmarks/mpis.sh [--folder FOLDER] [--environments openmpi=PATH,mpich=PATH,intel=PATH] [OPTION...]
-# --folder        where the environments lie and stay; build/mpis in the repository if not given
+# --folder        where the environments are kept; build/mpis in the repository if not given
 # --environments  take these as they are, and build none
 # All other options are collectives.py's: --sizes, --dtypes, --buffers, --iterations, --json...
 set -eu
-repository=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
+repository=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 # shellcheck source=jobs/environment.sh
 . "$repository/jobs/environment.sh"
 ROOT=$repository

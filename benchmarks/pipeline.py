@@ -1,11 +1,12 @@
-"""Pipelines beside a peer: tokens a second of one training loop, by mpillm and by torch.distributed.pipelining.
+"""Compare pipelines with torch.distributed.pipelining: tokens a second of one training loop.
 
-    mpirun -n 2 python benchmarks/pipeline.py [--microbatches 8 --rounds 9 --steps 2 --width 256 --layers 8]
-    mpirun -n 2 python benchmarks/pipeline.py --only 'ours 1f1b'      one alone: for its peak of resident memory
+    mpirun -n 2 python benchmarks/pipeline.py [--microbatches 8 --rounds 9 --steps 2 --width 256]
+    mpirun -n 2 python benchmarks/pipeline.py --only 'ours 1f1b'      alone: its peak memory
 
-Both take the same untied decoder, cut in the same stages, the same microbatches, AdamW(fused=True) and one thread a
-rank; torch's stages talk over gloo. They take turns within each round, in changing order, and ratios are taken within
-a round. Busy time is what the stages' passes take, waiting apart; the bubble is waiting over computing.
+Both take the same untied decoder, cut into the same stages, the same microbatches,
+AdamW(fused=True) and one thread a rank; torch's stages communicate by gloo. They take turns within
+each round, and ratios are taken within a round. Busy time is the time of the stages' passes without
+waiting; the bubble is waiting over computing.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 import torch.distributed
 from data_parallel import join_gloo, measure, quartiles
 from mpi4py import MPI
+from torch import nn
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -28,7 +30,7 @@ from torch.nn import functional as F
 
 from mpillm.comm.mesh import Mesh
 from mpillm.models.decoder import DecoderConfig
-from mpillm.models.part_module import create
+from mpillm.models.part_module import PartModule, create
 from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.sharded_model import ShardedModel
@@ -40,12 +42,14 @@ THEIRS = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleI
 
 
 class Ours:
+    """mpillm's pipeline."""
+
     def __init__(
-        self, config: DecoderConfig, mesh: Mesh, layout: StepPlan, settings: ParallelSettings, ids
+        self, config: DecoderConfig, mesh: Mesh, plan: StepPlan, settings: ParallelSettings, ids
     ) -> None:
-        self.model = ShardedModel(config, CausalLM(), 1, mesh, layout, settings)
+        self.model = ShardedModel(config, CausalLM(), 1, mesh, plan, settings)
         self.optimizer = torch.optim.AdamW(self.model.named_weights().values(), fused=True)
-        pieces = [{"ids": ids[a:b, :-1], "targets": ids[a:b, 1:]} for a, b in layout.bounds]
+        pieces = [{"ids": ids[a:b, :-1], "targets": ids[a:b, 1:]} for a, b in plan.bounds]
         self.batch = Batch(pieces, ids[:, 1:].numel())
         self.busy, self.loss = 0.0, 0.0
 
@@ -56,21 +60,35 @@ class Ours:
         self.optimizer.step()
 
 
+class TorchPart(nn.Module):
+    """A part of the decoder in the form that torch's stages take: a tensor in, a tensor out."""
+
+    def __init__(self, part: PartModule) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        fields, streams = ({"ids": given}, ()) if self.part.begins else ({}, (given,))
+        return self.part.forward_part(fields, streams).outputs[0]
+
+
 class Theirs:
-    def __init__(self, name: str, config: DecoderConfig, layout: StepPlan, rank: int, ids) -> None:
-        schedule, device = layout.schedule, torch.device("cpu")
+    """torch's pipeline."""
+
+    def __init__(self, name: str, config: DecoderConfig, plan: StepPlan, rank: int, ids) -> None:
+        schedule, device = plan.schedule, torch.device("cpu")
         self.parts = {
-            stage: create(config, 1, part=layout.parts[stage]) for stage in schedule.stages_of(rank)
+            stage: create(config, 1, part=plan.parts[stage]) for stage in schedule.stages_of(rank)
         }
         stages = [
-            PipelineStage(part, stage, schedule.stages, device)
+            PipelineStage(TorchPart(part), stage, schedule.stages, device)
             for stage, part in self.parts.items()
         ]
         for stage in stages:
             for passes in ("forward_one_chunk", "backward_one_chunk"):
                 setattr(stage, passes, self._timed(getattr(stage, passes)))
         held = stages if name == "interleaved" else stages[0]
-        self.schedule = THEIRS[name](held, layout.microbatches, loss_fn=_mean_loss)
+        self.schedule = THEIRS[name](held, plan.microbatches, loss_fn=_mean_loss)
         weights = [weight for part in self.parts.values() for weight in part.parameters()]
         self.optimizer = torch.optim.AdamW(weights, fused=True)
         self.given = (
@@ -120,7 +138,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--only", default="", help="one contestant alone")
     parser.add_argument(
-        "--handover", default="auto", help="how our stages hand over: auto, shared, messages"
+        "--handover", default="auto", help="how our streams pass: auto, shared, messages"
     )
     return parser.parse_args()
 
@@ -146,39 +164,44 @@ def main() -> None:
     contestants: dict[str, Ours | Theirs] = {}
     for name in options.schedules.split(","):
         settings = ParallelSettings(pipeline=comm.size, schedule=name, handover=options.handover)
-        layout = plan_step(config, settings, 1, rows, options.rows)
+        plan = plan_step(config, settings, 1, rows, options.rows)
         if options.only in ("", f"torch {name}"):
-            contestants[f"torch {name}"] = Theirs(name, config, layout, comm.rank, ids)
+            contestants[f"torch {name}"] = Theirs(name, config, plan, comm.rank, ids)
         if options.only in ("", f"ours {name}"):
-            contestants[f"ours {name}"] = Ours(config, mesh, layout, settings, ids)
-    before = {name: one.busy for name, one in contestants.items()}
-    steps = {name: one.step for name, one in contestants.items()}
+            contestants[f"ours {name}"] = Ours(config, mesh, plan, settings, ids)
+    before = {name: contestant.busy for name, contestant in contestants.items()}
+    steps = {name: contestant.step for name, contestant in contestants.items()}
     rates = measure(steps, comm, options.rounds, options.steps, rows * options.length // comm.size)
-    tell(contestants, before, rates, comm, options, rows * options.length)
+    print_result(contestants, before, rates, comm, options, rows * options.length)
     torch.distributed.destroy_process_group()
 
 
-def tell(contestants, before, rates, comm, options, tokens) -> None:
+def print_result(contestants, before, rates, comm, options, tokens) -> None:
     peak = comm.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     per_step = (options.rounds + 1) * options.steps
     busy = {
-        name: comm.allreduce(one.busy - before[name]) / comm.size / per_step
-        for name, one in contestants.items()
+        name: comm.allreduce(contestant.busy - before[name]) / comm.size / per_step
+        for name, contestant in contestants.items()
     }
-    losses = {name: comm.allreduce(one.loss) for name, one in contestants.items()}
+    losses = {name: comm.allreduce(contestant.loss) for name, contestant in contestants.items()}
     if comm.rank:
         return
     print(
-        f"{comm.size} stages' ranks, {options.microbatches} microbatches of {options.rows} × {options.length} tokens"
+        f"{comm.size} ranks, {options.microbatches} microbatches of "
+        f"{options.rows} × {options.length} tokens"
     )
     for name, found in rates.items():
         low, middle, high = quartiles(found)
-        line = f"{name:17s} {middle:7,.0f} [{low:,.0f}..{high:,.0f}] tokens/s, loss {losses[name]:.5f}, "
-        line += f"busy {busy[name] * 1e3:.0f} ms a step, bubble {tokens / middle / busy[name] - 1:.1%} (with update)"
+        bubble = tokens / middle / busy[name] - 1
+        line = (
+            f"{name:17s} {middle:7,.0f} [{low:,.0f}..{high:,.0f}] tokens/s, loss {losses[name]:.5f}"
+            f", busy {busy[name] * 1e3:.0f} ms a step, bubble {bubble:.1%} (with update)"
+        )
         peer = f"torch {name.partition(' ')[2]}"
         if name != peer and peer in rates:
             ratios = [one / other for one, other in zip(found, rates[peer], strict=True)]
-            line += f"; to torch {np.median(found) / np.median(rates[peer]):.3f}, per round {quartiles(ratios)}"
+            of_medians = np.median(found) / np.median(rates[peer])
+            line += f"; to torch {of_medians:.3f}, per round {quartiles(ratios)}"
         print(line, flush=True)
     if options.only:
         print(f"peak resident MiB by rank: {[round(mib) for mib in peak]}")

@@ -1,10 +1,10 @@
-"""How fast windows of tokens are read: the shard reader beside a raw file, by os.preadv and by numpy.memmap.
+"""Measure how fast windows of tokens are read, compared with os.preadv and numpy.memmap.
 
     python benchmarks/reading.py --rounds 15 --windows 16384
 
-Every variant reads windows at new random places each round (its own: those of the variant before would lie in the
-CPU's cache), in an order that changes from round to round, warm, into a reused batch buffer. Figures are CPU time
-(time.process_time).
+Each variant reads windows at new random places each round, so that none finds those of another in
+the processor's cache. The order changes from round to round; files are warm, and the batch buffer
+is reused. Figures are CPU time (time.process_time).
 """
 
 import argparse
@@ -31,7 +31,7 @@ from mpillm.tokens.windows import ReadPlan
 CONTEXT = 1024
 ROWS = 64
 N_SHARDS = 8
-MEAN_DOCUMENT_TOKENS = 3866  # data.md: 537 M tokens in 138,888 documents
+MEAN_DOCUMENT_TOKENS = 3866  # as in a web corpus: 537 M tokens in 138,888 documents
 
 Ids = np.ndarray[Any, np.dtype[Any]]
 
@@ -72,7 +72,7 @@ def build(folder: Path, mebibytes: int) -> Corpus:
 
 
 def batches(starts: Ids) -> Iterator[list[int]]:
-    """The starts of each batch, as byte offsets in the raw file."""
+    """Yield the starts of each batch, as byte offsets in the raw file."""
     for first in range(0, len(starts), ROWS):
         yield (starts[first : first + ROWS] * 2).tolist()
 
@@ -87,7 +87,7 @@ def raw_preadv(corpus: Corpus, starts: Ids, buffer: Ids) -> None:
 
 
 def raw_preadv_tuned(corpus: Corpus, starts: Ids, buffer: Ids) -> None:
-    """The same with the shard reader's own trick, so that nothing but the shards differs."""
+    """Read as raw_preadv, with the views of the shard reader: then only the shards differ."""
     descriptor, preadv, nbytes = os.open(corpus.raw, os.O_RDONLY), os.preadv, 2 * (CONTEXT + 1)
     for offsets in batches(starts):
         flat = buffer.reshape(-1).data.cast("B")
@@ -106,7 +106,7 @@ def raw_memmap(corpus: Corpus, starts: Ids, buffer: Ids) -> None:
 
 
 def shard_fetch(reader: TokenReader, starts: Ids, buffer: Ids) -> None:
-    """Planning of places and reading; no order, no document boundaries."""
+    """Plan places and read them; no order, no document boundaries."""
     for block in range(0, len(starts), PLANNED_SAMPLES):
         plan = ReadPlan(
             reader, starts[block : block + PLANNED_SAMPLES], CONTEXT + 1, boundaries=False
@@ -121,7 +121,7 @@ def whole_sample(sampler: Sampler, first_step: int, windows: int, buffer: Ids) -
 
 
 def measure(corpus: Corpus, rounds: int, windows: int) -> dict[str, list[float]]:
-    """Seconds of CPU per window, for each variant and round."""
+    """Measure the CPU seconds of a window, by variant and round."""
     buffer = np.empty((ROWS, CONTEXT + 1), np.uint16)
     generator = np.random.default_rng(int(time.time()))
     seconds: dict[str, list[float]] = {}
@@ -152,7 +152,8 @@ def show(seconds: dict[str, list[float]]) -> None:
     base = seconds["preadv, raw file"]
     mapped = seconds["numpy.memmap slices, raw file"]
     print(
-        f"{'variant':32} {'µs/window':>10} {'min–max':>14} {'speed / preadv':>15} {'speed / memmap':>15}"
+        f"{'variant':32} {'µs/window':>10} {'min–max':>14} {'speed / preadv':>15} "
+        f"{'speed / memmap':>15}"
     )
     for name in sorted(seconds, key=lambda name: ("raw" not in name, name)):
         own = seconds[name]
@@ -182,7 +183,7 @@ def show(seconds: dict[str, list[float]]) -> None:
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> float:
-    """The median over rounds of one / other: what slows a whole round falls out."""
+    """Return the median over rounds of one / other: a slow round cancels out."""
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 

@@ -1,7 +1,9 @@
-"""How long a run takes from mpirun to the end of its first step, beside the bare imports under the same mpirun; and
-`mpillm --help` beside the import of torch. In turns, so that a busy machine hurts both alike.
+"""Measure a start: from mpirun to the end of the first step, and `mpillm --help`.
 
     python benchmarks/startup.py [--ranks 2] [--rounds 7]
+
+The first is compared with the bare imports under the same mpirun, the second with the import of
+torch. They take turns, so that a busy machine slows both.
 """
 
 import argparse
@@ -29,7 +31,7 @@ run = "run"
 steps = 100000
 batch = 8
 """
-PATIENCE_SECONDS = 120
+LONGEST_SECONDS = 120
 
 
 def launcher(ranks: int) -> list[str]:
@@ -48,14 +50,14 @@ def launcher(ranks: int) -> list[str]:
 
 
 def whole(command: Sequence[str]) -> float:
-    """Seconds of a command from its start to its end."""
+    """Measure the seconds of a command from its start to its end."""
     begun = time.perf_counter()
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
     return time.perf_counter() - begun
 
 
 def first_step(command: Sequence[str], folder: Path) -> float:
-    """Seconds until the run has told of its first step; then it is asked to stop."""
+    """Measure the seconds until a run records its first step; then stop it."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     metrics = folder / "run/metrics.jsonl"
     begun = time.perf_counter()
@@ -67,7 +69,7 @@ def first_step(command: Sequence[str], folder: Path) -> float:
         stderr=subprocess.PIPE,
     ) as process:
         while not (metrics.exists() and metrics.stat().st_size):
-            if process.poll() is not None or time.perf_counter() - begun > PATIENCE_SECONDS:
+            if process.poll() is not None or time.perf_counter() - begun > LONGEST_SECONDS:
                 process.kill()
                 raise SystemExit(f"no first step: {process.communicate()[1].decode()}")
             time.sleep(0.002)
@@ -78,7 +80,7 @@ def first_step(command: Sequence[str], folder: Path) -> float:
 
 
 def compare(name: str, one: Callable[[], float], other: Callable[[], float], rounds: int) -> None:
-    """`one` over `other`, in turns; the first round warms the caches up and doesn't count."""
+    """Compare `one` with `other`, in turns; the first round warms up and does not count."""
     pairs = [(one(), other()) for _ in range(rounds + 1)][1:]
     ratios = sorted(a / b for a, b in pairs)
     medians = [statistics.median(times) for times in zip(*pairs, strict=True)]

@@ -266,7 +266,9 @@ def word_faults(house: Path) -> list[str]:
             )
         if any(isinstance(node, ast.Global) for node in ast.walk(ast.parse(text))):
             faults.append(f"{name} has a global statement; hand the value on as an argument")
-        if path.name == "__init__.py" and not _only_a_docstring(text):
+        # The package's own __init__ exports the names of docs/api.md (tests/test_docs.py).
+        is_room = path.name == "__init__.py" and path.parent != house
+        if is_room and not _only_a_docstring(text):
             faults.append(f"{name} holds more than a docstring")
     return faults
 
