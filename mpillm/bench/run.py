@@ -22,7 +22,7 @@ from mpillm.comm.failure import on_root
 from mpillm.comm.gpu.probe import probe
 from mpillm.errors import UsageError
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
-from mpillm.machine.node_map import map_nodes
+from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.system.atomic import make_folder, write_text
 from mpillm.system.console import Console
 from mpillm.system.extras import require_packages
@@ -37,18 +37,20 @@ def run_benchmarks(
     comm: "MPI.Intracomm",
     console: Console,
     environment: Mapping[str, str] | None = None,
+    node_map: NodeMap | None = None,
 ) -> None:
     """Measure, print and write what `options` ask for. Every rank of `comm` calls it with equal
     options.
 
     Raises UsageError for what cannot run here. `environment`: the process's, for the child that
     probes MPI with a GPU's memory; None: no probe.
+    `node_map`: of `comm`, else MPI is asked.
     """
     if options.plot is not None:
         # Before anything is measured: a long run must not end in a picture that cannot be drawn.
         require_packages("bench --plot", "matplotlib")
     on_root(comm, lambda: _check_places(options))
-    node_map = map_nodes(comm)
+    node_map = node_map or map_nodes(comm)
     _check_device(options, node_map.local_rank(comm.rank))
     quiet = Console(speaks=False) if options.quiet else console
     cluster = describe_cluster(comm, node_map)

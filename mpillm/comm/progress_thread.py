@@ -42,7 +42,9 @@ class ProgressThread:
         thread, if any.
         """
         with self.lock:
-            self.check()
+            # Not by `check`: this is on the way of every gradient.
+            if self._failure is not None:
+                raise self._failure
             yield
 
     def check(self) -> None:

@@ -90,12 +90,13 @@ def print_placement(
     threads: int,
     console: Console,
     verbose: bool,
+    node_map: NodeMap | None = None,
 ) -> None:
     """Warn of oversubscribed and of idle cores; `verbose`: print the place of each rank.
 
     Every rank calls it.
     """
-    places = placement(comm, environment, threads)
+    places = placement(comm, environment, threads, node_map=node_map)
     if verbose:
         console.table("placement", COLUMNS, table_rows(places))
     for text in (oversubscription(places), narrow_binding(places)):

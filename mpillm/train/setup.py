@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mpillm.comm.failure import on_root
 from mpillm.errors import MismatchError, UsageError
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
-from mpillm.machine.node_map import map_nodes
+from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.step_plan import make_mesh, plan_step
 from mpillm.runs.folder import CLUSTER, METRICS
@@ -39,17 +39,18 @@ def train(
     resume: bool = False,
     trace: bool = False,
     allotment: Allotment = NOTHING_ALLOTTED,
+    node_map: NodeMap | None = None,
 ) -> None:
     """Train as the recipe says. Every rank calls it.
 
     `resume`: go on from the newest whole checkpoint of the run, if it has one. `trace`: leave a file that shows when
-    each rank did what. Raises MpillmError's kinds.
+    each rank did what. `node_map`: of `comm`, else MPI is asked. Raises MpillmError's kinds.
     """
     keep_pages()
     manifest = Manifest.load(recipe.data.path)
     recipe = replace(recipe, model=_with_vocabulary(recipe, manifest))
     settings, parallel = recipe.train, recipe.parallel
-    node_map = map_nodes(comm)
+    node_map = node_map or map_nodes(comm)
     mesh = make_mesh(comm, parallel, recipe.model, settings.batch, node_map)
     data = mesh.axis("data")
     plan = plan_step(

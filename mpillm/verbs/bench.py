@@ -25,10 +25,9 @@ class Bench(BenchOptions):
         with open_job(self.debug) as job:
             limit_torch_threads(job.threads)
             from mpillm.bench.run import run_benchmarks
-            from mpillm.comm.mesh import on_one_node
 
-            if on_one_node(job.comm):
+            if job.node_map.on_one_node:
                 # gloo takes its network from the environment, else from the host's name.
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             options = replace(self, threads=job.threads)
-            run_benchmarks(options, job.comm, job.console, environment=dict(os.environ))
+            run_benchmarks(options, job.comm, job.console, dict(os.environ), node_map=job.node_map)

@@ -13,14 +13,18 @@ from mpillm.system.extras import extras_explained, installed
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from mpillm.machine.node_map import NodeMap
+
 
 @dataclass(frozen=True)
 class Job:
-    """All ranks, the console of rank 0, and this rank's number of threads."""
+    """All ranks, the console of rank 0, this rank's number of threads, and the map of nodes."""
 
     comm: "MPI.Intracomm"
     console: Console
     threads: int
+    node_map: "NodeMap"
+    """Of `comm`; asked of MPI once a job."""
 
 
 @contextmanager
@@ -35,6 +39,7 @@ def open_job(debug: bool, stops_in_order: bool = False) -> Iterator[Job]:
     from mpillm.launch.signals import interrupt_on_terminate
     from mpillm.launch.singleton import one_voice, refuse_before_init, refuse_lonely_ranks
     from mpillm.launch.threads import threads_per_rank
+    from mpillm.machine.node_map import map_nodes
 
     if not stops_in_order:
         interrupt_on_terminate()
@@ -44,11 +49,13 @@ def open_job(debug: bool, stops_in_order: bool = False) -> Iterator[Job]:
 
         refuse_lonely_ranks(os.environ, comm.size, MPI.Get_library_version())
     with fail_together(comm, debug=debug), extras_explained():
-        threads = threads_per_rank(comm, os.environ)
+        node_map = map_nodes(comm)
+        threads = threads_per_rank(comm, os.environ, node_map)
         # The tokenizers' own thread pool reads its size from the environment alone.
         os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        yield Job(comm, Console(speaks=comm.rank == 0, watched=watched(os.environ)), threads)
+        console = Console(speaks=comm.rank == 0, watched=watched(os.environ))
+        yield Job(comm, console, threads, node_map)
 
 
 @contextmanager

@@ -53,7 +53,17 @@ class Train:
             from mpillm.train.recipe import load_recipe
             from mpillm.train.setup import train
 
-            print_placement(job.comm, os.environ, job.threads, job.console, self.verbose)
+            print_placement(
+                job.comm, os.environ, job.threads, job.console, self.verbose, job.node_map
+            )
             allotment = Allotment(signals, current_job(os.environ), job_end(os.environ), begun)
             recipe = load_recipe(self.recipe, self.overrides)
-            train(recipe, job.comm, job.console, self.resume, self.trace, allotment)
+            train(
+                recipe,
+                job.comm,
+                job.console,
+                self.resume,
+                self.trace,
+                allotment,
+                job.node_map,
+            )

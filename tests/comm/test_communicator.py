@@ -202,7 +202,7 @@ def test_short_floats_are_summed_in_float32_and_rounded_once(group, element):
 
 
 def test_a_plugin_runs_on_the_executors(group, monkeypatch):
-    """An algorithm of a user's module, by its name: rank 0 sums and sends the whole array to all."""
+    """An algorithm of a user's module, by name: rank 0 sums and sends the whole array to all."""
 
     def rounds(rank, size, root):
         others = range(1, size) if rank == 0 else [0]
@@ -306,7 +306,7 @@ def test_handles_are_polled_to_their_end(group):
 
 
 def test_a_communicator_with_the_map_of_another(comm):
-    """The map that was asked for once serves communicators of the same ranks and of a part of them."""
+    """A map that is asked for once serves communicators of the same ranks, and of some of them."""
     node_map = map_nodes(comm)
     whole = Communicator(comm, node_map=node_map)
     assert whole.nodes == [list(ranks) for ranks in node_map.nodes]

@@ -13,6 +13,7 @@ from mpillm.errors import CommError
 from mpillm.system.plugins import load_plugin
 
 _HERE = "mpillm.comm.algorithms"
+# In the order in which users see the algorithms.
 ALGORITHM_CATALOG: Mapping[str, str] = MappingProxyType(
     {
         "ring": f"{_HERE}.ring:RING",
@@ -46,6 +47,7 @@ def algorithms_of(operation: str) -> tuple[str, ...]:
     return tuple(name for name in ALGORITHM_CATALOG if operation in load_algorithm(name).rounds)
 
 
+# Many prepared calls share few schedules, and the time to make one grows with the ranks.
 @lru_cache(maxsize=4096)
 def schedule(
     operation: str, algorithm: str, rank: int, size: int, root: int = 0

@@ -8,6 +8,7 @@ from mpillm.comm.algorithms.trees import halving, spreading
 
 def reduce(rank: int, size: int, root: int) -> list[Round]:
     """Sum the array up the tree to `root`."""
+    # A single owner: all partial sums of the one block go towards it.
     return halving(rank, size, [root])
 
 

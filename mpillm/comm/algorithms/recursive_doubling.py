@@ -23,6 +23,7 @@ def allgather(rank: int, size: int, root: int) -> list[Round]:
     """
     rounds = []
     for distance in (1 << level for level in range(levels(size))):
+        # A pair at this distance exists for every rank only at a power of two.
         if size.bit_count() == 1:
             ways = [(rank, rank ^ distance), (rank ^ distance, rank)]
             moves = [((a & -distance) + i, a, b) for a, b in ways for i in range(distance)]

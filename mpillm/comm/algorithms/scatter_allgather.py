@@ -11,6 +11,7 @@ from mpillm.comm.algorithms.trees import levels
 def scatter(rank: int, size: int, root: int) -> list[Round]:
     """Bring block i to rank `root` + i, by way of the ranks that lack some of i's lowest bits."""
 
+    # The block passes the ranks whose numbers share its highest bits, one bit more a round.
     def place(block: int, bits: int) -> int:
         return ((block >> bits << bits) + root) % size
 

@@ -107,6 +107,7 @@ class Algorithm:
 
     def schedule(self, operation: str, rank: int, size: int, root: int = 0) -> CollectiveSchedule:
         """Return the schedule of `rank` of `size`; raises KeyError for an operation it lacks."""
+        # One block keeps whole arrays in one message; p blocks are the units of scattered work.
         rounds = self.rounds[operation](rank, size, root)
         return CollectiveSchedule(1 if operation in self.whole else size, tuple(rounds))
 
@@ -115,6 +116,7 @@ def block_bounds(count: int, size: int) -> list[int]:
     """Return the `size` + 1 bounds that cut `count` elements into blocks of lengths that differ by
     at most 1.
     """
+    # In team.c and module.c, too: the kernel cuts blocks by the same formula.
     return [count * block // size for block in range(size + 1)]
 
 
@@ -122,6 +124,7 @@ def sums_over_sent(transfers: Round) -> bool:
     """Return whether blocks are sent and, in place, summed into in one round."""
     sent = [t for t in transfers if t.action == "send"]
     summed = [t for t in transfers if t.action == "add"]
+    # Such a round must receive all pieces before it sums: see executors/blockwise.py.
     return any(
         s.block < t.block + t.width and t.block < s.block + s.width for s in sent for t in summed
     )

@@ -47,6 +47,7 @@ def host(lo: int, hi: int, owner: int) -> int:
     rank that agrees with it in the bits that distinguish the node's ranks. If the node ends before
     that rank, the left child, which is never short, has one that agrees in one bit less.
     """
+    # Ranks of a node differ in their lowest levels(hi − lo) bits only.
     reach = 1 << levels(hi - lo)
     place = lo + owner % reach
     return place if place < hi else lo + owner % (reach // 2)
@@ -57,6 +58,7 @@ def nodes_of(rank: int, size: int) -> Iterator[tuple[int, int, int] | None]:
     without.
     """
     for level in range(levels(size)):
+        # The tree is aligned: the node of a level begins where the lower bits of the rank are 0.
         half = 1 << level
         lo = rank & -(2 * half)
         yield (lo, lo + half, min(lo + 2 * half, size)) if lo + half < size else None
@@ -73,11 +75,13 @@ def _halving_moves(node: tuple[int, int, int] | None, owners: Sequence[int]) -> 
     lo, mid, hi = node
     for block, owner in enumerate(owners):
         left, right, kept = host(lo, mid, owner), host(mid, hi, owner), host(lo, hi, owner)
+        # The host that does not keep the sum sends its part to the one that does.
         yield block, left + right - kept, kept
 
 
 def spreading(rank: int, size: int, owners: Sequence[int]) -> list[Round]:
     """Reverse `halving`: each block goes from its owner down the tree to all."""
+    # A rank that received a sum now sends it, and the other way round.
     turned: dict[str, Literal["send", "copy"]] = {"send": "copy", "add": "send"}
     rounds = [
         [replace(t, action=turned[t.action], added=False) for t in up]
@@ -123,6 +127,7 @@ def doubling(rank: int, size: int) -> list[Round]:
         rounds.append(
             one_round(rank, [(0, *way) for a, b in pairs for way in ((a, b), (b, a))], "add")
         )
+    # Ranks without the whole: only where p is not a power of two.
     have = _knowing(0, size)
     lack = sorted(set(range(size)) - set(have))
     while lack:
@@ -136,5 +141,6 @@ def _knowing(lo: int, hi: int) -> list[int]:
     """List the ranks that hold the sum of node (lo, hi) once its pairs have exchanged."""
     if (hi - lo).bit_count() == 1:
         return list(range(lo, hi))
+    # As many pairs as the right child has sums; the left child's further ranks are left out.
     right = _knowing(tree_split(lo, hi), hi)
     return [*range(lo, lo + len(right)), *right]

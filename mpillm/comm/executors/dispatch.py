@@ -89,6 +89,7 @@ class Dispatcher:
             return self._shared(call, source, target, location)
         if call.fixed_order and call.op in ("sum", "mean") and source.element in SHORT_FLOATS:
             return self._widened(call, algorithm, source, target)
+        # A mean is a sum, scaled where the result is.
         requests = [self._summed(call, algorithm, source, target)]
         if call.op == "mean" and (call.operation != "reduce" or self._comm.rank == call.root):
             own_block = call.operation == "reduce_scatter" and source is target
@@ -186,6 +187,7 @@ class Dispatcher:
         assert self._team is not None
         source, target = operands.source, operands.target
         before = [] if operands.in_place else [_copy(source, target)]
+        # An even node sends one stripe a rank, an uneven one the whole array from its first rank.
         across_bytes = target.octets.size // (self._team.comm.size if self._even else 1)
         algorithm = _between(call, across_bytes)
         bounds = block_bounds(target.count, _pieces(target.octets.size, self._comm.size))

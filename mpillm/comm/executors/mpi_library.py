@@ -181,6 +181,7 @@ def _allgather(
     bounds = block_bounds(target.count, comm.size)
     counts = [stop - first for first, stop in pairwise(bounds)]
     given: Any = MPI.IN_PLACE if operands.in_place else [source.octets, source.count, kind]
+    # The vector form: blocks differ by an element where the ranks do not divide the count.
     into: Any = [target.octets, (counts, bounds[:-1]), kind]
     return MpiRequest(
         functools.partial(comm.Allgatherv, given, into),
@@ -194,6 +195,7 @@ def _alltoall(
     from mpi4py import MPI
 
     source, target = operands.source, operands.target
+    # MPI takes the count of one rank's block here, not that of the array.
     each = target.count // comm.size
     given: Any = MPI.IN_PLACE if operands.in_place else [source.octets, each, kind]
     into: Any = [target.octets, each, kind]

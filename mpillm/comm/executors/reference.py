@@ -72,6 +72,7 @@ def _combined(rows: Any, element: str, call: CollectiveCall) -> Any:
         return rows.sum(0, dtype=rows.dtype)
     if call.fixed_order:
         return _tree(_as(rows, element if element == "float64" else "float32"), 0, len(rows))
+    # Row by row: the order of ranks is part of the definition.
     wide = _as(rows, "float64")
     total = wide[0]
     for row in wide[1:]:

@@ -121,6 +121,7 @@ class SegmentedExecutor:
         self.longest = max(1, longest_bytes // operands.source.itemsize)
         self.longest_added = max(1, added_bytes // operands.source.itemsize)
         self.in_flight = segmentation.in_flight
+        # Of the latest start: lanes read it at each message.
         self.tag = 0
         self._testsome, self._waitsome = Request.Testsome, Request.Waitsome
         self._coming = iter(plan.rounds)
