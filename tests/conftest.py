@@ -64,8 +64,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = []
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
-        if item.get_closest_marker("alone"):
-            fixtures.add("processes")
         if "processes" not in fixtures and not item.get_closest_marker("slow"):
             item.add_marker("fast")
         if WORLD.size > 1 and ("comm" not in fixtures or "processes" in fixtures):

@@ -153,7 +153,7 @@ def test_type_checkers_see_what_is_exported() -> None:
     assert seen == dict(mpillm.EXPORTS)
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_import_mpillm_loads_neither_torch_nor_mpi() -> None:
     code = (
         "import sys\nimport mpillm\ndir(mpillm)\nheavy = ('torch', 'mpi4py', 'h5py', 'numpy')\n"

@@ -338,7 +338,7 @@ def test_the_readme_shows_every_room() -> None:
     ] == []
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_help_loads_neither_mpi_nor_torch() -> None:
     code = (
         "import sys\nsys.argv = ['mpillm', '--help']\nfrom mpillm.cli import main\n"

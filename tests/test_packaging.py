@@ -126,7 +126,7 @@ def test_spack_finds_the_recipe_and_the_recipe_finds_the_repository() -> None:
     assert RECIPE.resolve().parents[int(found[1])] == ROOT.resolve()
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_spack_reads_the_recipe(tmp_path: Path) -> None:
     spack = shutil.which("spack")
     if not spack:
@@ -165,7 +165,7 @@ def test_the_container_takes_what_the_build_needs() -> None:
     assert used == declared == {"mpi"}
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("mpi", ["openmpi", "mpich", "site"])
 @pytest.mark.parametrize("section", ["post", "environment", "runscript", "test"])
 def test_the_containers_scripts_are_sound(mpi: str, section: str, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_the_containers_scripts_are_sound(mpi: str, section: str, tmp_path: Path
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_the_container_refuses_an_mpi_that_it_does_not_know() -> None:
     post = filled(sections(CONTAINER.read_text(encoding="utf-8"))["post"], mpi="intel")
     shell = str(shutil.which("sh"))
@@ -214,7 +214,7 @@ def run_the_tests(
     )
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
@@ -236,7 +236,7 @@ def test_what_the_suite_cannot_do_is_told_in_a_sentence(arguments: list[str], an
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{answer}\n")
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_system_without_an_mpirun_is_told_before_anything_is_installed(tmp_path: Path) -> None:
     for tool in ("sh", "dirname", "id", "cat", "tr", "mkdir"):
         (tmp_path / tool).symlink_to(str(shutil.which(tool)))
@@ -271,7 +271,7 @@ def test_an_extra_once_installed_is_kept(tmp_path: Path, had: str, asked: str, k
     assert done.stdout.split() == [kept, "yes" if had == kept else "no"]
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_an_environment_of_one_mpi_borrows_what_another_has(tmp_path: Path) -> None:
     """A lender with one module in it: the borrower imports it, and says so to no one but itself."""
     jobs = tmp_path / "jobs"

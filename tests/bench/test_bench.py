@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.usefixtures("processes")
 FEW = ("--iterations", "2", "--warmup", "1")
 
 

@@ -64,7 +64,7 @@ def test_a_core_that_others_take_is_left_to_them_for_a_while(sleeps, monkeypatch
     assert len(sleeps) == sleeps_in_all
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_busy_neighbour_is_noticed(sleeps):
     core = {min(os.sched_getaffinity(0))}
     before = os.sched_getaffinity(0)

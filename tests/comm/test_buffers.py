@@ -72,7 +72,6 @@ def test_what_cannot_travel(array, rule):
         as_buffer(array)
 
 
-@pytest.mark.alone
 def test_comm_on_numpy_loads_no_torch(python):
     script = (
         "import mpillm.comm.communicator as g, numpy, sys; "

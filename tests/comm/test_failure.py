@@ -90,7 +90,6 @@ def test_messages():
     assert ranks_text([1, 2, 3, 7]) == "ranks 1–3, 7"
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_all_fail_alike(leave, ranks):
     done, seconds = leave("raise UsageError('no such file: x; give another')", ranks=ranks)
@@ -100,14 +99,12 @@ def test_all_fail_alike(leave, ranks):
     assert seconds < 15
 
 
-@pytest.mark.alone
 def test_all_fail_differently(leave):
     done, _ = leave("raise MpillmError('odd' if comm.rank % 2 else 'even')", ranks=3)
     assert done.returncode == 1
     assert ours(done) == ["mpillm: error: ranks 0, 2 of 3: even", "mpillm: error: rank 1 of 3: odd"]
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     "others",
     [
@@ -129,7 +126,6 @@ def test_one_fails(leave, others):
     assert seconds < 15
 
 
-@pytest.mark.alone
 def test_unexpected_with_debug(leave):
     done, _ = leave("1 / 0", "--debug")
     assert done.returncode == 1
@@ -139,7 +135,6 @@ def test_unexpected_with_debug(leave):
     ]
 
 
-@pytest.mark.alone
 def test_interrupt_everywhere_and_again(leave):
     # The second SIGINT comes 0.2 s after the first, on ranks that are telling it and wait for the
     # slowest.
@@ -167,7 +162,6 @@ finally:
     assert seconds < 15
 
 
-@pytest.mark.alone
 def test_interrupt_of_one(leave):
     body = (
         "if comm.rank == 0:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
@@ -179,7 +173,6 @@ def test_interrupt_of_one(leave):
     assert line.endswith("): interrupted")
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_success_goes_on(leave, ranks):
     done, _ = leave("comm.Barrier()", ranks=ranks)
@@ -188,14 +181,12 @@ def test_success_goes_on(leave, ranks):
     assert done.stderr == ""
 
 
-@pytest.mark.alone
 def test_clean_exit_passes(leave):
     done, _ = leave("sys.exit(0)")
     assert done.returncode == 0
     assert done.stdout + done.stderr == ""
 
 
-@pytest.mark.alone
 def test_bare_exit_code_is_silent(leave):
     done, _ = leave("sys.exit(4)")
     assert done.returncode == 4

@@ -217,7 +217,6 @@ def checkout(folder):
     return copy.parent
 
 
-@pytest.mark.alone
 def test_a_checkout_runs_with_the_installed_module(checkout, python):
     """An edit of a Python file takes effect; the compiled module is the installed package's."""
     edited = checkout / "mpillm/comm/kernel.py"
@@ -230,7 +229,6 @@ def test_a_checkout_runs_with_the_installed_module(checkout, python):
     assert "_kernel" in second
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("change", ["changed", "removed"])
 def test_other_c_sources_give_one_warning_with_the_command(checkout, python, change):
     sources = checkout / "mpillm/comm/csrc"

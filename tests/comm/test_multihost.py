@@ -48,7 +48,6 @@ def pieces(monkeypatch):
     monkeypatch.setattr(dispatch, "PIECE_BYTES", 300_000)
 
 
-@pytest.mark.alone
 @pytest.mark.multihost
 @pytest.mark.parametrize("ranks_per_host", ["1", "2", "2,1"])
 def test_on_two_hosts(python, ranks_per_host):

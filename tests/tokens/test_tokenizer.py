@@ -116,7 +116,6 @@ def test_a_long_text_is_cut_without_changing_an_id():
     assert BPE.decode(BPE.encode_batch([text])[0]) == text
 
 
-@pytest.mark.alone
 def test_training_gives_the_same_bytes_on_any_number_of_threads(python):
     program = (
         "import pathlib, mpillm.tokens.tokenizer as t; texts = [p.read_text() for p in "

@@ -16,7 +16,7 @@ STEPS = 12
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
-pytestmark = [pytest.mark.alone, pytest.mark.multihost]
+pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.multihost]
 
 
 @pytest.fixture

@@ -70,7 +70,6 @@ def history(run: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run / HISTORY).read_text().splitlines()]
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG]
 )
@@ -103,7 +102,6 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     ]
 
 
-@pytest.mark.alone
 def test_all_ranks_stop_behind_one_step_when_one_is_asked(
     data: Path, folder: Path, mpillm, begin
 ) -> None:  # type: ignore[no-untyped-def]
@@ -155,7 +153,7 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] if "loss" in line else line["validation_loss"] for line in lines]
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_second_interrupt_ends_at_once(data: Path, folder: Path) -> None:
     recipe = write_recipe(folder, data, save_every=20)
     # A step that never ends, so that nothing is agreed on.
@@ -192,7 +190,6 @@ def test_a_second_interrupt_ends_at_once(data: Path, folder: Path) -> None:
     find(folder / "run", MPI.COMM_SELF, Console(speaks=False)).verify()
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("told_by", ["recipe", "batch system"])
 def test_a_run_saves_before_its_time_is_up(data: Path, folder: Path, mpillm, told_by: str) -> None:  # type: ignore[no-untyped-def]
     recipe = write_recipe(folder, data)
@@ -207,7 +204,6 @@ def test_a_run_saves_before_its_time_is_up(data: Path, folder: Path, mpillm, tol
     assert saved.step == steps_of(folder / "run")[-1]
 
 
-@pytest.mark.alone
 def test_one_clock_does_for_all_ranks(data: Path, folder: Path, python) -> None:  # type: ignore[no-untyped-def]
     """mpirun by ssh does not carry every variable to other hosts: rank 0's end is the job's."""
     recipe = write_recipe(folder, data)
@@ -223,7 +219,6 @@ def test_one_clock_does_for_all_ranks(data: Path, folder: Path, python) -> None:
     assert (folder / "run" / OUTCOME).read_text() == "stopped\n"
 
 
-@pytest.mark.alone
 def test_a_run_that_another_job_holds_is_refused(data: Path, folder: Path, mpillm, begin) -> None:  # type: ignore[no-untyped-def]
     recipe, run = write_recipe(folder, data), folder / "run"
     process = begin("train", recipe)

@@ -261,7 +261,6 @@ def test_the_clusters_profile_chooses_how_gradients_meet(
     assert not (folder / "third").exists()
 
 
-@pytest.mark.alone
 def test_one_rank_that_raises_ends_the_job_with_its_reason(
     data: Path, folder: Path, python
 ) -> None:  # type: ignore[no-untyped-def]

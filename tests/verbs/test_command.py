@@ -124,7 +124,6 @@ def test_a_verb_of_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "Whom." in CliRunner().invoke(app, ["users_verb:Greet", "--help"]).output
 
 
-@pytest.mark.alone
 def test_mistakes_are_printed_by_the_first_rank_alone(mpillm) -> None:  # type: ignore[no-untyped-def]
     done = mpillm("bench", "allreduc", ranks=2)
     assert done.returncode == 2
@@ -136,14 +135,13 @@ def test_mistakes_are_printed_by_the_first_rank_alone(mpillm) -> None:  # type: 
     assert "Traceback" in mpillm("bench", "allreduc", "--debug").stderr
 
 
-@pytest.mark.alone
 def test_an_unknown_verb_is_refused(mpillm) -> None:  # type: ignore[no-untyped-def]
     done = mpillm("trian")
     assert done.returncode == 2
     assert "No such command 'trian'" in done.stderr
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     ("arguments", "absent"),
     [

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.usefixtures("processes")
 ABSENT = ("torch", "functorch", "torchgen", "tensorboard", "matplotlib", "mpl_toolkits")
 # What `mpillm bench` imports, with compiled parts: another Python may lack a build of one.
 LOADED = "import h5py, mpi4py.MPI, numpy, rich, tokenizers, typer, xxhash, mpillm.comm.kernel"

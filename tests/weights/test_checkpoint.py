@@ -180,7 +180,6 @@ def test_only_the_newest_are_kept(folder: Path, comm: MPI.Intracomm) -> None:
         ]
 
 
-@pytest.mark.alone
 def test_a_full_disk_leaves_the_old_checkpoint(folder: Path, python: Callable[..., Any]) -> None:
     """A limit on file sizes makes writing fail as on a full disk (EFBIG in place of ENOSPC)."""
     script = folder / "fill.py"

@@ -366,7 +366,6 @@ print("right", flush=True)
 """
 
 
-@pytest.mark.alone
 def test_the_sender_need_not_be_there(folder, python):
     script = folder / "silent.py"
     script.write_text(SILENT_SENDER)
@@ -430,7 +429,6 @@ def with_little_memory(folder, python):
     return run
 
 
-@pytest.mark.alone
 def test_a_full_shared_memory_falls_back_with_one_warning(with_little_memory):
     done = with_little_memory("auto")
     assert done.returncode == 0, done.stderr
@@ -439,14 +437,12 @@ def test_a_full_shared_memory_falls_back_with_one_warning(with_little_memory):
     assert "no room left; channels within the node fall back to messages" in done.stdout
 
 
-@pytest.mark.alone
 def test_a_full_shared_memory_is_an_error_where_it_was_asked_for(with_little_memory):
     done = with_little_memory("shared")
     assert done.returncode != 0
     assert "no room left; make room there, or take way='auto'" in done.stderr
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("way", WAYS)
 def test_a_killed_sender_ends_the_job(folder, python, way):
     script = folder / "killed.py"

@@ -119,7 +119,7 @@ def gone():
     return process.pid
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_peer_that_is_gone_is_named():
     process = gone()
     sender, receiver = both_ends(1, 1000, process)
@@ -153,7 +153,7 @@ queue.receive(numpy.zeros(8, numpy.uint8))
 """
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_signal_is_handled_while_waiting(interrupted):
     assert "KeyboardInterrupt" in interrupted(RECEIVER)
 
@@ -181,7 +181,7 @@ print("right")
 """
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("slots", [1, 2, 5])
 def test_two_processes_keep_order_and_contents(folder, slots):
     """Each end sleeps at times, so the slots are full at times and empty at others."""
@@ -198,7 +198,7 @@ def test_two_processes_keep_order_and_contents(folder, slots):
     assert [end.communicate(timeout=60)[0] for end in ends] == ["right\n"] * 2
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_killed_sender_leaves_its_whole_messages(folder):
     """It dies while the receiver waits for a second message; the first had arrived."""
     path = folder / "memory"

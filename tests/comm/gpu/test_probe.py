@@ -9,7 +9,7 @@ import pytest
 from mpillm.comm.gpu.probe import CHILD, TRIALS, probe
 from mpillm.system.environment import without_launcher
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.usefixtures("processes")
 ON_THE_CPU = (*CHILD[:-1], "cpu")
 NOTHING = dict.fromkeys(TRIALS, False)
 

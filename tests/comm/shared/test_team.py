@@ -83,7 +83,7 @@ def polled(operation):
         assert time.monotonic() < given_up
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("end", [kernel.Operation.run, polled])
 def test_a_rank_that_is_gone_is_named(end):
     """Without a launcher one process ends; the other waits or polls, and must raise in seconds."""
@@ -101,7 +101,7 @@ def test_a_rank_that_is_gone_is_named(end):
     assert time.monotonic() - started < 20
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_rank_that_is_late_is_not_accused():
     memory = np.zeros(kernel.team_bytes(2, 4096), np.uint8)
     team = kernel.Team(memory, 0, 2, 4096, 100, (os.getpid(), os.getpid()), CommError)
@@ -114,7 +114,7 @@ def test_a_rank_that_is_late_is_not_accused():
         assert not operation.test()
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_a_signal_is_handled_while_waiting(interrupted):
     """Ctrl-C must not wait for a peer that never comes."""
     script = (
@@ -147,7 +147,7 @@ print("right")
 """
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("processes")
 def test_two_processes_without_mpi(folder):
     """The flags alone keep order: one rank sleeps at times, through sums of many sizes."""
     path = folder / "memory"
@@ -190,7 +190,6 @@ def with_little_memory(folder, python):
     return run
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("free_bytes", "count", "words"),
     [
@@ -229,7 +228,6 @@ def test_more_ranks_than_a_team_takes_fall_back_with_one_warning(comm, monkeypat
     communicator.free()
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("algorithm", ["shared", "ring"])
 def test_a_killed_rank_ends_the_job(folder, python, algorithm):
     script = folder / "killed.py"

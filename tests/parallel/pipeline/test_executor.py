@@ -321,7 +321,6 @@ with fail_together(comm):
 """
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("way", ["shared", "messages"])
 def test_a_stage_that_raises_ends_all_with_its_reason(folder, python, way):
     script = folder / "raise.py"
@@ -333,7 +332,6 @@ def test_a_stage_that_raises_ends_all_with_its_reason(folder, python, way):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.alone
 def test_a_killed_rank_is_named_by_who_waits_for_it(folder, python):
     script = folder / "kill.py"
     script.write_text(SCRIPT.replace("HARM", "os.kill(os.getpid(), signal.SIGKILL)"))

@@ -17,7 +17,6 @@ PAGE = Path(__file__).parents[3] / "docs/schedules.md"
 SIZE = ("--ranks", "4", "--microbatches", "8")
 
 
-@pytest.mark.alone
 def test_the_chart_and_its_figures(mpillm):
     done = mpillm("schedule", "1f1b", *SIZE)
     assert done.returncode == 0, done.stderr
@@ -31,7 +30,6 @@ def test_the_chart_and_its_figures(mpillm):
     assert "\x1b" not in done.stdout
 
 
-@pytest.mark.alone
 def test_files_and_json(mpillm, folder):
     """A schedule that was written is read again, and is the same."""
     files = [
@@ -61,7 +59,6 @@ def test_files_and_json(mpillm, folder):
     }
 
 
-@pytest.mark.alone
 def test_costs(mpillm):
     found = json.loads(
         mpillm(
@@ -75,7 +72,6 @@ def test_costs(mpillm):
     assert slower["makespan"] > found["makespan"]
 
 
-@pytest.mark.alone
 def test_all_beside_one_another(mpillm):
     done = mpillm("schedule", "all", *SIZE)
     assert done.returncode == 0, done.stderr
@@ -95,7 +91,6 @@ def test_all_beside_one_another(mpillm):
     assert set(found["left_out"]) == {"zb-v", "dualpipe-v"}
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -123,12 +118,10 @@ def test_a_mistake_is_one_line(mpillm, folder, arguments, words):
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.alone
 def test_help_shows_an_example(mpillm):
     assert "mpillm schedule 1f1b " in mpillm("schedule", "--help").stdout.partition("Example:")[2]
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("name", ["all", "dualpipe-v"])
 def test_neither_mpi_nor_torch_is_loaded(python, folder, name):
     picture = [] if name == "all" else ["--svg", str(folder / "a.svg")]
@@ -144,7 +137,6 @@ def test_neither_mpi_nor_torch_is_loaded(python, folder, name):
     assert "loaded: []" in done.stdout
 
 
-@pytest.mark.alone
 def test_the_page_shows_what_is_printed(mpillm, folder):
     """Each line below a command in docs/schedules.md is a line of its output."""
     shown = re.findall(
@@ -165,7 +157,6 @@ def test_the_page_shows_what_is_printed(mpillm, folder):
         assert [line for line in text.splitlines() if line not in printed] == []
 
 
-@pytest.mark.alone
 def test_the_page_s_plug_in_runs(mpillm, folder):
     (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     (folder / "my_schedules.py").write_text(block)
@@ -175,7 +166,6 @@ def test_the_page_s_plug_in_runs(mpillm, folder):
     assert json.loads(done.stdout)["peaks"] == [1, 1, 1, 1]
 
 
-@pytest.mark.alone
 def test_one_rank_speaks(mpillm, folder):
     done = mpillm("schedule", "1f1b", *SIZE, "--csv", folder / "own.csv", ranks=3)
     assert done.returncode == 0, done.stderr
