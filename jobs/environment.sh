@@ -269,6 +269,8 @@ run_ranks() {
         return
     fi
     launcher=$(command -v mpirun || command -v mpiexec) || die "there is no mpirun on PATH"
+    # Ranks that share cores yield while they wait: else each takes its whole time slice polling.
+    [ "$processes" -le "$cores" ] || export OMPI_MCA_mpi_yield_when_idle=1
     case $("$launcher" --version 2>&1) in
     *"Open MPI"* | *OpenRTE* | *PRRTE*)
         # It counts whole cores where the system counts hardware threads, and binds all threads of a rank to one.

@@ -1,6 +1,7 @@
 #!/bin/sh
 # The whole suite: serially, then under mpirun at 2, 3 and 4 ranks.
-#   sh jobs/test.sh [--mpi openmpi|mpich|system] [--ranks 1,2,3,4] [pytest arguments...]
+#   sh jobs/test.sh [--fast] [--mpi openmpi|mpich|system] [--ranks 1,2,3,4] [pytest arguments...]
+# --fast   in under a minute: one rank, and no test that starts processes of its own
 # --mpi    this MPI, in an environment of its own: .venv-openmpi, .venv-mpich, .venv-system (your site's MPI)
 # --ranks  these numbers of ranks; 1 is the serial pass
 set -eu
@@ -15,13 +16,18 @@ read_ranks() {
     echo "$1" | tr , ' '
 }
 
-ranks='1 2 3 4' asked=''
+ranks='1 2 3 4' asked='' fast=''
 while [ $# -gt 0 ]; do
     case $1 in
     --mpi | --ranks)
         [ $# -gt 1 ] || die "$1 wants a value; the head of jobs/test.sh shows which"
         option=$1 value=$2
         shift
+        ;;
+    --fast)
+        fast=yes ranks=1
+        shift
+        continue
         ;;
     --mpi=* | --ranks=*) option=${1%%=*} value=${1#*=} ;;
     *) break ;;
@@ -38,10 +44,11 @@ done
 prepare_environment dev
 cd "$ROOT"
 export OMP_NUM_THREADS=1
+[ -z "$fast" ] || set -- -m fast "$@"
 passed=''
 for n in $ranks; do
     if [ "$n" -eq 1 ]; then
-        echo "== the suite, serially =="
+        echo "== the ${fast:+fast }suite, serially =="
     else
         echo "== the suite at $n ranks =="
     fi
@@ -53,4 +60,4 @@ case $passed in
 1) passed="1 rank" ;;
 *) passed="$passed ranks" ;;
 esac
-echo "the suite passes at $passed${asked:+ with $asked}"
+echo "the ${fast:+fast }suite passes at $passed${asked:+ with $asked}"

@@ -154,7 +154,13 @@ def clean_environment(**extra: str) -> dict[str, str]:
     if os.geteuid() == 0:
         kept |= dict.fromkeys(ALLOWED, "1")
     # Children run the same files as the tests: those of the checkout.
-    own = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(Path(__file__).parents[1])}
+    own = {
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        # More ranks than cores: waiting ranks yield.
+        "OMPI_MCA_mpi_yield_when_idle": "1",
+    }
     return kept | own | extra
 
 

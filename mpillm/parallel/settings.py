@@ -1,11 +1,28 @@
 """How the ranks share a training step: the recipe's section [parallel]."""
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
+from mpillm.errors import RecipeError
+from mpillm.system.plugins import is_plugin
+
 Positive = Annotated[int, Gt(0)]
+
+
+ALLREDUCE = (
+    "auto",
+    "shared",
+    "two-level",
+    "ring",
+    "segmented-ring",
+    "recursive-doubling",
+    "rabenseifner",
+    "binomial",
+    "mpi",
+)
 
 
 @dataclass(frozen=True)
@@ -28,19 +45,10 @@ class ParallelSettings:
     """How the stream passes between stages: within a node in memory that the ranks share, or by messages; auto: by the
     cluster's profile, else shared.
     """
-    allreduce: Literal[
-        "auto",
-        "shared",
-        "two-level",
-        "ring",
-        "segmented-ring",
-        "recursive-doubling",
-        "rabenseifner",
-        "binomial",
-        "mpi",
-    ] = "auto"
-    """Who sums the gradients: the ranks of a node in memory that they share, one of our lists of messages, or the MPI
-    library; auto: whichever is fastest by the cluster's profile, or by what was measured elsewhere.
+    allreduce: str = "auto"
+    """Which algorithm sums the gradients: shared memory within a node, one of the lists of messages,
+    the MPI library (mpi), or a plug-in `package.module:Name`; auto: the fastest by the cluster's
+    profile.
     """
     overlap: Literal["auto", "after", "during"] = "auto"
     """Reduce gradients after the backward pass, or during it; auto: after on one node, during over a
@@ -56,3 +64,12 @@ class ParallelSettings:
     """
     debug: bool = False
     """Compare the ranks' collective calls before data moves."""
+
+    def __post_init__(self) -> None:
+        if self.allreduce in ALLREDUCE or is_plugin(self.allreduce):
+            return
+        near = get_close_matches(self.allreduce, ALLREDUCE, n=1, cutoff=0.5)
+        raise RecipeError(
+            f"allreduce = {self.allreduce!r} is unknown{f', did you mean {near[0]}?' if near else ''} "
+            f"(known: {', '.join(ALLREDUCE)}; your own is named package.module:Name)"
+        )

@@ -532,6 +532,7 @@ def test_debug_finds_who_is_elsewhere_in_shared_memory(comm):
     careful.free()
 
 
+@pytest.mark.slow("2 GiB a rank pass through each algorithm")
 @pytest.mark.parametrize("algorithm", ["auto", "ring", "mpi"])
 def test_more_than_2_to_the_31(group, algorithm):
     if group.size != 2:
