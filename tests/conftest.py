@@ -232,10 +232,12 @@ def python(processes: None) -> Run:
         timeout: float = 240,
         before: Sequence[str] = (),
         executable: str | Path = sys.executable,
+        cwd: str | Path | None = None,
         **environment: str,
     ) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             python_command(arguments, ranks, before, executable),
+            cwd=cwd,
             env=clean_environment(**environment),
             timeout=timeout,
             text=True,
