@@ -1,5 +1,8 @@
 # ruff: noqa: F403, F405
-"""mpillm for Spack 1.0 or newer; docs/install.md shows the commands. The bounds are pyproject.toml's, and stay so."""
+"""mpillm for Spack 1.0 or newer; docs/install.md shows the commands.
+
+The bounds are those of pyproject.toml: a test compares them.
+"""
 
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from spack_repo.builtin.build_systems.python import PythonPackage
 class PyMpillm(PythonPackage):
     """Train large language models on classic HPC clusters, over MPI alone."""
 
-    # The repository that this recipe lies in: what is committed there is what is installed.
+    # The repository of this recipe: what is committed there is installed.
     git = Path(__file__).resolve().parents[6].as_uri()
 
     license("Apache-2.0")
