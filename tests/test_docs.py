@@ -123,6 +123,14 @@ def test_every_dependency_has_its_reason() -> None:
     )
 
 
+def test_every_benchmark_is_listed() -> None:
+    page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    scripts = [
+        path.name for path in (ROOT / "benchmarks").iterdir() if path.suffix in (".py", ".sh")
+    ]
+    assert sorted(name for name in scripts if f"`{name}`" not in page) == []
+
+
 def test_every_decision_is_listed_and_dated() -> None:
     folder = ROOT / "docs/decisions"
     listed = (folder / "README.md").read_text(encoding="utf-8")
