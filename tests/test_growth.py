@@ -4,8 +4,9 @@ A recipe or an option names it as `growth.module:Name`.
 """
 
 import json
-import sys
-from collections.abc import Iterator
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
