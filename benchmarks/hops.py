@@ -52,20 +52,25 @@ class Walk:
         if event == "c_call":
             name = getattr(argument, "__qualname__", "")
             if self.state == "recording" and name in self.last:
-                self.state = "done"
+                self._end()
             return
         if event != "call" or not code.co_filename.startswith(PACKAGE):
             return
         name = code.co_qualname
-        if self.state == "waiting" and name in self.first:
-            self.skipped -= 1
-            self.state = "recording" if self.skipped < 0 else "waiting"
+        if self.state != "done" and name in self.first:
+            # The last beginning before the end counts: most gradients complete no bucket.
+            self.hops.clear()
+            self.state = "recording"
         if self.state != "recording" or name.rpartition(".")[2].endswith("comp>"):
             return
         if not name.endswith("<genexpr>"):
             self.hops.setdefault(name, str(Path(code.co_filename).relative_to(PACKAGE)))
         if name in self.last or set(self.calls).intersection(code.co_names):
-            self.state = "done"
+            self._end()
+
+    def _end(self) -> None:
+        self.skipped -= 1
+        self.state = "done" if self.skipped < 0 else "waiting"
 
     def print_chain(self) -> bool:
         """Print the chain of names; return whether it is short enough."""
@@ -127,8 +132,11 @@ def main() -> None:
         sys.exit("the walks are counted on two ranks: mpirun -n 2 python benchmarks/hops.py")
     # Imported before the profile is set: an import would be counted as a hop.
     from mpillm.system.console import Console
+    from mpillm.tokens import sampler
     from mpillm.tokens.prepare import PrepareOptions, prepare
 
+    # The profile slows reads down, and slow reads are asked for ahead: not on the way of a batch.
+    sampler.COLD_SECONDS = float("inf")
     batch = Walk(
         "batch: from file to loss",
         20,
@@ -149,8 +157,7 @@ def main() -> None:
         8,
         16,
         ("ReplicatedGradients.ready",),
-        calls=("Isend", "Send_init"),
-        skipped=0,
+        calls=("_send", "Isend", "Send_init"),
     )
     message = Walk(
         "pipeline: from action to message",

@@ -90,6 +90,9 @@ class ShardedModel:
             stage: ModelStage(part, number, self.gradients, task, plan.precision)
             for number, (stage, part) in enumerate(self.parts.items())
         }
+        # Every microbatch of a pipeline has the same number of rows.
+        shapes = tuple((plan.microbatch, spec.context, width) for width in spec.stream_widths)
+        self._streams = StreamShapes(lambda microbatch: shapes)
         # Channels have a fixed capacity: that of the largest stream of training and scoring.
         widest = max(spec.stream_widths)
         rows = max(plan.microbatch, scored_rows)
@@ -134,10 +137,7 @@ class ShardedModel:
         self.gradients.begin()
         for stage in self._stages.values():
             stage.batch = batch
-        rows, context = self.plan.microbatch, self.spec.context
-        shapes = tuple((rows, context, width) for width in self.spec.stream_widths)
-        streams = StreamShapes(lambda microbatch: shapes)
-        spans = self.pipeline.run(self.plan.schedule, self._stages, streams)
+        spans = self.pipeline.run(self.plan.schedule, self._stages, self._streams)
         ended = time.perf_counter()
         # First over the data axis, then between the two leaves of a tied weight: one order of sums
         # in every layout.

@@ -129,7 +129,7 @@ class Trainer:
     def _batch(self, step: int) -> Batch:
         """Read this rank's share of the batch: the same rows on all ranks of a pipeline."""
         plan, weight = self.plan, self._fixed_weight
-        fields: list[Fields] = [{}] * plan.microbatches
+        fields: list[Fields] = [{}] * len(plan.bounds)
         if self._reads_fields:
             windows = self._sampler.windows(step, self._first_row, plan.rows)
             whole = self.task.fields(windows.fields(self.recipe.data.document_mask))
