@@ -73,7 +73,8 @@ class ParallelSettings:
         if self.allreduce in ALLREDUCE or is_plugin(self.allreduce):
             return
         near = get_close_matches(self.allreduce, ALLREDUCE, n=1, cutoff=0.5)
+        hint = f", did you mean {near[0]}?" if near else ""
         raise RecipeError(
-            f"allreduce = {self.allreduce!r} is unknown{f', did you mean {near[0]}?' if near else ''} "
+            f"allreduce = {self.allreduce!r} is unknown{hint} "
             f"(known: {', '.join(ALLREDUCE)}; your own is named package.module:Name)"
         )

@@ -235,7 +235,7 @@ def test_the_clusters_profile_chooses_how_gradients_meet(
             True,
             cost,
         )
-        for name, cost in (("shared", slow), ("native", slow), ("rabenseifner", fast))
+        for name, cost in (("shared", slow), ("mpi", slow), ("rabenseifner", fast))
     )
     run = folder / "run"
     if comm.rank == 0:
