@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -120,9 +121,9 @@ def comm() -> MPI.Intracomm:
     return WORLD
 
 
-@pytest.fixture
-def folder(comm: MPI.Intracomm) -> Iterator[Path]:
-    """An empty folder, the same one on each rank, removed when all ranks are done with it."""
+@contextmanager
+def temporary_folder(comm: MPI.Intracomm) -> Iterator[Path]:
+    """Make a folder, the same one on each rank; remove it when all ranks have left the block."""
     path = Path(comm.bcast(tempfile.mkdtemp(prefix="mpillm-test-") if comm.rank == 0 else None))
     yield path
     comm.Barrier()
@@ -131,9 +132,26 @@ def folder(comm: MPI.Intracomm) -> Iterator[Path]:
 
 
 @pytest.fixture
-def documents(folder: Path, comm: MPI.Intracomm) -> Path:
+def folder(comm: MPI.Intracomm) -> Iterator[Path]:
+    """An empty folder, the same one on each rank, for one test."""
+    with temporary_folder(comm) as path:
+        yield path
+
+
+@pytest.fixture(scope="session")
+def shared_folder(comm: MPI.Intracomm) -> Iterator[Path]:
+    """A folder for what many tests read: made once a session, the same one on each rank.
+
+    A fixture writes into a folder of its own inside; tests write nothing.
+    """
+    with temporary_folder(comm) as path:
+        yield path
+
+
+@pytest.fixture(scope="session")
+def documents(shared_folder: Path, comm: MPI.Intracomm) -> Path:
     """A folder of 200 short documents of made-up sentences, the same in every run."""
-    path = folder / "documents"
+    path = shared_folder / "documents"
     if comm.rank == 0:
         chance = random.Random(7)
         words = [

@@ -1,4 +1,4 @@
-"""The house grows at its seams: a plug-in is one file of tests/growth, and nothing else changes.
+"""Plug-ins: each kind is one file of tests/growth, and nothing else changes.
 
 A recipe or an option names it as `growth.module:Name`.
 """
@@ -6,7 +6,7 @@ A recipe or an option names it as `growth.module:Name`.
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,15 +34,18 @@ STEPS = 6
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.fixture(autouse=True)
-def toys(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def toys() -> Iterator[None]:
     """Make the plug-ins importable, as PYTHONPATH does for a user's own package."""
-    monkeypatch.syspath_prepend(str(HERE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE))
+        yield
 
 
-@pytest.fixture
-def data(folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
-    out = folder / "data"
+@pytest.fixture(scope="session")
+def data(shared_folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
+    """Prepare a small dataset of bytes. Tests read it; none writes into it."""
+    out = shared_folder / "growth-data"
     prepare(PrepareOptions((str(documents),), out, tokenizer="bytes", validation=0.1), comm, QUIET)
     return out
 
@@ -55,7 +58,7 @@ def recipe(data: Path, run: Path, **parallel: object) -> Recipe:
             "name": "growth.toy_optimizer:MomentumSettings",
             "learning_rate": 0.05,
             "warmup_steps": 2,
-            # The rate depends on no number of steps, so a resumed run can be compared.
+            # A rate that does not depend on `steps`, so that a resumed run can be compared.
             "schedule": "constant-then-decay",
             "decay_share": 0.0,
         },
@@ -71,34 +74,34 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def trained_alone(data: Path, folder: Path, comm: MPI.Intracomm) -> list[float]:
-    """One process that sees the whole batch: the reference."""
+@pytest.fixture(scope="module")
+def trained_alone(data: Path, shared_folder: Path, comm: MPI.Intracomm, toys: None) -> list[float]:
+    """Losses of one process that sees the whole batch: the reference."""
+    run = shared_folder / "growth-alone"
     if comm.rank == 0:
-        train(recipe(data, folder / "alone"), MPI.COMM_SELF, QUIET)
+        train(recipe(data, run), MPI.COMM_SELF, QUIET)
     comm.Barrier()
-    return losses(folder / "alone")
+    return losses(run)
 
 
 def test_a_toy_model_task_and_optimizer_train_at_any_number_of_ranks(
-    data: Path, folder: Path, comm: MPI.Intracomm
+    data: Path, folder: Path, comm: MPI.Intracomm, trained_alone: list[float]
 ) -> None:
-    expected = trained_alone(data, folder, comm)
-    assert len(expected) == STEPS
-    assert expected[-1] < expected[0]
+    assert len(trained_alone) == STEPS
+    assert trained_alone[-1] < trained_alone[0]
     train(recipe(data, folder / "data-parallel"), comm, QUIET)
-    assert losses(folder / "data-parallel") == pytest.approx(expected, rel=1e-5)
+    assert losses(folder / "data-parallel") == pytest.approx(trained_alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "growth.toy_schedule:Hurried"])
 def test_a_toy_model_of_two_streams_trains_in_a_pipeline_of_two(
-    data: Path, folder: Path, comm: MPI.Intracomm, schedule: str
+    data: Path, folder: Path, comm: MPI.Intracomm, trained_alone: list[float], schedule: str
 ) -> None:
     if comm.size % 2:
         pytest.skip("needs an even number of ranks")
-    expected = trained_alone(data, folder, comm)
     run = folder / "pipeline"
     train(recipe(data, run, pipeline=2, schedule=schedule), comm, QUIET)
-    assert losses(run) == pytest.approx(expected, rel=1e-5)
+    assert losses(run) == pytest.approx(trained_alone, rel=1e-5)
 
 
 def test_a_toy_metric_is_the_same_at_any_number_of_ranks(

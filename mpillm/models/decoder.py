@@ -29,7 +29,10 @@ class DecoderConfig(ModelSpec):
     kv_heads: Annotated[int, Ge(0)] = 0
     """Heads of keys and values (grouped-query attention); 0: as many as `heads`."""
     hidden: Annotated[int, Ge(0)] = 0
-    """Width inside the feed-forward; 0: 4 × width for GELU, 8/3 × width rounded up to a multiple of 64 for SwiGLU."""
+    """Width inside the feed-forward.
+
+    0: 4 × width for GELU; 8/3 × width for SwiGLU, rounded up to a multiple of 64.
+    """
     context: Positive = 256
     vocab_size: Annotated[int, Ge(0)] = 0
     """0: taken from the data."""
@@ -56,7 +59,8 @@ class DecoderConfig(ModelSpec):
             )
         if self.positions == "rotary" and self.head_width % 2:
             raise RecipeError(
-                f"rotary positions need an even width a head, and {self.width} / {self.heads} is {self.head_width}"
+                f"rotary positions need an even width a head, "
+                f"and {self.width} / {self.heads} is {self.head_width}"
             )
 
     @property
@@ -71,6 +75,8 @@ class DecoderConfig(ModelSpec):
     def hidden_width(self) -> int:
         if self.hidden:
             return self.hidden
+        # SwiGLU has three matrices where GELU has two: 8/3 keeps the parameters equal (Shazeer
+        # 2020). Multiples of 64 suit vector units and matrix tiles.
         return 4 * self.width if self.activation == "gelu" else -(-8 * self.width // (3 * 64)) * 64
 
     @classmethod
@@ -103,7 +109,8 @@ class DecoderConfig(ModelSpec):
 
     @property
     def cut_dims(self) -> Mapping[str, int]:
-        # Megatron's cut (Shoeybi et al. 2019): columns into heads and hidden features, rows back out of them.
+        # Megatron's cut (Shoeybi et al. 2019): columns into heads and hidden features, rows back
+        # out of them.
         columns = ("query", "key", "value", "gate", "up")
         rows = ("attention.output.weight", "feed_forward.down.weight")
         return {
@@ -144,26 +151,28 @@ class DecoderConfig(ModelSpec):
 
     @property
     def block_flops(self) -> tuple[float, ...]:
-        """6 for each weight of a product and 12 · width · context for the attention (PaLM, Chowdhery et al. 2022,
-        appendix B).
+        """6 for each weight of a product, and 12 · width · context for the attention.
+
+        Source: PaLM, Chowdhery et al. 2022, appendix B.
         """
         flops = 6 * self._block_products() + 12 * self.width * self.context
         return (flops,) * self.layers
 
     @property
     def end_flops(self) -> tuple[float, float]:
-        """A look-up in an embedding costs nothing; the head is a product.
+        """0 for the embedding, a gather; 6 for each weight of the head's product.
 
-        The loss is not counted. The head's one large product runs so much faster than a block's many small ones that
-        head and loss together take 0.9 to 1.0 of this count (measured with benchmarks/bubble.py).
+        The loss is not counted: the head's one large product runs faster per FLOP than a block's
+        many small ones. Head and loss together take 0.9 to 1.0 of the time that this count predicts
+        (benchmarks/bubble.py).
         """
         return 0.0, 6 * self.vocab_size * self.width
 
     def activation_bytes(self, part: Part, rows: int, element_bytes: int = 4) -> int:
         """Count, per block and token, the inputs of the norms, the products and the activation.
 
-        That is about 8 widths, the keys and values, and 4 hidden widths for SwiGLU, 2 for GELU. The attention keeps no
-        T × T matrix.
+        That is about 8 widths, the keys and values, and 4 hidden widths for SwiGLU, 2 for GELU. The
+        attention keeps no T × T matrix.
         """
         key_value = self.key_value_heads * self.head_width
         hidden = self.hidden_width * (4 if self.activation == "swiglu" else 2)
@@ -190,7 +199,8 @@ def _gpt2(layers: int, width: int, heads: int) -> DecoderConfig:
     )
 
 
-# GPT-2: Radford et al. 2019, table 2 (with the counts of the released weights). Llama: the released 3.2 1B and 3.1 8B.
+# GPT-2: Radford et al. 2019, table 2 (with the counts of the released weights). Llama: the released
+# 3.2 1B and 3.1 8B.
 SHAPES: Mapping[str, DecoderConfig] = MappingProxyType(
     {
         "tiny": DecoderConfig(layers=4, width=128, heads=4, context=256),

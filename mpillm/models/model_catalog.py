@@ -1,7 +1,7 @@
-"""The architectures by name, and the named shapes of each; needs no torch.
+"""The table of architectures by name, and their named shapes; needs no torch.
 
-A recipe names an architecture by `model.architecture`, a well-known size by `model.shape`. A user's own architecture is
-named as `package.module:Name`, where Name is a settings dataclass that derives from `ModelSpec`.
+A recipe names an architecture by `model.architecture`, a well-known size by `model.shape`. A
+plug-in is named as `package.module:Name`: a settings dataclass that derives from `ModelSpec`.
 """
 
 from collections.abc import Mapping
@@ -26,24 +26,26 @@ def spec_class(name: str) -> type[ModelSpec]:
         found = load_plugin(name, ARCHITECTURES, "architecture")
     except UsageError as failure:
         raise RecipeError(f"model.architecture: {failure}") from failure
+    # A plug-in may name any object of its module.
     if not (isinstance(found, type) and issubclass(found, ModelSpec)):
         raise RecipeError(
-            f"model.architecture = {name!r} must name a class that derives from mpillm.models.spec.ModelSpec, "
-            f"not {found!r}"
+            f"model.architecture = {name!r} must name a class that derives from "
+            f"mpillm.models.spec.ModelSpec, not {found!r}"
         )
     return found
 
 
 def named_shapes() -> dict[str, ModelSpec]:
     """Return the well-known sizes of all architectures in the catalogue."""
+    # Plug-ins are not in the catalogue: a recipe gives their settings key by key.
     return {
         name: shape for known in ARCHITECTURES for name, shape in spec_class(known).shapes().items()
     }
 
 
 def read_spec(section: Mapping[str, Any]) -> ModelSpec:
-    """Build a spec from the section [model] of a checked recipe, as a checkpoint holds it.
+    """Build a spec from the section [model] of a checkpoint's recipe.
 
-    A section of a release before architectures had names is a decoder's.
+    Releases before the key `architecture` had the decoder alone.
     """
     return spec_class(str(section.get("architecture", DEFAULT)))(**section)

@@ -19,22 +19,23 @@ Streams = tuple[Tensor, ...]
 
 
 class PartOutput(NamedTuple):
-    """What a forward pass leaves."""
+    """The tensors of a forward pass."""
 
     outputs: Streams
-    """The streams for the next part; of the part that ends the model, its outputs (such as logits)."""
+    """The streams for the next part; of the part that ends the model, its outputs (such as logits).
+    """
     pivots: Streams
-    """What the backward pass must reach first: the streams that came in, or the embeddings' outputs."""
+    """The inputs at which a split backward pass stops: received streams, or embedding outputs."""
 
 
 class GenerationCache:
-    """What a model keeps between the steps of generation; `length`: the positions that it holds."""
+    """The state of a model between steps of generation. `length`: the positions it holds."""
 
     length: int = 0
 
 
 class PartModule(nn.Module):
-    """The whole model, or a part of it. An architecture derives its module from this class."""
+    """The whole model, or a part of it: the base of each architecture's module."""
 
     initial_deviation: ClassVar[float] = 0.02
     """GPT-2's: weights are drawn from a normal distribution of this deviation."""
@@ -46,11 +47,13 @@ class PartModule(nn.Module):
         self.begins, self.ends = spec.begins(self.part), spec.ends(self.part)
 
     def forward_part(self, fields: Fields, streams: Streams) -> PartOutput:
-        """Compute this part on one microbatch. `streams` is empty where the part begins the model."""
+        """Compute this part on one microbatch; `streams` is empty where it begins the model."""
         raise NotImplementedError
 
     def make_cache(self, batch: int) -> GenerationCache:
-        """Make an empty cache for `batch` sequences. Raises UsageError where the architecture does not generate."""
+        """Make an empty cache for `batch` sequences. Raises UsageError where the architecture does
+        not generate.
+        """
         raise UsageError(
             f"a model of the architecture {self.spec.architecture!r} does not continue text; "
             "generate with a decoder"
@@ -65,31 +68,39 @@ class PartModule(nn.Module):
         return self.initial_deviation
 
     def tie(self) -> None:
-        """Let tied weights of this part be one Parameter, where the part holds both."""
+        """Make tied weights one Parameter, where this part holds both."""
         held = dict(self.named_parameters(remove_duplicate=False))
         for follower, leader in self.spec.tied_weights.items():
             if follower in held and leader in held:
                 self.set_weight(follower, held[leader])
 
     def set_weight(self, name: str, weight: nn.Parameter) -> None:
+        """Replace the Parameter `name` of this part by `weight`."""
         module, _, attribute = name.rpartition(".")
         setattr(self.get_submodule(module), attribute, weight)
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the weights by their names in the whole model; a tied weight bears the name that is saved."""
+        """Yield the weights by their names in the whole model.
+
+        A tied weight has the name of the leader, which is saved.
+        """
         for name, weight in self.named_parameters():
             yield self.spec.tied_weights.get(name, name), weight
 
 
 @torch.no_grad()
 def initialise(model: PartModule, seed: int) -> None:
-    """Set each weight as a pure function of (seed, name, shape): the same on any rank, device and layout."""
+    """Set each weight as a pure function of (seed, name, shape): the same on any rank, device and
+    layout.
+    """
     for name, weight in model.named_weights():
         if name.endswith("bias"):
             weight.zero_()
         elif weight.dim() == 1:
             weight.fill_(1.0)
         else:
+            # A key of its own a weight: no weight depends on the others, so any part can be made
+            # alone. A generator's seed is signed, hence 63 bits.
             key = xxhash.xxh3_64_intdigest(name.encode(), seed=seed) >> 1
             generator = torch.Generator().manual_seed(key)
             # Drawn on the CPU: a GPU's generator gives other numbers.
@@ -99,9 +110,10 @@ def initialise(model: PartModule, seed: int) -> None:
 
 
 class WithoutValues(TorchFunctionMode):
-    """Make modules with memory and without initial values: `initialise` or a checkpoint sets them all once.
+    """Build modules with memory but without initial values.
 
-    The meta device would give them no memory, and loads torch's compiler, which takes as long as torch itself.
+    `initialise` or a checkpoint sets them all once. The meta device would allocate no memory, and
+    it imports torch's compiler, which takes as long as importing torch itself.
     """
 
     def __torch_function__(

@@ -1,8 +1,8 @@
-"""What the rest of the house knows of an architecture: the seam through which every model comes in.
+"""The base of all architectures: settings, and the numbers that layouts and plans need.
 
-An architecture is one file: a frozen settings dataclass that derives from `ModelSpec`. Its fields are the keys of the
-recipe's section [model]. Its properties give the numbers that a layout or a plan needs. Neither needs torch: only `build`
-imports it. No room but `models` names an architecture.
+An architecture is one file: a frozen settings dataclass that derives from `ModelSpec`. Its fields
+are the keys of the recipe's section [model]. Only `build` imports torch, so that a login node
+without torch can plan. No room but `models` names an architecture.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Part:
     """Blocks `first` to `last` − 1 of a model: what one stage of a pipeline holds.
 
-    The part that holds block 0 begins the model (embeddings), the one that holds the last block ends it (head).
+    The part that holds block 0 begins the model (embeddings), the one that holds the last block
+    ends it (head).
     """
 
     first: int
@@ -33,7 +34,8 @@ class Part:
 class ModelSpec(ABC):
     """The settings of an architecture and what follows from them.
 
-    FLOPs are floating-point operations of the forward and the backward pass. Widths are in features, lengths in tokens.
+    FLOPs are floating-point operations of the forward and the backward pass. Widths are in
+    features, lengths in tokens.
     """
 
     architecture: str
@@ -44,7 +46,9 @@ class ModelSpec(ABC):
     """0 in a recipe: taken from the data."""
 
     shared_inputs: ClassVar[tuple[str, ...]] = ()
-    """Fields of a batch that every part reads; other fields are read where the model begins or ends."""
+    """Fields of a batch that every part reads; other fields are read where the model begins or
+    ends.
+    """
 
     @classmethod
     def shapes(cls) -> "Mapping[str, ModelSpec]":
@@ -53,7 +57,9 @@ class ModelSpec(ABC):
 
     @abstractmethod
     def build(self, part: Part | None = None) -> "PartModule":
-        """Return the module of `part` (None: the whole model) without initial values; imports torch."""
+        """Return the module of `part` (None: the whole model) without initial values; imports
+        torch.
+        """
 
     @property
     @abstractmethod
@@ -77,11 +83,13 @@ class ModelSpec(ABC):
 
     @abstractmethod
     def parameters_of(self, part: Part) -> int:
-        """Count the trainable numbers of `part`; a tied weight counts in each part that holds it."""
+        """Count the parameters of `part`; a tied weight counts in each part that holds it."""
 
     @abstractmethod
     def activation_bytes(self, part: Part, rows: int, element_bytes: int = 4) -> int:
-        """Estimate the bytes that the forward pass of `rows` sequences keeps for the backward pass of `part`."""
+        """Estimate the bytes that the forward pass of `rows` sequences keeps for the backward pass
+        of `part`.
+        """
 
     @abstractmethod
     def output_bytes(self, rows: int) -> int:
@@ -89,7 +97,7 @@ class ModelSpec(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Return the settings that people compare, in one line."""
+        """Return the main settings in one line, for the printed plan."""
 
     @property
     def whole(self) -> Part:
@@ -97,7 +105,7 @@ class ModelSpec(ABC):
 
     @property
     def parameters(self) -> int:
-        """How many trainable numbers the whole model has, a tied weight counted once."""
+        """The parameters of the whole model, a tied weight counted once."""
         return self.parameters_of(self.whole)
 
     @property
@@ -106,20 +114,25 @@ class ModelSpec(ABC):
 
     @property
     def tied_weights(self) -> "Mapping[str, str]":
-        """Weights that share another's values: the name of the one → the name of the other, which is saved."""
+        """Tied weights: the follower's name → the leader's name, which is saved."""
         return {}
 
     @property
     def cut_dims(self) -> "Mapping[str, int]":
-        """The end of a weight's name → the dim along which tensor parallelism may cut it; others are replicated."""
+        """The end of a weight's name → the dim along which tensor parallelism may cut it; others
+        are replicated.
+        """
         return {}
 
     def begins(self, part: Part) -> bool:
+        """Return whether `part` holds the first block, and so the embeddings."""
         return part.first == 0
 
     def ends(self, part: Part) -> bool:
+        """Return whether `part` holds the last block, and so the head."""
         return part.last == self.blocks
 
     def replace(self, **changes: Any) -> Self:
         """Return these settings with `changes`; checks them again."""
+        # ModelSpec itself is not a dataclass, each architecture is one.
         return replace(self, **changes)  # type: ignore[type-var]

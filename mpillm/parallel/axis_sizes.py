@@ -1,4 +1,4 @@
-"""How many ranks go along each axis: plain numbers, which a login node can check before it queues a job."""
+"""Choose and check the size of each mesh axis: plain numbers, on a login node without MPI."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from mpillm.parallel.settings import ParallelSettings
 AXES: tuple[ParallelAxis, ...] = (DataAxis(), PipelineAxis())
 """Every axis, in the order in which a recipe and an error name them."""
 
-# An error lists this many of the legal layouts.
+# More would fill the screen: an error lists this many of the legal layouts.
 SHOWN_LAYOUTS = 6
 
 
@@ -27,6 +27,7 @@ def mesh_sizes(
     Raises LayoutError, with the legal layouts, where the settings do not fit.
     """
     wanted = {axis.name: axis.wanted(settings) for axis in AXES}
+    # 0 means "what the other axes leave"; at most one axis may ask for it.
     fixed = math.prod(size for size in wanted.values() if size)
     sizes = {name: size or max(1, ranks // fixed) for name, size in wanted.items()}
     needed = math.prod(sizes.values())
@@ -42,7 +43,8 @@ def mesh_sizes(
             f"{asked} must divide the ranks, and {have}, or start with {starts} ranks"
         )
     raise LayoutError(
-        f"{_product(sizes)} needs {needed} rank{'s' * (needed > 1)}, and {have}, or start with {needed}"
+        f"{_product(sizes)} needs {needed} rank{'s' * (needed > 1)}, and {have}, "
+        f"or start with {needed}"
     )
 
 
@@ -51,7 +53,7 @@ def _product(sizes: Mapping[str, int]) -> str:
 
 
 def axis_faults(sizes: Mapping[str, int], model: ModelSpec, batch: int) -> list[str]:
-    """Say, for each axis that is longer than what its ranks share, why it is."""
+    """Return for each axis why its ranks cannot share the work; axes that fit are left out."""
     faults = [axis.fault(sizes.get(axis.name, 1), model, batch) for axis in AXES]
     return [fault for fault in faults if fault]
 
@@ -61,13 +63,26 @@ def _check_shares(sizes: Mapping[str, int], ranks: int, model: ModelSpec, batch:
         raise LayoutError(f"{' and '.join(faults)}; {_remedy(ranks, model, batch)}")
 
 
+def counts_loss(coordinates: Mapping[str, int]) -> bool:
+    """Return whether the losses of the rank at `coordinates` (axis → index) count.
+
+    Along an axis whose ranks repeat the losses, those of coordinate 0 alone count.
+    """
+    return all(coordinates.get(axis.name, 0) == 0 for axis in AXES if axis.repeats_loss)
+
+
 def legal_layouts(ranks: int, model: ModelSpec, batch: int) -> list[dict[str, int]]:
-    """Return all sizes of the axes that `ranks` ranks can have, those with the longest first axis first."""
+    """Return all sizes of the axes that `ranks` ranks can have, those with the longest first axis
+    first.
+    """
     return [sizes for sizes in _factorisations(ranks) if not axis_faults(sizes, model, batch)]
 
 
 def _factorisations(ranks: int) -> Iterator[dict[str, int]]:
-    """Yield each way to write `ranks` as a product over the axes; the first axis takes what the others leave."""
+    """Yield each way to write `ranks` as a product over the axes; the first axis takes what the
+    others leave.
+    """
+    # Every axis size divides the number of ranks.
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
     first, *others = AXES
     for sizes in product(divisors, repeat=len(others)):
@@ -84,6 +99,7 @@ def _remedy(ranks: int, model: ModelSpec, batch: int) -> str:
         return (
             f"no layout of {ranks} ranks shares {shared}: take a train.batch that {ranks} divides"
         )
+    # The way to correct the job is part of the message: the layouts that would work.
     hidden = len(legal) - SHOWN_LAYOUTS
     shown = " or ".join(legal[:SHOWN_LAYOUTS]) + (f" (and {hidden} more)" if hidden > 0 else "")
-    return f'take {shown} (parallel.data = "auto" is whatever the pipeline leaves)'
+    return f'take {shown} (parallel.data = "auto" takes what the pipeline leaves)'

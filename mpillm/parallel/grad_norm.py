@@ -1,7 +1,7 @@
-"""The 2-norm of all gradients, the same bits in every layout.
+"""Compute the 2-norm of all gradients, bitwise the same in every layout.
 
-Squares are summed in float64 over pieces that depend on the parameters alone, and the pieces' sums in exact arithmetic.
-So neither the number of ranks nor the order leaves a trace.
+Squares are summed in float64 over pieces whose bounds depend on the parameters alone. The sums of
+the pieces are added exactly. So the number of ranks and their order do not change the result.
 """
 
 import math
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def square_sum(piece: Tensor) -> float:
     """Return the sum of squares of a flat `piece`, in float64."""
+    # float64: squares of float32 gradients neither overflow nor underflow there.
     wide = piece.double()
     return float(torch.dot(wide, wide))
 
@@ -29,10 +30,12 @@ def gradient_norm(
     replica: tuple[int, int],
     excluded: Collection[nn.Parameter] = (),
 ) -> float:
-    """Return the norm over all ranks of `comm`, the same on each. Every rank calls it, after `sync.finish`.
+    """Return the norm over all ranks of `comm`, the same on each. Every rank calls it, after
+    `sync.finish`.
 
     `replica` and `excluded`: see `GradientSync.counted_gradients`.
     """
+    # math.fsum rounds the exact sum once: any distribution of the pieces gives the same bits.
     own = [square_sum(piece) for piece in sync.counted_gradients(replica, excluded)]
     return math.sqrt(math.fsum(square for squares in comm.allgather(own) for square in squares))
 
@@ -48,6 +51,7 @@ def clip_gradients_(
 
     A norm that is not finite scales nothing: the caller reports it. Every rank of `comm` calls it.
     """
+    # Every rank computes the same norm, so all scale alike without another message.
     norm = gradient_norm(sync, comm, replica, excluded)
     if math.isfinite(norm) and norm > max_norm:
         sync.scale_(max_norm / norm)

@@ -1,7 +1,7 @@
-"""An axis of the mesh along which a training step is spread: the seam through which every parallelism comes in.
+"""The base of all parallelisms: an axis of the mesh over which a training step is spread.
 
-Sizes, legality, traffic, waits, and which ranks count a loss or a weight are loops over axis objects (axis_sizes.AXES).
-Nothing counts to two: a third axis adds its file and its entry there. Needs neither MPI nor torch.
+Sizes, legality, traffic, waits, and the ranks that count a loss or a weight are loops over the axis
+objects of axis_sizes.AXES. A new axis is a file and an entry there. Needs neither MPI nor torch.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class RankTimes:
-    """When each rank computed in one step, by rank, in seconds on one clock."""
+    """The times of one step: arrays by rank, in seconds of one clock."""
 
     begins: Floats
     ends: Floats
@@ -34,34 +34,41 @@ class RankTimes:
 
 
 class ParallelAxis(ABC):
-    """One kind of parallelism as the mesh sees it. One object, without state."""
+    """A kind of parallelism as an axis of the mesh. Its objects hold no state."""
 
     name: ClassVar[str]
     """The axis's name in the mesh, and its key in the recipe's section [parallel]."""
     cuts_weights: ClassVar[bool] = False
-    """Whether its ranks hold different weights; else each weight is replicated along it and counts once in a norm."""
+    """Whether its ranks hold different weights.
+
+    Otherwise each weight is replicated along the axis, and counts once in a norm.
+    """
     repeats_loss: ClassVar[bool] = False
-    """Whether its ranks compute the same losses; then the losses of coordinate 0 alone count."""
+    """Whether its ranks compute the same losses; then those of coordinate 0 alone count."""
 
     def wanted(self, settings: ParallelSettings) -> int:
-        """Return the size that the recipe asks for; 0: whatever the other axes leave."""
+        """Return the size that the recipe asks for; 0: what the other axes leave."""
+        # The key of the section [parallel] has the name of the axis.
         size = getattr(settings, self.name)
         return 0 if size == "auto" else int(size)
 
     @abstractmethod
     def shares(self, model: ModelSpec, batch: int) -> str:
-        """Name what the axis's ranks share, with its number: `a batch of 8 sequences`."""
+        """Name the work that the ranks share, with its amount: `a batch of 8 sequences`."""
 
     @abstractmethod
     def fault(self, size: int, model: ModelSpec, batch: int) -> str:
-        """Say why `size` ranks cannot share it; "" where they can."""
+        """Return why `size` ranks cannot share the work; "" where they can."""
 
     @abstractmethod
     def traffic_bytes(
         self, sizes: Mapping[str, int], model: ModelSpec, batch: int, chunks: int
     ) -> float:
-        """Estimate the bytes that a rank sends along the axis in a step; `chunks`: stages a rank."""
+        """Estimate the bytes that a rank sends along the axis a step; `chunks`: stages a rank."""
 
     def wait_seconds(self, times: RankTimes, groups: Sequence[Sequence[int]]) -> float:
-        """Return a rank's mean wait along the axis; `groups`: the ranks that differ along it alone."""
+        """Return the mean wait of a rank along the axis.
+
+        `groups`: lists of ranks that differ along this axis alone.
+        """
         return 0.0

@@ -1,4 +1,4 @@
-"""Enter the types that a step computes in."""
+"""Select the dtypes in which a step computes."""
 
 from contextlib import AbstractContextManager
 
@@ -6,7 +6,8 @@ import torch
 
 from mpillm.parallel.step_plan import Precision
 
-# Streams between stages and their gradients: float32, so that a stage rounds as it would inside one rank.
+# Streams between stages and their gradients: float32, so that a stage rounds as it would inside one
+# rank.
 STREAM_DTYPE = torch.float32
 
 

@@ -1,4 +1,4 @@
-"""A rank's share of a model under training: its parts, their gradients, and what joins them with other ranks."""
+"""A rank's share of a model under training: its parts, their gradients, its channels to others."""
 
 import math
 import time
@@ -12,6 +12,7 @@ from mpillm.comm.mesh import Mesh
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields, PartModule, create
 from mpillm.models.spec import ModelSpec
+from mpillm.parallel.axis_sizes import counts_loss
 from mpillm.parallel.data.replicated import ReplicatedGradients
 from mpillm.parallel.grad_norm import clip_gradients_
 from mpillm.parallel.pipeline.executor import Pipeline, StreamShapes
@@ -27,20 +28,24 @@ from mpillm.tasks.task import Task
 
 @dataclass(frozen=True)
 class Passes:
-    """What a batch's passes left on this rank."""
+    """The results of a batch's passes on this rank."""
 
     losses: list[float]
     """The loss of each microbatch where the last stage is, else none."""
     spans: list[Span]
     """When the rank computed."""
     ended: float
-    """When the last pass had ended and sums began, in seconds of perf_counter."""
+    """When the last pass ended and the reduction began, in seconds of perf_counter."""
     summed: float
-    """When the gradients were summed."""
+    """When the reduction of gradients ended, in seconds of perf_counter."""
 
 
 class ShardedModel:
-    """Every rank of `mesh` makes it, with the same arguments, and calls its methods together with the others."""
+    """The model parts of one rank.
+
+    Every rank of `mesh` makes it, with the same arguments, and calls its methods together with the
+    others.
+    """
 
     def __init__(
         self,
@@ -55,7 +60,10 @@ class ShardedModel:
         scored_rows: int = 1,
         warn: Callable[[str], None] = silent,
     ) -> None:
-        """`scored_rows`: the most sequences at once in `score`. `profile`, `warn`: as in Communicator."""
+        """Build and initialise the rank's parts.
+
+        `scored_rows`: the most sequences at once in `score`. `profile`, `warn`: as in Communicator.
+        """
         self.spec, self.task, self.mesh, self.plan = spec, task, mesh, plan
         axis, schedule = mesh.axis("pipeline"), plan.schedule
         self.parts: dict[int, PartModule] = {
@@ -63,8 +71,8 @@ class ShardedModel:
             for stage in schedule.stages_of(axis.rank)
         }
         parts = list(self.parts.values())
-        # With one stage both uses of a tied weight are one Parameter. A fixed order needs two leaves even there, as in a
-        # run of several stages.
+        # With one stage the tied head shares the embedding's Parameter. fixed_order needs a
+        # separate leaf there too: autograd would add both gradients in another order.
         apart = schedule.stages > 1 or plan.fixed_order
         self._tied = [
             TiedWeight(parts, names, axis, warn)
@@ -82,6 +90,10 @@ class ShardedModel:
             stage: ModelStage(part, number, self.gradients, task, plan.precision)
             for number, (stage, part) in enumerate(self.parts.items())
         }
+        # Every microbatch of a pipeline has the same number of rows.
+        shapes = tuple((plan.microbatch, spec.context, width) for width in spec.stream_widths)
+        self._streams = StreamShapes(lambda microbatch: shapes)
+        # Channels have a fixed capacity: that of the largest stream of training and scoring.
         widest = max(spec.stream_widths)
         rows = max(plan.microbatch, scored_rows)
         nbytes = STREAM_DTYPE.itemsize * rows * spec.context * widest
@@ -89,7 +101,7 @@ class ShardedModel:
 
     @property
     def share(self) -> tuple[int, int]:
-        """(i, n): the ranks of a pipeline take the i-th of n shares of what is scored."""
+        """(i, n): this rank scores the i-th of n shares of the batches, one share a pipeline."""
         data = self.mesh.axis("data")
         return data.rank, data.size
 
@@ -99,14 +111,15 @@ class ShardedModel:
         return any(part.ends for part in self.parts.values())
 
     def reads_fields(self, offered: Sequence[str]) -> bool:
-        """Tell whether a stage of this rank reads any of the `offered` fields."""
+        """Return whether a stage of this rank reads any of the `offered` fields."""
         shared = set(self.spec.shared_inputs).intersection(offered)
         return bool(shared) or any(part.begins or part.ends for part in self.parts.values())
 
     def named_weights(self) -> dict[str, nn.Parameter]:
-        """Return what this rank trains, by its names in the whole model.
+        """Return the weights that this rank trains, by their names in the whole model.
 
-        A tied weight that shares another's memory is left out. A copy of it, on another rank, bears the other's name.
+        A tied weight that shares another's memory is left out. Its copy on another rank has the
+        name of the saved weight.
         """
         shared = [weight for tied in self._tied for weight in tied.sharing_memory]
         return {
@@ -117,18 +130,17 @@ class ShardedModel:
         }
 
     def train(self, batch: Batch) -> Passes:
-        """Leave the gradients of the global batch, summed over all ranks, in `grad` of the weights.
+        """Run all passes of a step; leave the global batch's gradients in `grad` of the weights.
 
-        `batch`: the rank's share. All ranks of a pipeline are given the same rows of it.
+        `batch`: this rank's share. All ranks of a pipeline get the same rows of it.
         """
         self.gradients.begin()
         for stage in self._stages.values():
-            stage.begin(batch)
-        rows, context = self.plan.microbatch, self.spec.context
-        shapes = tuple((rows, context, width) for width in self.spec.stream_widths)
-        streams = StreamShapes(lambda microbatch: shapes)
-        spans = self.pipeline.run(self.plan.schedule, self._stages, streams)
+            stage.batch = batch
+        spans = self.pipeline.run(self.plan.schedule, self._stages, self._streams)
         ended = time.perf_counter()
+        # First over the data axis, then between the two leaves of a tied weight: one order of sums
+        # in every layout.
         self.gradients.finish()
         for tied in self._tied:
             tied.reduce()
@@ -139,7 +151,8 @@ class ShardedModel:
         return Passes(by_number, spans, ended, time.perf_counter())
 
     def clip_(self, max_norm: float) -> float:
-        """Scale the gradients of the whole model to a norm of `max_norm` at most (0: don't); return what it was."""
+        """Scale the gradients to a norm of `max_norm` at most (0: any); return their norm."""
+        # A tied weight's gradient is in two places; the norm counts it in one.
         elsewhere = [weight for tied in self._tied for weight in tied.counted_elsewhere]
         return clip_gradients_(
             self.gradients,
@@ -157,10 +170,10 @@ class ShardedModel:
         done: Callable[[], None],
         metrics: Sequence[OfBatch] = (),
     ) -> dict[int, BatchScore]:
-        """Score `count` batches; returns the result of each where the last stage is, elsewhere none.
+        """Score `count` batches; return their results on the ranks that count the loss.
 
-        `read(number)`: the fields of a batch of `shape_of(number)` = (B, T). `done` is called after each, on the ranks
-        that begin the model.
+        `read(number)` gives the fields of a batch of `shape_of(number)` = (B, T). `done` is called
+        after each batch, on the ranks that begin the model.
         """
         if not count:
             return {}
@@ -170,11 +183,15 @@ class ShardedModel:
         }
         widths = self.spec.stream_widths
         streams = StreamShapes(lambda number: tuple((*shape_of(number), width) for width in widths))
+        # Architectures may behave otherwise in training, such as by dropout.
         for part in self.parts.values():
             part.eval()
         self.pipeline.run(forward_only(self.plan.schedule, count), stages, streams)
         for part in self.parts.values():
             part.train()
+        if not counts_loss(self.mesh.coordinates):
+            # Another rank has the same results and counts them.
+            return {}
         return {n: score for stage in stages.values() for n, score in stage.scores.items()}
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
-"""How a training step is laid out: ranks along the axes, stages along the pipeline, microbatches along the step.
+"""The plan of a training step: ranks along the axes, stages along the pipeline, microbatches.
 
-A plan is plain data, made and checked before the first message. It needs no torch: a login node can make one.
+A plan is plain data, made and checked before the first message. It needs no torch: a login node can
+make it.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from mpillm.comm.mesh import Mesh, by_hosts
 from mpillm.errors import LayoutError
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.spec import ModelSpec, Part
-from mpillm.parallel.axis_sizes import AXES, mesh_sizes
+from mpillm.parallel import axis_sizes
+from mpillm.parallel.axis_sizes import mesh_sizes
 from mpillm.parallel.pipeline.actions import PipelineSchedule
 from mpillm.parallel.pipeline.check import ascending, check
 from mpillm.parallel.pipeline.partition import partition_blocks
@@ -23,14 +25,15 @@ from mpillm.parallel.settings import ParallelSettings
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# Without a recipe's microbatch a pipeline gets this many a rank: then its bubble is a quarter at most.
+# Default microbatches a rank of a pipeline. The bubble of 1F1B is (p − 1)/m, so m = 4p keeps it
+# below a quarter.
 MICROBATCHES_A_RANK = 4
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Where and in which types parts compute."""
+    """The device and the dtypes in which parts compute."""
 
     device: str = "cpu"
     """torch's name of the device."""
@@ -44,7 +47,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """`rows`: the sequences that a rank of the data axis takes of each batch, in microbatches of `microbatch`."""
+    """How one step is computed. `rows`: the sequences of the batch that a data rank takes."""
 
     schedule: PipelineSchedule
     parts: tuple[Part, ...]
@@ -53,7 +56,7 @@ class StepPlan:
     microbatch: int
     precision: Precision = Precision()
     fixed_order: bool = False
-    """Sum gradients in the one tree over all microbatches of all ranks: the same bits in every layout."""
+    """Sum gradients in one tree over all microbatches of all ranks: bits free of the layout."""
 
     @property
     def microbatches(self) -> int:
@@ -61,12 +64,15 @@ class StepPlan:
 
     @cached_property
     def timeline(self) -> Timeline:
-        """The schedule as it would run with even stages, in the time of one pass."""
+        """The simulated schedule with even stages, in units of one pass."""
         return simulate(self.schedule, Costs.even(self.schedule.stages))
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
-        """The first and last + 1 row of each microbatch; without a pipeline the last one may be short."""
+        """The first row, and the row after the last, of each microbatch.
+
+        Without a pipeline the last microbatch may be short.
+        """
         firsts = range(0, self.rows, self.microbatch)
         return [(first, min(first + self.microbatch, self.rows)) for first in firsts]
 
@@ -78,12 +84,14 @@ def make_mesh(
     batch: int,
     node_map: NodeMap | None = None,
 ) -> Mesh:
-    """Make the mesh, ranks in the order of their hosts, the axis that moves most bytes innermost.
+    """Make the mesh: ranks ordered by host, the axis with most traffic innermost.
 
-    `node_map`: of `comm`, else MPI is asked. The innermost axis stays within a node where it can. Every rank of `comm` calls it. `batch`: sequences of the global
-    batch. Raises LayoutError.
+    The innermost axis then stays within a node where it can. `batch`: sequences of the global
+    batch. `node_map`: of `comm`; None asks MPI for it. Every rank of `comm` calls it. Raises
+    LayoutError.
     """
     sizes = mesh_sizes(settings, comm.size, model, batch)
+    # The number of chunks is not resolved yet; it only scales the pipeline's traffic.
     traffic = traffic_bytes(sizes, model, batch, max(1, settings.chunks))
     ordered = dict(sorted(sizes.items(), key=lambda axis: traffic[axis[0]]))
     by_host, node_map = by_hosts(comm, node_map or map_nodes(comm))
@@ -93,17 +101,19 @@ def make_mesh(
 def traffic_bytes(
     sizes: dict[str, int], model: ModelSpec, batch: int, chunks: int
 ) -> dict[str, float]:
-    """Estimate what a rank sends along each axis in a step, in bytes."""
-    return {axis.name: axis.traffic_bytes(sizes, model, batch, chunks) for axis in AXES}
+    """Estimate the bytes that a rank sends along each axis in a step."""
+    return {axis.name: axis.traffic_bytes(sizes, model, batch, chunks) for axis in axis_sizes.AXES}
 
 
 def replica_share(mesh: Mesh) -> tuple[int, int]:
     """Return (i, n): this rank is the i-th of the n ranks that hold the same weights.
 
-    They lie along all axes that don't cut weights. Work on replicated weights is shared so that each counts once.
+    Those ranks differ along the axes that do not cut weights. They share the work on replicated
+    weights, so that each weight counts once.
     """
+    # Row-major over the axes, as coordinates are.
     index, count = 0, 1
-    for axis in AXES:
+    for axis in axis_sizes.AXES:
         if axis.name in mesh.sizes and not axis.cuts_weights:
             index = index * mesh.sizes[axis.name] + mesh.coordinates[axis.name]
             count *= mesh.sizes[axis.name]
@@ -120,23 +130,26 @@ def plan_step(
     dtype: str = "float32",
     fixed_order: bool = False,
 ) -> StepPlan:
-    """Resolve and check all choices for `data` ranks that share a batch of `batch` sequences, which `data` divides.
+    """Resolve and check all choices for `data` ranks that share a batch of `batch` sequences, which
+    `data` divides.
 
     `microbatch`: sequences at once; 0: chosen here. Raises LayoutError.
     """
+    # mesh_sizes has checked that `data` divides the batch.
     rows, pipeline = batch // data, settings.pipeline
     if fixed_order and not microbatch:
         raise LayoutError(
-            "train.fixed_order sums by microbatch, so the same microbatches must be cut in every layout; set "
-            f"train.microbatch to a divisor of {rows}, such as 1"
+            "train.fixed_order sums by microbatch, so the same microbatches must be cut in every "
+            f"layout; set train.microbatch to a divisor of {rows}, such as 1"
         )
     chosen = _microbatch(rows, pipeline) if pipeline > 1 else rows
     microbatch = min(microbatch, rows) or chosen
     if (pipeline > 1 or fixed_order) and rows % microbatch:
         divisors = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
         raise LayoutError(
-            f"train.microbatch = {microbatch} must divide the {rows} sequences that each of {data} data "
-            f"rank{'s' * (data > 1)} takes of a batch; take one of {divisors}, or change train.batch"
+            f"train.microbatch = {microbatch} must divide the {rows} sequences that each of "
+            f"{data} data rank{'s' * (data > 1)} takes of a batch; take one of {divisors}, "
+            "or change train.batch"
         )
     schedule = _schedule(settings, -(-rows // microbatch))
     parts = partition_blocks(model, schedule.stages, settings.stages if pipeline > 1 else "auto")
@@ -154,7 +167,8 @@ def _microbatch(rows: int, pipeline: int) -> int:
 
 def _schedule(settings: ParallelSettings, microbatches: int) -> PipelineSchedule:
     if settings.pipeline == 1:
-        # A single rank waits for no neighbour: each microbatch goes forward, then backward.
+        # A single rank waits for no other: forward and backward alternate, which keeps the
+        # activations of one microbatch alive.
         return make_schedule("1f1b", 1, microbatches)
     schedule = make_schedule(settings.schedule, settings.pipeline, microbatches, settings.chunks)
     check(schedule)
@@ -165,11 +179,12 @@ def _check_fixed_order(schedule: PipelineSchedule, data: int) -> None:
     microbatches = schedule.microbatches
     if data > 1 and microbatches & (microbatches - 1):
         raise LayoutError(
-            f"train.fixed_order sums the microbatches of all data ranks in one binary tree, so each rank's must be a "
-            f"branch of it: a power of two, not {microbatches}; change train.microbatch, train.batch or parallel.data"
+            "train.fixed_order sums the microbatches of all data ranks in one binary tree, so each "
+            f"rank's must be a branch of it: a power of two, not {microbatches}; change "
+            "train.microbatch, train.batch or parallel.data"
         )
     if not ascending(schedule):
         raise LayoutError(
-            f"train.fixed_order needs each stage to take the microbatches in ascending order, and {schedule.name} does "
-            "not; order its rows so, or take another schedule"
+            "train.fixed_order needs each stage to take the microbatches in ascending order, and "
+            f"{schedule.name} does not; order its rows so, or take another schedule"
         )

@@ -11,12 +11,16 @@ from mpillm.tasks.task import Fields, RawArrays, Task
 
 
 class CausalLM(Task):
-    """Fields: `ids` (B, T), `targets` (B, T), one position later; `documents` (B, T) for a document mask."""
+    """Causal language modelling. Fields: `ids`, `targets`, `documents` (optional), each (B, T).
+
+    Targets are one position later than ids.
+    """
 
     name: ClassVar[str] = "causal-lm"
     field_names: ClassVar[tuple[str, ...]] = ("ids", "targets")
 
     def fields(self, raw: RawArrays) -> dict[str, Tensor]:
+        # int64: the dtype that embeddings and cross_entropy index with.
         tokens_BT = torch.from_numpy(raw["tokens"].astype(np.int64, copy=False))
         fields = {"ids": tokens_BT[:, :-1], "targets": tokens_BT[:, 1:]}
         if "documents" in raw:
@@ -36,4 +40,5 @@ class CausalLM(Task):
 
 def cross_entropy_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Sum the cross-entropy over all positions, in nats (float32)."""
+    # float32 whatever the logits: bfloat16 sums of thousands of terms lose most digits.
     return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")

@@ -1,7 +1,6 @@
-"""What is learnt from a batch: the seam through which every task comes in.
+"""The base of all tasks: fields of a batch, targets, loss, and metrics of an evaluation.
 
-A task turns the raw arrays of samples into the fields of a batch, computes the loss from the model's outputs, and names
-the metrics of its evaluation. Nothing outside `tasks` cuts targets out of tokens or calls a loss. One task is one file.
+Nothing outside `tasks` cuts targets out of tokens or computes a loss. A task is one file.
 
 Shapes: B sequences, T positions.
 """
@@ -18,21 +17,22 @@ Fields = Mapping[str, Tensor]
 
 
 class Task(ABC):
-    """One object a run, without state."""
+    """A task. A run has one object of it, which holds no state."""
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits-per-byte")
-    """What an evaluation reports, by names of the metric catalogue, in order."""
+    """Metrics of an evaluation, by their names in the metric catalogue, in order."""
 
     field_names: ClassVar[tuple[str, ...]]
-    """The fields that every batch has; `documents` come on top where the recipe asks for them."""
+    """The fields of every batch; `documents` is added where the recipe asks for it."""
 
     @abstractmethod
     def fields(self, raw: RawArrays) -> dict[str, Tensor]:
-        """Make a batch's fields from `raw`, the arrays of the sampler; the first dim of each field counts sequences.
+        """Make a batch's fields from `raw`, the arrays of the sampler.
 
-        `raw` holds `tokens` (B, T + 1), and `documents` (B, T + 1), each position's document number within its row,
-        where the recipe asks for it.
+        `raw` holds `tokens` (B, T + 1). Where the recipe asks for a document mask it also holds
+        `documents` (B, T + 1), each position's document number within its row. The first dim of
+        each field counts sequences.
         """
 
     @abstractmethod
@@ -44,11 +44,12 @@ class Task(ABC):
 
     @abstractmethod
     def weight(self, fields: Fields) -> float:
-        """Count the targets of `fields`: what the sum of their losses is divided by to give the mean."""
+        """Count the targets of `fields`: the mean loss is the sum of losses over this number."""
 
     def fixed_weight(self, rows: int, context: int) -> float | None:
-        """Return the weight of any `rows` full sequences where it follows from the shape alone.
+        """Return the weight of any `rows` full sequences, where their shape determines it.
 
-        None: it depends on the data. Then the ranks add up the weights of each batch by one message before its passes.
+        None: it depends on the data; the ranks then add up the weights of each batch, by one
+        message before its passes.
         """
         return None

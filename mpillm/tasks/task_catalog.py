@@ -1,4 +1,7 @@
-"""The tasks by name; a recipe names one by `task.name`, a user's own as `package.module:Name`."""
+"""The table of tasks by name.
+
+A recipe names one by `task.name`; a plug-in is named as `package.module:Name`.
+"""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -19,14 +22,16 @@ DEFAULT = "causal-lm"
 
 
 def check_task(name: str) -> None:
-    """Raise RecipeError unless `name` may be a task; imports nothing, so that a login node without torch can check."""
+    """Raise RecipeError unless `name` may be a task."""
+    # Nothing is imported: a task imports torch, which a login node may not have.
     if name not in TASKS and not is_plugin(name):
         raise RecipeError(
-            f"task.name = {name!r} is unknown; tasks: {', '.join(TASKS)}, or your own as package.module:Name"
+            f"task.name = {name!r} is unknown; tasks: {', '.join(TASKS)}, "
+            "or a plug-in as package.module:Name"
         )
 
 
 def make_task(name: str) -> "Task":
-    """Make the task called `name`; imports torch. Raises UsageError for a name that is not known."""
+    """Make the task called `name`; imports torch. Raises UsageError for an unknown name."""
     task: Task = load_plugin(name, TASKS, "task")()
     return task

@@ -1,4 +1,4 @@
-"""A run under way: step after step, with its evaluations, its checkpoints, its record, and an end in good order."""
+"""The training loop of a run: steps, evaluations, checkpoints, metrics, and an orderly stop."""
 
 import platform
 import time
@@ -47,32 +47,33 @@ PACKAGES = ("mpillm", "torch", "mpi4py", "h5py", "numpy")
 
 
 @dataclass(frozen=True)
-class Allotment:
-    """What the surroundings of a run allow it and ask of it."""
+class JobLimits:
+    """The limits that a job sets to a run, and the signals by which it asks the run to stop."""
 
     signals: StopSignals | None = None
-    """None: nobody asks it to stop."""
+    """None: no signal stops the run in an orderly way."""
     job: CurrentJob | None = None
     end: float | None = None
     """When the batch system ends the job, in unix seconds; None: not known."""
-    begun: float = 0.0
-    """When the process began: train.time_limit counts from there. 0: now."""
+    started: float = 0.0
+    """When the process started, in unix seconds: train.time_limit counts from there. 0: now."""
 
     def deadline(self, time_limit: str) -> float | None:
-        """The earlier of the batch system's end and the recipe's limit."""
+        """Return the earlier of the batch system's end and the recipe's limit, in unix seconds."""
         limits = [self.end] if self.end is not None else []
         if time_limit:
-            limits.append((self.begun or time.time()) + seconds_of(time_limit))
+            limits.append((self.started or time.time()) + seconds_of(time_limit))
         return min(limits, default=None)
 
 
 @contextmanager
-def held(folder: Path, comm: "MPI.Intracomm", job: CurrentJob | None) -> Iterator[None]:
+def locked_run(folder: Path, comm: "MPI.Intracomm", job: CurrentJob | None) -> Iterator[None]:
     """Keep other jobs from the run in `folder` while the block runs. Every rank calls it.
 
     Raises UsageError where another job holds the run.
     """
     locks: list[RunLock] = []
+    # Rank 0 alone takes the lock; where it fails, all ranks raise its error.
     on_root(comm, lambda: locks.append(RunLock(folder, job)))
     try:
         yield
@@ -82,7 +83,7 @@ def held(folder: Path, comm: "MPI.Intracomm", job: CurrentJob | None) -> Iterato
 
 
 class TrainingLoop:
-    """Every rank makes it, and calls `go`."""
+    """The steps of one run. Every rank makes it, and calls `run` once."""
 
     def __init__(
         self,
@@ -91,149 +92,159 @@ class TrainingLoop:
         trainer: Trainer,
         console: Console,
         trace: bool,
-        allotment: Allotment,
+        limits: JobLimits,
         cluster: Cluster,
     ) -> None:
         self._recipe, self._manifest, self._trainer = recipe, manifest, trainer
         self._comm, self._console = trainer.mesh.comm, console
         self._folder = Path(recipe.train.run)
         self._constants = RunConstants.read(manifest, recipe.to_dict(), self._comm)
-        self._timing, self._trace = (
-            StepTrace(trainer.mesh, trainer.plan, trainer.clock_offset),
-            trace,
-        )
-        self._diary = HistoryWriter(self._folder, writes=self._comm.rank == 0)
-        self._signals = allotment.signals
-        # The ranks may have been told different ends, and one clock must do for all: rank 0's.
-        self._deadline = self._comm.bcast(allotment.deadline(recipe.train.time_limit))
+        self._step_trace = StepTrace(trainer.mesh, trainer.plan, trainer.clock_offset)
+        self._writes_trace = trace
+        self._history = HistoryWriter(self._folder, writes=self._comm.rank == 0)
+        self._signals = limits.signals
+        # The batch system may give the ranks different ends. All stop by one clock: rank 0's.
+        self._deadline = self._comm.bcast(limits.deadline(recipe.train.time_limit))
         times = (
             (self._deadline, last_save_seconds(self._folder))
             if self._comm.rank == 0
             else (None, None)
         )
-        self._stopping = Stopping(allotment.signals, *times)
-        self._job, self._cluster = allotment.job, cluster
+        self._stopping = Stopping(limits.signals, *times)
+        self._job, self._cluster = limits.job, cluster
         self._last_saved: Path | None = None
         self._done = 0
 
-    def go(self, checkpoint: Checkpoint | None) -> None:
-        """Train from the checkpoint, or from the beginning, to the last step. Raises StoppedError, on every rank, when
-        the run was saved before that because somebody asked, or its time was up.
+    def run(self, checkpoint: Checkpoint | None) -> None:
+        """Train from the checkpoint, or from the initial weights, to the last step.
+
+        Raises StoppedError on every rank when a stop request or the time limit ended the run
+        early; the run is saved then.
         """
         with self._signals.orderly() if self._signals else nullcontext():
-            reason = self._go(checkpoint)
-            # When any rank returns, the run's files are whole.
+            reason = self._run_from(checkpoint)
+            # Rank 0 may still write files: no rank returns before they are complete.
             patient_barrier(self._comm)
         if reason:
             raise StoppedError(
-                f"{reason}; the run is saved as {self._last_saved}; --resume goes on from it"
+                f"{reason}; the run is saved as {self._last_saved}; --resume continues it"
             )
 
-    def _go(self, checkpoint: Checkpoint | None) -> str:
-        """Why the run stopped before its end; "" where it did not."""
+    def _run_from(self, checkpoint: Checkpoint | None) -> str:
+        """Restore, train, and write the trace; return why the run stopped early, else ""."""
         self._done, steps = self._restore(checkpoint), self._recipe.train.steps
-        owed = self._owes_evaluation()
-        if self._done >= steps and not owed:
-            self._diary.ended("finished", self._done)
+        overdue = self._evaluation_is_missing()
+        if self._done >= steps and not overdue:
+            self._history.ended("finished", self._done)
             self._console.say(
-                f"{self._folder} is at step {self._done:,} of {steps:,}: nothing to do (raise train.steps to go on)"
+                f"{self._folder} is at step {self._done:,} of {steps:,}: nothing to do "
+                "(raise train.steps to continue)"
             )
             return ""
-        reason = self._go_on(steps, owed)
-        self._timing.tell(self._console)
-        if self._trace:
-            self._timing.write(self._folder / TRACE, self._console)
+        reason = self._run_steps(steps, overdue)
+        self._step_trace.print_bubble(self._console)
+        if self._writes_trace:
+            self._step_trace.write_json(self._folder / TRACE, self._console)
         if not reason:
-            self._console.say(
-                f"finished: {self._last_saved}, {self._folder / METRICS}, {self._folder / PICTURE}"
-            )
+            metrics, picture = self._folder / METRICS, self._folder / PICTURE
+            self._console.say(f"finished: {self._last_saved}, {metrics}, {picture}")
         return reason
 
-    def _go_on(self, steps: int, owed: bool) -> str:
-        """Step until the end, or until all agreed to stop: why, "" at the end. `owed`: an evaluation comes first."""
-        record, reason = None, ""
+    def _run_steps(self, steps: int, overdue: bool) -> str:
+        """Step until `steps` are done or all ranks agree to stop; return why they stop, else "".
+
+        `overdue`: the evaluation of the step that was restored comes first.
+        """
+        metrics, reason = None, ""
         try:
             if self._comm.rank == 0:
                 write_text(self._folder / RECIPE, write_recipe(self._recipe))
-            self._diary.started(self._done, self._facts())
+            self._history.started(self._done, self._facts())
             check_same(self._trainer.weights.values(), self._trainer.mesh.axis("data"))
             writes = self._comm.rank == 0
-            record = MetricsWriter(self._folder, self._done, writes, self._console)
-            if owed:
-                self._evaluate(record)
+            metrics = MetricsWriter(self._folder, self._done, writes, self._console)
+            if overdue:
+                self._evaluate(metrics)
             with self._console.progress("train", steps, "steps", start=self._done) as progress:
                 while self._done < steps and not reason:
-                    reason = self._one_step(record, progress)
+                    reason = self._step_and_save(metrics, progress)
         except BaseException as failure:
             raised = self._with_last_saved(failure)
-            with suppress(OSError):  # a full disk has its own reason to tell
-                self._diary.ended("failed", self._done, str(failure) or type(failure).__name__)
+            # On a full disk the history cannot be written; the failure itself is more useful.
+            with suppress(OSError):
+                self._history.ended("failed", self._done, str(failure) or type(failure).__name__)
             raise raised from failure
         else:
-            # Before a picture is drawn: time may be short.
-            self._diary.ended("stopped" if reason else "finished", self._done, reason)
+            # Before the picture is drawn: the job's time may end while matplotlib loads.
+            self._history.ended("stopped" if reason else "finished", self._done, reason)
         finally:
-            if record is not None:
-                record.close()
+            if metrics is not None:
+                metrics.close()
         return reason
 
-    def _one_step(self, record: MetricsWriter, progress: Progress) -> str:
-        """The next step and what is due after it; why all ranks stop now, else ""."""
-        begun, settings = time.perf_counter(), self._recipe.train
-        result = self._trainer.step(self._done, self._stopping.wish())
+    def _step_and_save(self, metrics: MetricsWriter, progress: Progress) -> str:
+        """Run one step, then save and evaluate if due; return why all ranks stop now, else ""."""
+        begin, settings = time.perf_counter(), self._recipe.train
+        result = self._trainer.step(self._done, self._stopping.stop_request())
         self._done = done = self._done + 1
         tokens = settings.batch * self._recipe.model.context
-        self._timing.add(result.spans, result.others, result.stats.bubble)
-        record.add(_metrics(done, result, tokens))
+        self._step_trace.add(result.spans, result.others, result.stats.bubble)
+        metrics.add(_metrics(done, result, tokens))
         progress.advance(
             1, **{"loss": f"{result.loss:.4f}", "tokens/s": f"{tokens / result.seconds:,.0f}"}
         )
         last = done == settings.steps
-        reason = "" if last else self._stopping.reason(result.stats.stops)
+        reason = "" if last else self._stopping.stop_reason(result.stats.stops)
         if reason:
+            # Every rank has a reason, but rank 0 alone knows the time: its words count.
             reason = self._comm.bcast(reason)
         saving = self._save(tokens) if last or reason or _due(settings.save_every, done) else 0.0
-        # Behind the save: an evaluation may take longer than there is time. What a stop leaves out, a resume makes up.
+        # After the save: an evaluation may take longer than the job has time. A stop skips it,
+        # and the resumed run makes up for it.
         if self._evaluation_is_due() and not reason:
-            self._evaluate(record)
-        self._stopping.stepped(time.perf_counter() - begun - saving)
+            self._evaluate(metrics)
+        self._stopping.add_step_seconds(time.perf_counter() - begin - saving)
         return reason
 
     def _evaluation_is_due(self) -> bool:
         settings = self._recipe.train
         return self._done == settings.steps or _due(settings.evaluate_every, self._done)
 
-    def _owes_evaluation(self) -> bool:
-        """Whether the run was ended between the save of this step and its evaluation. Every rank calls it."""
+    def _evaluation_is_missing(self) -> bool:
+        """Return whether the run ended between the save of this step and its evaluation.
+
+        Every rank calls it.
+        """
         if not (
             self._done
             and self._evaluation_is_due()
             and self._manifest.splits["validation"].n_tokens
         ):
             return False
-        metrics = self._folder / METRICS
+        path = self._folder / METRICS
         return not on_root(
             self._comm,
             lambda: any(
                 line["step"] == self._done and "validation_loss" in line
-                for line in read_metrics(metrics)
+                for line in read_metrics(path)
             ),
         )
 
-    def _evaluate(self, record: MetricsWriter) -> None:
+    def _evaluate(self, metrics: MetricsWriter) -> None:
         if not self._manifest.splits["validation"].n_tokens:
             return
         with open_split(self._recipe.data.path, "validation") as reader:
             quiet = Console(speaks=False)
             score = evaluate(self._trainer.model, reader, self._comm, quiet)
-        record.add({"step": self._done, "validation_loss": score.loss})
+        metrics.add({"step": self._done, "validation_loss": score.loss})
         self._console.say(
-            f"step {self._done:,}: validation loss {score.loss:.4f}, perplexity {score.perplexity:,.2f}"
+            f"step {self._done:,}: validation loss {score.loss:.4f}, "
+            f"perplexity {score.perplexity:,.2f}"
         )
 
     def _save(self, step_tokens: int) -> float:
-        """The seconds that it took."""
-        begun = time.perf_counter()
+        """Save a checkpoint; return the seconds that it took. Every rank calls it."""
+        begin = time.perf_counter()
         facts = {
             "step": self._done,
             "tokens": self._done * step_tokens,
@@ -242,10 +253,10 @@ class TrainingLoop:
         }
         folder = self._folder / CHECKPOINTS
         saved = save(folder, self._tensors(), facts, self._constants.texts, self._comm)
-        self._last_saved, seconds = saved, time.perf_counter() - begun
-        self._stopping.saved(seconds)
+        self._last_saved, seconds = saved, time.perf_counter() - begin
+        self._stopping.add_save_seconds(seconds)
         if self._comm.rank == 0:
-            self._diary.saved(
+            self._history.saved(
                 self._done, saved, seconds, sum(path.stat().st_size for path in saved.iterdir())
             )
             prune(folder, self._recipe.train.keep)
@@ -267,11 +278,11 @@ class TrainingLoop:
         checkpoint.load(self._tensors())
         set_steps(self._trainer.optimizer, checkpoint.step)
         self._last_saved = checkpoint.folder
-        self._console.say(f"going on from {checkpoint.folder}")
+        self._console.say(f"continuing from {checkpoint.folder}")
         return checkpoint.step
 
     def _facts(self) -> dict[str, Any]:
-        """What the history tells of a start. Every rank calls it."""
+        """Gather what the history records of a start. Every rank calls it."""
         trainer, recipe = self._trainer, self._recipe
         hosts: dict[str, list[int]] = {}
         for rank, host in enumerate(self._comm.allgather(host_name())):
@@ -296,24 +307,25 @@ class TrainingLoop:
         }
 
     def _with_last_saved(self, failure: BaseException) -> BaseException:
-        """The same failure, telling the last good checkpoint, where it is one that a run may meet."""
+        """Return the failure with the last good checkpoint in its message.
+
+        Failures that point to a mistake of the program are returned as they are.
+        """
         last = self._last_saved
-        way_on = (
-            f"the last good checkpoint is {last}; --resume goes on from it"
+        remedy = (
+            f"the last good checkpoint is {last}; --resume continues from it"
             if last
             else "no checkpoint was saved yet"
         )
         if isinstance(failure, DivergedError):
             return type(failure)(
-                f"{failure}; {way_on}, perhaps with a lower optimizer.learning_rate"
+                f"{failure}; {remedy}, perhaps with a lower optimizer.learning_rate"
             )
         if isinstance(failure, KeyboardInterrupt):
-            return type(failure)(way_on)
+            return type(failure)(remedy)
         if isinstance(failure, OSError):
-            place = failure.filename or self._folder
-            return CheckpointError(
-                f"{place}: {failure.strerror or failure}; mend that, and then: {way_on}"
-            )
+            path = failure.filename or self._folder
+            return CheckpointError(f"{path}: {failure.strerror or failure}; correct that; {remedy}")
         return failure
 
 

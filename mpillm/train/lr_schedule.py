@@ -6,9 +6,11 @@ from mpillm.train.optimizers.optimizer import OptimizerSettings
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
-    """Return the rate of `step` (from 0) of `steps`: a linear warm-up, then the schedule, down to the final share.
+    """Return the rate of `step` (from 0) of `steps`: a linear warm-up, then the schedule, down to
+    the final share.
 
-    Constant-then-decay is the trapezoid of Hägele et al. 2024; the cosine is that of Loshchilov & Hutter 2017.
+    Constant-then-decay is the trapezoid of Hägele et al. 2024; the cosine is that of Loshchilov &
+    Hutter 2017.
     """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps

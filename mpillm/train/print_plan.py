@@ -1,4 +1,4 @@
-"""The resolved plan: what a run will do, printed before it begins."""
+"""Print the resolved plan of a run before its first step."""
 
 import torch
 
@@ -8,12 +8,12 @@ from mpillm.system.console import Console, binary_bytes
 from mpillm.tokens.reader import TokenReader
 from mpillm.train.recipe import Recipe
 
-# A weight and its gradient, float32 each; the optimizer's state comes on top.
+# A weight and its gradient, float32 each; the optimizer's state is added.
 WEIGHT_BYTES = 8
 
 
 def memory_bytes(recipe: Recipe, plan: StepPlan) -> int:
-    """Estimate what training takes on the rank that needs most, besides the program itself."""
+    """Estimate the bytes of training on the rank that needs most, without Python and torch."""
     schedule, model = plan.schedule, recipe.model
     held = WEIGHT_BYTES + recipe.optimizer.state_bytes_per_parameter
 
@@ -45,9 +45,9 @@ def pipeline_facts(plan: StepPlan) -> dict[str, str]:
         for rank in range(schedule.ranks)
     ]
     return {
-        "pipeline": f"{schedule.name}, {plan.microbatches} microbatches of {plan.microbatch} sequences, bubble "
-        f"{timeline.bubble:.1%} with even stages, activations of up to {max(timeline.peaks) / schedule.chunks:g} "
-        "microbatches",
+        "pipeline": f"{schedule.name}, {plan.microbatches} microbatches of {plan.microbatch} "
+        f"sequences, bubble {timeline.bubble:.1%} with even stages, activations of up to "
+        f"{max(timeline.peaks) / schedule.chunks:g} microbatches",
         "layers by rank": ", ".join(shares) + " (embedding with the first, head with the last)",
     }
 

@@ -1,7 +1,8 @@
-"""A recipe: what to train, on what, and how. Its sections live beside their users; this file only collects them.
+"""The recipe: what to train, on which data, and how.
 
-The sections [model] and [optimizer] have the class that their key `architecture` or `name` names: an entry of a catalogue,
-or a plug-in.
+The settings class of a section is defined in the room that uses it; this file collects them. The
+keys `model.architecture` and `optimizer.name` select the class of their section: an entry of a
+catalogue, or a plug-in.
 """
 
 import difflib
@@ -29,7 +30,8 @@ Positive = Annotated[int, Gt(0)]
 Many = Annotated[int, Ge(0)]
 Table = dict[str, Any]
 
-# Spellings of earlier releases, by section.key: read in recipes and run folders that exist, refused on the command line.
+# Spellings of earlier releases, by section.key: read in existing recipes and run folders, refused
+# on the command line.
 OLD_SPELLINGS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "parallel.overlap": {"behind": "during"},
@@ -48,10 +50,10 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """What is learnt from a batch."""
+    """The task: fields, targets and loss of a batch."""
 
     name: str = task_catalog.DEFAULT
-    """A task of the catalogue, or your own as `package.module:Name`."""
+    """A task of the catalogue, or a plug-in as `package.module:Name`."""
 
     def __post_init__(self) -> None:
         task_catalog.check_task(self.name)
@@ -67,10 +69,14 @@ class TrainSettings:
     batch: Positive = 32
     """Sequences a step over all ranks."""
     microbatch: Many = 0
-    """Sequences that a rank computes at once; 0: all of its share, or in a pipeline a fitting part of it."""
+    """Sequences that a rank computes at once; 0: all of its share, or in a pipeline a fitting part
+    of it.
+    """
     seed: Many = 0
     fixed_order: bool = False
-    """Sum gradients in one order whatever the layout, so that the bits are the same; a little slower."""
+    """Sum gradients in one order whatever the layout, so that the bits are the same; a little
+    slower.
+    """
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: products in bfloat16, weights and sums in float32."""
     evaluate_every: Many = 0
@@ -80,8 +86,8 @@ class TrainSettings:
     keep: Positive = 3
     """How many checkpoints stay."""
     time_limit: str = ""
-    """How long the job may take, such as 1:30:00 or 90m: the run saves and stops before it. Empty: as long as the batch
-    system says.
+    """How long the job may take, such as 1:30:00 or 90m: the run saves and stops before it. Empty:
+    as long as the batch system says.
     """
 
     def __post_init__(self) -> None:
@@ -110,7 +116,9 @@ class Recipe:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a TOML recipe; `overrides` are texts such as `train.steps=100`. Raises RecipeError naming each fault."""
+    """Read a TOML recipe; `overrides` are texts such as `train.steps=100`. Raises RecipeError
+    naming each fault.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as failure:
@@ -125,17 +133,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
-    """Check a recipe's table and build it. Raises RecipeError; `source` names the table in its message."""
-    # Imported here: a verb without a recipe need not wait for pydantic.
+    """Check a recipe's table and build it. Raises RecipeError; `source` names the table in its
+    message.
+    """
+    # Imported here: loading pydantic would delay every verb that reads no recipe.
     from pydantic import TypeAdapter, ValidationError
 
     table = {**_in_new_spelling(table), "model": _with_shape(table.get("model", {}))}
     classes = section_classes(table)
     try:
-        # As JSON: pydantic's strict mode takes tables for sections only from there.
+        # As JSON: in strict mode pydantic accepts a table for a dataclass only from JSON.
         read: Any = TypeAdapter(_table_class(classes)).validate_json(json.dumps(table, default=str))
     except ValidationError as failure:
-        # A setting of several types has a fault for each that it is not.
+        # A setting of several types gives one error a type; they become one text.
         faults: dict[tuple[int | str, ...], list[str]] = {}
         for error in failure.errors():
             place = error["loc"][:2]
@@ -151,7 +161,9 @@ def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
 
 
 def _table_class(classes: Mapping[str, type]) -> type:
-    """Make the class that pydantic checks: a section a field, of its class; only [data] has no defaults."""
+    """Make the class that pydantic checks: a section a field, of its class; only [data] has no
+    defaults.
+    """
     sections = [
         (name, kind) if name == "data" else (name, kind, field(default_factory=kind))
         for name, kind in classes.items()
@@ -162,7 +174,9 @@ def _table_class(classes: Mapping[str, type]) -> type:
 
 
 def section_classes(table: Mapping[str, Any]) -> dict[str, type]:
-    """Return the class of each section; [model] and [optimizer] name theirs. Raises RecipeError for unknown names."""
+    """Return the class of each section; [model] and [optimizer] name theirs. Raises RecipeError for
+    unknown names.
+    """
     return {
         "data": DataSettings,
         "model": model_catalog.spec_class(
@@ -192,7 +206,7 @@ def write_recipe(recipe: Recipe) -> str:
 
 
 def _toml(value: Any) -> str:
-    """Write a value in TOML: JSON, but for pairs of surrogates and a bare delete character."""
+    """Write a value in TOML: as JSON, without surrogate pairs and with delete escaped."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -204,12 +218,13 @@ def _override(table: Table, override: str) -> None:
             f"--set takes section.key=value, such as train.steps=100, and not {override!r}"
         )
     if not isinstance(table.setdefault(section, {}), dict):
-        raise RecipeError(f"--set {override}: [{section}] is no section of the recipe")
+        raise RecipeError(f"--set {override}: [{section}] is not a section of the recipe")
     value = _value(text)
     renamed = OLD_SPELLINGS.get(f"{section}.{name}", {})
     if isinstance(value, str) and value in renamed:
         raise RecipeError(
-            f"--set {override}: {value!r} is an old spelling; write {section}.{name}={renamed[value]}"
+            f"--set {override}: {value!r} is an old spelling; "
+            f"write {section}.{name}={renamed[value]}"
         )
     table[section][name] = value
 
@@ -226,7 +241,7 @@ def _in_new_spelling(table: Mapping[str, Any]) -> Table:
 
 
 def _value(text: str) -> Any:
-    """Read a TOML value; any other text (a bare word, a path) is taken as it is."""
+    """Read a TOML value; return any other text (a bare word, a path) as it is."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
@@ -234,7 +249,7 @@ def _value(text: str) -> Any:
 
 
 def _with_shape(section: Any) -> Any:
-    """Spell out the [model] section's named shape beneath its own keys."""
+    """Replace the [model] section's `shape` by the settings it names; own keys override them."""
     if not isinstance(section, dict) or "shape" not in section:
         return section
     shape, shapes = section["shape"], model_catalog.named_shapes()

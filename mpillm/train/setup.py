@@ -1,6 +1,6 @@
-"""A run from its recipe to its last checkpoint."""
+"""Set up a run from its recipe: mesh, plan, model, checkpoint; then train."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +8,7 @@ from mpillm.comm.failure import on_root
 from mpillm.errors import MismatchError, UsageError
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.machine.node_map import NodeMap, map_nodes
+from mpillm.models.model_catalog import read_spec
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.step_plan import make_mesh, plan_step
 from mpillm.runs.folder import CLUSTER, METRICS
@@ -18,7 +19,7 @@ from mpillm.tasks.task_catalog import make_task
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.order import WindowOrder
 from mpillm.tokens.reader import open_split
-from mpillm.train.loop import Allotment, TrainingLoop, held
+from mpillm.train.loop import JobLimits, TrainingLoop, locked_run
 from mpillm.train.print_plan import print_plan
 from mpillm.train.recipe import Recipe
 from mpillm.train.step import Trainer
@@ -29,7 +30,7 @@ from mpillm.weights.places import CHECKPOINTS
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-NOTHING_ALLOTTED = Allotment()
+NO_LIMITS = JobLimits()
 
 
 def train(
@@ -38,13 +39,14 @@ def train(
     console: Console,
     resume: bool = False,
     trace: bool = False,
-    allotment: Allotment = NOTHING_ALLOTTED,
+    limits: JobLimits = NO_LIMITS,
     node_map: NodeMap | None = None,
 ) -> None:
     """Train as the recipe says. Every rank calls it.
 
-    `resume`: go on from the newest whole checkpoint of the run, if it has one. `trace`: leave a file that shows when
-    each rank did what. `node_map`: of `comm`, else MPI is asked. Raises MpillmError's kinds.
+    `resume`: continue from the newest whole checkpoint of the run, if it has any. `trace`: write a
+    file that shows when each rank computed. `node_map`: of `comm`; None asks MPI for it. Raises
+    subclasses of MpillmError.
     """
     keep_pages()
     manifest = Manifest.load(recipe.data.path)
@@ -64,34 +66,38 @@ def train(
     )
     task = make_task(recipe.task.name)
     with open_split(recipe.data.path, "train") as reader:
-        # Refused before the run has a folder: a dataset that is shorter than one context, a profile that is missing.
+        # Before the run has a folder: a dataset shorter than one context, or a missing profile,
+        # must leave nothing to clean up.
         WindowOrder(reader.n_tokens, recipe.model.context, settings.seed)
         cluster = describe_cluster(comm, node_map)
         profile = _profile(recipe, comm, console, cluster)
         folder = Path(settings.run)
         make_folder(folder)
-        with held(folder, comm, allotment.job):
-            checkpoint = _place(recipe, manifest, comm, console, resume)
+        with locked_run(folder, comm, limits.job):
+            checkpoint = _find_start(recipe, manifest, comm, console, resume)
             print_plan(recipe, mesh, plan, reader, console)
             trainer = Trainer(recipe, task, reader, mesh, plan, profile, console.warn)
             if data.size > 1:
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
             if plan.schedule.ranks > 1:
                 console.say(f"stages: {trainer.describe_pipeline()}")
-            run = TrainingLoop(recipe, manifest, trainer, console, trace, allotment, cluster)
-            run.go(checkpoint)
+            loop = TrainingLoop(recipe, manifest, trainer, console, trace, limits, cluster)
+            loop.run(checkpoint)
             trainer.close()
 
 
 def _profile(
     recipe: Recipe, comm: "MPI.Intracomm", console: Console, here: Cluster
 ) -> ClusterProfile | None:
-    """The cluster's profile: the recipe's, else one that lies in the run's folder, else none. Every rank calls it."""
-    beside = Path(recipe.train.run) / CLUSTER
+    """Load the cluster's profile: the one the recipe names, else the one in the run's folder.
+
+    Returns None without either. Every rank calls it.
+    """
+    in_run = Path(recipe.train.run) / CLUSTER
     named = Path(recipe.parallel.profile) if recipe.parallel.profile else None
 
     def load() -> ClusterProfile | None:
-        path = named or (beside if beside.exists() else None)
+        path = named or (in_run if in_run.exists() else None)
         return load_profile(path, console.warn, here) if path else None
 
     return on_root(comm, load)
@@ -102,34 +108,39 @@ def _with_vocabulary(recipe: Recipe, manifest: Manifest) -> ModelSpec:
     wanted, found = recipe.model.vocab_size, manifest.vocab_size
     if wanted and wanted < found:
         raise MismatchError(
-            f"model.vocab_size = {wanted:,} is smaller than the {found:,} of the data {recipe.data.path}; "
-            f"leave it out to take the data's"
+            f"model.vocab_size = {wanted:,} is smaller than the {found:,} of the data "
+            f"{recipe.data.path}; leave it out to take the data's"
         )
     return recipe.model.replace(vocab_size=wanted or found)
 
 
-def _place(
+def _find_start(
     recipe: Recipe, manifest: Manifest, comm: "MPI.Intracomm", console: Console, resume: bool
 ) -> Checkpoint | None:
-    """Where the run stands: its newest checkpoint, None at its beginning. Every rank calls it."""
+    """Return the checkpoint from which the run continues; None for its beginning.
+
+    Every rank calls it. Raises UsageError where a new run would overwrite another.
+    """
     folder = Path(recipe.train.run)
     if not resume:
         if comm.bcast((folder / METRICS).exists() or (folder / CHECKPOINTS).exists()):
             raise UsageError(
-                f"{folder} holds a run already; --resume goes on with it, or name another train.run"
+                f"{folder} holds a run already; --resume continues it, or name another train.run"
             )
         return None
     checkpoint = newest_whole(folder, comm, console)
     if checkpoint is None:
-        console.say(f"{folder} has no checkpoint yet: beginning at step 1")
+        console.say(f"{folder} has no checkpoint yet: starting at step 1")
         return None
     _check_same_run(recipe, manifest, checkpoint)
     return checkpoint
 
 
 def _check_same_run(recipe: Recipe, manifest: Manifest, checkpoint: Checkpoint) -> None:
-    """A run goes on with the model, the order and the data that it began with."""
-    before, now = checkpoint.facts["recipe"], recipe.to_dict()
+    """Raise MismatchError unless model, order and data are those of the checkpoint."""
+    before, now = dict(checkpoint.facts["recipe"]), recipe.to_dict()
+    # Earlier releases wrote fewer keys, such as no `architecture`: their defaults are filled in.
+    before["model"] = asdict(read_spec(before["model"]))  # type: ignore[call-overload]
     changes = [
         f"{section}.{key} was {before[section].get(key)!r} and is {value!r}"
         for section, keys in (("model", now["model"]), ("train", {"seed", "batch"}))
@@ -140,6 +151,6 @@ def _check_same_run(recipe: Recipe, manifest: Manifest, checkpoint: Checkpoint) 
         changes.append(f"the data {recipe.data.path} is another dataset than the run began with")
     if changes:
         raise MismatchError(
-            f"--resume goes on with the same model, order and data, but {'; '.join(changes)}; "
-            f"mend the recipe, or name another train.run"
+            f"--resume needs the same model, order and data, but {'; '.join(changes)}; "
+            "correct the recipe, or name another train.run"
         )

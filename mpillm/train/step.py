@@ -13,6 +13,7 @@ from mpillm.errors import DivergedError
 from mpillm.infer.evaluate import rows_at_once
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields
+from mpillm.parallel.axis_sizes import counts_loss
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.sharded_model import ShardedModel
@@ -23,26 +24,30 @@ from mpillm.tokens.sampler import Sampler
 from mpillm.train.lr_schedule import learning_rate
 from mpillm.train.optimizers.optimizer import set_rate
 from mpillm.train.recipe import Recipe
-from mpillm.train.step_stats import StepStats, check_finite, counts_loss, gather_stats
+from mpillm.train.step_stats import StepStats, check_finite, gather_stats
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: the mean over the global batch, in nats a target, with the weights before the update."""
+    """The results of one step."""
 
     loss: float
+    """The mean over the global batch, in nats a target, with the weights before the update."""
     learning_rate: float
     grad_norm: float
     seconds: float
     stats: StepStats
     spans: list[Span]
-    """When this rank computed on the pipeline's stages."""
+    """When this rank computed on the stages of the pipeline."""
     others: list[tuple[str, float, float]]
-    """What else it did: (name, begin, end), in seconds of perf_counter."""
+    """The rest of the step: (name, begin, end), in seconds of perf_counter."""
 
 
 class Trainer:
-    """Model, optimizer, gradients and samples of one rank; `step` runs them. Every rank of the mesh steps alike."""
+    """Model, optimizer, gradients and samples of one rank.
+
+    Every rank of the mesh makes one, and calls its methods together with the others.
+    """
 
     def __init__(
         self,
@@ -54,7 +59,7 @@ class Trainer:
         profile: ClusterProfile | None = None,
         warn: Callable[[str], None] = silent,
     ) -> None:
-        """`profile`: the cluster's, which selects how ranks talk. `warn` receives each fallback in words."""
+        """Build the rank's parts. `profile`: the cluster's. `warn` receives each fallback."""
         self.recipe, self.task, self.mesh, self.plan = recipe, task, mesh, plan
         self.model = ShardedModel(
             recipe.model,
@@ -80,10 +85,12 @@ class Trainer:
         )
         offered = (*task.field_names, *(["documents"] if documents else []))
         self._reads_fields = self.model.reads_fields(offered)
+        self._first_row = mesh.axis("data").rank * plan.rows
+        self._fixed_weight = task.fixed_weight(recipe.train.batch, recipe.model.context)
         self.clock_offset = clock_offset(mesh.comm, mesh.node_map)
 
     def describe_pipeline(self) -> str:
-        """Return how streams pass between stages: `2 on 2 ranks, handed over by shared`."""
+        """Return how streams pass between stages: `2 on 2 ranks, passed by shared`."""
         pipeline = self.model.pipeline
         ways = " and ".join(pipeline.ways)
         return f"{self.plan.schedule.stages} on {pipeline.axis.size} ranks, passed by {ways}"
@@ -93,9 +100,10 @@ class Trainer:
         self.model.close()
 
     def step(self, step: int, stop: int = 0) -> StepResult:
-        """Run step number `step` (from 0); `stop` is this rank's request to stop, which reaches all ranks with it.
+        """Run step number `step` (from 0): read, compute, reduce, update.
 
-        Raises DivergedError on all ranks when a number is no longer finite.
+        `stop`: this rank's stop request (stopping.py), which reaches all ranks with its losses.
+        Raises DivergedError on all ranks when a loss or the norm is not finite.
         """
         clock = time.perf_counter
         begun = clock()
@@ -119,22 +127,22 @@ class Trainer:
         return StepResult(stats.loss, rate, norm, ended - begun, stats, passes.spans, others)
 
     def _batch(self, step: int) -> Batch:
-        """Read this rank's share of the batch; all ranks of a pipeline read the same, if they need it at all."""
-        plan, train = self.plan, self.recipe.train
-        fields: list[Fields] = [{}] * plan.microbatches
+        """Read this rank's share of the batch: the same rows on all ranks of a pipeline."""
+        plan, weight = self.plan, self._fixed_weight
+        fields: list[Fields] = [{}] * len(plan.bounds)
         if self._reads_fields:
-            first = self.mesh.axis("data").rank * plan.rows
-            windows = self._sampler.windows(step, first, plan.rows)
+            windows = self._sampler.windows(step, self._first_row, plan.rows)
             whole = self.task.fields(windows.fields(self.recipe.data.document_mask))
             fields = [{name: field[a:b] for name, field in whole.items()} for a, b in plan.bounds]
-        # Each microbatch adds its share of the mean over the global batch, so microbatches need not be equal.
-        weight = self.task.fixed_weight(train.batch, self.recipe.model.context)
+        # Each microbatch adds its share of the mean over the global batch, so microbatches need not
+        # be equal.
         return Batch(fields, self._global_weight(fields) if weight is None else weight)
 
     def _global_weight(self, fields: list[Fields]) -> float:
         """Add up the weights of all microbatches of all ranks. Every rank of the mesh calls it."""
-        # The ranks that compute the loss count it: the others of a pipeline hold the same rows, or none.
-        counts = self.model.ends and counts_loss(self.mesh.comm.rank, self.mesh.sizes)
+        # The ranks that compute the loss count it: the others of a pipeline hold the same rows, or
+        # none.
+        counts = self.model.ends and counts_loss(self.mesh.coordinates)
         own = sum(self.task.weight(each) for each in fields) if counts else 0.0
         total = np.array([own])
         self.mesh.comm.Allreduce(total.copy(), total)

@@ -1,4 +1,4 @@
-"""What ranks exchange about a step, in one message a rank: losses, times, memory, and requests to stop."""
+"""Exchange the numbers of a step: losses, times, memory and stop requests, one message a rank."""
 
 import math
 import resource
@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 
 from mpillm.comm.mesh import Mesh, coordinates
-from mpillm.parallel.axis_sizes import AXES
+from mpillm.parallel import axis_sizes
 from mpillm.parallel.parallel_axis import RankTimes
 from mpillm.parallel.pipeline.pipeline_axis import measured_bubble
 from mpillm.parallel.sharded_model import Passes
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-# Columns of a rank's row ahead of its losses.
+# Columns of a rank's row; the losses follow in the order of the microbatches.
 BEGIN, END, BUSY, REDUCING, MEMORY, STOP, HAS_LOSSES, LOSSES = range(8)
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """The same on every rank."""
+    """The statistics of one step, the same on every rank."""
 
     losses: dict[int, list[float]]
     """By the rank that counts them: each microbatch's summed loss, over the weight of the batch."""
@@ -32,18 +32,21 @@ class StepStats:
     memory_bytes: int
     """The largest peak of resident memory of a rank."""
     stops: list[int]
-    """By rank: its request to stop (stopping.py)."""
+    """By rank: its stop request (stopping.py)."""
 
     @property
     def loss(self) -> float:
-        """The mean loss of the global batch. Summed exactly, so neither order nor layout leaves a trace."""
+        """The mean loss of the global batch.
+
+        math.fsum rounds once, so neither the order nor the layout changes the bits.
+        """
         return math.fsum(loss for losses in self.losses.values() for loss in losses)
 
 
 def gather_stats(
     mesh: Mesh, passes: Passes, microbatches: int, clock_offset: float, stop: int
 ) -> StepStats:
-    """Exchange this rank's passes and its request to stop with all others. Every rank of the mesh calls it."""
+    """Gather the passes and the stop request of each rank. Every rank of the mesh calls it."""
     spans = passes.spans
     own = np.zeros(LOSSES + microbatches)
     own[BEGIN], own[END] = spans[0].begin - clock_offset, spans[-1].end - clock_offset
@@ -51,6 +54,7 @@ def gather_stats(
     own[REDUCING], own[MEMORY] = passes.summed - passes.ended, peak_memory_bytes()
     own[STOP], own[HAS_LOSSES] = stop, bool(passes.losses)
     own[LOSSES : LOSSES + len(passes.losses)] = passes.losses
+    # One Allgather: losses and stop requests of a step arrive together, so all ranks stop alike.
     every = np.empty((mesh.comm.size, own.size))
     mesh.comm.Allgather(own, every)
     return read_stats(every, mesh.sizes)
@@ -62,26 +66,20 @@ def read_stats(every: Floats, sizes: Mapping[str, int]) -> StepStats:
     groups = {name: axis_groups(sizes, name) for name in sizes}
     waits = {
         axis.name: axis.wait_seconds(times, groups[axis.name])
-        for axis in AXES
+        for axis in axis_sizes.AXES
         if axis.name in groups
     }
     return StepStats(
         {
             rank: row[LOSSES:].tolist()
             for rank, row in enumerate(every)
-            if row[HAS_LOSSES] and counts_loss(rank, sizes)
+            if row[HAS_LOSSES] and axis_sizes.counts_loss(coordinates(rank, sizes))
         },
         measured_bubble(times, groups["pipeline"]) if "pipeline" in groups else 0.0,
         {name: seconds for name, seconds in waits.items() if seconds},
         int(every[:, MEMORY].max()),
         [int(stop) for stop in every[:, STOP]],
     )
-
-
-def counts_loss(rank: int, sizes: Mapping[str, int]) -> bool:
-    """Tell whether the losses of `rank` count: along an axis whose ranks repeat them, those of coordinate 0 do."""
-    place = coordinates(rank, sizes)
-    return all(place.get(axis.name, 0) == 0 for axis in AXES if axis.repeats_loss)
 
 
 def axis_groups(sizes: Mapping[str, int], name: str) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""When each rank computed what: the bubble beside the simulator's, and a trace to look at."""
+"""Record when each rank computed: the measured bubble, and a trace for Perfetto or Chrome."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,28 +13,34 @@ from mpillm.parallel.step_plan import StepPlan
 from mpillm.system.atomic import write_text
 from mpillm.system.console import Console
 
-# Steps whose spans are kept for a trace, the newest: enough to look at, few enough for memory.
+# The newest steps whose spans are kept: some pages of a trace, and a bound on memory.
 TRACED_STEPS = 32
-# The first steps of a run warm caches up and are no measure.
+# The first steps of a run touch memory and connections for the first time: not representative.
 WARM_STEPS = 2
 
 
 Event = tuple[str, float, float]
-"""What was done, from when to when, in seconds."""
+"""(name, begin, end), in seconds of one clock."""
 
 
 class StepTrace:
-    """Gathers the spans of this rank's steps. Every rank of `mesh` makes it and calls its methods together."""
+    """The spans of this rank's steps.
+
+    Every rank of `mesh` makes it, and calls its methods together with the others.
+    """
 
     def __init__(self, mesh: Mesh, plan: StepPlan, clock_offset: float) -> None:
-        """`clock_offset`: see comm/clock_sync.py."""
+        """`clock_offset`: this rank's clock minus rank 0's, in seconds (comm/clock_sync.py)."""
         self._mesh, self._plan, self._offset = mesh, plan, clock_offset
         self._steps: list[list[Event]] = []
         self._bubbles: list[float] = []
         self._seconds: dict[tuple[int, str], list[float]] = {}
 
     def add(self, spans: Sequence[Span], others: Sequence[Event], bubble: float) -> None:
-        """One more step, on this rank's clock: when it computed on the pipeline's stages, and what else it did."""
+        """Add a step: its spans on the pipeline's stages, and what else the rank did.
+
+        Times are seconds of this rank's clock. `bubble`: measured over all ranks.
+        """
         events = [*((str(span.action), span.begin, span.end) for span in spans), *others]
         self._steps = [*self._steps[-TRACED_STEPS + 1 :], events]
         self._bubbles.append(bubble)
@@ -43,7 +49,7 @@ class StepTrace:
                 key = (span.action.stage, span.action.kind)
                 self._seconds.setdefault(key, []).append(span.end - span.begin)
 
-    def tell(self, console: Console) -> None:
+    def print_bubble(self, console: Console) -> None:
         """Print the bubble as measured and as simulated with the stages' measured times."""
         schedule = self._plan.schedule
         own = {key: fmean(seconds) for key, seconds in self._seconds.items()}
@@ -61,8 +67,8 @@ class StepTrace:
         ]
         console.table(f"{schedule.name}: waiting over computing", ["", "bubble"], rows)
 
-    def write(self, path: Path, console: Console) -> None:
-        """The newest steps as a trace of Chrome's format."""
+    def write_json(self, path: Path, console: Console) -> None:
+        """Write the newest steps of all ranks as a trace in Chrome's format."""
         comm, offset = self._mesh.comm, self._offset
         own = [
             [(name, begin - offset, end - offset) for name, begin, end in step]
@@ -80,13 +86,15 @@ class StepTrace:
         events = trace_events(gathered, names, len(self._bubbles) - len(self._steps) + 1)
         write_text(path, json.dumps(events))
         console.say(
-            f"the last {len(self._steps)} steps: {path}, for https://ui.perfetto.dev or chrome://tracing"
+            f"the last {len(self._steps)} steps: {path}, "
+            "for https://ui.perfetto.dev or chrome://tracing"
         )
 
 
 def measured_costs(stages: int, gathered: Iterable[Mapping[tuple[int, str], float]]) -> Costs:
-    """Mean seconds by stage and kind over the ranks that have them; a backward that stays whole counts as its input's
-    half.
+    """Return the mean seconds by stage and kind of action, over the ranks that measured them.
+
+    A backward pass that is not split counts as its input half.
     """
     found: dict[tuple[int, str], list[float]] = {}
     for part in gathered:
@@ -95,7 +103,7 @@ def measured_costs(stages: int, gathered: Iterable[Mapping[tuple[int, str], floa
     mean = {key: fmean(seconds) for key, seconds in found.items()}
 
     def row(*kinds: str) -> tuple[float, ...]:
-        """By stage, of the first of `kinds` that it has."""
+        """Return for each stage the mean of the first of `kinds` that was measured."""
         return tuple(
             next((mean[s, kind] for kind in kinds if (s, kind) in mean), 0.0) for s in range(stages)
         )
@@ -106,8 +114,10 @@ def measured_costs(stages: int, gathered: Iterable[Mapping[tuple[int, str], floa
 def trace_events(
     gathered: Sequence[Sequence[Sequence[Event]]], names: Mapping[int, str], first_step: int
 ) -> dict[str, Any]:
-    """The trace as Chrome and Perfetto read it (Google, "Trace event format"): a track a rank, times in µs from the
-    first event on. `gathered[rank][step]`, on one clock; `names`: what stands behind each rank's number.
+    """Return a trace in the format of Chrome and Perfetto (Google, "Trace event format").
+
+    Each rank is a track; times are in µs from the first event on. `gathered[rank][step]` has its
+    events on one clock. `names`: the text that follows each rank's number.
     """
     zero = min((begin for steps in gathered for step in steps for _, begin, _ in step), default=0.0)
     events: list[dict[str, Any]] = [

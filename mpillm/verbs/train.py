@@ -49,14 +49,14 @@ class Train:
             require_packages("mpillm train", "torch", "tensorboard", "matplotlib")
             limit_torch_threads(job.threads)
             from mpillm.launch.placement import print_placement
-            from mpillm.train.loop import Allotment
+            from mpillm.train.loop import JobLimits
             from mpillm.train.recipe import load_recipe
             from mpillm.train.setup import train
 
             print_placement(
                 job.comm, os.environ, job.threads, job.console, self.verbose, job.node_map
             )
-            allotment = Allotment(signals, current_job(os.environ), job_end(os.environ), begun)
+            limits = JobLimits(signals, current_job(os.environ), job_end(os.environ), begun)
             recipe = load_recipe(self.recipe, self.overrides)
             train(
                 recipe,
@@ -64,6 +64,6 @@ class Train:
                 job.console,
                 self.resume,
                 self.trace,
-                allotment,
+                limits,
                 job.node_map,
             )

@@ -30,9 +30,10 @@ METRICS = make_metrics(["loss", "perplexity", "bits-per-byte"])
 QUIET = Console(speaks=False)
 
 
-@pytest.fixture
-def trained(folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
-    """Train a run of a few steps on bytes."""
+@pytest.fixture(scope="session")
+def trained(shared_folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
+    """Train a few steps on bytes. Tests read it; none writes into it."""
+    folder = shared_folder / "infer"
     out = folder / "data"
     prepare(PrepareOptions((str(documents),), out, tokenizer="bytes", validation=0.1), comm, QUIET)
     table = {

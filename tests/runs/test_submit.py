@@ -556,6 +556,6 @@ def test_training_under_the_environment_of(scheduler: str, place: Path, document
     code, out = once(steps + 3, stop=False)
     assert code == 0, out
     assert (run / "outcome").read_text() == "finished\n"
-    assert f"going on from runs/r/checkpoints/step-{steps:08d}" in out
+    assert f"continuing from runs/r/checkpoints/step-{steps:08d}" in out
     assert "[1,0]<stdout>" in out or "[0]" in out, "each line has its rank"
     assert not list(place.parent.rglob("CANARY"))

@@ -1,4 +1,4 @@
-"""Whole runs whose layers are shared out, beside runs on one rank."""
+"""Runs whose layers are shared out, compared with runs on one rank."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def hashes(run: Path, comm: MPI.Intracomm) -> dict[str, list[str]]:
 
 
 def layouts(ranks: int) -> list[dict[str, object]]:
-    """Ways to lay out a pipeline on so many ranks."""
+    """List layouts of a pipeline on `ranks` ranks."""
     found: list[dict[str, object]] = [{"pipeline": ranks}, {"pipeline": ranks, "schedule": "zb-v"}]
     return found + ([{"pipeline": 2, "data": 2}] if ranks == 4 else [])
 
@@ -77,7 +77,9 @@ def test_without_it_fifty_steps_agree_within_rounding(
         assert [loss for (loss,) in metrics(run, "loss")] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_run_goes_on_under_another_layout(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+def test_a_run_continues_under_another_layout(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
     """Half the steps on one rank, half in a pipeline, bit for bit as if nothing had changed."""
     whole, halves = folder / "whole", folder / "halves"
     steady = {"schedule": "constant-then-decay", "decay_share": 0.0}

@@ -5,7 +5,7 @@ import pytest
 
 from mpillm.errors import RecipeError
 from mpillm.models.decoder import SHAPES
-from mpillm.train.recipe import Recipe, load_recipe, write_recipe
+from mpillm.train.recipe import OLD_SPELLINGS, Recipe, load_recipe, parse_recipe, write_recipe
 
 GOOD = """
 [model]
@@ -89,14 +89,14 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
         ("data.path=''", "data.path"),
     ],
 )
-def test_a_fault_is_told_with_the_nearest_legal_word(
+def test_a_fault_is_reported_with_the_nearest_legal_word(
     tmp_path: Path, override: str, words: str
 ) -> None:
     with pytest.raises(RecipeError, match=words):
         load(tmp_path, GOOD, override)
 
 
-def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"learning_rte.*stpes"):
         load(tmp_path, GOOD, "train.stpes=5", "optimizer.learning_rte=1.0")
 
@@ -118,3 +118,88 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
 )
 def test_the_recipes_that_we_ship_are_good(path: Path) -> None:
     assert load_recipe(path).data.path
+
+
+SPELLINGS = [
+    (*place.split("."), old, new)
+    for place, names in OLD_SPELLINGS.items()
+    for old, new in names.items()
+]
+
+
+@pytest.mark.parametrize(("section", "key", "old", "new"), SPELLINGS)
+def test_an_old_spelling_is_read_in_recipes_and_refused_on_the_command_line(
+    tmp_path: Path, section: str, key: str, old: str, new: str
+) -> None:
+    recipe = load(tmp_path, f'{GOOD}[{section}]\n{key} = "{old}"\n')
+    assert getattr(getattr(recipe, section), key) == new
+    assert f'{key} = "{new}"' in write_recipe(recipe)
+    words = f"{old!r} is an old spelling; write {section}.{key}={new}"
+    with pytest.raises(RecipeError, match=words):
+        load(tmp_path, GOOD, f"{section}.{key}={old}")
+    assert getattr(getattr(load(tmp_path, GOOD, f"{section}.{key}={new}"), section), key) == new
+
+
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a user's own architecture and optimizer, each with a key of its own."""
+    (tmp_path / "own_kinds.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from mpillm.models.decoder import DecoderConfig\n"
+        "from mpillm.train.optimizers.adamw import AdamWSettings\n"
+        "@dataclass(frozen=True)\n"
+        "class Model(DecoderConfig):\n"
+        "    twists: int = 1\n"
+        "@dataclass(frozen=True)\n"
+        "class Optimizer(AdamWSettings):\n"
+        "    nesterov: bool = False\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+OWN = """
+[model]
+architecture = "own_kinds:Model"
+twists = 3
+[optimizer]
+name = "own_kinds:Optimizer"
+nesterov = true
+[task]
+name = "own_kinds:Task"
+[data]
+path = "x"
+"""
+
+
+def test_plug_ins_bring_keys_of_their_own(tmp_path: Path, plugins: None) -> None:
+    recipe = load(tmp_path, OWN)
+    assert (recipe.model.twists, recipe.optimizer.nesterov) == (3, True)
+    assert recipe.task.name == "own_kinds:Task"
+    assert load(tmp_path, write_recipe(recipe)) == recipe
+    assert load(tmp_path, OWN, "model.twists=5").model.twists == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.twits=5", r"unknown key model\.twits, did you mean twists\? \(known in \[model\]"),
+        ("optimizer.nestrov=1", r"unknown key optimizer\.nestrov, did you mean nesterov\?"),
+        ("model.twists=many", "model.twists = 'many'"),
+        ("model.architecture=decodr", "did you mean decoder"),
+        ("model.architecture=own_kinds:Missing", "has no Missing"),
+        ("model.architecture=pathlib:Path", "must name a class that derives from"),
+        ("optimizer.name=adam", "did you mean adamw"),
+        ("optimizer.name=pathlib:Path", "must name a class that derives from"),
+        ("task.name=causal", r"task.name = 'causal' is unknown; tasks: causal-lm"),
+        ("task.nam=causal-lm", r"unknown key task\.nam, did you mean name\?"),
+    ],
+)
+def test_a_wrong_plug_in_is_reported(
+    tmp_path: Path, plugins: None, override: str, words: str
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load(tmp_path, OWN, override)
+
+
+def test_the_task_is_causal_lm_unless_named() -> None:
+    assert parse_recipe({"data": {"path": "x"}}, "x").task.name == "causal-lm"

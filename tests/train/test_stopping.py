@@ -1,4 +1,4 @@
-"""Runs that stop before their end: somebody asks, or time is up."""
+"""Runs that stop before their end: by a signal, or by the time limit."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from mpillm.runs.folder import HISTORY, LOCK, OUTCOME
 from mpillm.system.console import Console
-from mpillm.train.stopping import NONE, TIME_IS_UP, Stopping, margin_seconds
+from mpillm.train.stopping import NO_REQUEST, TIME_IS_UP, Stopping, margin_seconds
 from mpillm.weights.finding import find
 
 
@@ -24,21 +24,21 @@ def test_a_margin_is_learnt_from_saves_and_steps() -> None:
     assert margin_seconds(5, None, 0.0) == 2
     assert margin_seconds(3600, 40.0, 3.0) == 2 + 2 * 40 + 2 * 3
     learning = Stopping(None, time.time() + 30)
-    assert learning.wish() == NONE
-    learning.saved(20)
-    assert learning.wish() == TIME_IS_UP
-    assert Stopping(None, time.time() + 30, save_seconds=20).wish() == TIME_IS_UP
+    assert learning.stop_request() == NO_REQUEST
+    learning.add_save_seconds(20)
+    assert learning.stop_request() == TIME_IS_UP
+    assert Stopping(None, time.time() + 30, save_seconds=20).stop_request() == TIME_IS_UP
     slow = Stopping(None, time.time() + 30)
-    slow.stepped(15)
-    assert slow.wish() == TIME_IS_UP
-    assert Stopping(None, None).wish() == NONE
+    slow.add_step_seconds(15)
+    assert slow.stop_request() == TIME_IS_UP
+    assert Stopping(None, None).stop_request() == NO_REQUEST
 
 
 def test_a_signal_goes_before_the_clock_and_names_its_rank() -> None:
     stopping = Stopping(None, time.time() + 75)
-    assert stopping.reason([NONE, NONE]) == ""
-    assert stopping.reason([TIME_IS_UP, signal.SIGUSR1]) == "SIGUSR1 on rank 1"
-    assert stopping.reason([TIME_IS_UP, NONE]).startswith("the time limit is near: 1:1")
+    assert stopping.stop_reason([NO_REQUEST, NO_REQUEST]) == ""
+    assert stopping.stop_reason([TIME_IS_UP, signal.SIGUSR1]) == "SIGUSR1 on rank 1"
+    assert stopping.stop_reason([TIME_IS_UP, NO_REQUEST]).startswith("the time limit is near: 1:1")
 
 
 def write_recipe(folder: Path, data: Path, **train: object) -> Path:
@@ -46,8 +46,8 @@ def write_recipe(folder: Path, data: Path, **train: object) -> Path:
     settings = {"run": str(folder / "run"), "steps": 1_000_000, "batch": 4, **train}
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     path.write_text(
-        f'[model]\nlayers = 1\nwidth = 32\nheads = 2\ncontext = 32\n[data]\npath = "{data}"\n[train]\n'
-        + "\n".join(lines)
+        "[model]\nlayers = 1\nwidth = 32\nheads = 2\ncontext = 32\n"
+        f'[data]\npath = "{data}"\n[train]\n' + "\n".join(lines)
     )
     return path
 
@@ -73,7 +73,7 @@ def history(run: Path) -> list[dict[str, object]]:
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG]
 )
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
+def test_a_run_that_is_asked_to_stop_saves_and_continues(
     data: Path, folder: Path, begin, number: signal.Signals
 ) -> None:  # type: ignore[no-untyped-def]
     run = folder / "run"
@@ -102,7 +102,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     ]
 
 
-def test_all_ranks_stop_behind_one_step_when_one_is_asked(
+def test_all_ranks_stop_after_one_step_when_one_is_asked(
     data: Path, folder: Path, mpillm, begin
 ) -> None:  # type: ignore[no-untyped-def]
     run, recipe = (
@@ -141,7 +141,7 @@ def test_all_ranks_stop_behind_one_step_when_one_is_asked(
 
 
 def all_below(parent: int) -> list[int]:
-    """The processes that `parent` started, and those that they did."""
+    """List the descendants of the process `parent`."""
     children = [
         int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     ]
@@ -162,7 +162,9 @@ def test_a_second_interrupt_ends_at_once(data: Path, folder: Path) -> None:
         "import sys, time\nfrom mpillm.train import setup, step\nfrom mpillm.cli import main\n"
         "class Slow(step.Trainer):\n"
         "    def step(self, step, stop=0):\n"
-        "        if step == 25:\n            print('waiting', flush=True)\n            time.sleep(1000)\n"
+        "        if step == 25:\n"
+        "            print('waiting', flush=True)\n"
+        "            time.sleep(1000)\n"
         "        return super().step(step, stop)\n"
         "setup.Trainer = Slow\n"
         f"sys.argv = ['mpillm', 'train', {str(recipe)!r}]\nmain()\n"
@@ -190,13 +192,15 @@ def test_a_second_interrupt_ends_at_once(data: Path, folder: Path) -> None:
     find(folder / "run", MPI.COMM_SELF, Console(speaks=False)).verify()
 
 
-@pytest.mark.parametrize("told_by", ["recipe", "batch system"])
-def test_a_run_saves_before_its_time_is_up(data: Path, folder: Path, mpillm, told_by: str) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("limited_by", ["recipe", "batch system"])
+def test_a_run_saves_before_its_time_is_up(
+    data: Path, folder: Path, mpillm, limited_by: str
+) -> None:  # type: ignore[no-untyped-def]
     recipe = write_recipe(folder, data)
-    if told_by == "recipe":
-        done = mpillm("train", recipe, "--set", "train.time_limit=15s", ranks=2)
+    if limited_by == "recipe":
+        done = mpillm("train", recipe, "--set", "train.time_limit=8s", ranks=2)
     else:
-        done = mpillm("train", recipe, ranks=2, MPILLM_JOB_END=str(time.time() + 15))
+        done = mpillm("train", recipe, ranks=2, MPILLM_JOB_END=str(time.time() + 8))
     assert done.stderr.count("mpillm: stopped: the time limit ") == 1, done.stderr
     assert done.returncode != 0
     assert (folder / "run" / OUTCOME).read_text() == "stopped\n"
@@ -207,13 +211,13 @@ def test_a_run_saves_before_its_time_is_up(data: Path, folder: Path, mpillm, tol
 def test_one_clock_does_for_all_ranks(data: Path, folder: Path, python) -> None:  # type: ignore[no-untyped-def]
     """mpirun by ssh does not carry every variable to other hosts: rank 0's end is the job's."""
     recipe = write_recipe(folder, data)
-    script = folder / "told.py"
+    script = folder / "one_clock.py"
     script.write_text(
         "import os, sys\nfrom mpi4py import MPI\nfrom mpillm.cli import main\n"
         "if MPI.COMM_WORLD.rank:\n    del os.environ['MPILLM_JOB_END']\n"
         f"sys.argv = ['mpillm', 'train', {str(recipe)!r}]\nmain()\n"
     )
-    done = python(script, ranks=4, MPILLM_JOB_END=str(time.time() + 15), timeout=120)
+    done = python(script, ranks=4, MPILLM_JOB_END=str(time.time() + 8), timeout=120)
     assert done.returncode != 0
     assert done.stderr.count("mpillm: stopped: the time limit ") == 1, done.stderr
     assert (folder / "run" / OUTCOME).read_text() == "stopped\n"
@@ -230,7 +234,7 @@ def test_a_run_that_another_job_holds_is_refused(data: Path, folder: Path, mpill
     )
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    # A holder that was killed takes nothing back, and stands in nobody's way.
+    # A killed holder leaves its lock; the next job on this node takes it over.
     process = begin("train", recipe, "--resume")
     wait_for(lambda: (run / LOCK).exists() and "running" in (run / OUTCOME).read_text(), process)
     process.kill()

@@ -21,7 +21,7 @@ from mpillm.errors import (
 from mpillm.launch.signals import StopSignals
 from mpillm.machine.cluster_profile import ClusterProfile, CollectiveCost, Cost, describe_cluster
 from mpillm.system.console import Console
-from mpillm.train.loop import Allotment
+from mpillm.train.loop import JobLimits
 from mpillm.train.recipe import Recipe, parse_recipe
 from mpillm.train.setup import train
 from mpillm.weights.finding import find
@@ -78,7 +78,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
 ) -> None:
     whole = {"train": {"save_every": 5, "evaluate_every": 4}}
     train(recipe(data, folder / "whole", **whole), comm, QUIET)
-    # The same run, cut short behind step 7 (its newest checkpoint is that of step 5), then resumed.
+    # The same run, cut short after step 7 (its newest checkpoint is of step 5), then resumed.
     train(recipe(data, folder / "cut", **whole), comm, QUIET)
     comm.Barrier()
     if comm.rank == 0:
@@ -93,7 +93,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
 
 
 class Asked(StopSignals):
-    """Somebody who asked one rank to stop, before the run began."""
+    """A signal that reached one rank before the run began."""
 
     def __init__(self, here: bool) -> None:
         self.number, self._orderly = signal.SIGUSR1 * here, False
@@ -106,10 +106,10 @@ def test_a_stop_leaves_out_nothing_that_was_due(
     train(recipe(data, folder / "whole", **table), comm, QUIET)
     stops = recipe(data, folder / "cut", **table)
     for step in (1, 2):
-        asked = Allotment(Asked(comm.rank == comm.size - 1))
+        asked = JobLimits(Asked(comm.rank == comm.size - 1))
         words = rf"SIGUSR1 on rank {comm.size - 1}; the run is saved as .*step-0000000{step}"
         with pytest.raises(StoppedError, match=words):
-            train(stops, comm, QUIET, resume=step > 1, allotment=asked)
+            train(stops, comm, QUIET, resume=step > 1, limits=asked)
     train(stops, comm, QUIET, resume=True)
     assert untimed(folder / "cut") == untimed(folder / "whole")
     assert same_weights(folder / "cut", folder / "whole", comm)
@@ -191,7 +191,7 @@ def test_a_second_run_in_the_same_folder_is_refused(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
     train(recipe(data, folder / "run", train={"steps": 2}), comm, QUIET)
-    with pytest.raises(UsageError, match="holds a run already; --resume goes on with it"):
+    with pytest.raises(UsageError, match="holds a run already; --resume continues it"):
         train(recipe(data, folder / "run"), comm, QUIET)
     with pytest.raises(MismatchError, match=r"model\.width was 32 and is 64"):
         train(recipe(data, folder / "run", model={"width": 64}), comm, QUIET, resume=True)
@@ -235,7 +235,7 @@ def test_the_clusters_profile_chooses_how_gradients_meet(
             True,
             cost,
         )
-        for name, cost in (("shared", slow), ("native", slow), ("rabenseifner", fast))
+        for name, cost in (("shared", slow), ("mpi", slow), ("rabenseifner", fast))
     )
     run = folder / "run"
     if comm.rank == 0:
@@ -245,16 +245,16 @@ def test_the_clusters_profile_chooses_how_gradients_meet(
             folder / "foreign.json"
         )
     comm.Barrier()
-    told = io.StringIO()
-    train(recipe(data, run), comm, Console(comm.rank == 0, told))
+    printed = io.StringIO()
+    train(recipe(data, run), comm, Console(comm.rank == 0, printed))
     if comm.rank == 0 and comm.size > 1:
-        assert "gradients: 1 bucket by rabenseifner, after the backward pass" in told.getvalue()
+        assert "gradients: 1 bucket by rabenseifner, after the backward pass" in printed.getvalue()
     foreign = {"parallel": {"profile": str(folder / "foreign.json")}}
-    told = io.StringIO()
-    train(recipe(data, folder / "other", **foreign), comm, Console(comm.rank == 0, told))
+    printed = io.StringIO()
+    train(recipe(data, folder / "other", **foreign), comm, Console(comm.rank == 0, printed))
     if comm.rank == 0:
-        assert told.getvalue().count("is of another cluster") == 1
-        assert "rabenseifner" not in told.getvalue()
+        assert printed.getvalue().count("is of another cluster") == 1
+        assert "rabenseifner" not in printed.getvalue()
     missing = {"parallel": {"profile": str(folder / "nowhere.json")}}
     with pytest.raises(UsageError, match="there is no profile"):
         train(recipe(data, folder / "third", **missing), comm, QUIET)
@@ -279,7 +279,8 @@ def test_one_rank_that_raises_ends_the_job_with_its_reason(
         "            raise RuntimeError('the cable burnt')\n"
         "        return super().step(step, stop)\n"
         "setup.Trainer = Faulty\n"
-        "table = {'model': {'layers': 1, 'width': 32, 'heads': 2, 'context': 32}, 'data': {'path': sys.argv[1]},\n"
+        "table = {'model': {'layers': 1, 'width': 32, 'heads': 2, 'context': 32},\n"
+        "         'data': {'path': sys.argv[1]},\n"
         "         'train': {'run': sys.argv[2], 'steps': 100, 'batch': 6}}\n"
         "with fail_together(comm):\n"
         "    setup.train(parse_recipe(table, 'x'), comm, Console(comm.rank == 0))\n"

@@ -1,7 +1,7 @@
 """Causal self-attention with rotary positions, grouped heads and a key/value cache.
 
-Shapes: B sequences, T positions, S positions attended to, C width, H heads, K heads of keys and values,
-D width of a head.
+Shapes: B sequences, T positions, S positions attended to, C width, H heads, K heads of keys and
+values, D width of a head.
 """
 
 import torch
@@ -12,9 +12,7 @@ from mpillm.models.decoder import DecoderConfig
 
 
 class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021): each pair of features turns by an angle that grows with the
-    position.
-    """
+    """Rotary positions (Su et al. 2021): rotate pairs of features by angles linear in position."""
 
     cos_TD: Tensor
     sin_TD: Tensor
@@ -46,7 +44,7 @@ class Rotary(nn.Module):
 
 
 class LayerCache:
-    """Keys and values of one layer for the positions seen so far: two tensors (B, K, context, D)."""
+    """Keys and values of one layer for the past positions: two tensors (B, K, context, D)."""
 
     def __init__(
         self, config: DecoderConfig, batch: int, device: torch.device, dtype: torch.dtype
@@ -64,7 +62,7 @@ class LayerCache:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention (Ainslie et al. 2023) by torch's scaled_dot_product_attention."""
+    """Causal grouped-query attention (Ainslie et al. 2023), by scaled_dot_product_attention."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -87,7 +85,7 @@ class Attention(nn.Module):
         cache: LayerCache | None,
         first: int,
     ) -> Tensor:
-        """Attend; a `mask_TS` (True: may attend) replaces the causal mask."""
+        """Attend from position `first`; `mask_TS` (true: may attend) replaces the causal mask."""
         batch, length, width = x_BTC.shape
         q_BHTD = self.query(x_BTC).view(batch, length, self.heads, self.head_width).transpose(1, 2)
         k_BKTD = self.key(x_BTC).view(batch, length, self.kv_heads, self.head_width).transpose(1, 2)
@@ -96,6 +94,7 @@ class Attention(nn.Module):
         )
         if rotary is not None:
             q_BHTD, k_BKTD = rotary(q_BHTD, first), rotary(k_BKTD, first)
+        # Keys are cached after rotation: their positions never change.
         if cache is not None:
             k_BKTD, v_BKTD = cache.extend(k_BKTD, v_BKTD, first)
         a_BHTD = F.scaled_dot_product_attention(

@@ -11,13 +11,14 @@ from mpillm.models.layers.attention import Attention, LayerCache, Rotary
 
 
 def make_norm(config: DecoderConfig) -> nn.Module:
+    """Make the norm that the settings name."""
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.width, eps=config.norm_epsilon)
     return nn.LayerNorm(config.width, eps=config.norm_epsilon)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020) or GELU."""
+    """The feed-forward layer: SwiGLU (Shazeer 2020) or GELU."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -31,6 +32,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         if self.gate is None:
+            # The tanh form is that of GPT-2's released weights.
             inside = F.gelu(self.up(x_BTC), approximate="tanh")
         else:
             inside = F.silu(self.gate(x_BTC)) * self.up(x_BTC)
@@ -39,7 +41,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm Transformer block: attention and feed-forward read the normed stream and add to it."""
+    """A pre-norm Transformer block: attention and feed-forward, each with a residual connection."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A decoder on one device: token ids in, logits out; or a part of its blocks, which passes the stream on.
+"""The decoder on one device: token ids in, logits out; or a part of its blocks.
 
 Shapes: B sequences, T positions, C width, V vocabulary.
 """
@@ -18,8 +18,8 @@ from mpillm.models.part_module import (
 )
 from mpillm.models.spec import Part
 
-# Outputs that are added to the stream. Their initial values are narrower by √(2 · layers), so that the stream's variance
-# does not grow with the depth (GPT-2, Radford et al. 2019, section 2.3).
+# Outputs that are added to the stream. Their initial deviation is smaller by √(2 · layers), so that
+# the variance of the stream does not grow with depth (GPT-2, Radford et al. 2019, section 2.3).
 RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
 
 
@@ -59,10 +59,32 @@ class Decoder(PartModule):
             deviation /= (2 * self.config.layers) ** 0.5
         return deviation
 
-    def forward_part(self, fields: Fields, streams: Streams) -> PartOutput:
-        """Fields: `ids` (B, T) where the part begins the model; `documents` (B, T), which may be missing."""
+    def forward_part(
+        self, fields: Fields, streams: Streams, cache: Cache | None = None
+    ) -> PartOutput:
+        """Compute the part. Fields: `ids` (B, T) at the beginning; `documents` (B, T), optional."""
         pivot_BTC = streams[0] if self.embedding is None else self.embedding(fields["ids"])
-        return PartOutput((self._through(pivot_BTC, fields.get("documents"), None),), (pivot_BTC,))
+        x_BTC, document_BT = pivot_BTC, fields.get("documents")
+        first = cache.length if cache else 0
+        length = x_BTC.shape[1]
+        if first + length > self.config.context:
+            raise ValueError(
+                f"{first + length} positions exceed the context of {self.config.context}"
+            )
+        if self.position is not None:
+            x_BTC = x_BTC + self.position.weight[first : first + length]
+        # Without a mask the attention kernel is causal by itself, and faster.
+        masked = document_BT is not None or first > 0
+        mask_TS = _mask(length, document_BT, first, x_BTC.device) if masked else None
+        for number, block in self.layers.items():
+            layer_cache = cache.layers[int(number)] if cache else None
+            x_BTC = block(x_BTC, self.rotary, mask_TS, layer_cache, first)
+        # Layers share the length: it grows once, after the last of them.
+        if cache and self.ends:
+            cache.length += length
+        if self.norm is not None and self.head is not None:
+            x_BTC = self.head(self.norm(x_BTC))
+        return PartOutput((x_BTC,), (pivot_BTC,))
 
     def make_cache(self, batch: int) -> Cache:
         return Cache(self.config, batch, next(self.parameters()).device)
@@ -75,41 +97,24 @@ class Decoder(PartModule):
     def forward(
         self, given: Tensor, document_BT: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """Return the logits (B, T, V) of the token that follows each position of `given`, the token ids (B, T).
+        """Return the logits (B, T, V) of the token after each position of the ids `given` (B, T).
 
-        A part that does not begin the model takes the stream (B, T, C) of the part before. A part that does not end the
-        model returns the stream. `document_BT` numbers the document of each position: with it, a position attends only
-        to its own document. With a `cache` the T positions are those after what it holds, and it grows by T.
-        Raises ValueError when the positions exceed the context.
+        A part that does not begin the model takes the stream (B, T, C) of the part before. A part
+        that does not end the model returns the stream. `document_BT` numbers the document of each
+        position: with it, a position attends only to its own document. With a `cache` the T
+        positions are those after what it holds, and it grows by T. Raises ValueError when the
+        positions exceed the context.
         """
-        x_BTC = given if self.embedding is None else self.embedding(given)
-        return self._through(x_BTC, document_BT, cache)
-
-    def _through(self, x_BTC: Tensor, document_BT: Tensor | None, cache: Cache | None) -> Tensor:
-        first = cache.length if cache else 0
-        length = x_BTC.shape[1]
-        if first + length > self.config.context:
-            raise ValueError(
-                f"{first + length} positions exceed the context of {self.config.context}"
-            )
-        if self.position is not None:
-            x_BTC = x_BTC + self.position.weight[first : first + length]
-        mask_TS = _mask(length, document_BT, first, x_BTC.device)
-        for number, block in self.layers.items():
-            layer_cache = cache.layers[int(number)] if cache else None
-            x_BTC = block(x_BTC, self.rotary, mask_TS, layer_cache, first)
-        if cache and self.ends:
-            cache.length += length
-        if self.norm is None or self.head is None:
-            return x_BTC
-        logits_BTV: Tensor = self.head(self.norm(x_BTC))
-        return logits_BTV
+        fields = {"ids": given}
+        if document_BT is not None:
+            fields["documents"] = document_BT
+        return self.forward_part(fields, (given,), cache).outputs[0]
 
 
 def _mask(
     length: int, document_BT: Tensor | None, first: int, device: torch.device
 ) -> Tensor | None:
-    """Return a mask, true where a position may attend; None where the plain causal mask, or none, says the same."""
+    """Return a mask, true where a position may attend; None where the causal one says the same."""
     if document_BT is not None:
         same_BTS = document_BT[:, :, None] == document_BT[:, None, :]
         return same_BTS.tril()[:, None]

@@ -1,7 +1,7 @@
 """Gradients in a few flat buckets: each parameter's `grad` becomes a view into one.
 
-A reduction then takes a few large messages. The buckets hold the parameters in reverse order, in which the backward pass
-completes them (Li et al., "PyTorch Distributed", VLDB 2020, section 3.2).
+A reduction then takes a few large messages. The buckets hold the parameters in reverse order, in
+which the backward pass completes them (Li et al., "PyTorch Distributed", VLDB 2020, section 3.2).
 """
 
 import math
@@ -17,13 +17,14 @@ from mpillm.comm.shared.team import SharedRows
 
 # Each gradient begins on a cache line of its own, so that two ranks never write to one line.
 ALIGNMENT_BYTES = 64
-# 256 KiB in float64: a piece stays in the second cache. A whole gradient of 19 M elements takes six times as long.
+# 256 KiB in float64: a piece stays in the second cache. A whole gradient of 19 M elements takes six
+# times as long.
 NORM_PIECE_ELEMENTS = 32 * 1024
 
 
 @dataclass(eq=False)
 class Bucket:
-    """Some gradients in one flat row of memory."""
+    """Gradients of several parameters in one flat tensor, and their all-reduce."""
 
     flat: Tensor
     parameters: list[nn.Parameter]
@@ -32,11 +33,11 @@ class Bucket:
     sum: PersistentCollective
     """The all-reduce of `flat`."""
     shared: SharedRows | None = None
-    """The memory that `flat` is a row of, where the ranks of a node share it."""
+    """The shared memory that holds `flat`, where the ranks of a node share it."""
     part: int = 0
     """The rank's part of the model to which the parameters belong."""
     missing: int = 0
-    """Gradients of the last microbatch that are not complete yet."""
+    """Gradients of the last microbatch that are still incomplete."""
     handle: PersistentCollective | None = None
     """The sum in flight; None before it starts."""
     folded: list[Tensor] = field(default_factory=list)
@@ -45,9 +46,11 @@ class Bucket:
     """Microbatches in `folded`."""
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield each parameter with its gradient."""
         return zip(self.parameters, self.views, strict=True)
 
     def forget(self) -> None:
+        """Drop the gradients; autograd then stores its next one without adding."""
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -57,8 +60,9 @@ class Bucket:
             lay(parameter, view)
 
     def fold(self) -> None:
-        """Add one microbatch's gradients to the tree of sums (trees.tree_split), as a binary counter counts."""
+        """Add the gradients of one microbatch to the tree of sums, as a binary counter carries."""
         total, place = self.flat.clone(), self.leaves
+        # A set low bit of `leaves` is a sum of equal size: merge, as in trees.tree_split.
         while place & 1:
             total = self.folded.pop().add_(total)
             place >>= 1
@@ -79,9 +83,12 @@ class Bucket:
 
 
 def group_parameters(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """Cut the reversed list into runs of at most `bucket_bytes`, one dtype each, of at least one parameter."""
+    """Cut the reversed list into runs of at most `bucket_bytes`, one dtype each, of at least one
+    parameter.
+    """
     groups: list[list[nn.Parameter]] = []
     for dtype in dict.fromkeys(parameter.dtype for parameter in reversed(parameters)):
+        # inf opens the first bucket of this dtype.
         filled = math.inf
         for parameter in reversed(parameters):
             if parameter.dtype == dtype:
@@ -95,7 +102,7 @@ def group_parameters(parameters: list[nn.Parameter], bucket_bytes: int) -> list[
 
 
 def padded(parameter: Tensor) -> int:
-    """Return the elements that the gradient takes in its bucket, rounded up to whole cache lines."""
+    """Return the elements of the gradient in its bucket, rounded up to whole cache lines."""
     line = ALIGNMENT_BYTES // parameter.itemsize
     return -(-parameter.numel() // line) * line
 
@@ -108,9 +115,11 @@ def make_bucket(
     part: int,
     fixed_order: bool,
 ) -> Bucket:
-    """Allocate a bucket of zeros with room for the gradient of each of `parameters`, and prepare its all-reduce.
+    """Allocate a bucket of zeros with room for the gradient of each of `parameters`, and prepare
+    its all-reduce.
 
-    With `share`, in memory that the node's ranks share, where it can be allocated. Every rank of `group` calls it.
+    With `share`, in memory that the node's ranks share, where it can be allocated. Every rank of
+    `group` calls it.
     """
     dtype, count = parameters[0].dtype, sum(map(padded, parameters))
     shared = group.allocate(count, str(dtype).removeprefix("torch.")) if share else None
@@ -128,7 +137,9 @@ def make_bucket(
 
 
 def lay(parameter: nn.Parameter, view: Tensor) -> None:
-    """Make `view` the parameter's gradient, keeping the values of the one it had; zeros if it had none."""
+    """Make `view` the parameter's gradient, keeping the values of the one it had; zeros if it had
+    none.
+    """
     if parameter.grad is view:
         return
     if parameter.grad is None:
@@ -141,9 +152,11 @@ def lay(parameter: nn.Parameter, view: Tensor) -> None:
 def norm_pieces(
     gradients: Iterable[tuple[nn.Parameter, Tensor]], excluded: Collection[nn.Parameter]
 ) -> list[Tensor]:
-    """Cut the flat gradient of each parameter, but `excluded` ones, into pieces of NORM_PIECE_ELEMENTS.
+    """Cut the flat gradient of each parameter, but `excluded` ones, into pieces of
+    NORM_PIECE_ELEMENTS.
 
-    A piece starts at a multiple of that from its parameter's beginning, so the cuts are the same in every layout.
+    A piece starts at a multiple of that from its parameter's beginning, so the cuts are the same in
+    every layout.
     """
     return [
         piece

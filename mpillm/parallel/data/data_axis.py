@@ -11,6 +11,8 @@ GRADIENT_BYTES = 4
 
 
 class DataAxis(ParallelAxis):
+    """The axis whose ranks hold replicas of the weights and share the batch."""
+
     name: ClassVar[str] = "data"
 
     def shares(self, model: ModelSpec, batch: int) -> str:
@@ -30,5 +32,5 @@ class DataAxis(ParallelAxis):
         return 2 * gradients * (data - 1) / data
 
     def wait_seconds(self, times: RankTimes, groups: Sequence[Sequence[int]]) -> float:
-        # An axis of one rank reduces nothing: what its clock shows there is no wait.
+        # An axis of one rank reduces nothing: the time between the two clock reads is not a wait.
         return float(times.reducing.mean()) if len(groups[0]) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""How the gradients of one step come together: the seam through which every way to share optimizer work comes in.
+"""The base of all gradient synchronisations: how the gradients of one step are summed.
 
 Replicated buckets are one file (replicated.py); each ZeRO stage is another.
 """
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 
 class GradientSync(ABC):
-    """The gradients of a rank's parts of the model. Every rank of the data axis makes one, with the same parameters.
+    """The gradients of a rank's parts of the model. Every rank of the data axis makes one, with the
+    same parameters.
 
-    A step: `begin`; backward passes, with `last_microbatch` ahead of a part's last one and `microbatch_ended` after
-    each; `finish`. Autograd hooks call `ready`.
+    A step: `begin`; backward passes, with `last_microbatch` ahead of a part's last one and
+    `microbatch_ended` after each; `finish`. Autograd hooks call `ready`.
     """
 
     fixed_order: bool
@@ -25,7 +26,9 @@ class GradientSync(ABC):
 
     @abstractmethod
     def last_microbatch(self, part: int | None = None) -> None:
-        """Announce the last backward pass of `part` (None: of all): from now on complete gradients may start."""
+        """Announce the last backward pass of `part` (None: of all): from now on complete gradients
+        may start.
+        """
 
     @abstractmethod
     def ready(self, parameter: nn.Parameter) -> None:
@@ -36,12 +39,16 @@ class GradientSync(ABC):
         """Note that one microbatch's gradients of `part` are complete."""
 
     def optimizer_weights(self, weights: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
-        """Return, by name, what the optimizer steps on once `finish` has filled its `grad`: `weights`, or shards."""
+        """Return, by name, what the optimizer steps on once `finish` has filled its `grad`:
+        `weights`, or shards.
+        """
         return weights
 
     @abstractmethod
     def finish(self) -> None:
-        """Sum over the data axis, and fill `grad` of the optimizer's weights. Every rank of the axis calls it."""
+        """Sum over the data axis, and fill `grad` of the optimizer's weights. Every rank of the
+        axis calls it.
+        """
 
     @abstractmethod
     def counted_gradients(
@@ -49,8 +56,8 @@ class GradientSync(ABC):
     ) -> list[Tensor]:
         """Return the pieces of gradients whose squares this rank adds to the norm.
 
-        Over the `replica[1]` ranks that hold the same weights, of which this rank is number `replica[0]`, each element
-        is in one piece of one rank. `excluded`: parameters that count elsewhere.
+        `replica` is (i, n): this rank is the i-th of n ranks that hold the same weights. Together
+        their pieces cover each element once. `excluded`: parameters that count elsewhere.
         """
 
     @abstractmethod
@@ -63,4 +70,4 @@ class GradientSync(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free gradients, shared memory and communicators. Every rank of the axis calls it, last."""
+        """Free gradients, shared memory, communicators. Every rank of the axis calls it, last."""

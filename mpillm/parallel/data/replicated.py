@@ -1,7 +1,8 @@
-"""Replicated gradients: those of all microbatches and of all data ranks are summed by all-reduces of a few buckets.
+"""Replicated gradients: all-reduce of a few buckets over all microbatches and data ranks.
 
-Sums are never divided. The caller scales the loss of each microbatch by 1 / (targets of the global batch), so the sum over
-microbatches and ranks is the mean over all targets, however unequal the shares.
+Sums are never divided. The caller scales the loss of each microbatch by 1 / (targets of the global
+batch), so the sum over microbatches and ranks is the mean over all targets, however unequal the
+shares.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -25,17 +26,20 @@ from mpillm.parallel.data.buckets import (
 from mpillm.parallel.data.gradient_sync import GradientSync
 from mpillm.parallel.settings import ParallelSettings
 
-# Overlapped: small buckets, so that the first all-reduce starts early. Not overlapped: few large ones.
+# Overlapped: small buckets, so that the first all-reduce starts early. Not overlapped: few large
+# ones.
 OVERLAPPED_BYTES, AFTER_BYTES = 4 << 20, 32 << 20
 
 
 class ReplicatedGradients(GradientSync):
-    """The gradients of `parts`, a rank's parts of the model, in buckets in the order of the backward pass.
+    """The gradients of `parts`, a rank's parts of the model, in buckets in the order of the
+    backward pass.
 
-    Tied parameters count once, frozen ones not at all; gradients may have any float types. Every rank of `axis` makes
-    it, with the same parameters in the same order; differing ones raise CommError. After `finish` each parameter's
-    `grad` is a view into a bucket; one that no backward pass reached is zero. On an axis of one rank there is nothing to
-    sum and there are no buckets: gradients stay where autograd put them.
+    Tied parameters count once, frozen ones not at all; gradients may have any float types. Every
+    rank of `axis` makes it, with the same parameters in the same order; differing ones raise
+    CommError. After `finish` each parameter's `grad` is a view into a bucket; one that no backward
+    pass reached is zero. On an axis of one rank there is nothing to sum and there are no buckets:
+    gradients stay where autograd put them.
     """
 
     def __init__(
@@ -48,10 +52,12 @@ class ReplicatedGradients(GradientSync):
         *,
         fixed_order: bool = False,
     ) -> None:
-        """`profile`: the cluster's, which chooses algorithms. `warn` receives each fallback in words.
+        """`profile`: the cluster's, which chooses algorithms. `warn` receives each fallback in
+        words.
 
-        `fixed_order`: sum in the one tree over all microbatches of all ranks, in rank order (algorithms/trees.py). Then
-        each part has a power of two of microbatches on more than one rank, and takes them in ascending order.
+        `fixed_order`: sum in the one tree over all microbatches of all ranks, in rank order
+        (algorithms/trees.py). Then each part has a power of two of microbatches on more than one
+        rank, and takes them in ascending order.
         """
         self.axis, self.fixed_order = axis, fixed_order
         self._group = Communicator(
@@ -82,13 +88,16 @@ class ReplicatedGradients(GradientSync):
             make_bucket(group, self._group, settings.allreduce, share, part, fixed_order)
             for part, group in (groups if buckets_needed else ())
         ]
+        self._parameters = [p for parameters in trained for p in parameters]
         # Parts whose last microbatch has begun.
         self._last: set[int] = set()
         self._places: dict[nn.Parameter, tuple[Bucket, Tensor]] = {}
         for bucket in self.buckets:
             for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
                 self._places[parameter] = bucket, view
-                parameter.register_post_accumulate_grad_hook(self.ready)  # type: ignore[no-untyped-call]
+                # After accumulation: `grad` then holds the sum of all uses in this microbatch.
+                add_hook = parameter.register_post_accumulate_grad_hook
+                add_hook(self.ready)  # type: ignore[no-untyped-call]
 
     def _wants_overlap(self, overlap: str) -> bool:
         # Within a node a reduction costs less than the core that the progress thread takes.
@@ -99,8 +108,9 @@ class ReplicatedGradients(GradientSync):
         for rank, other in enumerate(self.axis.comm.allgather(own)):
             if other != own:
                 raise CommError(
-                    f"gradients can be summed only where all ranks train the same parameters: rank {self.axis.rank} "
-                    f"has buckets {own}, rank {rank} has {other}; give every rank the same model and settings"
+                    "gradients can be summed only where all ranks train the same parameters: "
+                    f"rank {self.axis.rank} has buckets {own}, rank {rank} has {other}; give every "
+                    "rank the same model and settings"
                 )
 
     def describe(self) -> str:
@@ -109,18 +119,19 @@ class ReplicatedGradients(GradientSync):
         return f"{count} bucket{'s' * (count != 1)} by {algorithms}, {when} the backward pass"
 
     def begin(self) -> None:
-        # Gradients are dropped, not zeroed: autograd then leaves its first gradient as it is, and one copy lays it into
-        # the bucket. That reads and writes less than clearing the bucket and adding to it.
-        for bucket in self.buckets:
-            bucket.forget()
-        for parameter in self._loose:
+        # Gradients are dropped, not zeroed: autograd then leaves its first gradient as it is, and
+        # one copy lays it into the bucket. That reads and writes less than clearing the bucket and
+        # adding to it.
+        for parameter in self._parameters:
             parameter.grad = None
 
     def last_microbatch(self, part: int | None = None) -> None:
         self._last |= {bucket.part for bucket in self.buckets} if part is None else {part}
 
     def ready(self, parameter: nn.Parameter) -> None:
-        """Lay the gradient into its bucket; on the last microbatch start every bucket that is complete."""
+        """Lay the gradient into its bucket; on the last microbatch start every bucket that is
+        complete.
+        """
         bucket, view = self._places[parameter]
         lay(parameter, view)
         if bucket.part not in self._last:

@@ -1,4 +1,4 @@
-"""Prove that the ranks of an axis hold the same weights, or make them so."""
+"""Compare the weights of the ranks of an axis, or broadcast them."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -10,8 +10,6 @@ from torch import Tensor
 from mpillm.comm.buffers import as_buffer, message_spans
 from mpillm.comm.mesh import Axis
 from mpillm.errors import CommError
-
-# The counts of one MPI call end at 2³¹ elements.
 
 
 def broadcast_parameters(parameters: Iterable[Tensor], axis: Axis, root: int = 0) -> None:
@@ -26,25 +24,27 @@ def broadcast_parameters(parameters: Iterable[Tensor], axis: Axis, root: int = 0
 
 
 def check_same(parameters: Iterable[Tensor], axis: Axis) -> None:
-    """Prove that all ranks hold bitwise the same `parameters`, by comparing digests (XXH3, 128 bits).
+    """Compare digests (XXH3, 128 bits) of `parameters` over the ranks of the axis.
 
-    Every rank of the axis calls it. Where they differ, all raise CommError with the ranks that differ from the
-    majority and the first parameter that differs.
+    Every rank of the axis calls it. Where they differ, all raise CommError with the ranks that
+    differ from the majority and the first parameter that differs.
     """
+    # The digest of all digests first: 32 bytes a rank in the usual case, where nothing differs.
     digests = [_digest(parameter) for parameter in parameters]
     total = xxhash.xxh3_128_hexdigest(repr(digests).encode())
     if len(set(axis.comm.allgather(total))) == 1:
         return
     index, apart = first_difference(axis.comm.allgather(digests))
     raise CommError(
-        f"the ranks along {axis.name} must hold the same weights, but {', '.join(f'rank {rank}' for rank in apart)} of "
-        f"{axis.size} differs, first in parameter {index} of {len(digests)}; start all ranks from one seed or "
-        "checkpoint"
+        f"the ranks along {axis.name} must hold the same weights, but "
+        f"{', '.join(f'rank {rank}' for rank in apart)} of {axis.size} differs, first in parameter "
+        f"{index} of {len(digests)}; start all ranks from one seed or checkpoint"
     )
 
 
 def first_difference(everywhere: list[list[str]]) -> tuple[int, list[int]]:
-    """Return the first index at which the ranks' digests differ, and the ranks that differ from the majority there.
+    """Return the first index at which the ranks' digests differ, and the ranks that differ from the
+    majority there.
 
     Where two values are equally frequent, rank 0's counts as the majority.
     """

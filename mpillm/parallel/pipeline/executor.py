@@ -1,9 +1,10 @@
 """The executor of pipeline schedules: runs one rank's row over MPI, whatever the schedule.
 
-Ahead of an action it takes the streams that the action needs, from this rank or from a channel; afterwards it passes the
-result on. Sends never block, and receives are posted ahead, so communication overlaps with computation. Each channel keeps
-its messages in the order in which both rows have them, which check.py proves. So no message carries a name: the row itself
-says what arrives.
+Ahead of an action it takes the streams that the action needs, from this rank or from a channel;
+afterwards it passes the result on. Sends never block, and receives are posted ahead, so
+communication overlaps with computation. Each channel keeps its messages in the order in which both
+rows have them, which check.py proves. So no message carries a name: the row itself says what
+arrives.
 """
 
 import time
@@ -19,7 +20,7 @@ from mpillm.comm.mesh import Axis
 from mpillm.errors import CommError
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Streams
-from mpillm.parallel.pipeline.actions import Action, PipelineSchedule, RoutedAction
+from mpillm.parallel.pipeline.actions import Action, PipelineSchedule, RoutedAction, RoutedRow
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import PipelineStage
 from mpillm.parallel.precision import STREAM_DTYPE
@@ -30,16 +31,18 @@ AHEAD = 2
 
 @dataclass(frozen=True)
 class StreamShapes:
-    """What passes between stages: one tensor or several of `shapes_of(microbatch)`, all of `dtype`."""
+    """The streams between stages: tensors of `shapes_of(microbatch)`, all of `dtype`."""
 
     shapes_of: Callable[[int], tuple[tuple[int, ...], ...]]
     dtype: torch.dtype = STREAM_DTYPE
 
 
 class Pipeline:
-    """The ranks of `axis`, which run schedules with the stages of `placement` on the same ranks as it has them.
+    """The ranks of `axis`, which run schedules with the stages of `placement` on the same ranks as
+    it has them.
 
-    Every rank of the axis makes it. `nbytes`: of the largest stream. `way`, `profile`, `warn`: see ChannelSet.
+    Every rank of the axis makes it. `nbytes`: of the largest stream. `way`, `profile`, `warn`: see
+    ChannelSet.
     """
 
     def __init__(
@@ -69,12 +72,19 @@ class Pipeline:
         stages: Mapping[int, PipelineStage],
         streams: StreamShapes,
     ) -> list[Span]:
-        """Run this rank's row of `schedule` with its `stages`. Every rank of the axis calls it, with one schedule.
+        """Run this rank's row of `schedule` with its `stages`. Every rank of the axis calls it,
+        with one schedule.
 
-        Returns when each action computed, in seconds of time.perf_counter. Then all sends are complete or in flight.
+        Returns when each action computed, in seconds of time.perf_counter. Then all sends are
+        complete or in flight.
         """
         assert schedule.rank_of == self.placement.rank_of
-        return _RowExecution(self._channels, schedule, self.axis.rank, stages, streams).run()
+        row = schedule.routed_row(self.axis.rank)
+        execution = _RowExecution(self._channels, row, stages, streams)
+        spans = [execution.execute(routed) for routed in row.actions]
+        # Sent streams are freed when this returns, so their bytes must be on their way.
+        self._channels.drain()
+        return spans
 
     def close(self) -> None:
         """Free the channels. Every rank of the axis calls it, last."""
@@ -82,38 +92,33 @@ class Pipeline:
 
 
 class _RowExecution:
-    """One run of one rank's row."""
+    """The execution of one rank's row of a schedule."""
 
     def __init__(
         self,
         channels: ChannelSet,
-        schedule: PipelineSchedule,
-        rank: int,
+        row: RoutedRow,
         stages: Mapping[int, PipelineStage],
         streams: StreamShapes,
     ) -> None:
-        row = schedule.routed_row(rank)
-        self._channels, self._actions, self._stages, self._streams = (
-            channels,
-            row.actions,
-            stages,
-            streams,
-        )
+        self._channels, self._stages, self._streams = channels, stages, streams
         # Results that another stage of this rank takes.
         self._local: dict[Action, Streams] = {}
         self._arriving = {channel: deque(found) for channel, found in row.arrivals.items()}
         self._posted: dict[int, deque[Streams]] = {channel: deque() for channel in row.arrivals}
-
-    def run(self) -> list[Span]:
+        # Posted before the first action: a message never waits for its receive.
         for channel in self._arriving:
             for _ in range(AHEAD):
                 self._post(channel)
-        spans = [self._execute(routed) for routed in self._actions]
-        self._channels.drain()
-        return spans
 
-    def _execute(self, routed: RoutedAction) -> Span:
-        action, given = routed.action, self._take(routed)
+    def execute(self, routed: RoutedAction) -> Span:
+        """Take the input of an action, compute, and pass the result on; return when it computed."""
+        action = routed.action
+        given: Streams = ()
+        if routed.receive_from is not None:
+            given = self._receive(routed.receive_from)
+        elif routed.local_input is not None:
+            given = self._local.pop(routed.local_input)
         stage, begin = self._stages[action.stage], time.perf_counter()
         result: Streams = ()
         if action.kind == "F":
@@ -130,7 +135,7 @@ class _RowExecution:
         return Span(action, begin, end)
 
     def _post(self, channel: int) -> None:
-        """Post the receives of the next microbatch on `channel`, in the order in which its streams are sent."""
+        """Post the receives of the next microbatch on `channel`, in the order of its streams."""
         if not self._arriving[channel]:
             return
         shapes = self._streams.shapes_of(self._arriving[channel].popleft())
@@ -139,13 +144,12 @@ class _RowExecution:
             self._channels.post_receive(channel, buffer)
         self._posted[channel].append(buffers)
 
-    def _take(self, routed: RoutedAction) -> Streams:
-        channel = routed.receive_from
-        if channel is None:
-            return () if routed.local_input is None else self._local.pop(routed.local_input)
+    def _receive(self, channel: int) -> Streams:
+        """Wait for the oldest posted streams of `channel`."""
         arrived = self._posted[channel].popleft()
         for _ in arrived:
             self._channels.wait(channel)
+        # The next receive is posted before the rank computes, so that it overlaps.
         self._post(channel)
         return arrived
 
@@ -155,8 +159,9 @@ class _RowExecution:
         made = tuple(tuple(stream.shape) for stream in result)
         if made != shapes or any(stream.dtype != dtype for stream in result):
             raise CommError(
-                f"stage {action.stage} made streams of {made} and {[str(s.dtype) for s in result]} in {action}, and the "
-                f"stages agreed on {shapes} of {dtype}; mend the stage"
+                f"stage {action.stage} made streams of {made} and "
+                f"{[str(s.dtype) for s in result]} in {action}, and the stages agreed on "
+                f"{shapes} of {dtype}; correct the stage"
             )
         if routed.send_to is None:
             self._local[action] = result

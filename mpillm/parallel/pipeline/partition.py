@@ -14,12 +14,14 @@ def partition_blocks(
 ) -> list[Part]:
     """Return the part of the model that each of `stages` stages holds: one block at least.
 
-    `wanted`: the numbers of blocks; auto minimises the FLOPs of the dearest stage. Raises LayoutError.
+    `wanted`: the numbers of blocks; auto minimises the FLOPs of the dearest stage. Raises
+    LayoutError.
     """
     if stages > model.blocks:
         raise LayoutError(
-            f"{stages} stages need a layer each, and the model has {model.blocks}; lower parallel.pipeline or "
-            f"parallel.chunks to {model.blocks} stages at most, or raise model.layers"
+            f"{stages} stages need a layer each, and the model has {model.blocks}; lower "
+            f"parallel.pipeline or parallel.chunks to {model.blocks} stages at most, or raise "
+            "model.layers"
         )
     if wanted == "auto":
         counts = even_counts(model.block_flops, *model.end_flops, stages)
@@ -27,8 +29,9 @@ def partition_blocks(
         counts = [int(count) for count in wanted]
         if len(counts) != stages or sum(counts) != model.blocks:
             raise LayoutError(
-                f"parallel.stages = {counts} shares out {sum(counts)} layers over {len(counts)} stages; the model has "
-                f'{model.blocks} layers and the schedule {stages} stages; mend the list, or take stages = "auto"'
+                f"parallel.stages = {counts} shares out {sum(counts)} layers over {len(counts)} "
+                f"stages; the model has {model.blocks} layers and the schedule {stages} stages; "
+                'correct the list, or take stages = "auto"'
             )
     firsts = [sum(counts[:stage]) for stage in range(stages + 1)]
     return [Part(first, last) for first, last in pairwise(firsts)]
@@ -37,16 +40,18 @@ def partition_blocks(
 def even_counts(blocks: Sequence[float], before: float, after: float, stages: int) -> list[int]:
     """Cut `blocks` (their costs) into `stages` runs of at least one block.
 
-    The dearest run is cheapest; among such cuts the sum of squares is least. `before` is added to the first run, `after`
-    to the last.
+    The dearest run is cheapest; among such cuts the sum of squares is least. `before` is added to
+    the first run, `after` to the last.
     """
     costs = [*blocks]
+    # The embedding is computed with the first run, the head with the last.
     costs[0] += before
     costs[-1] += after
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
 
+    # Dynamic programming over (first block, runs left): O(stages · blocks²) instead of all cuts.
     @cache
     def best(first: int, left: int) -> tuple[float, float, tuple[int, ...]]:
         """Return (dearest, sum of squares, counts) of the blocks from `first` on in `left` runs."""

@@ -11,6 +11,8 @@ STREAM_BYTES = 4
 
 
 class PipelineAxis(ParallelAxis):
+    """The axis whose ranks hold consecutive blocks of the model."""
+
     name: ClassVar[str] = "pipeline"
     cuts_weights: ClassVar[bool] = True
 
@@ -25,15 +27,20 @@ class PipelineAxis(ParallelAxis):
     def traffic_bytes(
         self, sizes: Mapping[str, int], model: ModelSpec, batch: int, chunks: int
     ) -> float:
-        """Count the stream of a rank's share of the batch, and its gradient, once through each stage."""
+        """Count the stream of a rank's share of the batch, and its gradient, once through each
+        stage.
+        """
         if sizes[self.name] == 1:
             return 0.0
+        # Forward and backward: each stage of the rank sends its stream, and a gradient of its size.
         rows = batch / sizes.get("data", 1)
         stream = STREAM_BYTES * rows * model.context * sum(model.stream_widths)
         return 2 * stream * chunks
 
     def wait_seconds(self, times: RankTimes, groups: Sequence[Sequence[int]]) -> float:
-        """Return the mean time in which a rank of a pipeline does not compute, between its first pass and its last."""
+        """Return the mean time in which a rank of a pipeline does not compute, between its first
+        pass and its last.
+        """
         if len(groups[0]) == 1:
             return 0.0
         waits = [times.window(group) - times.busy[list(group)].mean() for group in groups]
@@ -41,7 +48,9 @@ class PipelineAxis(ParallelAxis):
 
 
 def measured_bubble(times: RankTimes, groups: Sequence[Sequence[int]]) -> float:
-    """Return waiting over computing, as simulate.Timeline counts it, averaged over the pipelines; 0 without one."""
+    """Return waiting over computing, as simulate.Timeline counts it, averaged over the pipelines; 0
+    without one.
+    """
     if len(groups[0]) == 1:
         return 0.0
     bubbles = [times.window(group) / times.busy[list(group)].mean() - 1 for group in groups]

@@ -1,4 +1,4 @@
-"""What one stage of a pipeline computes: a part of the model on one microbatch after another."""
+"""Stages of a pipeline: a part of the model that computes one microbatch after another."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,10 @@ from mpillm.tasks.task import Task
 
 
 class PipelineStage(Protocol):
-    """What the executor runs. Streams and their gradients are contiguous tensors of the shapes that were agreed.
+    """A stage as the executor calls it.
 
-    The first stage gets no streams and returns no gradients, the last returns no streams and gets no gradients.
+    Streams and their gradients are contiguous tensors of the agreed shapes. The first stage gets no
+    streams and returns no gradients; the last returns no streams and gets no gradients.
     """
 
     def forward(self, microbatch: int, streams: Streams) -> Streams: ...
@@ -33,50 +34,49 @@ class Batch:
     """A rank's share of the global batch, microbatch by microbatch."""
 
     fields: Sequence[Fields]
-    """The task's fields of each microbatch; an empty mapping where no stage of the rank reads any."""
+    """The task's fields of each microbatch; an empty mapping where no stage of the rank reads any.
+    """
     scale: float
-    """What each microbatch's summed loss is divided by: the weight of the global batch."""
+    """The weight of the global batch, by which each microbatch's summed loss is divided."""
 
 
 @dataclass(frozen=True)
 class _Held:
-    """What a forward pass leaves for the backward pass."""
+    """The tensors of a forward pass that its backward pass needs."""
 
     pivots: Streams
     outputs: Streams
 
 
 class ModelStage:
-    """A part of the model under training. `number`: its number among the rank's parts, as `sync` counts them.
+    """A part of the model under training.
 
-    `losses` holds, on the last stage, the loss of each microbatch, over `Batch.scale`.
+    `number`: the part's number on this rank, as `sync` counts them. `losses`: on the last stage,
+    the loss of each microbatch over `Batch.scale`.
     """
 
     def __init__(
         self, part: PartModule, number: int, sync: GradientSync, task: Task, precision: Precision
     ) -> None:
         self.part, self.losses = part, dict[int, float]()
-        self._number, self._sync, self._task, self._precision = number, sync, task, precision
-        self._batch: Batch | None = None
+        self._number, self._sync, self._task = number, sync, task
+        # Entered once a microbatch: one object does for all of them.
+        self._autocast = autocast(precision)
+        self.batch: Batch | None = None
+        """The batch of the step, set before its first pass."""
         self._held: dict[int, _Held] = {}
         self._split: dict[int, SplitBackward] = {}
-        # Backward passes of the step that are still to come.
-        self._remaining = 0
-
-    def begin(self, batch: Batch) -> None:
-        """Take the batch of a step."""
-        self._batch, self._remaining = batch, len(batch.fields)
-        self.losses.clear()
-        self._held.clear()
-        self._split.clear()
+        # Backward passes of this step: before the last one, `sync` may start to reduce.
+        self._backward_passes = 0
 
     def forward(self, microbatch: int, streams: Streams) -> Streams:
-        batch, part = self._batch, self.part
+        batch, part = self.batch, self.part
         assert batch is not None
         fields = batch.fields[microbatch]
+        # Received tensors are leaves of this stage's graph; their gradients go back.
         for stream in streams:
             stream.requires_grad_()
-        with autocast(self._precision):
+        with self._autocast:
             outputs, pivots = part.forward_part(fields, streams)
         if part.ends:
             loss = self._task.loss_sum(outputs, fields) / batch.scale
@@ -105,8 +105,10 @@ class ModelStage:
         self._after_weights()
 
     def _before_weights(self) -> None:
-        self._remaining -= 1
-        if self._remaining == 0:
+        assert self.batch is not None
+        self._backward_passes += 1
+        if self._backward_passes == len(self.batch.fields):
+            self._backward_passes = 0
             self._sync.last_microbatch(self._number)
 
     def _after_weights(self) -> None:
@@ -121,12 +123,14 @@ def _gradients(pivots: Streams) -> Streams:
 
 @dataclass(frozen=True)
 class BatchScore:
-    """What scoring one batch gives, on the rank that ends the model."""
+    """The result of scoring one batch, on the rank that ends the model."""
 
     loss_sum: float
     weight: float
     sums: tuple[tuple[float, ...], ...]
-    """The sums of each metric that needs more than the loss, in the order that the caller asked for."""
+    """The sums of each metric that needs more than the loss, in the order that the caller asked
+    for.
+    """
 
 
 Arrays = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
@@ -134,9 +138,10 @@ OfBatch = Callable[[Sequence[np.ndarray[Any, np.dtype[Any]]], Arrays], Sequence[
 
 
 class ScoringStage:
-    """A part of the model that scores: forward passes alone. `scores`: the result by microbatch, on the last stage.
+    """A part of the model that scores: forward passes alone.
 
-    `read(microbatch)` gives the fields of a batch. `done` is called after each that the model's beginning has computed.
+    `read(microbatch)` gives the fields of a batch. `done` is called after each batch that the first
+    part has computed. `scores`: the result by microbatch, on the last stage.
     """
 
     def __init__(
@@ -154,7 +159,8 @@ class ScoringStage:
 
     def forward(self, microbatch: int, streams: Streams) -> Streams:
         part = self.part
-        # A part in the middle reads no fields of a batch that is scored: there are no shared inputs.
+        # A part in the middle reads no fields of a batch that is scored: there are no shared
+        # inputs.
         fields: Fields = self._read(microbatch) if part.begins or part.ends else {}
         with torch.inference_mode(), autocast(self._precision):
             outputs = part.forward_part(fields, streams).outputs

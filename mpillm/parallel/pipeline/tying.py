@@ -1,8 +1,8 @@
-"""A tied weight whose two uses are in different stages, such as a head that is the embedding.
+"""Tie a weight whose two uses are in different stages, such as a head that is the embedding.
 
-Each use has a leaf of its own. The gradients of the two are summed apart, over all microbatches and data ranks, and then
-with each other: one order of sums, wherever the stages are. On one rank both leaves share their memory; on two they are
-copies, which equal updates keep equal.
+Each use has a leaf of its own. Each leaf's gradient is summed over all microbatches and data ranks;
+then the two sums are added. This is one order of sums in every layout. On one rank both leaves
+share their memory. On two ranks they are copies, which equal updates keep equal.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 class TiedWeight:
-    """This rank's leaves of one tied weight: both, one or none. Every rank of the pipeline axis makes it."""
+    """This rank's leaves of one tied weight: both, one or none. Every rank of the pipeline axis
+    makes it.
+    """
 
     def __init__(
         self,
@@ -28,7 +30,7 @@ class TiedWeight:
         axis: Axis,
         warn: Callable[[str], None] = silent,
     ) -> None:
-        """`parts`: of this rank. `names`: of the follower and of the leader, whose name is saved."""
+        """Find the leaves in this rank's `parts`. `names`: follower and leader, which is saved."""
         follower, leader = names
         self._leader = _find(parts, leader)
         self._follower = _find(parts, follower)
@@ -37,6 +39,8 @@ class TiedWeight:
             leaf = nn.Parameter(self._leader.data)
             _holder(parts, follower).set_weight(follower, leaf)
             self._follower = leaf
+        # One leaf here and one on another rank: the two ranks need a communicator. Split is
+        # collective, so every rank of the axis calls it.
         alone = (self._leader is None) != (self._follower is None)
         pair: MPI.Intracomm = axis.comm.Split(int(alone), axis.rank)  # type: ignore[assignment]
         self._group = Communicator(pair, warn=warn) if alone else None
@@ -53,7 +57,10 @@ class TiedWeight:
         return self.counted_elsewhere if self._leader is not None else []
 
     def reduce(self) -> None:
-        """Leave the sum of both gradients in both. Every rank calls it, after the sums over the data axis."""
+        """Leave the sum of both gradients in both leaves.
+
+        Every rank calls it, after the reduction over the data axis.
+        """
         own, other = self._leader, self._follower
         if self._group is not None:
             weight = own if own is not None else other

@@ -28,11 +28,15 @@ class Perplexity(Metric):
     digits: ClassVar[int] = 2
 
     def value(self, sums: Sequence[float], totals: Totals) -> float:
+        # A diverged model has a perplexity too large to print, not an exception.
         return math.exp(min(totals.loss, LARGEST_EXPONENT))
 
 
 class BitsPerByte(Metric):
-    """The nats of all targets (ends of documents too), in bits, over the bytes of the text: free of the tokenizer."""
+    """The loss of all targets, ends of documents included, in bits a byte of text.
+
+    Models with different tokenizers can be compared by it.
+    """
 
     name: ClassVar[str] = "bits-per-byte"
     title: ClassVar[str] = "bits per byte"

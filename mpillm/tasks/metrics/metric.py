@@ -1,4 +1,4 @@
-"""What a metric is: sums over batches, and a value from the sums of all ranks."""
+"""The base of all metrics: sums over batches, and a value from the sums of all ranks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ Arrays = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
 
 @dataclass(frozen=True)
 class Totals:
-    """What every evaluation counts, over all batches of all ranks."""
+    """The counts of every evaluation, over all batches of all ranks."""
 
     loss_sum: float
     """In nats."""
@@ -28,7 +28,7 @@ class Totals:
 
 
 class Metric(ABC):
-    """One object an evaluation, without state: sums travel, so that any number of ranks gives the same value."""
+    """A metric. Its objects hold no state: ranks exchange sums, so their number is irrelevant."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -37,13 +37,18 @@ class Metric(ABC):
 
     @property
     def needs_totals_alone(self) -> bool:
-        """Whether `of_batch` is not overridden: then a model that gives only a likelihood has a value too."""
+        """Whether `of_batch` is not overridden: then a model that gives only a likelihood has a
+        value too.
+        """
+        # Compared as functions of the classes: no flag that an author could forget to set.
         return type(self).of_batch is Metric.of_batch
 
     def of_batch(
         self, outputs: Sequence[np.ndarray[Any, np.dtype[Any]]], fields: Arrays
     ) -> Sequence[float]:
-        """Return this batch's sums, of the same length for each batch; none where `Totals` are enough."""
+        """Return this batch's sums, of the same length for each batch; none where `Totals` are
+        enough.
+        """
         return ()
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The metrics by name; a user's own is named as `package.module:Name`."""
+"""The table of metrics by name; a plug-in is named as `package.module:Name`."""
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType

@@ -19,7 +19,7 @@ Beta = Annotated[float, Ge(0), Lt(1)]
 
 @dataclass(frozen=True)
 class AdamWSettings(OptimizerSettings):
-    """Decay acts on matrices alone, apart from the gradient."""
+    """The settings of AdamW. Decay acts on matrices alone, decoupled from the gradient."""
 
     slots: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     state_bytes_per_parameter: ClassVar[int] = 8  # two averages in float32
@@ -34,6 +34,7 @@ class AdamWSettings(OptimizerSettings):
         import torch
 
         weights = list(weights)
+        # Decay of norms and biases would pull them to 0, not to a simpler function.
         matrices = [weight for weight in weights if weight.dim() > 1]
         vectors = [weight for weight in weights if weight.dim() <= 1]
         groups: list[dict[str, Any]] = [
@@ -48,7 +49,8 @@ class AdamWSettings(OptimizerSettings):
             fused=True,
         )
         for weight in weights:
-            # A scalar on the CPU: torch's fused AdamW takes the step count there.
+            # A scalar on the CPU: torch's fused AdamW expects the step count there. The state is
+            # allocated now, so that a checkpoint can be loaded before the first step.
             optimizer.state[weight] = {
                 "step": torch.zeros(()),
                 **{slot: torch.zeros_like(weight) for slot in self.slots},
@@ -64,7 +66,10 @@ class AdamWSettings(OptimizerSettings):
 
 @cache
 def _light_adamw() -> "type[torch.optim.AdamW]":
-    """Return torch's AdamW without the wrappers that load torch's compiler: that takes as long as torch itself."""
+    """Return torch's AdamW without the wrappers that import torch's compiler.
+
+    That import takes as long as importing torch itself.
+    """
     import torch
 
     class LightAdamW(torch.optim.AdamW):

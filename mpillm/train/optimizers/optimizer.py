@@ -1,6 +1,7 @@
-"""What an optimizer is: its settings, how it is built, and its state by name. One optimizer is one file.
+"""The base of all optimizers: settings, how to build one, and its state by name.
 
-The settings class is the recipe's section [optimizer]; its module needs no torch until `build`.
+An optimizer is one file. Its settings class is the recipe's section [optimizer]; the module imports
+torch in `build` alone, so that a login node without torch can check a recipe.
 """
 
 from abc import ABC, abstractmethod
@@ -19,10 +20,12 @@ Share = Annotated[float, Ge(0), Le(1)]
 
 @dataclass(frozen=True)
 class OptimizerSettings(ABC):
-    """What every optimizer has: a learning rate over the steps, and clipping."""
+    """The settings of every optimizer: a learning rate over the steps, and clipping."""
 
     slots: ClassVar[tuple[str, ...]] = ()
-    """Its state tensors, each of its weight's shape: their keys in torch's state, and their names in a checkpoint."""
+    """Its state tensors, each of its weight's shape: their keys in torch's state, and their names
+    in a checkpoint.
+    """
     state_bytes_per_parameter: ClassVar[int] = 0
 
     name: str = ""
@@ -42,16 +45,17 @@ class OptimizerSettings(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Return the settings that people compare, in one line."""
+        """Return the main settings in one line, for the printed plan."""
 
 
 def set_rate(optimizer: "Optimizer", rate: float) -> None:
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 def set_steps(optimizer: "Optimizer", steps: int) -> None:
-    """Set the number of steps taken, by which Adam and its kind correct their averages."""
+    """Set the number of steps taken: Adam and its relatives correct their averages by it."""
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].fill_(steps)

@@ -1,4 +1,7 @@
-"""The optimizers by name; a recipe names one by `optimizer.name`, a user's own as `package.module:Name`."""
+"""The table of optimizers by name.
+
+A recipe names one by `optimizer.name`; a plug-in is named as `package.module:Name`.
+"""
 
 from collections.abc import Mapping
 from types import MappingProxyType

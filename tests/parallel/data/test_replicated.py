@@ -1,4 +1,4 @@
-"""Data parallel beside one process that sees the whole batch."""
+"""Data parallelism, compared with one process that sees the whole batch."""
 
 import copy
 
@@ -85,14 +85,14 @@ def loss(net, ids):
 
 
 def whole_batch_gradients(net, ids):
-    """One process, one backward pass, plain torch: the reference."""
+    """Compute the reference: one process, one backward pass, plain torch."""
     reference = copy.deepcopy(net)
     (loss(reference, ids) / ids[:, 1:].numel()).backward()
     return {name: parameter.grad for name, parameter in reference.named_parameters()}
 
 
 def run_step(buckets, net, ids, axis, microbatch=2):
-    """This rank's share of `ids`, in microbatches that need not divide it."""
+    """Run a step over this rank's share of `ids`; microbatches need not divide it."""
     rows = len(ids) // axis.size
     first = axis.rank * rows
     buckets.begin()
@@ -140,7 +140,7 @@ def test_ranks_agree_bitwise(axis, net):
 
 
 def test_overlap_where_ranks_use_different_parameters(axis, net):
-    """Buckets complete in another order, or never, on another rank: MPI must still see one order."""
+    """Buckets complete in another order, or never, on another rank; MPI must see one order."""
     buckets = ReplicatedGradients(
         [net.parameters()], axis, ParallelSettings(overlap="during", bucket_bytes=1)
     )
@@ -214,7 +214,7 @@ def test_clip(axis, net, max_norm):
         torch.testing.assert_close(parameter.grad, copied.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_not_a_number_is_told_not_spread(axis, net):
+def test_not_a_number_is_returned_not_spread(axis, net):
     buckets = bucketed(net, axis, ParallelSettings())
     buckets.buckets[0].flat[0], buckets.buckets[0].flat[1] = float("inf"), 2.0
     assert clip(buckets, axis, 1.0) == float("inf")

@@ -1,0 +1,51 @@
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from mpillm.errors import UsageError
+from mpillm.tasks.metrics.likelihood import BitsPerByte, Loss, Perplexity
+from mpillm.tasks.metrics.metric import Metric, Totals
+from mpillm.tasks.metrics.metric_catalog import METRICS, make_metrics
+
+TOTALS = Totals(loss_sum=600.0, weight=200.0, text_bytes=400)
+
+
+def test_the_likelihood_s_metrics() -> None:
+    assert Loss().value((), TOTALS) == 3.0
+    assert Perplexity().value((), TOTALS) == pytest.approx(math.exp(3))
+    assert BitsPerByte().value((), TOTALS) == pytest.approx(600 / math.log(2) / 400)
+
+
+def test_extremes_have_values() -> None:
+    assert math.isfinite(Perplexity().value((), Totals(1e6, 1.0, 0)))
+    assert math.isfinite(BitsPerByte().value((), Totals(1.0, 1.0, 0)))
+
+
+class Counting(Metric):
+    name = "counting"
+
+    def of_batch(self, outputs, fields) -> Sequence[float]:  # type: ignore[no-untyped-def]
+        return (1.0,)
+
+    def value(self, sums: Sequence[float], totals: Totals) -> float:
+        return sums[0]
+
+
+def test_a_metric_that_reads_outputs_needs_more_than_totals() -> None:
+    assert all(metric.needs_totals_alone for metric in make_metrics(METRICS))
+    assert not Counting().needs_totals_alone
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_each_entry_names_itself(name: str) -> None:
+    (metric,) = make_metrics([name])
+    assert metric.name == name
+    assert metric.title
+
+
+def test_metrics_keep_the_order_of_their_names() -> None:
+    names = ["perplexity", "loss"]
+    assert [metric.name for metric in make_metrics(names)] == names
+    with pytest.raises(UsageError, match="no metric is called 'los', did you mean loss"):
+        make_metrics(["los"])

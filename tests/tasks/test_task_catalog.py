@@ -1,0 +1,35 @@
+from pathlib import Path
+
+import pytest
+
+from mpillm.errors import RecipeError, UsageError
+from mpillm.tasks.metrics.metric_catalog import make_metrics
+from mpillm.tasks.task import Task
+from mpillm.tasks.task_catalog import DEFAULT, TASKS, check_task, make_task
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_each_entry_is_a_task_that_names_itself_and_its_metrics(name: str) -> None:
+    task = make_task(name)
+    assert isinstance(task, Task)
+    assert task.name == name
+    assert [metric.name for metric in make_metrics(task.metrics)] == list(task.metrics)
+
+
+def test_a_name_is_checked_without_an_import() -> None:
+    check_task(DEFAULT)
+    check_task("not_installed_here.tasks:Own")
+    with pytest.raises(RecipeError, match=r"task.name = 'causal' is unknown; tasks: causal-lm"):
+        check_task("causal")
+
+
+def test_a_plugin_is_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_tasks.py").write_text(
+        "from mpillm.tasks.causal_lm import CausalLM\nclass Own(CausalLM):\n    name = 'own'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert make_task("own_tasks:Own").name == "own"
+    with pytest.raises(UsageError, match="has no Other"):
+        make_task("own_tasks:Other")
+    with pytest.raises(UsageError, match="cannot be imported"):
+        make_task("not_installed_here.tasks:Own")
