@@ -201,6 +201,7 @@ def recorded_choices():
             yield from ((case, runs, table["sizes"]) for case in itertools.product(*values))
 
 
+@pytest.mark.slow("asks for 290,000 choices")
 def test_the_default_profile_chooses_as_the_code_before_it_did():
     """All operations, sizes around each threshold, libraries, node maps, element types, memories
     and orders.

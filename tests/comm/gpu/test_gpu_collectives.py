@@ -17,6 +17,7 @@ import torch
 from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.comm.buffers import ELEMENTS, as_buffer
 from mpillm.comm.communicator import Communicator
+from mpillm.comm.executors.segmented import Segmentation
 from mpillm.comm.gpu import nccl
 from mpillm.comm.gpu.device_arrays import as_device_buffer
 from mpillm.comm.gpu.device_buffer import is_on_device
@@ -338,7 +339,7 @@ def test_many_segments_overlap(gpu, gpu_communicator, monkeypatch):
 @pytest.mark.parametrize("operation", MOVING)
 def test_long_lists(gpu, gpu_communicator, monkeypatch, operation, segment_bytes):
     """Lists of as many rounds as there are ranks, each of whole blocks or of segments."""
-    monkeypatch.setattr("mpillm.comm.gpu.gpu_aware.SEGMENT_BYTES", segment_bytes)
+    monkeypatch.setattr("mpillm.comm.gpu.gpu_aware.SEGMENTS", Segmentation(segment_bytes))
     if gpu_communicator.size > 1:
         count = 80_000 * gpu_communicator.size + (0 if operation == "alltoall" else 1)
         run_once(gpu, gpu_communicator, operation, "device-mpi", "bfloat16", count, in_place=True)
