@@ -7,12 +7,12 @@
     ├── LayoutError       a mesh or a batch that the ranks cannot share
     ├── CommError         a message or a reduction that cannot be done
     ├── DataError         a source, a shard, a manifest, a tokenizer
-    │   └── MismatchError two things that were made for each other's kin: shards and tokenizer, model and data
+    │   └── MismatchError two parts that do not fit: shards and tokenizer, model and data
     ├── CheckpointError   a checkpoint that cannot be written or read
     ├── DivergedError     a loss or a gradient that is no longer a number
     └── StoppedError      no fault: a run that was asked to stop, and is saved
 
-Each message holds the rule, the values and the way out. The command line prints it without a traceback and exits
+Each message holds the rule, the values and the remedy. The command line prints it without a traceback and exits
 with `exit_code`.
 """
 

@@ -23,7 +23,12 @@ BANNED = (
 )  # fmt: skip
 BANNED_PATTERN = re.compile(r"\b(" + "|".join(BANNED) + r")\b", re.IGNORECASE)
 # Literals of a format or of code that happen to be such a word.
-ALLOWED = {("bench/filesystem.py", "told"), ("runs/history.py", "told")}
+ALLOWED = {
+    ("bench/filesystem.py", "told"),
+    ("docs/bench.md", "told"),
+    ("train/recipe.py", "behind"),
+    ("docs/train.md", "behind"),
+}
 # A function does something: its docstring begins with the verb.
 NO_VERB = re.compile(
     r"^(What|Whether|How|Who|Whose|Where|When|Which|Why|The|An?|This|That|These|All|Every|Each|No|One|True|False|If|As|"
