@@ -19,7 +19,10 @@ from typing import Any
 
 from mpi4py import MPI
 
-PACKAGE = str(Path(__file__).parents[1] / "mpillm")
+import mpillm
+
+# The one that runs: of the checkout with PYTHONPATH, else the installed one.
+PACKAGE = str(Path(mpillm.__file__).parent)
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Walk:
 
     title: str
     most: int
-    """The most hops that issue 15 allows."""
+    """The most hops that the house allows."""
     before: int
     """The hops that a review counted before."""
     first: tuple[str, ...]
