@@ -10,7 +10,7 @@ from typing import Any
 
 from mpillm.errors import RecipeError, UsageError
 from mpillm.models.spec import ModelSpec
-from mpillm.system.plugins import load_plugin
+from mpillm.system.plugins import load_class
 
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {
@@ -23,16 +23,9 @@ DEFAULT = "decoder"
 def spec_class(name: str) -> type[ModelSpec]:
     """Return the settings class of an architecture. Raises RecipeError for an unknown name."""
     try:
-        found = load_plugin(name, ARCHITECTURES, "architecture")
+        return load_class(name, ARCHITECTURES, "architecture", ModelSpec)  # type: ignore[type-abstract]
     except UsageError as failure:
         raise RecipeError(f"model.architecture: {failure}") from failure
-    # A plug-in may name any object of its module.
-    if not (isinstance(found, type) and issubclass(found, ModelSpec)):
-        raise RecipeError(
-            f"model.architecture = {name!r} must name a class that derives from "
-            f"mpillm.models.spec.ModelSpec, not {found!r}"
-        )
-    return found
 
 
 def named_shapes() -> dict[str, ModelSpec]:

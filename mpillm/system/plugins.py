@@ -7,9 +7,11 @@ one catalogue: a read-only table of its names. There is no registration call.
 import importlib
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 from mpillm.errors import UsageError
+
+Base = TypeVar("Base")
 
 
 def is_plugin(name: str) -> bool:
@@ -45,3 +47,14 @@ def load_plugin(name: str, catalog: Mapping[str, str], what: str) -> Any:
         ) from failure
     except AttributeError as failure:
         raise UsageError(f"the {what} {name}: module {module} has no {attribute}") from failure
+
+
+def load_class(name: str, catalog: Mapping[str, str], what: str, base: type[Base]) -> type[Base]:
+    """Import the class that `name` names, which must derive from `base`. Raises UsageError."""
+    found = load_plugin(name, catalog, what)
+    if isinstance(found, type) and issubclass(found, base):
+        return found
+    raise UsageError(
+        f"the {what} {name} must name a class that derives from {base.__module__}.{base.__name__}, "
+        f"not {found!r}"
+    )
