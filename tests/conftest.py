@@ -75,6 +75,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 SLOWEST, SLOW_SECONDS = 30, 30.0
+# Fewer tests are a part of the suite, whose times say nothing of the whole.
+WHOLE_PASS = 250
 seconds_of: dict[str, float] = {}
 reason_of: dict[str, str] = {}
 
@@ -82,7 +84,7 @@ reason_of: dict[str, str] = {}
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the slowest tests; one over 30 s should have a reason, as `@pytest.mark.slow("why")`."""
     slowest = sorted(seconds_of.items(), key=lambda test: -test[1])[:SLOWEST]
-    if len(seconds_of) < SLOWEST:
+    if len(seconds_of) < WHOLE_PASS:
         return
     terminalreporter.section(f"the {SLOWEST} slowest tests, set-up included")
     for name, seconds in slowest:
