@@ -12,8 +12,8 @@
     ├── DivergedError     a loss or a gradient that is no longer a number
     └── StoppedError      no fault: a run that was asked to stop, and is saved
 
-Each message holds the rule, the values and the remedy. The command line prints it without a traceback and exits
-with `exit_code`.
+Each message holds the rule, the values and the remedy. The command line prints it without a
+traceback and exits with `exit_code`.
 """
 
 
@@ -30,7 +30,7 @@ class UsageError(MpillmError):
 
 
 class RecipeError(MpillmError, ValueError):
-    """A ValueError too, so that a settings class may raise it from `__post_init__` under pydantic."""
+    """A ValueError too: a settings class may raise it from `__post_init__` under pydantic."""
 
     exit_code = 2
 

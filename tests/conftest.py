@@ -1,7 +1,8 @@
 """The suite is true at 1, 2, 3 and 4 ranks: `pytest`, then `mpirun -n N pytest`.
 
-Tests take the communicator as the fixture `comm` and a folder that all ranks share as `folder`: under mpirun only those
-run. Tests that start processes of their own (the command line, mpirun) use the fixture `processes` and run serially.
+Tests take the communicator as the fixture `comm` and a folder that all ranks share as `folder`:
+under mpirun only those run. Tests that start processes of their own (the command line, mpirun) use
+the fixture `processes` and run serially.
 """
 
 import os
@@ -22,7 +23,8 @@ from mpillm.system.pmix import wait_until_all_began
 
 WORLD = MPI.COMM_WORLD
 wait_until_all_began(WORLD.size)
-# A singleton start leaves these behind; a child mpirun that inherits them believes to be part of the parent's job.
+# A singleton start leaves these in the environment. A child mpirun that inherits them would take
+# itself for a part of the parent's job.
 FOREIGN = (
     "OMPI_",
     "PMIX_",
@@ -57,10 +59,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Select by fixtures: under mpirun the tests that use the communicator, in the fast tier those that start nothing.
+    """Select by fixtures: under mpirun the tests that use the communicator.
 
-    A test that starts processes of its own uses the fixture `processes`, mostly by another one (`python`, `mpillm`). It
-    runs in the serial pass only, and never in the fast tier.
+    A test that starts processes of its own uses the fixture `processes`, mostly through another
+    one (`python`, `mpillm`). It runs in the serial pass only, and never in the fast tier.
     """
     left_out = []
     for item in items:
@@ -82,7 +84,7 @@ reason_of: dict[str, str] = {}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the slowest tests; one over 30 s should have a reason, as `@pytest.mark.slow("why")`."""
+    """Print the slowest tests; one over 30 s should say why: `@pytest.mark.slow("why")`."""
     slowest = sorted(seconds_of.items(), key=lambda test: -test[1])[:SLOWEST]
     if len(seconds_of) < WHOLE_PASS:
         return
@@ -96,7 +98,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Under mpirun a failing rank ends the job with its report; else the others would wait for it in a message."""
+    """End the job with the report of a rank that fails under mpirun.
+
+    The other ranks would else wait for its message without end.
+    """
     outcome = yield
     report = outcome.get_result()
     seconds_of[item.nodeid] = seconds_of.get(item.nodeid, 0.0) + report.duration
@@ -214,7 +219,10 @@ def python_command(
 
 @pytest.fixture
 def begin(processes: None) -> Iterator[Begin]:
-    """Begin `mpillm ARGUMENTS…` on `ranks` processes, and hand the process over; it is killed at the test's end."""
+    """Begin `mpillm ARGUMENTS…` on `ranks` processes and return the process.
+
+    It is killed at the end of the test.
+    """
     begun: list[subprocess.Popen[str]] = []
 
     def start(
@@ -241,9 +249,10 @@ def begin(processes: None) -> Iterator[Begin]:
 
 @pytest.fixture(scope="session")
 def python(processes: None) -> Run:
-    """Run `python ARGUMENTS…` on `ranks` processes (under mpirun when more than one) and return what came of it.
+    """Run `python ARGUMENTS…` on `ranks` processes, under mpirun when more than one.
 
-    `before`: a command that starts the one that is made. `executable`: another Python than the suite's.
+    Returns the output and the exit code. `before`: a command that starts the one that is made.
+    `executable`: another Python than the suite's.
     """
 
     def run(

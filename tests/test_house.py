@@ -1,6 +1,7 @@
 """The house keeps its form: floors, circles, sizes, and a table of contents that is true.
 
-The rules are functions over a folder of Python files, so that each is also shown to fail on a planted fault.
+The rules are functions over a folder of Python files, so that each is also shown to fail on a
+planted fault.
 """
 
 import ast
@@ -51,7 +52,8 @@ UNFINISHED = r"\b(?:TODO|FIXME|XXX)\b|(?<![\w.}>)*-])/(?:root|home|Users|work)/\
 MEDIAN_FILE, LARGEST_FILE = (120, 250), 600
 LARGEST_P95, LARGEST_BODY, MOST_PARAMETERS = 40, 80, 10
 MOST_FILES, LARGEST_CLI = 24, 100
-# Folders in which one thing is one file: its length is the thing's own, so the median leaves them out.
+# Folders in which one thing is one file: its length is the thing's own, so the median leaves them
+# out.
 ONE_OF_A_KIND = (
     "comm/algorithms/",
     "doctor/checks/",
@@ -65,7 +67,7 @@ ONE_OF_A_KIND = (
 
 
 def modules(house: Path) -> dict[str, ast.Module]:
-    """Dotted name within the house → syntax tree: `comm.mesh`, `errors`; a package bears its own name."""
+    """Map dotted names in the house to syntax trees: `comm.mesh`; a package by its own name."""
     found = {}
     for path in sorted(house.rglob("*.py")):
         parts = path.relative_to(house).with_suffix("").parts
@@ -76,7 +78,7 @@ def modules(house: Path) -> dict[str, ast.Module]:
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
-    """Every `mpillm.…` name that a module imports, wherever it stands, without the package's own name."""
+    """Yield every `mpillm.…` name that a module imports, without the package's own name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -103,7 +105,8 @@ def floor_faults(house: Path) -> list[str]:
         floor = floor_of(room)
         if floor is None and room:
             faults.append(
-                f"{module}: no floor is set for the room {room}; set one in test_house.py and the README"
+                f"{module}: no floor is set for the room {room}; "
+                "set one in test_house.py and the README"
             )
         if floor is None:
             continue
@@ -135,7 +138,7 @@ def homonym_faults(house: Path) -> list[str]:
 
 
 def at_import(tree: ast.Module) -> ast.Module:
-    """Return what runs when the module is imported: neither bodies of functions nor imports for types alone."""
+    """Return what runs when the module is imported: no body of a function, no import for types."""
 
     class Pruned(ast.NodeTransformer):
         def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
@@ -152,7 +155,7 @@ def at_import(tree: ast.Module) -> ast.Module:
 
 
 def circles(house: Path) -> list[str]:
-    """List chains of modules, each importing the next when it is imported, that end where they begin."""
+    """List chains of modules that import the next when imported and end where they begin."""
     trees = {module: at_import(tree) for module, tree in modules(house).items()}
 
     def target(name: str) -> str:
@@ -180,7 +183,10 @@ def circles(house: Path) -> list[str]:
 
 
 def body_lengths(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Lines of each function's body, its docstring apart; a nested function counts with its parent and by itself."""
+    """Count the lines of each function's body without its docstring.
+
+    A nested function counts with its parent and by itself.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
@@ -220,7 +226,8 @@ def size_faults(house: Path) -> list[str]:
         p95 > LARGEST_P95
     )
     faults += [
-        f"{module}.{name} has {n} parameters, at most {MOST_PARAMETERS}: gather some in a settings object"
+        f"{module}.{name} has {n} parameters, at most {MOST_PARAMETERS}: "
+        "gather some in a settings object"
         for module, tree in trees.items()
         for name, n in parameter_counts(tree)
         if n > MOST_PARAMETERS
@@ -239,7 +246,7 @@ def size_faults(house: Path) -> list[str]:
 
 
 def is_one_of_a_kind(path: Path, house: Path) -> bool:
-    """Tell whether a file holds one thing of its kind (a verb, a check, a schedule), however short, or a catalogue."""
+    """Check whether a file may be short: one thing of its kind (a verb, a check), a catalogue."""
     within = path.relative_to(house).as_posix()
     return path.stem.endswith("_catalog") or within.startswith(ONE_OF_A_KIND)
 
@@ -295,11 +302,12 @@ def word_faults(house: Path) -> list[str]:
 
 
 def unfinished_faults(root: Path) -> list[str]:
-    """What no file of the repository should hold: a note of unfinished work, a folder of one machine alone."""
+    """List notes of unfinished work and folders of one machine alone in the repository."""
     seen = [path for path in root.rglob("*") if path.suffix in TEXTS and path != Path(__file__)]
     seen = [path for path in seen if not IGNORED.intersection(path.relative_to(root).parts)]
     return [
-        f"{path.relative_to(root)}:{number} holds {found.group()}: do it or drop it; name no machine's own folder"
+        f"{path.relative_to(root)}:{number} holds {found.group()}: "
+        "do it or drop it; name no machine's own folder"
         for path in sorted([*seen, *root.glob(".ci/*")])
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         for found in re.finditer(UNFINISHED, line)
@@ -364,7 +372,8 @@ def test_help_loads_neither_mpi_nor_torch() -> None:
     code = (
         "import sys\nsys.argv = ['mpillm', '--help']\nfrom mpillm.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        "print('loaded:', [name for name in ('torch', 'mpi4py.MPI', 'h5py', 'numpy') if name in sys.modules])\n"
+        "heavy = ('torch', 'mpi4py.MPI', 'h5py', 'numpy')\n"
+        "print('loaded:', [name for name in heavy if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
     assert "prepare" in done.stdout

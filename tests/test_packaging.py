@@ -1,5 +1,5 @@
-"""mpillm elsewhere: what conda's, Spack's and Apptainer's files ask for is what pyproject.toml asks for, and what the
-scripts do to have several MPIs side by side.
+"""mpillm elsewhere: conda's, Spack's and Apptainer's files ask for what pyproject.toml asks for,
+and the scripts keep several MPIs side by side.
 """
 
 import ast
@@ -258,7 +258,7 @@ def test_a_system_without_an_mpirun_is_told_before_anything_is_installed(tmp_pat
     ],
 )
 def test_an_extra_once_installed_is_kept(tmp_path: Path, had: str, asked: str, kept: str) -> None:
-    """Ask environment.sh which extras it installs where `had` are installed and `asked` are wanted."""
+    """Ask environment.sh which extras it installs: `had` are installed, `asked` are wanted."""
     (tmp_path / "jobs").mkdir()
     (tmp_path / "mpillm-installed").write_text(f"needs\ntree\n{had}\n")
     script = tmp_path / "jobs/ask.sh"
@@ -278,7 +278,8 @@ def test_an_environment_of_one_mpi_borrows_what_another_has(tmp_path: Path) -> N
     jobs.mkdir()
     shutil.copy(ROOT / "jobs/environment.sh", jobs)
     (jobs / "borrow.sh").write_text(
-        '. "$(dirname -- "$0")/environment.sh"\nuse_mpi mpich\nfind_environment\nmake_venv\nlender_state\n'
+        '. "$(dirname -- "$0")/environment.sh"\n'
+        "use_mpi mpich\nfind_environment\nmake_venv\nlender_state\n"
     )
     lender = tmp_path / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", lender], check=True)

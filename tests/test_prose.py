@@ -1,6 +1,7 @@
-"""The prose keeps its form: words that the field doesn't use, docstrings that begin with a verb, reasons at lines.
+"""The prose keeps its form: the field's words, docstrings that begin with a verb, reasons at lines.
 
-docs/contributing.md states the rules. Each is a function over files, so that it is also shown to fail on a planted fault.
+docs/contributing.md states the rules. Each is a function over files, so that it is also shown to
+fail on a planted fault.
 """
 
 import ast
@@ -12,14 +13,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "mpillm"
-# Words that hide the field's term: of space for time (behind), of speech for print and log (tell), and their kin.
+# Words that hide the field's term: of space for time (behind), of speech for print and log (tell),
+# and the like.
 BANNED = (
     r"behind", r"besides?", r"amid(st)?", r"told", r"tells?", r"stands?", r"lies", r"wish(es|ed)?",
-    r"hand(s|ed|ing)? (it |them )?on", r"hands? over", r"handed over", r"at the (least|most)", r"foretells?",
-    r"naps?", r"looks? (at|for)", r"looked at", r"a look", r"two looks", r"thrice", r"for ever", r"be had", r"whoever",
-    r"go(es)? on", r"going on", r"gone on", r"in good order", r"sets? out", r"set off", r"let go of",
-    r"is no (rank|list|number|run|checkpoint)", r"in vain", r"anew", r"seldom", r"now and then", r"ails",
-    r"patiently", r"kin", r"meet(s|ing)? in", r"under way", r"bears? the", r"spoken?", r"sign of life", r"way out",
+    r"hand(s|ed|ing)? (it |them )?on", r"hands? over", r"handed over", r"at the (least|most)",
+    r"foretells?", r"naps?", r"looks? (at|for)", r"looked at", r"a look", r"two looks", r"thrice",
+    r"for ever", r"be had", r"whoever", r"go(es)? on", r"going on", r"gone on", r"in good order",
+    r"sets? out", r"set off", r"let go of", r"is no (rank|list|number|run|checkpoint)", r"in vain",
+    r"anew", r"seldom", r"now and then", r"ails", r"patiently", r"kin", r"meet(s|ing)? in",
+    r"under way", r"bears? the", r"spoken?", r"sign of life", r"way out",
 )  # fmt: skip
 BANNED_PATTERN = re.compile(r"\b(" + "|".join(BANNED) + r")\b", re.IGNORECASE)
 # Literals of a format or of code that happen to be such a word.
@@ -31,8 +34,8 @@ ALLOWED = {
 }
 # A function does something: its docstring begins with the verb.
 NO_VERB = re.compile(
-    r"^(What|Whether|How|Who|Whose|Where|When|Which|Why|The|An?|This|That|These|All|Every|Each|No|One|True|False|If|As|"
-    r"From|Of|By|In|On|To|For|So|Its|Their|Here|There)\b"
+    r"^(What|Whether|How|Who|Whose|Where|When|Which|Why|The|An?|This|That|These|All|Every|Each|"
+    r"No|One|True|False|If|As|From|Of|By|In|On|To|For|So|Its|Their|Here|There)\b"
 )
 LONGEST_SENTENCE = 24  # the rule is 20; a list or a title in one runs longer
 COMMENTS_PER_100 = {"comm": 3.0, "parallel": 3.0}
@@ -55,7 +58,8 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
 
 def banned_words(paths: list[Path]) -> list[str]:
     return [
-        f"{path}:{line + text.count(chr(10), 0, found.start())}: {found.group()!r} hides the field's term"
+        f"{path}:{line + text.count(chr(10), 0, found.start())}: "
+        f"{found.group()!r} hides the field's term"
         for path in paths
         for line, text in texts(path)
         for found in BANNED_PATTERN.finditer(text)
@@ -75,12 +79,14 @@ def docstring_faults(path: Path) -> list[str]:
         )
         if text and not named and NO_VERB.match(text):
             faults.append(
-                f"{path.name}:{node.lineno}: {node.name} begins with {text.split()[0]!r}, not with a verb"
+                f"{path.name}:{node.lineno}: {node.name} begins with {text.split()[0]!r}, "
+                "not with a verb"
             )
         for sentence in re.split(r"(?<=[.;:])\s", " ".join((text or "").split())):
             if len(sentence.split()) > LONGEST_SENTENCE:
                 faults.append(
-                    f"{path.name}:{node.lineno}: {node.name} has a sentence of {len(sentence.split())} words"
+                    f"{path.name}:{node.lineno}: {node.name} has a sentence of "
+                    f"{len(sentence.split())} words"
                 )
     return faults
 
@@ -128,7 +134,8 @@ def test_reasons_are_at_the_lines() -> None:
 def test_planted_prose_is_found(tmp_path: Path) -> None:
     path = tmp_path / "a.py"
     path.write_text(
-        'def f():\n    """What lies behind it."""\n\n\ndef g():\n    """Poll."""\n    return 1  # a look\n'
+        'def f():\n    """What lies behind it."""\n\n\n'
+        'def g():\n    """Poll."""\n    return 1  # a look\n'
     )
     assert len(banned_words([path])) == 3
     assert docstring_faults(path) == ["a.py:1: f begins with 'What', not with a verb"]

@@ -18,7 +18,7 @@ from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.finding import find
-from mpillm.weights.names import weight_tensors
+from mpillm.weights.names import name_tensors
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -78,4 +78,4 @@ def load_trained(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
 
 def model_tensors(model: PartModule) -> dict[str, torch.Tensor]:
     """Collect a model's weights by their names in a checkpoint, a tied weight once."""
-    return weight_tensors(dict(model.named_weights()))
+    return name_tensors(dict(model.named_weights()), {}, ())

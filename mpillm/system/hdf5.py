@@ -6,8 +6,7 @@ so readers may be forked, pickled and used from threads.
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ ALIGNMENT_BYTES = 4096
 ALIGNMENT_THRESHOLD_BYTES = 65536
 # One call of write(2) or preadv(2) moves at most 2^31 - 4096 bytes on Linux.
 LARGEST_CALL_BYTES = 1 << 30
-READ_WRITE = os.O_RDWR
 
 Bytes = bytes | bytearray | memoryview
 
@@ -42,6 +40,12 @@ def layout(
 
     The values are not written yet. No time stamps are stored, so equal contents give equal bytes.
     """
+    create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    create.set_obj_track_times(False)
+    link = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    link.set_create_intermediate_group(True)
     with h5py.File(
         path,
         "w",
@@ -50,34 +54,20 @@ def layout(
         alignment_threshold=ALIGNMENT_THRESHOLD_BYTES,
         alignment_interval=ALIGNMENT_BYTES,
     ) as file:
-        places = {
-            name: _allocate(file, name, np.dtype(dtype), shape)
-            for name, (dtype, shape) in arrays.items()
-        }
+        places = {}
+        for name, (given, shape) in arrays.items():
+            dtype = np.dtype(given).newbyteorder("<")
+            space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
+            dataset = h5py.h5d.create(
+                file.id, name.encode(), h5py.h5t.py_create(dtype), space, create, link
+            )
+            nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            # HDF5 gives an empty dataset no place in the file.
+            offset = dataset.get_offset() if nbytes else 0
+            places[name] = Extent(dtype.str, shape, offset, nbytes)
         for key, value in attributes.items():
             file.attrs[key] = value
     return places
-
-
-def _allocate(file: h5py.File, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Extent:
-    create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    create.set_obj_track_times(False)
-    link = h5py.h5p.create(h5py.h5p.LINK_CREATE)
-    link.set_create_intermediate_group(True)
-    dtype = dtype.newbyteorder("<")
-    dataset = h5py.h5d.create(
-        file.id,
-        name.encode(),
-        h5py.h5t.py_create(dtype),
-        h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR),
-        create,
-        link,
-    )
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    # HDF5 gives an empty dataset no place in the file.
-    return Extent(dtype.str, shape, dataset.get_offset() if nbytes else 0, nbytes)
 
 
 def places(path: Path) -> tuple[dict[str, Extent], dict[str, Any]]:
@@ -106,21 +96,12 @@ def _offset(dataset: h5py.Dataset, name: str) -> int:
     return offset or 0
 
 
-@contextmanager
-def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def write_at(descriptor: int, values: np.ndarray[Any, Any], offset: int) -> None:
     """Write the bytes of a C-contiguous array at `offset`.
 
     Raises OSError, ENOSPC on a full disk.
     """
-    whole, done = octets(values), 0
+    whole, done = values.reshape(-1).view(np.uint8).data, 0
     while done < len(whole):
         chunk = whole[done : done + LARGEST_CALL_BYTES]
         done += os.pwrite(descriptor, chunk, offset + done)
@@ -131,7 +112,7 @@ def read_at(descriptor: int, values: np.ndarray[Any, Any], offset: int) -> None:
 
     Raises EOFError when the file ends too early.
     """
-    whole, done = octets(values), 0
+    whole, done = values.reshape(-1).view(np.uint8).data, 0
     while done < len(whole):
         chunk = whole[done : done + LARGEST_CALL_BYTES]
         got = os.preadv(descriptor, [chunk], offset + done)
@@ -140,16 +121,11 @@ def read_at(descriptor: int, values: np.ndarray[Any, Any], offset: int) -> None:
         done += got
 
 
-def octets(values: np.ndarray[Any, Any]) -> memoryview:
-    """View the memory of a C-contiguous array as bytes."""
-    return values.reshape(-1).view(np.uint8).data
-
-
 def block_hashes(
     values: np.ndarray[Any, Any], block_bytes: int
 ) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """Hash each `block_bytes` of a C-contiguous array by xxh3-64; the last block may be short."""
-    whole = octets(values)
+    whole = values.reshape(-1).view(np.uint8).data
     starts = range(0, len(whole), block_bytes)
     return np.array(
         [xxhash.xxh3_64_intdigest(whole[s : s + block_bytes]) for s in starts], dtype="<u8"
@@ -157,5 +133,5 @@ def block_hashes(
 
 
 def digest(values: np.ndarray[Any, Any] | Bytes) -> str:
-    """Hash the bytes by xxh3-128, as 32 hexadecimal digits."""
-    return xxhash.xxh3_128_hexdigest(octets(values) if isinstance(values, np.ndarray) else values)
+    """Hash the bytes, or those of a C-contiguous array, by xxh3-128, as 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(values.data if isinstance(values, np.ndarray) else values)

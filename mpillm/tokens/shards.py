@@ -9,7 +9,6 @@
 Equal contents give equal bytes: no times, no paths, no rank numbers.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,9 +90,9 @@ def write_shard(path: Path, documents: Documents, attributes: Mapping[str, Any])
     with replacing(path) as temporary:
         shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
         places = hdf5.layout(temporary, shapes, {**own, **attributes})
-        with hdf5.opened(temporary, flags=os.O_RDWR) as descriptor:
+        with temporary.open("r+b", buffering=0) as file:
             for name, array in arrays.items():
-                hdf5.write_at(descriptor, array, places[name].offset)
+                hdf5.write_at(file.fileno(), array, places[name].offset)
         tokens = places["tokens"]
         return ShardInfo(
             path.name,

@@ -109,11 +109,12 @@ def _exchange(
     table = np.stack([encoded.index[name][rows].astype(np.uint64) for name in COLUMNS], axis=1)
     tokens = np.empty(int(lengths.sum()), encoded.dtype)
     stops = np.cumsum(lengths)
-    with hdf5.opened(encoded.path) as descriptor:
+    with encoded.path.open("rb", buffering=0) as file:
+        descriptor, itemsize = file.fileno(), encoded.dtype.itemsize
         for start, stop, length in zip(
             starts.tolist(), stops.tolist(), lengths.tolist(), strict=True
         ):
-            hdf5.read_at(descriptor, tokens[stop - length : stop], start * encoded.dtype.itemsize)
+            hdf5.read_at(descriptor, tokens[stop - length : stop], start * itemsize)
     token_counts = np.diff(np.concatenate(([0], stops))[np.concatenate(([0], np.cumsum(counts)))])
     return (
         _alltoallv(table.reshape(-1), counts * len(COLUMNS), comm).reshape(-1, len(COLUMNS)),

@@ -74,8 +74,8 @@ def verify_shard(manifest: Manifest, split: str, shard: ShardInfo) -> None:
     _check_attributes(path, manifest, split, shard, attributes)
     table = places["block_xxh3"]
     expected = np.empty(table.shape, "<u8")
-    with hdf5.opened(path) as descriptor:
-        hdf5.read_at(descriptor, expected, table.offset)
+    with path.open("rb", buffering=0) as file:
+        hdf5.read_at(file.fileno(), expected, table.offset)
     if hdf5.digest(expected) != shard.xxh3_128 or places["tokens"].offset != shard.tokens_offset:
         raise DataError(
             f"the table of block hashes in {path} isn't the one in the manifest; {AGAIN}"

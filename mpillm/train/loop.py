@@ -30,13 +30,13 @@ from mpillm.system.console import Console, Progress
 from mpillm.system.versions import package_version
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.reader import open_split
-from mpillm.train.optimizers.optimizer import set_steps, state_tensors
+from mpillm.train.optimizers.optimizer import set_steps
 from mpillm.train.recipe import Recipe, write_recipe
 from mpillm.train.step import StepResult, Trainer
 from mpillm.train.stopping import Stopping
 from mpillm.train.trace import StepTrace
 from mpillm.weights.checkpoint import Checkpoint
-from mpillm.weights.names import slot_tensors, weight_tensors
+from mpillm.weights.names import name_tensors
 from mpillm.weights.places import CHECKPOINTS
 from mpillm.weights.saving import prune, save
 
@@ -264,12 +264,9 @@ class TrainingLoop:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         trainer = self._trainer
-        return {
-            **weight_tensors(trainer.weights),
-            **slot_tensors(
-                state_tensors(trainer.weights, trainer.optimizer, trainer.recipe.optimizer.slots)
-            ),
-        }
+        return name_tensors(
+            trainer.weights, trainer.optimizer.state, trainer.recipe.optimizer.slots
+        )
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:
         """Fill weights and averages; return how many steps are done."""

@@ -15,7 +15,7 @@ Trained = Annotated[
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a model over the whole validation set: loss, perplexity, bits per byte, other metrics."""
+    """Evaluate a model on all validation data: loss, perplexity, bits per byte, other metrics."""
 
     example: ClassVar = "mpirun -n 2 mpillm evaluate runs/quickstart --baselines"
 

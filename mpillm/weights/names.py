@@ -6,19 +6,26 @@
 A name never mentions a rank, a stage or a shard: a layout is only a way to cut the whole tensor.
 """
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
-Value = TypeVar("Value")
-
-
-def weight_tensors(weights: Mapping[str, Value]) -> dict[str, Value]:
-    """Rename weights from the module's names (`layers.0.norm.weight`) to a checkpoint's."""
-    return {f"model/{name.replace('.', '/')}": value for name, value in weights.items()}
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def slot_tensors(state: Mapping[tuple[str, str], Value]) -> dict[str, Value]:
-    """Rename an optimizer's state, (slot, name of the weight) → value."""
-    return {
-        f"optimizer/{slot}/{name.replace('.', '/')}": value for (slot, name), value in state.items()
-    }
+def name_tensors(
+    weights: Mapping[str, "Tensor"],
+    state: Mapping["Tensor", Mapping[str, Any]],
+    slots: Iterable[str],
+) -> dict[str, "Tensor"]:
+    """Name weights, and the state tensors of an optimizer, as a checkpoint does.
+
+    `weights`: by the module's names (`layers.0.norm.weight`). `state`: weight → the optimizer's
+    state of it, as `torch.optim.Optimizer.state`, of which `slots` are named.
+    """
+    paths = {name.replace(".", "/"): weight for name, weight in weights.items()}
+    named = {f"model/{path}": weight for path, weight in paths.items()}
+    for slot in slots:
+        for path, weight in paths.items():
+            named[f"optimizer/{slot}/{path}"] = state[weight][slot]
+    return named

@@ -150,12 +150,12 @@ def _write_share(
     arrays = {names[key]: (array.dtype, array.shape) for key, (_, array) in values.items()}
     places = hdf5.layout(path, arrays, {})
     written = []
-    with hdf5.opened(path, flags=hdf5.READ_WRITE) as descriptor:
+    with path.open("r+b", buffering=0) as file:
         for key, (dtype, array) in values.items():
             if not array.flags.c_contiguous:
                 array = array.copy()
             offset = places[names[key]].offset
-            hdf5.write_at(descriptor, array, offset)
+            hdf5.write_at(file.fileno(), array, offset)
             entry = {
                 "file": path.name,
                 "offset": offset,

@@ -4,7 +4,8 @@ from mpillm.machine.mounts import hdf5_file_locking, mount_of, mounts_of, read_m
 
 MOUNTS = (
     "22 27 0:21 / /proc rw - proc proc rw\n27 1 254:0 / / rw shared:1 - ext4 /dev/vda rw\n"
-    "40 27 0:50 / /scratch rw - lustre mds:/scratch rw\n41 40 0:51 / /scratch/my\\040data rw - nfs4 server:/x rw\n"
+    "40 27 0:50 / /scratch rw - lustre mds:/scratch rw\n"
+    "41 40 0:51 / /scratch/my\\040data rw - nfs4 server:/x rw\n"
     "42 27 0:52 / /tmp rw - xfs /dev/vdb rw\n43 27 0:53 / /tmp rw - tmpfs tmpfs rw\n"
 )
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from mpillm.errors import RecipeError
-from mpillm.train.optimizers.optimizer import OptimizerSettings, state_tensors
+from mpillm.train.optimizers.optimizer import OptimizerSettings
 from mpillm.train.optimizers.optimizer_catalog import OPTIMIZERS, optimizer_class
+from mpillm.weights.names import name_tensors
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -15,10 +16,12 @@ def test_each_entry_names_itself_and_builds_its_state(name: str) -> None:
     assert settings.name == name
     weights = {"a": torch.nn.Parameter(torch.ones(3, 2)), "b": torch.nn.Parameter(torch.ones(4))}
     optimizer = settings.build(weights.values())
-    state = state_tensors(weights, optimizer, settings.slots)
-    assert set(state) == {(slot, name) for slot in settings.slots for name in weights}
-    assert all(tensor.shape == weights[name].shape for (_, name), tensor in state.items())
-    nbytes = sum(tensor.nbytes for tensor in state.values())
+    tensors = name_tensors(weights, optimizer.state, settings.slots)
+    assert all(tensors.pop(f"model/{name}") is weight for name, weight in weights.items())
+    slots = {(slot, name) for slot in settings.slots for name in weights}
+    assert set(tensors) == {f"optimizer/{slot}/{name}" for slot, name in slots}
+    assert all(tensor.shape == weights[name[-1]].shape for name, tensor in tensors.items())
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
     assert nbytes == settings.state_bytes_per_parameter * 10
     assert settings.describe()
 

@@ -1,18 +1,18 @@
-"""The base of all optimizers: settings, how to build one, and its state by name.
+"""The base of all optimizers: settings, how to build one, its rate and steps.
 
 An optimizer is one file. Its settings class is the recipe's section [optimizer]; the module imports
 torch in `build` alone, so that a login node without torch can check a recipe.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
     from torch.optim import Optimizer
 
 Share = Annotated[float, Ge(0), Le(1)]
@@ -59,14 +59,3 @@ def set_steps(optimizer: "Optimizer", steps: int) -> None:
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].fill_(steps)
-
-
-def state_tensors(
-    weights: Mapping[str, "nn.Parameter"], optimizer: "Optimizer", slots: Iterable[str]
-) -> dict[tuple[str, str], "Tensor"]:
-    """Return (slot, weight's name) → the state tensor of that weight."""
-    return {
-        (slot, name): optimizer.state[weight][slot]
-        for slot in slots
-        for name, weight in weights.items()
-    }

@@ -317,7 +317,8 @@ with fail_together(comm):
     axis = Mesh(comm, {"pipeline": comm.size}).axis("pipeline")
     schedule = make_schedule("1f1b", comm.size, 8)
     pipeline = Pipeline(axis, schedule, 16, way=sys.argv[1])
-    pipeline.run(schedule, {axis.rank: Stage(axis.rank, axis.rank == comm.size - 1)}, StreamShapes(lambda m: ((4,),)))
+    stages = {axis.rank: Stage(axis.rank, axis.rank == comm.size - 1)}
+    pipeline.run(schedule, stages, StreamShapes(lambda m: ((4,),)))
 """
 
 

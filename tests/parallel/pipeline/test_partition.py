@@ -92,8 +92,9 @@ def test_the_layouts_that_a_job_can_have():
         "pipeline": 2,
     }
     words = (
-        "parallel.data = 4 × parallel.pipeline = 1 needs 4 ranks, and the job has 2; take data=2 × pipeline=1 or "
-        'data=1 × pipeline=2 (parallel.data = "auto" takes what the pipeline leaves), or start with 4'
+        "parallel.data = 4 × parallel.pipeline = 1 needs 4 ranks, and the job has 2; "
+        "take data=2 × pipeline=1 or data=1 × pipeline=2 "
+        '(parallel.data = "auto" takes what the pipeline leaves), or start with 4'
     )
     with pytest.raises(LayoutError, match=re.escape(words)):
         mesh_sizes(ParallelSettings(data=4), 2, model(6), 12)
