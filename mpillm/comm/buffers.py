@@ -65,19 +65,14 @@ class Buffer:
             self.writable,
         )
 
-    def combine(self, op: str, target: slice, source: "Buffer", source_slice: slice) -> None:
-        """Set self[target] = self[target] op source[source_slice]; `op` is one of REDUCTIONS."""
-        self.combining(op, target, source, source_slice)()
+    def combining(self, op: str, first: int, stop: int) -> Callable[[NDArray[np.uint8]], object]:
+        """Prepare self[first:stop] = self[first:stop] op other, as a call that takes the bytes of
+        `other` any number of times.
 
-    def combining(
-        self, op: str, target: slice, source: "Buffer", source_slice: slice
-    ) -> Callable[[], object]:
-        """Prepare `combine` as a call without arguments, to repeat any number of times."""
-        own, other = (
-            self.raw(target.start, target.stop),
-            source.raw(source_slice.start, source_slice.stop),
-        )
-        return functools.partial(kernel.combine, self.code, REDUCTIONS.index(op), own, other)
+        `op` is one of REDUCTIONS; `other` has the same element type and length.
+        """
+        own = self.raw(first, stop)
+        return functools.partial(kernel.combine, self.code, REDUCTIONS.index(op), own)
 
     def scale(self, factor: float) -> None:
         """Multiply all elements by `factor`, in place; floats only."""
@@ -85,10 +80,7 @@ class Buffer:
 
     def empty(self, count: int) -> "Buffer":
         """Allocate `count` elements of the same type, their contents undefined."""
-        # AMD EPYC copies at a third of its speed if target − source ≡ 1 … 31 modulo a page (`rep
-        # movsb`). Arrays begin near a page's start as a rule, so scratch begins half a page
-        # further.
-        return from_octets(new_octets(count * self.itemsize, PAGE_BYTES // 2), self.element)
+        return from_octets(new_scratch(count * self.itemsize), self.element)
 
 
 def new_octets(nbytes: int, place: int = 0) -> NDArray[np.uint8]:
@@ -96,6 +88,11 @@ def new_octets(nbytes: int, place: int = 0) -> NDArray[np.uint8]:
     memory = np.empty(nbytes + PAGE_BYTES, np.uint8)
     start = (place - memory.ctypes.data) % PAGE_BYTES
     return memory[start : start + nbytes]
+
+
+# AMD EPYC copies at a third of its speed if target − source ≡ 1 … 31 modulo a page (`rep movsb`).
+# Arrays begin near a page's start as a rule, so scratch begins half a page further.
+new_scratch = functools.partial(new_octets, place=PAGE_BYTES // 2)
 
 
 def message_spans(count: int) -> list[tuple[int, int]]:

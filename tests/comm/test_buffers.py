@@ -18,7 +18,7 @@ def test_torch_memory_is_shared(element):
     assert (buffer.element, buffer.count, buffer.itemsize) == (element, 6, tensor.element_size())
     other = buffer.empty(4)
     other.octets[:] = np.concatenate([buffer.raw(1, 4), buffer.raw(5, 6)])
-    buffer.combine("sum", slice(2, 4), other, slice(0, 2))
+    buffer.combining("sum", 2, 4)(other.raw(0, 2))
     assert tensor.flatten().tolist() == [0, 1, 3, 5, 4, 5]
     assert buffer.octets.size == 6 * tensor.element_size()
 
@@ -28,7 +28,7 @@ def test_numpy_memory_is_shared(element):
     array = np.arange(6, dtype=element).reshape(3, 2)
     buffer = as_buffer(array)
     assert (buffer.element, buffer.count, buffer.itemsize) == (element, 6, array.itemsize)
-    buffer.combine("sum", slice(0, 2), as_buffer(np.full(3, 7, element)), slice(1, 3))
+    buffer.combining("sum", 0, 2)(as_buffer(np.full(3, 7, element)).raw(1, 3))
     assert array.reshape(-1).tolist() == [7, 8, 2, 3, 4, 5]
 
 

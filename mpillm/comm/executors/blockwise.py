@@ -14,6 +14,8 @@ once.
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mpillm.comm.algorithms.schedule import (
     CollectiveSchedule,
     Round,
@@ -21,7 +23,7 @@ from mpillm.comm.algorithms.schedule import (
     cut,
     sums_over_sent,
 )
-from mpillm.comm.buffers import LARGEST_COUNT, Buffer
+from mpillm.comm.buffers import LARGEST_COUNT
 from mpillm.comm.executors.request import Operands, Request
 from mpillm.comm.executors.segmented import (
     LEFT_EARLY,
@@ -33,16 +35,17 @@ from mpillm.comm.executors.segmented import (
 from mpillm.errors import CommError
 
 if TYPE_CHECKING:
-    import numpy as np
     from mpi4py import MPI
     from numpy.typing import NDArray
 
 _Part = tuple[int, int, int]
 """(peer, first element, last element + 1)."""
-_Arrivals = list[tuple["NDArray[np.uint8]", int]]
-"""The memory that messages arrive in, and their peers."""
+_Sum = tuple[int, slice, Callable[["NDArray[np.uint8]"], object]]
+"""(peer, bytes of the scratch memory in which its message arrives, the sum that takes them)."""
 # Two pieces: one is summed while the next arrives.
 PIECES_IN_FLIGHT = 2
+# Of a schedule that adds nothing: allocating takes longer than posting a message.
+NO_MEMORY = np.empty(0, np.uint8)
 
 
 def make_executor(
@@ -100,8 +103,7 @@ class BlockwiseExecutor:
         added = plan.most_added * plan.longest(target.count)
         if added > self._piece:
             added = max(PIECES_IN_FLIGHT * self._piece, added if plan.sums_over_sent else 0)
-        self._added = added
-        self._memory: Buffer | None = None
+        self._scratch_bytes = added * target.itemsize
         self._walk: Iterator[list[MPI.Request]] = iter(())
         self._awaited: list[MPI.Request] | None = None
 
@@ -115,13 +117,11 @@ class BlockwiseExecutor:
         if self._awaited is not None:
             raise CommError(LEFT_EARLY)
         self.sent_bytes = self.received_bytes = 0
-        if self._added:
-            memory = self._scratch.borrow(self._operands.target, self._added)
-            # As a rule it is the memory of the last run, and then the messages are cut out of it
-            # already.
-            if memory is not self._memory:
-                self._arrive_in(memory)
-        self._walk = self._through_rounds(self._next_tag())
+        needed = self._scratch_bytes
+        # No attribute holds it: memory that is not kept is freed when the generator ends.
+        memory = self._scratch.borrow(needed) if needed else NO_MEMORY
+        # Ranks start alike but progress at other times, so the tag is taken here.
+        self._walk = self._through_rounds(self._next_tag(), memory)
         self._awaited = next(self._walk, None)
 
     def test(self) -> bool:
@@ -138,8 +138,10 @@ class BlockwiseExecutor:
             self._waitall(self._awaited)
             self._awaited = next(self._walk, None)
 
-    def _through_rounds(self, tag: int) -> "Iterator[list[MPI.Request]]":
-        """Yield the messages that must be complete before it continues.
+    def _through_rounds(
+        self, tag: int, memory: "NDArray[np.uint8]"
+    ) -> "Iterator[list[MPI.Request]]":
+        """Yield the messages that must be complete before it continues; give `memory` back.
 
         The sends of a round may still be in flight during the next one. Before a rank has posted
         the sends of a round it waits only for messages of earlier rounds. Then it waits for pieces
@@ -156,9 +158,10 @@ class BlockwiseExecutor:
                 sent = [send(octets, peer, tag) for octets, peer in messages.sends]
                 yield leaving
                 leaving = []
+            arriving = [receive(octets, peer, tag) for octets, peer in messages.copies]
             pieces = [
-                [receive(octets, peer, tag) for octets, peer in arrivals]
-                for arrivals, _ in messages.pieces[:PIECES_IN_FLIGHT]
+                [receive(memory[place], peer, tag) for peer, place, _ in sums]
+                for sums in messages.pieces[:PIECES_IN_FLIGHT]
             ]
             if not messages.overwrites_leaving:
                 # Receives first: a message that finds its receive open is not copied twice.
@@ -167,19 +170,21 @@ class BlockwiseExecutor:
             self.received_bytes += messages.received_bytes
             if messages.sums_over_sent:
                 leaving, sent = leaving + sent, []
-            for number, (_, sums) in enumerate(messages.pieces, PIECES_IN_FLIGHT):
-                yield pieces.pop(0) + leaving
-                leaving = []
-                for combine in sums:
-                    combine()
+            for number, sums in enumerate(messages.pieces, PIECES_IN_FLIGHT):
+                yield arriving + pieces.pop(0) + leaving
+                arriving, leaving = [], []
+                for _, place, combine in sums:
+                    combine(memory[place])
                 if number < len(messages.pieces):
                     pieces.append(
-                        [receive(octets, peer, tag) for octets, peer in messages.pieces[number][0]]
+                        [
+                            receive(memory[place], peer, tag)
+                            for peer, place, _ in messages.pieces[number]
+                        ]
                     )
             leaving = sent
         yield leaving
-        if self._memory is not None and not self._scratch.give_back(self._memory):
-            self._arrive_in(None)
+        self._scratch.give_back(memory)
 
     def _make_round(self) -> bool:
         """Make the messages of the next round that carries anything; False where there is none."""
@@ -187,22 +192,16 @@ class BlockwiseExecutor:
             before = self._made[-1] if self._made else None
             messages = _RoundMessages(transfers, self._operands, self._bounds, self._piece, before)
             if messages.sends or messages.received_bytes:
-                messages.arrive_in(self._memory, self._operands)
                 self._made.append(messages)
                 return True
         return False
 
-    def _arrive_in(self, memory: Buffer | None) -> None:
-        self._memory = memory
-        for messages in self._made:
-            messages.arrive_in(memory, self._operands)
-
 
 class _RoundMessages:
-    """The sends, receives and sums of one round, each piece of memory cut out once.
+    """The sends, receives and sums of one round, each piece of the arrays cut out once.
 
     `before`: the round before, if any. `piece`: the most elements of a message that is added.
-    `pieces`: the arrivals, and the sums after them, in the order in which they are taken.
+    `copies` arrive with the first of `pieces`, which are the sums taken together, in order.
     `overwrites_leaving`: it receives over the sends of the round before. `sums_over_sent`: it sums
     into its own sends.
     """
@@ -220,38 +219,34 @@ class _RoundMessages:
             first, stop = bounds[transfer.block], bounds[transfer.block + transfer.width]
             cuts = cut(first, stop, piece if transfer.added else max(1, stop - first))
             parts[transfer.action] += [(transfer.peer, *ends) for ends in cuts]
-        self._piece, copies = piece, parts["copy"]
-        self._sent, self._adds = parts["send"], parts["add"]
+        self._sent, adds, copies = parts["send"], parts["add"], parts["copy"]
         source, target = operands.source, operands.target
         self.overwrites_leaving = (
             operands.in_place and before is not None and _touch(copies, before._sent)
         )
         self.sums_over_sent = operands.in_place and sums_over_sent(transfers)
         self.sends = [(source.raw(first, stop), peer) for peer, first, stop in self._sent]
-        self._copies = [(target.raw(first, stop), peer) for peer, first, stop in copies]
-        self.pieces: list[tuple[_Arrivals, list[Callable[[], object]]]]
+        self.copies = [(target.raw(first, stop), peer) for peer, first, stop in copies]
+        turns = [adds] if self.sums_over_sent else _turns(adds, piece)
+        self.pieces = [
+            _sums(turn, operands, number % PIECES_IN_FLIGHT * piece)
+            for number, turn in enumerate(turns)
+        ]
         self.sent_bytes = target.itemsize * _total(self._sent)
-        self.received_bytes = target.itemsize * (_total(self._adds) + _total(copies))
+        self.received_bytes = target.itemsize * (_total(adds) + _total(copies))
 
-    def arrive_in(self, memory: Buffer | None, operands: Operands) -> None:
-        """Let messages to be added arrive in `memory` from now on; None drops the former one."""
-        self.pieces = [(list(self._copies), [])]
-        if memory is None:
-            return
-        turns = [self._adds] if self.sums_over_sent else _turns(self._adds, self._piece)
-        for number, turn in enumerate(turns):
-            if number:
-                self.pieces.append(([], []))
-            arrivals, sums = self.pieces[-1]
-            end = number % PIECES_IN_FLIGHT * self._piece
-            for peer, first, stop in turn:
-                begin, end = end, end + stop - first
-                arrivals.append((memory.raw(begin, end), peer))
-                sums.append(
-                    operands.target.combining(
-                        operands.op, slice(first, stop), memory, slice(begin, end)
-                    )
-                )
+
+def _sums(parts: Sequence[_Part], operands: Operands, begin: int) -> list[_Sum]:
+    """Prepare the sums of parts that arrive next to each other, from element `begin` of the scratch
+    memory on.
+    """
+    target, sums = operands.target, []
+    for peer, first, stop in parts:
+        end = begin + stop - first
+        place = slice(begin * target.itemsize, end * target.itemsize)
+        sums.append((peer, place, target.combining(operands.op, first, stop)))
+        begin = end
+    return sums
 
 
 def _total(parts: Sequence[_Part]) -> int:

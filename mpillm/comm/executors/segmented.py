@@ -17,15 +17,15 @@ one order: by round, then in the lane's order.
 """
 
 from bisect import bisect_left
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter, sub
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpillm.comm.algorithms.schedule import CollectiveSchedule, Transfer, block_bounds, cut
-from mpillm.comm.buffers import LARGEST_COUNT, Buffer
+from mpillm.comm.buffers import LARGEST_COUNT, new_scratch
 from mpillm.comm.executors.request import Operands
 from mpillm.errors import CommError
 
@@ -63,28 +63,29 @@ class Scratch:
     messages.
     """
 
-    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
-        """`kept_bytes`: the longest piece that is kept; 0 keeps none."""
-        self._kept_bytes = kept_bytes
-        self._free: defaultdict[str, list[Buffer]] = defaultdict(list)
-
-    def borrow(self, like: Buffer, count: int) -> Buffer:
-        """Return at least `count` elements of the type of `like`. Pieces too short for this are
-        dropped.
+    def __init__(
+        self,
+        kept_bytes: int = KEPT_BYTES,
+        allocate: Callable[[int], Any] = new_scratch,
+    ) -> None:
+        """`kept_bytes`: the longest piece that is kept; 0 keeps none. `allocate` returns that many
+        bytes of new memory: a NumPy array, or a GPU's DeviceBytes.
         """
-        free = self._free[like.element]
-        while count and free:
-            memory = free.pop()
-            if memory.count >= count:
-                return memory
-        return like.empty(count)
+        self._kept_bytes, self._allocate = kept_bytes, allocate
+        self._free: list[NDArray[np.uint8]] = []
 
-    def give_back(self, memory: Buffer) -> bool:
-        """Take memory back; False where it is not kept, and the caller should drop it, too."""
-        kept = 0 < memory.count * memory.itemsize <= self._kept_bytes
-        if kept:
-            self._free[memory.element].append(memory)
-        return kept
+    def borrow(self, nbytes: int) -> "NDArray[np.uint8]":
+        """Return at least `nbytes` of memory. Pieces too short for this are dropped."""
+        while self._free:
+            memory = self._free.pop()
+            if memory.size >= nbytes:
+                return memory
+        return self._allocate(nbytes)  # type: ignore[no-any-return]
+
+    def give_back(self, memory: "NDArray[np.uint8]") -> None:
+        """Take memory back; a piece that is too long to keep is freed with its last reference."""
+        if 0 < memory.size <= self._kept_bytes:
+            self._free.append(memory)
 
 
 class SegmentedExecutor:
@@ -313,24 +314,25 @@ class _CopyLane(_Lane):
 class _AddLane(_Lane):
     """Segments arrive in scratch memory, `slots` of them in turn, and are combined from there."""
 
-    _memory: Buffer
+    _memory: "NDArray[np.uint8]"
 
     def __init__(
         self, executor: SegmentedExecutor, number: int, transfers: Sequence[Transfer]
     ) -> None:
         super().__init__(executor, number, transfers)
-        self._longest = max(map(sub, self.stops, self.starts), default=0)
+        self._itemsize = executor.operands.target.itemsize
+        self._longest_bytes = self._itemsize * max(map(sub, self.stops, self.starts), default=0)
 
     def open(self, executor: SegmentedExecutor) -> None:
-        target = executor.operands.target
-        self._memory = executor.scratch.borrow(target, self.slots * self._longest)
+        self._memory = executor.scratch.borrow(self.slots * self._longest_bytes)
         super().open(executor)
 
     def advance(self, executor: SegmentedExecutor) -> None:
         operands = executor.operands
         while self.done < self.complete and self._is_free(self.done):
-            own = slice(self.starts[self.done], self.stops[self.done])
-            operands.target.combine(operands.op, own, self._memory, self._place(self.done))
+            first, stop = self.starts[self.done], self.stops[self.done]
+            combine = operands.target.combining(operands.op, first, stop)
+            combine(self._memory[self._place(self.done)])
             self.done += 1
             if self.done == self.count:
                 executor.scratch.give_back(self._memory)
@@ -340,12 +342,12 @@ class _AddLane(_Lane):
             self.posted += 1
 
     def _post(self, executor: SegmentedExecutor, index: int) -> None:
-        place = self._place(index)
-        self._receive(executor, self._memory.raw(place.start, place.stop))
+        self._receive(executor, self._memory[self._place(index)])
 
     def _place(self, index: int) -> slice:
-        start = index % self.slots * self._longest
-        return slice(start, start + self.stops[index] - self.starts[index])
+        """Return the bytes of scratch memory in which a segment arrives."""
+        start = index % self.slots * self._longest_bytes
+        return slice(start, start + (self.stops[index] - self.starts[index]) * self._itemsize)
 
 
 _BY_LANE = attrgetter("action", "peer")

@@ -23,8 +23,15 @@ class DeviceBytes:
 
     pointer: int
     size: int
-    owner: Any
-    """Keeps the memory alive."""
+    flat: Any
+    """The 1-dim array of the same memory, as elements; it keeps the memory alive."""
+
+    def __getitem__(self, octets: slice) -> "DeviceBytes":
+        """Return a range of these bytes, of whole elements."""
+        itemsize = int(self.flat.dtype.itemsize)
+        first, stop, _ = octets.indices(self.size)
+        flat = self.flat[first // itemsize : stop // itemsize]
+        return DeviceBytes(self.pointer + first, stop - first, flat)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -68,31 +75,28 @@ class DeviceBuffer:
 
     def raw(self, first: int, stop: int) -> DeviceBytes:
         """Return the bytes of elements `first` to `stop`, for MPI to send or receive."""
-        return DeviceBytes(self.at(first), (stop - first) * self.itemsize, self.flat)
+        return self.octets[first * self.itemsize : stop * self.itemsize]
 
     @property
     def octets(self) -> DeviceBytes:
-        return self.raw(0, self.count)
+        return DeviceBytes(self.pointer, self.nbytes, self.flat)
 
     def part(self, first: int, stop: int) -> "DeviceBuffer":
         """Return elements `first` to `stop` as a DeviceBuffer of their own."""
         return replace(self, flat=self.flat[first:stop], count=stop - first, pointer=self.at(first))
 
-    def combine(self, op: str, target: slice, source: "DeviceBuffer", source_slice: slice) -> None:
-        """Compute self[target] = self[target] op source[source_slice] on CuPy's current stream.
-
-        The kernel has run when this returns, so that the sum may be sent.
+    def combining(self, op: str, first: int, stop: int) -> Callable[[DeviceBytes], object]:
+        """Prepare self[first:stop] = self[first:stop] op other, as a call that takes the bytes of
+        `other` any number of times.
         """
-        device_arithmetic.combine(
-            self.library, self.element, op, self.flat[target], source.flat[source_slice]
-        )
-        self.settle()
+        return functools.partial(self._combine, op, self.flat[first:stop])
 
-    def combining(
-        self, op: str, target: slice, source: "DeviceBuffer", source_slice: slice
-    ) -> Callable[[], object]:
-        """Bind `combine` to its arguments, to be called any number of times."""
-        return functools.partial(self.combine, op, target, source, source_slice)
+    def _combine(self, op: str, target: Any, source: DeviceBytes) -> None:
+        """Combine on CuPy's current stream; the kernel has run when this returns, so that the sum
+        may be sent.
+        """
+        device_arithmetic.combine(self.library, self.element, op, target, source.flat)
+        self.settle()
 
     def scale(self, factor: float) -> None:
         """Multiply by `factor`, in place, on CuPy's current stream; floats only."""

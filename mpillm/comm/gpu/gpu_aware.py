@@ -16,7 +16,7 @@ from mpillm.comm.executors.blockwise import make_executor
 from mpillm.comm.executors.mpi_library import mpi_request
 from mpillm.comm.executors.request import LocalRequest, Operands, Request, chain
 from mpillm.comm.executors.segmented import Scratch, Segmentation
-from mpillm.comm.gpu.device_buffer import DeviceBuffer
+from mpillm.comm.gpu.device_buffer import DeviceBuffer, DeviceBytes
 from mpillm.comm.selection import KIB, MIB, CollectiveCall
 
 if TYPE_CHECKING:
@@ -134,8 +134,12 @@ class DeviceMessages:
         algorithm = list_for(operation, target.nbytes)
         plan = schedule(operation, algorithm, self._comm.rank, self._comm.size, root)
         operands = _operands(source, target, op, root)
+
+        def allocate(nbytes: int) -> DeviceBytes:
+            return target.empty(nbytes // target.itemsize).octets
+
         # CuPy has a memory pool, so scratch memory need not be kept here.
-        scratch = Scratch(kept_bytes=0)
+        scratch = Scratch(kept_bytes=0, allocate=allocate)
         return make_executor(plan, self._comm, operands, SEGMENTS, scratch, lambda: TAG)
 
 
