@@ -69,39 +69,59 @@ def recipe(data: Path, run: Path, **parallel: object) -> Recipe:
     return parse_recipe(table, "toy")
 
 
-def losses(run: Path) -> list[float]:
+def recorded(run: Path, key: str) -> list[float]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line[key] for line in lines if key in line]
+
+
+def losses(run: Path) -> list[float]:
+    return recorded(run, "loss")
 
 
 @pytest.fixture(scope="module")
-def trained_alone(data: Path, shared_folder: Path, comm: MPI.Intracomm, toys: None) -> list[float]:
-    """Losses of one process that sees the whole batch: the reference."""
+def trained_alone(
+    data: Path, shared_folder: Path, comm: MPI.Intracomm, toys: None
+) -> dict[str, list[float]]:
+    """Metrics of one process that sees the whole batch: the reference."""
     run = shared_folder / "growth-alone"
     if comm.rank == 0:
         train(recipe(data, run), MPI.COMM_SELF, QUIET)
     comm.Barrier()
-    return losses(run)
+    keys = ("loss", "grad_norm", "validation_loss", "validation_accuracy")
+    return {key: recorded(run, key) for key in keys}
 
 
 def test_a_toy_model_task_and_optimizer_train_at_any_number_of_ranks(
-    data: Path, folder: Path, comm: MPI.Intracomm, trained_alone: list[float]
+    data: Path, folder: Path, comm: MPI.Intracomm, trained_alone: dict[str, list[float]]
 ) -> None:
-    assert len(trained_alone) == STEPS
-    assert trained_alone[-1] < trained_alone[0]
-    train(recipe(data, folder / "data-parallel"), comm, QUIET)
-    assert losses(folder / "data-parallel") == pytest.approx(trained_alone, rel=1e-5)
+    expected = trained_alone["loss"]
+    assert len(expected) == STEPS
+    assert expected[-1] < expected[0]
+    assert len(trained_alone["validation_accuracy"]) == 1
+    run = folder / "data-parallel"
+    train(recipe(data, run), comm, QUIET)
+    for key, values in trained_alone.items():
+        assert recorded(run, key) == pytest.approx(values, rel=1e-5), key
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "growth.toy_schedule:Hurried"])
-def test_a_toy_model_of_two_streams_trains_in_a_pipeline_of_two(
-    data: Path, folder: Path, comm: MPI.Intracomm, trained_alone: list[float], schedule: str
+@pytest.mark.parametrize("stages", ["two", "a rank each"])
+def test_a_toy_model_of_two_streams_trains_and_is_scored_in_a_pipeline(
+    data: Path,
+    folder: Path,
+    comm: MPI.Intracomm,
+    trained_alone: dict[str, list[float]],
+    stages: str,
+    schedule: str,
 ) -> None:
-    if comm.size % 2:
-        pytest.skip("needs an even number of ranks")
+    """With a part in the middle, one weight in three places, and a field that every part reads."""
+    pipeline = 2 if stages == "two" else comm.size
+    if comm.size % pipeline or (stages != "two" and comm.size < 3):
+        pytest.skip("needs another number of ranks")
     run = folder / "pipeline"
-    train(recipe(data, run, pipeline=2, schedule=schedule), comm, QUIET)
-    assert losses(run) == pytest.approx(trained_alone, rel=1e-5)
+    train(recipe(data, run, pipeline=pipeline, schedule=schedule), comm, QUIET)
+    for key, expected in trained_alone.items():
+        assert recorded(run, key) == pytest.approx(expected, rel=1e-5), key
 
 
 def test_a_toy_metric_is_the_same_at_any_number_of_ranks(

@@ -155,7 +155,7 @@ def evaluate(
             read,
             lambda number: (mine[number].rows, mine[number].length),
             progress.advance,
-            [metric.of_batch for metric in metrics],
+            [metric.of_batch for metric in metrics if not metric.needs_totals_alone],
         )
     every = [score for part in comm.allgather(list(scores.values())) for score in part]
     totals = Totals(
@@ -163,11 +163,11 @@ def evaluate(
         math.fsum(score.weight for score in every),
         reader.split.n_bytes,
     )
-    sums = [
-        [math.fsum(column) for column in zip(*(score.sums[i] for score in every), strict=True)]
-        for i in range(len(metrics))
-    ]
-    values = {
-        metric.name: metric.value(own, totals) for metric, own in zip(metrics, sums, strict=True)
-    }
+    # Batch by batch for each metric that needs the outputs, in the order of `metrics`.
+    by_metric = iter(zip(*(score.sums for score in every), strict=True))
+    values = {}
+    for metric in metrics:
+        of_batches = () if metric.needs_totals_alone else next(by_metric)
+        sums = [math.fsum(column) for column in zip(*of_batches, strict=True)]
+        values[metric.name] = metric.value(sums, totals)
     return Score(totals, values)

@@ -78,4 +78,4 @@ def load_trained(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
 
 def model_tensors(model: PartModule) -> dict[str, torch.Tensor]:
     """Collect a model's weights by their names in a checkpoint, a tied weight once."""
-    return name_tensors(dict(model.named_weights()), {}, ())
+    return name_tensors(dict(model.named_weights()), {}, {}, ())

@@ -5,10 +5,11 @@ plug-in is named as `package.module:Name`: a settings dataclass that derives fro
 """
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
 
-from mpillm.errors import RecipeError, UsageError
+from mpillm.errors import MismatchError, RecipeError, UsageError
 from mpillm.models.spec import ModelSpec
 from mpillm.system.plugins import load_class
 
@@ -28,17 +29,25 @@ def spec_class(name: str) -> type[ModelSpec]:
         raise RecipeError(f"model.architecture: {failure}") from failure
 
 
-def named_shapes() -> dict[str, ModelSpec]:
-    """Return the well-known sizes of all architectures in the catalogue."""
-    # Plug-ins are not in the catalogue: a recipe gives their settings key by key.
-    return {
-        name: shape for known in ARCHITECTURES for name, shape in spec_class(known).shapes().items()
-    }
+def named_shapes(architecture: str = "") -> dict[str, ModelSpec]:
+    """Return the well-known sizes of `architecture`; without one, of the whole catalogue."""
+    names = [architecture] if architecture else list(ARCHITECTURES)
+    return {name: shape for known in names for name, shape in spec_class(known).shapes().items()}
 
 
 def read_spec(section: Mapping[str, Any]) -> ModelSpec:
     """Build a spec from the section [model] of a checkpoint's recipe.
 
-    Releases before the key `architecture` had the decoder alone.
+    Releases before the key `architecture` had the decoder alone. Raises MismatchError for settings
+    that this mpillm does not know, such as those of a later release.
     """
-    return spec_class(str(section.get("architecture", DEFAULT)))(**section)
+    kind = spec_class(str(section.get("architecture", DEFAULT)))
+    assert is_dataclass(kind)
+    unknown = sorted(set(section) - {field.name for field in fields(kind)})
+    if unknown:
+        raise MismatchError(
+            "the model was made with settings that this mpillm does not know: "
+            f"{', '.join(unknown)}; use the release, or the plug-in, that it was made with"
+        )
+    # JSON has lists alone, settings have tuples.
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items()})

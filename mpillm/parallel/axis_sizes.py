@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import product
 
-from mpillm.comm.mesh import describe
+from mpillm.comm.mesh import Axis, Mesh, describe
 from mpillm.errors import LayoutError
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.data.data_axis import DataAxis
@@ -69,6 +69,12 @@ def counts_loss(coordinates: Mapping[str, int]) -> bool:
     Along an axis whose ranks repeat the losses, those of coordinate 0 alone count.
     """
     return all(coordinates.get(axis.name, 0) == 0 for axis in AXES if axis.repeats_loss)
+
+
+def replicated_axes(mesh: Mesh) -> list[Axis]:
+    """Return the axes of `mesh` along which ranks hold the same weights."""
+    names = [axis.name for axis in AXES if not axis.cuts_weights]
+    return [mesh.axis(name) for name in names if name in mesh.sizes]
 
 
 def legal_layouts(ranks: int, model: ModelSpec, batch: int) -> list[dict[str, int]]:

@@ -6,23 +6,17 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
+from mpillm.comm.algorithms.algorithm_catalog import algorithms_of
 from mpillm.errors import RecipeError
 from mpillm.system.plugins import is_plugin
 
 Positive = Annotated[int, Gt(0)]
 
 
-ALLREDUCE = (
-    "auto",
-    "shared",
-    "two-level",
-    "ring",
-    "segmented-ring",
-    "recursive-doubling",
-    "rabenseifner",
-    "binomial",
-    "mpi",
-)
+def allreduce_names() -> tuple[str, ...]:
+    """List what may sum gradients: algorithms, shared memory, and the MPI library."""
+    others = ("auto", "shared", "two-level", "segmented-ring", "mpi")
+    return (*others, *algorithms_of("allreduce"))
 
 
 @dataclass(frozen=True)
@@ -70,11 +64,12 @@ class ParallelSettings:
     """Compare the ranks' collective calls before data moves."""
 
     def __post_init__(self) -> None:
-        if self.allreduce in ALLREDUCE or is_plugin(self.allreduce):
+        known = allreduce_names()
+        if self.allreduce in known or is_plugin(self.allreduce):
             return
-        near = get_close_matches(self.allreduce, ALLREDUCE, n=1, cutoff=0.5)
+        near = get_close_matches(self.allreduce, known, n=1, cutoff=0.5)
         hint = f", did you mean {near[0]}?" if near else ""
         raise RecipeError(
-            f"allreduce = {self.allreduce!r} is unknown{hint} "
-            f"(known: {', '.join(ALLREDUCE)}; your own is named package.module:Name)"
+            f"allreduce = {self.allreduce!r} is unknown{hint} (known: {', '.join(known)}; "
+            "your own is named package.module:Name)"
         )

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from mpillm.comm.communicator import silent
@@ -66,8 +67,9 @@ class ShardedModel:
         """
         self.spec, self.task, self.mesh, self.plan = spec, task, mesh, plan
         axis, schedule = mesh.axis("pipeline"), plan.schedule
+        device = torch.device(plan.precision.device)
         self.parts: dict[int, PartModule] = {
-            stage: create(spec, seed, part=plan.parts[stage])
+            stage: create(spec, seed, device, plan.parts[stage])
             for stage in schedule.stages_of(axis.rank)
         }
         parts = list(self.parts.values())
@@ -75,8 +77,8 @@ class ShardedModel:
         # separate leaf there too: autograd would add both gradients in another order.
         apart = schedule.stages > 1 or plan.fixed_order
         self._tied = [
-            TiedWeight(parts, names, axis, warn)
-            for names in (spec.tied_weights.items() if apart else ())
+            TiedWeight(parts, leader, followers, axis, warn)
+            for leader, followers in (_followers(spec).items() if apart else ())
         ]
         self.gradients = ReplicatedGradients(
             [part.parameters() for part in parts],
@@ -92,7 +94,7 @@ class ShardedModel:
         }
         # Every microbatch of a pipeline has the same number of rows.
         shapes = tuple((plan.microbatch, spec.context, width) for width in spec.stream_widths)
-        self._streams = StreamShapes(lambda microbatch: shapes)
+        self._streams = StreamShapes(lambda microbatch: shapes, device)
         # Channels have a fixed capacity: that of the largest stream of training and scoring.
         widest = max(spec.stream_widths)
         rows = max(plan.microbatch, scored_rows)
@@ -182,7 +184,10 @@ class ShardedModel:
             for stage, part in self.parts.items()
         }
         widths = self.spec.stream_widths
-        streams = StreamShapes(lambda number: tuple((*shape_of(number), width) for width in widths))
+        streams = StreamShapes(
+            lambda number: tuple((*shape_of(number), width) for width in widths),
+            torch.device(self.plan.precision.device),
+        )
         # Architectures may behave otherwise in training, such as by dropout.
         for part in self.parts.values():
             part.eval()
@@ -200,3 +205,11 @@ class ShardedModel:
         for tied in self._tied:
             tied.close()
         self.gradients.close()
+
+
+def _followers(spec: ModelSpec) -> dict[str, list[str]]:
+    """Group the tied weights by the weight that is saved."""
+    groups: dict[str, list[str]] = {}
+    for follower, leader in spec.tied_weights.items():
+        groups.setdefault(leader, []).append(follower)
+    return groups

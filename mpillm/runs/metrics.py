@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpillm.runs.sink_catalog import SINKS
 from mpillm.system.console import Console
-from mpillm.system.plugins import load_plugin
+from mpillm.system.plugins import load_class
 
 Metrics = dict[str, float]
 INSTALL = "pip install 'mpillm[train]'"
@@ -55,7 +55,7 @@ class MetricsWriter:
         """
         self._sinks: list[MetricsSink] = []
         for name in sinks if writes else ():
-            sink: MetricsSink = load_plugin(name, SINKS, "metrics sink")()
+            sink = load_class(name, SINKS, "metrics sink", MetricsSink)()  # type: ignore[type-abstract]
             try:
                 sink.open(run, last_step)
             except ImportError as failure:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from mpillm.errors import RecipeError
-from mpillm.system.plugins import is_plugin, load_plugin
+from mpillm.system.plugins import is_plugin, load_class
 
 if TYPE_CHECKING:
     from mpillm.tasks.task import Task
@@ -33,5 +33,6 @@ def check_task(name: str) -> None:
 
 def make_task(name: str) -> "Task":
     """Make the task called `name`; imports torch. Raises UsageError for an unknown name."""
-    task: Task = load_plugin(name, TASKS, "task")()
-    return task
+    from mpillm.tasks.task import Task
+
+    return load_class(name, TASKS, "task", Task)()  # type: ignore[type-abstract]

@@ -19,6 +19,7 @@ from mpillm.launch.current_job import CurrentJob
 from mpillm.launch.signals import StopSignals
 from mpillm.launch.walltime import seconds_of
 from mpillm.machine.cluster_profile import Cluster
+from mpillm.parallel.axis_sizes import replicated_axes
 from mpillm.parallel.data.same_weights import check_same
 from mpillm.parallel.step_plan import traffic_bytes
 from mpillm.runs.folder import METRICS, PICTURE, RECIPE, TRACE
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 PACKAGES = ("mpillm", "torch", "mpi4py", "h5py", "numpy")
+# Metrics that follow from the loss: a program computes them itself.
+FROM_LOSS = ("loss", "perplexity", "bits-per-byte")
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,8 @@ class TrainingLoop:
             if self._comm.rank == 0:
                 write_text(self._folder / RECIPE, write_recipe(self._recipe))
             self._history.started(self._done, self._facts())
-            check_same(self._trainer.weights.values(), self._trainer.mesh.axis("data"))
+            for axis in replicated_axes(self._trainer.mesh):
+                check_same(self._trainer.weights.values(), axis)
             writes = self._comm.rank == 0
             metrics = MetricsWriter(self._folder, self._done, writes, self._console)
             if overdue:
@@ -236,10 +240,18 @@ class TrainingLoop:
         with open_split(self._recipe.data.path, "validation") as reader:
             quiet = Console(speaks=False)
             score = evaluate(self._trainer.model, reader, self._comm, quiet)
-        metrics.add({"step": self._done, "validation_loss": score.loss})
+        # Perplexity and bits per byte follow from the loss: they are not recorded.
+        own = {
+            name: value
+            for name, value in score.values.items()
+            if name not in FROM_LOSS and value is not None
+        }
+        recorded = {f"validation_{name.replace('-', '_')}": value for name, value in own.items()}
+        metrics.add({"step": self._done, "validation_loss": score.loss, **recorded})
+        text = "".join(f", {name} {value:.4f}" for name, value in own.items())
         self._console.say(
             f"step {self._done:,}: validation loss {score.loss:.4f}, "
-            f"perplexity {score.perplexity:,.2f}"
+            f"perplexity {score.perplexity:,.2f}{text}"
         )
 
     def _save(self, step_tokens: int) -> float:
@@ -265,7 +277,10 @@ class TrainingLoop:
     def _tensors(self) -> dict[str, torch.Tensor]:
         trainer = self._trainer
         return name_tensors(
-            trainer.weights, trainer.optimizer.state, trainer.recipe.optimizer.slots
+            trainer.weights,
+            trainer.stepped,
+            trainer.optimizer.state,
+            trainer.recipe.optimizer.slots,
         )
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:

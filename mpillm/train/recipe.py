@@ -252,7 +252,8 @@ def _with_shape(section: Any) -> Any:
     """Replace the [model] section's `shape` by the settings it names; own keys override them."""
     if not isinstance(section, dict) or "shape" not in section:
         return section
-    shape, shapes = section["shape"], model_catalog.named_shapes()
+    shape = section["shape"]
+    shapes = model_catalog.named_shapes(str(section.get("architecture", "")))
     if not isinstance(shape, str) or shape not in shapes:
         raise RecipeError(
             f"model.shape = {shape!r} is unknown{_nearest(str(shape), shapes)}; "

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.comm.failure import on_root
-from mpillm.errors import MismatchError, UsageError
+from mpillm.errors import MismatchError, RecipeError, UsageError
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.model_catalog import read_spec
@@ -15,11 +15,13 @@ from mpillm.runs.folder import CLUSTER, METRICS
 from mpillm.system.atomic import make_folder
 from mpillm.system.console import Console
 from mpillm.system.malloc import keep_pages
+from mpillm.tasks import task_catalog
 from mpillm.tasks.task_catalog import make_task
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.order import WindowOrder
 from mpillm.tokens.reader import open_split
 from mpillm.train.loop import JobLimits, TrainingLoop, locked_run
+from mpillm.train.optimizers import optimizer_catalog
 from mpillm.train.print_plan import print_plan
 from mpillm.train.recipe import Recipe
 from mpillm.train.step import Trainer
@@ -65,6 +67,7 @@ def train(
         fixed_order=settings.fixed_order,
     )
     task = make_task(recipe.task.name)
+    _check_mask(recipe)
     with open_split(recipe.data.path, "train") as reader:
         # Before the run has a folder: a dataset shorter than one context, or a missing profile,
         # must leave nothing to clean up.
@@ -84,6 +87,15 @@ def train(
             loop = TrainingLoop(recipe, manifest, trainer, console, trace, limits, cluster)
             loop.run(checkpoint)
             trainer.close()
+
+
+def _check_mask(recipe: Recipe) -> None:
+    """Raise RecipeError for a document mask that the model would ignore."""
+    if recipe.data.document_mask and "documents" not in recipe.model.shared_inputs:
+        raise RecipeError(
+            f"data.document_mask = true needs a model that reads documents, and the architecture "
+            f"{recipe.model.architecture} does not; leave document_mask out"
+        )
 
 
 def _profile(
@@ -141,9 +153,17 @@ def _check_same_run(recipe: Recipe, manifest: Manifest, checkpoint: Checkpoint) 
     before, now = dict(checkpoint.facts["recipe"]), recipe.to_dict()
     # Earlier releases wrote fewer keys, such as no `architecture`: their defaults are filled in.
     before["model"] = asdict(read_spec(before["model"]))  # type: ignore[call-overload]
+    before["task"] = {"name": task_catalog.DEFAULT, **before.get("task", {})}
+    before["optimizer"] = {"name": optimizer_catalog.DEFAULT, **before["optimizer"]}
+    kept = {
+        "model": now["model"],
+        "task": ["name"],
+        "optimizer": ["name"],
+        "train": ["seed", "batch"],
+    }
     changes = [
         f"{section}.{key} was {before[section].get(key)!r} and is {value!r}"
-        for section, keys in (("model", now["model"]), ("train", {"seed", "batch"}))
+        for section, keys in kept.items()
         for key in keys
         if before[section].get(key) != (value := now[section][key])
     ]

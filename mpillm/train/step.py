@@ -1,15 +1,14 @@
 """One step of training: read, compute, reduce, update."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from mpillm.comm.clock_sync import clock_offset
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Mesh
-from mpillm.errors import DivergedError
+from mpillm.errors import DataError, DivergedError
 from mpillm.infer.evaluate import rows_at_once
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields
@@ -73,8 +72,8 @@ class Trainer:
             warn=warn,
         )
         self.weights = self.model.named_weights()
-        stepped = self.model.gradients.optimizer_weights(self.weights)
-        self.optimizer = recipe.optimizer.build(stepped.values())
+        self.stepped = self.model.gradients.optimizer_weights(self.weights)
+        self.optimizer = recipe.optimizer.build(self.stepped.values())
         documents = recipe.data.document_mask
         self._sampler = Sampler(
             reader,
@@ -133,6 +132,7 @@ class Trainer:
         if self._reads_fields:
             windows = self._sampler.windows(step, self._first_row, plan.rows)
             whole = self.task.fields(windows.fields(self.recipe.data.document_mask))
+            whole = {name: field.to(plan.precision.device) for name, field in whole.items()}
             fields = [{name: field[a:b] for name, field in whole.items()} for a, b in plan.bounds]
         # Each microbatch adds its share of the mean over the global batch, so microbatches need not
         # be equal.
@@ -143,7 +143,12 @@ class Trainer:
         # The ranks that compute the loss count it: the others of a pipeline hold the same rows, or
         # none.
         counts = self.model.ends and counts_loss(self.mesh.coordinates)
-        own = sum(self.task.weight(each) for each in fields) if counts else 0.0
-        total = np.array([own])
-        self.mesh.comm.Allreduce(total.copy(), total)
-        return float(total[0])
+        own = [self.task.weight(each) for each in fields] if counts else []
+        # Summed exactly: the order of ranks leaves no trace.
+        total = math.fsum(weight for part in self.mesh.comm.allgather(own) for weight in part)
+        if total == 0:
+            raise DataError(
+                "a batch has no target that counts, so its loss has no mean; "
+                "raise train.batch, or check the data and the task"
+            )
+        return total

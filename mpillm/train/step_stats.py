@@ -4,6 +4,7 @@ import math
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def gather_stats(
 def read_stats(every: Floats, sizes: Mapping[str, int]) -> StepStats:
     """Read the rows of all ranks of a mesh of `sizes`."""
     times = RankTimes(every[:, BEGIN], every[:, END], every[:, BUSY], every[:, REDUCING])
-    groups = {name: axis_groups(sizes, name) for name in sizes}
+    groups = _all_groups(tuple(sizes.items()))
     waits = {
         axis.name: axis.wait_seconds(times, groups[axis.name])
         for axis in axis_sizes.AXES
@@ -80,6 +81,12 @@ def read_stats(every: Floats, sizes: Mapping[str, int]) -> StepStats:
         int(every[:, MEMORY].max()),
         [int(stop) for stop in every[:, STOP]],
     )
+
+
+@lru_cache(maxsize=4)
+def _all_groups(sizes: tuple[tuple[str, int], ...]) -> dict[str, list[list[int]]]:
+    """Return the groups of every axis: made once a job, for they depend on the mesh alone."""
+    return {name: axis_groups(dict(sizes), name) for name, _ in sizes}
 
 
 def axis_groups(sizes: Mapping[str, int], name: str) -> list[list[int]]:

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 def name_tensors(
     weights: Mapping[str, "Tensor"],
+    stepped: Mapping[str, "Tensor"],
     state: Mapping["Tensor", Mapping[str, Any]],
     slots: Iterable[str],
 ) -> dict[str, "Tensor"]:
     """Name weights, and the state tensors of an optimizer, as a checkpoint does.
 
-    `weights`: by the module's names (`layers.0.norm.weight`). `state`: weight → the optimizer's
-    state of it, as `torch.optim.Optimizer.state`, of which `slots` are named.
+    `weights`: by the module's names (`layers.0.norm.weight`). `stepped`: what the optimizer steps
+    on, by the same names. `state`: as `torch.optim.Optimizer.state`, of which `slots` are named.
     """
-    paths = {name.replace(".", "/"): weight for name, weight in weights.items()}
-    named = {f"model/{path}": weight for path, weight in paths.items()}
+    named = {f"model/{name.replace('.', '/')}": weight for name, weight in weights.items()}
     for slot in slots:
-        for path, weight in paths.items():
-            named[f"optimizer/{slot}/{path}"] = state[weight][slot]
+        for name, weight in stepped.items():
+            named[f"optimizer/{slot}/{name.replace('.', '/')}"] = state[weight][slot]
     return named

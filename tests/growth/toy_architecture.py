@@ -4,7 +4,7 @@ One stream carries the tokens' features, the other a running memory of them. Eac
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Gt
 
@@ -15,6 +15,9 @@ Positive = Annotated[int, Gt(0)]
 
 @dataclass(frozen=True)
 class TwoStreams(ModelSpec):
+    # Every part reads the token ids, those in the middle of a pipeline too.
+    shared_inputs: ClassVar[tuple[str, ...]] = ("ids",)
+
     architecture: str = "growth.toy_architecture:TwoStreams"
     depth: Positive = 4
     width: Positive = 16
@@ -33,6 +36,11 @@ class TwoStreams(ModelSpec):
         return self.depth
 
     @property
+    def tied_weights(self) -> dict[str, str]:
+        """Two followers of one leader, as the embeddings of an encoder–decoder."""
+        return {"head.weight": "embedding.weight", "again.weight": "embedding.weight"}
+
+    @property
     def stream_widths(self) -> tuple[int, ...]:
         return self.width, self.memory
 
@@ -46,7 +54,7 @@ class TwoStreams(ModelSpec):
 
     def parameters_of(self, part: Part) -> int:
         both = self.width + self.memory
-        ends = self.begins(part) + self.ends(part)
+        ends = self.begins(part) or self.ends(part)
         return part.count * (both * both + both) + ends * self.vocab_size * self.width
 
     def activation_bytes(self, part: Part, rows: int, element_bytes: int = 4) -> int:
@@ -70,6 +78,8 @@ def _module_class():
             numbers = range(self.part.first, self.part.last)
             self.mix = nn.ModuleDict({str(number): nn.Linear(both, both) for number in numbers})
             self.head = nn.Linear(spec.width, spec.vocab_size, bias=False) if self.ends else None
+            self.again = nn.Embedding(spec.vocab_size, spec.width) if self.ends else None
+            self.tie()
 
         def forward_part(self, fields, streams):
             if self.embedding is None:
@@ -79,14 +89,16 @@ def _module_class():
                 x = self.embedding(fields["ids"])
                 memory = x.cumsum(1)[..., : self.spec.memory] / self.spec.context
                 pivots = (x,)
+            odd = 0.1 * (fields["ids"] % 2)[..., None]
             for mix in self.mix.values():
-                mixed = mix(torch.cat([x, memory], -1)).tanh()
+                mixed = mix(torch.cat([x, memory + odd], -1)).tanh()
                 x, memory = (
                     x + mixed[..., : self.spec.width],
                     memory + mixed[..., self.spec.width :],
                 )
             if self.head is None:
                 return PartOutput((x, memory), pivots)
+            x = x + self.again(fields["ids"])
             return PartOutput((self.head(x) + memory.mean(-1, keepdim=True),), pivots)
 
     return TwoStreamsPart

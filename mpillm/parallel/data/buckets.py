@@ -124,7 +124,7 @@ def make_bucket(
     dtype, count = parameters[0].dtype, sum(map(padded, parameters))
     shared = group.allocate(count, str(dtype).removeprefix("torch.")) if share else None
     flat = (
-        torch.zeros(count, dtype=dtype)
+        torch.zeros(count, dtype=dtype, device=parameters[0].device)
         if shared is None
         else torch.from_numpy(shared.own).view(dtype)
     )

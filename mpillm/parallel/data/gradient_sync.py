@@ -17,9 +17,6 @@ class GradientSync(ABC):
     `microbatch_ended` after each; `finish`. Autograd hooks call `ready`.
     """
 
-    fixed_order: bool
-    """Whether sums are taken in the one tree over all microbatches of all ranks."""
-
     @abstractmethod
     def begin(self) -> None:
         """Forget the gradients of the step before, ahead of the first backward pass."""

@@ -34,6 +34,7 @@ class StreamShapes:
     """The streams between stages: tensors of `shapes_of(microbatch)`, all of `dtype`."""
 
     shapes_of: Callable[[int], tuple[tuple[int, ...], ...]]
+    device: torch.device | None = None
     dtype: torch.dtype = STREAM_DTYPE
 
 
@@ -139,7 +140,10 @@ class _RowExecution:
         if not self._arriving[channel]:
             return
         shapes = self._streams.shapes_of(self._arriving[channel].popleft())
-        buffers = tuple(torch.empty(shape, dtype=self._streams.dtype) for shape in shapes)
+        buffers = tuple(
+            torch.empty(shape, dtype=self._streams.dtype, device=self._streams.device)
+            for shape in shapes
+        )
         for buffer in buffers:
             self._channels.post_receive(channel, buffer)
         self._posted[channel].append(buffers)

@@ -116,9 +116,8 @@ class ModelStage:
 
 
 def _gradients(pivots: Streams) -> Streams:
-    found = tuple(pivot.grad for pivot in pivots)
-    assert all(gradient is not None for gradient in found)
-    return found  # type: ignore[return-value]
+    # A stream that the part does not use has no gradient: zeros, as the split pass gives.
+    return tuple(torch.zeros_like(p) if p.grad is None else p.grad for p in pivots)
 
 
 @dataclass(frozen=True)
@@ -156,12 +155,14 @@ class ScoringStage:
         self.part, self.scores = part, dict[int, BatchScore]()
         self._task, self._precision, self._read, self._done = task, precision, read, done
         self._metrics = metrics
+        # A document mask is of training alone, so only what every batch has is shared.
+        shared = set(part.spec.shared_inputs).intersection(task.field_names)
+        self._reads_fields = part.begins or part.ends or bool(shared)
 
     def forward(self, microbatch: int, streams: Streams) -> Streams:
         part = self.part
-        # A part in the middle reads no fields of a batch that is scored: there are no shared
-        # inputs.
-        fields: Fields = self._read(microbatch) if part.begins or part.ends else {}
+        fields: Fields = self._read(microbatch) if self._reads_fields else {}
+        fields = {name: field.to(self._precision.device) for name, field in fields.items()}
         with torch.inference_mode(), autocast(self._precision):
             outputs = part.forward_part(fields, streams).outputs
         if part.begins:

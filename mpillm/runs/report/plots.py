@@ -1,5 +1,6 @@
 """The plots of a report: those that the run has figures for, each with its caption."""
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -125,7 +126,7 @@ def _waits(run_state: RunState) -> Plot | None:
             np.minimum(100.0, curve(100 * curve(steps[axis + WAIT]) / whole)),
             True,
         )
-        for axis, colour in zip(axes, AXIS_COLOURS, strict=False)
+        for axis, colour in zip(axes, itertools.cycle(AXIS_COLOURS), strict=False)
     ]
     medians = ", ".join(
         f"{line.label} {np.nanmedian(line.y):.1f}%" for line in lines if np.isfinite(line.y).any()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from mpillm.system.plugins import load_plugin
+from mpillm.system.plugins import load_class
 from mpillm.tasks.metrics.metric import Metric
 
 METRICS: Mapping[str, str] = MappingProxyType(
@@ -17,4 +17,4 @@ METRICS: Mapping[str, str] = MappingProxyType(
 
 def make_metrics(names: Iterable[str]) -> list[Metric]:
     """Make the metrics called `names`, in order. Raises UsageError for a name that is not known."""
-    return [load_plugin(name, METRICS, "metric")() for name in names]
+    return [load_class(name, METRICS, "metric", Metric)() for name in names]  # type: ignore[type-abstract]
