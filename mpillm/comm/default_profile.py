@@ -29,6 +29,9 @@ from mpillm.machine.node_map import NodeMap
 FILE = Path(__file__).with_name("default_profile.json")
 SCHEMA, VERSION = "mpillm default profile", 1
 SHORT_INTEGERS = ("int8", "uint8", "int16", "uint16")
+# Libraries sum 16-bit floats slowly or not at all. Open MPI saturates short integers, where ours
+# wrap.
+BADLY_SUMMED = frozenset((*SHORT_FLOATS, *SHORT_INTEGERS))
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,8 @@ def fitting_rules(operation: str, library: str, **facts: object) -> tuple[Rule, 
 def library_sums(operation: str, element: str) -> bool:
     """Return whether the MPI library sums `element` right and fast; True where `operation` sums
     nothing.
-
-    Libraries sum 16-bit floats slowly or not at all. Open MPI saturates short integers, where ours
-    wrap.
     """
-    return operation not in REDUCING or element not in (*SHORT_FLOATS, *SHORT_INTEGERS)
+    return operation not in REDUCING or element not in BADLY_SUMMED
 
 
 @dataclass(frozen=True)
