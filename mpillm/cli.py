@@ -76,11 +76,12 @@ def main() -> None:
         code = app(standalone_mode=False)
     except Exception as failure:
         # What was typed is wrong on every rank; any other failure may be this rank's alone.
-        on_every_rank = hasattr(failure, "show") or isinstance(failure, MpillmError)
-        if rank == 0 or not on_every_rank:
-            _print_failure(failure)
-        else:
+        typed = hasattr(failure, "show")
+        if rank and (typed or isinstance(failure, MpillmError)):
+            # Where all ranks fail alike, the launcher has ended this one when the wait is over.
             time.sleep(OTHERS_WAIT_SECONDS)
+        if rank == 0 or not typed:
+            _print_failure(failure)
         code = getattr(failure, "exit_code", 1)
     sys.exit(code)
 

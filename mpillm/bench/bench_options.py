@@ -36,7 +36,7 @@ DEFAULT_SIZES = {
 LARGEST_EDGE = 32 * 1024
 STDOUT = "-"
 MPI_LIBRARY = "mpi"
-"""Names of earlier versions → what the algorithm is called now."""
+"""The MPI library's own algorithm."""
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 MOST_SIZES = 1000
 LARGEST_BYTES = 1 << 40

@@ -26,6 +26,7 @@ from mpillm.bench.results import TIME_COLUMNS, Row, Section, Show, scaled, sprea
 from mpillm.bench.sample_arrays import Shape, fitting_count
 from mpillm.bench.statistics import Seconds
 from mpillm.bench.timing import interleave
+from mpillm.comm.algorithms.schedule import REDUCING
 
 COLUMNS: dict[str, Show] = {
     "bytes": whole("bytes"),
@@ -54,20 +55,17 @@ def run_collective(bench: BenchContext, what: str) -> list[Section]:
     shapes = shapes_of(bench, what)
     rows: list[Row] = []
     with (
-        joined(bench.comm, peers_wanted(options), bench.note) as peers,
+        joined(
+            bench.comm, peers_wanted(options), bench.note, bench.group.node_map.on_one_node
+        ) as peers,
         bench.progress(what, len(shapes) * (options.iterations + options.warmup)) as advance,
     ):
         for shape in shapes:
             rows += _measure(bench, shape, names, peers, advance)
-    title = (
-        f"{what}: {bench.comm.size} rank{'s' * (bench.comm.size > 1)}"
-        + f", {options.op}" * _reduces(operation)
+    title = f"{what}: {bench.comm.size} rank{'s' * (bench.comm.size > 1)}" + f", {options.op}" * (
+        operation in REDUCING
     )
     return [Section(what, title, rows, COLUMNS)]
-
-
-def _reduces(operation: str) -> bool:
-    return operation in ("allreduce", "reduce_scatter", "reduce")
 
 
 def shapes_of(bench: BenchContext, what: str) -> list[Shape]:
@@ -77,7 +75,7 @@ def shapes_of(bench: BenchContext, what: str) -> list[Shape]:
     counts = [
         fitting_count(operation, size, options.element, comm.size) if size else 0 for size in sizes
     ]
-    op = options.op if _reduces(operation) else "sum"
+    op = options.op if operation in REDUCING else "sum"
     return [
         Shape(operation, count, options.element, comm.size, comm.rank, options.in_place, op)
         for count in dict.fromkeys(counts)
@@ -109,7 +107,8 @@ def _measure(
     )
     # Again after the timing: a reused buffer may be wrong from the second call on only.
     if options.check:
-        wrong = {name: max(before, _check(bench, entries)[name]) for name, before in wrong.items()}
+        after = _check(bench, entries)
+        wrong = {name: max(before, after[name]) for name, before in wrong.items()}
     facts = {name: {"chosen": chosen[name], "wrong": wrong.get(name)} for name in entries}
     facts = {name: fact | {"node_shared": memory.is_shared(name)} for name, fact in facts.items()}
     # The calls hold views of node-shared memory: they must go before it is freed.

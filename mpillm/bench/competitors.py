@@ -18,7 +18,6 @@ from mpillm.bench.timing import Call, Make
 from mpillm.comm.algorithms.algorithm_catalog import ALGORITHM_CATALOG
 from mpillm.comm.gpu.device_selection import WAYS
 from mpillm.errors import MpillmError, UsageError
-from mpillm.machine.cluster_profile import ALIASES
 
 if TYPE_CHECKING:
     from mpillm.comm.communicator import Communicator
@@ -50,10 +49,9 @@ def runnable(group: "Communicator", operation: str, options: BenchOptions) -> tu
     Every rank of the group calls it.
     """
     on_gpu = options.device == "cuda"
-    names = group.algorithms(
+    return group.algorithms(
         operation, new_array(0, options.element, options.device) if on_gpu else None
     )
-    return tuple(ALIASES.get(name, name) for name in names)
 
 
 def select(

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from mpillm.bench.bench_options import BenchOptions
 from mpillm.comm.failure import ranks_text
 from mpillm.machine.cluster_profile import Cluster
 from mpillm.system.console import Console, counted
+from mpillm.system.versions import package_version
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -62,7 +62,7 @@ def header(bench: BenchContext, cluster: Cluster, kept: bool) -> dict[str, str]:
         "buffers": buffers_text(options, kept),
         "iterations": f"{options.iterations} after {options.warmup} to warm up, interleaved",
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "mpillm": _version(),
+        "mpillm": package_version("mpillm"),
     }
 
 
@@ -90,10 +90,3 @@ def buffers_text(options: BenchOptions, kept: bool) -> str:
     else:
         age = "warm: the same arrays each time" + ("; malloc keeps its pages" if kept else "")
     return f"{age}; {where}; {'in place' if options.in_place else 'out of place'}"
-
-
-def _version() -> str:
-    try:
-        return version("mpillm")
-    except PackageNotFoundError:
-        return "not installed"

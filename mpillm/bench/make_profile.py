@@ -1,4 +1,4 @@
-"""Make the cluster profile, which `comm` and `plan` read, from a run's results; pure."""
+"""Make the cluster profile, which `comm` reads, from a run's results; pure."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -62,7 +62,7 @@ def run_overlap(bench: BenchContext) -> list[Section]:
     )
     sizes, rows = options.sizes_of("overlap"), list[Row]()
     with (
-        joined(comm, peers_wanted(options), bench.note) as peers,
+        joined(comm, peers_wanted(options), bench.note, bench.group.node_map.on_one_node) as peers,
         bench.progress("overlap", len(sizes)) as advance,
     ):
         for size in sizes:

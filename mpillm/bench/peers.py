@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from mpillm.bench.sample_arrays import Shape, as_tensor
 from mpillm.bench.timing import Call
-from mpillm.comm.mesh import on_one_node
 from mpillm.system.extras import install_command, installed
 
 if TYPE_CHECKING:
@@ -84,11 +83,11 @@ def _reduction(op: str) -> Any:
 
 @contextmanager
 def joined(
-    comm: "MPI.Intracomm", wanted: tuple[str, ...], note: Callable[[str], None]
+    comm: "MPI.Intracomm", wanted: tuple[str, ...], note: Callable[[str], None], one_node: bool
 ) -> Iterator[dict[str, Peer]]:
     """Open the `wanted` peers that work here, by name, while the block runs. Every rank calls it.
 
-    torch's ranks find each other by a file on one host, and by rank 0's host name on several.
+    torch's ranks find each other by a file where all are on `one_node`, else by rank 0's host name.
     """
     if wanted and not installed("torch"):
         note(f"left out: {', '.join(wanted)}: torch is not installed ({install_command('torch')})")
@@ -99,7 +98,7 @@ def joined(
     import torch.distributed as dist
 
     with ExitStack() as stack:
-        if reason := _missing() or _meet(comm, stack):
+        if reason := _missing() or _meet(comm, stack, one_node):
             note(f"left out: {', '.join(wanted)}: {reason}")
             yield {}
             return
@@ -113,7 +112,7 @@ def joined(
         comm.Barrier()
 
 
-def _meet(comm: "MPI.Intracomm", stack: ExitStack) -> str:
+def _meet(comm: "MPI.Intracomm", stack: ExitStack, one_node: bool) -> str:
     """Open torch's process group over gloo for as long as `stack`.
 
     Gives the reason where that failed, the same on every rank, else "".
@@ -122,7 +121,7 @@ def _meet(comm: "MPI.Intracomm", stack: ExitStack) -> str:
 
     reason = ""
     try:
-        store = _store(comm, stack)
+        store = _store(comm, stack, one_node)
         dist.init_process_group(
             "gloo", store=store, rank=comm.rank, world_size=comm.size, timeout=PEER_TIMEOUT
         )
@@ -133,10 +132,10 @@ def _meet(comm: "MPI.Intracomm", stack: ExitStack) -> str:
     return next((text for text in reasons if text), "")
 
 
-def _store(comm: "MPI.Intracomm", stack: ExitStack) -> Any:
+def _store(comm: "MPI.Intracomm", stack: ExitStack, one_node: bool) -> Any:
     from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
 
-    if on_one_node(comm):
+    if one_node:
         folder = Path(
             comm.bcast(tempfile.mkdtemp(prefix="mpillm-peers-") if comm.rank == 0 else None)
         )

@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +29,9 @@ from mpillm.machine.node_map import NodeMap
 FILE = Path(__file__).with_name("default_profile.json")
 SCHEMA, VERSION = "mpillm default profile", 1
 SHORT_INTEGERS = ("int8", "uint8", "int16", "uint16")
+# Libraries sum 16-bit floats slowly or not at all. Open MPI saturates short integers, where ours
+# wrap.
+BADLY_SUMMED = frozenset((*SHORT_FLOATS, *SHORT_INTEGERS))
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,12 @@ class Rule:
         tuples = {key: tuple(part) for key, part in value.items() if isinstance(part, list)}
         return cls(**{**value, **tuples})
 
-    def fits(self, operation: str, nbytes: int, facts: Mapping[str, object], library: str) -> bool:
-        """Return whether the rule holds for a call; `facts`: the keys that must be equal."""
+    def fits(self, operation: str, facts: Mapping[str, object], library: str) -> bool:
+        """Return whether the rule holds for calls of some size; `facts`: the keys that must be
+        equal.
+        """
         return (
             (self.operations is None or operation in self.operations)
-            and self.from_bytes <= nbytes < self.below_bytes
             and self.library in library
             and all(getattr(self, key) in (None, value) for key, value in facts.items())
         )
@@ -77,14 +81,18 @@ def load_rules(path: Path = FILE) -> tuple[Rule, ...]:
     return tuple(map(Rule.from_json, value["rules"]))
 
 
+# A job makes calls of few kinds and many sizes, and asks at each call.
+@lru_cache(maxsize=1024)
+def fitting_rules(operation: str, library: str, **facts: object) -> tuple[Rule, ...]:
+    """Return the rules that fit calls of these facts, whatever their size, see `Rule.fits`."""
+    return tuple(rule for rule in load_rules() if rule.fits(operation, facts, library))
+
+
 def library_sums(operation: str, element: str) -> bool:
     """Return whether the MPI library sums `element` right and fast; True where `operation` sums
     nothing.
-
-    Libraries sum 16-bit floats slowly or not at all. Open MPI saturates short integers, where ours
-    wrap.
     """
-    return operation not in REDUCING or element not in (*SHORT_FLOATS, *SHORT_INTEGERS)
+    return operation not in REDUCING or element not in BADLY_SUMMED
 
 
 @dataclass(frozen=True)
@@ -107,17 +115,18 @@ class DefaultProfile:
         node_shared: bool = False,
     ) -> str | None:
         """Return the first of `allowed` that the rules prefer."""
-        one_team = self.node_map.on_one_node and self.node_map.shares_memory
-        facts = {
-            "ranks": ranks,
-            "team": one_team,
-            "several_nodes": nodes > 1,
-            "node_shared": node_shared,
-            "library_sums": library_sums(operation, element),
-        }
-        for rule in load_rules():
-            if rule.fits(operation, nbytes, facts, self.node_map.library):
-                found = next((name for name in rule.prefer if name in allowed), None)
-                if found is not None:
-                    return found
+        rules = fitting_rules(
+            operation,
+            self.node_map.library,
+            ranks=ranks,
+            team=self.node_map.on_one_node and self.node_map.shares_memory,
+            several_nodes=nodes > 1,
+            node_shared=node_shared,
+            library_sums=library_sums(operation, element),
+        )
+        for rule in rules:
+            if rule.from_bytes <= nbytes < rule.below_bytes:
+                for name in rule.prefer:
+                    if name in allowed:
+                        return name
         return None

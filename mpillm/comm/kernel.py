@@ -56,6 +56,12 @@ def load_kernel() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    # First, for a module of another version may lack the hash, too.
+    if missing := [name for name in NAMES if not hasattr(module, name)]:
+        raise ImportError(
+            f"{path} has no {', '.join(missing)}: it was built from another version of mpillm; "
+            f"rebuild it with `{REBUILD}`"
+        )
     # An installed package has no sources, and nothing to compare.
     here = source_hash(SOURCES)
     if here and here != module.SOURCE_HASH:
@@ -63,11 +69,6 @@ def load_kernel() -> ModuleType:
         sys.stderr.write(
             f"mpillm: warning: the C sources in {SOURCES} differ from those that {path} was built "
             f"from; rebuild it with `{REBUILD}`\n"
-        )
-    if missing := [name for name in NAMES if not hasattr(module, name)]:
-        raise ImportError(
-            f"{path} has no {', '.join(missing)}: it was built from another version of mpillm; "
-            f"rebuild it with `{REBUILD}`"
         )
     return module
 

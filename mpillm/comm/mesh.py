@@ -131,8 +131,3 @@ def by_hosts(comm: "MPI.Intracomm", node_map: NodeMap) -> "tuple[MPI.Intracomm, 
     order = node_map.host_order
     ordered: MPI.Intracomm = comm.Split(0, key=order.index(comm.rank))  # type: ignore[assignment]
     return ordered, node_map.of_ranks(order)
-
-
-def on_one_node(comm: "MPI.Intracomm") -> bool:
-    """Return whether all ranks of `comm` share a node. Asks MPI: every rank of `comm` calls it."""
-    return map_nodes(comm).on_one_node

@@ -15,6 +15,7 @@ from mpillm.doctor.mpi_look import MpiLook
 from mpillm.doctor.options import DoctorOptions
 from mpillm.errors import LaunchError
 from mpillm.launch.placement import RankPlace
+from mpillm.machine.node_map import NodeMap
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -69,6 +70,8 @@ class World:
     """The ranks of the job, and everything that is known before they compare themselves."""
 
     comm: "MPI.Intracomm"
+    node_map: NodeMap
+    """The nodes of the ranks of `comm`."""
     node: "MPI.Comm"
     """The ranks of this host."""
     host_of: tuple[str, ...]

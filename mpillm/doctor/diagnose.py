@@ -192,7 +192,7 @@ def _open_job(comm: "MPI.Intracomm", job: JobView) -> World:
     host_of = tuple(names[first] for first, _ in gathered)
     look = replace(job.look, thread_level=MPI.Query_thread())
     job = replace(job, look=look, ranks=comm.size, hosts=len(set(host_of)))
-    return World(comm, node, host_of, job)
+    return World(comm, node_map, node, host_of, job)
 
 
 def _collect(
@@ -203,9 +203,10 @@ def _collect(
 ) -> None:
     """Fill `rows` and `facts`: rank 0 reports them even after a failure. Every rank calls it."""
     comm, job = world.comm, world.job
+    # Before the checks of the job, which take rank 0 half a minute: others would spin in it.
+    masks = world.node.allgather(os.sched_getaffinity(0))
     if comm.rank == 0:
         rows += [FindingRow(finding) for finding in _job_findings(checks, job)]
-    masks = world.node.allgather(os.sched_getaffinity(0))
     mine: dict[str, str] = {}
     local = None
     if world.leads:
@@ -216,8 +217,8 @@ def _collect(
     rows += merge({host: findings for host, findings, _ in hosts})
     facts |= {host: own for host, _, own in hosts}
     world.meet()
-    threads = threads_per_rank(comm, job.environment)
-    places = placement(comm, job.environment, threads)
+    threads = threads_per_rank(comm, job.environment, world.node_map)
+    places = placement(comm, job.environment, threads, node_map=world.node_map)
     world = replace(world, facts=facts, rows=rows, places=places)
     for check in checks:
         world.meet()

@@ -24,6 +24,7 @@ from mpillm.bench.peers import joined
 from mpillm.bench.sample_arrays import Shape
 from mpillm.comm.communicator import Communicator
 from mpillm.errors import CommError, UsageError
+from mpillm.machine.node_map import map_nodes
 
 HERE = ("auto", "ring", "mpi", "reference")
 
@@ -89,7 +90,7 @@ def test_everyone_is_right(
     shape = Shape(operation, 60 * comm.size, "float32", comm.size, comm.rank, in_place)
     notes: list[str] = []
     memory = ArrayMemory(group, shape, BenchOptions("all", in_place=in_place))
-    with joined(comm, ("gloo",), notes.append) as peers:
+    with joined(comm, ("gloo",), notes.append, map_nodes(comm).on_one_node) as peers:
         names = list(runnable(group, operation, BenchOptions("all")))
         for name, entry in competitors(group, peers, memory, names, BenchOptions("all")).items():
             chosen, reason = tried(group, entry)

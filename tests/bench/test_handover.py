@@ -24,15 +24,15 @@ from mpillm.bench.make_profile import make_profile
 from mpillm.bench.results import Section
 from mpillm.comm.channels.channel_set import Channel, ChannelSet
 from mpillm.comm.communicator import Communicator
-from mpillm.comm.mesh import on_one_node
 from mpillm.machine.cluster_profile import Cluster, load_profile
+from mpillm.machine.node_map import map_nodes
 from mpillm.system.console import Console
 
 CLUSTER = Cluster("Made Up 9000", 2, "Open MPI", "5.0.9", 1, 2)
 
 
 def paths(pair: MPI.Intracomm, nbytes: int) -> dict[str, MessagePath]:
-    ways = ("shared", "messages") if on_one_node(pair) else ("messages",)
+    ways = ("shared", "messages") if map_nodes(pair).on_one_node else ("messages",)
     return {**{way: ChannelPath(pair, nbytes, way) for way in ways}, "mpi": RequestPath(pair)}
 
 
@@ -84,7 +84,7 @@ def test_rows_are_the_same_on_every_rank(comm: MPI.Intracomm) -> None:
     rows = [row for section in sections for row in section.rows]
     assert comm.allgather((rows, bench.notes)) == [(rows, bench.notes)] * comm.size
     assert ("mpirun -n 2" in " ".join(bench.notes)) == (comm.size == 1)
-    if comm.size > 1 and on_one_node(comm):
+    if comm.size > 1 and map_nodes(comm).on_one_node:
         assert [(row["bytes"], row["way"]) for row in rows] == [
             (size, way) for size in (100, 71680) for way in ("shared", "messages", "mpi")
         ]
@@ -125,7 +125,7 @@ def test_the_profile_knows_the_faster_way_and_channels_follow_it(
     path = folder / f"{comm.rank}.json"
     profile.save(path)
     assert load_profile(path, print, CLUSTER) == profile
-    if comm.size > 1 and on_one_node(comm):
+    if comm.size > 1 and map_nodes(comm).on_one_node:
         channel_set = ChannelSet(
             comm, [Channel(0, 1, 1000), Channel(0, 1, 100_000)], profile=profile
         )

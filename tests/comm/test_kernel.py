@@ -278,3 +278,11 @@ def test_without_a_module_the_error_has_the_command(monkeypatch):
     monkeypatch.setattr(kernel, "compiled_files", lambda: iter(()))
     with pytest.raises(ImportError, match=r"not installed for this Python; build it with `pip"):
         kernel.load_kernel()
+
+
+def test_a_module_without_a_name_is_refused_before_its_hash_is_read(monkeypatch, tmp_path):
+    stale = tmp_path / "stale.py"
+    stale.write_text("".join(f"{name} = 0\n" for name in kernel.NAMES if name != "SOURCE_HASH"))
+    monkeypatch.setattr(kernel, "compiled_files", lambda: iter((stale,)))
+    with pytest.raises(ImportError, match="has no SOURCE_HASH: it was built from another version"):
+        kernel.load_kernel()

@@ -8,11 +8,10 @@ from mpillm.comm.mesh import (
     check_axes,
     coordinates,
     describe,
-    on_one_node,
     rank_at,
 )
 from mpillm.errors import LayoutError
-from mpillm.machine.node_map import NodeMap, map_nodes
+from mpillm.machine.node_map import NodeMap
 
 
 def test_row_major_last_axis_fastest():
@@ -85,7 +84,3 @@ def test_ranks_in_the_order_of_their_hosts(comm):
     assert ordered.allgather(comm.rank) == dealt.host_order
     assert node_map.host_order == list(range(comm.size))
     ordered.Free()
-
-
-def test_nodes(comm):
-    assert on_one_node(comm) == (len(map_nodes(comm).nodes) == 1)

@@ -229,6 +229,22 @@ def test_a_module_that_takes_its_process_down_is_named_and_the_next_still_tried(
     assert "build it on this machine" in kernel.remedy
 
 
+def test_packages_without_metadata_are_tried(monkeypatch):
+    """As where mpillm's files were copied: nothing says what it needs."""
+    monkeypatch.setattr(software, "requirements", lambda: ("", ()))
+    monkeypatch.setattr(software, "package_version", lambda name: software.MISSING)
+    monkeypatch.setattr(software, "IMPORTED", ("numpy", "absent"))
+    monkeypatch.setattr(
+        software,
+        "try_imports",
+        lambda names, environment: {name: software.Imported("broken") for name in names},
+    )
+    found = software.read_software({})
+    assert list(found.imports) == ["numpy", software.KERNEL]
+    (numpy,) = (one for one in software.judge_software(found) if one.name == "numpy")
+    assert numpy.found == "numpy (no metadata) does not load: broken"
+
+
 def test_builds_of_torch():
     assert gpu_count.build_of({"cuda": "12.8", "hip": ""}) == "CUDA 12.8"
     assert gpu_count.build_of({"cuda": "", "hip": "6.2"}) == "ROCm 6.2"

@@ -3,6 +3,7 @@ twice.
 """
 
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -160,3 +161,22 @@ def test_a_login_node_stays_light(arguments: list[str], absent: tuple[str, ...])
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
     assert "loaded: []" in done.stdout
     assert time.perf_counter() - started < 30, "a hang, not a speed"
+
+
+def test_a_failure_of_one_rank_alone_is_printed() -> None:
+    """Such as a plug-in that another host lacks; mistakes in typing are printed by rank 0."""
+    code = "from mpillm import cli\ncli.OTHERS_WAIT_SECONDS = 0\ncli.main()\n"
+
+    def stderr_of(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env=os.environ | {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode
+        return done.stderr
+
+    assert "absent_package" in stderr_of("absent_package.verbs:Verb")
+    assert stderr_of("bench", "--no-such-option") == ""

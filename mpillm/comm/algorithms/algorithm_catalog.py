@@ -13,14 +13,14 @@ from mpillm.errors import CommError
 from mpillm.system.plugins import load_plugin
 
 _HERE = "mpillm.comm.algorithms"
-# In the order in which users see the algorithms.
+# In the order in which users see the algorithms; the first wins a tie of a cluster's profile.
 ALGORITHM_CATALOG: Mapping[str, str] = MappingProxyType(
     {
         "ring": f"{_HERE}.ring:RING",
         "recursive-doubling": f"{_HERE}.recursive_doubling:RECURSIVE_DOUBLING",
         "recursive-halving": f"{_HERE}.recursive_halving:RECURSIVE_HALVING",
-        "binomial": f"{_HERE}.binomial:BINOMIAL",
         "rabenseifner": f"{_HERE}.rabenseifner:RABENSEIFNER",
+        "binomial": f"{_HERE}.binomial:BINOMIAL",
         "scatter-allgather": f"{_HERE}.scatter_allgather:SCATTER_ALLGATHER",
         "pairwise": f"{_HERE}.pairwise:PAIRWISE",
     }

@@ -124,6 +124,9 @@ class ChannelSet:
         if octets.size > self.channels[channel].nbytes:
             raise self._too_long(channel, octets)
         with self._lock:
+            if self._thread is not None:
+                # Before the array is in flight: after an exception the caller may free it.
+                self._thread.check()
             # In the order of calls: the receiver posts its arrays in the same order.
             sender.send(octets)
             self._progress_senders()
@@ -142,6 +145,8 @@ class ChannelSet:
         if octets.size > self.channels[channel].nbytes:
             raise self._too_long(channel, octets)
         with self._lock:
+            if self._thread is not None:
+                self._thread.check()
             receiver.post(octets)
             self._progress_senders()
         if self._thread is not None and isinstance(receiver, MessageReceiver):
@@ -156,7 +161,10 @@ class ChannelSet:
         receiver = self._receivers.get(channel)
         if receiver is None:
             raise self._not_an_end("receiver", channel, self._receivers)
-        if not receiver.filled and not receiver.in_flight:
+        with self._lock:
+            # The thread takes an array out of flight before it counts it as filled.
+            posted = receiver.filled > 0 or bool(receiver.in_flight)
+        if not posted:
             raise CommError(
                 f"channel {channel} ({self.channels[channel]}): no receive is posted; call "
                 "post_receive before wait"

@@ -33,7 +33,7 @@ def whole_of(call: CollectiveCall, source: DeviceBuffer, target: DeviceBuffer) -
     return target if call.operation == "allgather" else source
 
 
-class DeviceBuilder:
+class DeviceDispatcher:
     """Builds requests on GPUs; `host` is a communicator that nothing else uses."""
 
     def __init__(self, host: "Communicator") -> None:

@@ -15,7 +15,7 @@ from mpillm.comm.executors.request import LocalRequest, Request
 from mpillm.comm.gpu import gpu_aware, nccl
 from mpillm.comm.gpu.device_arrays import as_device_buffer
 from mpillm.comm.gpu.device_buffer import DeviceBuffer
-from mpillm.comm.gpu.device_dispatch import DeviceBuilder, whole_of
+from mpillm.comm.gpu.device_dispatch import DeviceDispatcher, whole_of
 from mpillm.comm.gpu.streams import CallerStream, OrderedRequest
 from mpillm.comm.selection import CollectiveCall, Profile, check_known
 from mpillm.errors import CommError
@@ -43,7 +43,7 @@ class DeviceCollectives:
     ) -> None:
         self._host, self._profile, self._settle = host, profile, settle
         self._probe: Mapping[str, Any] = getattr(profile, "gpu_probe", {}).get("mpi", {})
-        self._builder = DeviceBuilder(host)
+        self._dispatcher = DeviceDispatcher(host)
         self._nccl: nccl.Nccl | str | None = None
 
     def algorithms(self, operation: str, like: Any) -> tuple[str, ...]:
@@ -84,14 +84,14 @@ class DeviceCollectives:
         if whole_of(call, source, target).count == 0:
             return LocalRequest(lambda: None)
         if self._host.size == 1:
-            return self._builder.alone(caller, source, target)
+            return self._dispatcher.alone(caller, source, target)
         if chosen == "nccl" and isinstance(self._nccl, nccl.Nccl):
-            return self._builder.by_nccl(self._nccl, *arrays)
+            return self._dispatcher.by_nccl(self._nccl, *arrays)
         if chosen == "device-mpi":
-            return self._builder.by_pointers(
+            return self._dispatcher.by_pointers(
                 gpu_aware.way(call.operation, source.element, self._probe), *arrays
             )
-        return self._builder.by_host("auto" if chosen == "staged" else chosen, *arrays)
+        return self._dispatcher.by_host("auto" if chosen == "staged" else chosen, *arrays)
 
     def _able(self, call: CollectiveCall, buffer: DeviceBuffer) -> dict[str, str]:
         """Map each way to the reason why it does not work here; "" where it works."""
@@ -156,7 +156,7 @@ class DeviceCollectives:
 
     def free(self) -> None:
         """Free communicators and pinned memory. Every rank calls it."""
-        self._builder.free()
+        self._dispatcher.free()
         if isinstance(self._nccl, nccl.Nccl):
             self._nccl.free()
         self._host.free()

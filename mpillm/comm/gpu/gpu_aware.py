@@ -47,8 +47,8 @@ def way(operation: str, element: str, probe: Mapping[str, Any]) -> str:
     return "list" if probe.get(MESSAGES) else ""
 
 
-def list_for(operation: str, nbytes: int) -> str:
-    """Choose the list algorithm: few rounds for small arrays, few bytes for large ones."""
+def schedule_for(operation: str, nbytes: int) -> str:
+    """Choose the scheduled algorithm: few rounds for small arrays, few bytes for large ones."""
     wanted = FEW_ROUNDS if nbytes < FEW_ROUNDS_BYTES else FEW_BYTES
     return next(name for name in wanted if name in algorithms_of(operation))
 
@@ -78,7 +78,7 @@ class DeviceMessages:
         A mean is left a sum: the caller scales it.
         """
         op = "sum" if call.op == "mean" else call.op
-        make = self._by_library if kind == "library" else self._by_list
+        make = self._by_library if kind == "library" else self._by_schedule
         return make(call.operation, op, call.root, source, target)
 
     def _copy(self, source: DeviceBuffer, target: DeviceBuffer) -> Request:
@@ -100,10 +100,10 @@ class DeviceMessages:
         library = mpi_request(self._comm, operation, _operands(source, target, op, root))
         return chain(self._reached(), library, *after)
 
-    def _by_list(
+    def _by_schedule(
         self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer
     ) -> Request:
-        """Run a list in place, with copies before and after for separate arrays."""
+        """Run a schedule in place, with copies before and after for separate arrays."""
         given, whole = target, target
         before: list[Request] = []
         after: list[Request] = []
@@ -124,14 +124,14 @@ class DeviceMessages:
         return chain(
             *before,
             self._reached(),
-            self._apart(self._listed(operation, op, root, given, whole)),
+            self._apart(self._scheduled(operation, op, root, given, whole)),
             *after,
         )
 
-    def _listed(
+    def _scheduled(
         self, operation: str, op: str, root: int, source: DeviceBuffer, target: DeviceBuffer
     ) -> Request:
-        algorithm = list_for(operation, target.nbytes)
+        algorithm = schedule_for(operation, target.nbytes)
         plan = schedule(operation, algorithm, self._comm.rank, self._comm.size, root)
         operands = _operands(source, target, op, root)
 

@@ -1,4 +1,4 @@
-"""Memory: whether the ranks of the host fit at all; `mpillm plan` knows what a model needs."""
+"""Memory: whether the ranks of the host fit at all."""
 
 import re
 from collections.abc import Iterable

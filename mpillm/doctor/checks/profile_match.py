@@ -26,7 +26,7 @@ class ProfileCheck(Check):
         # The profile needs packages that may be what is missing.
         from mpillm.machine.cluster_profile import describe_cluster
 
-        cluster = describe_cluster(world.comm)
+        cluster = describe_cluster(world.comm, world.node_map)
         if world.comm.rank:
             return []
         return guarded(AREA, path.name, lambda: [judge_profile(path, cluster)])

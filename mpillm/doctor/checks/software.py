@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ MISSING = "not installed"
 IMPORTED = ("numpy", "h5py", "tokenizers", "torch")
 KERNEL = "mpillm.comm.kernel"
 COMPARED = ("mpillm", "torch", "h5py", "numpy")
-# plan, status, submit, report and bench work without it.
+# status, submit, report and bench work without it.
 TRAIN, TRAIN_ONLY = "train", ("torch",)
 # torch has thousands of files: on a cold shared file system its first import takes minutes.
 IMPORT_SECONDS = 180.0
@@ -74,7 +75,10 @@ def read_software(environment: Mapping[str, str]) -> Software:
     python_needed, needs = requirements()
     names = ["mpillm", *(need.name for need in needs)]
     versions = {name: package_version(name) for name in names}
-    wanted = [name for name in IMPORTED if versions.get(name, MISSING) != MISSING]
+    # A package without metadata, as some sites' modules are, may be importable.
+    wanted = [
+        name for name in IMPORTED if versions.get(name, MISSING) != MISSING or _importable(name)
+    ]
     return Software(
         platform.python_version(),
         python_needed,
@@ -82,6 +86,12 @@ def read_software(environment: Mapping[str, str]) -> Software:
         versions,
         try_imports([*wanted, KERNEL], environment),
     )
+
+
+def _importable(name: str) -> bool:
+    spec = find_spec(name)
+    # A folder of that name, without code, has no origin.
+    return spec is not None and spec.origin is not None
 
 
 def requirements() -> tuple[str, tuple[Need, ...]]:
@@ -159,7 +169,8 @@ def judge_software(software: Software) -> list[Finding]:
             AREA,
             name,
             "error",
-            f"{name} {software.versions[name]} does not load: {imported.failure}",
+            f"{name} {software.versions.get(name, '(no metadata)')} does not load: "
+            f"{imported.failure}",
             f"install it again: pip install --force-reinstall --no-deps {name}",
         )
         for name, imported in software.imports.items()

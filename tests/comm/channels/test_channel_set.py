@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +18,8 @@ from mpi4py import MPI
 from mpillm.comm.channels.channel import choose_ways
 from mpillm.comm.channels.channel_set import Channel, ChannelSet
 from mpillm.comm.channels.queue_setup import SLOTS, place_queues
-from mpillm.comm.mesh import on_one_node
 from mpillm.errors import CommError
+from mpillm.machine.node_map import map_nodes
 
 WAYS = ("shared", "messages")
 # Above the eager limit of MPI libraries.
@@ -26,7 +28,7 @@ LONG = 300_000
 
 @pytest.fixture(params=["auto", *WAYS])
 def way(request, comm):
-    if request.param == "shared" and not on_one_node(comm):
+    if request.param == "shared" and not map_nodes(comm).on_one_node:
         pytest.skip("the ranks share no memory")
     return request.param
 
@@ -66,7 +68,7 @@ def check_arrived(arrived):
 def test_a_ring_both_ways_keeps_order_and_contents(comm, way):
     channel_set = ChannelSet(comm, ring(comm.size), way=way)
     if way == "auto":
-        assert on_one_node(comm) or "messages" in channel_set.ways
+        assert map_nodes(comm).on_one_node or "messages" in channel_set.ways
     else:
         assert channel_set.ways == [way] * len(channel_set.channels)
     arrived = {}
@@ -251,6 +253,56 @@ def test_what_is_not_expected_cannot_be_waited_for(comm, way):
     else:
         with pytest.raises(CommError, match=f"rank {comm.rank} is not the receiver of channel 0"):
             channel_set.wait(0)
+    channel_set.free()
+
+
+class Posted:
+    """An endpoint with one posted array, without MPI."""
+
+    def __init__(self):
+        self.in_flight, self.filled = deque([None]), 0
+
+    def progress(self):
+        pass
+
+    def post(self, octets):
+        self.in_flight.append(octets)
+
+    send = post
+
+
+def test_wait_never_sees_an_array_between_flight_and_filled(comm):
+    """The progress thread takes the array out of flight first, and counts it as filled after."""
+    channel_set, receiver = ChannelSet(comm, []), Posted()
+    channel_set._receivers[0] = receiver
+    with ThreadPoolExecutor(1) as pool:
+        with channel_set._lock:
+            receiver.in_flight.popleft()
+            waiting = pool.submit(channel_set.wait, 0)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.1)
+            receiver.filled = 1
+        waiting.result(timeout=10)
+    assert receiver.filled == 0
+    channel_set.free()
+
+
+def test_after_the_threads_failure_nothing_starts(comm, monkeypatch):
+    channel_set, end = ChannelSet(comm, []), Posted()
+    channel_set.channels = (Channel(0, 1, 8),)
+    channel_set._senders[0] = channel_set._receivers[0] = end
+
+    class Failed:
+        def check(self):
+            raise CommError("the thread failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(channel_set, "_thread", Failed())
+        for start in (channel_set.send, channel_set.post_receive):
+            with pytest.raises(CommError, match="the thread failed"):
+                start(0, np.zeros(1))
+    assert list(end.in_flight) == [None]
+    channel_set._senders.clear()
     channel_set.free()
 
 

@@ -13,11 +13,10 @@ from mpillm.comm.buffers import as_buffer
 from mpillm.comm.executors import dispatch
 from mpillm.comm.executors.dispatch import Dispatcher
 from mpillm.comm.executors.hierarchical import HierarchicalPiece, HierarchicalRequest
-from mpillm.comm.mesh import on_one_node
 from mpillm.comm.selection import CollectiveCall
 from mpillm.comm.shared.team import NodeTeam
 from mpillm.errors import CommError
-from mpillm.machine.node_map import NodeMap
+from mpillm.machine.node_map import NodeMap, map_nodes
 
 ENDLESS = 10**9
 LONG = 2**20 + 3
@@ -167,7 +166,7 @@ class TwoLevels:
 
 @pytest.fixture(scope="module", params=[1, 2])
 def levels(comm, request):
-    if comm.size <= request.param or not on_one_node(comm):
+    if comm.size <= request.param or not map_nodes(comm).on_one_node:
         pytest.skip("needs several nodes' worth of ranks that share memory")
     made = TwoLevels(comm, request.param)
     yield made

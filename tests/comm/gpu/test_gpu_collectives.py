@@ -21,7 +21,7 @@ from mpillm.comm.executors.segmented import Segmentation
 from mpillm.comm.gpu import nccl
 from mpillm.comm.gpu.device_arrays import as_device_buffer
 from mpillm.comm.gpu.device_buffer import is_on_device
-from mpillm.comm.gpu.gpu_aware import list_for, way
+from mpillm.comm.gpu.gpu_aware import schedule_for, way
 from mpillm.comm.gpu.probe import TRIALS
 from mpillm.comm.gpu.staging import StagingSpan, plan_staging
 from mpillm.comm.selection import OPERATIONS, CollectiveCall
@@ -561,7 +561,7 @@ def test_the_ways_of_device_pointers():
     assert way("allreduce", "float32", EVERYTHING | {"arithmetic": False, "messages": False}) == ""
     assert way("broadcast", "float32", {}) == ""
     for operation, nbytes in itertools.product(MOVING, (8, 1 << 30)):
-        assert list_for(operation, nbytes)
+        assert schedule_for(operation, nbytes)
 
 
 def test_nccl_has_a_type_for_each_element_but_two():

@@ -12,10 +12,10 @@ from mpi4py import MPI
 
 from mpillm.comm import kernel
 from mpillm.comm.communicator import Communicator
-from mpillm.comm.mesh import on_one_node
 from mpillm.comm.shared.segment import SharedSegment, share_segment
 from mpillm.comm.shared.team import KINDS
 from mpillm.errors import CommError
+from mpillm.machine.node_map import map_nodes
 
 SUMS = """
 import sys
@@ -40,7 +40,7 @@ with fail_together(comm):
 
 
 def test_rows_are_zero_and_seen_by_all(comm):
-    if not on_one_node(comm):
+    if not map_nodes(comm).on_one_node:
         pytest.skip("the ranks share no memory")
     for nbytes in (0, 1, 5000, 3 << 20):
         memory = share_segment(comm, nbytes)
@@ -59,7 +59,7 @@ def test_rows_are_zero_and_seen_by_all(comm):
 )
 def test_a_failed_allocation_is_reported_on_every_rank(comm, nbytes, folder):
     """16 TiB a rank is more than any node has."""
-    if not on_one_node(comm):
+    if not map_nodes(comm).on_one_node:
         pytest.skip("the ranks share no memory")
     reasons = comm.allgather(share_segment(comm, nbytes, Path(folder)))
     assert len(set(reasons)) == 1
@@ -68,7 +68,7 @@ def test_a_failed_allocation_is_reported_on_every_rank(comm, nbytes, folder):
 
 
 def test_nothing_is_left_in_the_folder(comm):
-    if not on_one_node(comm):
+    if not map_nodes(comm).on_one_node:
         pytest.skip("the ranks share no memory")
     memory = share_segment(comm, 1000)
     comm.Barrier()
@@ -217,7 +217,7 @@ def test_more_ranks_than_a_team_takes_fall_back_with_one_warning(comm, monkeypat
     array = np.ones(100)
     communicator.allreduce(array)
     assert (array == comm.size).all()
-    if on_one_node(comm):
+    if map_nodes(comm).on_one_node:
         rule = (
             f"{comm.size} ranks share a node, and at most 1 sum in its memory; "
             "collectives within the node fall back"
