@@ -57,6 +57,7 @@ MOST_FILES, LARGEST_CLI = 24, 100
 ONE_OF_A_KIND = (
     "comm/algorithms/",
     "doctor/checks/",
+    "launch/schedulers/",
     "models/layers/",
     "parallel/pipeline/schedules/",
     "runs/sinks/",
