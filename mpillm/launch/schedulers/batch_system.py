@@ -52,7 +52,7 @@ class BatchSystem:
     """States of jobs that will never run again by themselves."""
 
     template: Path | None = None
-    """A name in jobs/templates, or the absolute path of a template beside a plug-in.
+    """A name in jobs/templates, or the absolute path of a template next to a plug-in.
 
     None: ranks can run under the system, and `mpillm submit` has no script for it.
     """
