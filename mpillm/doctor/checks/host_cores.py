@@ -24,7 +24,7 @@ class HostCores:
     cores: int
     """The cores of these."""
     allowed: float
-    """CPUs' worth of time that control groups and the batch system grant of them; may be infinite."""
+    """CPUs' worth of time that control groups and batch system grant to all; may be infinite."""
     all_cores: int
     """Of the host."""
     threads: int | None
