@@ -15,6 +15,7 @@ import pytest
 import mpillm
 from mpillm.comm.algorithms.algorithm_catalog import load_algorithm, schedule
 from mpillm.doctor.check_base import Check
+from mpillm.launch.schedulers.scheduler_catalog import load_scheduler
 from mpillm.models.model_catalog import spec_class
 from mpillm.parallel.pipeline.schedule_catalog import make_schedule
 from mpillm.system.command_line import command_parameters
@@ -210,6 +211,8 @@ def test_the_examples_of_extending_work(tmp_path: Path, monkeypatch: pytest.Monk
     ]
     assert sent == [2, 4, 2]
     assert make_command("my_verb:Count", load_plugin("my_verb:Count", VERBS, "verb"))
+    system = load_scheduler("my_scheduler:CENTRE")
+    assert re.search(system.answer, "job 7\n", re.MULTILINE)
     check = load_plugin("my_check:ScratchCheck", {}, "check")()
     assert isinstance(check, Check)
     assert len(list(check.examine_host(None))) == 1

@@ -6,6 +6,7 @@ A recipe or an option names it as `growth.module:Name`.
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +182,62 @@ def test_a_toy_verb_is_called_by_its_name(mpillm: Run, ranks: int) -> None:
     assert "mpirun -n 2 mpillm growth.toy_verb:AddUp" in helped.stdout
 
 
+# The program of the toy job: what a rank finds out about its job.
+LOOK = (
+    "import os; from mpillm.launch.current_job import current_job, job_end; "
+    "print(current_job(os.environ), job_end(os.environ))"
+)
+
+
+def test_a_toy_scheduler_takes_a_job(mpillm: Run, tmp_path: Path) -> None:
+    spool, recipe_file, site_file = (tmp_path / name for name in ("spool", "r.toml", "site.toml"))
+    spool.mkdir()
+    (tmp_path / "data").mkdir()
+    recipe_file.write_text(
+        f'[model]\nlayers = 1\n[data]\npath = "{tmp_path}/data"\n'
+        f'[train]\nrun = "{tmp_path}/run"\nbatch = 4\n'
+    )
+    program = [sys.executable, "-c", LOOK]
+    site_file.write_text(
+        'scheduler = "growth.toy_scheduler:SPOOL"\ndirectives = ["-nice"]\n'
+        # The script asks for 2 ranks, and this machine may have 1 core.
+        'launcher_arguments = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]\n'
+        f"program = {json.dumps(program)}\n"
+    )
+    surroundings = {"PYTHONPATH": PATHS, "SPOOL_FOLDER": str(spool)}
+    words: list[str | Path] = ["submit", recipe_file, "--nodes", "1", "--ranks-per-node", "2"]
+    words += ["--time", "10m", "--site", site_file]
+
+    # By an option, without the site file's scheduler.
+    option = ("--scheduler", "growth.toy_scheduler:SPOOL")
+    shown = mpillm(*words[:-2], *option, "--dry-run", **surroundings).stdout
+    assert shown.startswith("#!/bin/bash\n#SPOOL seconds=600 ranks=2\n# Written by")
+    assert list(spool.iterdir()) == []
+
+    done = mpillm(*words, **surroundings)
+    assert "job 1 is submitted to the spool: 1 node × 2 ranks" in done.stdout, done.stderr
+    script = spool / "1.sh"
+    assert "#SPOOL -nice\n" in script.read_text()
+    again = mpillm(*words, **surroundings)
+    assert "is submitted already, as job 1 (SPOOLED)" in again.stderr
+    status = mpillm("status", tmp_path / "run", **surroundings).stdout
+    assert "SPOOLED" in status
+    assert "the job continues by itself" in status
+    (spool / "1.state").write_text("GONE\n")
+    assert "--resume" in mpillm("status", tmp_path / "run", **surroundings).stdout
+
+    end = {"SPOOL_JOB": "1", "SPOOL_END": "4102444800"}
+    ran = subprocess.run(
+        ["bash", script],
+        env=os.environ | surroundings | end,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = "CurrentJob(scheduler='growth.toy_scheduler:SPOOL', id='1', restart=0) 4102444800.0"
+    assert ran.stdout.count(found) == 2, ran.stdout + ran.stderr
+
+
 def test_each_plugin_is_one_file() -> None:
     kinds = (
         "architecture",
@@ -190,6 +247,7 @@ def test_each_plugin_is_one_file() -> None:
         "algorithm",
         "schedule",
         "check",
+        "scheduler",
         "verb",
     )
     assert {path.stem for path in (HERE / "growth").glob("*.py")} == {f"toy_{k}" for k in kinds}

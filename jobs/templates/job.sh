@@ -60,6 +60,9 @@ export PATH="$environment/bin:$PATH"
 {% endif %}
 export OMP_NUM_THREADS={{ job.threads }} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 export MPILLM_JOB_END="$end" MPILLM_JOB_RESTART="$restart"
+{% if plugin %}
+export MPILLM_SCHEDULER={{ plugin }}
+{% endif %}
 {% if job.hdf5_file_locking %}
 export HDF5_USE_FILE_LOCKING={{ job.hdf5_file_locking }}
 {% endif %}

@@ -1,10 +1,10 @@
 launcher=$(command -v {{ program }}) || die "there is no {{ program }} on PATH; name the MPI's module in the site file's modules"
 {% if scheduler == "slurm" %}
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-{% elif scheduler == "pbs" %}
-mapfile -t hosts < <(awk '!seen[$0]++' "$PBS_NODEFILE")
+{% elif hosts_variable %}
+mapfile -t hosts < <(awk '!seen[$0]++' "${{ hosts_variable }}")
 {% else %}
-mapfile -t hosts < <(awk '!seen[$0]++' "$LSB_DJOB_HOSTFILE")
+hosts=("$HOSTNAME")
 {% endif %}
 {% if job.stage or scheduler != "" %}host_list=$(IFS=,; echo "${hosts[*]}"){% endif %}
 
@@ -22,7 +22,7 @@ case $version in
     each_node=("$launcher" -n {{ job.nodes }} --host "$host_list" --map-by ppr:1:node --bind-to none)
 {% endif %}
     # It starts ranks on other hosts with a bare environment.
-    for name in PATH LD_LIBRARY_PATH PYTHONPATH OMP_NUM_THREADS PYTHONSAFEPATH PYTHONUNBUFFERED MPILLM_JOB_END MPILLM_JOB_RESTART HDF5_USE_FILE_LOCKING{% for name in names.values() %} {{ name }}{% endfor %}; do
+    for name in PATH LD_LIBRARY_PATH PYTHONPATH OMP_NUM_THREADS PYTHONSAFEPATH PYTHONUNBUFFERED MPILLM_JOB_END MPILLM_JOB_RESTART{% if plugin %} MPILLM_SCHEDULER{% endif %} HDF5_USE_FILE_LOCKING{% for name in names.values() %} {{ name }}{% endfor %}; do
         [ -z "${!name:-}" ] || launch+=(-x "$name")
     done
     ;;

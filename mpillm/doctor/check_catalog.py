@@ -20,7 +20,7 @@ CHECKS: Mapping[str, str] = MappingProxyType(
         "gpu-aware": "mpillm.doctor.checks.cuda_aware:CudaAwareCheck",
         "folders": "mpillm.doctor.checks.folders:FoldersCheck",
         "reach": "mpillm.doctor.checks.reach:ReachCheck",
-        "batch-system": "mpillm.doctor.checks.batch_system:BatchSystemCheck",
+        "batch-system": "mpillm.doctor.checks.found_schedulers:BatchSystemCheck",
         "site-file": "mpillm.doctor.checks.site_file:SiteFileCheck",
         "alike": "mpillm.doctor.checks.homogeneous:AlikeCheck",
         "shared-folder": "mpillm.doctor.checks.shared_folder:SharedFolderCheck",

@@ -19,8 +19,10 @@ from mpillm.launch.quoting import (
     finalize,
     quote,
 )
+from mpillm.launch.schedulers.batch_system import BatchSystem
+from mpillm.launch.schedulers.scheduler_catalog import known_systems, load_scheduler
 from mpillm.launch.site import Site, leading_variable
-from mpillm.launch.walltime import clock_time, minutes_time
+from mpillm.system.plugins import is_plugin
 
 if TYPE_CHECKING:
     import jinja2
@@ -28,12 +30,8 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 # An installation has them next to this file, a checkout next to the other job scripts.
 TEMPLATES = (HERE / "templates", HERE.parents[1] / "jobs" / "templates")
-TIMES = {"slurm": clock_time, "pbs": clock_time, "lsf": minutes_time}
-# LSF itself sends USR2 at the limit. The scripts ask for URG before it: a process ignores URG by
-# default, so that it kills no ssh on its way to the ranks.
-LIMIT_SIGNALS = {"slurm": "USR1", "pbs": "USR1", "lsf": "URG USR1 USR2"}
-# LSF requeues a job that exits with 75, so a job that gives up must leave with another code.
-GIVEN_UP = {"slurm": 75, "pbs": 75, "lsf": 1}
+# Launchers that may start ranks under any batch system.
+COMMON_LAUNCHERS = ("", "mpirun", "mpiexec")
 # A launcher's argument with one of these beginnings places ranks, and replaces our own placing.
 PLACING = (
     "--map-by",
@@ -111,41 +109,40 @@ def stop_seconds_for(seconds: int) -> int:
 
 
 def render_script(scheduler: str, job: BatchJob, site: Site) -> str:
-    """Write the batch script of `job` for slurm, pbs or lsf at `site`, as text.
+    """Write the batch script of `job` for a batch system at `site`, as text.
 
     Each value is checked where the shell does not quote (directives), and quoted as one word
     elsewhere. Raises UsageError for a value that allows neither, and for a setting that the
     scheduler does not have.
     """
-    _check(scheduler, job, site)
+    system = load_scheduler(scheduler)
+    _check(scheduler, system, job, site)
     variable, rest = leading_variable(site.node_local.rstrip("/"))
-    launcher = site.launcher or ("srun" if scheduler == "slurm" else "mpirun")
-    text = (
-        _templates()
-        .get_template(f"{scheduler}.sh")
-        .render(
-            job=_Checked(job, site),
-            site=site,
-            scheduler=scheduler,
-            time=Verbatim(TIMES[scheduler](job.seconds)),
-            directives=[
-                checked(directive, DIRECTIVE, "each of directives") for directive in site.directives
-            ],
-            modules=[checked(module, MODULE, "each of modules") for module in site.modules],
-            names={
-                name: checked(name, VARIABLE, "the name of each of variables")
-                for name in site.variables
-            },
-            launcher=f"{launcher}.sh" if launcher in ("srun", "jsrun") else "mpirun.sh",
-            program=Verbatim(launcher),
-            placed=any(word.startswith(PLACING) for word in site.launcher_arguments),
-            local_variable=checked(variable, VARIABLE, "the variable of node_local")
-            if variable
-            else "",
-            local_rest=quote(check_text(rest, "node_local =")) if rest else Verbatim(""),
-            limit_signals=Verbatim(LIMIT_SIGNALS[scheduler]),
-            given_up=GIVEN_UP[scheduler],
-        )
+    launcher = site.launcher or system.launcher
+    text = _template(scheduler, system).render(
+        job=_Checked(job, site),
+        site=site,
+        scheduler=scheduler,
+        plugin=scheduler if is_plugin(scheduler) else "",
+        time=Verbatim(system.write_time(job.seconds)),
+        directives=[
+            checked(directive, DIRECTIVE, "each of directives") for directive in site.directives
+        ],
+        modules=[checked(module, MODULE, "each of modules") for module in site.modules],
+        names={
+            name: checked(name, VARIABLE, "the name of each of variables")
+            for name in site.variables
+        },
+        launcher=f"{launcher}.sh" if launcher in ("srun", "jsrun") else "mpirun.sh",
+        program=Verbatim(launcher),
+        placed=any(word.startswith(PLACING) for word in site.launcher_arguments),
+        local_variable=checked(variable, VARIABLE, "the variable of node_local")
+        if variable
+        else "",
+        local_rest=quote(check_text(rest, "node_local =")) if rest else Verbatim(""),
+        hosts_variable=Verbatim(system.hosts_variable),
+        limit_signals=Verbatim(system.limit_signals),
+        given_up=system.given_up_code,
     )
     return _squeezed(text)
 
@@ -171,16 +168,15 @@ def _word(value: str, what: str) -> str:
     return checked(value, WORD, what) if value else ""
 
 
-def _check(scheduler: str, job: BatchJob, site: Site) -> None:
-    if site.qos and scheduler != "slurm":
+def _check(scheduler: str, system: BatchSystem, job: BatchJob, site: Site) -> None:
+    if site.qos and not system.has_qos:
+        having = " and ".join(other.title for other in known_systems().values() if other.has_qos)
         raise UsageError(
-            f"qos = {site.qos!r}: only Slurm has qualities of service; "
+            f"qos = {site.qos!r}: only {having} has qualities of service; "
             f"give {scheduler} its own as directives"
         )
     launcher = site.launcher
-    if (launcher == "srun" and scheduler != "slurm") or (
-        launcher == "jsrun" and scheduler != "lsf"
-    ):
+    if launcher not in (*COMMON_LAUNCHERS, *system.own_launchers):
         raise UsageError(
             f"launcher = {launcher!r} does not exist under {scheduler}; take mpirun or leave it out"
         )
@@ -194,6 +190,25 @@ def _check(scheduler: str, job: BatchJob, site: Site) -> None:
             f"a job of {job.seconds} s cannot stop {job.stop_seconds} s before its end; "
             "lower stop_seconds in the site file, or give the job more --time"
         )
+
+
+def _template(scheduler: str, system: BatchSystem) -> "jinja2.Template":
+    """Load the system's template: one of mpillm's own, or a plug-in's file that may extend one."""
+    if system.template is None:
+        raise UsageError(
+            f"{scheduler} has no template of a batch script; name another --scheduler, or give the "
+            "batch system a template"
+        )
+    if not system.template.is_absolute():
+        return _templates().get_template(str(system.template))
+    try:
+        text = system.template.read_text(encoding="utf-8")
+    except (OSError, ValueError) as failure:
+        raise LaunchError(
+            f"cannot read the template {system.template} of {scheduler}: {failure}; "
+            "install its package again"
+        ) from failure
+    return _templates().from_string(text)
 
 
 @functools.cache

@@ -1,28 +1,22 @@
-"""The batch job around this process, from its environment: number, restarts, end."""
+"""The batch job around this process, from its environment: number, restarts, end, hosts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mpillm.errors import UsageError
+from mpillm.launch.launchers import number
+from mpillm.launch.schedulers.batch_system import BatchSystem
+from mpillm.launch.schedulers.scheduler_catalog import known_systems, load_scheduler
 
-# Slurm before Flux: a Flux instance may run inside a Slurm job, whose end then counts.
-JOB_VARIABLES = {
-    "slurm": "SLURM_JOB_ID",
-    "pbs": "PBS_JOBID",
-    "lsf": "LSB_JOBID",
-    "flux": "FLUX_JOB_ID",
-}
-END_VARIABLE, SLURM_END_VARIABLE = "MPILLM_JOB_END", "SLURM_JOB_END_TIME"
-END_VARIABLES = (END_VARIABLE, SLURM_END_VARIABLE)
-RESTART_VARIABLE = "MPILLM_JOB_RESTART"
-# Slurm counts its requeues; the scripts of `mpillm submit` count elsewhere.
-RESTART_VARIABLES = ("SLURM_RESTART_COUNT", RESTART_VARIABLE)
+END_VARIABLE, RESTART_VARIABLE = "MPILLM_JOB_END", "MPILLM_JOB_RESTART"
+# The scripts of a plug-in export its name: a job's own variables do not lead to it.
+SCHEDULER_VARIABLE = "MPILLM_SCHEDULER"
 
 
 @dataclass(frozen=True)
 class CurrentJob:
     scheduler: str
-    """slurm, pbs, lsf or flux."""
+    """A name of the catalogue, or a plug-in's `package.module:Name`."""
     id: str
     restart: int = 0
     """The number of earlier starts of the job: 0 the first time."""
@@ -30,17 +24,17 @@ class CurrentJob:
 
 def current_job(environment: Mapping[str, str]) -> CurrentJob | None:
     """Return the batch job around this process, None outside of one."""
-    for scheduler, variable in JOB_VARIABLES.items():
-        if environment.get(variable):
-            return CurrentJob(scheduler, environment[variable], _restart(environment))
-    return None
+    name, system = _current_system(environment)
+    if system is None:
+        return None
+    return CurrentJob(name, environment[system.job_variable], _restart(environment))
 
 
 def job_end(environment: Mapping[str, str]) -> float | None:
     """Return when the batch system ends this process, in unix seconds; None where unknown.
 
-    MPILLM_JOB_END goes before Slurm's own variable: the scripts of `mpillm submit` export it, and
-    a user may set it. Raises UsageError where it does not hold a number.
+    MPILLM_JOB_END goes before the system's own variable: the scripts of `mpillm submit` export it,
+    and a user may set it. Raises UsageError where it does not hold a number.
     """
     setting = environment.get(END_VARIABLE, "")
     if setting:
@@ -51,13 +45,59 @@ def job_end(environment: Mapping[str, str]) -> float | None:
                 f"{END_VARIABLE} is the end of the job in unix seconds, such as "
                 f"$(($(date +%s) + 3600)), and not {setting!r}; set it so or unset it"
             ) from None
-    end = environment.get(SLURM_END_VARIABLE, "")
-    return float(end) if end.isascii() and end.isdigit() else None
+    systems = _systems(environment).values()
+    end = _first_number([system.end_variable for system in systems], environment)
+    return None if end is None else float(end)
+
+
+def job_hosts(environment: Mapping[str, str]) -> tuple[list[str], BatchSystem | None]:
+    """Return the hosts of this job's allocation, each once, and its batch system.
+
+    Returns [] and None outside of a job.
+    """
+    for system in _systems(environment).values():
+        if environment.get(system.hosts_variable):
+            return system.hosts(environment), system
+    return [], None
+
+
+def granted_cpus(environment: Mapping[str, str]) -> int | None:
+    """Return the CPUs of this node that the batch system grants the job; None where unknown."""
+    systems = _systems(environment).values()
+    return _first_number([system.cpus_variable for system in systems], environment)
+
+
+def next_job_environment(environment: Mapping[str, str], system: BatchSystem) -> dict[str, str]:
+    """Return the environment to submit a job to `system` from.
+
+    The end and the restarts of a job around this process are not those of the new job.
+    """
+    dropped = {END_VARIABLE, RESTART_VARIABLE, SCHEDULER_VARIABLE}
+    for known in (*_systems(environment).values(), system):
+        dropped |= {known.end_variable, known.restart_variable}
+    return {name: value for name, value in environment.items() if name not in dropped}
+
+
+def _systems(environment: Mapping[str, str]) -> dict[str, BatchSystem]:
+    """Return name → batch system: a plug-in whose script started this job, then the catalogue."""
+    plugin = environment.get(SCHEDULER_VARIABLE, "")
+    return ({plugin: load_scheduler(plugin)} if plugin else {}) | known_systems()
+
+
+def _current_system(environment: Mapping[str, str]) -> tuple[str, BatchSystem | None]:
+    for name, system in _systems(environment).items():
+        if environment.get(system.job_variable):
+            return name, system
+    return "", None
 
 
 def _restart(environment: Mapping[str, str]) -> int:
-    for variable in RESTART_VARIABLES:
-        count = environment.get(variable, "")
-        if count.isascii() and count.isdigit():
-            return int(count)
-    return 0
+    # A system that counts its requeues goes first; the scripts of the others count elsewhere.
+    names = [system.restart_variable for system in _systems(environment).values()]
+    return _first_number([*names, RESTART_VARIABLE], environment) or 0
+
+
+def _first_number(names: Sequence[str], environment: Mapping[str, str]) -> int | None:
+    """Read the first of the variables that holds a whole number; None where none does."""
+    numbers = (number(environment, name) for name in names if name)
+    return next((found for found in numbers if found is not None), None)

@@ -191,10 +191,10 @@ def _details(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, st
         for name, variable in launcher.details
         if environment.get(variable)
     }
-    return found | ({"mpi": _slurm_mpi(environment)} if launcher is SRUN else {})
+    return found | ({"mpi": _srun_mpi(environment)} if launcher is SRUN else {})
 
 
-def _slurm_mpi(environment: Mapping[str, str]) -> str:
+def _srun_mpi(environment: Mapping[str, str]) -> str:
     """Infer srun's --mpi from the variables of the ranks.
 
     SLURM_MPI_TYPE does not serve: it may be the user's own default, which an option overrode.

@@ -24,7 +24,7 @@ ALONE_VARIABLE = "MPILLM_ALONE"
 PRINT_SECONDS = 1.0
 
 # The value of srun's --mpi for each library.
-SLURM_MPI = {
+SRUN_MPI = {
     "Open MPI": "pmix",
     "Intel MPI": "pmi2",
     "Cray MPICH": "cray_shasta",
@@ -133,7 +133,7 @@ def cure(started: Started, library: str, maps: Path = Path("/proc/self/maps")) -
 
 
 def _cure_of_srun(mpi: str, family: str) -> str:
-    fit = SLURM_MPI.get(family, "pmix")
+    fit = SRUN_MPI.get(family, "pmix")
     if fit == mpi:
         return (
             "start them with mpirun inside the allocation, for this "

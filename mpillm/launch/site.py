@@ -16,6 +16,7 @@ from annotated_types import Ge
 
 from mpillm.errors import UsageError
 from mpillm.launch.quoting import CONSTRAINT, DIRECTIVE, MODULE, VARIABLE, WORD, check_text, checked
+from mpillm.launch.schedulers.scheduler_catalog import check_scheduler
 
 SITE_VARIABLE = "MPILLM_SITE"
 # bash sets these itself and refuses an assignment.
@@ -28,8 +29,8 @@ Many = Annotated[int, Ge(0)]
 class Site:
     """The keys of a site file; every one may be left out."""
 
-    scheduler: Literal["auto", "slurm", "pbs", "lsf"] = "auto"
-    """auto: the one whose commands are on PATH."""
+    scheduler: str = "auto"
+    """A name of the catalogue, a plug-in, or auto: the one whose commands are on PATH."""
     partition: str = ""
     """Slurm's partition, the queue of PBS and LSF."""
     account: str = ""
@@ -74,6 +75,7 @@ class Site:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     def __post_init__(self) -> None:
+        check_scheduler(self.scheduler, "scheduler")
         self._check_directives()
         for name, value in self.variables.items():
             checked(name, VARIABLE, "the name of each of variables")

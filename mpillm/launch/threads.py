@@ -11,7 +11,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpillm.launch.launchers import number
+from mpillm.launch.current_job import granted_cpus
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.machine.topology import ROOT, cpu_limit, read_topology
 
@@ -31,11 +31,11 @@ def fair_threads(masks: Sequence[AbstractSet[int]], me: int, limit: float = math
 
 
 def allowance(environment: Mapping[str, str], root: Path = ROOT) -> float:
-    """Return the CPUs of this node that the job may use by its control groups and by Slurm.
+    """Return the CPUs of this node that the job may use by its control groups and its batch system.
 
-    Slurm need not bind the job to them. Infinite where neither sets a limit.
+    The batch system need not bind the job to them. Infinite where neither sets a limit.
     """
-    return min(cpu_limit(root), number(environment, "SLURM_CPUS_ON_NODE") or math.inf)
+    return min(cpu_limit(root), granted_cpus(environment) or math.inf)
 
 
 def threads_setting(environment: Mapping[str, str]) -> int | None:

@@ -1,4 +1,4 @@
-"""Wall time, as users write it and as each batch system reads it."""
+"""Wall time, as users write it and as most batch systems read it."""
 
 import re
 
@@ -44,11 +44,5 @@ def _seconds(text: str) -> int | None:
 
 
 def clock_time(seconds: int) -> str:
-    """Write 5,400 as `01:30:00` for Slurm and PBS; hours may pass 24."""
+    """Write 5,400 as `01:30:00`; hours may pass 24."""
     return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-
-def minutes_time(seconds: int) -> str:
-    """Write 5,400 as `1:30` for LSF: hours and minutes, rounded up."""
-    minutes = -(-seconds // 60)
-    return f"{minutes // 60}:{minutes % 60:02d}"

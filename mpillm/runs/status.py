@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.errors import MpillmError
-from mpillm.launch.schedulers import is_over
+from mpillm.launch.schedulers.scheduler_catalog import is_over
 from mpillm.launch.walltime import clock_time
 from mpillm.runs.folder import JOB_RECIPE, RECIPE
 from mpillm.runs.history import KILLED, RUNNING, Attempt
@@ -44,6 +44,7 @@ def run_figures(run_state: RunState, ask: Ask | None = None) -> dict[str, Any]:
     last = run_state.attempts[-1] if run_state.attempts else None
     job = dict(run_state.job) or (last.job if last else {})
     job_state = _asked(job, ask)
+    waits = bool(job_state) and not is_over(str(job["scheduler"]), job_state)
     step_seconds = _median(run_state.recent("step_seconds"))
     deadline = last.facts.get("deadline") if last and last.how == RUNNING else None
     newest = run_state.checkpoints[-1] if run_state.checkpoints else None
@@ -72,7 +73,7 @@ def run_figures(run_state: RunState, ask: Ask | None = None) -> dict[str, Any]:
         else None,
         "checkpoint": _checkpoint(newest, run_state.now),
         "attempts": [_attempt(attempt) for attempt in run_state.attempts],
-        "next": next_step(run_state, newest, job_state),
+        "next": next_step(run_state, newest, waits),
     }
 
 
@@ -93,14 +94,14 @@ def facts(found: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in rows.items() if text}
 
 
-def next_step(run_state: RunState, newest: KeptCheckpoint | None, job_state: str) -> str:
-    """Name the next command, or say that none is needed."""
+def next_step(run_state: RunState, newest: KeptCheckpoint | None, waits: bool) -> str:
+    """Name the next command, or say that none is needed: the batch job `waits` or runs."""
     run, state = run_state.run, run_state.state
     if state == RUNNING or run_state.holder:
         return f"it continues by itself; mpillm report {run} draws it"
     if state == FINISHED:
         return f"mpillm evaluate {run}, mpillm generate {run} --prompt TEXT, mpillm report {run}"
-    if job_state and not is_over(job_state):
+    if waits:
         return "the job continues by itself"
     log = f"read {run_state.job.get('output') or 'the output of the job'}, then "
     first = {"failed": "repair the failure, then ", KILLED: log}.get(state, "")

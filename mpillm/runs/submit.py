@@ -12,8 +12,13 @@ from typing import Annotated, Any
 
 from mpillm.errors import UsageError
 from mpillm.launch.batch_script import BatchJob, render_script, stop_seconds_for
-from mpillm.launch.current_job import END_VARIABLES, RESTART_VARIABLES
-from mpillm.launch.schedulers import SCHEDULERS, find_scheduler, is_over, job_state, submit_script
+from mpillm.launch.current_job import next_job_environment
+from mpillm.launch.schedulers.scheduler_catalog import (
+    find_scheduler,
+    is_over,
+    job_state,
+    load_scheduler,
+)
 from mpillm.launch.site import Site
 from mpillm.launch.walltime import seconds_of
 from mpillm.machine.mounts import Mount, hdf5_file_locking, read_mounts
@@ -35,7 +40,9 @@ class SubmitOptions:
     nodes: Annotated[int, Option("Nodes of the job.")]
     ranks_per_node: Annotated[int, Option("Ranks on each.")]
     time: Annotated[str, Option("Wall time: 1:30:00, 2-00:00:00, 90m, 2h.")]
-    scheduler: Annotated[str, Option("slurm, pbs, lsf, or auto: the one that is here.")] = "auto"
+    scheduler: Annotated[
+        str, Option("slurm, pbs, lsf, auto: the one that is here, or your own.")
+    ] = "auto"
     partition: Annotated[str, Option("Slurm's partition, the queue of PBS and LSF.")] = ""
     account: Annotated[str, Option("The project that pays.")] = ""
     name: Annotated[str, Option("The job's name; else the recipe's.")] = ""
@@ -110,19 +117,15 @@ def submit_run(
     write_text(run / JOB_SCRIPT, script)
     if not options.as_json:
         console.write(script)
-    # The end and the restarts of a job around this process are not those of the new job.
-    kept = {
-        name: value
-        for name, value in environment.items()
-        if name not in (*END_VARIABLES, *RESTART_VARIABLES)
-    }
-    facts = _facts(scheduler, job, submit_script(scheduler, job.run, kept))
+    system = load_scheduler(scheduler)
+    number = system.submit_script(job.run, next_job_environment(environment, system))
+    facts = _facts(scheduler, job, number)
     write_json(run / JOB, facts)
     if options.as_json:
         console.write(_as_json(scheduler, job, script, facts))
     else:
         console.say(
-            f"job {facts['id']} is submitted to {SCHEDULERS[scheduler].title}: "
+            f"job {facts['id']} is submitted to {system.title}: "
             f"{counted(job.nodes, 'node')} × {counted(job.ranks_per_node, 'rank')} × "
             f"{counted(job.threads, 'thread')} for {clock(job.seconds)}\n"
             f"its output: {facts['output']}"
@@ -211,12 +214,9 @@ def _check_here(run: Path, job: BatchJob, site: Site, environment: Mapping[str, 
     if holder := live_holder(run):
         raise UsageError(f"the run {run} is held by {holder.describe()}; wait for it or end it")
     queued = read_job(run)
-    state = (
-        job_state(str(queued.get("scheduler")), str(queued.get("id")), environment)
-        if queued
-        else None
-    )
-    if state and not is_over(state):
+    scheduler = str(queued.get("scheduler"))
+    state = job_state(scheduler, str(queued.get("id")), environment) if queued else None
+    if state and not is_over(scheduler, state):
         raise UsageError(
             f"the run {run} is submitted already, as job {queued['id']} ({state}); "
             "wait for it or cancel it"

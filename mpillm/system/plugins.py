@@ -1,7 +1,7 @@
 """Find a plug-in by name: a catalogue's entry, or `package.module:Name` of a user's own package.
 
-Each kind of plug-in (verb, algorithm, schedule, architecture, task, metric, optimizer, check) has
-one catalogue: a read-only table of its names. There is no registration call.
+Each kind of plug-in (verb, algorithm, schedule, architecture, task, metric, optimizer, check, batch
+system) has one catalogue: a read-only table of its names. There is no registration call.
 """
 
 import importlib

@@ -21,7 +21,7 @@ class Status:
 
     def run(self) -> None:
         with first_process(self.debug) as console:
-            from mpillm.launch.schedulers import job_state
+            from mpillm.launch.schedulers.scheduler_catalog import job_state
             from mpillm.runs.status import print_status
 
             print_status(

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from mpillm.doctor.check_base import Check
 from mpillm.doctor.check_catalog import CHECKS
 from mpillm.doctor.checks import (
-    batch_system,
     cuda_aware,
     dev_shm,
     folders,
+    found_schedulers,
     gpu_count,
     homogeneous,
     host_cores,
@@ -36,6 +36,10 @@ from mpillm.doctor.findings_report import print_findings, report_lines, summary
 from mpillm.doctor.mpi_look import MpiLook, look_of
 from mpillm.doctor.subprocesses import Ended
 from mpillm.errors import UsageError
+from mpillm.launch.current_job import job_hosts
+from mpillm.launch.schedulers.lsf import LSF
+from mpillm.launch.schedulers.pbs import PBS
+from mpillm.launch.schedulers.slurm import SLURM
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile
 from mpillm.machine.mpi_names import MpiName, named
 from mpillm.machine.topology import Topology
@@ -468,17 +472,19 @@ def test_hosts_by_what_came_of_them():
     }
     assert "getent hosts n4" in found["n4"].remedy
     assert "within 2 s" in found["n5"].found
-    assert reach.judge_hosts({"n3": reach.REFUSED}, "Slurm")[0].verdict == "ok"
+    assert reach.judge_hosts({"n3": reach.REFUSED}, "srun")[0].verdict == "ok"
     assert reach.try_hosts(["here.cluster"], "here") == {"here.cluster": "this host"}
 
 
 def test_the_hosts_of_an_allocation(tmp_path):
     file = tmp_path / "nodes"
     file.write_text("n1 slots=2\nn1\nn2\n\n")
-    assert reach.allocated({"PBS_NODEFILE": str(file)}) == (["n1", "n2"], "PBS")
-    assert reach.allocated({"LSB_DJOB_HOSTFILE": str(file)}) == (["n1", "n2"], "LSF")
-    assert reach.allocated({"SLURM_JOB_NODELIST": "n1,n2", "PATH": ""}) == (["n1", "n2"], "Slurm")
-    assert reach.allocated({}) == ([], "")
+    assert job_hosts({"PBS_NODEFILE": str(file)}) == (["n1", "n2"], PBS)
+    assert job_hosts({"LSB_DJOB_HOSTFILE": str(file)}) == (["n1", "n2"], LSF)
+    assert job_hosts({"SLURM_JOB_NODELIST": "n1,n2", "PATH": ""}) == (["n1", "n2"], SLURM)
+    assert job_hosts({"SLURM_JOB_NODELIST": "n[1-2]", "PATH": ""}) == ([], SLURM)
+    assert job_hosts({}) == ([], None)
+    assert [system.ranks_need_ssh for system in (SLURM, PBS, LSF)] == [False, True, True]
 
 
 def test_the_odd_host_is_named():
@@ -539,7 +545,7 @@ def test_profiles(tmp_path):
 
 
 def test_sites_and_batch_systems(tmp_path):
-    assert batch_system.judge_systems({}, None).verdict == "ok"
+    assert found_schedulers.judge_systems({}, None).verdict == "ok"
     path = tmp_path / "site.toml"
     path.write_text("colour = 'blue'\n")
     broken = site_file.judge_site(site_file.read_site(None, {"MPILLM_SITE": str(path)}))

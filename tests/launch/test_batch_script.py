@@ -12,7 +12,7 @@ import pytest
 from mpillm.errors import UsageError
 from mpillm.launch.batch_script import BatchJob, render_script, stop_seconds_for
 from mpillm.launch.quoting import Verbatim, finalize, quote
-from mpillm.launch.schedulers import SCHEDULERS
+from mpillm.launch.schedulers.scheduler_catalog import script_systems
 from mpillm.launch.site import Site, load_site
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "jobs" / "sites").glob("*.toml"))
@@ -126,7 +126,7 @@ def sites(scheduler: str) -> Iterator[Site]:
 def scripts() -> dict[str, str]:
     """Name → script: every scheduler, site, and option."""
     found = {}
-    for scheduler in SCHEDULERS:
+    for scheduler in script_systems():
         for number, site in enumerate(sites(scheduler)):
             for stage, oversubscribe, gpus in itertools.product(
                 (False, True), (False, True), (0, 2)
@@ -168,7 +168,7 @@ def test_every_script_passes_bash_and_shellcheck(tmp_path: Path) -> None:
     assert shellcheck(paths) == ""
 
 
-@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
+@pytest.mark.parametrize("scheduler", list(script_systems()))
 def test_directives_are_as_documented(scheduler: str) -> None:
     seen = set()
     for name, script in scripts().items():

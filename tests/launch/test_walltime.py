@@ -1,7 +1,9 @@
 import pytest
 
 from mpillm.errors import UsageError
-from mpillm.launch.walltime import clock_time, minutes_time, seconds_of
+from mpillm.launch.schedulers.lsf import LSF
+from mpillm.launch.schedulers.slurm import SLURM
+from mpillm.launch.walltime import clock_time, seconds_of
 
 
 @pytest.mark.parametrize(
@@ -56,5 +58,6 @@ def test_times_out_of_range(text: str) -> None:
 def test_times_as_the_batch_systems_read_them() -> None:
     assert clock_time(5400) == "01:30:00"
     assert clock_time(172_800) == "48:00:00"
-    assert minutes_time(5400) == "1:30"
-    assert minutes_time(61) == "0:02"
+    assert SLURM.write_time(5400) == "01:30:00"
+    assert LSF.write_time(5400) == "1:30"
+    assert LSF.write_time(61) == "0:02"

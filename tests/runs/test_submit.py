@@ -13,7 +13,8 @@ import pytest
 from mpi4py import MPI
 
 from mpillm.errors import LaunchError, UsageError
-from mpillm.launch.schedulers import find_scheduler, is_over, job_state, submit_script
+from mpillm.launch.schedulers.scheduler_catalog import find_scheduler, is_over, job_state
+from mpillm.launch.schedulers.slurm import SLURM
 from mpillm.launch.site import Site
 from mpillm.runs.lock import RunLock
 from mpillm.runs.submit import SubmitOptions, SubmittedRecipe, job_name, read_job, submit_run
@@ -160,7 +161,7 @@ def test_the_batch_systems_own_words_are_passed_on(place: Path) -> None:
     assert not (place / "runs/r/job.json").exists()
     command(place.parent / "bin", "sbatch", "echo hello")
     with pytest.raises(LaunchError, match="did not print the job's number, but 'hello'"):
-        submit_script("slurm", str(place), environment_of(place))
+        SLURM.submit_script(str(place), environment_of(place))
 
 
 @pytest.mark.usefixtures("processes")
@@ -303,7 +304,10 @@ def test_the_state_of_a_job(
     (place.parent / "bin/bash").symlink_to("/bin/bash")
     assert job_state(scheduler, "7", environment) == state
     assert job_state(scheduler, "-f; x", environment) is None
-    assert is_over(state or "DONE") == (state in ("COMPLETED", "CANCELLED", "FINISHED", None))
+    if state:
+        assert is_over(scheduler, state) == (state in ("COMPLETED", "CANCELLED", "FINISHED"))
+    assert is_over("lsf", "DONE")
+    assert not is_over("nowhere.module:Name", "DONE")
 
 
 @pytest.mark.usefixtures("processes")

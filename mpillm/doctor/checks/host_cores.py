@@ -24,7 +24,7 @@ class HostCores:
     cores: int
     """The cores of these."""
     allowed: float
-    """CPUs' worth of time that control groups and Slurm grant to all of them; may be infinite."""
+    """CPUs' worth of time that control groups and batch system grant to all; may be infinite."""
     all_cores: int
     """Of the host."""
     threads: int | None
@@ -42,7 +42,7 @@ class HostCores:
             text += f", {self.cpus} hardware threads"
         if self.allowed < self.cores:
             time = counted(self.allowed, "CPU")
-            text += f", for the time of {time} by the control group or Slurm"
+            text += f", for the time of {time} by the control group or the batch system"
         return text
 
 

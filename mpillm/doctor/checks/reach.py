@@ -3,20 +3,18 @@
 import errno
 import os
 import re
-import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from mpillm.doctor.check_base import Check, JobView
 from mpillm.doctor.findings import Finding, hosts_text
-from mpillm.doctor.subprocesses import run_child
+from mpillm.launch.current_job import job_hosts
 
 AREA = "hosts"
 SSH_PORT = 22
-CONNECT_SECONDS, ALL_SECONDS, LIST_SECONDS = 2.0, 15.0, 10.0
+CONNECT_SECONDS, ALL_SECONDS = 2.0, 15.0
 
 ANSWERS, REFUSED, NO_NAME, NO_ANSWER = "ssh answers", "ssh is refused", "no address", "no answer"
 THIS_HOST = "this host"
@@ -26,43 +24,11 @@ class ReachCheck(Check):
     name, area = "reach", AREA
 
     def examine_job(self, job: JobView) -> Iterable[Finding]:
-        allocation, scheduler = allocated(job.environment)
+        allocation, system = job_hosts(job.environment)
+        starter = "" if system is None or system.ranks_need_ssh else system.launcher
         # Ranks that run have reached each other already.
         hosts = list(job.options.hosts) or ([] if job.ranks > 1 else allocation)
-        return judge_hosts(try_hosts(hosts, os.uname().nodename), scheduler)
-
-
-def allocated(environment: Mapping[str, str]) -> tuple[list[str], str]:
-    """Return the hosts of this job's allocation, each once, and the scheduler's name.
-
-    Returns [] and "" outside of a job.
-    """
-    if environment.get("SLURM_JOB_NODELIST"):
-        return _slurm_hosts(environment), "Slurm"
-    if environment.get("PBS_NODEFILE"):
-        return _hosts_of_file(environment["PBS_NODEFILE"]), "PBS"
-    if environment.get("LSB_DJOB_HOSTFILE"):
-        return _hosts_of_file(environment["LSB_DJOB_HOSTFILE"]), "LSF"
-    return [], ""
-
-
-def _slurm_hosts(environment: Mapping[str, str]) -> list[str]:
-    scontrol = shutil.which("scontrol", path=environment.get("PATH", ""))
-    listed = environment["SLURM_JOB_NODELIST"]
-    if scontrol:
-        ended = run_child([scontrol, "show", "hostnames", listed], environment, LIST_SECONDS)
-        if ended.code == 0:
-            return ended.out.split()
-    return [] if "[" in listed else listed.split(",")
-
-
-def _hosts_of_file(path: str) -> list[str]:
-    """Read a file of one line a slot; LSF's names the submission host too."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError:
-        return []
-    return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+        return judge_hosts(try_hosts(hosts, os.uname().nodename), starter)
 
 
 def try_hosts(hosts: Sequence[str], own: str) -> dict[str, str]:
@@ -107,21 +73,24 @@ def try_host(host: str, port: int = SSH_PORT) -> str:
     return result
 
 
-def judge_hosts(results: Mapping[str, str], scheduler: str) -> list[Finding]:
-    """Make one finding for each result, with all hosts that have it."""
+def judge_hosts(results: Mapping[str, str], starter: str) -> list[Finding]:
+    """Make one finding for each result, with all hosts that have it.
+
+    `starter`: the batch system's launcher that needs no ssh; "": none is known.
+    """
     groups: dict[str, list[str]] = {}
     for host, result in results.items():
         groups.setdefault(result, []).append(host)
-    return [judge_result(result, hosts, scheduler) for result, hosts in groups.items()]
+    return [judge_result(result, hosts, starter) for result, hosts in groups.items()]
 
 
-def judge_result(result: str, hosts: Sequence[str], scheduler: str) -> Finding:
+def judge_result(result: str, hosts: Sequence[str], starter: str) -> Finding:
     name = hosts_text(hosts)
     if result in (ANSWERS, THIS_HOST):
         return Finding(AREA, name, "ok", result)
     if result == REFUSED:
-        if scheduler == "Slurm":
-            return Finding(AREA, name, "ok", "reached; ssh is refused, and srun needs none")
+        if starter:
+            return Finding(AREA, name, "ok", f"reached; ssh is refused, and {starter} needs none")
         found = "reached, but ssh is refused, by which mpirun starts its daemons"
         return Finding(
             AREA, name, "warning", found, "start sshd there, or start ranks by the scheduler (srun)"

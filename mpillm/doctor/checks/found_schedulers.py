@@ -1,16 +1,13 @@
 """The batch system: whose commands are on PATH, and the job around this process."""
 
-import shutil
 from collections.abc import Iterable, Mapping
 
 from mpillm.doctor.check_base import Check, JobView
 from mpillm.doctor.findings import Finding
 from mpillm.launch.current_job import CurrentJob, current_job
-from mpillm.launch.schedulers import SCHEDULERS
+from mpillm.launch.schedulers.scheduler_catalog import known_systems
 
 AREA = "batch system"
-# Flux can start ranks, and `mpillm submit` has no script for it.
-SYSTEMS = {system.submit[0]: system.title for system in SCHEDULERS.values()} | {"flux": "Flux"}
 
 
 class BatchSystemCheck(Check):
@@ -22,8 +19,7 @@ class BatchSystemCheck(Check):
 
 def find_systems(environment: Mapping[str, str]) -> dict[str, str]:
     """Return batch system → its command to submit, of those on PATH."""
-    path = environment.get("PATH", "")
-    found = {system: shutil.which(command, path=path) for command, system in SYSTEMS.items()}
+    found = {system.title: system.find(environment) for system in known_systems().values()}
     return {system: command for system, command in found.items() if command}
 
 
