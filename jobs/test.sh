@@ -16,6 +16,25 @@ read_ranks() {
     echo "$1" | tr , ' '
 }
 
+# The tests of one rank in three groups side by side: Slurm's, which mostly wait for its timers, those that start no
+# processes, and the others. The last ones stay in the foreground, for a background job ignores Ctrl-C.
+serial_pass() {
+    logs=$(mktemp -d) result=0
+    run_ranks 1 python -m pytest -q --color=no -m slurm >"$logs/slurm" 2>&1 &
+    slurm=$!
+    run_ranks 1 python -m pytest -q --color=no -m "fast and not slurm" >"$logs/fast" 2>&1 &
+    unstarted=$!
+    trap 'kill "$slurm" "$unstarted" 2>/dev/null; rm -rf "$logs"' EXIT
+    trap 'exit 130' INT TERM
+    run_ranks 1 python -m pytest -q --color=no -m "not slurm and not fast" || result=$?
+    wait "$unstarted" || result=$?
+    wait "$slurm" || result=$?
+    cat "$logs/fast" "$logs/slurm"
+    rm -rf "$logs"
+    trap - EXIT INT TERM
+    return "$result"
+}
+
 ranks='1 2 3 4' asked='' fast=''
 while [ $# -gt 0 ]; do
     case $1 in
@@ -52,7 +71,11 @@ for n in $ranks; do
     else
         echo "== the suite at $n ranks =="
     fi
-    run_ranks "$n" python -m pytest -q --color=no "$@"
+    if [ "$n" -eq 1 ] && [ $# -eq 0 ]; then
+        serial_pass
+    else
+        run_ranks "$n" python -m pytest -q --color=no "$@"
+    fi
     passed=$passed${passed:+, }$n
 done
 case $passed in

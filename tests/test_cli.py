@@ -100,7 +100,7 @@ def test_one_rank_speaks(mpillm) -> None:  # type: ignore[no-untyped-def]
         (("prepare", "stdlib", "--out", "{}/d", "--vocab-size", "100"), "256"),
         (("prepare", "stdlib"), "--out"),
         (("prepare", "stdlib", "--out", "/proc/nowhere"), "/proc"),
-        (("prepare", "--verify", "{}/nothing"), "no prepared dataset"),
+        (("prepare", "--verify", "{}/nothing"), "is not a prepared dataset"),
         (("train", "{}/none.toml"), "cannot read the recipe"),
         (("evaluate", "{}/none"), "does not exist"),
         (("generate", "{}/none", "--prompt", "x"), "does not exist"),

@@ -183,13 +183,15 @@ def test_a_toy_verb_is_called_by_its_name(mpillm: Run, ranks: int) -> None:
 
 
 # The program of the toy job: what a rank finds out about its job.
+# Python starts the script, so that it has the clean environment of the suite's processes.
+RUN_SCRIPT = "import os, sys; os.execvp('bash', ['bash', sys.argv[1]])"
 LOOK = (
     "import os; from mpillm.launch.current_job import current_job, job_end; "
     "print(current_job(os.environ), job_end(os.environ))"
 )
 
 
-def test_a_toy_scheduler_takes_a_job(mpillm: Run, tmp_path: Path) -> None:
+def test_a_toy_scheduler_takes_a_job(mpillm: Run, python: Run, tmp_path: Path) -> None:
     spool, recipe_file, site_file = (tmp_path / name for name in ("spool", "r.toml", "site.toml"))
     spool.mkdir()
     (tmp_path / "data").mkdir()
@@ -227,13 +229,7 @@ def test_a_toy_scheduler_takes_a_job(mpillm: Run, tmp_path: Path) -> None:
     assert "--resume" in mpillm("status", tmp_path / "run", **surroundings).stdout
 
     end = {"SPOOL_JOB": "1", "SPOOL_END": "4102444800"}
-    ran = subprocess.run(
-        ["bash", script],
-        env=os.environ | surroundings | end,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ran = python("-c", RUN_SCRIPT, script, **surroundings, **end)
     found = "CurrentJob(scheduler='growth.toy_scheduler:SPOOL', id='1', restart=0) 4102444800.0"
     assert ran.stdout.count(found) == 2, ran.stdout + ran.stderr
 

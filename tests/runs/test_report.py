@@ -309,7 +309,7 @@ def test_the_page_tells_the_story_of_a_run(tmp_path: Path) -> None:
     text = re.sub(r"\s+", " ", Reader(page).text)
     for words in (
         "SIGUSR1 on rank 2",
-        "no word of its end",
+        "no end on record",
         "rank 3 of 4: the cable burnt",
         "slurm 12, restart 1",
         "225 → 300",

@@ -72,8 +72,10 @@ def test_the_state_of_a_new_optimizer_is_whole() -> None:
     carried = AdamWSettings().build(other.parameters())
     set_steps(carried, 1)
     slots = AdamWSettings.slots
-    given = name_tensors(dict(model.named_parameters()), optimizer.state, slots)
-    taken = name_tensors(dict(other.named_parameters()), carried.state, slots)
+    held = dict(model.named_parameters())
+    given = name_tensors(held, held, optimizer.state, slots)
+    others = dict(other.named_parameters())
+    taken = name_tensors(others, others, carried.state, slots)
     for name, tensor in taken.items():
         if name.startswith("optimizer/"):
             tensor.copy_(given[name])

@@ -16,7 +16,7 @@ def test_each_entry_names_itself_and_builds_its_state(name: str) -> None:
     assert settings.name == name
     weights = {"a": torch.nn.Parameter(torch.ones(3, 2)), "b": torch.nn.Parameter(torch.ones(4))}
     optimizer = settings.build(weights.values())
-    tensors = name_tensors(weights, optimizer.state, settings.slots)
+    tensors = name_tensors(weights, weights, optimizer.state, settings.slots)
     assert all(tensors.pop(f"model/{name}") is weight for name, weight in weights.items())
     slots = {(slot, name) for slot in settings.slots for name in weights}
     assert set(tensors) == {f"optimizer/{slot}/{name}" for slot, name in slots}

@@ -136,7 +136,7 @@ def test_doctor_names_the_extra_and_finds_no_fault_in_it(bare: Run, place: Path)
     rows = json.loads(bare("doctor", place, "--json").stdout)["findings"]
     (torch,) = (row for row in rows if row["name"] == "torch")
     assert torch["verdict"] == "ok"
-    assert "pip install 'mpillm[train]'" in torch["found"]
+    assert "pip install 'mpillm[train]'" in torch["remedy"]
     software = [row for row in rows if row["area"] == "software" and row["verdict"] == "error"]
     assert software == []
 
