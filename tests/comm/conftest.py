@@ -19,12 +19,18 @@ def interrupted() -> Callable[[str], str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Under a background job of a shell SIGINT is ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         assert waiting.stdout is not None
         assert waiting.stdout.readline() == "waiting\n"
         time.sleep(0.2)
         waiting.send_signal(signal.SIGINT)
-        _, text = waiting.communicate(timeout=20)
+        try:
+            _, text = waiting.communicate(timeout=20)
+        finally:
+            # A script that did not end would spin on.
+            waiting.kill()
         return text
 
     return run
