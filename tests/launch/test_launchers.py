@@ -348,7 +348,7 @@ with fail_together(None), one_voice(os.environ):
     refuse_before_init(os.environ, library)
     MPI.Init_thread()
     refuse_lonely_ranks(os.environ, MPI.COMM_WORLD.size, library)
-print("went on", MPI.COMM_WORLD.size, flush=True)
+print(f"went on {MPI.COMM_WORLD.size}\\n", end="", flush=True)
 """
 
 
