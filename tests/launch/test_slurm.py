@@ -112,6 +112,7 @@ def outcome(run: Path) -> str:
     return (run / "outcome").read_text().strip()
 
 
+@pytest.mark.slow("makes the cluster, and trains by srun and by mpirun")
 def test_a_job_trains_as_mpirun_does(trained: Path, expected: list[float]) -> None:
     assert len(expected) == STEPS
     assert losses(trained) == expected
@@ -180,6 +181,7 @@ def slow_link(slurm: Any) -> Iterator[Callable[[], None]]:
     end()
 
 
+@pytest.mark.slow("Slurm's own timers: a time limit of a minute, and a requeue")
 def test_a_job_that_runs_out_of_time_goes_on_by_itself(
     slurm: Any, recipe: Path, expected: list[float], slow_link: Callable[[], None]
 ) -> None:
@@ -233,6 +235,7 @@ def test_a_run_is_for_one_job(
     assert slurm.job(number)["JobState"] == "RUNNING"
 
 
+@pytest.mark.slow("Slurm's own timers: a node is down, then comes back")
 def test_a_job_goes_on_when_its_node_is_back(slurm: Any, running: tuple[str, Path]) -> None:
     number, run = running
     assert slurm.cluster("kill-node", "n2").returncode == 0

@@ -59,6 +59,7 @@ def started_on(run: Path) -> dict[str, list[int]]:
     return hosts
 
 
+@pytest.mark.slow("trains on two hosts in each layout, over a link of 1 Gbit/s")
 def test_losses_are_those_of_one_host(
     over_two_hosts: Run, mpillm: Run, data: Path, folder: Path
 ) -> None:
