@@ -18,6 +18,8 @@ from mpillm.weights.finding import find
 
 QUIET = Console(speaks=False)
 
+pytestmark = pytest.mark.slow("trains whole runs, one for each layout")
+
 
 def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe:
     table: dict[str, dict[str, object]] = {
@@ -47,7 +49,6 @@ def layouts(ranks: int) -> list[dict[str, object]]:
     return found + ([{"pipeline": 2, "data": 2}] if ranks == 4 else [])
 
 
-@pytest.mark.slow("trains whole runs, one for each layout")
 def test_fifty_steps_have_the_bits_of_one_rank(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
@@ -64,7 +65,6 @@ def test_fifty_steps_have_the_bits_of_one_rank(
         assert len(metrics(run, "loss")) == 50
 
 
-@pytest.mark.slow("trains whole runs, one for each layout")
 def test_without_it_fifty_steps_agree_within_rounding(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
@@ -79,7 +79,6 @@ def test_without_it_fifty_steps_agree_within_rounding(
         assert [loss for (loss,) in metrics(run, "loss")] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow("trains whole runs, one for each layout")
 def test_a_run_continues_under_another_layout(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:

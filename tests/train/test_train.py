@@ -73,6 +73,7 @@ def test_losses_are_those_of_one_process(data: Path, folder: Path, comm: MPI.Int
         assert alone[-1] < 0.8 * alone[0]
 
 
+@pytest.mark.slow("trains whole runs")
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
@@ -99,6 +100,7 @@ class Asked(StopSignals):
         self.number, self._orderly = signal.SIGUSR1 * here, False
 
 
+@pytest.mark.slow("trains whole runs")
 def test_a_stop_leaves_out_nothing_that_was_due(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
@@ -115,6 +117,7 @@ def test_a_stop_leaves_out_nothing_that_was_due(
     assert same_weights(folder / "cut", folder / "whole", comm)
 
 
+@pytest.mark.slow("trains whole runs")
 def test_a_damaged_newest_checkpoint_is_passed_over(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
@@ -160,6 +163,7 @@ def test_a_run_leaves_what_people_look_for(data: Path, folder: Path, comm: MPI.I
     assert "learning_rate = 0.003" in (run / "recipe.toml").read_text()
 
 
+@pytest.mark.slow("trains whole runs")
 def test_the_document_mask_trains_otherwise(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
     for name, mask in (("plain", False), ("masked", True)):
         table = {"train": {"steps": 3}, "data": {"document_mask": mask}, "model": {"context": 256}}
@@ -169,6 +173,7 @@ def test_the_document_mask_trains_otherwise(data: Path, folder: Path, comm: MPI.
     assert plain[-2]["loss"] != masked[-2]["loss"]
 
 
+@pytest.mark.slow("trains whole runs")
 def test_products_in_bfloat16_learn_too(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
     train(recipe(data, folder / "half", train={"dtype": "bfloat16", "steps": 30}), comm, QUIET)
     losses = [line["loss"] for line in metrics(folder / "half") if "loss" in line]
@@ -215,6 +220,7 @@ def test_a_dataset_shorter_than_one_context(data: Path, folder: Path, comm: MPI.
     assert not (folder / "run").exists()
 
 
+@pytest.mark.slow("trains whole runs")
 def test_the_clusters_profile_chooses_how_gradients_meet(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:

@@ -18,6 +18,7 @@ from mpillm.comm.algorithms.trees import scattered_owners, tree_split
 from mpillm.comm.selection import OPERATIONS
 from mpillm.errors import CommError, UsageError
 
+pytestmark = pytest.mark.slow("proves every algorithm for up to 64 ranks, each the root")
 SIZES = [*range(1, 19), 24, 31, 32, 33, 48, 63, 64]
 # Under mpirun the ranks share the longer proofs; one that fails ends the job.
 SHARE = SIZES[MPI.COMM_WORLD.rank :: MPI.COMM_WORLD.size]
@@ -83,13 +84,6 @@ def execute(plans, state, sums):
     return state
 
 
-def slow_last(pairs):
-    """Mark the pairs that take each of 64 ranks as root: they are most of the time."""
-    slow = pytest.mark.slow("each of up to 64 ranks is the root")
-    rooted = {("reduce", "rabenseifner"), ("broadcast", "scatter-allgather")}
-    return [pytest.param(*pair, marks=slow) if pair in rooted else pair for pair in pairs]
-
-
 def run(operation, algorithm, size, root=0):
     """(state at the end, what the whole is) of an operation over leaves; what is not right at first
     is None.
@@ -109,7 +103,7 @@ def run(operation, algorithm, size, root=0):
     return execute(plans, state, sums), sums
 
 
-@pytest.mark.parametrize(("operation", "algorithm"), slow_last(IN_PLACE))
+@pytest.mark.parametrize(("operation", "algorithm"), IN_PLACE)
 def test_each_ends_with_what_the_operation_says(operation, algorithm):
     for size, root in cases(operation):
         whole = (1 << size) - 1
@@ -178,7 +172,7 @@ def test_alltoall_turns_the_matrix(size):
     assert got == [{source: (source, rank) for source in range(size)} for rank in range(size)]
 
 
-@pytest.mark.parametrize(("operation", "algorithm"), slow_last(PAIRS))
+@pytest.mark.parametrize(("operation", "algorithm"), PAIRS)
 def test_both_ends_agree(operation, algorithm):
     """Each send has a receive of as many blocks in the same round, in one order for each pair of
     ranks.
@@ -206,7 +200,7 @@ def test_both_ends_agree(operation, algorithm):
             )
 
 
-@pytest.mark.parametrize(("operation", "algorithm"), slow_last(IN_PLACE))
+@pytest.mark.parametrize(("operation", "algorithm"), IN_PLACE)
 def test_no_two_touch_a_block_at_once(operation, algorithm):
     """In a round a block is written once; sent and written only as one whole exchange, and never
     copied over.
@@ -260,7 +254,7 @@ def stuck(lists):
     return busy
 
 
-@pytest.mark.parametrize(("operation", "algorithm"), slow_last(PAIRS))
+@pytest.mark.parametrize(("operation", "algorithm"), PAIRS)
 def test_no_circle_of_waiting(operation, algorithm):
     for size, root in cases(operation):
         assert stuck([plan.rounds for plan in schedules(operation, algorithm, size, root)]) == []
@@ -322,7 +316,7 @@ def doubling_sent(size):
     )
 
 
-@pytest.mark.parametrize(("operation", "algorithm"), slow_last(PAIRS))
+@pytest.mark.parametrize(("operation", "algorithm"), PAIRS)
 def test_elements_sent(operation, algorithm):
     for size, count in product(SHARE, (0, 1, 5, 100, 1003)):
         if operation == "alltoall":

@@ -18,6 +18,7 @@ def test_stages_go_round_the_ranks():
     assert make_schedule("interleaved", 4, 8).rank_of == (0, 1, 2, 3) * 2
 
 
+@pytest.mark.slow("plays every schedule at every size")
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_whole_and_free_of_deadlock(name):
     for case in grid(name):

@@ -11,6 +11,7 @@ from tests.parallel.pipeline.blocking import programs, run_blocking
 from tests.parallel.pipeline.schedule_sizes import grid
 
 
+@pytest.mark.slow("plays every schedule at every size")
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_forwards_alone_keep_the_pipeline_full(name):
     for _, p, m, v in grid(name):
