@@ -11,6 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 from mpillm.errors import MpillmError
 from mpillm.launch.launchers import rank_from_environment
 from mpillm.system.plugins import is_plugin, load_plugin
+from mpillm.system.standard_streams import guard_streams, refuse_lost_output
 from mpillm.verbs.command import make_command, verb_summary
 from mpillm.verbs.verb_catalog import VERBS
 
@@ -64,11 +65,13 @@ def _versions(
             Console().facts("versions", versions())
         else:
             Console().say(f"mpillm {package_version('mpillm')}")
+        refuse_lost_output()
         raise typer.Exit
 
 
 def main() -> None:
     """Run the command line; the first rank alone prints help and mistakes in typing."""
+    guard_streams()
     rank = rank_from_environment(os.environ)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from mpillm.comm.waiting import patient_bcast, wait_patiently
 from mpillm.errors import MpillmError
+from mpillm.system.messages import explain, printable
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -117,9 +118,16 @@ def reason_of(failure: BaseException) -> Reason:
         return Reason("", code)
     if isinstance(failure, KeyboardInterrupt):
         return Reason(f"interrupted: {text}" if text else "interrupted", code)
-    if not isinstance(failure, MpillmError | SystemExit):
+    if isinstance(failure, OSError):
+        text = explain(failure)
+    elif isinstance(failure, MemoryError):
+        text = f"out of memory{f' ({text})' if text else ''}; use a smaller job or more nodes"
+    elif not isinstance(failure, MpillmError | SystemExit):
         name = type(failure).__name__
-        text = f"{name}: {text} (--debug shows where)" if text else f"{name} (--debug shows where)"
+        text = (
+            f"a fault of mpillm itself: {name}{f': {text}' if text else ''}; "
+            "please report it with the output of --debug"
+        )
     trace = "".join(traceback.format_exception(failure))
     return Reason(f"{getattr(failure, 'kind', 'error')}: {text}", code, trace)
 
@@ -175,7 +183,7 @@ def _line(reason: Reason, who: str, debug: bool) -> str:
     kind, _, rest = words.partition(": ")
     if who:
         words = f"{kind}: {who}{rest}" if kind in KINDS else f"error: {who}{words}"
-    line = f"mpillm: {words}\n"
+    line = printable(f"mpillm: {words}\n")
     return reason.trace + line if debug else line
 
 
@@ -200,11 +208,12 @@ def host_name() -> str:
 
 def _print(text: str) -> None:
     """Print in one write, flushed: MPI_Abort ends the process without Python's own flushing."""
-    # stdout may be a closed pipe, which must not hide the reason.
+    # Either may be a closed pipe or a full disk, which must not hide the reason or its exit code.
     with suppress(OSError):
         sys.stdout.flush()
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def _ignore_interrupts() -> None:

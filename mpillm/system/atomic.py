@@ -1,39 +1,88 @@
-"""Files that are whole or absent: written to a temporary name, flushed, then renamed."""
+"""Files that are whole or absent: written to a temporary name, flushed, then renamed.
 
-import json
+Devices, pipes and sockets have no such name: they are written in place. A link stays a link, and
+its target is replaced.
+"""
+
 import os
+import secrets
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mpillm.errors import UsageError
+from mpillm.system.json_text import to_json
+
+# A name may have 255 bytes, and a letter up to 4: the temporary name of the longest still fits.
+_NAME_LETTERS = 40
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path`.
+    """Yield a temporary path; on success its contents become those of `path`.
 
-    On success it is flushed to disk and renamed, on failure removed.
+    A plain file is flushed to disk and renamed, on failure the temporary file is removed. What is
+    no plain file (/dev/stdout, a pipe) gets the bytes in place. The block must write the path that
+    it is given, and may reopen it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if is_special(path):
+        with tempfile.TemporaryDirectory(prefix="mpillm-") as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            # Appended: /dev/stdout may be a file that already holds output.
+            with temporary.open("rb") as source, open_special(path) as target:
+                shutil.copyfileobj(source, target)
+        return
+    target_path = Path(os.path.realpath(path))
+    temporary = temporary_path(target_path)
     try:
         yield temporary
         flush(temporary)
-        temporary.replace(path)
+        temporary.replace(target_path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    flush(path.parent)
+    flush(target_path.parent)
+
+
+def is_special(path: Path) -> bool:
+    """Return whether `path` names something that a rename would destroy: a device, a pipe, a
+    socket, or an open file of a process (/dev/stdout, /proc/self/fd/1).
+    """
+    whole = str(Path.cwd() / path)
+    if whole.startswith(("/dev/", "/proc/")) and not whole.startswith("/dev/shm/"):
+        return True
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+@contextmanager
+def open_special(path: Path) -> Iterator[Any]:
+    """Open an existing device or pipe for writing; nothing is created or cut."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC), "wb") as file:
+        yield file
+
+
+def temporary_path(path: Path) -> Path:
+    """Name a hidden file next to `path`; nobody can predict the name and put a link there."""
+    return path.with_name(f".{path.name[:_NAME_LETTERS]}.{secrets.token_hex(8)}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:
+    """Replace the file by `text` in UTF-8; bytes of names that are no UTF-8 stay as they are."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, to_json(value, indent=1) + "\n")
 
 
 def flush(path: Path) -> None:
@@ -52,12 +101,12 @@ def make_folder(path: Path) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable.{os.getpid()}"
-        probe.touch()
-        # Another node's process of the same number may have removed it first.
-        probe.unlink(missing_ok=True)
-    except OSError as failure:
+        probe = temporary_path(path / "writable")
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except (OSError, ValueError) as failure:
+        # A path with a NUL byte is a ValueError.
         raise UsageError(
-            f"cannot write into the folder {path}: {failure.strerror}; "
+            f"cannot write into the folder {path}: {getattr(failure, 'strerror', failure)}; "
             "choose a folder that you may write to"
         ) from failure

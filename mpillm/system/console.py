@@ -12,6 +12,8 @@ import rich.progress
 import rich.table
 from rich.text import Text
 
+from mpillm.system.messages import printable
+
 # A batch log gets a line at intervals, not a bar redrawn ten times a second. The interval grows, so
 # that a long run does not fill its log.
 LOG_INTERVAL_SECONDS = 5.0
@@ -125,7 +127,7 @@ class Console:
 
     def say(self, text: str) -> None:
         if self.speaks:
-            self._out.print(Text(text))
+            self._out.print(Text(printable(text)))
 
     def warn(self, text: str) -> None:
         if self.speaks:
@@ -134,23 +136,28 @@ class Console:
     def styled(self, parts: Sequence[tuple[str, str]]) -> None:
         """Print a line of parts, each with rich's name of its style, "" for none."""
         if self.speaks:
-            self._out.print(Text.assemble(*parts))
+            self._out.print(Text.assemble(*((printable(text), style) for text, style in parts)))
 
     def write(self, text: str) -> None:
-        """Write text as it is, without a line end: for output that streams."""
+        """Write text as it is, without a line end: for output that streams.
+
+        A terminal gets no control characters; a file or a pipe gets every byte.
+        """
         if self.speaks:
-            self._stream.write(text)
+            self._stream.write(printable(text) if self._out.is_terminal else text)
             self._stream.flush()
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table: text in the first column, figures in the others, aligned to the right."""
         if not self.speaks:
             return
-        table = rich.table.Table(title=Text(title), box=rich.box.SIMPLE_HEAD, title_justify="left")
+        table = rich.table.Table(
+            title=Text(printable(title)), box=rich.box.SIMPLE_HEAD, title_justify="left"
+        )
         for index, column in enumerate(columns):
-            table.add_column(Text(column), justify="right" if index else "left")
+            table.add_column(Text(printable(column)), justify="right" if index else "left")
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(printable(cell)) for cell in row))
         self._out.print(table, soft_wrap=False)
 
     def facts(self, title: str, facts: Mapping[str, str]) -> None:
@@ -158,12 +165,15 @@ class Console:
         if not self.speaks:
             return
         table = rich.table.Table(
-            title=Text(title), box=rich.box.SIMPLE, show_header=False, title_justify="left"
+            title=Text(printable(title)),
+            box=rich.box.SIMPLE,
+            show_header=False,
+            title_justify="left",
         )
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for name, text in facts.items():
-            table.add_row(Text(name, "bold"), Text(text))
+            table.add_row(Text(printable(name), "bold"), Text(printable(text)))
         self._out.print(table, soft_wrap=False)
 
     @contextmanager

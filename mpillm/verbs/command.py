@@ -12,11 +12,16 @@ from typer.core import TyperCommand
 
 from mpillm.errors import UsageError
 from mpillm.system.command_line import Argument, CommandParameter, Option, command_parameters
+from mpillm.system.standard_streams import refuse_lost_output
 from mpillm.verbs.verb_catalog import REFUSED
 
 
 class Verb(Protocol):
-    """Describe a verb: a frozen dataclass with its options as fields."""
+    """Describe a verb: a frozen dataclass with its options as fields.
+
+    `prints_its_result` (true where a verb does not say): the verb has failed where its output
+    cannot be written. Else its files are the result, and it goes on.
+    """
 
     example: ClassVar[str]
 
@@ -46,6 +51,8 @@ def make_command(name: str, verb: Callable[..., Verb]) -> Any:
 
     def call(**given: Any) -> None:
         verb(**{one.name: _to_field(one, given[one.name]) for one in parameters}).run()
+        if getattr(verb, "prints_its_result", True):
+            refuse_lost_output()
 
     # typer reads a function's signature; this one has the dataclass's fields as parameters.
     signature = [_signature_parameter(one) for one in parameters]

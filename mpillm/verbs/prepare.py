@@ -17,6 +17,7 @@ class Prepare(PrepareOptions):
     """Turn text into tokens: HDF5 shards and a manifest, the same bytes for any number of ranks."""
 
     example: ClassVar = "mpirun -n 2 mpillm prepare stdlib --out prepared/stdlib --vocab-size 4096"
+    prints_its_result: ClassVar = False
 
     verify: Annotated[Path | None, Option("Check every byte of a prepared folder instead.")] = None
     debug: Debug = False

@@ -20,6 +20,7 @@ class Submit(SubmitOptions):
     example: ClassVar = (
         "mpillm submit recipe.toml --nodes 2 --ranks-per-node 64 --time 12:00:00 --dry-run"
     )
+    prints_its_result: ClassVar = False
 
     recipe: Recipe
     overrides: Overrides = ()

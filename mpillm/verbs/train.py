@@ -28,6 +28,7 @@ class Train:
     example: ClassVar = (
         "mpirun -n 2 mpillm train jobs/recipes/quickstart.toml --set train.steps=200"
     )
+    prints_its_result: ClassVar = False
 
     recipe: Recipe
     overrides: Overrides = ()

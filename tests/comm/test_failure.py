@@ -2,6 +2,7 @@
 reason.
 """
 
+import errno
 import time
 from pathlib import Path
 
@@ -49,8 +50,18 @@ def ours(done):
 
 def test_reasons_by_kind():
     assert reason_of(LayoutError("a")) == Reason("error: a", 2, reason_of(LayoutError("a")).trace)
-    assert reason_of(KeyError("k")).text == "error: KeyError: 'k' (--debug shows where)"
-    assert reason_of(AssertionError()).text == "error: AssertionError (--debug shows where)"
+    fault, report = (
+        "error: a fault of mpillm itself:",
+        "please report it with the output of --debug",
+    )
+    assert reason_of(KeyError("k")).text == f"{fault} KeyError: 'k'; {report}"
+    assert reason_of(AssertionError()).text == f"{fault} AssertionError; {report}"
+    assert reason_of(MemoryError()).text == "error: out of memory; use a smaller job or more nodes"
+    full = OSError(errno.ENOSPC, "No space left on device", "/scratch/a\x1b[2J")
+    assert reason_of(full).text.startswith(
+        "error: /scratch/a\x1b[2J: No space left on device; free "
+    )
+    assert message([reason_of(full)]).startswith("mpillm: error: /scratch/a\\x1b[2J: No space left")
     assert reason_of(KeyboardInterrupt()) == Reason("interrupted", 130)
     assert reason_of(KeyboardInterrupt("saved step 7")).text == "interrupted: saved step 7"
     assert reason_of(SystemExit("words")).text == "error: words"
@@ -131,7 +142,8 @@ def test_unexpected_with_debug(leave):
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1
     assert ours(done) == [
-        "mpillm: error: ZeroDivisionError: division by zero (--debug shows where)"
+        "mpillm: error: a fault of mpillm itself: ZeroDivisionError: division by zero; "
+        "please report it with the output of --debug"
     ]
 
 

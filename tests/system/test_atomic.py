@@ -11,6 +11,7 @@ import pytest
 
 from mpillm.errors import UsageError
 from mpillm.system.atomic import flush, make_folder, replacing, write_json, write_text
+from mpillm.system.json_text import from_json, read_json
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -19,6 +20,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from mpillm.system.atomic import write_text
+from mpillm.system.json_text import from_json, read_json
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
@@ -159,3 +161,60 @@ def test_make_folder_refuses_a_folder_of_others(tmp_path: Path) -> None:
             make_folder(tmp_path)
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "target.txt").write_text("old")
+    (tmp_path / "link").symlink_to("target.txt")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target.txt").read_text() == "new"
+    assert names(tmp_path) == ["link", "target.txt"]
+
+
+def test_a_pipe_is_written_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_text(path, "new")
+        assert os.read(reader, 100) == b"new"
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert names(tmp_path) == ["pipe"]
+
+
+@pytest.mark.usefixtures("processes")
+def test_standard_output_keeps_what_it_holds(python: Run) -> None:
+    code = "write_text(Path('/dev/stdout'), 'second'); print('third')"
+    head = "from pathlib import Path; from mpillm.system.atomic import write_text"
+    done = python("-c", f"{head}; print('first', flush=True); {code}")
+    assert done.stdout == "first\nsecondthird\n"
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127], ids=["ascii", "utf-8"])
+def test_the_longest_name_can_be_written(tmp_path: Path, name: str) -> None:
+    write_text(tmp_path / name, "text")
+    assert names(tmp_path) == [name]
+
+
+def test_temporary_names_differ(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:
+        assert first != second
+        first.touch()
+        second.touch()
+    assert names(tmp_path) == ["a"]
+
+
+def test_json_holds_no_nan_and_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    name = os.fsdecode(b"caf\xe9")
+    write_json(path, {"loss": float("nan"), "rates": (float("inf"), 1.5), "name": name})
+    assert read_json(path) == {"loss": None, "rates": [None, 1.5], "name": name}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 200_000, "9" * 5_000])
+def test_what_json_cannot_be_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        from_json(text)

@@ -1,0 +1,32 @@
+"""What comes out of files reaches a terminal and a shell without effect on either."""
+
+import errno
+import shlex
+
+import pytest
+
+from mpillm.system.messages import REMEDIES, command, explain, printable
+
+
+def test_controls_become_escapes_and_text_stays() -> None:
+    assert printable("\x1b[2J\x07a\rb\x9bc\u202ed\ud800") == (r"\x1b[2J\x07a\rb\x9bc\u202ed\ud800")
+    text = "Größe\t1\n日本語 🙂"
+    assert printable(text) == text
+
+
+@pytest.mark.parametrize("word", ["a b", 'é "x" $(id)', "it's", "", "-n", "a\nb", "`id`", "*"])
+def test_a_command_can_be_pasted(word: str) -> None:
+    assert shlex.split(command(["mpillm", "status", word])) == ["mpillm", "status", word]
+
+
+@pytest.mark.parametrize("code", sorted(REMEDIES), ids=errno.errorcode.get)
+def test_a_failure_has_its_file_reason_and_remedy(code: int) -> None:
+    failure = OSError(code, "why", "/a/file")
+    assert explain(failure) == f"/a/file: why; {REMEDIES[code]}"
+    assert explain(OSError(code, "why"), "b") == f"b: why; {REMEDIES[code]}"
+
+
+def test_a_failure_without_parts_still_says_what_it_is() -> None:
+    assert explain(OSError()) == "OSError"
+    assert explain(OSError("short")) == "short"
+    assert explain(TimeoutError(errno.EPIPE, "Broken pipe", b"/x\xff")) == "/x\udcff: Broken pipe"
