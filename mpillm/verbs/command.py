@@ -20,7 +20,7 @@ class Verb(Protocol):
     """Describe a verb: a frozen dataclass with its options as fields.
 
     `prints_its_result` (true where a verb does not say): the verb has failed where its output
-    cannot be written. Else its files are the result, and it goes on.
+    cannot be written. Else its files are the result, and the verb continues.
     """
 
     example: ClassVar[str]
