@@ -1,0 +1,1 @@
+"""Trials of faults: what benchmarks/reliability.py is made of."""
