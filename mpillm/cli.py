@@ -16,7 +16,7 @@ from mpillm.verbs.command import make_command, verb_summary
 from mpillm.verbs.verb_catalog import VERBS
 
 # A launcher kills all ranks once one leaves with an error: the first rank must print before that.
-OTHERS_WAIT_SECONDS = 1.0
+OTHERS_WAIT_SECONDS = 3.0
 
 
 class _Verbs(TyperGroup):

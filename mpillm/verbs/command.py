@@ -50,7 +50,10 @@ def make_command(name: str, verb: Callable[..., Verb]) -> Any:
     parameters = list(command_parameters(verb))  # type: ignore[arg-type]
 
     def call(**given: Any) -> None:
-        verb(**{one.name: _to_field(one, given[one.name]) for one in parameters}).run()
+        values = {one.name: _to_field(one, given[one.name]) for one in parameters}
+        for one in parameters:
+            one.check(values[one.name])
+        verb(**values).run()
         if getattr(verb, "prints_its_result", True):
             refuse_lost_output()
 
@@ -81,22 +84,43 @@ def verb_summary(target: str) -> str:
 def _signature_parameter(one: CommandParameter) -> inspect.Parameter:
     kind, marker = one.kind, one.marker
     default = inspect.Parameter.empty if one.required else one.default
+    # A path is taken as a text: typer would make the current folder of an empty one.
+    whole = Path in (kind, *get_args(kind))
     if isinstance(marker, Option) and marker.commas:
         kind, default = str, ",".join(one.default or ())
     elif get_origin(kind) is tuple:
-        kind, default = list[get_args(kind)[0]] | None, one.default or None  # type: ignore[misc]
+        item = str if whole else get_args(kind)[0]
+        kind, default = list[item] | None, one.default or None  # type: ignore[valid-type]
+    elif whole:
+        kind = str if kind is Path else str | None
+        default = str(default) if isinstance(default, Path) else default
+    metavar = marker.metavar or ("PATH" if whole else None)
     info: Any = (
-        typer.Argument(help=marker.help, metavar=marker.metavar or None)
+        typer.Argument(help=marker.help, metavar=metavar)
         if isinstance(marker, Argument)
-        else typer.Option(one.flag, help=marker.help, metavar=marker.metavar or None)
+        else typer.Option(one.flag, help=_help(marker), metavar=metavar)
     )
     return inspect.Parameter(
         one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
     )
 
 
+def _help(marker: Option) -> str:
+    """Give the help with the range of the numbers, as `Rounds that are timed (1 or more).`."""
+    return f"{marker.help.removesuffix('.')} ({marker.range})." if marker.range else marker.help
+
+
 def _to_field(one: CommandParameter, value: Any) -> Any:
-    """Give what was typed in the field's own type: tuples where typer has lists."""
+    """Give what was typed in the field's own type: tuples where typer has lists, and paths."""
     if isinstance(one.marker, Option) and one.marker.commas:
         return tuple(filter(None, value.split(",")))
+    if Path in (one.kind, *get_args(one.kind)):
+        items = [_to_path(one, text) for text in (value if isinstance(value, list) else [value])]
+        return items[0] if get_origin(one.kind) is not tuple else tuple(filter(None, items))
     return tuple(value or ()) if get_origin(one.kind) is tuple else value
+
+
+def _to_path(one: CommandParameter, text: str | None) -> Path | None:
+    if text == "":
+        raise UsageError(f"{one.title} is empty; name a path (is a shell variable unset?)")
+    return None if text is None else Path(text)

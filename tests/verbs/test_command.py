@@ -4,12 +4,13 @@ twice.
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args
 
 import pytest
 from typer.testing import CliRunner
@@ -34,7 +35,7 @@ class Toy:
     paths: Annotated[tuple[Path, ...], Argument("Some paths.", metavar="PATH…")] = ()
     overrides: Annotated[tuple[str, ...], Option("Settings.", flag="--set")] = ()
     hosts: Annotated[tuple[str, ...], Option("Hosts.", commas=True)] = ()
-    ranks_per_node: Annotated[int, Option("Ranks.", metavar="N")] = 3
+    ranks_per_node: Annotated[int, Option("Ranks.", metavar="N", minimum=1, maximum=64)] = 3
     seed: Annotated[int | None, Option("A seed.")] = None
     place: Annotated[bool | None, Option("Where.", flag="--here/--there")] = None
     overwrite: Annotated[bool, Option("Replace.")] = False
@@ -66,6 +67,51 @@ def typed(*arguments: str) -> Toy:
 )
 def test_what_is_typed_becomes_the_dataclass(arguments: tuple[str, ...], options: Toy) -> None:
     assert typed(*arguments) == options
+
+
+@pytest.mark.parametrize("given", ["0", "65", "99999999999999999999999"])
+def test_a_number_out_of_its_range_is_named_with_the_range(given: str) -> None:
+    with pytest.raises(UsageError, match=f"--ranks-per-node takes 1 to 64, and not {given}"):
+        typed("--ranks-per-node", given)
+    made = command.make_command("toy", Toy)
+    assert "Ranks (1 to 64)." in [getattr(one, "help", "") for one in made.params]
+
+
+def _paths_of_verbs() -> list[tuple[str, str]]:
+    """Give (verb, field) of each path that can be typed."""
+    found = []
+    for name, target in VERBS.items():
+        module, _, attribute = target.partition(":")
+        verb = getattr(importlib.import_module(module), attribute)
+        kinds = ((one.name, (one.kind, *get_args(one.kind))) for one in command_parameters(verb))
+        found += [(name, field) for field, kind in kinds if Path in kind]
+    return found
+
+
+@pytest.mark.parametrize(("verb", "field"), _paths_of_verbs())
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("a\0b", "a NUL byte"),
+        ("x" * 5000, "is too long"),
+        ("é" * 128, "too long"),
+    ],
+)
+def test_a_path_that_cannot_be_is_refused_by_its_name(
+    verb: str, field: str, text: str, words: str
+) -> None:
+    module, _, attribute = VERBS[verb].partition(":")
+    kind = getattr(importlib.import_module(module), attribute)
+    parameters = {one.name: one for one in command_parameters(kind)}
+    own, typed = parameters[field], []
+    for one in parameters.values():
+        if one.required or one is own:
+            value = text if one is own else "1"
+            typed += [one.flag, value] if isinstance(one.marker, Option) else [value]
+    with pytest.raises(UsageError, match=f"{re.escape(own.title)}.* {words}") as refused:
+        command.make_command(verb, kind).main(args=typed, standalone_mode=False)
+    assert len(str(refused.value)) < 400
 
 
 def test_the_help_is_the_dataclass() -> None:
