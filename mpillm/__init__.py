@@ -3,9 +3,12 @@
 import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
 
+# Loading typing takes 10 ms, in which Ctrl-C would print a traceback (system/ending_signals.py).
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from mpillm.comm.communicator import Communicator as Communicator
     from mpillm.comm.mesh import Mesh as Mesh
     from mpillm.errors import MpillmError as MpillmError
@@ -47,7 +50,7 @@ EXPORTS: Mapping[str, str] = MappingProxyType(
 )
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Import an exported name from its module. Raises AttributeError for any other."""
     if name not in EXPORTS:
         raise AttributeError(

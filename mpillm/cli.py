@@ -10,8 +10,9 @@ from typer.core import TyperCommand, TyperGroup
 
 from mpillm.errors import MpillmError
 from mpillm.launch.launchers import rank_from_environment
+from mpillm.system.ending_signals import INTERRUPTED
 from mpillm.system.plugins import is_plugin, load_plugin
-from mpillm.system.standard_streams import guard_streams, refuse_lost_output
+from mpillm.system.standard_streams import guard_streams
 from mpillm.verbs.command import make_command, verb_summary
 from mpillm.verbs.verb_catalog import VERBS
 
@@ -58,14 +59,9 @@ def _versions(
     verbose: Annotated[bool, typer.Option("--verbose", help="Print more.")] = False,
 ) -> None:
     if version:
-        from mpillm.system.console import Console
-        from mpillm.system.versions import package_version, versions
+        from mpillm.system.versions import print_versions
 
-        if verbose:
-            Console().facts("versions", versions())
-        else:
-            Console().say(f"mpillm {package_version('mpillm')}")
-        refuse_lost_output()
+        print_versions(verbose)
         raise typer.Exit
 
 
@@ -77,6 +73,9 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
     try:
         code = app(standalone_mode=False)
+    except typer.Abort:
+        # Typer's word for Ctrl-C, here before a verb catches it.
+        code = INTERRUPTED
     except Exception as failure:
         # What was typed is wrong on every rank; any other failure may be this rank's alone.
         typed = hasattr(failure, "show")

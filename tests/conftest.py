@@ -16,13 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import mpi4py
 import pytest
-from mpi4py import MPI
 
-from mpillm.system.pmix import wait_until_all_began
+from mpillm.comm.world import open_world
+from mpillm.launch.launchers import detect
 
-WORLD = MPI.COMM_WORLD
-wait_until_all_began(WORLD.size)
+# open_world starts MPI: then a lone process leaves no file in /dev/shm and TMPDIR.
+mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+from mpi4py import MPI  # noqa: E402
+
+WORLD = open_world(alone=not detect(os.environ).launcher)
 # A singleton start leaves these in the environment. A child mpirun that inherits them would take
 # itself for a part of the parent's job.
 FOREIGN = (

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from mpillm.comm.waiting import patient_bcast, wait_patiently
 from mpillm.errors import MpillmError
+from mpillm.system.ending_signals import INTERRUPTED
 from mpillm.system.messages import explain, printable
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ AGREEMENT_SECONDS = 2.0
 FORWARDING_SECONDS = 0.5
 # The first word of a message, kept ahead of the ranks, so that a log can be searched for it.
 KINDS = ("error", "stopped")
-# The exit code that a shell reports for a process ended by SIGINT: 128 + 2.
-INTERRUPTED = 130
 
 Result = TypeVar("Result")
 

@@ -56,7 +56,7 @@ def diagnose(options: DoctorOptions, console: Console, environment: Mapping[str,
     if not look.library.name or look.failure:
         return _alone(checks, job, console)
     with without_foreign_warning():
-        comm = open_world()
+        comm = open_world(alone=not started.launcher)
     try:
         refuse_lonely_ranks(environment, comm.size, look.version)
     except LaunchError as failure:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpillm.doctor.subprocesses import Ended, trial
+from mpillm.errors import LaunchError
 from mpillm.machine.mpi_names import UNKNOWN, MpiName, mpirun_of, named
+from mpillm.system.lone_mpi import lone_environment
 
 # Both load MPI from a file system that may be cold.
 LOOK_SECONDS, INIT_SECONDS = 60.0, 60.0
@@ -37,8 +39,13 @@ def look_at_mpi(environment: Mapping[str, str], start: bool = False) -> MpiLook:
 
     `environment` must not hold a launcher's variables.
     """
-    step, seconds = ("init", INIT_SECONDS) if start else ("look", LOOK_SECONDS)
-    return look_of(trial("mpi_child", [step], environment, seconds))
+    if not start:
+        return look_of(trial("mpi_child", ["look"], environment, LOOK_SECONDS))
+    try:
+        with lone_environment(environment) as changed:
+            return look_of(trial("mpi_child", ["init"], changed, INIT_SECONDS))
+    except LaunchError as failure:
+        return MpiLook(failure=str(failure))
 
 
 def look_of(ended: Ended) -> MpiLook:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,12 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], seconds: f
         out, err = child.communicate(timeout=seconds)
         return Ended(child.returncode, out, err)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
+        pass
+    finally:
+        # Out of time or interrupted: it has a session of its own, and would stay.
+        if child.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
     try:
         out, err = child.communicate(timeout=1)
     except subprocess.TimeoutExpired:

@@ -3,6 +3,8 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+from mpillm.system.standard_streams import refuse_lost_output
+
 PACKAGES = ("mpillm", "mpi4py", "torch", "h5py", "numpy", "tokenizers")
 
 
@@ -16,13 +18,16 @@ def package_version(name: str) -> str:
 def versions() -> dict[str, str]:
     """Return name → version of mpillm, MPI, the main packages, HDF5 and Python.
 
-    Loads MPI and h5py.
+    Loads MPI, but does not start it, and h5py.
     """
     found = {name: package_version(name) for name in PACKAGES}
     import h5py
 
     found["HDF5"] = h5py.version.hdf5_version
     try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
         from mpi4py import MPI
 
         found["MPI"] = MPI.Get_library_version().split("\n")[0].strip("\0 ")
@@ -30,3 +35,14 @@ def versions() -> dict[str, str]:
         found["MPI"] = f"none: {failure}"
     found["Python"] = platform.python_version()
     return found
+
+
+def print_versions(verbose: bool) -> None:
+    """Print mpillm's version, with `verbose` those of all parts. Raises UsageError."""
+    from mpillm.system.console import Console
+
+    if verbose:
+        Console().facts("versions", versions())
+    else:
+        Console().say(f"mpillm {package_version('mpillm')}")
+    refuse_lost_output()

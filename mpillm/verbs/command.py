@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from mpillm.errors import UsageError
 from mpillm.system.command_line import Argument, CommandParameter, Option, command_parameters
+from mpillm.system.ending_signals import release_signals
 from mpillm.system.standard_streams import refuse_lost_output
 from mpillm.verbs.verb_catalog import REFUSED
 
@@ -53,7 +54,9 @@ def make_command(name: str, verb: Callable[..., Verb]) -> Any:
         values = {one.name: _to_field(one, given[one.name]) for one in parameters}
         for one in parameters:
             one.check(values[one.name])
-        verb(**values).run()
+        made = verb(**values)
+        release_signals()
+        made.run()
         if getattr(verb, "prints_its_result", True):
             refuse_lost_output()
 

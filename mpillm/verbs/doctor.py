@@ -23,7 +23,10 @@ class Doctor(DoctorOptions):
     def run(self) -> None:
         from mpillm.comm.failure import fail_together
         from mpillm.launch.launchers import watched
+        from mpillm.launch.signals import interrupt_on_terminate
 
+        # So that it ends its children and removes its files.
+        interrupt_on_terminate()
         with fail_together(None, debug=self.debug):
             from mpillm.doctor.diagnose import diagnose
 

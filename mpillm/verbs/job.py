@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpillm.launch.launchers import rank_from_environment
+from mpillm.launch.launchers import detect, rank_from_environment
 from mpillm.system.console import Console
 from mpillm.system.extras import extras_explained, installed
 
@@ -44,7 +44,10 @@ def open_job(debug: bool, stops_in_order: bool = False) -> Iterator[Job]:
     if not stops_in_order:
         interrupt_on_terminate()
     with fail_together(None, debug=debug), one_voice(os.environ):
-        comm = open_world(lambda library: refuse_before_init(os.environ, library))
+        comm = open_world(
+            lambda library: refuse_before_init(os.environ, library),
+            alone=not detect(os.environ).launcher,
+        )
         from mpi4py import MPI
 
         refuse_lonely_ranks(os.environ, comm.size, MPI.Get_library_version())
@@ -66,7 +69,9 @@ def first_process(debug: bool) -> Iterator[Console]:
     """
     from mpillm.comm.failure import fail_together
     from mpillm.launch.launchers import watched
+    from mpillm.launch.signals import interrupt_on_terminate
 
+    interrupt_on_terminate()
     if rank_from_environment(os.environ):
         raise SystemExit(0)
     with fail_together(None, debug=debug), extras_explained():

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import IO
 
 from mpillm.comm.gpu.gpu_aware import ARITHMETIC, MESSAGES
 from mpillm.system.environment import without_launcher
+from mpillm.system.lone_mpi import lone_environment
 
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall")
 TRIALS = (MESSAGES, *OPERATIONS, ARITHMETIC)
@@ -39,15 +41,16 @@ def probe(
     """
     found = dict.fromkeys(TRIALS, False)
     left, until = list(TRIALS), time.monotonic() + all_seconds
-    while left and time.monotonic() < until:
-        seconds = min(child_seconds, until - time.monotonic())
-        lines = _run_child([*launch, *child, *left], without_launcher(environment), seconds)
-        if not lines or lines[0] != READY:
-            break
-        answers = dict(line.split() for line in lines[1:] if line.count(" ") == 1)
-        found |= {name: answers[name] == "ok" for name in left if name in answers}
-        # The first trial without an answer is the one that crashed or hung: skip it.
-        left = left[len(answers) + 1 :]
+    with lone_environment(without_launcher(environment)) as own:
+        while left and time.monotonic() < until:
+            seconds = min(child_seconds, until - time.monotonic())
+            lines = _run_child([*launch, *child, *left], own, seconds)
+            if not lines or lines[0] != READY:
+                break
+            answers = dict(line.split() for line in lines[1:] if line.count(" ") == 1)
+            found |= {name: answers[name] == "ok" for name in left if name in answers}
+            # The first trial without an answer is the one that crashed or hung: skip it.
+            left = left[len(answers) + 1 :]
     return found
 
 
@@ -68,12 +71,20 @@ def _run_child(command: Sequence[str], environment: Mapping[str, str], seconds: 
     try:
         written, _ = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        # The child's session, so that a launcher's processes end with it.
-        os.killpg(child.pid, signal.SIGKILL)
+        _kill(child)
         written, _ = child.communicate()
+    except BaseException:
+        _kill(child)
+        raise
     return [
         line for line in written.splitlines() if line == READY or line.endswith((" ok", " wrong"))
     ]
+
+
+def _kill(child: "subprocess.Popen[str]") -> None:
+    """Kill the child's session, so that a launcher's processes end with it."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def report_trial(name: str, out: IO[str], well: bool | None = None) -> None:

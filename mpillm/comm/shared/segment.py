@@ -63,18 +63,13 @@ def _map(comm: "MPI.Intracomm", path: Path, stride: int) -> tuple[mmap.mmap | No
     """Create the file on rank 0, open it on the others, allocate this rank's part, unlink it."""
     descriptor, reason, memory = -1, "", None
     try:
-        try:
-            if comm.rank == 0:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-                os.ftruncate(descriptor, stride * comm.size)
-            comm.Barrier()  # the file exists and has its length before others open it
-            if comm.rank != 0:
-                descriptor = os.open(path, os.O_RDWR)
-        except OSError as failure:
-            if comm.rank == 0:
-                comm.Barrier()  # the others wait for it above
-            reason = f"cannot open {path}: {failure.strerror}"
-        else:
+        if comm.rank == 0:
+            descriptor, reason = _create(path, stride * comm.size)
+        # The file exists and has its length, or no rank opens it.
+        reason = comm.bcast(reason)
+        if not reason and comm.rank != 0:
+            descriptor, reason = _open(path, os.O_RDWR)
+        if not reason:
             memory, reason = _allocate(descriptor, stride, comm)
         # All ranks have it open: from here on a killed job leaves no file.
         comm.Barrier()
@@ -87,6 +82,26 @@ def _map(comm: "MPI.Intracomm", path: Path, stride: int) -> tuple[mmap.mmap | No
     return memory, reason
 
 
+def _open(path: Path, flags: int) -> tuple[int, str]:
+    try:
+        return os.open(path, flags, 0o600), ""
+    except OSError as failure:
+        return -1, f"cannot open {path}: {failure.strerror}"
+
+
+def _create(path: Path, nbytes: int) -> tuple[int, str]:
+    """Create the file with its length; return its descriptor, and why that failed."""
+    descriptor, reason = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    if not reason:
+        try:
+            os.ftruncate(descriptor, nbytes)
+        except (OSError, OverflowError) as failure:
+            # Such as EFBIG under `ulimit -f`; an overflow beyond 2^63 bytes.
+            why = getattr(failure, "strerror", failure)
+            reason = f"cannot make {nbytes:,} bytes of {path}: {why}"
+    return descriptor, reason
+
+
 def _allocate(descriptor: int, stride: int, comm: "MPI.Intracomm") -> tuple[mmap.mmap | None, str]:
     """Map the file and allocate this rank's part, in huge pages where the system allows them."""
     try:
@@ -96,8 +111,10 @@ def _allocate(descriptor: int, stride: int, comm: "MPI.Intracomm") -> tuple[mmap
                 memory.madvise(mmap.MADV_HUGEPAGE)
         # Allocate now: a full /dev/shm is ENOSPC here, and SIGBUS at a later touch.
         os.posix_fallocate(descriptor, comm.rank * stride, stride)
-    except OSError as failure:
-        full = failure.errno in (errno.ENOSPC, errno.ENOMEM)
-        what = "no room left" if full else failure.strerror
+    except (OSError, ValueError, OverflowError) as failure:
+        # A ValueError: the file is shorter than the map, or the map longer than an address.
+        code = getattr(failure, "errno", None)
+        full = code in (errno.ENOSPC, errno.ENOMEM)
+        what = "no room left" if full else getattr(failure, "strerror", failure)
         return None, f"cannot allocate {stride:,} bytes of shared memory in {FOLDER}: {what}"
     return memory, ""

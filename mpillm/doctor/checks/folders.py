@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -63,10 +62,9 @@ class FoldersCheck(Check):
 def folders_to_try(job: JobView) -> tuple[Path, ...]:
     """Return the user's folders, else the current one and the one for temporary files."""
     environment = job.environment
-    here = Path(environment.get("PWD") or "/")
+    here, temporary = Path(environment.get("PWD") or "/"), Path(environment.get("TMPDIR") or "/tmp")
     with suppress(FileNotFoundError):  # the current folder may have been removed
         here = Path.cwd()
-    temporary = Path(environment.get("TMPDIR") or tempfile.gettempdir())
     return tuple(dict.fromkeys(job.options.paths or (here, temporary)))
 
 

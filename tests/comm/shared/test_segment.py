@@ -1,0 +1,67 @@
+"""Shared memory that cannot be had: the same reason on every rank, and no file left."""
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpillm.comm.shared.segment import FOLDER, share_segment
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """As `ulimit -f` limits the size of files."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def left_by(comm: Any) -> list[str]:
+    """List the segments of this job's processes in /dev/shm."""
+    comm.Barrier()
+    first = comm.bcast(f"mpillm-{os.getpid()}-")
+    found = [path.name for path in FOLDER.iterdir() if path.name.startswith(first)]
+    comm.Barrier()
+    return found
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_limit_of_file_sizes(comm: Any) -> None:
+    found = share_segment(comm, 1 << 16)
+    assert isinstance(found, str)
+    assert "File too large" in found
+    assert len(set(comm.allgather(found))) == 1
+    assert left_by(comm) == []
+
+
+@pytest.mark.parametrize("place", ["missing", "a file"])
+def test_a_folder_that_cannot_be_used(comm: Any, folder: Path, place: str) -> None:
+    if comm.rank == 0:
+        (folder / "a file").write_text("")
+    comm.Barrier()
+    found = share_segment(comm, 4096, folder / place)
+    assert isinstance(found, str)
+    assert "cannot open" in found
+    assert len(set(comm.allgather(found))) == 1
+
+
+@pytest.mark.parametrize("nbytes", [1 << 46, 1 << 62])
+def test_more_memory_than_there_is(comm: Any, nbytes: int) -> None:
+    found = share_segment(comm, nbytes)
+    assert isinstance(found, str)
+    assert len(set(comm.allgather(found))) == 1
+    assert left_by(comm) == []
+
+
+def test_a_segment_leaves_no_name(comm: Any) -> None:
+    found = share_segment(comm, 100)
+    assert not isinstance(found, str)
+    assert left_by(comm) == []
+    found.own[:] = comm.rank + 1
+    comm.Barrier()
+    assert [int(row[99]) for row in found.rows] == list(range(1, comm.size + 1))
+    comm.Barrier()

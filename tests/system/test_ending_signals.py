@@ -1,0 +1,75 @@
+"""Ctrl-C and SIGTERM at any time: no traceback, the code of the signal, and no file left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mpillm.system.ending_signals import deferred_signals
+from tests.conftest import clean_environment
+
+pytestmark = pytest.mark.usefixtures("processes")
+# Python itself ends so where the signal comes before mpillm's first line.
+CODES = {
+    signal.SIGINT: {130, -signal.SIGINT},
+    signal.SIGTERM: {130, 143, -signal.SIGTERM},
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("words", [("bench", "gemm", "--iterations", "100000"), ("doctor",)])
+@pytest.mark.parametrize("seconds", [0.12, 0.45, 0.9])
+def test_a_signal_ends_a_verb_quietly(
+    tmp_path: Path, number: signal.Signals, words: tuple[str, ...], seconds: float
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mpillm", *words],
+        env=clean_environment(TMPDIR=str(tmp_path)),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    # As late as on a fast machine: the first line of Python's own modules is read by then.
+    while Path("tests/conftest.py").exists() and b"mpillm" not in _command(process.pid):
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode in CODES[number], printed
+    assert "Traceback" not in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def _command(process: int) -> bytes:
+    return Path(f"/proc/{process}/cmdline").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_deferred_signal_comes_after_the_block(number: signal.Signals) -> None:
+    came, before = [], signal.getsignal(number)
+    signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        with deferred_signals():
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            assert came == []
+        assert came == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """As nohup and a shell's background jobs leave it."""
+    code = (
+        "import os, signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from mpillm.system.ending_signals import leave_on_signals, release_signals\n"
+        "leave_on_signals()\nos.kill(os.getpid(), signal.SIGINT)\nrelease_signals()\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\nprint('here')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert done.stdout == "here\n"
