@@ -74,18 +74,46 @@ def is_gone(holder: Holder, me: Holder, silent_seconds: float) -> bool:
     return again or silent_seconds > DEAD_SECONDS
 
 
+class LostLockError(UsageError):
+    """Another job has taken the run over: this one must not write into its folder any more."""
+
+
 class RunLock:
     """The lock of the run in `folder`, taken by one process of a job until `release`."""
 
     def __init__(self, folder: Path, job: CurrentJob | None) -> None:
         """Raises UsageError, naming the holder, where another job holds the run."""
         self._path, self._me = folder / LOCK, this_process(job)
+        self._lost = ""
         self._take()
+        self._seen = time.time()
         self._ended = threading.Event()
         self._thread = threading.Thread(
             target=self._beat, name="heartbeat of the run's lock", daemon=True
         )
         self._thread.start()
+
+    def is_lost(self, fresh: bool = False) -> bool:
+        """Return whether another job has replaced the lock, as one may after a long suspension.
+
+        Reads the file where `fresh`, or where the last reading is older than a beat: a process
+        that was suspended notices before it writes anything.
+        """
+        if not self._lost and (fresh or not 0 <= time.time() - self._seen <= BEAT_SECONDS):
+            holder = read_holder(self._path.parent)
+            self._seen = time.time()
+            # A lock that is missing or cannot be read names no other holder.
+            if holder is not None and holder.token != self._me.token:
+                self._lost = holder.describe()
+        return bool(self._lost)
+
+    def refuse_if_lost(self, fresh: bool = True) -> None:
+        """Raise LostLockError, naming the new holder, where another job holds the run now."""
+        if self.is_lost(fresh):
+            raise LostLockError(
+                f"the run {self._path.parent} is held by {self._lost} now: this job was suspended "
+                "for too long and was replaced; it stops without writing anything more"
+            )
 
     def release(self) -> None:
         self._ended.set()
@@ -145,7 +173,9 @@ class RunLock:
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             with suppress(OSError):
-                os.utime(self._path)
+                # A touch would keep the lock of another job alive.
+                if not self.is_lost(fresh=True):
+                    os.utime(self._path)
 
 
 def read_holder(folder: Path) -> Holder | None:

@@ -7,88 +7,40 @@ HDF5 tool opens the files. Names of tensors never mention ranks: any number of r
 any number wrote.
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.lib.stride_tricks import as_strided
 
 from mpillm.errors import CheckpointError, MismatchError
 from mpillm.system import hdf5
-from mpillm.weights.places import INDEX
-from mpillm.weights.slices import Array, Box, Held, TensorSlice, raw, run_boxes, slices_of
-
-# Version 2 adds slices that are boxes, but not runs of elements. Without one, version 1 is written.
-FORMAT, VERSION, VERSION_WITH_BOXES = "mpillm.checkpoint", 1, 2
-
-
-@dataclass(frozen=True)
-class StoredSlice:
-    """Elements of a tensor, stored in `file` from byte `offset` on, with the hash of their bytes.
-
-    `boxes`: the boxes of the tensor that they fill, one after another.
-    """
-
-    file: str
-    offset: int
-    nbytes: int
-    boxes: tuple[Box, ...]
-    xxh3_128: str
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any], shape: tuple[int, ...]) -> Self:
-        """Read an entry of the index: a run (`first`, `count`), or a box (`start`, `size`)."""
-        if "first" in value:
-            boxes = run_boxes(shape, value["first"], value["count"])
-        else:
-            boxes = [Box(tuple(value["start"]), tuple(value["size"]))]
-        return cls(value["file"], value["offset"], value["nbytes"], tuple(boxes), value["xxh3_128"])
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of the namespace: its torch dtype (`float32`), whole shape and stored slices."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    pieces: tuple[StoredSlice, ...]
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Read a tensor's entry of the index."""
-        shape = tuple(value["shape"])
-        pieces = tuple(StoredSlice.from_json(piece, shape) for piece in value["pieces"])
-        return cls(str(value["dtype"]), shape, pieces)
+from mpillm.system.messages import explain
+from mpillm.weights.index import StoredSlice, read_index
+from mpillm.weights.slices import Array, Box, Held, TensorSlice, all_finite, raw, slices_of
 
 
 class Checkpoint:
     """An opened checkpoint: its `facts` (step, seed, recipe, …) and its tensors, read on demand."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the index and compare the files' sizes with it.
+        """Read and check the index, and compare the files' sizes with it.
 
         Raises CheckpointError with the fault.
         """
         self.folder = folder
         # After every byte was verified, a slice that is needed in part is read in part.
         self.verified = False
-        index = _read_index(folder)
-        try:
-            self.facts: dict[str, Any] = index["facts"]
-            self.tensors = {
-                name: StoredTensor.from_json(value) for name, value in index["tensors"].items()
-            }
-            files: dict[str, int] = index["files"]
-        except (KeyError, TypeError, ValueError) as failure:
-            raise CheckpointError(
-                f"{folder / INDEX} is damaged ({failure}); use another checkpoint"
-            ) from failure
-        for file, nbytes in files.items():
+        index = read_index(folder)
+        self.facts: dict[str, Any] = index.facts
+        self.tensors = index.tensors
+        self.has_digest = index.has_digest
+        self._hashes = index.hashes
+        for file, nbytes in index.files.items():
             _check_size(folder / file, nbytes)
 
     @property
@@ -96,8 +48,24 @@ class Checkpoint:
         return int(self.facts["step"])
 
     def text(self, file: str) -> str:
-        """Read the small text file `file` of the checkpoint."""
-        return (self.folder / file).read_text(encoding="utf-8")
+        """Read the small text file `file` of the checkpoint and check its hash, where it has one.
+
+        Raises CheckpointError.
+        """
+        path = self.folder / file
+        try:
+            contents = path.read_bytes()
+            if (digest := self._hashes.get(file)) and hdf5.digest(contents) != digest:
+                raise CheckpointError(
+                    f"{path} is damaged: its hash differs; use another checkpoint"
+                )
+            return contents.decode("utf-8")
+        except OSError as failure:
+            raise CheckpointError(explain(failure, path)) from failure
+        except UnicodeDecodeError as failure:
+            raise CheckpointError(
+                f"{path} is damaged: {failure}; use another checkpoint"
+            ) from failure
 
     def load(self, tensors: Mapping[str, Held]) -> None:
         """Fill CPU tensors and slices in place, by name, from whatever slices are stored.
@@ -121,6 +89,7 @@ class Checkpoint:
                         f"{self.folder} holds {found:,} of the {array.size:,} elements of {name} "
                         f"from {list(part.start)} on; use another checkpoint"
                     )
+                self._check_finite(name, part.tensor)
 
     def verify(self) -> None:
         """Read every byte and compare the hashes. Raises CheckpointError."""
@@ -130,11 +99,17 @@ class Checkpoint:
         self.verified = True
 
     def first_fault(self, rank: int, ranks: int) -> tuple[int, str] | None:
-        """Verify this rank's share of the stored slices.
+        """Verify this rank's share of the stored slices; rank 0 verifies the small texts, too.
 
         Returns the number of its first damaged slice and the reason, or None. The shares of all
-        ranks make up the whole; the lowest number is the fault that one rank alone would find.
+        ranks make up the whole; the lowest number is the fault that one rank alone would find. A
+        text has the number -1. A slice that holds NaN or an infinity counts as damaged.
         """
+        try:
+            for file in self._hashes if rank == 0 else ():
+                self.text(file)
+        except CheckpointError as failure:
+            return -1, str(failure)
         slices = [(name, piece) for name, entry in self.tensors.items() for piece in entry.pieces]
         nbytes = np.array([piece.nbytes for _, piece in slices], np.float64)
         # A slice goes to the rank in whose share its middle is: neighbours stay together.
@@ -145,11 +120,21 @@ class Checkpoint:
         with _Files(self.folder) as files:
             for number in range(int(first), int(last)):
                 name, piece = slices[number]
+                count = sum(box.numel for box in piece.boxes)
+                values = torch.empty(count, dtype=getattr(torch, self.tensors[name].dtype))
                 try:
-                    files.read(name, piece, np.empty(piece.nbytes, np.uint8))
+                    files.read(name, piece, raw(values)[1])
+                    self._check_finite(name, values)
                 except CheckpointError as failure:
                     return number, str(failure)
         return None
+
+    def _check_finite(self, name: str, values: torch.Tensor) -> None:
+        if not all_finite(values):
+            raise CheckpointError(
+                f"{name} in {self.folder} holds NaN or an infinity: the run had diverged when it "
+                "was saved; use an earlier checkpoint"
+            )
 
     def _check_match(self, name: str, part: TensorSlice) -> None:
         entry = self.tensors.get(name)
@@ -231,28 +216,6 @@ def _fill(
         # The span begins with the first element of the common box, so its strides are the box's.
         array[common.within(box)] = as_strided(values[first - begin :], common.size, strides)
     return count
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as failure:
-        raise CheckpointError(
-            f"{folder} is not a whole checkpoint: it has no {INDEX}; use another"
-        ) from failure
-    except (OSError, ValueError) as failure:
-        raise CheckpointError(
-            f"{path} cannot be read: {failure}; use another checkpoint"
-        ) from failure
-    found = (index.get("format"), index.get("version")) if isinstance(index, dict) else (None, None)
-    if found not in ((FORMAT, VERSION), (FORMAT, VERSION_WITH_BOXES)):
-        raise CheckpointError(
-            f"{path} is of format {found[0]} version {found[1]}; "
-            f"this mpillm reads {FORMAT} {VERSION} and {VERSION_WITH_BOXES}"
-        )
-    assert isinstance(index, dict)
-    return index
 
 
 def _check_size(path: Path, nbytes: int) -> None:

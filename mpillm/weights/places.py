@@ -1,15 +1,17 @@
 """Places of a run's checkpoints in the file system, without torch.
 
-A checkpoint is a folder `checkpoints/step-00001000`: `step-` and at least eight digits, nothing
-else. A temporary or half-removed one has another name, so no reader takes it for a checkpoint.
+A checkpoint is a folder `checkpoints/step-00001000`: `step-` and the step in eight digits, or in
+more from 10^8 on. Nothing else is: not `step-best`, not `step-00001000.keep`, not a hidden folder.
 """
 
+import os
 import re
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 INDEX = "index.json"
-NAME = re.compile(r"step-(\d{8,})")
+# One spelling a number, so that no two folders have the same step.
+NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -17,9 +19,21 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int | None:
+    """Read the step in the name of a checkpoint's folder; None for another name."""
+    found = NAME.fullmatch(path.name)
+    return int(found[1]) if found else None
+
+
 def checkpoint_folders(folder: Path) -> dict[int, Path]:
-    """List the checkpoints in `folder` by step, the oldest first; none where there is no folder."""
-    if not folder.is_dir():
+    """List the checkpoints in `folder` by step, the oldest first; none where there is no folder.
+
+    A link to a folder is listed, for a checkpoint may be on another disk; a file is not.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    names = ((NAME.fullmatch(path.name), path) for path in folder.iterdir())
-    return dict(sorted((int(match[1]), path) for match, path in names if match))
+    found = ((step_of(folder / name), folder / name) for name in names)
+    return dict(sorted((step, path) for step, path in found if step is not None))

@@ -1,8 +1,12 @@
 """Write checkpoints: each rank writes its slices to its own file, and one rename commits them."""
 
+import errno
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -10,8 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from mpillm.errors import CheckpointError
 from mpillm.system import hdf5
 from mpillm.system.atomic import flush, write_json
-from mpillm.weights.checkpoint import FORMAT, VERSION, VERSION_WITH_BOXES
-from mpillm.weights.places import INDEX, checkpoint_folders, step_folder
+from mpillm.system.console import binary_bytes
+from mpillm.system.messages import explain
+from mpillm.weights.checkpoint import Checkpoint
+from mpillm.weights.index import FORMAT, VERSION, VERSION_WITH_BOXES, with_digest
+from mpillm.weights.leftovers import MARKER, is_own, remove, temporary_folder
+from mpillm.weights.places import INDEX, checkpoint_folders, step_folder, step_of
 from mpillm.weights.slices import Box, Held, TensorSlice, raw, slices_of, whole_box
 
 if TYPE_CHECKING:
@@ -72,10 +80,10 @@ def save(
     that several ranks hold has the same values on each; different slices of one name tile the
     whole tensor. `texts`: small files (name → contents) of the checkpoint. Until the rename the
     checkpoint does not exist. When any rank fails, the temporary folder is removed and every rank
-    raises CheckpointError.
+    raises CheckpointError. So it does where a file, a link or a folder with other files has the
+    checkpoint's name.
     """
     target = step_folder(folder, facts["step"])
-    temporary = folder / f".{target.name}.tmp"
     parts = {
         SliceKey(name, part.start, tuple(part.tensor.shape), part.shape): part
         for name, held in tensors.items()
@@ -85,12 +93,18 @@ def save(
     shares = assign_writers(comm.allgather(sizes))
     _check_tiles([key for keys in shares for key in keys])
     own = {key: parts[key] for key in shares[comm.rank]}
+    temporary: Path | None = None
     try:
-        _on_all(comm, temporary, _begin, temporary, texts, comm.rank)
-        written = _on_all(comm, temporary, _write_share, temporary, own, comm.rank)
-        _on_all(comm, temporary, _commit, temporary, target, facts, written, comm.rank)
-    except KeyboardInterrupt:
-        shutil.rmtree(temporary, ignore_errors=True)
+        # Rank 0 makes the folder: no other rank can know its name.
+        temporary = _on_all(comm, target, _begin, target, texts, comm.rank)[0]
+        assert temporary is not None
+        written = _on_all(comm, target, _write_share, temporary, own, comm.rank)
+        _on_all(comm, target, _commit, temporary, target, (facts, texts), written, comm.rank)
+    except BaseException as failure:
+        # Where all ranks failed together rank 0 cleans up; a rank that was interrupted does, too.
+        if temporary and (comm.rank == 0 or isinstance(failure, KeyboardInterrupt)):
+            with suppress(OSError):
+                remove(temporary)
         raise
     return target
 
@@ -107,32 +121,68 @@ def _check_tiles(keys: Sequence[SliceKey]) -> None:
 
 
 def _on_all(
-    comm: "MPI.Intracomm", temporary: Path, work: Callable[..., Value], *arguments: Any
+    comm: "MPI.Intracomm", target: Path, work: Callable[..., Value], *arguments: Any
 ) -> list[Value]:
-    """Run `work` on each rank and return all results; if one fails, clean up and raise on all."""
+    """Run `work` on each rank and return all results; if one fails, raise on all ranks."""
     result, reason = None, ""
     try:
         result = work(*arguments)
     except (OSError, RuntimeError) as failure:  # h5py reports a full disk as either
-        reason = f"rank {comm.rank} could not write the checkpoint {temporary}: {failure}"
+        words = _explain(failure, target)
+        reason = f"rank {comm.rank} could not write the checkpoint {target}: {words}"
+    except CheckpointError as failure:
+        reason = str(failure)
     answers: list[tuple[Any, str]] = comm.allgather((result, reason))
     failed = [reason for _, reason in answers if reason]
     if failed:
-        if comm.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{failed[0]}; free some space or choose another train.run, then use --resume"
-        )
+        raise CheckpointError(f"{failed[0]}; then use --resume")
     return [result for result, _ in answers]
 
 
-def _begin(temporary: Path, texts: Mapping[str, str], rank: int) -> None:
+def _explain(failure: OSError | RuntimeError, target: Path) -> str:
+    """Say why a file could not be written: h5py hides the system's reason in HDF5's words."""
+    code = getattr(failure, "errno", None)
+    if code is None and (found := re.search(r"errno = (\d+)", str(failure))):
+        code = int(found[1])
+    if code is None:
+        return f"{failure}; choose another train.run"
+    words = explain(OSError(code, os.strerror(code)))
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        with suppress(OSError):
+            free = shutil.disk_usage(target.parent).free
+            words += f" ({binary_bytes(free)} are free there)"
+    return words
+
+
+def _begin(target: Path, texts: Mapping[str, str], rank: int) -> Path | None:
+    """Make the temporary folder with its small texts, on rank 0."""
     if rank:
-        return
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, text in texts.items():
-        (temporary / name).write_text(text, encoding="utf-8")
+        return None
+    check_replaceable(target)
+    temporary = temporary_folder(target)
+    try:
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+    except BaseException:
+        with suppress(OSError):
+            remove(temporary)
+        raise
+    return temporary
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise CheckpointError where the name of a checkpoint is taken by something else."""
+    if (target.exists() or target.is_symlink()) and not is_own(target):
+        what = (
+            "a link"
+            if target.is_symlink()
+            else "a folder with files of its own"
+            if target.is_dir()
+            else "a file"
+        )
+        raise CheckpointError(
+            f"{target} is {what}, and a checkpoint needs the name; move it to another folder"
+        )
 
 
 def _write_share(
@@ -188,12 +238,14 @@ def _extent(key: SliceKey) -> dict[str, Any]:
 def _commit(
     temporary: Path,
     target: Path,
-    facts: Mapping[str, Any],
+    described: tuple[Mapping[str, Any], Mapping[str, str]],
     written: list[list[WrittenSlice]],
     rank: int,
 ) -> None:
+    """Write the index and rename the folder, on rank 0. `described`: the facts and the texts."""
     if rank:
         return
+    facts, texts = described
     tensors: dict[str, dict[str, Any]] = {}
     boxes = False
     everything = (part for share in written for part in share)
@@ -201,6 +253,7 @@ def _commit(
         empty = {"dtype": part.dtype, "shape": part.key.shape, "pieces": []}
         tensors.setdefault(part.key.name, empty)["pieces"].append(part.entry)
         boxes = boxes or "start" in part.entry
+    (temporary / MARKER).unlink()
     files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     for name in files:
         flush(temporary / name)
@@ -210,19 +263,45 @@ def _commit(
         "version": VERSION_WITH_BOXES if boxes else VERSION,
         "facts": dict(facts),
         "files": files,
+        "hashes": {name: hdf5.digest(text.encode("utf-8")) for name, text in texts.items()},
         "tensors": tensors,
     }
-    write_json(temporary / INDEX, index)
+    write_json(temporary / INDEX, with_digest(index))
+    # A damaged checkpoint of the same step, which a resumed run has passed over.
+    check_replaceable(target)
     if target.exists():
-        shutil.rmtree(target)
+        remove(target)
     temporary.rename(target)
     flush(target.parent)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints. One rank calls it, after a save."""
-    for old in list(checkpoint_folders(folder).values())[:-keep]:
-        # Renamed first: a removal cut short never leaves half a checkpoint under a real name.
-        trash = old.with_name(f".trash-{old.name}")
-        old.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+def prune(folder: Path, keep: int, written: Path | None = None) -> list[str]:
+    """Remove all but the newest `keep` whole checkpoints; return what could not be removed.
+
+    One rank calls it after a save. `written`: the checkpoint just saved (None: the newest), which
+    stays. Newer ones stay, too, and don't count: a resumed run has passed them over as damaged.
+    Damaged ones don't count. Links and folders with other files are not touched.
+    """
+    found = checkpoint_folders(folder)
+    last = step_of(written) if written else max(found, default=0)
+    kept, faults = 0, []
+    for step, path in sorted(found.items(), reverse=True):
+        if step > (last or 0) or path.is_symlink():
+            continue
+        if kept < keep:
+            kept += step == last or _is_whole(path)
+        elif is_own(path):
+            try:
+                remove(path)
+            except OSError as failure:
+                faults.append(explain(failure, path))
+    return faults
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether the index and the sizes of the files are right; no tensor is read."""
+    try:
+        Checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True

@@ -134,3 +134,13 @@ def raw(tensor: Tensor) -> tuple[str, Array]:
     tensor = tensor.detach()
     stored = tensor.view(STORED_AS.get(tensor.dtype, tensor.dtype)).numpy()
     return str(tensor.dtype).removeprefix("torch."), stored
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether the tensor holds neither NaN nor an infinity, in one pass over it."""
+    if not tensor.dtype.is_floating_point:
+        return True
+    # A sum needs no memory of its own and keeps each NaN. Large values may overflow it, so only
+    # then each element is tested.
+    values = tensor.detach()
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
