@@ -1,19 +1,28 @@
 """Load a trained model from a checkpoint, with its task and its tokenizer."""
 
-from collections.abc import Mapping
+import hashlib
+import itertools
+import math
+import reprlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mpillm.comm.failure import on_root
+from mpillm.errors import CheckpointError, DataError, MismatchError
 from mpillm.models.model_catalog import read_spec
-from mpillm.models.part_module import PartModule
+from mpillm.models.part_module import PartModule, weight_shapes
+from mpillm.models.spec import ModelSpec
 from mpillm.system.console import Console
+from mpillm.system.messages import command
 from mpillm.tasks import task_catalog
 from mpillm.tasks.task import Task
 from mpillm.tasks.task_catalog import make_task
+from mpillm.tokens.manifest import NAME as MANIFEST
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
@@ -24,6 +33,21 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 TOKENIZER = "tokenizer.json"
+# The facts that every checkpoint of a run has, by place, with their types.
+FACTS: Mapping[str, type] = MappingProxyType(
+    {
+        "data": str,
+        "recipe.data.path": str,
+        "recipe.model": dict,
+        "recipe.optimizer": dict,
+        "recipe.train.seed": int,
+        "recipe.train.batch": int,
+        "tokenizer.name": str,
+        "tokenizer.sha256": str,
+        "tokenizer.end_of_text": str,
+        "tokenizer.vocab_size": int,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +70,8 @@ class RunConstants:
             "seed": recipe["train"]["seed"],
             "recipe": recipe,
             "data": manifest.manifest_hash,
+            # Relative paths of the recipe begin here.
+            "folder": str(Path.cwd()),
             "tokenizer": dict(manifest.tokenizer),
             "versions": {"torch": torch.__version__},
         }
@@ -67,13 +93,103 @@ def load_trained(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
 
     Every rank calls it. Raises CheckpointError or MismatchError.
     """
-    checkpoint = find(path, comm, console)
+    checkpoint = find(path, comm, console, check_trained)
     model = read_spec(checkpoint.facts["recipe"]["model"]).build()
     checkpoint.load(model_tensors(model))
     facts = checkpoint.facts["tokenizer"]
     tokenizer = Tokenizer.from_json(checkpoint.text(TOKENIZER), facts["name"], facts["end_of_text"])
     task = make_task(checkpoint.facts["recipe"].get("task", {}).get("name", task_catalog.DEFAULT))
     return Loaded(model.eval(), task, tokenizer, checkpoint)
+
+
+def check_trained(checkpoint: Checkpoint, slots: Iterable[str] = ()) -> None:
+    """Check the facts, the tokenizer and the names of a run's checkpoint against its own recipe.
+
+    `slots`: those of the optimizer, for a run that continues. Raises CheckpointError where the
+    checkpoint is damaged, MismatchError where this mpillm does not know the model's settings.
+    """
+    check_facts(checkpoint)
+    facts = checkpoint.facts
+    spec = read_spec(facts["recipe"]["model"])
+    _check_names(checkpoint, spec, slots)
+    known = facts["tokenizer"]
+    text = checkpoint.text(TOKENIZER)
+    if hashlib.sha256(text.encode()).hexdigest() != known["sha256"]:
+        raise CheckpointError(
+            f"{checkpoint.folder / TOKENIZER} is not the tokenizer that the model was trained "
+            "with: its sha256 differs; use another checkpoint"
+        )
+    if known["vocab_size"] > spec.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.folder} has a tokenizer of {known['vocab_size']:,} tokens and a model "
+            f"of {spec.vocab_size:,}; use another checkpoint"
+        )
+
+
+def check_facts(checkpoint: Checkpoint) -> None:
+    """Check that the facts of a run are there, each of its type. Raises CheckpointError."""
+    facts: Mapping[str, Any] = checkpoint.facts
+    for place, kind in FACTS.items():
+        value: Any = facts
+        for key in place.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if type(value) is not kind:
+            raise CheckpointError(
+                f"{checkpoint.folder} was not written by training, or is damaged: its fact "
+                f"{place} is {reprlib.repr(value)}; use another checkpoint"
+            )
+
+
+def _check_names(checkpoint: Checkpoint, spec: ModelSpec, slots: Iterable[str]) -> None:
+    """Raise CheckpointError unless each weight and its state are stored in their own shape."""
+    stored = checkpoint.tensors
+    count = sum(math.prod(t.shape) for name, t in stored.items() if name.startswith("model/"))
+    # Compared first: a wrong size must not be allocated, nor a wrong number of blocks be built.
+    if spec.blocks > len(stored) or spec.parameters > 2 * count:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds {count:,} parameters, its recipe asks for "
+            f"{spec.parameters:,}; use another checkpoint"
+        )
+    weights = weight_shapes(spec)
+    kinds = ["model/", *(f"optimizer/{slot}/" for slot in slots)]
+    for prefix, (name, wanted) in itertools.product(kinds, weights.items()):
+        full = prefix + name.replace(".", "/")
+        found = stored.get(full)
+        if found is None or (found.dtype, found.shape) != wanted:
+            what = f"as {found.dtype} {list(found.shape)}" if found else "not at all"
+            raise CheckpointError(
+                f"{checkpoint.folder} holds {full} {what}, its recipe needs {wanted[0]} "
+                f"{list(wanted[1])}; use another checkpoint"
+            )
+
+
+def load_data(checkpoint: Checkpoint, data: Path | None) -> Manifest:
+    """Load the manifest of `data`; None: of the dataset that the run was trained on.
+
+    Raises DataError where it is missing, MismatchError where another dataset is in its place.
+    """
+    if data is not None:
+        return Manifest.load(data)
+    named = Path(checkpoint.facts["recipe"]["data"]["path"])
+    if not (named / MANIFEST).is_file():
+        raise DataError(f"the run's dataset {missing_data(named, checkpoint.facts.get('folder'))}")
+    manifest = Manifest.load(named)
+    if manifest.manifest_hash != checkpoint.facts["data"]:
+        raise MismatchError(
+            f"{named} is another dataset than the run was trained on (its manifest differs); "
+            f"give --data {named} to take it all the same, or restore the run's own"
+        )
+    return manifest
+
+
+def missing_data(named: Path, folder: Any) -> str:
+    """Say that the dataset `named` is missing; `folder`: where the run was trained, if known."""
+    if named.is_absolute() or not isinstance(folder, str) or folder == str(Path.cwd()):
+        return f"{named} is missing; restore it, or name the folder where it is now with --data"
+    return (
+        f"{named} is not here: the run was trained in {folder}, where its paths begin; "
+        f"go there (`{command(['cd', folder])}`), or name the dataset with --data"
+    )
 
 
 def model_tensors(model: PartModule) -> dict[str, torch.Tensor]:

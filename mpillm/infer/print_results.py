@@ -9,10 +9,10 @@ from mpillm.comm.waiting import patient_barrier
 from mpillm.infer.baselines import score_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import Sampling, generate
-from mpillm.infer.loading import Loaded, load_trained
+from mpillm.infer.loading import Loaded, load_data, load_trained
 from mpillm.system.console import Console
 from mpillm.tasks.metrics.metric_catalog import make_metrics
-from mpillm.tokens.manifest import Manifest, check_tokenizer
+from mpillm.tokens.manifest import check_tokenizer
 from mpillm.tokens.reader import open_split
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def print_evaluation(
     was made with another tokenizer than the model's.
     """
     loaded = load_trained(trained, comm, console)
-    folder = data or Path(loaded.checkpoint.facts["recipe"]["data"]["path"])
-    manifest = Manifest.load(folder)
+    manifest = load_data(loaded.checkpoint, data)
+    folder = manifest.folder
     check_tokenizer(manifest, loaded.tokenizer)
     with open_split(folder, "validation") as reader:
         # One JSON object is all that --json prints: no progress bar.

@@ -4,6 +4,7 @@ A recipe names an architecture by `model.architecture`, a well-known size by `mo
 plug-in is named as `package.module:Name`: a settings dataclass that derives from `ModelSpec`.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from types import MappingProxyType
@@ -39,8 +40,12 @@ def read_spec(section: Mapping[str, Any]) -> ModelSpec:
     """Build a spec from the section [model] of a checkpoint's recipe.
 
     Releases before the key `architecture` had the decoder alone. Raises MismatchError for settings
-    that this mpillm does not know, such as those of a later release.
+    that this mpillm does not know, such as those of a later release, and for values of a wrong
+    type.
     """
+    # Imported here, as recipes do: a login node that reads no model need not load it.
+    from pydantic import TypeAdapter, ValidationError
+
     kind = spec_class(str(section.get("architecture", DEFAULT)))
     assert is_dataclass(kind)
     unknown = sorted(set(section) - {field.name for field in fields(kind)})
@@ -49,5 +54,14 @@ def read_spec(section: Mapping[str, Any]) -> ModelSpec:
             "the model was made with settings that this mpillm does not know: "
             f"{', '.join(unknown)}; use the release, or the plug-in, that it was made with"
         )
-    # JSON has lists alone, settings have tuples.
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items()})
+    try:
+        # As JSON: its lists become the tuples of settings.
+        read: ModelSpec = TypeAdapter(kind).validate_json(json.dumps(section))
+    except ValidationError as failure:
+        first = failure.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise MismatchError(
+            f"the model was made with settings that cannot be: {place} {first['msg']}; "
+            "use another checkpoint"
+        ) from failure
+    return read

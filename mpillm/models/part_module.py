@@ -136,3 +136,17 @@ def create(
         model = spec.build(part)
     initialise(model, seed)
     return model
+
+
+def weight_shapes(spec: ModelSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the dtype (`float32`) and the shape of each weight of the whole model, by its name.
+
+    One block is built at a time, without values: a large model needs little memory.
+    """
+    shapes = {}
+    for block in range(spec.blocks):
+        with WithoutValues():
+            part = spec.build(Part(block, block + 1))
+        for name, weight in part.named_weights():
+            shapes[name] = (str(weight.dtype).removeprefix("torch."), tuple(weight.shape))
+    return shapes

@@ -7,25 +7,36 @@ catalogue, or a plug-in.
 
 import difflib
 import json
+import math
 import re
+import reprlib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
+from datetime import date, time
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, MinLen
 
+from mpillm.comm.communicator import silent
 from mpillm.errors import RecipeError, UsageError
 from mpillm.launch.walltime import seconds_of
 from mpillm.models import model_catalog
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.settings import ParallelSettings
+from mpillm.system.messages import command
 from mpillm.tasks import task_catalog
 from mpillm.train.optimizers import optimizer_catalog
 from mpillm.train.optimizers.optimizer import OptimizerSettings
+from mpillm.train.recipe_file import expand_home, own_run, read_table
 
+# What a signed 64-bit number holds, in torch and in MPI.
+LARGEST = 1 << 63
+# A wrong value in a message: enough to find it.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 Positive = Annotated[int, Gt(0)]
 Many = Annotated[int, Ge(0)]
 Table = dict[str, Any]
@@ -115,21 +126,30 @@ class Recipe:
         return {section.name: asdict(getattr(self, section.name)) for section in fields(self)}
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a TOML recipe; `overrides` are texts such as `train.steps=100`. Raises RecipeError
-    naming each fault.
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), say: Callable[[str], None] = silent
+) -> Recipe:
+    """Read a TOML recipe; `overrides` are texts such as `train.steps=100`.
+
+    A recipe in a run's folder means that run, whatever folder it names: `say` receives a line
+    where they differ. Raises RecipeError naming each fault.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as failure:
-        raise RecipeError(f"cannot read the recipe {path}: {failure.strerror}") from failure
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as failure:
-        raise RecipeError(f"the recipe {path} is not valid TOML: {failure}") from failure
+    table = read_table(path)
     for override in overrides:
         _override(table, override)
     recipe = parse_recipe(table, str(path))
-    run = recipe.train.run or f"runs/{path.stem}"
-    return replace(recipe, train=replace(recipe.train, run=run))
+    named = expand_home(recipe.train.run) or f"runs/{path.stem}"
+    # A folder that was asked for on the command line is meant as it is.
+    asked = any(each.partition("=")[0].strip() == "train.run" for each in overrides)
+    run = named if asked else own_run(path, named)
+    if run != named:
+        say(f"the run is {run}, where its recipe is: the recipe names {named}")
+    return replace(
+        recipe,
+        train=replace(recipe.train, run=run),
+        data=replace(recipe.data, path=expand_home(recipe.data.path)),
+        parallel=replace(recipe.parallel, profile=expand_home(recipe.parallel.profile)),
+    )
 
 
 def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
@@ -139,6 +159,8 @@ def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
     # Imported here: loading pydantic would delay every verb that reads no recipe.
     from pydantic import TypeAdapter, ValidationError
 
+    if impossible := _impossible_values(table):
+        raise RecipeError(f"the recipe {source}: " + "; ".join(impossible))
     table = {**_in_new_spelling(table), "model": _with_shape(table.get("model", {}))}
     classes = section_classes(table)
     try:
@@ -158,6 +180,39 @@ def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
         for first, *others in faults.values()
     ]
     raise RecipeError(f"the recipe {source}: " + "; ".join(texts))
+
+
+def _impossible_values(table: Mapping[str, Any]) -> list[str]:
+    """List the values that no setting can have, those of plug-ins included."""
+    faults = []
+    for name, value in _leaves("", table):
+        if isinstance(value, float) and not math.isfinite(value):
+            faults.append(f"{name} = {value}: a setting is a finite number")
+        elif isinstance(value, int) and not -LARGEST <= value < LARGEST:
+            faults.append(f"{name} has {value.bit_length()} bits: a setting is less than 2^63")
+        elif isinstance(value, str) and not _is_text(value):
+            faults.append(
+                f"{name} = {value!r}: a text is UTF-8 without NUL; rename the file or folder"
+            )
+    return faults
+
+
+def _leaves(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            name = f"{place}.{key}" if place else str(key)
+            # A key is a text, too.
+            yield name, str(key)
+            yield from _leaves(name, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(place, inner)
+    else:
+        yield place, value
+
+
+def _is_text(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _table_class(classes: Mapping[str, type]) -> type:
@@ -244,7 +299,7 @@ def _value(text: str) -> Any:
     """Read a TOML value; return any other text (a bare word, a path) as it is."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         return text
 
 
@@ -283,9 +338,26 @@ def _fault(
         return f"{name} is missing{remedy}"
     if kind == "value_error":
         return f"[{name}] {message.removeprefix('Value error, ')}"
+    if kind == "string_type" and isinstance(value, int | float | date | time):
+        return f"{name} = {_toml(value)}: {_quoting(name, value)}"
     choices = re.findall(r"'([^']+)'", message)
     near = _nearest(str(value), choices) if kind == "literal_error" else ""
-    return f"{name} = {value!r}: {message[0].lower()}{message[1:]}{near}"
+    return f"{name} = {_SHORT.repr(value)}: {message[0].lower()}{message[1:]}{near}"
+
+
+def _quoting(name: str, value: object) -> str:
+    """Say how a text that looks like a number is written; a bare number is no time."""
+    if name == "train.time_limit":
+        try:
+            seconds_of(str(value))
+        except UsageError as failure:
+            return str(failure)
+    value = str(value).lower() if isinstance(value, bool) else value
+    text = f'{name}="{value}"'
+    return (
+        f'it should be a text; write {name.rpartition(".")[2]} = "{value}" in the recipe, '
+        f"or {command(['--set', text])}"
+    )
 
 
 def _known_keys(place: tuple[int | str, ...], classes: Mapping[str, type]) -> list[str]:
