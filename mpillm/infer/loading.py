@@ -182,13 +182,18 @@ def load_data(checkpoint: Checkpoint, data: Path | None) -> Manifest:
     return manifest
 
 
-def missing_data(named: Path, folder: Any) -> str:
+def missing_data(named: Path, folder: Any, option: str = "--data FOLDER") -> str:
     """Say that the dataset `named` is missing; `folder`: where the run was trained, if known."""
-    if named.is_absolute() or not isinstance(folder, str) or folder == str(Path.cwd()):
-        return f"{named} is missing; restore it, or name the folder where it is now with --data"
+    if named.is_absolute() or folder == str(Path.cwd()):
+        return f"{named} is missing; restore it, or say where it is now: {option}"
+    if not isinstance(folder, str):
+        return (
+            f"{named} is not here: its path begins where the run was trained; "
+            f"go there, or say where it is: {option}"
+        )
     return (
         f"{named} is not here: the run was trained in {folder}, where its paths begin; "
-        f"go there (`{command(['cd', folder])}`), or name the dataset with --data"
+        f"go there (`{command(['cd', folder])}`), or say where it is: {option}"
     )
 
 

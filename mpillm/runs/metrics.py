@@ -36,6 +36,10 @@ class MetricsSink(ABC):
     def close(self) -> None:
         """Write what is left, and release files."""
 
+    def abandon(self) -> None:
+        """Release files after a failure: quickly, for other ranks wait. A picture is not drawn."""
+        self.close()
+
 
 class MetricsWriter:
     """Write the metrics of a run to its sinks on rank 0; elsewhere (`writes` false) do nothing."""
@@ -74,6 +78,12 @@ class MetricsWriter:
             # An ExitStack calls back the last first.
             for sink in reversed(self._sinks):
                 stack.callback(sink.close)
+
+    def abandon(self) -> None:
+        """Release every sink after a failure, whose reason matters more than that of a sink."""
+        for sink in self._sinks:
+            with suppress(OSError):
+                sink.abandon()
 
 
 def read_metrics(path: Path) -> Iterator[Metrics]:

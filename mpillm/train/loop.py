@@ -1,9 +1,10 @@
 """The training loop of a run: steps, evaluations, checkpoints, metrics, and an orderly stop."""
 
+import math
 import platform
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,30 +20,33 @@ from mpillm.launch.current_job import CurrentJob
 from mpillm.launch.signals import StopSignals
 from mpillm.launch.walltime import seconds_of
 from mpillm.machine.cluster_profile import Cluster
+from mpillm.models.torch_errors import torch_explained
 from mpillm.parallel.axis_sizes import replicated_axes
 from mpillm.parallel.data.same_weights import check_same
 from mpillm.parallel.step_plan import traffic_bytes
 from mpillm.runs.folder import METRICS, PICTURE, RECIPE, TRACE
 from mpillm.runs.history import HistoryWriter, last_save_seconds
-from mpillm.runs.lock import RunLock
 from mpillm.runs.metrics import MetricsWriter, read_metrics
-from mpillm.system.atomic import write_text
-from mpillm.system.console import Console, Progress
+from mpillm.system.atomic import make_folder, write_text
+from mpillm.system.console import Console, Progress, binary_bytes
+from mpillm.system.messages import explain
 from mpillm.system.versions import package_version
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.reader import open_split
+from mpillm.train.hold import Hold
 from mpillm.train.optimizers.optimizer import set_steps
 from mpillm.train.recipe import Recipe, write_recipe
 from mpillm.train.step import StepResult, Trainer
-from mpillm.train.stopping import Stopping
+from mpillm.train.stopping import LOCK_LOST, Stopping
 from mpillm.train.trace import StepTrace
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.names import name_tensors
-from mpillm.weights.places import CHECKPOINTS
-from mpillm.weights.saving import prune, save
+from mpillm.weights.places import CHECKPOINTS, checkpoint_folders, step_of
+from mpillm.weights.saving import check_replaceable, prune, save
+from mpillm.weights.slices import all_finite, slices_of
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
+    pass
 
 PACKAGES = ("mpillm", "torch", "mpi4py", "h5py", "numpy")
 # Metrics that follow from the loss: a program computes them itself.
@@ -69,39 +73,24 @@ class JobLimits:
         return min(limits, default=None)
 
 
-@contextmanager
-def locked_run(folder: Path, comm: "MPI.Intracomm", job: CurrentJob | None) -> Iterator[None]:
-    """Keep other jobs from the run in `folder` while the block runs. Every rank calls it.
-
-    Raises UsageError where another job holds the run.
-    """
-    locks: list[RunLock] = []
-    # Rank 0 alone takes the lock; where it fails, all ranks raise its error.
-    on_root(comm, lambda: locks.append(RunLock(folder, job)))
-    try:
-        yield
-    finally:
-        for lock in locks:
-            lock.release()
-
-
 class TrainingLoop:
     """The steps of one run. Every rank makes it, and calls `run` once."""
 
     def __init__(
         self,
         recipe: Recipe,
-        manifest: Manifest,
+        constants: RunConstants,
         trainer: Trainer,
         console: Console,
         trace: bool,
         limits: JobLimits,
         cluster: Cluster,
+        hold: Hold,
     ) -> None:
-        self._recipe, self._manifest, self._trainer = recipe, manifest, trainer
+        self._recipe, self._constants, self._trainer = recipe, constants, trainer
         self._comm, self._console = trainer.mesh.comm, console
-        self._folder = Path(recipe.train.run)
-        self._constants = RunConstants.read(manifest, recipe.to_dict(), self._comm)
+        self._folder, self._hold = Path(recipe.train.run), hold
+        self._validates = bool(Manifest.load(recipe.data.path).splits["validation"].n_tokens)
         self._step_trace = StepTrace(trainer.mesh, trainer.plan, trainer.clock_offset)
         self._writes_trace = trace
         self._history = HistoryWriter(self._folder, writes=self._comm.rank == 0)
@@ -116,6 +105,7 @@ class TrainingLoop:
         self._stopping = Stopping(limits.signals, *times)
         self._job, self._cluster = limits.job, cluster
         self._last_saved: Path | None = None
+        self._failure = ""
         self._done = 0
 
     def run(self, checkpoint: Checkpoint | None) -> None:
@@ -160,9 +150,9 @@ class TrainingLoop:
         """
         metrics, reason = None, ""
         try:
-            if self._comm.rank == 0:
-                write_text(self._folder / RECIPE, write_recipe(self._recipe))
+            on_root(self._comm, lambda: self._prepare_folder(steps))
             self._history.started(self._done, self._facts())
+            self._hold.on_failure = self._record_failure
             for axis in replicated_axes(self._trainer.mesh):
                 check_same(self._trainer.weights.values(), axis)
             writes = self._comm.rank == 0
@@ -171,29 +161,61 @@ class TrainingLoop:
                 self._evaluate(metrics)
             with self._console.progress("train", steps, "steps", start=self._done) as progress:
                 while self._done < steps and not reason:
-                    reason = self._step_and_save(metrics, progress)
+                    with torch_explained():
+                        reason = self._step_and_save(metrics, progress)
         except BaseException as failure:
-            raised = self._with_last_saved(failure)
-            # On a full disk the history cannot be written; the failure itself is more useful.
-            with suppress(OSError):
-                self._history.ended("failed", self._done, str(failure) or type(failure).__name__)
-            raise raised from failure
-        else:
-            # Before the picture is drawn: the job's time may end while matplotlib loads.
-            self._history.ended("stopped" if reason else "finished", self._done, reason)
-        finally:
-            if metrics is not None:
-                metrics.close()
+            self._failure = str(failure) or type(failure).__name__
+            # No picture: the ranks agree to fail within seconds. Nothing at all is written where
+            # another job holds the run.
+            if metrics is not None and not self._hold.is_lost():
+                metrics.abandon()
+            raise self._with_last_saved(failure) from failure
+        # Before the picture is drawn: the job's time may end while matplotlib loads.
+        self._hold.on_failure = None
+        self._history.ended("stopped" if reason else "finished", self._done, reason)
+        metrics.close()
         return reason
+
+    def _prepare_folder(self, steps: int) -> None:
+        """Write the recipe, and try what the first save will need. Raises MpillmError."""
+        folder = self._folder / CHECKPOINTS
+        make_folder(folder)
+        for path in folder.iterdir():
+            step = step_of(path)
+            if step is not None and self._done < step <= steps:
+                check_replaceable(path)
+        nbytes = sum(t.nbytes for t in self._tensors().values())
+        free = shutil.disk_usage(folder).free
+        if free < nbytes:
+            self._console.warn(
+                f"a checkpoint takes about {binary_bytes(nbytes)} and {folder} has "
+                f"{binary_bytes(free)} free; free some space before the first save"
+            )
+        try:
+            write_text(self._folder / RECIPE, write_recipe(self._recipe))
+        except OSError as failure:
+            raise CheckpointError(explain(failure, self._folder / RECIPE)) from failure
+
+    def _record_failure(self, failure: BaseException) -> None:
+        """Write the end of a failed run on rank 0, once all ranks agree to fail."""
+        # On a full disk the history cannot be written; the failure itself is more useful.
+        with suppress(OSError):
+            self._history.ended("failed", self._done, self._failure or str(failure))
 
     def _step_and_save(self, metrics: MetricsWriter, progress: Progress) -> str:
         """Run one step, then save and evaluate if due; return why all ranks stop now, else ""."""
         begin, settings = time.perf_counter(), self._recipe.train
-        result = self._trainer.step(self._done, self._stopping.stop_request())
+        lost = self._hold.is_lost()
+        request = LOCK_LOST if lost else self._stopping.stop_request()
+        result = self._trainer.step(self._done, request)
+        if LOCK_LOST in result.stats.stops:
+            on_root(self._comm, self._hold.refuse_if_lost)
         self._done = done = self._done + 1
         tokens = settings.batch * self._recipe.model.context
         self._step_trace.add(result.spans, result.others, result.stats.bubble)
-        metrics.add(_metrics(done, result, tokens))
+        # Asked again: the job may have been suspended within the step.
+        if not self._hold.is_lost():
+            metrics.add(_metrics(done, result, tokens))
         progress.advance(
             1, **{"loss": f"{result.loss:.4f}", "tokens/s": f"{tokens / result.seconds:,.0f}"}
         )
@@ -219,11 +241,7 @@ class TrainingLoop:
 
         Every rank calls it.
         """
-        if not (
-            self._done
-            and self._evaluation_is_due()
-            and self._manifest.splits["validation"].n_tokens
-        ):
+        if not (self._done and self._evaluation_is_due() and self._validates):
             return False
         path = self._folder / METRICS
         return not on_root(
@@ -235,11 +253,14 @@ class TrainingLoop:
         )
 
     def _evaluate(self, metrics: MetricsWriter) -> None:
-        if not self._manifest.splits["validation"].n_tokens:
+        if not self._validates:
             return
         with open_split(self._recipe.data.path, "validation") as reader:
             quiet = Console(speaks=False)
             score = evaluate(self._trainer.model, reader, self._comm, quiet)
+        if not math.isfinite(score.loss):
+            raise self._diverged_at_evaluation(score.loss)
+        on_root(self._comm, self._hold.refuse_if_lost)
         # Perplexity and bits per byte follow from the loss: they are not recorded.
         own = {
             name: value
@@ -254,9 +275,40 @@ class TrainingLoop:
             f"perplexity {score.perplexity:,.2f}{text}"
         )
 
+    def _diverged_at_evaluation(self, loss: float) -> DivergedError:
+        text = f"the run diverged: after step {self._done:,} the validation loss is {loss}"
+        folders = checkpoint_folders(self._folder / CHECKPOINTS)
+        if self._done in folders:
+            # Saved ahead of the evaluation, so it is not the last good one.
+            text += f" (of the weights in {folders[self._done]}: remove it before --resume)"
+            earlier = [path for step, path in folders.items() if step < self._done]
+            self._last_saved = earlier[-1] if earlier else None
+        return DivergedError(text)
+
+    def _check_finite(self) -> None:
+        """Raise DivergedError on all ranks where a weight, or a state of it, is not finite."""
+        own = (
+            name
+            for name, held in self._tensors().items()
+            for part in slices_of(held)
+            if not all_finite(part.tensor)
+        )
+        # Each rank names its first; the first of all is the same text on every rank.
+        if bad := [name for name in self._comm.allgather(next(own, "")) if name]:
+            raise DivergedError(
+                f"the run diverged: after step {self._done:,} {min(bad)} holds NaN or an "
+                "infinity, so this step was not saved"
+            )
+
     def _save(self, step_tokens: int) -> float:
-        """Save a checkpoint; return the seconds that it took. Every rank calls it."""
+        """Save a checkpoint; return the seconds that it took. Every rank calls it.
+
+        Raises DivergedError where a number is not finite, and LostLockError where another job
+        holds the run: nothing is saved then.
+        """
         begin = time.perf_counter()
+        on_root(self._comm, self._hold.refuse_if_lost)
+        self._check_finite()
         facts = {
             "step": self._done,
             "tokens": self._done * step_tokens,
@@ -264,14 +316,16 @@ class TrainingLoop:
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         folder = self._folder / CHECKPOINTS
-        saved = save(folder, self._tensors(), facts, self._constants.texts, self._comm)
+        texts, guard = self._constants.texts, self._hold.refuse_if_lost
+        saved = save(folder, self._tensors(), facts, texts, self._comm, guard)
         self._last_saved, seconds = saved, time.perf_counter() - begin
         self._stopping.add_save_seconds(seconds)
         if self._comm.rank == 0:
             self._history.saved(
                 self._done, saved, seconds, sum(path.stat().st_size for path in saved.iterdir())
             )
-            prune(folder, self._recipe.train.keep)
+            for fault in prune(folder, self._recipe.train.keep, saved):
+                self._console.warn(f"an old checkpoint stays: {fault}")
         return seconds
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -316,6 +370,7 @@ class TrainingLoop:
             | {"python": platform.python_version()},
             "job": asdict(self._job) if self._job else None,
             "deadline": self._deadline,
+            "folder": str(Path.cwd()),
         }
 
     def _with_last_saved(self, failure: BaseException) -> BaseException:

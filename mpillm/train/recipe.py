@@ -13,7 +13,6 @@ import reprlib
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
-from datetime import date, time
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -338,7 +337,7 @@ def _fault(
         return f"{name} is missing{remedy}"
     if kind == "value_error":
         return f"[{name}] {message.removeprefix('Value error, ')}"
-    if kind == "string_type" and isinstance(value, int | float | date | time):
+    if kind == "string_type" and isinstance(value, int | float):
         return f"{name} = {_toml(value)}: {_quoting(name, value)}"
     choices = re.findall(r"'([^']+)'", message)
     near = _nearest(str(value), choices) if kind == "literal_error" else ""

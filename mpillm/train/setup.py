@@ -1,33 +1,32 @@
 """Set up a run from its recipe: mesh, plan, model, checkpoint; then train."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.comm.failure import on_root
-from mpillm.errors import MismatchError, RecipeError, UsageError
+from mpillm.errors import DataError, MismatchError, RecipeError
+from mpillm.infer.loading import RunConstants, missing_data
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.machine.node_map import NodeMap, map_nodes
-from mpillm.models.model_catalog import read_spec
 from mpillm.models.spec import ModelSpec
+from mpillm.models.torch_errors import torch_explained
 from mpillm.parallel.step_plan import make_mesh, plan_step
-from mpillm.runs.folder import CLUSTER, METRICS
-from mpillm.system.atomic import make_folder
+from mpillm.runs.folder import CLUSTER, HISTORY
+from mpillm.runs.history import STARTED, read_history
 from mpillm.system.console import Console
 from mpillm.system.malloc import keep_pages
-from mpillm.tasks import task_catalog
 from mpillm.tasks.task_catalog import make_task
-from mpillm.tokens.manifest import Manifest
+from mpillm.tokens.manifest import NAME, Manifest
 from mpillm.tokens.order import WindowOrder
 from mpillm.tokens.reader import open_split
-from mpillm.train.loop import JobLimits, TrainingLoop, locked_run
-from mpillm.train.optimizers import optimizer_catalog
+from mpillm.train.hold import locked_run
+from mpillm.train.loop import JobLimits, TrainingLoop
+from mpillm.train.memory import check_memory, host_bytes
 from mpillm.train.print_plan import print_plan
 from mpillm.train.recipe import Recipe
+from mpillm.train.resuming import find_start
 from mpillm.train.step import Trainer
-from mpillm.weights.checkpoint import Checkpoint
-from mpillm.weights.finding import newest_whole
-from mpillm.weights.places import CHECKPOINTS
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,10 +50,13 @@ def train(
     subclasses of MpillmError.
     """
     keep_pages()
-    manifest = Manifest.load(recipe.data.path)
+    manifest = _load_manifest(recipe)
     recipe = replace(recipe, model=_with_vocabulary(recipe, manifest))
-    settings, parallel = recipe.train, recipe.parallel
     node_map = node_map or map_nodes(comm)
+    check_memory(recipe, node_map, comm.bcast(host_bytes()))
+    # With the tokenizer, which every checkpoint holds: a damaged one is found before any step.
+    constants = RunConstants.read(manifest, recipe.to_dict(), comm)
+    settings, parallel = recipe.train, recipe.parallel
     mesh = make_mesh(comm, parallel, recipe.model, settings.batch, node_map)
     data = mesh.axis("data")
     plan = plan_step(
@@ -74,19 +76,46 @@ def train(
         WindowOrder(reader.n_tokens, recipe.model.context, settings.seed)
         cluster = describe_cluster(comm, node_map)
         profile = _profile(recipe, comm, console, cluster)
+        _warn(recipe, console)
         folder = Path(settings.run)
-        make_folder(folder)
-        with locked_run(folder, comm, limits.job):
-            checkpoint = _find_start(recipe, manifest, comm, console, resume)
+        with locked_run(folder, comm, limits.job) as hold, torch_explained():
+            checkpoint = find_start(recipe, manifest, comm, console, resume)
             print_plan(recipe, mesh, plan, reader, console)
             trainer = Trainer(recipe, task, reader, mesh, plan, profile, console.warn)
             if data.size > 1:
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
             if plan.schedule.ranks > 1:
                 console.say(f"stages: {trainer.describe_pipeline()}")
-            loop = TrainingLoop(recipe, manifest, trainer, console, trace, limits, cluster)
+            loop = TrainingLoop(recipe, constants, trainer, console, trace, limits, cluster, hold)
             loop.run(checkpoint)
             trainer.close()
+
+
+def _load_manifest(recipe: Recipe) -> Manifest:
+    """Load the dataset's manifest. Raises DataError; where the run was trained in another folder,
+    it says which.
+    """
+    path = Path(recipe.data.path)
+    if not (path / NAME).is_file():
+        starts = [
+            event.facts.get("folder")
+            for event in read_history(Path(recipe.train.run) / HISTORY)
+            if event.name == STARTED
+        ]
+        if starts and starts[-1]:
+            missing = missing_data(path, starts[-1], "--set data.path=FOLDER")
+            raise DataError(f"the run's dataset {missing}")
+    return Manifest.load(path)
+
+
+def _warn(recipe: Recipe, console: Console) -> None:
+    """Warn of settings that cannot be meant."""
+    warmup, steps = recipe.optimizer.warmup_steps, recipe.train.steps
+    if warmup >= steps:
+        console.warn(
+            f"optimizer.warmup_steps = {warmup:,} and train.steps = {steps:,}: the whole run is "
+            "warm-up, and the learning rate never falls; set fewer warm-up steps"
+        )
 
 
 def _check_mask(recipe: Recipe) -> None:
@@ -124,53 +153,3 @@ def _with_vocabulary(recipe: Recipe, manifest: Manifest) -> ModelSpec:
             f"{recipe.data.path}; leave it out to take the data's"
         )
     return recipe.model.replace(vocab_size=wanted or found)
-
-
-def _find_start(
-    recipe: Recipe, manifest: Manifest, comm: "MPI.Intracomm", console: Console, resume: bool
-) -> Checkpoint | None:
-    """Return the checkpoint from which the run continues; None for its beginning.
-
-    Every rank calls it. Raises UsageError where a new run would overwrite another.
-    """
-    folder = Path(recipe.train.run)
-    if not resume:
-        if comm.bcast((folder / METRICS).exists() or (folder / CHECKPOINTS).exists()):
-            raise UsageError(
-                f"{folder} holds a run already; --resume continues it, or name another train.run"
-            )
-        return None
-    checkpoint = newest_whole(folder, comm, console)
-    if checkpoint is None:
-        console.say(f"{folder} has no checkpoint yet: starting at step 1")
-        return None
-    _check_same_run(recipe, manifest, checkpoint)
-    return checkpoint
-
-
-def _check_same_run(recipe: Recipe, manifest: Manifest, checkpoint: Checkpoint) -> None:
-    """Raise MismatchError unless model, order and data are those of the checkpoint."""
-    before, now = dict(checkpoint.facts["recipe"]), recipe.to_dict()
-    # Earlier releases wrote fewer keys, such as no `architecture`: their defaults are filled in.
-    before["model"] = asdict(read_spec(before["model"]))  # type: ignore[call-overload]
-    before["task"] = {"name": task_catalog.DEFAULT, **before.get("task", {})}
-    before["optimizer"] = {"name": optimizer_catalog.DEFAULT, **before["optimizer"]}
-    kept = {
-        "model": now["model"],
-        "task": ["name"],
-        "optimizer": ["name"],
-        "train": ["seed", "batch"],
-    }
-    changes = [
-        f"{section}.{key} was {before[section].get(key)!r} and is {value!r}"
-        for section, keys in kept.items()
-        for key in keys
-        if before[section].get(key) != (value := now[section][key])
-    ]
-    if checkpoint.facts["data"] != manifest.manifest_hash:
-        changes.append(f"the data {recipe.data.path} is another dataset than the run began with")
-    if changes:
-        raise MismatchError(
-            f"--resume needs the same model, order and data, but {'; '.join(changes)}; "
-            "correct the recipe, or name another train.run"
-        )

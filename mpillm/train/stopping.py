@@ -12,6 +12,8 @@ from mpillm.system.console import clock
 
 # Values of a stop request that is not a signal number; no system has a signal 1000.
 NO_REQUEST, TIME_IS_UP = 0, 1000
+# Rank 0 no longer holds the run: all ranks leave without saving (loop.py).
+LOCK_LOST = 1001
 # Before the first save its duration is unknown: reserve this share of the remaining time for it,
 # within bounds.
 FIRST_SAVE_SHARE = 0.1

@@ -58,7 +58,7 @@ class Train:
                 job.comm, os.environ, job.threads, job.console, self.verbose, job.node_map
             )
             limits = JobLimits(signals, current_job(os.environ), job_end(os.environ), begun)
-            recipe = load_recipe(self.recipe, self.overrides)
+            recipe = load_recipe(self.recipe, self.overrides, job.console.say)
             train(
                 recipe,
                 job.comm,

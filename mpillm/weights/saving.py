@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from mpillm.errors import CheckpointError
+from mpillm.errors import CheckpointError, MpillmError
 from mpillm.system import hdf5
 from mpillm.system.atomic import flush, write_json
 from mpillm.system.console import binary_bytes
@@ -73,6 +73,7 @@ def save(
     facts: Mapping[str, Any],
     texts: Mapping[str, str],
     comm: "MPI.Intracomm",
+    guard: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write `folder`/step-N, where N is `facts["step"]`, and return it.
 
@@ -81,7 +82,8 @@ def save(
     whole tensor. `texts`: small files (name → contents) of the checkpoint. Until the rename the
     checkpoint does not exist. When any rank fails, the temporary folder is removed and every rank
     raises CheckpointError. So it does where a file, a link or a folder with other files has the
-    checkpoint's name.
+    checkpoint's name. `guard`: called on rank 0 just ahead of the rename; its MpillmError is
+    raised on every rank, and nothing is saved.
     """
     target = step_folder(folder, facts["step"])
     parts = {
@@ -99,7 +101,10 @@ def save(
         temporary = _on_all(comm, target, _begin, target, texts, comm.rank)[0]
         assert temporary is not None
         written = _on_all(comm, target, _write_share, temporary, own, comm.rank)
-        _on_all(comm, target, _commit, temporary, target, (facts, texts), written, comm.rank)
+        if comm.rank == 0:
+            _on_all(comm, target, _commit, temporary, target, (facts, texts), written, guard)
+        else:
+            _on_all(comm, target, lambda: None)
     except BaseException as failure:
         # Where all ranks failed together rank 0 cleans up; a rank that was interrupted does, too.
         if temporary and (comm.rank == 0 or isinstance(failure, KeyboardInterrupt)):
@@ -124,18 +129,20 @@ def _on_all(
     comm: "MPI.Intracomm", target: Path, work: Callable[..., Value], *arguments: Any
 ) -> list[Value]:
     """Run `work` on each rank and return all results; if one fails, raise on all ranks."""
-    result, reason = None, ""
+    result: Value | None = None
+    fault: MpillmError | None = None
     try:
         result = work(*arguments)
     except (OSError, RuntimeError) as failure:  # h5py reports a full disk as either
-        words = _explain(failure, target)
-        reason = f"rank {comm.rank} could not write the checkpoint {target}: {words}"
-    except CheckpointError as failure:
-        reason = str(failure)
-    answers: list[tuple[Any, str]] = comm.allgather((result, reason))
-    failed = [reason for _, reason in answers if reason]
-    if failed:
-        raise CheckpointError(f"{failed[0]}; then use --resume")
+        fault = CheckpointError(
+            f"rank {comm.rank} could not write the checkpoint {target}: "
+            f"{_explain(failure, target)}; then use --resume"
+        )
+    except MpillmError as failure:
+        fault = failure
+    answers: list[tuple[Any, MpillmError | None]] = comm.allgather((result, fault))
+    if first := next((fault for _, fault in answers if fault), None):
+        raise first
     return [result for result, _ in answers]
 
 
@@ -240,11 +247,9 @@ def _commit(
     target: Path,
     described: tuple[Mapping[str, Any], Mapping[str, str]],
     written: list[list[WrittenSlice]],
-    rank: int,
+    guard: Callable[[], None],
 ) -> None:
-    """Write the index and rename the folder, on rank 0. `described`: the facts and the texts."""
-    if rank:
-        return
+    """Write the index and rename the folder. `described`: the facts and the texts."""
     facts, texts = described
     tensors: dict[str, dict[str, Any]] = {}
     boxes = False
@@ -269,6 +274,7 @@ def _commit(
     write_json(temporary / INDEX, with_digest(index))
     # A damaged checkpoint of the same step, which a resumed run has passed over.
     check_replaceable(target)
+    guard()
     if target.exists():
         remove(target)
     temporary.rename(target)

@@ -26,6 +26,9 @@ class LossPictureSink(MetricsSink):
         with suppress(OSError):
             draw_loss(list(read_metrics(self._run / METRICS)), self._run / PICTURE)
 
+    def abandon(self) -> None:
+        """Do nothing: drawing takes seconds, in which other ranks would end the job."""
+
 
 def draw_loss(metrics: list[Metrics], path: Path) -> None:
     """Draw the training and the validation loss over the steps as a PNG file at `path`."""
