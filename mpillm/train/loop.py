@@ -259,7 +259,9 @@ class TrainingLoop:
             quiet = Console(speaks=False)
             score = evaluate(self._trainer.model, reader, self._comm, quiet)
         if not math.isfinite(score.loss):
-            raise self._diverged_at_evaluation(score.loss)
+            raise DivergedError(
+                f"the run diverged: after step {self._done:,} the validation loss is {score.loss}"
+            )
         on_root(self._comm, self._hold.refuse_if_lost)
         # Perplexity and bits per byte follow from the loss: they are not recorded.
         own = {
@@ -275,29 +277,19 @@ class TrainingLoop:
             f"perplexity {score.perplexity:,.2f}{text}"
         )
 
-    def _diverged_at_evaluation(self, loss: float) -> DivergedError:
-        text = f"the run diverged: after step {self._done:,} the validation loss is {loss}"
-        folders = checkpoint_folders(self._folder / CHECKPOINTS)
-        if self._done in folders:
-            # Saved ahead of the evaluation, so it is not the last good one.
-            text += f" (of the weights in {folders[self._done]}: remove it before --resume)"
-            earlier = [path for step, path in folders.items() if step < self._done]
-            self._last_saved = earlier[-1] if earlier else None
-        return DivergedError(text)
-
     def _check_finite(self) -> None:
         """Raise DivergedError on all ranks where a weight, or a state of it, is not finite."""
         own = (
             name
             for name, held in self._tensors().items()
             for part in slices_of(held)
-            if not all_finite(part.tensor)
+            if not _is_sound(name, part.tensor)
         )
         # Each rank names its first; the first of all is the same text on every rank.
         if bad := [name for name in self._comm.allgather(next(own, "")) if name]:
             raise DivergedError(
-                f"the run diverged: after step {self._done:,} {min(bad)} holds NaN or an "
-                "infinity, so this step was not saved"
+                f"the run diverged: after step {self._done:,} the norm of {min(bad)} is not "
+                "finite, so this step was not saved"
             )
 
     def _save(self, step_tokens: int) -> float:
@@ -385,6 +377,8 @@ class TrainingLoop:
             else "no checkpoint was saved yet"
         )
         if isinstance(failure, DivergedError):
+            if last and step_of(last) == self._done:
+                remedy = self._step_back(last)
             return type(failure)(
                 f"{failure}; {remedy}, perhaps with a lower optimizer.learning_rate"
             )
@@ -394,6 +388,27 @@ class TrainingLoop:
             path = failure.filename or self._folder
             return CheckpointError(f"{path}: {failure.strerror or failure}; correct that; {remedy}")
         return failure
+
+    def _step_back(self, last: Path) -> str:
+        """Say how to continue where the weights of the newest checkpoint themselves diverge.
+
+        The loss of the next step is theirs, and it is the same at each attempt.
+        """
+        folders = checkpoint_folders(last.parent)
+        earlier = [path for step, path in folders.items() if step < self._done]
+        there = f"from {earlier[-1]}" if earlier else "at step 1"
+        return f"this comes from the weights in {last}: remove it, and --resume continues {there}"
+
+
+def _is_sound(name: str, tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is fit to be saved: a weight by its norm, its state by its sum.
+
+    Squares of weights beyond 1e19 overflow float32, and so do their products: such a model gives
+    no loss. The average of squared gradients may be that large.
+    """
+    if name.startswith("model/"):
+        return bool(tensor.detach().norm().isfinite())
+    return all_finite(tensor)
 
 
 def _due(every: int, step: int) -> bool:

@@ -8,6 +8,9 @@ from mpillm.system.console import binary_bytes
 from mpillm.train.print_plan import WEIGHT_BYTES
 from mpillm.train.recipe import Recipe
 
+# torch's embedding reads ids of 8 bytes.
+TOKEN_BYTES = 8
+
 
 def host_bytes() -> int:
     """Return the memory of this host."""
@@ -15,7 +18,7 @@ def host_bytes() -> int:
 
 
 def check_memory(recipe: Recipe, node_map: NodeMap, memory: int) -> None:
-    """Raise LayoutError where weights, gradients and optimizer exceed the memory of all hosts.
+    """Raise LayoutError where the weights with their state, or a batch, exceed all hosts' memory.
 
     `memory`: of one host, in bytes. Activations and Python come on top, so a model that passes may
     still be too large; one that is refused cannot be held.
@@ -32,4 +35,11 @@ def check_memory(recipe: Recipe, node_map: NodeMap, memory: int) -> None:
             f"for weights, gradients and optimizer on {ranks} rank(s), and the host(s) have "
             f"{binary_bytes(there)}; use a smaller model (vocabulary {model.vocab_size:,}, "
             f"{model.blocks:,} layers), fewer replicas (parallel.pipeline), or more hosts"
+        )
+    batch = TOKEN_BYTES * recipe.train.batch * model.context
+    if batch > there:
+        raise LayoutError(
+            f"train.batch = {recipe.train.batch:,} sequences of {model.context:,} tokens are "
+            f"{binary_bytes(batch)} of ids alone, and the host(s) have {binary_bytes(there)}; "
+            "use a smaller batch"
         )

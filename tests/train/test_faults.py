@@ -1,0 +1,359 @@
+"""Runs that meet a fault: nothing wrong is kept, nothing is lost, and the ranks end together."""
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from mpi4py import MPI
+
+from mpillm.errors import CheckpointError, DataError, DivergedError, LayoutError, MpillmError
+from mpillm.runs import lock
+from mpillm.runs.folder import HISTORY, LOCK, METRICS, OUTCOME, PICTURE
+from mpillm.runs.lock import LostLockError, this_process
+from mpillm.system.console import Console
+from mpillm.tokens.prepare import PrepareOptions, prepare
+from mpillm.train import setup
+from mpillm.train.recipe import Recipe, parse_recipe
+from mpillm.train.setup import train
+from mpillm.train.step import StepResult, Trainer
+from mpillm.weights.checkpoint import Checkpoint
+from mpillm.weights.finding import find
+from mpillm.weights.leftovers import temporary_folder
+from mpillm.weights.places import CHECKPOINTS, INDEX
+
+QUIET = Console(speaks=False)
+WILD = {"learning_rate": 1e38, "warmup_steps": 0}
+
+
+def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe:
+    table: dict[str, dict[str, object]] = {
+        "model": {"layers": 1, "width": 16, "heads": 2, "context": 16},
+        "data": {"path": str(dataset)},
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 1},
+        "train": {"run": str(run), "steps": 4, "batch": 6},
+    }
+    for name, section in sections.items():
+        table[name] = {**table.get(name, {}), **section}
+    return parse_recipe(table, "test")
+
+
+def saved_in(run: Path) -> list[str]:
+    folder = run / CHECKPOINTS
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def check_failed(run: Path, comm: MPI.Intracomm, words: str) -> None:
+    """Check what a failed run leaves: its reason, no lock, no picture."""
+    comm.Barrier()
+    assert (run / OUTCOME).read_text() == "failed\n"
+    last = json.loads((run / HISTORY).read_text().splitlines()[-1])
+    assert last["event"] == "failed"
+    assert words in last["reason"]
+    assert not (run / LOCK).exists()
+    assert not (run / PICTURE).exists()
+    comm.Barrier()
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_weights_that_are_no_numbers_are_not_saved(
+    data: Path, folder: Path, comm: MPI.Intracomm, every: int
+) -> None:
+    run = folder / "run"
+    wild = recipe(data, run, optimizer=WILD, train={"steps": 1, "save_every": every})
+    words = r"after step 1 the norm of (model|optimizer)/\S+ is not .* no checkpoint was saved yet"
+    with pytest.raises(DivergedError, match=words) as caught:
+        train(wild, comm, QUIET)
+    assert caught.value.exit_code == 3
+    assert saved_in(run) == []
+    check_failed(run, comm, "is not finite")
+
+
+def test_a_run_continues_from_before_it_diverged(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
+    run = folder / "run"
+    train(recipe(data, run, train={"steps": 2}), comm, QUIET)
+    wild = {"optimizer": WILD, "train": {"save_every": 1, "keep": 1}}
+    with pytest.raises(DivergedError, match=r"the last good checkpoint is \S+step-00000002"):
+        train(recipe(data, run, **wild), comm, QUIET, resume=True)
+    assert saved_in(run) == ["step-00000002"]
+    train(recipe(data, run), comm, QUIET, resume=True)
+    checkpoint = find(run, comm, QUIET)
+    assert checkpoint.step == 4
+    checkpoint.verify()
+
+
+NAN_TASK = """
+import torch
+from mpillm.tasks.causal_lm import CausalLM
+class Task(CausalLM):
+    def loss_sum(self, *arguments):
+        loss = super().loss_sum(*arguments)
+        return loss if torch.is_grad_enabled() else loss * float("nan")
+"""
+
+
+def test_a_validation_loss_that_is_none_is_a_divergence(
+    data: Path, folder: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = folder / "run"
+    if comm.rank == 0:
+        (folder / "nan_task.py").write_text(NAN_TASK)
+    comm.Barrier()
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "nan_task", raising=False)
+    settings = {"save_every": 2, "evaluate_every": 4}
+    bad = recipe(data, run, task={"name": "nan_task:Task"}, train=settings)
+    words = (
+        r"after step 4 the validation loss is nan; this comes from the weights in "
+        r"\S+step-00000004: remove it, and --resume continues from \S+step-00000002"
+    )
+    with pytest.raises(DivergedError, match=words) as caught:
+        train(bad, comm, QUIET)
+    assert caught.value.exit_code == 3
+    check_failed(run, comm, "validation loss")
+    assert "NaN" not in (run / METRICS).read_text()
+
+
+def after_step(
+    monkeypatch: pytest.MonkeyPatch, number: int, work: Callable[[], object], rank: int = 0
+) -> None:
+    """Call `work` on one rank once the step `number` is computed."""
+
+    class Harmed(Trainer):
+        def step(self, step: int, stop: int = 0) -> StepResult:
+            result = super().step(step, stop)
+            if step + 1 == number and self.mesh.comm.rank == rank:
+                work()
+            self.mesh.comm.Barrier()
+            return result
+
+    monkeypatch.setattr(setup, "Trainer", Harmed)
+
+
+def replace_lock(run: Path) -> None:
+    """Take the lock as another job does while this one is suspended."""
+    other = replace(this_process(None), host="node9", token="another")
+    (run / LOCK).write_text(json.dumps(asdict(other)))
+
+
+@pytest.mark.parametrize("beat_seconds", [15.0, 0.001])
+def test_a_job_that_was_replaced_writes_nothing_more(
+    data: Path,
+    folder: Path,
+    comm: MPI.Intracomm,
+    monkeypatch: pytest.MonkeyPatch,
+    beat_seconds: float,
+) -> None:
+    """By the beat it stops at once; before the next beat it stops at the save."""
+    run, left = folder / "run", {}
+    monkeypatch.setattr(lock, "BEAT_SECONDS", beat_seconds)
+
+    def suspend() -> None:
+        replace_lock(run)
+        for name in (METRICS, HISTORY, OUTCOME):
+            left[name] = (run / name).read_bytes()
+
+    after_step(monkeypatch, 3, suspend)
+    with pytest.raises(LostLockError, match=r"is held by process \d+ on node9") as caught:
+        train(recipe(data, run, train={"save_every": 3, "steps": 8}), comm, QUIET)
+    assert caught.value.exit_code not in (0, 75)
+    comm.Barrier()
+    if comm.rank == 0:
+        lines = (run / METRICS).read_bytes()
+        # The lines up to the takeover, and the one of that step where the beat was not yet due.
+        assert lines.startswith(left.pop(METRICS))
+        assert lines.count(b"\n") <= 3
+        assert left == {name: (run / name).read_bytes() for name in left}
+        assert json.loads((run / LOCK).read_text())["token"] == "another"
+        assert not (run / PICTURE).exists()
+    assert saved_in(run) == []
+
+
+def test_a_save_that_fails_ends_all_ranks_with_one_reason(
+    data: Path, folder: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = folder / "run"
+    target = run / CHECKPOINTS / "step-00000004"
+    after_step(monkeypatch, 3, lambda: target.write_text("mine"), rank=comm.size - 1)
+    with pytest.raises(CheckpointError, match=r"step-00000004 is a file.*move it"):
+        train(recipe(data, run, train={"save_every": 2}), comm, QUIET)
+    check_failed(run, comm, "is a file")
+    assert saved_in(run) == ["step-00000002", "step-00000004"]
+    assert target.read_text() == "mine"
+
+
+def test_a_name_that_a_save_will_need_is_tried_before_the_first_step(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
+    run = folder / "run"
+    if comm.rank == 0:
+        temporary_folder(run / CHECKPOINTS / "step-00000002")
+        (run / CHECKPOINTS / "step-00000003").write_text("mine")
+    comm.Barrier()
+    with pytest.raises(CheckpointError, match="step-00000003 is a file"):
+        train(recipe(data, run), comm, QUIET, resume=True)
+    comm.Barrier()
+    assert not (run / METRICS).exists()
+    assert not (run / LOCK).exists()
+    # What a killed save had left is gone.
+    assert saved_in(run) == ["step-00000003"]
+
+
+@pytest.fixture
+def own_data(folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
+    """Prepare a dataset that the test may damage."""
+    options = PrepareOptions((str(documents),), folder / "data", tokenizer="bytes", validation=0.1)
+    prepare(options, comm, QUIET)
+    return folder / "data"
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut", "another"])
+def test_a_damaged_tokenizer_of_the_data_is_found_first(
+    own_data: Path, folder: Path, comm: MPI.Intracomm, harm: str
+) -> None:
+    path = own_data / "tokenizer.json"
+    if comm.rank == 0:
+        text = path.read_text()
+        if harm == "missing":
+            path.unlink()
+        else:
+            path.write_text(text[:100] if harm == "cut" else text + " ")
+    comm.Barrier()
+    with pytest.raises(DataError, match="tokenizer"):
+        train(recipe(own_data, folder / "run"), comm, QUIET)
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"vocab_size": 10**12}, r"parameters, which need [\d,.]+ TiB .* have [\d.]+ [GTM]iB"),
+        ({"layers": 1 << 60}, r"which need [\d,.]+ \S*iB"),
+        ({"width": 1 << 40}, r"which need [\d,.]+ \S*iB"),
+        ({"batch": 1 << 60}, r"are [\d,.]+ \S*iB of ids alone"),
+    ],
+)
+def test_a_model_beyond_all_memory_is_refused_with_its_bytes(
+    data: Path, folder: Path, comm: MPI.Intracomm, settings: dict[str, object], words: str
+) -> None:
+    section = "train" if "batch" in settings else "model"
+    with pytest.raises(LayoutError, match=words):
+        train(recipe(data, folder / "run", **{section: settings}), comm, QUIET)
+    assert not (folder / "run").exists()
+
+
+def test_each_changed_setting_is_printed_when_a_run_continues(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
+    run = folder / "run"
+    train(recipe(data, run), comm, QUIET)
+    printed = io.StringIO()
+    changed = recipe(
+        data,
+        run,
+        data={"document_mask": True},
+        optimizer={"learning_rate": 0.5, "beta1": 0.0, "warmup_steps": 6},
+        train={"dtype": "bfloat16", "steps": 6, "run": str(run.parent / "." / "run")},
+    )
+    train(changed, comm, Console(comm.rank == 0, printed), resume=True)
+    if comm.rank == 0:
+        lines = printed.getvalue().splitlines()
+        assert [line for line in lines if " was " in line] == [
+            "data.document_mask was false, is true",
+            "optimizer.learning_rate was 0.003, is 0.5",
+            "optimizer.warmup_steps was 1, is 6",
+            "optimizer.beta1 was 0.9, is 0.0",
+            "train.steps was 4, is 6",
+            'train.dtype was "float32", is "bfloat16"',
+        ]
+        text = " ".join(printed.getvalue().split())
+        assert "the learning rate rises from 0.0003 at step 4 to 0.417 at step 5" in text
+        assert "optimizer.warmup_steps = 6 and train.steps = 6: the whole run is warm-up" in text
+
+
+def test_a_run_that_continues_unchanged_prints_no_change(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
+    run = folder / "run"
+    half = recipe(data, run, train={"save_every": 2})
+    train(half, comm, QUIET)
+    comm.Barrier()
+    if comm.rank == 0:
+        shutil.rmtree(run / CHECKPOINTS / "step-00000004")
+    comm.Barrier()
+    printed = io.StringIO()
+    train(half, comm, Console(comm.rank == 0, printed), resume=True)
+    assert " was " not in printed.getvalue()
+    assert "rises" not in printed.getvalue()
+
+
+def harm_name(index: dict[str, dict[str, object]]) -> None:
+    index["tensors"]["model/norm/weighu"] = index["tensors"].pop("model/norm/weight")
+
+
+def harm_slot(index: dict[str, dict[str, object]]) -> None:
+    name = next(name for name in index["tensors"] if name.startswith("optimizer/"))
+    index["tensors"].pop(name)
+
+
+def harm_fact(index: dict[str, dict[str, object]]) -> None:
+    index["facts"]["recipe"] = None
+
+
+def harm_model(index: dict[str, dict[str, object]]) -> None:
+    index["facts"]["recipe"]["model"]["layers"] = 1 << 60  # type: ignore[index]
+
+
+def harm_setting(index: dict[str, dict[str, object]]) -> None:
+    model = index["facts"]["recipe"]["model"]  # type: ignore[index]
+    model["witdh"] = model.pop("width")
+
+
+@pytest.mark.parametrize("harm", [harm_name, harm_slot, harm_fact, harm_model, harm_setting])
+def test_whatever_is_wrong_with_the_newest_the_one_before_is_found(
+    data: Path,
+    folder: Path,
+    comm: MPI.Intracomm,
+    harm: Callable[[dict[str, dict[str, object]]], None],
+) -> None:
+    """As an earlier release wrote it: without the digest that would find each at once."""
+    run = folder / "run"
+    settings = recipe(data, run, train={"save_every": 2})
+    train(settings, comm, QUIET)
+    before = Checkpoint(run / CHECKPOINTS / "step-00000004").tensors
+    comm.Barrier()
+    if comm.rank == 0:
+        path = run / CHECKPOINTS / "step-00000004" / INDEX
+        index = json.loads(path.read_text())
+        del index["digest"]
+        harm(index)
+        path.write_text(json.dumps(index))
+    comm.Barrier()
+    printed = io.StringIO()
+    train(settings, comm, Console(comm.rank == 0, printed), resume=True)
+    if comm.rank == 0:
+        text = " ".join(printed.getvalue().split())
+        assert "passing over a checkpoint that is not whole: " in text
+        assert "step-00000002" in text
+    assert Checkpoint(run / CHECKPOINTS / "step-00000004").tensors == before
+
+
+def test_errors_of_torch_are_explained() -> None:
+    from mpillm.models.torch_errors import torch_explained
+
+    with pytest.raises(MemoryError, match=r"torch asked for \d"), torch_explained():
+        torch.empty(1 << 55)
+    embedding = torch.nn.Embedding(4, 2)
+    with pytest.raises(DataError, match="not in the model's vocabulary"), torch_explained():
+        embedding(torch.tensor([7]))
+    with pytest.raises(RuntimeError, match="size"), torch_explained():
+        torch.ones(2) @ torch.ones(3)
+    with pytest.raises(MpillmError), torch_explained():
+        raise DataError("as it is")
