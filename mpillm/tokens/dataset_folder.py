@@ -1,0 +1,23 @@
+"""Places of a dataset in the file system, for rooms that read no tokens."""
+
+from pathlib import Path
+
+from mpillm.system.json_text import from_json
+from mpillm.system.plain_files import read_plain
+
+MANIFEST, FORMAT = "manifest.json", "mpillm.tokens"
+
+
+def is_dataset(folder: Path) -> bool:
+    """Return whether `folder` is a prepared dataset: it holds a manifest of ours."""
+    try:
+        value = from_json(read_plain(folder / MANIFEST))
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and value.get("format") == FORMAT
+
+
+def dataset_around(path: Path) -> Path | None:
+    """Return the dataset that `path` is or is inside of; None where it is in none."""
+    whole = path.resolve()
+    return next((folder for folder in (whole, *whole.parents) if is_dataset(folder)), None)
