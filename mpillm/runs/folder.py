@@ -14,6 +14,8 @@ HISTORY = "history.jsonl"
 OUTCOME = "outcome"
 """One word for batch scripts: running, finished, stopped or failed."""
 LOCK = "lock"
+SUBMIT_LOCK = ".submit.lock"
+"""Held by `mpillm submit` from its checks to the record of the job."""
 
 # Written by `mpillm submit`, before training begins.
 JOB = "job.json"

@@ -1,16 +1,21 @@
 """The lock of a run: the file `lock` in its folder names the job that holds it.
 
 A parallel file system need not have file locks, and a killed job removes nothing. So the lock is a
-file that is created only where there was none, and its holder touches it every BEAT_SECONDS. The
-lock is stale once its holder is known to be gone, or after DEAD_SECONDS without a touch.
+file that appears whole, and only where there was none, and its holder touches it every
+BEAT_SECONDS. The lock is stale once its holder is known to be gone, or after DEAD_SECONDS without a
+touch. A lock that cannot be read is held until then, too.
+
+A holder that was suspended may find another job's lock in place of its own. It has lost the run:
+`RunLock.lost` names the new holder.
 """
 
-import json
+import errno
 import os
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +23,21 @@ from typing import Any
 
 from mpillm.errors import UsageError
 from mpillm.launch.current_job import CurrentJob
-from mpillm.runs.folder import LOCK
+from mpillm.runs.folder import LOCK, SUBMIT_LOCK
+from mpillm.system.atomic import temporary_path
+from mpillm.system.console import Console, clock
+from mpillm.system.json_text import from_json, to_json
+from mpillm.system.messages import explain
+from mpillm.system.plain_files import open_plain
 
 # Metadata of a parallel file system may be late by some seconds, so a few beats must be missed; a
 # lost holder should block the run for no more than two minutes.
 BEAT_SECONDS = 15.0
 DEAD_SECONDS = 120.0
+# File systems without hard links answer link(2) so.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+LARGEST_LOCK = 1 << 16
+UNREADABLE = "a lock that cannot be read"
 
 
 @dataclass(frozen=True)
@@ -44,12 +58,61 @@ class Holder:
         job = f"job {self.job.id} ({self.job.scheduler}), " if self.job else ""
         return f"{job}process {self.pid} on {self.host} since {self.since}"
 
+    @classmethod
+    def from_json(cls, value: Any) -> "Holder | None":
+        """Read the holder from the object of a lock; None where a part is missing or of another
+        type.
+        """
+        try:
+            job = value.pop("job")
+            found = cls(**value, job=CurrentJob(**job) if job else None)
+        except (TypeError, KeyError, AttributeError):
+            return None
+        texts = [found.host, found.born, found.system, found.since, found.token]
+        numbers = [found.pid]
+        if found.job:
+            texts += [found.job.scheduler, found.job.id]
+            numbers.append(found.job.restart)
+        right = all(isinstance(text, str) for text in texts) and all(
+            isinstance(number, int) for number in numbers
+        )
+        return found if right else None
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A lock that is held now, as far as this host can know."""
+
+    holder: Holder | None
+    """None: the lock cannot be read."""
+    silent_seconds: float
+    """Since its last update."""
+    suspended: bool = False
+    """Its process is stopped (SIGSTOP, gang scheduling); known on its own host alone."""
+
+    def describe(self) -> str:
+        if self.holder:
+            return self.holder.describe()
+        age = clock(self.silent_seconds)
+        return f"an unknown job: its lock cannot be read, and was updated {age} ago"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A lock as it was found: its holder, and the file that says so."""
+
+    holder: Holder | None
+    file: tuple[int, int]
+    """Inode and last update in nanoseconds."""
+    modified: float
+    changed: float
+
 
 def this_process(job: CurrentJob | None) -> Holder:
     return Holder(
         socket.gethostname(),
         os.getpid(),
-        _born(os.getpid()),
+        _status(os.getpid())[1],
         _system(),
         time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         uuid.uuid4().hex,
@@ -64,7 +127,7 @@ def is_gone(holder: Holder, me: Holder, silent_seconds: float) -> bool:
     `silent_seconds` are more than DEAD_SECONDS.
     """
     if holder.system == me.system:
-        return _born(holder.pid) != holder.born
+        return _status(holder.pid)[1] != holder.born
     again = bool(
         holder.job
         and me.job
@@ -81,12 +144,25 @@ class LostLockError(UsageError):
 class RunLock:
     """The lock of the run in `folder`, taken by one process of a job until `release`."""
 
-    def __init__(self, folder: Path, job: CurrentJob | None) -> None:
-        """Raises UsageError, naming the holder, where another job holds the run."""
-        self._path, self._me = folder / LOCK, this_process(job)
-        self._lost = ""
+    def __init__(
+        self,
+        folder: Path,
+        job: CurrentJob | None,
+        warn: Callable[[str], None] | None = None,
+        name: str = LOCK,
+    ) -> None:
+        """Take the lock, the file `name`; `warn` gets a line where a damaged one was replaced.
+
+        Raises UsageError, naming the holder, where another job holds the run.
+        """
+        self._path, self._me = folder / name, this_process(job)
+        self._warn = warn or Console().warn
+        self.lost = ""
+        """The holder that took the run over from this process; "" while this one holds it."""
         self._take()
-        self._seen = time.time()
+        self._renewed = _boot_seconds()
+        # The heartbeat and the training loop renew the lock.
+        self._renewing = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(
             target=self._beat, name="heartbeat of the run's lock", daemon=True
@@ -96,22 +172,20 @@ class RunLock:
     def is_lost(self, fresh: bool = False) -> bool:
         """Return whether another job has replaced the lock, as one may after a long suspension.
 
-        Reads the file where `fresh`, or where the last reading is older than a beat: a process
+        Reads the file where `fresh`, or where the last update is older than a beat: a process
         that was suspended notices before it writes anything.
         """
-        if not self._lost and (fresh or not 0 <= time.time() - self._seen <= BEAT_SECONDS):
-            holder = read_holder(self._path.parent)
-            self._seen = time.time()
-            # A lock that is missing or cannot be read names no other holder.
-            if holder is not None and holder.token != self._me.token:
-                self._lost = holder.describe()
-        return bool(self._lost)
+        if not self.lost and (fresh or _boot_seconds() - self._renewed > BEAT_SECONDS):
+            # A file system that does not answer names no other holder.
+            with suppress(OSError, UsageError):
+                self._renew()
+        return bool(self.lost)
 
     def refuse_if_lost(self, fresh: bool = True) -> None:
         """Raise LostLockError, naming the new holder, where another job holds the run now."""
         if self.is_lost(fresh):
             raise LostLockError(
-                f"the run {self._path.parent} is held by {self._lost} now: this job was suspended "
+                f"the run {self._path.parent} is held by {self.lost}: this job was suspended "
                 "for too long and was replaced; it stops without writing anything more"
             )
 
@@ -119,132 +193,248 @@ class RunLock:
         self._ended.set()
         self._thread.join()
         with suppress(OSError):
-            if read_holder(self._path.parent) == self._me:
+            found = _find(self._path)
+            if found and found.holder == self._me:
                 self._path.unlink()
 
     def _take(self) -> None:
-        folder = self._path.parent
+        folder, submits = self._path.parent, self._path.name == SUBMIT_LOCK
         for _ in range(2):
             if self._make():
                 return
-            holder = read_holder(folder)
-            if not _is_stale(folder, holder, self._me):
-                name = holder.describe() if holder else "a job that begins just now"
+            found = _find(self._path)
+            if found is None:
+                continue
+            hold = _judge(self._path, found, self._me)
+            if hold is not None:
+                verb = "is being submitted" if submits else "is held"
+                rest = "" if submits else ", end it, or name another train.run"
                 raise UsageError(
-                    f"the run {folder} is held by {name}; wait for it, end it, or name another "
-                    "train.run (the lock of a job that died on another host expires "
+                    f"the run {folder} {verb} by {hold.describe()}; wait for it{rest} "
+                    "(the lock of a job that died on another host, or that cannot be read, expires "
                     f"{DEAD_SECONDS:g} s after its last update)"
                 )
-            self._set_aside(holder)
+            self._set_aside(found)
         raise UsageError(
             f"the run {folder} was taken by another job just now; name another train.run"
         )
 
     def _make(self) -> bool:
+        """Put a whole lock there; return false where there is one."""
+        whole = temporary_path(self._path)
         try:
-            file = self._path.open("x", encoding="utf-8")
-        except FileExistsError:
-            return False
+            try:
+                _write_new(whole, self._me)
+                return _link_new(whole, self._path, self._me)
+            finally:
+                whole.unlink(missing_ok=True)
         except OSError as failure:
-            raise self._unwritable("make", failure) from failure
-        try:
-            with file:
-                json.dump(asdict(self._me), file)
-        except OSError as failure:
-            self._path.unlink()
-            raise self._unwritable("write", failure) from failure
-        return True
+            raise UsageError(f"cannot make {self._path}: {explain(failure)}") from failure
 
-    def _unwritable(self, verb: str, failure: OSError) -> UsageError:
-        return UsageError(f"cannot {verb} {self._path}: {failure.strerror}; free some space there")
-
-    def _set_aside(self, judged: Holder | None) -> None:
+    def _set_aside(self, judged: _Found) -> None:
         """Remove a stale lock, `judged`; of several jobs that do so at once one succeeds."""
-        # rename(2) is atomic: only one job can move the stale file, and it can look again at it.
-        aside = self._path.with_name(f".{LOCK}.{self._me.token}.left")
-        with suppress(FileNotFoundError):
+        # rename(2) is atomic: only one job can move the stale file, and it can check it again.
+        aside = self._path.with_name(f".{self._path.name}.{self._me.token}.left")
+        try:
             self._path.rename(aside)
-            if _read(aside) != judged:
-                # Another job was faster, and this is its lock: put it back.
-                aside.rename(self._path)
-            else:
-                aside.unlink()
+        except FileNotFoundError:
+            return
+        except OSError as failure:
+            raise UsageError(f"cannot replace {self._path}: {explain(failure)}") from failure
+        found = _find(aside)
+        if found is not None and (found.file, found.holder) != (judged.file, judged.holder):
+            # Another job was faster, or the holder lives, and this is its lock: put it back.
+            with suppress(FileExistsError):
+                os.link(aside, self._path, follow_symlinks=False)
+            aside.unlink()
+            return
+        left = _remove(aside)
+        if judged.holder is None:
+            self._warn(f"replacing {self._path}, {UNREADABLE}{left}")
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT_SECONDS):
-            with suppress(OSError):
-                # A touch would keep the lock of another job alive.
-                if not self.is_lost(fresh=True):
-                    os.utime(self._path)
+        while not self.lost and not self._ended.wait(BEAT_SECONDS):
+            # A file system that does not answer now may answer at the next beat.
+            with suppress(OSError, UsageError):
+                self._renew()
+
+    def _renew(self) -> None:
+        """Touch the lock if it is this process's own; else find out what became of it."""
+        with self._renewing:
+            found = _find(self._path, touch=self._me)
+            if found and found.holder == self._me:
+                self._renewed = _boot_seconds()
+            elif found and found.holder:
+                self.lost = found.holder.describe()
+            elif _boot_seconds() - self._renewed > DEAD_SECONDS:
+                # Another job may have held the run and left since the last beat.
+                self.lost = UNREADABLE if found else "nobody now: its lock is gone"
+            elif found is None:
+                self._make()
+            else:
+                # Damaged, and not yet long enough without an update for another job to replace it.
+                self._set_aside(found)
+                self._make()
 
 
 def read_holder(folder: Path) -> Holder | None:
     """Read the holder from the run's lock; None without a lock that can be read."""
-    return _read(folder / LOCK)
+    found = _find(folder / LOCK)
+    return found.holder if found else None
 
 
-def silent_seconds(folder: Path) -> float:
-    """Return the seconds since the holder last touched the lock.
+def silent_seconds(folder: Path, name: str = LOCK) -> float:
+    """Return the seconds since the holder last touched the lock; 0 without a lock.
 
     The file system's own clock decides, for the clocks of two hosts may differ: a probe file is
     made next to the lock.
     """
-    probe = folder / f".{LOCK}.{uuid.uuid4().hex}.now"
-    try:
-        probe.touch()
-        return probe.stat().st_mtime - (folder / LOCK).stat().st_mtime
-    except OSError:
-        return max(0.0, time.time() - modified(folder / LOCK))
-    finally:
-        with suppress(OSError):
-            probe.unlink(missing_ok=True)
+    found = _find(folder / name)
+    return _silence(folder / name, found) if found else 0.0
+
+
+def find_hold(folder: Path, name: str = LOCK) -> Hold | None:
+    """Return the hold on the run in `folder` now, as far as this host can know; None without."""
+    found = _find(folder / name)
+    return _judge(folder / name, found, this_process(None)) if found else None
 
 
 def live_holder(folder: Path) -> Holder | None:
     """Return the job that holds the run in `folder` now, as far as this host can know."""
-    holder = read_holder(folder)
-    return None if holder is None or _is_stale(folder, holder, this_process(None)) else holder
+    hold = find_hold(folder)
+    return hold.holder if hold else None
 
 
-def _is_stale(folder: Path, holder: Holder | None, me: Holder) -> bool:
-    """Return whether the lock in `folder` is stale. An unreadable one (None) expires by its age."""
-    # Its age costs a probe file, so it is measured only where it counts.
-    silence = 0.0 if holder is not None and holder.system == me.system else silent_seconds(folder)
-    return silence >= DEAD_SECONDS if holder is None else is_gone(holder, me, silence)
+def _judge(path: Path, found: _Found, me: Holder) -> Hold | None:
+    """Return the hold that a lock shows; None where it is stale.
 
-
-def _read(path: Path) -> Holder | None:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        job = value.pop("job")
-        return Holder(**value, job=CurrentJob(**job) if job else None)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    An unreadable lock expires by its age.
+    """
+    holder, here = found.holder, found.holder is not None and found.holder.system == me.system
+    # Its age on its file system costs a probe file, so it is measured only where it counts.
+    silence = max(0.0, time.time() - found.modified) if here else _silence(path, found)
+    if silence >= DEAD_SECONDS if holder is None else is_gone(holder, me, silence):
         return None
+    suspended = here and holder is not None and _status(holder.pid)[0] in ("T", "t")
+    return Hold(holder, silence, suspended)
+
+
+def _silence(path: Path, found: _Found) -> float:
+    probe = temporary_path(path)
+    try:
+        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        now = os.fstat(descriptor).st_mtime
+        os.close(descriptor)
+        probe.unlink()
+    except OSError:
+        now = time.time()
+    return age_seconds(found.modified, found.changed, now)
+
+
+def age_seconds(modified: float, changed: float, now: float) -> float:
+    """Return how long ago a file was last updated, by the clock of its file system.
+
+    A file may be given any date. A date in the future is not believed: the change of its inode
+    counts, which no user can set. Where that is in the future, too, the clock was set back. Then
+    the distance counts, and a living holder corrects it with its next touch.
+    """
+    if modified - now > BEAT_SECONDS:
+        return abs(now - changed)
+    return max(0.0, now - modified)
+
+
+def _find(path: Path, touch: Holder | None = None) -> _Found | None:
+    """Read the lock at `path`; None where there is none. `touch`: update it if this holds it.
+
+    A link is not followed, and a pipe or a device is not read: such a lock has no holder.
+    """
+    holder = None
+    try:
+        with open_plain(path, os.O_NOFOLLOW) as file:
+            seen = os.fstat(file.fileno())
+            with suppress(ValueError, UnicodeDecodeError):
+                holder = Holder.from_json(from_json(file.read(LARGEST_LOCK).decode()))
+            if touch is not None and holder == touch:
+                # By descriptor: the file that was read is touched, and never another job's.
+                os.utime(file.fileno())
+    except FileNotFoundError:
+        return None
+    except OSError as failure:
+        if failure.errno not in (errno.ELOOP, errno.EINVAL, errno.EACCES, errno.ENXIO):
+            raise
+        try:
+            seen = path.lstat()
+        except FileNotFoundError:
+            return None
+    return _Found(holder, (seen.st_ino, seen.st_mtime_ns), seen.st_mtime, seen.st_ctime)
+
+
+def _write_new(path: Path, holder: Holder) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(to_json(asdict(holder)).encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _link_new(whole: Path, path: Path, holder: Holder) -> bool:
+    """Give the file `whole` the name `path`; return false where that name is taken."""
+    try:
+        os.link(whole, path)
+    except FileExistsError:
+        # NFS may report a link that it made as one that was there: the count of names decides.
+        return whole.stat().st_nlink == 2
+    except OSError as failure:
+        if failure.errno not in NO_LINKS:
+            raise
+        try:
+            # Half a lock may be seen for a moment here; it counts as held.
+            _write_new(path, holder)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _remove(aside: Path) -> str:
+    """Remove what a stale lock was; return where it is kept if it is a folder with files."""
+    try:
+        if aside.is_dir() and not aside.is_symlink():
+            aside.rmdir()
+        else:
+            aside.unlink()
+    except OSError:
+        return f"; it is kept as {aside}"
+    return ""
 
 
 def modified(path: Path) -> float:
-    """Return when a file was last written, in unix seconds; 0 without a file."""
+    """Return when a file was last written, in unix seconds and not in the future; 0 without."""
     try:
-        return path.stat().st_mtime
+        return min(max(0.0, path.stat().st_mtime), time.time())
     except OSError:
         return 0.0
 
 
-def _born(pid: int) -> str:
-    """Return the start time of a process, "" where it does not run: proc(5), fields 3 and 22.
+def _boot_seconds() -> float:
+    # Unlike the monotonic clock it counts the time that the host was suspended.
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
-    A zombie (Z) does not run.
+
+def _status(pid: int) -> tuple[str, str]:
+    """Return the state and the start time of a process, both "" where it does not run.
+
+    proc(5), fields 3 and 22. A zombie (Z) does not run.
     """
     try:
-        fields = (
-            Path(f"/proc/{pid}/stat")
-            .read_text(encoding="ascii", errors="replace")
-            .rpartition(")")[2]
-            .split()
-        )
-        return "" if fields[0] in ("Z", "X") else fields[19]
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        fields = text.rpartition(")")[2].split()
+        return ("", "") if fields[0] in ("Z", "X") else (fields[0], fields[19])
     except (OSError, IndexError):
-        return ""
+        return "", ""
 
 
 def _system() -> str:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,10 +14,14 @@ import pytest
 
 from mpillm.errors import UsageError
 from mpillm.launch.current_job import CurrentJob
-from mpillm.runs.folder import LOCK
+from mpillm.runs import lock as lock_module
+from mpillm.runs.folder import LOCK, SUBMIT_LOCK
 from mpillm.runs.lock import (
+    BEAT_SECONDS,
     DEAD_SECONDS,
     RunLock,
+    age_seconds,
+    find_hold,
     is_gone,
     live_holder,
     read_holder,
@@ -106,9 +113,9 @@ def test_a_job_that_was_started_anew_takes_its_own_lock(tmp_path: Path) -> None:
     RunLock(tmp_path, JOB).release()
 
 
-def test_a_lock_that_cannot_be_read_is_a_job_that_begins(tmp_path: Path) -> None:
+def test_a_lock_that_cannot_be_read_is_held_for_its_usual_time(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text("")
-    with pytest.raises(UsageError, match="held by a job that begins just now"):
+    with pytest.raises(UsageError, match="held by an unknown job: its lock cannot be read"):
         RunLock(tmp_path, None)
     os.utime(tmp_path / LOCK, (0, 0))
     RunLock(tmp_path, None).release()
@@ -119,3 +126,193 @@ def test_a_lock_that_another_took_over_is_left_alone(tmp_path: Path) -> None:
     plant(tmp_path)
     lock.release()
     assert (tmp_path / LOCK).exists()
+
+
+def until(true: object) -> None:
+    """Wait until a function gives true; a minute is far more than it takes."""
+    end = time.monotonic() + 60
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def fast_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.02)
+
+
+@pytest.mark.usefixtures("fast_beats")
+def test_a_beat_touches_the_lock_of_its_own_alone(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, None)
+    os.utime(tmp_path / LOCK, (0, 0))
+    until(lambda: (tmp_path / LOCK).stat().st_mtime > 1)
+    plant(tmp_path, host="n7", pid=17)
+    os.utime(tmp_path / LOCK, (0, 0))
+    until(lambda: lock.lost)
+    assert lock.lost.startswith("process 17 on n7 since")
+    assert (tmp_path / LOCK).stat().st_mtime == 0
+    lock.release()
+    assert (tmp_path / LOCK).exists()
+
+
+@pytest.mark.usefixtures("fast_beats")
+@pytest.mark.parametrize("damage", ["gone", "empty", "folder", "link"])
+def test_a_holder_mends_its_lock_while_nobody_else_may_take_it(tmp_path: Path, damage: str) -> None:
+    lock = RunLock(tmp_path, None, warn=lambda text: None)
+    mine = read_holder(tmp_path)
+    damaged(tmp_path, damage)
+    until(lambda: read_holder(tmp_path) == mine)
+    assert not lock.lost
+    lock.release()
+    assert [path.name for path in tmp_path.iterdir() if path.name != "secret"] == []
+
+
+@pytest.mark.usefixtures("fast_beats")
+def test_a_holder_that_was_suspended_too_long_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = RunLock(tmp_path, None)
+    monkeypatch.setattr(lock_module, "DEAD_SECONDS", -1.0)
+    (tmp_path / LOCK).unlink()
+    until(lambda: lock.lost)
+    assert lock.lost == "nobody now: its lock is gone"
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def damaged(folder: Path, damage: str) -> None:
+    path = folder / LOCK
+    path.unlink(missing_ok=True)
+    (folder / "secret").write_text("mine")
+    if damage == "empty":
+        path.write_text("")
+    elif damage == "folder":
+        path.mkdir()
+    elif damage == "link":
+        path.symlink_to(folder / "secret")
+    elif damage == "pipe":
+        os.mkfifo(path)
+    elif damage == "null":
+        path.write_text("null")
+    elif damage == "types":
+        plant(folder, pid="../../x")
+    elif damage == "deep":
+        path.write_text("[" * 50_000)
+    else:
+        assert damage == "gone"
+
+
+@pytest.mark.parametrize("damage", ["empty", "folder", "link", "pipe", "null", "types", "deep"])
+def test_a_damaged_lock_is_replaced_after_its_usual_time(tmp_path: Path, damage: str) -> None:
+    said: list[str] = []
+    damaged(tmp_path, damage)
+    hold = find_hold(tmp_path)
+    assert hold is not None
+    assert "cannot be read" in hold.describe()
+    with pytest.raises(UsageError, match="cannot be read, and was updated 0:0"):
+        RunLock(tmp_path, None, said.append)
+    os.utime(tmp_path / LOCK, (0, 0), follow_symlinks=False)
+    assert find_hold(tmp_path) is None
+    lock = RunLock(tmp_path, None, said.append)
+    assert read_holder(tmp_path) is not None
+    assert said == [f"replacing {tmp_path / LOCK}, a lock that cannot be read"]
+    lock.release()
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+    assert (tmp_path / "secret").read_text() == "mine"
+
+
+def test_a_folder_with_files_in_place_of_the_lock_is_kept(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()
+    (tmp_path / LOCK / "precious").touch()
+    os.utime(tmp_path / LOCK, (0, 0))
+    said: list[str] = []
+    RunLock(tmp_path, None, said.append).release()
+    (kept,) = tmp_path.iterdir()
+    assert str(kept) in said[0]
+    assert (kept / "precious").exists()
+
+
+def test_a_date_in_the_future_is_not_believed(tmp_path: Path) -> None:
+    plant(tmp_path)
+    os.utime(tmp_path / LOCK, (1 << 33, 1 << 33))
+    # os.utime changes the inode now: so long ago the lock was last updated.
+    assert silent_seconds(tmp_path) < DEAD_SECONDS
+    assert live_holder(tmp_path)
+    now = time.time()
+    assert age_seconds(now + 1e9, now - DEAD_SECONDS - 1, now) == DEAD_SECONDS + 1
+    # A clock that is ahead by less than a beat is a clock like any other.
+    assert age_seconds(now + BEAT_SECONDS / 2, now - 1e9, now) == 0
+    assert age_seconds(now - 7, now, now) == 7
+    # The clock of the file system was set back.
+    assert age_seconds(now + 1e9, now + 1e6, now) == pytest.approx(1e6)
+
+
+def test_a_lock_appears_whole(tmp_path: Path) -> None:
+    """Another process that reads all the time sees no lock or a whole one, never half."""
+    seen: set[bool] = set()
+    ended = threading.Event()
+
+    def read() -> None:
+        while not ended.is_set():
+            try:
+                text = (tmp_path / LOCK).read_text()
+            except FileNotFoundError:
+                continue
+            seen.add(text.endswith("}"))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(30):
+        RunLock(tmp_path, None).release()
+    ended.set()
+    reader.join()
+    assert seen <= {True}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    lock = RunLock(tmp_path, None)
+    with pytest.raises(UsageError, match="is held by process"):
+        RunLock(tmp_path, None)
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_cannot_be_made_names_its_place(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot make .*/none/lock: .*No such file"):
+        RunLock(tmp_path / "none", None)
+
+
+def test_two_locks_of_one_folder(tmp_path: Path) -> None:
+    run, submission = RunLock(tmp_path, None), RunLock(tmp_path, None, name=SUBMIT_LOCK)
+    with pytest.raises(UsageError, match=r"is being submitted by process \d+ .*; wait for it \("):
+        RunLock(tmp_path, None, name=SUBMIT_LOCK)
+    submission.release()
+    run.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("processes")
+def test_a_process_that_is_stopped_still_holds_the_run(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from mpillm.runs.lock import RunLock\n"
+        "RunLock(Path(sys.argv[1]), None); print('taken', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        try:
+            assert child.stdout.readline() == "taken\n"
+            hold = find_hold(tmp_path)
+            assert hold is not None
+            assert not hold.suspended
+            child.send_signal(signal.SIGSTOP)
+            until(lambda: (hold := find_hold(tmp_path)) and hold.suspended)
+            with pytest.raises(UsageError, match=f"is held by process {child.pid}"):
+                RunLock(tmp_path, None)
+        finally:
+            child.kill()
