@@ -5,7 +5,6 @@
 docs/formats.md lists every key. Batch scripts read the outcome from a file of its own.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -14,12 +13,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from mpillm.errors import UsageError
 from mpillm.runs.folder import HISTORY, OUTCOME
 from mpillm.system.atomic import flush, write_text
+from mpillm.system.json_lines import JsonLines, read_json_lines, real_number, whole_number
+from mpillm.system.json_text import to_json
 
 STARTED, SAVED, ENDS = "started", "saved", ("finished", "stopped", "failed")
 RUNNING, KILLED = "running", "killed"
 Outcome = Literal["running", "finished", "stopped", "failed"]
+# Times outside of these years are damage; they would overflow in other time zones.
+FIRST_YEAR, LAST_YEAR = 1971, 9000
+# More than a thousand years: damage.
+LONGEST_SECONDS = 1e11
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,14 @@ class Attempt:
     def hosts(self) -> dict[str, list[int]]:
         """Name → its ranks."""
         return {
-            str(name): [int(rank) for rank in ranks]
+            name: [rank for rank in map(whole_number, ranks) if rank is not None]
             for name, ranks in object_at(self.facts, "hosts").items()
+            if isinstance(ranks, list)
         }
+
+    @property
+    def ranks(self) -> int | None:
+        return whole_number(self.facts.get("ranks")) or None
 
     @property
     def job(self) -> dict[str, Any]:
@@ -79,8 +90,16 @@ class HistoryWriter:
         self._folder, self._writes = folder, writes
 
     def started(self, step: int, facts: Mapping[str, Any]) -> None:
-        self._add(STARTED, step, facts)
-        self._write_outcome("running")
+        """Record a start. Raises UsageError where the run's folder cannot hold its history."""
+        try:
+            self._add(STARTED, step, facts)
+            self._write_outcome("running")
+        except OSError as failure:
+            path = failure.filename or self._folder / HISTORY
+            raise UsageError(
+                f"cannot write {path}: {failure.strerror or failure}; move it away, free some "
+                "space there, or name another train.run"
+            ) from failure
 
     def saved(self, step: int, checkpoint: Path, seconds: float, nbytes: int) -> None:
         name = str(checkpoint.relative_to(self._folder))
@@ -88,8 +107,11 @@ class HistoryWriter:
 
     def ended(self, outcome: Outcome, step: int, reason: str = "") -> None:
         """Record that the run finished, failed, or stopped: saved, and to be resumed."""
-        self._add(outcome, step, {"reason": reason} if reason else {})
-        self._write_outcome(outcome)
+        try:
+            self._add(outcome, step, {"reason": reason} if reason else {})
+        finally:
+            # Batch scripts decide by the outcome, whatever became of the history.
+            self._write_outcome(outcome)
 
     def _write_outcome(self, outcome: Outcome) -> None:
         if self._writes:
@@ -99,7 +121,7 @@ class HistoryWriter:
         if not self._writes:
             return
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        line = json.dumps({"event": event, "time": now, "step": step, **facts})
+        line = to_json({"event": event, "time": now, "step": step, **facts})
         with (self._folder / HISTORY).open("a+b") as file:
             # A killed job may have left half a line: it must not swallow this one.
             if file.tell():
@@ -113,28 +135,30 @@ class HistoryWriter:
 
 
 def read_history(path: Path) -> list[Event]:
-    """Read the events of a history file; none without a file.
+    """Read the events of a history file, as far as they can be read; none without a file.
 
     Skips lines that cannot be read: half-written ones, and those of a later mpillm.
     """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [event for event in map(_event, lines) if event is not None]
+    return read_history_log(path)[0]
 
 
-def _event(line: str) -> Event | None:
+def read_history_log(path: Path) -> tuple[list[Event], JsonLines]:
+    """Read the events of a history file; return with them the count of lines that are damaged."""
+    log = read_json_lines(path)
+    found = [_event(facts) for facts in log.objects]
+    events = [event for event in found if event is not None]
+    return events, replace(log, faults=log.faults + len(found) - len(events))
+
+
+def _event(facts: dict[str, Any]) -> Event | None:
+    name, step = facts.get("event"), whole_number(facts.get("step"))
     try:
-        facts = json.loads(line)
         moment = datetime.fromisoformat(facts["time"])
-        return Event(
-            str(facts["event"]),
-            moment if moment.tzinfo else moment.replace(tzinfo=UTC),
-            int(facts["step"]),
-            facts,
-        )
     except (ValueError, TypeError, KeyError):
         return None
+    if not isinstance(name, str) or step is None or not FIRST_YEAR <= moment.year <= LAST_YEAR:
+        return None
+    return Event(name, moment if moment.tzinfo else moment.replace(tzinfo=UTC), step, facts)
 
 
 def last_save_seconds(folder: Path) -> float | None:
@@ -144,8 +168,15 @@ def last_save_seconds(folder: Path) -> float | None:
         for event in read_history(folder / HISTORY)
         if event.name == SAVED
     )
-    seconds = [value for value in found if isinstance(value, int | float)]
-    return float(seconds[-1]) if seconds else None
+    seconds = [value for value in map(finite_seconds, found) if value is not None]
+    return seconds[-1] if seconds else None
+
+
+def finite_seconds(value: Any) -> float | None:
+    """Return a duration of a log as a finite number; None for anything else."""
+    seconds = real_number(value)
+    # An integer may be too large for a float's arithmetic.
+    return float(seconds) if seconds is not None and 0 <= seconds < LONGEST_SECONDS else None
 
 
 def attempts(

@@ -5,11 +5,20 @@ import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpillm.runs.folder import HISTORY
-from mpillm.runs.history import Event, HistoryWriter, attempts, read_history
+from mpillm.errors import UsageError
+from mpillm.runs.folder import HISTORY, OUTCOME
+from mpillm.runs.history import (
+    Event,
+    HistoryWriter,
+    attempts,
+    last_save_seconds,
+    read_history,
+    read_history_log,
+)
 
 NOON = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
 START = {
@@ -126,3 +135,57 @@ def test_lines_that_tell_nothing_are_left_out(tmp_path: Path) -> None:
     text = "\n".join([*odd, *lines(), *odd])
     path.write_bytes(text.encode("utf-8", errors="surrogateescape"))
     assert [e.name for e in read_history(path)] == [e.name for e in STORY]
+
+
+def test_what_is_damaged_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / HISTORY
+    odd = [
+        '{"event": 3, "time": "2026-11-26T12:00:00+00:00", "step": 0}',
+        '{"event": "saved", "time": 5, "step": 0}',
+        '{"event": "saved", "time": "0001-01-01T00:00:00+14:00", "step": 0}',
+        '{"event": "saved", "time": "2026-11-26T12:00:00+00:00", "step": [1]}',
+        '{"event": "saved", "time": "2026-11-26T12:00:00+00:00", "step": 1e400}',
+    ]
+    path.write_text("\n".join([*odd, *lines()]))
+    events, log = read_history_log(path)
+    assert ([e.name for e in events], log.faults) == ([e.name for e in STORY], len(odd))
+    assert log.note(HISTORY) == "5 lines of history.jsonl cannot be read"
+
+
+def test_facts_of_odd_types_do_no_harm() -> None:
+    odd = {"ranks": "x", "hosts": {"n1": 3, "n2": [0, "a", -1]}, "job": [], "deadline": "soon"}
+    (found,) = attempts([event("started", 0, 0, **odd)])
+    assert (found.ranks, found.hosts, found.job) == (None, {"n2": [0]}, {})
+
+
+def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
+    HistoryWriter(tmp_path, writes=True).started(0, {"deadline": float("nan")})
+    (line,) = (tmp_path / HISTORY).read_text().splitlines()
+    assert json.loads(line, parse_constant=lambda _: 1 / 0)["deadline"] is None
+
+
+def test_a_history_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
+    for name in (HISTORY, OUTCOME):
+        (tmp_path / name).mkdir()
+        diary = HistoryWriter(tmp_path, writes=True)
+        with pytest.raises(UsageError, match=rf"cannot write .*{name}.*; move it away"):
+            diary.started(0, START)
+        (tmp_path / name).rmdir()
+    (tmp_path / HISTORY).unlink()
+    (tmp_path / HISTORY).mkdir()
+    # The outcome, by which batch scripts decide, is written all the same.
+    with pytest.raises(OSError, match="Is a directory"):
+        HistoryWriter(tmp_path, writes=True).ended("finished", 3)
+    assert (tmp_path / OUTCOME).read_text() == "finished\n"
+
+
+def test_the_duration_of_a_save_that_is_none(tmp_path: Path) -> None:
+    diary = HistoryWriter(tmp_path, writes=True)
+    diary.saved(1, tmp_path / "checkpoints/step-00000001", 2.5, 10)
+    for odd in ('"x"', "NaN", "1e300", "true", "-1"):
+        with (tmp_path / HISTORY).open("a") as file:
+            file.write(
+                '{"event": "saved", "time": "2026-11-26T12:00:00Z", "step": 2, "seconds": %s}\n'
+                % odd
+            )
+    assert last_save_seconds(tmp_path) == 2.5

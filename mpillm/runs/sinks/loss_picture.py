@@ -1,12 +1,15 @@
 """loss.png: the training and the validation loss over the steps, drawn when the run ends."""
 
 import importlib.util
-from contextlib import suppress
+import math
 from pathlib import Path
 
 from mpillm.runs.folder import METRICS, PICTURE
 from mpillm.runs.metrics import Metrics, MetricsSink, read_metrics
 from mpillm.system.atomic import replacing
+
+# matplotlib's margins overflow beyond this.
+LARGEST = 1e300
 
 
 class LossPictureSink(MetricsSink):
@@ -22,9 +25,7 @@ class LossPictureSink(MetricsSink):
         """Do nothing: metrics.jsonl holds the step."""
 
     def close(self) -> None:
-        # On a full disk the missing picture is the smaller fault.
-        with suppress(OSError):
-            draw_loss(list(read_metrics(self._run / METRICS)), self._run / PICTURE)
+        draw_loss(list(read_metrics(self._run / METRICS)), self._run / PICTURE)
 
     def abandon(self) -> None:
         """Do nothing: drawing takes seconds, in which other ranks would end the job."""
@@ -35,8 +36,7 @@ def draw_loss(metrics: list[Metrics], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    training = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
-    validation = [(m["step"], m["validation_loss"]) for m in metrics if "validation_loss" in m]
+    training, validation = _points(metrics, "loss"), _points(metrics, "validation_loss")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -57,6 +57,12 @@ def draw_loss(metrics: list[Metrics], path: Path) -> None:
         axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def _points(metrics: list[Metrics], key: str) -> list[tuple[float, float]]:
+    """Collect (step, value): a loss that is not finite, or too large to draw, is left out."""
+    found = ((line["step"], line.get(key, math.nan)) for line in metrics)
+    return [(step, float(value)) for step, value in found if abs(value) < LARGEST]
 
 
 def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
