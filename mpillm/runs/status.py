@@ -1,8 +1,6 @@
 """`mpillm status`: the state of a run, its speed, and the next command."""
 
-import json
 import math
-import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -11,16 +9,22 @@ from typing import Any
 
 from mpillm.errors import MpillmError
 from mpillm.launch.schedulers.scheduler_catalog import is_over
-from mpillm.launch.walltime import clock_time
-from mpillm.runs.folder import JOB_RECIPE, RECIPE
-from mpillm.runs.history import KILLED, RUNNING, Attempt
-from mpillm.runs.state import FINISHED, SUBMITTED, UNKNOWN, KeptCheckpoint, RunState, read_run
+from mpillm.runs.history import KILLED, RUNNING, Attempt, finite_seconds
+from mpillm.runs.next_step import next_step
+from mpillm.runs.state import (
+    FINISHED,
+    SUBMITTED,
+    SUSPENDED,
+    UNKNOWN,
+    KeptCheckpoint,
+    RunState,
+    read_run,
+)
 from mpillm.system.console import Console, clock
+from mpillm.system.json_text import to_json
 
 Ask = Callable[[str, str], str]
 """(scheduler, job id) → the scheduler's word for the state of the job; empty without one."""
-# Options of the last submission that the next one repeats, next to its size.
-REPEATED = ("partition", "account", "threads", "gpus-per-node")
 # Further names are counted and not listed.
 MOST_HOSTS = 4
 
@@ -34,9 +38,11 @@ def print_status(
     """
     found = run_figures(read_run(run), ask)
     if as_json:
-        console.write(json.dumps(_plain(found), ensure_ascii=False) + "\n")
+        console.write(to_json(found) + "\n")
     else:
         console.facts(str(run), facts(found))
+        # Outside of the table, which would break a command over lines: it can be pasted.
+        console.say(f"next: {found['next']}")
 
 
 def run_figures(run_state: RunState, ask: Ask | None = None) -> dict[str, Any]:
@@ -46,8 +52,9 @@ def run_figures(run_state: RunState, ask: Ask | None = None) -> dict[str, Any]:
     job_state = _asked(job, ask)
     waits = bool(job_state) and not is_over(str(job["scheduler"]), job_state)
     step_seconds = _median(run_state.recent("step_seconds"))
-    deadline = last.facts.get("deadline") if last and last.how == RUNNING else None
+    deadline = finite_seconds(last.facts.get("deadline")) if last and last.how == RUNNING else None
     newest = run_state.checkpoints[-1] if run_state.checkpoints else None
+    text, commands = next_step(run_state, newest, waits)
     return {
         "run": str(run_state.run),
         "state": run_state.state,
@@ -65,15 +72,16 @@ def run_figures(run_state: RunState, ask: Ask | None = None) -> dict[str, Any]:
         "tokens": _count(run_state.steps.get("tokens", ())),
         "tokens_per_second": _median(run_state.recent("tokens_per_second")),
         "step_seconds": step_seconds,
-        "seconds_left": step_seconds * run_state.steps_left
+        "seconds_left": finite_seconds(step_seconds * run_state.steps_left)
         if step_seconds is not None and run_state.goal
         else None,
-        "seconds_to_deadline": deadline - run_state.now
-        if isinstance(deadline, int | float)
-        else None,
+        "seconds_to_deadline": None if deadline is None else deadline - run_state.now,
         "checkpoint": _checkpoint(newest, run_state.now),
+        "lost_checkpoint": run_state.lost_checkpoint or None,
         "attempts": [_attempt(attempt) for attempt in run_state.attempts],
-        "next": next_step(run_state, newest, waits),
+        "damage": dict(run_state.damage),
+        "next": text,
+        "commands": commands,
     }
 
 
@@ -87,52 +95,11 @@ def facts(found: Mapping[str, Any]) -> dict[str, str]:
         "validation loss": _validation_text(found),
         "speed": _speed_text(found),
         "time left": _left_text(found),
-        "checkpoint": _checkpoint_text(found["checkpoint"]),
+        "checkpoint": _checkpoint_text(found["checkpoint"], found["lost_checkpoint"]),
         "attempts": _attempts_text(found["attempts"]),
-        "next": found["next"],
+        "damage": "; ".join(found["damage"].values()),
     }
     return {name: text for name, text in rows.items() if text}
-
-
-def next_step(run_state: RunState, newest: KeptCheckpoint | None, waits: bool) -> str:
-    """Name the next command, or say that none is needed: the batch job `waits` or runs."""
-    run, state = run_state.run, run_state.state
-    if state == RUNNING or run_state.holder:
-        return f"it continues by itself; mpillm report {run} draws it"
-    if state == FINISHED:
-        return f"mpillm evaluate {run}, mpillm generate {run} --prompt TEXT, mpillm report {run}"
-    if waits:
-        return "the job continues by itself"
-    log = f"read {run_state.job.get('output') or 'the output of the job'}, then "
-    first = {"failed": "repair the failure, then ", KILLED: log}.get(state, "")
-    start = (
-        f"continues from step {newest.step:,}"
-        if newest
-        else "begins at step 1: no checkpoint was saved yet"
-    )
-    return f"{first}{_resume_command(run_state)} {start}"
-
-
-def _resume_command(run_state: RunState) -> str:
-    """Write the command that resumes the run, on as many nodes and ranks as before."""
-    job = run_state.job
-    # Before training began only the job's recipe is there.
-    path = run_state.run / (RECIPE if (run_state.run / RECIPE).exists() else JOB_RECIPE)
-    recipe = shlex.quote(str(path))
-    if isinstance(job.get("nodes"), int) and isinstance(job.get("seconds"), int):
-        size = (
-            f"--nodes {job['nodes']} --ranks-per-node {job.get('ranks_per_node')} "
-            f"--time {clock_time(job['seconds'])}"
-        )
-        asked = "".join(
-            f" --{key} {shlex.quote(str(job[key.replace('-', '_')]))}"
-            for key in REPEATED
-            if job.get(key.replace("-", "_"))
-        )
-        return f"mpillm submit {recipe} {size}{asked} --resume"
-    ranks = run_state.attempts[-1].facts.get("ranks") if run_state.attempts else None
-    launcher = f"mpirun -n {ranks} " if isinstance(ranks, int) and ranks > 1 else ""
-    return f"{launcher}mpillm train {recipe} --resume"
 
 
 def _asked(job: Mapping[str, Any], ask: Ask | None) -> str:
@@ -153,7 +120,11 @@ def host_names(names: Sequence[str]) -> str:
 
 def moment(seconds: float) -> str:
     """Write unix seconds as `2026-11-26 14:00:00` in local time."""
-    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+    try:
+        return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        # A file may have been given any date.
+        return f"{seconds:.4g} s after 1970"
 
 
 def state_text(found: Mapping[str, Any]) -> str:
@@ -162,7 +133,7 @@ def state_text(found: Mapping[str, Any]) -> str:
     last = found["attempts"][-1] if found["attempts"] else None
     held = (
         f"; held by {found['holder']}"
-        if found["holder"] and state not in (RUNNING, FINISHED)
+        if found["holder"] and state not in (RUNNING, SUSPENDED, FINISHED)
         else ""
     )
     if state == SUBMITTED:
@@ -170,10 +141,11 @@ def state_text(found: Mapping[str, Any]) -> str:
     if state == UNKNOWN:
         return f"unknown: it has no history (never trained, or by an early mpillm){held}"
     if last is None:
-        return f"{state} {found['holder']}".rstrip()
-    if state == RUNNING:
+        return f"{state} {found['holder']}".rstrip() + reason
+    if state in (RUNNING, SUSPENDED):
         where = f" on {host_names(last['hosts'])}" if last["hosts"] else ""
-        return f"running{where} since {moment(last['began'])} ({clock(last['seconds'])})"
+        since = f"since {moment(last['began'])} ({clock(last['seconds'])})"
+        return f"{state}{where} {since}{reason}"
     if state == KILLED:
         return f"killed, no end on record; last trace {moment(last['ended'])}{held}"
     return f"{state} {moment(last['ended'])}{reason}{held}"
@@ -224,10 +196,11 @@ def _left_text(found: Mapping[str, Any]) -> str:
     return f"{steps}; the job ends in {clock(deadline)}{short}"
 
 
-def _checkpoint_text(checkpoint: Mapping[str, Any] | None) -> str:
+def _checkpoint_text(checkpoint: Mapping[str, Any] | None, lost: str | None) -> str:
+    gone = f"; the last one on record, {lost}, is gone" if lost else ""
     if checkpoint is None:
-        return "none yet"
-    return f"{checkpoint['path']}, {clock(checkpoint['age_seconds'])} ago"
+        return f"none{gone or ' yet'}"
+    return f"{checkpoint['path']}, {clock(checkpoint['age_seconds'])} ago{gone}"
 
 
 def _attempts_text(attempts: Sequence[Mapping[str, Any]]) -> str:
@@ -246,7 +219,7 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "last_step": attempt.last_step,
         "how": attempt.how,
         "reason": attempt.reason,
-        "ranks": attempt.facts.get("ranks"),
+        "ranks": attempt.ranks,
         "hosts": list(attempt.hosts),
         "job": attempt.job or None,
     }
@@ -278,14 +251,3 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
-
-
-def _plain(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value

@@ -1,6 +1,5 @@
 """`mpillm submit`: make a batch job from a recipe, a site file and a few numbers."""
 
-import json
 import os
 import re
 import sys
@@ -22,15 +21,22 @@ from mpillm.launch.schedulers.scheduler_catalog import (
 from mpillm.launch.site import Site
 from mpillm.launch.walltime import seconds_of
 from mpillm.machine.mounts import Mount, hdf5_file_locking, read_mounts
-from mpillm.runs.folder import JOB, JOB_RECIPE, JOB_SCRIPT, METRICS
-from mpillm.runs.lock import live_holder
+from mpillm.runs.folder import JOB, JOB_RECIPE, JOB_SCRIPT, METRICS, SUBMIT_LOCK
+from mpillm.runs.lock import RunLock, find_hold
+from mpillm.runs.records import read_job
 from mpillm.system.atomic import make_folder, write_json, write_text
 from mpillm.system.command_line import Json, Option
 from mpillm.system.console import Console, clock, counted
+from mpillm.system.json_text import to_json
+from mpillm.system.messages import command
+from mpillm.system.plain_files import is_there
+from mpillm.tokens.dataset_folder import dataset_around
 from mpillm.weights.places import CHECKPOINTS
 
 # A run that has begun leaves one of these.
 BEGUN = (METRICS, CHECKPOINTS)
+# No machine has more nodes, no node more ranks, and every batch system reads such a number.
+LARGEST_COUNT = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,18 @@ class SubmitOptions:
     as_json: Json = False
 
     def __post_init__(self) -> None:
-        sizes = {"--nodes": self.nodes, "--ranks-per-node": self.ranks_per_node}
-        for name, count in sizes.items():
-            if count < 1:
-                raise UsageError(f"{name} is a number from 1, and not {count}")
-        if min(self.threads, self.max_restarts, self.gpus_per_node or 0) < 0:
-            raise UsageError("--threads, --gpus-per-node and --max-restarts are numbers from 0")
+        counts = {
+            "--nodes": (self.nodes, 1),
+            "--ranks-per-node": (self.ranks_per_node, 1),
+            "--threads": (self.threads, 0),
+            "--gpus-per-node": (self.gpus_per_node or 0, 0),
+            "--max-restarts": (self.max_restarts, 0),
+        }
+        for name, (count, least) in counts.items():
+            if not least <= count <= LARGEST_COUNT:
+                raise UsageError(
+                    f"{name} is a number from {least} to {LARGEST_COUNT:,}, and not {count}"
+                )
 
     @property
     def ranks(self) -> int:
@@ -111,16 +123,22 @@ def submit_run(
     if options.dry_run:
         console.write(_as_json(scheduler, job, script, None) if options.as_json else script)
         return
-    _check_here(run, job, site, environment)
+    _check_here(run, job, site)
     make_folder(run)
-    write_text(run / JOB_RECIPE, recipe.text)
-    write_text(run / JOB_SCRIPT, script)
-    if not options.as_json:
-        console.write(script)
     system = load_scheduler(scheduler)
-    number = system.submit_script(job.run, next_job_environment(environment, system))
-    facts = _facts(scheduler, job, number)
-    write_json(run / JOB, facts)
+    # Of two that submit one run at the same time, one does, and the other says so.
+    lock = RunLock(run, None, console.warn, SUBMIT_LOCK)
+    try:
+        _check_queued(run, environment)
+        write_text(run / JOB_RECIPE, recipe.text)
+        write_text(run / JOB_SCRIPT, script)
+        if not options.as_json:
+            console.write(script)
+        number = system.submit_script(job.run, next_job_environment(environment, system))
+        facts = _facts(scheduler, job, number)
+        write_json(run / JOB, facts)
+    finally:
+        lock.release()
     if options.as_json:
         console.write(_as_json(scheduler, job, script, facts))
     else:
@@ -201,41 +219,43 @@ def _check_cores(options: SubmitOptions, site: Site, threads: int) -> None:
 
 
 def _check_unused(run: Path, resume: bool) -> None:
-    if run.exists() and not run.is_dir():
+    if is_there(run) and not run.is_dir():
         raise UsageError(f"the run {run} is a file; name another train.run")
-    if not resume and any((run / name).exists() for name in BEGUN):
+    if dataset := dataset_around(run):
+        raise UsageError(
+            f"the run {run} is inside of the dataset {dataset}, which `mpillm prepare --overwrite` "
+            "replaces; name another train.run"
+        )
+    if not resume and any(os.path.lexists(run / name) for name in BEGUN):
         raise UsageError(
             f"{run} holds a run already; --resume continues it, or name another train.run"
         )
 
 
-def _check_here(run: Path, job: BatchJob, site: Site, environment: Mapping[str, str]) -> None:
+def _check_here(run: Path, job: BatchJob, site: Site) -> None:
     """Refuse now a job that would fail only after hours in the queue."""
-    if holder := live_holder(run):
-        raise UsageError(f"the run {run} is held by {holder.describe()}; wait for it or end it")
-    queued = read_job(run)
-    scheduler = str(queued.get("scheduler"))
-    state = job_state(scheduler, str(queued.get("id")), environment) if queued else None
-    if state and not is_over(scheduler, state):
-        raise UsageError(
-            f"the run {run} is submitted already, as job {queued['id']} ({state}); "
-            "wait for it or cancel it"
-        )
+    if hold := find_hold(run):
+        raise UsageError(f"the run {run} is held by {hold.describe()}; wait for it or end it")
     if not Path(job.data).is_dir():
-        raise UsageError(f"there is no folder {job.data} of data; `mpillm prepare` makes it")
+        prepare = command(["mpillm", "prepare", "SOURCE", "--out", job.data])
+        raise UsageError(f"there is no folder {job.data} of data; make one with {prepare}")
     if site.environment and not os.access(f"{site.environment}/bin/python", os.X_OK):
         raise UsageError(
             f"there is no Python in environment = {site.environment!r}; correct the site file"
         )
 
 
-def read_job(run: Path) -> dict[str, Any]:
-    """Read the record of the run's newest job; empty without one that can be read."""
-    try:
-        recorded = json.loads((run / JOB).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return recorded if isinstance(recorded, dict) else {}
+def _check_queued(run: Path, environment: Mapping[str, str]) -> None:
+    """Refuse a run whose newest job is still queued or runs. Raises UsageError."""
+    queued = read_job(run)
+    if not queued.get("scheduler") or not queued.get("id"):
+        return
+    state = job_state(queued["scheduler"], queued["id"], environment)
+    if state and not is_over(queued["scheduler"], state):
+        raise UsageError(
+            f"the run {run} is submitted already, as job {queued['id']} ({state}); "
+            "wait for it or cancel it"
+        )
 
 
 def _with_environment(site: Site, environment: Mapping[str, str]) -> Site:
@@ -279,4 +299,4 @@ def _as_json(scheduler: str, job: BatchJob, script: str, facts: Mapping[str, Any
         "script": script,
         "job": facts,
     }
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    return to_json(value) + "\n"

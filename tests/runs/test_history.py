@@ -184,8 +184,6 @@ def test_the_duration_of_a_save_that_is_none(tmp_path: Path) -> None:
     diary.saved(1, tmp_path / "checkpoints/step-00000001", 2.5, 10)
     for odd in ('"x"', "NaN", "1e300", "true", "-1"):
         with (tmp_path / HISTORY).open("a") as file:
-            file.write(
-                '{"event": "saved", "time": "2026-11-26T12:00:00Z", "step": 2, "seconds": %s}\n'
-                % odd
-            )
+            head = '{"event": "saved", "time": "2026-11-26T12:00:00Z", "step": 2, "seconds": '
+            file.write(f"{head}{odd}}}\n")
     assert last_save_seconds(tmp_path) == 2.5

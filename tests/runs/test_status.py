@@ -4,22 +4,27 @@ import io
 import json
 import math
 import os
+import random
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mpillm.errors import LaunchError, UsageError
-from mpillm.runs.folder import JOB, LOCK
+from mpillm.runs import state as state_module
+from mpillm.runs.folder import HISTORY, JOB, LOCK, METRICS, RECIPE
 from mpillm.runs.history import HistoryWriter
 from mpillm.runs.lock import RunLock
 from mpillm.runs.state import columns, read_run
 from mpillm.runs.status import Ask, print_status, run_figures
 from mpillm.system.console import Console
+from mpillm.tokens.dataset_folder import dataset_around, is_dataset
 
 HOLD = """
 import sys, time
@@ -286,3 +291,267 @@ def test_the_login_node_stays_light(tmp_path: Path) -> None:
         env=environment(),
     )
     assert "loaded: []" in done.stdout
+
+
+@pytest.mark.usefixtures("processes")
+def test_a_run_whose_process_is_stopped_is_suspended(tmp_path: Path) -> None:
+    run, diary = a_run(tmp_path)
+    diary.started(0, facts())
+    command = [sys.executable, "-c", HOLD, str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "held\n"
+            process.send_signal(signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)
+            text, found = told(run), as_json(run)
+            assert found["state"] == "suspended"
+            assert f"kill -CONT {process.pid} lets it continue" in found["reason"]
+            assert f"suspended on n1, n2 since {text.partition('since ')[2][:19]}" in text
+            process.send_signal(signal.SIGCONT)
+        finally:
+            process.kill()
+
+
+def test_a_run_that_does_not_advance_says_so(tmp_path: Path) -> None:
+    run, diary = a_run(tmp_path)
+    diary.started(0, facts())
+    lock = RunLock(run, None)
+    try:
+        assert as_json(run)["reason"] == ""
+        # Another rank is stopped: rank 0 lives, and no step is recorded.
+        later = time.time() + state_module.QUIET_SECONDS + 61
+        state = read_run(run, later)
+        assert (state.state, state.reason[:39]) == (
+            "running",
+            "silent: no step was recorded for 11:01;"[:39],
+        )
+        # A step of 30 s may take as long.
+        slow, _ = a_run(tmp_path / "slow", step_seconds=30.0)
+        assert read_run(slow, later).reason == ""
+        os.utime(run / LOCK, (0, time.time() - 200))
+        assert "silent: its lock has had no update for 3:2" in told(run)
+        assert as_json(run)["state"] == "running"
+    finally:
+        lock.release()
+
+
+def test_a_lock_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    run, diary = a_run(tmp_path)
+    diary.started(0, facts())
+    (run / LOCK).write_text("")
+    assert as_json(run)["holder"].startswith("an unknown job: its lock cannot be read")
+    os.utime(run / LOCK, (0, 0))
+    assert as_json(run)["state"] == "killed"
+
+
+DAMAGES = {
+    "null": b"null\n",
+    "number": b"3\n",
+    "object": b"{}\n",
+    "list": b"[1, 2]\n",
+    "no UTF-8": b'{"step": 3, "x": "\xff"}\n',
+    "NULs": b"\0" * 5000,
+    "torn": b'{"step": 31, "loss": 2',
+    "many digits": b'{"step": ' + b"7" * 5000 + b"}\n",
+    "deep": b"[" * 100_000 + b"\n",
+    "control": b'{"event": "failed", "time": "2026-11-26T12:00:00Z", "step": 9, '
+    b'"reason": "\\u001b[2J\\ud800"}\n',
+}
+
+
+@pytest.mark.parametrize("name", [METRICS, HISTORY, JOB, RECIPE])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_no_damage_of_a_log_hides_the_run(tmp_path: Path, name: str, damage: str) -> None:
+    run, diary = a_run(tmp_path)
+    diary.started(0, facts())
+    (run / JOB).write_text('{"scheduler": "slurm", "id": "12"}')
+    whole = name in (METRICS, HISTORY)
+    (run / name).write_bytes((run / name).read_bytes() * whole + DAMAGES[damage])
+    found, text = as_json(run), told(run)
+    assert found["checkpoint"]["step"] == 20
+    assert (found["step"], len(found["attempts"])) == (30, 1)
+    assert "\x1b" not in text
+    fine = damage in ("object", "control") and name == JOB
+    fine = fine or (damage == "control" and name == HISTORY)
+    if not fine:
+        assert f"{name} cannot be read" in text or f"of {name} cannot be read" in text
+        assert list(found["damage"]) == [name]
+
+
+@pytest.mark.parametrize("name", [METRICS, HISTORY, JOB, RECIPE, "job.toml", LOCK])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "device"])
+def test_what_is_no_file_is_said(tmp_path: Path, name: str, kind: str) -> None:
+    run, diary = a_run(tmp_path)
+    diary.started(0, facts())
+    path = run / name
+    path.unlink(missing_ok=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else tmp_path / "nothing")
+    text = told(run)
+    assert as_json(run)["checkpoint"]["step"] == 20
+    if name != "job.toml":
+        assert "cannot be read" in text or f"{name} is a link to nothing" in text
+
+
+def test_flipped_bytes_hide_no_run(tmp_path: Path) -> None:
+    run, diary = a_run(tmp_path)
+    diary.started(0, facts(job={"scheduler": "slurm", "id": "12"}, deadline=time.time()))
+    diary.saved(20, run / "checkpoints/step-00000020", 0.5, 1234)
+    diary.ended("stopped", 30, "SIGUSR1 on rank 2")
+    (run / JOB).write_text(
+        json.dumps({"scheduler": "slurm", "id": "12", "nodes": 2, "seconds": 60, "output": "x"})
+    )
+    chance = random.Random(16)
+    for _ in range(100):
+        path = run / chance.choice([METRICS, HISTORY, JOB, RECIPE])
+        before = path.read_bytes()
+        data = bytearray(before)
+        for _ in range(chance.randint(1, 4)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        path.write_bytes(data[: chance.choice([len(data), chance.randrange(len(data))])])
+        told(run)
+        assert as_json(run)["checkpoint"]["step"] == 20
+        path.write_bytes(before)
+
+
+def test_dates_and_numbers_out_of_all_bounds(tmp_path: Path) -> None:
+    run, diary = a_run(tmp_path, step_seconds=1e308, tokens=1e300, tokens_per_second=1e300)
+    diary.started(0, facts(deadline=1e308, ranks=10**30, steps="x", hosts={"n1": 7}))
+    for name in (METRICS, "checkpoints/step-00000020/index.json"):
+        os.utime(run / name, (1 << 45, 1 << 45))
+    (run / RECIPE).write_text("[train]\nsteps = 99999999999999999999999\n")
+    lock = RunLock(run, None)
+    try:
+        assert as_json(run)["steps"] is None
+        assert told(run)
+    finally:
+        lock.release()
+    assert as_json(run)["state"] == "killed"
+    assert "0:00 ago" in told(run)
+
+
+def test_advice_names_what_is_there_alone(tmp_path: Path) -> None:
+    run, diary = a_run(tmp_path)
+    diary.started(0, facts(ranks=1))
+    diary.saved(30, run / "checkpoints/step-00000030", 0.5, 1234)
+    assert "step-00000020, " in told(run)
+    assert "; the last one on record, checkpoints/step-00000030, is gone" in told(run)
+    (run / "checkpoints/step-00000020/index.json").unlink()
+    found = as_json(run)
+    assert (found["checkpoint"], found["lost_checkpoint"]) == (None, "checkpoints/step-00000030")
+    assert found["next"].endswith("--resume begins at step 1: no checkpoint is left")
+    (run / RECIPE).unlink()
+    found = as_json(run)
+    assert found["commands"] == []
+    assert f"with the recipe that began it: none can be read in {run}" in found["next"]
+    diary.ended("finished", 30)
+    assert as_json(run)["commands"] == [f"mpillm report {run}"]
+
+
+ODD = "my 'runs'/$(touch CANARY) \"é\" `id` & ; --x"
+
+
+def words_of(command: str) -> list[str]:
+    return shlex.split(command)
+
+
+def test_commands_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, diary = a_run(tmp_path)
+    run = tmp_path / ODD
+    run.parent.mkdir()
+    diary.started(0, facts())
+    diary.ended("stopped", 30)
+    made.rename(run)
+    (command,) = as_json(run)["commands"]
+    assert words_of(command) == [
+        *("mpirun", "-n", "4", "mpillm", "train"),
+        str(run / RECIPE),
+        "--resume",
+    ]
+    assert f"{command} continues from step 20" in told(run)
+    HistoryWriter(run, writes=True).started(0, facts())
+    HistoryWriter(run, writes=True).ended("finished", 30)
+    for command in as_json(run)["commands"]:
+        assert str(run) in words_of(command)
+        assert command in told(run)
+    # A name that begins with a dash is no option.
+    monkeypatch.chdir(tmp_path)
+    run.rename("-r")
+    assert as_json(Path("-r"))["commands"][0] == "mpillm evaluate ./-r"
+
+
+def test_advice_holds_in_the_folder_where_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data of a recipe is found from the folder in which it trained, and not from another."""
+    home = tmp_path / "home of it"
+    run, diary = a_run(home)
+    diary.started(0, facts(ranks=1))
+    diary.ended("stopped", 30)
+    (run / RECIPE).write_text('[train]\nrun = "run"\n[data]\npath = "prepared"\n')
+    (home / "prepared").mkdir()
+    (home / "prepared/manifest.json").write_text('{"format": "mpillm.tokens", "version": 1}')
+    monkeypatch.chdir(home)
+    assert as_json(Path("run"))["commands"] == ["mpillm train run/recipe.toml --resume"]
+    monkeypatch.chdir(tmp_path)
+    relative = Path("home of it/run")
+    (command,) = as_json(relative)["commands"]
+    assert words_of(command) == [
+        *("cd", str(home), "&&", "mpillm", "train", str(run / RECIPE), "--resume")
+    ]
+    diary.started(0, facts())
+    diary.ended("finished", 30)
+    assert words_of(as_json(relative)["commands"][0])[:4] == ["cd", str(home), "&&", "mpillm"]
+    # Moved away from its data: no command that cannot work is printed.
+    run.rename(tmp_path / "moved")
+    assert [words_of(command)[1] for command in as_json(Path("moved"))["commands"]] == [
+        "generate",
+        "report",
+    ]
+    HistoryWriter(tmp_path / "moved", writes=True).started(0, facts())
+    assert "; its data prepared is not found from here" in as_json(Path("moved"))["next"]
+
+
+def test_what_is_no_run_is_said_with_its_reason(tmp_path: Path) -> None:
+    data = tmp_path / "prepared"
+    data.mkdir()
+    (data / "manifest.json").write_text('{"format": "mpillm.tokens"}')
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    long = "x" * 260
+    for path, reason in (
+        (data, "is a dataset's folder and not a run's"),
+        (tmp_path / "gone", r"there is no folder .*gone \(it is a link to nothing\)"),
+        (tmp_path / long, "File name too long; choose a shorter name"),
+        (Path(f"{tmp_path}/a\0b"), "null"),
+        (Path("/proc/self"), "is not a run's folder"),
+        (data / "manifest.json/run", "there is no folder"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            print_status(path, Console(speaks=False))
+
+
+def test_which_folders_are_datasets(tmp_path: Path) -> None:
+    data = tmp_path / "prepared"
+    (data / "runs/x").mkdir(parents=True)
+    for text, right in (
+        (None, False),
+        ("{}", False),
+        ("[" * 100_000, False),
+        ('{"format": "mpillm.tokens"}', True),
+    ):
+        if text is not None:
+            (data / "manifest.json").write_text(text)
+        assert is_dataset(data) == right
+        assert dataset_around(data / "runs/new/er") == (data.resolve() if right else None)
+
+
+def test_a_time_has_its_zone(tmp_path: Path) -> None:
+    run, diary = a_run(tmp_path)
+    diary.started(0, facts())
+    (attempt,) = read_run(run).attempts
+    assert abs((datetime.now(UTC) - attempt.began).total_seconds()) < 3600

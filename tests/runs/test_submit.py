@@ -17,7 +17,8 @@ from mpillm.launch.schedulers.scheduler_catalog import find_scheduler, is_over, 
 from mpillm.launch.schedulers.slurm import SLURM
 from mpillm.launch.site import Site
 from mpillm.runs.lock import RunLock
-from mpillm.runs.submit import SubmitOptions, SubmittedRecipe, job_name, read_job, submit_run
+from mpillm.runs.records import read_job
+from mpillm.runs.submit import SubmitOptions, SubmittedRecipe, job_name, submit_run
 from mpillm.system.console import Console
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.train.recipe import load_recipe, write_recipe

@@ -9,15 +9,17 @@ from numpy.typing import ArrayLike, NDArray
 
 Curve = NDArray[np.float64]
 MOST_POINTS = 2000
+# A plot's margins overflow beyond this.
+LARGEST = 1e300
 # The smooth line is a median over this share of the steps; below this number of steps it would
 # only repeat the values.
 SMOOTH_SHARE, FEWEST_TO_SMOOTH = 1 / 50, 20
 
 
 def curve(values: ArrayLike) -> Curve:
-    """Convert to float64, with NaN for each value that is not finite: a gap in the picture."""
+    """Convert to float64, with NaN, a gap in the picture, for each value that cannot be drawn."""
     found = np.array(values, dtype=np.float64)
-    found[~np.isfinite(found)] = np.nan
+    found[~(np.abs(found) < LARGEST)] = np.nan
     return found
 
 

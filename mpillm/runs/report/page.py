@@ -7,6 +7,8 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from mpillm.system.messages import printable
+
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
@@ -64,4 +66,6 @@ def render_page(page: Page) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page=page)
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page=page)
+    # A log may hold control characters and halves of characters, which no page can.
+    return printable(text)

@@ -11,6 +11,7 @@ from mpillm.runs.report.downsample import curve
 from mpillm.runs.report.drawing import Line, Plot, short
 from mpillm.runs.state import RunState
 from mpillm.system.console import binary_bytes
+from mpillm.system.json_lines import whole_number
 
 WAIT, STEP_SECONDS = "_seconds", "step_seconds"
 AXIS_COLOURS = ("a", "b", "c", "d")
@@ -152,8 +153,8 @@ def _traffic(run_state: RunState) -> str:
     traffic = object_at(facts, "traffic")
     found = [
         f"{axis} {binary_bytes(count)}"
-        for axis, count in traffic.items()
-        if isinstance(count, int | float) and count
+        for axis, value in traffic.items()
+        if (count := whole_number(value))
     ]
     return f" Bytes of a rank and step, by formula: {', '.join(found)}." if found else ""
 

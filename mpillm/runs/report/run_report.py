@@ -1,6 +1,8 @@
 """`mpillm report`: a run as one page, from the files in its folder alone."""
 
+import errno
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 from mpillm.errors import UsageError
 from mpillm.machine.topology import ranges_text
 from mpillm.runs.folder import REPORT
-from mpillm.runs.history import KILLED, Attempt, object_at
+from mpillm.runs.history import KILLED, Attempt, finite_seconds, object_at
 from mpillm.runs.report.drawing import draw_attempts, draw_plot, short
 from mpillm.runs.report.page import Figure, Page, Picture, Table, render_page
 from mpillm.runs.report.plots import step_plots
@@ -17,6 +19,7 @@ from mpillm.runs.status import host_names, moment, state_text
 from mpillm.runs.status import run_figures as status_figures
 from mpillm.system.atomic import write_text
 from mpillm.system.console import Console, binary_bytes, clock
+from mpillm.system.json_lines import whole_number
 from mpillm.system.versions import package_version
 
 BANDS = (
@@ -36,10 +39,14 @@ def write_report(run: Path, console: Console, out: Path | None = None) -> None:
 
     Raises UsageError for another folder than a run's, and where the file cannot be written.
     """
-    target = out or run / REPORT
-    page = make_page(read_run(run))
+    target, run_state = out or run / REPORT, read_run(run)
+    page = render_page(make_page(run_state))
+    for damage in run_state.damage.values():
+        console.warn(damage)
     try:
-        write_text(target, render_page(page))
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        write_text(target, page)
     except OSError as failure:
         raise UsageError(
             f"cannot write {target}: {failure.strerror}; "
@@ -60,7 +67,12 @@ def make_page(run_state: RunState) -> Page:
         folder=str(run_state.run.resolve()),
         state=run_state.state,
         headline=state_text(found),
-        made=f"read {moment(run_state.now)} (mpillm {package_version('mpillm')})",
+        made="; ".join(
+            [
+                f"read {moment(run_state.now)} (mpillm {package_version('mpillm')})",
+                *run_state.damage.values(),
+            ]
+        ),
         share=min(1.0, run_state.step / run_state.goal) if run_state.goal else None,
         figures=_key_figures(run_state, found),
         pictures=_pictures(run_state),
@@ -76,7 +88,7 @@ def make_page(run_state: RunState) -> Page:
 def _key_figures(run_state: RunState, found: dict[str, Any]) -> list[Figure]:
     """Collect the key figures that are known."""
     last = run_state.attempts[-1].facts if run_state.attempts else {}
-    memory = [value for value in run_state.steps.get("memory_bytes", ()) if value == value]
+    memory = [value for value in run_state.steps.get("memory_bytes", ()) if 0 <= value < math.inf]
     trained = sum(attempt.seconds for attempt in run_state.attempts)
     listed: list[tuple[str, Any, str, str]] = [
         ("step", found["step"], "{:,}", f"of {run_state.goal:,}" if run_state.goal else ""),
@@ -91,8 +103,8 @@ def _key_figures(run_state: RunState, found: dict[str, Any]) -> list[Figure]:
         ("tokens a second", found["tokens_per_second"], "{:,.0f}", "median of the last steps"),
         ("a step", found["step_seconds"], "{:.3g} s", "median of the last steps"),
         ("memory", max(memory, default=None), "{}", "of the largest rank"),
-        ("parameters", last.get("parameters"), "{}", ""),
-        ("ranks", last.get("ranks"), "{:,}", str(last.get("mesh") or "")),
+        ("parameters", whole_number(last.get("parameters")), "{}", ""),
+        ("ranks", whole_number(last.get("ranks")), "{:,}", str(last.get("mesh") or "")),
         ("trained for", trained or None, "{}", _times(len(run_state.attempts))),
         (
             "time left",
@@ -185,14 +197,14 @@ def _checkpoints_table(run_state: RunState) -> Table:
     rows = []
     for kept in run_state.checkpoints:
         name = str(kept.folder.relative_to(run_state.run))
-        took = seconds.get(name)
+        took = finite_seconds(seconds.get(name))
         rows.append(
             [
                 name,
                 f"{kept.step:,}",
                 binary_bytes(kept.bytes),
                 moment(kept.written),
-                f"{took:.2f} s" if isinstance(took, int | float) else "",
+                "" if took is None else f"{took:.2f} s",
             ]
         )
     saved = sum(len(attempt.saved) for attempt in run_state.attempts)
