@@ -1,38 +1,14 @@
 """Text from a model, token by token, with a key/value cache."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mpillm.errors import UsageError
+from mpillm.errors import CheckpointError
+from mpillm.infer.sampling import Sampling
 from mpillm.models.part_module import PartModule
 from mpillm.tokens.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Settings by which the next token is drawn from the logits.
-
-    `temperature` 0 takes the likeliest; `top_k` 0 and `top_p` 1 are off.
-    """
-
-    max_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int = 50
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value, fits in (
-            ("max-tokens", self.max_tokens, self.max_tokens > 0),
-            ("temperature", self.temperature, self.temperature >= 0),
-            ("top-k", self.top_k, self.top_k >= 0),
-            ("top-p", self.top_p, 0 < self.top_p <= 1),
-        ):
-            if not fits:
-                raise UsageError(f"--{name} {value} is out of range; see mpillm generate --help")
 
 
 def generate(
@@ -74,10 +50,19 @@ def sample_tokens(model: PartModule, prompt: list[int], sampling: Sampling) -> I
 
 
 def draw_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw a token id: top-k, then top-p (nucleus sampling, Holtzman et al. 2020)."""
-    if sampling.temperature == 0:
+    """Draw a token id: top-k, then top-p (nucleus sampling, Holtzman et al. 2020).
+
+    Raises CheckpointError where the logits are not finite.
+    """
+    if not logits_V.isfinite().all():
+        raise CheckpointError(
+            "the model's outputs are NaN or infinite, so no token can be drawn: the run diverged; "
+            "name an earlier checkpoint"
+        )
+    if sampling.greedy:
         return int(logits_V.argmax())
-    logits_V = logits_V.float() / sampling.temperature
+    # The largest becomes 0: divided by a small temperature the others may be -inf, none is NaN.
+    logits_V = (logits_V.float() - logits_V.max()) / sampling.temperature
     if 0 < sampling.top_k < logits_V.numel():
         logits_V = logits_V.masked_fill(
             logits_V < logits_V.topk(sampling.top_k).values[-1], -torch.inf
@@ -85,7 +70,9 @@ def draw_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator)
     probability_V = logits_V.softmax(0)
     if sampling.top_p < 1:
         sorted_V, order_V = probability_V.sort(descending=True)
-        # A token is kept while the likelier ones do not fill the nucleus: so at least one is kept.
+        # A token is kept while the likelier ones do not fill the nucleus.
         outside_V = sorted_V.cumsum(0) - sorted_V >= sampling.top_p
+        # One is kept always: a tiny nucleus is 0 in 32 bits.
+        outside_V[0] = False
         probability_V = probability_V.index_fill(0, order_V[outside_V], 0.0)
     return int(torch.multinomial(probability_V, 1, generator=generator))

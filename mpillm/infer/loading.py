@@ -17,6 +17,7 @@ from mpillm.errors import CheckpointError, DataError, MismatchError
 from mpillm.models.model_catalog import read_spec
 from mpillm.models.part_module import PartModule, weight_shapes
 from mpillm.models.spec import ModelSpec
+from mpillm.runs.records import folder_of_paths
 from mpillm.system.console import Console
 from mpillm.system.messages import command
 from mpillm.tasks import task_catalog
@@ -172,7 +173,10 @@ def load_data(checkpoint: Checkpoint, data: Path | None) -> Manifest:
         return Manifest.load(data)
     named = Path(checkpoint.facts["recipe"]["data"]["path"])
     if not (named / MANIFEST).is_file():
-        raise DataError(f"the run's dataset {missing_data(named, checkpoint.facts.get('folder'))}")
+        # Before 0.2 a checkpoint did not record the folder; the place of the run may show it.
+        run, facts = checkpoint.folder.parent.parent, checkpoint.facts
+        folder = facts.get("folder") or folder_of_paths(run, facts["recipe"])
+        raise DataError(f"the run's dataset {missing_data(named, folder and str(folder))}")
     manifest = Manifest.load(named)
     if manifest.manifest_hash != checkpoint.facts["data"]:
         raise MismatchError(

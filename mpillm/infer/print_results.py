@@ -1,16 +1,20 @@
 """Print the results of `evaluate` and `generate`: the work of their verbs."""
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpillm.comm.failure import on_root
 from mpillm.comm.waiting import patient_barrier
+from mpillm.errors import CheckpointError
 from mpillm.infer.baselines import score_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
-from mpillm.infer.generate import Sampling, generate
+from mpillm.infer.generate import generate
 from mpillm.infer.loading import Loaded, load_data, load_trained
+from mpillm.infer.sampling import Sampling, check_prompt
 from mpillm.system.console import Console
+from mpillm.system.json_text import to_json
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tokens.manifest import check_tokenizer
 from mpillm.tokens.reader import open_split
@@ -37,6 +41,7 @@ def print_evaluation(
     manifest = load_data(loaded.checkpoint, data)
     folder = manifest.folder
     check_tokenizer(manifest, loaded.tokenizer)
+    same = manifest.manifest_hash == loaded.checkpoint.facts["data"]
     with open_split(folder, "validation") as reader:
         # One JSON object is all that --json prints: no progress bar.
         progress = Console(speaks=False) if as_json else console
@@ -50,23 +55,25 @@ def print_evaluation(
             scores |= {"bigram": counted.bigram, "unigram": counted.unigram}
     # Rank 0 counts the training tokens alone: the others sleep meanwhile.
     patient_barrier(comm)
-    _print(scores, loaded, folder, as_json, console)
-
-
-def _print(
-    scores: dict[str, Score], loaded: Loaded, folder: Path, as_json: bool, console: Console
-) -> None:
-    if as_json:
-        facts = {
-            "checkpoint": str(loaded.checkpoint.folder),
-            "step": loaded.checkpoint.step,
-            "data": str(folder),
-        }
-        console.write(
-            json.dumps(facts | {name: score.to_json() for name, score in scores.items()}) + "\n"
-        )
+    if not as_json:
+        _print_table(scores, loaded, folder, console)
         return
+    facts = {
+        "checkpoint": str(loaded.checkpoint.folder),
+        "step": loaded.checkpoint.step,
+        "data": str(folder),
+        "data_of_the_run": same,
+    }
+    console.write(to_json(facts | {name: score.to_json() for name, score in scores.items()}) + "\n")
+
+
+def _print_table(scores: dict[str, Score], loaded: Loaded, folder: Path, console: Console) -> None:
     model = scores["model"]
+    if not math.isfinite(model.loss):
+        console.warn(
+            f"the loss is not finite: the model of {loaded.checkpoint.folder} diverged; "
+            "name an earlier checkpoint"
+        )
     metrics = make_metrics(model.values)
     console.table(
         f"{loaded.checkpoint.folder} on {folder}: {int(model.totals.weight):,} validation tokens",
@@ -89,10 +96,22 @@ def print_generation(
 
     Every rank calls it; rank 0 computes.
     """
+    check_prompt(prompt)
     loaded = load_trained(trained, comm, console)
+    on_root(comm, lambda: _check_finite(loaded))
     if comm.rank == 0:
         console.write(prompt)
         for text in generate(loaded.model, loaded.tokenizer, prompt, sampling):
             console.write(text)
         console.write("\n")
     patient_barrier(comm)
+
+
+def _check_finite(loaded: Loaded) -> None:
+    """Raise CheckpointError where a weight is NaN or infinite: nothing can be computed with it."""
+    for name, weight in loaded.model.named_weights():
+        if not weight.isfinite().all():
+            raise CheckpointError(
+                f"the weights of {loaded.checkpoint.folder} are NaN or infinite ({name}): the run "
+                "diverged; name an earlier checkpoint"
+            )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+from mpillm.infer.sampling import Sampling, check_prompt
 from mpillm.system.command_line import Debug, Option
 from mpillm.system.extras import require_packages
 from mpillm.verbs.evaluate import Trained
@@ -16,22 +17,30 @@ class Generate:
     example: ClassVar = "mpillm generate runs/quickstart --prompt 'def ' --max-tokens 100 --seed 1"
 
     trained: Trained
-    prompt: Annotated[str, Option("The text to continue.")]
-    max_tokens: Annotated[int, Option("The largest number of tokens.")] = 200
-    temperature: Annotated[float, Option("0: always the likeliest token.")] = 0.8
-    top_k: Annotated[int, Option("Draw from the k likeliest; 0: from all.")] = 50
-    top_p: Annotated[float, Option("Draw from the likeliest that make up this probability.")] = 1.0
-    seed: Annotated[int, Option("The same seed gives the same text.")] = 0
+    prompt: Annotated[str, Option("The text to continue, in UTF-8.")]
+    max_tokens: Annotated[int, Option("The largest number of tokens: 1 to 1,000,000,000.")] = 200
+    temperature: Annotated[
+        float, Option("0 to 1,000,000; 0, or below 0.000001: always the likeliest token.")
+    ] = 0.8
+    top_k: Annotated[int, Option("From 0: draw from the k likeliest; 0: from all.")] = 50
+    top_p: Annotated[
+        float,
+        Option("Above 0, at most 1: draw from the likeliest that make up this probability."),
+    ] = 1.0
+    seed: Annotated[int, Option("0 to 2^63 − 1: the same seed gives the same text.")] = 0
     debug: Debug = False
+
+    def __post_init__(self) -> None:
+        check_prompt(self.prompt)
+        self._sampling()
+
+    def _sampling(self) -> Sampling:
+        return Sampling(self.max_tokens, self.temperature, self.top_k, self.top_p, self.seed)
 
     def run(self) -> None:
         with open_job(self.debug) as job:
             require_packages("mpillm generate", "torch")
             limit_torch_threads(job.threads)
-            from mpillm.infer.generate import Sampling
             from mpillm.infer.print_results import print_generation
 
-            sampling = Sampling(
-                self.max_tokens, self.temperature, self.top_k, self.top_p, self.seed
-            )
-            print_generation(self.trained, self.prompt, sampling, job.comm, job.console)
+            print_generation(self.trained, self.prompt, self._sampling(), job.comm, job.console)

@@ -1,7 +1,10 @@
 """A small trained model, scored and made to speak, at any number of ranks."""
 
 import itertools
+import json
 import math
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,13 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpillm.errors import MismatchError, UsageError
+from mpillm.errors import CheckpointError, DataError, MismatchError, UsageError
 from mpillm.infer.baselines import score_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
-from mpillm.infer.generate import Sampling, draw_token, generate, sample_tokens
-from mpillm.infer.loading import Loaded, load_trained
-from mpillm.infer.print_results import print_evaluation
+from mpillm.infer.generate import draw_token, generate, sample_tokens
+from mpillm.infer.loading import TOKENIZER, Loaded, load_trained, model_tensors
+from mpillm.infer.print_results import print_evaluation, print_generation
+from mpillm.infer.sampling import Sampling, check_prompt
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.part_module import create
 from mpillm.system.console import Console
@@ -25,6 +29,8 @@ from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.reader import open_split
 from mpillm.train.recipe import parse_recipe
 from mpillm.train.setup import train
+from mpillm.verbs.generate import Generate
+from mpillm.weights.saving import save
 
 METRICS = make_metrics(["loss", "perplexity", "bits-per-byte"])
 QUIET = Console(speaks=False)
@@ -159,12 +165,109 @@ def test_draws_follow_temperature_top_k_and_top_p() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"max_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}],
+    ("wrong", "rule"),
+    [
+        ({"max_tokens": 0}, "a number from 1 to 1,000,000,000"),
+        ({"max_tokens": 10**30}, "a number from 1 to 1,000,000,000"),
+        ({"temperature": -1.0}, "a number from 0 to 1,000,000"),
+        ({"temperature": math.nan}, "a number from 0 to 1,000,000"),
+        ({"temperature": math.inf}, "a number from 0 to 1,000,000"),
+        ({"top_k": -1}, "a number from 0, and not -1"),
+        ({"top_p": 0.0}, "a number above 0 and at most 1"),
+        ({"top_p": 1.5}, "a number above 0 and at most 1"),
+        ({"top_p": math.nan}, "a number above 0 and at most 1"),
+        ({"seed": -1}, "a number from 0 to 2"),
+        ({"seed": 1 << 63}, "a number from 0 to 2"),
+    ],
 )
-def test_sampling_out_of_range(wrong: dict[str, float]) -> None:
-    with pytest.raises(UsageError, match=next(iter(wrong)).replace("_", "-")):
+def test_sampling_out_of_range(wrong: dict[str, float], rule: str) -> None:
+    option = next(iter(wrong)).replace("_", "-")
+    with pytest.raises(UsageError, match=f"--{option} is {rule}"):
         Sampling(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=f"--{option} is {rule}"):
+        Generate(Path("run"), "", **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1e-40},
+        {"temperature": 1e-6},
+        {"temperature": 1e6},
+        {"top_p": 1e-300},
+        {"top_k": 10**12},
+        {"seed": (1 << 63) - 1},
+    ],
+)
+def test_extreme_settings_draw_a_token(settings: dict[str, Any]) -> None:
+    logits = torch.tensor([1e4, -1e4, 9e3, -torch.finfo().max])
+    sampling = Sampling(**settings)
+    generator = torch.Generator().manual_seed(sampling.seed)
+    token = draw_token(logits, sampling, generator)
+    assert token == 0 or settings == {"temperature": 1e6}
+
+
+def test_outputs_that_are_no_numbers_are_said() -> None:
+    for odd in (math.nan, math.inf):
+        logits = torch.tensor([1.0, odd])
+        for temperature in (0.0, 1.0):
+            with pytest.raises(CheckpointError, match=r"NaN or infinite.*an earlier checkpoint"):
+                draw_token(logits, Sampling(temperature=temperature), torch.Generator())
+
+
+def test_a_prompt_of_bytes_that_are_no_text_is_refused() -> None:
+    check_prompt("é\0 and 🙂")
+    with pytest.raises(UsageError, match=r"--prompt holds bytes .*\(the first is byte 2\)"):
+        Generate(Path("run"), os.fsdecode("é".encode() + b"\xe9"))
+
+
+def spoiled(trained: Path, folder: Path, comm: MPI.Intracomm) -> Path:
+    """Save the trained model again, with one weight that is NaN."""
+    loaded = load_trained(trained, comm, QUIET)
+    tensors = model_tensors(loaded.model)
+    next(iter(tensors.values())).data.view(-1)[3] = math.nan
+    facts, text = loaded.checkpoint.facts, loaded.checkpoint.text(TOKENIZER)
+    return save(folder / "checkpoints", tensors, facts, {TOKENIZER: text}, comm)
+
+
+def test_weights_that_are_no_numbers(
+    trained: Path, folder: Path, comm: MPI.Intracomm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, console = spoiled(trained, folder, comm), Console(speaks=comm.rank == 0)
+    with pytest.raises(CheckpointError, match=f"the weights of {path} are NaN or infinite"):
+        print_generation(path, "the prompt", Sampling(), comm, console)
+    assert "the prompt" not in capsys.readouterr().out
+    print_evaluation(path, trained.parent / "data", False, True, comm, console)
+    if comm.rank == 0:
+        found = json.loads(capsys.readouterr().out, parse_constant=lambda _: 1 / 0)
+        assert found["model"]["loss"] is None
+        assert found["data_of_the_run"] is True
+    print_evaluation(path, trained.parent / "data", False, False, comm, console)
+    assert ("the loss is not finite" in capsys.readouterr().out) == (comm.rank == 0)
+
+
+def test_data_that_is_not_found_from_here(
+    trained: Path, folder: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run names its data by a path from the folder in which it trained."""
+    loaded = load_trained(trained, comm, QUIET)
+    recipe = dict(loaded.checkpoint.facts["recipe"])
+    recipe |= {"data": {"path": "data"}, "train": recipe["train"] | {"run": "infer/run"}}
+    facts = loaded.checkpoint.facts | {"recipe": recipe}
+    text = loaded.checkpoint.text(TOKENIZER)
+    run, tensors = folder / "there/infer/run", model_tensors(loaded.model)
+    save(run / "checkpoints", tensors, facts, {TOKENIZER: text}, comm)
+    monkeypatch.chdir(folder)
+    with pytest.raises(DataError, match="trained on data, which is not found from here; go to"):
+        print_evaluation(run, None, False, False, comm, QUIET)
+    comm.Barrier()
+    if comm.rank == 0:
+        shutil.copytree(trained.parent / "data", folder / "there/data")
+    comm.Barrier()
+    with pytest.raises(DataError, match=r"from here \(.*/there/data is there\); go to"):
+        print_evaluation(run, None, False, False, comm, QUIET)
+    monkeypatch.chdir(folder / "there")
+    print_evaluation(run, None, False, False, comm, QUIET)
 
 
 def test_a_checkpoint_of_mpillm_0_1_scores_as_it_did(comm: MPI.Intracomm) -> None:

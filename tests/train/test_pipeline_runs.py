@@ -8,8 +8,9 @@ from mpi4py import MPI
 
 from mpillm.errors import LayoutError
 from mpillm.infer.evaluate import WholeModel, evaluate
-from mpillm.infer.generate import Sampling, generate
+from mpillm.infer.generate import generate
 from mpillm.infer.loading import load_trained
+from mpillm.infer.sampling import Sampling
 from mpillm.system.console import Console
 from mpillm.tokens.reader import open_split
 from mpillm.train.recipe import Recipe, parse_recipe
