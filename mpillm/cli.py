@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mpillm.errors import MpillmError
-from mpillm.launch.launchers import rank_from_environment
+from mpillm.launch.launchers import is_one_of_several
 from mpillm.system.ending_signals import INTERRUPTED
 from mpillm.system.plugins import is_plugin, load_plugin
 from mpillm.system.standard_streams import guard_streams
@@ -68,8 +68,8 @@ def _versions(
 def main() -> None:
     """Run the command line; the first rank alone prints help and mistakes in typing."""
     guard_streams()
-    rank = rank_from_environment(os.environ)
-    if rank:
+    silent = is_one_of_several(os.environ)
+    if silent:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
     try:
         code = app(standalone_mode=False)
@@ -79,10 +79,10 @@ def main() -> None:
     except Exception as failure:
         # What was typed is wrong on every rank; any other failure may be this rank's alone.
         typed = hasattr(failure, "show")
-        if rank and (typed or isinstance(failure, MpillmError)):
+        if silent and (typed or isinstance(failure, MpillmError)):
             # Where all ranks fail alike, the launcher has ended this one when the wait is over.
             time.sleep(OTHERS_WAIT_SECONDS)
-        if rank == 0 or not typed:
+        if not silent or not typed:
             _print_failure(failure)
         code = getattr(failure, "exit_code", 1)
     sys.exit(code)

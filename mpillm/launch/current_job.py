@@ -1,6 +1,8 @@
 """The batch job around this process, from its environment: number, restarts, end, hosts."""
 
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mpillm.errors import UsageError
@@ -11,6 +13,8 @@ from mpillm.launch.schedulers.scheduler_catalog import known_systems, load_sched
 END_VARIABLE, RESTART_VARIABLE = "MPILLM_JOB_END", "MPILLM_JOB_RESTART"
 # The scripts of a plug-in export its name: a job's own variables do not lead to it.
 SCHEDULER_VARIABLE = "MPILLM_SCHEDULER"
+# The year 5138: a later time is no time, and calendars overflow.
+LATEST_END = 1e11
 
 
 @dataclass(frozen=True)
@@ -30,24 +34,55 @@ def current_job(environment: Mapping[str, str]) -> CurrentJob | None:
     return CurrentJob(name, environment[system.job_variable], _restart(environment))
 
 
-def job_end(environment: Mapping[str, str]) -> float | None:
+def job_end(
+    environment: Mapping[str, str],
+    now: float = 0.0,
+    warn: Callable[[str], None] | None = None,
+) -> float | None:
     """Return when the batch system ends this process, in unix seconds; None where unknown.
 
     MPILLM_JOB_END goes before the system's own variable: the scripts of `mpillm submit` export it,
-    and a user may set it. Raises UsageError where it does not hold a number.
+    and a user may set it. An end before `now` is of an earlier job: `warn` gets a line that names
+    the variable, and it is passed over. Raises UsageError where MPILLM_JOB_END does not hold a
+    time.
     """
+    ends = {END_VARIABLE: _set_end(environment)}
+    ends |= {
+        system.end_variable: number(environment, system.end_variable)
+        for system in _systems(environment).values()
+        if system.end_variable
+    }
+    for variable, end in ends.items():
+        if end is None or end >= LATEST_END:
+            continue
+        if end > now:
+            return float(end)
+        if warn:
+            warn(
+                f"{variable}={environment[variable]} is over since {_local_time(end)}: it is of an "
+                f"earlier job and sets no deadline; unset {variable}"
+            )
+    return None
+
+
+def _set_end(environment: Mapping[str, str]) -> float | None:
     setting = environment.get(END_VARIABLE, "")
-    if setting:
-        try:
-            return float(setting)
-        except ValueError:
-            raise UsageError(
-                f"{END_VARIABLE} is the end of the job in unix seconds, such as "
-                f"$(($(date +%s) + 3600)), and not {setting!r}; set it so or unset it"
-            ) from None
-    systems = _systems(environment).values()
-    end = _first_number([system.end_variable for system in systems], environment)
-    return None if end is None else float(end)
+    if not setting:
+        return None
+    try:
+        end = float(setting)
+    except ValueError:
+        end = math.nan
+    if not 0 <= end < LATEST_END:
+        raise UsageError(
+            f"{END_VARIABLE} is the end of the job in unix seconds, such as "
+            f"$(($(date +%s) + 3600)), and not {setting!r}; set it so or unset it"
+        )
+    return end
+
+
+def _local_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def job_hosts(environment: Mapping[str, str]) -> tuple[list[str], BatchSystem | None]:

@@ -158,6 +158,15 @@ def rank_from_environment(environment: Mapping[str, str]) -> int:
     return detect(environment).rank
 
 
+def is_one_of_several(environment: Mapping[str, str]) -> bool:
+    """Return whether a launcher started several processes, of which this is not the first.
+
+    A rank without a size above 1 may be left over from another program: it silences nobody.
+    """
+    started = detect(environment)
+    return started.rank > 0 and (started.size or 1) > 1
+
+
 def watched(environment: Mapping[str, str]) -> bool:
     """Return whether this process's output ends at a terminal, where a redrawn bar helps.
 

@@ -3,6 +3,7 @@
 Its place is ~/.config/mpillm/site.toml, or --site FILE.
 """
 
+import codecs
 import difflib
 import json
 import re
@@ -12,17 +13,19 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from mpillm.errors import UsageError
 from mpillm.launch.quoting import CONSTRAINT, DIRECTIVE, MODULE, VARIABLE, WORD, check_text, checked
 from mpillm.launch.schedulers.scheduler_catalog import check_scheduler
+from mpillm.system.messages import command, explain
 
 SITE_VARIABLE = "MPILLM_SITE"
 # bash sets these itself and refuses an assignment.
 _READ_ONLY = {"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"}
 _LEADING_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))(?=/|$)", re.ASCII)
-Many = Annotated[int, Ge(0)]
+Many = Annotated[int, Ge(0), Le(10_000_000)]
+LARGEST_FILE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -121,18 +124,39 @@ def load_site(path: Path | None, environment: Mapping[str, str]) -> Site:
     named = path or (Path(environment[SITE_VARIABLE]) if environment.get(SITE_VARIABLE) else None)
     source = named or _own_file(environment)
     try:
-        text = source.read_text(encoding="utf-8")
+        # A pipe will do: --site <(…).
+        with source.open("rb") as file:
+            data = file.read(LARGEST_FILE + 1)
     except (FileNotFoundError, NotADirectoryError) as failure:
         if named is None:
             return Site()
         raise UsageError(
             f"cannot read the site file {source}: {failure.strerror}; jobs/sites has examples"
         ) from None
-    except UnicodeDecodeError as failure:
-        raise UsageError(f"the site file {source} is not valid TOML: {failure}") from failure
-    except (OSError, ValueError) as failure:
+    except OSError as failure:
+        raise UsageError(f"cannot read the site file {explain(failure, source)}") from failure
+    except ValueError as failure:
         raise UsageError(f"cannot read the site file {source}: {failure}") from failure
-    return parse_site(text, str(source), environment)
+    if len(data) > LARGEST_FILE:
+        raise UsageError(
+            f"the site file {source} has more than {LARGEST_FILE:,} bytes; name a TOML file"
+        )
+    return parse_site(_decoded(data, source), str(source), environment)
+
+
+def _decoded(data: bytes, source: Path) -> str:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        save = command(["iconv", "-f", "UTF-16", "-t", "UTF-8", source])
+        raise UsageError(
+            f"the site file {source} is UTF-16, and not valid TOML; save it as UTF-8 ({save})"
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as failure:
+        raise UsageError(
+            f"the site file {source} is not valid TOML: byte {failure.start:,} is no UTF-8; "
+            "save it as UTF-8"
+        ) from failure
 
 
 def parse_site(text: str, source: str, environment: Mapping[str, str]) -> Site:
@@ -142,13 +166,18 @@ def parse_site(text: str, source: str, environment: Mapping[str, str]) -> Site:
 
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as failure:
+    except (ValueError, RecursionError) as failure:
+        # A number of thousands of digits is a plain ValueError.
         raise UsageError(f"the site file {source} is not valid TOML: {failure}") from failure
     try:
         for key in ("environment", "profile"):
             if isinstance(table.get(key), str):
                 table[key] = _expanded(table[key], key, environment)
-        return TypeAdapter(Site).validate_json(json.dumps(table, default=str))
+        try:
+            as_json = json.dumps(table, default=str)
+        except (ValueError, RecursionError) as failure:
+            raise UsageError(f"a value cannot be read: {failure}") from failure
+        return TypeAdapter(Site).validate_json(as_json)
     except ValidationError as failure:
         faults = dict.fromkeys(
             _fault(error["type"], error["loc"], error["msg"], error["input"])

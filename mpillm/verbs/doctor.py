@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mpillm.doctor.options import DoctorOptions
-from mpillm.launch.launchers import rank_from_environment
+from mpillm.launch.launchers import is_one_of_several
 from mpillm.system.command_line import Debug
 from mpillm.system.console import Console
 
@@ -30,7 +30,5 @@ class Doctor(DoctorOptions):
         with fail_together(None, debug=self.debug):
             from mpillm.doctor.diagnose import diagnose
 
-            console = Console(
-                speaks=rank_from_environment(os.environ) == 0, watched=watched(os.environ)
-            )
+            console = Console(speaks=not is_one_of_several(os.environ), watched=watched(os.environ))
             raise SystemExit(diagnose(self, console, os.environ))

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mpillm.launch.launchers import detect, rank_from_environment
+from mpillm.launch.launchers import detect, is_one_of_several
 from mpillm.system.console import Console
 from mpillm.system.extras import extras_explained, installed
 
@@ -72,7 +72,7 @@ def first_process(debug: bool) -> Iterator[Console]:
     from mpillm.launch.signals import interrupt_on_terminate
 
     interrupt_on_terminate()
-    if rank_from_environment(os.environ):
+    if is_one_of_several(os.environ):
         raise SystemExit(0)
     with fail_together(None, debug=debug), extras_explained():
         yield Console(watched=watched(os.environ))

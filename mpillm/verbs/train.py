@@ -57,7 +57,12 @@ class Train:
             print_placement(
                 job.comm, os.environ, job.threads, job.console, self.verbose, job.node_map
             )
-            limits = JobLimits(signals, current_job(os.environ), job_end(os.environ), begun)
+            limits = JobLimits(
+                signals,
+                current_job(os.environ),
+                job_end(os.environ, begun, job.console.warn),
+                begun,
+            )
             recipe = load_recipe(self.recipe, self.overrides, job.console.say)
             train(
                 recipe,

@@ -33,3 +33,24 @@ def test_the_end_of_the_job() -> None:
 def test_an_end_that_is_no_number() -> None:
     with pytest.raises(UsageError, match="unix seconds"):
         job_end({"MPILLM_JOB_END": "soon"})
+
+
+@pytest.mark.parametrize("setting", ["nan", "inf", "-inf", "1e300", "-5", "²", "1 2", "0x10"])
+def test_an_end_that_is_no_time_names_its_variable(setting: str) -> None:
+    with pytest.raises(UsageError, match="MPILLM_JOB_END is the end of the job in unix seconds"):
+        job_end({"MPILLM_JOB_END": setting}, 1e9)
+
+
+def test_an_end_that_was_past_at_the_start_is_of_an_earlier_job() -> None:
+    said: list[str] = []
+    old, later = "1700000000", "2000000000"
+    for variable in ("SLURM_JOB_END_TIME", "MPILLM_JOB_END"):
+        assert job_end({variable: old}, 1_800_000_000, said.append) is None
+        assert said[-1].startswith(f"{variable}={old} is over since 2023-11-1")
+        assert said[-1].endswith(f"unset {variable}")
+    # The next variable may be of this job.
+    both = {"MPILLM_JOB_END": old, "SLURM_JOB_END_TIME": later}
+    assert job_end(both, 1_800_000_000, said.append) == float(later)
+    assert len(said) == 3
+    assert job_end({"SLURM_JOB_END_TIME": "9" * 30}, 1_800_000_000, said.append) is None
+    assert len(said) == 3

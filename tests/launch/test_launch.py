@@ -65,7 +65,7 @@ def test_a_pseudo_terminal_under_mpirun_is_not_watched_when_mpirun_writes_to_a_p
     script = folder / "watched.py"
     script.write_text(
         "import os; from mpillm.launch.launchers import watched\n"
-        "print('watched', watched(os.environ))"
+        "print('watched ' + str(watched(os.environ)) + chr(10), end='', flush=True)"
     )
     done = python(script, ranks=2)
     assert done.stdout.count("watched False") == 2, done.stdout + done.stderr

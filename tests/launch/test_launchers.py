@@ -16,6 +16,7 @@ from mpillm.launch.launchers import (
     RANK_VARIABLES,
     Started,
     detect,
+    is_one_of_several,
     launcher_named,
     rank_from_environment,
 )
@@ -190,6 +191,28 @@ def test_a_bare_rank_is_taken_from_any_process_manager() -> None:
 def test_a_shell_or_a_wrong_number_is_no_rank(environment: dict[str, str]) -> None:
     assert detect(environment) == Started()
     refuse_lonely_ranks(environment, 1, OPEN_MPI)
+
+
+def test_a_rank_that_was_left_in_the_environment_silences_nobody() -> None:
+    assert is_one_of_several(OMPI_5)
+    assert is_one_of_several({"PMI_RANK": "2", "PMI_SIZE": "3"})
+    for environment in (
+        {},
+        {"PMI_RANK": "1"},
+        {"PMIX_RANK": "7"},
+        {"PMI_RANK": "1", "PMI_SIZE": "1"},
+        {"PMI_RANK": "0", "PMI_SIZE": "3"},
+        SBATCH,
+    ):
+        assert not is_one_of_several(environment)
+
+
+@pytest.mark.usefixtures("processes")
+def test_verbs_of_one_process_print_under_a_rank_that_was_left(mpillm: Any, folder: Path) -> None:
+    done = mpillm("status", folder / "none", PMI_RANK="1")
+    assert (done.returncode, "there is no folder" in done.stderr) == (2, True)
+    alone = mpillm("--version", PMI_RANK="1")
+    assert alone.stdout.startswith("mpillm ")
 
 
 def test_the_table_is_whole() -> None:

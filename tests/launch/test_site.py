@@ -66,6 +66,11 @@ def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
         ("node_local = 'tmp'", "node_local is a folder such as"),
         ('launcher_arguments = ["a\\tb"]', r"holds '\\t'"),
         ("= 1", "not valid TOML"),
+        (f"cores_per_node = {'9' * 5000}", "not valid TOML: .*digits"),
+        (f"cores_per_node = 0x{'f' * 5000}", "a value cannot be read: .*digits"),
+        ("cores_per_node = 99999999999", "less than or equal to 10000000"),
+        ("stop_seconds = inf", "stop_seconds = inf: input should be"),
+        ("x = " + "[" * 5000, "not valid TOML"),
         ("account = 'a'\nqos = 1\nxyz = 2", "qos = 1: .*; unknown key xyz"),
     ],
 )
@@ -99,3 +104,23 @@ def test_there_are_examples() -> None:
 def test_each_example_is_valid(path: Path) -> None:
     site = load_site(path, HOME)
     assert site.scheduler in ("slurm", "pbs", "lsf")
+
+
+def test_files_of_other_encodings_and_kinds(tmp_path: Path) -> None:
+    path, text = tmp_path / "my site.toml", "account = 'x'\n"
+    path.write_text(text, encoding="utf-8-sig")
+    assert load_site(path, HOME).account == "x"
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(UsageError, match=r"is UTF-16.*\(iconv -f UTF-16 -t UTF-8 '.*my site.toml'"):
+        load_site(path, HOME)
+    path.write_bytes(b"account = '\xe9'\n")
+    with pytest.raises(UsageError, match=r"not valid TOML: byte 11 is no UTF-8; save it as UTF-8"):
+        load_site(path, HOME)
+    for place, reason in (
+        (tmp_path, "Is a directory"),
+        (Path("/dev/zero"), "more than 1,048,576 bytes"),
+        (Path("x" * 300), "File name too long"),
+        (Path("a\0b"), "null"),
+    ):
+        with pytest.raises(UsageError, match=f"site file .*{reason}"):
+            load_site(place, HOME)

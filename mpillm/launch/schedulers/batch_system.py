@@ -141,7 +141,8 @@ class BatchSystem:
     def hosts(self, environment: Mapping[str, str]) -> list[str]:
         """Return the hosts of the allocation around this process, each once; [] outside of one."""
         try:
-            lines = Path(environment[self.hosts_variable]).read_text(encoding="utf-8").split("\n")
+            path = Path(environment[self.hosts_variable])
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         except (KeyError, OSError):
             return []
         # An LSF file names the submission host too; its line is a host's like the others.
