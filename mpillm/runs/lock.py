@@ -357,7 +357,7 @@ def _find(path: Path, touch: Holder | None = None) -> _Found | None:
             if touch is not None and holder == touch:
                 # By descriptor: the file that was read is touched, and never another job's.
                 os.utime(file.fileno())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as failure:
         if failure.errno not in (errno.ELOOP, errno.EINVAL, errno.EACCES, errno.ENXIO):

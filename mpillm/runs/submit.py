@@ -77,9 +77,8 @@ class SubmitOptions:
         }
         for name, (count, least) in counts.items():
             if not least <= count <= LARGEST_COUNT:
-                raise UsageError(
-                    f"{name} is a number from {least} to {LARGEST_COUNT:,}, and not {count}"
-                )
+                most = f" to {LARGEST_COUNT:,}" if count > least else ""
+                raise UsageError(f"{name} is a number from {least}{most}, and not {count}")
 
     @property
     def ranks(self) -> int:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from mpillm.runs.report.downsample import curve, smooth, thin
 from mpillm.runs.report.page import render_page
 from mpillm.runs.report.run_report import make_page, write_report
 from mpillm.runs.state import read_run
+from mpillm.system.atomic import write_text
 from mpillm.system.console import Console
 from mpillm.tokens.prepare import PrepareOptions, prepare
 
@@ -422,6 +424,74 @@ def test_where_it_is_written(tmp_path: Path) -> None:
         write_report(run, QUIET, tmp_path / "nowhere/report.html")
     with pytest.raises(UsageError, match="there is no folder"):
         write_report(tmp_path / "none", QUIET)
+
+
+def test_outputs_that_are_no_plain_files(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", 3)
+    write_report(run, QUIET, Path("/dev/null"))
+    assert Path("/dev/null").is_char_device()
+    (tmp_path / "link.html").symlink_to(tmp_path / "target.html")
+    (tmp_path / "target.html").touch()
+    write_report(run, QUIET, tmp_path / "link.html")
+    assert (tmp_path / "link.html").is_symlink()
+    assert "<h1>run</h1>" in (tmp_path / "target.html").read_text()
+    for out, reason in (
+        ("/dev/full", "No space left on device"),
+        (tmp_path, "it is a folder"),
+        ("/", "it is a folder"),
+        ("", "it is a folder"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        with pytest.raises(UsageError, match=f"cannot write .*: {reason}; name a file"):
+            write_report(run, QUIET, Path(out))
+
+
+def test_two_reports_of_one_run_at_once(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", 3)
+    with ThreadPoolExecutor(2) as pool:
+        # Two pages that are written at the same time; drawing is not for several threads.
+        page = render_page(make_page(read_run(run)))
+        assert list(pool.map(lambda _: write_text(run / "report.html", page), range(20)))
+    assert (run / "report.html").read_text(encoding="utf-8") == page
+    assert not list(run.glob(".*"))
+
+
+def test_damaged_logs_are_drawn_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = a_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'null\n3\n{"step": "x"}\n\xff\n\0\0\n{"step": 300, "loss": "\\ud800"}\n')
+        file.write(b'{"step": 300, "loss": 1e308, "grad_norm": -1e308, "memory_bytes": 1e308}\n')
+    with (run / "history.jsonl").open("ab") as file:
+        odd = {"event": "started", "time": "2026-11-26T14:00:00Z", "step": 5, "job": {"id": []}}
+        odd |= {"hosts": {"n": 4}, "ranks": 10**400, "parameters": "x", "versions": {"a\x1b": None}}
+        odd |= {"traffic": {"data": 1e308, "x": "y"}, "reason": "\x1b[2J \ud800 \x00"}
+        file.write(json.dumps(odd).encode() + b"\n[]\n")
+    write_report(run, Console(), None)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    asks_nothing(page)
+    assert drawn(page) == PLOTS
+    assert not set("\x00\x1b") & set(page)
+    said = capsys.readouterr().out
+    for words in (
+        "6 lines of metrics.jsonl cannot be read",
+        "1 line of history.jsonl cannot be read",
+    ):
+        assert words in page
+        assert f"warning: {words}" in said
+
+
+def test_flipped_bytes_are_drawn(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", 40)
+    chance = random.Random(5)
+    for _ in range(4):
+        for name in ("metrics.jsonl", "history.jsonl", "recipe.toml"):
+            data = bytearray((run / name).read_bytes())
+            for _ in range(10):
+                data[chance.randrange(len(data))] = chance.randrange(256)
+            (run / name).write_bytes(data)
+        asks_nothing(written(run))
 
 
 values = st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan)), min_size=1, max_size=300)

@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +192,12 @@ def test_a_run_is_submitted_once(place: Path) -> None:
     [
         ({"nodes": 0}, {}, "--nodes is a number from 1, and not 0"),
         ({"ranks_per_node": -1}, {}, "--ranks-per-node is a number from 1"),
-        ({"threads": -1}, {}, "numbers from 0"),
+        ({"threads": -1}, {}, "--threads is a number from 0"),
+        ({"gpus_per_node": -1}, {}, "--gpus-per-node is a number from 0"),
+        ({"max_restarts": -1}, {}, "--max-restarts is a number from 0"),
+        ({"nodes": 10**30}, {}, "--nodes is a number from 1 to 10,000,000"),
+        ({"time": "nan"}, {}, "H:MM:SS"),
+        ({"time": "9" * 50 + "h"}, {}, "H:MM:SS"),
         ({"time": "90"}, {}, "H:MM:SS"),
         (
             {"threads": 8},
@@ -252,6 +259,69 @@ def test_what_would_fail_later_is_refused_now(place: Path) -> None:
     (place / "old/metrics.jsonl").touch()
     refused("holds a run already; --resume", submitted(place, "train.run=old"))
     refused("holds a run already; --resume", submitted(place, "train.run=old"), dry_run=True)
+
+
+@pytest.mark.usefixtures("processes")
+def test_of_two_submissions_at_once_one_is_done(place: Path) -> None:
+    bin_folder = place.parent / "bin"
+    command(bin_folder, "sbatch", f"touch {place.parent}/begun", "sleep 1", "echo 7")
+    command(bin_folder, "squeue", "echo PENDING")
+
+    def submit() -> None:
+        submit_run(
+            options(), submitted(place), Site(), Console(speaks=False), environment_of(place)
+        )
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(submit)
+        while not (place.parent / "begun").exists():
+            time.sleep(0.01)
+        with pytest.raises(UsageError, match=r"is being submitted by process \d+ .*; wait for it"):
+            submit()
+        first.result()
+    assert len([word for word in calls(bin_folder, "sbatch") if word == "job.sh"]) == 1
+    with pytest.raises(UsageError, match=r"is submitted already, as job 7 \(PENDING\)"):
+        submit()
+    assert not list((place / "runs/r").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("prepared/run", "is inside of the dataset .*prepared.* name another train.run"),
+        ("prepared", "is inside of the dataset"),
+        ("x" * 260, "File name too long; choose a shorter name"),
+        ("r.toml/run", "cannot write into the folder .*: Not a directory"),
+        ("/proc/mpillm/run", "cannot write into the folder"),
+        ("a\nb", "holds '.n'"),
+        ("a\x1b", "holds '.x1b'"),
+        ("caf\udce9", "outside of UTF-8"),
+    ],
+)
+def test_odd_names_of_runs(place: Path, run: str, message: str) -> None:
+    (place / "prepared/manifest.json").write_text('{"format": "mpillm.tokens"}')
+    with pytest.raises(UsageError, match=message):
+        submit_run(
+            options(scheduler="slurm"),
+            replace(submitted(place), run=run),
+            Site(),
+            Console(speaks=False),
+            environment_of(place),
+        )
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize(
+    "record", ["", "null", "[]", '{"scheduler": 3, "id": []}', '{"id": "7"}', "\0\0"]
+)
+def test_a_damaged_record_of_a_job_keeps_no_run_from_its_next(place: Path, record: str) -> None:
+    command(place.parent / "bin", "sbatch", "echo 8")
+    command(place.parent / "bin", "squeue", "echo PENDING")
+    run = place / "runs/r"
+    run.mkdir(parents=True)
+    (run / "job.json").write_text(record)
+    submit_run(options(), submitted(place), Site(), Console(speaks=False), environment_of(place))
+    assert read_job(run)["id"] == "8"
 
 
 def test_a_sites_profile_is_for_recipes_that_name_none(
