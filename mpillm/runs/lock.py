@@ -80,7 +80,7 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class Hold:
+class HeldLock:
     """A lock that is held now, as far as this host can know."""
 
     holder: Holder | None
@@ -293,7 +293,7 @@ def silent_seconds(folder: Path, name: str = LOCK) -> float:
     return _silence(folder / name, found) if found else 0.0
 
 
-def find_hold(folder: Path, name: str = LOCK) -> Hold | None:
+def find_hold(folder: Path, name: str = LOCK) -> HeldLock | None:
     """Return the hold on the run in `folder` now, as far as this host can know; None without."""
     found = _find(folder / name)
     return _judge(folder / name, found, this_process(None)) if found else None
@@ -305,7 +305,7 @@ def live_holder(folder: Path) -> Holder | None:
     return hold.holder if hold else None
 
 
-def _judge(path: Path, found: _Found, me: Holder) -> Hold | None:
+def _judge(path: Path, found: _Found, me: Holder) -> HeldLock | None:
     """Return the hold that a lock shows; None where it is stale.
 
     An unreadable lock expires by its age.
@@ -316,7 +316,7 @@ def _judge(path: Path, found: _Found, me: Holder) -> Hold | None:
     if silence >= DEAD_SECONDS if holder is None else is_gone(holder, me, silence):
         return None
     suspended = here and holder is not None and _status(holder.pid)[0] in ("T", "t")
-    return Hold(holder, silence, suspended)
+    return HeldLock(holder, silence, suspended)
 
 
 def _silence(path: Path, found: _Found) -> float:

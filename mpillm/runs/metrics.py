@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -103,17 +104,18 @@ class MetricsWriter:
                 self._give_up(name, failure)
         self._sinks = {}
 
+    def abandon(self) -> None:
+        """Release every sink after a failure, whose reason matters more than that of a sink."""
+        for sink in self._sinks.values():
+            with suppress(Exception):
+                sink.abandon()
+        self._sinks = {}
+
     def _give_up(self, name: str, failure: Exception) -> None:
         reason = f"{type(failure).__name__}: {failure}"
         if isinstance(failure, OSError):
             reason = explain(failure)
         self._console.warn(f"{name} is not written from here on: {reason}")
-
-    def abandon(self) -> None:
-        """Release every sink after a failure, whose reason matters more than that of a sink."""
-        for sink in self._sinks:
-            with suppress(OSError):
-                sink.abandon()
 
 
 def read_metrics(path: Path) -> Iterator[Metrics]:

@@ -24,7 +24,7 @@ from mpillm.runs.history import (
     object_at,
     read_history_log,
 )
-from mpillm.runs.lock import BEAT_SECONDS, Hold, find_hold, modified
+from mpillm.runs.lock import BEAT_SECONDS, HeldLock, find_hold, modified
 from mpillm.runs.metrics import read_metrics_log
 from mpillm.runs.records import read_job_record, read_recipe, recipe_of
 from mpillm.system.console import clock
@@ -246,7 +246,7 @@ def kept_checkpoints(run: Path) -> list[KeptCheckpoint]:
     return found
 
 
-def _attempts(run: Path, reached: int, now: float) -> tuple[Hold | None, list[Attempt], str]:
+def _attempts(run: Path, reached: int, now: float) -> tuple[HeldLock | None, list[Attempt], str]:
     """Return the hold on the run, the attempts at it, and what of its history cannot be read."""
     hold = find_hold(run)
     sign = now if hold else max(modified(run / LOCK), modified(run / METRICS))
@@ -257,7 +257,7 @@ def _attempts(run: Path, reached: int, now: float) -> tuple[Hold | None, list[At
 
 def _state(
     tried: Sequence[Attempt],
-    hold: Hold | None,
+    hold: HeldLock | None,
     reached: int,
     recipe: Mapping[str, Any],
     job: Mapping[str, Any],
@@ -274,7 +274,7 @@ def _state(
     return (SUBMITTED if job else UNKNOWN), ""
 
 
-def _held(hold: Hold) -> tuple[str, str]:
+def _held(hold: HeldLock) -> tuple[str, str]:
     if hold.holder is None:
         return RUNNING, "perhaps: its lock cannot be read, and counts until it expires"
     if hold.suspended:
