@@ -3,7 +3,9 @@
 Modules know nothing of ranks. The names of weights are those of the whole model, whatever the part.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,8 +13,12 @@ import xxhash
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mpillm.errors import UsageError
+from mpillm.errors import DataError, UsageError
 from mpillm.models.spec import ModelSpec, Part
+
+# torch raises RuntimeError for both, on the CPU and on a GPU.
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
+_NO_SUCH_ID = re.compile(r"index out of range in self|index \d+ is out of bounds")
 
 Fields = Mapping[str, Tensor]
 Streams = tuple[Tensor, ...]
@@ -150,3 +156,22 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
         for name, weight in part.named_weights():
             shapes[name] = (str(weight.dtype).removeprefix("torch."), tuple(weight.shape))
     return shapes
+
+
+@contextmanager
+def torch_explained() -> Iterator[None]:
+    """Run the block; raise MemoryError and DataError where torch means them."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as failure:
+        text = str(failure)
+        if _NO_MEMORY.search(text):
+            asked = re.search(r"tried to allocate ([\d.]+ ?\w+)", text)
+            wanted = f"torch asked for {asked[1]}" if asked else "torch asked for more than is free"
+            raise MemoryError(wanted) from failure
+        if _NO_SUCH_ID.search(text):
+            raise DataError(
+                "a token id is not in the model's vocabulary: a shard is damaged; "
+                "find it with `mpillm prepare --verify`, or prepare the dataset again"
+            ) from failure
+        raise

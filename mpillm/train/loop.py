@@ -20,7 +20,7 @@ from mpillm.launch.current_job import CurrentJob
 from mpillm.launch.signals import StopSignals
 from mpillm.launch.walltime import seconds_of
 from mpillm.machine.cluster_profile import Cluster
-from mpillm.models.torch_errors import torch_explained
+from mpillm.models.part_module import torch_explained
 from mpillm.parallel.axis_sizes import replicated_axes
 from mpillm.parallel.data.same_weights import check_same
 from mpillm.parallel.step_plan import traffic_bytes

@@ -1,20 +1,21 @@
 """Set up a run from its recipe: mesh, plan, model, checkpoint; then train."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.comm.failure import on_root
-from mpillm.errors import DataError, MismatchError, RecipeError
+from mpillm.errors import DataError, LayoutError, MismatchError, RecipeError
 from mpillm.infer.loading import RunConstants, missing_data
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.machine.node_map import NodeMap, map_nodes
+from mpillm.models.part_module import torch_explained
 from mpillm.models.spec import ModelSpec
-from mpillm.models.torch_errors import torch_explained
 from mpillm.parallel.step_plan import make_mesh, plan_step
 from mpillm.runs.folder import CLUSTER, HISTORY
 from mpillm.runs.history import STARTED, read_history
-from mpillm.system.console import Console
+from mpillm.system.console import Console, binary_bytes
 from mpillm.system.malloc import keep_pages
 from mpillm.tasks.task_catalog import make_task
 from mpillm.tokens.manifest import NAME, Manifest
@@ -22,8 +23,7 @@ from mpillm.tokens.order import WindowOrder
 from mpillm.tokens.reader import open_split
 from mpillm.train.hold import locked_run
 from mpillm.train.loop import JobLimits, TrainingLoop
-from mpillm.train.memory import check_memory, host_bytes
-from mpillm.train.print_plan import print_plan
+from mpillm.train.print_plan import WEIGHT_BYTES, print_plan
 from mpillm.train.recipe import Recipe
 from mpillm.train.resuming import find_start
 from mpillm.train.step import Trainer
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 NO_LIMITS = JobLimits()
+# torch's embedding reads ids of 8 bytes.
+TOKEN_BYTES = 8
 
 
 def train(
@@ -153,3 +155,36 @@ def _with_vocabulary(recipe: Recipe, manifest: Manifest) -> ModelSpec:
             f"{recipe.data.path}; leave it out to take the data's"
         )
     return recipe.model.replace(vocab_size=wanted or found)
+
+
+def host_bytes() -> int:
+    """Return the memory of this host."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_memory(recipe: Recipe, node_map: NodeMap, memory: int) -> None:
+    """Raise LayoutError where the weights with their state, or a batch, exceed all hosts' memory.
+
+    `memory`: of one host, in bytes. Activations and Python come on top, so a model that passes may
+    still be too large; one that is refused cannot be held.
+    """
+    model = recipe.model
+    held = WEIGHT_BYTES + recipe.optimizer.state_bytes_per_parameter
+    # The ranks of a pipeline share the layers, each replica has all of them.
+    ranks, pipeline = node_map.size, max(1, recipe.parallel.pipeline)
+    replicas = max(1, ranks // pipeline)
+    needed, there = held * model.parameters * replicas, memory * len(node_map.nodes)
+    if needed > there:
+        raise LayoutError(
+            f"the model has {model.parameters:,} parameters, which need {binary_bytes(needed)} "
+            f"for weights, gradients and optimizer on {ranks} rank(s), and the host(s) have "
+            f"{binary_bytes(there)}; use a smaller model (vocabulary {model.vocab_size:,}, "
+            f"{model.blocks:,} layers), fewer replicas (parallel.pipeline), or more hosts"
+        )
+    batch = TOKEN_BYTES * recipe.train.batch * model.context
+    if batch > there:
+        raise LayoutError(
+            f"train.batch = {recipe.train.batch:,} sequences of {model.context:,} tokens are "
+            f"{binary_bytes(batch)} of ids alone, and the host(s) have {binary_bytes(there)}; "
+            "use a smaller batch"
+        )

@@ -93,15 +93,17 @@ HARMS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("name", HARMS)
-def test_a_checkpoint_that_contradicts_itself_is_refused(run: Path, name: str) -> None:
+def test_a_checkpoint_that_contradicts_itself_is_refused(
+    run: Path, comm: MPI.Intracomm, name: str
+) -> None:
     change, words = HARMS[name]
-    harm(run, MPI.COMM_SELF, change)
+    harm(run, comm, change)
     newest = run / CHECKPOINTS / "step-00000002"
     with pytest.raises(CheckpointError, match=words):
         check_trained(Checkpoint(newest))
     with pytest.raises(CheckpointError, match=words):
-        load_trained(newest, MPI.COMM_SELF, QUIET)
-    assert load_trained(run, MPI.COMM_SELF, QUIET).checkpoint.step == 1
+        load_trained(newest, comm, QUIET)
+    assert load_trained(run, comm, QUIET).checkpoint.step == 1
 
 
 def test_a_damaged_tokenizer_of_a_checkpoint_is_passed_over(run: Path, comm: MPI.Intracomm) -> None:

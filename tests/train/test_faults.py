@@ -346,7 +346,7 @@ def test_whatever_is_wrong_with_the_newest_the_one_before_is_found(
 
 
 def test_errors_of_torch_are_explained() -> None:
-    from mpillm.models.torch_errors import torch_explained
+    from mpillm.models.part_module import torch_explained
 
     with pytest.raises(MemoryError, match=r"torch asked for \d"), torch_explained():
         torch.empty(1 << 55)

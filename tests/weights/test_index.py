@@ -155,13 +155,16 @@ def test_an_index_without_a_digest_is_read_as_before(saved: Path) -> None:
     assert not Checkpoint(KEPT).has_digest
 
 
-def test_a_damaged_text_is_found(saved: Path, comm: MPI.Intracomm, folder: Path) -> None:
+def test_a_damaged_text_is_found(saved: Path) -> None:
     (saved / "words.txt").write_text("è", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"words\.txt is damaged: its hash differs"):
         Checkpoint(saved).text("words.txt")
     with pytest.raises(CheckpointError, match=r"words\.txt is damaged"):
         Checkpoint(saved).verify()
-    # The same at any number of ranks, where rank 0 alone reads the text.
+
+
+def test_a_checkpoint_with_a_damaged_text_is_passed_over(folder: Path, comm: MPI.Intracomm) -> None:
+    """Rank 0 alone reads the text."""
     for step in (1, 2):
         save(folder / CHECKPOINTS, {"a": torch.ones(3)}, {"step": step}, {"t.txt": "x"}, comm)
     comm.Barrier()
