@@ -13,11 +13,14 @@ from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import generate
 from mpillm.infer.loading import Loaded, load_data, load_trained
 from mpillm.infer.sampling import Sampling, check_prompt
+from mpillm.runs.records import moved_from
 from mpillm.system.console import Console
 from mpillm.system.json_text import to_json
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tokens.manifest import check_tokenizer
 from mpillm.tokens.reader import open_split
+from mpillm.weights.checkpoint import Checkpoint
+from mpillm.weights.places import CHECKPOINTS
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -42,6 +45,10 @@ def print_evaluation(
     folder = manifest.folder
     check_tokenizer(manifest, loaded.tokenizer)
     same = manifest.manifest_hash == loaded.checkpoint.facts["data"]
+    run = _run_of(loaded.checkpoint)
+    begun = moved_from(run, loaded.checkpoint.facts["recipe"]) if run else ""
+    if begun and not as_json:
+        console.warn(f"{run} was trained as {begun}: it is a copy, or was moved")
     with open_split(folder, "validation") as reader:
         # One JSON object is all that --json prints: no progress bar.
         progress = Console(speaks=False) if as_json else console
@@ -65,6 +72,12 @@ def print_evaluation(
         "data_of_the_run": same,
     }
     console.write(to_json(facts | {name: score.to_json() for name, score in scores.items()}) + "\n")
+
+
+def _run_of(checkpoint: Checkpoint) -> Path | None:
+    """Return the run that a checkpoint is in; None for one that was copied out of its run."""
+    folder = checkpoint.folder.absolute()
+    return folder.parents[1] if folder.parent.name == CHECKPOINTS else None
 
 
 def _print_table(scores: dict[str, Score], loaded: Loaded, folder: Path, console: Console) -> None:

@@ -96,6 +96,24 @@ def job_hosts(environment: Mapping[str, str]) -> tuple[list[str], BatchSystem | 
     return [], None
 
 
+def foreign_job(environment: Mapping[str, str], host: str) -> str:
+    """Say that the variables of a batch job name other hosts than `host`; "" where they fit.
+
+    A shell that was opened in a job may outlive it, and keep its variables.
+    """
+    hosts, system = job_hosts(environment)
+    names = {name.partition(".")[0] for name in hosts}
+    if system is None or not environment.get(system.job_variable):
+        return ""
+    if not hosts or host.partition(".")[0] in names:
+        return ""
+    variable = system.job_variable
+    return (
+        f"{variable}={environment[variable]} is of a job on {', '.join(hosts[:3])}, and this host "
+        f"is {host}; if that job is over, unset {variable}"
+    )
+
+
 def granted_cpus(environment: Mapping[str, str]) -> int | None:
     """Return the CPUs of this node that the batch system grants the job; None where unknown."""
     systems = _systems(environment).values()

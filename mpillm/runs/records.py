@@ -42,6 +42,23 @@ def folder_of_paths(run: Path, recipe: Mapping[str, Any]) -> Path | None:
     return whole.parents[len(parts) - 1] if ends_so else None
 
 
+def moved_from(run: Path, recipe: Mapping[str, Any]) -> str:
+    """Return the folder that a run's recipe names where that is not `run`; "" where it is."""
+    train = recipe.get("train")
+    own = train.get("run") if isinstance(train, dict) else None
+    if not isinstance(own, str) or not own or folder_of_paths(run, recipe):
+        return ""
+    # An absolute path may lead to the run by links.
+    return "" if Path(own).is_absolute() and _same(Path(own), run) else own
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):
+        return False
+
+
 def read_job(run: Path) -> dict[str, Any]:
     """Read the record of the run's newest job; empty without one that can be read."""
     return read_job_record(run)[0]

@@ -11,6 +11,7 @@ from mpillm.errors import MpillmError
 from mpillm.launch.schedulers.scheduler_catalog import is_over
 from mpillm.runs.history import KILLED, RUNNING, Attempt, finite_seconds
 from mpillm.runs.next_step import next_step
+from mpillm.runs.records import moved_from
 from mpillm.runs.state import (
     FINISHED,
     SUBMITTED,
@@ -79,6 +80,7 @@ def run_figures(run_state: RunState, ask: Ask | None = None) -> dict[str, Any]:
         "checkpoint": _checkpoint(newest, run_state.now),
         "lost_checkpoint": run_state.lost_checkpoint or None,
         "attempts": [_attempt(attempt) for attempt in run_state.attempts],
+        "moved_from": moved_from(run_state.run, run_state.recipe) or None,
         "damage": dict(run_state.damage),
         "next": text,
         "commands": commands,
@@ -97,6 +99,9 @@ def facts(found: Mapping[str, Any]) -> dict[str, str]:
         "time left": _left_text(found),
         "checkpoint": _checkpoint_text(found["checkpoint"], found["lost_checkpoint"]),
         "attempts": _attempts_text(found["attempts"]),
+        "moved": f"its recipe names {found['moved_from']}: this is a copy, or was moved"
+        if found["moved_from"]
+        else "",
         "damage": "; ".join(found["damage"].values()),
     }
     return {name: text for name, text in rows.items() if text}

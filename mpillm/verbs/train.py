@@ -1,6 +1,7 @@
 """`mpillm train`."""
 
 import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Train:
     debug: Debug = False
 
     def run(self) -> None:
-        from mpillm.launch.current_job import current_job, job_end
+        from mpillm.launch.current_job import current_job, foreign_job, job_end
         from mpillm.launch.signals import StopSignals
 
         # Signals are caught from here on: one that arrives while torch loads stops the run, too.
@@ -57,6 +58,8 @@ class Train:
             print_placement(
                 job.comm, os.environ, job.threads, job.console, self.verbose, job.node_map
             )
+            if foreign := foreign_job(os.environ, socket.gethostname()):
+                job.console.warn(foreign)
             limits = JobLimits(
                 signals,
                 current_job(os.environ),

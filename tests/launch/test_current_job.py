@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from mpillm.errors import UsageError
-from mpillm.launch.current_job import CurrentJob, current_job, job_end
+from mpillm.launch.current_job import CurrentJob, current_job, foreign_job, job_end
 
 
 @pytest.mark.parametrize(
@@ -54,3 +56,18 @@ def test_an_end_that_was_past_at_the_start_is_of_an_earlier_job() -> None:
     assert len(said) == 3
     assert job_end({"SLURM_JOB_END_TIME": "9" * 30}, 1_800_000_000, said.append) is None
     assert len(said) == 3
+
+
+def test_variables_of_a_job_on_other_hosts_are_said(tmp_path: Path) -> None:
+    slurm = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n1,n2.cluster", "PATH": ""}
+    assert foreign_job(slurm, "n2") == foreign_job(slurm, "n1.cluster") == ""
+    assert foreign_job(slurm, "n3") == (
+        "SLURM_JOB_ID=12 is of a job on n1, n2.cluster, and this host is n3; "
+        "if that job is over, unset SLURM_JOB_ID"
+    )
+    # Not known without scontrol, which expands the list.
+    assert foreign_job(slurm | {"SLURM_JOB_NODELIST": "n[1-2]"}, "n3") == ""
+    assert foreign_job({}, "n3") == ""
+    (tmp_path / "hosts").write_bytes(b"n1 slots=2\ncaf\xe9\n")
+    pbs = {"PBS_JOBID": "7", "PBS_NODEFILE": str(tmp_path / "hosts")}
+    assert "is of a job on n1, caf" in foreign_job(pbs, "n3")

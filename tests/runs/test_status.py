@@ -507,8 +507,10 @@ def test_advice_holds_in_the_folder_where_it_is_read(
     diary.started(0, facts())
     diary.ended("finished", 30)
     assert words_of(as_json(relative)["commands"][0])[:4] == ["cd", str(home), "&&", "mpillm"]
+    assert as_json(relative)["moved_from"] is None
     # Moved away from its data: no command that cannot work is printed.
     run.rename(tmp_path / "moved")
+    assert "its recipe names run: this is a copy, or was moved" in told(Path("moved"))
     assert [words_of(command)[1] for command in as_json(Path("moved"))["commands"]] == [
         "generate",
         "report",
