@@ -160,9 +160,9 @@ class RunLock:
         self.lost = ""
         """The holder that took the run over from this process; "" while this one holds it."""
         self._take()
-        self._renewed = _boot_seconds()
-        # The heartbeat and the training loop renew the lock.
-        self._renewing = threading.Lock()
+        self._renewed = self._checked = _boot_seconds()
+        # The heartbeat's thread and the one that saves read and mend the same file.
+        self._turn = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(
             target=self._beat, name="heartbeat of the run's lock", daemon=True
@@ -172,11 +172,10 @@ class RunLock:
     def is_lost(self, fresh: bool = False) -> bool:
         """Return whether another job has replaced the lock, as one may after a long suspension.
 
-        Reads the file where `fresh`, or where the last update is older than a beat: a process
+        Reads the file where `fresh`, or where the last reading is older than a beat: a process
         that was suspended notices before it writes anything.
         """
-        if not self.lost and (fresh or _boot_seconds() - self._renewed > BEAT_SECONDS):
-            # A file system that does not answer names no other holder.
+        if not self.lost and (fresh or _boot_seconds() - self._checked > BEAT_SECONDS):
             with suppress(OSError, UsageError):
                 self._renew()
         return bool(self.lost)
@@ -185,7 +184,7 @@ class RunLock:
         """Raise LostLockError, naming the new holder, where another job holds the run now."""
         if self.is_lost(fresh):
             raise LostLockError(
-                f"the run {self._path.parent} is held by {self.lost}: this job was suspended "
+                f"the run {self._path.parent} is held by {self.lost} now: this job was suspended "
                 "for too long and was replaced; it stops without writing anything more"
             )
 
@@ -260,21 +259,25 @@ class RunLock:
 
     def _renew(self) -> None:
         """Touch the lock if it is this process's own; else find out what became of it."""
-        with self._renewing:
-            found = _find(self._path, touch=self._me)
-            if found and found.holder == self._me:
-                self._renewed = _boot_seconds()
-            elif found and found.holder:
-                self.lost = found.holder.describe()
-            elif _boot_seconds() - self._renewed > DEAD_SECONDS:
-                # Another job may have held the run and left since the last beat.
-                self.lost = UNREADABLE if found else "nobody now: its lock is gone"
-            elif found is None:
-                self._make()
-            else:
-                # Damaged, and not yet long enough without an update for another job to replace it.
-                self._set_aside(found)
-                self._make()
+        with self._turn:
+            self._checked = _boot_seconds()
+            self._touch_or_lose()
+
+    def _touch_or_lose(self) -> None:
+        found = _find(self._path, touch=self._me)
+        if found and found.holder == self._me:
+            self._renewed = _boot_seconds()
+        elif found and found.holder:
+            self.lost = found.holder.describe()
+        elif _boot_seconds() - self._renewed > DEAD_SECONDS:
+            # Another job may have held the run and left since the last beat.
+            self.lost = UNREADABLE if found else "nobody now: its lock is gone"
+        elif found is None:
+            self._make()
+        else:
+            # Damaged, and not yet long enough without an update for another job to replace it.
+            self._set_aside(found)
+            self._make()
 
 
 def read_holder(folder: Path) -> Holder | None:

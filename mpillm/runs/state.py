@@ -230,7 +230,12 @@ def _goal(recipe: Mapping[str, Any]) -> int:
 def kept_checkpoints(run: Path) -> list[KeptCheckpoint]:
     """List the checkpoints of a run, the oldest first; skip one that is removed meanwhile."""
     found = []
-    for step, folder in checkpoint_folders(run / CHECKPOINTS).items():
+    try:
+        folders = checkpoint_folders(run / CHECKPOINTS)
+    except OSError:
+        # It was removed meanwhile, or may not be read.
+        return []
+    for step, folder in folders.items():
         try:
             size = sum(file.stat().st_size for file in folder.iterdir())
             found.append(

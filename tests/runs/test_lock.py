@@ -19,6 +19,7 @@ from mpillm.runs.folder import LOCK, SUBMIT_LOCK
 from mpillm.runs.lock import (
     BEAT_SECONDS,
     DEAD_SECONDS,
+    LostLockError,
     RunLock,
     age_seconds,
     find_hold,
@@ -151,6 +152,19 @@ def test_a_beat_touches_the_lock_of_its_own_alone(tmp_path: Path) -> None:
     until(lambda: lock.lost)
     assert lock.lost.startswith("process 17 on n7 since")
     assert (tmp_path / LOCK).stat().st_mtime == 0
+    lock.release()
+    assert (tmp_path / LOCK).exists()
+
+
+def test_a_save_is_refused_after_another_job_took_the_run(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, None)
+    lock.refuse_if_lost()
+    plant(tmp_path, host="n7", pid=17)
+    # The last reading is younger than a beat.
+    assert not lock.is_lost()
+    with pytest.raises(LostLockError, match="is held by process 17 on n7 .* now: this job was"):
+        lock.refuse_if_lost()
+    assert lock.is_lost()
     lock.release()
     assert (tmp_path / LOCK).exists()
 
