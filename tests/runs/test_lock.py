@@ -162,7 +162,7 @@ def test_a_save_is_refused_after_another_job_took_the_run(tmp_path: Path) -> Non
     plant(tmp_path, host="n7", pid=17)
     # The last reading is younger than a beat.
     assert not lock.is_lost()
-    with pytest.raises(LostLockError, match="is held by process 17 on n7 .* now: this job was"):
+    with pytest.raises(LostLockError, match=r"is held by process 17 on n7 .* now: this job was"):
         lock.refuse_if_lost()
     assert lock.is_lost()
     lock.release()
