@@ -6,7 +6,9 @@ so readers may be forked, pickled and used from threads.
 """
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ ALIGNMENT_BYTES = 4096
 ALIGNMENT_THRESHOLD_BYTES = 65536
 # One call of write(2) or preadv(2) moves at most 2^31 - 4096 bytes on Linux.
 LARGEST_CALL_BYTES = 1 << 30
+
+# HDF5 keeps the system's error number only in its text.
+_ERRNO = re.compile(r"errno = (\d+)")
 
 Bytes = bytes | bytearray | memoryview
 
@@ -39,7 +44,28 @@ def layout(
     """Create the file at `path` with space for `arrays` (name → dtype, shape); return their places.
 
     The values are not written yet. No time stamps are stored, so equal contents give equal bytes.
+    Raises OSError with the file and the system's own words (ENOSPC on a full disk).
     """
+    with _plain_errors(path):
+        return _layout(path, arrays, attributes)
+
+
+@contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """Raise the OSError that HDF5 wraps in its own words."""
+    try:
+        yield
+    except (OSError, RuntimeError) as failure:
+        found = _ERRNO.search(str(failure))
+        code = int(found.group(1)) if found else getattr(failure, "errno", None)
+        if not code:
+            raise OSError(f"HDF5 cannot write {path}: {failure}") from failure
+        raise OSError(code, os.strerror(code), str(path)) from failure
+
+
+def _layout(
+    path: Path, arrays: Mapping[str, tuple[Any, tuple[int, ...]]], attributes: Mapping[str, Any]
+) -> dict[str, Extent]:
     create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -73,20 +99,43 @@ def layout(
 def places(path: Path) -> tuple[dict[str, Extent], dict[str, Any]]:
     """Read the places of the arrays, and the root attributes, by HDF5 itself.
 
-    Raises OSError for another kind of file, and where an array is not contiguous.
+    Raises OSError alone: for another kind of file, for links, and where an array is not a
+    contiguous run of bytes in this file.
     """
-    found: dict[str, Extent] = {}
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return dict(_extents(file, "", set())), dict(file.attrs)
+    except OSError:
+        raise
+    except Exception as failure:
+        # h5py raises whatever it meets: RuntimeError, KeyError, TypeError, ValueError, …
+        raise OSError(f"HDF5 cannot read it: {failure}") from failure
 
-    def visit(name: str, item: h5py.HLObject) -> None:
-        if isinstance(item, h5py.Dataset):
-            found[name] = Extent(item.dtype.str, item.shape, _offset(item, name), item.nbytes)
 
-    with h5py.File(path, "r", locking=False) as file:
-        file.visititems(visit)
-        return found, dict(file.attrs)
+def _extents(group: h5py.Group, prefix: str, seen: set[int]) -> Iterator[tuple[str, Extent]]:
+    """Yield the arrays below `group` with their names; `seen` holds the addresses of groups."""
+    address = h5py.h5o.get_info(group.id).addr
+    if address in seen:
+        raise OSError(f"the group {prefix or '/'} is there twice; store each array once")
+    seen.add(address)
+    for key in group:
+        name = f"{prefix}{key}"
+        link = group.get(key, getlink=True)
+        if not isinstance(link, h5py.HardLink):
+            raise OSError(f"{name} is a link to another place; store the array itself")
+        item = group[key]
+        if isinstance(item, h5py.Group):
+            yield from _extents(item, f"{name}/", seen)
+        elif isinstance(item, h5py.Dataset):
+            offset, shape = _offset(item, name), item.shape
+            yield name, Extent(item.dtype.str, shape, offset, item.nbytes)
 
 
 def _offset(dataset: h5py.Dataset, name: str) -> int:
+    if dataset.external or dataset.is_virtual:
+        raise OSError(f"the array {name} is stored in another file; store it in this one")
+    if dataset.shape is None:
+        raise OSError(f"the array {name} has no shape; store it contiguous")
     offset = dataset.id.get_offset()
     if offset is None and dataset.nbytes:
         raise OSError(
