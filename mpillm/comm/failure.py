@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from mpillm.comm.waiting import patient_bcast, wait_patiently
-from mpillm.errors import MpillmError
+from mpillm.comm.waiting import patient_barrier, patient_bcast, wait_patiently
+from mpillm.errors import DataError, MpillmError
 from mpillm.system.ending_signals import INTERRUPTED
 from mpillm.system.messages import explain, printable
 
@@ -71,11 +71,15 @@ def fail_together(comm: "MPI.Intracomm | None", *, debug: bool = False) -> Itera
         private.Free()
 
 
-def on_root(comm: "MPI.Intracomm", work: Callable[[], Result]) -> Result:
+def on_root(
+    comm: "MPI.Intracomm",
+    work: Callable[[], Result],
+    describe: Callable[[OSError], str] = explain,
+) -> Result:
     """Run `work` on rank 0 and give its picklable result, or its MpillmError, to every rank.
 
     Every rank of `comm` calls it; the others sleep meanwhile. So a mistake that rank 0 finds is
-    raised on all ranks alike.
+    raised on all ranks alike. An OSError becomes a DataError with the words of `describe`.
     """
     result: Result | None = None
     failure: MpillmError | None = None
@@ -84,9 +88,37 @@ def on_root(comm: "MPI.Intracomm", work: Callable[[], Result]) -> Result:
             result = work()
         except MpillmError as caught:
             failure = caught
+        except OSError as caught:
+            failure = DataError(describe(caught))
     result, failure = patient_bcast(comm, (result, failure))
     if failure is not None:
         raise failure
+    return result  # type: ignore[return-value]
+
+
+def on_all(
+    comm: "MPI.Intracomm",
+    work: Callable[[], Result],
+    describe: Callable[[OSError], str] = explain,
+) -> Result:
+    """Run `work` on every rank and return its result; raise the first failing rank's error on all.
+
+    Every rank of `comm` calls it, and `work` does not communicate. An OSError becomes a DataError
+    with the words of `describe`. So no rank waits for one that failed, and one of them can tidy up
+    when no other still writes.
+    """
+    result: Result | None = None
+    failure: MpillmError | None = None
+    try:
+        result = work()
+    except MpillmError as caught:
+        failure = caught
+    except OSError as caught:
+        failure = DataError(describe(caught))
+    patient_barrier(comm)
+    failures = [found for found in comm.allgather(failure) if found is not None]
+    if failures:
+        raise failures[0]
     return result  # type: ignore[return-value]
 
 
