@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from mpillm.bench.timing import in_turn
-from mpillm.tokens.manifest import Manifest, Split
+from mpillm.tokens.manifest import NO_TOKENIZER, Manifest, Split
 from mpillm.tokens.reader import TokenReader, open_split
 from mpillm.tokens.sampler import PLANNED_SAMPLES, Sampler
 from mpillm.tokens.shards import Documents, write_shard
@@ -67,7 +67,7 @@ def build(folder: Path, mebibytes: int) -> Corpus:
         "train": Split(N_SHARDS * n_tokens, total, 0, tuple(shards)),
         "validation": Split(0, 0, 0, ()),
     }
-    Manifest(dataset, {}, {}, splits).save()
+    Manifest(dataset, NO_TOKENIZER, {}, splits).save()
     return Corpus(dataset, raw, N_SHARDS * n_tokens)
 
 

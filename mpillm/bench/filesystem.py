@@ -18,7 +18,7 @@ from mpillm.bench.timing import Call, slowest
 from mpillm.comm.failure import on_root
 from mpillm.errors import UsageError
 from mpillm.system.extras import install_command, installed
-from mpillm.tokens.manifest import Manifest, Split
+from mpillm.tokens.manifest import NO_TOKENIZER, Manifest, Split
 from mpillm.tokens.reader import open_split
 from mpillm.tokens.shards import Documents, write_shard
 from mpillm.tokens.windows import ReadPlan
@@ -127,8 +127,8 @@ def _tokens(bench: BenchContext, folder: Path, nbytes: int) -> list[Row]:
     shards = tuple(comm.allgather(info))
     total = sum(shard.n_tokens for shard in shards)
     split = Split(total, len(ends) * comm.size, 0, shards)
-    empty = Split(0, 0, 0, ())
-    on_root(comm, lambda: Manifest(folder, {}, {}, {"train": split, "validation": empty}).save())
+    splits = {"train": split, "validation": Split(0, 0, 0, ())}
+    on_root(comm, lambda: Manifest(folder, NO_TOKENIZER, {}, splits).save())
     rows = [_row("write shards", tokens.nbytes, comm.size, slowest(comm, written))]
     out = np.empty((ROWS, WINDOW_TOKENS), np.uint16)
     draw = np.random.default_rng(1000 + comm.rank)

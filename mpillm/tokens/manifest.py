@@ -1,6 +1,6 @@
 """manifest.json: the description of a dataset, written last. A reader needs nothing else."""
 
-import json
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,11 +10,25 @@ from typing import Any
 from mpillm.errors import DataError, MismatchError
 from mpillm.system import hdf5
 from mpillm.system.atomic import write_text
+from mpillm.system.json_text import read_json, to_json
+from mpillm.system.messages import command
+from mpillm.tokens.manifest_schema import SPLITS as SPLITS
+from mpillm.tokens.manifest_schema import ManifestRules
 from mpillm.tokens.shards import FORMAT, VERSION, ShardInfo
 from mpillm.tokens.tokenizer import Tokenizer
 
 NAME = "manifest.json"
-SPLITS = ("train", "validation")
+TOKENIZER = "tokenizer.json"
+# The key of a manifest that names files while they are replaced: see publish.py.
+UNFINISHED = "unfinished"
+# The facts of a dataset of bare numbers, without a text: any id of two bytes.
+NO_TOKENIZER: Mapping[str, Any] = {
+    "name": "none",
+    "sha256": "0" * 64,
+    "vocab_size": 1 << 16,
+    "eot_id": 0,
+    "end_of_text": "",
+}
 
 
 @dataclass(frozen=True)
@@ -57,10 +71,20 @@ class Manifest:
 
     @cached_property
     def manifest_hash(self) -> str:
-        """The dataset's identity: xxh3-128 of the manifest's bytes, with the hash of each shard."""
-        return hdf5.digest(self.text().encode())
+        """The dataset's identity: xxh3-128 of the manifest's text without its own digest."""
+        return hdf5.digest(self._text({}).encode())
+
+    @property
+    def files(self) -> list[str]:
+        """The names of all files of the dataset."""
+        shards = [shard.file for split in self.splits.values() for shard in split.shards]
+        return [NAME, TOKENIZER, *shards]
 
     def text(self) -> str:
+        """Write the file's text; its `digest` is the manifest's hash."""
+        return self._text({"digest": self.manifest_hash})
+
+    def _text(self, last: Mapping[str, str]) -> str:
         splits = {name: split.to_json() for name, split in self.splits.items()}
         head = {
             "format": FORMAT,
@@ -68,8 +92,7 @@ class Manifest:
             "tokenizer": dict(self.tokenizer),
             "prep": dict(self.prep),
         }
-        value = {**head, "splits": splits}
-        return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        return to_json({**head, "splits": splits, **last}, indent=1) + "\n"
 
     def save(self) -> None:
         write_text(self.folder / NAME, self.text())
@@ -80,15 +103,15 @@ class Manifest:
         folder = Path(folder)
         path = folder / NAME
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as failure:
+            value = read_json(path)
+        except (FileNotFoundError, NotADirectoryError) as failure:
             raise DataError(
                 f"{folder} is not a prepared dataset: it has no {NAME}; "
-                f"make one with `mpillm prepare SOURCE --out {folder}`"
+                f"make one with `mpillm prepare SOURCE {command(['--out', folder])}`"
             ) from failure
         except (OSError, ValueError) as failure:
             raise DataError(
-                f"cannot read {path}: {failure}; prepare the dataset again"
+                f"cannot read {path}: {failure}; copy the file back or prepare the dataset again"
             ) from failure
         return cls._from_json(folder, path, value)
 
@@ -103,13 +126,20 @@ class Manifest:
                 f"found format {kind[0]} version {kind[1]}; "
                 "prepare the dataset with this mpillm, or use the one that made it"
             )
-        try:
-            splits = {name: _split(value["splits"][name]) for name in SPLITS}
-            return cls(folder, value["tokenizer"], value["prep"], splits)
-        except (KeyError, TypeError, AttributeError) as failure:
+        if UNFINISHED in value:
             raise DataError(
-                f"{path} lacks a part: {failure}; prepare the dataset again"
-            ) from failure
+                f"{folder} was being replaced when its job ended; prepare it again with --overwrite"
+            )
+        ManifestRules(path).check(value)
+        splits = {name: _split(value["splits"][name]) for name in SPLITS}
+        made = cls(folder, value["tokenizer"], value["prep"], splits)
+        # Earlier versions wrote no digest.
+        if value.get("digest", made.manifest_hash) != made.manifest_hash:
+            raise DataError(
+                f"{path} is damaged: its digest is {value['digest']}, that of its contents "
+                f"{made.manifest_hash}; copy the file back or prepare the dataset again"
+            )
+        return made
 
     def split(self, name: str) -> Split:
         """Return the split of that name. Raises DataError when it has no tokens."""
@@ -126,18 +156,41 @@ class Manifest:
             check_shard(self.folder / shard.file, shard)
 
     def load_tokenizer(self) -> Tokenizer:
-        """Load the dataset's own tokenizer.
+        """Load the dataset's own tokenizer, comparing its sha256.
 
-        Raises DataError, and MismatchError when the file is another tokenizer.
+        Raises DataError where the file is missing or damaged, and MismatchError when it is another
+        tokenizer.
         """
-        path = self.folder / "tokenizer.json"
+        path = self.folder / TOKENIZER
         if not path.is_file():
             raise DataError(
                 f"the dataset {self.folder} lacks its tokenizer.json; copy it back or prepare again"
             )
-        found = Tokenizer.load(path, self.tokenizer["end_of_text"], self.tokenizer["name"])
+        try:
+            data = path.read_bytes()
+            found = Tokenizer.from_json(
+                data.decode(), self.tokenizer["name"], self.tokenizer["end_of_text"]
+            )
+        except (OSError, UnicodeDecodeError, DataError) as failure:
+            # With the right hash, it is this library that cannot read the file.
+            if isinstance(failure, DataError) and _sha256(data) == self.tokenizer["sha256"]:
+                raise DataError(f"{path}: {failure}") from failure
+            raise DataError(
+                f"{path} is damaged: {failure}; copy it back or prepare the dataset again"
+            ) from failure
         check_tokenizer(self, found)
+        for name in ("vocab_size", "eot_id"):
+            if getattr(found, name) != self.tokenizer[name]:
+                raise MismatchError(
+                    f"{self.folder / NAME}: tokenizer.{name} is {self.tokenizer[name]:,}, that of "
+                    f"{path} {getattr(found, name):,}; copy both files back or prepare the dataset "
+                    "again"
+                )
         return found
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def check_shard(path: Path, shard: ShardInfo) -> None:
@@ -154,19 +207,11 @@ def check_shard(path: Path, shard: ShardInfo) -> None:
             f"{path} is {what}: expected {shard.nbytes:,} bytes, found {nbytes:,}; "
             "copy it again or prepare the dataset again"
         )
-    if (
-        shard.tokens_offset + shard.tokens_nbytes > nbytes
-        or shard.doc_ends_offset + 8 * shard.n_docs > nbytes
-    ):
-        raise DataError(
-            f"the manifest puts arrays of {path} beyond its end at {nbytes:,} bytes; "
-            "prepare the dataset again"
-        )
 
 
 def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
     """Raise MismatchError unless the dataset was made with `tokenizer`."""
-    expected = manifest.tokenizer["sha256"]
+    expected: str = manifest.tokenizer["sha256"]
     if tokenizer.sha256 != expected:
         raise MismatchError(
             f"the dataset {manifest.folder} was made with the tokenizer "

@@ -11,7 +11,9 @@ import numpy as np
 
 from mpillm.errors import DataError
 from mpillm.system import hdf5
+from mpillm.system.messages import command
 from mpillm.tokens.manifest import Manifest, Split
+from mpillm.tokens.shards import rest_digest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
@@ -23,8 +25,8 @@ class TokenReader:
     Every rank opens its own; none keeps an HDF5 handle.
     """
 
-    def __init__(self, folder: Path, name: str, split: Split) -> None:
-        self.folder, self.name, self.split = folder, name, split
+    def __init__(self, folder: Path, name: str, split: Split, vocab_size: int) -> None:
+        self.folder, self.name, self.split, self.vocab_size = folder, name, split, vocab_size
         shards = split.shards
         self.dtype = np.dtype(shards[0].dtype)
         # Shard i holds the tokens firsts[i] … firsts[i + 1] - 1.
@@ -117,15 +119,52 @@ class TokenReader:
                     f"{path} has shrunk while in use: {failure}; copy it again"
                 ) from failure
             shard, done = shard + 1, done + count
+        self.check_ids(flat, np.array([start], np.int64))
+
+    def check_ids(self, tokens: Array, starts: Int64s) -> None:
+        """Check that each id of windows of tokens (n, length) is in the vocabulary.
+
+        `starts` (n,): the position of each window in the split. Raises DataError with the file and
+        the byte of the first id beyond. A maximum costs less than a hundredth of the read.
+        """
+        if not tokens.size or int(tokens.max()) < self.vocab_size:
+            return
+        flat = tokens.reshape(-1)
+        place = int(np.argmax(flat >= self.vocab_size))
+        window, inner = divmod(place, len(flat) // len(starts))
+        position = starts[window : window + 1] + inner
+        [shard] = self.shards_of(position).tolist()
+        [offset] = self.offsets_of(position, np.array([shard])).tolist()
+        path = self.folder / self.split.shards[shard].file
+        raise DataError(
+            f"{path} is damaged: token {int(position[0]):,} of the {self.name} split (byte "
+            f"{offset:,} of the file) is {int(flat[place]):,}, the vocabulary ends at "
+            f"{self.vocab_size - 1:,}; `{command(['mpillm', 'prepare', '--verify', self.folder])}` "
+            "finds all damage; copy the file again or prepare the dataset again"
+        )
 
     def doc_ends(self, shard: int) -> Int64s:
-        """Map the document ends of a shard, counted from its first token: int64 (n_docs,)."""
+        """Map the document ends of a shard, counted from its first token: int64 (n_docs,).
+
+        Raises DataError where the tables of the shard are not as they were written.
+        """
         known = self._doc_ends[shard]
         if known is None:
             info = self.split.shards[shard]
-            mapped = np.memmap(
-                self.folder / info.file, "<u8", "r", info.doc_ends_offset, shape=(info.n_docs,)
-            )
+            path = self.folder / info.file
+            # Once a shard: some 20 bytes a document, where its tokens have a thousand or more.
+            try:
+                whole = rest_digest(path, info.tokens_offset, info.tokens_nbytes)
+                mapped = np.memmap(path, "<u8", "r", info.doc_ends_offset, shape=(info.n_docs,))
+            except (OSError, ValueError) as failure:
+                raise DataError(
+                    f"cannot read the document ends of {path}: {failure}; copy it again"
+                ) from failure
+            if whole != info.rest_xxh3_128:
+                raise DataError(
+                    f"{path} is damaged outside /tokens (its structure, attributes or document "
+                    "tables); copy the file again or prepare the dataset again"
+                )
             # Viewed as signed: a search for signed numbers in unsigned ones would copy the map as
             # floats.
             known = self._doc_ends[shard] = np.asarray(mapped).view(np.int64)
@@ -139,4 +178,4 @@ def open_split(folder: str | Path, split: str = "train") -> TokenReader:
     """
     manifest = Manifest.load(folder)
     manifest.check_shards(split)
-    return TokenReader(manifest.folder, split, manifest.split(split))
+    return TokenReader(manifest.folder, split, manifest.split(split), manifest.vocab_size)

@@ -111,21 +111,44 @@ def rest_digest(path: Path, tokens_offset: int, tokens_nbytes: int) -> str:
     """Hash (xxh3-128) the file but for /tokens: HDF5 structure, attributes, tables."""
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
-        state.update(file.read(tokens_offset))
+        left = tokens_offset
+        while left and (chunk := file.read(min(left, READ_BYTES))):
+            state.update(chunk)
+            left -= len(chunk)
         file.seek(tokens_offset + tokens_nbytes)
         while chunk := file.read(READ_BYTES):
             state.update(chunk)
     return state.hexdigest()
 
 
-def read_attributes(path: Path) -> tuple[dict[str, hdf5.Extent], dict[str, Any]]:
-    """Read the arrays' extents and the root attributes through HDF5. Raises DataError."""
+def read_structure(path: Path, info: ShardInfo) -> tuple[dict[str, hdf5.Extent], dict[str, Any]]:
+    """Read the arrays' extents and the root attributes through HDF5, and check them by `info`.
+
+    Raises DataError: for another kind of file, a missing array, a link, another dtype or shape.
+    """
     try:
-        return hdf5.places(path)
-    except (OSError, RuntimeError, ValueError, KeyError) as failure:
+        places, attributes = hdf5.places(path)
+    except OSError as failure:
         raise DataError(
-            f"{path} is not an HDF5 file: {failure}; prepare the dataset again"
+            f"{path} is not a shard of tokens: {failure}; prepare the dataset again"
         ) from failure
+    blocks = -(-info.tokens_nbytes // BLOCK_BYTES)
+    expected = {
+        "tokens": (info.dtype, info.n_tokens),
+        "doc_ends": ("<u8", info.n_docs),
+        "doc_source": ("<u2", info.n_docs),
+        "doc_key": ("<u8", info.n_docs),
+        "block_xxh3": ("<u8", blocks),
+    }
+    for name, (dtype, count) in expected.items():
+        found = places.get(name)
+        if found is None or (found.dtype, found.shape) != (dtype, (count,)):
+            what = "none" if found is None else f"{found.dtype} of shape {found.shape}"
+            raise DataError(
+                f"{path}: the array {name} should be {dtype} of shape ({count},), found {what}; "
+                "prepare the dataset again"
+            )
+    return places, attributes
 
 
 def token_blocks(path: Path, info: ShardInfo) -> Iterator[tuple[int, int]]:

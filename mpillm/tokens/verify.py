@@ -15,7 +15,7 @@ from mpillm.tokens.shards import (
     FORMAT,
     VERSION,
     ShardInfo,
-    read_attributes,
+    read_structure,
     rest_digest,
     token_blocks,
 )
@@ -70,7 +70,7 @@ def verify_shard(manifest: Manifest, split: str, shard: ShardInfo) -> None:
             f"{path} is damaged outside /tokens "
             f"(its structure, attributes or document tables); {AGAIN}"
         )
-    places, attributes = read_attributes(path)
+    places, attributes = read_structure(path, shard)
     _check_attributes(path, manifest, split, shard, attributes)
     table = places["block_xxh3"]
     expected = np.empty(table.shape, "<u8")
@@ -105,7 +105,6 @@ def _check_attributes(
         "complete": True,
     }
     for name, value in expected.items():
-        if attributes.get(name) != value:
-            raise DataError(
-                f"{path}: attribute {name} should be {value}, found {attributes.get(name)}; {AGAIN}"
-            )
+        found = attributes.get(name)
+        if isinstance(found, np.ndarray) or found != value:
+            raise DataError(f"{path}: attribute {name} should be {value}, found {found}; {AGAIN}")

@@ -92,6 +92,7 @@ class ReadPlan:
         span = slice(bisect_left(self.crossing, first), bisect_left(self.crossing, last))
         for window in range(first, last) if short else self.crossing[span]:
             reader.read(int(self.starts[window]), out[window - first])
+        reader.check_ids(out, self.starts[first:last])
         splits = self.splits[first : last + 1]
         ends = self.ends[splits[0] : splits[-1]]
         return Windows(out, ends, splits - splits[0], self.starts[first:last])

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpillm.errors import DataError
-from mpillm.tokens.manifest import Manifest, Split
+from mpillm.tokens.manifest import NO_TOKENIZER, Manifest, Split
 from mpillm.tokens.reader import open_split
 from mpillm.tokens.sampler import KEPT_PLANS, Sampler
 from mpillm.tokens.shards import Documents, write_shard
@@ -29,7 +29,7 @@ def dataset(tmp_path_factory):
         content = Documents(tokens, np.cumsum(lengths), np.zeros(n_docs), np.zeros(n_docs))
         shards.append(write_shard(folder / f"train-{number:05d}.h5", content, {}))
     split = Split(sum(map(len, everything)), sum(s.n_docs for s in shards), 0, tuple(shards))
-    Manifest(folder, {}, {}, {"train": split, "validation": Split(0, 0, 0, ())}).save()
+    Manifest(folder, NO_TOKENIZER, {}, {"train": split, "validation": Split(0, 0, 0, ())}).save()
     return open_split(folder), np.concatenate(everything), np.concatenate(ends)
 
 

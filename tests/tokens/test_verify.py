@@ -1,5 +1,7 @@
 """Verification finds any byte that isn't as it was written, and says where."""
 
+import dataclasses
+
 import pytest
 
 from mpillm.errors import DataError, MismatchError
@@ -95,7 +97,21 @@ def test_a_manifest_of_other_shards(dataset, comm):
         path = dataset / "manifest.json"
         path.write_text(path.read_text().replace('"eot_id": 256', '"eot_id": 0'))
     comm.Barrier()
-    assert "attribute eot_id should be 0, found 256" in fault(dataset, comm)
+    assert "manifest.json is damaged: its digest is" in fault(dataset, comm)
+
+
+def test_a_whole_manifest_of_other_shards(dataset, comm):
+    manifest = Manifest.load(dataset)
+    comm.Barrier()
+    if comm.rank == 0:
+        dataclasses.replace(manifest, tokenizer={**manifest.tokenizer, "eot_id": 0}).save()
+    comm.Barrier()
+    assert "tokenizer.eot_id is 0, that of" in fault(dataset, comm)
+    if comm.rank == 0:
+        train, validation = (manifest.splits[name] for name in ("train", "validation"))
+        dataclasses.replace(manifest, splits={"train": validation, "validation": train}).save()
+    comm.Barrier()
+    assert "attribute split should be train, found validation" in fault(dataset, comm)
 
 
 def test_a_missing_a_short_and_a_foreign_file(dataset, comm):
