@@ -1,7 +1,4 @@
-"""Encoding: each rank encodes its documents, and keeps the tokens in one file until the shuffle.
-
-Here, too, a document's split is decided: a pure function of its key.
-"""
+"""Encoding: each rank encodes its documents, and keeps the tokens in one file until the shuffle."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,15 +9,12 @@ import numpy as np
 
 from mpillm.errors import DataError
 from mpillm.system.console import Progress
-from mpillm.tokens.order import mix
+from mpillm.tokens.losses import LossCheck
 from mpillm.tokens.sources import read_pieces
+from mpillm.tokens.split import SplitPlan, cut_tail
 from mpillm.tokens.survey import Survey, key_of
 from mpillm.tokens.tokenizer import Tokenizer
 
-TRAIN, VALIDATION = 0, 1
-# The shard follows from the key itself; the split must not, or validation would fill the first
-# shards only.
-SPLIT_SALT = np.uint64(0x7E57)
 # Characters that are encoded together: enough for all threads, little enough to hold in memory.
 BATCH_CHARACTERS = 1 << 20
 
@@ -65,21 +59,23 @@ def encode_documents(
     survey: Survey,
     tokenizer: Tokenizer,
     path: Path,
-    validation: float,
-    cut: bool,
+    plan: SplitPlan,
+    losses: LossCheck,
     seed: int,
     threads: int,
     progress: Progress,
 ) -> EncodedDocuments:
     """Encode this rank's documents into the file `path`, without communication.
 
-    `cut`: each document is cut in two, else it goes to one split whole. `progress` counts this
-    rank's bytes. Raises DataError, OSError.
+    `losses` sees every text with its ids. `progress` counts this rank's bytes. Raises DataError,
+    OSError.
     """
     tables = [np.empty(0, SPILLED)]
     with path.open("wb") as file:
-        for batch in _batches(_parts(survey, validation, cut, seed, threads)):
-            encoded = tokenizer.encode_batch([part.text for part in batch])
+        for batch in _batches(_parts(survey, plan, seed, threads)):
+            texts = [part.text for part in batch]
+            encoded = tokenizer.encode_batch(texts)
+            losses.see(texts, encoded)
             for ids in encoded:
                 file.write(np.append(ids, ids.dtype.type(tokenizer.eot_id)).tobytes())
             rows = [(*part.row, len(ids) + 1) for part, ids in zip(batch, encoded, strict=True)]
@@ -88,9 +84,7 @@ def encode_documents(
     return EncodedDocuments(path, np.concatenate(tables), tokenizer.dtype)
 
 
-def _parts(
-    survey: Survey, validation: float, cut: bool, seed: int, threads: int
-) -> Iterator[EncodedPart]:
+def _parts(survey: Survey, plan: SplitPlan, seed: int, threads: int) -> Iterator[EncodedPart]:
     pieces = [survey.pieces[number] for number in survey.mine]
     for number, texts in zip(survey.mine, read_pieces(pieces, threads), strict=True):
         known = survey.of_piece(number)
@@ -99,12 +93,12 @@ def _parts(
             raise DataError(
                 f"{texts.piece.path} changed while it was read; run again when nothing writes to it"
             )
-        splits = split_of(known["key"], validation).tolist()
+        splits = plan.of(known["key"]).tolist()
         for text, key, ordinal, split in zip(
             texts.documents, keys, known["ordinal"].tolist(), splits, strict=True
         ):
             # Numbered as the splits: the first half is TRAIN, the second VALIDATION.
-            halves = enumerate(cut_tail(text, validation)) if cut else [(split, text)]
+            halves = enumerate(cut_tail(text, plan.validation)) if plan.cut else [(split, text)]
             for which, half in halves:
                 if half:
                     yield EncodedPart(
@@ -123,22 +117,3 @@ def _batches(parts: Iterator[EncodedPart]) -> Iterator[list[EncodedPart]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def split_of(keys: Array, validation: float) -> Array:
-    """Decide each key's split by hash, TRAIN or VALIDATION: a fraction `validation` of all keys."""
-    largest = np.uint64(min(int(validation * 2.0**64), 2**64 - 1))
-    return (mix(keys ^ SPLIT_SALT) < largest).astype(np.uint8)
-
-
-def cut_tail(text: str, validation: float) -> tuple[str, str]:
-    """Cut a text in two, the second part about a fraction `validation` of it.
-
-    The second part begins at the start of a line if there is one.
-    """
-    target = min(len(text) - 1, max(1, round(len(text) * (1 - validation))))
-    after = text.find("\n", target - 1) + 1
-    if not 0 < after < len(text):
-        after = text.rfind("\n", 0, target) + 1
-    place = after if 0 < after < len(text) else max(0, target)
-    return text[:place], text[place:]

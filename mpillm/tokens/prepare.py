@@ -3,30 +3,41 @@
 The same bytes on any number of ranks.
 """
 
+import errno
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from mpillm.comm.failure import on_root
-from mpillm.comm.waiting import patient_barrier
+from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import DataError, UsageError
-from mpillm.system.atomic import flush, make_folder, write_text
+from mpillm.system.atomic import make_folder, write_text
 from mpillm.system.command_line import Argument, Option
 from mpillm.system.console import Console, binary_bytes
+from mpillm.system.messages import explain
 from mpillm.tokens import shuffle
-from mpillm.tokens.encode import EncodedDocuments, encode_documents, split_of
-from mpillm.tokens.manifest import NAME, SPLITS, Manifest, Split, tokenizer_facts
+from mpillm.tokens.encode import EncodedDocuments, encode_documents
+from mpillm.tokens.losses import LossCheck, check_chance, check_losses
+from mpillm.tokens.manifest import (
+    NAME,
+    SPLITS,
+    TOKENIZER,
+    Manifest,
+    Split,
+    tokenizer_facts,
+)
+from mpillm.tokens.publish import holds_dataset, publish
 from mpillm.tokens.sources import SourcePiece, list_pieces
+from mpillm.tokens.split import plan_split
 from mpillm.tokens.survey import Survey, survey
 from mpillm.tokens.tokenizer import Tokenizer, check_vocab_size
 from mpillm.tokens.train_tokenizer import load_or_make, train_together
+from mpillm.tokens.work_folder import WorkFolder, place_of, work_folder
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -34,6 +45,8 @@ if TYPE_CHECKING:
 # Where a library call leaves the choice; `mpillm prepare` takes the rank's share of the cores.
 DEFAULT_WORKERS = 2
 SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES = 4 << 10, 2 << 30
+# Rank 0 gathers the sample, and MPI counts its bytes by int32.
+LARGEST_SAMPLE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,9 @@ class PrepareOptions:
         "bpe"
     )
     vocab_size: Annotated[int, Option("Tokens of the BPE, specials included.")] = 8192
+    lossy: Annotated[
+        bool, Option("Prepare even where the tokenizer loses text, and keep a note of it.")
+    ] = False
     validation: Annotated[float, Option("The share of documents held out for validation.")] = 0.05
     glob: Annotated[str, Option("Which files of a folder.")] = "**/*"
     end_of_text: Annotated[
@@ -61,7 +77,7 @@ class PrepareOptions:
     shard_bytes: Annotated[int, Option("Bytes of tokens in a shard, about.")] = 256 << 20
     seed: Annotated[int, Option("Decides the documents' order and split.")] = 0
     workers: Annotated[int, Option("Threads a rank; 0: its share of the cores.")] = 0
-    overwrite: Annotated[bool, Option("Replace another dataset in --out.")] = False
+    overwrite: Annotated[bool, Option("Replace the files of another dataset in --out.")] = False
     tokenizer_bytes: int = 32 << 20
     """Bytes of text that the BPE is trained on, about."""
 
@@ -77,10 +93,15 @@ class PrepareOptions:
                 f"a shard holds {SMALLEST_SHARD_BYTES:,} to {LARGEST_SHARD_BYTES:,} bytes of "
                 f"tokens, got {self.shard_bytes:,}; try {256 << 20:,}"
             )
-        if self.workers < 0 or self.tokenizer_bytes < 1 or not 0 <= self.seed < 1 << 63:
+        if self.workers < 0 or not 0 <= self.seed < 1 << 63:
             raise UsageError(
-                "tokenizer bytes are 1 or more, workers and a seed 0 or more, "
-                f"got {self.workers}, {self.tokenizer_bytes} and {self.seed}"
+                "--workers and --seed are 0 or more, and a seed has 63 bits; "
+                f"got {self.workers} and {self.seed}"
+            )
+        if not 1 <= self.tokenizer_bytes <= LARGEST_SAMPLE_BYTES:
+            raise UsageError(
+                f"a BPE is trained on 1 to {LARGEST_SAMPLE_BYTES:,} bytes, got "
+                f"{self.tokenizer_bytes:,}; try {32 << 20:,}"
             )
         if self.tokenizer == "bpe":
             check_vocab_size(self.vocab_size)
@@ -90,49 +111,87 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
     """Make the dataset `options.out`, or find it already made.
 
     Every rank of `comm` calls it with equal options. The folder appears under its name when it is
-    whole; before that, and after an error, there is none. Wrong options and sources raise
-    UsageError or DataError on every rank alike, before any work. A file that one rank cannot read
-    (DataError), or a full disk (OSError), raises there alone.
+    whole; before that, and after an error, there is none. Of several jobs that prepare one folder
+    at once, one does it and the others find it made. Wrong options and sources, and full disks,
+    raise UsageError or DataError on every rank alike. A file that one rank cannot read (DataError)
+    may raise there alone.
     """
     options.check()
     if options.out is None:
         raise UsageError("prepare writes a folder; name it with --out DIR")
-    out = options.out.absolute()
+    out = _real_path(options.out)
     options = replace(options, workers=options.workers or DEFAULT_WORKERS)
 
     def check_inputs() -> tuple[list[SourcePiece], str | None, str]:
-        _check_out(out)
+        holds_dataset(out)
+        make_folder(place_of(out))
         loaded = load_or_make(options.tokenizer, options.end_of_text)
-        pieces = list_pieces(options.sources, options.glob, out.resolve())
+        if loaded:
+            check_chance(loaded)
+        pieces = list_pieces(options.sources, options.glob, out)
         return (pieces, loaded.to_json(), loaded.name) if loaded else (pieces, None, "bpe")
 
     pieces, tokenizer_json, name = on_root(comm, check_inputs)
     found = survey(pieces, options.sources, options.seed, options.workers, comm, console)
     prep = _prep(options, found, tokenizer_json)
     made = on_root(comm, lambda: _already(out, prep, options.overwrite))
-    if made is not None:
-        console.say(f"{options.out} is already prepared from these sources with these options")
-        return made
-    with _partial_folder(out, comm) as partial:
-        if tokenizer_json is None:
-            tokenizer_json = train_together(
-                found, options.vocab_size, options.tokenizer_bytes, comm, console
-            )
-        tokenizer = Tokenizer.from_json(tokenizer_json, name, options.end_of_text)
-        manifest = _write(options, found, tokenizer, prep, partial, comm, console)
-        on_root(comm, lambda: _publish(partial, out))
-    manifest = Manifest(out, manifest.tokenizer, manifest.prep, manifest.splits)
-    _report(manifest, options, console)
-    return manifest
+    if made is None:
+        with work_folder(out, prep, comm, console) as work:
+            # Another job may have finished since, or while this one waited for it.
+            made = on_root(comm, lambda: _already(out, prep, options.overwrite, work.waited))
+            if made is None:
+                made = _make(options, found, (tokenizer_json, name), prep, work, out, comm, console)
+                _report(made, options, console)
+                return made
+    console.say(f"{options.out} is already prepared from these sources with these options")
+    return made
 
 
-def _check_out(out: Path) -> None:
-    """Raise UsageError when `out` holds anything but a dataset: it must not be replaced."""
-    if out.exists() and not (out.is_dir() and ((out / NAME).exists() or not any(out.iterdir()))):
-        raise UsageError(
-            f"{out} exists and is not a prepared dataset; choose another --out, or move it away"
-        )
-    make_folder(out.parent)
+def _real_path(out: Path) -> Path:
+    """Follow links, so that a dataset is made next to where it will be. Raises UsageError."""
+    try:
+        return Path(os.path.realpath(out))
+    except (OSError, ValueError) as failure:
+        raise UsageError(f"--out {str(out)!r}: {failure}; choose another folder") from failure
+
+
+def _make(
+    options: PrepareOptions,
+    found: Survey,
+    given: tuple[str | None, str],
+    prep: dict[str, Any],
+    work: WorkFolder,
+    out: Path,
+    comm: "MPI.Intracomm",
+    console: Console,
+) -> Manifest:
+    """Make the dataset and give it its name; `given`: the tokenizer's JSON, if any, and name."""
+    text, name = given
+    if text is None:
+        text = train_together(found, options.vocab_size, options.tokenizer_bytes, comm, console)
+    tokenizer = Tokenizer.from_json(text, name, options.end_of_text)
+    made = _write(options, found, tokenizer, prep, work, comm, console)
+    describe = partial(_describe, found, tokenizer, work.path.parent)
+
+    def finish() -> None:
+        if not publish(work.dataset, out, options.overwrite, console.say):
+            # Where no job sees the others' folders, as on a file system that is late.
+            _already(out, prep, overwrite=False)
+
+    on_root(comm, finish, describe)
+    return Manifest(out, made.tokenizer, made.prep, made.splits)
+
+
+def _describe(found: Survey, tokenizer: Tokenizer, folder: Path, failure: OSError) -> str:
+    """Say where there was no space, and how much is needed at most."""
+    if failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return explain(failure, failure.filename or folder)
+    # No token is shorter than a byte, and the tokens are there twice for a while.
+    most = 2 * (found.n_bytes + found.n_docs) * tokenizer.dtype.itemsize
+    return (
+        f"{explain(failure, folder)} (to prepare {binary_bytes(found.n_bytes)} of text takes up to "
+        f"{binary_bytes(most)} there)"
+    )
 
 
 def _prep(options: PrepareOptions, found: Survey, tokenizer_json: str | None) -> dict[str, Any]:
@@ -151,11 +210,24 @@ def _prep(options: PrepareOptions, found: Survey, tokenizer_json: str | None) ->
         "n_docs": found.n_docs,
         "n_bytes": found.n_bytes,
         "content": found.content,
+        # A key that is there only when it holds: earlier datasets have none.
+        **({"lossy": True} if options.lossy else {}),
     }
 
 
-def _already(out: Path, prep: dict[str, Any], overwrite: bool) -> Manifest | None:
-    """Open the dataset at `out` if `prep` made it; raise UsageError when it's another."""
+def _already(
+    out: Path, prep: dict[str, Any], overwrite: bool, waited: bool = False
+) -> Manifest | None:
+    """Open the dataset at `out` if `prep` made it; raise UsageError when it's another.
+
+    None where there is none, and with `overwrite`, unless the job that this one `waited` for has
+    made it just now.
+    """
+    if overwrite and waited:
+        try:
+            return _already(out, prep, overwrite=False)
+        except UsageError:
+            return None
     if overwrite or not (out / NAME).exists():
         return None
     way_out = "give --overwrite to replace it, or choose another --out"
@@ -166,30 +238,14 @@ def _already(out: Path, prep: dict[str, Any], overwrite: bool) -> Manifest | Non
                 manifest.check_shards(name)
     except DataError as failure:
         raise UsageError(f"{out} exists but is damaged ({failure}); {way_out}") from failure
-    differing = [key for key, value in prep.items() if manifest.prep.get(key) != value]
+    keys = {**prep, **manifest.prep}
+    differing = [key for key in keys if manifest.prep.get(key) != prep.get(key)]
     if differing:
         there = ", ".join(
-            f"{key} {manifest.prep.get(key)} there, {prep[key]} now" for key in differing[:3]
+            f"{key} {manifest.prep.get(key)} there, {prep.get(key)} now" for key in differing[:3]
         )
         raise UsageError(f"{out} exists and was prepared otherwise ({there}); {way_out}")
     return manifest
-
-
-@contextmanager
-def _partial_folder(out: Path, comm: "MPI.Intracomm") -> Iterator[Path]:
-    """Make a new folder next to `out` to write the dataset in; remove it when the block raises."""
-    partial = out.with_name(f".{out.name}.partial")
-
-    def make() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        make_folder(partial)
-
-    on_root(comm, make)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write(
@@ -197,12 +253,16 @@ def _write(
     found: Survey,
     tokenizer: Tokenizer,
     prep: dict[str, Any],
-    partial: Path,
+    work: WorkFolder,
     comm: "MPI.Intracomm",
     console: Console,
 ) -> Manifest:
-    """Encode, shuffle and write all into `partial`, the manifest last. Every rank calls it."""
-    encoded = _encode(options, found, tokenizer, partial, comm, console)
+    """Encode, shuffle and write all into the work folder, the manifest last.
+
+    Every rank calls it. Raises DataError.
+    """
+    describe = partial(_describe, found, tokenizer, work.path.parent)
+    encoded = _encode(options, found, tokenizer, work, comm, console)
     where = shuffle.plan_shuffle(encoded, options.shard_bytes, comm)
     attributes = {
         "vocab_size": tokenizer.vocab_size,
@@ -214,8 +274,9 @@ def _write(
         "sources": json.dumps(options.sources),
     }
     with console.progress("writing", len(where.shards), "shards") as progress:
-        shards = shuffle.write_shards(encoded, where, partial, attributes, comm, progress)
-    encoded.path.unlink()
+        shards = shuffle.write_shards(
+            encoded, where, work.dataset, attributes, comm, progress, describe
+        )
     totals = comm.allreduce(
         np.array([encoded.index["nbytes"][encoded.index["split"] == i].sum() for i in (0, 1)])
     )
@@ -225,42 +286,51 @@ def _write(
             name: _totals(int(n_bytes), [shard for split, shard in shards if split == name])
             for name, n_bytes in zip(SPLITS, totals, strict=True)
         }
-        made = Manifest(partial, tokenizer_facts(tokenizer), prep, splits)
-        write_text(partial / "tokenizer.json", tokenizer.to_json())
+        made = Manifest(work.dataset, tokenizer_facts(tokenizer), prep, splits)
+        write_text(work.dataset / TOKENIZER, tokenizer.to_json())
         made.save()
         return made
 
-    return on_root(comm, manifest)
+    return on_root(comm, manifest, describe)
 
 
 def _encode(
     options: PrepareOptions,
     found: Survey,
     tokenizer: Tokenizer,
-    partial: Path,
+    work: WorkFolder,
     comm: "MPI.Intracomm",
     console: Console,
 ) -> EncodedDocuments:
-    counts = np.zeros(2, np.int64)
-    comm.Allreduce(
-        np.bincount(split_of(found.documents["key"], options.validation), minlength=2).astype(
-            np.int64
-        ),
-        counts,
-    )
-    cut = options.validation > 0 and not counts.all()
-    if cut:
+    """Encode this rank's documents into a file of the work folder. Raises DataError on all ranks
+    where the tokenizer loses text.
+    """
+    plan = plan_split(found.documents["key"], found.documents["nbytes"], options.validation, comm)
+    if plan.cut:
         console.say(
-            f"the hash puts all {found.n_docs:,} documents into one split, so each is cut: its "
-            f"last {options.validation:.1%}, from a line's start, is for validation"
+            f"no split of the {found.n_docs:,} documents is near {options.validation:.3g}, so each "
+            f"is cut: its last {options.validation:.3%}, from a line's start, is for validation"
         )
-    path = partial / f".spill-{comm.rank:05d}"
+    losses = LossCheck(tokenizer)
     own = int(found.documents["nbytes"].sum())
     with console.progress("encoding, rank 0's", own, "bytes") as progress:
-        encoded = encode_documents(
-            found, tokenizer, path, options.validation, cut, options.seed, options.workers, progress
+        encode = partial(
+            encode_documents,
+            found,
+            tokenizer,
+            work.path / f"tokens-{comm.rank:05d}",
+            plan,
+            losses,
+            options.seed,
+            options.workers,
+            progress,
         )
-    patient_barrier(comm)
+        encoded = on_all(comm, encode, partial(_describe, found, tokenizer, work.path.parent))
+    total = losses.total(comm)
+    if total.share and options.lossy:
+        console.warn(f"the tokenizer {tokenizer.name} loses text: {total.describe()}")
+    elif total.share:
+        check_losses(total, tokenizer.name)
     return encoded
 
 
@@ -268,18 +338,6 @@ def _totals(n_bytes: int, shards: list[Any]) -> Split:
     return Split(
         sum(s.n_tokens for s in shards), sum(s.n_docs for s in shards), n_bytes, tuple(shards)
     )
-
-
-def _publish(partial: Path, out: Path) -> None:
-    """Rename the folder to its name; remove an earlier dataset only after that."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    flush(partial)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    flush(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _report(manifest: Manifest, options: PrepareOptions, console: Console) -> None:
@@ -297,3 +355,10 @@ def _report(manifest: Manifest, options: PrepareOptions, console: Console) -> No
         f"{options.out}: tokenizer {manifest.tokenizer['name']} of {manifest.vocab_size:,} tokens"
     )
     console.table(title, ["split", "documents", "text", "tokens", "bytes/token", "shards"], rows)
+    held_out = manifest.splits["validation"].n_bytes
+    total = sum(split.n_bytes for split in manifest.splits.values())
+    if options.validation:
+        console.say(
+            f"validation: {100 * held_out / max(total, 1):.3g}% of the bytes "
+            f"(asked: {100 * options.validation:.3g}%)"
+        )

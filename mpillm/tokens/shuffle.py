@@ -4,14 +4,19 @@ In wave w, rank r writes shard w · size + r. So a rank holds the documents of o
 in at most three copies (to send, received, sorted), however large the dataset is.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpillm.comm.failure import on_all
+from mpillm.errors import DataError
 from mpillm.system import hdf5
 from mpillm.system.console import Progress
+from mpillm.system.messages import explain
 from mpillm.tokens.encode import EncodedDocuments
 from mpillm.tokens.manifest import SPLITS
 from mpillm.tokens.shards import Documents, ShardInfo, write_shard
@@ -20,6 +25,9 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+# MPI-3 counts elements, and the displacements of the ranks' parts, by int32.
+LARGEST_PART = 1 << 30
 
 COLUMNS = ("key", "ordinal", "source", "n_tokens")
 
@@ -63,11 +71,13 @@ def write_shards(
     attributes: dict[str, Any],
     comm: "MPI.Intracomm",
     progress: Progress,
+    describe: Callable[[OSError], str] = explain,
 ) -> list[tuple[str, ShardInfo]]:
     """Exchange and write all shards. Every rank calls it.
 
     Returns (split, shard) in order on rank 0, an empty list elsewhere. `attributes` are those that
-    all shards share. `progress` counts shards. Raises OSError.
+    all shards share. `progress` counts shards. `describe` words an OSError, which becomes a
+    DataError on every rank.
     """
     written: list[tuple[int, ShardInfo]] = []
     by_shard = np.argsort(plan.shard_of, kind="stable")
@@ -77,15 +87,12 @@ def write_shards(
         # The documents of this wave, in the order of their owners.
         rows = by_shard[bounds[wave] : bounds[wave + comm.size]]
         counts = np.diff(bounds[wave : wave + comm.size + 1])
-        table, tokens = _exchange(encoded, rows, starts[rows], counts, comm)
+        tokens = on_all(comm, partial(_read, encoded, rows, starts[rows]), describe)
+        arrived = _exchange(encoded.index[rows], tokens, counts, comm)
         number = wave + comm.rank
-        if number < len(plan.shards):
-            split, index, total = plan.shards[number]
-            own = {"split": split, "shard_index": index, "n_shards": total}
-            path = folder / f"{split}-{index:05d}.h5"
-            written.append(
-                (number, write_shard(path, _sorted(table, tokens), {**attributes, **own}))
-            )
+        mine = plan.shards[number : number + 1]
+        write = partial(_write_own, mine, arrived, folder, attributes)
+        written += [(number, shard) for shard in on_all(comm, write, describe)]
         progress.advance(min(comm.size, len(plan.shards) - wave))
     everything = sorted(
         (item for own in comm.gather(written) or [] for item in own), key=lambda item: item[0]
@@ -98,37 +105,84 @@ def range_of(keys: Array, ranges: int) -> Array:
     return (((keys >> np.uint64(32)) * np.uint64(ranges)) >> np.uint64(32)).astype(np.int64)
 
 
-def _exchange(
-    encoded: EncodedDocuments, rows: Array, starts: Array, counts: Array, comm: "MPI.Intracomm"
-) -> tuple[Array, Array]:
-    """Send `counts[r]` of the documents `rows` to rank r.
+def _write_own(
+    mine: list[tuple[str, int, int]],
+    arrived: tuple[Array, Array],
+    folder: Path,
+    attributes: dict[str, Any],
+) -> list[ShardInfo]:
+    """Write this rank's shard of the wave, if it has one. Raises OSError."""
+    written = []
+    for split, index, total in mine:
+        own = {"split": split, "shard_index": index, "n_shards": total}
+        path = folder / f"{split}-{index:05d}.h5"
+        written.append(write_shard(path, _sorted(*arrived), {**attributes, **own}))
+    return written
 
-    Returns the received documents: a table u8 (n, 4) of COLUMNS, and their tokens in its order.
-    """
+
+def _read(encoded: EncodedDocuments, rows: Array, starts: Array) -> Array:
+    """Read the tokens of the documents `rows` from this rank's file, in their order."""
     lengths = encoded.index["n_tokens"][rows]
-    table = np.stack([encoded.index[name][rows].astype(np.uint64) for name in COLUMNS], axis=1)
     tokens = np.empty(int(lengths.sum()), encoded.dtype)
-    stops = np.cumsum(lengths)
     with encoded.path.open("rb", buffering=0) as file:
         descriptor, itemsize = file.fileno(), encoded.dtype.itemsize
         for start, stop, length in zip(
-            starts.tolist(), stops.tolist(), lengths.tolist(), strict=True
+            starts.tolist(), np.cumsum(lengths).tolist(), lengths.tolist(), strict=True
         ):
-            hdf5.read_at(descriptor, tokens[stop - length : stop], start * itemsize)
-    token_counts = np.diff(np.concatenate(([0], stops))[np.concatenate(([0], np.cumsum(counts)))])
+            try:
+                hdf5.read_at(descriptor, tokens[stop - length : stop], start * itemsize)
+            except EOFError as failure:
+                raise DataError(
+                    f"{encoded.path} has shrunk while in use: {failure}; prepare again"
+                ) from failure
+    return tokens
+
+
+def _exchange(
+    index: Array, tokens: Array, counts: Array, comm: "MPI.Intracomm"
+) -> tuple[Array, Array]:
+    """Send the next `counts[r]` of the documents of `index`, with their tokens, to rank r.
+
+    Returns the received documents: a table u8 (n, 4) of COLUMNS, and their tokens in its order.
+    """
+    table = np.stack([index[name].astype(np.uint64) for name in COLUMNS], axis=1)
+    stops = np.concatenate(([0], np.cumsum(index["n_tokens"])))
+    token_counts = np.diff(stops[np.concatenate(([0], np.cumsum(counts)))])
     return (
         _alltoallv(table.reshape(-1), counts * len(COLUMNS), comm).reshape(-1, len(COLUMNS)),
         _alltoallv(tokens, token_counts, comm),
     )
 
 
-def _alltoallv(sendbuf: Array, sendcounts: Array, comm: "MPI.Intracomm") -> Array:
-    """Exchange all to all: `sendbuf` holds the parts for each rank in order; so does the result."""
+def _alltoallv(
+    sendbuf: Array, sendcounts: Array, comm: "MPI.Intracomm", limit: int = LARGEST_PART
+) -> Array:
+    """Exchange all to all: `sendbuf` holds the parts for each rank in order; so does the result.
+
+    A call moves up to `limit` elements from a rank to all: what is longer takes several calls.
+    """
     sendcounts = np.ascontiguousarray(sendcounts, np.int64)
     recvcounts = np.empty_like(sendcounts)
     comm.Alltoall(sendcounts, recvcounts)
     recvbuf = np.empty(int(recvcounts.sum()), sendbuf.dtype)
-    comm.Alltoallv([sendbuf, sendcounts.tolist()], [recvbuf, recvcounts.tolist()])
+    # Each pair of ranks moves so many elements a call; counts and displacements are 32 bits wide.
+    step = max(limit // comm.size, 1)
+    largest = max(comm.allgather(int(sendcounts.max())))
+    if largest <= step:
+        comm.Alltoallv([sendbuf, sendcounts.tolist()], [recvbuf, recvcounts.tolist()])
+        return recvbuf
+    sendfirsts, recvfirsts = (np.cumsum(c) - c for c in (sendcounts, recvcounts))
+    for done in range(0, largest, step):
+        sent, received = (np.clip(c - done, 0, step) for c in (sendcounts, recvcounts))
+        piece = np.concatenate(
+            [sendbuf[a : a + n] for a, n in zip(sendfirsts + done, sent, strict=True)]
+        )
+        arrived = np.empty(int(received.sum()), sendbuf.dtype)
+        comm.Alltoallv([piece, sent.tolist()], [arrived, received.tolist()])
+        place = 0
+        for first, count in zip((recvfirsts + done).tolist(), received.tolist(), strict=True):
+            recvbuf[first : first + count] = arrived[place : place + count]
+            place += count
     return recvbuf
 
 

@@ -2,7 +2,6 @@
 
 import codecs
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, cached_property
@@ -14,6 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mpillm.errors import DataError, UsageError
+from mpillm.system.json_text import from_json
 
 END_OF_TEXT = "<|endoftext|>"
 # What other tokenizers call it, in the order in which we ask.
@@ -30,6 +30,8 @@ KNOWN_ENDS_OF_TEXT = (
     "<｜end▁of▁sentence｜>",
 )
 SMALLEST_VOCABULARY = 256 + 1
+# Sixty times the largest that is published: tables of this size still fit into memory.
+LARGEST_VOCABULARY = 1 << 24
 # Long texts are cut into parts, so that threads share them and the library's results stay small.
 PART_CHARACTERS = 1 << 16
 PARTS_AT_ONCE = 64
@@ -60,22 +62,27 @@ class Tokenizer:
         self._json = text
         try:
             self._inner = tokenizers.Tokenizer.from_str(text)
-        except Exception as failure:  # the library raises bare Exception
+            self._spec: dict[str, Any] = from_json(text)
+        except BaseException as failure:
             raise DataError(
                 "this is not a tokenizer.json that the tokenizers library "
-                f"{tokenizers.__version__} understands: {failure}; "
+                f"{tokenizers.__version__} understands: {_library_words(failure)}; "
                 "give the tokenizer.json of a fast Hugging Face tokenizer"
             ) from failure
         self._inner.no_truncation()
         self._inner.no_padding()
         self._inner.encode_special_tokens = True
-        self._spec: dict[str, Any] = json.loads(text)
         self._is_bytes = _is_byte_tokenizer(self._spec)
         self._may_cut = _splits_like_gpt2(self._spec)
         self.name = name or ("bytes" if self._is_bytes else "bpe")
         self.vocab_size = (
             max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         )
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise DataError(
+                f"the vocabulary may have {LARGEST_VOCABULARY:,} tokens, this one has the id "
+                f"{self.vocab_size - 1:,}; give a tokenizer.json with smaller ids"
+            )
         self.end_of_text = end_of_text or self._known_end_of_text()
         self.eot_id = self._id_of_end_of_text()
         self.dtype = token_dtype(self.vocab_size)
@@ -128,9 +135,16 @@ class Tokenizer:
     def _encode_parts(self, parts: list[str]) -> Iterator[Ids]:
         """Encode in groups: the library's results take some hundred bytes a token."""
         for first in range(0, len(parts), PARTS_AT_ONCE):
-            group = self._inner.encode_batch_fast(
-                parts[first : first + PARTS_AT_ONCE], add_special_tokens=False
-            )
+            try:
+                group = self._inner.encode_batch_fast(
+                    parts[first : first + PARTS_AT_ONCE], add_special_tokens=False
+                )
+            except BaseException as failure:
+                # Where a model has no unknown token, the library fails at what it lacks.
+                raise DataError(
+                    f"the tokenizer {self.name} cannot encode the text: "
+                    f"{_library_words(failure)}; take a byte-level tokenizer, which has all bytes"
+                ) from failure
             yield from (np.array(encoding.ids, self.dtype) for encoding in group)
 
     def decode(self, ids: Iterable[int] | Ids) -> str:
@@ -147,22 +161,77 @@ class Tokenizer:
                 .decode("utf-8", "replace")
             )
         numbers = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-        return self._inner.decode(
-            [i for i in numbers if 0 <= i < self.vocab_size], skip_special_tokens=True
-        )
+        shown = [i for i in numbers if self._is_shown(i)]
+        if self._token_bytes is not None:
+            return b"".join(map(self._token_bytes.__getitem__, shown)).decode("utf-8", "replace")
+        return self._inner.decode(shown, skip_special_tokens=True)
 
     def stream(self) -> "StreamDecoder":
         """Make a decoder that takes one id at a time and returns whole characters."""
-        return StreamDecoder(self.decode, self._token_bytes)
+        return StreamDecoder(self.decode, self._is_shown, self._token_bytes)
+
+    def _is_shown(self, token_id: int) -> bool:
+        """Return whether an id has a text: special tokens and ids beyond the vocabulary don't."""
+        return 0 <= token_id < self.vocab_size and token_id not in self._special
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        added = self._inner.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
 
     @cached_property
     def _token_bytes(self) -> list[bytes] | None:
         """The bytes of each token, or None when this tokenizer isn't byte-level."""
-        if (self._spec.get("decoder") or {}).get("type") != "ByteLevel":
+        decoder = self._spec.get("decoder") or {}
+        if decoder.get("type") == "Sequence" and len(decoder.get("decoders", [])) == 1:
+            [decoder] = decoder["decoders"]
+        if decoder.get("type") != "ByteLevel":
             return None
-        special = {token["id"] for token in self._spec.get("added_tokens", []) if token["special"]}
-        tokens = [self._inner.id_to_token(i) or "" for i in range(self.vocab_size)]
-        return [b"" if i in special else bytes_of_token(token) for i, token in enumerate(tokens)]
+        table = [bytes_of_token(self._inner.id_to_token(i) or "") for i in range(self.vocab_size)]
+        for number, token in self._inner.get_added_tokens_decoder().items():
+            # An added token is its own text, whose letters may be symbols of bytes, too: č, đ, Ö.
+            table[number] = token.content.encode()
+        return table
+
+    @property
+    def chance(self) -> str:
+        """What makes the encoding a matter of chance, by the file; "" for none."""
+        model = self._spec["model"]
+        found = [
+            f"{name} {model[name]}"
+            for name in ("dropout", "alpha", "nbest_size")
+            if model.get(name)
+        ]
+        return f"{model.get('type', 'its model')} with {', '.join(found)}" if found else ""
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id of the unknown token; None where the model has none."""
+        model = self._spec["model"]
+        if model.get("unk_token") is not None:
+            return self._inner.token_to_id(model["unk_token"])
+        number = model.get("unk_id")
+        return int(number) if isinstance(number, int) else None
+
+    @property
+    def drops_unknown(self) -> bool:
+        """Whether the model leaves out, without a token, what its vocabulary lacks: a BPE does."""
+        return self._spec["model"].get("type", "BPE") == "BPE" and self.unknown_id is None
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every text comes back by construction: it has all bytes and changes none."""
+        if self._is_bytes:
+            return True
+        plain = [token for token in self._spec.get("added_tokens", []) if not token["special"]]
+        vocabulary = self._spec["model"].get("vocab", {})
+        return (
+            self._token_bytes is not None
+            and _is_byte_level(self._spec)
+            and not plain
+            and not self.chance
+            and all(symbol in vocabulary for symbol in byte_symbols())
+        )
 
     def _known_end_of_text(self) -> str:
         for token in KNOWN_ENDS_OF_TEXT:
@@ -192,19 +261,27 @@ class StreamDecoder:
     """
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], token_bytes: Sequence[bytes] | None
+        self,
+        decode: Callable[[Sequence[int]], str],
+        is_shown: Callable[[int], bool],
+        token_bytes: Sequence[bytes] | None,
     ) -> None:
-        """Decode by `token_bytes[id]` where each token is a run of bytes, else by `decode`."""
-        self._decode, self._token_bytes = decode, token_bytes
+        """Decode by `token_bytes[id]` where each token is a run of bytes, else by `decode`.
+
+        `is_shown`: whether an id has a text.
+        """
+        self._decode, self._is_shown, self._token_bytes = decode, is_shown, token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._ids: list[int] = []
         self._shown = 0
 
     def push(self, token_id: int) -> str:
         """Take the next id; return the text that is certain now, perhaps empty."""
+        if not self._is_shown(token_id):
+            # Not kept as context either: the next word would lose its space.
+            return ""
         if self._token_bytes is not None:
-            known = 0 <= token_id < len(self._token_bytes)
-            return self._utf8.decode(self._token_bytes[token_id] if known else b"")
+            return self._utf8.decode(self._token_bytes[token_id])
         self._ids.append(token_id)
         return self._new_text(final=len(self._ids) - self._shown > LONGEST_TAIL)
 
@@ -274,6 +351,11 @@ def check_vocab_size(vocab_size: int) -> None:
             f"{SMALLEST_VOCABULARY} tokens; got --vocab-size {vocab_size}; "
             f"ask for {SMALLEST_VOCABULARY} or more, or take --tokenizer bytes"
         )
+    if vocab_size > LARGEST_VOCABULARY:
+        raise UsageError(
+            f"--vocab-size is {LARGEST_VOCABULARY:,} or less, got {vocab_size:,}; "
+            "published vocabularies have 30,000 to 260,000 tokens"
+        )
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -301,14 +383,22 @@ def _is_byte_tokenizer(spec: dict[str, Any]) -> bool:
     )
 
 
-def _splits_like_gpt2(spec: dict[str, Any]) -> bool:
+def _is_byte_level(spec: dict[str, Any]) -> bool:
+    """Return whether all of a text, and nothing else, becomes symbols of bytes."""
     before = spec.get("pre_tokenizer") or {}
-    plain = (
-        before.get("type") == "ByteLevel"
-        and not before.get("add_prefix_space")
-        and before.get("use_regex")
-    )
-    return bool(plain) and spec.get("normalizer") is None
+    plain = before.get("type") == "ByteLevel" and not before.get("add_prefix_space")
+    return plain and spec.get("normalizer") is None
+
+
+def _splits_like_gpt2(spec: dict[str, Any]) -> bool:
+    return _is_byte_level(spec) and bool(spec["pre_tokenizer"].get("use_regex"))
+
+
+def _library_words(failure: BaseException) -> str:
+    """Return the words of the tokenizers library, which raises bare and Rust's own exceptions."""
+    if isinstance(failure, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
+        raise failure
+    return str(failure) or type(failure).__name__
 
 
 def _parts(text: str) -> Iterator[str]:

@@ -10,11 +10,11 @@ from mpi4py import MPI
 
 from mpillm.errors import DataError, UsageError
 from mpillm.system.console import Console
-from mpillm.tokens.encode import cut_tail, split_of
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.reader import open_split
 from mpillm.tokens.shuffle import range_of
+from mpillm.tokens.split import cut_tail, split_of
 from mpillm.tokens.tokenizer import train_bpe
 
 QUIET = Console(False)

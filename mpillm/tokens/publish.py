@@ -1,0 +1,115 @@
+"""Give a prepared dataset its name; of another there, remove only what its manifest lists."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mpillm.errors import DataError, UsageError
+from mpillm.system.atomic import flush, write_json
+from mpillm.system.json_text import read_json
+from mpillm.tokens.manifest import NAME, UNFINISHED, Manifest
+from mpillm.tokens.manifest_schema import is_plain_name
+from mpillm.tokens.shards import FORMAT, VERSION
+from mpillm.tokens.work_folder import is_work_folder, place_of
+
+SHOWN = 5
+
+
+def holds_dataset(out: Path) -> bool:
+    """Return whether `out` is a dataset of ours, whole or damaged.
+
+    False for an empty folder and where there is none. Raises UsageError for anything else: it must
+    not be replaced.
+    """
+    try:
+        names = [path.name for path in out.iterdir() if not is_work_folder(path.name)]
+    except FileNotFoundError:
+        return False
+    except (NotADirectoryError, ValueError) as failure:
+        raise UsageError(f"{out} is no folder; choose another --out, or move it away") from failure
+    except OSError as failure:
+        raise UsageError(
+            f"cannot read the folder {out}: {failure.strerror}; choose another --out"
+        ) from failure
+    if not names:
+        return False
+    value: Any = None
+    if NAME in names:
+        try:
+            value = read_json(out / NAME)
+        except (OSError, ValueError) as failure:
+            raise UsageError(
+                f"{out / NAME} cannot be read ({failure}), so which files of {out} are a dataset "
+                "is not known; choose another --out, or remove the folder yourself"
+            ) from failure
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise UsageError(
+            f"{out} exists and is not a prepared dataset; choose another --out, or move it away"
+        )
+    return True
+
+
+def listed_files(out: Path) -> list[str]:
+    """Return the names of the dataset's files in `out`, by its manifest. Raises UsageError."""
+    try:
+        value = read_json(out / NAME)
+        names = value.get(UNFINISHED)
+        if isinstance(names, list) and all(map(is_plain_name, names)):
+            return names
+        return Manifest.load(out).files
+    except (OSError, ValueError, DataError) as failure:
+        raise UsageError(
+            f"which files of {out} are its dataset is not known ({failure}); choose another "
+            "--out, or remove the folder yourself"
+        ) from failure
+
+
+def publish(dataset: Path, out: Path, overwrite: bool, say: Callable[[str], None]) -> bool:
+    """Make the folder `dataset` the folder `out`, on one file system.
+
+    With `overwrite`, the files of an earlier dataset there are replaced, and what else the folder
+    holds is kept and named. False where another dataset is there and must not be replaced.
+    """
+    flush(dataset)
+    try:
+        if place_of(out) != out:
+            # An empty folder is replaced, anything else fails: so the first of several jobs wins.
+            dataset.rename(out)
+            flush(out.parent)
+            return True
+    except OSError as failure:
+        if failure.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    if holds_dataset(out) and not overwrite:
+        return False
+    _replace(dataset, out, say)
+    return True
+
+
+def _replace(dataset: Path, out: Path, say: Callable[[str], None]) -> None:
+    """Move the files of `dataset` into `out`, in place of those of the dataset there.
+
+    Meanwhile the manifest there is one that no reader takes, and that lists the files of both: a
+    job that is killed here leaves what the next one replaces.
+    """
+    old = listed_files(out) if (out / NAME).exists() else []
+    new = Manifest.load(dataset).files
+    both = sorted({*old, *new})
+    write_json(out / NAME, {"format": FORMAT, "version": VERSION, UNFINISHED: both})
+    for name in old:
+        path = out / name
+        if name != NAME and (path.is_symlink() or not path.is_dir()):
+            path.unlink(missing_ok=True)
+    # The manifest last.
+    for name in sorted(new, key=NAME.__eq__):
+        (dataset / name).replace(out / name)
+    flush(out)
+    others = sorted(
+        path.name
+        for path in out.iterdir()
+        if path.name not in new and not is_work_folder(path.name)
+    )
+    if others:
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        say(f"{out} also holds {', '.join(others[:SHOWN])}{more}: kept as it was")
