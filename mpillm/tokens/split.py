@@ -1,9 +1,9 @@
 """The split of the documents into training and validation: a pure function of keys and sizes.
 
 The hash of a text decides, so the split stays the same when documents are added. Where the hash
-misses the share that was asked for by more than half of it, whole documents are chosen in the
-order of the hash until the share is as near as they allow. Where few documents allow no share near
-it, each is cut in two.
+misses the share that was asked for, by a fifth of the documents or half of the bytes, whole
+documents are chosen in the order of the hash until the share of bytes is as near as they allow.
+Where few documents allow no share near it, each is cut in two.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,9 @@ TRAIN, VALIDATION = 0, 1
 # The shard follows from the key itself; the split must not, or validation would fill the first
 # shards only.
 SPLIT_SALT = np.uint64(0x7E57)
-# A share from half to one and a half of what was asked for is taken as the hash gives it.
-TOLERANCE = 0.5
+# How far from what was asked for the hash's share of documents and of bytes may be, relative to the
+# smaller split. Sizes differ more than numbers: one long document moves the bytes.
+DOCUMENT_TOLERANCE, TOLERANCE = 0.2, 0.5
 # With fewer documents each is a tenth of the text or more: cutting them comes nearer.
 FEW_DOCUMENTS = 10
 # Rank 0 holds 16 bytes for each of so many documents. With more, the hash is near the share unless
@@ -60,8 +61,9 @@ def plan_split(keys: Array, nbytes: Array, validation: float, comm: "MPI.Intraco
     chosen = by_hash.of(keys) == VALIDATION
     own = [len(keys), int(nbytes.sum()), int(chosen.sum()), int(nbytes[chosen].sum())]
     n_docs, total, docs_out, bytes_out = np.sum(comm.allgather(own), axis=0).tolist()
-    share = bytes_out / max(total, 1)
-    if validation == 0 or (0 < docs_out < n_docs and is_near(share, validation)):
+    near = is_near(docs_out / max(n_docs, 1), validation, DOCUMENT_TOLERANCE)
+    near = near and is_near(bytes_out / max(total, 1), validation)
+    if validation == 0 or (0 < docs_out < n_docs and near):
         return by_hash
     if n_docs > MOST_CHOSEN_FROM and 0 < docs_out < n_docs:
         return by_hash
@@ -75,12 +77,12 @@ def plan_split(keys: Array, nbytes: Array, validation: float, comm: "MPI.Intraco
     return on_root(comm, choose)
 
 
-def is_near(share: float, asked: float) -> bool:
-    """Return whether a share of the bytes is near what was asked for, on both sides of the split.
+def is_near(share: float, asked: float, tolerance: float = TOLERANCE) -> bool:
+    """Return whether a share is near what was asked for, on both sides of the split.
 
     Of 95 % for validation, half of the 5 % for training would be too far, too.
     """
-    return abs(share - asked) <= TOLERANCE * min(asked, 1 - asked)
+    return abs(share - asked) <= tolerance * min(asked, 1 - asked)
 
 
 def choose_split(keys: Array, nbytes: Array, validation: float) -> SplitPlan:

@@ -168,7 +168,7 @@ class Tokenizer:
 
     def stream(self) -> "StreamDecoder":
         """Make a decoder that takes one id at a time and returns whole characters."""
-        return StreamDecoder(self.decode, self._is_shown, self._token_bytes)
+        return StreamDecoder(self.decode, self._is_shown, self._fallback_bytes, self._token_bytes)
 
     def _is_shown(self, token_id: int) -> bool:
         """Return whether an id has a text: special tokens and ids beyond the vocabulary don't."""
@@ -178,6 +178,16 @@ class Tokenizer:
     def _special(self) -> frozenset[int]:
         added = self._inner.get_added_tokens_decoder()
         return frozenset(number for number, token in added.items() if token.special)
+
+    @cached_property
+    def _fallback_bytes(self) -> frozenset[int]:
+        """The tokens <0x00> … <0xFF> of a tokenizer that decodes them as bytes."""
+        decoder = self._spec.get("decoder") or {}
+        parts = [decoder, *decoder.get("decoders", [])]
+        if not any(part.get("type") == "ByteFallback" for part in parts):
+            return frozenset()
+        found = [self._inner.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        return frozenset(number for number in found if number is not None)
 
     @cached_property
     def _token_bytes(self) -> list[bytes] | None:
@@ -264,13 +274,16 @@ class StreamDecoder:
         self,
         decode: Callable[[Sequence[int]], str],
         is_shown: Callable[[int], bool],
+        fallback_bytes: frozenset[int],
         token_bytes: Sequence[bytes] | None,
     ) -> None:
         """Decode by `token_bytes[id]` where each token is a run of bytes, else by `decode`.
 
-        `is_shown`: whether an id has a text.
+        `is_shown`: whether an id has a text. `fallback_bytes`: tokens of a byte each among others
+        of text.
         """
-        self._decode, self._is_shown, self._token_bytes = decode, is_shown, token_bytes
+        self._decode, self._is_shown = decode, is_shown
+        self._fallback_bytes, self._token_bytes = fallback_bytes, token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._ids: list[int] = []
         self._shown = 0
@@ -283,6 +296,9 @@ class StreamDecoder:
         if self._token_bytes is not None:
             return self._utf8.decode(self._token_bytes[token_id])
         self._ids.append(token_id)
+        if token_id in self._fallback_bytes:
+            # The library decodes such bytes as one: a wrong one changes all of them.
+            return ""
         return self._new_text(final=len(self._ids) - self._shown > LONGEST_TAIL)
 
     def finish(self) -> str:

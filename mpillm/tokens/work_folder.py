@@ -94,10 +94,11 @@ def work_folder(
         # The ranks that wait for this one may be ended before they can remove anything.
         shutil.rmtree(work.path, ignore_errors=True)
         raise
+    else:
+        # No rank leaves before it is gone.
+        on_root(comm, lambda: shutil.rmtree(work.path, ignore_errors=True))
     finally:
         ended.set()
-        if comm.rank == 0:
-            shutil.rmtree(work.path, ignore_errors=True)
 
 
 def take(out: Path, prep: str, say: Callable[[str], None]) -> WorkFolder:

@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,6 +210,31 @@ def test_an_error_leaves_no_folder(folder, comm):
     assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "foreign.json"]
 
 
+def test_a_full_disk_names_the_folder_and_the_size(folder, comm):
+    """Every rank raises the same, whichever of them is at its limit; nothing is left."""
+    if comm.rank == 0:
+        (folder / "texts").mkdir()
+        for number in range(20):
+            (folder / "texts" / f"{number}.txt").write_text("a line of text\n" * 2000)
+    comm.Barrier()
+    options = PrepareOptions((str(folder / "texts"),), folder / "out", "bytes")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for ranks in ([0], [comm.size - 1], range(comm.size)):
+        if comm.rank in ranks:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        try:
+            with pytest.raises(DataError) as caught:
+                prepare(options, comm, QUIET)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert str(caught.value).startswith(f"{folder}: File too large; raise the limit of file")
+        assert "(to prepare 585.9 KiB of text takes up to 2.3 MiB there)" in str(caught.value)
+        assert len(set(comm.allgather(str(caught.value)))) == 1
+        comm.Barrier()
+        assert sorted(path.name for path in folder.iterdir()) == ["texts"]
+        comm.Barrier()
+
+
 def test_an_interruption_leaves_no_folder(corpus, folder, comm, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -260,6 +287,10 @@ def test_bytes_that_are_not_utf8_are_reported(folder, comm):
         ({"validation": -0.1}, "--validation is a fraction"),
         ({"shard_bytes": 10}, "a shard holds"),
         ({"workers": -1}, "0 or more"),
+        ({"seed": 1 << 63}, "a seed has 63 bits"),
+        ({"vocab_size": 10**12}, "--vocab-size is 16,777,216 or less, got 1,000,000,000,000"),
+        ({"tokenizer_bytes": 1 << 60}, "a BPE is trained on 1 to"),
+        ({"out": Path("a\0b")}, "choose another folder"),
         ({"tokenizer": "/nowhere.json"}, "cannot read the tokenizer"),
         ({"glob": "*.none"}, "is empty"),
         ({"sources": ("blank",)}, "is empty: none of its files holds text"),

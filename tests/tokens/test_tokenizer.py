@@ -8,6 +8,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from mpi4py import MPI
+from tokenizers import decoders, models, pre_tokenizers
 
 from mpillm.errors import DataError, UsageError
 from mpillm.tokens.tokenizer import (
@@ -75,6 +76,96 @@ def test_a_stream_of_a_tokenizer_that_is_not_byte_level():
         == foreign.decode([0, 1, 3, 0])
         == "a bé a"
     )
+
+
+def word_piece():
+    words = ["[UNK]", "[EOS]", "play", "##ing", "##ed", "the", ".", ",", "don", "'", "##t", "é"]
+    inner = tokenizers.Tokenizer(
+        models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.decoder = decoders.WordPiece()
+    inner.add_special_tokens(["[UNK]", "[EOS]"])
+    inner.add_tokens(["đem"])
+    return inner
+
+
+def unigram():
+    pieces = ["<unk>", "</s>", "▁a", "b", "▁", "é", "▁b"]
+    inner = tokenizers.Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], 0, False))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    inner.add_special_tokens(["</s>"])
+    inner.add_tokens(["č"])
+    return inner
+
+
+def byte_fallback():
+    """Make a tokenizer as Llama 2's: words, and bytes for what they lack."""
+    tokens = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "é"]
+    inner = tokenizers.Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(tokens)},
+            [("▁", "a")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    inner.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    inner.add_special_tokens(["<unk>", "</s>"])
+    return inner
+
+
+def byte_level():
+    inner = tokenizers.Tokenizer.from_str(train_bpe(["the cat"], 262).to_json())
+    inner.add_tokens(["đem", "č", "Ö"])
+    inner.add_special_tokens(["<pad>"])
+    return inner
+
+
+@pytest.mark.parametrize("make", [word_piece, unigram, byte_fallback, byte_level])
+def test_any_stream_says_what_decode_says(make):
+    """Unknown and special tokens too: the word after one keeps its space, its ## is not shown."""
+    tokenizer = Tokenizer.from_json(make().to_str())
+    generator = np.random.default_rng(0)
+    last = tokenizer.vocab_size
+    # Half of the ids are words and special tokens, however many bytes there are.
+    few = [0, 1, *range(last - 6, last + 1), -1]
+    for _ in range(400):
+        ids = [
+            int(generator.choice(few) if generator.random() < 0.5 else generator.integers(last))
+            for _ in range(generator.integers(14))
+        ]
+        stream = tokenizer.stream()
+        assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids), ids
+
+
+def test_added_tokens_are_their_own_text():
+    tokenizer = Tokenizer.from_json(byte_level().to_str())
+    text = "thečđemÖ cat"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    stream = tokenizer.stream()
+    assert "".join(map(stream.push, tokenizer.encode(text))) == text
+
+
+def test_ids_beyond_any_vocabulary_are_refused():
+    far = '{"model": {"type": "BPE", "vocab": {"</s>": 4000000000}, "merges": []}}'
+    with pytest.raises(DataError, match=r"16,777,216 tokens, this one has the id 4,000,000,000"):
+        Tokenizer.from_json(far)
+
+
+def test_what_cannot_be_encoded_is_a_data_error():
+    """Models without an unknown token raise a bare Exception of the library."""
+    for model in (models.Unigram([("</s>", 0.0)], None, False), models.WordLevel({"</s>": 0}, "?")):
+        tokenizer = Tokenizer.from_json(tokenizers.Tokenizer(model).to_str())
+        with pytest.raises(DataError, match=r"cannot encode the text: .* byte-level"):
+            tokenizer.encode("abc")
 
 
 @BOTH

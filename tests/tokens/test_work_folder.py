@@ -1,0 +1,208 @@
+"""Jobs that prepare one folder: one does it, the others find it made; what was left over goes."""
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mpi4py import MPI
+
+from mpillm.errors import UsageError
+from mpillm.system.console import Console
+from mpillm.system.processes import birth_of, process_space
+from mpillm.tokens import work_folder as room
+from mpillm.tokens.manifest import Manifest
+from mpillm.tokens.prepare import PrepareOptions, prepare
+from mpillm.tokens.verify import verify
+
+QUIET = Console(False)
+Say = list[str]
+
+
+def left_by(out: Path, **facts: Any) -> Path:
+    """Leave a work folder of `out` as a process with these facts would."""
+    me = room._this_process(out, '"prep"')
+    path = room._make(out.parent, out, replace(me, **facts))
+    (path / "tokens-00000").write_bytes(b"many")
+    return path
+
+
+def test_the_name_cannot_be_predicted_and_links_are_not_followed(tmp_path: Path) -> None:
+    names = {room.take(tmp_path / f"{i}" / "out", "{}", print).path.name for i in range(20)}
+    assert len(names) == 20
+    assert all(room.is_work_folder(name) for name in names)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "x").write_text("mine")
+    # The name that earlier versions used, and a work folder's: a link is neither used nor removed.
+    for name in (".out.partial", f".out.{'0' * 16}.prepare"):
+        (tmp_path / name).symlink_to(elsewhere)
+    work = room.take(tmp_path / "out", "{}", print)
+    assert not work.path.is_symlink()
+    assert (elsewhere / "x").read_text() == "mine"
+
+
+def test_what_a_dead_process_left_is_removed(tmp_path: Path) -> None:
+    said: Say = []
+    out = tmp_path / "out"
+    dead = left_by(out, birth="1")
+    ours = room.take(out, "{}", said.append)
+    assert not dead.exists()
+    assert ours.path.exists()
+    assert f"removed {dead}, left over by process {os.getpid()}" in said[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        # A folder of this name that somebody else made, and one of another output.
+        lambda path: (path / "owner.json").write_text("{}"),
+        lambda path: (path / "owner.json").unlink(),
+        lambda path: (path / "owner.json").write_text("[" * 5000),
+        lambda path: (path / "owner.json").write_text(
+            (path / "owner.json").read_text().replace("/out", "/other")
+        ),
+        lambda path: (path / "owner.json").write_text(
+            (path / "owner.json").read_text().replace(room.FORMAT, "theirs")
+        ),
+    ],
+)
+def test_what_is_not_known_to_be_ours_stays(
+    tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    path = left_by(tmp_path / "out", birth="1")
+    change(path)
+    room.take(tmp_path / "out", "{}", print)
+    assert (path / "tokens-00000").read_bytes() == b"many"
+
+
+def test_a_folder_of_another_host_blocks_while_it_is_touched(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    far = left_by(out, host="far", space="another", birth="1")
+    with pytest.raises(UsageError, match=r"another job prepares .*process \d+ on far, since"):
+        room.take(out, "{}", print)
+    # Silent for two minutes, or dated two minutes into the future: neither blocks, neither goes.
+    for age in (-130, 130):
+        os.utime(far / "owner.json", (time.time() + age,) * 2)
+        work = room.take(out, "{}", print)
+        assert far.exists()
+        work.path.rename(tmp_path / f"done{age}")
+
+
+def test_the_same_options_wait(tmp_path: Path) -> None:
+    said: Say = []
+    out = tmp_path / "out"
+    other = room.take(out, "{}", print)
+    threading.Timer(0.5, lambda: other.path.rename(tmp_path / "done")).start()
+    work = room.take(out, "{}", said.append)
+    assert work.waited
+    assert len(said) == 1
+    assert f"({room.read_owner(work.path).describe()}): wait" in said[0]  # type: ignore[union-attr]
+
+
+def test_a_beat_keeps_the_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "BEAT_SECONDS", 0.05)
+    with room.work_folder(tmp_path / "out", {}, MPI.COMM_SELF, QUIET) as work:
+        owner = work.path / "owner.json"
+        os.utime(owner, (0, 0))
+        deadline = time.monotonic() + 10
+        while owner.stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert owner.stat().st_mtime > 0
+    assert not work.path.exists()
+
+
+def test_a_process_is_known_by_its_birth() -> None:
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    born = birth_of(child)
+    assert born
+    assert born != birth_of(1)
+    os.kill(child, 9)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    # A zombie runs no more.
+    assert birth_of(child) == ""
+    os.waitpid(child, 0)
+    assert birth_of(child) == ""
+    assert process_space() == process_space()
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    (tmp_path / "texts").mkdir()
+    for number in range(30):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"document {number}\n" * 50)
+    return str(tmp_path / "texts")
+
+
+def forked(work: Callable[[], int]) -> int:
+    """Run `work` in a child of this process, which needs no MPI of its own; return its number."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            code = work()
+        finally:
+            os._exit(code)
+    return child
+
+
+def prepare_as(options: PrepareOptions, delay: float) -> int:
+    time.sleep(delay)
+    try:
+        prepare(options, MPI.COMM_SELF, QUIET)
+    except UsageError as failure:
+        expected = ("another job prepares", "was prepared otherwise")
+        return 2 if any(words in str(failure) for words in expected) else 3
+    return 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.usefixtures("processes")
+def test_several_jobs_at_once(tmp_path: Path, texts: str, seed: int) -> None:
+    """Two with equal options both find their dataset; of two with others, one is refused."""
+    chance = random.Random(seed)
+    out = tmp_path / "out"
+    same = [PrepareOptions((texts,), out, "bytes", workers=1) for _ in range(2)]
+    other = PrepareOptions((texts,), out, "bytes", workers=1, seed=7)
+    jobs = [*same, other] if seed % 2 else same
+    children = [
+        forked(lambda job=job: prepare_as(job, chance.uniform(0, 0.02)))  # type: ignore[misc]
+        for job in jobs
+    ]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    won = Manifest.load(out).prep["seed"]
+    assert codes == [0 if job.seed == won else 2 for job in jobs]
+    verify(out, MPI.COMM_SELF, QUIET)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.usefixtures("processes")
+def test_a_killed_job_leaves_what_the_next_removes(tmp_path: Path, texts: str, seed: int) -> None:
+    options = PrepareOptions((texts,), tmp_path / "out", "bytes", workers=1)
+    child = forked(lambda: prepare_as(options, 0))
+    time.sleep(random.Random(seed).uniform(0.0, 0.05))
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    prepare(options, MPI.COMM_SELF, QUIET)
+    verify(tmp_path / "out", MPI.COMM_SELF, QUIET)
+    # A folder that has no owner yet is not known to be ours.
+    left = [path for path in tmp_path.iterdir() if path.name not in ("out", "texts")]
+    assert all(path.name.endswith(".tmp") and not any(path.iterdir()) for path in left)
+
+
+def test_the_owner_is_json(tmp_path: Path) -> None:
+    work = room.take(tmp_path / "out", "{}", print)
+    value = json.loads((work.path / "owner.json").read_text())
+    owner = room.read_owner(work.path)
+    assert owner is not None
+    assert value == {"format": room.FORMAT, **asdict(owner)}
