@@ -38,9 +38,34 @@ def printable(text: str) -> str:
     return _HIDDEN.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
+def one_line(text: str | Path) -> str:
+    """Write a name so that it stays on its line: line ends and tabs as escapes, too."""
+    return _on_its_line(printable(str(text)))
+
+
+def _on_its_line(text: str) -> str:
+    return text.replace("\n", "\\n").replace("\t", "\\t")
+
+
 def command(words: Iterable[str | Path]) -> str:
     """Join the words of a command so that it can be pasted into a shell."""
-    return shlex.join(map(str, words))
+    return " ".join(_quoted(str(word)) for word in words)
+
+
+def _quoted(word: str) -> str:
+    """Quote a word; one with controls or bytes that are no UTF-8 in the form $'caf\\xe9'."""
+    if printable(word) == word:
+        return shlex.quote(word)
+    return "$'" + "".join(map(_escaped, word)) + "'"
+
+
+def _escaped(letter: str) -> str:
+    if letter in "\\'":
+        return f"\\{letter}"
+    if printable(letter) == letter:
+        return letter
+    handler = "surrogateescape" if "\udc80" <= letter <= "\udcff" else "surrogatepass"
+    return "".join(f"\\x{byte:02x}" for byte in letter.encode("utf-8", handler))
 
 
 def explain(failure: OSError, path: Path | str | None = None) -> str:
@@ -49,5 +74,9 @@ def explain(failure: OSError, path: Path | str | None = None) -> str:
     reason = failure.strerror or str(failure) or type(failure).__name__
     code = failure.errno
     remedy = REMEDIES.get(code, "") if code is not None else ""
-    place = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes | os.PathLike) else ""
+    place = (
+        f"{_on_its_line(os.fsdecode(name))}: "
+        if isinstance(name, str | bytes | os.PathLike)
+        else ""
+    )
     return f"{place}{reason}" + (f"; {remedy}" if remedy else "")

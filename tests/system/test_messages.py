@@ -1,11 +1,13 @@
 """What comes out of files reaches a terminal and a shell without effect on either."""
 
 import errno
+import os
 import shlex
+import subprocess
 
 import pytest
 
-from mpillm.system.messages import REMEDIES, command, explain, printable
+from mpillm.system.messages import REMEDIES, command, explain, one_line, printable
 
 
 def test_controls_become_escapes_and_text_stays() -> None:
@@ -17,6 +19,19 @@ def test_controls_become_escapes_and_text_stays() -> None:
 @pytest.mark.parametrize("word", ["a b", 'é "x" $(id)', "it's", "", "-n", "a\nb", "`id`", "*"])
 def test_a_command_can_be_pasted(word: str) -> None:
     assert shlex.split(command(["mpillm", "status", word])) == ["mpillm", "status", word]
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize("word", [b"caf\xe9", b"\x1b[31m'\\", "a\u202eb\n".encode()])
+def test_a_command_with_bytes_no_terminal_shows_can_be_pasted(word: bytes) -> None:
+    line = command(["printf", "%s", os.fsdecode(word)])
+    assert printable(line) == line
+    assert subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout == word
+
+
+def test_a_name_stays_on_its_line() -> None:
+    assert one_line("a\nb\tc\udce9[bold]") == r"a\nb\tc\udce9[bold]"
+    assert explain(OSError(errno.EPIPE, "why", "a\nb")) == r"a\nb: why"
 
 
 @pytest.mark.parametrize("code", sorted(REMEDIES), ids=errno.errorcode.get)
