@@ -32,6 +32,14 @@ AGREEMENT_SECONDS = 2.0
 FORWARDING_SECONDS = 0.5
 # The first word of a message, kept ahead of the ranks, so that a log can be searched for it.
 KINDS = ("error", "stopped")
+ENDING_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 
 Result = TypeVar("Result")
 
@@ -248,11 +256,11 @@ def _print(text: str) -> None:
 
 
 def _ignore_interrupts() -> None:
-    """Ignore SIGINT and SIGTERM for the rest of this process's short life.
+    """Ignore what asks for an end (SIGINT, SIGTERM, …) for the rest of this process's short life.
 
     A second Ctrl-C would print a traceback over the reason, or keep this rank from the others. So
     would the SIGTERM that launchers send once another rank has left.
     """
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING_SIGNALS:
             signal.signal(number, signal.SIG_IGN)

@@ -11,13 +11,28 @@ NOTED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG)
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
+# What ends a process without a word by default: a verb that has nothing to save tidies up instead.
+# A closed terminal sends SIGHUP, a limit of processor time SIGXCPU.
+INTERRUPTING = (
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(f"by {signal_name(number)}")
 
 
 def interrupt_on_terminate() -> None:
-    """Make SIGTERM raise KeyboardInterrupt in the main thread, as SIGINT does."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    """Make each signal that asks for an end raise KeyboardInterrupt in the main thread, as SIGINT
+    does. What the parent ignores stays ignored: nohup does so with SIGHUP.
+    """
+    for number in INTERRUPTING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
 
 
 class StopSignals:
