@@ -1,18 +1,16 @@
 """Encoding: each rank encodes its documents, and keeps the tokens in one file until the shuffle."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from mpillm.errors import DataError
 from mpillm.system.console import Progress
 from mpillm.tokens.losses import LossCheck
-from mpillm.tokens.sources import read_pieces
-from mpillm.tokens.split import SplitPlan, cut_tail
-from mpillm.tokens.survey import Survey, key_of
+from mpillm.tokens.split import TRAIN, VALIDATION, SplitPlan, cut_tail, long_cut_place
+from mpillm.tokens.survey import Survey
 from mpillm.tokens.tokenizer import Tokenizer
 
 # Characters that are encoded together: enough for all threads, little enough to hold in memory.
@@ -49,10 +47,13 @@ class EncodedDocuments:
 
 @dataclass(frozen=True)
 class EncodedPart:
-    """A document, or the part of it in one split, and its row of the index but for `n_tokens`."""
+    """A document, or the part of it in one split: its text in blocks, and the beginning of its row
+    of the index. `characters`: None for a long text, whose blocks are read once and in order.
+    """
 
-    text: str
-    row: tuple[int, int, int, int, int]
+    blocks: Iterable[str]
+    characters: int | None
+    row: tuple[int, int, int, int]
 
 
 def encode_documents(
@@ -61,7 +62,6 @@ def encode_documents(
     path: Path,
     plan: SplitPlan,
     losses: LossCheck,
-    seed: int,
     threads: int,
     progress: Progress,
 ) -> EncodedDocuments:
@@ -72,48 +72,113 @@ def encode_documents(
     """
     tables = [np.empty(0, SPILLED)]
     with path.open("wb") as file:
-        for batch in _batches(_parts(survey, plan, seed, threads)):
-            texts = [part.text for part in batch]
-            encoded = tokenizer.encode_batch(texts)
-            losses.see(texts, encoded)
-            for ids in encoded:
-                file.write(np.append(ids, ids.dtype.type(tokenizer.eot_id)).tobytes())
-            rows = [(*part.row, len(ids) + 1) for part, ids in zip(batch, encoded, strict=True)]
+        for batch in _batches(_parts(survey, plan, threads)):
+            if batch[0].characters is None:
+                [part] = batch
+                rows = [_encode_blocks(part, tokenizer, losses, file, progress)]
+            else:
+                texts = ["".join(part.blocks) for part in batch]
+                encoded = tokenizer.encode_batch(texts)
+                losses.see(texts, encoded)
+                sizes = [len(text.encode()) for text in texts]
+                for ids in encoded:
+                    file.write(np.append(ids, ids.dtype.type(tokenizer.eot_id)).tobytes())
+                rows = [
+                    (*part.row, nbytes, len(ids) + 1)
+                    for part, nbytes, ids in zip(batch, sizes, encoded, strict=True)
+                ]
+                progress.advance(sum(sizes))
             tables.append(np.array(rows, SPILLED))
-            progress.advance(int(tables[-1]["nbytes"].sum()))
     return EncodedDocuments(path, np.concatenate(tables), tokenizer.dtype)
 
 
-def _parts(survey: Survey, plan: SplitPlan, seed: int, threads: int) -> Iterator[EncodedPart]:
-    pieces = [survey.pieces[number] for number in survey.mine]
-    for number, texts in zip(survey.mine, read_pieces(pieces, threads), strict=True):
-        known = survey.of_piece(number)
-        keys = [key_of(text.encode(), seed) for text in texts.documents]
-        if keys != known["key"].tolist():
-            raise DataError(
-                f"{texts.piece.path} changed while it was read; run again when nothing writes to it"
-            )
+def _encode_blocks(
+    part: EncodedPart,
+    tokenizer: Tokenizer,
+    losses: LossCheck,
+    file: BinaryIO,
+    progress: Progress,
+) -> tuple[int, ...]:
+    """Encode a long text block by block; return its row of the index."""
+    nbytes = n_tokens = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal nbytes
+        for block in part.blocks:
+            size = len(block.encode())
+            nbytes += size
+            progress.advance(size)
+            yield block
+
+    for text, ids in tokenizer.encode_blocks(counted()):
+        losses.see([text], [ids])
+        file.write(ids.tobytes())
+        n_tokens += len(ids)
+    file.write(np.array([tokenizer.eot_id], tokenizer.dtype).tobytes())
+    return (*part.row, nbytes, n_tokens + 1)
+
+
+def _parts(survey: Survey, plan: SplitPlan, threads: int) -> Iterator[EncodedPart]:
+    for texts, known in survey.read(survey.mine, threads):
         splits = plan.of(known["key"]).tolist()
-        for text, key, ordinal, split in zip(
-            texts.documents, keys, known["ordinal"].tolist(), splits, strict=True
+        for document, key, ordinal, split in zip(
+            texts.documents, known["key"].tolist(), known["ordinal"].tolist(), splits, strict=True
         ):
-            # Numbered as the splits: the first half is TRAIN, the second VALIDATION.
-            halves = enumerate(cut_tail(text, plan.validation)) if plan.cut else [(split, text)]
-            for which, half in halves:
-                if half:
-                    yield EncodedPart(
-                        half, (key, ordinal, texts.piece.source, which, len(half.encode()))
-                    )
+            row = (key, ordinal, texts.piece.source)
+            if isinstance(document, str):
+                # Numbered as the splits: the first half is TRAIN, the second VALIDATION.
+                halves = (
+                    enumerate(cut_tail(document, plan.validation))
+                    if plan.cut
+                    else [(split, document)]
+                )
+                for which, half in halves:
+                    if half:
+                        yield EncodedPart([half], len(half), (*row, which))
+                continue
+            blocks = survey.unchanged(document, key)
+            if plan.cut:
+                place = long_cut_place(document, plan.validation)
+                head, blocks = split_blocks(blocks, place)
+                yield EncodedPart(head, None, (*row, TRAIN))
+                split = VALIDATION
+            yield EncodedPart(blocks, None, (*row, split))
 
 
 def _batches(parts: Iterator[EncodedPart]) -> Iterator[list[EncodedPart]]:
     batch: list[EncodedPart] = []
     characters = 0
     for part in parts:
+        if part.characters is None:
+            # Alone, and after all before it.
+            if batch:
+                yield batch
+            yield [part]
+            batch, characters = [], 0
+            continue
         batch.append(part)
-        characters += len(part.text)
+        characters += part.characters
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def split_blocks(blocks: Iterator[str], place: int) -> tuple[Iterator[str], Iterator[str]]:
+    """Split a text in blocks at a character. The first half is read to its end, then the second."""
+    rest: list[str] = []
+
+    def head() -> Iterator[str]:
+        left = place
+        while left:
+            block = next(blocks)
+            rest[:] = [block[left:]]
+            yield block[:left]
+            left -= len(block[:left])
+
+    def tail() -> Iterator[str]:
+        yield from rest
+        yield from blocks
+
+    return head(), tail()

@@ -32,9 +32,11 @@ from mpillm.tokens.manifest import (
     tokenizer_facts,
 )
 from mpillm.tokens.publish import holds_dataset, publish
-from mpillm.tokens.sources import SourcePiece, list_pieces
+from mpillm.tokens.sources import list_pieces
 from mpillm.tokens.split import plan_split
 from mpillm.tokens.survey import Survey, survey
+from mpillm.tokens.text.records import DEFAULT_FIELD, check_field
+from mpillm.tokens.text.text_cut import LONGEST_PART
 from mpillm.tokens.tokenizer import Tokenizer, check_vocab_size
 from mpillm.tokens.train_tokenizer import load_or_make, train_together
 from mpillm.tokens.work_folder import WorkFolder, place_of, work_folder
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 # Where a library call leaves the choice; `mpillm prepare` takes the rank's share of the cores.
 DEFAULT_WORKERS = 2
+MOST_WORKERS = 1024
 SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES = 4 << 10, 2 << 30
 # Rank 0 gathers the sample, and MPI counts its bytes by int32.
 LARGEST_SAMPLE_BYTES = 1 << 30
@@ -56,8 +59,7 @@ class PrepareOptions:
     sources: Annotated[
         tuple[str, ...],
         Argument(
-            "Text files, folders, .jsonl files (field text), or stdlib: the source of Python's own "
-            "library.",
+            "Text files, folders, .jsonl files, or stdlib: the source of Python's own library.",
             metavar="SOURCE…",
         ),
     ] = ()
@@ -70,7 +72,10 @@ class PrepareOptions:
         bool, Option("Prepare even where the tokenizer loses text, and keep a note of it.")
     ] = False
     validation: Annotated[float, Option("The share of documents held out for validation.")] = 0.05
-    glob: Annotated[str, Option("Which files of a folder.")] = "**/*"
+    glob: Annotated[str, Option("Which files of a folder; ** is any folders.")] = "**/*"
+    field: Annotated[
+        str, Option("The field of JSON records that holds the text, dots for nesting.")
+    ] = DEFAULT_FIELD
     end_of_text: Annotated[
         str | None, Option("The token that ends a document, for a FILE tokenizer.")
     ] = None
@@ -83,6 +88,12 @@ class PrepareOptions:
 
     def check(self) -> None:
         """Raise UsageError for a number out of its range."""
+        check_field(self.field)
+        if self.workers > MOST_WORKERS:
+            raise UsageError(
+                f"--workers is 0 to {MOST_WORKERS:,} threads a rank, got {self.workers:,}; "
+                "0 takes the rank's share of the cores"
+            )
         if not 0 <= self.validation < 1:
             raise UsageError(
                 "--validation is a fraction of the documents, from 0 to below 1; "
@@ -122,16 +133,16 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
     out = _real_path(options.out)
     options = replace(options, workers=options.workers or DEFAULT_WORKERS)
 
-    def check_inputs() -> tuple[list[SourcePiece], str | None, str]:
+    def check_inputs() -> tuple[str | None, str]:
         holds_dataset(out)
         make_folder(place_of(out))
         loaded = load_or_make(options.tokenizer, options.end_of_text)
         if loaded:
             check_chance(loaded)
-        pieces = list_pieces(options.sources, options.glob, out)
-        return (pieces, loaded.to_json(), loaded.name) if loaded else (pieces, None, "bpe")
+        return (loaded.to_json(), loaded.name) if loaded else (None, "bpe")
 
-    pieces, tokenizer_json, name = on_root(comm, check_inputs)
+    tokenizer_json, name = on_root(comm, check_inputs)
+    pieces = list_pieces(options.sources, options.glob, out, options.field, comm, console)
     found = survey(pieces, options.sources, options.seed, options.workers, comm, console)
     prep = _prep(options, found, tokenizer_json)
     made = on_root(comm, lambda: _already(out, prep, options.overwrite))
@@ -200,6 +211,8 @@ def _prep(options: PrepareOptions, found: Survey, tokenizer_json: str | None) ->
     return {
         "sources": list(options.sources),
         "glob": options.glob,
+        # Left out where it is the default: datasets of earlier versions have none.
+        **({} if options.field == DEFAULT_FIELD else {"field": options.field}),
         "tokenizer": trained
         if tokenizer_json is None
         else {"sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest()},
@@ -263,6 +276,7 @@ def _write(
     """
     describe = partial(_describe, found, tokenizer, work.path.parent)
     encoded = _encode(options, found, tokenizer, work, comm, console)
+    _say_cuts(tokenizer, comm, console)
     where = shuffle.plan_shuffle(encoded, options.shard_bytes, comm)
     attributes = {
         "vocab_size": tokenizer.vocab_size,
@@ -321,7 +335,6 @@ def _encode(
             work.path / f"tokens-{comm.rank:05d}",
             plan,
             losses,
-            options.seed,
             options.workers,
             progress,
         )
@@ -332,6 +345,16 @@ def _encode(
     elif total.share:
         check_losses(total, tokenizer.name)
     return encoded
+
+
+def _say_cuts(tokenizer: Tokenizer, comm: "MPI.Intracomm", console: Console) -> None:
+    """Warn where texts were cut for the tokenizer at places that may change their ids."""
+    cuts = comm.allreduce(tokenizer.cutter.n_forced)
+    if cuts:
+        console.warn(
+            f"texts without an end were cut for the tokenizer, at {cuts:,} places and after at "
+            f"most {LONGEST_PART:,} characters; ids there may differ from those of the whole text"
+        )
 
 
 def _totals(n_bytes: int, shards: list[Any]) -> Split:

@@ -3,45 +3,51 @@
 Pieces are cut in the same way for any number of ranks; each rank reads some of them.
 """
 
-import json
-import sysconfig
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
+import xxhash
 
+from mpillm.comm.failure import on_root
 from mpillm.errors import DataError, UsageError
+from mpillm.system.console import Console
+from mpillm.system.messages import explain, one_line
+from mpillm.tokens.text.examine import FileFacts, examine
+from mpillm.tokens.text.records import DEFAULT_FIELD, RecordError, text_of
+from mpillm.tokens.text.source_search import LINK, FoundFile, PassedOver, find_files
+from mpillm.tokens.text.text_blocks import (
+    BYTE_ORDER_MARK,
+    UNITS,
+    Lines,
+    decode,
+    decoded_blocks,
+)
 
-STDLIB = "stdlib"
-# Not the library itself: installed packages, its tests, and bundled programs.
-NOT_LIBRARY = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "ensurepip",
-    "__pycache__",
-}
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 JSONL_PIECE_BYTES = 16 << 20
-# Git's rule: a file with a zero byte near its start isn't text.
-PROBE_BYTES = 8000
-MOST_SOURCES = 1 << 16  # /doc_source has two bytes
-REPLACEMENT = "\ufffd"
-BYTE_ORDER_MARK = "\ufeff"
+# A longer text is never in memory as a whole.
+LONG_TEXT_BYTES = 16 << 20
+# A record is parsed as a whole, in several times its size.
+LONGEST_RECORD_BYTES = 2 << 30
+# Pieces that threads read ahead hold at most about this much.
+READ_AHEAD_BYTES = 64 << 20
+# Files are examined by threads: on a network's file system each open waits.
+EXAMINE_THREADS = 16
 
 
 @dataclass(frozen=True)
 class SourcePiece:
     """The unit of reading: the bytes [start, stop) of a file of source number `source`.
 
-    `lines`: a JSONL file, whose lines that start in the range are documents; else the file is one
-    document. `found`: found in a folder rather than named, so it is skipped when it isn't text.
+    `lines`: a file of records, whose lines that start in the range are documents, each the text in
+    `field`; else the file is one document.
     """
 
     source: int
@@ -49,91 +55,160 @@ class SourcePiece:
     start: int
     stop: int
     lines: bool
-    found: bool
+    encoding: str = "utf-8"
+    field: str = DEFAULT_FIELD
 
     @property
     def nbytes(self) -> int:
         return self.stop - self.start
 
 
-class Texts(NamedTuple):
-    """The documents of a piece; `replaced` counts the runs of bytes replaced by U+FFFD."""
+@dataclass(frozen=True)
+class LongText:
+    """A document that is read block by block, each time from its start."""
 
     piece: SourcePiece
-    documents: list[str]
-    replaced: int
+
+    def blocks(self) -> Iterator[tuple[str, int]]:
+        """Yield the text in parts, each with its count of places replaced by U+FFFD.
+
+        Raises DataError.
+        """
+        first = True
+        try:
+            with Path(self.piece.path).open("rb") as file:
+                for text, replaced in decoded_blocks(file, self.piece.encoding, self.piece.stop):
+                    yield text.removeprefix(BYTE_ORDER_MARK) if first else text, replaced
+                    first = False
+        except OSError as failure:
+            raise _unreadable(self.piece, failure) from failure
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for text, _ in self.blocks())
+
+
+Document = str | LongText
+
+
+class Texts(NamedTuple):
+    """The documents of a piece, and how many places of them U+FFFD replaced.
+
+    `replaced` counts runs of bytes that are no text, `halves` halves of characters in JSON. A
+    LongText counts its own.
+    """
+
+    piece: SourcePiece
+    documents: list[Document]
+    replaced: int = 0
+    halves: int = 0
+
+
+def parts_of(document: Document) -> Iterable[str]:
+    """Return the text in parts, one for a text in memory."""
+    return [document] if isinstance(document, str) else document
+
+
+def measure(document: Document, seed: int) -> tuple[int, int, int]:
+    """Return a document's key, its bytes in UTF-8, and a LongText's count of replaced places."""
+    state = xxhash.xxh3_64(seed=seed)
+    nbytes = replaced = 0
+    blocks = [(document, 0)] if isinstance(document, str) else document.blocks()
+    for text, bad in blocks:
+        data = text.encode()
+        state.update(data)
+        nbytes, replaced = nbytes + len(data), replaced + bad
+    return state.intdigest(), nbytes, replaced
 
 
 def list_pieces(
-    sources: Sequence[str], glob: str = "**/*", exclude: Path | None = None
+    names: Sequence[str],
+    glob: str,
+    exclude: Path | None,
+    field: str,
+    comm: "MPI.Intracomm",
+    console: Console,
 ) -> list[SourcePiece]:
     """List the pieces of all sources, in an order that only their names decide.
 
-    `exclude`: a folder to skip. Raises UsageError for a source that is missing or empty.
+    The ranks share the work of examining files; every rank of `comm` calls it. `exclude`: a folder
+    to skip. Says what a search passes over. Raises UsageError on every rank alike, for a source
+    that is missing, empty or no text.
     """
-    if not sources or len(sources) > MOST_SOURCES:
-        raise UsageError(
-            f"prepare takes 1 to {MOST_SOURCES:,} sources, got {len(sources)}; "
-            "name a file, a folder or stdlib"
-        )
+
+    def find() -> tuple[list[FoundFile], PassedOver]:
+        passed = PassedOver()
+        return find_files(names, glob, exclude, passed), passed
+
+    files, passed = on_root(comm, find)
+    facts = _examine_together(files, field, comm)
     pieces: list[SourcePiece] = []
-    for number, name in enumerate(sources):
-        files, found = _files(name, glob, exclude)
-        own = [piece for path in files for piece in _cut(number, path, found)]
-        if not sum(piece.nbytes for piece in own):
-            what = (
-                f"no file matches {glob!r} with text in it"
-                if found and not files
-                else "it has no bytes"
-            )
-            raise UsageError(
-                f"the source {name} is empty: {what}; give one with text, or another --glob"
-            )
-        pieces += own
+    suspects: list[str] = []
+    for file, known in zip(files, facts, strict=True):
+        _check_file(file, known)
+        if known.kind:
+            passed.add(known.kind.group, file.path)
+        elif not known.nbytes:
+            passed.add("empty")
+        elif known.suspect:
+            suspects.append(file.path)
+        pieces += _cut(file, known, field)
+    _check_sources(names, files, pieces, passed)
+    if passed.counts:
+        links = "; name a linked folder as a source to read it" if passed.counts[LINK] else ""
+        console.say(f"passed over: {passed.text()}{links}")
+    if suspects:
+        console.warn(
+            f"read as plain text, though it looks like JSON lines: {one_line(suspects[0])}"
+            f"{f' and {len(suspects) - 1:,} more' if len(suspects) > 1 else ''}; "
+            "rename such a file to .jsonl to read its records"
+        )
     return pieces
 
 
-def _files(name: str, glob: str, exclude: Path | None) -> tuple[list[Path], bool]:
-    """List the files of a source; True when they were found in a folder."""
-    path = Path(name)
-    if name == STDLIB and not path.exists():
-        root = Path(sysconfig.get_path("stdlib"))
-        files = (p for p in root.rglob("*.py") if not NOT_LIBRARY & set(p.relative_to(root).parts))
-        return sorted(files, key=lambda p: p.relative_to(root).as_posix()), True
-    if path.is_file():
-        return [path], False
-    if not path.is_dir():
+def _examine_together(files: list[FoundFile], field: str, comm: "MPI.Intracomm") -> list[FileFacts]:
+    with ThreadPoolExecutor(EXAMINE_THREADS) as pool:
+        mine = files[comm.rank :: comm.size]
+        own = list(pool.map(lambda file: examine(file.path, file.named, field), mine))
+    shares = comm.allgather(own)
+    return [shares[number % comm.size][number // comm.size] for number in range(len(files))]
+
+
+def _check_file(file: FoundFile, known: FileFacts) -> None:
+    if known.failure:
         raise UsageError(
-            f"there is no source {name} (looked in {Path.cwd()}); "
-            "give a text file, a .jsonl file, a folder or the word stdlib"
+            f"cannot read the source {known.failure}"
+            + ("" if file.named else "; or leave it out by --glob")
         )
-    try:
-        matches = [p.relative_to(path) for p in path.glob(glob)]
-    except (ValueError, NotImplementedError) as failure:
-        raise UsageError(
-            f"--glob {glob!r} is not a pattern: {failure}; write one like '**/*.txt'"
-        ) from failure
-    seen = sorted((p for p in matches if not _hidden(p)), key=lambda p: p.as_posix())
-    files_found = [path / p for p in seen if (path / p).is_file()]
-    return [p for p in files_found if not (exclude and p.resolve().is_relative_to(exclude))], True
+    if known.kind and file.named:
+        raise UsageError(f"{one_line(file.path)} is {known.kind.name}, not text; {known.remedy}")
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _check_sources(
+    names: Sequence[str], files: list[FoundFile], pieces: list[SourcePiece], passed: PassedOver
+) -> None:
+    """Raise UsageError for a source without a byte of text."""
+    full = {piece.source for piece in pieces}
+    for number, name in enumerate(names):
+        if number not in full:
+            named = any(file.named for file in files if file.source == number)
+            what = "it has no bytes" if named else f"none of its files is text: {passed.text()}"
+            raise UsageError(
+                f"the source {one_line(name)} is empty: {what}; "
+                "give one with text, or another --glob"
+            )
 
 
-def _cut(source: int, path: Path, found: bool) -> Iterator[SourcePiece]:
-    """Cut a JSONL file into ranges of fixed size; any other file is a piece, an empty one none."""
-    try:
-        nbytes = path.stat().st_size
-    except OSError as failure:
-        raise UsageError(
-            f"cannot access {path}: {failure.strerror}; correct that or leave it out by --glob"
-        ) from failure
-    lines = path.suffix.lower() == ".jsonl"
-    step = JSONL_PIECE_BYTES if lines else max(nbytes, 1)
-    for start in range(0, nbytes, step):
-        yield SourcePiece(source, str(path), start, min(start + step, nbytes), lines, found)
+def _cut(file: FoundFile, known: FileFacts, field: str) -> Iterator[SourcePiece]:
+    """Cut a file of records into ranges of fixed size; any other is a piece, an empty one none."""
+    if known.kind:
+        return
+    unit = UNITS[known.encoding].itemsize
+    step = max(JSONL_PIECE_BYTES - JSONL_PIECE_BYTES % unit, unit)
+    if not known.lines:
+        step = max(known.nbytes, 1)
+    for start in range(0, known.nbytes, step):
+        stop = min(start + step, known.nbytes)
+        yield SourcePiece(file.source, file.path, start, stop, known.lines, known.encoding, field)
 
 
 def pieces_of_rank(pieces: Sequence[SourcePiece], rank: int, size: int) -> range:
@@ -151,95 +226,70 @@ def read_pieces(pieces: Sequence[SourcePiece], threads: int) -> Iterator[Texts]:
     `threads` files are read ahead: reads of many small files mostly wait.
     """
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        waiting: deque[Future[Texts]] = deque()
+        waiting: deque[tuple[int, Future[Texts]]] = deque()
+        nbytes = 0
         for piece in pieces:
-            waiting.append(pool.submit(read_piece, piece))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
+            while waiting and (len(waiting) > threads or nbytes + piece.nbytes > READ_AHEAD_BYTES):
+                nbytes -= waiting[0][0]
+                yield waiting.popleft()[1].result()
+            # A long text is read by its user, in blocks.
+            size = piece.nbytes if piece.lines or piece.nbytes <= LONG_TEXT_BYTES else 0
+            waiting.append((size, pool.submit(read_piece, piece)))
+            nbytes += size
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[1].result()
 
 
 def read_piece(piece: SourcePiece) -> Texts:
     """Read a piece. Documents without a visible character are left out. Raises DataError."""
     try:
+        if not piece.lines and piece.nbytes > LONG_TEXT_BYTES:
+            long = LongText(piece)
+            return Texts(piece, [long] if any(text.strip() for text in long) else [])
         with Path(piece.path).open("rb") as file:
             if piece.lines:
                 return _read_lines(piece, file)
-            data = file.read()
+            data = file.read(piece.stop)
     except OSError as failure:
-        raise DataError(
-            f"cannot read {piece.path}: {failure.strerror}; correct that or leave the file out"
-        ) from failure
-    if piece.found and b"\0" in data[:PROBE_BYTES]:
-        return Texts(piece, [], 0)
-    text, replaced = decode_utf8(data)
+        raise _unreadable(piece, failure) from failure
+    text, replaced = decode(data, piece.encoding)
     text = text.removeprefix(BYTE_ORDER_MARK)
     return Texts(piece, [text] if text.strip() else [], replaced)
 
 
-def decode_utf8(data: bytes) -> tuple[str, int]:
-    """Decode the text; count the runs of bytes that are replaced by U+FFFD."""
-    try:
-        return data.decode("utf-8"), 0
-    except UnicodeDecodeError:
-        text = data.decode("utf-8", "replace")
-        return text, text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
+def _unreadable(piece: SourcePiece, failure: OSError) -> DataError:
+    return DataError(f"cannot read the source {explain(failure, piece.path)}; or leave it out")
 
 
-def _read_lines(piece: SourcePiece, file: Any) -> Texts:
+def _read_lines(piece: SourcePiece, file: BinaryIO) -> Texts:
     """Read the lines that start in the piece: a line that began earlier is the last piece's."""
-    documents: list[str] = []
-    replaced = 0
-    if piece.start:
-        file.seek(piece.start - 1)
-        file.readline()
-    while (offset := file.tell()) < piece.stop and (line := file.readline()):
-        text, bad = decode_utf8(line)
-        document, odd = _field_text(text.removeprefix(BYTE_ORDER_MARK), piece.path, offset)
-        replaced += bad + odd
+    documents: list[Document] = []
+    replaced = halves = 0
+    lines = Lines(file, piece.encoding)
+    offset = lines.first_start(piece.start, piece.stop)
+    if offset is None:
+        return Texts(piece, documents)
+    file.seek(offset)
+    while offset < piece.stop and (line := lines.read(LONGEST_RECORD_BYTES)):
+        if len(line) >= LONGEST_RECORD_BYTES:
+            raise DataError(
+                f"{_place(piece, offset)} is longer than {LONGEST_RECORD_BYTES:,} bytes, the most "
+                "of a JSON record; write its text to a file of its own, which is read in blocks"
+            )
+        text, bad = decode(line, piece.encoding)
+        del line
+        try:
+            document, half = text_of(text.removeprefix(BYTE_ORDER_MARK), piece.field)
+        except RecordError as failure:
+            raise DataError(f"{_place(piece, offset)} {failure}") from failure
+        replaced, halves, offset = replaced + bad, halves + half, file.tell()
         if document.strip():
             documents.append(document)
-    return Texts(piece, documents, replaced)
+    return Texts(piece, documents, replaced, halves)
 
 
-def _field_text(line: str, path: str, offset: int) -> tuple[str, int]:
-    """Return the field `text` of a JSON line, and count the lone surrogates replaced in it."""
-    if not line.strip():
-        return "", 0
-    try:
-        value = json.loads(line)
-    except ValueError as failure:
-        raise DataError(
-            f"{_place(path, offset)} isn't JSON: {failure}; write one JSON object a line"
-        ) from failure
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        has = (
-            f"an object with {', '.join(sorted(value)[:8]) or 'nothing'}"
-            if isinstance(value, dict)
-            else type(value).__name__
-        )
-        raise DataError(
-            f'{_place(path, offset)} has no string field "text" (it is {has}); '
-            'write {"text": "…"} a line'
-        )
-    text: str = value["text"]
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        # JSON may name half of a surrogate pair; UTF-8 cannot.
-        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return whole, whole.count(REPLACEMENT) - text.count(REPLACEMENT)
-    return text, 0
-
-
-def _place(path: str, offset: int) -> str:
-    with Path(path).open("rb") as file:
-        before = sum(chunk.count(b"\n") for chunk in _chunks(file, offset))
-    return f"{path} line {before + 1:,} (byte {offset:,})"
-
-
-def _chunks(file: Any, nbytes: int) -> Iterator[bytes]:
-    while nbytes > 0 and (chunk := file.read(min(nbytes, 1 << 20))):
-        yield chunk
-        nbytes -= len(chunk)
+def _place(piece: SourcePiece, offset: int) -> str:
+    """Name a line: its file, its number and its byte, all from 1 but the byte."""
+    with Path(piece.path).open("rb") as file:
+        before = Lines(file, piece.encoding).count_ends(offset)
+    return f"{one_line(piece.path)} line {before + 1:,} (byte {offset:,})"

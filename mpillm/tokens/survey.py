@@ -1,5 +1,6 @@
 """Survey the texts: key and measure every document, before anything is decided about them."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,17 @@ import xxhash
 from mpillm.comm.waiting import patient_barrier
 from mpillm.errors import DataError
 from mpillm.system.console import Console
+from mpillm.system.messages import one_line
 from mpillm.tokens.order import mix
-from mpillm.tokens.sources import SourcePiece, pieces_of_rank, read_pieces
+from mpillm.tokens.sources import (
+    Document,
+    LongText,
+    SourcePiece,
+    Texts,
+    measure,
+    pieces_of_rank,
+    read_pieces,
+)
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -38,6 +48,7 @@ class Survey:
     n_docs: int
     n_bytes: int
     content: str
+    seed: int
 
     def of_piece(self, number: int) -> Array:
         """Return the documents of one of this rank's pieces."""
@@ -45,6 +56,37 @@ class Survey:
             self.documents["ordinal"] >> np.uint64(ORDINAL_BITS), [number, number + 1]
         )
         return self.documents[first:last]
+
+    def read(self, numbers: Sequence[int], threads: int) -> Iterator[tuple[Texts, Array]]:
+        """Read pieces of this rank again; yield their texts with their rows of `documents`.
+
+        Raises DataError where a file is another than it was. Only reading it shows that of a
+        LongText: `unchanged` does.
+        """
+        pieces = [self.pieces[number] for number in numbers]
+        for number, texts in zip(numbers, read_pieces(pieces, threads), strict=True):
+            known = self.of_piece(number)
+            if len(known) != len(texts.documents) or any(
+                isinstance(document, str) and key_of(document.encode(), self.seed) != key
+                for document, key in zip(texts.documents, known["key"].tolist(), strict=True)
+            ):
+                raise _changed(texts.piece)
+            yield texts, known
+
+    def unchanged(self, document: LongText, key: int) -> Iterator[str]:
+        """Yield the parts of a long text. Raises DataError at its end unless its key is `key`."""
+        state = xxhash.xxh3_64(seed=self.seed)
+        for part in document:
+            state.update(part.encode())
+            yield part
+        if state.intdigest() != key:
+            raise _changed(document.piece)
+
+
+def _changed(piece: SourcePiece) -> DataError:
+    return DataError(
+        f"{one_line(piece.path)} changed while it was read; run again when nothing writes to it"
+    )
 
 
 def survey(
@@ -61,38 +103,78 @@ def survey(
     on one rank for a file that cannot be read.
     """
     mine = pieces_of_rank(pieces, comm.rank, comm.size)
-    tables, replaced, first_bad = [np.empty(0, DOCUMENT)], 0, len(pieces)
+    tables = [np.empty(0, DOCUMENT)]
+    bytes_replaced, halves_replaced = _Replaced(), _Replaced()
     total = sum(piece.nbytes for piece in pieces)
     own = sum(pieces[number].nbytes for number in mine)
     with console.progress("reading", total, "bytes") as progress:
         for number, texts in zip(
             mine, read_pieces([pieces[i] for i in mine], threads), strict=True
         ):
-            tables.append(_table(texts.documents, number, texts.piece.source, seed))
-            if texts.replaced:
-                replaced, first_bad = replaced + texts.replaced, min(first_bad, number)
+            table, replaced = _table(texts.documents, number, texts.piece.source, seed)
+            tables.append(table)
+            bytes_replaced.add(texts.replaced + replaced, number)
+            halves_replaced.add(texts.halves, number)
             progress.advance(texts.piece.nbytes * total / own)
     patient_barrier(comm)
     documents = np.concatenate(tables)
-    replaced, first_bad = comm.allreduce(replaced), min(comm.allgather(first_bad))
-    if replaced:
-        console.warn(
-            f"{replaced:,} places aren't UTF-8 and were replaced by U+FFFD, first in "
-            f"{pieces[first_bad].path}; convert such files with iconv to keep their text"
-        )
+    bytes_replaced.warn(
+        "{count} aren't {encoding} and were replaced by U+FFFD, first in {path}; "
+        "convert such files with iconv to keep their text",
+        pieces,
+        comm,
+        console,
+    )
+    halves_replaced.warn(
+        "halves of characters in JSON (escapes such as \\ud83d, {count}) became U+FFFD, first "
+        "in {path}; the program that wrote the records cut texts within a character",
+        pieces,
+        comm,
+        console,
+    )
     _check_sources(documents, names, comm)
     n_docs, n_bytes = comm.allreduce(len(documents)), comm.allreduce(int(documents["nbytes"].sum()))
-    return Survey(pieces, mine, documents, n_docs, n_bytes, _content(documents, comm))
+    return Survey(pieces, mine, documents, n_docs, n_bytes, _content(documents, comm), seed)
 
 
-def _table(texts: list[str], number: int, source: int, seed: int) -> Array:
-    table = np.empty(len(texts), DOCUMENT)
-    data = [text.encode() for text in texts]
-    table["key"] = [key_of(item, seed) for item in data]
-    table["ordinal"] = (number << ORDINAL_BITS) + np.arange(len(texts))
-    table["nbytes"] = [len(item) for item in data]
+@dataclass
+class _Replaced:
+    """Count the places that U+FFFD replaced, and keep the first piece that has one."""
+
+    count: int = 0
+    first: int | None = None
+
+    def add(self, count: int, piece: int) -> None:
+        if count:
+            self.count += count
+            self.first = piece if self.first is None else self.first
+
+    def warn(
+        self, text: str, pieces: list[SourcePiece], comm: "MPI.Intracomm", console: Console
+    ) -> None:
+        """Warn with the count, the encoding and the first file of all ranks, if there is one."""
+        count = comm.allreduce(self.count)
+        firsts = [first for first in comm.allgather(self.first) if first is not None]
+        if firsts:
+            piece = pieces[min(firsts)]
+            console.warn(
+                text.format(
+                    count=f"{count:,} place{'s' if count > 1 else ''}",
+                    encoding=piece.encoding.upper(),
+                    path=one_line(piece.path),
+                )
+            )
+
+
+def _table(documents: list[Document], number: int, source: int, seed: int) -> tuple[Array, int]:
+    """Measure the documents of a piece; return also the places replaced in long texts."""
+    table = np.empty(len(documents), DOCUMENT)
+    measured = [measure(document, seed) for document in documents]
+    table["key"] = [key for key, _, _ in measured]
+    table["ordinal"] = (number << ORDINAL_BITS) + np.arange(len(documents))
+    table["nbytes"] = [nbytes for _, nbytes, _ in measured]
     table["source"] = source
-    return table
+    return table, sum(replaced for _, _, replaced in measured)
 
 
 def key_of(text: bytes, seed: int) -> int:
@@ -109,7 +191,7 @@ def _check_sources(documents: Array, names: tuple[str, ...], comm: "MPI.Intracom
     for name, count in zip(names, all_counts.tolist(), strict=True):
         if not count:
             raise DataError(
-                f"the source {name} is empty: none of its files holds text "
+                f"the source {one_line(name)} is empty: none of its files holds text "
                 "(blank and binary ones don't count); give one with text, or another --glob"
             )
 

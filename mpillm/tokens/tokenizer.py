@@ -2,7 +2,6 @@
 
 import codecs
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mpillm.errors import DataError, UsageError
 from mpillm.system.json_text import from_json
+from mpillm.tokens.text.text_cut import TextCutter, training_parts
 
 END_OF_TEXT = "<|endoftext|>"
 # What other tokenizers call it, in the order in which we ask.
@@ -32,13 +32,10 @@ KNOWN_ENDS_OF_TEXT = (
 SMALLEST_VOCABULARY = 256 + 1
 # Sixty times the largest that is published: tables of this size still fit into memory.
 LARGEST_VOCABULARY = 1 << 24
-# Long texts are cut into parts, so that threads share them and the library's results stay small.
-PART_CHARACTERS = 1 << 16
-PARTS_AT_ONCE = 64
+# The library's results take some hundred bytes a token: so many characters are encoded at once.
+CHARACTERS_AT_ONCE = 1 << 21
 # Ids that don't end a character after 8 tokens never will: a UTF-8 character has at most 4 bytes.
 LONGEST_TAIL = 8
-# GPT-2's pre-tokenizer always splits between these two: a cut here changes no id.
-SAFE_CUT = re.compile(r"\S\n(?=\S)")
 
 Ids = np.ndarray[Any, np.dtype[Any]]
 
@@ -73,7 +70,7 @@ class Tokenizer:
         self._inner.no_padding()
         self._inner.encode_special_tokens = True
         self._is_bytes = _is_byte_tokenizer(self._spec)
-        self._may_cut = _splits_like_gpt2(self._spec)
+        self.cutter = TextCutter(_splits_like_gpt2(self._spec))
         self.name = name or ("bytes" if self._is_bytes else "bpe")
         self.vocab_size = (
             max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -128,24 +125,39 @@ class Tokenizer:
         """Encode each text to ids of `self.dtype`, without end of text. Uses rayon's threads."""
         if self._is_bytes:
             return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
-        parts = [list(_parts(text)) if self._may_cut else [text] for text in texts]
-        ids = self._encode_parts([part for some in parts for part in some])
-        return [np.concatenate([next(ids) for _ in some]) for some in parts]
+        parts = [list(self.cutter.parts([text])) for text in texts]
+        ids = self._encode_parts(part for some in parts for part in some)
+        return [np.concatenate([next(ids)[1] for _ in some]) for some in parts]
 
-    def _encode_parts(self, parts: list[str]) -> Iterator[Ids]:
-        """Encode in groups: the library's results take some hundred bytes a token."""
-        for first in range(0, len(parts), PARTS_AT_ONCE):
-            try:
-                group = self._inner.encode_batch_fast(
-                    parts[first : first + PARTS_AT_ONCE], add_special_tokens=False
-                )
-            except BaseException as failure:
-                # Where a model has no unknown token, the library fails at what it lacks.
-                raise DataError(
-                    f"the tokenizer {self.name} cannot encode the text: "
-                    f"{_library_words(failure)}; take a byte-level tokenizer, which has all bytes"
-                ) from failure
-            yield from (np.array(encoding.ids, self.dtype) for encoding in group)
+    def encode_blocks(self, blocks: Iterable[str]) -> Iterator[tuple[str, Ids]]:
+        """Encode a text of blocks in bounded memory; yield its parts with their ids, in order."""
+        if self._is_bytes:
+            return ((t, np.frombuffer(t.encode(), np.uint8).astype(self.dtype)) for t in blocks)
+        return self._encode_parts(self.cutter.parts(blocks))
+
+    def _encode_parts(self, parts: Iterable[str]) -> Iterator[tuple[str, Ids]]:
+        """Encode in groups, whose parts threads share."""
+        group: list[str] = []
+        characters = 0
+        for part in parts:
+            if characters + len(part) > CHARACTERS_AT_ONCE:
+                yield from self._encode_group(group)
+                group, characters = [], 0
+            group.append(part)
+            characters += len(part)
+        yield from self._encode_group(group)
+
+    def _encode_group(self, parts: list[str]) -> Iterator[tuple[str, Ids]]:
+        try:
+            group = self._inner.encode_batch_fast(parts, add_special_tokens=False)
+        except BaseException as failure:
+            # Where a model has no unknown token, the library fails at what it lacks.
+            raise DataError(
+                f"the tokenizer {self.name} cannot encode the text: "
+                f"{_library_words(failure)}; take a byte-level tokenizer, which has all bytes"
+            ) from failure
+        for part, encoding in zip(parts, group, strict=True):
+            yield part, np.array(encoding.ids, self.dtype)
 
     def decode(self, ids: Iterable[int] | Ids) -> str:
         """Decode `ids` to text.
@@ -356,7 +368,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(byte_symbols()),
     )
-    inner.train_from_iterator(texts, trainer)
+    inner.train_from_iterator((part for text in texts for part in training_parts(text)), trainer)
     return Tokenizer(inner.to_str(), "bpe")
 
 
@@ -407,7 +419,9 @@ def _is_byte_level(spec: dict[str, Any]) -> bool:
 
 
 def _splits_like_gpt2(spec: dict[str, Any]) -> bool:
-    return _is_byte_level(spec) and bool(spec["pre_tokenizer"].get("use_regex"))
+    # An added token that is no special one is found across the cuts.
+    added = [token for token in spec.get("added_tokens", []) if not token.get("special")]
+    return _is_byte_level(spec) and bool(spec["pre_tokenizer"].get("use_regex")) and not added
 
 
 def _library_words(failure: BaseException) -> str:
@@ -415,14 +429,3 @@ def _library_words(failure: BaseException) -> str:
     if isinstance(failure, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
         raise failure
     return str(failure) or type(failure).__name__
-
-
-def _parts(text: str) -> Iterator[str]:
-    """Cut a long text where that changes no id, so that threads share it and memory stays small."""
-    start = 0
-    while len(text) - start > PART_CHARACTERS and (
-        found := SAFE_CUT.search(text, start + PART_CHARACTERS)
-    ):
-        yield text[start : found.end()]
-        start = found.end()
-    yield text[start:]

@@ -8,7 +8,7 @@ from mpillm.comm.failure import on_root
 from mpillm.comm.waiting import patient_barrier
 from mpillm.system.console import Console
 from mpillm.tokens.order import mix
-from mpillm.tokens.sources import read_piece
+from mpillm.tokens.sources import Document, parts_of
 from mpillm.tokens.survey import Survey
 from mpillm.tokens.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
@@ -84,13 +84,23 @@ def _own_sample(
         rows = survey.of_piece(number)
         wanted = chosen[np.searchsorted(survey.documents["ordinal"], rows["ordinal"])]
         if wanted.any():
-            texts = read_piece(survey.pieces[number]).documents
+            [(texts, _)] = survey.read([number], threads=1)
             sample += [
                 (
                     int(mix(rows["key"][i : i + 1] ^ SAMPLE_SALT)[0]),
                     int(rows["ordinal"][i]),
-                    texts[i][:sample_bytes],
+                    _beginning(texts.documents[i], sample_bytes),
                 )
                 for i in np.flatnonzero(wanted).tolist()
             ]
     return sample
+
+
+def _beginning(document: Document, most: int) -> str:
+    """Return the first `most` characters: no more of a long text is read."""
+    text = ""
+    for part in parts_of(document):
+        text += part[: most - len(text)]
+        if len(text) == most:
+            break
+    return text

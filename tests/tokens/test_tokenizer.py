@@ -11,13 +11,8 @@ from mpi4py import MPI
 from tokenizers import decoders, models, pre_tokenizers
 
 from mpillm.errors import DataError, UsageError
-from mpillm.tokens.tokenizer import (
-    PART_CHARACTERS,
-    Tokenizer,
-    byte_tokenizer,
-    token_dtype,
-    train_bpe,
-)
+from mpillm.tokens.text.text_cut import PART_CHARACTERS
+from mpillm.tokens.tokenizer import Tokenizer, byte_tokenizer, token_dtype, train_bpe
 
 pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="no messages: serial pass only")
 
@@ -205,6 +200,14 @@ def test_a_long_text_is_cut_without_changing_an_id():
     assert len(text) > 2 * PART_CHARACTERS
     assert BPE.encode(text) == tokenizers.Tokenizer.from_str(BPE.to_json()).encode(text).ids
     assert BPE.decode(BPE.encode_batch([text])[0]) == text
+
+
+def test_a_long_text_in_blocks_has_the_ids_of_the_whole():
+    text = "".join(f"word{i}, 中文。 and\n" for i in range(PART_CHARACTERS // 8))
+    for size in (999, 1 << 17):
+        blocks = (text[i : i + size] for i in range(0, len(text), size))
+        assert np.concatenate(list(BPE.encode_blocks(blocks))).tolist() == BPE.encode(text)
+    assert BPE.cutter.n_forced == 0
 
 
 def test_training_gives_the_same_bytes_on_any_number_of_threads(python):

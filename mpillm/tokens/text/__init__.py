@@ -1,0 +1,1 @@
+"""Where text comes from: files found, recognized, decoded, and cut into parts."""
