@@ -36,6 +36,8 @@ JSONL_PIECE_BYTES = 16 << 20
 LONG_TEXT_BYTES = 16 << 20
 # A record is parsed as a whole, in several times its size.
 LONGEST_RECORD_BYTES = 2 << 30
+# A million pieces: a size beyond that is a hole, or a file system's fault.
+LARGEST_FILE_BYTES = 16 << 40
 # Pieces that threads read ahead hold at most about this much.
 READ_AHEAD_BYTES = 64 << 20
 # Files are examined by threads: on a network's file system each open waits.
@@ -162,6 +164,8 @@ def list_pieces(
             f"{f' and {len(suspects) - 1:,} more' if len(suspects) > 1 else ''}; "
             "rename such a file to .jsonl to read its records"
         )
+    if field != DEFAULT_FIELD and not any(piece.lines for piece in pieces):
+        console.warn(f"--field {field} has no effect: no source has JSON records")
     return pieces
 
 
@@ -178,6 +182,11 @@ def _check_file(file: FoundFile, known: FileFacts) -> None:
         raise UsageError(
             f"cannot read the source {known.failure}"
             + ("" if file.named else "; or leave it out by --glob")
+        )
+    if known.nbytes > LARGEST_FILE_BYTES:
+        raise UsageError(
+            f"{one_line(file.path)} has {known.nbytes:,} bytes, a source may have "
+            f"{LARGEST_FILE_BYTES:,}; split it into several files"
         )
     if known.kind and file.named:
         raise UsageError(f"{one_line(file.path)} is {known.kind.name}, not text; {known.remedy}")

@@ -160,6 +160,22 @@ def test_the_field_of_records(own):
         documents([str(own / "a.jsonl")])
 
 
+def test_a_field_without_records_is_said(own):
+    (own / "a.txt").write_text("text")
+    (own / "b.json").write_text('{"text": "x"}')
+    stream = io.StringIO()
+    list_pieces([str(own)], field="body", console=Console(True, stream))
+    assert 'passed over: 1 JSON without the field "body" (.json)' in stream.getvalue()
+    assert "--field body has no effect" in stream.getvalue()
+
+
+def test_a_size_that_no_file_has_is_refused_with_the_number(own, monkeypatch):
+    (own / "a.jsonl").write_text('{"text": "x"}\n' * 99)
+    monkeypatch.setattr(sources, "LARGEST_FILE_BYTES", 1000)
+    with pytest.raises(UsageError, match=r"a\.jsonl has 1,386 bytes, a source may have 1,000"):
+        list_pieces([str(own)])
+
+
 def test_a_name_with_controls_stays_on_its_line(own):
     path = own / "a\n\x1b[31mb.jsonl"
     path.write_text("{oops\n")

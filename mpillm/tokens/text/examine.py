@@ -24,7 +24,6 @@ LINES_ENDINGS = (".jsonl", ".ndjson")
 LONGEST_FIRST_RECORD = 16 << 20
 ARRAY = FileKind("one JSON array", "JSON that isn't a record a line")
 SPREAD = FileKind("JSON that isn't a record a line", "JSON that isn't a record a line")
-OTHER_JSON = FileKind("JSON without the field of text", "JSON without the field of text")
 UNSIZED = FileKind("a file whose size is not known", "file without a size")
 
 
@@ -99,7 +98,8 @@ def _json_kind(line: str, named: bool, field: str) -> tuple[bool, FileKind | Non
     if isinstance(record, dict):
         # Among other files, a one-line configuration must not end the search.
         is_text = named or isinstance(field_of(record, field), str)
-        return is_text, None if is_text else OTHER_JSON
+        other = f'JSON without the field "{field}"'
+        return is_text, None if is_text else FileKind(other, other)
     if line.startswith("{") and len(line) < LONGEST_FIRST_RECORD - 1:
         return False, SPREAD
     return True, None if named or not line or line.startswith("{") else SPREAD

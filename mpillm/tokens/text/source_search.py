@@ -68,7 +68,8 @@ class PassedOver:
         endings = Path(name).suffixes
         if endings:
             both = endings[-1] in COMPRESSED_ENDINGS
-            self.endings.setdefault(group, Counter())["".join(endings[-2 if both else -1 :])] += 1
+            ending = one_line("".join(endings[-2 if both else -1 :]))
+            self.endings.setdefault(group, Counter())[ending] += 1
 
     def text(self) -> str:
         """Write `2 compressed (.jsonl.gz), 1 pipe`."""

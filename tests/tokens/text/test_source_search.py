@@ -149,8 +149,10 @@ def test_a_report_counts_and_names_endings() -> None:
     for name in ("a.jsonl.gz", "b.jsonl.gz", "c.v2.gz", "d.zst", "e.xz"):
         passed.add("compressed", name)
     passed.add("binary", "no ending")
+    passed.add("binary", "a.x\n\x1by")
     passed.add("pipe")
     passed.counts["picture or sound"] += 1200
     assert passed.text() == (
-        "1,200 pictures or sounds, 5 compressed (.jsonl.gz, .v2.gz, .xz, …), 1 binary, 1 pipe"
+        "1,200 pictures or sounds, 5 compressed (.jsonl.gz, .v2.gz, .xz, …), "
+        r"2 binary (.x\n\x1by), 1 pipe"
     )
