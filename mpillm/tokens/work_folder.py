@@ -84,15 +84,19 @@ def work_folder(
     Every rank of `comm` calls it. Where another job prepares the same with the same `prep`, it
     waits until that one ends. Raises UsageError where the other prepares something else.
     """
-    work = on_root(comm, lambda: take(out, to_json(prep), console.say))
     ended = threading.Event()
-    if comm.rank == 0:
-        threading.Thread(target=_beat, args=(work.path / OWNER, ended), daemon=True).start()
+    # Noted before they are made: a signal may come at any line.
+    made: list[Path] = []
     try:
+        work = on_root(comm, lambda: take(out, to_json(prep), console.say, made))
+        made.append(work.path)
+        if comm.rank == 0:
+            threading.Thread(target=_beat, args=(work.path / OWNER, ended), daemon=True).start()
         yield work
     except BaseException:
         # The ranks that wait for this one may be ended before they can remove anything.
-        shutil.rmtree(work.path, ignore_errors=True)
+        for path in made:
+            shutil.rmtree(path, ignore_errors=True)
         raise
     else:
         # No rank leaves before it is gone.
@@ -101,8 +105,11 @@ def work_folder(
         ended.set()
 
 
-def take(out: Path, prep: str, say: Callable[[str], None]) -> WorkFolder:
-    """Make a work folder for `out` once no other job has one. One process of a job calls it."""
+def take(out: Path, prep: str, say: Callable[[str], None], made: list[Path]) -> WorkFolder:
+    """Make a work folder for `out` once no other job has one. One process of a job calls it.
+
+    `made` gets each path before it is made.
+    """
     parent = place_of(out)
     make_folder(parent)
     me = _this_process(out, prep)
@@ -120,7 +127,7 @@ def take(out: Path, prep: str, say: Callable[[str], None]) -> WorkFolder:
             waited = True
             time.sleep(POLL_SECONDS)
             continue
-        path = _make(parent, out, me)
+        path = _make(parent, out, me, made)
         # Two jobs that made theirs at once see each other: both remove it, and wait at random.
         if _living(parent, out, say, besides=path) is None:
             return WorkFolder(path, waited)
@@ -142,20 +149,17 @@ def is_work_folder(name: str) -> bool:
     return re.fullmatch(r"\..*\.[0-9a-f]{16}\.prepare", name, re.DOTALL) is not None
 
 
-def _make(parent: Path, out: Path, me: Owner) -> Path:
+def _make(parent: Path, out: Path, me: Owner, made: list[Path]) -> Path:
     """Make a new folder with its owner inside from the first moment that it has its name."""
     name = f".{out.name[:NAME_LETTERS]}.{secrets.token_hex(8)}"
     begun, path = parent / f"{name}.tmp", parent / f"{name}.prepare"
+    made += (begun, path)
     # mkdir(2) follows no link and fails where there is anything of this name.
     begun.mkdir()
-    try:
-        text = to_json({"format": FORMAT, **asdict(me)}, indent=1) + "\n"
-        (begun / OWNER).write_text(text, encoding="utf-8")
-        (begun / DATASET).mkdir()
-        begun.rename(path)
-    except BaseException:
-        shutil.rmtree(begun, ignore_errors=True)
-        raise
+    text = to_json({"format": FORMAT, **asdict(me)}, indent=1) + "\n"
+    (begun / OWNER).write_text(text, encoding="utf-8")
+    (begun / DATASET).mkdir()
+    begun.rename(path)
     return path
 
 

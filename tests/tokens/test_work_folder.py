@@ -28,13 +28,13 @@ Say = list[str]
 def left_by(out: Path, **facts: Any) -> Path:
     """Leave a work folder of `out` as a process with these facts would."""
     me = room._this_process(out, '"prep"')
-    path = room._make(out.parent, out, replace(me, **facts))
+    path = room._make(out.parent, out, replace(me, **facts), [])
     (path / "tokens-00000").write_bytes(b"many")
     return path
 
 
 def test_the_name_cannot_be_predicted_and_links_are_not_followed(tmp_path: Path) -> None:
-    names = {room.take(tmp_path / f"{i}" / "out", "{}", print).path.name for i in range(20)}
+    names = {room.take(tmp_path / f"{i}" / "out", "{}", print, []).path.name for i in range(20)}
     assert len(names) == 20
     assert all(room.is_work_folder(name) for name in names)
     elsewhere = tmp_path / "elsewhere"
@@ -43,7 +43,7 @@ def test_the_name_cannot_be_predicted_and_links_are_not_followed(tmp_path: Path)
     # The name that earlier versions used, and a work folder's: a link is neither used nor removed.
     for name in (".out.partial", f".out.{'0' * 16}.prepare"):
         (tmp_path / name).symlink_to(elsewhere)
-    work = room.take(tmp_path / "out", "{}", print)
+    work = room.take(tmp_path / "out", "{}", print, [])
     assert not work.path.is_symlink()
     assert (elsewhere / "x").read_text() == "mine"
 
@@ -52,7 +52,7 @@ def test_what_a_dead_process_left_is_removed(tmp_path: Path) -> None:
     said: Say = []
     out = tmp_path / "out"
     dead = left_by(out, birth="1")
-    ours = room.take(out, "{}", said.append)
+    ours = room.take(out, "{}", said.append, [])
     assert not dead.exists()
     assert ours.path.exists()
     assert f"removed {dead}, left over by process {os.getpid()}" in said[0]
@@ -78,7 +78,7 @@ def test_what_is_not_known_to_be_ours_stays(
 ) -> None:
     path = left_by(tmp_path / "out", birth="1")
     change(path)
-    room.take(tmp_path / "out", "{}", print)
+    room.take(tmp_path / "out", "{}", print, [])
     assert (path / "tokens-00000").read_bytes() == b"many"
 
 
@@ -86,11 +86,11 @@ def test_a_folder_of_another_host_blocks_while_it_is_touched(tmp_path: Path) -> 
     out = tmp_path / "out"
     far = left_by(out, host="far", space="another", birth="1")
     with pytest.raises(UsageError, match=r"another job prepares .*process \d+ on far, since"):
-        room.take(out, "{}", print)
+        room.take(out, "{}", print, [])
     # Silent for two minutes, or dated two minutes into the future: neither blocks, neither goes.
     for age in (-130, 130):
         os.utime(far / "owner.json", (time.time() + age,) * 2)
-        work = room.take(out, "{}", print)
+        work = room.take(out, "{}", print, [])
         assert far.exists()
         work.path.rename(tmp_path / f"done{age}")
 
@@ -98,9 +98,9 @@ def test_a_folder_of_another_host_blocks_while_it_is_touched(tmp_path: Path) -> 
 def test_the_same_options_wait(tmp_path: Path) -> None:
     said: Say = []
     out = tmp_path / "out"
-    other = room.take(out, "{}", print)
+    other = room.take(out, "{}", print, [])
     threading.Timer(0.5, lambda: other.path.rename(tmp_path / "done")).start()
-    work = room.take(out, "{}", said.append)
+    work = room.take(out, "{}", said.append, [])
     assert work.waited
     assert len(said) == 1
     assert f"({room.read_owner(work.path).describe()}): wait" in said[0]  # type: ignore[union-attr]
@@ -201,7 +201,7 @@ def test_a_killed_job_leaves_what_the_next_removes(tmp_path: Path, texts: str, s
 
 
 def test_the_owner_is_json(tmp_path: Path) -> None:
-    work = room.take(tmp_path / "out", "{}", print)
+    work = room.take(tmp_path / "out", "{}", print, [])
     value = json.loads((work.path / "owner.json").read_text())
     owner = room.read_owner(work.path)
     assert owner is not None
