@@ -125,7 +125,7 @@ class TokenReader:
         """Check that each id of windows of tokens (n, length) is in the vocabulary.
 
         `starts` (n,): the position of each window in the split. Raises DataError with the file and
-        the byte of the first id beyond. A maximum costs less than a hundredth of the read.
+        the byte of the first id beyond. The time of the maximum is within the noise of a read.
         """
         if not tokens.size or int(tokens.max()) < self.vocab_size:
             return

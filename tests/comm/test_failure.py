@@ -3,13 +3,23 @@ reason.
 """
 
 import errno
+import os
 import time
 from pathlib import Path
 
 import pytest
 
-from mpillm.comm.failure import Reason, exit_code, lone_message, message, ranks_text, reason_of
-from mpillm.errors import LayoutError, MpillmError, UsageError
+from mpillm.comm.failure import (
+    Reason,
+    exit_code,
+    lone_message,
+    message,
+    on_all,
+    on_root,
+    ranks_text,
+    reason_of,
+)
+from mpillm.errors import DataError, LayoutError, MpillmError, UsageError
 
 SCRIPT = """
 import os, signal, sys, time
@@ -203,3 +213,24 @@ def test_bare_exit_code_is_silent(leave):
     done, _ = leave("sys.exit(4)")
     assert done.returncode == 4
     assert ours(done) == []
+
+
+@pytest.mark.parametrize("failing", [0, -1])
+def test_a_failure_of_one_rank_is_raised_on_all(comm, failing):
+    """Also the system's own: with its file and what to do."""
+    failing %= comm.size
+
+    def work():
+        if comm.rank == failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there")
+        return comm.rank
+
+    says = "there: No space left on device; free some space"
+    with pytest.raises(DataError, match=says):
+        on_all(comm, work)
+    with pytest.raises(DataError, match="in other words"):
+        on_all(comm, work, lambda failure: "in other words")
+    if failing == 0:
+        with pytest.raises(DataError, match=says):
+            on_root(comm, work)
+    assert on_all(comm, lambda: comm.rank) == comm.rank
