@@ -23,6 +23,7 @@ from mpillm.system.messages import command
 from mpillm.tasks import task_catalog
 from mpillm.tasks.task import Task
 from mpillm.tasks.task_catalog import make_task
+from mpillm.tokens.dataset_folder import is_dataset
 from mpillm.tokens.manifest import NAME as MANIFEST
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.tokenizer import Tokenizer
@@ -173,9 +174,9 @@ def load_data(checkpoint: Checkpoint, data: Path | None) -> Manifest:
         return Manifest.load(data)
     named = Path(checkpoint.facts["recipe"]["data"]["path"])
     if not (named / MANIFEST).is_file():
-        # Before 0.2 a checkpoint did not record the folder; the place of the run may show it.
-        run, facts = checkpoint.folder.parent.parent, checkpoint.facts
-        folder = facts.get("folder") or folder_of_paths(run, facts["recipe"])
+        # Checkpoints of 0.1 record no folder, and a run may have been moved with its data.
+        near = folder_of_paths(checkpoint.folder.parent.parent, checkpoint.facts["recipe"])
+        folder = near if near and is_dataset(near / named) else checkpoint.facts.get("folder")
         raise DataError(f"the run's dataset {missing_data(named, folder and str(folder))}")
     manifest = Manifest.load(named)
     if manifest.manifest_hash != checkpoint.facts["data"]:
@@ -196,7 +197,7 @@ def missing_data(named: Path, folder: Any, option: str = "--data FOLDER") -> str
             f"go there, or say where it is: {option}"
         )
     return (
-        f"{named} is not here: the run was trained in {folder}, where its paths begin; "
+        f"{named} is not here: its path begins in {folder}; "
         f"go there (`{command(['cd', folder])}`), or say where it is: {option}"
     )
 

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpillm.comm.failure import on_root
 from mpillm.comm.waiting import patient_barrier
-from mpillm.errors import CheckpointError
 from mpillm.infer.baselines import score_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import generate
@@ -111,20 +109,9 @@ def print_generation(
     """
     check_prompt(prompt)
     loaded = load_trained(trained, comm, console)
-    on_root(comm, lambda: _check_finite(loaded))
     if comm.rank == 0:
         console.write(prompt)
         for text in generate(loaded.model, loaded.tokenizer, prompt, sampling):
             console.write(text)
         console.write("\n")
     patient_barrier(comm)
-
-
-def _check_finite(loaded: Loaded) -> None:
-    """Raise CheckpointError where a weight is NaN or infinite: nothing can be computed with it."""
-    for name, weight in loaded.model.named_weights():
-        if not weight.isfinite().all():
-            raise CheckpointError(
-                f"the weights of {loaded.checkpoint.folder} are NaN or infinite ({name}): the run "
-                "diverged; name an earlier checkpoint"
-            )

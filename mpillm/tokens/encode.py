@@ -9,7 +9,7 @@ import numpy as np
 
 from mpillm.system.console import Progress
 from mpillm.tokens.losses import LossCheck
-from mpillm.tokens.split import TRAIN, VALIDATION, SplitPlan, cut_tail, long_cut_place
+from mpillm.tokens.split import TRAIN, VALIDATION, SplitPlan, cut_place, cut_tail
 from mpillm.tokens.survey import Survey
 from mpillm.tokens.tokenizer import Tokenizer
 
@@ -127,19 +127,15 @@ def _parts(survey: Survey, plan: SplitPlan, threads: int) -> Iterator[EncodedPar
             row = (key, ordinal, texts.piece.source)
             if isinstance(document, str):
                 # Numbered as the splits: the first half is TRAIN, the second VALIDATION.
-                halves = (
-                    enumerate(cut_tail(document, plan.validation))
-                    if plan.cut
-                    else [(split, document)]
-                )
+                parts = cut_tail(document, plan.validation) if plan.cut else ()
+                halves = enumerate(parts) if plan.cut else [(split, document)]
                 for which, half in halves:
                     if half:
                         yield EncodedPart([half], len(half), (*row, which))
                 continue
             blocks = survey.unchanged(document, key)
             if plan.cut:
-                place = long_cut_place(document, plan.validation)
-                head, blocks = split_blocks(blocks, place)
+                head, blocks = split_blocks(blocks, cut_place(document, plan.validation))
                 yield EncodedPart(head, None, (*row, TRAIN))
                 split = VALIDATION
             yield EncodedPart(blocks, None, (*row, split))

@@ -6,7 +6,7 @@ documents are chosen in the order of the hash until the share of bytes is as nea
 Where few documents allow no share near it, each is cut in two.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,6 @@ SPLIT_SALT = np.uint64(0x7E57)
 DOCUMENT_TOLERANCE, TOLERANCE = 0.2, 0.5
 # With fewer documents each is a tenth of the text or more: cutting them comes nearer.
 FEW_DOCUMENTS = 10
-# A document is cut in front of a line, else of a word.
-MARKS = "\n "
 # Rank 0 holds 16 bytes for each of so many documents. With more, the hash is near the share unless
 # a few documents have most of the text.
 MOST_CHOSEN_FROM = 1 << 22
@@ -143,45 +141,27 @@ def cut_tail(text: str, validation: float) -> tuple[str, str]:
 
     The second part begins at the start of a line if one is near, else at a word's if one is.
     """
-    target = _target(len(text), validation)
-    found = [
-        (text.find(mark, max(target - 1, 0)) + 1, text.rfind(mark, 0, max(target, 0)) + 1)
-        for mark in MARKS
-    ]
-    place = _cut_place(len(text), target, found, validation)
+    place = cut_place([text], validation)
     return text[:place], text[place:]
 
 
-def long_cut_place(document: Iterable[str], validation: float) -> int:
-    """Find the place where `cut_tail` cuts a text that is too long for memory; it is read twice."""
-    length = sum(map(len, document))
-    target = _target(length, validation)
-    after, before, start = [0] * len(MARKS), [0] * len(MARKS), 0
-    for block in document:
-        for number, mark in enumerate(MARKS):
-            found = block.find(mark, max(0, target - 1 - start)) + 1
-            if found and not after[number]:
-                after[number] = start + found
-            if found := block.rfind(mark, 0, max(0, target - start)) + 1:
-                before[number] = start + found
+def cut_place(blocks: Iterable[str], validation: float) -> int:
+    """Find the character at which `cut_tail` cuts a text, given in blocks; it is read twice."""
+    length = sum(map(len, blocks))
+    target = min(length - 1, max(1, round(length * (1 - validation))))
+    # For each mark the first place from the target on, and the last before it; 0 for none.
+    places = {mark: [0, 0] for mark in "\n "}
+    start = 0
+    for block in blocks:
+        for mark, found in places.items():
+            if not found[0]:
+                after = block.find(mark, max(target - 1 - start, 0))
+                found[0] = start + after + 1 if after >= 0 else 0
+            before = block.rfind(mark, 0, max(target - start, 0))
+            found[1] = start + before + 1 if before >= 0 else found[1]
         start += len(block)
-        if start >= target and all(after):
-            break
-    return _cut_place(length, target, list(zip(after, before, strict=True)), validation)
-
-
-def _target(length: int, validation: float) -> int:
-    return min(length - 1, max(1, round(length * (1 - validation))))
-
-
-def _cut_place(
-    length: int, target: int, found: Sequence[tuple[int, int]], validation: float
-) -> int:
-    """Choose where to cut. `found`: for each mark the places after the next and the last, 0 for
-    none.
-    """
-    for places in found:
-        for place in places:
+    for found in places.values():
+        for place in found:
             if 0 < place < length and is_near(1 - place / length, validation):
                 return place
     return max(0, target)

@@ -13,10 +13,11 @@ from mpi4py import MPI
 from mpillm.errors import DataError
 from mpillm.system.console import Console
 from mpillm.tokens import sources
-from mpillm.tokens.encode import cut_tail, long_cut_place, split_blocks
+from mpillm.tokens.encode import split_blocks
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.reader import open_split
+from mpillm.tokens.split import cut_place, cut_tail
 from mpillm.tokens.survey import survey
 
 QUIET = Console(False)
@@ -107,10 +108,10 @@ def test_a_line_without_an_end_is_cut_and_said_once(folder, comm, monkeypatch):
 def test_a_long_text_is_cut_where_a_short_one_is(validation):
     chance = np.random.default_rng(8)
     for _ in range(200):
-        text = "".join(chance.choice([*"abc", "\n"], int(chance.integers(2, 60))))
+        text = "".join(chance.choice([*"abcdefgh", "\n", " "], int(chance.integers(2, 60))))
         size = int(chance.integers(1, 20))
         blocks = [text[start : start + size] for start in range(0, len(text), size)]
-        head, tail = split_blocks(iter(blocks), long_cut_place(blocks, validation))
+        head, tail = split_blocks(iter(blocks), cut_place(blocks, validation))
         assert ("".join(head), "".join(tail)) == cut_tail(text, validation)
 
 
