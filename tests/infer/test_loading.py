@@ -156,7 +156,7 @@ def test_a_dataset_that_is_missing_names_the_folder_of_the_run(
     assert trained_in == str(Path.cwd())
     checkpoint.facts["recipe"]["data"]["path"] = "prepared/x"
     monkeypatch.chdir(tmp_path)
-    words = f"the run was trained in {trained_in}, .*go there .*`cd .*`.*--data FOLDER"
+    words = f"its path begins in {trained_in}; go there .*`cd .*`.*--data FOLDER"
     with pytest.raises(DataError, match=words):
         load_data(checkpoint, None)
     del checkpoint.facts["folder"]
