@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mpillm.system.plain_files import LARGEST_FILE, read_plain
+
 # Bytes of file names that are no UTF-8, as Python keeps them, and other halves of characters.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -27,8 +29,8 @@ def from_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a file of UTF-8. Raises OSError, and ValueError for whatever cannot be read."""
-    return from_json(path.read_text(encoding="utf-8"))
+    """Parse a plain file of UTF-8. Raises OSError, and ValueError for whatever cannot be read."""
+    return from_json(read_plain(path, most=LARGEST_FILE).decode("utf-8"))
 
 
 def _finite(value: Any) -> Any:

@@ -11,6 +11,8 @@ from mpillm.system.messages import explain
 
 # Far above any log line, recipe or record, and small in memory.
 LARGEST_TEXT = 1 << 24
+# An index or a vocabulary grows with the model; this is far above the largest.
+LARGEST_FILE = 1 << 31
 
 
 def open_plain(path: Path, flags: int = 0) -> BinaryIO:
@@ -30,10 +32,9 @@ def open_plain(path: Path, flags: int = 0) -> BinaryIO:
 def read_plain(path: Path, flags: int = 0, most: int = LARGEST_TEXT) -> bytes:
     """Read a plain file of at most `most` bytes. Raises OSError for any other."""
     with open_plain(path, flags) as file:
-        found = file.read(most + 1)
-    if len(found) > most:
-        raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
-    return found
+        if os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
+        return file.read()
 
 
 def is_there(path: Path) -> bool:

@@ -12,6 +12,7 @@ from mpillm.system import hdf5
 from mpillm.system.atomic import write_text
 from mpillm.system.json_text import read_json, to_json
 from mpillm.system.messages import command
+from mpillm.system.plain_files import LARGEST_FILE, read_plain
 from mpillm.tokens.manifest_schema import SPLITS as SPLITS
 from mpillm.tokens.manifest_schema import ManifestRules
 from mpillm.tokens.shards import FORMAT, VERSION, ShardInfo
@@ -167,7 +168,7 @@ class Manifest:
                 f"the dataset {self.folder} lacks its tokenizer.json; copy it back or prepare again"
             )
         try:
-            data = path.read_bytes()
+            data = read_plain(path, most=LARGEST_FILE)
             found = Tokenizer.from_json(
                 data.decode(), self.tokenizer["name"], self.tokenizer["end_of_text"]
             )

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mpillm.errors import DataError, UsageError
 from mpillm.system.json_text import from_json
+from mpillm.system.plain_files import LARGEST_FILE, read_plain
 from mpillm.tokens.text.text_cut import TextCutter, training_parts
 
 END_OF_TEXT = "<|endoftext|>"
@@ -94,7 +95,7 @@ class Tokenizer:
         name = name or path.stem
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_plain(path, most=LARGEST_FILE).decode("utf-8")
         except (OSError, UnicodeDecodeError) as failure:
             reason = getattr(failure, "strerror", None) or "not UTF-8 text"
             raise UsageError(

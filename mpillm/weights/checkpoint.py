@@ -20,6 +20,7 @@ from numpy.lib.stride_tricks import as_strided
 from mpillm.errors import CheckpointError, MismatchError
 from mpillm.system import hdf5
 from mpillm.system.messages import explain
+from mpillm.system.plain_files import LARGEST_FILE, read_plain
 from mpillm.weights.index import StoredSlice, read_index
 from mpillm.weights.slices import Array, Box, Held, TensorSlice, all_finite, raw, slices_of
 
@@ -54,7 +55,7 @@ class Checkpoint:
         """
         path = self.folder / file
         try:
-            contents = path.read_bytes()
+            contents = read_plain(path, most=LARGEST_FILE)
             if (digest := self._hashes.get(file)) and hdf5.digest(contents) != digest:
                 raise CheckpointError(
                     f"{path} is damaged: its hash differs; use another checkpoint"

@@ -218,3 +218,11 @@ def test_json_holds_no_nan_and_any_name(tmp_path: Path) -> None:
 def test_what_json_cannot_be_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         from_json(text)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_json_is_read_from_plain_files_alone(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.json"
+    (os.mkfifo if kind == "pipe" else os.mkdir)(path)
+    with pytest.raises(OSError, match=f"it is a {kind}"):
+        read_json(path)
