@@ -175,6 +175,9 @@ def _be_the_verb(
         os.setsid()
         os.chdir(folder)
         os.environ["TMPDIR"] = str(scratch / "tmp")
+        # Ranks that are killed leave what their MPI library put into /dev/shm: not ours to remove.
+        for name in ("btl_vader", "btl_sm"):
+            os.environ[f"OMPI_MCA_{name}_backing_directory"] = str(scratch / "tmp")
         for number, name, flags in (
             (0, os.devnull, os.O_RDONLY),
             (1, str(scratch / "out"), os.O_WRONLY | os.O_CREAT),
