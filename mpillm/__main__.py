@@ -11,8 +11,15 @@ def main() -> None:
         leave_on_signals()
     except KeyboardInterrupt:
         sys.exit(130)
-    from mpillm.cli import main as run
+    try:
+        from mpillm.cli import main as run
+    except Exception as failure:
+        from mpillm.system.shadowing import explain_hidden, hidden_packages
 
+        hidden, remedy = explain_hidden(hidden_packages())
+        if not hidden:
+            raise
+        sys.exit(f"mpillm: error: {hidden} ({type(failure).__name__}: {failure}); {remedy}")
     run()
 
 

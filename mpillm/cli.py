@@ -11,6 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 from mpillm.errors import MpillmError
 from mpillm.launch.launchers import is_one_of_several
 from mpillm.system.ending_signals import INTERRUPTED
+from mpillm.system.messages import printable
 from mpillm.system.plugins import is_plugin, load_plugin
 from mpillm.system.standard_streams import guard_streams
 from mpillm.verbs.command import make_command, verb_summary
@@ -73,8 +74,7 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
     try:
         code = app(standalone_mode=False)
-    except typer.Abort:
-        # Typer's word for Ctrl-C, here before a verb catches it.
+    except typer.Abort:  # Ctrl-C before a verb catches it
         code = INTERRUPTED
     except Exception as failure:
         # What was typed is wrong on every rank; any other failure may be this rank's alone.
@@ -90,6 +90,7 @@ def main() -> None:
 
 def _print_failure(failure: Any) -> None:
     if hasattr(failure, "show"):
+        failure.message = printable(failure.message)[:1000]
         failure.show()
         return
     from mpillm.comm.failure import fail_together

@@ -39,6 +39,8 @@ MPI_LIBRARY = "mpi"
 """The MPI library's own algorithm."""
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 MOST_SIZES = 1000
+# The time of each round is kept, and its statistics are of all of them.
+MOST_ROUNDS = 10_000_000
 LARGEST_BYTES = 1 << 40
 REMEDY = (
     "write --sizes as 1K:256M:x2 (first:last:factor), 1M:4M:+1M (first:last:step) "
@@ -59,8 +61,10 @@ class BenchOptions:
     algorithms: Annotated[
         str, Option("auto,mpi,shared,ring,gloo …; all that can run where none is named.")
     ] = ""
-    iterations: Annotated[int, Option("Rounds that are timed.")] = 20
-    warmup: Annotated[int, Option("Rounds before them.")] = 3
+    iterations: Annotated[int, Option("Rounds that are timed.", minimum=1, maximum=MOST_ROUNDS)] = (
+        20
+    )
+    warmup: Annotated[int, Option("Rounds before them.", minimum=0, maximum=MOST_ROUNDS)] = 3
     check: Annotated[bool, Option("Count wrong elements.")] = False
     device: Annotated[str, Option("cpu or cuda.")] = "cpu"
     in_place: Annotated[bool, Option("The result replaces the data.")] = False
@@ -100,6 +104,8 @@ class BenchOptions:
             )
         if self.as_json and self.csv == STDOUT:
             raise UsageError("--json and --csv - both want the standard output; give --csv a file")
+        if self.plot is not None and self.plot.suffix.lower() != ".png":
+            raise UsageError(f"--plot draws a PNG; end the name {self.plot} in .png")
         for what in self.benchmarks():
             self.sizes_of(what)
 

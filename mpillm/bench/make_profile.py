@@ -1,8 +1,12 @@
-"""Make the cluster profile, which `comm` reads, from a run's results; pure."""
+"""Make the cluster profile, which `comm` reads, from a run's results, and save it."""
 
+import fcntl
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from mpillm.bench.bench_options import COLLECTIVES
@@ -18,6 +22,7 @@ from mpillm.machine.cluster_profile import (
     PointToPointCost,
     Way,
 )
+from mpillm.system.atomic import is_special
 
 
 def make_profile(
@@ -49,6 +54,59 @@ def make_profile(
         dict(probe),
         handover(rows),
     )
+
+
+Mark = tuple[int, int, int] | None
+
+
+@dataclass(frozen=True)
+class SavedProfile:
+    """The place of --save, with the mark of the file that was there before the run."""
+
+    path: Path
+    before: Mark
+
+    @classmethod
+    def find(cls, path: Path) -> "SavedProfile":
+        return cls(path, _mark(path))
+
+    def write(self, profile: ClusterProfile) -> Path:
+        """Write `profile` and return its place. One rank calls it. Raises UsageError.
+
+        Of two runs with one --save the first to end has the path. The other one's file gets the
+        next free name, such as cluster-2.json: nothing that was measured is lost.
+        """
+        if is_special(self.path):
+            profile.save(self.path)
+            return self.path
+        with _one_at_a_time(self.path):
+            free, number = self.path, 2
+            while _mark(free) not in ({self.before} if free == self.path else {None}):
+                free = self.path.with_stem(f"{self.path.stem}-{number}")
+                number += 1
+            profile.save(free)
+        return free
+
+
+def _mark(path: Path) -> Mark:
+    """Identify a file's contents: a replaced file has another inode; None without a file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Lock the folder of `path` while the block looks and writes; not where locks fail."""
+    descriptor = os.open(os.path.realpath(path.parent), os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def cost_of(rows: Sequence[Row]) -> Cost:

@@ -2,12 +2,12 @@
 
 import csv
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mpillm.system.console import Console
+from mpillm.system.json_text import to_json
 
 SCHEMA, VERSION = "mpillm bench", 1
 Row = dict[str, Any]
@@ -95,7 +95,7 @@ def as_json(header: Mapping[str, str], sections: Sequence[Section], notes: Seque
         "results": results,
         "notes": list(notes),
     }
-    return json.dumps(whole, ensure_ascii=False) + "\n"
+    return to_json(whole) + "\n"
 
 
 def as_csv(sections: Sequence[Section]) -> str:

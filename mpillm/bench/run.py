@@ -11,22 +11,24 @@ from mpillm.bench.context import BenchContext, header
 from mpillm.bench.filesystem import run_filesystem
 from mpillm.bench.gemm import run_gemm
 from mpillm.bench.handover import run_handover
-from mpillm.bench.make_profile import make_profile
+from mpillm.bench.make_profile import SavedProfile, make_profile
 from mpillm.bench.memory_bandwidth import run_memory
 from mpillm.bench.overlap import run_overlap
 from mpillm.bench.plot import draw_bandwidth, drawn
 from mpillm.bench.point_to_point import run_message_rate, run_pairs
 from mpillm.bench.results import Section, as_csv, as_json, print_sections
+from mpillm.bench.sample_arrays import check_memory
 from mpillm.comm.communicator import Communicator
 from mpillm.comm.failure import on_root
 from mpillm.comm.gpu.probe import probe
 from mpillm.errors import UsageError
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.machine.node_map import NodeMap, map_nodes
-from mpillm.system.atomic import make_folder, write_text
+from mpillm.system.atomic import check_outputs, write_text
 from mpillm.system.console import Console
 from mpillm.system.extras import require_packages
 from mpillm.system.malloc import keep_pages
+from mpillm.system.messages import explain
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -49,9 +51,10 @@ def run_benchmarks(
     if options.plot is not None:
         # Before anything is measured: a long run must not end in a picture that cannot be drawn.
         require_packages("bench --plot", "matplotlib")
-    on_root(comm, lambda: _check_places(options))
+    saved = on_root(comm, lambda: _check_places(options))
     node_map = node_map or map_nodes(comm)
     _check_device(options, node_map.local_rank(comm.rank))
+    check_memory(options, comm, node_map)
     quiet = Console(speaks=False) if options.quiet else console
     cluster = describe_cluster(comm, node_map)
     profile = load_profile(options.profile, quiet.warn, cluster) if options.profile else None
@@ -67,13 +70,16 @@ def run_benchmarks(
     facts = header(bench, cluster, kept)
     sections = [section for what in options.benchmarks() for section in _measure(bench, what)]
     group.free()
-    on_root(comm, lambda: _write(bench, sections, cluster, facts, gpu))
+    faults = on_root(comm, lambda: _write(bench, sections, cluster, facts, gpu, saved))
     if options.as_json:
         console.write(as_json(facts, sections, bench.notes))
     elif options.csv == STDOUT:
         console.write(as_csv(sections))
     else:
         print_sections(facts, sections, bench.notes, console)
+    if faults:
+        # After the figures, which are not measured again for the sake of a file.
+        raise UsageError("; ".join(faults))
 
 
 def _measure(bench: BenchContext, what: str) -> list[Section]:
@@ -90,17 +96,11 @@ def _measure(bench: BenchContext, what: str) -> list[Section]:
     return others[what](bench) if what in others else run_pairs(bench, what)
 
 
-def _files(options: BenchOptions) -> list[Path]:
-    named = [Path(options.csv)] if options.csv not in ("", STDOUT) else []
-    return named + [path for path in (options.plot, options.save) if path is not None]
-
-
-def _check_places(options: BenchOptions) -> None:
+def _check_places(options: BenchOptions) -> SavedProfile | None:
     """Fail before measuring where a file of the options cannot be written."""
-    for path in _files(options):
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder; name a file in it")
-        make_folder(path.parent)
+    csv = Path(options.csv) if options.csv not in ("", STDOUT) else None
+    check_outputs({"--csv": csv, "--plot": options.plot, "--save": options.save})
+    return SavedProfile.find(options.save) if options.save is not None else None
 
 
 def _check_device(options: BenchOptions, local_rank: int) -> None:
@@ -122,20 +122,36 @@ def _write(
     cluster: Cluster,
     facts: dict[str, str],
     gpu: Mapping[str, Any],
-) -> None:
-    """Write the files that were asked for; rank 0 calls it."""
-    options = bench.options
+    saved: SavedProfile | None,
+) -> list[str]:
+    """Write the files that were asked for, and return what could not be; rank 0 calls it."""
+    options, size = bench.options, bench.comm.size
+
+    def profile() -> None:
+        assert saved is not None
+        made = make_profile(sections, cluster, size, options.device, facts["date"], gpu)
+        if (place := saved.write(made)) != saved.path:
+            bench.note(f"{saved.path} was written by another run meanwhile: this one is in {place}")
+
+    works: list[tuple[Path, Callable[[], None]]] = []
     if options.csv not in ("", STDOUT):
-        write_text(Path(options.csv), as_csv(sections))
-    if options.plot is not None:
-        if drawn(sections, bench.comm.size):
-            draw_bandwidth(sections, bench.comm.size, options.plot)
-        else:
-            bench.note(f"no picture: {options.what} measures no bandwidth over size")
-    if options.save is not None:
-        make_profile(sections, cluster, bench.comm.size, options.device, facts["date"], gpu).save(
-            options.save
-        )
+        works.append((Path(options.csv), lambda: write_text(Path(options.csv), as_csv(sections))))
+    if options.plot is not None and drawn(sections, size):
+        plot = options.plot
+        works.append((plot, lambda: draw_bandwidth(sections, size, plot)))
+    elif options.plot is not None:
+        bench.note(f"no picture: {options.what} measures no bandwidth over size")
+    if saved is not None:
+        works.append((saved.path, profile))
+    faults = []
+    for path, work in works:
+        try:
+            work()
+        except OSError as failure:
+            faults.append(f"cannot write {explain(failure, path)}")
+        except UsageError as failure:
+            faults.append(str(failure))
+    return faults
 
 
 def _gpu_facts(environment: Mapping[str, str] | None) -> dict[str, Any]:

@@ -1,15 +1,33 @@
-"""Make the arrays of a benchmark: any element type, on the CPU or a GPU, new or kept."""
+"""Make the arrays of a benchmark: any element type, on the CPU or a GPU, new or kept.
+
+Sizes that the node has no memory for are refused first: Linux grants more memory than there is, and
+ends the process at the first write into it.
+"""
 
 import mmap
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpillm.bench.bench_options import COLLECTIVES, BenchOptions
 from mpillm.bench.pattern import fill, pattern
 from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.comm.buffers import from_octets, itemsize_of, new_octets
+from mpillm.errors import UsageError
+from mpillm.machine.memory import read_memory
+from mpillm.machine.node_map import NodeMap
+from mpillm.system.console import binary_bytes, counted
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+# Arrays of the largest size that a rank holds at once, at least.
+ARRAYS = {**dict.fromkeys(COLLECTIVES, 2), "memory": 3, "filesystem": 1}
+OTHERS = 2
+GEMM_MATRICES = 3
+# Where Linux does not say: nothing is refused.
+UNKNOWN = 1 << 62
 IN_BLOCKS = ("reduce_scatter", "allgather", "alltoall")
 """The operations that cut the array in equal blocks, one a rank."""
 
@@ -97,3 +115,34 @@ def as_tensor(array: Any) -> Any:
     import torch
 
     return torch.from_numpy(array)
+
+
+def check_memory(options: BenchOptions, comm: "MPI.Intracomm", node_map: NodeMap) -> None:
+    """Raise UsageError where the arrays of a node's ranks exceed its memory. Every rank calls it.
+
+    Arrays on a GPU are left to its own library, which refuses them.
+    """
+    if options.device != "cpu":
+        return
+    local = len(node_map.local_ranks(comm.rank))
+    # Every rank raises where one node has too little.
+    least = min(comm.allgather((read_memory().usable or UNKNOWN) // local))
+    for what in options.benchmarks():
+        needed = needed_bytes(options, what)
+        if needed > least:
+            raise UsageError(
+                f"bench {what} with sizes up to {options.sizes_of(what)[-1]:,} needs "
+                f"{binary_bytes(needed)} a rank at least, and a node has {binary_bytes(least)} "
+                f"available for each of its {counted(local, 'rank')}; "
+                "write smaller --sizes or start fewer ranks a node"
+            )
+
+
+def needed_bytes(options: BenchOptions, what: str) -> int:
+    """Estimate the bytes of a rank's arrays for the largest size, rather too few than too many."""
+    largest = options.sizes_of(what)[-1]
+    if what == "gemm":
+        return GEMM_MATRICES * largest * largest * itemsize_of(options.element)
+    if what == "barrier":
+        return 0
+    return ARRAYS.get(what, OTHERS) * largest

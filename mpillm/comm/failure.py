@@ -7,6 +7,7 @@ message and all exit. If some did not (they wait in a collective, or are done), 
 reason and calls MPI_Abort, which ends all.
 """
 
+import re
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ from mpillm.comm.waiting import patient_barrier, patient_bcast, wait_patiently
 from mpillm.errors import DataError, MpillmError
 from mpillm.system.ending_signals import INTERRUPTED
 from mpillm.system.messages import explain, printable
+from mpillm.system.shadowing import explain_hidden, hidden_packages
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -40,6 +42,10 @@ ENDING_SIGNALS = (
     signal.SIGUSR2,
     signal.SIGXCPU,
 )
+# A typed value of thousands of letters must not hide the message around it.
+LONG_WORD, SHOWN_LETTERS = re.compile(r"\S{1000,}"), 200
+# torch raises RuntimeError.
+OUT_OF_MEMORY = re.compile("can't allocate memory|[Oo]ut of memory")
 
 Result = TypeVar("Result")
 
@@ -162,13 +168,23 @@ def reason_of(failure: BaseException) -> Reason:
     elif isinstance(failure, MemoryError):
         text = f"out of memory{f' ({text})' if text else ''}; use a smaller job or more nodes"
     elif not isinstance(failure, MpillmError | SystemExit):
-        name = type(failure).__name__
-        text = (
-            f"a fault of mpillm itself: {name}{f': {text}' if text else ''}; "
-            "please report it with the output of --debug"
-        )
+        text = _foreign_text(failure)
     trace = "".join(traceback.format_exception(failure))
     return Reason(f"{getattr(failure, 'kind', 'error')}: {text}", code, trace)
+
+
+def _foreign_text(failure: BaseException) -> str:
+    """Explain an exception that mpillm does not raise: memory, a hidden package, or our fault."""
+    name, text = type(failure).__name__, str(failure)
+    if OUT_OF_MEMORY.search(text):
+        return f"out of memory ({text.splitlines()[0]}); use a smaller job or more nodes"
+    hidden, remedy = explain_hidden(hidden_packages())
+    if hidden:
+        return f"{hidden} ({name}: {text}); {remedy}"
+    return (
+        f"a fault of mpillm itself: {name}{f': {text}' if text else ''}; "
+        "please report it with the output of --debug"
+    )
 
 
 def _leave(private: "MPI.Intracomm | None", reason: Reason, debug: bool) -> NoReturn:
@@ -222,8 +238,12 @@ def _line(reason: Reason, who: str, debug: bool) -> str:
     kind, _, rest = words.partition(": ")
     if who:
         words = f"{kind}: {who}{rest}" if kind in KINDS else f"error: {who}{words}"
-    line = printable(f"mpillm: {words}\n")
+    line = printable(f"mpillm: {LONG_WORD.sub(_shortened, words)}\n")
     return reason.trace + line if debug else line
+
+
+def _shortened(found: "re.Match[str]") -> str:
+    return found.group()[:SHOWN_LETTERS] + "…"
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
@@ -31,7 +31,7 @@ from mpillm.launch.threads import threads_per_rank
 from mpillm.machine.node_map import map_nodes
 from mpillm.system.console import Console
 from mpillm.system.environment import without_launcher
-from mpillm.system.plugins import load_plugin
+from mpillm.system.plugins import load_class
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -66,7 +66,7 @@ def diagnose(options: DoctorOptions, console: Console, environment: Mapping[str,
 
 def load_checks(more: Sequence[str] = ()) -> list[Check]:
     """Make the checks of the catalogue, then `more`, each `package.module:Name`."""
-    return [load_plugin(name, CHECKS, "check")() for name in (*CHECKS, *more)]
+    return [load_class(name, CHECKS, "check", Check)() for name in (*CHECKS, *more)]
 
 
 def _refusal(environment: Mapping[str, str], started: Started, look: MpiLook) -> list[Finding]:
@@ -222,4 +222,11 @@ def _collect(
     world = replace(world, facts=facts, rows=rows, places=places)
     for check in checks:
         world.meet()
-        rows += [FindingRow(finding) for finding in check.examine_ranks(world)]
+        rows += [FindingRow(finding) for finding in _rank_findings(check, world)]
+
+
+def _rank_findings(check: Check, world: World) -> Iterable[Finding]:
+    """Compare ranks by one check; its own failure is a finding where no other rank waits."""
+    if world.comm.size > 1:
+        return check.examine_ranks(world)
+    return guarded(check.area, check.name, partial(check.examine_ranks, world))

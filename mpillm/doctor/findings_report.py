@@ -1,6 +1,5 @@
 """The report: rows grouped by area, with verdict, facts and remedy; or one JSON object."""
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -8,6 +7,7 @@ from typing import Any
 
 from mpillm.doctor.findings import FindingRow, count, hosts_text, worst
 from mpillm.system.console import Console
+from mpillm.system.json_text import to_json
 
 WIDTH = 100
 VERDICT_COLUMNS, NAME_COLUMNS = 9, 18
@@ -103,7 +103,7 @@ def print_findings(
 ) -> int:
     """Print the report where `console` prints; return the exit code: 1 after an error, else 0."""
     if as_json:
-        console.write(json.dumps(report_json(rows, facts), indent=1, ensure_ascii=False) + "\n")
+        console.write(to_json(report_json(rows, facts), indent=1) + "\n")
     else:
         for parts in report_lines(rows, list(facts)):
             console.styled(parts)

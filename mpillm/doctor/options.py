@@ -25,7 +25,9 @@ class DoctorOptions:
         tuple[str, ...],
         Option("Hosts to reach; else those of the allocation.", metavar="A,B,…", commas=True),
     ] = ()
-    gpus: Annotated[int | None, Option("GPUs that each host should have.")] = None
+    gpus: Annotated[
+        int | None, Option("GPUs that each host should have.", minimum=0, maximum=1024)
+    ] = None
     site: Annotated[
         Path | None, Option("Another site file than your own.", metavar="SITE.toml")
     ] = None

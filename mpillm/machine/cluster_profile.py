@@ -9,19 +9,21 @@ algorithms by.
 docs/bench.md explains every key. Sizes are bytes, times seconds, rates bytes a second.
 """
 
-import json
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast, get_args
 
 from mpillm.errors import UsageError
 from mpillm.machine.cpu import processor
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.system.atomic import write_json
+from mpillm.system.json_text import from_json
+from mpillm.system.plain_files import read_text
+from mpillm.system.messages import explain
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -225,9 +227,9 @@ class ClusterProfile:
         """
         return cls(
             str(value["made"]),
-            Cluster(**value["cluster"]),
+            _typed(Cluster, value["cluster"]),
             tuple(_collective(entry) for entry in value["collectives"]),
-            tuple(PointToPointCost(**_split(entry)) for entry in value["point_to_point"]),
+            tuple(_typed(PointToPointCost, _split(entry)) for entry in value["point_to_point"]),
             dict(value["memory"]),
             tuple(map(dict, value["gemm"])),
             dict(value["filesystem"]),
@@ -242,9 +244,7 @@ class ClusterProfile:
         try:
             write_json(path, self.to_json())
         except OSError as failure:
-            raise UsageError(
-                f"cannot write the profile {path}: {failure.strerror}; choose another place"
-            ) from failure
+            raise UsageError(f"cannot write the profile {explain(failure, path)}") from failure
 
 
 def _flat(entry: CollectiveCost | PointToPointCost) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def _flat(entry: CollectiveCost | PointToPointCost) -> dict[str, Any]:
 
 def _collective(value: Mapping[str, Any]) -> CollectiveCost:
     """Read one collective; an algorithm's former name becomes the present one."""
-    entry = CollectiveCost(**_split(value))
+    entry = _typed(CollectiveCost, _split(value))
     return replace(entry, algorithm=ALIASES.get(entry.algorithm, entry.algorithm))
 
 
@@ -264,16 +264,44 @@ def _split(value: Mapping[str, Any]) -> dict[str, Any]:
     """Gather the keys of the cost into a Cost, and check it."""
     names = {part.name for part in fields(Cost)}
     points = tuple((int(size), float(seconds)) for size, seconds in value["points"])
-    bandwidth = value["bytes_per_second"]
-    if not all(0 < seconds < math.inf for _, seconds in points) or list(points) != sorted(points):
+    sizes = [size for size, _ in points]
+    if not all(0 < seconds < math.inf for _, seconds in points) or sizes != sorted(sizes):
         raise ValueError("points must ascend in size and have positive times")
+    if sizes and not 0 <= sizes[0] <= sizes[-1] < 1 << 63:
+        raise ValueError("sizes of points are bytes, from 0 up")
+    bandwidth = value["bytes_per_second"]
     cost = Cost(
         points,
-        float(value["latency_seconds"]),
-        None if bandwidth is None else float(bandwidth),
-        float(value["relative_error"]),
+        _finite(value["latency_seconds"], 0.0),
+        None if bandwidth is None else _finite(bandwidth, math.nextafter(0, 1)),
+        _finite(value["relative_error"], 0.0),
     )
     return {key: part for key, part in value.items() if key not in names} | {"cost": cost}
+
+
+def _finite(value: Any, least: float) -> float:
+    number = float(value)
+    if not least <= number < math.inf:
+        raise ValueError(f"{value} is no time and no rate")
+    return number
+
+
+Made = TypeVar("Made")
+
+
+def _typed(kind: type[Made], value: Mapping[str, Any]) -> Made:
+    """Make the dataclass `kind` of JSON's values, each of the type of its field."""
+    made = kind(**value)
+    for part in fields(kind):  # type: ignore[arg-type]
+        own = getattr(made, part.name)
+        # A whole number is a float too, and a rate may be None.
+        fitting: Any = part.type if part.type in (str, int, bool) else float | int | None
+        wrong = not isinstance(own, Cost) and not isinstance(own, fitting)
+        if wrong or (isinstance(own, bool) and fitting is not bool):
+            raise TypeError(f"{part.name} is {own!r:.60}")
+        if isinstance(own, float) and not math.isfinite(own):
+            raise ValueError(f"{part.name} is {own}")
+    return made
 
 
 def _way(name: str) -> Way:
@@ -282,17 +310,33 @@ def _way(name: str) -> Way:
     return cast(Way, name)
 
 
-def load_profile(path: Path, warn: Warn, here: Cluster) -> ClusterProfile | None:
+def load_profile(path: Path, warn: Warn, here: Cluster, aid: bool = False) -> ClusterProfile | None:
     """Load the profile at `path`; None, and one sentence to `warn`, where it does not hold here.
 
     That is a profile of another version, or of another cluster than `here` (see
-    `describe_cluster`). Raises UsageError when the file is missing or cannot be read.
+    `describe_cluster`). Raises UsageError when the file is missing or cannot be read. `aid`: the
+    profile only makes a run faster, so a damaged one is ignored too; a missing one is not.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return _read_profile(path, warn, here)
+    except UsageError as failure:
+        if not aid or not path.exists():
+            raise
+        fault, _, remedy = str(failure).rpartition("; ")
+        warn(f"{fault}: ignored; {remedy}")
+        return None
+
+
+def _read_profile(path: Path, warn: Warn, here: Cluster) -> ClusterProfile | None:
+    try:
+        value = from_json(read_text(path))
     except FileNotFoundError as failure:
         raise UsageError(f"there is no profile {path}; {REMEDY}") from failure
-    except (OSError, ValueError) as failure:
+    except OSError as failure:
+        raise UsageError(
+            f"the profile {path} cannot be read: {failure.strerror}; {REMEDY}"
+        ) from failure
+    except ValueError as failure:
         raise UsageError(f"the profile {path} cannot be read: {failure}; {REMEDY}") from failure
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
         raise UsageError(
@@ -306,10 +350,9 @@ def load_profile(path: Path, warn: Warn, here: Cluster) -> ClusterProfile | None
         return None
     try:
         profile = ClusterProfile.from_json(value)
-    except (KeyError, TypeError, ValueError, AttributeError) as failure:
-        raise UsageError(
-            f"the profile {path} is damaged: {type(failure).__name__} {failure}; {REMEDY}"
-        ) from failure
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as failure:
+        what = f"no {failure}" if isinstance(failure, KeyError) else str(failure)
+        raise UsageError(f"the profile {path} is damaged: {what}; {REMEDY}") from failure
     if difference := profile.cluster.differs_from(here):
         warn(f"the profile {path} is of another cluster ({difference}): ignored; {REMEDY}")
         return None

@@ -1,7 +1,7 @@
 """Files that are whole or absent: written to a temporary name, flushed, then renamed.
 
 Devices, pipes and sockets have no such name: they are written in place. A link stays a link, and
-its target is replaced.
+its target is replaced. `check_outputs` tries the files that a verb will write at its end.
 """
 
 import os
@@ -9,7 +9,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,3 +110,36 @@ def make_folder(path: Path) -> None:
             f"cannot write into the folder {path}: {getattr(failure, 'strerror', failure)}; "
             "choose a folder that you may write to"
         ) from failure
+
+
+def check_outputs(named: Mapping[str, Path | None], make_folders: bool = True) -> list[Path]:
+    """Return the files of `named`, option → file or None; with `make_folders` make their folders.
+
+    Raises UsageError, with the option, for a folder, a file of two options, and a place that cannot
+    be written to. A device or a pipe is not opened: a pipe waits for its reader.
+    """
+    found: dict[Path, str] = {}
+    for option, path in named.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UsageError(f"{option} {path} is a folder; name a file in it")
+        if is_special(path):
+            if not os.access(path, os.W_OK):
+                why = "you may not write there" if path.exists() else "it is not there"
+                raise UsageError(f"{option}: cannot write {path}: {why}; name another file")
+            continue
+        whole = Path(os.path.realpath(path))
+        if whole in found:
+            raise UsageError(f"{found[whole]} and {option} both name {path}; name two files")
+        found[whole] = option
+        if not (make_folders or whole.parent.is_dir()):
+            raise UsageError(
+                f"{option}: cannot write {path}: {whole.parent} is no folder; make it, or name "
+                "another file"
+            )
+        try:
+            make_folder(whole.parent)
+        except UsageError as failure:
+            raise UsageError(f"{option} {path}: {failure}") from failure
+    return [path for path in named.values() if path is not None]

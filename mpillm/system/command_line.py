@@ -102,6 +102,10 @@ def _check_text(title: str, value: str | Path, is_path: bool) -> None:
         raise UsageError(f"{title} holds a NUL byte, {_short(text)!r}; take it out")
     if not is_path:
         return
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as failure:
+        raise UsageError(f"{title} {_short(text)!a} is no name of a file: {failure}") from failure
     longest = max((len(os.fsencode(name)) for name in text.split("/")), default=0)
     if longest > NAME_BYTES or len(os.fsencode(text)) > PATH_BYTES:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""JSON that every parser takes: without NaN, and in UTF-8 whatever the text holds."""
+"""Text files by their byte-order mark, and JSON that every parser takes: without NaN, in UTF-8."""
 
 import json
 import math

@@ -1,5 +1,6 @@
 """Read files that should be plain ones. Nothing else is waited for, or read without end."""
 
+import codecs
 import errno
 import os
 import stat
@@ -13,6 +14,16 @@ from mpillm.system.messages import explain
 LARGEST_TEXT = 1 << 24
 # An index or a vocabulary grows with the model; this is far above the largest.
 LARGEST_FILE = 1 << 31
+# Open files of this process, which a shell makes of <(…).
+SUBSTITUTED = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
+# Longest first: the mark of UTF-32 begins as that of UTF-16.
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 def open_plain(path: Path, flags: int = 0) -> BinaryIO:
@@ -35,6 +46,26 @@ def read_plain(path: Path, flags: int = 0, most: int = LARGEST_TEXT) -> bytes:
         if os.fstat(file.fileno()).st_size > most:
             raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
         return file.read()
+
+
+def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
+    """Read UTF-8, or UTF-16 and UTF-32 with a byte-order mark, which is taken off.
+
+    A pipe of a shell's `<(…)` will do. Raises OSError, and ValueError for another encoding.
+    """
+    if str(path).startswith(SUBSTITUTED):
+        with path.open("rb") as file:
+            content = file.read(most)
+    else:
+        content = read_plain(path, most=most)
+    encoding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as failure:
+        raise ValueError(
+            f"byte {failure.start:,} is not {encoding.removesuffix('-sig').upper()}; "
+            "save it as UTF-8"
+        ) from failure
 
 
 def is_there(path: Path) -> bool:

@@ -36,17 +36,22 @@ def load_plugin(name: str, catalog: Mapping[str, str], what: str) -> Any:
         )
     module, _, attribute = target.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except ImportError as failure:
+        loaded = importlib.import_module(module)
+    except (Exception, SystemExit) as failure:
         # An entry of the catalogue lacks a package, which the caller explains.
         if name in catalog:
             raise
-        raise UsageError(
-            f"the {what} {name} cannot be imported: {failure}; "
-            "install its package, or set PYTHONPATH"
-        ) from failure
-    except AttributeError as failure:
-        raise UsageError(f"the {what} {name}: module {module} has no {attribute}") from failure
+        reason = str(failure).partition("\n")[0]
+        if isinstance(failure, ImportError):
+            text, remedy = reason, "install its package, or set PYTHONPATH"
+        else:
+            text, remedy = f"{type(failure).__name__}: {reason}", f"correct the module {module}"
+        raise UsageError(f"the {what} {name} cannot be imported: {text}; {remedy}") from failure
+    if not hasattr(loaded, attribute):
+        near = get_close_matches(attribute, dir(loaded), n=1, cutoff=0.5)
+        hint = f"; did you mean {module}:{near[0]}?" if near else ""
+        raise UsageError(f"the {what} {name}: module {module} has no {attribute}{hint}")
+    return getattr(loaded, attribute)
 
 
 def load_class(name: str, catalog: Mapping[str, str], what: str, base: type[Base]) -> type[Base]:

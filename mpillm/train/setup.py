@@ -141,7 +141,7 @@ def _profile(
 
     def load() -> ClusterProfile | None:
         path = named or (in_run if in_run.exists() else None)
-        return load_profile(path, console.warn, here) if path else None
+        return load_profile(path, console.warn, here, aid=True) if path else None
 
     return on_root(comm, load)
 

@@ -4,8 +4,9 @@ import ast
 import importlib.util
 import inspect
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Protocol, cast, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
@@ -48,13 +49,22 @@ def make_command(name: str, verb: Callable[..., Verb]) -> Any:
 
     `verb` is a dataclass. The command raises what its constructor raises, before MPI is loaded.
     """
-    parameters = list(command_parameters(verb))  # type: ignore[arg-type]
+    if not (isinstance(verb, type) and is_dataclass(verb) and callable(getattr(verb, "run", None))):
+        raise UsageError(
+            f"the verb {name} must name a dataclass with a method run, and not {verb!r:.80}; "
+            "docs/extending.md has an example"
+        )
+    kind = cast("Callable[..., Verb]", verb)
+    try:
+        parameters = list(command_parameters(verb))
+    except (NameError, TypeError) as failure:
+        raise UsageError(f"the options of the verb {name} cannot be read: {failure}") from failure
 
     def call(**given: Any) -> None:
         values = {one.name: _to_field(one, given[one.name]) for one in parameters}
         for one in parameters:
             one.check(values[one.name])
-        made = verb(**values)
+        made: Verb = kind(**values)
         release_signals()
         made.run()
         if getattr(verb, "prints_its_result", True):

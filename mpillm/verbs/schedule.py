@@ -10,6 +10,8 @@ from mpillm.parallel.pipeline.schedule_report import ScheduleOptions, print_sche
 from mpillm.system.command_line import Debug
 from mpillm.verbs.job import first_process
 
+MOST_COLUMNS = 2000
+
 
 @dataclass(frozen=True)
 class Schedule(ScheduleOptions):
@@ -23,5 +25,6 @@ class Schedule(ScheduleOptions):
 
     def run(self) -> None:
         with first_process(self.debug) as console:
-            width = shutil.get_terminal_size((120, 24)).columns
+            # COLUMNS may hold any number.
+            width = min(shutil.get_terminal_size((120, 24)).columns, MOST_COLUMNS)
             print_schedule(replace(self, width=width, coloured=watched(os.environ)), console)

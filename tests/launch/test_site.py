@@ -27,6 +27,34 @@ def test_which_file_is_read(tmp_path: Path) -> None:
     assert load_site(named, home | {"MPILLM_SITE": str(set_)}).account == "named"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_mark_of_an_editor_is_taken_off(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "site.toml").write_text('account = "a"\r\n', encoding=encoding)
+    assert load_site(tmp_path / "site.toml", {}).account == "a"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cores_per_node = nan",
+        "cores_per_node = 1e300",
+        "cores_per_node = " + "9" * 5000,
+        "a = " + "[" * 5000,
+        "account = 3",
+        "variables = 1",
+        "variables = {a = 1}",
+        "modules = [1]",
+        "[variables.a]",
+        "account = 'a'\naccount = 'b'",
+        "profile = '\0'",
+    ],
+)
+def test_whatever_is_in_a_site_file_is_a_message(tmp_path: Path, text: str) -> None:
+    (tmp_path / "site.toml").write_text(text)
+    with pytest.raises(UsageError, match=r"site file .*site\.toml"):
+        load_site(tmp_path / "site.toml", {})
+
+
 def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
     for path, environment in (
         (tmp_path / "no.toml", {}),
@@ -36,7 +64,7 @@ def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
             load_site(path, environment)
     with pytest.raises(UsageError, match="cannot read the site file"):
         load_site(tmp_path, {})
-    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfa")
     with pytest.raises(UsageError, match="not valid TOML"):
         load_site(tmp_path / "binary.toml", {})
 

@@ -214,3 +214,72 @@ def test_the_processor(tmp_path: Path) -> None:
     name, cores = processor(tmp_path / "none")
     assert name
     assert cores == 1
+
+
+def damaged(value: Any, place: tuple[Any, ...], new: Any) -> Any:
+    """Replace one part of the JSON value."""
+    inner = value
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = new
+    return value
+
+
+def places(value: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """List the place of every part of a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    found = []
+    for key, part in inner:
+        found.append((*above, key))
+        if isinstance(part, dict | list):
+            found += places(part, (*above, key))
+    return found
+
+
+@pytest.mark.parametrize(
+    "new", [None, "x", -1, 1e308, float("nan"), float("inf"), 10**400, [], {}, [[]], True, [[1, 2]]]
+)
+def test_any_part_of_any_kind_is_read_or_refused(tmp_path: Path, new: Any) -> None:
+    path, text = tmp_path / "profile.json", json.dumps(profile().to_json())
+    refused = 0
+    for place in places(json.loads(text)):
+        path.write_text(json.dumps(damaged(json.loads(text), place, new)))
+        heard = list[str]()
+        try:
+            found = load_profile(path, heard.append, HERE)
+        except UsageError:
+            refused += 1
+            # Where it is only an aid the same is a warning.
+            assert load_profile(path, heard.append, HERE, aid=True) is None
+            assert "ignored" in heard[-1]
+            assert str(path) in heard[-1]
+            continue
+        if found is not None:
+            for cost in found.collectives:
+                assert cost.cost.seconds(5000) >= 0
+    assert refused > 10
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "cannot be read"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"\xff\xfe{", "is not UTF-16"),
+        (b"\x00\xff", "is not UTF-8"),
+        (b'{"schema": ' + b"9" * 5000 + b"}", "cannot be read"),
+        (b"null", "is not a cluster profile"),
+    ],
+)
+def test_what_is_no_profile(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "p.json").write_bytes(content)
+    with pytest.raises(UsageError, match=words):
+        load_profile(tmp_path / "p.json", print, HERE)
+    with pytest.raises(UsageError, match="there is no profile"):
+        load_profile(tmp_path / "none.json", print, HERE, aid=True)
+
+
+def test_a_mark_of_an_editor_is_taken_off(tmp_path: Path) -> None:
+    text = json.dumps(profile().to_json())
+    (tmp_path / "p.json").write_text(text, encoding="utf-8-sig")
+    assert load_profile(tmp_path / "p.json", print, HERE) == profile()

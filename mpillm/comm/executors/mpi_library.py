@@ -6,7 +6,7 @@ offers for it.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,15 @@ import numpy as np
 
 from mpillm.comm import kernel
 from mpillm.comm.algorithms.schedule import block_bounds
-from mpillm.comm.buffers import ELEMENTS, REDUCTIONS, SHORT_FLOATS, message_spans
+from mpillm.comm.buffers import (
+    ELEMENTS,
+    LARGEST_COUNT,
+    REDUCTIONS,
+    SHORT_FLOATS,
+    message_spans,
+)
 from mpillm.comm.executors.request import LocalRequest, MpiRequest, Operands, Request, chain
+from mpillm.errors import CommError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -102,12 +109,32 @@ def _in_spans(
     count: int,
 ) -> Request:
     """Make one request of as many calls as `count` elements need."""
-    spans = [arguments(*span) for span in message_spans(count)]
-    blocking = [functools.partial(call, *span) for span in spans]
-    starts = [functools.partial(starting, *span) for span in spans]
-    if len(spans) == 1:
+    return _several(call, starting, [arguments(*span) for span in message_spans(count)])
+
+
+def _several(
+    call: Callable[..., object],
+    starting: "Callable[..., MPI.Request]",
+    arguments: Sequence[tuple[Any, ...]],
+) -> Request:
+    """Make one request of a call for each of `arguments`, in this order on every rank."""
+    blocking = [functools.partial(call, *one) for one in arguments]
+    starts = [functools.partial(starting, *one) for one in arguments]
+    if len(arguments) == 1:
         return MpiRequest(blocking[0], starts[0])
     return MpiRequest(lambda: [each() for each in blocking], lambda: [each() for each in starts])
+
+
+def _block_spans(bounds: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Cut each rank's block into the spans of one call: (rank, first, stop), empty blocks left
+    out.
+    """
+    return [
+        (rank, first + start, first + end)
+        for rank, (first, stop) in enumerate(pairwise(bounds))
+        for start, end in message_spans(stop - first)
+        if end > start
+    ]
 
 
 def _allreduce(
@@ -160,6 +187,8 @@ def _reduce_scatter(
     bounds = block_bounds(source.count, comm.size)
     counts = [stop - first for first, stop in pairwise(bounds)]
     first, stop = bounds[comm.rank], bounds[comm.rank + 1]
+    if len(message_spans(source.count)) > 1:
+        return _large_reduce_scatter(comm, operands, kind, op)
     # MPI puts an in-place result at the array's beginning; ours belongs into the own block.
     block = source.empty(stop - first) if operands.in_place else target
     given, into = [source.octets, source.count, kind], [block.octets, block.count, kind]
@@ -172,6 +201,27 @@ def _reduce_scatter(
     return chain(call, LocalRequest(lambda: np.copyto(target.raw(first, stop), block.octets)))
 
 
+def _large_reduce_scatter(
+    comm: "MPI.Intracomm", operands: Operands, kind: "MPI.Datatype", op: "MPI.Op"
+) -> Request:
+    """Reduce each block to its rank: MPI's own call counts the whole array in 31 bits."""
+    from mpi4py import MPI
+
+    source, target = operands.source, operands.target
+    bounds = block_bounds(source.count, comm.size)
+    offset = 0 if operands.in_place else bounds[comm.rank]
+
+    def arguments(root: int, first: int, stop: int) -> tuple[Any, ...]:
+        given: Any = [source.raw(first, stop), stop - first, kind]
+        if root != comm.rank:
+            return given, None, op, root
+        into = [target.raw(first - offset, stop - offset), stop - first, kind]
+        return MPI.IN_PLACE if operands.in_place else given, into, op, root
+
+    spans = [arguments(*span) for span in _block_spans(bounds)]
+    return _several(comm.Reduce, comm.Ireduce, spans)
+
+
 def _allgather(
     comm: "MPI.Intracomm", operands: Operands, kind: "MPI.Datatype", op: "MPI.Op"
 ) -> Request:
@@ -180,6 +230,16 @@ def _allgather(
     source, target = operands.source, operands.target
     bounds = block_bounds(target.count, comm.size)
     counts = [stop - first for first, stop in pairwise(bounds)]
+    if len(message_spans(target.count)) > 1:
+        # MPI's own call counts the places of blocks in 31 bits: each rank sends its block to all.
+        spans = [
+            ([target.raw(first, stop), stop - first, kind], root)
+            for root, first, stop in _block_spans(bounds)
+        ]
+        sent = _several(comm.Bcast, comm.Ibcast, spans)
+        own = target.raw(bounds[comm.rank], bounds[comm.rank + 1])
+        copied = LocalRequest(lambda: np.copyto(own, source.octets))
+        return sent if operands.in_place else chain(copied, sent)
     given: Any = MPI.IN_PLACE if operands.in_place else [source.octets, source.count, kind]
     # The vector form: blocks differ by an element where the ranks do not divide the count.
     into: Any = [target.octets, (counts, bounds[:-1]), kind]
@@ -197,6 +257,11 @@ def _alltoall(
     source, target = operands.source, operands.target
     # MPI takes the count of one rank's block here, not that of the array.
     each = target.count // comm.size
+    if len(message_spans(each)) > 1:
+        raise CommError(
+            f"alltoall by the MPI library takes blocks of {LARGEST_COUNT:,} elements at most, not "
+            f"{each:,}; send the array in parts, or name another algorithm"
+        )
     given: Any = MPI.IN_PLACE if operands.in_place else [source.octets, each, kind]
     into: Any = [target.octets, each, kind]
     return MpiRequest(

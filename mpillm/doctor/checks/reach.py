@@ -54,7 +54,8 @@ def try_host(host: str, port: int = SSH_PORT) -> str:
     """Connect to the port; return one of the constants above, or the system's error text."""
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, UnicodeError):
+        # A name with letters that no host's name has.
         return NO_NAME
     result = NO_ANSWER
     for family, kind, protocol, _, address in addresses[:2]:

@@ -16,6 +16,7 @@ from mpillm.doctor.check_base import Check, HostView
 from mpillm.doctor.checks.gpu_count import build_of
 from mpillm.doctor.findings import Finding
 from mpillm.doctor.subprocesses import trial
+from mpillm.system.shadowing import explain_hidden, hidden_packages
 from mpillm.system.versions import package_version
 
 AREA = "software"
@@ -55,6 +56,8 @@ class Software:
     needs: tuple[Need, ...]
     versions: Mapping[str, str]
     imports: Mapping[str, Imported]
+    hidden: Mapping[str, Path] = field(default_factory=dict)
+    """Package → the file of a user's that is imported in its place."""
 
 
 class SoftwareCheck(Check):
@@ -85,6 +88,7 @@ def read_software(environment: Mapping[str, str]) -> Software:
         needs,
         versions,
         try_imports([*wanted, KERNEL], environment),
+        hidden_packages(),
     )
 
 
@@ -174,7 +178,12 @@ def judge_software(software: Software) -> list[Finding]:
             f"install it again: pip install --force-reinstall --no-deps {name}",
         )
         for name, imported in software.imports.items()
-        if imported.failure and name != KERNEL
+        # A hidden package is why others fail: installing them again would not help.
+        if imported.failure and name != KERNEL and not software.hidden
+    ]
+    findings += [
+        Finding(AREA, name, "error", *explain_hidden({name: file}))
+        for name, file in software.hidden.items()
     ]
     kernel = judge_kernel(software.imports.get(KERNEL, Imported()))
     return [*findings, *judge_builds(software), kernel]

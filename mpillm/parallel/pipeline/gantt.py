@@ -134,10 +134,10 @@ def _legend(schedule: PipelineSchedule, columns: float | None) -> str:
 
 def _ruler(name: str, makespan: float, columns: float) -> str:
     """Write round times below their columns, at least ten columns apart."""
-    # 1, 2 or 5 times a power of ten; the range covers nanoseconds to days, whatever the unit.
+    # 1, 2 or 5 times a power of ten; the range covers what costs and counts allow.
     step = next(
         size * 10.0**power
-        for power in range(-9, 15)
+        for power in range(-12, 22)
         for size in (1, 2, 5)
         if size * 10.0**power * columns >= 10
     )
@@ -147,12 +147,14 @@ def _ruler(name: str, makespan: float, columns: float) -> str:
     return line
 
 
-def gantt_picture(timeline: Timeline, schedule: PipelineSchedule, path: Path) -> None:
-    """Write the chart as .svg or .png, by the suffix of `path`.
+def gantt_picture(
+    timeline: Timeline, schedule: PipelineSchedule, path: Path, kind: str = ""
+) -> None:
+    """Write the chart as svg or png: `kind`, else by the suffix of `path`.
 
     Raises UsageError for another suffix, OSError where the file cannot be written.
     """
-    kind = path.suffix.removeprefix(".")
+    kind = kind or path.suffix.removeprefix(".")
     if kind not in ("svg", "png"):
         raise UsageError(f"a chart is drawn as .svg or .png, not as {path.name}; end its name so")
     # Imported here: a chart on the terminal needs no matplotlib, which is slow to load.

@@ -24,6 +24,10 @@ SCHEDULES: Mapping[str, str] = MappingProxyType(
 )
 
 
+# Beyond it a schedule takes gigabytes. 64 ranks × 2 chunks × 2,048 microbatches are below it.
+MOST_ACTIONS = 1_000_000
+
+
 def make_schedule(name: str, ranks: int, microbatches: int, chunks: int = 0) -> PipelineSchedule:
     """Make the schedule `name` for `ranks` ranks with `chunks` stages each; 0: its usual number.
 
@@ -79,6 +83,13 @@ def _check_numbers(
         raise LayoutError(
             f"{name} has {number}{' or more' * rule.more_chunks}, not {chunks}; "
             f"leave the number of chunks out, or: {other}"
+        )
+    # At most three kinds of action for each stage and microbatch.
+    actions = 3 * ranks * chunks * microbatches
+    if actions > MOST_ACTIONS:
+        raise LayoutError(
+            f"{name} of {ranks:,} ranks × {chunks:,} stages × {microbatches:,} microbatches has "
+            f"{actions:,} actions, at most {MOST_ACTIONS:,} are made; give fewer microbatches"
         )
     # Below this number a V or a round cannot be filled: the rule would leave actions out.
     least = rule.microbatches_a_rank * ranks

@@ -6,6 +6,7 @@ weights. An empty cell is idle time.
 """
 
 import csv
+import io
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import cast
 from mpillm.errors import LayoutError
 from mpillm.parallel.pipeline.actions import Action, Kind, PipelineSchedule
 from mpillm.parallel.pipeline.check import check
+from mpillm.system.plain_files import read_text
 
 # Nine digits at most: a longer number is a mistake, and would cost memory before it is found.
 _CELL = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
@@ -53,10 +55,9 @@ def write_schedule(schedule: PipelineSchedule) -> str:
 
 def _lines(path: Path) -> list[list[str]]:
     try:
-        # utf-8-sig: spreadsheet programs put a byte order mark first.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as failure:
+        # Spreadsheet programs put a byte order mark first, or write UTF-16.
+        return list(csv.reader(io.StringIO(read_text(path), newline="")))
+    except (OSError, ValueError, csv.Error) as failure:
         reason = getattr(failure, "strerror", None) or failure
         raise LayoutError(
             f"cannot read the schedule {path}: {reason}; name a CSV file, a row a rank"

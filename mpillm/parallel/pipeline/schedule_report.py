@@ -1,8 +1,6 @@
 """Print a pipeline schedule: its chart and figures, or a comparison of all schedules."""
 
 import io
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,15 +12,21 @@ from rich.text import Text
 from mpillm.errors import LayoutError, UsageError
 from mpillm.parallel.pipeline.actions import PipelineSchedule
 from mpillm.parallel.pipeline.gantt import gantt_picture, gantt_text
-from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
+from mpillm.parallel.pipeline.schedule_catalog import MOST_ACTIONS, SCHEDULES, make_schedule
 from mpillm.parallel.pipeline.schedule_csv import write_schedule
 from mpillm.parallel.pipeline.simulate import Costs, Timeline, simulate
-from mpillm.system.atomic import write_text
+from mpillm.system.atomic import check_outputs, is_special, write_text
 from mpillm.system.command_line import Argument, Json, Option
 from mpillm.system.console import Console
+from mpillm.system.json_text import to_json
+from mpillm.system.messages import explain
 from mpillm.system.plugins import is_plugin
 
 ALL = "all"
+# Sums of costs stay exact enough to draw.
+LEAST_COST, MOST_COST = 1e-9, 1e9
+# A picture of more ranks is larger than its library can draw.
+MOST_DRAWN_RANKS = 512
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,29 @@ class ScheduleOptions:
             metavar="NAME",
         ),
     ]
-    ranks: Annotated[int, Option("Ranks of the pipeline; 0: as a .csv file has.", metavar="P")] = 0
-    microbatches: Annotated[int, Option("Microbatches; 0: as a .csv file has.", metavar="M")] = 0
+    ranks: Annotated[
+        int,
+        Option(
+            "Ranks of the pipeline; 0: as a .csv file has.",
+            metavar="P",
+            minimum=0,
+            maximum=MOST_ACTIONS,
+        ),
+    ] = 0
+    microbatches: Annotated[
+        int,
+        Option(
+            "Microbatches; 0: as a .csv file has.", metavar="M", minimum=0, maximum=MOST_ACTIONS
+        ),
+    ] = 0
     chunks: Annotated[
-        int, Option("Stages a rank; 0: as is usual for the schedule.", metavar="V")
+        int,
+        Option(
+            "Stages a rank; 0: as is usual for the schedule.",
+            metavar="V",
+            minimum=0,
+            maximum=MOST_ACTIONS,
+        ),
     ] = 0
     costs: Annotated[
         str,
@@ -78,13 +101,13 @@ class ShareCosts:
             numbers = []
         if (
             len(numbers) != 4
-            or not all(math.isfinite(n) and n >= 0 for n in numbers)
+            or not all(n == 0 or LEAST_COST <= n <= MOST_COST for n in numbers)
             or not any(numbers[:3])
         ):
             raise UsageError(
-                f"--costs takes F,B,W,T, four numbers from 0 up, and not {text!r}: the times of a "
-                "forward, of the input half and the weights half of a backward, and of a message, "
-                "such as 1,1,1,0"
+                f"--costs takes F,B,W,T, four numbers from 0 up to {MOST_COST:g}, where not 0 at "
+                f"least {LEAST_COST:g}, and not {text[:60]!r}: the times of a forward, of the "
+                "input half and the weights half of a backward, and of a message, such as 1,1,1,0"
             )
         return cls(*numbers)
 
@@ -117,7 +140,7 @@ def print_schedule(options: ScheduleOptions, console: Console) -> None:
     written = _write_files(options, schedule, timeline)
     if options.as_json:
         console.write(
-            json.dumps(schedule_figures(schedule, timeline) | {"costs": asdict(costs)}) + "\n"
+            to_json(schedule_figures(schedule, timeline) | {"costs": asdict(costs)}) + "\n"
         )
         return
     console.write(_as_text(gantt_text(timeline, schedule, options.width), options))
@@ -179,7 +202,7 @@ def _compare(options: ScheduleOptions, costs: ShareCosts, console: Console) -> N
             found.append(schedule_figures(schedule, simulate(schedule, costs.of_stages(schedule))))
     if options.as_json:
         console.write(
-            json.dumps({"schedules": found, "left_out": left_out, "costs": asdict(costs)}) + "\n"
+            to_json({"schedules": found, "left_out": left_out, "costs": asdict(costs)}) + "\n"
         )
         return
     console.table(
@@ -205,22 +228,27 @@ def _write_files(
     options: ScheduleOptions, schedule: PipelineSchedule, timeline: Timeline
 ) -> list[Path]:
     """Write the files of the options and return them. Raises UsageError where that fails."""
-    # All suffixes are checked before the first file is written.
+    # All are checked before the first file is written.
     for option, path in (("svg", options.svg), ("png", options.png)):
-        if path is not None and path.suffix != f".{option}":
+        if path is None:
+            continue
+        if path.suffix != f".{option}" and not is_special(path):
             raise UsageError(f"--{option} takes the name of a .{option} file, not {path}")
-    written = [path for path in (options.svg, options.png, options.csv) if path is not None]
+        if schedule.ranks > MOST_DRAWN_RANKS:
+            raise UsageError(
+                f"--{option} draws at most {MOST_DRAWN_RANKS} ranks, and {schedule.name} has "
+                f"{schedule.ranks:,}; leave it out"
+            )
+    named = {"--svg": options.svg, "--png": options.png, "--csv": options.csv}
+    written = check_outputs(named, make_folders=False)
     for path in written:
         try:
             if path is options.csv:
                 write_text(path, write_schedule(schedule))
             else:
-                gantt_picture(timeline, schedule, path)
+                gantt_picture(timeline, schedule, path, "svg" if path is options.svg else "png")
         except OSError as failure:
-            raise UsageError(
-                f"cannot write {path}: {failure.strerror}; "
-                "name a file in a folder that you may write to"
-            ) from failure
+            raise UsageError(f"cannot write {explain(failure, path)}") from failure
     return written
 
 

@@ -1,5 +1,7 @@
 """Schedules to files and back; files by others; faults with their place."""
 
+from pathlib import Path
+
 import pytest
 from mpi4py import MPI
 
@@ -73,6 +75,24 @@ def test_older_files_call_the_half_for_the_input_b(written):
 def test_what_is_no_schedule(written, text, words):
     with pytest.raises(LayoutError, match=words):
         read_schedule(written(text))
+
+
+def test_files_that_are_no_text(written, folder):
+    for content, words in (
+        (b"\x00\xff", "is not UTF-8"),
+        (b"0F0,999999999F0,0B0", "stage 1 of 1000000000 is on no rank"),
+        (b"0F0,0F999999999,0B0", "with microbatch"),
+        (b'"' + b"x" * 200_000, "field larger than field limit"),
+        (b"", "holds no actions"),
+    ):
+        path = folder / "odd.csv"
+        path.write_bytes(content)
+        with pytest.raises(LayoutError, match=words):
+            read_schedule(path)
+    path.write_text(write_schedule(make_schedule("gpipe", 2, 2)), encoding="utf-16")
+    assert read_schedule(path).ranks == 2
+    with pytest.raises(LayoutError, match="more than 67,108,864 bytes"):
+        read_schedule(Path("/dev/zero"))
 
 
 def test_no_file(folder):

@@ -1,14 +1,16 @@
 """`mpillm schedule` as a user types it."""
 
+import io
 import json
 import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mpillm.errors import UsageError
+from mpillm.errors import LayoutError, UsageError
 from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
 from mpillm.parallel.pipeline.schedule_report import ScheduleOptions, ShareCosts, print_schedule
 from mpillm.system.console import Console
@@ -197,3 +199,40 @@ def test_a_rank_s_share_is_shared_by_its_stages():
     assert costs.backward_input == (1,) * 8
     assert costs.backward_weight == (1.5,) * 8
     assert costs.transfer == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"ranks": 10**6, "microbatches": 10**6}, "3,000,000,000,000 actions, at most 1,000,000"),
+        ({"ranks": 2, "microbatches": 10**6}, "6,000,000 actions"),
+        ({"ranks": 600, "microbatches": 2, "png": Path("x.png")}, "draws at most 512 ranks"),
+        ({"ranks": 2, "microbatches": 2, "csv": Path("x.svg"), "svg": Path("x.svg")}, "both name"),
+    ],
+)
+def test_what_is_too_large_is_refused_with_the_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((UsageError, LayoutError), match=words):
+        print_schedule(ScheduleOptions("gpipe", **settings), Console(stream=io.StringIO()))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("costs", ["1e9,1e-9,0,1e9", "1e-9,1e-9,1e-9,0", "1e9,1e9,1e9,1e9"])
+def test_the_smallest_and_the_largest_costs_are_drawn(costs: str) -> None:
+    out = io.StringIO()
+    print_schedule(ScheduleOptions("1f1b", 3, 7, costs=costs), Console(stream=out))
+    assert "makespan" in out.getvalue()
+
+
+@pytest.mark.parametrize("which", ["svg", "png", "csv"])
+def test_a_device_and_a_link_are_written_in_place(tmp_path: Path, which: str) -> None:
+    (tmp_path / f"link.{which}").symlink_to(tmp_path / f"target.{which}")
+    for path in (Path("/dev/null"), tmp_path / f"link.{which}"):
+        print_schedule(
+            ScheduleOptions("gpipe", 2, 2, **{which: path}), Console(stream=io.StringIO())
+        )
+    assert Path("/dev/null").is_char_device()
+    assert (tmp_path / f"link.{which}").is_symlink()
+    assert (tmp_path / f"target.{which}").stat().st_size

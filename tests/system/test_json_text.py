@@ -1,0 +1,43 @@
+"""Text files as editors and shells write them: marks, encodings, and files without an end."""
+
+from pathlib import Path
+
+import pytest
+
+from mpillm.system.json_text import read_json
+from mpillm.system.plain_files import read_text
+
+TEXT = 'key = "größe 日本"\n'
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be"]
+)
+def test_a_mark_says_the_encoding(tmp_path: Path, encoding: str) -> None:
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    (tmp_path / "a.toml").write_bytes((mark + TEXT).encode(encoding))
+    assert read_text(tmp_path / "a.toml") == TEXT
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a = 1\n\xe9", "byte 6 is not UTF-8; save it as UTF-8"),
+        (b"\xff\xfea", "is not UTF-16"),
+        (b"x" * 101, "more than 100 bytes"),
+    ],
+)
+def test_what_cannot_be_read_is_said(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        read_text(tmp_path / "a", 100)
+
+
+def test_a_device_without_an_end() -> None:
+    with pytest.raises(ValueError, match="more than 1,000 bytes"):
+        read_text(Path("/dev/zero"), 1000)
+
+
+def test_json_with_a_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes('{"a": [1]}'.encode("utf-8-sig"))
+    assert read_json(tmp_path / "a.json") == {"a": [1]}
