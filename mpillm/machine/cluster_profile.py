@@ -22,8 +22,8 @@ from mpillm.machine.cpu import processor
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.system.atomic import write_json
 from mpillm.system.json_text import from_json
-from mpillm.system.plain_files import read_text
 from mpillm.system.messages import explain
+from mpillm.system.plain_files import read_text
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -8,8 +8,10 @@ from typing import Any
 
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
 
-# Bytes of file names that are no UTF-8, as Python keeps them, and other halves of characters.
-_SURROGATE = re.compile("[\ud800-\udfff]")
+# Halves of characters, as Python keeps bytes of names that are no UTF-8. Control characters that
+# JSON allows as they are, and marks that reorder a line: no file rules a terminal.
+_ESCAPED = re.compile("[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 
 def to_json(value: Any, indent: int | None = None, default: Any = None) -> str:
@@ -17,7 +19,7 @@ def to_json(value: Any, indent: int | None = None, default: Any = None) -> str:
     text = json.dumps(
         _finite(value), indent=indent, ensure_ascii=False, allow_nan=False, default=default
     )
-    return _SURROGATE.sub(lambda half: f"\\u{ord(half.group()):04x}", text)
+    return _ESCAPED.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
 def from_json(text: str | bytes) -> Any:
@@ -30,7 +32,7 @@ def from_json(text: str | bytes) -> Any:
 
 def read_json(path: Path) -> Any:
     """Parse a plain file of UTF-8. Raises OSError, and ValueError for whatever cannot be read."""
-    return from_json(read_plain(path, most=LARGEST_FILE).decode("utf-8"))
+    return from_json(read_plain(path, most=LARGEST_FILE).decode("utf-8-sig"))
 
 
 def _finite(value: Any) -> Any:

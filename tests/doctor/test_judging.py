@@ -1,7 +1,9 @@
 """The doctor's judgements, on plain values and on small trees of files as in /sys and /proc."""
 
 import errno
+import io
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -618,3 +620,36 @@ def test_the_exit_code_is_of_errors_alone(as_json, capsys):
     assert print_findings(ROWS, {"n1": {}}, as_json, Console()) == 1
     assert print_findings(ROWS[1:], {"n1": {}}, as_json, Console()) == 0
     assert print_findings(ROWS, {"n1": {}}, as_json, Console(speaks=False)) == 1
+
+
+def test_a_hidden_package_is_named_and_nothing_is_installed_again() -> None:
+    """A package that needs the hidden one fails too: installing it again would not help."""
+    found = software.judge_software(
+        software.Software(
+            "3.12.1",
+            "",
+            (),
+            {"mpillm": "1.0", "h5py": "3.16.0"},
+            {"h5py": software.Imported("AttributeError: module 'numpy' has no attribute")},
+            {"numpy": Path("/here/numpy.py")},
+        )
+    )
+    bad = [finding for finding in found if finding.verdict == "error"]
+    assert [finding.name for finding in bad] == ["numpy"]
+    assert bad[0].found == "/here/numpy.py hides the installed numpy"
+    assert bad[0].remedy == "rename it, or unset PYTHONPATH"
+
+
+@pytest.mark.parametrize("name", ["numpy:float64", "os:getcwd", "json:absent"])
+def test_a_check_that_is_none(name: str) -> None:
+    with pytest.raises(UsageError, match=f"the check {name}"):
+        load_checks([name])
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_what_other_programs_print_rules_no_terminal(as_json: bool) -> None:
+    out = io.StringIO()
+    row = FindingRow(Finding("MPI", "mpirun\x1b[31m", "error", "\x1b[2Jno\ud800", "\x07do"), ())
+    print_findings([row], {"host\x1b": {"a": "\x9b"}}, as_json, Console(stream=out))
+    assert not set("\x1b\x07\x9b\ud800") & set(out.getvalue())
+    out.getvalue().encode("utf-8")

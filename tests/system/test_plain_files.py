@@ -24,7 +24,6 @@ def test_a_mark_says_the_encoding(tmp_path: Path, encoding: str) -> None:
     [
         (b"a = 1\n\xe9", "byte 6 is not UTF-8; save it as UTF-8"),
         (b"\xff\xfea", "is not UTF-16"),
-        (b"x" * 101, "more than 100 bytes"),
     ],
 )
 def test_what_cannot_be_read_is_said(tmp_path: Path, content: bytes, words: str) -> None:
@@ -33,9 +32,16 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, content: bytes, words: str)
         read_text(tmp_path / "a", 100)
 
 
-def test_a_device_without_an_end() -> None:
-    with pytest.raises(ValueError, match="more than 1,000 bytes"):
-        read_text(Path("/dev/zero"), 1000)
+@pytest.mark.parametrize("path", ["/dev/zero", "."])
+def test_a_device_without_an_end_is_not_read(path: str) -> None:
+    with pytest.raises(OSError, match="should be a plain file"):
+        read_text(Path(path), 1000)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 101)
+    with pytest.raises(OSError, match="it is larger than 100 bytes"):
+        read_text(tmp_path / "a", 100)
 
 
 def test_json_with_a_mark(tmp_path: Path) -> None:
