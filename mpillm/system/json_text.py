@@ -13,7 +13,6 @@ from mpillm.system.plain_files import LARGEST_FILE, read_plain
 _ESCAPED = re.compile("[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-
 def to_json(value: Any, indent: int | None = None, default: Any = None) -> str:
     """Write `value` as JSON. NaN and the infinities become null, for JSON has no such number."""
     text = json.dumps(
