@@ -17,7 +17,7 @@ from mpillm.errors import CheckpointError, DataError, MismatchError
 from mpillm.models.model_catalog import read_spec
 from mpillm.models.part_module import PartModule, weight_shapes
 from mpillm.models.spec import ModelSpec
-from mpillm.runs.records import folder_of_paths
+from mpillm.runs.run_files import folder_of_paths
 from mpillm.system.console import Console
 from mpillm.system.messages import command
 from mpillm.tasks import task_catalog

@@ -11,7 +11,7 @@ from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import generate
 from mpillm.infer.loading import Loaded, load_data, load_trained
 from mpillm.infer.sampling import Sampling, check_prompt
-from mpillm.runs.records import moved_from
+from mpillm.runs.run_files import moved_from
 from mpillm.system.console import Console
 from mpillm.system.json_text import to_json
 from mpillm.tasks.metrics.metric_catalog import make_metrics

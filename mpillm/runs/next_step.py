@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mpillm.launch.walltime import clock_time
 from mpillm.runs.history import KILLED, RUNNING, object_at
-from mpillm.runs.records import folder_of_paths
+from mpillm.runs.run_files import folder_of_paths
 from mpillm.runs.state import FINISHED, SUSPENDED, KeptCheckpoint, RunState
 from mpillm.system.messages import command
 from mpillm.tokens.dataset_folder import is_dataset

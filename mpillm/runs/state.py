@@ -26,7 +26,7 @@ from mpillm.runs.history import (
 )
 from mpillm.runs.lock import BEAT_SECONDS, HeldLock, find_hold, modified
 from mpillm.runs.metrics import read_metrics_log
-from mpillm.runs.records import read_job_record, read_recipe, recipe_of
+from mpillm.runs.run_files import read_job_record, read_recipe, recipe_of
 from mpillm.system.console import clock
 from mpillm.system.json_lines import whole_number
 from mpillm.system.messages import command

@@ -11,7 +11,7 @@ from mpillm.errors import MpillmError
 from mpillm.launch.schedulers.scheduler_catalog import is_over
 from mpillm.runs.history import KILLED, RUNNING, Attempt, finite_seconds
 from mpillm.runs.next_step import next_step
-from mpillm.runs.records import moved_from
+from mpillm.runs.run_files import moved_from
 from mpillm.runs.state import (
     FINISHED,
     SUBMITTED,

@@ -23,7 +23,7 @@ from mpillm.launch.walltime import seconds_of
 from mpillm.machine.mounts import Mount, hdf5_file_locking, read_mounts
 from mpillm.runs.folder import JOB, JOB_RECIPE, JOB_SCRIPT, METRICS, SUBMIT_LOCK
 from mpillm.runs.lock import RunLock, find_hold
-from mpillm.runs.records import read_job
+from mpillm.runs.run_files import read_job
 from mpillm.system.atomic import make_folder, write_json, write_text
 from mpillm.system.command_line import Json, Option
 from mpillm.system.console import Console, clock, counted

@@ -33,13 +33,14 @@ def hidden_packages(names: Iterable[str] = PACKAGES) -> dict[str, Path]:
     found = {}
     for name in names:
         file, home = _file_of(name), _installed_in(name)
-        if file and home and not file.is_relative_to(home):
+        # An environment may be made of links into another one.
+        if file and home and not _is_inside(file, home):
             found[name] = file
-    own = [Path(sysconfig.get_path(which)).resolve() for which in ("stdlib", "platstdlib")]
+    own = [Path(sysconfig.get_path(which)) for which in ("stdlib", "platstdlib")]
     # Loaded ones alone: looking up all of them takes long.
     for name in sorted(sys.stdlib_module_names & set(sys.modules)):
         file = _file_of(name)
-        if file and not any(file.is_relative_to(folder) for folder in own):
+        if file and not any(_is_inside(file, folder) for folder in own):
             found[name] = file
     return found
 
@@ -60,12 +61,16 @@ def _file_of(name: str) -> Path | None:
     except (ImportError, ValueError, AttributeError):
         return None
     place = spec.origin if spec is not None and spec.has_location else None
-    return Path(place).resolve() if place else None
+    return Path(place) if place else None
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    return file.is_relative_to(folder) or file.resolve().is_relative_to(folder.resolve())
 
 
 def _installed_in(name: str) -> Path | None:
     """Return the folder that the package's own metadata is in."""
     try:
-        return Path(str(metadata.distribution(name).locate_file(""))).resolve()
+        return Path(str(metadata.distribution(name).locate_file("")))
     except metadata.PackageNotFoundError:
         return None

@@ -19,7 +19,7 @@ from mpillm.launch.schedulers.scheduler_catalog import find_scheduler, is_over, 
 from mpillm.launch.schedulers.slurm import SLURM
 from mpillm.launch.site import Site
 from mpillm.runs.lock import RunLock
-from mpillm.runs.records import read_job
+from mpillm.runs.run_files import read_job
 from mpillm.runs.submit import SubmitOptions, SubmittedRecipe, job_name, submit_run
 from mpillm.system.console import Console
 from mpillm.tokens.prepare import PrepareOptions, prepare
