@@ -32,15 +32,15 @@ def hidden_packages(names: Iterable[str] = PACKAGES) -> dict[str, Path]:
     """Map each of `names`, and each loaded module of Python's own, to the file that hides it."""
     found = {}
     for name in names:
-        file, home = _file_of(name), _installed_in(name)
-        # An environment may be made of links into another one.
-        if file and home and not _is_inside(file, home):
+        file = _file_of(name)
+        # Installed somewhere, but not where the file is.
+        if file and _is_installed(name) and not _is_installed(name, file):
             found[name] = file
-    own = [Path(sysconfig.get_path(which)) for which in ("stdlib", "platstdlib")]
+    own = [Path(sysconfig.get_path(which)).resolve() for which in ("stdlib", "platstdlib")]
     # Loaded ones alone: looking up all of them takes long.
     for name in sorted(sys.stdlib_module_names & set(sys.modules)):
         file = _file_of(name)
-        if file and not any(_is_inside(file, folder) for folder in own):
+        if file and not any(file.is_relative_to(folder) for folder in own):
             found[name] = file
     return found
 
@@ -61,16 +61,13 @@ def _file_of(name: str) -> Path | None:
     except (ImportError, ValueError, AttributeError):
         return None
     place = spec.origin if spec is not None and spec.has_location else None
-    return Path(place) if place else None
+    return Path(place).resolve() if place else None
 
 
-def _is_inside(file: Path, folder: Path) -> bool:
-    return file.is_relative_to(folder) or file.resolve().is_relative_to(folder.resolve())
-
-
-def _installed_in(name: str) -> Path | None:
-    """Return the folder that the package's own metadata is in."""
-    try:
-        return Path(str(metadata.distribution(name).locate_file("")))
-    except metadata.PackageNotFoundError:
-        return None
+def _is_installed(name: str, file: Path | None = None) -> bool:
+    """Return whether a folder of sys.path has the package's metadata, or that of `file` alone."""
+    if file is None:
+        return any(metadata.distributions(name=name))
+    # numpy/__init__.py is in a folder of the package, xxhash.py next to the metadata.
+    folders = [str(folder) for folder in (file.parent, file.parent.parent)]
+    return any(metadata.distributions(name=name, path=folders))

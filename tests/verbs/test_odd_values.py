@@ -145,7 +145,7 @@ def test_schedule(seed: int, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.usefixtures("here", "comm")
+@pytest.mark.usefixtures("here")
 def test_bench(seed: int, capsys: Any) -> None:
     for turn in range(12):
         try_out("bench", draw("bench", 100 * seed + turn), capsys)
