@@ -90,9 +90,10 @@ class Running:
             _be_the_verb(words, folder, self.scratch, limits, launcher)
 
     def send(self, number: int) -> None:
-        """Send a signal to the verb, and to its ranks where a launcher started it."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, number) if number == signal.SIGKILL else os.kill(self.pid, number)
+        """Send a signal to the verb; SIGKILL to its ranks too, where a launcher started it."""
+        for pid in session(self.pid) if number == signal.SIGKILL else [self.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def wait(self, seconds: float = LIMIT_SECONDS) -> Outcome:
         """Wait for the end; kill and report a verb that takes longer than `seconds`."""
@@ -107,8 +108,9 @@ class Running:
                 _, status = os.waitpid(self.pid, 0)
                 break
             time.sleep(0.01)
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)  # a launcher's ranks
+        for pid in session(self.pid):  # a launcher's ranks
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         done.code, done.seconds = os.waitstatus_to_exitcode(status), time.monotonic() - self._began
         done.out = (self.scratch / "out").read_text(encoding="utf-8", errors="replace")
         done.err = (self.scratch / "err").read_text(encoding="utf-8", errors="replace")
@@ -134,6 +136,19 @@ def run_verb(
     return done
 
 
+def session(leader: int) -> list[int]:
+    """List the living processes of a session: a launcher puts ranks into groups of their own."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                fields = (entry / "stat").read_text(encoding="ascii", errors="replace")
+                state, *rest = fields.rpartition(")")[2].split()
+                if int(rest[2]) == leader and state not in ("Z", "X"):
+                    found.append(int(entry.name))
+    return found
+
+
 def temporary_files(folder: Path) -> list[str]:
     """List what looks like an unfinished file below `folder`."""
     return sorted(
@@ -155,9 +170,13 @@ def _faults(done: Outcome) -> list[str]:
     said = done.err
     for word in done.words:
         said = said.replace(word, "") if len(word) > 3 else said
+    if "--debug" in done.words:
+        said = said.replace("Traceback (most recent call last)", "")
     if bare := BARE.search(said):
         found.append(f"bare {bare.group()!r}: {done.says}")
-    if done.code > 0 and not (done.err + done.out).strip():
+    # An interrupt while a verb is loaded leaves quietly.
+    quiet = done.code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    if done.code > 0 and not quiet and not (done.err + done.out).strip():
         found.append(f"exit code {done.code} without a word")
     return found
 

@@ -387,7 +387,7 @@ PAIRS: Sequence[tuple[str, str]] = (
     (f"report {RUN}", f"report {RUN}"),
     ("schedule gpipe --ranks 2 --microbatches 3 --csv made/a.csv",) * 2,
     ("bench allreduce --sizes 8 --iterations 3 --csv made/bench.csv",) * 2,
-    ("bench profile --save made/profile.json",) * 2,
+    ("bench gemm --sizes 8 --iterations 2 --save made/profile.json",) * 2,
 )
 
 
@@ -491,11 +491,14 @@ def odd_options(trial: Trial) -> None:
     (trial.folder / "made/loop").symlink_to("loop")
     (trial.folder / "made/link").symlink_to("target")
     os.mkfifo(trial.folder / "made/fifo")
+    # Its other end: a pipe that nobody reads makes any program wait.
+    other_end = os.open(trial.folder / "made/fifo", os.O_RDWR)
     parameters = list(command_parameters(load_plugin(verb, VERBS, "verb")))
     for _ in range(trial.chance.choice((1, 1, 2))):
         words = _with_odd_value(words, trial.chance.choice(parameters), trial.chance)
     trial.title = " ".join(words)[:300]
     trial.run(words)
+    os.close(other_end)
     _nothing_left(trial)
 
 

@@ -6,6 +6,7 @@ loads nothing else of mpillm, so that the signals are caught from the first mome
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,12 @@ def leave_on_signals() -> None:
 
 
 def release_signals() -> None:
-    """Give both signals their usual meaning again; done once a verb is loaded and handles them."""
+    """Give both signals their usual meaning again; done once a verb is loaded and handles them.
+
+    An interrupt that comes within a destructor is raised again outside of it: Python would print
+    and forget it.
+    """
+    sys.unraisablehook = _raise_interrupt_again
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) is _leave:
@@ -56,6 +62,13 @@ def deferred_signals() -> Iterator[None]:
             signal.signal(number, handler)
         if came:
             os.kill(os.getpid(), came[0])
+
+
+def _raise_interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mpillm.system.ending_signals import deferred_signals
-from tests.conftest import clean_environment
+from tests.conftest import Run, clean_environment
 
 pytestmark = pytest.mark.usefixtures("processes")
 # Python itself ends so where the signal comes before mpillm's first line.
@@ -73,3 +73,27 @@ def test_an_ignored_signal_stays_ignored() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
     assert done.stdout == "here\n"
+
+
+INTERRUPTED_DESTRUCTOR = """
+import sys
+from mpillm.system.ending_signals import release_signals
+
+class Part:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+release_signals()
+try:
+    part = Part()
+    del part
+    while True:
+        pass
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+"""
+
+
+@pytest.mark.usefixtures("processes")
+def test_an_interrupt_within_a_destructor_is_not_forgotten(python: Run) -> None:
+    assert python("-c", INTERRUPTED_DESTRUCTOR, timeout=60).stderr == "interrupted\n"
