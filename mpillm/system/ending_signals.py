@@ -66,7 +66,8 @@ def deferred_signals() -> Iterator[None]:
 
 def _raise_interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+        # A moment later: a signal to itself would be handled within this hook.
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(unraisable)
 
