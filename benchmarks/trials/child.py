@@ -171,7 +171,8 @@ def _faults(done: Outcome) -> list[str]:
     for word in done.words:
         said = said.replace(word, "") if len(word) > 3 else said
     if "--debug" in done.words:
-        said = said.replace("Traceback (most recent call last)", "")
+        # The traceback was asked for.
+        said = "\n".join(line for line in said.splitlines() if line.startswith("mpillm: "))
     if bare := BARE.search(said):
         found.append(f"bare {bare.group()!r}: {done.says}")
     # An interrupt while a verb is loaded leaves quietly.
