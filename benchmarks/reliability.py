@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def main() -> int:
         print("\n".join(f"    {finding}" for finding in row["findings"]))
         print(f"    {again} {row['kind']}:{row['number']}")
     print(f"{len(rows)} trials, {len(wrong)} wrong (seed {seed})")
-    return 1 if wrong or left else 0
+    return 1 if wrong or left or not rows else 0
 
 
 def _parse() -> argparse.Namespace:
@@ -95,8 +96,8 @@ def _try_all(options: argparse.Namespace, seed: int, root: Path) -> list[dict[st
         if not pid:
             _work(todo[worker :: options.workers], end, seed, (root, first, results), reference)
         workers.append(pid)
-    for pid in workers:
-        os.waitpid(pid, 0)
+    if any(os.waitpid(pid, 0)[1] for pid in workers):
+        raise SystemExit("a worker of the trials failed, see above")
     return [
         json.loads(line)
         for path in sorted(results.iterdir())
@@ -123,8 +124,10 @@ def _work(
                 file.flush()
                 if row["findings"]:
                     print(f"wrong: {kind}:{number} {row['findings'][0]}"[:400], flush=True)
-    finally:
-        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 
 
 def _try(

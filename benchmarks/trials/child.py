@@ -16,8 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# The exit codes of docs/reliability.md; 128 + n is an end by signal n.
-CODES = {0, 1, 2, 3, 75, 128 + signal.SIGINT, 128 + signal.SIGTERM}
+# The exit codes of docs/reliability.md.
+CODES = {0, 1, 2, 3, 75, 130}
 LIMIT_SECONDS = 120.0
 # Words that only Python says. `Error` alone is also a heading of a usage message.
 BARE = re.compile(
@@ -27,7 +27,7 @@ BARE = re.compile(
     r"(?:Error|Exception)\b"
 )
 # A file that is being written; nothing of this form may stay after an end.
-TEMPORARY = re.compile(r"\..*(tmp|partial|trash|spill|writable|now).*")
+TEMPORARY = re.compile(r"\..*\b(tmp|partial|prepare|trash|left|old|unfinished)\b.*")
 
 
 @dataclass
@@ -176,8 +176,7 @@ def _faults(done: Outcome) -> list[str]:
     if bare := BARE.search(said):
         found.append(f"bare {bare.group()!r}: {done.says}")
     # An interrupt while a verb is loaded leaves quietly.
-    quiet = done.code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
-    if done.code > 0 and not quiet and not (done.err + done.out).strip():
+    if done.code > 0 and done.code != 130 and not (done.err + done.out).strip():
         found.append(f"exit code {done.code} without a word")
     return found
 
@@ -225,7 +224,7 @@ def _be_the_verb(
 def _call_main(words: Sequence[str]) -> int:
     import atexit
 
-    from mpillm.cli import main
+    from mpillm.__main__ import main
 
     sys.argv = ["mpillm", *words]
     code: object = 0

@@ -136,14 +136,10 @@ def signalled(trial: Trial) -> None:
     if verb == "train":
         shutil.rmtree(trial.folder / RUN)
     trial.title = f"{number.name} to {verb}"
-    # The reader of a signal that the verb does not handle is the system: a death is right then.
     running = Running(line, trial.folder)
     time.sleep(chance.uniform(0.05, 2.0))
     running.send(number)
     done = running.wait()
-    own = number in (signal.SIGUSR1, signal.SIGHUP) and -done.code == number
-    if own:
-        done.faults = []
     trial.count("stopped" if done.code else "done before")
     trial.findings += [f"{trial.title}: {fault}" for fault in done.faults]
     if running.left:
@@ -404,6 +400,7 @@ def pair(trial: Trial) -> None:
     time.sleep(trial.chance.choice((0.0, trial.chance.uniform(0, 0.4), trial.chance.uniform(0, 2))))
     two = Running(second.split(), trial.folder)
     ends = [trial.take(running.wait()) for running in (one, two)]
+    trial.findings += [f"left in TMPDIR: {run.left[:3]}" for run in (one, two) if run.left]
     if first == second and all(done.code for done in ends):
         trial.findings.append(f"both fail: {ends[0].says} | {ends[1].says}")
     if first.startswith("prepare"):

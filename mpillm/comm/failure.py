@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from mpillm.comm.waiting import patient_barrier, patient_bcast, wait_patiently
 from mpillm.errors import DataError, MpillmError
-from mpillm.system.ending_signals import INTERRUPTED
+from mpillm.system.ending_signals import ENDING, INTERRUPTED
 from mpillm.system.messages import explain, printable
 from mpillm.system.shadowing import explain_hidden, hidden_packages
 
@@ -34,14 +34,6 @@ AGREEMENT_SECONDS = 2.0
 FORWARDING_SECONDS = 0.5
 # The first word of a message, kept ahead of the ranks, so that a log can be searched for it.
 KINDS = ("error", "stopped")
-ENDING_SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGXCPU,
-)
 # A typed value of thousands of letters must not hide the message around it.
 LONG_WORD, SHOWN_LETTERS = re.compile(r"\S{1000,}"), 200
 # torch raises RuntimeError.
@@ -282,5 +274,5 @@ def _ignore_interrupts() -> None:
     would the SIGTERM that launchers send once another rank has left.
     """
     if threading.current_thread() is threading.main_thread():
-        for number in ENDING_SIGNALS:
+        for number in ENDING:
             signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: leave at once while Python imports a verb; wait while files are removed.
+"""Signals that ask for an end: leave at once while Python imports a verb, interrupt it later.
 
 During imports an exception would be raised at any line, and printed with a traceback. This module
 loads nothing else of mpillm, so that the signals are caught from the first moment on.
@@ -8,42 +8,57 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
-# The exit code that a shell reports for a process ended by SIGINT.
+# What ends a process without a word by default: a verb that has nothing to save tidies up instead.
+# A closed terminal sends SIGHUP, a limit of processor time SIGXCPU, batch systems the others.
+ENDING = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
+# The exit code of every interrupted verb; a shell reports it for a process ended by SIGINT.
 INTERRUPTED = 128 + signal.SIGINT
 
 
 def leave_on_signals() -> None:
-    """End the process by SIGINT and SIGTERM, with the code that a shell reports, 128 + signal.
+    """End the process at each signal of ENDING, with the code INTERRUPTED.
 
     Called first; nothing is open that must be closed. A signal that the parent ignores, as nohup
     and a shell's background jobs do, stays ignored.
     """
-    for number in ENDING:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _leave)
+    _handle(_leave)
 
 
-def release_signals() -> None:
-    """Give both signals their usual meaning again; done once a verb is loaded and handles them.
+def interrupt_on_signals() -> None:
+    """Raise KeyboardInterrupt in the main thread at each signal of ENDING, once a verb is loaded.
 
-    An interrupt that comes within a destructor is raised again outside of it: Python would print
-    and forget it.
+    What the parent ignores stays ignored. An interrupt that comes within a destructor is raised
+    again outside of it: Python would print and forget it.
     """
     sys.unraisablehook = _raise_interrupt_again
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if signal.getsignal(signal.SIGTERM) is _leave:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _handle(_interrupt)
+
+
+def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal: 10 → `SIGUSR1`."""
+    return signal.Signals(number).name
 
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Put both signals off until the block is done; in a thread other than the main one do nothing.
+    """Put these signals off until the block is done; do nothing outside of the main thread.
 
     For short blocks that must not be cut in two, such as making a folder and noting its name.
     """
@@ -72,5 +87,9 @@ def _raise_interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(unraisable)
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt("" if number == signal.SIGINT else f"by {signal_name(number)}")
+
+
 def _leave(number: int, frame: FrameType | None) -> None:
-    os._exit(128 + number)
+    os._exit(INTERRUPTED)

@@ -69,11 +69,13 @@ def starting_mpi(alone: bool) -> Iterator[None]:
                 yield
             return
         mapped = set(shared_files())
-        with lone_environment(os.environ) as changed, _changed_environment(changed):
-            yield
-        for path in set(shared_files()) - mapped:
-            with suppress(OSError):
-                path.unlink()
+        try:
+            with lone_environment(os.environ) as changed, _changed_environment(changed):
+                yield
+        finally:
+            for path in set(shared_files()) - mapped:
+                with suppress(OSError):
+                    path.unlink()
 
 
 @contextmanager

@@ -7,8 +7,9 @@ at the same step, without another message. Rank 0 alone reads the clock.
 import time
 from collections.abc import Sequence
 
-from mpillm.launch.signals import StopSignals, signal_name
+from mpillm.launch.signals import StopSignals
 from mpillm.system.console import clock
+from mpillm.system.ending_signals import signal_name
 
 # Values of a stop request that is not a signal number; no system has a signal 1000.
 NO_REQUEST, TIME_IS_UP = 0, 1000

@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from mpillm.errors import UsageError
 from mpillm.system.command_line import Argument, CommandParameter, Option, command_parameters
-from mpillm.system.ending_signals import release_signals
+from mpillm.system.ending_signals import interrupt_on_signals
 from mpillm.system.standard_streams import refuse_lost_output
 from mpillm.verbs.verb_catalog import REFUSED
 
@@ -65,7 +65,7 @@ def make_command(name: str, verb: Callable[..., Verb]) -> Any:
         for one in parameters:
             one.check(values[one.name])
         made: Verb = kind(**values)
-        release_signals()
+        interrupt_on_signals()
         made.run()
         if getattr(verb, "prints_its_result", True):
             refuse_lost_output()

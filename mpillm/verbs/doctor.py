@@ -23,10 +23,10 @@ class Doctor(DoctorOptions):
     def run(self) -> None:
         from mpillm.comm.failure import fail_together
         from mpillm.launch.launchers import watched
-        from mpillm.launch.signals import interrupt_on_terminate
+        from mpillm.system.ending_signals import interrupt_on_signals
 
         # So that it ends its children and removes its files.
-        interrupt_on_terminate()
+        interrupt_on_signals()
         with fail_together(None, debug=self.debug):
             from mpillm.doctor.diagnose import diagnose
 

@@ -36,13 +36,13 @@ def open_job(debug: bool, stops_in_order: bool = False) -> Iterator[Job]:
     from mpillm.comm.failure import fail_together
     from mpillm.comm.world import open_world
     from mpillm.launch.launchers import watched
-    from mpillm.launch.signals import interrupt_on_terminate
     from mpillm.launch.singleton import one_voice, refuse_before_init, refuse_lonely_ranks
     from mpillm.launch.threads import threads_per_rank
     from mpillm.machine.node_map import map_nodes
+    from mpillm.system.ending_signals import interrupt_on_signals
 
     if not stops_in_order:
-        interrupt_on_terminate()
+        interrupt_on_signals()
     with fail_together(None, debug=debug), one_voice(os.environ):
         comm = open_world(
             lambda library: refuse_before_init(os.environ, library),
@@ -69,9 +69,9 @@ def first_process(debug: bool) -> Iterator[Console]:
     """
     from mpillm.comm.failure import fail_together
     from mpillm.launch.launchers import watched
-    from mpillm.launch.signals import interrupt_on_terminate
+    from mpillm.system.ending_signals import interrupt_on_signals
 
-    interrupt_on_terminate()
+    interrupt_on_signals()
     if is_one_of_several(os.environ):
         raise SystemExit(0)
     with fail_together(None, debug=debug), extras_explained():

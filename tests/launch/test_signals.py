@@ -33,7 +33,7 @@ def test_a_notice_never_ends_the_process(when: str, number: int) -> None:
 
 
 @pytest.mark.usefixtures("processes")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU])
 def test_an_end_is_put_off_while_there_is_something_to_save(number: int) -> None:
     assert run("orderly", number).stdout == f"went on with {int(number)}\n"
     early = run("early", number)
