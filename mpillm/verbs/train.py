@@ -22,8 +22,8 @@ Overrides = Annotated[
 class Train:
     """Train a model as a recipe says, the data and the layers shared by the ranks.
 
-    SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 or SIGURG to any rank, or the end of the job's time: the
-    run saves and leaves with exit code 75, and --resume continues it.
+    SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 or SIGURG to any rank, or the end of the job's time:
+    the run saves and leaves with exit code 75, and --resume continues it.
     """
 
     example: ClassVar = (
