@@ -91,7 +91,7 @@ def test_files_that_are_no_text(written, folder):
             read_schedule(path)
     path.write_text(write_schedule(make_schedule("gpipe", 2, 2)), encoding="utf-16")
     assert read_schedule(path).ranks == 2
-    with pytest.raises(LayoutError, match="more than 67,108,864 bytes"):
+    with pytest.raises(LayoutError, match="should be a plain file"):
         read_schedule(Path("/dev/zero"))
 
 
