@@ -61,7 +61,15 @@ def test_the_whole_way_on_two_ranks(mpillm, folder: Path, text: Path) -> None:  
         assert evaluated.returncode == 0, evaluated.stderr
         scores.append(json.loads(evaluated.stdout))
     assert scores[0] == scores[1]
-    assert set(scores[0]) == {"checkpoint", "step", "data", "model", "bigram", "unigram"}
+    assert set(scores[0]) == {
+        "checkpoint",
+        "step",
+        "data",
+        "data_of_the_run",
+        "model",
+        "bigram",
+        "unigram",
+    }
     assert scores[0]["step"] == 8
     spoken = [
         mpillm("generate", folder / "run", "--prompt", "the ", "--max-tokens", "9", ranks=n)
@@ -104,7 +112,7 @@ def test_one_rank_speaks(mpillm) -> None:  # type: ignore[no-untyped-def]
         (("train", "{}/none.toml"), "cannot read the recipe"),
         (("evaluate", "{}/none"), "does not exist"),
         (("generate", "{}/none", "--prompt", "x"), "does not exist"),
-        (("generate", "{}/none", "--prompt", "x", "--top-p", "7"), "top-p 7"),
+        (("generate", "{}/none", "--prompt", "x", "--top-p", "7"), "--top-p is a number above 0"),
     ],
 )
 def test_a_mistake_ends_in_one_message(
