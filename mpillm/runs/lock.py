@@ -26,6 +26,7 @@ from mpillm.launch.current_job import CurrentJob
 from mpillm.runs.folder import LOCK, SUBMIT_LOCK
 from mpillm.system.atomic import temporary_path
 from mpillm.system.console import Console, clock
+from mpillm.system.file_clock import age_seconds, file_clock
 from mpillm.system.json_text import from_json, to_json
 from mpillm.system.messages import explain
 from mpillm.system.plain_files import open_plain
@@ -323,27 +324,7 @@ def _judge(path: Path, found: _Found, me: Holder) -> HeldLock | None:
 
 
 def _silence(path: Path, found: _Found) -> float:
-    probe = temporary_path(path)
-    try:
-        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        now = os.fstat(descriptor).st_mtime
-        os.close(descriptor)
-        probe.unlink()
-    except OSError:
-        now = time.time()
-    return age_seconds(found.modified, found.changed, now)
-
-
-def age_seconds(modified: float, changed: float, now: float) -> float:
-    """Return how long ago a file was last updated, by the clock of its file system.
-
-    A file may be given any date. A date in the future is not believed: the change of its inode
-    counts, which no user can set. Where that is in the future, too, the clock was set back. Then
-    the distance counts, and a living holder corrects it with its next touch.
-    """
-    if modified - now > BEAT_SECONDS:
-        return abs(now - changed)
-    return max(0.0, now - modified)
+    return age_seconds(found.modified, found.changed, file_clock(path))
 
 
 def _find(path: Path, touch: Holder | None = None) -> _Found | None:

@@ -20,6 +20,7 @@ from mpillm.system.atomic import make_folder, write_text
 from mpillm.system.command_line import Argument, Option
 from mpillm.system.console import Console, binary_bytes
 from mpillm.system.messages import explain
+from mpillm.system.plain_files import open_plain
 from mpillm.tokens import shuffle
 from mpillm.tokens.encode import EncodedDocuments, encode_documents
 from mpillm.tokens.losses import LossCheck, check_chance, check_losses
@@ -31,7 +32,7 @@ from mpillm.tokens.manifest import (
     Split,
     tokenizer_facts,
 )
-from mpillm.tokens.publish import holds_dataset, publish
+from mpillm.tokens.publish import holds_dataset, listed_files, publish
 from mpillm.tokens.sources import list_pieces
 from mpillm.tokens.split import plan_split
 from mpillm.tokens.survey import Survey, survey
@@ -39,7 +40,7 @@ from mpillm.tokens.text.records import DEFAULT_FIELD, check_field
 from mpillm.tokens.text.text_cut import LONGEST_PART
 from mpillm.tokens.tokenizer import Tokenizer, check_vocab_size
 from mpillm.tokens.train_tokenizer import load_or_make, train_together
-from mpillm.tokens.work_folder import WorkFolder, place_of, work_folder
+from mpillm.tokens.work_folder import WorkFolder, alone, place_of, taken_over, work_folder
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -89,6 +90,11 @@ class PrepareOptions:
     def check(self) -> None:
         """Raise UsageError for a number out of its range."""
         check_field(self.field)
+        if self.end_of_text is not None and self.tokenizer in ("bpe", "bytes"):
+            raise UsageError(
+                f"--end-of-text names a token of a FILE tokenizer; {self.tokenizer} has its own: "
+                "leave it out, or give --tokenizer a tokenizer.json"
+            )
         if self.workers > MOST_WORKERS:
             raise UsageError(
                 f"--workers is 0 to {MOST_WORKERS:,} threads a rank, got {self.workers:,}; "
@@ -134,7 +140,8 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
     options = replace(options, workers=options.workers or DEFAULT_WORKERS)
 
     def check_inputs() -> tuple[str | None, str]:
-        holds_dataset(out)
+        if holds_dataset(out) and options.overwrite:
+            listed_files(out)
         make_folder(place_of(out))
         loaded = load_or_make(options.tokenizer, options.end_of_text)
         if loaded:
@@ -149,9 +156,12 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
     if made is None:
         with work_folder(out, prep, comm, console) as work:
             # Another job may have finished since, or while this one waited for it.
-            made = on_root(comm, lambda: _already(out, prep, options.overwrite, work.waited))
+            made, stamp = on_root(
+                comm, lambda: (_already(out, prep, options.overwrite, work.waited), _stamp(out))
+            )
             if made is None:
-                made = _make(options, found, (tokenizer_json, name), prep, work, out, comm, console)
+                given = tokenizer_json, name
+                made = _make(options, found, given, prep, work, stamp, comm, console)
                 _report(made, options, console)
                 return made
     console.say(f"{options.out} is already prepared from these sources with these options")
@@ -172,29 +182,39 @@ def _make(
     given: tuple[str | None, str],
     prep: dict[str, Any],
     work: WorkFolder,
-    out: Path,
+    stamp: tuple[int, int],
     comm: "MPI.Intracomm",
     console: Console,
 ) -> Manifest:
-    """Make the dataset and give it its name; `given`: the tokenizer's JSON, if any, and name."""
+    """Make the dataset and give it its name.
+
+    `given`: the tokenizer's JSON, if any, and name; `stamp`: of what was there at the start.
+    """
+    out = Path(work.owner.out)
     text, name = given
     if text is None:
         text = train_together(found, options.vocab_size, options.tokenizer_bytes, comm, console)
     tokenizer = Tokenizer.from_json(text, name, options.end_of_text)
     made = _write(options, found, tokenizer, prep, work, comm, console)
-    describe = partial(_describe, found, tokenizer, work.path.parent)
 
     def finish() -> None:
-        if not publish(work.dataset, out, options.overwrite, console.say):
-            # Where no job sees the others' folders, as on a file system that is late.
-            _already(out, prep, overwrite=False)
+        with alone(work, out, console.say):
+            # Another job may have published while this one was suspended, or where no job sees the
+            # others' folders, as on a file system that is late.
+            if _stamp(out) != stamp and _made_meanwhile(out, prep, options.overwrite):
+                return
+            if not publish(work.dataset, out, options.overwrite, console.say):
+                _already(out, prep, overwrite=False)
 
-    on_root(comm, finish, describe)
+    on_root(comm, finish, partial(_describe, found, tokenizer, work))
     return Manifest(out, made.tokenizer, made.prep, made.splits)
 
 
-def _describe(found: Survey, tokenizer: Tokenizer, folder: Path, failure: OSError) -> str:
+def _describe(found: Survey, tokenizer: Tokenizer, work: WorkFolder, failure: OSError) -> str:
     """Say where there was no space, and how much is needed at most."""
+    folder = work.path.parent
+    if failure.errno == errno.ENOENT and not work.path.exists():
+        return taken_over(work.owner.out)
     if failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return explain(failure, failure.filename or folder)
     # No token is shorter than a byte, and the tokens are there twice for a while.
@@ -245,6 +265,10 @@ def _already(
         return None
     way_out = "give --overwrite to replace it, or choose another --out"
     try:
+        listed_files(out)
+    except UsageError as failure:
+        raise UsageError(f"{out} exists but is damaged: {failure}") from failure
+    try:
         manifest = Manifest.load(out)
         for name, split in manifest.splits.items():
             if split.n_tokens:
@@ -261,6 +285,28 @@ def _already(
     return manifest
 
 
+def _made_meanwhile(out: Path, prep: dict[str, Any], overwrite: bool) -> Manifest | None:
+    """Open what another job has published at `out`; raise UsageError where `prep` is another."""
+    if overwrite:
+        try:
+            Manifest.load(out)
+        except DataError:
+            # Its job was killed.
+            return None
+    return _already(out, prep, overwrite=False)
+
+
+def _stamp(out: Path) -> tuple[int, int]:
+    """Return what changes whenever a dataset is published at `out`."""
+    try:
+        # Opened, not looked up: a client of NFS asks its server then.
+        with open_plain(out / NAME) as file:
+            seen = os.fstat(file.fileno())
+    except OSError:
+        return 0, 0
+    return seen.st_ino, seen.st_mtime_ns
+
+
 def _write(
     options: PrepareOptions,
     found: Survey,
@@ -274,7 +320,7 @@ def _write(
 
     Every rank calls it. Raises DataError.
     """
-    describe = partial(_describe, found, tokenizer, work.path.parent)
+    describe = partial(_describe, found, tokenizer, work)
     encoded = _encode(options, found, tokenizer, work, comm, console)
     _say_cuts(tokenizer, comm, console)
     where = shuffle.plan_shuffle(encoded, options.shard_bytes, comm)
@@ -338,7 +384,7 @@ def _encode(
             options.workers,
             progress,
         )
-        encoded = on_all(comm, encode, partial(_describe, found, tokenizer, work.path.parent))
+        encoded = on_all(comm, encode, partial(_describe, found, tokenizer, work))
     total = losses.total(comm)
     if total.share and options.lossy:
         console.warn(f"the tokenizer {tokenizer.name} loses text: {total.describe()}")
@@ -352,7 +398,7 @@ def _say_cuts(tokenizer: Tokenizer, comm: "MPI.Intracomm", console: Console) -> 
     cuts = comm.allreduce(tokenizer.cutter.n_forced)
     if cuts:
         console.warn(
-            f"texts without an end were cut for the tokenizer, at {cuts:,} places and after at "
+            f"long texts were cut for the tokenizer, at {cuts:,} places and after at "
             f"most {LONGEST_PART:,} characters; ids there may differ from those of the whole text"
         )
 

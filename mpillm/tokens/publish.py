@@ -1,6 +1,7 @@
 """Give a prepared dataset its name; of another there, remove only what its manifest lists."""
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from mpillm.system.json_text import read_json
 from mpillm.tokens.manifest import NAME, UNFINISHED, Manifest
 from mpillm.tokens.manifest_schema import is_plain_name
 from mpillm.tokens.shards import FORMAT, VERSION
-from mpillm.tokens.work_folder import is_work_folder, place_of
+from mpillm.tokens.work_folder import is_work_folder, place_of, taken_over
 
 SHOWN = 5
 
@@ -95,11 +96,21 @@ def _replace(dataset: Path, out: Path, say: Callable[[str], None]) -> None:
     """
     old = listed_files(out) if (out / NAME).exists() else []
     new = Manifest.load(dataset).files
+    for name in new:
+        path = out / name
+        if _is_folder(path) or (name not in (NAME, *old) and os.path.lexists(path)):
+            raise UsageError(
+                f"{path} is not of the dataset that is there, and the new one has a file of this "
+                "name; move it away, or choose another --out"
+            )
     both = sorted({*old, *new})
     write_json(out / NAME, {"format": FORMAT, "version": VERSION, UNFINISHED: both})
     for name in old:
         path = out / name
-        if name != NAME and (path.is_symlink() or not path.is_dir()):
+        if not dataset.exists():
+            # Another job has taken this one for dead, and may have put its own shards there.
+            raise UsageError(taken_over(out))
+        if name != NAME and not _is_folder(path):
             path.unlink(missing_ok=True)
     # The manifest last.
     for name in sorted(new, key=NAME.__eq__):
@@ -113,3 +124,7 @@ def _replace(dataset: Path, out: Path, say: Callable[[str], None]) -> None:
     if others:
         more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
         say(f"{out} also holds {', '.join(others[:SHOWN])}{more}: kept as it was")
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()

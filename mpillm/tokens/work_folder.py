@@ -6,9 +6,15 @@
         …                       the tokens of each rank until the shuffle
 
 While the owner touches owner.json, no other job prepares the same output. The folder of a process
-that is surely gone is removed by the next job; nothing without our owner.json ever is.
+that is surely gone, or silent for DEAD_SECONDS, is removed by the next job; nothing without our
+owner.json ever is. So a job that was suspended for too long finds its folder gone, and stops.
+
+    .OUT.publish.prepare/       while one job gives its dataset the name OUT
+        owner.json
 """
 
+import errno
+import math
 import os
 import random
 import re
@@ -17,7 +23,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +33,7 @@ from mpillm.comm.failure import on_root
 from mpillm.errors import UsageError
 from mpillm.system.atomic import make_folder
 from mpillm.system.console import Console
+from mpillm.system.file_clock import age_seconds, file_clock
 from mpillm.system.json_text import read_json, to_json
 from mpillm.system.processes import birth_of, process_space
 
@@ -35,10 +42,11 @@ if TYPE_CHECKING:
 
 OWNER, DATASET = "owner.json", "dataset"
 FORMAT = "mpillm.prepare"
+PUBLISH = "publish"
 # As long as a run's lock: a parallel file system may be late by some seconds, so a few beats may be
 # missed, and a lost host should block the output for no more than two minutes.
 BEAT_SECONDS, DEAD_SECONDS = 15.0, 120.0
-POLL_SECONDS = 0.2
+POLL_SECONDS, LONGEST_POLL_SECONDS = 0.2, 2.0
 # A name may have 255 bytes, and a letter up to 4.
 NAME_LETTERS = 40
 
@@ -69,6 +77,7 @@ class WorkFolder:
     path: Path
     waited: bool
     """Whether another job prepared the same meanwhile."""
+    owner: Owner
 
     @property
     def dataset(self) -> Path:
@@ -113,7 +122,7 @@ def take(out: Path, prep: str, say: Callable[[str], None], made: list[Path]) -> 
     parent = place_of(out)
     make_folder(parent)
     me = _this_process(out, prep)
-    waited = False
+    waited, pause = False, POLL_SECONDS
     while True:
         other = _living(parent, out, say)
         if other is not None and other.prep != prep:
@@ -125,14 +134,76 @@ def take(out: Path, prep: str, say: Callable[[str], None], made: list[Path]) -> 
             if not waited:
                 say(f"another job prepares {out} with the same options ({other.describe()}): wait")
             waited = True
-            time.sleep(POLL_SECONDS)
+            time.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_POLL_SECONDS)
             continue
         path = _make(parent, out, me, made)
         # Two jobs that made theirs at once see each other: both remove it, and wait at random.
-        if _living(parent, out, say, besides=path) is None:
-            return WorkFolder(path, waited)
+        if _living(parent, out, say, besides=(path,)) is None:
+            return WorkFolder(path, waited, me)
         shutil.rmtree(path, ignore_errors=True)
         time.sleep(random.uniform(0.0, 2 * POLL_SECONDS))
+
+
+@contextmanager
+def alone(work: WorkFolder, out: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Let one job at a time give its dataset the name `out`, and none that has lost its hold.
+
+    Rank 0 calls it. Raises UsageError where another job has taken the output over meanwhile.
+    """
+    parent, ended = work.path.parent, threading.Event()
+    lock = parent / f".{out.name[:NAME_LETTERS]}.{PUBLISH}.prepare"
+    begun = parent / f".{out.name[:NAME_LETTERS]}.{secrets.token_hex(8)}.tmp"
+    inode = 0
+    try:
+        _fill(begun, work.owner)
+        inode = begun.stat().st_ino
+        _enter(begun, lock, out, say)
+        threading.Thread(target=_beat, args=(lock / OWNER, ended), daemon=True).start()
+        if read_owner(work.path) != work.owner:
+            raise UsageError(taken_over(out))
+        with suppress(OSError):
+            os.utime(work.path / OWNER)
+        other = _living(parent, out, say, besides=(work.path, lock))
+        if other is not None:
+            raise UsageError(taken_over(out, f" ({other.describe()})"))
+        yield
+    finally:
+        ended.set()
+        for path in (begun, lock):
+            # Not where another job has put its own in place of this one.
+            with suppress(OSError):
+                if path.lstat().st_ino == inode:
+                    _remove(path)
+
+
+def _enter(begun: Path, lock: Path, out: Path, say: Callable[[str], None]) -> None:
+    """Give the folder `begun` the name `lock`, once no other job's has it."""
+    until = time.monotonic() + 2 * DEAD_SECONDS
+    while True:
+        try:
+            # rename(2) replaces an empty folder at most, and every lock holds its owner.
+            begun.rename(lock)
+            return
+        except OSError as failure:
+            if failure.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            if time.monotonic() > until:
+                raise UsageError(
+                    f"{lock} is held, and by no job that is known to have ended; remove it if no "
+                    f"job prepares {out} now"
+                ) from failure
+        _living(lock.parent, out, say)
+        time.sleep(POLL_SECONDS)
+
+
+def taken_over(out: Path | str, job: str = "") -> str:
+    """Say why this job stops without having written its dataset."""
+    return (
+        f"another job{job} prepares {out} in place of this one, which was suspended for too long "
+        "or lost its folder; this one stops without writing there; wait for the other, or choose "
+        "another --out"
+    )
 
 
 def place_of(out: Path) -> Path:
@@ -145,8 +216,8 @@ def place_of(out: Path) -> Path:
 
 
 def is_work_folder(name: str) -> bool:
-    """Return whether a name is that of a work folder, of any output."""
-    return re.fullmatch(r"\..*\.[0-9a-f]{16}\.prepare", name, re.DOTALL) is not None
+    """Return whether a name is that of a work folder or its lock, of any output."""
+    return re.fullmatch(rf"\..*\.([0-9a-f]{{16}}|{PUBLISH})\.prepare", name, re.DOTALL) is not None
 
 
 def _make(parent: Path, out: Path, me: Owner, made: list[Path]) -> Path:
@@ -154,33 +225,58 @@ def _make(parent: Path, out: Path, me: Owner, made: list[Path]) -> Path:
     name = f".{out.name[:NAME_LETTERS]}.{secrets.token_hex(8)}"
     begun, path = parent / f"{name}.tmp", parent / f"{name}.prepare"
     made += (begun, path)
-    # mkdir(2) follows no link and fails where there is anything of this name.
-    begun.mkdir()
-    text = to_json({"format": FORMAT, **asdict(me)}, indent=1) + "\n"
-    (begun / OWNER).write_text(text, encoding="utf-8")
+    _fill(begun, me)
     (begun / DATASET).mkdir()
     begun.rename(path)
     return path
 
 
+def _fill(begun: Path, me: Owner) -> None:
+    # mkdir(2) follows no link and fails where there is anything of this name.
+    begun.mkdir()
+    text = to_json({"format": FORMAT, **asdict(me)}, indent=1) + "\n"
+    (begun / OWNER).write_text(text, encoding="utf-8")
+
+
 def _living(
-    parent: Path, out: Path, say: Callable[[str], None], besides: Path | None = None
+    parent: Path, out: Path, say: Callable[[str], None], besides: Collection[Path] = ()
 ) -> Owner | None:
-    """Return the owner of another work folder of `out`, after removing those of processes gone."""
-    with suppress(OSError):
-        for entry in sorted(os.scandir(parent), key=lambda entry: entry.name):
-            path = Path(entry.path)
-            if path == besides or not is_work_folder(entry.name):
+    """Return the owner of another work folder of `out`, after removing those of jobs gone."""
+    found, now = None, None
+    with os.scandir(parent) as entries:
+        names = sorted(entry.name for entry in entries if is_work_folder(entry.name))
+    for path in (parent / name for name in names):
+        owner = None if path in besides or path.is_symlink() else read_owner(path)
+        if owner is None or owner.out != str(out):
+            continue
+        if not owner.is_gone:
+            # One probe file a look, and only where there is something to measure.
+            now = now or file_clock(path)
+            if _silence(path / OWNER, now) < DEAD_SECONDS:
+                found = found or owner
                 continue
-            owner = read_owner(path)
-            if owner is None or owner.out != str(out) or entry.is_symlink():
-                continue
-            if owner.is_gone:
-                shutil.rmtree(path, ignore_errors=True)
-                say(f"removed {path}, left over by {owner.describe()}")
-            elif _is_beating(path / OWNER):
-                return owner
-    return None
+        with suppress(OSError):
+            _remove(path)
+            say(f"removed {path}, left over by {owner.describe()}")
+    return found
+
+
+def _remove(path: Path) -> None:
+    """Remove a work folder. Raises OSError where it is still there.
+
+    By rename: of several jobs one succeeds, and a late owner finds nothing of its own. What this
+    process cannot finish keeps its owner, so that another job may.
+    """
+    stem = path.name.removesuffix(".prepare").rpartition(".")[0]
+    aside = path.with_name(f"{stem}.{secrets.token_hex(8)}.prepare")
+    path.rename(aside)
+    # The owner last.
+    for inner in sorted(aside.iterdir(), key=lambda inner: inner.name == OWNER):
+        if inner.is_dir() and not inner.is_symlink():
+            shutil.rmtree(inner)
+        else:
+            inner.unlink()
+    aside.rmdir()
 
 
 def read_owner(path: Path) -> Owner | None:
@@ -192,12 +288,13 @@ def read_owner(path: Path) -> Owner | None:
         return None
 
 
-def _is_beating(owner: Path) -> bool:
-    """Return whether the owner touched its file of late; a time in the future is none."""
+def _silence(owner: Path, now: float) -> float:
+    """Return the seconds since the owner last touched its file, `now` by the file's own clock."""
     try:
-        return abs(time.time() - owner.stat().st_mtime) < DEAD_SECONDS
-    except OSError:
-        return False
+        seen = owner.stat()
+    except FileNotFoundError:
+        return math.inf
+    return age_seconds(seen.st_mtime, seen.st_ctime, now)
 
 
 def _beat(owner: Path, ended: threading.Event) -> None:

@@ -10,6 +10,7 @@ from mpi4py import MPI
 
 from mpillm.errors import DataError, UsageError
 from mpillm.system.console import Console
+from mpillm.tokens import prepare as preparing
 from mpillm.tokens import publish as room
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.prepare import PrepareOptions, prepare
@@ -94,6 +95,49 @@ def test_a_manifest_that_names_other_folders_removes_nothing_there(
     with pytest.raises(UsageError, match=r"which files of .* are its dataset is not known"):
         prepare(replace(options, overwrite=True), comm, QUIET)
     assert (folder / "precious").read_text() == "mine"
+    comm.Barrier()
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_file_of_the_users_is_never_in_the_way(
+    options: PrepareOptions, folder: Path, comm: MPI.Intracomm, is_folder: bool
+) -> None:
+    """It has the name of a new shard, and no manifest lists it: found before anything is gone."""
+    out = folder / "out"
+    prepare(replace(options, shard_bytes=1 << 20, overwrite=True), comm, QUIET)
+    if comm.rank == 0:
+        mine = out / "train-00001.h5"
+        mine.mkdir() if is_folder else mine.write_text("mine")
+    comm.Barrier()
+    before = names(out)
+    with pytest.raises(UsageError, match=r"train-00001\.h5 is not of the dataset that is there"):
+        prepare(replace(options, overwrite=True), comm, QUIET)
+    assert names(out) == before
+    verify(out, comm, QUIET)
+    comm.Barrier()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_damaged_manifest_is_found_before_the_work(
+    options: PrepareOptions,
+    folder: Path,
+    comm: MPI.Intracomm,
+    monkeypatch: pytest.MonkeyPatch,
+    overwrite: bool,
+) -> None:
+    """Not even --overwrite knows which files are the dataset's, so it is no way out."""
+    if comm.rank == 0:
+        path = folder / "out" / "manifest.json"
+        value = json.loads(path.read_text())
+        del value["tokenizer"]
+        path.write_text(json.dumps(value))
+    comm.Barrier()
+    if overwrite:
+        monkeypatch.setattr(preparing, "survey", lambda *given: pytest.fail("the work began"))
+    with pytest.raises(UsageError, match=r"which files of .* are its dataset") as raised:
+        prepare(replace(options, overwrite=overwrite), comm, QUIET)
+    assert "choose another --out, or remove the folder" in str(raised.value)
+    assert "--overwrite" not in str(raised.value)
     comm.Barrier()
 
 

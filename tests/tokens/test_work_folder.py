@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from mpi4py import MPI
 from mpillm.errors import UsageError
 from mpillm.system.console import Console
 from mpillm.system.processes import birth_of, process_space
+from mpillm.tokens import prepare as preparing
 from mpillm.tokens import work_folder as room
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.prepare import PrepareOptions, prepare
@@ -87,12 +89,97 @@ def test_a_folder_of_another_host_blocks_while_it_is_touched(tmp_path: Path) -> 
     far = left_by(out, host="far", space="another", birth="1")
     with pytest.raises(UsageError, match=r"another job prepares .*process \d+ on far, since"):
         room.take(out, "{}", print, [])
-    # Silent for two minutes, or dated two minutes into the future: neither blocks, neither goes.
-    for age in (-130, 130):
-        os.utime(far / "owner.json", (time.time() + age,) * 2)
-        work = room.take(out, "{}", print, [])
-        assert far.exists()
-        work.path.rename(tmp_path / f"done{age}")
+    # No user can set the change of an inode: a date in the future is not believed.
+    os.utime(far / "owner.json", (time.time() + 1e6,) * 2)
+    with pytest.raises(UsageError, match="another job prepares"):
+        room.take(out, "{}", print, [])
+    # Silent for two minutes: removed, and said once.
+    said: Say = []
+    os.utime(far / "owner.json", (time.time() - 130,) * 2)
+    room.take(out, "{}", said.append, [])
+    assert not far.exists()
+    assert len(said) == 1
+    assert f"removed {far}, left over by process" in said[0]
+
+
+def test_the_clock_of_the_file_system_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This host's clock may be an hour ahead."""
+    out = tmp_path / "out"
+    left_by(out, host="far", space="another", birth="1")
+    here = time.time
+    monkeypatch.setattr(time, "time", lambda: here() + 3600)
+    with pytest.raises(UsageError, match="another job prepares"):
+        room.take(out, "{}", print, [])
+
+
+def test_nothing_is_said_of_what_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: Say = []
+    dead = left_by(tmp_path / "out", birth="1")
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self == dead:
+            raise PermissionError(1, "not yours")
+        return rename(self, target)
+
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", refuse)
+    room.take(tmp_path / "out", "{}", said.append, [])
+    assert dead.exists()
+    assert said == []
+
+
+def test_a_job_that_was_suspended_publishes_nothing(tmp_path: Path) -> None:
+    """Its folder was removed, or another job lives."""
+    out = tmp_path / "out"
+    work = room.take(out, "{}", print, [])
+    os.utime(work.path / "owner.json", (0, 0))
+    for facts in ({"birth": "1"}, {}):
+        other = left_by(out, **facts)
+        if not facts:
+            with pytest.raises(UsageError, match=r"another job .* in place of this one"):
+                with room.alone(work, out, print):
+                    pytest.fail("it is not alone")
+        else:
+            with room.alone(work, out, print):
+                assert not other.exists()
+    room._remove(work.path)
+    with pytest.raises(UsageError, match=r"another job prepares .* in place of this one"):
+        with room.alone(work, out, print):
+            pytest.fail("its folder is gone")
+    assert [path.name for path in tmp_path.iterdir()] == [other.name]
+
+
+def test_one_job_publishes_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    work, order = room.take(out, "{}", print, []), []
+
+    def second() -> None:
+        with room.alone(work, out, print):
+            order.append("second")
+
+    with room.alone(work, out, print):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    # A lock of a dead process, and one whose owner is not known.
+    lock = tmp_path / ".out.publish.prepare"
+    left_by(out, birth="1").rename(lock)
+    with room.alone(work, out, print):
+        assert room.read_owner(lock) == work.owner
+    lock.mkdir()
+    (lock / "theirs").touch()
+    monkeypatch.setattr(room, "DEAD_SECONDS", 0.1)
+    with pytest.raises(UsageError, match="remove it if no job prepares"):
+        with room.alone(work, out, print):
+            pytest.fail("the lock is held")
+    assert (lock / "theirs").exists()
 
 
 def test_the_same_options_wait(tmp_path: Path) -> None:
@@ -206,3 +293,29 @@ def test_the_owner_is_json(tmp_path: Path) -> None:
     owner = room.read_owner(work.path)
     assert owner is not None
     assert value == {"format": room.FORMAT, **asdict(owner)}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_was_published_meanwhile_stays(
+    tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """A job that took this one for dead ended before this one continued."""
+    options = PrepareOptions((texts,), tmp_path / "out", "bytes", workers=1, overwrite=overwrite)
+    write = preparing._write
+
+    def suspended(*given: Any) -> Manifest:
+        made = write(*given)
+        monkeypatch.setattr(preparing, "_write", write)
+        prepare(replace(options, out=tmp_path / "other", seed=7), MPI.COMM_SELF, QUIET)
+        if overwrite:
+            shutil.rmtree(tmp_path / "out")
+        (tmp_path / "other").rename(tmp_path / "out")
+        return made
+
+    if overwrite:
+        prepare(options, MPI.COMM_SELF, QUIET)
+    monkeypatch.setattr(preparing, "_write", suspended)
+    with pytest.raises(UsageError, match="was prepared otherwise"):
+        prepare(options, MPI.COMM_SELF, QUIET)
+    assert verify(tmp_path / "out", MPI.COMM_SELF, QUIET).prep["seed"] == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
