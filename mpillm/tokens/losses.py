@@ -104,7 +104,9 @@ class LossCheck:
         elif tokenizer.drops_unknown:
             characters = set(text)
             for character in characters - self._seen:
-                if not character.isspace() and character not in self._back(character):
+                # A tokenizer may compose characters: the ohm sign is then an omega.
+                back = _canonical(self._back(character))
+                if not character.isspace() and _canonical(character) not in back:
                     self._dropped.add(character)
             self._seen |= characters
             dropped = sum(text.count(character) for character in characters & self._dropped)

@@ -11,9 +11,9 @@ import numpy as np
 
 from mpillm.errors import DataError
 from mpillm.system import hdf5
-from mpillm.system.messages import command
-from mpillm.tokens.manifest import Manifest, Split
-from mpillm.tokens.shards import rest_digest
+from mpillm.system.messages import command, explain
+from mpillm.tokens.manifest import Manifest, Split, check_shard
+from mpillm.tokens.shards import ShardInfo, rest_digest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
@@ -74,7 +74,10 @@ class TokenReader:
         return self.bases[shards] + positions * self.dtype.itemsize
 
     def descriptors(self, shards: Sequence[int]) -> list[int]:
-        """Open the file of each of `shards`; descriptors last until `close`. Raises DataError."""
+        """Open the file of each of `shards`, and check it; descriptors last until `close`.
+
+        Raises DataError, also where another dataset is there now.
+        """
         if -1 in self._descriptors:
             for shard in set(shards):
                 self._descriptor(shard)
@@ -84,7 +87,7 @@ class TokenReader:
         if self._descriptors[shard] < 0:
             path = self.folder / self.split.shards[shard].file
             try:
-                self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as failure:
                 hint = (
                     "raise `ulimit -n`"
@@ -94,7 +97,38 @@ class TokenReader:
                 raise DataError(
                     f"cannot open the shard {path}: {failure.strerror}; {hint}"
                 ) from failure
+            try:
+                self._check_file(path, self.split.shards[shard], descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            self._descriptors[shard] = descriptor
         return self._descriptors[shard]
+
+    def _check_file(self, path: Path, info: ShardInfo, descriptor: int) -> None:
+        """Raise DataError unless the open file is the manifest's, with whole tables.
+
+        Once a shard: some 20 bytes a document, where its tokens have a thousand or more.
+        """
+        try:
+            if os.fstat(descriptor).st_size == info.nbytes and info.rest_xxh3_128 == rest_digest(
+                descriptor, info.tokens_offset, info.tokens_nbytes
+            ):
+                return
+        except OSError as failure:
+            raise DataError(f"cannot read the shard {explain(failure, path)}") from failure
+        # A job that replaces a dataset writes the manifest last.
+        manifest = Manifest.load(self.folder)
+        if manifest.splits[self.name] != self.split:
+            raise DataError(
+                f"{path} is not the file that the manifest named: another dataset is there now; "
+                "start again to read that one, or name another"
+            )
+        check_shard(path, info)
+        raise DataError(
+            f"{path} is damaged outside /tokens (its structure, attributes or document "
+            "tables); copy the file again or prepare the dataset again"
+        )
 
     def read(self, start: int, out: Array) -> None:
         """Fill `out` (C-contiguous, of `self.dtype`) with the tokens from position `start` on.
@@ -150,21 +184,15 @@ class TokenReader:
         """
         known = self._doc_ends[shard]
         if known is None:
-            info = self.split.shards[shard]
-            path = self.folder / info.file
-            # Once a shard: some 20 bytes a document, where its tokens have a thousand or more.
+            info, descriptor = self.split.shards[shard], self._descriptor(shard)
             try:
-                whole = rest_digest(path, info.tokens_offset, info.tokens_nbytes)
-                mapped = np.memmap(path, "<u8", "r", info.doc_ends_offset, shape=(info.n_docs,))
+                with open(descriptor, "rb", closefd=False) as file:
+                    mapped = np.memmap(file, "<u8", "r", info.doc_ends_offset, (info.n_docs,))
             except (OSError, ValueError) as failure:
                 raise DataError(
-                    f"cannot read the document ends of {path}: {failure}; copy it again"
+                    f"cannot read the document ends of {self.folder / info.file}: {failure}; "
+                    "copy it again"
                 ) from failure
-            if whole != info.rest_xxh3_128:
-                raise DataError(
-                    f"{path} is damaged outside /tokens (its structure, attributes or document "
-                    "tables); copy the file again or prepare the dataset again"
-                )
             # Viewed as signed: a search for signed numbers in unsigned ones would copy the map as
             # floats.
             known = self._doc_ends[shard] = np.asarray(mapped).view(np.int64)

@@ -107,16 +107,21 @@ def write_shard(path: Path, documents: Documents, attributes: Mapping[str, Any])
         )
 
 
-def rest_digest(path: Path, tokens_offset: int, tokens_nbytes: int) -> str:
-    """Hash (xxh3-128) the file but for /tokens: HDF5 structure, attributes, tables."""
+def rest_digest(file: Path | int, tokens_offset: int, tokens_nbytes: int) -> str:
+    """Hash (xxh3-128) a file, or an open one, but for /tokens: HDF5 structure, attributes, tables.
+
+    It differs between datasets: the tables hold a hash of each block of tokens.
+    """
     state = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    # A descriptor stays open; only its place in the file is moved.
+    with open(file, "rb", closefd=not isinstance(file, int)) as opened:
+        opened.seek(0)
         left = tokens_offset
-        while left and (chunk := file.read(min(left, READ_BYTES))):
+        while left and (chunk := opened.read(min(left, READ_BYTES))):
             state.update(chunk)
             left -= len(chunk)
-        file.seek(tokens_offset + tokens_nbytes)
-        while chunk := file.read(READ_BYTES):
+        opened.seek(tokens_offset + tokens_nbytes)
+        while chunk := opened.read(READ_BYTES):
             state.update(chunk)
     return state.hexdigest()
 

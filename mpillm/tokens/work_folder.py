@@ -250,7 +250,7 @@ def _living(
         if owner is None or owner.out != str(out):
             continue
         if not owner.is_gone:
-            # One probe file a look, and only where there is something to measure.
+            # One probe file at most, and only where there is something to measure.
             now = now or file_clock(path)
             if _silence(path / OWNER, now) < DEAD_SECONDS:
                 found = found or owner

@@ -56,6 +56,17 @@ def check(inner: tokenizers.Tokenizer, *texts: str) -> Losses:
     return check.total(MPI.COMM_SELF)
 
 
+@pytest.mark.parametrize("normalizer", [normalizers.NFC, normalizers.NFKC, normalizers.NFD])
+def test_composed_characters_are_the_same_text(normalizer: type) -> None:
+    """The ohm and angstrom signs become an omega and an A with ring, as in Qwen2's tokenizer."""
+    vocabulary = {letter: number for number, letter in enumerate("ΩÅA\u030a ")}
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    inner.normalizer, inner.decoder = normalizer(), decoders.Fuse()
+    inner.add_special_tokens(["</s>"])
+    assert check(inner, "\u2126 \u212b").share == 0
+    assert check(inner, "\u2126 Б").dropped == 1
+
+
 def test_what_keeps_all_is_not_looked_through() -> None:
     assert byte_tokenizer().keeps_all
     assert train_bpe(["the cat"], 260).keeps_all

@@ -405,10 +405,36 @@ def test_offsets_beyond_the_file(dataset):
 def test_a_file_that_shrinks_while_it_is_read(dataset):
     folder, tokens = dataset
     reader = open_split(folder)
+    reader.read(0, np.empty(10, reader.dtype))
     with (folder / "train-00000.h5").open("r+b") as file:
         file.truncate(100_000)
     with pytest.raises(DataError, match="has shrunk while in use"):
         reader.read(0, np.empty(len(tokens), reader.dtype))
+
+
+@pytest.mark.parametrize("how", ["tokens", "size", "manifest"])
+def test_a_dataset_that_was_replaced_while_it_is_read(dataset, how):
+    """A shard that is first opened later is of the same size, and of other tokens."""
+    folder, tokens = dataset
+    reader = open_split(folder)
+    reader.read(0, np.empty(10, reader.dtype))
+    path = folder / "train-00002.h5"
+    lengths = [40, 60, 1] if how == "size" else [40, 60]
+    made = write_shard(path, documents(lengths, seed=9), {"vocab_size": 257, "split": "train"})
+    says = r"train-00002\.h5 is damaged outside /tokens"
+    if how != "tokens":
+        split = reader.split
+        shards = (*split.shards[:2], made)
+        totals = [sum(getattr(shard, name) for shard in shards) for name in ("n_tokens", "n_docs")]
+        new = Split(*totals, 1, shards)
+        splits = {"train": new, "validation": Split(0, 0, 0, ())}
+        Manifest(folder, tokenizer_facts(byte_tokenizer()), {}, splits).save()
+        says = r"train-00002\.h5 is not .* another dataset is there now; start again"
+    with reader, pytest.raises(DataError, match=says):
+        reader.read(len(tokens) - 5, np.empty(5, reader.dtype))
+    if how != "tokens":
+        with open_split(folder) as again:
+            again.read(len(tokens) - 5, np.empty(5, again.dtype))
 
 
 def test_a_split_that_is_not_there(dataset):

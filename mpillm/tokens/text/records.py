@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mpillm.errors import UsageError
-from mpillm.system.json_text import from_json
+from mpillm.system.json_text import from_json, to_json
 from mpillm.system.messages import command, printable
 from mpillm.tokens.text.text_blocks import REPLACEMENT
 
@@ -66,17 +66,19 @@ def text_of(line: str, field: str) -> tuple[str, int]:
 def parsed(line: str) -> Any:
     """Parse a line. Raises RecordError for what is no JSON, and for what is nested too deeply."""
     try:
-        return from_json(line)
+        try:
+            return from_json(line)
+        except json.JSONDecodeError:
+            raise
+        except ValueError as failure:
+            if isinstance(failure.__cause__, RecursionError):
+                raise RecordError(TOO_DEEP) from failure
+        # Python refuses an integer of more than 4,300 digits, which no text is in.
+        return json.loads(line, parse_int=lambda digits: 0)
     except json.JSONDecodeError as failure:
         raise RecordError(
             f"isn't JSON: {printable(str(failure))}; write one JSON object a line"
         ) from failure
-    except ValueError as failure:
-        if isinstance(failure.__cause__, RecursionError):
-            raise RecordError(TOO_DEEP) from failure
-    # Python refuses an integer of more than 4,300 digits, which no text is in.
-    try:
-        return json.loads(line, parse_int=lambda digits: 0)
     except RecursionError as failure:
         raise RecordError(TOO_DEEP) from failure
 
@@ -111,11 +113,25 @@ def _no_text(record: dict[str, Any], field: str, value: Any) -> str:
             f'has no string field "{field}" (it is an object with {names}{more})'
             f"{choice.replace(', or', ';') or '; write one with a text'}"
         )
-    leave = command(["jq", "-c", f"select(.{field}|strings)"])
+    leave = command(["jq", "-c", f"select({_jq_path(record, field)}|strings)"])
     return (
         f'has no string field "{field}" ({field} is {_word(value)}); '
         f"leave such records out by `{leave} FILE > NEW.jsonl`{choice}"
     )
+
+
+def _jq_path(record: dict[str, Any], name: str) -> str:
+    """Write the way to a field for jq: `.message.content`, or `.["my-text"]` for odd names."""
+    names: list[str] = []
+    while name not in record:
+        outer, _, name = name.partition(".")
+        names.append(outer)
+        record = record[outer]
+    parts = [
+        f".{one}" if one.isascii() and one.isidentifier() else f"[{to_json(one)}]"
+        for one in (*names, name)
+    ]
+    return "".join(parts) if parts[0].startswith(".") else "." + "".join(parts)
 
 
 def _strings(record: dict[str, Any], prefix: str) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """The text of JSON records: fields by name, what is no text, and what a parser chokes on."""
 
 import json
+import shutil
+import subprocess
 
 import pytest
 from mpi4py import MPI
@@ -43,6 +45,40 @@ def test_a_name_that_no_field_has(name: str) -> None:
 def test_what_is_no_text_is_named(field: str, says: str) -> None:
     with pytest.raises(RecordError, match=says):
         text_of(json.dumps(RECORD), field)
+
+
+@pytest.mark.parametrize(
+    ("field", "query"),
+    [
+        ("my-text", '.["my-text"]'),
+        ("a.b c", '.a["b c"]'),
+        ("x.y", '.["x.y"]'),
+        ("a.d.e", ".a.d.e"),
+        ("1.end", '.["1"].end'),
+    ],
+)
+def test_the_filter_of_jq_takes_any_name(field: str, query: str) -> None:
+    record = {"my-text": 1, "x.y": 1, "a": {"b c": 1, "d": {"e": 1}}, "1": {"end": 1}}
+    with pytest.raises(RecordError) as raised:
+        text_of(json.dumps(record), field)
+    assert f"jq -c 'select({query}|strings)' FILE" in str(raised.value)
+    if shutil.which("jq"):
+        ran = subprocess.run(
+            ["jq", "-c", f"select({query}|numbers)"],
+            input=json.dumps(record),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert json.loads(ran.stdout) == record
+
+
+def test_what_is_no_json_next_to_a_huge_number() -> None:
+    """The second parse, without the number, fails as the first one."""
+    with pytest.raises(RecordError, match="isn't JSON: Expecting value"):
+        text_of(f'{{"n": {"1" * 5000}, "text": }}', "text")
+    with pytest.raises(RecordError, match="is nested too deeply"):
+        text_of(f'{{"n": {"1" * 5000}, "text": {"[" * 200_000}', "text")
 
 
 @pytest.mark.parametrize(
