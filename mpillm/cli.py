@@ -13,7 +13,7 @@ from mpillm.launch.launchers import is_one_of_several
 from mpillm.system.ending_signals import INTERRUPTED
 from mpillm.system.messages import printable
 from mpillm.system.plugins import is_plugin, load_plugin
-from mpillm.system.standard_streams import guard_streams
+from mpillm.system.standard_streams import guard_streams, refuse_lost_output
 from mpillm.verbs.command import make_command, verb_summary
 from mpillm.verbs.verb_catalog import VERBS
 
@@ -68,12 +68,11 @@ def _versions(
 
 def main() -> None:
     """Run the command line; the first rank alone prints help and mistakes in typing."""
-    guard_streams()
     silent = is_one_of_several(os.environ)
-    if silent:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    guard_streams(mute=silent)
     try:
-        code = app(standalone_mode=False)
+        if (code := app(standalone_mode=False)) == 0:  # printed help: a verb returns nothing
+            refuse_lost_output()
     except typer.Abort:  # Ctrl-C before a verb catches it
         code = INTERRUPTED
     except Exception as failure:

@@ -34,7 +34,7 @@ DEFAULT_SIZES = {
 }
 # Three matrices of this edge in float32 take 12 GiB.
 LARGEST_EDGE = 32 * 1024
-STDOUT = "-"
+STDOUT = Path("-")
 MPI_LIBRARY = "mpi"
 """The MPI library's own algorithm."""
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -80,7 +80,9 @@ class BenchOptions:
         ),
     ] = None
     as_json: Json = False
-    csv: Annotated[str, Option("Write the figures; - prints them instead.", metavar="FILE")] = ""
+    csv: Annotated[
+        Path | None, Option("Write the figures; - prints them instead.", metavar="FILE")
+    ] = None
     plot: Annotated[Path | None, Option("Draw bandwidth over size.", metavar="FILE.png")] = None
     save: Annotated[Path | None, Option("Write the cluster profile.", metavar="PROFILE.json")] = (
         None
@@ -136,6 +138,11 @@ class BenchOptions:
         """The names as asked for, each once, aliases resolved."""
         names = (name.strip() for name in self.algorithms.split(","))
         return tuple(dict.fromkeys(ALIASES.get(name, name) for name in names if name))
+
+    @property
+    def csv_file(self) -> Path | None:
+        """The file of --csv; None where the figures are printed instead."""
+        return None if self.csv == STDOUT else self.csv
 
     @property
     def quiet(self) -> bool:

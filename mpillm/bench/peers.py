@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mpillm.bench.sample_arrays import Shape, as_tensor
 from mpillm.bench.timing import Call
+from mpillm.comm.failure import on_root
+from mpillm.errors import DataError
 from mpillm.system.extras import install_command, installed
 
 if TYPE_CHECKING:
@@ -126,7 +128,7 @@ def _meet(comm: "MPI.Intracomm", stack: ExitStack, one_node: bool) -> str:
             "gloo", store=store, rank=comm.rank, world_size=comm.size, timeout=PEER_TIMEOUT
         )
         stack.callback(dist.destroy_process_group)
-    except (RuntimeError, ValueError) as failure:
+    except (RuntimeError, ValueError, DataError) as failure:
         reason = str(failure).strip().partition("\n")[0]
     reasons: list[str] = comm.allgather(reason)
     return next((text for text in reasons if text), "")
@@ -136,14 +138,11 @@ def _store(comm: "MPI.Intracomm", stack: ExitStack, one_node: bool) -> Any:
     from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
 
     if one_node:
-        folder = Path(
-            comm.bcast(tempfile.mkdtemp(prefix="mpillm-peers-") if comm.rank == 0 else None)
-        )
+        folder = Path(on_root(comm, lambda: tempfile.mkdtemp(prefix="mpillm-peers-")))
         if comm.rank == 0:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
         return FileStore(str(folder / "store"), comm.size)
-    place = (socket.gethostname(), _free_port()) if comm.rank == 0 else None
-    name, port = comm.bcast(place)
+    name, port = on_root(comm, lambda: (socket.gethostname(), _free_port()))
     return TCPStore(
         name, port, comm.size, comm.rank == 0, timeout=PEER_TIMEOUT, wait_for_workers=False
     )

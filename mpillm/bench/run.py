@@ -98,8 +98,7 @@ def _measure(bench: BenchContext, what: str) -> list[Section]:
 
 def _check_places(options: BenchOptions) -> SavedProfile | None:
     """Fail before measuring where a file of the options cannot be written."""
-    csv = Path(options.csv) if options.csv not in ("", STDOUT) else None
-    check_outputs({"--csv": csv, "--plot": options.plot, "--save": options.save})
+    check_outputs({"--csv": options.csv_file, "--plot": options.plot, "--save": options.save})
     return SavedProfile.find(options.save) if options.save is not None else None
 
 
@@ -134,8 +133,8 @@ def _write(
             bench.note(f"{saved.path} was written by another run meanwhile: this one is in {place}")
 
     works: list[tuple[Path, Callable[[], None]]] = []
-    if options.csv not in ("", STDOUT):
-        works.append((Path(options.csv), lambda: write_text(Path(options.csv), as_csv(sections))))
+    if (table := options.csv_file) is not None:
+        works.append((table, lambda: write_text(table, as_csv(sections))))
     if options.plot is not None and drawn(sections, size):
         plot = options.plot
         works.append((plot, lambda: draw_bandwidth(sections, size, plot)))
@@ -143,15 +142,22 @@ def _write(
         bench.note(f"no picture: {options.what} measures no bandwidth over size")
     if saved is not None:
         works.append((saved.path, profile))
-    faults = []
-    for path, work in works:
-        try:
-            work()
-        except OSError as failure:
-            faults.append(f"cannot write {explain(failure, path)}")
-        except UsageError as failure:
-            faults.append(str(failure))
-    return faults
+    return [fault for path, work in works if (fault := _fault(path, work))]
+
+
+def _fault(path: Path, work: Callable[[], None]) -> str:
+    """Write one file; return why that failed, "" where it did not."""
+    try:
+        work()
+    except OSError as failure:
+        return f"cannot write {explain(failure, path)}"
+    except UsageError as failure:
+        return str(failure)
+    # The next file may still be written, and the figures are not measured again: whatever
+    # matplotlib raises takes its own picture alone.
+    except Exception as failure:
+        return f"cannot write {path}: {type(failure).__name__}: {failure}"
+    return ""
 
 
 def _gpu_facts(environment: Mapping[str, str] | None) -> dict[str, Any]:

@@ -7,15 +7,18 @@ message and all exit. If some did not (they wait in a collective, or are done), 
 reason and calls MPI_Abort, which ends all.
 """
 
+import os
 import re
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from mpillm.comm.waiting import patient_barrier, patient_bcast, wait_patiently
@@ -38,6 +41,9 @@ KINDS = ("error", "stopped")
 LONG_WORD, SHOWN_LETTERS = re.compile(r"\S{1000,}"), 200
 # torch raises RuntimeError.
 OUT_OF_MEMORY = re.compile("can't allocate memory|[Oo]ut of memory")
+
+# The folder of mpillm's own files.
+OURS = f"{Path(__file__).parents[1]}{os.sep}"
 
 Result = TypeVar("Result")
 
@@ -166,17 +172,46 @@ def reason_of(failure: BaseException) -> Reason:
 
 
 def _foreign_text(failure: BaseException) -> str:
-    """Explain an exception that mpillm does not raise: memory, a hidden package, or our fault."""
+    """Explain an exception that mpillm does not raise: memory, MPI, a hidden package, a plug-in, or
+    our fault.
+    """
     name, text = type(failure).__name__, str(failure)
     if OUT_OF_MEMORY.search(text):
         return f"out of memory ({text.splitlines()[0]}); use a smaller job or more nodes"
+    if _is_of_mpi(failure):
+        return (
+            f"MPI failed: {text or name}; another rank may have died, or the network failed: read "
+            "the messages of the other ranks and the scheduler's log, then start again"
+        )
     hidden, remedy = explain_hidden(hidden_packages())
     if hidden:
         return f"{hidden} ({name}: {text}); {remedy}"
-    return (
-        f"a fault of mpillm itself: {name}{f': {text}' if text else ''}; "
-        "please report it with the output of --debug"
-    )
+    words = f"{name}: {text}" if text else name
+    if module := _module_of_a_plugin(failure):
+        return f"a fault in {module}: {words}; correct that module (--debug shows where)"
+    return f"a fault of mpillm itself: {words}; please report it with the output of --debug"
+
+
+def _is_of_mpi(failure: BaseException) -> bool:
+    """Recognize mpi4py's own exception, without loading MPI."""
+    loaded = sys.modules.get("mpi4py.MPI")
+    return loaded is not None and isinstance(failure, loaded.Exception)
+
+
+def _module_of_a_plugin(failure: BaseException) -> str:
+    """Return the user's own module that raised `failure`; "" where mpillm did.
+
+    Innermost first: packages and Python's library raise for their caller.
+    """
+    paths = sysconfig.get_paths()
+    packages = {f"{paths[key]}{os.sep}" for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+    for frame, _ in reversed(list(traceback.walk_tb(failure.__traceback__))):
+        file = frame.f_code.co_filename
+        if file.startswith(OURS):
+            return ""
+        if not (file.startswith(("<", *packages)) or "site-packages" in file):
+            return f"the module {frame.f_globals.get('__name__')} ({file})"
+    return ""
 
 
 def _leave(private: "MPI.Intracomm | None", reason: Reason, debug: bool) -> NoReturn:

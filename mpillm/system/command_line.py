@@ -163,3 +163,12 @@ def command_parameters(options: type) -> Iterator[CommandParameter]:
                 required = field.default is MISSING
                 default = None if required else field.default
                 yield CommandParameter(field.name, kind, marker, default, required)
+
+
+def check_options(options: Any) -> None:
+    """Raise UsageError for an option of a dataclass that is out of its range.
+
+    For a library's call: what is typed is checked before the dataclass is made.
+    """
+    for one in command_parameters(type(options)):
+        one.check(getattr(options, one.name))

@@ -50,8 +50,11 @@ class GuardedStream:
         os.close(null)
 
 
-def guard_streams() -> None:
-    """Guard stdout and stderr of this process. Called once, before anything is printed."""
+def guard_streams(mute: bool = False) -> None:
+    """Guard stdout and stderr of this process. Called once, before anything is printed.
+
+    `mute`: what is printed to stdout from now on is dropped.
+    """
     open_missing_descriptors()
     for name, descriptor in (("stdout", STDOUT), ("stderr", STDERR)):
         stream = getattr(sys, name)
@@ -61,6 +64,8 @@ def guard_streams() -> None:
             # A letter that the terminal's encoding lacks is printed as \\xNN.
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, GuardedStream(stream, descriptor))
+    if mute:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
 
 
 def open_missing_descriptors() -> None:

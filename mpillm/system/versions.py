@@ -3,8 +3,6 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from mpillm.system.standard_streams import refuse_lost_output
-
 PACKAGES = ("mpillm", "mpi4py", "torch", "h5py", "numpy", "tokenizers")
 
 
@@ -38,11 +36,10 @@ def versions() -> dict[str, str]:
 
 
 def print_versions(verbose: bool) -> None:
-    """Print mpillm's version, with `verbose` those of all parts. Raises UsageError."""
+    """Print mpillm's version, with `verbose` those of all parts."""
     from mpillm.system.console import Console
 
     if verbose:
         Console().facts("versions", versions())
     else:
         Console().say(f"mpillm {package_version('mpillm')}")
-    refuse_lost_output()

@@ -17,7 +17,7 @@ import numpy as np
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import DataError, UsageError
 from mpillm.system.atomic import make_folder, write_text
-from mpillm.system.command_line import Argument, Option
+from mpillm.system.command_line import Argument, Option, check_options
 from mpillm.system.console import Console, binary_bytes
 from mpillm.system.messages import explain
 from mpillm.system.plain_files import open_plain
@@ -38,7 +38,7 @@ from mpillm.tokens.split import plan_split
 from mpillm.tokens.survey import Survey, survey
 from mpillm.tokens.text.records import DEFAULT_FIELD, check_field
 from mpillm.tokens.text.text_cut import LONGEST_PART
-from mpillm.tokens.tokenizer import Tokenizer, check_vocab_size
+from mpillm.tokens.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, Tokenizer
 from mpillm.tokens.train_tokenizer import load_or_make, train_together
 from mpillm.tokens.work_folder import WorkFolder, alone, place_of, taken_over, work_folder
 
@@ -68,11 +68,20 @@ class PrepareOptions:
     tokenizer: Annotated[str, Option("bpe (trained on the text), bytes, or a tokenizer.json.")] = (
         "bpe"
     )
-    vocab_size: Annotated[int, Option("Tokens of the BPE, specials included.")] = 8192
+    vocab_size: Annotated[
+        int,
+        Option(
+            "Tokens of the BPE, its 256 bytes and specials included.",
+            minimum=SMALLEST_VOCABULARY,
+            maximum=LARGEST_VOCABULARY,
+        ),
+    ] = 8192
     lossy: Annotated[
         bool, Option("Prepare even where the tokenizer loses text, and keep a note of it.")
     ] = False
-    validation: Annotated[float, Option("The share of documents held out for validation.")] = 0.05
+    validation: Annotated[
+        float, Option("The share of documents held out for validation.", minimum=0, maximum=1)
+    ] = 0.05
     glob: Annotated[str, Option("Which files of a folder; ** is any folders.")] = "**/*"
     field: Annotated[
         str, Option("The field of JSON records that holds the text, dots for nesting.")
@@ -80,48 +89,41 @@ class PrepareOptions:
     end_of_text: Annotated[
         str | None, Option("The token that ends a document, for a FILE tokenizer.")
     ] = None
-    shard_bytes: Annotated[int, Option("Bytes of tokens in a shard, about.")] = 256 << 20
-    seed: Annotated[int, Option("Decides the documents' order and split.")] = 0
-    workers: Annotated[int, Option("Threads a rank; 0: its share of the cores.")] = 0
+    shard_bytes: Annotated[
+        int,
+        Option(
+            "Bytes of tokens in a shard, about.",
+            minimum=SMALLEST_SHARD_BYTES,
+            maximum=LARGEST_SHARD_BYTES,
+        ),
+    ] = 256 << 20
+    seed: Annotated[int, Option("Decides the documents' order and split.", minimum=0)] = 0
+    workers: Annotated[
+        int,
+        Option("Threads a rank; 0: its share of the cores.", minimum=0, maximum=MOST_WORKERS),
+    ] = 0
     overwrite: Annotated[bool, Option("Replace the files of another dataset in --out.")] = False
     tokenizer_bytes: int = 32 << 20
     """Bytes of text that the BPE is trained on, about."""
 
     def check(self) -> None:
         """Raise UsageError for a number out of its range."""
+        check_options(self)
         check_field(self.field)
+        if self.validation == 1:
+            raise UsageError(
+                "--validation 1 leaves no document to train on; take a share below it, such as 0.05"
+            )
         if self.end_of_text is not None and self.tokenizer in ("bpe", "bytes"):
             raise UsageError(
                 f"--end-of-text names a token of a FILE tokenizer; {self.tokenizer} has its own: "
                 "leave it out, or give --tokenizer a tokenizer.json"
-            )
-        if self.workers > MOST_WORKERS:
-            raise UsageError(
-                f"--workers is 0 to {MOST_WORKERS:,} threads a rank, got {self.workers:,}; "
-                "0 takes the rank's share of the cores"
-            )
-        if not 0 <= self.validation < 1:
-            raise UsageError(
-                "--validation is a fraction of the documents, from 0 to below 1; "
-                f"got {self.validation}; try 0.05"
-            )
-        if not SMALLEST_SHARD_BYTES <= self.shard_bytes <= LARGEST_SHARD_BYTES:
-            raise UsageError(
-                f"a shard holds {SMALLEST_SHARD_BYTES:,} to {LARGEST_SHARD_BYTES:,} bytes of "
-                f"tokens, got {self.shard_bytes:,}; try {256 << 20:,}"
-            )
-        if self.workers < 0 or not 0 <= self.seed < 1 << 63:
-            raise UsageError(
-                "--workers and --seed are 0 or more, and a seed has 63 bits; "
-                f"got {self.workers} and {self.seed}"
             )
         if not 1 <= self.tokenizer_bytes <= LARGEST_SAMPLE_BYTES:
             raise UsageError(
                 f"a BPE is trained on 1 to {LARGEST_SAMPLE_BYTES:,} bytes, got "
                 f"{self.tokenizer_bytes:,}; try {32 << 20:,}"
             )
-        if self.tokenizer == "bpe":
-            check_vocab_size(self.vocab_size)
 
 
 def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) -> Manifest:

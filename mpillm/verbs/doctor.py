@@ -8,6 +8,7 @@ from mpillm.doctor.options import DoctorOptions
 from mpillm.launch.launchers import is_one_of_several
 from mpillm.system.command_line import Debug
 from mpillm.system.console import Console
+from mpillm.system.standard_streams import refuse_lost_output
 
 
 @dataclass(frozen=True)
@@ -31,4 +32,6 @@ class Doctor(DoctorOptions):
             from mpillm.doctor.diagnose import diagnose
 
             console = Console(speaks=not is_one_of_several(os.environ), watched=watched(os.environ))
-            raise SystemExit(diagnose(self, console, os.environ))
+            code = diagnose(self, console, os.environ)
+            refuse_lost_output()
+            raise SystemExit(code)

@@ -3,12 +3,14 @@ results that are seen.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 
+from mpillm.bench import peers
 from mpillm.bench.bench_options import BenchOptions
 from mpillm.bench.competitors import (
     ArrayMemory,
@@ -53,6 +55,25 @@ def test_peers() -> None:
     assert peers_wanted(BenchOptions("all", algorithms="torch-nccl, ring")) == ("torch-nccl",)
 
 
+@pytest.mark.parametrize("one_node", [True, False])
+def test_peers_without_a_place_to_meet(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, one_node: bool
+) -> None:
+    """What rank 0 cannot make, no rank waits for."""
+    pytest.importorskip("torch")
+
+    def fail(**given: str) -> str:
+        raise OSError(28, "No space left on device", "/tmp/x")
+
+    monkeypatch.setattr(peers.tempfile, "mkdtemp", fail)
+    monkeypatch.setattr(peers, "_free_port", fail)
+    notes: list[str] = []
+    with joined(comm, ("gloo",), notes.append, one_node) as found:
+        assert found == {}
+    [note] = notes
+    assert note.startswith("left out: gloo: /tmp/x: No space left on device")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -65,7 +86,7 @@ def test_peers() -> None:
         ({"iterations": 0}, "--iterations is 1 or more"),
         ({"warmup": -1}, "--warmup 0 or more"),
         ({"what": "gemm", "sizes": "1G"}, "edges of square matrices"),
-        ({"as_json": True, "csv": "-"}, "standard output"),
+        ({"as_json": True, "csv": Path("-")}, "standard output"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:

@@ -73,7 +73,7 @@ def test_a_place_that_is_lost_meanwhile_does_not_take_the_figures(
 ) -> None:
     """The folder is removed while bench measures."""
     place = folder / "gone" / "file.png"
-    options = replace(QUICK, what="memory", **{option: str(place) if option == "csv" else place})
+    options = replace(QUICK, what="memory", **{option: place})
     real = run_benchmarks.__globals__["print_sections"]
     seen = list[int]()
 
@@ -94,6 +94,28 @@ def test_a_place_that_is_lost_meanwhile_does_not_take_the_figures(
     with pytest.raises(UsageError, match=r"cannot write .*file\.png: No such file or directory"):
         run_benchmarks(options, comm, Console(comm.rank == 0, StringIO()))
     assert seen == [1]
+
+
+def test_a_picture_that_fails_takes_nothing_else(
+    comm: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever matplotlib raises: the figures are printed, and the profile is saved."""
+
+    def fail(*given: Any) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setitem(run_benchmarks.__globals__, "draw_bandwidth", fail)
+    said = StringIO()
+    options = replace(
+        QUICK, what="memory", plot=folder / "a.png", csv=folder / "a.csv", save=folder / "a.json"
+    )
+    with pytest.raises(UsageError, match=r"cannot write .*a\.png: RuntimeError: no font"):
+        run_benchmarks(options, comm, Console(comm.rank == 0, said))
+    comm.Barrier()
+    if comm.rank == 0:
+        assert "memory" in said.getvalue()
+        assert sorted(path.name for path in folder.iterdir()) == ["a.csv", "a.json"]
+    comm.Barrier()
 
 
 @pytest.mark.parametrize(

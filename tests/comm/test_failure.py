@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mpi4py import MPI
 
 from mpillm.comm.failure import (
     Reason,
@@ -24,7 +25,7 @@ from mpillm.errors import DataError, LayoutError, MpillmError, UsageError
 SCRIPT = """
 import os, signal, sys, time
 import numpy
-from mpillm.comm.failure import fail_together
+from mpillm.comm.failure import fail_together, on_root
 from mpillm.comm.world import open_world
 from mpillm.errors import MpillmError, UsageError
 
@@ -76,6 +77,32 @@ def test_reasons_by_kind():
     assert reason_of(KeyboardInterrupt("saved step 7")).text == "interrupted: saved step 7"
     assert reason_of(SystemExit("words")).text == "error: words"
     assert reason_of(SystemExit(3)) == Reason("", 3)
+
+
+def test_a_fault_is_of_the_code_that_raised_it(tmp_path, monkeypatch):
+    """A user's plug-in, also through a package; mpillm; and MPI, where a rank has died."""
+    (tmp_path / "my_plugin.py").write_text(
+        "import numpy\n\n"
+        "def ends():\n    raise KeyError('mine')\n\n"
+        "def calls_a_package():\n    numpy.linalg.inv(numpy.zeros((2, 3)))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import my_plugin
+
+    def text_of(work):
+        with pytest.raises(Exception) as raised:  # noqa: PT011
+            work()
+        return reason_of(raised.value).text
+
+    place = f"error: a fault in the module my_plugin ({tmp_path / 'my_plugin.py'}): "
+    assert text_of(my_plugin.ends) == (
+        f"{place}KeyError: 'mine'; correct that module (--debug shows where)"
+    )
+    assert text_of(my_plugin.calls_a_package).startswith(f"{place}LinAlgError: ")
+    # What on_root is given is no communicator: the fault shows in a file of mpillm.
+    assert text_of(lambda: on_root(None, print)).startswith("error: a fault of mpillm itself: ")
+    assert reason_of(MPI.Exception(MPI.ERR_PROC_FAILED)).text.startswith("error: MPI failed: ")
+    assert "please report" not in reason_of(MPI.Exception(MPI.ERR_OTHER)).text
 
 
 def test_exit_codes():
@@ -148,12 +175,12 @@ def test_one_fails(leave, others):
 
 
 def test_unexpected_with_debug(leave):
-    done, _ = leave("1 / 0", "--debug")
+    done, _ = leave("on_root(None, print)", "--debug")
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1
     assert ours(done) == [
-        "mpillm: error: a fault of mpillm itself: ZeroDivisionError: division by zero; "
-        "please report it with the output of --debug"
+        "mpillm: error: a fault of mpillm itself: AttributeError: 'NoneType' object has no "
+        "attribute 'rank'; please report it with the output of --debug"
     ]
 
 

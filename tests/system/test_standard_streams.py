@@ -31,7 +31,10 @@ def shell(python: Run, tmp_path: Path) -> Callable[[str], tuple[int, str]]:
     return run
 
 
-@pytest.mark.parametrize("words", ["--version", SCHEDULE, f"{SCHEDULE} --json"])
+@pytest.mark.parametrize(
+    "words",
+    ["--version", "--help", "train --help", "doctor --json .", SCHEDULE, f"{SCHEDULE} --json"],
+)
 def test_a_full_disk_is_one_message(shell: Callable[..., tuple[int, str]], words: str) -> None:
     code, text = shell(f"M {words} > /dev/full")
     assert code == 2
