@@ -1,6 +1,7 @@
 """The memory of this host, and of it what this job's control groups leave."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from mpillm.machine.topology import ROOT, control_groups, text_of
 
 # Of version 2 and 1 of control groups.
 MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
+MEMORY_USES = ("memory.current", "memory.usage_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,14 @@ class HostMemory:
     total: int
     limit: int
     available: int
+    left: int = 1 << 62
+    """What the control groups leave: the limit without what they hold and cannot drop."""
 
     @property
     def usable(self) -> int:
         """What this job may still take, in bytes; 0 where Linux does not say."""
-        return min(self.limit, self.available)
+        # A group that is full leaves next to nothing, which is not the same as not known.
+        return max(1, min(self.limit, self.left, self.available)) if self.total else 0
 
 
 def read_memory(root: Path = ROOT) -> HostMemory:
@@ -31,13 +36,35 @@ def read_memory(root: Path = ROOT) -> HostMemory:
         for key, kib in re.findall(r"^(\w+):\s+(\d+) kB", text_of(root / "proc/meminfo"), re.M)
     }
     total = lines.get("MemTotal", 0)
-    return HostMemory(total, min(total, memory_limit(root)), lines.get("MemAvailable", total))
+    left = [limit - _held(group) for group, limit in _limits(root)]
+    return HostMemory(
+        total,
+        min(total, memory_limit(root)),
+        lines.get("MemAvailable", total),
+        min(left, default=HostMemory.left),
+    )
 
 
 def memory_limit(root: Path = ROOT) -> int:
     """Return the tightest limit of this process's control groups, in bytes; huge without one."""
-    files = [group / name for group in control_groups(root, "memory") for name in MEMORY_LIMITS]
-    return min([1 << 62, *(number for file in files for number in _number(file))])
+    return min((limit for _, limit in _limits(root)), default=1 << 62)
+
+
+def _limits(root: Path) -> Iterator[tuple[Path, int]]:
+    """Yield each control group of this process that has a limit, with it."""
+    for group in control_groups(root, "memory"):
+        for name in MEMORY_LIMITS:
+            yield from ((group, limit) for limit in _number(group / name))
+
+
+def _held(group: Path) -> int:
+    """Return the bytes that the group's programs hold; the cache of files is dropped when needed.
+
+    A group counts the file pages that its programs read as its own.
+    """
+    held = max([0, *(number for name in MEMORY_USES for number in _number(group / name))])
+    cache = re.search(r"^(?:total_)?inactive_file (\d+)$", text_of(group / "memory.stat"), re.M)
+    return max(0, held - (int(cache[1]) if cache else 0))
 
 
 def _number(path: Path) -> list[int]:

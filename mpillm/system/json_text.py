@@ -1,4 +1,4 @@
-"""Text files by their byte-order mark, and JSON that every parser takes: without NaN, in UTF-8."""
+"""JSON that every parser takes: without NaN, in UTF-8."""
 
 import json
 import math

@@ -5,7 +5,7 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mpillm.errors import UsageError
 from mpillm.system.messages import explain
@@ -16,14 +16,15 @@ LARGEST_TEXT = 1 << 24
 LARGEST_FILE = 1 << 31
 # Open files of this process, which a shell makes of <(…).
 SUBSTITUTED = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
-# Longest first: the mark of UTF-32 begins as that of UTF-16.
-MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
+# UTF-32 first: its mark begins with UTF-16's.
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+NAME_BYTES = 255
 
 
 def open_plain(path: Path, flags: int = 0) -> BinaryIO:
@@ -58,14 +59,31 @@ def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
             content = file.read(most)
     else:
         content = read_plain(path, most=most)
-    encoding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8")
+    encoding, start = encoding_of(content)
     try:
-        return content.decode(encoding)
+        return content[start:].decode(encoding)
     except UnicodeDecodeError as failure:
         raise ValueError(
-            f"byte {failure.start:,} is not {encoding.removesuffix('-sig').upper()}; "
-            "save it as UTF-8"
+            f"byte {start + failure.start:,} is not {encoding.upper()}; save it as UTF-8"
         ) from failure
+
+
+def encoding_of(head: bytes) -> tuple[str, int]:
+    """Return the encoding that a byte-order mark names, and the mark's length; UTF-8 without."""
+    for mark, encoding in BYTE_ORDER_MARKS:
+        if head.startswith(mark):
+            return encoding, len(mark)
+    return "utf-8", 0
+
+
+def is_plain_name(name: Any) -> bool:
+    """Return whether `name` is that of a file in the folder itself: no path, no hidden file."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name) <= NAME_BYTES
+        and not name.startswith(".")
+        and not any(letter in "/\\" or ord(letter) < 32 for letter in name)
+    )
 
 
 def is_there(path: Path) -> bool:

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from mpillm.system.json_text import from_json
-from mpillm.system.plain_files import read_plain
+from mpillm.system.json_text import read_json
 
 MANIFEST, FORMAT = "manifest.json", "mpillm.tokens"
 
@@ -11,7 +10,7 @@ MANIFEST, FORMAT = "manifest.json", "mpillm.tokens"
 def is_dataset(folder: Path) -> bool:
     """Return whether `folder` is a prepared dataset: it holds a manifest of ours."""
     try:
-        value = from_json(read_plain(folder / MANIFEST))
+        value = read_json(folder / MANIFEST)
     except (OSError, ValueError):
         return False
     return isinstance(value, dict) and value.get("format") == FORMAT

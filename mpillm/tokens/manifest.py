@@ -13,12 +13,13 @@ from mpillm.system.atomic import write_text
 from mpillm.system.json_text import read_json, to_json
 from mpillm.system.messages import command
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
+from mpillm.tokens.dataset_folder import FORMAT, MANIFEST
 from mpillm.tokens.manifest_schema import SPLITS as SPLITS
 from mpillm.tokens.manifest_schema import ManifestRules
-from mpillm.tokens.shards import FORMAT, VERSION, ShardInfo
+from mpillm.tokens.shards import VERSION, ShardInfo
 from mpillm.tokens.tokenizer import Tokenizer
 
-NAME = "manifest.json"
+NAME = MANIFEST
 TOKENIZER = "tokenizer.json"
 # The key of a manifest that names files while they are replaced: see publish.py.
 UNFINISHED = "unfinished"

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mpillm.errors import DataError
+from mpillm.system.plain_files import is_plain_name
 
 # Positions and sizes are int64 in NumPy and MPI.
 LARGEST_COUNT = (1 << 63) - 1
@@ -129,13 +130,3 @@ class ManifestRules:
             f"{self.path}: {field} should be {expected}, found {shown}; "
             "copy the file back or prepare the dataset again"
         )
-
-
-def is_plain_name(name: Any) -> bool:
-    """Return whether `name` is a file of the folder itself, whatever the folder is."""
-    return (
-        isinstance(name, str)
-        and 0 < len(name) <= 255
-        and name not in (".", "..")
-        and not any(letter in "/\\" or ord(letter) < 32 for letter in name)
-    )

@@ -4,14 +4,14 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from mpillm.errors import DataError, UsageError
 from mpillm.system.atomic import flush, write_json
 from mpillm.system.json_text import read_json
+from mpillm.system.plain_files import is_plain_name
+from mpillm.tokens.dataset_folder import FORMAT, is_dataset
 from mpillm.tokens.manifest import NAME, UNFINISHED, Manifest
-from mpillm.tokens.manifest_schema import is_plain_name
-from mpillm.tokens.shards import FORMAT, VERSION
+from mpillm.tokens.shards import VERSION
 from mpillm.tokens.work_folder import is_work_folder, place_of, taken_over
 
 SHOWN = 5
@@ -35,20 +35,19 @@ def holds_dataset(out: Path) -> bool:
         ) from failure
     if not names:
         return False
-    value: Any = None
+    if is_dataset(out):
+        return True
     if NAME in names:
         try:
-            value = read_json(out / NAME)
+            read_json(out / NAME)
         except (OSError, ValueError) as failure:
             raise UsageError(
                 f"{out / NAME} cannot be read ({failure}), so which files of {out} are a dataset "
                 "is not known; choose another --out, or remove the folder yourself"
             ) from failure
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise UsageError(
-            f"{out} exists and is not a prepared dataset; choose another --out, or move it away"
-        )
-    return True
+    raise UsageError(
+        f"{out} exists and is not a prepared dataset; choose another --out, or move it away"
+    )
 
 
 def listed_files(out: Path) -> list[str]:

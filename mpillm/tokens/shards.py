@@ -20,8 +20,8 @@ import xxhash
 from mpillm.errors import DataError
 from mpillm.system import hdf5
 from mpillm.system.atomic import replacing
+from mpillm.tokens.dataset_folder import FORMAT
 
-FORMAT = "mpillm.tokens"
 VERSION = 1
 BLOCK_BYTES = 1 << 20
 READ_BYTES = 16 << 20

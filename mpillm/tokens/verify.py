@@ -9,10 +9,10 @@ from mpillm.comm.waiting import patient_barrier
 from mpillm.errors import DataError, MpillmError
 from mpillm.system import hdf5
 from mpillm.system.console import Console
+from mpillm.tokens.dataset_folder import FORMAT
 from mpillm.tokens.manifest import Manifest, check_shard
 from mpillm.tokens.shards import (
     BLOCK_BYTES,
-    FORMAT,
     VERSION,
     ShardInfo,
     read_structure,

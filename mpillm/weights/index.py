@@ -18,6 +18,7 @@ import xxhash
 
 from mpillm.errors import CheckpointError
 from mpillm.system.json_text import from_json, read_json, to_json
+from mpillm.system.plain_files import is_plain_name
 from mpillm.weights.places import INDEX, step_of
 from mpillm.weights.slices import Box, run_boxes
 
@@ -219,16 +220,6 @@ def overlap(boxes: Sequence[Box]) -> bool:
             if box.common(other):
                 return True
     return False
-
-
-def is_plain_name(name: Any) -> bool:
-    """Return whether `name` is that of a file in the same folder: no path, no hidden file."""
-    return (
-        isinstance(name, str)
-        and bool(name)
-        and not name.startswith(".")
-        and not re.search(r"[/\\\x00]", name)
-    )
 
 
 def _digest(value: Mapping[str, Any]) -> str:

@@ -333,6 +333,13 @@ def test_memory_and_its_control_group(tmp_path):
     crowded = host_memory.judge_memory(memory, 3)
     assert crowded.verdict == "warning"
     assert "control group" in crowded.found
+    # What the group holds is gone, but for the cache of files.
+    (group.parent / "memory.current").write_text(f"{GIB * 3 // 2}\n")
+    assert host_memory.read_memory(tmp_path).usable == GIB // 2
+    (group.parent / "memory.stat").write_text(f"anon 5\ninactive_file {GIB}\n")
+    assert host_memory.read_memory(tmp_path).usable == GIB * 3 // 2
+    (group.parent / "memory.current").write_text(f"{4 * GIB}\n")
+    assert host_memory.read_memory(tmp_path).usable == 1
 
 
 def card(folder, name, **ports):

@@ -95,7 +95,7 @@ def test_a_line_without_an_end_is_cut_and_said_once(folder, comm, monkeypatch):
     stream = io.StringIO()
     options = PrepareOptions((str(folder / "a.txt"),), folder / "out", validation=0.0, **SMALL)
     prepare(options, comm, Console(comm.rank == 0, stream))
-    assert comm.rank or stream.getvalue().count("without an end were cut") == 1
+    assert comm.rank or stream.getvalue().count("long texts were cut") == 1
     assert comm.rank or "at 5 places" in stream.getvalue()
     # A text of one split, in its shard of the lowest number.
     with open_split(folder / "out", "train") as reader:

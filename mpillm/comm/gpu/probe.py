@@ -2,7 +2,6 @@
 
 The child is a singleton that sends messages to itself: not every launcher starts a job inside a
 job. It cannot try messages between two GPUs, which `mpillm bench … --device cuda --check` does.
-A `launch` ("mpirun", "-n", "2") makes it a job of two ranks, where a launcher allows that.
 """
 
 import os
@@ -29,7 +28,6 @@ CHILD_SECONDS, ALL_SECONDS = 60.0, 240.0
 def probe(
     environment: Mapping[str, str],
     *,
-    launch: Sequence[str] = (),
     child: Sequence[str] = CHILD,
     child_seconds: float = CHILD_SECONDS,
     all_seconds: float = ALL_SECONDS,
@@ -44,7 +42,7 @@ def probe(
     with lone_environment(without_launcher(environment)) as own:
         while left and time.monotonic() < until:
             seconds = min(child_seconds, until - time.monotonic())
-            lines = _run_child([*launch, *child, *left], own, seconds)
+            lines = _run_child([*child, *left], own, seconds)
             if not lines or lines[0] != READY:
                 break
             answers = dict(line.split() for line in lines[1:] if line.count(" ") == 1)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mpillm.system.messages import command, explain
+from mpillm.system.plain_files import encoding_of
 from mpillm.tokens.text.file_kinds import (
     HEAD_BYTES,
     FileKind,
+    argument,
     cure,
-    encoding_of,
     kind_by_mark,
     kind_of,
     renamed,
@@ -59,7 +60,7 @@ def _examine(path: Path, file: BinaryIO, named: bool, field: str) -> FileFacts:
     head = file.read(HEAD_BYTES)
     encoding, _ = encoding_of(head)
     if not nbytes and head:
-        words = command(["cp", path, "corpus.txt"])
+        words = command(["cp", argument(path), "corpus.txt"])
         return FileFacts(kind=UNSIZED, remedy=f"copy it first: `{words}`")
     ending = path.suffix.lower()
     lines = ending in LINES_ENDINGS
@@ -118,4 +119,4 @@ def _json_cure(kind: FileKind | None, path: Path) -> str:
         return ""
     query = ".[]" if kind is ARRAY else "."
     to = command([renamed(path, ".jsonl")])
-    return f"write a record a line: `{command(['jq', '-c', query, path])} > {to}`"
+    return f"write a record a line: `{command(['jq', '-c', query, argument(path)])} > {to}`"

@@ -3,13 +3,13 @@
 A name decides little: a compressed file may be called corpus.txt.
 """
 
-import codecs
 import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from mpillm.system.messages import command
+from mpillm.system.plain_files import encoding_of
 
 # Git's rule: a file with a zero byte near its start isn't text.
 HEAD_BYTES = 8000
@@ -17,15 +17,6 @@ HEAD_BYTES = 8000
 # none; a terminal's log holds some.
 CONTROLS = re.compile(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 FEWEST_CONTROLS, CONTROL_SHARE = 8, 1 / 20
-
-# UTF-32 first: its mark begins with UTF-16's.
-BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
 
 
 @dataclass(frozen=True)
@@ -102,14 +93,6 @@ UNPACKERS = {
 PANDAS = {"Parquet": "parquet", "Arrow": "feather", "Feather": "feather", "ORC": "orc"}
 
 
-def encoding_of(head: bytes) -> tuple[str, int]:
-    """Return the encoding that a byte-order mark names, and the mark's length; UTF-8 without."""
-    for mark, encoding in BYTE_ORDER_MARKS:
-        if head.startswith(mark):
-            return encoding, len(mark)
-    return "utf-8", 0
-
-
 def kind_by_mark(head: bytes) -> FileKind | None:
     """Recognize a kind that is no text by a mark that no text has."""
     for offset, mark, kind in SURE_MARKS:
@@ -171,10 +154,10 @@ def cure(kind: FileKind, path: Path) -> str:
         )
         return f"write it as JSON lines: `{command(['python', '-c', program])}`"
     if kind.name == "PDF":
-        return f"extract its text: `{command(['pdftotext', _argument(path)])}`"
+        return f"extract its text: `{command(['pdftotext', argument(path)])}`"
     for encoding, unmarked in UNMARKED.items():
         if kind == unmarked:
-            words = command(["iconv", "-f", encoding, "-t", "UTF-8", _argument(path)])
+            words = command(["iconv", "-f", encoding, "-t", "UTF-8", argument(path)])
             return f"convert it: `{words} > {command([renamed(path)])}`"
     if kind.group in ("table or array", "document"):
         return "write its text as JSON lines or plain text first"
@@ -184,9 +167,9 @@ def cure(kind: FileKind, path: Path) -> str:
 def _unpack(name: str, path: Path) -> str:
     words, endings, to_output = UNPACKERS[name]
     if path.name.endswith((".tgz", ".tar", ".tar" + path.suffix)):
-        return command(["tar", "-xf", _argument(path)])
+        return command(["tar", "-xf", argument(path)])
     if not endings or path.suffix in endings:
-        return command([*words, _argument(path)])
+        return command([*words, argument(path)])
     # These programs take a file by its ending alone; from standard input they take anything.
     return f"{command(to_output)} < {command([path])} > {command([renamed(path)])}"
 
@@ -196,6 +179,6 @@ def renamed(path: Path, suffix: str = "") -> Path:
     return path.with_name(f"{path.stem}.plain{suffix or path.suffix or '.txt'}")
 
 
-def _argument(path: Path) -> str:
+def argument(path: Path) -> str:
     """Write a path so that no program takes it for an option."""
     return f"./{path}" if str(path).startswith("-") else str(path)

@@ -13,8 +13,7 @@ from pathlib import Path
 from mpillm.errors import UsageError
 from mpillm.system.atomic import is_special
 from mpillm.system.messages import explain, one_line
-from mpillm.tokens.manifest import NAME as MANIFEST
-from mpillm.tokens.shards import FORMAT
+from mpillm.tokens.dataset_folder import is_dataset
 from mpillm.tokens.text.file_kinds import UNPACKERS, special_kind
 
 STDLIB = "stdlib"
@@ -48,9 +47,8 @@ PLURALS = {
     "run of mpillm": "runs of mpillm",
     "checkpoint of mpillm": "checkpoints of mpillm",
 }
-# Both files begin with their format.
+# The index of a checkpoint begins with its format.
 OUR_HEAD_BYTES = 4096
-DATASET = re.compile(rb'"format"\s*:\s*"' + re.escape(FORMAT.encode()) + rb'"')
 CHECKPOINT = re.compile(rb'"format"\s*:\s*"mpillm\.checkpoint"')
 # A run's folder has both; a recipe alone may lie next to anything.
 RUN_FILES = ("recipe.toml", "history.jsonl")
@@ -183,7 +181,7 @@ def _refuse_ours(path: Path) -> None:
 
 def our_kind(folder: Path) -> str:
     """Return what a folder of ours is, by its contents; "" for any other."""
-    if DATASET.search(_head(folder / MANIFEST)):
+    if is_dataset(folder):
         return "dataset of mpillm"
     if CHECKPOINT.search(_head(folder / "index.json")):
         return "checkpoint of mpillm"

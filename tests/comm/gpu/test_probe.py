@@ -63,7 +63,6 @@ def test_a_child_that_crashes_found_nothing(script):
 
 def test_a_child_that_cannot_be_started():
     assert probe(os.environ, child=("/no/such/program",)) == NOTHING
-    assert probe(os.environ, launch=("/no/such/launcher", "-n", "2"), child=ON_THE_CPU) == NOTHING
 
 
 def test_a_child_that_hangs_is_ended():

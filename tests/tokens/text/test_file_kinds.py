@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from mpillm.system.plain_files import encoding_of
 from mpillm.tokens.text.examine import examine
 from mpillm.tokens.text.file_kinds import (
     SURE_MARKS,
     WORD_MARKS,
     cure,
-    encoding_of,
     kind_of,
     special_kind,
 )
