@@ -157,6 +157,13 @@ def test_json_by_its_first_record(name: str, text: str, lines: bool, kind: str, 
         assert facts.suspect == name.endswith(".txt")
 
 
+def test_no_remedy_takes_a_path_for_an_option(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("-a.json").write_text("[1]")
+    remedy = examine("-a.json", True, "text").remedy
+    assert remedy == "write a record a line: `jq -c '.[]' ./-a.json > -a.plain.jsonl`"
+
+
 def test_json_found_among_other_files_needs_the_field(tmp_path) -> None:
     (tmp_path / "conf.json").write_text('{"version": 1}\n')
     named, found = (examine(str(tmp_path / "conf.json"), named, "text") for named in (True, False))
