@@ -105,6 +105,8 @@ class TrainingLoop:
         self._stopping = Stopping(limits.signals, *times)
         self._job, self._cluster = limits.job, cluster
         self._last_saved: Path | None = None
+        # The steps of checkpoints that are known to be whole: restored, or saved here.
+        self._good: set[int] = set()
         self._failure = ""
         self._done = 0
 
@@ -311,12 +313,13 @@ class TrainingLoop:
         texts, guard = self._constants.texts, self._hold.refuse_if_lost
         saved = save(folder, self._tensors(), facts, texts, self._comm, guard)
         self._last_saved, seconds = saved, time.perf_counter() - begin
+        self._good.add(self._done)
         self._stopping.add_save_seconds(seconds)
         if self._comm.rank == 0:
             self._history.saved(
                 self._done, saved, seconds, sum(path.stat().st_size for path in saved.iterdir())
             )
-            for fault in prune(folder, self._recipe.train.keep, saved):
+            for fault in prune(folder, self._recipe.train.keep, self._good):
                 self._console.warn(f"an old checkpoint stays: {fault}")
         return seconds
 
@@ -336,6 +339,7 @@ class TrainingLoop:
         checkpoint.load(self._tensors())
         set_steps(self._trainer.optimizer, checkpoint.step)
         self._last_saved = checkpoint.folder
+        self._good.add(checkpoint.step)
         self._console.say(f"continuing from {checkpoint.folder}")
         return checkpoint.step
 

@@ -1,30 +1,23 @@
 """The file of a recipe: read whatever an editor made of it, and know the run that it is in."""
 
-import codecs
+import errno
 import os
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mpillm.errors import RecipeError
 from mpillm.runs.folder import HISTORY, JOB, JOB_RECIPE, METRICS, RECIPE
+from mpillm.runs.history import read_history
+from mpillm.runs.run_files import read_job
 from mpillm.system.messages import explain
-from mpillm.weights.places import CHECKPOINTS
+from mpillm.system.plain_files import read_text
+from mpillm.weights.places import CHECKPOINTS, checkpoint_folders
 
 # A recipe has some 50 short lines: a larger file is another one, such as a corpus.
 LARGEST_BYTES = 1 << 20
 # Sections, keys, lists and what a plug-in may nest in them.
 DEEPEST = 8
-# Longest first: the mark of UTF-32 begins with that of UTF-16.
-FOREIGN_MARKS: Mapping[bytes, str] = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
-# What training leaves in a run's folder.
-LEFT_BY_TRAINING = (CHECKPOINTS, HISTORY, METRICS)
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -63,64 +56,68 @@ def _is_deep(table: dict[str, Any]) -> bool:
 
 
 def _read_text(path: Path) -> str:
-    contents = _read_bytes(path)
-    if len(contents) > LARGEST_BYTES:
+    try:
+        text = read_text(path, LARGEST_BYTES)
+    except OSError as failure:
+        words = failure.strerror if failure.errno == errno.EFBIG else explain(failure)
+        reason = str(words).removeprefix(f"{path}: ")
         raise RecipeError(
-            f"the recipe {path} has more than {LARGEST_BYTES:,} bytes, so it is another file; "
-            "name a TOML file of sections and keys"
-        )
-    for mark, encoding in FOREIGN_MARKS.items():
-        if contents.startswith(mark):
-            raise RecipeError(
-                f"the recipe {path} is {encoding}, and TOML is UTF-8; "
-                f"convert it: iconv -f {encoding} -t UTF-8"
-            )
-    if 0 in contents:
+            f"cannot read the recipe {path}: {reason}; name a TOML file of sections and keys"
+        ) from failure
+    except ValueError as failure:
+        # Another encoding, or a name with a NUL byte.
+        raise RecipeError(
+            f"cannot read the recipe {path}: {failure}; name a TOML file in UTF-8"
+        ) from failure
+    if "\0" in text:
         raise RecipeError(
             f"the recipe {path} holds zero bytes, as UTF-16 does; save it as UTF-8, "
             "or convert it with iconv"
         )
-    try:
-        # Windows editors begin UTF-8 with a mark and end lines with CR LF; TOML knows the latter.
-        return contents.decode("utf-8-sig")
-    except UnicodeDecodeError as failure:
-        line = contents.count(b"\n", 0, failure.start) + 1
-        raise RecipeError(
-            f"the recipe {path} is not UTF-8: line {line} holds the byte "
-            f"0x{contents[failure.start]:02X}; save it as UTF-8, or convert it with iconv"
-        ) from failure
-
-
-def _read_bytes(path: Path) -> bytes:
-    """Read no more of a plain file than a recipe may have, and one byte. Raises RecipeError."""
-    what = ""
-    try:
-        if path.exists() and not path.is_file():
-            what = "a folder" if path.is_dir() else "a device or a pipe"
-        else:
-            with path.open("rb") as file:
-                return file.read(LARGEST_BYTES + 1)
-    except OSError as failure:
-        reason = explain(failure).removeprefix(f"{path}: ")
-        raise RecipeError(f"cannot read the recipe {path}: {reason}") from failure
-    except ValueError as failure:
-        # A name with a NUL byte.
-        raise RecipeError(f"cannot read the recipe {path}: {failure}; check the name") from failure
-    raise RecipeError(f"the recipe {path} is {what}; name a TOML file")
+    return text
 
 
 def own_run(path: Path, named: str) -> str:
     """Return the run's folder of a recipe: the folder that it is in, where that is a run's.
 
     `named`: the recipe's train.run. A run that was copied or moved has a recipe that names the old
-    folder: the recipe at hand means the folder in which it is.
+    folder: the recipe at hand means the folder in which it is. A folder in which the named one is
+    found is no run's, but a project's.
     """
     folder = path.parent
-    left = (*LEFT_BY_TRAINING, JOB) if path.name == JOB_RECIPE else LEFT_BY_TRAINING
-    in_run = path.name in (RECIPE, JOB_RECIPE) and any((folder / name).exists() for name in left)
-    if not in_run or os.path.realpath(folder) == os.path.realpath(named):
+    if path.name not in (RECIPE, JOB_RECIPE) or not _is_run(path):
+        return named
+    own, other = Path(os.path.realpath(folder)), Path(os.path.realpath(named))
+    if own == other or (own in other.parents and not _is_surely_run(path, other)):
         return named
     return str(folder)
+
+
+def _is_run(recipe: Path) -> bool:
+    """Return whether training, or a submission, left its files next to the recipe."""
+    folder = recipe.parent
+    names = (HISTORY, METRICS, JOB) if recipe.name == JOB_RECIPE else (HISTORY, METRICS)
+    return any((folder / name).is_file() for name in names) or _has_checkpoints(folder)
+
+
+def _is_surely_run(recipe: Path, named: Path) -> bool:
+    """Tell a moved run, entered by `cd`, from a project's folder with a recipe.
+
+    In both its relative train.run leads to a place below the recipe's folder, `named`. In a run
+    nothing is there, and its own records can be read.
+    """
+    folder = recipe.parent
+    if os.path.lexists(named):
+        return False
+    submitted = recipe.name == JOB_RECIPE and bool(read_job(folder))
+    return submitted or _has_checkpoints(folder) or bool(read_history(folder / HISTORY))
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    try:
+        return bool(checkpoint_folders(folder / CHECKPOINTS))
+    except OSError:
+        return False
 
 
 def expand_home(path: str) -> str:

@@ -24,7 +24,9 @@ _USUAL = re.compile(r"rank-\d{5,}\.h5|index\.json|tokenizer\.json|unfinished", r
 def temporary_folder(target: Path) -> Path:
     """Make the folder in which the checkpoint `target` is written; it is renamed when whole."""
     path = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    path.mkdir(parents=True)
+    # The run's folder itself is not made: it may have been moved while the run trains.
+    path.parent.mkdir(exist_ok=True)
+    path.mkdir()
     (path / MARKER).touch(exist_ok=False)
     return path
 
@@ -73,18 +75,21 @@ def remove_leftovers(folder: Path) -> int:
     """
     if not folder.is_dir():
         return 0
-    found = [path for path in folder.iterdir() if _is_leftover(path)]
-    for path in found:
-        # What cannot be removed now is no reason not to train.
+    count = 0
+    for path in list(folder.iterdir()):
+        # What cannot be read or removed now is no reason not to train.
         with suppress(OSError):
-            remove(path)
-    return len(found)
+            if _is_leftover(path):
+                count += 1
+                remove(path)
+    return count
 
 
 def _is_leftover(path: Path) -> bool:
     if not _TEMPORARY.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
         return False
-    return (path / MARKER).is_file() or bool(_listed(path))
+    # One that was just made, or is removed but for its name, is empty.
+    return (path / MARKER).is_file() or bool(_listed(path)) or not any(path.iterdir())
 
 
 def _listed(folder: Path) -> tuple[str, ...]:

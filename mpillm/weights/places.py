@@ -32,8 +32,19 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
     """
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.is_dir()]
+            found = [
+                (step, folder / entry.name)
+                for entry in entries
+                if (step := step_of(Path(entry.name))) is not None and _is_folder(entry)
+            ]
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    found = ((step_of(folder / name), folder / name) for name in names)
-    return dict(sorted((step, path) for step, path in found if step is not None))
+    return dict(sorted(found))
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link that leads in a circle, or to a place that cannot be read.
+        return False

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
@@ -16,10 +16,9 @@ from mpillm.system import hdf5
 from mpillm.system.atomic import flush, write_json
 from mpillm.system.console import binary_bytes
 from mpillm.system.messages import explain
-from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.index import FORMAT, VERSION, VERSION_WITH_BOXES, with_digest
 from mpillm.weights.leftovers import MARKER, is_own, remove, temporary_folder
-from mpillm.weights.places import INDEX, checkpoint_folders, step_folder, step_of
+from mpillm.weights.places import INDEX, checkpoint_folders, step_folder
 from mpillm.weights.slices import Box, Held, TensorSlice, raw, slices_of, whole_box
 
 if TYPE_CHECKING:
@@ -105,9 +104,10 @@ def save(
             _on_all(comm, target, _commit, temporary, target, (facts, texts), written, guard)
         else:
             _on_all(comm, target, lambda: None)
-    except BaseException as failure:
-        # Where all ranks failed together rank 0 cleans up; a rank that was interrupted does, too.
-        if temporary and (comm.rank == 0 or isinstance(failure, KeyboardInterrupt)):
+    except BaseException:
+        # Rank 0 alone: after a lone failure of another rank the others may still write there, and
+        # the next start removes it.
+        if temporary and comm.rank == 0:
             with suppress(OSError):
                 remove(temporary)
         raise
@@ -258,8 +258,11 @@ def _commit(
         empty = {"dtype": part.dtype, "shape": part.key.shape, "pieces": []}
         tensors.setdefault(part.key.name, empty)["pieces"].append(part.entry)
         boxes = boxes or "start" in part.entry
-    (temporary / MARKER).unlink()
-    files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+    files = {
+        path.name: path.stat().st_size
+        for path in sorted(temporary.iterdir())
+        if path.name != MARKER
+    }
     for name in files:
         flush(temporary / name)
     index = {
@@ -277,37 +280,31 @@ def _commit(
     guard()
     if target.exists():
         remove(target)
+    # Last: a kill at any moment leaves a folder that its marker or its index shows to be ours.
+    (temporary / MARKER).unlink()
+    flush(temporary)
     temporary.rename(target)
     flush(target.parent)
 
 
-def prune(folder: Path, keep: int, written: Path | None = None) -> list[str]:
-    """Remove all but the newest `keep` whole checkpoints; return what could not be removed.
+def prune(folder: Path, keep: int, good: Collection[int]) -> list[str]:
+    """Remove all but the newest `keep` good checkpoints; return what could not be removed.
 
-    One rank calls it after a save. `written`: the checkpoint just saved (None: the newest), which
-    stays. Newer ones stay, too, and don't count: a resumed run has passed them over as damaged.
-    Damaged ones don't count. Links and folders with other files are not touched.
+    One rank calls it after a save. `good`: the steps of which that is known, the one just saved
+    among them: those that this job has saved, and the one that it restored. Others don't count,
+    for a resumed run may have passed them over as damaged. Newer ones than the last good one stay.
+    Links and folders with other files are not touched.
     """
-    found = checkpoint_folders(folder)
-    last = step_of(written) if written else max(found, default=0)
+    last = max(good, default=0)
     kept, faults = 0, []
-    for step, path in sorted(found.items(), reverse=True):
-        if step > (last or 0) or path.is_symlink():
+    for step, path in sorted(checkpoint_folders(folder).items(), reverse=True):
+        if step > last or path.is_symlink():
             continue
         if kept < keep:
-            kept += step == last or _is_whole(path)
+            kept += step in good
         elif is_own(path):
             try:
                 remove(path)
             except OSError as failure:
                 faults.append(explain(failure, path))
     return faults
-
-
-def _is_whole(folder: Path) -> bool:
-    """Return whether the index and the sizes of the files are right; no tensor is read."""
-    try:
-        Checkpoint(folder)
-    except CheckpointError:
-        return False
-    return True

@@ -194,6 +194,7 @@ def test_a_name_that_a_save_will_need_is_tried_before_the_first_step(
 ) -> None:
     run = folder / "run"
     if comm.rank == 0:
+        run.mkdir()
         temporary_folder(run / CHECKPOINTS / "step-00000002")
         (run / CHECKPOINTS / "step-00000003").write_text("mine")
     comm.Barrier()

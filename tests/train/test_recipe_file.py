@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mpillm.errors import RecipeError
+from mpillm.runs.history import HistoryWriter
 from mpillm.train.recipe import Recipe, load_recipe, write_recipe
 from mpillm.train.recipe_file import LARGEST_BYTES
 
@@ -20,7 +21,14 @@ def write(folder: Path, contents: str | bytes, name: str = "r.toml") -> Path:
 
 
 @pytest.mark.parametrize(
-    "contents", [b"\xef\xbb\xbf" + GOOD.encode(), GOOD.replace("\n", "\r\n").encode()]
+    "contents",
+    [
+        b"\xef\xbb\xbf" + GOOD.encode(),
+        GOOD.replace("\n", "\r\n").encode(),
+        GOOD.encode("utf-16"),
+        b"\xfe\xff" + GOOD.encode("utf-16-be"),
+        GOOD.encode("utf-32"),
+    ],
 )
 def test_a_mark_and_windows_line_ends_are_taken_off(tmp_path: Path, contents: bytes) -> None:
     assert load_recipe(write(tmp_path, contents)).train.steps == 10
@@ -29,12 +37,9 @@ def test_a_mark_and_windows_line_ends_are_taken_off(tmp_path: Path, contents: by
 @pytest.mark.parametrize(
     ("contents", "words"),
     [
-        (GOOD.encode("utf-16"), "is UTF-16, and TOML is UTF-8; convert it: iconv -f UTF-16"),
-        (b"\xfe\xff" + GOOD.encode("utf-16-be"), "is UTF-16"),
-        (GOOD.encode("utf-32"), "is UTF-32"),
         (GOOD.encode("utf-16-le"), "holds zero bytes, as UTF-16 does"),
-        (GOOD.encode() + b"# caf\xe9\n", "is not UTF-8: line 5 holds the byte 0xE9"),
-        (b"#" * (LARGEST_BYTES + 1), "has more than 1,048,576 bytes"),
+        (GOOD.encode() + b"# caf\xe9\n", r"byte \d+ is not UTF-8; save it as UTF-8"),
+        (b"#" * (LARGEST_BYTES + 1), "is larger than 1,048,576 bytes; name a TOML file"),
         (b"x = " + b"[" * 100_000, "is nested too deeply"),
         (b"[" + b"a." * 50_000 + b"a]\n", "is nested too deeply"),
         (b"x = " + b"9" * 5000, "a number of more than 4,000 digits"),
@@ -51,11 +56,11 @@ def test_what_is_no_recipe_is_refused_with_the_cure(
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        (".", "is a folder; name a TOML file"),
-        ("/dev/null", "is a device or a pipe"),
+        (".", "is a folder and should be a plain file; name a TOML file"),
+        ("/dev/null", "is a pipe or a device"),
         ("nowhere.toml", "No such file or directory; check the name"),
         ("x" * 300, "File name too long; choose a shorter name"),
-        ("a\0b", "null byte; check the name"),
+        ("a\0b", "null byte; name a TOML file"),
     ],
 )
 def test_places_that_are_no_files(tmp_path: Path, path: str, words: str) -> None:
@@ -100,8 +105,18 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(write(tmp_path, GOOD), ["train.run=runs/first"])
     write(tmp_path / "runs/first", write_recipe(recipe), "recipe.toml")
-    (tmp_path / "runs/first/checkpoints").mkdir()
+    leave(tmp_path / "runs/first", "checkpoints")
     return recipe
+
+
+def leave(folder: Path, mark: str) -> None:
+    """Make what training leaves in a run's folder."""
+    if mark == "checkpoints":
+        (folder / mark / "step-00000002").mkdir(parents=True)
+    else:
+        HistoryWriter(folder, writes=True).started(0, {})
+        if mark != "history.jsonl":
+            (folder / "history.jsonl").rename(folder / mark)
 
 
 def test_a_run_at_its_own_place_is_spelled_as_before(run: Recipe, tmp_path: Path) -> None:
@@ -120,15 +135,42 @@ def test_a_recipe_in_a_run_means_that_run(
     if moved:
         (tmp_path / "runs/first").rename(tmp_path / "elsewhere")
     path = write(tmp_path / "runs/second", write_recipe(run), name)
-    (path.parent / mark).mkdir()
+    leave(path.parent, mark)
     said: list[str] = []
     assert load_recipe(Path("runs/second") / name, (), said.append).train.run == "runs/second"
     assert said == ["the run is runs/second, where its recipe is: the recipe names runs/first"]
     os.chdir(path.parent)
-    assert load_recipe(Path(name)).train.run == "."
+    # Metrics alone may be those of a project.
+    assert load_recipe(Path(name)).train.run == ("runs/first" if mark == "metrics.jsonl" else ".")
     asked = load_recipe(Path(name), ["train.run=third"], said.append)
     assert asked.train.run == "third"
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("mark", ["empty", "another", "saved", "files", "metrics"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_projects_recipe_means_the_run_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str, inside: bool
+) -> None:
+    """Its folder has folders and files of the names that a run's have."""
+    project = tmp_path / "project"
+    own = "checkpoints/exp1" if inside else "project/checkpoints/exp1"
+    write(project, f'{GOOD}run = "{own}"\n', "recipe.toml")
+    if mark == "another":
+        leave(project / "checkpoints/exp0", "checkpoints")
+    elif mark == "saved":
+        leave(project / "checkpoints/exp1", "checkpoints")
+        leave(project, "checkpoints")
+    elif mark == "files":
+        for name in ("history.jsonl", "metrics.jsonl"):
+            (project / name).mkdir()
+    else:
+        (project / "checkpoints").mkdir()
+        if mark == "metrics":
+            (project / "metrics.jsonl").write_text('{"accuracy": 1}\n')
+    monkeypatch.chdir(project if inside else tmp_path)
+    path = Path("recipe.toml" if inside else "project/recipe.toml")
+    assert load_recipe(path).train.run == own
 
 
 def test_other_recipes_keep_the_run_that_they_name(run: Recipe, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
 
 
 def write(folder: Path, comm: MPI.Intracomm, step: int) -> Path:
+    folder.mkdir(exist_ok=True)
     return save(
         folder / CHECKPOINTS,
         tensors(step),
@@ -173,7 +174,7 @@ def test_only_the_newest_are_kept(folder: Path, comm: MPI.Intracomm) -> None:
         write(folder, comm, step)
     comm.Barrier()
     if comm.rank == 0:
-        prune(folder / CHECKPOINTS, keep=2)
+        prune(folder / CHECKPOINTS, 2, {1, 2, 10, 100})
         assert sorted(path.name for path in (folder / CHECKPOINTS).iterdir()) == [
             "step-00000010",
             "step-00000100",

@@ -1,6 +1,7 @@
 """What is in `checkpoints/` and is no checkpoint of ours is never removed, renamed or written."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from mpi4py import MPI
 
 from mpillm.errors import CheckpointError, UsageError
 from mpillm.system.console import Console
+from mpillm.weights import saving
 from mpillm.weights.finding import newest_whole
 from mpillm.weights.leftovers import MARKER, is_own, remove_leftovers, temporary_folder
 from mpillm.weights.places import INDEX, checkpoint_folders, step_of
@@ -42,9 +44,21 @@ def test_other_names_are_no_checkpoints(tmp_path: Path, name: str) -> None:
     assert step_of(tmp_path / name) is None
     assert list(checkpoint_folders(tmp_path)) == [2, 4]
     write(tmp_path, 6)
-    prune(tmp_path, 1)
+    prune(tmp_path, 1, {2, 4, 6})
     assert names(tmp_path) == sorted(["step-00000006", name])
     assert names(tmp_path / name) == names(tmp_path / "step-00000006")
+
+
+def test_a_link_in_a_circle_is_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("step-00000001", "notes"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    assert checkpoint_folders(tmp_path) == {}
+
+
+def test_a_run_that_was_moved_is_not_made_anew(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="No such file"):
+        write(tmp_path / "run/checkpoints", 1)
+    assert names(tmp_path) == []
 
 
 def test_steps_from_10_to_the_8_have_more_digits(tmp_path: Path) -> None:
@@ -63,7 +77,7 @@ def test_files_links_and_folders_of_a_user_are_not_pruned(tmp_path: Path) -> Non
     (tmp_path / "step-00000005").mkdir()
     (tmp_path / "step-00000005/model.gguf").write_text("mine")
     before = names(tmp_path)
-    assert prune(tmp_path, 1) == []
+    assert prune(tmp_path, 1, {1, 2, 8, 9}) == []
     assert names(tmp_path) == [name for name in before if name != "step-00000008"]
     assert (tmp_path / "step-00000002/notes.txt").read_text() == "mine"
     assert (tmp_path / "elsewhere/step-00000001" / INDEX).exists()
@@ -75,8 +89,8 @@ def test_what_was_just_written_stays_though_a_newer_one_is_there(tmp_path: Path)
     data = bytearray((newer / "rank-00000.h5").read_bytes())
     data[-1] ^= 1
     (newer / "rank-00000.h5").write_bytes(data)
-    written = write(tmp_path, 5)
-    prune(tmp_path, 1, written)
+    write(tmp_path, 5)
+    prune(tmp_path, 1, {4, 5})
     assert names(tmp_path) == ["step-00000005", "step-00000006"]
 
 
@@ -84,11 +98,61 @@ def test_damaged_ones_do_not_count(tmp_path: Path) -> None:
     write(tmp_path, 1, 2, 3, 4, 5)
     (tmp_path / "step-00000004" / INDEX).write_text("{")
     (tmp_path / "step-00000003/rank-00000.h5").write_bytes(b"")
-    prune(tmp_path, 2)
+    prune(tmp_path, 2, {1, 2, 5})
     assert names(tmp_path) == [f"step-0000000{step}" for step in (2, 3, 4, 5)]
     write(tmp_path, 6)
-    prune(tmp_path, 2)
+    prune(tmp_path, 2, {1, 2, 5, 6})
     assert names(tmp_path) == ["step-00000005", "step-00000006"]
+
+
+def test_what_was_passed_over_never_counts(tmp_path: Path) -> None:
+    """Its sizes are right and a bit is wrong: the job restored the one before, and saves on."""
+    write(tmp_path, 2, 4, 6, 8)
+    prune(tmp_path, 2, {4, 8})
+    # Step 6 is not known to be good: the other good one is still 4.
+    assert names(tmp_path) == [f"step-0000000{step}" for step in (4, 6, 8)]
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_what_is_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut short at each file operation of the commit, and of the removal of what was left."""
+
+    class Killed(BaseException):
+        pass
+
+    for last in range(40):
+        folder, calls = tmp_path / str(last), 0
+        folder.mkdir()
+        originals = {name: getattr(Path, name) for name in ("unlink", "rename", "touch", "rmdir")}
+        flushed = saving.flush
+
+        def counted(work: Callable[..., object], limit: int = last) -> Callable[..., object]:
+            def call(*arguments: object, **named: object) -> object:
+                nonlocal calls
+                calls += 1
+                if calls > limit:
+                    raise Killed
+                return work(*arguments, **named)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name, work in originals.items():
+                patch.setattr(Path, name, counted(work))
+            patch.setattr(saving, "flush", counted(flushed))
+            try:
+                write(folder, 5)
+            except Killed:
+                done = False
+            else:
+                done = True
+        remove_leftovers(folder)
+        assert names(folder) == (["step-00000005"] if (folder / "step-00000005").exists() else [])
+        if done:
+            break
+    assert done
+    assert last > 3
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "broken link", "folder"])
@@ -138,7 +202,8 @@ def test_leftovers_are_removed_and_others_stay(tmp_path: Path) -> None:
         (tmp_path / name / "mine").write_text("mine")
     link = tmp_path / f".step-00000007.{'2c' * 8}.tmp"
     link.symlink_to(whole)
-    assert remove_leftovers(tmp_path) == 2
+    (tmp_path / f".step-00000008.{'3d' * 8}.tmp").mkdir()
+    assert remove_leftovers(tmp_path) == 3
     assert names(tmp_path) == sorted([*kept, link.name, whole.name])
     assert is_own(whole)
     assert remove_leftovers(tmp_path / "nowhere") == 0
