@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from mpillm.models.part_module import Fields, PartModule, torch_explained
+from mpillm.models.part_module import Fields, PartModule
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.pipeline.stage import BatchScore, OfBatch, ScoringStage
 from mpillm.parallel.step_plan import Precision
@@ -149,7 +149,7 @@ def evaluate(
     def read(number: int) -> Fields:
         return task.fields({"tokens": read_evaluation(reader, mine[number]).tokens_BT})
 
-    with torch_explained(), console.progress("evaluate", len(mine), "batches") as progress:
+    with console.progress("evaluate", len(mine), "batches") as progress:
         scores = scorer.score(
             len(mine),
             read,

@@ -26,6 +26,7 @@ from mpillm.tasks.task_catalog import make_task
 from mpillm.tokens.dataset_folder import is_dataset
 from mpillm.tokens.manifest import NAME as MANIFEST
 from mpillm.tokens.manifest import Manifest
+from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.finding import find
@@ -110,7 +111,7 @@ def check_trained(checkpoint: Checkpoint, slots: Iterable[str] = ()) -> None:
     `slots`: those of the optimizer, for a run that continues. Raises CheckpointError where the
     checkpoint is damaged, MismatchError where this mpillm does not know the model's settings.
     """
-    check_facts(checkpoint)
+    _check_facts(checkpoint)
     facts = checkpoint.facts
     spec = read_spec(facts["recipe"]["model"])
     _check_names(checkpoint, spec, slots)
@@ -128,7 +129,7 @@ def check_trained(checkpoint: Checkpoint, slots: Iterable[str] = ()) -> None:
         )
 
 
-def check_facts(checkpoint: Checkpoint) -> None:
+def _check_facts(checkpoint: Checkpoint) -> None:
     """Check that the facts of a run are there, each of its type. Raises CheckpointError."""
     facts: Mapping[str, Any] = checkpoint.facts
     for place, kind in FACTS.items():
@@ -182,9 +183,18 @@ def load_data(checkpoint: Checkpoint, data: Path | None) -> Manifest:
     if manifest.manifest_hash != checkpoint.facts["data"]:
         raise MismatchError(
             f"{named} is another dataset than the run was trained on (its manifest differs); "
-            f"give --data {named} to take it all the same, or restore the run's own"
+            f"give {command(['--data', named])} to take it all the same, or restore the run's own"
         )
     return manifest
+
+
+def open_of(manifest: Manifest, split: str) -> TokenReader:
+    """Open a split of a dataset whose manifest was read before: no other one is opened.
+
+    Raises DataError where a shard is missing or has another size.
+    """
+    manifest.check_shards(split)
+    return TokenReader(manifest.folder, split, manifest.split(split), manifest.vocab_size)
 
 
 def missing_data(named: Path, folder: Any, option: str = "--data FOLDER") -> str:

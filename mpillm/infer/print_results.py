@@ -5,18 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpillm.comm.failure import on_root
 from mpillm.comm.waiting import patient_barrier
 from mpillm.infer.baselines import score_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import generate
-from mpillm.infer.loading import Loaded, load_data, load_trained
+from mpillm.infer.loading import Loaded, load_data, load_trained, open_of
 from mpillm.infer.sampling import Sampling, check_prompt
+from mpillm.models.part_module import torch_explained
 from mpillm.runs.run_files import moved_from
 from mpillm.system.console import Console
 from mpillm.system.json_text import to_json
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tokens.manifest import check_tokenizer
-from mpillm.tokens.reader import open_split
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.places import CHECKPOINTS
 
@@ -44,16 +45,17 @@ def print_evaluation(
     check_tokenizer(manifest, loaded.tokenizer)
     same = manifest.manifest_hash == loaded.checkpoint.facts["data"]
     run = _run_of(loaded.checkpoint)
-    begun = moved_from(run, loaded.checkpoint.facts["recipe"]) if run else ""
+    known = loaded.checkpoint.facts
+    begun = moved_from(run, known["recipe"], known.get("folder")) if run else ""
     if begun and not as_json:
         console.warn(f"{run} was trained as {begun}: it is a copy, or was moved")
-    with open_split(folder, "validation") as reader:
+    with torch_explained(), open_of(manifest, "validation") as reader:
         # One JSON object is all that --json prints: no progress bar.
         progress = Console(speaks=False) if as_json else console
         scorer = WholeModel(loaded.model, loaded.task, comm)
         scores = {"model": evaluate(scorer, reader, comm, progress, metrics)}
         if baselines and comm.rank == 0:
-            with open_split(folder, "train") as train:
+            with open_of(manifest, "train") as train:
                 counted = score_baselines(
                     train, reader, manifest.vocab_size, make_metrics(scores["model"].values)
                 )
@@ -111,7 +113,10 @@ def print_generation(
     loaded = load_trained(trained, comm, console)
     if comm.rank == 0:
         console.write(prompt)
-        for text in generate(loaded.model, loaded.tokenizer, prompt, sampling):
+    pieces = generate(loaded.model, loaded.tokenizer, prompt, sampling)
+    # Drawn through on_root: a model that has diverged fails on all ranks together.
+    while (text := on_root(comm, lambda: next(pieces, None))) is not None:
+        if comm.rank == 0:
             console.write(text)
+    if comm.rank == 0:
         console.write("\n")
-    patient_barrier(comm)

@@ -30,6 +30,7 @@ from mpillm.system.file_clock import age_seconds, file_clock
 from mpillm.system.json_text import from_json, to_json
 from mpillm.system.messages import explain
 from mpillm.system.plain_files import open_plain
+from mpillm.system.processes import birth_of, process_space, state_and_birth
 
 # Metadata of a parallel file system may be late by some seconds, so a few beats must be missed; a
 # lost holder should block the run for no more than two minutes.
@@ -38,7 +39,7 @@ DEAD_SECONDS = 120.0
 # File systems without hard links answer link(2) so.
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 LARGEST_LOCK = 1 << 16
-UNREADABLE = "a lock that cannot be read"
+UNREADABLE, GONE = "a lock that cannot be read", "no lock any more"
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ def this_process(job: CurrentJob | None) -> Holder:
     return Holder(
         socket.gethostname(),
         os.getpid(),
-        _status(os.getpid())[1],
-        _system(),
+        birth_of(os.getpid()),
+        process_space(),
         time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         uuid.uuid4().hex,
         job,
@@ -128,7 +129,7 @@ def is_gone(holder: Holder, me: Holder, silent_seconds: float) -> bool:
     `silent_seconds` are more than DEAD_SECONDS.
     """
     if holder.system == me.system:
-        return _status(holder.pid)[1] != holder.born
+        return birth_of(holder.pid) != holder.born
     again = bool(
         holder.job
         and me.job
@@ -159,16 +160,23 @@ class RunLock:
         self._path, self._me = folder / name, this_process(job)
         self._warn = warn or Console().warn
         self.lost = ""
-        """The holder that took the run over from this process; "" while this one holds it."""
-        self._take()
-        self._renewed = self._checked = _boot_seconds()
+        """The holder that took the run over from this process, or what became of its lock; "" while
+        this one holds it.
+        """
         # The heartbeat's thread and the one that saves read and mend the same file.
         self._turn = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(
             target=self._beat, name="heartbeat of the run's lock", daemon=True
         )
-        self._thread.start()
+        try:
+            self._take()
+            self._renewed = self._checked = _boot_seconds()
+            self._thread.start()
+        except BaseException:
+            # Ctrl-C may come between the lock and its heartbeat.
+            self._remove_own()
+            raise
 
     def is_lost(self, fresh: bool = False) -> bool:
         """Return whether another job has replaced the lock, as one may after a long suspension.
@@ -183,15 +191,30 @@ class RunLock:
 
     def refuse_if_lost(self, fresh: bool = True) -> None:
         """Raise LostLockError, naming the new holder, where another job holds the run now."""
-        if self.is_lost(fresh):
+        lost, run = self.is_lost(fresh), self._path.parent
+        silence = _boot_seconds() - self._renewed
+        if not lost and silence > DEAD_SECONDS:
             raise LostLockError(
-                f"the run {self._path.parent} is held by {self.lost} now: this job was suspended "
+                f"the lock of the run {run} could not be read for {clock(silence)}, and another "
+                "job may hold the run; this one stops without writing anything more"
+            )
+        if lost and self.lost in (GONE, UNREADABLE):
+            raise LostLockError(
+                f"the run {run} has {self.lost}, and another job may have held it meanwhile: this "
+                "one was suspended for too long; it stops without writing anything more"
+            )
+        if lost:
+            raise LostLockError(
+                f"the run {run} is held by {self.lost} now: this job was suspended "
                 "for too long and was replaced; it stops without writing anything more"
             )
 
     def release(self) -> None:
         self._ended.set()
         self._thread.join()
+        self._remove_own()
+
+    def _remove_own(self) -> None:
         with suppress(OSError):
             found = _find(self._path)
             if found and found.holder == self._me:
@@ -244,9 +267,7 @@ class RunLock:
         found = _find(aside)
         if found is not None and (found.file, found.holder) != (judged.file, judged.holder):
             # Another job was faster, or the holder lives, and this is its lock: put it back.
-            with suppress(FileExistsError):
-                os.link(aside, self._path, follow_symlinks=False)
-            aside.unlink()
+            _put_back(aside, self._path)
             return
         left = _remove(aside)
         if judged.holder is None:
@@ -265,48 +286,31 @@ class RunLock:
             self._touch_or_lose()
 
     def _touch_or_lose(self) -> None:
-        found = _find(self._path, touch=self._me)
-        if found and found.holder == self._me:
-            self._renewed = _boot_seconds()
-        elif found and found.holder:
-            self.lost = found.holder.describe()
-        elif _boot_seconds() - self._renewed > DEAD_SECONDS:
-            # Another job may have held the run and left since the last beat.
-            self.lost = UNREADABLE if found else "nobody now: its lock is gone"
-        elif found is None:
-            self._make()
-        else:
-            # Damaged, and not yet long enough without an update for another job to replace it.
-            self._set_aside(found)
-            self._make()
-
-
-def read_holder(folder: Path) -> Holder | None:
-    """Read the holder from the run's lock; None without a lock that can be read."""
-    found = _find(folder / LOCK)
-    return found.holder if found else None
-
-
-def silent_seconds(folder: Path, name: str = LOCK) -> float:
-    """Return the seconds since the holder last touched the lock; 0 without a lock.
-
-    The file system's own clock decides, for the clocks of two hosts may differ: a probe file is
-    made next to the lock.
-    """
-    found = _find(folder / name)
-    return _silence(folder / name, found) if found else 0.0
+        for _ in range(2):
+            found = _find(self._path, touch=self._me)
+            if found and found.holder == self._me:
+                self._renewed = _boot_seconds()
+                return
+            if found and found.holder:
+                self.lost = found.holder.describe()
+                return
+            if _boot_seconds() - self._renewed > DEAD_SECONDS:
+                # Another job may have held the run and left since the last beat.
+                self.lost = UNREADABLE if found else GONE
+                return
+            if found:
+                # Damaged, and not yet long enough without an update for another job to replace it.
+                self._set_aside(found)
+            if self._make():
+                self._renewed = _boot_seconds()
+                return
+            # Another lock appeared meanwhile: it is judged as the first one.
 
 
 def find_hold(folder: Path, name: str = LOCK) -> HeldLock | None:
     """Return the hold on the run in `folder` now, as far as this host can know; None without."""
     found = _find(folder / name)
     return _judge(folder / name, found, this_process(None)) if found else None
-
-
-def live_holder(folder: Path) -> Holder | None:
-    """Return the job that holds the run in `folder` now, as far as this host can know."""
-    hold = find_hold(folder)
-    return hold.holder if hold else None
 
 
 def _judge(path: Path, found: _Found, me: Holder) -> HeldLock | None:
@@ -319,7 +323,7 @@ def _judge(path: Path, found: _Found, me: Holder) -> HeldLock | None:
     silence = max(0.0, time.time() - found.modified) if here else _silence(path, found)
     if silence >= DEAD_SECONDS if holder is None else is_gone(holder, me, silence):
         return None
-    suspended = here and holder is not None and _status(holder.pid)[0] in ("T", "t")
+    suspended = here and holder is not None and state_and_birth(holder.pid)[0] in ("T", "t")
     return HeldLock(holder, silence, suspended)
 
 
@@ -383,6 +387,20 @@ def _link_new(whole: Path, path: Path, holder: Holder) -> bool:
     return True
 
 
+def _put_back(aside: Path, path: Path) -> None:
+    """Give a lock its name again, unless there is another by now."""
+    try:
+        os.link(aside, path, follow_symlinks=False)
+    except FileExistsError:
+        pass
+    except OSError:
+        # Without hard links, and for a folder.
+        if not os.path.lexists(path):
+            aside.rename(path)
+            return
+    _remove(aside)
+
+
 def _remove(aside: Path) -> str:
     """Remove what a stale lock was; return where it is kept if it is a folder with files."""
     try:
@@ -406,25 +424,3 @@ def modified(path: Path) -> float:
 def _boot_seconds() -> float:
     # Unlike the monotonic clock it counts the time that the host was suspended.
     return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def _status(pid: int) -> tuple[str, str]:
-    """Return the state and the start time of a process, both "" where it does not run.
-
-    proc(5), fields 3 and 22. A zombie (Z) does not run.
-    """
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-        fields = text.rpartition(")")[2].split()
-        return ("", "") if fields[0] in ("Z", "X") else (fields[0], fields[19])
-    except (OSError, IndexError):
-        return "", ""
-
-
-def _system() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    space = Path("/proc/self/ns/pid")
-    try:
-        return f"{boot.read_text(encoding='ascii').strip()}:{space.stat().st_ino}"
-    except OSError:
-        return f"unknown:{uuid.uuid4().hex}"

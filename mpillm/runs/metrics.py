@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mpillm.errors import MpillmError
 from mpillm.runs.sink_catalog import SINKS
@@ -26,6 +26,9 @@ class MetricsSink(ABC):
     A sink imports its package in `open`. Where the package is missing, ImportError leaves `open`,
     and the run continues without that sink. Any other failure costs the sink alone, too.
     """
+
+    tries_again: ClassVar[bool] = False
+    """Whether a failed `add` is reported once and the next one is tried all the same."""
 
     notice = ""
     """A line to print after `open`; "" for none."""
@@ -53,7 +56,8 @@ class MetricsSink(ABC):
 class MetricsWriter:
     """Write the metrics of a run to its sinks on rank 0; elsewhere (`writes` false) do nothing.
 
-    Metrics are an aid: a sink that fails is reported once and left out, and the run continues.
+    Metrics are an aid: a sink that fails is reported once, and the run continues. It is left out
+    unless it `tries_again`.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class MetricsWriter:
         """
         self._console = console or Console()
         self._sinks: dict[str, MetricsSink] = {}
+        self._warned: set[str] = set()
         for name in sinks if writes else ():
             sink = load_class(name, SINKS, "metrics sink", MetricsSink)()  # type: ignore[type-abstract]
             try:
@@ -92,8 +97,14 @@ class MetricsWriter:
             try:
                 sink.add(metrics)
             except Exception as failure:  # whatever its package raises
-                del self._sinks[name]
-                self._give_up(name, failure)
+                if not sink.tries_again:
+                    del self._sinks[name]
+                    self._give_up(name, failure)
+                elif name not in self._warned:
+                    self._warned.add(name)
+                    self._console.warn(
+                        f"{name} cannot be written: {_reason(failure)}; each step tries again"
+                    )
 
     def close(self) -> None:
         """Close every sink, in their order, even where one of them fails."""
@@ -112,10 +123,13 @@ class MetricsWriter:
         self._sinks = {}
 
     def _give_up(self, name: str, failure: Exception) -> None:
-        reason = f"{type(failure).__name__}: {failure}"
-        if isinstance(failure, OSError):
-            reason = explain(failure)
-        self._console.warn(f"{name} is not written from here on: {reason}")
+        self._console.warn(f"{name} is not written from here on: {_reason(failure)}")
+
+
+def _reason(failure: Exception) -> str:
+    if isinstance(failure, OSError):
+        return explain(failure)
+    return f"{type(failure).__name__}: {failure}"
 
 
 def read_metrics(path: Path) -> Iterator[Metrics]:

@@ -1,24 +1,63 @@
 """The small files of a run's folder: its recipe and the record of its job. Damage is no failure."""
 
+import os
+import re
+import time
 import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mpillm.runs.folder import JOB, JOB_RECIPE, RECIPE
+from mpillm.errors import UsageError
+from mpillm.runs import folder as names
+from mpillm.runs.folder import JOB, JOB_RECIPE, LOCK, RECIPE
 from mpillm.system.json_lines import whole_number
 from mpillm.system.json_text import from_json
 from mpillm.system.messages import explain
-from mpillm.system.plain_files import read_plain
+from mpillm.system.plain_files import read_text
+from mpillm.tokens.dataset_folder import dataset_around
 
 # The keys of job.json that are read back.
 JOB_TEXTS = ("scheduler", "id", "name", "partition", "account", "folder", "output")
 JOB_COUNTS = ("nodes", "ranks_per_node", "threads", "gpus_per_node", "seconds")
 
 
+# Written by training alone, which holds the run's lock.
+TRAINED = (RECIPE, names.METRICS, names.PICTURE, names.TRACE, names.HISTORY, names.OUTCOME)
+# Other verbs may be writing these now; no file of theirs takes that long.
+WRITTEN = (LOCK, names.REPORT, JOB, JOB_RECIPE, names.JOB_SCRIPT, names.CLUSTER)
+WRITTEN_SECONDS = 120.0
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp", re.ASCII)
+_LOCK_ASIDE = re.compile(rf"\.{re.escape(LOCK)}\.[0-9a-f]{{32}}\.left", re.ASCII)
+
+
+def refuse_dataset(run: Path) -> None:
+    """Raise UsageError for a run that is, or is inside of, a dataset's folder."""
+    if dataset := dataset_around(run):
+        raise UsageError(
+            f"the run {run} is inside of the dataset {dataset}, and a dataset's folder holds "
+            "nothing else; name another train.run"
+        )
+
+
+def remove_leftover_files(run: Path) -> None:
+    """Remove the temporary files that a killed job left in a run's folder.
+
+    The caller holds the run's lock. What cannot be removed stays.
+    """
+    for path in list(run.iterdir()):
+        found = _TEMPORARY.fullmatch(path.name)
+        name = found[1] if found else LOCK if _LOCK_ASIDE.fullmatch(path.name) else ""
+        with suppress(OSError):
+            old = time.time() - path.lstat().st_mtime > WRITTEN_SECONDS
+            if (name in TRAINED or (name in WRITTEN and old)) and not path.is_dir():
+                path.unlink()
+
+
 def read_recipe(path: Path) -> tuple[dict[str, Any], str]:
     """Read the sections of a resolved recipe; empty with the reason where it cannot be read."""
-    return _read(path, lambda data: tomllib.loads(data.decode("utf-8-sig")))
+    return _read(path, tomllib.loads)
 
 
 def recipe_of(run: Path) -> Path | None:
@@ -42,14 +81,20 @@ def folder_of_paths(run: Path, recipe: Mapping[str, Any]) -> Path | None:
     return whole.parents[len(parts) - 1] if ends_so else None
 
 
-def moved_from(run: Path, recipe: Mapping[str, Any]) -> str:
-    """Return the folder that a run's recipe names where that is not `run`; "" where it is."""
+def moved_from(run: Path, recipe: Mapping[str, Any], begun: object = None) -> str:
+    """Return the folder that a run's recipe names where that is not `run`; "" where it is.
+
+    `begun`: the folder in which the run was begun, if known: relative paths begin there.
+    """
     train = recipe.get("train")
     own = train.get("run") if isinstance(train, dict) else None
     if not isinstance(own, str) or not own or folder_of_paths(run, recipe):
         return ""
-    # An absolute path may lead to the run by links.
-    return "" if Path(own).is_absolute() and _same(Path(own), run) else own
+    # Links and `..` may lead to the run.
+    begins = [Path.cwd(), *([Path(begun)] if isinstance(begun, str) else [])]
+    # By text, too: the folder may be unreadable, or gone meanwhile.
+    same = os.path.normpath(Path.cwd() / own) == os.path.normpath(Path.cwd() / run)
+    return "" if same or any(_same(begin / own, run) for begin in begins) else own
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -77,9 +122,9 @@ def _checked_job(value: Mapping[str, Any]) -> dict[str, Any]:
     return texts | {key: count for key, count in counts.items() if count is not None}
 
 
-def _read(path: Path, parse: Callable[[bytes], Any]) -> tuple[dict[str, Any], str]:
+def _read(path: Path, parse: Callable[[str], Any]) -> tuple[dict[str, Any], str]:
     try:
-        value = parse(read_plain(path))
+        value = parse(read_text(path))
     except FileNotFoundError:
         return {}, f"{path.name} is a link to nothing" if path.is_symlink() else ""
     except OSError as failure:

@@ -80,7 +80,10 @@ def run_figures(run_state: RunState, ask: Ask | None = None) -> dict[str, Any]:
         "checkpoint": _checkpoint(newest, run_state.now),
         "lost_checkpoint": run_state.lost_checkpoint or None,
         "attempts": [_attempt(attempt) for attempt in run_state.attempts],
-        "moved_from": moved_from(run_state.run, run_state.recipe) or None,
+        "moved_from": moved_from(
+            run_state.run, run_state.recipe, last.facts.get("folder") if last else None
+        )
+        or None,
         "damage": dict(run_state.damage),
         "next": text,
         "commands": commands,

@@ -23,14 +23,14 @@ from mpillm.launch.walltime import seconds_of
 from mpillm.machine.mounts import Mount, hdf5_file_locking, read_mounts
 from mpillm.runs.folder import JOB, JOB_RECIPE, JOB_SCRIPT, METRICS, SUBMIT_LOCK
 from mpillm.runs.lock import RunLock, find_hold
-from mpillm.runs.run_files import read_job
+from mpillm.runs.run_files import read_job, refuse_dataset
 from mpillm.system.atomic import make_folder, write_json, write_text
 from mpillm.system.command_line import Json, Option
 from mpillm.system.console import Console, clock, counted
 from mpillm.system.json_text import to_json
 from mpillm.system.messages import command
 from mpillm.system.plain_files import is_there
-from mpillm.tokens.dataset_folder import dataset_around
+from mpillm.tokens.dataset_folder import is_dataset
 from mpillm.weights.places import CHECKPOINTS
 
 # A run that has begun leaves one of these.
@@ -220,11 +220,7 @@ def _check_cores(options: SubmitOptions, site: Site, threads: int) -> None:
 def _check_unused(run: Path, resume: bool) -> None:
     if is_there(run) and not run.is_dir():
         raise UsageError(f"the run {run} is a file; name another train.run")
-    if dataset := dataset_around(run):
-        raise UsageError(
-            f"the run {run} is inside of the dataset {dataset}, which `mpillm prepare --overwrite` "
-            "replaces; name another train.run"
-        )
+    refuse_dataset(run)
     if not resume and any(os.path.lexists(run / name) for name in BEGUN):
         raise UsageError(
             f"{run} holds a run already; --resume continues it, or name another train.run"
@@ -235,9 +231,10 @@ def _check_here(run: Path, job: BatchJob, site: Site) -> None:
     """Refuse now a job that would fail only after hours in the queue."""
     if hold := find_hold(run):
         raise UsageError(f"the run {run} is held by {hold.describe()}; wait for it or end it")
-    if not Path(job.data).is_dir():
+    if not is_dataset(Path(job.data)):
         prepare = command(["mpillm", "prepare", "SOURCE", "--out", job.data])
-        raise UsageError(f"there is no folder {job.data} of data; make one with {prepare}")
+        what = "is no prepared dataset" if Path(job.data).is_dir() else "is no folder"
+        raise UsageError(f"the data {job.data} {what}; make one with {prepare}")
     if site.environment and not os.access(f"{site.environment}/bin/python", os.X_OK):
         raise UsageError(
             f"there is no Python in environment = {site.environment!r}; correct the site file"

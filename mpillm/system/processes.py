@@ -5,9 +5,16 @@ from pathlib import Path
 
 
 def birth_of(pid: int) -> str:
-    """Return the start time of a process, "" where it does not run: proc(5), fields 3 and 22.
+    """Return the start time of a process, "" where it does not run.
 
-    Process numbers are used again, so a number alone identifies no process. A zombie does not run.
+    Process numbers are used again, so a number alone identifies no process.
+    """
+    return state_and_birth(pid)[1]
+
+
+def state_and_birth(pid: int) -> tuple[str, str]:
+    """Return the state of a process (such as T: stopped) and its start time, "" where it does not
+    run: proc(5), fields 3 and 22. A zombie does not run.
     """
     try:
         fields = (
@@ -16,9 +23,9 @@ def birth_of(pid: int) -> str:
             .rpartition(")")[2]
             .split()
         )
-        return "" if fields[0] in ("Z", "X") else fields[19]
+        return ("", "") if fields[0] in ("Z", "X") else (fields[0], fields[19])
     except (OSError, IndexError):
-        return ""
+        return "", ""
 
 
 def process_space() -> str:

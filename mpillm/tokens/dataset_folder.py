@@ -1,5 +1,6 @@
 """Places of a dataset in the file system, for rooms that read no tokens."""
 
+import os
 from pathlib import Path
 
 from mpillm.system.json_text import read_json
@@ -18,5 +19,5 @@ def is_dataset(folder: Path) -> bool:
 
 def dataset_around(path: Path) -> Path | None:
     """Return the dataset that `path` is or is inside of; None where it is in none."""
-    whole = path.resolve()
+    whole = Path(os.path.realpath(path))
     return next((folder for folder in (whole, *whole.parents) if is_dataset(folder)), None)

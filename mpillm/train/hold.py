@@ -11,6 +11,7 @@ from mpillm.comm.waiting import patient_barrier, wait_patiently
 from mpillm.errors import StoppedError
 from mpillm.launch.current_job import CurrentJob
 from mpillm.runs.lock import LostLockError, RunLock
+from mpillm.runs.run_files import refuse_dataset, remove_leftover_files
 from mpillm.system.atomic import make_folder
 from mpillm.weights.leftovers import remove_leftovers
 from mpillm.weights.places import CHECKPOINTS
@@ -26,6 +27,8 @@ class Hold:
     lock: RunLock | None = None
     on_failure: Callable[[BaseException], None] | None = None
     """Called with the failure of the block, on each rank, once the ranks agree to fail."""
+    made: bool = False
+    """Whether the run's folder is new."""
 
     def is_lost(self) -> bool:
         """Return whether another job holds the run; reads the lock after a pause alone."""
@@ -45,43 +48,51 @@ def locked_run(folder: Path, comm: "MPI.Intracomm", job: CurrentJob | None) -> I
     then rank 0 records the failure and gives the lock back while the others wait. So no rank ends
     the job early. Every rank calls it. Raises UsageError where another job holds the run.
     """
-    hold = Hold()
-    made = on_root(comm, lambda: _take(hold, folder, job))
-    private = comm.Dup() if comm.size > 1 else None
-    agreed = True
+    hold, private = Hold(), None
+    try:
+        on_root(comm, lambda: _take(hold, folder, job))
+        private = comm.Dup() if comm.size > 1 else None
+    except BaseException:
+        _give_back(hold, folder)
+        raise
     try:
         yield hold
     except BaseException as failure:
+        agreed = private is None
         try:
-            agreed = private is None or wait_patiently(private.Ibarrier(), AGREEMENT_SECONDS)
+            if private is not None:
+                agreed = wait_patiently(private.Ibarrier(), AGREEMENT_SECONDS)
         finally:
             _record(hold, failure)
+            _give_back(hold, folder)
+            if private is not None and agreed:
+                patient_barrier(private)
+                private.Free()
         raise
-    finally:
-        if hold.lock is not None:
-            hold.lock.release()
-        if made:
-            # A run that failed before its first step leaves no empty folder.
-            with suppress(OSError):
-                folder.rmdir()
-        if private is not None and agreed:
-            patient_barrier(private)
-            private.Free()
+    _give_back(hold, folder)
+    if private is not None:
+        # On `comm`, for a rank that fails must not meet the others in its agreement.
+        patient_barrier(comm)
+        private.Free()
 
 
-def _take(hold: Hold, folder: Path, job: CurrentJob | None) -> bool:
-    """Make and lock the folder on rank 0; return whether it is new."""
-    made = not folder.exists()
+def _take(hold: Hold, folder: Path, job: CurrentJob | None) -> None:
+    """Make and lock the folder on rank 0, and remove what a killed job left there."""
+    refuse_dataset(folder)
+    hold.made = not folder.exists()
     make_folder(folder)
-    try:
-        hold.lock = RunLock(folder, job)
-    except BaseException:
-        if made:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
+    hold.lock = RunLock(folder, job)
+    remove_leftover_files(folder)
     remove_leftovers(folder / CHECKPOINTS)
-    return made
+
+
+def _give_back(hold: Hold, folder: Path) -> None:
+    if hold.lock is not None:
+        hold.lock.release()
+    if hold.made:
+        # A run that failed before its first step leaves no empty folder.
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _record(hold: Hold, failure: BaseException) -> None:

@@ -4,18 +4,19 @@ import math
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mpillm.comm.failure import host_name, on_root
 from mpillm.comm.waiting import patient_barrier
-from mpillm.errors import CheckpointError, DivergedError, StoppedError
+from mpillm.errors import CheckpointError, DivergedError, MismatchError, StoppedError
 from mpillm.infer.evaluate import evaluate
-from mpillm.infer.loading import RunConstants
+from mpillm.infer.loading import RunConstants, open_of
 from mpillm.launch.current_job import CurrentJob
 from mpillm.launch.signals import StopSignals
 from mpillm.launch.walltime import seconds_of
@@ -25,14 +26,14 @@ from mpillm.parallel.axis_sizes import replicated_axes
 from mpillm.parallel.data.same_weights import check_same
 from mpillm.parallel.step_plan import traffic_bytes
 from mpillm.runs.folder import METRICS, PICTURE, RECIPE, TRACE
-from mpillm.runs.history import HistoryWriter, last_save_seconds
+from mpillm.runs.history import HistoryWriter, Outcome, last_save_seconds
 from mpillm.runs.metrics import MetricsWriter, read_metrics
 from mpillm.system.atomic import make_folder, write_text
 from mpillm.system.console import Console, Progress, binary_bytes
 from mpillm.system.messages import explain
 from mpillm.system.versions import package_version
+from mpillm.tokens.manifest import NAME as MANIFEST
 from mpillm.tokens.manifest import Manifest
-from mpillm.tokens.reader import open_split
 from mpillm.train.hold import Hold
 from mpillm.train.optimizers.optimizer import set_steps
 from mpillm.train.recipe import Recipe, write_recipe
@@ -44,9 +45,6 @@ from mpillm.weights.names import name_tensors
 from mpillm.weights.places import CHECKPOINTS, checkpoint_folders, step_of
 from mpillm.weights.saving import check_replaceable, prune, save
 from mpillm.weights.slices import all_finite, slices_of
-
-if TYPE_CHECKING:
-    pass
 
 PACKAGES = ("mpillm", "torch", "mpi4py", "h5py", "numpy")
 # Metrics that follow from the loss: a program computes them itself.
@@ -79,6 +77,7 @@ class TrainingLoop:
     def __init__(
         self,
         recipe: Recipe,
+        manifest: Manifest,
         constants: RunConstants,
         trainer: Trainer,
         console: Console,
@@ -90,7 +89,8 @@ class TrainingLoop:
         self._recipe, self._constants, self._trainer = recipe, constants, trainer
         self._comm, self._console = trainer.mesh.comm, console
         self._folder, self._hold = Path(recipe.train.run), hold
-        self._validates = bool(Manifest.load(recipe.data.path).splits["validation"].n_tokens)
+        self._manifest = manifest
+        self._validates = bool(manifest.splits["validation"].n_tokens)
         self._step_trace = StepTrace(trainer.mesh, trainer.plan, trainer.clock_offset)
         self._writes_trace = trace
         self._history = HistoryWriter(self._folder, writes=self._comm.rank == 0)
@@ -130,7 +130,7 @@ class TrainingLoop:
         self._done, steps = self._restore(checkpoint), self._recipe.train.steps
         overdue = self._evaluation_is_missing()
         if self._done >= steps and not overdue:
-            self._history.ended("finished", self._done)
+            self._note(lambda: self._history.ended("finished", self._done))
             self._console.say(
                 f"{self._folder} is at step {self._done:,} of {steps:,}: nothing to do "
                 "(raise train.steps to continue)"
@@ -139,7 +139,8 @@ class TrainingLoop:
         reason = self._run_steps(steps, overdue)
         self._step_trace.print_bubble(self._console)
         if self._writes_trace:
-            self._step_trace.write_json(self._folder / TRACE, self._console)
+            trace = self._folder / TRACE
+            self._note(lambda: self._step_trace.write_json(trace, self._console))
         if not reason:
             metrics, picture = self._folder / METRICS, self._folder / PICTURE
             self._console.say(f"finished: {self._last_saved}, {metrics}, {picture}")
@@ -153,12 +154,12 @@ class TrainingLoop:
         metrics, reason = None, ""
         try:
             on_root(self._comm, lambda: self._prepare_folder(steps))
-            self._history.started(self._done, self._facts())
+            facts = self._facts()
+            on_root(self._comm, lambda: self._history.started(self._done, facts))
             self._hold.on_failure = self._record_failure
             for axis in replicated_axes(self._trainer.mesh):
                 check_same(self._trainer.weights.values(), axis)
-            writes = self._comm.rank == 0
-            metrics = MetricsWriter(self._folder, self._done, writes, self._console)
+            metrics = self._open_metrics()
             if overdue:
                 self._evaluate(metrics)
             with self._console.progress("train", steps, "steps", start=self._done) as progress:
@@ -174,9 +175,48 @@ class TrainingLoop:
             raise self._with_last_saved(failure) from failure
         # Before the picture is drawn: the job's time may end while matplotlib loads.
         self._hold.on_failure = None
-        self._history.ended("stopped" if reason else "finished", self._done, reason)
+        how: Outcome = "stopped" if reason else "finished"
+        self._note(lambda: self._history.ended(how, self._done, reason))
         metrics.close()
         return reason
+
+    def _open_metrics(self) -> MetricsWriter:
+        """Open the sinks on rank 0. Raises MpillmError on every rank where that fails."""
+        made: list[MetricsWriter] = []
+
+        def make() -> None:
+            made.append(MetricsWriter(self._folder, self._done, True, self._console))
+
+        on_root(self._comm, make)
+        return made[0] if made else MetricsWriter(self._folder, self._done, writes=False)
+
+    def _note(self, work: Callable[[], None]) -> None:
+        """Write a record of what is done and saved already: a failure is a warning.
+
+        The failure of rank 0 alone would abort the job, and the checkpoint is worth more.
+        """
+        try:
+            work()
+        except OSError as failure:
+            self._console.warn(f"a record of the run is incomplete: {explain(failure)}")
+
+    def _check_data(self) -> None:
+        """Raise MismatchError on every rank where the path holds another dataset by now.
+
+        Shards are opened when they are first read. One that is gone fails by itself.
+        """
+
+        def check() -> None:
+            folder = self._manifest.folder
+            if not (folder / MANIFEST).is_file():
+                return
+            if Manifest.load(folder).manifest_hash != self._manifest.manifest_hash:
+                raise MismatchError(
+                    f"{folder} is another dataset now than the one that the run began with; "
+                    "prepare another dataset in another folder while a run reads this one"
+                )
+
+        on_root(self._comm, check)
 
     def _prepare_folder(self, steps: int) -> None:
         """Write the recipe, and try what the first save will need. Raises MpillmError."""
@@ -257,7 +297,8 @@ class TrainingLoop:
     def _evaluate(self, metrics: MetricsWriter) -> None:
         if not self._validates:
             return
-        with open_split(self._recipe.data.path, "validation") as reader:
+        self._check_data()
+        with open_of(self._manifest, "validation") as reader:
             quiet = Console(speaks=False)
             score = evaluate(self._trainer.model, reader, self._comm, quiet)
         if not math.isfinite(score.loss):
@@ -302,6 +343,7 @@ class TrainingLoop:
         """
         begin = time.perf_counter()
         on_root(self._comm, self._hold.refuse_if_lost)
+        self._check_data()
         self._check_finite()
         facts = {
             "step": self._done,
@@ -316,12 +358,15 @@ class TrainingLoop:
         self._good.add(self._done)
         self._stopping.add_save_seconds(seconds)
         if self._comm.rank == 0:
-            self._history.saved(
-                self._done, saved, seconds, sum(path.stat().st_size for path in saved.iterdir())
-            )
-            for fault in prune(folder, self._recipe.train.keep, self._good):
-                self._console.warn(f"an old checkpoint stays: {fault}")
+            self._note(lambda: self._record_save(saved, seconds))
         return seconds
+
+    def _record_save(self, saved: Path, seconds: float) -> None:
+        # The old ones go first: on a full disk that makes room for the record.
+        for fault in prune(saved.parent, self._recipe.train.keep, self._good):
+            self._console.warn(f"an old checkpoint stays: {fault}")
+        nbytes = sum(path.stat().st_size for path in saved.iterdir())
+        self._history.saved(self._done, saved, seconds, nbytes)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         trainer = self._trainer

@@ -160,7 +160,7 @@ def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
 
     if impossible := _impossible_values(table):
         raise RecipeError(f"the recipe {source}: " + "; ".join(impossible))
-    table = {**_in_new_spelling(table), "model": _with_shape(table.get("model", {}))}
+    table = {**in_new_spelling(table), "model": _with_shape(table.get("model", {}))}
     classes = section_classes(table)
     try:
         # As JSON: in strict mode pydantic accepts a table for a dataclass only from JSON.
@@ -283,7 +283,7 @@ def _override(table: Table, override: str) -> None:
     table[section][name] = value
 
 
-def _in_new_spelling(table: Mapping[str, Any]) -> Table:
+def in_new_spelling(table: Mapping[str, Any]) -> Table:
     """Replace the old spellings of values."""
     renewed = {name: dict(keys) if isinstance(keys, dict) else keys for name, keys in table.items()}
     for place, names in OLD_SPELLINGS.items():

@@ -18,7 +18,7 @@ from mpillm.tokens.manifest import Manifest
 from mpillm.train.lr_schedule import learning_rate
 from mpillm.train.optimizers import optimizer_catalog
 from mpillm.train.optimizers.optimizer import OptimizerSettings
-from mpillm.train.recipe import Recipe, section_classes
+from mpillm.train.recipe import Recipe, in_new_spelling, section_classes
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.finding import newest_whole
 from mpillm.weights.places import CHECKPOINTS
@@ -96,7 +96,7 @@ def _check_same_run(recipe: Recipe, manifest: Manifest, checkpoint: Checkpoint) 
 def changed_settings(before: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Say of each setting that differs from those of the checkpoint what it was and is."""
     # As JSON, as the checkpoint has them: its lists are the tuples of settings.
-    now = json.loads(json.dumps(recipe.to_dict()))
+    now, before = json.loads(json.dumps(recipe.to_dict())), in_new_spelling(before)
     classes, lines = section_classes(now), []
     for section, keys in now.items():
         defaults, old = _defaults(classes[section]), before.get(section, {})

@@ -1,14 +1,14 @@
 """Set up a run from its recipe: mesh, plan, model, checkpoint; then train."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.comm.failure import on_root
 from mpillm.errors import DataError, LayoutError, MismatchError, RecipeError
-from mpillm.infer.loading import RunConstants, missing_data
+from mpillm.infer.loading import RunConstants, missing_data, open_of
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
+from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.part_module import torch_explained
 from mpillm.models.spec import ModelSpec
@@ -20,7 +20,6 @@ from mpillm.system.malloc import keep_pages
 from mpillm.tasks.task_catalog import make_task
 from mpillm.tokens.manifest import NAME, Manifest
 from mpillm.tokens.order import WindowOrder
-from mpillm.tokens.reader import open_split
 from mpillm.train.hold import locked_run
 from mpillm.train.loop import JobLimits, TrainingLoop
 from mpillm.train.print_plan import WEIGHT_BYTES, print_plan
@@ -55,7 +54,7 @@ def train(
     manifest = _load_manifest(recipe)
     recipe = replace(recipe, model=_with_vocabulary(recipe, manifest))
     node_map = node_map or map_nodes(comm)
-    check_memory(recipe, node_map, comm.bcast(host_bytes()))
+    check_memory(recipe, node_map, comm.bcast(read_memory().limit))
     # With the tokenizer, which every checkpoint holds: a damaged one is found before any step.
     constants = RunConstants.read(manifest, recipe.to_dict(), comm)
     settings, parallel = recipe.train, recipe.parallel
@@ -72,7 +71,7 @@ def train(
     )
     task = make_task(recipe.task.name)
     _check_mask(recipe)
-    with open_split(recipe.data.path, "train") as reader:
+    with open_of(manifest, "train") as reader:
         # Before the run has a folder: a dataset shorter than one context, or a missing profile,
         # must leave nothing to clean up.
         WindowOrder(reader.n_tokens, recipe.model.context, settings.seed)
@@ -88,7 +87,9 @@ def train(
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
             if plan.schedule.ranks > 1:
                 console.say(f"stages: {trainer.describe_pipeline()}")
-            loop = TrainingLoop(recipe, constants, trainer, console, trace, limits, cluster, hold)
+            loop = TrainingLoop(
+                recipe, manifest, constants, trainer, console, trace, limits, cluster, hold
+            )
             loop.run(checkpoint)
             trainer.close()
 
@@ -157,16 +158,11 @@ def _with_vocabulary(recipe: Recipe, manifest: Manifest) -> ModelSpec:
     return recipe.model.replace(vocab_size=wanted or found)
 
 
-def host_bytes() -> int:
-    """Return the memory of this host."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def check_memory(recipe: Recipe, node_map: NodeMap, memory: int) -> None:
     """Raise LayoutError where the weights with their state, or a batch, exceed all hosts' memory.
 
-    `memory`: of one host, in bytes. Activations and Python come on top, so a model that passes may
-    still be too large; one that is refused cannot be held.
+    `memory`: what the job may use of one host, in bytes; 0: unknown. Activations and Python come on
+    top, so a model that passes may still be too large; one that is refused cannot be held.
     """
     model = recipe.model
     held = WEIGHT_BYTES + recipe.optimizer.state_bytes_per_parameter
@@ -174,7 +170,7 @@ def check_memory(recipe: Recipe, node_map: NodeMap, memory: int) -> None:
     ranks, pipeline = node_map.size, max(1, recipe.parallel.pipeline)
     replicas = max(1, ranks // pipeline)
     needed, there = held * model.parameters * replicas, memory * len(node_map.nodes)
-    if needed > there:
+    if memory and needed > there:
         raise LayoutError(
             f"the model has {model.parameters:,} parameters, which need {binary_bytes(needed)} "
             f"for weights, gradients and optimizer on {ranks} rank(s), and the host(s) have "
@@ -182,7 +178,7 @@ def check_memory(recipe: Recipe, node_map: NodeMap, memory: int) -> None:
             f"{model.blocks:,} layers), fewer replicas (parallel.pipeline), or more hosts"
         )
     batch = TOKEN_BYTES * recipe.train.batch * model.context
-    if batch > there:
+    if memory and batch > there:
         raise LayoutError(
             f"train.batch = {recipe.train.batch:,} sequences of {model.context:,} tokens are "
             f"{binary_bytes(batch)} of ids alone, and the host(s) have {binary_bytes(there)}; "

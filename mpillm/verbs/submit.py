@@ -35,7 +35,11 @@ class Submit(SubmitOptions):
             from mpillm.parallel.axis_sizes import mesh_sizes
             from mpillm.train.recipe import load_recipe, write_recipe
 
-            recipe = load_recipe(self.recipe, self.overrides)
+            notes: list[str] = []
+            recipe = load_recipe(self.recipe, self.overrides, notes.append)
+            if self.as_json:
+                # One JSON object is all that --json prints.
+                notes.clear()
             submitted = SubmittedRecipe(
                 self.recipe.stem,
                 recipe.train.run,
@@ -45,4 +49,10 @@ class Submit(SubmitOptions):
             )
 
             mesh_sizes(recipe.parallel, self.ranks, recipe.model, recipe.train.batch)
-            submit_run(self, submitted, load_site(self.site, os.environ), console, os.environ)
+            site = load_site(self.site, os.environ)
+            for note in notes if not self.dry_run else ():
+                console.say(note)
+            submit_run(self, submitted, site, console, os.environ)
+            # A script may be kept as a file: its first line stays the first.
+            for note in notes if self.dry_run else ():
+                console.say(f"# {note}")

@@ -1,5 +1,6 @@
 """One job a run."""
 
+import errno
 import json
 import os
 import signal
@@ -19,14 +20,13 @@ from mpillm.runs.folder import LOCK, SUBMIT_LOCK
 from mpillm.runs.lock import (
     BEAT_SECONDS,
     DEAD_SECONDS,
+    GONE,
+    Holder,
     LostLockError,
     RunLock,
     age_seconds,
     find_hold,
     is_gone,
-    live_holder,
-    read_holder,
-    silent_seconds,
     this_process,
 )
 
@@ -40,10 +40,18 @@ def plant(folder: Path, **changes: object) -> None:
     )
 
 
+def named_in(folder: Path) -> Holder | None:
+    """Return the holder that the lock names, whether it lives or not."""
+    try:
+        return Holder.from_json(json.loads((folder / LOCK).read_text()))
+    except (OSError, ValueError):
+        return None
+
+
 def test_a_lock_is_taken_once_and_given_back(tmp_path: Path) -> None:
     lock = RunLock(tmp_path, JOB)
-    assert live_holder(tmp_path)
-    holder = read_holder(tmp_path)
+    assert find_hold(tmp_path)
+    holder = named_in(tmp_path)
     assert holder is not None
     assert (holder.pid, holder.job) == (os.getpid(), JOB)
     with pytest.raises(
@@ -51,7 +59,7 @@ def test_a_lock_is_taken_once_and_given_back(tmp_path: Path) -> None:
     ):
         RunLock(tmp_path, None)
     lock.release()
-    assert not live_holder(tmp_path)
+    assert not find_hold(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -61,8 +69,8 @@ def test_a_lock_whose_process_is_gone_is_taken(tmp_path: Path) -> None:
         "RunLock(Path(sys.argv[1]), None); os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    assert read_holder(tmp_path) is not None
-    assert not live_holder(tmp_path)
+    assert named_in(tmp_path) is not None
+    assert not find_hold(tmp_path)
     RunLock(tmp_path, None).release()
     assert list(tmp_path.iterdir()) == []
 
@@ -103,7 +111,9 @@ def test_a_silent_lock_of_elsewhere_is_taken_after_a_while(tmp_path: Path) -> No
     plant(tmp_path)
     with pytest.raises(UsageError, match="is held by process"):
         RunLock(tmp_path, None)
-    long_ago = silent_seconds(tmp_path) + DEAD_SECONDS + 5
+    hold = find_hold(tmp_path)
+    assert hold is not None
+    long_ago = hold.silent_seconds + DEAD_SECONDS + 5
     os.utime(tmp_path / LOCK, (0, (tmp_path / LOCK).stat().st_mtime - long_ago))
     RunLock(tmp_path, None).release()
     assert list(tmp_path.iterdir()) == []
@@ -173,9 +183,9 @@ def test_a_save_is_refused_after_another_job_took_the_run(tmp_path: Path) -> Non
 @pytest.mark.parametrize("damage", ["gone", "empty", "folder", "link"])
 def test_a_holder_mends_its_lock_while_nobody_else_may_take_it(tmp_path: Path, damage: str) -> None:
     lock = RunLock(tmp_path, None, warn=lambda text: None)
-    mine = read_holder(tmp_path)
+    mine = named_in(tmp_path)
     damaged(tmp_path, damage)
-    until(lambda: read_holder(tmp_path) == mine)
+    until(lambda: named_in(tmp_path) == mine)
     assert not lock.lost
     lock.release()
     assert [path.name for path in tmp_path.iterdir() if path.name != "secret"] == []
@@ -189,7 +199,9 @@ def test_a_holder_that_was_suspended_too_long_gives_up(
     monkeypatch.setattr(lock_module, "DEAD_SECONDS", -1.0)
     (tmp_path / LOCK).unlink()
     until(lambda: lock.lost)
-    assert lock.lost == "nobody now: its lock is gone"
+    assert lock.lost == GONE
+    with pytest.raises(LostLockError, match=r"the run \S+ has no lock any more, and another"):
+        lock.refuse_if_lost()
     lock.release()
     assert list(tmp_path.iterdir()) == []
 
@@ -228,7 +240,7 @@ def test_a_damaged_lock_is_replaced_after_its_usual_time(tmp_path: Path, damage:
     os.utime(tmp_path / LOCK, (0, 0), follow_symlinks=False)
     assert find_hold(tmp_path) is None
     lock = RunLock(tmp_path, None, said.append)
-    assert read_holder(tmp_path) is not None
+    assert named_in(tmp_path) is not None
     assert said == [f"replacing {tmp_path / LOCK}, a lock that cannot be read"]
     lock.release()
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]
@@ -250,8 +262,9 @@ def test_a_date_in_the_future_is_not_believed(tmp_path: Path) -> None:
     plant(tmp_path)
     os.utime(tmp_path / LOCK, (1 << 33, 1 << 33))
     # os.utime changes the inode now: so long ago the lock was last updated.
-    assert silent_seconds(tmp_path) < DEAD_SECONDS
-    assert live_holder(tmp_path)
+    hold = find_hold(tmp_path)
+    assert hold is not None
+    assert hold.silent_seconds < DEAD_SECONDS
     now = time.time()
     assert age_seconds(now + 1e9, now - DEAD_SECONDS - 1, now) == DEAD_SECONDS + 1
     # A clock that is ahead by less than a beat is a clock like any other.
@@ -330,3 +343,61 @@ def test_a_process_that_is_stopped_still_holds_the_run(tmp_path: Path) -> None:
                 RunLock(tmp_path, None)
         finally:
             child.kill()
+
+
+def test_a_lock_that_was_moved_by_mistake_is_put_back_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock changes hands after it was judged stale; the second time another one is there."""
+
+    def no_links(*arguments: object, **named: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    mine = RunLock(tmp_path, None)
+    stale = replace(lock_module._find(tmp_path / LOCK), file=(1, 1))
+    plant(tmp_path, host="n7", pid=17)
+    monkeypatch.setattr(os, "link", no_links)
+    mine._set_aside(stale)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    named = named_in(tmp_path)
+    assert named is not None
+    assert named.host == "n7"
+    # Its beat judges again what it finds in place of its own.
+    monkeypatch.setattr(mine, "_make", lambda: False)
+    (tmp_path / LOCK).write_text("")
+    monkeypatch.setattr(mine, "_set_aside", lambda found: plant(tmp_path, host="n8", pid=18))
+    assert mine.is_lost(fresh=True)
+    assert "on n8" in mine.lost
+    mine.release()
+
+
+def test_a_lock_that_cannot_be_reached_for_long_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's folder was moved, or its file system does not answer."""
+    run = tmp_path / "run"
+    run.mkdir()
+    lock = RunLock(run, None)
+
+    def fails(*arguments: object, **named: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lock_module, "_find", fails)
+        lock.refuse_if_lost()
+        patch.setattr(lock_module, "DEAD_SECONDS", -1.0)
+        with pytest.raises(LostLockError, match="could not be read for 0:00:00, and another job"):
+            lock.refuse_if_lost()
+    lock.release()
+
+
+def test_an_interrupt_between_a_lock_and_its_heartbeat_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        RunLock(tmp_path, None)
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,8 @@ import io
 import json
 import math
 import os
+import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -235,3 +237,27 @@ def test_no_line_holds_what_json_has_not(tmp_path: Path) -> None:
     assert (tmp_path / METRICS).read_text() == '{"step": 1, "loss": null, "grad_norm": null}\n'
     (line,) = read_metrics(tmp_path / METRICS)
     assert math.isnan(line["loss"])
+
+
+def test_metrics_are_tried_again_after_a_full_disk(tmp_path: Path) -> None:
+    """A limit on file sizes makes a write fail within a line; later it is lifted."""
+    out = io.StringIO()
+    writer = MetricsWriter(tmp_path, 0, True, Console(out), [METRICS])
+    writer.add({"step": 1, "loss": 1.0})
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.SIG_IGN
+    handler = signal.signal(signal.SIGXFSZ, ignored)
+    try:
+        size = (tmp_path / METRICS).stat().st_size + 5
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        for step in (2, 3):
+            writer.add({"step": step, "loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    writer.add({"step": 4, "loss": 1.0})
+    writer.close()
+    log = read_metrics_log(tmp_path / METRICS)
+    assert [line["step"] for line in log.objects] == [1, 2, 3, 4]
+    assert log.faults == 0
+    assert out.getvalue().count("warning:") == 1
+    assert "each step tries again" in " ".join(out.getvalue().split())

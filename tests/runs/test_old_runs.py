@@ -10,7 +10,7 @@ import pytest
 
 from mpillm.runs.folder import LOCK, METRICS, OUTCOME
 from mpillm.runs.history import HistoryWriter, last_save_seconds
-from mpillm.runs.lock import RunLock, live_holder, read_holder
+from mpillm.runs.lock import Holder, RunLock, find_hold
 from mpillm.runs.metrics import MetricsWriter, read_metrics
 from mpillm.runs.report.run_report import write_report
 from mpillm.runs.state import read_run
@@ -64,13 +64,15 @@ def test_status_and_report_of_a_run_by_version_0_1(run: Path) -> None:
 
 
 def test_the_lock_of_a_run_by_version_0_1(run: Path) -> None:
-    holder = read_holder(run)
+    holder = Holder.from_json(json.loads((run / LOCK).read_text()))
     assert holder is not None
     assert (holder.host, holder.job and holder.job.id) == ("n1", "4242")
-    assert live_holder(run) is None
+    assert find_hold(run) is None
     RunLock(run, None).release()
     os.utime(shutil.copy(OLD_RUN / LOCK, run / LOCK))
-    assert live_holder(run) == holder
+    hold = find_hold(run)
+    assert hold is not None
+    assert hold.holder == holder
 
 
 def test_a_run_by_version_0_1_goes_on(run: Path) -> None:

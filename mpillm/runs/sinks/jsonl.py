@@ -13,7 +13,12 @@ from mpillm.system.messages import explain
 
 
 class JsonlSink(MetricsSink):
-    """Append a line a step, and flush it, so that `mpillm status` sees each step at once."""
+    """Append a line a step, and flush it, so that `mpillm status` sees each step at once.
+
+    Lines that a full disk refused are kept, and written ahead of the next one.
+    """
+
+    tries_again = True
 
     def open(self, run: Path, last_step: int) -> None:
         """Keep the lines up to `last_step`; raises UsageError where the file cannot be written.
@@ -32,16 +37,24 @@ class JsonlSink(MetricsSink):
                 )
             lines = (_line(metrics) for metrics in log.objects if metrics["step"] <= last_step)
             write_text(path, "".join(lines))
-            self._file = path.open("a", encoding="utf-8")
+            # Without a buffer: what was written of a line, and what not, must be known.
+            self._file, self._left = path.open("ab", buffering=0), b""
         except OSError as failure:
             raise UsageError(f"cannot write {path}: {explain(failure, path)}") from failure
 
     def add(self, metrics: Metrics) -> None:
-        self._file.write(_line(metrics))
-        self._file.flush()
+        self._left += _line(metrics).encode()
+        self._write()
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._write()
+        finally:
+            self._file.close()
+
+    def _write(self) -> None:
+        while self._left:
+            self._left = self._left[self._file.write(self._left) :]
 
 
 def _set_aside(path: Path) -> Path:
