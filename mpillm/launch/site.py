@@ -3,7 +3,6 @@
 Its place is ~/.config/mpillm/site.toml, or --site FILE.
 """
 
-import codecs
 import difflib
 import json
 import re
@@ -18,7 +17,8 @@ from annotated_types import Ge, Le
 from mpillm.errors import UsageError
 from mpillm.launch.quoting import CONSTRAINT, DIRECTIVE, MODULE, VARIABLE, WORD, check_text, checked
 from mpillm.launch.schedulers.scheduler_catalog import check_scheduler
-from mpillm.system.messages import command, explain
+from mpillm.system.messages import explain
+from mpillm.system.plain_files import read_text
 
 SITE_VARIABLE = "MPILLM_SITE"
 # bash sets these itself and refuses an assignment.
@@ -124,9 +124,7 @@ def load_site(path: Path | None, environment: Mapping[str, str]) -> Site:
     named = path or (Path(environment[SITE_VARIABLE]) if environment.get(SITE_VARIABLE) else None)
     source = named or _own_file(environment)
     try:
-        # A pipe will do: --site <(…).
-        with source.open("rb") as file:
-            data = file.read(LARGEST_FILE + 1)
+        text = read_text(source, LARGEST_FILE)
     except (FileNotFoundError, NotADirectoryError) as failure:
         if named is None:
             return Site()
@@ -137,26 +135,7 @@ def load_site(path: Path | None, environment: Mapping[str, str]) -> Site:
         raise UsageError(f"cannot read the site file {explain(failure, source)}") from failure
     except ValueError as failure:
         raise UsageError(f"cannot read the site file {source}: {failure}") from failure
-    if len(data) > LARGEST_FILE:
-        raise UsageError(
-            f"the site file {source} has more than {LARGEST_FILE:,} bytes; name a TOML file"
-        )
-    return parse_site(_decoded(data, source), str(source), environment)
-
-
-def _decoded(data: bytes, source: Path) -> str:
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        save = command(["iconv", "-f", "UTF-16", "-t", "UTF-8", source])
-        raise UsageError(
-            f"the site file {source} is UTF-16, and not valid TOML; save it as UTF-8 ({save})"
-        )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as failure:
-        raise UsageError(
-            f"the site file {source} is not valid TOML: byte {failure.start:,} is no UTF-8; "
-            "save it as UTF-8"
-        ) from failure
+    return parse_site(text, str(source), environment)
 
 
 def parse_site(text: str, source: str, environment: Mapping[str, str]) -> Site:

@@ -6,8 +6,10 @@ from mpillm.launch.walltime import clock_time
 from mpillm.runs.history import KILLED, RUNNING, object_at
 from mpillm.runs.run_files import folder_of_paths
 from mpillm.runs.state import FINISHED, SUSPENDED, KeptCheckpoint, RunState
+from mpillm.system.json_text import read_json
 from mpillm.system.messages import command
-from mpillm.tokens.dataset_folder import is_dataset
+from mpillm.tokens.dataset_folder import dataset_hash, is_dataset
+from mpillm.weights.places import CHECKPOINTS, INDEX
 
 # Options of the last submission that the next one repeats, next to its size.
 REPEATED = ("partition", "account", "threads", "gpus-per-node")
@@ -39,9 +41,15 @@ def next_step(
     )
     if newest is None and run_state.lost_checkpoint:
         start = "begins at step 1: no checkpoint is left"
+    if newest is None and run_state.damage.get(CHECKPOINTS):
+        # Training refuses to begin again unasked.
+        start = (
+            "does not work yet: no checkpoint is whole; restore one from a backup, or move "
+            f"{_argument(run / CHECKPOINTS)} away to begin at step 1"
+        )
     resume = _resume_command(run_state, run_state.recipe_path)
     data = (
-        "" if _work_folder(run_state) else f"; its data {_data(run_state)} is not found from here"
+        "" if _work_folder(run_state) else f"; its data {_data(run_state)} {_data_fault(run_state)}"
     )
     return f"{first}{resume} {start}{data}", [resume]
 
@@ -107,7 +115,28 @@ def _work_folder(run_state: RunState) -> Path | None:
         folders.append(begin)
     if not data:
         return here
-    return next((folder for folder in folders if is_dataset(folder / data)), None)
+    wanted = _trained_on(run_state)
+    return next((folder for folder in folders if _is_its_data(folder / data, wanted)), None)
+
+
+def _is_its_data(folder: Path, wanted: str) -> bool:
+    """Return whether a dataset is there that can be the run's, of which `wanted` is the hash."""
+    return is_dataset(folder) and (not wanted or dataset_hash(folder) in ("", wanted))
+
+
+def _data_fault(run_state: RunState) -> str:
+    there = is_dataset(Path.cwd() / _data(run_state))
+    return "is another dataset than it was trained on" if there else "is not found from here"
+
+
+def _trained_on(run_state: RunState) -> str:
+    """Return the hash of the dataset that the newest checkpoint was trained on; "" if unknown."""
+    try:
+        index = read_json(run_state.checkpoints[-1].folder / INDEX)
+    except (IndexError, OSError, ValueError):
+        return ""
+    found = object_at(index, "facts").get("data") if isinstance(index, dict) else None
+    return found if isinstance(found, str) else ""
 
 
 def _output(run_state: RunState) -> str:

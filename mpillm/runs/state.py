@@ -29,7 +29,7 @@ from mpillm.runs.metrics import read_metrics_log
 from mpillm.runs.run_files import read_job_record, read_recipe, recipe_of
 from mpillm.system.console import clock
 from mpillm.system.json_lines import whole_number
-from mpillm.system.messages import command
+from mpillm.system.messages import command, explain
 from mpillm.system.plain_files import is_there
 from mpillm.tokens.dataset_folder import is_dataset
 from mpillm.weights.places import CHECKPOINTS, INDEX, checkpoint_folders
@@ -135,7 +135,13 @@ def read_run(run: Path, now: float | None = None) -> RunState:
     recipe_path, (_, damaged_recipe) = recipe_of(run), read_recipe(run / RECIPE)
     recipe = read_recipe(recipe_path)[0] if recipe_path else {}
     job, damaged_job = read_job_record(run)
-    damage = {METRICS: log.note(METRICS), RECIPE: damaged_recipe, JOB: damaged_job}
+    checkpoints, damaged_checkpoints = _checkpoints(run)
+    damage = {
+        METRICS: log.note(METRICS),
+        RECIPE: damaged_recipe,
+        JOB: damaged_job,
+        CHECKPOINTS: damaged_checkpoints,
+    }
     reached = int(steps["step"][-1]) if steps else 0
     hold, tried, damage[HISTORY] = _attempts(run, reached, now)
     if tried and tried[-1].how == KILLED:
@@ -152,7 +158,7 @@ def read_run(run: Path, now: float | None = None) -> RunState:
         steps,
         evaluations,
         tuple(tried),
-        tuple(kept_checkpoints(run)),
+        tuple(checkpoints),
         recipe,
         recipe_path,
         job,
@@ -227,14 +233,16 @@ def _goal(recipe: Mapping[str, Any]) -> int:
     return whole_number(object_at(recipe, "train").get("steps")) or 0
 
 
-def kept_checkpoints(run: Path) -> list[KeptCheckpoint]:
-    """List the checkpoints of a run, the oldest first; skip one that is removed meanwhile."""
-    found = []
+def _checkpoints(run: Path) -> tuple[list[KeptCheckpoint], str]:
+    """List the checkpoints of a run, the oldest first; say which ones lack their index.
+
+    One that is removed meanwhile is left out.
+    """
+    found, without = [], []
     try:
         folders = checkpoint_folders(run / CHECKPOINTS)
-    except OSError:
-        # It was removed meanwhile, or may not be read.
-        return []
+    except OSError as failure:
+        return [], f"{CHECKPOINTS} cannot be read: {explain(failure, run / CHECKPOINTS)}"
     for step, folder in folders.items():
         try:
             size = sum(file.stat().st_size for file in folder.iterdir())
@@ -247,8 +255,10 @@ def kept_checkpoints(run: Path) -> list[KeptCheckpoint]:
                 )
             )
         except OSError:
-            continue
-    return found
+            if folder.is_dir():
+                without.append(folder.name)
+    note = f"no index that can be read: {', '.join(without)}" if without else ""
+    return found, note + ("; no checkpoint is whole" if without and not found else "")
 
 
 def _attempts(run: Path, reached: int, now: float) -> tuple[HeldLock | None, list[Attempt], str]:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from mpillm.system.json_text import read_json
 
@@ -10,11 +11,21 @@ MANIFEST, FORMAT = "manifest.json", "mpillm.tokens"
 
 def is_dataset(folder: Path) -> bool:
     """Return whether `folder` is a prepared dataset: it holds a manifest of ours."""
+    return _manifest(folder).get("format") == FORMAT
+
+
+def dataset_hash(folder: Path) -> str:
+    """Return the hash that a dataset's manifest names; "" without one, as earlier ones are."""
+    found = _manifest(folder).get("digest")
+    return found if isinstance(found, str) else ""
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
     try:
         value = read_json(folder / MANIFEST)
     except (OSError, ValueError):
-        return False
-    return isinstance(value, dict) and value.get("format") == FORMAT
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def dataset_around(path: Path) -> Path | None:

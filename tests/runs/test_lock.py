@@ -386,7 +386,7 @@ def test_a_lock_that_cannot_be_reached_for_long_is_refused(
         patch.setattr(lock_module, "_find", fails)
         lock.refuse_if_lost()
         patch.setattr(lock_module, "DEAD_SECONDS", -1.0)
-        with pytest.raises(LostLockError, match="could not be read for 0:00:00, and another job"):
+        with pytest.raises(LostLockError, match="could not be read for 0:00, and another job"):
             lock.refuse_if_lost()
     lock.release()
 

@@ -242,7 +242,7 @@ def test_no_line_holds_what_json_has_not(tmp_path: Path) -> None:
 def test_metrics_are_tried_again_after_a_full_disk(tmp_path: Path) -> None:
     """A limit on file sizes makes a write fail within a line; later it is lifted."""
     out = io.StringIO()
-    writer = MetricsWriter(tmp_path, 0, True, Console(out), [METRICS])
+    writer = MetricsWriter(tmp_path, 0, True, Console(stream=out), ["metrics.jsonl"])
     writer.add({"step": 1, "loss": 1.0})
     before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.SIG_IGN
     handler = signal.signal(signal.SIGXFSZ, ignored)

@@ -61,6 +61,7 @@ def place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a folder to submit from, whose bin is on PATH."""
     here = folder / f"rank-{os.getpid()}" / NASTY
     (here / "prepared").mkdir(parents=True)
+    (here / "prepared/manifest.json").write_text('{"format": "mpillm.tokens"}')
     (here.parent / "bin").mkdir()
     (here / "r.toml").write_text(RECIPE)
     monkeypatch.chdir(here)
@@ -252,7 +253,9 @@ def test_what_would_fail_later_is_refused_now(place: Path) -> None:
                 environment,
             )
 
-    refused("there is no folder .*/nowhere of data", submitted(place, "data.path=nowhere"))
+    refused(
+        "the data .*/nowhere is no folder; make one with", submitted(place, "data.path=nowhere")
+    )
     refused("there is no Python in environment", submitted(place), Site(environment=str(place)))
     refused("is a file; name another", submitted(place, "train.run=r.toml"))
     (place / "old").mkdir()
@@ -299,7 +302,6 @@ def test_of_two_submissions_at_once_one_is_done(place: Path) -> None:
     ],
 )
 def test_odd_names_of_runs(place: Path, run: str, message: str) -> None:
-    (place / "prepared/manifest.json").write_text('{"format": "mpillm.tokens"}')
     with pytest.raises(UsageError, match=message):
         submit_run(
             options(scheduler="slurm"),
@@ -571,6 +573,7 @@ def test_staging(place: Path) -> None:
 @pytest.mark.parametrize("scheduler", ["pbs", "lsf"])
 def test_training_under_the_environment_of(scheduler: str, place: Path, documents: Path) -> None:
     """Run a real script under the real mpirun: stop before its limit, submit again, finish."""
+    (place / "prepared/manifest.json").unlink()
     data = PrepareOptions((str(documents),), place / "prepared", tokenizer="bytes")
     prepare(data, MPI.COMM_WORLD, Console(speaks=False))
     folder, run = place.parent / "bin", place / "runs/r"
