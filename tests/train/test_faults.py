@@ -1,12 +1,15 @@
 """Runs that meet a fault: nothing wrong is kept, nothing is lost, and the ranks end together."""
 
+import errno
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +21,10 @@ from mpillm.runs.folder import HISTORY, LOCK, METRICS, OUTCOME, PICTURE
 from mpillm.runs.lock import LostLockError, this_process
 from mpillm.system.console import Console
 from mpillm.tokens.prepare import PrepareOptions, prepare
-from mpillm.train import setup
-from mpillm.train.recipe import Recipe, parse_recipe
+from mpillm.train import hold, setup
+from mpillm.train.hold import locked_run
+from mpillm.train.recipe import OLD_SPELLINGS, Recipe, parse_recipe
+from mpillm.train.resuming import changed_settings
 from mpillm.train.setup import train
 from mpillm.train.step import StepResult, Trainer
 from mpillm.weights.checkpoint import Checkpoint
@@ -358,3 +363,144 @@ def test_errors_of_torch_are_explained() -> None:
         torch.ones(2) @ torch.ones(3)
     with pytest.raises(MpillmError), torch_explained():
         raise DataError("as it is")
+
+
+@pytest.mark.parametrize("settings", [{"save_every": 2}, {"evaluate_every": 2, "save_every": 4}])
+def test_another_dataset_under_the_path_is_not_trained_on(
+    own_data: Path,
+    folder: Path,
+    documents: Path,
+    comm: MPI.Intracomm,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, object],
+) -> None:
+    """It is replaced after the first step: nothing is saved, nor evaluated, after that."""
+    other = PrepareOptions((str(documents),), own_data, tokenizer="bytes", validation=0.2)
+    run = folder / "run"
+
+    def replace_data() -> None:
+        prepare(replace(other, overwrite=True), MPI.COMM_SELF, QUIET)
+
+    after_step(monkeypatch, 1, replace_data)
+    with pytest.raises(MpillmError, match="is another dataset now than the one that the run began"):
+        train(recipe(own_data, run, train=settings), comm, QUIET)
+    check_failed(run, comm, "another dataset")
+    assert saved_in(run) == []
+    assert "validation_loss" not in (run / METRICS).read_text()
+
+
+def test_a_log_that_cannot_be_written_does_not_end_a_saved_run(
+    data: Path, folder: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first step on the history is a folder, and so is the trace."""
+    run, out = folder / "run", io.StringIO()
+
+    def harm() -> None:
+        for name in (HISTORY, OUTCOME):
+            (run / name).rename(run / f"{name}.before")
+            (run / name).mkdir()
+        (run / "trace.json").mkdir()
+
+    after_step(monkeypatch, 1, harm)
+    says = Console(speaks=comm.rank == 0, stream=out)
+    train(recipe(data, run, train={"save_every": 2, "keep": 1}), comm, says, trace=True)
+    comm.Barrier()
+    assert saved_in(run) == ["step-00000004"]
+    assert not (run / LOCK).exists()
+    if comm.rank == 0:
+        said = " ".join(out.getvalue().split())
+        assert said.count("a record of the run is incomplete") == 4
+        assert "finished: " in said
+
+
+@pytest.mark.parametrize("name", [HISTORY, METRICS])
+def test_a_log_that_cannot_be_begun_fails_on_all_ranks(
+    data: Path, folder: Path, comm: MPI.Intracomm, name: str
+) -> None:
+    run = folder / "run"
+    if comm.rank == 0:
+        (run / name).mkdir(parents=True)
+    comm.Barrier()
+    with pytest.raises(MpillmError, match="cannot write"):
+        train(recipe(data, run), comm, QUIET, resume=True)
+    comm.Barrier()
+    assert not (run / LOCK).exists()
+
+
+def test_a_run_is_no_part_of_a_dataset(own_data: Path, comm: MPI.Intracomm) -> None:
+    before = sorted(path.name for path in own_data.iterdir())
+    comm.Barrier()
+    for run in (own_data, own_data / "run"):
+        with pytest.raises(MpillmError, match=r"is inside of the dataset .*another train\.run"):
+            train(recipe(own_data, run), comm, QUIET)
+    assert sorted(path.name for path in own_data.iterdir()) == before
+
+
+def test_files_that_a_killed_job_left_are_removed_at_the_start(
+    folder: Path, comm: MPI.Intracomm
+) -> None:
+    old = [f".{name}.{'0a' * 8}.tmp" for name in (LOCK, "report.html", "job.json")]
+    own = [f".{name}.{'0a' * 8}.tmp" for name in (METRICS, OUTCOME, "recipe.toml")]
+    fresh = f".report.html.{'0b' * 8}.tmp"
+    mine = [".metrics.jsonl.tmp", f".notes.{'0a' * 8}.tmp", f".metrics.jsonl.{'0A' * 8}.tmp"]
+    aside = f".lock.{'0c' * 16}.left"
+    if comm.rank == 0:
+        for name in (*old, *own, fresh, *mine, aside):
+            (folder / name).touch()
+        for name in (*old, aside):
+            os.utime(folder / name, (0, 0))
+    comm.Barrier()
+    with locked_run(folder, comm, None):
+        found = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+        comm.Barrier()
+    assert found == sorted([fresh, *mine])
+
+
+def test_a_lock_is_given_back_where_the_start_fails(
+    folder: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(hold, "remove_leftovers", fails)
+    with (
+        pytest.raises(DataError, match="Permission denied"),
+        locked_run(folder / "run", comm, None),
+    ):
+        pass
+    comm.Barrier()
+    assert not (folder / "run").exists()
+
+
+def test_a_rank_that_fails_alone_does_not_meet_those_that_leave(
+    folder: Path, python: Callable[..., Any]
+) -> None:
+    script = folder / "lone.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from mpi4py import MPI\n"
+        "from mpillm.comm.failure import fail_together\n"
+        "from mpillm.errors import UsageError\n"
+        "from mpillm.train.hold import locked_run\n"
+        "comm = MPI.COMM_WORLD\n"
+        "with fail_together(comm), locked_run(Path(sys.argv[1]), comm, None):\n"
+        "    if comm.rank == 1:\n"
+        "        raise UsageError('alone')\n"
+    )
+    done = python(script, folder / "run", ranks=2)
+    assert done.returncode != 0
+    assert "rank 1 of 2" in done.stderr
+    assert "alone" in done.stderr
+
+
+def test_old_spellings_are_no_change_of_settings(data: Path, folder: Path) -> None:
+    new = {place.partition(".")[2]: [*names.values()][0] for place, names in OLD_SPELLINGS.items()}
+    now = recipe(data, folder / "run", parallel=new)
+    before = now.to_dict()
+    for place, names in OLD_SPELLINGS.items():
+        section, _, key = place.partition(".")
+        old = [was for was, new in names.items() if new == before[section][key]]
+        assert old
+        before[section][key] = old[0]
+    assert changed_settings(before, now) == []
