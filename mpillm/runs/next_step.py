@@ -34,6 +34,13 @@ def next_step(
     first = {"failed": "repair the failure, then ", KILLED: log}.get(state, "")
     if run_state.recipe_path is None:
         return f"{first}continue it with the recipe that began it: none can be read in {run}", []
+    if newest is None and run_state.damage.get(CHECKPOINTS):
+        # Training refuses to begin again unasked.
+        folder = _argument(run / CHECKPOINTS)
+        return (
+            f"{first}restore a checkpoint from a backup, for none in {folder} is whole; "
+            "or move that folder away, and --resume begins at step 1"
+        ), []
     start = (
         f"continues from step {newest.step:,}"
         if newest
@@ -41,12 +48,6 @@ def next_step(
     )
     if newest is None and run_state.lost_checkpoint:
         start = "begins at step 1: no checkpoint is left"
-    if newest is None and run_state.damage.get(CHECKPOINTS):
-        # Training refuses to begin again unasked.
-        start = (
-            "does not work yet: no checkpoint is whole; restore one from a backup, or move "
-            f"{_argument(run / CHECKPOINTS)} away to begin at step 1"
-        )
     resume = _resume_command(run_state, run_state.recipe_path)
     data = (
         "" if _work_folder(run_state) else f"; its data {_data(run_state)} {_data_fault(run_state)}"

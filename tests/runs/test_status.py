@@ -444,6 +444,13 @@ def test_advice_names_what_is_there_alone(tmp_path: Path) -> None:
     (run / "checkpoints/step-00000020/index.json").unlink()
     found = as_json(run)
     assert (found["checkpoint"], found["lost_checkpoint"]) == (None, "checkpoints/step-00000030")
+    assert found["damage"] == {
+        "checkpoints": "no index that can be read: step-00000020; no checkpoint is whole"
+    }
+    assert f"restore a checkpoint from a backup, for none in {run}/checkpoints" in found["next"]
+    assert found["commands"] == []
+    (run / "checkpoints/step-00000020").rmdir()
+    found = as_json(run)
     assert found["next"].endswith("--resume begins at step 1: no checkpoint is left")
     (run / RECIPE).unlink()
     found = as_json(run)
@@ -508,6 +515,24 @@ def test_advice_holds_in_the_folder_where_it_is_read(
     diary.ended("finished", 30)
     assert words_of(as_json(relative)["commands"][0])[:4] == ["cd", str(home), "&&", "mpillm"]
     assert as_json(relative)["moved_from"] is None
+    # Other data has its place: the newest checkpoint records which one it was trained on.
+    index, manifest = run / "checkpoints/step-00000020/index.json", home / "prepared/manifest.json"
+    before = manifest.read_text()
+    index.write_text('{"facts": {"data": "0a"}}')
+    manifest.write_text('{"format": "mpillm.tokens", "digest": "0b"}')
+    monkeypatch.chdir(home)
+    assert [words_of(command)[1] for command in as_json(Path("run"))["commands"]] == [
+        "generate",
+        "report",
+    ]
+    diary.started(0, facts())
+    other = "; its data prepared is another dataset than it was trained on"
+    assert other in as_json(Path("run"))["next"]
+    manifest.write_text('{"format": "mpillm.tokens", "digest": "0a"}')
+    assert other not in as_json(Path("run"))["next"]
+    manifest.write_text(before)
+    diary.ended("finished", 30)
+    monkeypatch.chdir(tmp_path)
     # Moved away from its data: no command that cannot work is printed.
     run.rename(tmp_path / "moved")
     assert "its recipe names run: this is a copy, or was moved" in told(Path("moved"))
@@ -517,6 +542,23 @@ def test_advice_holds_in_the_folder_where_it_is_read(
     ]
     HistoryWriter(tmp_path / "moved", writes=True).started(0, facts())
     assert "; its data prepared is not found from here" in as_json(Path("moved"))["next"]
+
+
+@pytest.mark.parametrize("named", ["../home/run", "link/run", "run", "../elsewhere/../home/run"])
+def test_a_run_that_is_named_another_way_was_not_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    home = tmp_path / "home"
+    run, diary = a_run(home)
+    (home / "link").symlink_to(home)
+    (tmp_path / "elsewhere").mkdir()
+    diary.started(0, facts(folder=str(home)))
+    (run / RECIPE).write_text(f'[train]\nrun = "{named}"\n')
+    for here in (home, tmp_path / "elsewhere", run):
+        monkeypatch.chdir(here)
+        assert as_json(Path(os.path.relpath(run)))["moved_from"] is None
+    run.rename(tmp_path / "moved")
+    assert as_json(tmp_path / "moved")["moved_from"] == named
 
 
 def test_what_is_no_run_is_said_with_its_reason(tmp_path: Path) -> None:

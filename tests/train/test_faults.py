@@ -495,7 +495,10 @@ def test_a_rank_that_fails_alone_does_not_meet_those_that_leave(
 
 
 def test_old_spellings_are_no_change_of_settings(data: Path, folder: Path) -> None:
-    new = {place.partition(".")[2]: [*names.values()][0] for place, names in OLD_SPELLINGS.items()}
+    new = {
+        place.partition(".")[2]: next(iter(names.values()))
+        for place, names in OLD_SPELLINGS.items()
+    }
     now = recipe(data, folder / "run", parallel=new)
     before = now.to_dict()
     for place, names in OLD_SPELLINGS.items():
