@@ -22,6 +22,7 @@ from mpillm.launch.quoting import (
 from mpillm.launch.schedulers.batch_system import BatchSystem
 from mpillm.launch.schedulers.scheduler_catalog import known_systems, load_scheduler
 from mpillm.launch.site import Site, leading_variable
+from mpillm.system.messages import why
 from mpillm.system.plugins import is_plugin
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def _template(scheduler: str, system: BatchSystem) -> "jinja2.Template":
         text = system.template.read_text(encoding="utf-8")
     except (OSError, ValueError) as failure:
         raise LaunchError(
-            f"cannot read the template {system.template} of {scheduler}: {failure}; "
+            f"cannot read the template {system.template} of {scheduler}: {why(failure)}; "
             "install its package again"
         ) from failure
     return _templates().from_string(text)

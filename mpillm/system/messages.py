@@ -80,3 +80,8 @@ def explain(failure: OSError, path: Path | str | None = None) -> str:
         else ""
     )
     return f"{place}{reason}" + (f"; {remedy}" if remedy else "")
+
+
+def why(failure: BaseException) -> str:
+    """Return the reason of a failure alone, without its file and Python's `[Errno 2]`."""
+    return getattr(failure, "strerror", None) or str(failure) or type(failure).__name__

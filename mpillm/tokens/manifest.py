@@ -11,7 +11,7 @@ from mpillm.errors import DataError, MismatchError
 from mpillm.system import hdf5
 from mpillm.system.atomic import write_text
 from mpillm.system.json_text import read_json, to_json
-from mpillm.system.messages import command
+from mpillm.system.messages import command, why
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
 from mpillm.tokens.dataset_folder import FORMAT, MANIFEST
 from mpillm.tokens.manifest_schema import SPLITS as SPLITS
@@ -113,7 +113,8 @@ class Manifest:
             ) from failure
         except (OSError, ValueError) as failure:
             raise DataError(
-                f"cannot read {path}: {failure}; copy the file back or prepare the dataset again"
+                f"cannot read {path}: {why(failure)}; "
+                "copy the file back or prepare the dataset again"
             ) from failure
         return cls._from_json(folder, path, value)
 
@@ -178,7 +179,7 @@ class Manifest:
             if isinstance(failure, DataError) and _sha256(data) == self.tokenizer["sha256"]:
                 raise DataError(f"{path}: {failure}") from failure
             raise DataError(
-                f"{path} is damaged: {failure}; copy it back or prepare the dataset again"
+                f"{path} is damaged: {why(failure)}; copy it back or prepare the dataset again"
             ) from failure
         check_tokenizer(self, found)
         for name in ("vocab_size", "eot_id"):

@@ -19,7 +19,7 @@ from mpillm.errors import DataError, UsageError
 from mpillm.system.atomic import make_folder, write_text
 from mpillm.system.command_line import Argument, Option, check_options
 from mpillm.system.console import Console, binary_bytes
-from mpillm.system.messages import explain
+from mpillm.system.messages import explain, why
 from mpillm.system.plain_files import open_plain
 from mpillm.tokens import shuffle
 from mpillm.tokens.encode import EncodedDocuments, encode_documents
@@ -175,7 +175,7 @@ def _real_path(out: Path) -> Path:
     try:
         return Path(os.path.realpath(out))
     except (OSError, ValueError) as failure:
-        raise UsageError(f"--out {str(out)!r}: {failure}; choose another folder") from failure
+        raise UsageError(f"--out {str(out)!r}: {why(failure)}; choose another folder") from failure
 
 
 def _make(

@@ -8,6 +8,7 @@ from pathlib import Path
 from mpillm.errors import DataError, UsageError
 from mpillm.system.atomic import flush, write_json
 from mpillm.system.json_text import read_json
+from mpillm.system.messages import why
 from mpillm.system.plain_files import is_plain_name
 from mpillm.tokens.dataset_folder import FORMAT, is_dataset
 from mpillm.tokens.manifest import NAME, UNFINISHED, Manifest
@@ -42,8 +43,8 @@ def holds_dataset(out: Path) -> bool:
             read_json(out / NAME)
         except (OSError, ValueError) as failure:
             raise UsageError(
-                f"{out / NAME} cannot be read ({failure}), so which files of {out} are a dataset "
-                "is not known; choose another --out, or remove the folder yourself"
+                f"{out / NAME} cannot be read ({why(failure)}), so which files of {out} are a "
+                "dataset is not known; choose another --out, or remove the folder yourself"
             ) from failure
     raise UsageError(
         f"{out} exists and is not a prepared dataset; choose another --out, or move it away"
@@ -60,7 +61,7 @@ def listed_files(out: Path) -> list[str]:
         return Manifest.load(out).files
     except (OSError, ValueError, DataError) as failure:
         raise UsageError(
-            f"which files of {out} are its dataset is not known ({failure}); choose another "
+            f"which files of {out} are its dataset is not known ({why(failure)}); choose another "
             "--out, or remove the folder yourself"
         ) from failure
 

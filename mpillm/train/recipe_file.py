@@ -82,7 +82,7 @@ def own_run(path: Path, named: str) -> str:
 
     `named`: the recipe's train.run. A run that was copied or moved has a recipe that names the old
     folder: the recipe at hand means the folder in which it is. A folder in which the named one is
-    found is no run's, but a project's.
+    found is a project's, and not a run's.
     """
     folder = path.parent
     if path.name not in (RECIPE, JOB_RECIPE) or not _is_run(path):

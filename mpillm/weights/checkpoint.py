@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from mpillm.errors import CheckpointError, MismatchError
 from mpillm.system import hdf5
-from mpillm.system.messages import explain
+from mpillm.system.messages import explain, why
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
 from mpillm.weights.index import StoredSlice, read_index
 from mpillm.weights.slices import Array, Box, Held, TensorSlice, all_finite, raw, slices_of
@@ -179,7 +179,7 @@ class _Files:
             hdf5.read_at(self._open[piece.file], values, piece.offset + skipped)
         except (OSError, EOFError) as failure:
             raise CheckpointError(
-                f"cannot read {name} from {path}: {failure}; use another checkpoint"
+                f"cannot read {name} from {path}: {why(failure)}; use another checkpoint"
             ) from failure
         if values.nbytes == piece.nbytes and hdf5.digest(values) != piece.xxh3_128:
             raise CheckpointError(

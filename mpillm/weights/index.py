@@ -18,6 +18,7 @@ import xxhash
 
 from mpillm.errors import CheckpointError
 from mpillm.system.json_text import from_json, read_json, to_json
+from mpillm.system.messages import why
 from mpillm.system.plain_files import is_plain_name
 from mpillm.weights.places import INDEX, step_of
 from mpillm.weights.slices import Box, run_boxes
@@ -107,7 +108,7 @@ def read_index(folder: Path) -> Index:
         ) from failure
     except (OSError, ValueError) as failure:
         raise CheckpointError(
-            f"{path} cannot be read: {failure}; use another checkpoint"
+            f"{path} cannot be read: {why(failure)}; use another checkpoint"
         ) from failure
     found = (value.get("format"), value.get("version")) if isinstance(value, dict) else (None, None)
     if found not in ((FORMAT, VERSION), (FORMAT, VERSION_WITH_BOXES)):

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from mpillm.system.messages import REMEDIES, command, explain, one_line, printable
+from mpillm.system.messages import REMEDIES, command, explain, one_line, printable, why
 
 
 def test_controls_become_escapes_and_text_stays() -> None:
@@ -45,3 +45,9 @@ def test_a_failure_without_parts_still_says_what_it_is() -> None:
     assert explain(OSError()) == "OSError"
     assert explain(OSError("short")) == "short"
     assert explain(TimeoutError(errno.EPIPE, "Broken pipe", b"/x\xff")) == "/x\udcff: Broken pipe"
+
+
+def test_a_reason_is_given_alone() -> None:
+    assert why(OSError(errno.ELOOP, "Too many levels", "/a")) == "Too many levels"
+    assert why(ValueError("odd")) == "odd"
+    assert why(KeyError()) == "KeyError"
