@@ -81,8 +81,8 @@ def own_run(path: Path, named: str) -> str:
     """Return the run's folder of a recipe: the folder that it is in, where that is a run's.
 
     `named`: the recipe's train.run. A run that was copied or moved has a recipe that names the old
-    folder: the recipe at hand means the folder in which it is. A folder in which the named one is
-    found is a project's, and not a run's.
+    folder: the recipe at hand means the folder in which it is. Where that folder holds the named
+    one, it is a project's.
     """
     folder = path.parent
     if path.name not in (RECIPE, JOB_RECIPE) or not _is_run(path):
@@ -101,7 +101,7 @@ def _is_run(recipe: Path) -> bool:
 
 
 def _is_surely_run(recipe: Path, named: Path) -> bool:
-    """Tell a moved run, entered by `cd`, from a project's folder with a recipe.
+    """Distinguish a moved run, entered by `cd`, from a project's folder with a recipe.
 
     In both its relative train.run leads to a place below the recipe's folder, `named`. In a run
     nothing is there, and its own records can be read.
