@@ -226,6 +226,7 @@ def spoiled(trained: Path, folder: Path, comm: MPI.Intracomm) -> Path:
     tensors = model_tensors(loaded.model)
     next(iter(tensors.values())).data.view(-1)[3] = math.nan
     facts, text = loaded.checkpoint.facts, loaded.checkpoint.text(TOKENIZER)
+    folder.mkdir(exist_ok=True)
     return save(folder / "checkpoints", tensors, facts, {TOKENIZER: text}, comm)
 
 
@@ -251,6 +252,7 @@ def test_data_that_is_not_found_from_here(
     facts = loaded.checkpoint.facts | {"recipe": recipe}
     text = loaded.checkpoint.text(TOKENIZER)
     run, tensors = folder / "there/infer/run", model_tensors(loaded.model)
+    run.mkdir(parents=True, exist_ok=True)
     save(run / "checkpoints", tensors, facts, {TOKENIZER: text}, comm)
     monkeypatch.chdir(folder)
     with pytest.raises(DataError, match="the run's dataset data is not here: its path begins in"):
