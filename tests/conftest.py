@@ -28,9 +28,13 @@ mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
 from mpi4py import MPI  # noqa: E402
 
 WORLD = open_world(alone=not detect(os.environ).launcher)
-# A background job of a shell ignores SIGINT, and verbs keep that: tests send it.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A background job of a shell ignores SIGINT, nohup SIGHUP, and verbs keep that: tests send them.
+for number, default in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 # A singleton start leaves these in the environment. A child mpirun that inherits them would take
 # itself for a part of the parent's job.
 FOREIGN = (

@@ -3,6 +3,7 @@
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import pytest
 from mpillm.comm.shared.segment import FOLDER, share_segment
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """As `ulimit -f` limits the size of files."""
+    """As `ulimit -f` limits the size of files; within the test alone, for pytest writes a log."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def left_by(comm: Any) -> list[str]:
@@ -29,9 +32,9 @@ def left_by(comm: Any) -> list[str]:
     return found
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_limit_of_file_sizes(comm: Any) -> None:
-    found = share_segment(comm, 1 << 16)
+    with small_files():
+        found = share_segment(comm, 1 << 16)
     assert isinstance(found, str)
     assert "File too large" in found
     assert len(set(comm.allgather(found))) == 1
