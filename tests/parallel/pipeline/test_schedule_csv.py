@@ -77,7 +77,7 @@ def test_what_is_no_schedule(written, text, words):
         read_schedule(written(text))
 
 
-def test_files_that_are_no_text(written, folder):
+def test_files_that_are_no_text(folder, comm):
     for content, words in (
         (b"\x00\xff", "is not UTF-8"),
         (b"0F0,999999999F0,0B0", "stage 1 of 1000000000 is on no rank"),
@@ -85,7 +85,8 @@ def test_files_that_are_no_text(written, folder):
         (b'"' + b"x" * 200_000, "field larger than field limit"),
         (b"", "holds no actions"),
     ):
-        path = folder / "odd.csv"
+        # The folder is the same on each rank.
+        path = folder / f"odd-{comm.rank}.csv"
         path.write_bytes(content)
         with pytest.raises(LayoutError, match=words):
             read_schedule(path)
