@@ -195,6 +195,7 @@ def test_a_toy_scheduler_takes_a_job(mpillm: Run, python: Run, tmp_path: Path) -
     spool, recipe_file, site_file = (tmp_path / name for name in ("spool", "r.toml", "site.toml"))
     spool.mkdir()
     (tmp_path / "data").mkdir()
+    (tmp_path / "data/manifest.json").write_text('{"format": "mpillm.tokens"}')
     recipe_file.write_text(
         f'[model]\nlayers = 1\n[data]\npath = "{tmp_path}/data"\n'
         f'[train]\nrun = "{tmp_path}/run"\nbatch = 4\n'
