@@ -1,7 +1,7 @@
 #!/bin/sh
 # The whole suite: serially, then under mpirun at 2, 3 and 4 ranks.
 #   sh jobs/test.sh [--fast] [--mpi openmpi|mpich|system] [--ranks 1,2,3,4] [pytest arguments...]
-# --fast   in about 90 s: one rank, and no test that starts processes of its own
+# --fast   in about two minutes: one rank, and no test that starts processes of its own
 # --mpi    this MPI, in an environment of its own: .venv-openmpi, .venv-mpich, .venv-system (your site's MPI)
 # --ranks  these numbers of ranks; 1 is the serial pass
 set -eu
