@@ -41,7 +41,7 @@ def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe
         "model": {"layers": 1, "width": 16, "heads": 2, "context": 16},
         "data": {"path": str(dataset)},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 1},
-        "train": {"run": str(run), "steps": 4, "batch": 6},
+        "train": {"run": str(run), "steps": 4, "batch": 12},
     }
     for name, section in sections.items():
         table[name] = {**table.get(name, {}), **section}
