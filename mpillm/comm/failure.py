@@ -93,19 +93,23 @@ def on_root(
     Every rank of `comm` calls it; the others sleep meanwhile. So a mistake that rank 0 finds is
     raised on all ranks alike. An OSError becomes a DataError with the words of `describe`.
     """
-    result: Result | None = None
-    failure: MpillmError | None = None
-    if comm.rank == 0:
-        try:
-            result = work()
-        except MpillmError as caught:
-            failure = caught
-        except OSError as caught:
-            failure = DataError(describe(caught))
-    result, failure = patient_bcast(comm, (result, failure))
+    outcome = _attempt(work, describe) if comm.rank == 0 else (None, None)
+    result, failure = patient_bcast(comm, outcome)
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]
+
+
+def _attempt(
+    work: Callable[[], Result], describe: Callable[[OSError], str]
+) -> tuple[Result | None, MpillmError | None]:
+    """Run `work`; return its result, or its error for other ranks to raise too."""
+    try:
+        return work(), None
+    except MpillmError as failure:
+        return None, failure
+    except OSError as failure:
+        return None, DataError(describe(failure))
 
 
 def on_all(
@@ -119,14 +123,7 @@ def on_all(
     with the words of `describe`. So no rank waits for one that failed, and one of them can tidy up
     when no other still writes.
     """
-    result: Result | None = None
-    failure: MpillmError | None = None
-    try:
-        result = work()
-    except MpillmError as caught:
-        failure = caught
-    except OSError as caught:
-        failure = DataError(describe(caught))
+    result, failure = _attempt(work, describe)
     patient_barrier(comm)
     failures = [found for found in comm.allgather(failure) if found is not None]
     if failures:
