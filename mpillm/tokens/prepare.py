@@ -40,7 +40,14 @@ from mpillm.tokens.text.records import DEFAULT_FIELD, check_field
 from mpillm.tokens.text.text_cut import LONGEST_PART
 from mpillm.tokens.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, Tokenizer
 from mpillm.tokens.train_tokenizer import load_or_make, train_together
-from mpillm.tokens.work_folder import WorkFolder, alone, place_of, taken_over, work_folder
+from mpillm.tokens.work_folder import (
+    WorkFolder,
+    alone,
+    place_of,
+    remove_left_over,
+    taken_over,
+    work_folder,
+)
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -166,6 +173,9 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
                 made = _make(options, found, given, prep, work, stamp, comm, console)
                 _report(made, options, console)
                 return made
+    else:
+        # A job may have been killed after it gave the dataset its name.
+        on_root(comm, lambda: remove_left_over(out, console.say))
     console.say(f"{options.out} is already prepared from these sources with these options")
     return made
 

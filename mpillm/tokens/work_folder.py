@@ -6,8 +6,9 @@
         …                       the tokens of each rank until the shuffle
 
 While the owner touches owner.json, no other job prepares the same output. The folder of a process
-that is surely gone, or silent for DEAD_SECONDS, is removed by the next job; nothing without our
-owner.json ever is. So a job that was suspended for too long finds its folder gone, and stops.
+that is surely gone, or silent for DEAD_SECONDS, is removed by the next job, and so is an empty one;
+nothing else without our owner.json ever is. So a job that was suspended for too long finds its
+folder gone, and stops.
 
     .OUT.publish.prepare/       while one job gives its dataset the name OUT
         owner.json
@@ -105,11 +106,11 @@ def work_folder(
     except BaseException:
         # The ranks that wait for this one may be ended before they can remove anything.
         for path in made:
-            shutil.rmtree(path, ignore_errors=True)
+            _give_back(path)
         raise
     else:
         # No rank leaves before it is gone.
-        on_root(comm, lambda: shutil.rmtree(work.path, ignore_errors=True))
+        on_root(comm, lambda: _give_back(work.path))
     finally:
         ended.set()
 
@@ -141,8 +142,14 @@ def take(out: Path, prep: str, say: Callable[[str], None], made: list[Path]) -> 
         # Two jobs that made theirs at once see each other: both remove it, and wait at random.
         if _living(parent, out, say, besides=(path,)) is None:
             return WorkFolder(path, waited, me)
-        shutil.rmtree(path, ignore_errors=True)
+        _give_back(path)
         time.sleep(random.uniform(0.0, 2 * POLL_SECONDS))
+
+
+def remove_left_over(out: Path, say: Callable[[str], None]) -> None:
+    """Remove what jobs that are gone left next to `out`, also where nothing is to be prepared."""
+    with suppress(OSError):
+        _living(place_of(out), out, say)
 
 
 @contextmanager
@@ -244,21 +251,48 @@ def _living(
     """Return the owner of another work folder of `out`, after removing those of jobs gone."""
     found, now = None, None
     with os.scandir(parent) as entries:
-        names = sorted(entry.name for entry in entries if is_work_folder(entry.name))
+        names = sorted(entry.name for entry in entries if _is_begun_or_made(entry.name, out))
     for path in (parent / name for name in names):
-        owner = None if path in besides or path.is_symlink() else read_owner(path)
+        if path in besides or path.is_symlink():
+            continue
+        owner = read_owner(path)
         if owner is None or owner.out != str(out):
+            _remove_empty(path)
             continue
         if not owner.is_gone:
             # One probe file at most, and only where there is something to measure.
             now = now or file_clock(path)
             if _silence(path / OWNER, now) < DEAD_SECONDS:
-                found = found or owner
+                # A folder that is still being made holds nothing yet.
+                found = found or (owner if is_work_folder(path.name) else None)
                 continue
         with suppress(OSError):
             _remove(path)
             say(f"removed {path}, left over by {owner.describe()}")
     return found
+
+
+def _is_begun_or_made(name: str, out: Path) -> bool:
+    """Return whether a name is that of a work folder, or of one of `out` that is being made."""
+    begun = re.escape(f".{out.name[:NAME_LETTERS]}.") + r"[0-9a-f]{16}\.tmp"
+    return is_work_folder(name) or re.fullmatch(begun, name) is not None
+
+
+def _remove_empty(path: Path) -> None:
+    """Remove what a job left that was killed between its first or last file and its folder.
+
+    A folder that is being made is empty for a moment, and is not touched before DEAD_SECONDS.
+    """
+    with suppress(OSError):
+        if not is_work_folder(path.name) and _silence(path, file_clock(path)) < DEAD_SECONDS:
+            return
+        path.rmdir()
+
+
+def _give_back(path: Path) -> None:
+    """Remove a work folder of this process, if it is there: the owner last."""
+    with suppress(OSError):
+        _remove(path)
 
 
 def _remove(path: Path) -> None:

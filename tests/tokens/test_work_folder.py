@@ -50,6 +50,35 @@ def test_the_name_cannot_be_predicted_and_links_are_not_followed(tmp_path: Path)
     assert (elsewhere / "x").read_text() == "mine"
 
 
+def test_what_was_killed_while_it_made_or_removed_its_folder_is_removed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    digits = "0123456789abcdef"
+    removing = tmp_path / f".out.{digits}.prepare"
+    removing.mkdir()
+    making, just_now = tmp_path / f".out.{digits}.tmp", tmp_path / f".out.{digits[::-1]}.tmp"
+    another, full = tmp_path / f".other.{digits}.tmp", tmp_path / f".full.{digits}.prepare"
+    for path in (making, just_now, another, full):
+        path.mkdir()
+    (full / "mine").write_text("text")
+    begun = left_by(out, birth="1").rename(tmp_path / f".out.{'1' * 16}.tmp")
+    living = left_by(out).rename(tmp_path / f".out.{'2' * 16}.tmp")
+    past = time.time() - 2 * room.DEAD_SECONDS
+    for path in (making, another):
+        os.utime(path, (past, past))
+    room.take(out, "{}", print, [])
+    assert not any(path.exists() for path in (removing, making, begun))
+    assert all(path.exists() for path in (just_now, another, full / "mine", living))
+
+
+def test_what_was_left_is_removed_where_the_dataset_is_made_already(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("one two three\n" * 50)
+    options = PrepareOptions((str(tmp_path / "text.txt"),), tmp_path / "out", vocab_size=260)
+    prepare(options, MPI.COMM_SELF, QUIET)
+    dead = left_by(tmp_path / "out", birth="1")
+    prepare(options, MPI.COMM_SELF, QUIET)
+    assert not dead.exists()
+
+
 def test_what_a_dead_process_left_is_removed(tmp_path: Path) -> None:
     said: Say = []
     out = tmp_path / "out"
