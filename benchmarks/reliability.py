@@ -1,7 +1,7 @@
 """Try what can go wrong: kills, signals, damaged files, full disks, two verbs at once, odd values.
 
     python benchmarks/reliability.py --seconds 60            # a sample; it prints its seed
-    python benchmarks/reliability.py --full --table out.md   # all trials: about two hours
+    python benchmarks/reliability.py --full --table out.md   # all trials: about an hour
     python benchmarks/reliability.py --seed 7 --only files:123
 
 Each trial runs verbs of the catalogue in forked children, in a copy of a small workspace. A trial
@@ -77,7 +77,7 @@ def _parse() -> argparse.Namespace:
 def _try_all(options: argparse.Namespace, seed: int, root: Path) -> list[dict[str, Any]]:
     first = root / "first"
     make_workspace(first, seed)
-    reference = reference_of(copy_workspace(first, root / "reference"))
+    reference = reference_of(copy_workspace(first, root / "reference"), _mpirun())
     shutil.rmtree(root / "reference")
     if options.only:
         kind, _, number = options.only.partition(":")

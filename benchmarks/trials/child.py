@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mpillm.system.ending_signals import ENDING, leave_on_signals
+
 # The exit codes of docs/reliability.md.
 CODES = {0, 1, 2, 3, 75, 130}
 LIMIT_SECONDS = 120.0
@@ -85,9 +87,12 @@ class Running:
         self.scratch = folder / f".scratch-{os.getpid()}-{time.monotonic_ns()}"
         (self.scratch / "tmp").mkdir(parents=True)
         sys.stdout.flush()
+        # Not before the verb has its handlers: until then it would be Python's start that ends.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         self.pid = os.fork()
         if not self.pid:
             _be_the_verb(words, folder, self.scratch, limits, launcher)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
     def send(self, number: int) -> None:
         """Send a signal to the verb; SIGKILL to its ranks too, where a launcher started it."""
@@ -207,6 +212,8 @@ def _be_the_verb(
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         if limits is not None:
             limits()
+        leave_on_signals()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         if launcher:
             os.execvp(launcher[0], [*launcher, sys.executable, "-m", "mpillm", *words])
         code = _call_main(words)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mpillm.system.command_line import Argument, CommandParameter, command_parameters
 from mpillm.system.plugins import load_plugin
@@ -23,6 +24,7 @@ from mpillm.verbs.verb_catalog import VERBS
 from .child import Outcome, Running, run_verb, temporary_files
 from .workspace import DATA, RUN, STEPS, digest_of, lines_of, weights_of
 
+FRESH = ("train", "recipe.toml")
 RESUME = tuple(f"train {RUN}/recipe.toml --resume".split())
 PREPARE = tuple(f"prepare texts --out {DATA} --vocab-size 300 --validation 0.1".split())
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x00020000, 0x4000, 1 << 18
@@ -36,7 +38,7 @@ class Trial:
     chance: random.Random
     mpirun: Sequence[str]
     """How this site starts two ranks; empty: no launcher is here."""
-    reference: Mapping[str, object]
+    reference: Mapping[str, Any]
     """What the verbs give without a fault."""
     title: str = ""
     ways: dict[str, int] = field(default_factory=dict)
@@ -52,25 +54,38 @@ class Trial:
         self.findings += [f"mpillm {' '.join(done.words)[:200]}: {fault}" for fault in done.faults]
         return done
 
+    def wait_within(self, line: Sequence[str], launcher: Sequence[str] = ()) -> None:
+        """Sleep until some moment of the verb's run, by the time that it takes undisturbed."""
+        time.sleep(self.chance.random() * self.reference["seconds"][_launched(line, launcher)])
+
     def run(self, line: Sequence[str], limits: Callable[[], None] | None = None) -> Outcome:
         return self.take(run_verb(line, self.folder, limits))
 
 
-def reference_of(folder: Path) -> dict[str, object]:
-    """Run what trials compare with: scores, a text, weights and files without a fault."""
-    found: dict[str, object] = {
+def reference_of(folder: Path, mpirun: Sequence[str]) -> dict[str, Any]:
+    """Run what trials compare with: scores, a text, weights, files and times without a fault."""
+    found: dict[str, Any] = {
         "weights": weights_of(folder / RUN),
         "files": digest_of(folder / DATA),
     }
-    for line in lines_of("evaluate") + lines_of("generate"):
+    seconds = found["seconds"] = {}
+    for line in (line for verb in VERBS for line in lines_of(verb)):
         done = run_verb(line.split(), folder)
-        assert not done.code, done.err
-        found[line] = _result(done)
-    line = lines_of("train")[1]
-    done = run_verb(line.split(), folder)
-    assert not done.code, done.err
-    found[line] = weights_of(folder / RUN)
+        seconds[line] = done.seconds
+        if line.startswith(("evaluate", "generate")) or line == lines_of("train")[1]:
+            assert not done.code, done.err
+            found[line] = weights_of(folder / RUN) if line.startswith("train") else _result(done)
+    for words, launcher in ((FRESH, ()), (FRESH, mpirun), (PREPARE, ())):
+        if words is FRESH:
+            shutil.rmtree(folder / RUN)
+        else:
+            shutil.rmtree(folder / DATA)
+        seconds[_launched(words, launcher)] = run_verb(words, folder, launcher=launcher).seconds
     return found
+
+
+def _launched(words: Sequence[str], launcher: Sequence[str]) -> str:
+    return " ".join([*launcher[:1], *words])
 
 
 def _result(done: Outcome) -> object:
@@ -95,7 +110,7 @@ def kill(trial: Trial) -> None:
     if chance.random() < 0.25:
         shutil.rmtree(trial.folder / DATA)
         running = Running(PREPARE, trial.folder)
-        time.sleep(chance.uniform(0.05, 1.5))
+        trial.wait_within(PREPARE)
         trial.title = "SIGKILL to prepare"
         _kill(trial, running)
         trial.run(PREPARE)
@@ -104,9 +119,9 @@ def kill(trial: Trial) -> None:
         shutil.rmtree(trial.folder / RUN)
         two = bool(trial.mpirun) and chance.random() < 0.25
         trial.title = f"SIGKILL to training on {1 + two} ranks"
-        line = ("train", "recipe.toml")
-        running = Running(line, trial.folder, launcher=trial.mpirun if two else ())
-        time.sleep(chance.uniform(4.0, 12.0) if two else chance.uniform(0.1, 2.0))
+        launcher = trial.mpirun if two else ()
+        running = Running(FRESH, trial.folder, launcher=launcher)
+        trial.wait_within(FRESH, launcher)
         _kill(trial, running)
         _finish(trial)
     _nothing_left(trial)
@@ -123,7 +138,7 @@ def _finish(trial: Trial) -> None:
     if (trial.folder / RUN / "recipe.toml").exists():
         trial.run(RESUME)
     else:
-        trial.run(("train", "recipe.toml", "--resume"))
+        trial.run((*FRESH, "--resume"))
     _compare(trial, "weights", weights_of(trial.folder / RUN), trial.reference["weights"])
 
 
@@ -132,12 +147,12 @@ def signalled(trial: Trial) -> None:
     chance = trial.chance
     number = chance.choice((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP))
     verb = chance.choice(list(VERBS))
-    line = ["train", "recipe.toml"] if verb == "train" else chance.choice(lines_of(verb)).split()
+    line = FRESH if verb == "train" else tuple(chance.choice(lines_of(verb)).split())
     if verb == "train":
         shutil.rmtree(trial.folder / RUN)
     trial.title = f"{number.name} to {verb}"
     running = Running(line, trial.folder)
-    time.sleep(chance.uniform(0.05, 2.0))
+    trial.wait_within(line)
     running.send(number)
     done = running.wait()
     trial.count("stopped" if done.code else "done before")
@@ -324,7 +339,7 @@ def full_disk(trial: Trial) -> None:
     if verb in ("train", "prepare"):
         shutil.rmtree(target)
         target.mkdir()
-        line = ("train", "recipe.toml") if verb == "train" else PREPARE
+        line = FRESH if verb == "train" else PREPARE
     real = can_mount()
     limits = (lambda: small_disk(target, size)) if real else (lambda: small_files(size))
     trial.title += "" if real else " a file"
@@ -397,7 +412,7 @@ def pair(trial: Trial) -> None:
         if "--overwrite" in first:
             trial.run(PREPARE)
     one = Running(first.split(), trial.folder)
-    time.sleep(trial.chance.choice((0.0, trial.chance.uniform(0, 0.4), trial.chance.uniform(0, 2))))
+    time.sleep(trial.chance.choice((0.0, trial.chance.uniform(0, 0.4), trial.chance.uniform(0, 1))))
     two = Running(second.split(), trial.folder)
     ends = [trial.take(running.wait()) for running in (one, two)]
     trial.findings += [f"left in TMPDIR: {run.left[:3]}" for run in (one, two) if run.left]
@@ -488,15 +503,26 @@ def odd_options(trial: Trial) -> None:
     (trial.folder / "made/loop").symlink_to("loop")
     (trial.folder / "made/link").symlink_to("target")
     os.mkfifo(trial.folder / "made/fifo")
-    # Its other end: a pipe that nobody reads makes any program wait.
-    other_end = os.open(trial.folder / "made/fifo", os.O_RDWR)
+    reader = _read_forever(trial.folder / "made/fifo")
     parameters = list(command_parameters(load_plugin(verb, VERBS, "verb")))
     for _ in range(trial.chance.choice((1, 1, 2))):
         words = _with_odd_value(words, trial.chance.choice(parameters), trial.chance)
     trial.title = " ".join(words)[:300]
     trial.run(words)
-    os.close(other_end)
+    os.kill(reader, signal.SIGKILL)
+    os.waitpid(reader, 0)
     _nothing_left(trial)
+
+
+def _read_forever(fifo: Path) -> int:
+    """Read a pipe in a child; return its process id. A pipe that nobody reads stops any writer."""
+    pid = os.fork()
+    if not pid:
+        # Open for writing, too: it never ends, however many writers come and go.
+        descriptor = os.open(fifo, os.O_RDWR)
+        while os.read(descriptor, 1 << 16):
+            pass
+    return pid
 
 
 def _with_odd_value(
