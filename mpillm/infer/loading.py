@@ -82,6 +82,10 @@ class RunConstants:
         tokenizer = on_root(comm, lambda: manifest.load_tokenizer().to_json())
         return cls(facts, {TOKENIZER: tokenizer})
 
+    def of_recipe(self, recipe: Mapping[str, Any]) -> "RunConstants":
+        """Return them with another recipe: what was left open in it is resolved."""
+        return RunConstants({**self.facts, "recipe": recipe}, self.texts)
+
 
 @dataclass(frozen=True)
 class Loaded:

@@ -46,13 +46,16 @@ def clip_gradients_(
     replica: tuple[int, int],
     max_norm: float,
     excluded: Collection[nn.Parameter] = (),
+    loss_scale: float = 1.0,
 ) -> float:
-    """Scale all gradients so that their norm is `max_norm` at most; return the norm that they had.
+    """Divide all gradients by `loss_scale`, and scale them so that their norm is `max_norm` at
+    most; return the norm between the two.
 
     A norm that is not finite scales nothing: the caller reports it. Every rank of `comm` calls it.
     """
     # Every rank computes the same norm, so all scale alike without another message.
-    norm = gradient_norm(sync, comm, replica, excluded)
-    if math.isfinite(norm) and norm > max_norm:
-        sync.scale_(max_norm / norm)
+    norm = gradient_norm(sync, comm, replica, excluded) / loss_scale
+    factor = (max_norm / norm if norm > max_norm else 1.0) / loss_scale
+    if math.isfinite(norm) and factor != 1.0:
+        sync.scale_(factor)
     return norm

@@ -1,18 +1,27 @@
-"""Select the dtypes in which a step computes."""
-
-from contextlib import AbstractContextManager
+"""Put a part of the model into the dtype of a step, and keep the float32 values for its masters."""
 
 import torch
+from torch import Tensor, nn
 
+from mpillm.models.part_module import PartModule
 from mpillm.parallel.step_plan import Precision
 
-# Streams between stages and their gradients: float32, so that a stage rounds as it would inside one
-# rank.
-STREAM_DTYPE = torch.float32
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return torch's dtype of the name `float32`, `bfloat16` or `float16`."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
-def autocast(precision: Precision) -> AbstractContextManager[object]:
-    """Return torch's autocast, enabled where products have another type than float32."""
-    lower = precision.dtype != "float32"
-    dtype = getattr(torch, precision.dtype) if lower else None
-    return torch.autocast(precision.device, dtype=dtype, enabled=lower)
+def lower_(part: PartModule, precision: Precision) -> dict[nn.Parameter, Tensor]:
+    """Convert the parameters of `part` in place; return the values that they had.
+
+    The Parameter objects stay the same, so tied ones stay tied. Buffers keep their dtype: tables of
+    angles would lose their precision. Without masters nothing changes, and nothing is returned.
+    """
+    if not precision.has_masters:
+        return {}
+    values = {parameter: parameter.data for parameter in part.parameters()}
+    for parameter, value in values.items():
+        parameter.data = value.to(torch_dtype(precision.dtype))
+    return values

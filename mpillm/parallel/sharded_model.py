@@ -21,7 +21,7 @@ from mpillm.parallel.pipeline.schedules.forward_only import forward_only
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import Batch, BatchScore, ModelStage, OfBatch, ScoringStage
 from mpillm.parallel.pipeline.tying import TiedWeight
-from mpillm.parallel.precision import STREAM_DTYPE
+from mpillm.parallel.precision import lower_, torch_dtype
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import StepPlan, replica_share
 from mpillm.tasks.task import Task
@@ -73,6 +73,12 @@ class ShardedModel:
             for stage in schedule.stages_of(axis.rank)
         }
         parts = list(self.parts.values())
+        # Before leaves share memory, and before gradients get their dtype.
+        values = {
+            weight: value
+            for part in parts
+            for weight, value in lower_(part, plan.precision).items()
+        }
         # With one stage the tied head shares the embedding's Parameter. fixed_order needs a
         # separate leaf there too: autograd would add both gradients in another order.
         apart = schedule.stages > 1 or plan.fixed_order
@@ -87,18 +93,22 @@ class ShardedModel:
             profile,
             warn,
             fixed_order=plan.fixed_order,
+            reduce_dtype=torch_dtype(plan.precision.reduce_dtype),
         )
+        self.stepped = self.gradients.optimizer_weights(self.named_weights(), values)
+        """What the optimizer steps on, by the names of the weights in the whole model."""
         self._stages = {
-            stage: ModelStage(part, number, self.gradients, task, plan.precision)
+            stage: ModelStage(part, number, self.gradients, task)
             for number, (stage, part) in enumerate(self.parts.items())
         }
         # Every microbatch of a pipeline has the same number of rows.
         shapes = tuple((plan.microbatch, spec.context, width) for width in spec.stream_widths)
-        self._streams = StreamShapes(lambda microbatch: shapes, device)
+        dtype = torch_dtype(plan.precision.dtype)
+        self._streams = StreamShapes(lambda microbatch: shapes, dtype, device)
         # Channels have a fixed capacity: that of the largest stream of training and scoring.
         widest = max(spec.stream_widths)
         rows = max(plan.microbatch, scored_rows)
-        nbytes = STREAM_DTYPE.itemsize * rows * spec.context * widest
+        nbytes = dtype.itemsize * rows * spec.context * widest
         self.pipeline = Pipeline(axis, schedule, nbytes, settings.handover, profile, warn)
 
     @property
@@ -131,29 +141,35 @@ class ShardedModel:
             if not any(weight is other for other in shared)
         }
 
-    def train(self, batch: Batch) -> Passes:
-        """Run all passes of a step; leave the global batch's gradients in `grad` of the weights.
+    def train(self, batch: Batch, loss_scale: float = 1.0) -> Passes:
+        """Run all passes of a step; leave the global batch's gradients in `grad` of `stepped`,
+        multiplied by `loss_scale`.
 
         `batch`: this rank's share. All ranks of a pipeline get the same rows of it.
         """
         self.gradients.begin()
         for stage in self._stages.values():
-            stage.batch = batch
+            stage.batch, stage.loss_scale = batch, loss_scale
         spans = self.pipeline.run(self.plan.schedule, self._stages, self._streams)
         ended = time.perf_counter()
         # First over the data axis, then between the two leaves of a tied weight: one order of sums
         # in every layout.
         self.gradients.finish()
         for tied in self._tied:
-            tied.reduce()
+            tied.reduce(self.gradients.gradient_of)
         losses = [stage.losses for stage in self._stages.values() if stage.losses]
+        # The one time that the host waits for the device: all losses at once.
         by_number = (
-            [losses[0][number] for number in range(self.plan.microbatches)] if losses else []
+            torch.stack([losses[0][number] for number in range(self.plan.microbatches)]).tolist()
+            if losses
+            else []
         )
         return Passes(by_number, spans, ended, time.perf_counter())
 
-    def clip_(self, max_norm: float) -> float:
-        """Scale the gradients to a norm of `max_norm` at most (0: any); return their norm."""
+    def clip_(self, max_norm: float, loss_scale: float = 1.0) -> float:
+        """Divide the gradients by `loss_scale`, then scale them to a norm of `max_norm` at most (0:
+        any); return their norm.
+        """
         # A tied weight's gradient is in two places; the norm counts it in one.
         elsewhere = [weight for tied in self._tied for weight in tied.counted_elsewhere]
         return clip_gradients_(
@@ -162,6 +178,7 @@ class ShardedModel:
             replica_share(self.mesh),
             max_norm or math.inf,
             elsewhere,
+            loss_scale,
         )
 
     def score(
@@ -186,6 +203,7 @@ class ShardedModel:
         widths = self.spec.stream_widths
         streams = StreamShapes(
             lambda number: tuple((*shape_of(number), width) for width in widths),
+            torch_dtype(self.plan.precision.dtype),
             torch.device(self.plan.precision.device),
         )
         # Architectures may behave otherwise in training, such as by dropout.

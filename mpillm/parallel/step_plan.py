@@ -28,21 +28,38 @@ if TYPE_CHECKING:
 # Default microbatches a rank of a pipeline. The bubble of 1F1B is (p − 1)/m, so m = 4p keeps it
 # below a quarter.
 MICROBATCHES_A_RANK = 4
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The device and the dtypes in which parts compute."""
+    """The device and the dtypes of a step.
+
+    With a lower `dtype` than float32 the optimizer steps on float32 masters of the weights, and
+    gradients are accumulated in float32 (Micikevicius et al. 2018, "Mixed precision training").
+    """
 
     device: str = "cpu"
     """torch's name of the device."""
     dtype: str = "float32"
-    """The type of matrix products; weights, sums and streams between stages are float32."""
+    """Of weights, activations and the streams between stages."""
+    reduce_dtype: str = "float32"
+    """Of the sums of gradients over ranks."""
 
     @property
     def element_bytes(self) -> int:
+        """Bytes of an element of a weight or an activation."""
         return ELEMENT_BYTES[self.dtype]
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the optimizer steps on float32 masters, and not on the weights."""
+        return self.dtype != "float32"
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients would underflow without a scaled loss: float16 has 5 exponent bits."""
+        return self.dtype == "float16"
 
 
 @dataclass(frozen=True)
@@ -127,7 +144,7 @@ def plan_step(
     batch: int,
     microbatch: int = 0,
     *,
-    dtype: str = "float32",
+    precision: Precision = Precision(),
     fixed_order: bool = False,
 ) -> StepPlan:
     """Resolve and check all choices for `data` ranks that share a batch of `batch` sequences, which
@@ -155,7 +172,7 @@ def plan_step(
     parts = partition_blocks(model, schedule.stages, settings.stages if pipeline > 1 else "auto")
     if fixed_order:
         _check_fixed_order(schedule, data)
-    return StepPlan(schedule, tuple(parts), rows, microbatch, Precision(dtype=dtype), fixed_order)
+    return StepPlan(schedule, tuple(parts), rows, microbatch, precision, fixed_order)
 
 
 def _microbatch(rows: int, pipeline: int) -> int:

@@ -158,7 +158,7 @@ class TrainingLoop:
             on_root(self._comm, lambda: self._history.started(self._done, facts))
             self._hold.on_failure = self._record_failure
             for axis in replicated_axes(self._trainer.mesh):
-                check_same(self._trainer.weights.values(), axis)
+                check_same(self._trainer.stepped.values(), axis)
             metrics = self._open_metrics()
             if overdue:
                 self._evaluate(metrics)
@@ -253,6 +253,11 @@ class TrainingLoop:
         if LOCK_LOST in result.stats.stops:
             on_root(self._comm, self._hold.refuse_if_lost)
         self._done = done = self._done + 1
+        if result.repeats:
+            self._console.say(
+                f"step {done:,}: gradients overflowed float16 {result.repeats} time(s); computed "
+                f"again with a loss scale of {result.loss_scale:g}"
+            )
         tokens = settings.batch * self._recipe.model.context
         self._step_trace.add(result.spans, result.others, result.stats.bubble)
         # Asked again: the job may have been suspended within the step.
@@ -349,6 +354,7 @@ class TrainingLoop:
             "step": self._done,
             "tokens": self._done * step_tokens,
             **self._constants.facts,
+            **self._trainer.loss_scale.facts(),
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         folder = self._folder / CHECKPOINTS
@@ -371,7 +377,7 @@ class TrainingLoop:
     def _tensors(self) -> dict[str, torch.Tensor]:
         trainer = self._trainer
         return name_tensors(
-            trainer.weights,
+            trainer.stepped,
             trainer.stepped,
             trainer.optimizer.state,
             trainer.recipe.optimizer.slots,
@@ -383,6 +389,7 @@ class TrainingLoop:
             return 0
         checkpoint.load(self._tensors())
         set_steps(self._trainer.optimizer, checkpoint.step)
+        self._trainer.restored(checkpoint.facts)
         self._last_saved = checkpoint.folder
         self._good.add(checkpoint.step)
         self._console.say(f"continuing from {checkpoint.folder}")
@@ -480,4 +487,6 @@ def _metrics(step: int, result: StepResult, tokens: int) -> dict[str, float]:
         "step_seconds": result.seconds,
         "memory_bytes": stats.memory_bytes,
         **{name: value for name, value in waits.items() if value},
+        **({"loss_scale": result.loss_scale} if result.loss_scale != 1.0 else {}),
+        **({"repeats": result.repeats} if result.repeats else {}),
     }

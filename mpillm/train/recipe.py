@@ -87,8 +87,20 @@ class TrainSettings:
     """Sum gradients in one order whatever the layout, so that the bits are the same; a little
     slower.
     """
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: products in bfloat16, weights and sums in float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU a rank where all ranks see one. ROCm builds of torch call theirs cuda, too."""
+    gpus: str = ""
+    """The GPUs of a node's ranks in turn, as they see them, such as 0,2,1,3; empty: in order."""
+    share_gpu: bool = False
+    """Let several ranks compute on one GPU."""
+    dtype: Literal["default", "auto", "float32", "bfloat16", "float16"] = "default"
+    """Of weights, activations and messages between stages; the optimizer steps on float32 masters,
+    and sums stay in float32. default: float32 on CPUs, auto on GPUs. auto: by a timed product.
+    """
+    reduce_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the sums of gradients over ranks: a lower one halves their messages."""
+    tf32: bool = False
+    """Let float32 products of a GPU round their factors to 10 bits."""
     evaluate_every: Many = 0
     """0: only at the end."""
     save_every: Many = 0
@@ -106,6 +118,15 @@ class TrainSettings:
                 seconds_of(self.time_limit)
             except UsageError as failure:
                 raise RecipeError(f"time_limit: {failure}") from failure
+        if self.gpus and not re.fullmatch(r"\d{1,4}(,\d{1,4})*", self.gpus, re.ASCII):
+            raise RecipeError(
+                f"gpus = {self.gpus!r}: name the GPUs by number with commas between, such as 0,2,1"
+            )
+        if self.fixed_order and self.reduce_dtype != "float32":
+            raise RecipeError(
+                "fixed_order = true keeps the bits of sums in float32, and reduce_dtype = "
+                f"{self.reduce_dtype} rounds them by layout; leave one of them out"
+            )
 
 
 @dataclass(frozen=True)

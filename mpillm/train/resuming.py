@@ -35,8 +35,7 @@ def find_start(
 ) -> Checkpoint | None:
     """Return the checkpoint from which the run continues; None for its beginning.
 
-    Prints each setting that differs from the checkpoint's. Every rank calls it. Raises UsageError
-    where a new run would overwrite another.
+    Every rank calls it. Raises UsageError where a new run would overwrite another.
     """
     folder = Path(recipe.train.run)
     if not resume:
@@ -50,11 +49,15 @@ def find_start(
         console.say(f"{folder} has no checkpoint yet: starting at step 1")
         return None
     _check_same_run(recipe, manifest, checkpoint)
+    return checkpoint
+
+
+def say_changes(recipe: Recipe, checkpoint: Checkpoint, console: Console) -> None:
+    """Print each setting of the resolved recipe that differs from the checkpoint's."""
     for line in changed_settings(checkpoint.facts["recipe"], recipe):
         console.say(line)
     if line := rising_rate(checkpoint.facts["recipe"], recipe, checkpoint.step):
         console.warn(line)
-    return checkpoint
 
 
 def _check_resumable(checkpoint: Checkpoint) -> None:

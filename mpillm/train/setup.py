@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpillm.comm.failure import on_root
 from mpillm.errors import DataError, LayoutError, MismatchError, RecipeError
@@ -20,11 +20,12 @@ from mpillm.system.malloc import keep_pages
 from mpillm.tasks.task_catalog import make_task
 from mpillm.tokens.manifest import NAME, Manifest
 from mpillm.tokens.order import WindowOrder
+from mpillm.train.hardware import Hardware, choose_hardware
 from mpillm.train.hold import locked_run
 from mpillm.train.loop import JobLimits, TrainingLoop
 from mpillm.train.print_plan import WEIGHT_BYTES, print_plan
 from mpillm.train.recipe import Recipe
-from mpillm.train.resuming import find_start
+from mpillm.train.resuming import find_start, say_changes
 from mpillm.train.step import Trainer
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ def train(
         data.size,
         settings.batch,
         settings.microbatch,
-        dtype=settings.dtype,
         fixed_order=settings.fixed_order,
     )
     task = make_task(recipe.task.name)
@@ -81,6 +81,13 @@ def train(
         folder = Path(settings.run)
         with locked_run(folder, comm, limits.job) as hold, torch_explained():
             checkpoint = find_start(recipe, manifest, comm, console, resume)
+            recorded = checkpoint.facts["recipe"]["train"] if checkpoint else {}
+            hardware = choose_hardware(settings, recorded, comm, node_map, console)
+            recipe = resolved(recipe, hardware)
+            plan = replace(plan, precision=hardware.precision)
+            constants = constants.of_recipe(recipe.to_dict())
+            if checkpoint is not None:
+                say_changes(recipe, checkpoint, console)
             print_plan(recipe, mesh, plan, reader, console)
             trainer = Trainer(recipe, task, reader, mesh, plan, profile, console.warn)
             if data.size > 1:
@@ -92,6 +99,15 @@ def train(
             )
             loop.run(checkpoint)
             trainer.close()
+
+
+def resolved(recipe: Recipe, hardware: Hardware) -> Recipe:
+    """Return the recipe with the chosen device and dtype, which a resumed run keeps."""
+    chosen: dict[str, Any] = {
+        "device": hardware.precision.device,
+        "dtype": hardware.precision.dtype,
+    }
+    return replace(recipe, train=replace(recipe.train, **chosen))
 
 
 def _load_manifest(recipe: Recipe) -> Manifest:

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mpillm.comm.clock_sync import clock_offset
 from mpillm.comm.communicator import silent
@@ -20,6 +21,7 @@ from mpillm.parallel.step_plan import StepPlan
 from mpillm.tasks.task import Task
 from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.sampler import Sampler
+from mpillm.train.loss_scale import LossScale
 from mpillm.train.lr_schedule import learning_rate
 from mpillm.train.optimizers.optimizer import set_rate
 from mpillm.train.recipe import Recipe
@@ -40,6 +42,10 @@ class StepResult:
     """When this rank computed on the stages of the pipeline."""
     others: list[tuple[str, float, float]]
     """The rest of the step: (name, begin, end), in seconds of perf_counter."""
+    loss_scale: float = 1.0
+    """The factor of the gradients in the backward pass; 1 but for float16."""
+    repeats: int = 0
+    """How often the step was computed again with a lower loss scale."""
 
 
 class Trainer:
@@ -71,9 +77,9 @@ class Trainer:
             scored_rows=rows_at_once(recipe.model),
             warn=warn,
         )
-        self.weights = self.model.named_weights()
-        self.stepped = self.model.gradients.optimizer_weights(self.weights)
+        self.stepped = self.model.stepped
         self.optimizer = recipe.optimizer.build(self.stepped.values())
+        self.loss_scale = LossScale.make(plan.precision.scales_loss)
         documents = recipe.data.document_mask
         self._sampler = Sampler(
             reader,
@@ -87,6 +93,11 @@ class Trainer:
         self._first_row = mesh.axis("data").rank * plan.rows
         self._fixed_weight = task.fixed_weight(recipe.train.batch, recipe.model.context)
         self.clock_offset = clock_offset(mesh.comm, mesh.node_map)
+
+    def restored(self, facts: Mapping[str, Any]) -> None:
+        """Continue from what a checkpoint has filled, and from its `facts`."""
+        self.model.gradients.updated()
+        self.loss_scale.restore(facts)
 
     def describe_pipeline(self) -> str:
         """Return how streams pass between stages: `2 on 2 ranks, passed by shared`."""
@@ -102,28 +113,49 @@ class Trainer:
         """Run step number `step` (from 0): read, compute, reduce, update.
 
         `stop`: this rank's stop request (stopping.py), which reaches all ranks with its losses.
-        Raises DivergedError on all ranks when a loss or the norm is not finite.
+        Raises DivergedError on all ranks when a loss or the norm is not finite. Where float16
+        overflows, the step is computed again with a lower loss scale: no sample is passed over.
         """
-        clock = time.perf_counter
+        clock, repeats = time.perf_counter, 0
         begun = clock()
         batch = self._batch(step)
         read = clock()
-        passes = self.model.train(batch)
-        stats = gather_stats(self.mesh, passes, self.plan.microbatches, self.clock_offset, stop)
-        norm = self.model.clip_(self.recipe.optimizer.clip)
-        if fault := check_finite(step, stats.losses, norm):
-            raise DivergedError(f"the run diverged: {fault}")
+        while True:
+            passes = self.model.train(batch, self.loss_scale.value)
+            stats = gather_stats(self.mesh, passes, self.plan.microbatches, self.clock_offset, stop)
+            norm = self.model.clip_(self.recipe.optimizer.clip, self.loss_scale.value)
+            fault = check_finite(step, stats.losses, norm)
+            # A loss that is not finite comes from the forward pass: the scale does not change it.
+            if not fault or not math.isfinite(stats.loss) or not self.loss_scale.lower():
+                break
+            repeats += 1
+        scale = self.loss_scale.value
+        if fault:
+            raise DivergedError(f"the run diverged: {fault}{self._float16_remedy()}")
         reduced = clock()
         rate = learning_rate(self.recipe.optimizer, step, self.recipe.train.steps)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
+        self.model.gradients.updated()
+        self.loss_scale.step_taken()
         ended = clock()
         others = [
             ("read", begun, read),
             ("reduce", passes.ended, reduced),
             ("update", reduced, ended),
         ]
-        return StepResult(stats.loss, rate, norm, ended - begun, stats, passes.spans, others)
+        seconds = ended - begun
+        return StepResult(
+            stats.loss, rate, norm, seconds, stats, passes.spans, others, scale, repeats
+        )
+
+    def _float16_remedy(self) -> str:
+        if not self.loss_scale.dynamic:
+            return ""
+        return (
+            f" in float16 (loss scale {self.loss_scale.value:g}), which ends at 65,504; "
+            "bfloat16 and float32 do not: --set train.dtype=bfloat16"
+        )
 
     def _batch(self, step: int) -> Batch:
         """Read this rank's share of the batch: the same rows on all ranks of a pipeline."""

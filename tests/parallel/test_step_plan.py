@@ -61,6 +61,6 @@ def test_a_fixed_order_needs_microbatches_in_a_binary_tree() -> None:
 
 
 def test_the_plan_carries_device_and_dtype() -> None:
-    plan = plan_step(MODEL, ParallelSettings(), 1, 8, dtype="bfloat16")
+    plan = plan_step(MODEL, ParallelSettings(), 1, 8, precision=Precision(dtype="bfloat16"))
     assert (plan.precision.device, plan.precision.element_bytes) == ("cpu", 2)
     assert Precision().element_bytes == 4

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -173,11 +174,83 @@ def test_the_document_mask_trains_otherwise(data: Path, folder: Path, comm: MPI.
     assert plain[-2]["loss"] != masked[-2]["loss"]
 
 
+def losses_of(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
 @pytest.mark.slow("trains whole runs")
-def test_products_in_bfloat16_learn_too(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
-    train(recipe(data, folder / "half", train={"dtype": "bfloat16", "steps": 30}), comm, QUIET)
-    losses = [line["loss"] for line in metrics(folder / "half") if "loss" in line]
-    assert losses[-1] < 0.8 * losses[0]
+def test_a_lower_dtype_learns_as_float32_does(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
+    for dtype in ("float32", "bfloat16", "float16"):
+        settings = {"train": {"dtype": dtype, "steps": 100, "microbatch": 2}}
+        train(recipe(data, folder / dtype, **settings), comm, QUIET)
+    whole = losses_of(folder / "float32")
+    for dtype in ("bfloat16", "float16"):
+        losses = losses_of(folder / dtype)
+        assert losses != whole
+        assert losses[-1] == pytest.approx(whole[-1], rel=0.01)
+
+
+@pytest.mark.slow("trains whole runs")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_resumed_run_of_a_lower_dtype_is_bitwise_the_uninterrupted_one(
+    data: Path, folder: Path, comm: MPI.Intracomm, dtype: str
+) -> None:
+    settings = {"dtype": dtype, "save_every": 4}
+    train(recipe(data, folder / "whole", train={**settings, "steps": 8}), comm, QUIET)
+    train(recipe(data, folder / "cut", train={**settings, "steps": 4}), comm, QUIET)
+    train(recipe(data, folder / "cut", train={**settings, "steps": 8}), comm, QUIET, resume=True)
+    # The rate of the first part falls to its end: only the two whole schedules are alike.
+    again = recipe(data, folder / "again", train={**settings, "steps": 8})
+    train(again, comm, QUIET)
+    assert same_weights(folder / "whole", folder / "again", comm)
+    checkpoint = folder / "again/checkpoints/step-00000008"
+    if comm.rank == 0:
+        shutil.rmtree(checkpoint)
+    comm.Barrier()
+    train(again, comm, QUIET, resume=True)
+    assert same_weights(folder / "whole", folder / "again", comm)
+    dtypes = {entry.dtype for entry in find(folder / "again", comm, QUIET).tensors.values()}
+    assert dtypes == {"float32"}
+
+
+@pytest.mark.slow("trains whole runs")
+def test_the_dtype_of_sums_is_a_setting(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    for name in ("float32", "bfloat16"):
+        settings = {"train": {"reduce_dtype": name}}
+        train(recipe(data, folder / name, **settings), comm, QUIET)
+    whole, lower = losses_of(folder / "float32"), losses_of(folder / "bfloat16")
+    assert lower == pytest.approx(whole, rel=1e-2)
+    assert (lower == whole) == (comm.size == 1)
+
+
+@pytest.mark.slow("trains whole runs")
+def test_a_step_that_overflows_float16_is_computed_again(
+    data: Path, folder: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpillm.train.loss_scale.FIRST", 2.0**24)
+    settings = {"train": {"dtype": "float16", "steps": 4}}
+    train(recipe(data, folder / "run", **settings), comm, QUIET)
+    lines = [line for line in metrics(folder / "run") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[0]["repeats"] > 0
+    assert lines[0]["loss_scale"] == 2.0 ** (24 - lines[0]["repeats"])
+    assert all(line["grad_norm"] < 100 for line in lines)
+    monkeypatch.undo()
+    train(recipe(data, folder / "low", **settings), comm, QUIET)
+    assert losses_of(folder / "low") == pytest.approx(losses_of(folder / "run"), rel=1e-3)
+
+
+def test_float16_that_overflows_at_any_scale_is_named(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
+    settings = {
+        "train": {"dtype": "float16", "steps": 20},
+        "optimizer": {"learning_rate": 300.0, "warmup_steps": 0, "clip": 0.0},
+    }
+    with pytest.raises(DivergedError, match=r"in float16 .* --set train.dtype=bfloat16"):
+        train(recipe(data, folder / "run", **settings), comm, QUIET)
 
 
 def test_a_diverging_run_names_step_and_checkpoint(

@@ -2,6 +2,10 @@
 
 A reduction then takes a few large messages. The buckets hold the parameters in reverse order, in
 which the backward pass completes them (Li et al., "PyTorch Distributed", VLDB 2020, section 3.2).
+
+Gradients of bfloat16 and float16 parameters are added up in float32 buckets: a sum over
+microbatches would lose small terms. Autograd gives each in the parameter's dtype, and `grad` is
+empty afterwards.
 """
 
 import math
@@ -31,7 +35,9 @@ class Bucket:
     views: list[Tensor]
     """The gradient of each parameter, in its shape, inside `flat`."""
     sum: PersistentCollective
-    """The all-reduce of `flat`."""
+    """The all-reduce of `flat`, or of `wire`."""
+    wire: Tensor | None = None
+    """A copy of `flat` in a lower dtype, which is summed in its place."""
     shared: SharedRows | None = None
     """The shared memory that holds `flat`, where the ranks of a node share it."""
     part: int = 0
@@ -44,6 +50,8 @@ class Bucket:
     """With a fixed order: sums of 2ᵏ microbatches each, the largest k first."""
     leaves: int = 0
     """Microbatches in `folded`."""
+    filled: set[nn.Parameter] = field(default_factory=set)
+    """Parameters of a lower dtype than `flat` whose view holds a gradient of this step."""
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield each parameter with its gradient."""
@@ -53,11 +61,52 @@ class Bucket:
         """Drop the gradients; autograd then stores its next one without adding."""
         for parameter in self.parameters:
             parameter.grad = None
+        self.filled.clear()
 
-    def lay_all(self) -> None:
-        """Make every view its parameter's gradient."""
-        for parameter, view in zip(self.parameters, self.views, strict=True):
+    @property
+    def adds(self) -> bool:
+        """Whether gradients of a lower dtype are added to the views, instead of laid into them."""
+        return self.flat.dtype != self.parameters[0].dtype
+
+    def take(self, parameter: nn.Parameter, view: Tensor) -> None:
+        """Take the gradient that autograd has left in `parameter.grad`."""
+        if not self.adds:
             lay(parameter, view)
+            return
+        assert parameter.grad is not None
+        if parameter in self.filled:
+            view.add_(parameter.grad)
+        else:
+            view.copy_(parameter.grad)
+            self.filled.add(parameter)
+        parameter.grad = None
+
+    def take_all(self) -> None:
+        """Complete the views: zeros for a parameter that no backward pass has reached."""
+        for parameter, view in self.gradients():
+            if not self.adds:
+                lay(parameter, view)
+            elif parameter not in self.filled:
+                view.zero_()
+
+    def start_sum(self) -> None:
+        """Start the all-reduce over the data axis."""
+        if self.wire is not None:
+            self.wire.copy_(self.flat)
+        self.handle = self.sum.start()
+
+    def run_sum(self) -> None:
+        """Run the all-reduce over the data axis."""
+        if self.wire is not None:
+            self.wire.copy_(self.flat)
+        self.sum.run()
+
+    def end_step(self) -> None:
+        """Take the sum where another dtype held it, after the all-reduce; prepare the next step."""
+        if self.wire is not None:
+            self.flat.copy_(self.wire)
+        self.handle = None
+        self.missing = len(self.parameters)
 
     def fold(self) -> None:
         """Add the gradients of one microbatch to the tree of sums, as a binary counter carries."""
@@ -77,8 +126,11 @@ class Bucket:
             while self.folded:
                 total = self.folded.pop().add_(total)
             self.flat.copy_(total)
-            for parameter, view in zip(self.parameters, self.views, strict=True):
-                parameter.grad = view
+            for parameter, view in self.gradients():
+                if self.adds:
+                    self.filled.add(parameter)
+                else:
+                    parameter.grad = view
         self.leaves = 0
 
 
@@ -92,7 +144,7 @@ def group_parameters(parameters: list[nn.Parameter], bucket_bytes: int) -> list[
         filled = math.inf
         for parameter in reversed(parameters):
             if parameter.dtype == dtype:
-                size = padded(parameter) * parameter.itemsize
+                size = padded(parameter) * summed_dtype(parameter.dtype).itemsize
                 if filled + size > bucket_bytes:
                     groups.append([])
                     filled = 0
@@ -101,9 +153,14 @@ def group_parameters(parameters: list[nn.Parameter], bucket_bytes: int) -> list[
     return groups
 
 
+def summed_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which gradients of `dtype` are added up: float32 at least."""
+    return torch.float32 if dtype.itemsize < torch.float32.itemsize else dtype
+
+
 def padded(parameter: Tensor) -> int:
     """Return the elements of the gradient in its bucket, rounded up to whole cache lines."""
-    line = ALIGNMENT_BYTES // parameter.itemsize
+    line = ALIGNMENT_BYTES // summed_dtype(parameter.dtype).itemsize
     return -(-parameter.numel() // line) * line
 
 
@@ -114,26 +171,32 @@ def make_bucket(
     share: bool,
     part: int,
     fixed_order: bool,
+    reduce_dtype: torch.dtype = torch.float32,
 ) -> Bucket:
     """Allocate a bucket of zeros with room for the gradient of each of `parameters`, and prepare
-    its all-reduce.
+    its all-reduce, in `reduce_dtype` where that is lower.
 
-    With `share`, in memory that the node's ranks share, where it can be allocated. Every rank of
-    `group` calls it.
+    With `share`, what is summed is in memory that the node's ranks share, where it can be
+    allocated. Every rank of `group` calls it.
     """
-    dtype, count = parameters[0].dtype, sum(map(padded, parameters))
+    own, count = summed_dtype(parameters[0].dtype), sum(map(padded, parameters))
+    lower = group.size > 1 and reduce_dtype.itemsize < own.itemsize
+    dtype, device = reduce_dtype if lower else own, parameters[0].device
+    share = share and device.type == "cpu"
     shared = group.allocate(count, str(dtype).removeprefix("torch.")) if share else None
-    flat = (
-        torch.zeros(count, dtype=dtype, device=parameters[0].device)
+    summed = (
+        torch.zeros(count, dtype=dtype, device=device)
         if shared is None
         else torch.from_numpy(shared.own).view(dtype)
     )
+    flat = torch.zeros(count, dtype=own, device=device) if lower else summed
     views, start = [], 0
     for parameter in parameters:
         views.append(flat[start : start + parameter.numel()].view(parameter.shape))
         start += padded(parameter)
-    prepared = group.prepare("allreduce", flat, algorithm=algorithm, fixed_order=fixed_order)
-    return Bucket(flat, parameters, views, prepared, shared, part, missing=len(parameters))
+    prepared = group.prepare("allreduce", summed, algorithm=algorithm, fixed_order=fixed_order)
+    wire = summed if lower else None
+    return Bucket(flat, parameters, views, prepared, wire, shared, part, missing=len(parameters))
 
 
 def lay(parameter: nn.Parameter, view: Tensor) -> None:

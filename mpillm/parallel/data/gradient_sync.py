@@ -35,11 +35,25 @@ class GradientSync(ABC):
     def microbatch_ended(self, part: int) -> None:
         """Note that one microbatch's gradients of `part` are complete."""
 
-    def optimizer_weights(self, weights: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
+    def optimizer_weights(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        values: Mapping[nn.Parameter, Tensor] | None = None,
+    ) -> Mapping[str, nn.Parameter]:
         """Return, by name, what the optimizer steps on once `finish` has filled its `grad`:
-        `weights`, or shards.
+        `weights`, their float32 masters, or shards.
+
+        `values`: the float32 values of `weights` of a lower dtype.
         """
         return weights
+
+    @abstractmethod
+    def updated(self) -> None:
+        """Pass on to the weights what has changed in `optimizer_weights`, after each update."""
+
+    @abstractmethod
+    def gradient_of(self, parameter: nn.Parameter) -> Tensor:
+        """Return the summed gradient of `parameter`, after `finish`."""
 
     @abstractmethod
     def finish(self) -> None:

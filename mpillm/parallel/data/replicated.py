@@ -5,7 +5,7 @@ batch), so the sum over microbatches and ranks is the mean over all targets, how
 shares.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,13 @@ from mpillm.errors import CommError
 from mpillm.parallel.data.buckets import (
     Bucket,
     group_parameters,
-    lay,
     make_bucket,
     norm_pieces,
     padded,
+    summed_dtype,
 )
 from mpillm.parallel.data.gradient_sync import GradientSync
+from mpillm.parallel.data.master_weights import MasterWeights
 from mpillm.parallel.settings import ParallelSettings
 
 # Overlapped: small buckets, so that the first all-reduce starts early. Not overlapped: few large
@@ -38,8 +39,9 @@ class ReplicatedGradients(GradientSync):
     Tied parameters count once, frozen ones not at all; gradients may have any float types. Every
     rank of `axis` makes it, with the same parameters in the same order; differing ones raise
     CommError. After `finish` each parameter's `grad` is a view into a bucket; one that no backward
-    pass reached is zero. On an axis of one rank there is nothing to sum and there are no buckets:
-    gradients stay where autograd put them.
+    pass reached is zero. Where parameters have a lower dtype than float32, only the gradients of
+    their masters are filled. On an axis of one rank there is nothing to sum and there are no
+    buckets for float32: gradients stay where autograd put them.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class ReplicatedGradients(GradientSync):
         warn: Callable[[str], None] = silent,
         *,
         fixed_order: bool = False,
+        reduce_dtype: torch.dtype = torch.float32,
     ) -> None:
         """`profile`: the cluster's, which chooses algorithms. `warn` receives each fallback in
-        words.
+        words. `reduce_dtype`: of the sums over ranks.
 
         `fixed_order`: sum in the one tree over all microbatches of all ranks, in rank order
         (algorithms/trees.py). Then each part has a power of two of microbatches on more than one
@@ -77,7 +80,8 @@ class ReplicatedGradients(GradientSync):
             for group in group_parameters(parameters, nbytes)
         ]
         self._check_same_groups([group for _, group in groups])
-        buckets_needed = axis.size > 1 or fixed_order
+        lower = any(summed_dtype(p.dtype) != p.dtype for parameters in trained for p in parameters)
+        buckets_needed = axis.size > 1 or fixed_order or lower
         self._loose = [] if buckets_needed else [p for parameters in trained for p in parameters]
         self._thread = ProgressThread(self._group) if self.overlaps else None
         # Shared memory pays where ranks of the axis share a node.
@@ -85,10 +89,13 @@ class ReplicatedGradients(GradientSync):
             self._group.nodes
         )
         self.buckets = [
-            make_bucket(group, self._group, settings.allreduce, share, part, fixed_order)
+            make_bucket(
+                group, self._group, settings.allreduce, share, part, fixed_order, reduce_dtype
+            )
             for part, group in (groups if buckets_needed else ())
         ]
         self._parameters = [p for parameters in trained for p in parameters]
+        self._masters: MasterWeights | None = None
         # Parts whose last microbatch has begun.
         self._last: set[int] = set()
         self._places: dict[nn.Parameter, tuple[Bucket, Tensor]] = {}
@@ -116,7 +123,11 @@ class ReplicatedGradients(GradientSync):
     def describe(self) -> str:
         count, when = len(self.buckets), "during" if self.overlaps else "after"
         algorithms = " and ".join(dict.fromkeys(bucket.sum.algorithm for bucket in self.buckets))
-        return f"{count} bucket{'s' * (count != 1)} by {algorithms}, {when} the backward pass"
+        lower = {str(bucket.wire.dtype) for bucket in self.buckets if bucket.wire is not None}
+        dtypes = "".join(f", in {name.removeprefix('torch.')}" for name in sorted(lower))
+        return (
+            f"{count} bucket{'s' * (count != 1)} by {algorithms}, {when} the backward pass{dtypes}"
+        )
 
     def begin(self) -> None:
         # Gradients are dropped, not zeroed: autograd then leaves its first gradient as it is, and
@@ -124,16 +135,18 @@ class ReplicatedGradients(GradientSync):
         # adding to it.
         for parameter in self._parameters:
             parameter.grad = None
+        for bucket in self.buckets:
+            bucket.filled.clear()
 
     def last_microbatch(self, part: int | None = None) -> None:
         self._last |= {bucket.part for bucket in self.buckets} if part is None else {part}
 
     def ready(self, parameter: nn.Parameter) -> None:
-        """Lay the gradient into its bucket; on the last microbatch start every bucket that is
+        """Take the gradient into its bucket; on the last microbatch start every bucket that is
         complete.
         """
         bucket, view = self._places[parameter]
-        lay(parameter, view)
+        bucket.take(parameter, view)
         if bucket.part not in self._last:
             return
         bucket.missing -= 1
@@ -145,7 +158,7 @@ class ReplicatedGradients(GradientSync):
                 if candidate.missing:
                     break
                 if candidate.handle is None:
-                    candidate.handle = candidate.sum.start()
+                    candidate.start_sum()
             self._group.progress()
         self._thread.resume()
 
@@ -155,7 +168,7 @@ class ReplicatedGradients(GradientSync):
             return
         for bucket in self.buckets:
             if bucket.part == part:
-                bucket.lay_all()
+                bucket.take_all()
                 bucket.fold()
 
     def finish(self) -> None:
@@ -165,20 +178,40 @@ class ReplicatedGradients(GradientSync):
         for bucket in self.buckets:
             if self.fixed_order:
                 bucket.unfold()
-            bucket.lay_all()
+            bucket.take_all()
         if self._thread is not None:
             self._thread.pause()
         for bucket in self.buckets if self.axis.size > 1 else ():
             if bucket.handle is None:
                 if self.overlaps:
-                    bucket.handle = bucket.sum.start()
+                    bucket.start_sum()
                 else:
-                    bucket.sum.run()
+                    bucket.run_sum()
         self._group.wait_all()
         for bucket in self.buckets:
-            bucket.handle = None
-            bucket.missing = len(bucket.parameters)
+            bucket.end_step()
         self._last.clear()
+
+    def gradient_of(self, parameter: nn.Parameter) -> Tensor:
+        if parameter in self._places:
+            return self._places[parameter][1]
+        assert parameter.grad is not None
+        return parameter.grad
+
+    def optimizer_weights(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        values: Mapping[nn.Parameter, Tensor] | None = None,
+    ) -> Mapping[str, nn.Parameter]:
+        if not values:
+            return weights
+        trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+        self._masters = MasterWeights(trained, values, self.gradient_of)
+        return {**weights, **self._masters.parameters}
+
+    def updated(self) -> None:
+        if self._masters is not None:
+            self._masters.round()
 
     def counted_gradients(
         self, replica: tuple[int, int], excluded: Collection[nn.Parameter] = ()
@@ -204,7 +237,7 @@ class ReplicatedGradients(GradientSync):
             bucket.flat = torch.empty(0)
             if bucket.shared is not None:
                 bucket.shared.free()
-        self.buckets, self._places = [], {}
+        self.buckets, self._places, self._masters = [], {}, None
         if self._thread is not None:
             self._thread.end()
         self._group.free()

@@ -23,7 +23,6 @@ from mpillm.models.part_module import Streams
 from mpillm.parallel.pipeline.actions import Action, PipelineSchedule, RoutedAction, RoutedRow
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import PipelineStage
-from mpillm.parallel.precision import STREAM_DTYPE
 
 # Microbatches whose receives are posted on each channel: one to fill while another is computed on.
 AHEAD = 2
@@ -34,8 +33,8 @@ class StreamShapes:
     """The streams between stages: tensors of `shapes_of(microbatch)`, all of `dtype`."""
 
     shapes_of: Callable[[int], tuple[tuple[int, ...], ...]]
+    dtype: torch.dtype = torch.float32
     device: torch.device | None = None
-    dtype: torch.dtype = STREAM_DTYPE
 
 
 class Pipeline:

@@ -11,7 +11,6 @@ from torch import Tensor
 from mpillm.models.part_module import Fields, PartModule, Streams
 from mpillm.parallel.data.gradient_sync import GradientSync
 from mpillm.parallel.pipeline.split_backward import SplitBackward
-from mpillm.parallel.precision import autocast
 from mpillm.parallel.step_plan import Precision
 from mpillm.tasks.task import Task
 
@@ -55,15 +54,13 @@ class ModelStage:
     the loss of each microbatch over `Batch.scale`.
     """
 
-    def __init__(
-        self, part: PartModule, number: int, sync: GradientSync, task: Task, precision: Precision
-    ) -> None:
-        self.part, self.losses = part, dict[int, float]()
+    def __init__(self, part: PartModule, number: int, sync: GradientSync, task: Task) -> None:
+        self.part, self.losses = part, dict[int, Tensor]()
         self._number, self._sync, self._task = number, sync, task
-        # Entered once a microbatch: one object does for all of them.
-        self._autocast = autocast(precision)
         self.batch: Batch | None = None
         """The batch of the step, set before its first pass."""
+        self.loss_scale = 1.0
+        """The factor of all gradients of the step, set before its first pass."""
         self._held: dict[int, _Held] = {}
         self._split: dict[int, SplitBackward] = {}
         # Backward passes of this step: before the last one, `sync` may start to reduce.
@@ -76,12 +73,11 @@ class ModelStage:
         # Received tensors are leaves of this stage's graph; their gradients go back.
         for stream in streams:
             stream.requires_grad_()
-        with self._autocast:
-            outputs, pivots = part.forward_part(fields, streams)
+        outputs, pivots = part.forward_part(fields, streams)
         if part.ends:
             loss = self._task.loss_sum(outputs, fields) / batch.scale
-            self.losses[microbatch] = float(loss.detach())
-            outputs = (loss,)
+            self.losses[microbatch] = loss.detach()
+            outputs = (loss if self.loss_scale == 1.0 else loss * self.loss_scale,)
         self._held[microbatch] = _Held(pivots, outputs)
         # Detached: the next stage starts a graph of its own.
         return () if part.ends else tuple(output.detach() for output in outputs)
@@ -163,7 +159,7 @@ class ScoringStage:
         part = self.part
         fields: Fields = self._read(microbatch) if self._reads_fields else {}
         fields = {name: field.to(self._precision.device) for name, field in fields.items()}
-        with torch.inference_mode(), autocast(self._precision):
+        with torch.inference_mode():
             outputs = part.forward_part(fields, streams).outputs
         if part.begins:
             self._done()

@@ -8,7 +8,7 @@ the leaves share their memory; on several they are copies, which equal updates k
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from mpillm.comm.communicator import Communicator, silent
 from mpillm.comm.mesh import Axis
@@ -60,18 +60,16 @@ class TiedWeight:
         """The leaves that an update of this rank's first leaf changes too."""
         return self._leaves[1:]
 
-    def reduce(self) -> None:
-        """Leave the sum of all gradients in the first leaf of each rank.
+    def reduce(self, gradient_of: Callable[[nn.Parameter], Tensor]) -> None:
+        """Leave the sum of all gradients in that of the first leaf of each rank.
 
         Every rank calls it, after the sums over the data axis.
         """
         if not self._leaves:
             return
-        total = self._leaves[0].grad
-        assert total is not None
+        total = gradient_of(self._leaves[0])
         for leaf in self._leaves[1:]:
-            assert leaf.grad is not None
-            total.add_(leaf.grad)
+            total.add_(gradient_of(leaf))
         if self._group is not None:
             self._group.allreduce(total)
 

@@ -173,17 +173,15 @@ def test_buckets_hold_each_parameter_once_in_reverse(axis, net):
 
 
 def test_mixed_types(axis):
-    torch.manual_seed(1)
-    pair = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6).bfloat16(), nn.Linear(6, 6)])
     for overlap, algorithm in (("after", "auto"), ("during", "auto"), ("after", "mpi")):
+        torch.manual_seed(1)
+        pair = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6).bfloat16(), nn.Linear(6, 6)])
         buckets = ReplicatedGradients(
             [pair.parameters()], axis, ParallelSettings(overlap=overlap, allreduce=algorithm)
         )
-        if axis.size > 1:
-            assert [bucket.flat.dtype for bucket in buckets.buckets] == [
-                torch.float32,
-                torch.bfloat16,
-            ]
+        # The sums of a lower dtype are float32, too.
+        assert [bucket.flat.dtype for bucket in buckets.buckets] == [torch.float32] * 2
+        assert [bucket.adds for bucket in buckets.buckets] == [False, True]
         buckets.begin()
         buckets.last_microbatch()
         sum(
@@ -192,8 +190,50 @@ def test_mixed_types(axis):
         ).backward()
         buckets.finish()
         total = float(sum(range(1, axis.size + 1)))
-        assert all((layer.weight.grad == total).all() for layer in pair)
-        assert all((layer.bias.grad == axis.size).all() for layer in pair)
+        assert all((buckets.gradient_of(layer.weight) == total).all() for layer in pair)
+        assert all((buckets.gradient_of(layer.bias) == axis.size).all() for layer in pair)
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:5])
+@pytest.mark.parametrize("reduce_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_of_a_lower_dtype(axis, settings, reduce_dtype):
+    torch.manual_seed(1)
+    layer = nn.Linear(40, 40).bfloat16()
+    unused = nn.Linear(3, 3).bfloat16()
+    sync = ReplicatedGradients(
+        [[*layer.parameters(), *unused.parameters()]],
+        axis,
+        settings,
+        reduce_dtype=reduce_dtype,
+    )
+    values = {weight: weight.data.float() + 1e-4 for weight in layer.parameters()}
+    masters = sync.optimizer_weights(dict(layer.named_parameters()), values)
+    for _ in range(2):
+        sync.begin()
+        for microbatch in range(3):
+            if microbatch == 2:
+                sync.last_microbatch()
+            # 1/256 of the sum: lost where a sum is kept in bfloat16.
+            rows = torch.full((1, 40), 256.0 if microbatch == 0 else 1.0, dtype=torch.bfloat16)
+            layer(rows).sum().backward()
+            sync.microbatch_ended(0)
+        sync.finish()
+        grad = masters["weight"].grad
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(
+            grad, torch.full_like(grad, 258.0 * axis.size), rtol=5e-3, atol=0
+        )
+        if reduce_dtype == torch.float32:
+            assert (grad == 258.0 * axis.size).all()
+        assert layer.weight.grad is None
+        assert not sync.gradient_of(unused.weight).any()
+    assert masters["weight"].dtype == torch.float32
+    assert masters["weight"].equal(values[layer.weight])
+    with torch.no_grad():
+        masters["weight"].add_(1.0)
+    sync.updated()
+    assert layer.weight.equal(masters["weight"].bfloat16())
+    sync.close()
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])

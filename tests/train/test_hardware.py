@@ -1,0 +1,178 @@
+"""The choice of device and dtype: the same on all ranks, and never a slower one by itself."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mpi4py import MPI
+
+from mpillm.errors import LayoutError, RecipeError
+from mpillm.machine.node_map import NodeMap
+from mpillm.system.console import Console
+from mpillm.train import hardware
+from mpillm.train.hardware import choose_device, choose_dtype, choose_hardware, product_seconds
+from mpillm.train.recipe import TrainSettings
+
+QUIET = Console(speaks=False)
+ALONE = NodeMap(((0,),))
+
+
+class Said(Console):
+    def __init__(self) -> None:
+        super().__init__(speaks=False)
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    warn = say
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+    monkeypatch.setattr(
+        hardware,
+        "product_seconds",
+        lambda device, names: {n: seconds[n] for n in names if n in seconds},
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "chosen"),
+    [
+        ("default", "cpu", "float32"),
+        ("auto", "cpu", "bfloat16"),
+        ("default", "cuda:0", "bfloat16"),
+        ("bfloat16", "cpu", "bfloat16"),
+        ("float16", "cpu", "float16"),
+    ],
+)
+def test_a_fast_dtype_is_taken(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, device: str, chosen: str
+) -> None:
+    timed(monkeypatch, float32=1.0, bfloat16=0.25, float16=0.25)
+    assert choose_dtype(wanted, device, MPI.COMM_SELF, QUIET) == chosen
+
+
+def test_a_slow_dtype_is_not_taken_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, float32=1.0, bfloat16=90.0, float16=0.5)
+    console = Said()
+    assert choose_dtype("auto", "cpu", MPI.COMM_SELF, console) == "float32"
+    assert choose_dtype("auto", "cuda:0", MPI.COMM_SELF, console) == "float16"
+    assert choose_dtype("bfloat16", "cpu", MPI.COMM_SELF, console) == "bfloat16"
+    assert "float32 (products against float32: bfloat16 0.011 times as fast)" in console.lines[0]
+    assert "train.dtype=float32 is faster here" in console.lines[2]
+
+
+def test_a_dtype_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, float32=1.0)
+    with pytest.raises(LayoutError, match=r"train\.dtype = float16: cpu has no such products"):
+        choose_dtype("float16", "cpu", MPI.COMM_SELF, QUIET)
+    assert choose_dtype("auto", "cpu", MPI.COMM_SELF, QUIET) == "float32"
+
+
+def test_all_ranks_choose_alike(monkeypatch: pytest.MonkeyPatch, comm: MPI.Intracomm) -> None:
+    slow = comm.rank == comm.size - 1
+    timed(monkeypatch, float32=1.0, bfloat16=2.0 if slow else 0.1)
+    assert choose_dtype("auto", "cpu", comm, QUIET) == "float32"
+
+
+def test_products_are_timed() -> None:
+    found = product_seconds("cpu", ["float32", "bfloat16", "float16"])
+    assert all(0 < seconds < 10 for seconds in found.values())
+    assert "float32" in found
+
+
+def test_a_resumed_run_keeps_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, float32=1.0, bfloat16=0.1)
+    kept = choose_hardware(
+        TrainSettings(dtype="auto"),
+        {"dtype": "float32", "device": "cpu"},
+        MPI.COMM_SELF,
+        ALONE,
+        QUIET,
+    )
+    assert (kept.precision.device, kept.precision.dtype) == ("cpu", "float32")
+    named = choose_hardware(
+        TrainSettings(dtype="bfloat16"), {"dtype": "float32"}, MPI.COMM_SELF, ALONE, QUIET
+    )
+    assert named.precision.dtype == "bfloat16"
+
+
+# GPUs that are not there ----------------------------------------------------------------------
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda number: SimpleNamespace(name="NVIDIA H200", uuid=f"GPU-{number}"),
+    )
+
+
+def on_ranks(settings: TrainSettings, node_map: NodeMap) -> list[str]:
+    """Choose on every rank of `node_map`, as if each were asked in turn."""
+    size = node_map.size
+    answers = [hardware._own_gpu(settings.gpus, node_map, rank) for rank in range(size)]
+    chosen = []
+    for rank in range(size):
+        comm = SimpleNamespace(
+            rank=rank,
+            size=size,
+            allgather=lambda own: [own] * size if isinstance(own, bool) else answers,
+        )
+        chosen.append(choose_device(settings, comm, node_map)[0])
+    return chosen
+
+
+def test_each_rank_of_a_node_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 4)
+    two_nodes = NodeMap(((0, 2, 4), (1, 3)))
+    assert on_ranks(TrainSettings(), two_nodes) == [
+        "cuda:0",
+        "cuda:0",
+        "cuda:1",
+        "cuda:1",
+        "cuda:2",
+    ]
+    order = TrainSettings(gpus="3,1,2,0")
+    assert on_ranks(order, two_nodes) == ["cuda:3", "cuda:3", "cuda:1", "cuda:1", "cuda:2"]
+
+
+def test_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 1)
+    node = NodeMap(((0, 1),))
+    with pytest.raises(LayoutError, match=r"ranks 0 and 1 would share NVIDIA H200 0; .*share_gpu"):
+        on_ranks(TrainSettings(device="cuda"), node)
+    assert on_ranks(TrainSettings(share_gpu=True), node) == ["cuda:0"] * 2
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 2)
+    with pytest.raises(LayoutError, match=r"train\.gpus names GPU 7, and it sees 2, from 0"):
+        on_ranks(TrainSettings(device="cuda", gpus="7"), ALONE)
+    with_gpus(monkeypatch, 0)
+    with pytest.raises(LayoutError, match="it sees no GPU"):
+        on_ranks(TrainSettings(device="cuda"), ALONE)
+    assert on_ranks(TrainSettings(), ALONE) == ["cpu"]
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for GPUs")
+def test_a_torch_without_gpus_is_named(comm: MPI.Intracomm) -> None:
+    node = NodeMap((tuple(range(comm.size)),))
+    with pytest.raises(LayoutError, match="is built for CPUs; install one for your GPUs"):
+        choose_device(TrainSettings(device="cuda"), comm, node)
+
+
+@pytest.mark.parametrize("gpus", ["0;1", "a", "-1", "0,,1", "1.5", "٣"])
+def test_odd_lists_of_gpus_are_refused(gpus: str) -> None:
+    with pytest.raises(RecipeError, match="name the GPUs by number"):
+        TrainSettings(gpus=gpus)
+
+
+def test_a_lower_dtype_of_sums_has_no_fixed_order() -> None:
+    with pytest.raises(RecipeError, match="leave one of them out"):
+        TrainSettings(fixed_order=True, microbatch=1, reduce_dtype="bfloat16")
