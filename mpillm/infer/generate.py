@@ -35,7 +35,9 @@ def sample_tokens(model: PartModule, prompt: list[int], sampling: Sampling) -> I
     context = model.spec.context
     # No more of a long prompt than the model can see.
     seen = prompt[-context:]
+    # Drawn on the CPU: a GPU's generator gives other numbers.
     generator = torch.Generator().manual_seed(sampling.seed)
+    device = next(model.parameters()).device
     cache = model.make_cache(1)
     new = seen
     for _ in range(sampling.max_tokens):
@@ -43,7 +45,7 @@ def sample_tokens(model: PartModule, prompt: list[int], sampling: Sampling) -> I
             seen = seen[-(context // 2 or 1) :]
             cache, new = model.make_cache(1), seen
         with torch.inference_mode():
-            logits_V = model.next_logits(torch.tensor([new]), cache)[0, -1]
+            logits_V = model.next_logits(torch.tensor([new], device=device), cache)[0, -1].cpu()
         token = draw_token(logits_V, sampling, generator)
         seen, new = [*seen, token], [token]
         yield token

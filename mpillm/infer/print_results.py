@@ -12,7 +12,10 @@ from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import generate
 from mpillm.infer.loading import Loaded, load_data, load_trained, open_of
 from mpillm.infer.sampling import Sampling, check_prompt
+from mpillm.machine.node_map import map_nodes
 from mpillm.models.part_module import torch_explained
+from mpillm.parallel.devices import choose_device
+from mpillm.parallel.step_plan import Precision
 from mpillm.runs.run_files import moved_from
 from mpillm.system.console import Console
 from mpillm.system.json_text import to_json
@@ -33,13 +36,16 @@ def print_evaluation(
     comm: "MPI.Intracomm",
     console: Console,
     metrics: Sequence[str] = (),
+    device: str = "auto",
 ) -> None:
     """Score a trained model on the validation split of `data` (None: of its own data) and print it.
 
-    `baselines`: score counting models, too. Every rank calls it. Raises MismatchError when the data
-    was made with another tokenizer than the model's.
+    `baselines`: score counting models, too. `device`: cpu, cuda or auto. Every rank calls it.
+    Raises MismatchError when the data was made with another tokenizer than the model's.
     """
+    place, _ = choose_device(device, comm, map_nodes(comm), option="--device")
     loaded = load_trained(trained, comm, console)
+    loaded.model.to(place)
     manifest = load_data(loaded.checkpoint, data)
     folder = manifest.folder
     check_tokenizer(manifest, loaded.tokenizer)
@@ -52,7 +58,7 @@ def print_evaluation(
     with torch_explained(), open_of(manifest, "validation") as reader:
         # One JSON object is all that --json prints: no progress bar.
         progress = Console(speaks=False) if as_json else console
-        scorer = WholeModel(loaded.model, loaded.task, comm)
+        scorer = WholeModel(loaded.model, loaded.task, comm, Precision(place))
         scores = {"model": evaluate(scorer, reader, comm, progress, metrics)}
         if baselines and comm.rank == 0:
             with open_of(manifest, "train") as train:
@@ -103,15 +109,22 @@ def _cell(value: float | None, digits: int) -> str:
 
 
 def print_generation(
-    trained: Path, prompt: str, sampling: Sampling, comm: "MPI.Intracomm", console: Console
+    trained: Path,
+    prompt: str,
+    sampling: Sampling,
+    comm: "MPI.Intracomm",
+    console: Console,
+    device: str = "auto",
 ) -> None:
     """Print the prompt and the model's continuation as it comes.
 
-    Every rank calls it; rank 0 computes.
+    Every rank calls it; rank 0 computes, on `device` (cpu, cuda or auto).
     """
     check_prompt(prompt)
+    place, _ = choose_device(device, comm, map_nodes(comm), share=True, option="--device")
     loaded = load_trained(trained, comm, console)
     if comm.rank == 0:
+        loaded.model.to(place)
         console.write(prompt)
     pieces = generate(loaded.model, loaded.tokenizer, prompt, sampling)
     # Drawn through on_root: a model that has diverged fails on all ranks together.

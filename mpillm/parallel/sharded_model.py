@@ -16,10 +16,11 @@ from mpillm.models.spec import ModelSpec
 from mpillm.parallel.axis_sizes import counts_loss
 from mpillm.parallel.data.replicated import ReplicatedGradients
 from mpillm.parallel.grad_norm import clip_gradients_
-from mpillm.parallel.pipeline.executor import Pipeline, StreamShapes
+from mpillm.parallel.pipeline.executor import Pipeline
 from mpillm.parallel.pipeline.schedules.forward_only import forward_only
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import Batch, BatchScore, ModelStage, OfBatch, ScoringStage
+from mpillm.parallel.pipeline.stream_transport import StreamShapes
 from mpillm.parallel.pipeline.tying import TiedWeight
 from mpillm.parallel.precision import lower_, torch_dtype
 from mpillm.parallel.settings import ParallelSettings

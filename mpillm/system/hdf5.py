@@ -181,6 +181,22 @@ def block_hashes(
     )
 
 
+class Digest:
+    """The hash of bytes that come in pieces, as `digest` gives it for the whole."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+
+    def add(self, values: np.ndarray[Any, Any]) -> None:
+        """Add the bytes of a C-contiguous array."""
+        self._state.update(values.data)
+
+    @property
+    def text(self) -> str:
+        """32 hexadecimal digits."""
+        return self._state.hexdigest()
+
+
 def digest(values: np.ndarray[Any, Any] | Bytes) -> str:
     """Hash the bytes, or those of a C-contiguous array, by xxh3-128, as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(values.data if isinstance(values, np.ndarray) else values)

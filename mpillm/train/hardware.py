@@ -9,6 +9,7 @@ import torch
 
 from mpillm.errors import LayoutError
 from mpillm.machine.node_map import NodeMap
+from mpillm.parallel.devices import choose_device
 from mpillm.parallel.precision import torch_dtype
 from mpillm.parallel.step_plan import ELEMENT_BYTES, Precision
 from mpillm.system.console import Console
@@ -52,7 +53,9 @@ def choose_hardware(
     by `auto` then stays. Raises LayoutError on every rank.
     """
     settings = _kept(settings, recorded)
-    device, words = choose_device(settings, comm, node_map)
+    device, words = choose_device(
+        settings.device, comm, node_map, settings.gpus, settings.share_gpu
+    )
     _allow_tf32(settings.tf32)
     dtype = choose_dtype(settings.dtype, device, comm, console)
     kind = device.partition(":")[0]
@@ -67,80 +70,6 @@ def _kept(settings: "TrainSettings", recorded: Mapping[str, Any]) -> "TrainSetti
     if settings.dtype in ("default", "auto") and dtype in ELEMENT_BYTES:
         settings = replace(settings, dtype=dtype)
     return settings
-
-
-# Devices ----------------------------------------------------------------------------------------
-
-
-def choose_device(
-    settings: "TrainSettings", comm: "MPI.Intracomm", node_map: NodeMap
-) -> tuple[str, str]:
-    """Return this rank's device and what to say of it. Every rank calls it; raises LayoutError."""
-    wanted = settings.device
-    if wanted == "auto":
-        # Not a part of the ranks: they would wait for the slow ones in each step.
-        wanted = "cuda" if all(comm.allgather(torch.cuda.is_available())) else "cpu"
-    if wanted == "cpu":
-        return "cpu", "cpu"
-    own, fault = _own_gpu(settings.gpus, node_map, comm.rank)
-    everyone = comm.allgather((own, fault))
-    if faults := [(rank, text) for rank, (_, text) in enumerate(everyone) if text]:
-        rank, text = faults[0]
-        raise LayoutError(f"train.device = cuda: rank {rank}: {text}")
-    if not settings.share_gpu:
-        _check_shared(everyone, node_map)
-    torch.cuda.set_device(own.number)
-    names = {gpu.name for gpu, _ in everyone}
-    return f"cuda:{own.number}", f"{comm.size} × {' and '.join(sorted(names))}"
-
-
-@dataclass(frozen=True)
-class _Gpu:
-    number: int = 0
-    """As this process counts them."""
-    name: str = ""
-    identity: str = ""
-    """The same for two processes that see one GPU under two numbers."""
-
-
-def _own_gpu(order: str, node_map: NodeMap, rank: int) -> tuple[_Gpu, str]:
-    """Return the GPU of this rank, or why it has none."""
-    if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
-        return _Gpu(), (
-            f"this torch {torch.__version__} is built for CPUs; install one for your GPUs "
-            "(pytorch.org/get-started), or take train.device=cpu"
-        )
-    count = torch.cuda.device_count()
-    if not count:
-        return _Gpu(), (
-            "it sees no GPU; ask the batch system for some (with Slurm --gpus-per-node), check "
-            "CUDA_VISIBLE_DEVICES, or take train.device=cpu"
-        )
-    local = node_map.local_rank(rank)
-    numbers = [int(word) for word in order.split(",")] if order else list(range(count))
-    if wrong := [number for number in numbers if number >= count]:
-        return _Gpu(), f"train.gpus names GPU {wrong[0]}, and it sees {count}, from 0"
-    number = numbers[local % len(numbers)]
-    facts = torch.cuda.get_device_properties(number)
-    identity = str(getattr(facts, "uuid", "")) or f"{getattr(facts, 'pci_bus_id', number)}"
-    return _Gpu(number, facts.name, identity), ""
-
-
-def _check_shared(everyone: list[tuple[_Gpu, str]], node_map: NodeMap) -> None:
-    """Raise LayoutError where two ranks of a node would compute on one GPU."""
-    for ranks in node_map.nodes:
-        users: dict[str, list[int]] = {}
-        for rank in ranks:
-            users.setdefault(everyone[rank][0].identity, []).append(rank)
-        for shared in users.values():
-            if len(shared) > 1:
-                raise LayoutError(
-                    f"train.device = cuda: a rank takes a GPU of its own, and {len(ranks)} ranks "
-                    f"of a node have {len(users)}: ranks {shared[0]} and {shared[1]} would share "
-                    f"{everyone[shared[0]][0].name} {everyone[shared[0]][0].number}; start "
-                    f"{len(users)} ranks a node, ask for more GPUs, or allow it: "
-                    "--set train.share_gpu=true"
-                )
 
 
 # Dtypes -----------------------------------------------------------------------------------------

@@ -53,9 +53,14 @@ def pipeline_facts(plan: StepPlan) -> dict[str, str]:
 
 
 def print_plan(
-    recipe: Recipe, mesh: Mesh, plan: StepPlan, reader: TokenReader, console: Console
+    recipe: Recipe,
+    mesh: Mesh,
+    plan: StepPlan,
+    reader: TokenReader,
+    console: Console,
+    device: str = "cpu",
 ) -> None:
-    """Print the plan. Every rank calls it."""
+    """Print the plan; `device`: what to say of it. Every rank calls it."""
     model, train = recipe.model, recipe.train
     step_tokens = train.batch * model.context
     passes = train.steps * step_tokens / reader.n_tokens
@@ -71,6 +76,7 @@ def print_plan(
             "steps": f"{train.steps:,} ({train.steps * step_tokens:,} tokens)",
             "mesh": f"{mesh.describe()} on {mesh.comm.size} rank(s), {spanned} host(s), "
             f"{torch.get_num_threads()} thread(s) a rank",
+            "device": device,
             "a rank's batch": f"{plan.rows} sequences, {plan.microbatch} at once, {train.dtype}"
             + ", sums in a fixed order" * train.fixed_order,
             **pipeline_facts(plan),

@@ -88,7 +88,7 @@ def train(
             constants = constants.of_recipe(recipe.to_dict())
             if checkpoint is not None:
                 say_changes(recipe, checkpoint, console)
-            print_plan(recipe, mesh, plan, reader, console)
+            print_plan(recipe, mesh, plan, reader, console, hardware.description)
             trainer = Trainer(recipe, task, reader, mesh, plan, profile, console.warn)
             if data.size > 1:
                 console.say(f"gradients: {trainer.model.gradients.describe()}")

@@ -3,8 +3,11 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from mpillm.comm.clock_sync import clock_offset
 from mpillm.comm.communicator import silent
@@ -91,6 +94,8 @@ class Trainer:
         offered = (*task.field_names, *(["documents"] if documents else []))
         self._reads_fields = self.model.reads_fields(offered)
         self._first_row = mesh.axis("data").rank * plan.rows
+        self._reading = ThreadPoolExecutor(1) if plan.precision.device != "cpu" else None
+        self._ahead: tuple[int, Future[list[Fields]] | None] = (-1, None)
         self._fixed_weight = task.fixed_weight(recipe.train.batch, recipe.model.context)
         self.clock_offset = clock_offset(mesh.comm, mesh.node_map)
 
@@ -107,6 +112,8 @@ class Trainer:
 
     def close(self) -> None:
         """Free shared memory. Every rank calls it, after the last step."""
+        if self._reading is not None:
+            self._reading.shutdown()
         self.model.close()
 
     def step(self, step: int, stop: int = 0) -> StepResult:
@@ -119,6 +126,7 @@ class Trainer:
         clock, repeats = time.perf_counter, 0
         begun = clock()
         batch = self._batch(step)
+        self._prefetch(step + 1)
         read = clock()
         while True:
             passes = self.model.train(batch, self.loss_scale.value)
@@ -159,16 +167,32 @@ class Trainer:
 
     def _batch(self, step: int) -> Batch:
         """Read this rank's share of the batch: the same rows on all ranks of a pipeline."""
-        plan, weight = self.plan, self._fixed_weight
-        fields: list[Fields] = [{}] * len(plan.bounds)
-        if self._reads_fields:
-            windows = self._sampler.windows(step, self._first_row, plan.rows)
-            whole = self.task.fields(windows.fields(self.recipe.data.document_mask))
-            whole = {name: field.to(plan.precision.device) for name, field in whole.items()}
-            fields = [{name: field[a:b] for name, field in whole.items()} for a, b in plan.bounds]
+        (ahead, coming), weight = self._ahead, self._fixed_weight
+        fields = coming.result() if coming and ahead == step else self._fields(step)
         # Each microbatch adds its share of the mean over the global batch, so microbatches need not
         # be equal.
         return Batch(fields, self._global_weight(fields) if weight is None else weight)
+
+    def _prefetch(self, step: int) -> None:
+        """Read the batch of `step` while a GPU computes; CPUs have no core to spare for it."""
+        if self._reading is not None and step < self.recipe.train.steps:
+            self._ahead = step, self._reading.submit(self._fields, step)
+
+    def _fields(self, step: int) -> list[Fields]:
+        plan = self.plan
+        if not self._reads_fields:
+            return [{}] * len(plan.bounds)
+        windows = self._sampler.windows(step, self._first_row, plan.rows)
+        whole = self.task.fields(windows.fields(self.recipe.data.document_mask))
+        whole = {name: self._on_device(field) for name, field in whole.items()}
+        return [{name: field[a:b] for name, field in whole.items()} for a, b in plan.bounds]
+
+    def _on_device(self, field: Tensor) -> Tensor:
+        device = self.plan.precision.device
+        if device == "cpu":
+            return field
+        # From pinned memory the copy is asynchronous.
+        return field.pin_memory().to(device, non_blocking=True)
 
     def _global_weight(self, fields: list[Fields]) -> float:
         """Add up the weights of all microbatches of all ranks. Every rank of the mesh calls it."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from mpillm.system.command_line import Argument, Debug, Json, Option
 from mpillm.system.extras import require_packages
@@ -10,6 +10,12 @@ from mpillm.verbs.job import limit_torch_threads, open_job
 
 Trained = Annotated[
     Path, Argument("A run's folder, or one of its checkpoints.", metavar="RUN|CHECKPOINT")
+]
+
+
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    Option("Where to compute; auto: on a GPU a rank, where all ranks see one."),
 ]
 
 
@@ -30,6 +36,7 @@ class Evaluate:
             commas=True,
         ),
     ] = ()
+    device: Device = "auto"
     as_json: Json = False
     debug: Debug = False
 
@@ -47,4 +54,5 @@ class Evaluate:
                 job.comm,
                 job.console,
                 self.metrics,
+                self.device,
             )

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 from mpillm.infer.sampling import Sampling, check_prompt
 from mpillm.system.command_line import Debug, Option
 from mpillm.system.extras import require_packages
-from mpillm.verbs.evaluate import Trained
+from mpillm.verbs.evaluate import Device, Trained
 from mpillm.verbs.job import limit_torch_threads, open_job
 
 
@@ -28,6 +28,7 @@ class Generate:
         Option("Above 0, at most 1: draw from the likeliest that make up this probability."),
     ] = 1.0
     seed: Annotated[int, Option("0 to 2^63 − 1: the same seed gives the same text.")] = 0
+    device: Device = "auto"
     debug: Debug = False
 
     def __post_init__(self) -> None:
@@ -43,4 +44,6 @@ class Generate:
             limit_torch_threads(job.threads)
             from mpillm.infer.print_results import print_generation
 
-            print_generation(self.trained, self.prompt, self._sampling(), job.comm, job.console)
+            print_generation(
+                self.trained, self.prompt, self._sampling(), job.comm, job.console, self.device
+            )

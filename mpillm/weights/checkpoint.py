@@ -21,8 +21,18 @@ from mpillm.errors import CheckpointError, MismatchError
 from mpillm.system import hdf5
 from mpillm.system.messages import explain, why
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
+from mpillm.weights.host_pieces import host_copy, on_host
 from mpillm.weights.index import StoredSlice, read_index
-from mpillm.weights.slices import Array, Box, Held, TensorSlice, all_finite, raw, slices_of
+from mpillm.weights.slices import (
+    Array,
+    Box,
+    Held,
+    TensorSlice,
+    all_finite,
+    raw,
+    slices_of,
+    stored_dtype,
+)
 
 
 class Checkpoint:
@@ -69,7 +79,7 @@ class Checkpoint:
             ) from failure
 
     def load(self, tensors: Mapping[str, Held]) -> None:
-        """Fill CPU tensors and slices in place, by name, from whatever slices are stored.
+        """Fill tensors and slices in place, by name, from whatever slices are stored.
 
         A stored slice that is read whole is checked against its hash. A slice that is needed in
         part is read in part where the checkpoint is `verified`, else whole. Raises MismatchError
@@ -80,7 +90,9 @@ class Checkpoint:
             self._check_match(name, part)
         with _Files(self.folder) as files:
             for name, part in wanted:
-                array = raw(part.tensor)[1]
+                # Of a GPU's tensor one copy at a time is on the host.
+                values = host_copy(part.tensor.detach())
+                array = raw(values)[1]
                 pieces = self.tensors[name].pieces
                 found = sum(
                     _fill(files, name, piece, array, part.box, self.verified) for piece in pieces
@@ -90,7 +102,9 @@ class Checkpoint:
                         f"{self.folder} holds {found:,} of the {array.size:,} elements of {name} "
                         f"from {list(part.start)} on; use another checkpoint"
                     )
-                self._check_finite(name, part.tensor)
+                self._check_finite(name, values)
+                if not on_host(part.tensor):
+                    part.tensor.detach().copy_(values)
 
     def verify(self) -> None:
         """Read every byte and compare the hashes. Raises CheckpointError."""
@@ -144,7 +158,7 @@ class Checkpoint:
                 f"the checkpoint {self.folder} holds no tensor {name}; "
                 "was it written for another model?"
             )
-        dtype = raw(part.tensor)[0]
+        dtype = stored_dtype(part.tensor)[0]
         if (entry.dtype, entry.shape) != (dtype, part.shape):
             raise MismatchError(
                 f"the checkpoint {self.folder} holds {name} as {entry.dtype} {list(entry.shape)}, "

@@ -16,10 +16,11 @@ from mpillm.system import hdf5
 from mpillm.system.atomic import flush, write_json
 from mpillm.system.console import binary_bytes
 from mpillm.system.messages import explain
+from mpillm.weights.host_pieces import host_pieces
 from mpillm.weights.index import FORMAT, VERSION, VERSION_WITH_BOXES, with_digest
 from mpillm.weights.leftovers import MARKER, is_own, remove, temporary_folder
 from mpillm.weights.places import INDEX, checkpoint_folders, step_folder
-from mpillm.weights.slices import Box, Held, TensorSlice, raw, slices_of, whole_box
+from mpillm.weights.slices import Box, Held, TensorSlice, slices_of, stored_dtype, whole_box
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -76,7 +77,7 @@ def save(
 ) -> Path:
     """Write `folder`/step-N, where N is `facts["step"]`, and return it.
 
-    Every rank calls it with the CPU tensors or slices that it holds and the same facts. A slice
+    Every rank calls it with the tensors or slices that it holds and the same facts. A slice
     that several ranks hold has the same values on each; different slices of one name tile the
     whole tensor. `texts`: small files (name → contents) of the checkpoint. Until the rename the
     checkpoint does not exist. When any rank fails, the temporary folder is removed and every rank
@@ -199,28 +200,29 @@ def _write_share(
     if not own:
         return []
     path = temporary / f"rank-{rank:05d}.h5"
-    values = {key: raw(part.tensor) for key, part in own.items()}
+    dtypes = {key: stored_dtype(part.tensor) for key, part in own.items()}
     names = {
         key: key.name if key.size == key.shape else _slice_name(key.name, key.start, key.size)
         for key in own
     }
-    arrays = {names[key]: (array.dtype, array.shape) for key, (_, array) in values.items()}
+    arrays = {names[key]: (dtype, key.size) for key, (_, dtype) in dtypes.items()}
     places = hdf5.layout(path, arrays, {})
     written = []
     with path.open("r+b", buffering=0) as file:
-        for key, (dtype, array) in values.items():
-            if not array.flags.c_contiguous:
-                array = array.copy()
-            offset = places[names[key]].offset
-            hdf5.write_at(file.fileno(), array, offset)
+        for key, part in own.items():
+            offset, done, digest = places[names[key]].offset, 0, hdf5.Digest()
+            for array in host_pieces(part.tensor):
+                hdf5.write_at(file.fileno(), array, offset + done)
+                digest.add(array)
+                done += array.nbytes
             entry = {
                 "file": path.name,
                 "offset": offset,
-                "nbytes": array.nbytes,
+                "nbytes": done,
                 **_extent(key),
-                "xxh3_128": hdf5.digest(array),
+                "xxh3_128": digest.text,
             }
-            written.append(WrittenSlice(key, dtype, entry))
+            written.append(WrittenSlice(key, dtypes[key][0], entry))
     flush(path)
     return written
 

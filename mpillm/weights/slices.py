@@ -92,7 +92,7 @@ def run_boxes(shape: Sequence[int], first: int, count: int) -> list[Box]:
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A CPU tensor that is the box at `start` of a whole tensor of shape `shape`."""
+    """A tensor that is the box at `start` of a whole tensor of shape `shape`."""
 
     tensor: Tensor
     start: tuple[int, ...]
@@ -133,6 +133,12 @@ def raw(tensor: Tensor) -> tuple[str, Array]:
     """
     tensor = tensor.detach()
     stored = tensor.view(STORED_AS.get(tensor.dtype, tensor.dtype)).numpy()
+    return str(tensor.dtype).removeprefix("torch."), stored
+
+
+def stored_dtype(tensor: Tensor) -> tuple[str, np.dtype[Any]]:
+    """Name a tensor's dtype as the index does, and the dtype in which a file holds its values."""
+    stored = torch.empty((), dtype=STORED_AS.get(tensor.dtype, tensor.dtype)).numpy().dtype
     return str(tensor.dtype).removeprefix("torch."), stored
 
 

@@ -1,16 +1,13 @@
 """The choice of device and dtype: the same on all ranks, and never a slower one by itself."""
 
-from types import SimpleNamespace
-
 import pytest
-import torch
 from mpi4py import MPI
 
 from mpillm.errors import LayoutError, RecipeError
 from mpillm.machine.node_map import NodeMap
 from mpillm.system.console import Console
 from mpillm.train import hardware
-from mpillm.train.hardware import choose_device, choose_dtype, choose_hardware, product_seconds
+from mpillm.train.hardware import choose_dtype, choose_hardware, product_seconds
 from mpillm.train.recipe import TrainSettings
 
 QUIET = Console(speaks=False)
@@ -96,75 +93,6 @@ def test_a_resumed_run_keeps_what_was_chosen(monkeypatch: pytest.MonkeyPatch) ->
         TrainSettings(dtype="bfloat16"), {"dtype": "float32"}, MPI.COMM_SELF, ALONE, QUIET
     )
     assert named.precision.dtype == "bfloat16"
-
-
-# GPUs that are not there ----------------------------------------------------------------------
-
-
-def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda number: SimpleNamespace(name="NVIDIA H200", uuid=f"GPU-{number}"),
-    )
-
-
-def on_ranks(settings: TrainSettings, node_map: NodeMap) -> list[str]:
-    """Choose on every rank of `node_map`, as if each were asked in turn."""
-    size = node_map.size
-    answers = [hardware._own_gpu(settings.gpus, node_map, rank) for rank in range(size)]
-    chosen = []
-    for rank in range(size):
-        comm = SimpleNamespace(
-            rank=rank,
-            size=size,
-            allgather=lambda own: [own] * size if isinstance(own, bool) else answers,
-        )
-        chosen.append(choose_device(settings, comm, node_map)[0])
-    return chosen
-
-
-def test_each_rank_of_a_node_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_gpus(monkeypatch, 4)
-    two_nodes = NodeMap(((0, 2, 4), (1, 3)))
-    assert on_ranks(TrainSettings(), two_nodes) == [
-        "cuda:0",
-        "cuda:0",
-        "cuda:1",
-        "cuda:1",
-        "cuda:2",
-    ]
-    order = TrainSettings(gpus="3,1,2,0")
-    assert on_ranks(order, two_nodes) == ["cuda:3", "cuda:3", "cuda:1", "cuda:1", "cuda:2"]
-
-
-def test_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_gpus(monkeypatch, 1)
-    node = NodeMap(((0, 1),))
-    with pytest.raises(LayoutError, match=r"ranks 0 and 1 would share NVIDIA H200 0; .*share_gpu"):
-        on_ranks(TrainSettings(device="cuda"), node)
-    assert on_ranks(TrainSettings(share_gpu=True), node) == ["cuda:0"] * 2
-
-
-def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_gpus(monkeypatch, 2)
-    with pytest.raises(LayoutError, match=r"train\.gpus names GPU 7, and it sees 2, from 0"):
-        on_ranks(TrainSettings(device="cuda", gpus="7"), ALONE)
-    with_gpus(monkeypatch, 0)
-    with pytest.raises(LayoutError, match="it sees no GPU"):
-        on_ranks(TrainSettings(device="cuda"), ALONE)
-    assert on_ranks(TrainSettings(), ALONE) == ["cpu"]
-
-
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for GPUs")
-def test_a_torch_without_gpus_is_named(comm: MPI.Intracomm) -> None:
-    node = NodeMap((tuple(range(comm.size)),))
-    with pytest.raises(LayoutError, match="is built for CPUs; install one for your GPUs"):
-        choose_device(TrainSettings(device="cuda"), comm, node)
 
 
 @pytest.mark.parametrize("gpus", ["0;1", "a", "-1", "0,,1", "1.5", "٣"])

@@ -10,6 +10,7 @@ empty afterwards.
 
 import math
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +51,8 @@ class Bucket:
     """With a fixed order: sums of 2ᵏ microbatches each, the largest k first."""
     leaves: int = 0
     """Microbatches in `folded`."""
+    stream: "torch.cuda.Stream | None" = None
+    """Where a sum on a GPU is enqueued, so that it overlaps with the backward pass."""
     filled: set[nn.Parameter] = field(default_factory=set)
     """Parameters of a lower dtype than `flat` whose view holds a gradient of this step."""
 
@@ -91,9 +94,16 @@ class Bucket:
 
     def start_sum(self) -> None:
         """Start the all-reduce over the data axis."""
-        if self.wire is not None:
-            self.wire.copy_(self.flat)
-        self.handle = self.sum.start()
+        with self._beside_the_backward_pass():
+            if self.wire is not None:
+                self.wire.copy_(self.flat)
+            self.handle = self.sum.start()
+
+    def _beside_the_backward_pass(self) -> "AbstractContextManager[object]":
+        if self.stream is None:
+            return nullcontext()
+        self.stream.wait_stream(torch.cuda.current_stream(self.flat.device))
+        return torch.cuda.stream(self.stream)
 
     def run_sum(self) -> None:
         """Run the all-reduce over the data axis."""
@@ -103,6 +113,8 @@ class Bucket:
 
     def end_step(self) -> None:
         """Take the sum where another dtype held it, after the all-reduce; prepare the next step."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.flat.device).wait_stream(self.stream)
         if self.wire is not None:
             self.flat.copy_(self.wire)
         self.handle = None
@@ -216,7 +228,7 @@ def norm_pieces(
     gradients: Iterable[tuple[nn.Parameter, Tensor]], excluded: Collection[nn.Parameter]
 ) -> list[Tensor]:
     """Cut the flat gradient of each parameter, but `excluded` ones, into pieces of
-    NORM_PIECE_ELEMENTS.
+    NORM_PIECE_ELEMENTS; on a GPU a piece is a whole gradient.
 
     A piece starts at a multiple of that from its parameter's beginning, so the cuts are the same in
     every layout.
@@ -225,5 +237,7 @@ def norm_pieces(
         piece
         for parameter, gradient in gradients
         if not any(parameter is other for other in excluded)
-        for piece in torch.split(gradient.reshape(-1), NORM_PIECE_ELEMENTS)
+        for piece in torch.split(
+            gradient.reshape(-1), gradient.numel() if gradient.is_cuda else NORM_PIECE_ELEMENTS
+        )
     ]

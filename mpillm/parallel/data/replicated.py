@@ -70,10 +70,13 @@ class ReplicatedGradients(GradientSync):
             warn=warn,
             node_map=axis.node_map,
         )
-        self.overlaps = axis.size > 1 and not fixed_order and self._wants_overlap(settings.overlap)
-        nbytes = settings.bucket_bytes or (OVERLAPPED_BYTES if self.overlaps else AFTER_BYTES)
         # The last part first: its backward pass comes first.
         trained = [list(dict.fromkeys(p for p in part if p.requires_grad)) for part in parts]
+        on_gpu = any(p.is_cuda for parameters in trained for p in parameters)
+        wanted = axis.size > 1 and not fixed_order
+        self.overlaps = wanted and self._wants_overlap(settings.overlap, on_gpu)
+        early = self.overlaps and not on_gpu
+        nbytes = settings.bucket_bytes or (OVERLAPPED_BYTES if early else AFTER_BYTES)
         groups = [
             (part, group)
             for part, parameters in reversed(list(enumerate(trained)))
@@ -94,6 +97,10 @@ class ReplicatedGradients(GradientSync):
             )
             for part, group in (groups if buckets_needed else ())
         ]
+        if on_gpu and self.overlaps:
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            for bucket in self.buckets:
+                bucket.stream = stream
         self._parameters = [p for parameters in trained for p in parameters]
         self._masters: MasterWeights | None = None
         # Parts whose last microbatch has begun.
@@ -106,9 +113,12 @@ class ReplicatedGradients(GradientSync):
                 add_hook = parameter.register_post_accumulate_grad_hook
                 add_hook(self.ready)  # type: ignore[no-untyped-call]
 
-    def _wants_overlap(self, overlap: str) -> bool:
-        # Within a node a reduction costs less than the core that the progress thread takes.
-        return len(self._group.nodes) > 1 if overlap == "auto" else overlap == "during"
+    def _wants_overlap(self, overlap: str, on_gpu: bool) -> bool:
+        # Within a node a reduction of host memory costs less than the core that the progress thread
+        # takes. GPUs leave the cores idle.
+        if overlap == "auto":
+            return on_gpu or len(self._group.nodes) > 1
+        return overlap == "during"
 
     def _check_same_groups(self, groups: list[list[nn.Parameter]]) -> None:
         own = [(sum(map(padded, group)), str(group[0].dtype), len(group)) for group in groups]

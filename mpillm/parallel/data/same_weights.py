@@ -56,4 +56,5 @@ def first_difference(everywhere: list[list[str]]) -> tuple[int, list[int]]:
 
 
 def _digest(parameter: Tensor) -> str:
-    return f"{tuple(parameter.shape)} {xxhash.xxh3_128_hexdigest(as_buffer(parameter).octets.data)}"
+    octets = as_buffer(parameter.detach().cpu()).octets
+    return f"{tuple(parameter.shape)} {xxhash.xxh3_128_hexdigest(octets.data)}"

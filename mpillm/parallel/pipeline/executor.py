@@ -10,9 +10,6 @@ arrives.
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-
-import torch
 
 from mpillm.comm.channels.channel_set import Channel, ChannelSet
 from mpillm.comm.communicator import silent
@@ -23,18 +20,14 @@ from mpillm.models.part_module import Streams
 from mpillm.parallel.pipeline.actions import Action, PipelineSchedule, RoutedAction, RoutedRow
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import PipelineStage
+from mpillm.parallel.pipeline.stream_transport import (
+    HostTransport,
+    StreamShapes,
+    make_transport,
+)
 
 # Microbatches whose receives are posted on each channel: one to fill while another is computed on.
 AHEAD = 2
-
-
-@dataclass(frozen=True)
-class StreamShapes:
-    """The streams between stages: tensors of `shapes_of(microbatch)`, all of `dtype`."""
-
-    shapes_of: Callable[[int], tuple[tuple[int, ...], ...]]
-    dtype: torch.dtype = torch.float32
-    device: torch.device | None = None
 
 
 class Pipeline:
@@ -80,10 +73,11 @@ class Pipeline:
         """
         assert schedule.rank_of == self.placement.rank_of
         row = schedule.routed_row(self.axis.rank)
-        execution = _RowExecution(self._channels, row, stages, streams)
+        transport = make_transport(self._channels, streams)
+        execution = _RowExecution(transport, row, stages, streams)
         spans = [execution.execute(routed) for routed in row.actions]
         # Sent streams are freed when this returns, so their bytes must be on their way.
-        self._channels.drain()
+        transport.drain()
         return spans
 
     def close(self) -> None:
@@ -96,16 +90,15 @@ class _RowExecution:
 
     def __init__(
         self,
-        channels: ChannelSet,
+        transport: HostTransport,
         row: RoutedRow,
         stages: Mapping[int, PipelineStage],
         streams: StreamShapes,
     ) -> None:
-        self._channels, self._stages, self._streams = channels, stages, streams
+        self._transport, self._stages, self._streams = transport, stages, streams
         # Results that another stage of this rank takes.
         self._local: dict[Action, Streams] = {}
         self._arriving = {channel: deque(found) for channel, found in row.arrivals.items()}
-        self._posted: dict[int, deque[Streams]] = {channel: deque() for channel in row.arrivals}
         # Posted before the first action: a message never waits for its receive.
         for channel in self._arriving:
             for _ in range(AHEAD):
@@ -130,28 +123,19 @@ class _RowExecution:
         else:
             stage.backward_weight(action.microbatch)
         end = time.perf_counter()
+        self._transport.progress()
         if result:
             self._pass_on(routed, result)
         return Span(action, begin, end)
 
     def _post(self, channel: int) -> None:
-        """Post the receives of the next microbatch on `channel`, in the order of its streams."""
-        if not self._arriving[channel]:
-            return
-        shapes = self._streams.shapes_of(self._arriving[channel].popleft())
-        buffers = tuple(
-            torch.empty(shape, dtype=self._streams.dtype, device=self._streams.device)
-            for shape in shapes
-        )
-        for buffer in buffers:
-            self._channels.post_receive(channel, buffer)
-        self._posted[channel].append(buffers)
+        """Post the receives of the next microbatch on `channel`, if any is left."""
+        if self._arriving[channel]:
+            self._transport.post(channel, self._arriving[channel].popleft())
 
     def _receive(self, channel: int) -> Streams:
         """Wait for the oldest posted streams of `channel`."""
-        arrived = self._posted[channel].popleft()
-        for _ in arrived:
-            self._channels.wait(channel)
+        arrived = self._transport.receive(channel)
         # The next receive is posted before the rank computes, so that it overlaps.
         self._post(channel)
         return arrived
@@ -169,5 +153,4 @@ class _RowExecution:
         if routed.send_to is None:
             self._local[action] = result
             return
-        for stream in result:
-            self._channels.send(routed.send_to, stream.contiguous())
+        self._transport.send(routed.send_to, result)

@@ -10,11 +10,13 @@ from mpillm.comm.mesh import Mesh
 from mpillm.errors import CommError, LayoutError
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.part_module import create
-from mpillm.parallel.pipeline.executor import Pipeline, StreamShapes
+from mpillm.parallel.pipeline import executor
+from mpillm.parallel.pipeline.executor import Pipeline
 from mpillm.parallel.pipeline.schedule_catalog import SCHEDULES, make_schedule
 from mpillm.parallel.pipeline.schedules.forward_only import forward_only
 from mpillm.parallel.pipeline.simulate import Costs, simulate
 from mpillm.parallel.pipeline.stage import Batch
+from mpillm.parallel.pipeline.stream_transport import DeviceTransport, StreamShapes
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.parallel.step_plan import plan_step
@@ -209,6 +211,13 @@ class Counting:
         self.stored -= 1
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_streams_of_a_device_pass_through_the_host(comm, monkeypatch, name):
+    """The transport of GPUs on CPU tensors: the same copies, in the same order."""
+    monkeypatch.setattr(executor, "make_transport", DeviceTransport)
+    test_each_stage_is_given_its_neighbour_s_and_stores_what_was_foreseen(comm, name, 8)
+
+
 @pytest.mark.parametrize("microbatches", [8, 32])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_each_stage_is_given_its_neighbour_s_and_stores_what_was_foreseen(comm, name, microbatches):
@@ -301,8 +310,9 @@ import os, signal, sys, torch
 from mpillm.comm.mesh import Mesh
 from mpillm.comm.failure import fail_together
 from mpillm.comm.world import open_world
-from mpillm.parallel.pipeline.executor import Pipeline, StreamShapes
+from mpillm.parallel.pipeline.executor import Pipeline
 from mpillm.parallel.pipeline.schedule_catalog import make_schedule
+from mpillm.parallel.pipeline.stream_transport import StreamShapes
 comm = open_world()
 
 class Stage:
