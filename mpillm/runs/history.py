@@ -115,7 +115,7 @@ class HistoryWriter:
 
     def _write_outcome(self, outcome: Outcome) -> None:
         if self._writes:
-            write_text(self._folder / OUTCOME, f"{outcome}\n")
+            write_text(self._folder / OUTCOME, f"{outcome}\n", plain=True)
 
     def _add(self, event: str, step: int, facts: Mapping[str, Any]) -> None:
         if not self._writes:

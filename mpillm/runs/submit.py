@@ -129,13 +129,13 @@ def submit_run(
     lock = RunLock(run, None, console.warn, SUBMIT_LOCK)
     try:
         _check_queued(run, environment)
-        write_text(run / JOB_RECIPE, recipe.text)
-        write_text(run / JOB_SCRIPT, script)
+        write_text(run / JOB_RECIPE, recipe.text, plain=True)
+        write_text(run / JOB_SCRIPT, script, plain=True)
         if not options.as_json:
             console.write(script)
         number = system.submit_script(job.run, next_job_environment(environment, system))
         facts = _facts(scheduler, job, number)
-        write_json(run / JOB, facts)
+        write_json(run / JOB, facts, plain=True)
     finally:
         lock.release()
     if options.as_json:

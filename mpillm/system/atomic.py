@@ -4,6 +4,7 @@ Devices, pipes and sockets have no such name: they are written in place. A link 
 its target is replaced. `check_outputs` tries the files that a verb will write at its end.
 """
 
+import errno
 import os
 import secrets
 import shutil
@@ -22,14 +23,17 @@ _NAME_LETTERS = 40
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, plain: bool = False) -> Iterator[Path]:
     """Yield a temporary path; on success its contents become those of `path`.
 
     A plain file is flushed to disk and renamed, on failure the temporary file is removed. What is
-    no plain file (/dev/stdout, a pipe) gets the bytes in place. The block must write the path that
-    it is given, and may reopen it.
+    no plain file (/dev/stdout, a pipe) gets the bytes in place; with `plain`, for files that no
+    user names, it is an OSError: nobody reads such a pipe. The block must write the path that it is
+    given, and may reopen it.
     """
     if is_special(path):
+        if plain:
+            raise OSError(errno.ENXIO, "it is no plain file", str(path))
         with tempfile.TemporaryDirectory(prefix="mpillm-") as folder:
             temporary = Path(folder) / path.name
             yield temporary
@@ -75,14 +79,17 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name[:_NAME_LETTERS]}.{secrets.token_hex(8)}.tmp")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file by `text` in UTF-8; bytes of names that are no UTF-8 stay as they are."""
-    with replacing(path) as temporary:
+def write_text(path: Path, text: str, plain: bool = False) -> None:
+    """Replace the file by `text` in UTF-8; bytes of names that are no UTF-8 stay as they are.
+
+    `plain`: see replacing.
+    """
+    with replacing(path, plain) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, to_json(value, indent=1) + "\n")
+def write_json(path: Path, value: Any, plain: bool = False) -> None:
+    write_text(path, to_json(value, indent=1) + "\n", plain)
 
 
 def flush(path: Path) -> None:

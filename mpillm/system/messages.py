@@ -21,6 +21,7 @@ REMEDIES = {
     errno.EPERM: "choose a place that you may use, or ask its owner",
     errno.EROFS: "choose a place that can be written",
     errno.ENOENT: "check the name",
+    errno.ENXIO: "move it away",
     errno.ENOTDIR: "check the name: a part of it is a file",
     errno.EISDIR: "name a file",
     errno.ENAMETOOLONG: "choose a shorter name",

@@ -234,7 +234,7 @@ class TrainingLoop:
                 f"{binary_bytes(free)} free; free some space before the first save"
             )
         try:
-            write_text(self._folder / RECIPE, write_recipe(self._recipe))
+            write_text(self._folder / RECIPE, write_recipe(self._recipe), plain=True)
         except OSError as failure:
             raise CheckpointError(explain(failure, self._folder / RECIPE)) from failure
 

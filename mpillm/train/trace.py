@@ -84,7 +84,7 @@ class StepTrace:
             for rank in range(comm.size)
         }
         events = trace_events(gathered, names, len(self._bubbles) - len(self._steps) + 1)
-        write_text(path, json.dumps(events))
+        write_text(path, json.dumps(events), plain=True)
         console.say(
             f"the last {len(self._steps)} steps: {path}, "
             "for https://ui.perfetto.dev or chrome://tracing"

@@ -185,6 +185,14 @@ def test_a_pipe_is_written_in_place(tmp_path: Path) -> None:
     assert names(tmp_path) == ["pipe"]
 
 
+def test_a_pipe_in_place_of_a_file_of_ours_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "outcome"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="it is no plain file"):
+        write_text(path, "new", plain=True)
+    assert names(tmp_path) == ["outcome"]
+
+
 @pytest.mark.usefixtures("processes")
 def test_standard_output_keeps_what_it_holds(python: Run) -> None:
     code = "write_text(Path('/dev/stdout'), 'second'); print('third')"

@@ -389,17 +389,23 @@ def test_another_dataset_under_the_path_is_not_trained_on(
     assert "validation_loss" not in (run / METRICS).read_text()
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 def test_a_log_that_cannot_be_written_does_not_end_a_saved_run(
-    data: Path, folder: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    folder: Path,
+    comm: MPI.Intracomm,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Path], None],
 ) -> None:
-    """From the first step on the history is a folder, and so is the trace."""
+    """From the first step on the history is a folder; outcome and trace are one, or a pipe."""
     run, out = folder / "run", io.StringIO()
 
     def harm() -> None:
         for name in (HISTORY, OUTCOME):
             (run / name).rename(run / f"{name}.before")
-            (run / name).mkdir()
-        (run / "trace.json").mkdir()
+        (run / HISTORY).mkdir()
+        make(run / OUTCOME)
+        make(run / "trace.json")
 
     after_step(monkeypatch, 1, harm)
     says = Console(speaks=comm.rank == 0, stream=out)

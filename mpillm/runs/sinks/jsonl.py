@@ -36,7 +36,7 @@ class JsonlSink(MetricsSink):
                     f"{log.note(str(path))} and left out from here on; the file as it was is {kept}"
                 )
             lines = (_line(metrics) for metrics in log.objects if metrics["step"] <= last_step)
-            write_text(path, "".join(lines))
+            write_text(path, "".join(lines), plain=True)
             # Without a buffer: what was written of a line, and what not, must be known.
             self._file, self._left = path.open("ab", buffering=0), b""
         except OSError as failure:

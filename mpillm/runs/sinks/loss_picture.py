@@ -55,7 +55,7 @@ def draw_loss(metrics: list[Metrics], path: Path) -> None:
     axes.grid(alpha=0.3)
     if training or validation:
         axes.legend()
-    with replacing(path) as temporary:
+    with replacing(path, plain=True) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
