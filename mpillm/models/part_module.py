@@ -57,6 +57,14 @@ class PartModule(nn.Module):
         """Compute this part on one microbatch; `streams` is empty where it begins the model."""
         raise NotImplementedError
 
+    def compiled_layers(self) -> list[nn.Module]:
+        """Return the layers that torch.compile may compile, all with one graph; none by default."""
+        return []
+
+    def layer_arguments(self, rows: int) -> tuple[Any, ...]:
+        """Return what a compiled layer is called with in training, for `rows` sequences."""
+        raise NotImplementedError
+
     def make_cache(self, batch: int) -> GenerationCache:
         """Make an empty cache for `batch` sequences. Raises UsageError where the architecture does
         not generate.

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields, PartModule, create
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.axis_sizes import counts_loss
+from mpillm.parallel.compiling import compile_layers, uncompiled
 from mpillm.parallel.data.replicated import ReplicatedGradients
 from mpillm.parallel.grad_norm import clip_gradients_
 from mpillm.parallel.pipeline.executor import Pipeline
@@ -80,6 +82,9 @@ class ShardedModel:
             for part in parts
             for weight, value in lower_(part, plan.precision).items()
         }
+        self.compiled = plan.compiled and compile_layers(
+            parts, plan.microbatch, mesh.comm, mesh.node_map, warn
+        )
         # With one stage the tied head shares the embedding's Parameter. fixed_order needs a
         # separate leaf there too: autograd would add both gradients in another order.
         apart = schedule.stages > 1 or plan.fixed_order
@@ -210,7 +215,8 @@ class ShardedModel:
         # Architectures may behave otherwise in training, such as by dropout.
         for part in self.parts.values():
             part.eval()
-        self.pipeline.run(forward_only(self.plan.schedule, count), stages, streams)
+        with uncompiled() if self.compiled else nullcontext():
+            self.pipeline.run(forward_only(self.plan.schedule, count), stages, streams)
         for part in self.parts.values():
             part.train()
         if not counts_loss(self.mesh.coordinates):

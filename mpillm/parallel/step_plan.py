@@ -74,6 +74,8 @@ class StepPlan:
     precision: Precision = Precision()
     fixed_order: bool = False
     """Sum gradients in one tree over all microbatches of all ranks: bits free of the layout."""
+    compiled: bool = False
+    """Compile the model's layers by torch.compile."""
 
     @property
     def microbatches(self) -> int:

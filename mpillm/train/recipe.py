@@ -99,6 +99,8 @@ class TrainSettings:
     """
     reduce_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the sums of gradients over ranks: a lower one halves their messages."""
+    compile: bool = False
+    """Compile the model's layers by torch.compile: a minute at the first start."""
     tf32: bool = False
     """Let float32 products of a GPU round their factors to 10 bits."""
     evaluate_every: Many = 0

@@ -15,6 +15,7 @@ from mpillm.models.spec import ModelSpec
 from mpillm.parallel.step_plan import make_mesh, plan_step
 from mpillm.runs.folder import CLUSTER, HISTORY
 from mpillm.runs.history import STARTED, read_history
+from mpillm.system.compile_cache import find_compiler, set_compile_cache
 from mpillm.system.console import Console, binary_bytes
 from mpillm.system.malloc import keep_pages
 from mpillm.tasks.task_catalog import make_task
@@ -84,7 +85,9 @@ def train(
             recorded = checkpoint.facts["recipe"]["train"] if checkpoint else {}
             hardware = choose_hardware(settings, recorded, comm, node_map, console)
             recipe = resolved(recipe, hardware)
-            plan = replace(plan, precision=hardware.precision)
+            plan = replace(
+                plan, precision=hardware.precision, compiled=_compiles(recipe, comm, console)
+            )
             constants = constants.of_recipe(recipe.to_dict())
             if checkpoint is not None:
                 say_changes(recipe, checkpoint, console)
@@ -135,6 +138,26 @@ def _warn(recipe: Recipe, console: Console) -> None:
             f"optimizer.warmup_steps = {warmup:,} and train.steps = {steps:,}: the whole run is "
             "warm-up, and the learning rate never falls; set fewer warm-up steps"
         )
+
+
+def _compiles(recipe: Recipe, comm: "MPI.Intracomm", console: Console) -> bool:
+    """Return whether the layers are compiled. Raises RecipeError where they cannot be, with the
+    reason. Every rank calls it.
+    """
+    if not recipe.train.compile:
+        return False
+    if recipe.data.document_mask:
+        raise RecipeError(
+            "train.compile = true needs the same computation in every step, and "
+            "data.document_mask = true cuts each batch otherwise; leave one of them out"
+        )
+    if recipe.train.device == "cpu" and not all(comm.allgather(bool(find_compiler()))):
+        raise RecipeError(
+            "train.compile = true needs a C++ compiler on each host, and there is no g++, clang++ "
+            "or c++ on PATH; load its module, name one by CXX, or leave compile out"
+        )
+    console.say(f"compiling the layers; torch keeps their code in {set_compile_cache()}")
+    return True
 
 
 def _check_mask(recipe: Recipe) -> None:

@@ -3,6 +3,8 @@
 Shapes: B sequences, T positions, C width, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -85,6 +87,15 @@ class Decoder(PartModule):
         if self.norm is not None and self.head is not None:
             x_BTC = self.head(self.norm(x_BTC))
         return PartOutput((x_BTC,), (pivot_BTC,))
+
+    def compiled_layers(self) -> list[nn.Module]:
+        return list(self.layers.values())
+
+    def layer_arguments(self, rows: int) -> tuple[Any, ...]:
+        weight = next(self.layers.parameters())
+        shape = (rows, self.config.context, self.config.width)
+        x_BTC = torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+        return x_BTC, self.rotary, None, None, 0
 
     def make_cache(self, batch: int) -> Cache:
         return Cache(self.config, batch, next(self.parameters()).device)
