@@ -45,8 +45,13 @@ def read_plain(path: Path, flags: int = 0, most: int = LARGEST_TEXT) -> bytes:
     """Read a plain file of at most `most` bytes. Raises OSError for any other."""
     with open_plain(path, flags) as file:
         if os.fstat(file.fileno()).st_size > most:
-            raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
+            raise _too_large(path, most)
         return file.read()
+
+
+def _too_large(path: Path, most: int) -> OSError:
+    # EFBIG is of writes: its remedy would be another one.
+    return OSError(errno.EOVERFLOW, f"it is larger than {most:,} bytes", str(path))
 
 
 def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
@@ -56,7 +61,9 @@ def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
     """
     if str(path).startswith(SUBSTITUTED):
         with path.open("rb") as file:
-            content = file.read(most)
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise _too_large(path, most)
     else:
         content = read_plain(path, most=most)
     encoding, start = encoding_of(content)

@@ -109,6 +109,8 @@ class TrainingLoop:
         self._good: set[int] = set()
         self._failure = ""
         self._done = 0
+        # The step after which the dataset was last compared.
+        self._checked_at = -1
 
     def run(self, checkpoint: Checkpoint | None) -> None:
         """Train from the checkpoint, or from the initial weights, to the last step.
@@ -203,8 +205,11 @@ class TrainingLoop:
     def _check_data(self) -> None:
         """Raise MismatchError on every rank where the path holds another dataset by now.
 
-        Shards are opened when they are first read. One that is gone fails by itself.
+        Once a step. Shards are opened when they are first read. One that is gone fails by itself.
         """
+        if self._checked_at == self._done:
+            return
+        self._checked_at = self._done
 
         def check() -> None:
             folder = self._manifest.folder

@@ -1,6 +1,5 @@
 """The file of a recipe: read whatever an editor made of it, and know the run that it is in."""
 
-import errno
 import os
 import tomllib
 from pathlib import Path
@@ -59,8 +58,7 @@ def _read_text(path: Path) -> str:
     try:
         text = read_text(path, LARGEST_BYTES)
     except OSError as failure:
-        words = failure.strerror if failure.errno == errno.EFBIG else explain(failure)
-        reason = str(words).removeprefix(f"{path}: ")
+        reason = explain(failure).removeprefix(f"{path}: ")
         raise RecipeError(
             f"cannot read the recipe {path}: {reason}; name a TOML file of sections and keys"
         ) from failure

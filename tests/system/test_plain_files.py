@@ -43,6 +43,10 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 101)
     with pytest.raises(OSError, match="it is larger than 100 bytes"):
         read_text(tmp_path / "a", 100)
+    with (tmp_path / "a").open("rb") as file:
+        given = Path(f"/proc/self/fd/{file.fileno()}")
+        with pytest.raises(OSError, match="it is larger than 100 bytes"):
+            read_text(given, 100)
 
 
 @pytest.mark.parametrize(
