@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt
 
 from mpillm.errors import RecipeError
-from mpillm.models.spec import ModelSpec, Part
+from mpillm.models.spec import LayerRecompute, ModelSpec, Part
 
 if TYPE_CHECKING:
     from mpillm.models.layers.decoder_stack import Decoder
@@ -21,6 +21,7 @@ class DecoderConfig(ModelSpec):
     """A pre-norm Transformer decoder. Lengths are in tokens, widths in features."""
 
     shared_inputs: ClassVar[tuple[str, ...]] = ("documents",)
+    recomputes: ClassVar[tuple[LayerRecompute, ...]] = ("attention", "full")
 
     architecture: str = "decoder"
     layers: Positive = 4

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mpillm.errors import DataError, UsageError
-from mpillm.models.spec import ModelSpec, Part
+from mpillm.models.spec import ModelSpec, Part, Recompute
 
 # torch raises RuntimeError for both, on the CPU and on a GPU.
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
@@ -52,6 +52,7 @@ class PartModule(nn.Module):
         self.spec = spec
         self.part = part or spec.whole
         self.begins, self.ends = spec.begins(self.part), spec.ends(self.part)
+        self.recompute: Recompute = "none"
 
     def forward_part(self, fields: Fields, streams: Streams) -> PartOutput:
         """Compute this part on one microbatch; `streams` is empty where it begins the model."""
@@ -64,6 +65,10 @@ class PartModule(nn.Module):
     def layer_arguments(self, rows: int) -> tuple[Any, ...]:
         """Return what a compiled layer is called with in training, for `rows` sequences."""
         raise NotImplementedError
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        """Select what backward passes compute again: of the values in `spec.recomputes` alone."""
+        self.recompute = recompute
 
     def make_cache(self, batch: int) -> GenerationCache:
         """Make an empty cache for `batch` sequences. Raises UsageError where the architecture does

@@ -7,12 +7,26 @@ without torch can plan. No room but `models` names an architecture.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mpillm.models.part_module import PartModule
+
+
+LayerRecompute = Literal["none", "attention", "full"]
+Recompute = LayerRecompute | int
+"""The activations that a backward pass computes again: those of the attention of each layer, of
+each layer, or of every n-th layer.
+"""
+
+
+def recompute_of(recompute: Recompute, block: int) -> LayerRecompute:
+    """Return what is computed again of block number `block` (from 0) of the whole model."""
+    if isinstance(recompute, int):
+        return "full" if (block + 1) % recompute == 0 else "none"
+    return recompute
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,8 @@ class ModelSpec(ABC):
     """Fields of a batch that every part reads; other fields are read where the model begins or
     ends.
     """
+    recomputes: ClassVar[tuple[LayerRecompute, ...]] = ()
+    """What its parts can compute again in a backward pass: `full`, `attention`."""
 
     @classmethod
     def shapes(cls) -> "Mapping[str, ModelSpec]":
@@ -90,6 +106,14 @@ class ModelSpec(ABC):
         """Estimate the bytes that the forward pass of `rows` sequences keeps for the backward pass
         of `part`.
         """
+
+    def recompute_bytes(
+        self, part: Part, rows: int, element_bytes: int, recompute: Recompute
+    ) -> tuple[int, int]:
+        """Estimate the bytes that the forward pass keeps under `recompute`, and the most that one
+        block computes again.
+        """
+        return self.activation_bytes(part, rows, element_bytes), 0
 
     @abstractmethod
     def output_bytes(self, rows: int) -> int:

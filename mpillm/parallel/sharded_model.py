@@ -82,6 +82,8 @@ class ShardedModel:
             for part in parts
             for weight, value in lower_(part, plan.precision).items()
         }
+        for part in parts:
+            part.set_recompute(plan.recompute)
         self.compiled = plan.compiled and compile_layers(
             parts, plan.microbatch, mesh.comm, mesh.node_map, warn
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mpillm.comm.mesh import Mesh, by_hosts
 from mpillm.errors import LayoutError
 from mpillm.machine.node_map import NodeMap, map_nodes
-from mpillm.models.spec import ModelSpec, Part
+from mpillm.models.spec import ModelSpec, Part, Recompute
 from mpillm.parallel import axis_sizes
 from mpillm.parallel.axis_sizes import mesh_sizes
 from mpillm.parallel.pipeline.actions import PipelineSchedule
@@ -76,6 +76,8 @@ class StepPlan:
     """Sum gradients in one tree over all microbatches of all ranks: bits free of the layout."""
     compiled: bool = False
     """Compile the model's layers by torch.compile."""
+    recompute: Recompute = "none"
+    """The activations that backward passes compute again."""
 
     @property
     def microbatches(self) -> int:
@@ -148,12 +150,14 @@ def plan_step(
     *,
     precision: Precision = Precision(),
     fixed_order: bool = False,
+    recompute: Recompute = "none",
 ) -> StepPlan:
     """Resolve and check all choices for `data` ranks that share a batch of `batch` sequences, which
     `data` divides.
 
     `microbatch`: sequences at once; 0: chosen here. Raises LayoutError.
     """
+    _check_recompute(model, recompute)
     # mesh_sizes has checked that `data` divides the batch.
     rows, pipeline = batch // data, settings.pipeline
     if fixed_order and not microbatch:
@@ -171,10 +175,13 @@ def plan_step(
             "or change train.batch"
         )
     schedule = _schedule(settings, -(-rows // microbatch))
-    parts = partition_blocks(model, schedule.stages, settings.stages if pipeline > 1 else "auto")
+    wanted = settings.stages if pipeline > 1 else "auto"
+    parts = partition_blocks(model, schedule.stages, wanted, recompute)
     if fixed_order:
         _check_fixed_order(schedule, data)
-    return StepPlan(schedule, tuple(parts), rows, microbatch, precision, fixed_order)
+    return StepPlan(
+        schedule, tuple(parts), rows, microbatch, precision, fixed_order, recompute=recompute
+    )
 
 
 def _microbatch(rows: int, pipeline: int) -> int:
@@ -192,6 +199,21 @@ def _schedule(settings: ParallelSettings, microbatches: int) -> PipelineSchedule
     schedule = make_schedule(settings.schedule, settings.pipeline, microbatches, settings.chunks)
     check(schedule)
     return schedule
+
+
+def _check_recompute(model: ModelSpec, recompute: Recompute) -> None:
+    kind = "full" if isinstance(recompute, int) else recompute
+    if kind != "none" and kind not in model.recomputes:
+        can = " or ".join(model.recomputes) or "no activations"
+        raise LayoutError(
+            f"train.recompute = {recompute!r}: the architecture {model.architecture!r} recomputes "
+            f"{can}; leave train.recompute out"
+        )
+    if isinstance(recompute, int) and not 1 <= recompute <= model.blocks:
+        raise LayoutError(
+            f"train.recompute = {recompute} recomputes one layer in {recompute}, and the model "
+            f"has {model.blocks}; take 1 (each layer) to {model.blocks}"
+        )
 
 
 def _check_fixed_order(schedule: PipelineSchedule, data: int) -> None:

@@ -103,6 +103,10 @@ class TrainSettings:
     """Compile the model's layers by torch.compile: a minute at the first start."""
     tf32: bool = False
     """Let float32 products of a GPU round their factors to 10 bits."""
+    recompute: Literal["none", "attention", "full"] | Positive = "none"
+    """Activations that the backward pass computes again instead of keeping them: of the attention,
+    of each layer, or of every n-th layer.
+    """
     evaluate_every: Many = 0
     """0: only at the end."""
     save_every: Many = 0

@@ -69,6 +69,7 @@ def train(
         settings.batch,
         settings.microbatch,
         fixed_order=settings.fixed_order,
+        recompute=settings.recompute,
     )
     task = make_task(recipe.task.name)
     _check_mask(recipe)

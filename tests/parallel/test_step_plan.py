@@ -1,10 +1,13 @@
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 from mpillm.comm.mesh import coordinates
 from mpillm.errors import LayoutError
 from mpillm.models.decoder import DecoderConfig
+from mpillm.models.spec import LayerRecompute
 from mpillm.parallel import axis_sizes
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import Precision, plan_step, replica_share
@@ -58,6 +61,46 @@ def test_a_fixed_order_needs_microbatches_in_a_binary_tree() -> None:
     with pytest.raises(LayoutError, match="a power of two, not 3"):
         plan_step(MODEL, ParallelSettings(), 2, 12, 2, fixed_order=True)
     assert plan_step(MODEL, ParallelSettings(), 2, 8, 2, fixed_order=True).fixed_order
+
+
+@pytest.mark.parametrize(
+    ("recompute", "words"),
+    [
+        (5, r"one layer in 5, and the model has 4; take 1 \(each layer\) to 4"),
+        (0, "recompute = 0 recomputes one"),
+        (-1, "recompute = -1 recomputes one"),
+    ],
+)
+def test_layers_that_are_not_there_are_not_recomputed(recompute: int, words: str) -> None:
+    with pytest.raises(LayoutError, match=words):
+        plan_step(MODEL, ParallelSettings(), 1, 8, recompute=recompute)
+    for possible in (1, 4, "attention", "full"):
+        assert plan_step(MODEL, ParallelSettings(), 1, 8, recompute=possible).recompute == possible
+
+
+@dataclass(frozen=True)
+class Keeping(DecoderConfig):
+    recomputes: ClassVar[tuple[LayerRecompute, ...]] = ("full",)
+    architecture: str = "my_model:Keeping"
+
+
+def test_an_architecture_recomputes_what_it_says() -> None:
+    assert plan_step(Keeping(), ParallelSettings(), 1, 8, recompute=2).recompute == 2
+    with pytest.raises(LayoutError, match="'my_model:Keeping' recomputes full; leave"):
+        plan_step(Keeping(), ParallelSettings(), 1, 8, recompute="attention")
+    none = type("Keeping", (Keeping,), {"recomputes": ()})
+    with pytest.raises(LayoutError, match="'my_model:Keeping' recomputes no activations; leave"):
+        plan_step(none(), ParallelSettings(), 1, 8, recompute=1)
+
+
+def test_recomputed_layers_count_more_where_stages_are_cut() -> None:
+    model = DecoderConfig(layers=12, vocab_size=8000)
+    kept, again = (
+        plan_step(model, ParallelSettings(pipeline=2), 1, 32, recompute=recompute).parts
+        for recompute in ("none", "full")
+    )
+    # Layers weigh more against the head, so its stage takes more of them.
+    assert again[1].count > kept[1].count
 
 
 def test_the_plan_carries_device_and_dtype() -> None:

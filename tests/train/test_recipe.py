@@ -84,6 +84,15 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
         ("optimizer.beta1=1.0", "optimizer.beta1 = 1.0"),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate"),
         ("parallel.allreduce=rong", "did you mean ring"),
+        (
+            "train.recompute=some",
+            "train.recompute = 'some': input should be 'none', 'attention' or 'full', did you "
+            "mean none. or input should be a valid integer",
+        ),
+        ("train.recompute=0", "train.recompute = 0: .* or input should be greater than 0"),
+        ("train.recompute=-2", "train.recompute = -2: .* or input should be greater than 0"),
+        ("train.recompute=1.5", "train.recompute = 1.5"),
+        ("train.recompute=true", "train.recompute = True"),
         ("train=5", "--set takes section.key=value"),
         ("train.steps", "--set takes section.key=value"),
         ("data.path=''", "data.path"),

@@ -3,11 +3,14 @@
 Shapes: B sequences, T positions, C width.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.layers.attention import Attention, LayerCache, Rotary
+from mpillm.models.layers.recompute import recomputed
 
 
 def make_norm(config: DecoderConfig) -> nn.Module:
@@ -45,6 +48,7 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        self.recomputes_attention = False
         self.attention_norm = make_norm(config)
         self.attention = Attention(config)
         self.forward_norm = make_norm(config)
@@ -58,6 +62,13 @@ class Block(nn.Module):
         cache: LayerCache | None,
         first: int,
     ) -> Tensor:
-        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), rotary, mask_TS, cache, first)
+        given = x_BTC, rotary, mask_TS, cache, first
+        recomputes = self.recomputes_attention
+        a_BTC = recomputed(self._attend, *given) if recomputes else self._attend(*given)
+        x_BTC = x_BTC + a_BTC
         y_BTC: Tensor = x_BTC + self.feed_forward(self.forward_norm(x_BTC))
         return y_BTC
+
+    def _attend(self, x_BTC: Tensor, *others: Any) -> Tensor:
+        a_BTC: Tensor = self.attention(self.attention_norm(x_BTC), *others)
+        return a_BTC

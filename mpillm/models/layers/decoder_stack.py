@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.layers.attention import LayerCache, Rotary
 from mpillm.models.layers.block import Block, make_norm
+from mpillm.models.layers.recompute import recomputed
 from mpillm.models.part_module import (
     Fields,
     GenerationCache,
@@ -18,7 +19,7 @@ from mpillm.models.part_module import (
     PartOutput,
     Streams,
 )
-from mpillm.models.spec import Part
+from mpillm.models.spec import Part, Recompute, recompute_of
 
 # Outputs that are added to the stream. Their initial deviation is smaller by √(2 · layers), so that
 # the variance of the stream does not grow with depth (GPT-2, Radford et al. 2019, section 2.3).
@@ -61,6 +62,12 @@ class Decoder(PartModule):
             deviation /= (2 * self.config.layers) ** 0.5
         return deviation
 
+    def set_recompute(self, recompute: Recompute) -> None:
+        self.recompute = recompute
+        for number, block in self.layers.items():
+            assert isinstance(block, Block)
+            block.recomputes_attention = recompute_of(recompute, int(number)) == "attention"
+
     def forward_part(
         self, fields: Fields, streams: Streams, cache: Cache | None = None
     ) -> PartOutput:
@@ -80,7 +87,9 @@ class Decoder(PartModule):
         mask_TS = _mask(length, document_BT, first, x_BTC.device) if masked else None
         for number, block in self.layers.items():
             layer_cache = cache.layers[int(number)] if cache else None
-            x_BTC = block(x_BTC, self.rotary, mask_TS, layer_cache, first)
+            given = x_BTC, self.rotary, mask_TS, layer_cache, first
+            whole = recompute_of(self.recompute, int(number)) == "full"
+            x_BTC = recomputed(block, *given) if whole else block(*given)
         # Layers share the length: it grows once, after the last of them.
         if cache and self.ends:
             cache.length += length

@@ -6,16 +6,23 @@ from itertools import pairwise
 from typing import Literal
 
 from mpillm.errors import LayoutError
-from mpillm.models.spec import ModelSpec, Part
+from mpillm.models.spec import ModelSpec, Part, Recompute, recompute_of
+
+# A block that is recomputed has two forward passes and a backward pass, which costs two forward
+# passes.
+RECOMPUTE_COST = 4 / 3
 
 
 def partition_blocks(
-    model: ModelSpec, stages: int, wanted: Literal["auto"] | Sequence[int] = "auto"
+    model: ModelSpec,
+    stages: int,
+    wanted: Literal["auto"] | Sequence[int] = "auto",
+    recompute: Recompute = "none",
 ) -> list[Part]:
     """Return the part of the model that each of `stages` stages holds: one block at least.
 
-    `wanted`: the numbers of blocks; auto minimises the FLOPs of the dearest stage. Raises
-    LayoutError.
+    `wanted`: the numbers of blocks; auto minimises the FLOPs of the dearest stage, those of
+    `recompute` included. Raises LayoutError.
     """
     if stages > model.blocks:
         raise LayoutError(
@@ -24,7 +31,12 @@ def partition_blocks(
             "model.layers"
         )
     if wanted == "auto":
-        counts = even_counts(model.block_flops, *model.end_flops, stages)
+        whole = [recompute_of(recompute, block) == "full" for block in range(model.blocks)]
+        costs = [
+            flops * (RECOMPUTE_COST if again else 1)
+            for flops, again in zip(model.block_flops, whole, strict=True)
+        ]
+        counts = even_counts(costs, *model.end_flops, stages)
     else:
         counts = [int(count) for count in wanted]
         if len(counts) != stages or sum(counts) != model.blocks:

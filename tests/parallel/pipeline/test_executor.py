@@ -54,10 +54,12 @@ def documents(rows=ROWS):
     return torch.tensor([[0] * 5 + [1] * 7]).repeat(rows, 1)
 
 
-def sharded(comm, config, settings, data=1, fixed_order=False, microbatch=1):
+def sharded(comm, config, settings, data=1, fixed_order=False, microbatch=1, recompute="none"):
     """The model over all ranks, and its share of the batch."""
     mesh = Mesh(comm, {"data": data, "pipeline": comm.size // data})
-    plan = plan_step(config, settings, data, ROWS, microbatch, fixed_order=fixed_order)
+    plan = plan_step(
+        config, settings, data, ROWS, microbatch, fixed_order=fixed_order, recompute=recompute
+    )
     model = ShardedModel(config, CausalLM(), 1, mesh, plan, settings, scored_rows=3)
     first = mesh.axis("data").rank * plan.rows
     own = {name: field[first : first + plan.rows] for name, field in fields().items()}
@@ -126,8 +128,14 @@ def test_pipelines_side_by_side(comm, name, overlap):
     model.close()
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_fixed_order_gives_the_bits_of_one_rank(comm, name):
+# Every schedule with activations that are kept, and with some that are computed again.
+RECOMPUTED = zip(SCHEDULES, ["attention", "full", 2, "full", "attention", "full"], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "recompute"), [*((name, "none") for name in SCHEDULES), *RECOMPUTED]
+)
+def test_a_fixed_order_gives_the_bits_of_one_rank(comm, name, recompute):
     from mpi4py import MPI
 
     alone, whole = sharded(MPI.COMM_SELF, PLAIN, ParallelSettings(), fixed_order=True)
@@ -136,7 +144,7 @@ def test_a_fixed_order_gives_the_bits_of_one_rank(comm, name):
     layouts = [(1, comm.size)] + ([(2, comm.size // 2)] if comm.size % 2 == 0 else [])
     for data, pipeline in layouts:
         settings = ParallelSettings(pipeline=pipeline, schedule=name)
-        model, batch = sharded(comm, PLAIN, settings, data, fixed_order=True)
+        model, batch = sharded(comm, PLAIN, settings, data, fixed_order=True, recompute=recompute)
         losses = model.train(batch).losses
         everywhere = [part for part in comm.allgather((model.share[0], losses)) if part[1]]
         assert [loss for _, part in sorted(everywhere) for loss in part] == expected
