@@ -45,8 +45,22 @@ class DecoderConfig(ModelSpec):
     """The output head is the token embedding."""
     rope_theta: Annotated[float, Gt(0)] = 10000.0
     norm_epsilon: Annotated[float, Gt(0)] = 1e-5
+    dropout: float = 0.0
+    """Probability that training sets a value to 0 where attention or feed-forward adds to the
+    stream.
+    """
+    attention_dropout: float = 0.0
+    """The same for the attention's probabilities; they are then computed without a fused kernel."""
+    embedding_dropout: float = 0.0
+    """The same for the embedding's outputs."""
 
     def __post_init__(self) -> None:
+        for name in ("dropout", "attention_dropout", "embedding_dropout"):
+            if not 0 <= (probability := getattr(self, name)) < 1:
+                raise RecipeError(
+                    f"{name} = {probability:g} is the probability that a value is set to 0: "
+                    "0 (none) or more, and less than 1, which would leave nothing; try 0.1"
+                )
         if self.width % self.heads:
             raise RecipeError(
                 f"width {self.width} is not divisible by {self.heads} heads; "
@@ -107,6 +121,10 @@ class DecoderConfig(ModelSpec):
     @property
     def tied_weights(self) -> Mapping[str, str]:
         return {"head.weight": "embedding.weight"} if self.tied else {}
+
+    @property
+    def drops(self) -> bool:
+        return bool(self.dropout or self.attention_dropout or self.embedding_dropout)
 
     @property
     def cut_dims(self) -> Mapping[str, int]:

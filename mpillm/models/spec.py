@@ -142,6 +142,11 @@ class ModelSpec(ABC):
         return {}
 
     @property
+    def drops(self) -> bool:
+        """Whether training has dropout: each part then reads the field `dropout_keys` (B,)."""
+        return False
+
+    @property
     def cut_dims(self) -> "Mapping[str, int]":
         """The end of a weight's name → the dim along which tensor parallelism may cut it; others
         are replicated.

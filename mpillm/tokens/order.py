@@ -16,6 +16,7 @@ from mpillm.errors import DataError
 
 # Six rounds of one multiplication each scatter windows well; an order needs no cryptography.
 ROUNDS = 6
+DROPOUT_TAG = 0xD509  # any odd word
 PHASE_ROUND = 1 << 20  # a round number that no permutation uses
 
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
@@ -38,6 +39,15 @@ def keys_of(seed: int, epochs: Int64s, number: int) -> UInt64s:
     """Make a 64-bit key for each epoch: round key `number` of the permutation, or the phase's."""
     words = np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)
     return mix(mix(mix(words) ^ epochs.astype(np.uint64)) ^ np.uint64(number))
+
+
+def dropout_keys(seed: int, step: int, first: int, count: int) -> Int64s:
+    """Make the key of the dropout masks of each row `first` … `first` + `count` - 1 of the global
+    batch of `step`.
+    """
+    rows = np.arange(first, first + count, dtype=np.int64)
+    # Mixed once more: round keys of a permutation are other numbers.
+    return mix(keys_of(seed, rows, step) ^ np.uint64(DROPOUT_TAG)).astype(np.int64)
 
 
 def permute(indices: Int64s, count: int, seed: int, epochs: Int64s) -> Int64s:

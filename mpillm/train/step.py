@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mpillm.comm.clock_sync import clock_offset
@@ -22,6 +23,7 @@ from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.parallel.step_plan import StepPlan
 from mpillm.tasks.task import Task
+from mpillm.tokens.order import dropout_keys
 from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.sampler import Sampler
 from mpillm.train.loss_scale import LossScale
@@ -179,11 +181,15 @@ class Trainer:
             self._ahead = step, self._reading.submit(self._fields, step)
 
     def _fields(self, step: int) -> list[Fields]:
+        """Read the fields of each microbatch of this rank; empty where its stages read none."""
         plan = self.plan
-        if not self._reads_fields:
-            return [{}] * len(plan.bounds)
-        windows = self._sampler.windows(step, self._first_row, plan.rows)
-        whole = self.task.fields(windows.fields(self.recipe.data.document_mask))
+        whole: dict[str, Tensor] = {}
+        if self._reads_fields:
+            windows = self._sampler.windows(step, self._first_row, plan.rows)
+            whole = self.task.fields(windows.fields(self.recipe.data.document_mask))
+        if self.recipe.model.drops:
+            keys = dropout_keys(self.recipe.train.seed, step, self._first_row, plan.rows)
+            whole["dropout_keys"] = torch.from_numpy(keys)
         whole = {name: self._on_device(field) for name, field in whole.items()}
         return [{name: field[a:b] for name, field in whole.items()} for a, b in plan.bounds]
 

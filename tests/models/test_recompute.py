@@ -15,6 +15,7 @@ from mpillm.parallel.pipeline.split_backward import SplitBackward
 CONFIGS = [
     {"kv_heads": 2},
     {"norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True},
+    {"dropout": 0.2, "attention_dropout": 0.3},
 ]
 DOCUMENTS = torch.tensor([[0] * 6 + [1] * 10] * 3)
 
@@ -38,7 +39,7 @@ def count_calls(module):
 
 
 def compute(part, x, autocast=False):
-    fields = {"documents": DOCUMENTS}
+    fields = {"documents": DOCUMENTS, "dropout_keys": torch.tensor([3, 1, 4])}
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         return part.forward_part(fields, (x,)).outputs[0]
 

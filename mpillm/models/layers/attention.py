@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpillm.models.decoder import DecoderConfig
+from mpillm.models.layers.dropout import attend_with_dropout
 
 
 class Rotary(nn.Module):
@@ -72,6 +73,7 @@ class Attention(nn.Module):
             config.key_value_heads,
             config.head_width,
         )
+        self.dropout = config.attention_dropout
         self.query = nn.Linear(config.width, config.width, bias=config.bias)
         self.key = nn.Linear(config.width, key_value, bias=config.bias)
         self.value = nn.Linear(config.width, key_value, bias=config.bias)
@@ -84,8 +86,12 @@ class Attention(nn.Module):
         mask_TS: Tensor | None,
         cache: LayerCache | None,
         first: int,
+        keys_B: Tensor | None = None,
     ) -> Tensor:
-        """Attend from position `first`; `mask_TS` (true: may attend) replaces the causal mask."""
+        """Attend from position `first`; `mask_TS` (true: may attend) replaces the causal mask.
+
+        `keys_B`: the layer's keys of dropout masks; None outside of training.
+        """
         batch, length, width = x_BTC.shape
         q_BHTD = self.query(x_BTC).view(batch, length, self.heads, self.head_width).transpose(1, 2)
         k_BKTD = self.key(x_BTC).view(batch, length, self.kv_heads, self.head_width).transpose(1, 2)
@@ -97,13 +103,16 @@ class Attention(nn.Module):
         # Keys are cached after rotation: their positions never change.
         if cache is not None:
             k_BKTD, v_BKTD = cache.extend(k_BKTD, v_BKTD, first)
-        a_BHTD = F.scaled_dot_product_attention(
-            q_BHTD,
-            k_BKTD,
-            v_BKTD,
-            attn_mask=mask_TS,
-            is_causal=mask_TS is None and length > 1,
-            enable_gqa=self.heads != self.kv_heads,
-        )
+        if self.dropout and keys_B is not None:
+            a_BHTD = attend_with_dropout(q_BHTD, k_BKTD, v_BKTD, mask_TS, self.dropout, keys_B)
+        else:
+            a_BHTD = F.scaled_dot_product_attention(
+                q_BHTD,
+                k_BKTD,
+                v_BKTD,
+                attn_mask=mask_TS,
+                is_causal=mask_TS is None and length > 1,
+                enable_gqa=self.heads != self.kv_heads,
+            )
         y_BTC: Tensor = self.output(a_BHTD.transpose(1, 2).reshape(batch, length, width))
         return y_BTC

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.layers.attention import Attention, LayerCache, Rotary
+from mpillm.models.layers.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, drop
 from mpillm.models.layers.recompute import recomputed
 
 
@@ -48,6 +49,7 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        self.dropout = config.dropout
         self.recomputes_attention = False
         self.attention_norm = make_norm(config)
         self.attention = Attention(config)
@@ -61,13 +63,15 @@ class Block(nn.Module):
         mask_TS: Tensor | None,
         cache: LayerCache | None,
         first: int,
+        keys_B: Tensor | None = None,
     ) -> Tensor:
-        given = x_BTC, rotary, mask_TS, cache, first
+        """Compute the block. `keys_B`: the layer's keys of dropout masks; None: no dropout."""
+        given = x_BTC, rotary, mask_TS, cache, first, keys_B
         recomputes = self.recomputes_attention
         a_BTC = recomputed(self._attend, *given) if recomputes else self._attend(*given)
-        x_BTC = x_BTC + a_BTC
-        y_BTC: Tensor = x_BTC + self.feed_forward(self.forward_norm(x_BTC))
-        return y_BTC
+        x_BTC = x_BTC + drop(a_BTC, self.dropout, keys_B, ATTENTION_OUTPUT)
+        y_BTC = self.feed_forward(self.forward_norm(x_BTC))
+        return x_BTC + drop(y_BTC, self.dropout, keys_B, FEED_FORWARD_OUTPUT)
 
     def _attend(self, x_BTC: Tensor, *others: Any) -> Tensor:
         a_BTC: Tensor = self.attention(self.attention_norm(x_BTC), *others)

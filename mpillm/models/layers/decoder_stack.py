@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.layers.attention import LayerCache, Rotary
 from mpillm.models.layers.block import Block, make_norm
+from mpillm.models.layers.dropout import EMBEDDING, EMBEDDING_LAYER, drop, layer_keys
 from mpillm.models.layers.recompute import recomputed
 from mpillm.models.part_module import (
     Fields,
@@ -71,7 +72,9 @@ class Decoder(PartModule):
     def forward_part(
         self, fields: Fields, streams: Streams, cache: Cache | None = None
     ) -> PartOutput:
-        """Compute the part. Fields: `ids` (B, T) at the beginning; `documents` (B, T), optional."""
+        """Compute the part. Fields: `ids` (B, T) at the beginning; `documents` (B, T) and
+        `dropout_keys` (B,), optional.
+        """
         pivot_BTC = streams[0] if self.embedding is None else self.embedding(fields["ids"])
         x_BTC, document_BT = pivot_BTC, fields.get("documents")
         first = cache.length if cache else 0
@@ -82,12 +85,17 @@ class Decoder(PartModule):
             )
         if self.position is not None:
             x_BTC = x_BTC + self.position.weight[first : first + length]
+        row_keys_B = fields.get("dropout_keys")
+        if row_keys_B is not None and self.embedding is not None:
+            embedding_keys_B = layer_keys(row_keys_B, EMBEDDING_LAYER)
+            x_BTC = drop(x_BTC, self.config.embedding_dropout, embedding_keys_B, EMBEDDING)
         # Without a mask the attention kernel is causal by itself, and faster.
         masked = document_BT is not None or first > 0
         mask_TS = _mask(length, document_BT, first, x_BTC.device) if masked else None
         for number, block in self.layers.items():
             layer_cache = cache.layers[int(number)] if cache else None
-            given = x_BTC, self.rotary, mask_TS, layer_cache, first
+            keys_B = None if row_keys_B is None else layer_keys(row_keys_B, int(number))
+            given = x_BTC, self.rotary, mask_TS, layer_cache, first, keys_B
             whole = recompute_of(self.recompute, int(number)) == "full"
             x_BTC = recomputed(block, *given) if whole else block(*given)
         # Layers share the length: it grows once, after the last of them.
@@ -104,7 +112,8 @@ class Decoder(PartModule):
         weight = next(self.layers.parameters())
         shape = (rows, self.config.context, self.config.width)
         x_BTC = torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
-        return x_BTC, self.rotary, None, None, 0
+        keys_B = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        return x_BTC, self.rotary, None, None, 0, keys_B if self.config.drops else None
 
     def make_cache(self, batch: int) -> Cache:
         return Cache(self.config, batch, next(self.parameters()).device)

@@ -1,0 +1,108 @@
+"""Dropout (Srivastava et al. 2014) whose masks are a pure function of keys and positions.
+
+A mask is a counter-based random number (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+3", SC 2011): a hash of the value's place in its row, under a key of the row, the layer and the
+place in the layer. No generator has a state, so a mask is the same on every rank and device, in
+every microbatch, and when a layer is recomputed.
+
+Shapes: B sequences, T positions, S positions attended to, H heads, K heads of keys and values, D
+width of a head, N values of a sequence.
+"""
+
+import torch
+from torch import Tensor
+
+# Places in a layer; the embedding counts as a layer of its own.
+ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, EMBEDDING = range(4)
+EMBEDDING_LAYER = 1 << 32
+# Half a hash decides on one value: probabilities are multiples of 2⁻¹⁶.
+LEVELS = 1 << 16
+# On a CPU a mask is made in pieces that stay in the second cache: twice as fast.
+CACHED_WORDS = 1 << 16
+# SplitMix64's step between states (Steele et al. 2014), as a signed number.
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+def layer_keys(keys_B: Tensor, layer: int) -> Tensor:
+    """Derive the keys (B,) of a layer, int64, from those of the rows."""
+    return _mix64(keys_B ^ _mix_number(layer))
+
+
+def drop(x: Tensor, probability: float, keys_B: Tensor | None, place: int) -> Tensor:
+    """Set values of `x` (B, …) to 0 with `probability`, and scale the rest to keep the mean.
+
+    `keys_B`: of the layer; None outside of training, which returns `x`.
+    """
+    if keys_B is None or not probability:
+        return x
+    # At least one level each: a small probability is no 0, a large one no 1.
+    kept = min(max(round(LEVELS * (1 - probability)), 1), LEVELS - 1)
+    keeps = keep_mask(keys_B ^ _mix_number(place), x[0].numel(), kept).reshape(x.shape)
+    # The product saves the mask alone, a byte a value.
+    return x * keeps * (LEVELS / kept)
+
+
+def keep_mask(keys_B: Tensor, count: int, kept: int) -> Tensor:
+    """Draw numbers (B, N), N = `count`, int8: 1 with the probability `kept` / 2¹⁶, else 0."""
+    pairs = (count + 1) // 2
+    words_B1 = _mix64(keys_B)[:, None]
+    starts_B1 = (words_B1 >> 32).to(torch.int32)
+    # Each row has its own odd step between counters: two rows are not one sequence, shifted.
+    steps_B1 = words_B1.to(torch.int32) | 1
+    counters_N = torch.arange(pairs, dtype=torch.int32, device=keys_B.device)
+    keeps_BN = torch.empty(len(keys_B), 2 * pairs, dtype=torch.int8, device=keys_B.device)
+    piece = max(1, CACHED_WORDS // len(keys_B)) if keys_B.device.type == "cpu" else pairs
+    for first in range(0, pairs, piece):
+        last = min(first + piece, pairs)
+        bits = _mix32_((counters_N[first:last] * steps_B1).add_(starts_B1)).view(torch.int16)
+        # In place: a comparison that makes booleans takes three times as long on a CPU.
+        keeps_BN[:, 2 * first : 2 * last] = bits.lt_(kept - LEVELS // 2)
+    return keeps_BN[:, :count]
+
+
+def attend_with_dropout(
+    q_BHTD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    mask_TS: Tensor | None,
+    probability: float,
+    keys_B: Tensor,
+) -> Tensor:
+    """Attend with dropout of the probabilities; `mask_TS`: true: may attend, None: causal.
+
+    Fused kernels cannot take such masks, so this path holds all B × H × T × S probabilities.
+    """
+    groups = q_BHTD.shape[1] // k_BKSD.shape[1]
+    if groups > 1:
+        k_BKSD, v_BKSD = (each.repeat_interleave(groups, dim=1) for each in (k_BKSD, v_BKSD))
+    if mask_TS is None:
+        shape = (q_BHTD.shape[-2], k_BKSD.shape[-2])
+        mask_TS = torch.ones(shape, dtype=torch.bool, device=q_BHTD.device).tril()
+    scores_BHTS = (q_BHTD * q_BHTD.shape[-1] ** -0.5) @ k_BKSD.transpose(-2, -1)
+    # float32: the sum of a softmax has thousands of terms.
+    shares_BHTS = scores_BHTS.float().masked_fill(~mask_TS, -torch.inf).softmax(-1)
+    shares_BHTS = drop(shares_BHTS.to(v_BKSD.dtype), probability, keys_B, ATTENTION_PROBABILITIES)
+    return shares_BHTS @ v_BKSD
+
+
+def _mix64(words: Tensor) -> Tensor:
+    """Mix int64 words by SplitMix64's bijection."""
+    # Shifts of signed words copy the sign: the masks remove the copies.
+    words = words + GOLDEN
+    words = (words ^ ((words >> 30) & ((1 << 34) - 1))) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    words = (words ^ ((words >> 27) & ((1 << 37) - 1))) * (0x94D049BB133111EB - (1 << 64))
+    return words ^ ((words >> 31) & ((1 << 33) - 1))
+
+
+def _mix_number(number: int) -> int:
+    """Spread a small number over 63 bits."""
+    return ((number + 1) * (GOLDEN & ((1 << 63) - 1))) & ((1 << 63) - 1)
+
+
+def _mix32_(words: Tensor) -> Tensor:
+    """Mix int32 words in place, by the bijection lowbias32 (Wellons, "Hash prospector", 2018)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
+        words ^= (words >> shift).bitwise_and_((1 << (32 - shift)) - 1)
+        words *= factor
+    words ^= (words >> 16).bitwise_and_(0xFFFF)
+    return words

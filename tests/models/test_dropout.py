@@ -1,0 +1,126 @@
+"""Dropout: its masks follow from keys alone."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mpillm.models.decoder import DecoderConfig
+from mpillm.models.layers.dropout import (
+    ATTENTION_OUTPUT,
+    FEED_FORWARD_OUTPUT,
+    attend_with_dropout,
+    drop,
+    keep_mask,
+    layer_keys,
+)
+from mpillm.models.part_module import create
+from mpillm.models.spec import Part
+
+KEYS = torch.tensor([5, 6, -7, 1 << 62])
+HALF = 1 << 15
+
+
+def mask(keys, count=1 << 16, kept=HALF):
+    return keep_mask(keys, count, kept).float()
+
+
+@pytest.mark.parametrize("kept", [1, HALF // 4, HALF, 60_000, (1 << 16) - 1])
+def test_the_share_of_kept_values_is_the_probability(kept):
+    share = kept / 65536
+    found = mask(KEYS, 1 << 17, kept).mean(1)
+    # Five standard deviations of a mean of 2¹⁷ draws.
+    bound = 5 * (share * (1 - share) / (1 << 17)) ** 0.5
+    assert (found - share).abs().max() <= bound
+
+
+def test_masks_of_neighbours_are_independent():
+    keys = torch.cat(
+        [layer_keys(torch.arange(4) + row, layer) for row in (0, 1000) for layer in (0, 1, 2)]
+    )
+    keys = torch.cat([keys, keys ^ 1])
+    rows = mask(keys.unique())
+    found = torch.corrcoef(rows).fill_diagonal_(0).abs().max()
+    # 47 rows have a thousand pairs; a correlation of 2¹⁶ draws has a deviation of 2⁻⁸.
+    assert found < 6 / 256
+    for shift in (1, 2, 3, 16, 256, 1 << 15):
+        pairs = (rows[:, shift:] - 0.5) * (rows[:, :-shift] - 0.5)
+        assert pairs.mean().abs() < 6 * 0.25 / pairs.numel() ** 0.5, shift
+    # A row is no other row's, shifted.
+    spectra = torch.fft.rfft(rows[:8] - 0.5)
+    for one in range(8):
+        for other in range(one):
+            shifted = torch.fft.irfft(spectra[one] * spectra[other].conj())
+            assert shifted.abs().max() < 8 * 0.25 * (1 << 16) ** 0.5
+
+
+def test_a_mask_does_not_depend_on_its_batch():
+    whole = keep_mask(KEYS, 70_001, HALF)
+    for row, key in enumerate(KEYS):
+        assert torch.equal(keep_mask(key[None], 70_001, HALF)[0], whole[row])
+    # Nor on its length: a longer row begins with the same values.
+    assert torch.equal(keep_mask(KEYS, 99, HALF), whole[:, :99])
+
+
+def test_the_mean_is_kept_and_gradients_have_the_same_mask():
+    x = torch.ones(4, 64, 128, requires_grad=True)
+    y = drop(x, 0.25, KEYS, ATTENTION_OUTPUT)
+    assert y.detach().unique().tolist() == pytest.approx([0, 4 / 3])
+    assert float(y.detach().mean()) == pytest.approx(1, abs=0.02)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    other = drop(x, 0.25, KEYS, FEED_FORWARD_OUTPUT)
+    assert not torch.equal(other, y)
+
+
+def test_it_is_off_without_keys_or_a_probability():
+    x = torch.ones(4, 8)
+    assert drop(x, 0.5, None, 0) is x
+    assert drop(x, 0.0, KEYS, 0) is x
+    assert drop(x, 1e-9, KEYS, 0).isfinite().all()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_without_drops_is_the_fused_one(groups, masked):
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(4, 4, 9, 8, generator=generator)
+    k, v = (torch.randn(4, 4 // groups, 9, 8, generator=generator) for _ in range(2))
+    document = torch.tensor([0] * 4 + [1] * 5)
+    same = (document[:, None] == document).tril() if masked else None
+    fused = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=same, is_causal=not masked, enable_gqa=groups > 1
+    )
+    plain = attend_with_dropout(q, k, v, same, 0.0, KEYS)
+    torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-5)
+    dropped = torch.stack([attend_with_dropout(q, k, v, same, 0.3, KEYS + n) for n in range(200)])
+    torch.testing.assert_close(dropped.mean(0), fused, rtol=0.3, atol=0.3)
+
+
+def model(part=None, **changes):
+    config = {"layers": 2, "width": 32, "heads": 4, "context": 16, "vocab_size": 50, **changes}
+    return create(DecoderConfig(**config), 1, part=part)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "attention_dropout", "embedding_dropout"])
+def test_each_kind_changes_training_alone(kind):
+    dropping, plain = model(**{kind: 0.2}), model()
+    ids = torch.randint(50, (4, 16), generator=torch.Generator().manual_seed(3))
+    assert dropping.spec.drops
+    assert not plain.spec.drops
+    with torch.inference_mode():
+        expected = plain(ids)
+        assert torch.equal(dropping(ids), expected)
+        given = {"ids": ids, "dropout_keys": KEYS}
+        (found,) = dropping.forward_part(given, ()).outputs
+        assert not torch.allclose(found, expected)
+        assert torch.equal(plain.forward_part(given, ()).outputs[0], expected)
+        # Row by row, and in parts, as in microbatches and pipelines.
+        for row in range(4):
+            given = {"ids": ids[row : row + 1], "dropout_keys": KEYS[row : row + 1]}
+            (alone,) = dropping.forward_part(given, ()).outputs
+            torch.testing.assert_close(alone, found[row : row + 1])
+        given, streams = {"ids": ids, "dropout_keys": KEYS}, ()
+        for number in range(2):
+            part = model(Part(number, number + 1), **{kind: 0.2})
+            streams = part.forward_part(given, streams).outputs
+        assert torch.equal(streams[0], found)
