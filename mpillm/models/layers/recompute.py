@@ -7,7 +7,7 @@ Each tensor then lives as long as its handle, and so as long as autograd keeps w
 
 The rule for a backward pass in two halves (split_backward.py): the input half recomputes, once. The
 weight half opens the same handles, so between the halves the activations live as they do without
-recomputation. torch.utils.checkpoint fills its handles anew in each call of autograd: it would
+recomputation. torch.utils.checkpoint fills its handles again in each call of autograd: it would
 recompute once for each group of weights.
 """
 
