@@ -54,7 +54,9 @@ def test_a_document_mask_is_refused(data: Path, folder: Path, comm: MPI.Intracom
 
 @pytest.mark.slow("compiles")
 @pytest.mark.skipif(not find_compiler(), reason="needs a C++ compiler")
+@pytest.mark.usefixtures("processes")
 def test_compiled_losses_are_the_others(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    """At one rank: a compiler starts processes, and each rank would need a minute."""
     train(recipe(data, folder / "plain"), comm, QUIET)
     said: list[str] = []
     console = Console(speaks=False)

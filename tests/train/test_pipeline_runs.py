@@ -18,6 +18,8 @@ from mpillm.train.setup import train
 from mpillm.weights.finding import find
 
 QUIET = Console(speaks=False)
+# tests/train/test_train.py compares fifty.
+STEPS = 20
 
 pytestmark = pytest.mark.slow("trains whole runs, one for each layout")
 
@@ -27,7 +29,7 @@ def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe
         "model": {"layers": 8, "width": 16, "heads": 2, "context": 24},
         "data": {"path": str(dataset)},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 5},
-        "train": {"run": str(run), "steps": 50, "batch": 8, "microbatch": 1, "fixed_order": True},
+        "train": {"run": str(run), "steps": STEPS, "batch": 8, "microbatch": 1, "fixed_order": True},
     }
     for name, section in sections.items():
         table[name] = {**table.get(name, {}), **section}
@@ -50,7 +52,7 @@ def layouts(ranks: int) -> list[dict[str, object]]:
     return found + ([{"pipeline": 2, "data": 2}] if ranks == 4 else [])
 
 
-def test_fifty_steps_have_the_bits_of_one_rank(
+def test_a_pipeline_has_the_bits_of_one_rank(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
     alone = folder / "alone"
@@ -63,10 +65,10 @@ def test_fifty_steps_have_the_bits_of_one_rank(
         assert metrics(run, "loss", "grad_norm") == metrics(alone, "loss", "grad_norm"), parallel
         assert metrics(run, "validation_loss") == metrics(alone, "validation_loss"), parallel
         assert hashes(run, comm) == hashes(alone, comm), parallel
-        assert len(metrics(run, "loss")) == 50
+        assert len(metrics(run, "loss")) == STEPS
 
 
-def test_without_it_fifty_steps_agree_within_rounding(
+def test_without_a_fixed_order_losses_agree_within_rounding(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
     alone, free = folder / "alone", {"fixed_order": False}

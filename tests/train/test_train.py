@@ -183,7 +183,7 @@ def test_a_lower_dtype_learns_as_float32_does(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
     for dtype in ("float32", "bfloat16", "float16"):
-        settings = {"train": {"dtype": dtype, "steps": 100, "microbatch": 2}}
+        settings = {"train": {"dtype": dtype, "steps": 50, "microbatch": 6}}
         train(recipe(data, folder / dtype, **settings), comm, QUIET)
     whole = losses_of(folder / "float32")
     for dtype in ("bfloat16", "float16"):
