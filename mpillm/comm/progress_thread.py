@@ -4,7 +4,7 @@ inside a call.
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -23,11 +23,12 @@ class ProgressThread:
 
     It sleeps between two polls, so that the computation keeps its core, and holds Python's lock for
     a poll only: torch's backward pass runs without it. MPI must allow calls from several threads
-    (MPI_THREAD_MULTIPLE, which mpi4py asks for by default).
+    (MPI_THREAD_MULTIPLE, which mpi4py asks for by default). `begin` is called first, in the thread:
+    it may choose a GPU and a stream, which are a thread's own.
     """
 
-    def __init__(self, messages: Progressing) -> None:
-        self._messages = messages
+    def __init__(self, messages: Progressing, begin: Callable[[], object] | None = None) -> None:
+        self._messages, self._begin = messages, begin
         # MPI calls of the two threads must not overlap on one request.
         self.lock = threading.Lock()
         self._wanted = threading.Event()
@@ -70,6 +71,12 @@ class ProgressThread:
 
     def _work(self) -> None:
         interval_seconds = WAITING["PROGRESS_SECONDS"]
+        try:
+            if self._begin is not None:
+                self._begin()
+        except Exception as failure:
+            self._failure = failure
+            return
         while self._wanted.wait() and not self._ended:
             with self.lock:
                 try:

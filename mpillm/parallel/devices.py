@@ -37,10 +37,27 @@ def choose_device(
         rank, text = faults[0]
         raise LayoutError(f"{option} = cuda: rank {rank}: {text}")
     if not share:
-        _check_shared(everyone, node_map)
+        _check_shared(everyone, node_map, option)
     torch.cuda.set_device(own.number)
     names = {gpu.name for gpu, _ in everyone}
     return f"cuda:{own.number}", f"{comm.size} × {' and '.join(sorted(names))}"
+
+
+def may_take_gpus(wanted: str) -> bool:
+    """Return whether `choose_device` may give GPUs for `wanted`, as far as this rank sees."""
+    return wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+
+
+def own_device(name: str) -> torch.device:
+    """Return the device `name` (`cpu`, `cuda`, `cuda:1`) with the number that this rank's GPU has.
+
+    `choose_device` has made it the current one, in the calling thread alone: in a new thread a
+    `cuda` without a number is GPU 0.
+    """
+    device = torch.device(name)
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,7 @@ def _own_gpu(order: str, node_map: NodeMap, rank: int) -> tuple[_Gpu, str]:
     return _Gpu(number, facts.name, identity), ""
 
 
-def _check_shared(everyone: list[tuple[_Gpu, str]], node_map: NodeMap) -> None:
+def _check_shared(everyone: list[tuple[_Gpu, str]], node_map: NodeMap, option: str) -> None:
     """Raise LayoutError where two ranks of a node would compute on one GPU."""
     for ranks in node_map.nodes:
         users: dict[str, list[int]] = {}
@@ -83,10 +100,16 @@ def _check_shared(everyone: list[tuple[_Gpu, str]], node_map: NodeMap) -> None:
             users.setdefault(everyone[rank][0].identity, []).append(rank)
         for shared in users.values():
             if len(shared) > 1:
+                # The verbs without a recipe have no setting that allows it.
+                training = option == "train.device"
+                remedy = (
+                    "allow it: --set train.share_gpu=true"
+                    if training
+                    else f"compute on the CPU: {option} cpu"
+                )
                 raise LayoutError(
-                    f"train.device = cuda: a rank takes a GPU of its own, and {len(ranks)} ranks "
+                    f"{option} = cuda: a rank takes a GPU of its own, and {len(ranks)} ranks "
                     f"of a node have {len(users)}: ranks {shared[0]} and {shared[1]} would share "
                     f"{everyone[shared[0]][0].name} {everyone[shared[0]][0].number}; start "
-                    f"{len(users)} ranks a node, ask for more GPUs, or allow it: "
-                    "--set train.share_gpu=true"
+                    f"{len(users)} ranks a node, ask for more GPUs, or {remedy}"
                 )

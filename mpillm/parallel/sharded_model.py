@@ -17,6 +17,7 @@ from mpillm.models.spec import ModelSpec
 from mpillm.parallel.axis_sizes import counts_loss
 from mpillm.parallel.compiling import compile_layers, uncompiled
 from mpillm.parallel.data.replicated import ReplicatedGradients
+from mpillm.parallel.devices import own_device
 from mpillm.parallel.grad_norm import clip_gradients_
 from mpillm.parallel.pipeline.executor import Pipeline
 from mpillm.parallel.pipeline.schedules.forward_only import forward_only
@@ -70,7 +71,7 @@ class ShardedModel:
         """
         self.spec, self.task, self.mesh, self.plan = spec, task, mesh, plan
         axis, schedule = mesh.axis("pipeline"), plan.schedule
-        device = torch.device(plan.precision.device)
+        self.device = device = own_device(plan.precision.device)
         self.parts: dict[int, PartModule] = {
             stage: create(spec, seed, device, plan.parts[stage])
             for stage in schedule.stages_of(axis.rank)
@@ -172,6 +173,8 @@ class ShardedModel:
             if losses
             else []
         )
+        if on_device := self.pipeline.device_spans():
+            spans, ended = on_device, on_device[-1].end
         return Passes(by_number, spans, ended, time.perf_counter())
 
     def clip_(self, max_norm: float, loss_scale: float = 1.0) -> float:
@@ -212,7 +215,7 @@ class ShardedModel:
         streams = StreamShapes(
             lambda number: tuple((*shape_of(number), width) for width in widths),
             torch_dtype(self.plan.precision.dtype),
-            torch.device(self.plan.precision.device),
+            self.device,
         )
         # Architectures may behave otherwise in training, such as by dropout.
         for part in self.parts.values():

@@ -96,7 +96,7 @@ class Trainer:
         offered = (*task.field_names, *(["documents"] if documents else []))
         self._reads_fields = self.model.reads_fields(offered)
         self._first_row = mesh.axis("data").rank * plan.rows
-        self._reading = ThreadPoolExecutor(1) if plan.precision.device != "cpu" else None
+        self._reading = _reading_thread(self.model.device)
         self._ahead: tuple[int, Future[list[Fields]] | None] = (-1, None)
         self._fixed_weight = task.fixed_weight(recipe.train.batch, recipe.model.context)
         self.clock_offset = clock_offset(mesh.comm, mesh.node_map)
@@ -194,11 +194,12 @@ class Trainer:
         return [{name: field[a:b] for name, field in whole.items()} for a, b in plan.bounds]
 
     def _on_device(self, field: Tensor) -> Tensor:
-        device = self.plan.precision.device
-        if device == "cpu":
+        device = self.model.device
+        if device.type == "cpu":
             return field
-        # From pinned memory the copy is asynchronous.
-        return field.pin_memory().to(device, non_blocking=True)
+        # From pinned memory the copy is asynchronous. A view with gaps would take its way through
+        # other memory, and wait for all work that the GPU has.
+        return field.contiguous().pin_memory().to(device, non_blocking=True)
 
     def _global_weight(self, fields: list[Fields]) -> float:
         """Add up the weights of all microbatches of all ranks. Every rank of the mesh calls it."""
@@ -214,3 +215,11 @@ class Trainer:
                 "raise train.batch, or check the data and the task"
             )
         return total
+
+
+def _reading_thread(device: torch.device) -> ThreadPoolExecutor | None:
+    """Make the thread that reads ahead for a GPU; None for the CPU."""
+    if device.type == "cpu":
+        return None
+    # A new thread's current GPU is number 0, on which it would take memory for a context.
+    return ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))

@@ -9,7 +9,7 @@ from mpi4py import MPI
 from mpillm.errors import LayoutError
 from mpillm.machine.node_map import NodeMap
 from mpillm.parallel import devices
-from mpillm.parallel.devices import choose_device
+from mpillm.parallel.devices import choose_device, may_take_gpus, own_device
 
 ALONE = NodeMap(((0,),))
 
@@ -27,7 +27,11 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 def on_ranks(
-    node_map: NodeMap, wanted: str = "auto", gpus: str = "", share: bool = False
+    node_map: NodeMap,
+    wanted: str = "auto",
+    gpus: str = "",
+    share: bool = False,
+    option: str = "train.device",
 ) -> list[str]:
     """Choose on every rank of `node_map`, as if each were asked in turn."""
     size = node_map.size
@@ -39,7 +43,7 @@ def on_ranks(
             size=size,
             allgather=lambda own: [own] * size if isinstance(own, bool) else answers,
         )
-        chosen.append(choose_device(wanted, comm, node_map, gpus, share)[0])
+        chosen.append(choose_device(wanted, comm, node_map, gpus, share, option)[0])
     return chosen
 
 
@@ -61,7 +65,23 @@ def test_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     node = NodeMap(((0, 1),))
     with pytest.raises(LayoutError, match=r"ranks 0 and 1 would share NVIDIA H200 0; .*share_gpu"):
         on_ranks(node, "cuda")
+    # A verb without a recipe has no such setting.
+    with pytest.raises(LayoutError, match=r"--device = cuda: .* on the CPU: --device cpu"):
+        on_ranks(node, option="--device")
     assert on_ranks(node, share=True) == ["cuda:0"] * 2
+
+
+def test_a_device_has_its_number_in_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    names = ("cuda", "cuda:1", "cpu")
+    assert [str(own_device(name)) for name in names] == ["cuda:3", "cuda:1", "cpu"]
+
+
+def test_gpus_may_be_taken_where_one_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 0)
+    assert [may_take_gpus(word) for word in ("auto", "cuda", "cpu")] == [False, True, False]
+    with_gpus(monkeypatch, 1)
+    assert [may_take_gpus(word) for word in ("auto", "cuda", "cpu")] == [True, True, False]
 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

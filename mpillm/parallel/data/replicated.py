@@ -5,7 +5,9 @@ batch), so the sum over microbatches and ranks is the mean over all targets, how
 shares.
 """
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +74,8 @@ class ReplicatedGradients(GradientSync):
         )
         # The last part first: its backward pass comes first.
         trained = [list(dict.fromkeys(p for p in part if p.requires_grad)) for part in parts]
-        on_gpu = any(p.is_cuda for parameters in trained for p in parameters)
+        gpu = next((p.device for parameters in trained for p in parameters if p.is_cuda), None)
+        on_gpu = gpu is not None
         wanted = axis.size > 1 and not fixed_order
         self.overlaps = wanted and self._wants_overlap(settings.overlap, on_gpu)
         early = self.overlaps and not on_gpu
@@ -86,7 +89,10 @@ class ReplicatedGradients(GradientSync):
         lower = any(summed_dtype(p.dtype) != p.dtype for parameters in trained for p in parameters)
         buckets_needed = axis.size > 1 or fixed_order or lower
         self._loose = [] if buckets_needed else [p for parameters in trained for p in parameters]
-        self._thread = ProgressThread(self._group) if self.overlaps else None
+        self._stream: torch.cuda.Stream | None = None
+        if self.overlaps and on_gpu:
+            self._stream = torch.cuda.Stream(gpu)  # type: ignore[no-untyped-call]
+        self._thread = _start_thread(self._group, self._stream) if self.overlaps else None
         # Shared memory pays where ranks of the axis share a node.
         share = settings.allreduce in ("auto", "shared", "two-level") and axis.size > len(
             self._group.nodes
@@ -97,10 +103,8 @@ class ReplicatedGradients(GradientSync):
             )
             for part, group in (groups if buckets_needed else ())
         ]
-        if on_gpu and self.overlaps:
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            for bucket in self.buckets:
-                bucket.stream = stream
+        for bucket in self.buckets:
+            bucket.stream = self._stream
         self._parameters = [p for parameters in trained for p in parameters]
         self._masters: MasterWeights | None = None
         # Parts whose last microbatch has begun.
@@ -169,7 +173,10 @@ class ReplicatedGradients(GradientSync):
                     break
                 if candidate.handle is None:
                     candidate.start_sum()
-            self._group.progress()
+            # In the stream of the sums: where one ends, the current stream waits for its copies,
+            # and the backward pass must not.
+            with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+                self._group.progress()
         self._thread.resume()
 
     def microbatch_ended(self, part: int) -> None:
@@ -251,3 +258,13 @@ class ReplicatedGradients(GradientSync):
         if self._thread is not None:
             self._thread.end()
         self._group.free()
+
+
+def _start_thread(group: Communicator, stream: "torch.cuda.Stream | None") -> ProgressThread:
+    """Start the thread that progresses sums, on the GPU and in the stream of the sums.
+
+    A new thread has GPU 0 and its default stream. There it would take memory for a context, and
+    let the backward pass wait for the sums.
+    """
+    begin = functools.partial(torch.cuda.set_stream, stream) if stream else None
+    return ProgressThread(group, begin)

@@ -18,6 +18,7 @@ from mpillm.errors import CommError
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Streams
 from mpillm.parallel.pipeline.actions import Action, PipelineSchedule, RoutedAction, RoutedRow
+from mpillm.parallel.pipeline.device_clock import DeviceClock
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import PipelineStage
 from mpillm.parallel.pipeline.stream_transport import (
@@ -53,6 +54,7 @@ class Pipeline:
         self._channels = ChannelSet(
             axis.comm, channels, way=way, profile=profile, warn=warn, node_map=axis.node_map
         )
+        self._clock: DeviceClock | None = None
 
     @property
     def ways(self) -> list[str]:
@@ -68,17 +70,26 @@ class Pipeline:
         """Run this rank's row of `schedule` with its `stages`. Every rank of the axis calls it,
         with one schedule.
 
-        Returns when each action computed, in seconds of time.perf_counter. Then all sends are
-        complete or in flight.
+        Returns when each action computed, in seconds of time.perf_counter; on a GPU, when it was
+        enqueued (see `device_spans`). Then all sends are complete or in flight.
         """
         assert schedule.rank_of == self.placement.rank_of
         row = schedule.routed_row(self.axis.rank)
         transport = make_transport(self._channels, streams)
-        execution = _RowExecution(transport, row, stages, streams)
+        on_gpu = streams.device is not None and streams.device.type == "cuda"
+        self._clock = DeviceClock() if on_gpu else None
+        execution = _RowExecution(transport, row, stages, streams, self._clock)
         spans = [execution.execute(routed) for routed in row.actions]
         # Sent streams are freed when this returns, so their bytes must be on their way.
         transport.drain()
         return spans
+
+    def device_spans(self) -> list[Span]:
+        """Return when a GPU computed each action of the last run; empty on the CPU.
+
+        It waits for the GPU.
+        """
+        return [] if self._clock is None else self._clock.spans()
 
     def close(self) -> None:
         """Free the channels. Every rank of the axis calls it, last."""
@@ -94,8 +105,10 @@ class _RowExecution:
         row: RoutedRow,
         stages: Mapping[int, PipelineStage],
         streams: StreamShapes,
+        clock: DeviceClock | None,
     ) -> None:
         self._transport, self._stages, self._streams = transport, stages, streams
+        self._clock = clock
         # Results that another stage of this rank takes.
         self._local: dict[Action, Streams] = {}
         self._arriving = {channel: deque(found) for channel, found in row.arrivals.items()}
@@ -112,6 +125,7 @@ class _RowExecution:
             given = self._receive(routed.receive_from)
         elif routed.local_input is not None:
             given = self._local.pop(routed.local_input)
+        mark = self._clock.mark() if self._clock else None
         stage, begin = self._stages[action.stage], time.perf_counter()
         result: Streams = ()
         if action.kind == "F":
@@ -123,6 +137,8 @@ class _RowExecution:
         else:
             stage.backward_weight(action.microbatch)
         end = time.perf_counter()
+        if self._clock:
+            self._clock.add(action, mark, self._clock.mark())
         self._transport.progress()
         if result:
             self._pass_on(routed, result)
