@@ -161,7 +161,10 @@ def reason_of(failure: BaseException) -> Reason:
     if isinstance(failure, OSError):
         text = explain(failure)
     elif isinstance(failure, MemoryError):
-        text = f"out of memory{f' ({text})' if text else ''}; use a smaller job or more nodes"
+        # Its second argument, where there is one, is the remedy.
+        what, *remedies = failure.args or ("",)
+        remedy = remedies[0] if remedies else "use a smaller job or more nodes"
+        text = f"out of memory{f' ({what})' if what else ''}; {remedy}"
     elif not isinstance(failure, MpillmError | SystemExit):
         text = _foreign_text(failure)
     trace = "".join(traceback.format_exception(failure))

@@ -17,7 +17,11 @@ from mpillm.errors import DataError, UsageError
 from mpillm.models.spec import ModelSpec, Part, Recompute
 
 # torch raises RuntimeError for both, on the CPU and on a GPU.
-_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|STATUS_ALLOC_FAILED", re.IGNORECASE
+)
+_ASKED = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.IGNORECASE)
+_OF_GPU = re.compile(r"(GPU \d+) has a total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+)")
 # The embedding's words on the CPU. Other indices have other words.
 _NO_SUCH_ID = "index out of range in self"
 
@@ -152,8 +156,12 @@ def create(
     spec: ModelSpec, seed: int, device: torch.device | None = None, part: Part | None = None
 ) -> PartModule:
     """Build and initialise the model, or the `part` of it, on `device` (None: the CPU)."""
-    with device or torch.device("cpu"), WithoutValues():
+    place = device or torch.device("cpu")
+    with place, WithoutValues():
         model = spec.build(part)
+    # An architecture may compute buffers on the CPU. Before torch 2.8 its get_default_device does
+    # not know the device of a `with`, either.
+    model.to(place)
     initialise(model, seed)
     return model
 
@@ -180,12 +188,17 @@ def torch_explained() -> Iterator[None]:
     except (RuntimeError, IndexError) as failure:
         text = str(failure)
         if _NO_MEMORY.search(text):
-            asked = re.search(r"tried to allocate ([\d.]+ ?\w+)", text)
-            wanted = f"torch asked for {asked[1]}" if asked else "torch asked for more than is free"
-            raise MemoryError(wanted) from failure
+            raise MemoryError(_memory_text(text)) from failure
         if _NO_SUCH_ID in text:
             raise DataError(
                 "a token id is not in the model's vocabulary: a shard is damaged; "
                 "find it with `mpillm prepare --verify`, or prepare the dataset again"
             ) from failure
         raise
+
+
+def _memory_text(text: str) -> str:
+    """Say how much memory torch asked for, and of a GPU how much there is, from its message."""
+    asked, gpu = _ASKED.search(text), _OF_GPU.search(text)
+    wanted = f"torch asked for {asked[1]}" if asked else "torch asked for more than is free"
+    return wanted + (f", and {gpu[3]} of the {gpu[2]} of {gpu[1]} are free" if gpu else "")

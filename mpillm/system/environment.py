@@ -1,5 +1,6 @@
-"""The environment of a process outside of the job: without the launcher's variables."""
+"""The environment of a process: without its launcher's variables, and with defaults."""
 
+import os
 from collections.abc import Mapping
 
 # Beginnings of the variables by which a launcher makes a process a rank of a job. A user's own
@@ -41,3 +42,8 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     A child that starts MPI with them would take the place of its parent in the job.
     """
     return {name: value for name, value in environment.items() if not name.startswith(LAUNCHERS)}
+
+
+def set_default(name: str, value: str) -> None:
+    """Set a variable for the libraries that this process loads, unless the user has set it."""
+    os.environ.setdefault(name, value)

@@ -13,14 +13,16 @@ from mpillm.parallel.devices import choose_device
 from mpillm.parallel.precision import torch_dtype
 from mpillm.parallel.step_plan import ELEMENT_BYTES, Precision
 from mpillm.system.console import Console
+from mpillm.system.environment import set_default
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from mpillm.train.recipe import TrainSettings
+    from mpillm.train.recipe import Recipe, TrainSettings
 
-# Tokens × width × width of the product that is timed: a millisecond in float32 on one core.
-PRODUCT = (128, 512, 512)
+# Tokens × width × width of the product that is timed: a millisecond in float32 on one core. A GPU
+# takes a smaller time than the start of a kernel (10 µs) for that: all dtypes would seem alike.
+PRODUCT = {"cpu": (128, 512, 512), "cuda": (2048, 2048, 2048)}
 REPEATS = 3
 # `auto` takes a lower dtype where its product takes less than this share of float32's time. The
 # rest of a step gains nothing, and conversions cost.
@@ -56,9 +58,11 @@ def choose_hardware(
     device, words = choose_device(
         settings.device, comm, node_map, settings.gpus, settings.share_gpu
     )
-    _allow_tf32(settings.tf32)
-    dtype = choose_dtype(settings.dtype, device, comm, console)
     kind = device.partition(":")[0]
+    _allow_tf32(settings.tf32)
+    if kind == "cuda":
+        _repeat_bits(settings.fixed_order)
+    dtype = choose_dtype(settings.dtype, device, comm, console)
     return Hardware(device, Precision(kind, dtype, settings.reduce_dtype), words)
 
 
@@ -79,6 +83,33 @@ def _allow_tf32(allowed: bool) -> None:
     # torch's default for products is off, for convolutions on: both follow the recipe.
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+def _repeat_bits(wanted: bool) -> None:
+    """Let torch take only kernels of a GPU that give the same bits in each run, or any.
+
+    The backward pass of attention otherwise adds up in the order in which its blocks end.
+    """
+    if wanted:
+        # Before the first product: torch asks for it, and cuBLAS reads it once.
+        set_default("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Memory without values is always written before it is read here; filling it takes time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # The call loads torch's compiler, which takes seconds.
+    if wanted != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(wanted)
+
+
+def memory_remedy(recipe: "Recipe") -> str:
+    """Say which settings let a rank need less memory."""
+    train, remedies = recipe.train, []
+    if train.microbatch != 1:
+        rows = train.microbatch or "all of a rank's share"
+        remedies.append(f"lower train.microbatch ({rows}; the batch stays as it is)")
+    if train.dtype == "float32" and train.device == "cuda":
+        remedies.append("take train.dtype = bfloat16")
+    remedies.append("cut the layers over more ranks (parallel.pipeline), or take a smaller model")
+    return ", ".join(remedies)
 
 
 def choose_dtype(wanted: str, device: str, comm: "MPI.Intracomm", console: Console) -> str:
@@ -128,12 +159,14 @@ def product_seconds(device: str, names: list[str]) -> dict[str, float]:
         try:
             found[name] = _product_seconds(device, torch_dtype(name), found.get("float32"))
         except RuntimeError:
-            continue
+            # Without this one there is nothing to compare with, such as on a GPU that is full.
+            if name == "float32":
+                raise
     return found
 
 
 def _product_seconds(device: str, dtype: torch.dtype, float32: float | None) -> float:
-    rows, inner, columns = PRODUCT
+    rows, inner, columns = PRODUCT[torch.device(device).type]
     a = torch.ones(rows, inner, dtype=dtype, device=device)
     b = torch.ones(columns, inner, dtype=dtype, device=device)
     least = float("inf")

@@ -34,6 +34,7 @@ from mpillm.system.messages import explain
 from mpillm.system.versions import package_version
 from mpillm.tokens.manifest import NAME as MANIFEST
 from mpillm.tokens.manifest import Manifest
+from mpillm.train.hardware import memory_remedy
 from mpillm.train.hold import Hold
 from mpillm.train.optimizers.optimizer import set_steps
 from mpillm.train.recipe import Recipe, write_recipe
@@ -445,6 +446,8 @@ class TrainingLoop:
             )
         if isinstance(failure, KeyboardInterrupt):
             return type(failure)(remedy)
+        if isinstance(failure, MemoryError):
+            return MemoryError(str(failure), f"{memory_remedy(self._recipe)}; {remedy}")
         if isinstance(failure, OSError):
             path = failure.filename or self._folder
             return CheckpointError(f"{path}: {failure.strerror or failure}; correct that; {remedy}")

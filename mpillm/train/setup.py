@@ -12,6 +12,7 @@ from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.part_module import torch_explained
 from mpillm.models.spec import ModelSpec
+from mpillm.parallel.devices import may_take_gpus
 from mpillm.parallel.step_plan import make_mesh, plan_step
 from mpillm.runs.folder import CLUSTER, HISTORY
 from mpillm.runs.history import STARTED, read_history
@@ -56,7 +57,9 @@ def train(
     manifest = _load_manifest(recipe)
     recipe = replace(recipe, model=_with_vocabulary(recipe, manifest))
     node_map = node_map or map_nodes(comm)
-    check_memory(recipe, node_map, comm.bcast(read_memory().limit))
+    # GPUs hold the weights of a run that takes them. Their memory is found out by its allocation.
+    hosts_compute = comm.bcast(not may_take_gpus(recipe.train.device))
+    check_memory(recipe, node_map, comm.bcast(read_memory().limit), hosts_compute)
     # With the tokenizer, which every checkpoint holds: a damaged one is found before any step.
     constants = RunConstants.read(manifest, recipe.to_dict(), comm)
     settings, parallel = recipe.train, recipe.parallel
@@ -198,11 +201,14 @@ def _with_vocabulary(recipe: Recipe, manifest: Manifest) -> ModelSpec:
     return recipe.model.replace(vocab_size=wanted or found)
 
 
-def check_memory(recipe: Recipe, node_map: NodeMap, memory: int) -> None:
+def check_memory(
+    recipe: Recipe, node_map: NodeMap, memory: int, hosts_compute: bool = True
+) -> None:
     """Raise LayoutError where the weights with their state, or a batch, exceed all hosts' memory.
 
     `memory`: what the job may use of one host, in bytes; 0: unknown. Activations and Python come on
-    top, so a model that passes may still be too large; one that is refused cannot be held.
+    top, so a model that passes may still be too large; one that is refused cannot be held. Without
+    `hosts_compute` the weights are elsewhere: the batch alone is checked.
     """
     model = recipe.model
     held = WEIGHT_BYTES + recipe.optimizer.state_bytes_per_parameter
@@ -210,7 +216,7 @@ def check_memory(recipe: Recipe, node_map: NodeMap, memory: int) -> None:
     ranks, pipeline = node_map.size, max(1, recipe.parallel.pipeline)
     replicas = max(1, ranks // pipeline)
     needed, there = held * model.parameters * replicas, memory * len(node_map.nodes)
-    if memory and needed > there:
+    if memory and hosts_compute and needed > there:
         raise LayoutError(
             f"the model has {model.parameters:,} parameters, which need {binary_bytes(needed)} "
             f"for weights, gradients and optimizer on {ranks} rank(s), and the host(s) have "

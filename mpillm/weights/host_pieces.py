@@ -43,7 +43,9 @@ def host_pieces(tensor: Tensor, piece_bytes: int = PIECE_BYTES) -> Iterator[Arra
 
 def host_copy(tensor: Tensor) -> Tensor:
     """Return a tensor of the host to fill in place of `tensor`: itself, where it is there."""
-    return tensor if on_host(tensor) else _pinned(tensor)
+    # Not pinned: torch keeps pinned memory for later, and a whole tensor of it is too much to keep.
+    # Disks are slower than copies of other memory.
+    return tensor if on_host(tensor) else torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 def _pinned(like: Tensor) -> Tensor:

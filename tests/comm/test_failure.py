@@ -68,6 +68,8 @@ def test_reasons_by_kind():
     assert reason_of(KeyError("k")).text == f"{fault} KeyError: 'k'; {report}"
     assert reason_of(AssertionError()).text == f"{fault} AssertionError; {report}"
     assert reason_of(MemoryError()).text == "error: out of memory; use a smaller job or more nodes"
+    named = reason_of(MemoryError("2 GiB were asked for", "lower x")).text
+    assert named == "error: out of memory (2 GiB were asked for); lower x"
     full = OSError(errno.ENOSPC, "No space left on device", "/scratch/a\x1b[2J")
     assert reason_of(full).text.startswith(
         "error: /scratch/a\x1b[2J: No space left on device; free "

@@ -74,3 +74,11 @@ def test_an_architecture_that_does_not_generate_says_so() -> None:
         Scorer(TIED).next_logits(torch.zeros(1, 1), GenerationCache())
     with pytest.raises(NotImplementedError):
         Scorer(TIED).forward_part({}, ())
+
+
+def test_buffers_are_on_the_device_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As torch before 2.8, whose default device is not that of a `with`.
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cpu"))
+    model = create(TIED, 3, torch.device("meta"))
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert model.head.weight is model.embedding.weight

@@ -16,6 +16,7 @@ import torch
 from mpi4py import MPI
 
 from mpillm.errors import CheckpointError, DataError, DivergedError, LayoutError, MpillmError
+from mpillm.machine.node_map import NodeMap
 from mpillm.runs import lock
 from mpillm.runs.folder import HISTORY, LOCK, METRICS, OUTCOME, PICTURE
 from mpillm.runs.lock import LostLockError, this_process
@@ -255,6 +256,15 @@ def test_a_model_beyond_all_memory_is_refused_with_its_bytes(
     assert not (folder / "run").exists()
 
 
+def test_weights_on_gpus_need_no_memory_of_the_hosts(data: Path, folder: Path) -> None:
+    small, alone = recipe(data, folder / "run"), NodeMap(((0,),))
+    with pytest.raises(LayoutError, match="use a smaller model"):
+        setup.check_memory(small, alone, 10_000)
+    setup.check_memory(small, alone, 10_000, hosts_compute=False)
+    with pytest.raises(LayoutError, match="use a smaller batch"):
+        setup.check_memory(small, alone, 1_000, hosts_compute=False)
+
+
 def test_each_changed_setting_is_printed_when_a_run_continues(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
@@ -356,6 +366,13 @@ def test_errors_of_torch_are_explained() -> None:
 
     with pytest.raises(MemoryError, match=r"torch asked for \d"), torch_explained():
         torch.empty(1 << 55)
+    full = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 79.25 GiB "
+        "of which 1.05 GiB is free. Process 7 has 78.19 GiB memory in use."
+    )
+    words = "torch asked for 2.00 GiB, and 1.05 GiB of the 79.25 GiB of GPU 1 are free"
+    with pytest.raises(MemoryError, match=words), torch_explained():
+        raise torch.OutOfMemoryError(full)
     embedding = torch.nn.Embedding(4, 2)
     with pytest.raises(DataError, match="not in the model's vocabulary"), torch_explained():
         embedding(torch.tensor([7]))
@@ -513,3 +530,21 @@ def test_old_spellings_are_no_change_of_settings(data: Path, folder: Path) -> No
         assert old
         before[section][key] = old[0]
     assert changed_settings(before, now) == []
+
+
+def test_a_run_without_memory_names_settings_and_checkpoint(
+    data: Path, folder: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(Trainer):
+        def step(self, step: int, stop: int = 0) -> StepResult:
+            if step == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return super().step(step, stop)
+
+    monkeypatch.setattr(setup, "Trainer", Full)
+    with pytest.raises(MemoryError) as found:
+        train(recipe(data, folder / "run", train={"save_every": 2}), comm, QUIET)
+    asked, remedy = found.value.args
+    assert asked == "torch asked for 2.00 GiB"
+    assert "lower train.microbatch (all of a rank's share; the batch stays as it is), " in remedy
+    assert "step-00000002; --resume continues from it" in remedy

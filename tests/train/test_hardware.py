@@ -1,14 +1,17 @@
 """The choice of device and dtype: the same on all ranks, and never a slower one by itself."""
 
+import os
+
 import pytest
+import torch
 from mpi4py import MPI
 
 from mpillm.errors import LayoutError, RecipeError
 from mpillm.machine.node_map import NodeMap
 from mpillm.system.console import Console
 from mpillm.train import hardware
-from mpillm.train.hardware import choose_dtype, choose_hardware, product_seconds
-from mpillm.train.recipe import TrainSettings
+from mpillm.train.hardware import choose_dtype, choose_hardware, memory_remedy, product_seconds
+from mpillm.train.recipe import TrainSettings, parse_recipe
 
 QUIET = Console(speaks=False)
 ALONE = NodeMap(((0,),))
@@ -104,3 +107,37 @@ def test_odd_lists_of_gpus_are_refused(gpus: str) -> None:
 def test_a_lower_dtype_of_sums_has_no_fixed_order() -> None:
     with pytest.raises(RecipeError, match="leave one of them out"):
         TrainSettings(fixed_order=True, microbatch=1, reduce_dtype="bfloat16")
+
+
+def test_without_a_time_in_float32_there_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(device: str, dtype: torch.dtype, float32: float | None) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(hardware, "_product_seconds", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        product_seconds("cuda:0", ["float32", "bfloat16"])
+
+
+def test_a_fixed_order_takes_kernels_that_repeat_their_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(hardware, "choose_device", lambda *_: ("cuda:0", "1 × GPU"))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    for fixed in (False, True):
+        settings = TrainSettings(fixed_order=fixed, microbatch=1, dtype="float32")
+        choose_hardware(settings, {}, MPI.COMM_SELF, ALONE, QUIET)
+    assert asked == [True]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def test_remedies_for_memory_are_those_that_are_left() -> None:
+    table = {"data": {"path": "x"}, "train": {"device": "cuda", "dtype": "float32"}}
+    text = memory_remedy(parse_recipe(table, "test"))
+    assert text.startswith("lower train.microbatch (all of a rank's share; ")
+    assert "take train.dtype = bfloat16" in text
+    table["train"] = {"microbatch": 1, "device": "cpu"}
+    assert memory_remedy(parse_recipe(table, "test")).startswith("cut the layers over more ranks")

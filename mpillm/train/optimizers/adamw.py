@@ -49,10 +49,10 @@ class AdamWSettings(OptimizerSettings):
             fused=True,
         )
         for weight in weights:
-            # A scalar on the CPU: torch's fused AdamW expects the step count there. The state is
+            # On the weight's device: torch's fused AdamW reads the step count there. The state is
             # allocated now, so that a checkpoint can be loaded before the first step.
             optimizer.state[weight] = {
-                "step": torch.zeros(()),
+                "step": torch.zeros((), device=weight.device),
                 **{slot: torch.zeros_like(weight) for slot in self.slots},
             }
         return optimizer
