@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mpi4py
 import pytest
@@ -26,6 +27,9 @@ from mpillm.launch.launchers import detect
 # open_world starts MPI: then a lone process leaves no file in /dev/shm and TMPDIR.
 mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
 from mpi4py import MPI  # noqa: E402
+
+if TYPE_CHECKING:
+    import torch
 
 WORLD = open_world(alone=not detect(os.environ).launcher)
 # A background job of a shell ignores SIGINT, nohup SIGHUP, and verbs keep that: tests send them.
@@ -138,6 +142,23 @@ def processes() -> None:
 @pytest.fixture(scope="session")
 def comm() -> MPI.Intracomm:
     return WORLD
+
+
+@pytest.fixture(scope="session")
+def gpu(comm: MPI.Intracomm) -> "torch.device":
+    """This rank's GPU, which ranks share where there are fewer; without one the test is skipped.
+
+    Tests that take it are marked `gpu`.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip(f"needs a GPU, and torch for it; this is torch {torch.__version__}")
+    if comm.size > 1:
+        pytest.importorskip("cupy", reason="several ranks with GPUs need CuPy (mpillm[cuda12])")
+    number = comm.rank % torch.cuda.device_count()
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 @contextmanager

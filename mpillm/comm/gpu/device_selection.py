@@ -19,6 +19,7 @@ from mpillm.comm.gpu.device_dispatch import DeviceDispatcher, whole_of
 from mpillm.comm.gpu.streams import CallerStream, OrderedRequest
 from mpillm.comm.selection import CollectiveCall, Profile, check_known
 from mpillm.errors import CommError
+from mpillm.system.plugins import is_plugin
 
 if TYPE_CHECKING:
     from mpillm.comm.communicator import Communicator
@@ -96,6 +97,9 @@ class DeviceCollectives:
     def _able(self, call: CollectiveCall, buffer: DeviceBuffer) -> dict[str, str]:
         """Map each way to the reason why it does not work here; "" where it works."""
         others = [name for name in self._host.algorithms(call.operation) if name != "auto"]
+        # The host checks a plug-in, and replaces two-level on one node.
+        if is_plugin(call.algorithm) or call.algorithm == "two-level":
+            others.append(call.algorithm)
         able = dict.fromkeys(WAYS, "") | dict.fromkeys(others, "")
         ordered = call.fixed_order and call.operation in REDUCING
         if self._host.size == 1:

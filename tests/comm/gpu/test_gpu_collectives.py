@@ -423,6 +423,19 @@ def test_fixed_order_is_staged(gpu, gpu_communicator):
             gpu_communicator.prepare("allreduce", array, algorithm="nccl", fixed_order=True)
 
 
+def test_names_that_the_host_resolves_are_staged(gpu, gpu_communicator):
+    """A plug-in; and two-level on one node, as a recipe for a cluster has it on a laptop."""
+    for name in ("mpillm.comm.algorithms.ring:RING", "two-level"):
+        found = run_once(gpu, gpu_communicator, "allreduce", name, "float32", 5000, True)
+        assert found == name
+    if gpu_communicator.size > 1:
+        ones = gpu[0].asarray(np.ones(4, np.float32))
+        with pytest.raises(CommError, match="cannot run broadcast, only"):
+            gpu_communicator.prepare(
+                "broadcast", ones, algorithm="mpillm.comm.algorithms.ring:RING"
+            )
+
+
 def test_what_is_refused_on_a_gpu(gpu, gpu_communicator):
     cupy, _ = gpu
     ones = cupy.asarray(np.ones(4, np.float32))

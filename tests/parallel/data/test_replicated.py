@@ -1,11 +1,16 @@
 """Data parallelism, compared with one process that sees the whole batch."""
 
 import copy
+import importlib.util
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from mpillm.comm import communicator
+from mpillm.comm.gpu.device_buffer import DeviceBuffer
 from mpillm.comm.mesh import Mesh
 from mpillm.errors import CommError
 from mpillm.parallel.data.buckets import lay
@@ -17,6 +22,13 @@ from mpillm.parallel.data.same_weights import (
 )
 from mpillm.parallel.grad_norm import clip_gradients_, gradient_norm
 from mpillm.parallel.settings import ParallelSettings
+from mpillm.train.optimizers.adamw import AdamWSettings
+
+specification = importlib.util.spec_from_file_location(
+    "simulated", Path(__file__).parents[2] / "comm/gpu/simulated_cupy.py"
+)
+simulated = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(simulated)
 
 WIDTH, ROWS = 24, 5
 OVERLAPPED = ParallelSettings(overlap="during", bucket_bytes=4096)
@@ -313,3 +325,140 @@ def test_broadcast_from_another_root(axis):
     ]
     broadcast_parameters(tensors, axis, root)
     assert all((tensor == root).all() for tensor in tensors)
+
+
+# ---- on GPUs, simulated and real ----
+
+
+@pytest.fixture
+def taken_for_a_gpu_s(monkeypatch):
+    """Take tensors of the host for a GPU's, by a simulated CuPy whose streams run late."""
+    with simulated.pretended(seed=3) as (cupy, machine):
+
+        def buffer_of(tensor, writable=True):
+            flat, element = tensor.detach().view(-1), str(tensor.dtype).removeprefix("torch.")
+            memory = flat.view(torch.int16) if element == "bfloat16" else flat
+            raw = memory.numpy().view(np.uint16 if element == "bfloat16" else element)
+            return DeviceBuffer(
+                element,
+                simulated.array_of(raw),
+                raw.size,
+                raw.ctypes.data,
+                0,
+                lambda: machine.now().ptr,
+                cupy,
+            )
+
+        def wait_all(self):
+            self.in_flight.wait_all()
+            # On a GPU the later work of torch waits in its stream; here torch works at once.
+            for stream in list(machine.streams.values()):
+                stream.synchronize()
+
+        monkeypatch.setattr(communicator, "is_on_device", lambda a: isinstance(a, torch.Tensor))
+        monkeypatch.setattr(communicator, "as_device_buffer", buffer_of)
+        monkeypatch.setattr(communicator.Communicator, "wait_all", wait_all)
+        yield machine
+
+
+@pytest.mark.parametrize("overlap", ["after", "during"])
+@pytest.mark.parametrize("algorithm", ["auto", "ring", "two-level"])
+def test_buckets_take_the_ways_of_gpus(axis, net, taken_for_a_gpu_s, algorithm, overlap):
+    ids = batch(ROWS * axis.size)
+    expected = whole_batch_gradients(net, ids)
+    settings = ParallelSettings(allreduce=algorithm, overlap=overlap, bucket_bytes=4096)
+    sync = ReplicatedGradients([net.parameters()], axis, settings)
+    for _ in range(2):
+        run_step(sync, net, ids, axis)
+        for name, parameter in net.named_parameters():
+            if expected[name] is not None:
+                torch.testing.assert_close(
+                    parameter.grad, expected[name], rtol=1e-4, atol=1e-7, msg=name
+                )
+    if axis.size > 1:
+        # Without a profile `auto` takes NCCL; a name of the CPU's is staged by that algorithm.
+        chosen = {bucket.sum.algorithm for bucket in sync.buckets}
+        assert chosen == {"nccl" if algorithm == "auto" else algorithm}
+        copies = [stream for stream in taken_for_a_gpu_s.streams.values() if stream.ptr]
+        assert bool(copies) == (algorithm != "auto"), "staging has streams of its own"
+    sync.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduce_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_gradients_of_a_gpu_are_the_whole_batch_s(axis, net, gpu, settings, reduce_dtype):
+    ids = batch(ROWS * axis.size)
+    expected = whole_batch_gradients(net, ids)
+    net.to(gpu)
+    sync = ReplicatedGradients([net.parameters()], axis, settings, reduce_dtype=reduce_dtype)
+    lower = axis.size > 1 and reduce_dtype == torch.bfloat16
+    tolerance = {"rtol": 0.05, "atol": 1e-3} if lower else {"rtol": 1e-4, "atol": 1e-6}
+    for _ in range(3):
+        run_step(sync, net, ids.to(gpu), axis)
+        for name, parameter in net.named_parameters():
+            if expected[name] is not None:
+                assert parameter.grad.device == gpu
+                torch.testing.assert_close(
+                    parameter.grad.cpu(), expected[name], msg=name, **tolerance
+                )
+    check_same([bucket.flat for bucket in sync.buckets], axis)
+    sync.close()
+
+
+@pytest.mark.gpu
+def test_sums_overlap_with_a_slow_backward_pass_of_a_gpu(axis, gpu):
+    """A sum that started too early, or a read that did not wait, would find other values."""
+    layers = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(8))).to(gpu)
+    for layer in layers:
+        nn.init.eye_(layer.weight)
+        layer.register_full_backward_hook(lambda *_: torch.cuda._sleep(5_000_000))
+    settings = ParallelSettings(overlap="during", bucket_bytes=1 << 20)
+    sync = ReplicatedGradients([layers.parameters()], axis, settings)
+    rows = torch.full((4, 512), axis.rank + 1.0, device=gpu, requires_grad=True)
+    for _ in range(3):
+        sync.begin()
+        sync.last_microbatch()
+        layers(rows).sum().backward()
+        sync.finish()
+        total = 4.0 * sum(range(1, axis.size + 1))
+        assert all((sync.gradient_of(layer.weight) == total).all() for layer in layers)
+    sync.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masters_and_norm_of_a_gpu_are_the_cpu_s(axis, gpu, dtype):
+    """Weights of each dtype, two steps of AdamW, on the GPU and on the CPU."""
+    found = []
+    for device in (gpu, torch.device("cpu")):
+        torch.manual_seed(7)
+        layer = nn.Sequential(nn.Linear(33, 65), nn.Linear(65, 7)).to(device)
+        names = dict(layer.named_parameters())
+        values = {weight: weight.data for weight in names.values()}
+        if dtype == torch.float32:
+            values = {}
+        for weight in values:
+            weight.data = weight.data.to(dtype)
+        sync = ReplicatedGradients([layer.parameters()], axis, OVERLAPPED)
+        stepped = sync.optimizer_weights(names, values)
+        optimizer = AdamWSettings(learning_rate=1e-2).build(stepped.values())
+        rows = torch.linspace(-1, 1, 4 * 33).view(4, 33).to(device, dtype)
+        norms = []
+        for _ in range(2):
+            sync.begin()
+            sync.last_microbatch()
+            layer(rows).square().sum().backward()
+            sync.finish()
+            norms.append(clip(sync, axis, 1.0))
+            optimizer.step()
+            sync.updated()
+        found.append((norms, {name: weight.detach().cpu() for name, weight in stepped.items()}))
+        assert all(weight.dtype == dtype for weight in names.values())
+        sync.close()
+    (norms, weights), (expected_norms, expected) = found
+    lower = dtype == torch.bfloat16
+    assert norms == pytest.approx(expected_norms, rel=2e-2 if lower else 1e-4)
+    for name, weight in weights.items():
+        # The mean: AdamW's first steps are as large for gradients that are all rounding.
+        assert float((weight - expected[name]).abs().mean()) < (2e-3 if lower else 2e-5), name
