@@ -29,7 +29,13 @@ def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe
         "model": {"layers": 8, "width": 16, "heads": 2, "context": 24},
         "data": {"path": str(dataset)},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 5},
-        "train": {"run": str(run), "steps": STEPS, "batch": 8, "microbatch": 1, "fixed_order": True},
+        "train": {
+            "run": str(run),
+            "steps": STEPS,
+            "batch": 8,
+            "microbatch": 1,
+            "fixed_order": True,
+        },
     }
     for name, section in sections.items():
         table[name] = {**table.get(name, {}), **section}
@@ -52,9 +58,7 @@ def layouts(ranks: int) -> list[dict[str, object]]:
     return found + ([{"pipeline": 2, "data": 2}] if ranks == 4 else [])
 
 
-def test_a_pipeline_has_the_bits_of_one_rank(
-    data: Path, folder: Path, comm: MPI.Intracomm
-) -> None:
+def test_a_pipeline_has_the_bits_of_one_rank(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
     alone = folder / "alone"
     if comm.rank == 0:
         train(recipe(data, alone), MPI.COMM_SELF, QUIET)
