@@ -26,7 +26,7 @@ from mpillm.system.console import Console
 from mpillm.train.recipe import load_recipe, write_recipe
 
 # Enough for every piece in every place; the seed is fixed.
-CASES = 300
+CASES = 150
 RECIPE = '[model]\nlayers = 1\nwidth = 32\nheads = 2\n[data]\npath = "prepared"\n'
 PIECES = [
     "$(touch CANARY)",
