@@ -197,9 +197,9 @@ def test_the_examples_of_extending_work(tmp_path: Path, monkeypatch: pytest.Monk
     assert sum(weight.numel() for weight in spec.build().parameters()) == spec.parameters
     assert make_task("my_task:EvenTargets").metrics == ("loss", "my_metric:Accuracy")
     assert issubclass(load_plugin("my_metric:Accuracy", {}, "metric"), Metric)
-    weights = list(spec.build().parameters())
+    weights = dict(spec.build().named_weights())
     optimizer = optimizer_class("my_optimizer:MomentumSettings")().build(weights)
-    for weight in weights:
+    for weight in weights.values():
         weight.grad = weight.detach().clone()
     optimizer.step()
     for ranks in (1, 2, 4):

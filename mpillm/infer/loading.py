@@ -1,10 +1,9 @@
 """Load a trained model from a checkpoint, with its task and its tokenizer."""
 
 import hashlib
-import itertools
 import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -30,12 +29,14 @@ from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.finding import find
-from mpillm.weights.names import name_tensors
+from mpillm.weights.names import name_tensors, weight_name
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 TOKENIZER = "tokenizer.json"
+# By name: a dtype (`float32`) and a shape.
+StoredShapes = Mapping[str, tuple[str, tuple[int, ...]]]
 # The facts that every checkpoint of a run has, by place, with their types.
 FACTS: Mapping[str, type] = MappingProxyType(
     {
@@ -109,16 +110,17 @@ def load_trained(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
     return Loaded(model.eval(), task, tokenizer, checkpoint)
 
 
-def check_trained(checkpoint: Checkpoint, slots: Iterable[str] = ()) -> None:
+def check_trained(checkpoint: Checkpoint) -> StoredShapes:
     """Check the facts, the tokenizer and the names of a run's checkpoint against its own recipe.
 
-    `slots`: those of the optimizer, for a run that continues. Raises CheckpointError where the
-    checkpoint is damaged, MismatchError where this mpillm does not know the model's settings.
+    Returns the dtype and the shape of each weight, by its name in the module. Raises
+    CheckpointError where the checkpoint is damaged, MismatchError where this mpillm does not know
+    the model's settings.
     """
     _check_facts(checkpoint)
     facts = checkpoint.facts
     spec = read_spec(facts["recipe"]["model"])
-    _check_names(checkpoint, spec, slots)
+    weights = _check_weights(checkpoint, spec)
     known = facts["tokenizer"]
     text = checkpoint.text(TOKENIZER)
     if hashlib.sha256(text.encode()).hexdigest() != known["sha256"]:
@@ -131,6 +133,7 @@ def check_trained(checkpoint: Checkpoint, slots: Iterable[str] = ()) -> None:
             f"{checkpoint.folder} has a tokenizer of {known['vocab_size']:,} tokens and a model "
             f"of {spec.vocab_size:,}; use another checkpoint"
         )
+    return weights
 
 
 def _check_facts(checkpoint: Checkpoint) -> None:
@@ -147,8 +150,8 @@ def _check_facts(checkpoint: Checkpoint) -> None:
             )
 
 
-def _check_names(checkpoint: Checkpoint, spec: ModelSpec, slots: Iterable[str]) -> None:
-    """Raise CheckpointError unless each weight and its state are stored in their own shape."""
+def _check_weights(checkpoint: Checkpoint, spec: ModelSpec) -> StoredShapes:
+    """Return the weights' shapes. Raises CheckpointError unless each is stored in its own."""
     stored = checkpoint.tensors
     count = sum(math.prod(t.shape) for name, t in stored.items() if name.startswith("model/"))
     # Compared first: a wrong size must not be allocated, nor a wrong number of blocks be built.
@@ -158,10 +161,14 @@ def _check_names(checkpoint: Checkpoint, spec: ModelSpec, slots: Iterable[str]) 
             f"{spec.parameters:,}; use another checkpoint"
         )
     weights = weight_shapes(spec)
-    kinds = ["model/", *(f"optimizer/{slot}/" for slot in slots)]
-    for prefix, (name, wanted) in itertools.product(kinds, weights.items()):
-        full = prefix + name.replace(".", "/")
-        found = stored.get(full)
+    check_stored(checkpoint, {weight_name(name): wanted for name, wanted in weights.items()})
+    return weights
+
+
+def check_stored(checkpoint: Checkpoint, wanted_by_name: StoredShapes) -> None:
+    """Raise CheckpointError unless each named tensor is stored with its dtype and shape."""
+    for full, wanted in wanted_by_name.items():
+        found = checkpoint.tensors.get(full)
         if found is None or (found.dtype, found.shape) != wanted:
             what = f"as {found.dtype} {list(found.shape)}" if found else "not at all"
             raise CheckpointError(

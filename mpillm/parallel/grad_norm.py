@@ -55,15 +55,25 @@ def clip_gradients_(
     max_norm: float,
     excluded: Collection[nn.Parameter] = (),
     loss_scale: float = 1.0,
+    max_value: float = math.inf,
 ) -> float:
-    """Divide all gradients by `loss_scale`, and scale them so that their norm is `max_norm` at
-    most; return the norm between the two.
+    """Divide all gradients by `loss_scale`, clamp each element to ± `max_value`, then scale all to
+    a norm of `max_norm` at most.
 
-    A norm that is not finite scales nothing: the caller reports it. Every rank of `comm` calls it.
+    Returns the norm that they had before both. One that is not finite changes nothing: the caller
+    reports it. Every rank of `comm` calls it, after all sums.
     """
-    # Every rank computes the same norm, so all scale alike without another message.
-    norm = gradient_norm(sync, comm, replica, excluded) / loss_scale
-    factor = (max_norm / norm if norm > max_norm else 1.0) / loss_scale
-    if math.isfinite(norm) and factor != 1.0:
+    # Every rank computes the same norm, so all clip alike without another message.
+    norm = left = gradient_norm(sync, comm, replica, excluded) / loss_scale
+    if not math.isfinite(norm):
+        return norm
+    # No element is larger than the norm.
+    if norm > max_value:
+        # A scale is a power of two: this is the same clamp after the division.
+        sync.clamp_(max_value * loss_scale)
+        if norm > max_norm:
+            left = gradient_norm(sync, comm, replica, excluded) / loss_scale
+    factor = (max_norm / left if left > max_norm else 1.0) / loss_scale
+    if factor != 1.0:
         sync.scale_(factor)
     return norm

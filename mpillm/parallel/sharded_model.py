@@ -19,6 +19,7 @@ from mpillm.parallel.compiling import compile_layers, uncompiled
 from mpillm.parallel.data.replicated import ReplicatedGradients
 from mpillm.parallel.devices import own_device
 from mpillm.parallel.grad_norm import clip_gradients_
+from mpillm.parallel.noise_scale import NoiseMeter
 from mpillm.parallel.pipeline.executor import Pipeline
 from mpillm.parallel.pipeline.schedules.forward_only import forward_only
 from mpillm.parallel.pipeline.simulate import Span
@@ -43,6 +44,10 @@ class Passes:
     """When the last pass ended and the reduction began, in seconds of perf_counter."""
     summed: float
     """When the reduction of gradients ended, in seconds of perf_counter."""
+    noise_scale: float | None = None
+    """The gradient noise scale in sequences, where it was measured and the gradient is not lost in
+    its noise.
+    """
 
 
 class ShardedModel:
@@ -94,6 +99,13 @@ class ShardedModel:
         self._tied = [
             TiedWeight(parts, leader, followers, axis, warn)
             for leader, followers in (_followers(spec).items() if apart else ())
+        ]
+        shared = {*spec.tied_weights, *spec.tied_weights.values()}
+        self._leaves_of_tied = [
+            weight
+            for part in parts
+            for name, weight in part.named_parameters(remove_duplicate=False)
+            if name in shared
         ]
         self.gradients = ReplicatedGradients(
             [part.parameters() for part in parts],
@@ -150,13 +162,15 @@ class ShardedModel:
             if not any(weight is other for other in shared)
         }
 
-    def train(self, batch: Batch, loss_scale: float = 1.0) -> Passes:
+    def train(self, batch: Batch, loss_scale: float = 1.0, measure: bool = False) -> Passes:
         """Run all passes of a step; leave the global batch's gradients in `grad` of `stepped`,
         multiplied by `loss_scale`.
 
-        `batch`: this rank's share. All ranks of a pipeline get the same rows of it.
+        `batch`: this rank's share. All ranks of a pipeline get the same rows of it. `measure`: the
+        noise scale too.
         """
-        self.gradients.begin()
+        meter = NoiseMeter(self.mesh, self.plan, self._leaves_of_tied) if measure else None
+        self.gradients.begin(meter.add if meter else None)
         for stage in self._stages.values():
             stage.batch, stage.loss_scale = batch, loss_scale
         spans = self.pipeline.run(self.plan.schedule, self._stages, self._streams)
@@ -166,6 +180,8 @@ class ShardedModel:
         self.gradients.finish()
         for tied in self._tied:
             tied.reduce(self.gradients.gradient_of)
+        summed = time.perf_counter()
+        noise = meter.noise_scale(self.gradients, self.mesh.comm) if meter else None
         losses = [stage.losses for stage in self._stages.values() if stage.losses]
         # The one time that the host waits for the device: all losses at once.
         by_number = (
@@ -175,11 +191,11 @@ class ShardedModel:
         )
         if on_device := self.pipeline.device_spans():
             spans, ended = on_device, on_device[-1].end
-        return Passes(by_number, spans, ended, time.perf_counter())
+        return Passes(by_number, spans, ended, summed, noise)
 
-    def clip_(self, max_norm: float, loss_scale: float = 1.0) -> float:
-        """Divide the gradients by `loss_scale`, then scale them to a norm of `max_norm` at most (0:
-        any); return their norm.
+    def clip_(self, max_norm: float, loss_scale: float = 1.0, max_value: float = 0.0) -> float:
+        """Divide the gradients by `loss_scale`, clamp elements to ± `max_value`, then scale to a
+        norm of `max_norm` at most (0: any). Returns the norm before both.
         """
         # A tied weight's gradient is in two places; the norm counts it in one.
         elsewhere = [weight for tied in self._tied for weight in tied.counted_elsewhere]
@@ -190,6 +206,7 @@ class ShardedModel:
             max_norm or math.inf,
             elsewhere,
             loss_scale,
+            max_value or math.inf,
         )
 
     def score(

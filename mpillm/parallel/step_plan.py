@@ -4,7 +4,7 @@ A plan is plain data, made and checked before the first message. It needs no tor
 make it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -126,16 +126,16 @@ def traffic_bytes(
     return {axis.name: axis.traffic_bytes(sizes, model, batch, chunks) for axis in axis_sizes.AXES}
 
 
-def replica_share(mesh: Mesh) -> tuple[int, int]:
+def replica_share(mesh: Mesh, apart: Collection[str] = ()) -> tuple[int, int]:
     """Return (i, n): this rank is the i-th of the n ranks that hold the same weights.
 
     Those ranks differ along the axes that do not cut weights. They share the work on replicated
-    weights, so that each weight counts once.
+    weights, so that each weight counts once. Ranks that differ along an axis in `apart` share none.
     """
     # Row-major over the axes, as coordinates are.
     index, count = 0, 1
     for axis in axis_sizes.AXES:
-        if axis.name in mesh.sizes and not axis.cuts_weights:
+        if axis.name in mesh.sizes and not axis.cuts_weights and axis.name not in apart:
             index = index * mesh.sizes[axis.name] + mesh.coordinates[axis.name]
             count *= mesh.sizes[axis.name]
     return index, count

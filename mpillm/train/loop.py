@@ -510,4 +510,5 @@ def _metrics(step: int, result: StepResult, tokens: int) -> dict[str, float]:
         **{name: value for name, value in waits.items() if value},
         **({"loss_scale": result.loss_scale} if result.loss_scale != 1.0 else {}),
         **({"repeats": result.repeats} if result.repeats else {}),
+        **({} if result.noise_scale is None else {"noise_scale": result.noise_scale}),
     }

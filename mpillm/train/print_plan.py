@@ -15,7 +15,6 @@ WEIGHT_BYTES = 8
 def memory_bytes(recipe: Recipe, plan: StepPlan) -> int:
     """Estimate the bytes of training on the rank that needs most, without Python and torch."""
     schedule, model = plan.schedule, recipe.model
-    held = WEIGHT_BYTES + recipe.optimizer.state_bytes_per_parameter
 
     def of_rank(rank: int) -> int:
         parts = [plan.parts[stage] for stage in schedule.stages_of(rank)]
@@ -26,7 +25,9 @@ def memory_bytes(recipe: Recipe, plan: StepPlan) -> int:
         # A rank stores the activations of `peaks` passes of one of its parts.
         stored = plan.timeline.peaks[rank] / len(parts) * activations
         outputs = model.output_bytes(plan.microbatch) if any(map(model.ends, parts)) else 0
-        return int(held * sum(map(model.parameters_of, parts)) + stored + outputs)
+        weights = WEIGHT_BYTES * sum(map(model.parameters_of, parts))
+        state = sum(recipe.optimizer.state_bytes(model, part) for part in parts)
+        return int(weights + state + stored + outputs)
 
     return max(map(of_rank, range(schedule.ranks)))
 

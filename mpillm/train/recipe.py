@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Ge, Gt, MinLen
 
@@ -107,6 +107,8 @@ class TrainSettings:
     """Activations that the backward pass computes again instead of keeping them: of the attention,
     of each layer, or of every n-th layer.
     """
+    noise_scale: Many = 0
+    """Measure the gradient noise scale every so many steps; 0: never."""
     evaluate_every: Many = 0
     """0: only at the end."""
     save_every: Many = 0
@@ -196,7 +198,9 @@ def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
         # A setting of several types gives one error a type; they become one text.
         faults: dict[tuple[int | str, ...], list[str]] = {}
         for error in failure.errors():
-            place = error["loc"][:2]
+            # A number is the place of a table in a list: its key belongs to the place.
+            place = error["loc"]
+            place = place[:4] if len(place) > 2 and isinstance(place[2], int) else place[:2]
             text = _fault(error["type"], place, error["msg"], error["input"], classes)
             faults.setdefault(place, []).append(text)
     else:
@@ -287,7 +291,15 @@ def write_recipe(recipe: Recipe) -> str:
 
 
 def _toml(value: Any) -> str:
-    """Write a value in TOML: as JSON, without surrogate pairs and with delete escaped."""
+    """Write a value in TOML: as JSON, without surrogate pairs and with delete escaped.
+
+    A table is written in line, without its keys that are not set.
+    """
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        pairs = (f"{key} = {_toml(inner)}" for key, inner in value.items() if inner is not None)
+        return f"{{{', '.join(pairs)}}}"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -353,10 +365,10 @@ def _fault(
     value: object,
     classes: Mapping[str, type],
 ) -> str:
-    name = ".".join(str(part) for part in place)
+    name = _dotted(place)
     if kind == "unexpected_keyword_argument":
         known = _known_keys(place[:-1], classes)
-        where = f"[{place[0]}]" if len(place) > 1 else "a recipe"
+        where = f"[{place[0]}]" if len(place) == 2 else _dotted(place[:-1]) or "a recipe"
         near = _nearest(str(place[-1]), known)
         return f"unknown key {name}{near} (known in {where}: {', '.join(known)})"
     if kind in ("missing", "missing_argument"):
@@ -369,6 +381,12 @@ def _fault(
     choices = re.findall(r"'([^']+)'", message)
     near = _nearest(str(value), choices) if kind == "literal_error" else ""
     return f"{name} = {_SHORT.repr(value)}: {message[0].lower()}{message[1:]}{near}"
+
+
+def _dotted(place: tuple[int | str, ...]) -> str:
+    """Write a place as `section.key`, or `section.key[0].inner`."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    return "".join(parts).removeprefix(".")
 
 
 def _quoting(name: str, value: object) -> str:
@@ -391,6 +409,10 @@ def _known_keys(place: tuple[int | str, ...], classes: Mapping[str, type]) -> li
         return list(classes)
     kind = classes[str(place[0])]
     assert is_dataclass(kind)
+    if len(place) > 1:
+        # The class of the tables in the list at `section.key`.
+        found = next(get_args(key.type) for key in fields(kind) if key.name == place[1])
+        return [key.name for key in fields(found[0])]
     return [key.name for key in fields(kind)] + ["shape"] * (place[0] == "model")
 
 

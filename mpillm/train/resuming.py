@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpillm.errors import MismatchError, MpillmError, UsageError
-from mpillm.infer.loading import check_trained
+from mpillm.infer.loading import check_stored, check_trained
 from mpillm.models.model_catalog import read_spec
 from mpillm.runs.folder import METRICS
 from mpillm.system.console import Console
@@ -21,6 +21,7 @@ from mpillm.train.optimizers.optimizer import OptimizerSettings
 from mpillm.train.recipe import Recipe, in_new_spelling, section_classes
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.finding import newest_whole
+from mpillm.weights.names import state_name
 from mpillm.weights.places import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -65,7 +66,14 @@ def _check_resumable(checkpoint: Checkpoint) -> None:
     named = recipe.get("optimizer") if isinstance(recipe, dict) else None
     optimizer = named if isinstance(named, dict) else {}
     name = str(optimizer.get("name", optimizer_catalog.DEFAULT))
-    check_trained(checkpoint, optimizer_catalog.optimizer_class(name).slots)
+    kind = optimizer_catalog.optimizer_class(name)
+    weights = check_trained(checkpoint)
+    state = {
+        state_name(slot, name): ("float32", shape)
+        for name, (_, whole) in weights.items()
+        for slot, shape in kind.slot_shapes(name, whole).items()
+    }
+    check_stored(checkpoint, state)
 
 
 def _check_same_run(recipe: Recipe, manifest: Manifest, checkpoint: Checkpoint) -> None:
@@ -115,7 +123,9 @@ def changed_settings(before: Mapping[str, Any], recipe: Recipe) -> list[str]:
 
 def _defaults(kind: type) -> dict[str, Any]:
     assert is_dataclass(kind)
-    return {each.name: each.default for each in fields(kind) if each.default is not MISSING}
+    found = {each.name: each.default for each in fields(kind) if each.default is not MISSING}
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
 
 
 def _same_place(one: object, other: object) -> bool:

@@ -10,9 +10,10 @@ from mpillm.infer.loading import RunConstants, missing_data, open_of
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import NodeMap, map_nodes
-from mpillm.models.part_module import torch_explained
+from mpillm.models.part_module import torch_explained, weight_shapes
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.devices import may_take_gpus
+from mpillm.parallel.noise_scale import check_small_batches
 from mpillm.parallel.step_plan import make_mesh, plan_step
 from mpillm.runs.folder import CLUSTER, HISTORY
 from mpillm.runs.history import STARTED, read_history
@@ -25,6 +26,7 @@ from mpillm.tokens.order import WindowOrder
 from mpillm.train.hardware import Hardware, choose_hardware
 from mpillm.train.hold import locked_run
 from mpillm.train.loop import JobLimits, TrainingLoop
+from mpillm.train.optimizers.optimizer import check_rules
 from mpillm.train.print_plan import WEIGHT_BYTES, print_plan
 from mpillm.train.recipe import Recipe
 from mpillm.train.resuming import find_start, say_changes
@@ -74,8 +76,11 @@ def train(
         fixed_order=settings.fixed_order,
         recompute=settings.recompute,
     )
+    if settings.noise_scale:
+        check_small_batches(plan, data.size)
     task = make_task(recipe.task.name)
     _check_mask(recipe)
+    _check_groups(recipe)
     with open_of(manifest, "train") as reader:
         # Before the run has a folder: a dataset shorter than one context, or a missing profile,
         # must leave nothing to clean up.
@@ -136,11 +141,17 @@ def _load_manifest(recipe: Recipe) -> Manifest:
 
 def _warn(recipe: Recipe, console: Console) -> None:
     """Warn of settings that cannot be meant."""
-    warmup, steps = recipe.optimizer.warmup_steps, recipe.train.steps
+    settings, steps = recipe.optimizer, recipe.train.steps
+    warmup, first = settings.warmup_steps, settings.warmup_steps + settings.period
     if warmup >= steps:
         console.warn(
             f"optimizer.warmup_steps = {warmup:,} and train.steps = {steps:,}: the whole run is "
             "warm-up, and the learning rate never falls; set fewer warm-up steps"
+        )
+    elif settings.schedule == "cosine-restarts" and first >= steps:
+        console.warn(
+            f"the first cycle of cosine-restarts ends at step {first:,} and train.steps = "
+            f"{steps:,}: the run has no restart; set a shorter optimizer.period"
         )
 
 
@@ -171,6 +182,13 @@ def _check_mask(recipe: Recipe) -> None:
             f"data.document_mask = true needs a model that reads documents, and the architecture "
             f"{recipe.model.architecture} does not; leave document_mask out"
         )
+
+
+def _check_groups(recipe: Recipe) -> None:
+    """Raise RecipeError for a rule of groups that matches no weight of the whole model."""
+    if rules := recipe.optimizer.groups:
+        with torch_explained():
+            check_rules(rules, weight_shapes(recipe.model), recipe.model.tied_weights)
 
 
 def _profile(
@@ -211,11 +229,11 @@ def check_memory(
     `hosts_compute` the weights are elsewhere: the batch alone is checked.
     """
     model = recipe.model
-    held = WEIGHT_BYTES + recipe.optimizer.state_bytes_per_parameter
+    held = WEIGHT_BYTES * model.parameters + recipe.optimizer.state_bytes(model, model.whole)
     # The ranks of a pipeline share the layers, each replica has all of them.
     ranks, pipeline = node_map.size, max(1, recipe.parallel.pipeline)
     replicas = max(1, ranks // pipeline)
-    needed, there = held * model.parameters * replicas, memory * len(node_map.nodes)
+    needed, there = held * replicas, memory * len(node_map.nodes)
     if memory and hosts_compute and needed > there:
         raise LayoutError(
             f"the model has {model.parameters:,} parameters, which need {binary_bytes(needed)} "

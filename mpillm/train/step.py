@@ -16,7 +16,7 @@ from mpillm.comm.mesh import Mesh
 from mpillm.errors import DataError, DivergedError
 from mpillm.infer.evaluate import rows_at_once
 from mpillm.machine.cluster_profile import ClusterProfile
-from mpillm.models.part_module import Fields
+from mpillm.models.part_module import Fields, weight_shapes
 from mpillm.parallel.axis_sizes import counts_loss
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import Batch
@@ -28,7 +28,7 @@ from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.sampler import Sampler
 from mpillm.train.loss_scale import LossScale
 from mpillm.train.lr_schedule import learning_rate
-from mpillm.train.optimizers.optimizer import set_rate
+from mpillm.train.optimizers.optimizer import check_whole, make_optimizer, set_rate
 from mpillm.train.recipe import Recipe
 from mpillm.train.step_stats import StepStats, check_finite, gather_stats
 
@@ -41,6 +41,7 @@ class StepResult:
     """The mean over the global batch, in nats a target, with the weights before the update."""
     learning_rate: float
     grad_norm: float
+    """Of the summed gradients, before they are clipped."""
     seconds: float
     stats: StepStats
     spans: list[Span]
@@ -51,6 +52,8 @@ class StepResult:
     """The factor of the gradients in the backward pass; 1 but for float16."""
     repeats: int = 0
     """How often the step was computed again with a lower loss scale."""
+    noise_scale: float | None = None
+    """In sequences; None where it was not measured, or the gradient is lost in its noise."""
 
 
 class Trainer:
@@ -83,8 +86,12 @@ class Trainer:
             warn=warn,
         )
         self.stepped = self.model.stepped
-        self.optimizer = recipe.optimizer.build(self.stepped.values())
+        self.optimizer = make_optimizer(recipe.optimizer, self.stepped)
         self.loss_scale = LossScale.make(plan.precision.scales_loss)
+        if not recipe.optimizer.elementwise:
+            whole = {name: shape for name, (_, shape) in weight_shapes(recipe.model).items()}
+            stepped = {name: tuple(weight.shape) for name, weight in self.stepped.items()}
+            check_whole(recipe.optimizer, stepped, whole)
         documents = recipe.data.document_mask
         self._sampler = Sampler(
             reader,
@@ -130,10 +137,16 @@ class Trainer:
         batch = self._batch(step)
         self._prefetch(step + 1)
         read = clock()
+        every = self.recipe.train.noise_scale
+        measure = bool(every) and (step + 1) % every == 0
         while True:
-            passes = self.model.train(batch, self.loss_scale.value)
+            passes = self.model.train(batch, self.loss_scale.value, measure)
             stats = gather_stats(self.mesh, passes, self.plan.microbatches, self.clock_offset, stop)
-            norm = self.model.clip_(self.recipe.optimizer.clip, self.loss_scale.value)
+            norm = self.model.clip_(
+                self.recipe.optimizer.clip,
+                self.loss_scale.value,
+                self.recipe.optimizer.clip_value,
+            )
             fault = check_finite(step, stats.losses, norm)
             # A loss that is not finite comes from the forward pass: the scale does not change it.
             if not fault or not math.isfinite(stats.loss) or not self.loss_scale.lower():
@@ -154,9 +167,17 @@ class Trainer:
             ("reduce", passes.ended, reduced),
             ("update", reduced, ended),
         ]
-        seconds = ended - begun
         return StepResult(
-            stats.loss, rate, norm, seconds, stats, passes.spans, others, scale, repeats
+            stats.loss,
+            rate,
+            norm,
+            ended - begun,
+            stats,
+            passes.spans,
+            others,
+            scale,
+            repeats,
+            passes.noise_scale,
         )
 
     def _float16_remedy(self) -> str:

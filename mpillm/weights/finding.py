@@ -14,7 +14,7 @@ from mpillm.weights.places import CHECKPOINTS, INDEX, checkpoint_folders
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-Check = Callable[[Checkpoint], None]
+Check = Callable[[Checkpoint], object]
 
 
 def accept(checkpoint: Checkpoint) -> None:

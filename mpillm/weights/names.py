@@ -22,10 +22,22 @@ def name_tensors(
     """Name weights, and the state tensors of an optimizer, as a checkpoint does.
 
     `weights`: by the module's names (`layers.0.norm.weight`). `stepped`: what the optimizer steps
-    on, by the same names. `state`: as `torch.optim.Optimizer.state`, of which `slots` are named.
+    on, by the same names. `state`: as `torch.optim.Optimizer.state`, of which `slots` are named,
+    each where a weight has it.
     """
-    named = {f"model/{name.replace('.', '/')}": weight for name, weight in weights.items()}
+    named = {weight_name(name): weight for name, weight in weights.items()}
     for slot in slots:
         for name, weight in stepped.items():
-            named[f"optimizer/{slot}/{name.replace('.', '/')}"] = state[weight][slot]
+            if slot in state[weight]:
+                named[state_name(slot, name)] = state[weight][slot]
     return named
+
+
+def weight_name(name: str) -> str:
+    """Name a weight of the module (`layers.0.norm.weight`) as a checkpoint does."""
+    return f"model/{name.replace('.', '/')}"
+
+
+def state_name(slot: str, name: str) -> str:
+    """Name the state `slot` of a weight of the module as a checkpoint does."""
+    return f"optimizer/{slot}/{name.replace('.', '/')}"

@@ -26,9 +26,9 @@ class MomentumSettings(OptimizerSettings):
                         velocity.mul_(group["momentum"]).add_(weight.grad)
                         weight.sub_(group["lr"] * velocity)
 
-        weights = list(weights)
-        optimizer = Momentum(weights, {"lr": self.learning_rate, "momentum": self.momentum})
-        for weight in weights:
+        groups = self.parameter_groups(weights)
+        optimizer = Momentum(groups, {"momentum": self.momentum})
+        for weight in weights.values():
             optimizer.state[weight]["velocity"] = torch.zeros_like(weight)
         return optimizer
 

@@ -5,6 +5,7 @@ import pytest
 
 from mpillm.errors import RecipeError
 from mpillm.models.decoder import SHAPES
+from mpillm.train.optimizers.optimizer import GroupRule
 from mpillm.train.recipe import OLD_SPELLINGS, Recipe, load_recipe, parse_recipe, write_recipe
 
 GOOD = """
@@ -59,6 +60,10 @@ def test_a_run_is_named_after_its_recipe(tmp_path: Path) -> None:
 def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
     recipe = load(tmp_path)
     assert load(tmp_path, write_recipe(recipe)) == recipe
+    rules = (GroupRule('a"*', rate=0.1), GroupRule("b", decay=0.0))
+    ruled = replace(recipe, optimizer=replace(recipe.optimizer, groups=rules))
+    assert 'groups = [{match = "a\\"*", rate = 0.1}, {match = ' in write_recipe(ruled)
+    assert load(tmp_path, write_recipe(ruled)) == ruled
     odd = replace(recipe, train=replace(recipe.train, run="a 'b' \"c\" \\ \x7f é 🦜 $(d)"))
     assert load(tmp_path, write_recipe(odd)) == odd
 
@@ -83,6 +88,21 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
         ("optimizer.schedule=cosin", "did you mean cosine"),
         ("optimizer.beta1=1.0", "optimizer.beta1 = 1.0"),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate"),
+        ("optimizer.name=lino", "did you mean lion"),
+        ("optimizer.period_factor=0.5", "optimizer.period_factor = 0.5: input should be greater"),
+        ("optimizer.schedule=cosine-restarts", r"optimizer\.period is 0; set it to a number"),
+        ("optimizer.clip_value=-1", "optimizer.clip_value = -1"),
+        ("optimizer.groups=all", "optimizer.groups = 'all': input should be a valid array"),
+        ("optimizer.groups=[3]", r"optimizer\.groups\[0\] = 3: input should be an object"),
+        ("optimizer.groups=[{}]", r"optimizer\.groups\[0\]\.match is missing"),
+        (
+            'optimizer.groups=[{match="a"}, {match="b", rat=2}]',
+            r"unknown key optimizer\.groups\[1\]\.rat, did you mean rate\? \(known in "
+            r"optimizer\.groups\[1\]: match, rate, decay\)",
+        ),
+        ('optimizer.groups=[{match="a", rate=-1}]', r"groups\[0\]\.rate = -1: input should be gr"),
+        ('optimizer.groups=[{match="a", rate=inf}]', r"groups\.rate = inf: a setting is a finite"),
+        ("train.noise_scale=-1", "train.noise_scale = -1"),
         ("parallel.allreduce=rong", "did you mean ring"),
         (
             "train.recompute=some",

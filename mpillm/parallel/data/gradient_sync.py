@@ -4,9 +4,11 @@ Replicated buckets are one file (replicated.py); each ZeRO stage is another.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import Tensor, nn
+
+Gradients = Iterable[tuple[nn.Parameter, Tensor]]
 
 
 class GradientSync(ABC):
@@ -18,8 +20,13 @@ class GradientSync(ABC):
     """
 
     @abstractmethod
-    def begin(self) -> None:
-        """Forget the gradients of the step before, ahead of the first backward pass."""
+    def begin(self, small: Callable[[Gradients], None] | None = None) -> None:
+        """Forget the gradients of the step before, ahead of the first backward pass.
+
+        `small` receives the gradients of each small batch before they are summed with others. On
+        an axis of several ranks that is this rank's share of the batch, else each microbatch, part
+        by part. Without it, measuring costs nothing.
+        """
 
     @abstractmethod
     def last_microbatch(self, part: int | None = None) -> None:
@@ -74,6 +81,10 @@ class GradientSync(ABC):
     @abstractmethod
     def scale_(self, factor: float) -> None:
         """Multiply all gradients by `factor`."""
+
+    @abstractmethod
+    def clamp_(self, limit: float) -> None:
+        """Clamp each element of all gradients to ± `limit`."""
 
     @abstractmethod
     def describe(self) -> str:

@@ -25,7 +25,7 @@ from mpillm.parallel.data.buckets import (
     padded,
     summed_dtype,
 )
-from mpillm.parallel.data.gradient_sync import GradientSync
+from mpillm.parallel.data.gradient_sync import Gradients, GradientSync
 from mpillm.parallel.data.master_weights import MasterWeights
 from mpillm.parallel.settings import ParallelSettings
 
@@ -107,6 +107,10 @@ class ReplicatedGradients(GradientSync):
             bucket.stream = self._stream
         self._parameters = [p for parameters in trained for p in parameters]
         self._masters: MasterWeights | None = None
+        self._trained = trained
+        # Where small batches are measured: what receives them, and the sums of earlier ones.
+        self._small: Callable[[Gradients], None] | None = None
+        self._sums: dict[nn.Parameter, Tensor] = {}
         # Parts whose last microbatch has begun.
         self._last: set[int] = set()
         self._places: dict[nn.Parameter, tuple[Bucket, Tensor]] = {}
@@ -143,7 +147,8 @@ class ReplicatedGradients(GradientSync):
             f"{count} bucket{'s' * (count != 1)} by {algorithms}, {when} the backward pass{dtypes}"
         )
 
-    def begin(self) -> None:
+    def begin(self, small: Callable[[Gradients], None] | None = None) -> None:
+        self._small = small
         # Gradients are dropped, not zeroed: autograd then leaves its first gradient as it is, and
         # one copy lays it into the bucket. That reads and writes less than clearing the bucket and
         # adding to it.
@@ -164,7 +169,8 @@ class ReplicatedGradients(GradientSync):
         if bucket.part not in self._last:
             return
         bucket.missing -= 1
-        if self._thread is None:
+        # A sum in flight would change what is measured: then all start in `finish`.
+        if self._thread is None or self._small is not None:
             return
         # In bucket order, whatever the order of this rank's graph: all ranks must start them alike.
         with self._thread.paused():
@@ -181,21 +187,36 @@ class ReplicatedGradients(GradientSync):
 
     def microbatch_ended(self, part: int) -> None:
         """With a fixed order: add this microbatch's gradients of `part` to the tree of sums."""
-        if not self.fixed_order:
+        alone = self._small if self.axis.size == 1 else None
+        if not self.fixed_order and alone is None:
             return
         for bucket in self.buckets:
             if bucket.part == part:
                 bucket.take_all()
-                bucket.fold()
+                if alone is not None:
+                    alone(bucket.gradients())
+                if self.fixed_order:
+                    bucket.fold()
+                else:
+                    self._set_aside([(p, view.clone()) for p, view in bucket.gradients()])
+                    bucket.forget()
+        if alone is not None and not self.buckets:
+            found = [(p, p.grad) for p in self._trained[part] if p.grad is not None]
+            alone(found)
+            self._set_aside(found)
+            for parameter, _ in found:
+                parameter.grad = None
+
+    def _set_aside(self, gradients: Gradients) -> None:
+        """Add the gradients of a microbatch that was measured, in the order of autograd's own sums:
+        measuring changes no bit.
+        """
+        for parameter, gradient in gradients:
+            total = self._sums.get(parameter)
+            self._sums[parameter] = gradient if total is None else total.add_(gradient)
 
     def finish(self) -> None:
-        for parameter in self._loose:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        for bucket in self.buckets:
-            if self.fixed_order:
-                bucket.unfold()
-            bucket.take_all()
+        self._complete()
         if self._thread is not None:
             self._thread.pause()
         for bucket in self.buckets if self.axis.size > 1 else ():
@@ -230,6 +251,26 @@ class ReplicatedGradients(GradientSync):
         if self._masters is not None:
             self._masters.round()
 
+    def _complete(self) -> None:
+        """Complete the gradients of this rank, ahead of the sums over the axis."""
+        for parameter, total in self._sums.items():
+            if parameter in self._places:
+                bucket, view = self._places[parameter]
+                view.copy_(total)
+                bucket.filled.add(parameter)
+            else:
+                parameter.grad = total
+        self._sums.clear()
+        for parameter in self._loose:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in self.buckets:
+            if self.fixed_order:
+                bucket.unfold()
+            bucket.take_all()
+        if self._small is not None and self.axis.size > 1:
+            self._small(pair for bucket in self.buckets for pair in bucket.gradients())
+
     def counted_gradients(
         self, replica: tuple[int, int], excluded: Collection[nn.Parameter] = ()
     ) -> list[Tensor]:
@@ -246,6 +287,13 @@ class ReplicatedGradients(GradientSync):
         for parameter in self._loose:
             assert parameter.grad is not None
             parameter.grad.mul_(factor)
+
+    def clamp_(self, limit: float) -> None:
+        for bucket in self.buckets:
+            bucket.flat.clamp_(-limit, limit)
+        for parameter in self._loose:
+            assert parameter.grad is not None
+            parameter.grad.clamp_(-limit, limit)
 
     def close(self) -> None:
         self.begin()

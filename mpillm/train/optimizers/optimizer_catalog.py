@@ -13,6 +13,10 @@ from mpillm.train.optimizers.optimizer import OptimizerSettings
 OPTIMIZERS: Mapping[str, str] = MappingProxyType(
     {
         "adamw": "mpillm.train.optimizers.adamw:AdamWSettings",
+        "muon": "mpillm.train.optimizers.muon:MuonSettings",
+        "adafactor": "mpillm.train.optimizers.adafactor:AdafactorSettings",
+        "sgd": "mpillm.train.optimizers.sgd:SGDSettings",
+        "lion": "mpillm.train.optimizers.lion:LionSettings",
     }
 )
 DEFAULT = "adamw"

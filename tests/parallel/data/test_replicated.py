@@ -273,6 +273,41 @@ def test_not_a_number_is_returned_not_spread(axis, net):
     assert buckets.buckets[0].flat[1] == 2.0
 
 
+@pytest.mark.parametrize("settings", [ParallelSettings(), OVERLAPPED], ids=str)
+def test_elements_are_clamped_before_the_norm_is_clipped(axis, net, settings):
+    ids = batch(ROWS * axis.size)
+    whole = whole_batch_gradients(net, ids)
+    found = [gradient for gradient in whole.values() if gradient is not None]
+    norm = float(torch.cat([gradient.flatten() for gradient in found]).norm())
+    limit = 0.01
+    assert any(gradient.abs().max() > limit for gradient in found)
+    left = torch.cat([gradient.clamp(-limit, limit).flatten() for gradient in found]).norm()
+    buckets = bucketed(net, axis, settings)
+    for max_norm in (torch.inf, 0.5 * float(left), 0.99 * norm):
+        run_step(buckets, net, ids, axis)
+        replica = (axis.rank, axis.size)
+        # The norm of the sum itself, whatever the clipping leaves of it.
+        had = clip_gradients_(buckets, axis.comm, replica, max_norm, max_value=limit)
+        assert had == pytest.approx(norm, rel=1e-5)
+        factor = min(1.0, max_norm / float(left))
+        for name, parameter in net.named_parameters():
+            if whole[name] is not None:
+                expected = whole[name].clamp(-limit, limit) * factor
+                torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-7)
+    buckets.close()
+
+
+def test_what_is_not_finite_is_reported_and_not_clamped(axis, net):
+    ids = batch(ROWS * axis.size)
+    buckets = bucketed(net, axis, ParallelSettings())
+    run_step(buckets, net, ids, axis)
+    net.scale.grad.fill_(torch.inf)
+    norm = clip_gradients_(buckets, axis.comm, (axis.rank, axis.size), 1.0, max_value=0.1)
+    assert norm == torch.inf
+    assert net.scale.grad == torch.inf
+    buckets.close()
+
+
 @pytest.mark.parametrize("to_none", [True, False])
 def test_an_optimizer_may_clear_the_gradients(axis, net, to_none):
     ids = batch(axis.size)
