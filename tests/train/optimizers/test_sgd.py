@@ -13,12 +13,8 @@ from tests.train.optimizers.paths import (
 )
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.8])
-@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.8, False), (0.8, True)])
 def test_it_is_the_textbook_s(momentum: float, nesterov: bool) -> None:
-    if nesterov and not momentum:
-        pytest.skip("Nesterov's is a momentum")
-
     def update(name, weight, gradient, state, step, rate, decay):  # type: ignore[no-untyped-def]
         gradient = gradient + decay * weight
         velocity = state.setdefault("velocity", torch.zeros_like(weight))
