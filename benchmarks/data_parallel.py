@@ -35,7 +35,7 @@ from mpillm.models.part_module import PartModule, create
 from mpillm.parallel.data.replicated import ReplicatedGradients
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.system.malloc import keep_pages
-from mpillm.tasks.causal_lm import cross_entropy_sum
+from mpillm.tasks.cross_entropy import cross_entropy_sum
 
 OURS = {
     "auto": ParallelSettings(),
@@ -58,8 +58,8 @@ class WholeLoss(nn.Module):
         self.part = part
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        (logits_BTV,) = self.part.forward_part({"ids": ids_BT[:, :-1]}, ()).outputs
-        return cross_entropy_sum(logits_BTV, ids_BT[:, 1:]) / ids_BT[:, 1:].numel()
+        (head,) = self.part.forward_part({"ids": ids_BT[:, :-1]}, ()).outputs
+        return cross_entropy_sum(head, ids_BT[:, 1:]) / ids_BT[:, 1:].numel()
 
 
 def build_model(width: int, layers: int, vocab: int, length: int) -> nn.Module:

@@ -145,7 +145,7 @@ def main() -> None:
         20,
         33,
         ("Trainer.step",),
-        ("CausalLM.loss_sum",),
+        ("CrossEntropyTask.objective_sum",),
     )
     save = Walk(
         "checkpoint: from tensor to file",

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from mpillm.comm.mesh import Mesh
 from mpillm.models.decoder import DecoderConfig
+from mpillm.models.linear_head import plain_outputs
 from mpillm.models.part_module import PartModule, create
 from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.settings import ParallelSettings
@@ -69,7 +70,7 @@ class TorchPart(nn.Module):
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
         fields, streams = ({"ids": given}, ()) if self.part.begins else ({}, (given,))
-        return self.part.forward_part(fields, streams).outputs[0]
+        return plain_outputs(self.part.forward_part(fields, streams).outputs)[0]
 
 
 class Theirs:

@@ -19,6 +19,7 @@ from mpillm.parallel.pipeline.executor import Pipeline
 from mpillm.parallel.pipeline.stage import ModelStage
 from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.tasks.causal_lm import CausalLM
+from mpillm.tasks.task import Task
 from mpillm.tokens.sampler import Sampler
 from mpillm.train.lr_schedule import learning_rate
 from mpillm.train.optimizers.adamw import AdamWSettings
@@ -150,7 +151,7 @@ def draw() -> str:
         box(
             1,
             400,
-            [ModelStage.forward, CausalLM.loss_sum],
+            [ModelStage.forward, Task.objective_sum],
             ["rank 1, stage 1: the other half,", "then the loss of the targets"],
             "rank",
         ),

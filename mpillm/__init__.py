@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from mpillm.comm.communicator import Communicator as Communicator
     from mpillm.comm.mesh import Mesh as Mesh
     from mpillm.errors import MpillmError as MpillmError
+    from mpillm.models.linear_head import LinearHead as LinearHead
     from mpillm.models.part_module import PartModule as PartModule
     from mpillm.models.part_module import PartOutput as PartOutput
     from mpillm.models.spec import ModelSpec as ModelSpec
     from mpillm.models.spec import Part as Part
     from mpillm.system.console import Console as Console
+    from mpillm.tasks.cross_entropy import CrossEntropyTask as CrossEntropyTask
     from mpillm.tasks.metrics.metric import Metric as Metric
     from mpillm.tasks.task import Task as Task
     from mpillm.tokens.prepare import PrepareOptions as PrepareOptions
@@ -42,7 +44,9 @@ EXPORTS: Mapping[str, str] = MappingProxyType(
         "Part": "mpillm.models.spec:Part",
         "PartModule": "mpillm.models.part_module:PartModule",
         "PartOutput": "mpillm.models.part_module:PartOutput",
+        "LinearHead": "mpillm.models.linear_head:LinearHead",
         "Task": "mpillm.tasks.task:Task",
+        "CrossEntropyTask": "mpillm.tasks.cross_entropy:CrossEntropyTask",
         "Metric": "mpillm.tasks.metrics.metric:Metric",
         "OptimizerSettings": "mpillm.train.optimizers.optimizer:OptimizerSettings",
         "MpillmError": "mpillm.errors:MpillmError",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt
 
 from mpillm.errors import RecipeError
+from mpillm.models.head_chunks import head_bytes
 from mpillm.models.spec import LayerRecompute, ModelSpec, Part
 
 if TYPE_CHECKING:
@@ -199,8 +200,11 @@ class DecoderConfig(ModelSpec):
         return rows * self.context * part.count * block * element_bytes
 
     def output_bytes(self, rows: int) -> int:
-        """Count the logits and their gradient, in float32."""
-        return rows * self.context * 2 * self.vocab_size * 4
+        """Count a loss in chunks with the gradients that it holds: of hidden states and head.
+
+        A task that reads plain logits takes more: 3 times their bytes in float32.
+        """
+        return head_bytes(rows * self.context, self.width, self.vocab_size)
 
 
 def _gpt2(layers: int, width: int, heads: int) -> DecoderConfig:

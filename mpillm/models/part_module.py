@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mpillm.errors import DataError, UsageError
+from mpillm.models.linear_head import Outputs
 from mpillm.models.spec import ModelSpec, Part, Recompute
 
 # torch raises RuntimeError for both, on the CPU and on a GPU.
@@ -22,8 +23,8 @@ _NO_MEMORY = re.compile(
 )
 _ASKED = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.IGNORECASE)
 _OF_GPU = re.compile(r"(GPU \d+) has a total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+)")
-# The embedding's words on the CPU. Other indices have other words.
-_NO_SUCH_ID = "index out of range in self"
+# The words on the CPU of an embedding, of a loss in chunks, and of torch's cross_entropy.
+_NO_SUCH_ID = re.compile(r"index out of range in self|(index|Target) \d+ is out of bounds")
 
 Fields = Mapping[str, Tensor]
 Streams = tuple[Tensor, ...]
@@ -32,8 +33,9 @@ Streams = tuple[Tensor, ...]
 class PartOutput(NamedTuple):
     """The tensors of a forward pass."""
 
-    outputs: Streams
-    """The streams for the next part; of the part that ends the model, its outputs (such as logits).
+    outputs: Outputs
+    """The streams for the next part. Of the part that ends the model, its outputs: logits, or a
+    head that a loss may read in chunks.
     """
     pivots: Streams
     """The inputs at which a split backward pass stops: received streams, or embedding outputs."""
@@ -189,7 +191,7 @@ def torch_explained() -> Iterator[None]:
         text = str(failure)
         if _NO_MEMORY.search(text):
             raise MemoryError(_memory_text(text)) from failure
-        if _NO_SUCH_ID in text:
+        if _NO_SUCH_ID.search(text):
             raise DataError(
                 "a token id is not in the model's vocabulary: a shard is damaged; "
                 "find it with `mpillm prepare --verify`, or prepare the dataset again"

@@ -117,7 +117,7 @@ class ModelSpec(ABC):
 
     @abstractmethod
     def output_bytes(self, rows: int) -> int:
-        """Estimate the bytes of the model's outputs for `rows` sequences, with their gradients."""
+        """Estimate the bytes of outputs and loss for `rows` sequences, with their gradients."""
 
     @abstractmethod
     def describe(self) -> str:

@@ -5,12 +5,12 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from mpillm.tasks.task import Fields, RawArrays, Task
+from mpillm.tasks.cross_entropy import CrossEntropyTask
+from mpillm.tasks.task import Fields, RawArrays
 
 
-class CausalLM(Task):
+class CausalLM(CrossEntropyTask):
     """Causal language modelling. Fields: `ids`, `targets`, `documents` (optional), each (B, T).
 
     Targets are one position later than ids.
@@ -27,18 +27,8 @@ class CausalLM(Task):
             fields["documents"] = torch.from_numpy(raw["documents"])[:, :-1]
         return fields
 
-    def loss_sum(self, outputs: tuple[Tensor, ...], fields: Fields) -> Tensor:
-        (logits_BTV,) = outputs
-        return cross_entropy_sum(logits_BTV, fields["targets"])
-
     def weight(self, fields: Fields) -> float:
         return float(fields["targets"].numel())
 
     def fixed_weight(self, rows: int, context: int) -> float:
         return float(rows * context)
-
-
-def cross_entropy_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Sum the cross-entropy over all positions, in nats (float32)."""
-    # float32 whatever the logits: bfloat16 sums of thousands of terms lose most digits.
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")

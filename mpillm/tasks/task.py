@@ -26,6 +26,12 @@ class Task(ABC):
     field_names: ClassVar[tuple[str, ...]]
     """The fields of every batch; `documents` is added where the recipe asks for it."""
 
+    reads_heads: ClassVar[bool] = False
+    """Whether the losses take a `LinearHead` in place of its logits, so that these need not exist.
+
+    Logits come where the architecture returns no head, or a metric needs them.
+    """
+
     @abstractmethod
     def fields(self, raw: RawArrays) -> dict[str, Tensor]:
         """Make a batch's fields from `raw`, the arrays of the sampler.
@@ -41,6 +47,10 @@ class Task(ABC):
 
         The sum, not the mean: microbatches and ranks may have unequal numbers of targets.
         """
+
+    def objective_sum(self, outputs: tuple[Tensor, ...], fields: Fields) -> Tensor:
+        """Return what training minimises, summed as in `loss_sum`: that loss, unless overridden."""
+        return self.loss_sum(outputs, fields)
 
     @abstractmethod
     def weight(self, fields: Fields) -> float:

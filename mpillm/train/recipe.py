@@ -26,7 +26,7 @@ from mpillm.models import model_catalog
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.system.messages import command
-from mpillm.tasks import task_catalog
+from mpillm.tasks.task_catalog import TaskSettings
 from mpillm.train.optimizers import optimizer_catalog
 from mpillm.train.optimizers.optimizer import OptimizerSettings
 from mpillm.train.recipe_file import expand_home, own_run, read_table
@@ -56,17 +56,6 @@ class DataSettings:
     """The folder that `mpillm prepare` wrote."""
     document_mask: bool = False
     """Let a position attend only to its own document."""
-
-
-@dataclass(frozen=True)
-class TaskSettings:
-    """The task: fields, targets and loss of a batch."""
-
-    name: str = task_catalog.DEFAULT
-    """A task of the catalogue, or a plug-in as `package.module:Name`."""
-
-    def __post_init__(self) -> None:
-        task_catalog.check_task(self.name)
 
 
 @dataclass(frozen=True)

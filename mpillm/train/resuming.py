@@ -113,7 +113,7 @@ def changed_settings(before: Mapping[str, Any], recipe: Recipe) -> list[str]:
         defaults, old = _defaults(classes[section]), before.get(section, {})
         for key, value in keys.items():
             # An earlier release that lacked the key did what is the default now.
-            was = old.get(key, defaults.get(key, value))
+            was = json.loads(json.dumps(old.get(key, defaults.get(key, value))))
             name = f"{section}.{key}"
             if was == value or (name in PLACES and _same_place(was, value)):
                 continue

@@ -78,7 +78,7 @@ def train(
     )
     if settings.noise_scale:
         check_small_batches(plan, data.size)
-    task = make_task(recipe.task.name)
+    task = make_task(recipe.task.name, recipe.task)
     _check_mask(recipe)
     _check_groups(recipe)
     with open_of(manifest, "train") as reader:

@@ -10,7 +10,7 @@ from mpillm.models.layers.attention import Rotary
 from mpillm.models.layers.decoder_stack import Cache, Decoder
 from mpillm.models.part_module import create
 from mpillm.models.spec import Part
-from mpillm.tasks.causal_lm import cross_entropy_sum
+from mpillm.tasks.cross_entropy import cross_entropy_sum
 
 SMALL = {"layers": 2, "width": 32, "heads": 4, "context": 16, "vocab_size": 50}
 KINDS = [

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpillm.tasks.causal_lm import CausalLM, cross_entropy_sum
+from mpillm.tasks.causal_lm import CausalLM
+from mpillm.tasks.cross_entropy import cross_entropy_sum
 
 TOKENS = np.array([[5, 6, 7, 8], [1, 2, 3, 4]], np.uint16)
 

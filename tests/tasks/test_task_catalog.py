@@ -5,7 +5,7 @@ import pytest
 from mpillm.errors import RecipeError, UsageError
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.task import Task
-from mpillm.tasks.task_catalog import DEFAULT, TASKS, check_task, make_task
+from mpillm.tasks.task_catalog import DEFAULT, TASKS, TaskSettings, check_task, make_task
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -33,3 +33,26 @@ def test_a_plugin_is_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         make_task("own_tasks:Other")
     with pytest.raises(UsageError, match="cannot be imported"):
         make_task("not_installed_here.tasks:Own")
+
+
+def test_settings_of_the_loss_reach_a_task_with_a_cross_entropy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = TaskSettings(label_smoothing=0.1)
+    assert make_task(DEFAULT, settings).label_smoothing == 0.1
+    # An evaluation makes the task by its name.
+    assert make_task(DEFAULT).label_smoothing == 0
+    (tmp_path / "plain_tasks.py").write_text(
+        "from mpillm.tasks.task import Task\n"
+        "class Plain(Task):\n"
+        "    def fields(self, raw): ...\n"
+        "    def loss_sum(self, outputs, fields): ...\n"
+        "    def weight(self, fields): ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert make_task("plain_tasks:Plain", TaskSettings("plain_tasks:Plain"))
+    words = (
+        r"task.label_smoothing = 0.1 and task.z_loss = 0.0001 changes a cross-entropy, and the task"
+    )
+    with pytest.raises(RecipeError, match=words):
+        make_task("plain_tasks:Plain", TaskSettings("plain_tasks:Plain", 0.1, 1e-4))

@@ -362,7 +362,9 @@ def test_whatever_is_wrong_with_the_newest_the_one_before_is_found(
 
 
 def test_errors_of_torch_are_explained() -> None:
+    from mpillm.models.linear_head import LinearHead
     from mpillm.models.part_module import torch_explained
+    from mpillm.tasks.cross_entropy import cross_entropy_sum
 
     with pytest.raises(MemoryError, match=r"torch asked for \d"), torch_explained():
         torch.empty(1 << 55)
@@ -376,6 +378,10 @@ def test_errors_of_torch_are_explained() -> None:
     embedding = torch.nn.Embedding(4, 2)
     with pytest.raises(DataError, match="not in the model's vocabulary"), torch_explained():
         embedding(torch.tensor([7]))
+    head, targets = LinearHead(torch.ones(1, 1, 2), embedding.weight), torch.tensor([[7]])
+    for output in (head, head.logits()):
+        with pytest.raises(DataError, match="not in the model's vocabulary"), torch_explained():
+            cross_entropy_sum(output, targets)
     with pytest.raises(RuntimeError, match="size"), torch_explained():
         torch.ones(2) @ torch.ones(3)
     with pytest.raises(MpillmError), torch_explained():

@@ -121,6 +121,12 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
         ("train=5", "--set takes section.key=value"),
         ("train.steps", "--set takes section.key=value"),
         ("data.path=''", "data.path"),
+        ("task.label_smoothing=1.0", "task.label_smoothing = 1.0: input should be less than 1"),
+        ("task.label_smoothing=-0.1", "input should be greater than or equal to 0"),
+        ("task.z_loss=-1e-4", "task.z_loss = -0.0001: input should be greater than or equal to 0"),
+        ("task.z_loss=1", "task.z_loss = 1: input should be less than 1"),
+        ("task.z_loss=nan", "task.z_loss = nan"),
+        ("task.z_los=1e-4", r"unknown key task\.z_los, did you mean z_loss"),
     ],
 )
 def test_a_fault_is_reported_with_the_nearest_legal_word(
@@ -236,4 +242,5 @@ def test_a_wrong_plug_in_is_reported(
 
 
 def test_the_task_is_causal_lm_unless_named() -> None:
-    assert parse_recipe({"data": {"path": "x"}}, "x").task.name == "causal-lm"
+    task = parse_recipe({"data": {"path": "x"}}, "x").task
+    assert (task.name, task.label_smoothing, task.z_loss) == ("causal-lm", 0.0, 0.0)

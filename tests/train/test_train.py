@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import shutil
 import signal
 import time
@@ -47,6 +48,10 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def losses_of(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
 def untimed(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(run)]
 
@@ -67,11 +72,30 @@ def test_losses_are_those_of_one_process(data: Path, folder: Path, comm: MPI.Int
     train(recipe(data, folder / "all", **settings), comm, QUIET)
     if comm.rank == 0:
         train(recipe(data, folder / "one", **settings), MPI.COMM_SELF, QUIET)
-        together = [line["loss"] for line in metrics(folder / "all") if "loss" in line]
-        alone = [line["loss"] for line in metrics(folder / "one") if "loss" in line]
+        together, alone = losses_of(folder / "all"), losses_of(folder / "one")
         assert len(alone) == 50
         assert together == pytest.approx(alone, rel=1e-5)
         assert alone[-1] < 0.8 * alone[0]
+
+
+def test_the_recorded_loss_is_the_objective_and_a_validation_loss_is_plain(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
+    """Label smoothing and z-loss change the training, with the same losses at any ranks."""
+    task = {"label_smoothing": 0.2, "z_loss": 1e-3}
+    short, still = {"steps": 3}, {"learning_rate": 1e-9}
+    train(recipe(data, folder / "all", task=task, train=short), comm, QUIET)
+    if comm.rank == 0:
+        train(recipe(data, folder / "one", task=task, train=short), MPI.COMM_SELF, QUIET)
+        assert losses_of(folder / "all") == pytest.approx(losses_of(folder / "one"), rel=1e-5)
+        for name, terms in (("plain", {}), ("terms", task)):
+            run = recipe(data, folder / name, task=terms, optimizer=still, train=short)
+            train(run, MPI.COMM_SELF, QUIET)
+        plain, terms = losses_of(folder / "plain"), losses_of(folder / "terms")
+        # At the initial weights log Z is about log V, and smoothing changes little.
+        assert terms[0] - plain[0] == pytest.approx(1e-3 * math.log(257) ** 2, abs=0.01)
+        validation = [metrics(folder / name)[-1]["validation_loss"] for name in ("plain", "terms")]
+        assert validation[0] == pytest.approx(validation[1], rel=1e-6)
 
 
 @pytest.mark.slow("trains whole runs")
@@ -172,10 +196,6 @@ def test_the_document_mask_trains_otherwise(data: Path, folder: Path, comm: MPI.
     plain, masked = metrics(folder / "plain"), metrics(folder / "masked")
     assert plain[-2]["loss"] == pytest.approx(masked[-2]["loss"], rel=0.05)
     assert plain[-2]["loss"] != masked[-2]["loss"]
-
-
-def losses_of(run: Path) -> list[float]:
-    return [line["loss"] for line in metrics(run) if "loss" in line]
 
 
 def only_up_to_two(comm: MPI.Intracomm) -> None:

@@ -1,4 +1,4 @@
-"""The decoder on one device: token ids in, logits out; or a part of its blocks.
+"""The decoder on one device: from token ids to a head of logits; or a part of its blocks.
 
 Shapes: B sequences, T positions, C width, V vocabulary.
 """
@@ -13,6 +13,7 @@ from mpillm.models.layers.attention import LayerCache, Rotary
 from mpillm.models.layers.block import Block, make_norm
 from mpillm.models.layers.dropout import EMBEDDING, EMBEDDING_LAYER, drop, layer_keys
 from mpillm.models.layers.recompute import recomputed
+from mpillm.models.linear_head import LinearHead, plain_outputs
 from mpillm.models.part_module import (
     Fields,
     GenerationCache,
@@ -102,7 +103,7 @@ class Decoder(PartModule):
         if cache and self.ends:
             cache.length += length
         if self.norm is not None and self.head is not None:
-            x_BTC = self.head(self.norm(x_BTC))
+            return PartOutput((LinearHead.of(self.norm(x_BTC), self.head),), (pivot_BTC,))
         return PartOutput((x_BTC,), (pivot_BTC,))
 
     def compiled_layers(self) -> list[nn.Module]:
@@ -137,7 +138,7 @@ class Decoder(PartModule):
         fields = {"ids": given}
         if document_BT is not None:
             fields["documents"] = document_BT
-        return self.forward_part(fields, (given,), cache).outputs[0]
+        return plain_outputs(self.forward_part(fields, (given,), cache).outputs)[0]
 
 
 def _mask(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpillm.models.linear_head import Outputs, plain_outputs
 from mpillm.models.part_module import Fields, PartModule, Streams
 from mpillm.parallel.data.gradient_sync import GradientSync
 from mpillm.parallel.pipeline.split_backward import SplitBackward
@@ -73,9 +74,10 @@ class ModelStage:
         # Received tensors are leaves of this stage's graph; their gradients go back.
         for stream in streams:
             stream.requires_grad_()
-        outputs, pivots = part.forward_part(fields, streams)
+        made, pivots = part.forward_part(fields, streams)
+        outputs = _outputs_for(self._task, made)
         if part.ends:
-            loss = self._task.loss_sum(outputs, fields) / batch.scale
+            loss = self._task.objective_sum(outputs, fields) / batch.scale
             self.losses[microbatch] = loss.detach()
             outputs = (loss if self.loss_scale == 1.0 else loss * self.loss_scale,)
         self._held[microbatch] = _Held(pivots, outputs)
@@ -109,6 +111,11 @@ class ModelStage:
 
     def _after_weights(self) -> None:
         self._sync.microbatch_ended(self._number)
+
+
+def _outputs_for(task: Task, made: Outputs) -> tuple[Any, ...]:
+    """Return a part's outputs as the task reads them: heads, or their logits."""
+    return made if task.reads_heads else plain_outputs(made)
 
 
 def _gradients(pivots: Streams) -> Streams:
@@ -160,7 +167,9 @@ class ScoringStage:
         fields: Fields = self._read(microbatch) if self._reads_fields else {}
         fields = {name: field.to(self._precision.device) for name, field in fields.items()}
         with torch.inference_mode():
-            outputs = part.forward_part(fields, streams).outputs
+            made = part.forward_part(fields, streams).outputs
+            # Metrics read logits: these are computed once, for the loss too.
+            outputs = plain_outputs(made) if self._metrics else _outputs_for(self._task, made)
         if part.begins:
             self._done()
         if not part.ends:

@@ -20,7 +20,8 @@ from mpillm.parallel.pipeline.stream_transport import DeviceTransport, StreamSha
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.parallel.step_plan import plan_step
-from mpillm.tasks.causal_lm import CausalLM, cross_entropy_sum
+from mpillm.tasks.causal_lm import CausalLM
+from mpillm.tasks.cross_entropy import cross_entropy_sum
 
 ROWS, LAYERS = 8, 8
 PLAIN = DecoderConfig(layers=LAYERS, width=16, heads=2, context=12, vocab_size=40)

@@ -11,7 +11,7 @@ from mpillm.models.decoder import DecoderConfig
 from mpillm.models.part_module import create
 from mpillm.models.spec import Part
 from mpillm.parallel.pipeline.split_backward import SplitBackward
-from mpillm.tasks.causal_lm import cross_entropy_sum
+from mpillm.tasks.cross_entropy import cross_entropy_sum
 
 CONFIGS = [
     {},

@@ -1,0 +1,71 @@
+"""The base of all tasks with a cross-entropy over a vocabulary, and the loss itself."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mpillm.models.linear_head import LinearHead, Outputs
+from mpillm.tasks.chunked_cross_entropy import chunked_cross_entropy
+from mpillm.tasks.task import Fields, Task
+
+
+class CrossEntropyTask(Task):
+    """A task that learns the field `targets` (B, T) from one output: a head, or logits (B, T, V).
+
+    A field `counts` (B, T) weighs the targets; without it each counts 1. Where it is 0, the target
+    may be any number. Label smoothing and z-loss change the objective of training alone. A class
+    that overrides `loss_sum` overrides `objective_sum` too, or takes neither setting.
+    """
+
+    reads_heads: ClassVar[bool] = True
+
+    def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+
+    def loss_sum(self, outputs: Outputs, fields: Fields) -> Tensor:
+        return cross_entropy_sum(outputs[0], fields["targets"], fields.get("counts"))
+
+    def objective_sum(self, outputs: Outputs, fields: Fields) -> Tensor:
+        if not (self.label_smoothing or self.z_loss):
+            return self.loss_sum(outputs, fields)
+        return cross_entropy_sum(
+            outputs[0],
+            fields["targets"],
+            fields.get("counts"),
+            self.label_smoothing,
+            self.z_loss,
+        )
+
+
+def cross_entropy_sum(
+    output: Tensor | LinearHead,
+    targets_BT: Tensor,
+    counts_BT: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Sum the cross-entropy over all positions, in nats (float32).
+
+    `output`: logits (B, T, V), or a head, which is read in chunks. `counts_BT`: the weight of each
+    target; None: 1. `label_smoothing`: the share of the target's probability that all tokens share
+    (Szegedy et al. 2016). `z_loss`: the factor of log² Z, which keeps the normaliser Z near 1
+    (Chowdhery et al. 2022, section 5: 1e-4).
+    """
+    if isinstance(output, LinearHead):
+        return chunked_cross_entropy(output, targets_BT, counts_BT, label_smoothing, z_loss)
+    # float32 whatever the logits: bfloat16 sums of thousands of terms lose most digits.
+    logits_NV, targets_N = output.flatten(0, -2), targets_BT.flatten()
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if counts_BT is not None:
+        targets_N = targets_N.masked_fill(counts_BT.flatten() == 0, 0)
+    reduction = "sum" if counts_BT is None and not z_loss else "none"
+    losses = F.cross_entropy(
+        logits_NV, targets_N, reduction=reduction, label_smoothing=label_smoothing
+    )
+    if z_loss:
+        losses = losses + z_loss * logits_NV.logsumexp(1).square()
+    if counts_BT is not None:
+        losses = losses * counts_BT.flatten()
+    return losses.sum()
