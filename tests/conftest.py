@@ -60,6 +60,8 @@ FOREIGN = (
     "SLURM_PROCID",
 )
 ALLOWED = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+# The device files of NVIDIA's, AMD's and Windows' drivers.
+GPU_FILES = [path for name in ("nvidia[0-9]*", "kfd", "dxg") for path in Path("/dev").glob(name)]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Begin = Callable[..., "subprocess.Popen[str]"]
@@ -144,21 +146,43 @@ def comm() -> MPI.Intracomm:
     return WORLD
 
 
-@pytest.fixture(scope="session")
-def gpu(comm: MPI.Intracomm) -> "torch.device":
+SHOWN: list[bool] = []
+"""Not empty while a test may see GPUs."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hidden_gpus() -> Iterator[None]:
+    """Hide GPUs from tests that do not ask for one: what they expect is the CPU's."""
+    if not GPU_FILES:
+        yield
+        return
+    import torch
+
+    known = torch.cuda.is_available
+    torch.cuda.is_available = lambda: bool(SHOWN) and known()
+    yield
+    torch.cuda.is_available = known
+
+
+@pytest.fixture
+def gpu(comm: MPI.Intracomm) -> "Iterator[torch.device]":
     """This rank's GPU, which ranks share where there are fewer; without one the test is skipped.
 
     Tests that take it are marked `gpu`.
     """
     import torch
 
-    if not torch.cuda.is_available():
-        pytest.skip(f"needs a GPU, and torch for it; this is torch {torch.__version__}")
-    if comm.size > 1:
-        pytest.importorskip("cupy", reason="several ranks with GPUs need CuPy (mpillm[cuda12])")
-    number = comm.rank % torch.cuda.device_count()
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+    SHOWN.append(True)
+    try:
+        if not torch.cuda.is_available():
+            pytest.skip(f"needs a GPU, and torch for it; this is torch {torch.__version__}")
+        if comm.size > 1:
+            pytest.importorskip("cupy", reason="several ranks with GPUs need CuPy (mpillm[cuda12])")
+        number = comm.rank % torch.cuda.device_count()
+        torch.cuda.set_device(number)
+        yield torch.device("cuda", number)
+    finally:
+        SHOWN.clear()
 
 
 @contextmanager
@@ -219,6 +243,8 @@ def clean_environment(**extra: str) -> dict[str, str]:
         # More ranks than cores: waiting ranks yield.
         "OMPI_MCA_mpi_yield_when_idle": "1",
     }
+    if GPU_FILES:
+        own |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     return kept | own | extra
 
 

@@ -73,3 +73,23 @@ def test_a_checkpoint_of_a_device_is_that_of_the_host(
         for found in (Checkpoint(one), Checkpoint(other))
     ]
     assert hashes[0] == hashes[1]
+
+
+@pytest.mark.gpu
+def test_tensors_of_a_gpu_are_saved_and_filled(
+    folder: Path, comm: MPI.Intracomm, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces far smaller than the tensors, so that buffers are filled again while in use."""
+    monkeypatch.setattr(host_pieces.host_pieces, "__defaults__", (1 << 16,))
+    made = torch.Generator().manual_seed(2)
+    given = {**tensors(), "model/large": torch.randn(1000, 1001, generator=made)}
+    there = {name: tensor.to(gpu) for name, tensor in given.items()}
+    one = save(folder / "host", given, {"step": 1}, {}, comm)
+    other = save(folder / "gpu", there, {"step": 1}, {}, comm)
+    restored = {name: torch.full_like(tensor, 7) for name, tensor in there.items()}
+    Checkpoint(other).load(restored)
+    for name, tensor in restored.items():
+        assert tensor.device == gpu
+        assert tensor.cpu().equal(given[name]), name
+    Checkpoint(one).load(there)
+    assert all(there[name].cpu().equal(given[name]) for name in given)

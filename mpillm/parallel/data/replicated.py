@@ -122,11 +122,15 @@ class ReplicatedGradients(GradientSync):
                 add_hook(self.ready)  # type: ignore[no-untyped-call]
 
     def _wants_overlap(self, overlap: str, on_gpu: bool) -> bool:
+        if overlap != "auto":
+            return overlap == "during"
+        from mpi4py import MPI
+
+        # The progress thread calls MPI, and so does autograd's thread, which a GPU has of its own.
+        threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         # Within a node a reduction of host memory costs less than the core that the progress thread
         # takes. GPUs leave the cores idle.
-        if overlap == "auto":
-            return on_gpu or len(self._group.nodes) > 1
-        return overlap == "during"
+        return threads and (on_gpu or len(self._group.nodes) > 1)
 
     def _check_same_groups(self, groups: list[list[nn.Parameter]]) -> None:
         own = [(sum(map(padded, group)), str(group[0].dtype), len(group)) for group in groups]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mpi4py import MPI
 from torch import nn
 
 from mpillm.comm import communicator
@@ -165,6 +166,16 @@ def test_overlap_where_ranks_use_different_parameters(axis, net):
     odd = axis.size // 2
     assert (net.unused.bias.grad == 2 * odd).all()
     assert (net.layers[2].bias.grad == 2 * (axis.size - odd)).all()
+
+
+def test_nothing_overlaps_where_one_thread_alone_may_call_mpi(axis, net, monkeypatch):
+    monkeypatch.setattr(MPI, "Query_thread", lambda: MPI.THREAD_SERIALIZED)
+    sync = ReplicatedGradients([net.parameters()], axis, ParallelSettings())
+    assert not sync._wants_overlap("auto", on_gpu=True)
+    assert sync._wants_overlap("during", on_gpu=False)
+    monkeypatch.undo()
+    assert sync._wants_overlap("auto", on_gpu=True)
+    sync.close()
 
 
 def test_buckets_hold_each_parameter_once_in_reverse(axis, net):

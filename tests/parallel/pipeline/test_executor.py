@@ -19,7 +19,7 @@ from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.pipeline.stream_transport import DeviceTransport, StreamShapes
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.sharded_model import ShardedModel
-from mpillm.parallel.step_plan import plan_step
+from mpillm.parallel.step_plan import Precision, plan_step
 from mpillm.tasks.causal_lm import CausalLM
 from mpillm.tasks.cross_entropy import cross_entropy_sum
 
@@ -55,15 +55,24 @@ def documents(rows=ROWS):
     return torch.tensor([[0] * 5 + [1] * 7]).repeat(rows, 1)
 
 
-def sharded(comm, config, settings, data=1, fixed_order=False, microbatch=1, recompute="none"):
+def sharded(
+    comm, config, settings, data=1, fixed_order=False, microbatch=1, recompute="none", device="cpu"
+):
     """The model over all ranks, and its share of the batch."""
     mesh = Mesh(comm, {"data": data, "pipeline": comm.size // data})
     plan = plan_step(
-        config, settings, data, ROWS, microbatch, fixed_order=fixed_order, recompute=recompute
+        config,
+        settings,
+        data,
+        ROWS,
+        microbatch,
+        precision=Precision(device),
+        fixed_order=fixed_order,
+        recompute=recompute,
     )
     model = ShardedModel(config, CausalLM(), 1, mesh, plan, settings, scored_rows=3)
     first = mesh.axis("data").rank * plan.rows
-    own = {name: field[first : first + plan.rows] for name, field in fields().items()}
+    own = {name: field[first : first + plan.rows].to(device) for name, field in fields().items()}
     pieces = [{name: field[a:b] for name, field in own.items()} for a, b in plan.bounds]
     return model, Batch(pieces, ROWS * 12)
 
@@ -97,6 +106,28 @@ def test_gradients_are_the_whole_model_s(comm, name, handover, config):
         for part, weight in model.named_weights().items():
             torch.testing.assert_close(weight.grad, gradients[part], rtol=1e-4, atol=1e-6, msg=part)
         assert model.clip_(0) == pytest.approx(norm, rel=1e-5)
+    assert set().union(*comm.allgather(set(model.named_weights()))) == set(gradients)
+    model.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=["tied", "untied"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_gradients_of_stages_on_gpus_are_the_whole_model_s(comm, gpu, name, config):
+    loss, gradients, norm = reference(config)
+    settings = ParallelSettings(pipeline=comm.size, schedule=name)
+    model, batch = sharded(comm, config, settings, device=gpu.type)
+    for _ in range(3):
+        passes = model.train(batch)
+        assert sum(comm.allgather(sum(passes.losses))) == pytest.approx(loss, rel=1e-5)
+        for part, weight in model.named_weights().items():
+            assert weight.grad.device == gpu
+            torch.testing.assert_close(
+                weight.grad.cpu(), gradients[part], rtol=1e-4, atol=1e-6, msg=part
+            )
+        assert model.clip_(0) == pytest.approx(norm, rel=1e-4)
+        assert all(span.begin <= span.end for span in passes.spans)
+        assert all(a.end <= b.begin + 1e-5 for a, b in pairwise(passes.spans))
     assert set().union(*comm.allgather(set(model.named_weights()))) == set(gradients)
     model.close()
 
