@@ -1,4 +1,4 @@
-"""Whole runs on GPUs beside those of the CPU; ranks share a GPU where there are fewer."""
+"""Whole runs on GPUs, compared with those of the CPU; ranks share a GPU where there are fewer."""
 
 import io
 import json
