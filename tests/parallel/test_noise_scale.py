@@ -15,7 +15,8 @@ from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.parallel.step_plan import plan_step
-from mpillm.tasks.causal_lm import CausalLM, cross_entropy_sum
+from mpillm.tasks.causal_lm import CausalLM
+from mpillm.tasks.cross_entropy import cross_entropy_sum
 
 ROWS, CONTEXT = 12, 12
 
