@@ -22,7 +22,7 @@ from mpillm.system.plugins import load_plugin
 from mpillm.verbs.verb_catalog import VERBS
 
 from .child import Outcome, Running, run_verb, temporary_files
-from .workspace import DATA, RUN, STEPS, digest_of, lines_of, weights_of
+from .workspace import DATA, RUN, STEPS, copy_workspace, digest_of, lines_of, weights_of
 
 FRESH = ("train", "recipe.toml")
 RESUME = tuple(f"train {RUN}/recipe.toml --resume".split())
@@ -70,11 +70,14 @@ def reference_of(folder: Path, mpirun: Sequence[str]) -> dict[str, Any]:
     }
     seconds = found["seconds"] = {}
     for line in (line for verb in VERBS for line in lines_of(verb)):
-        done = run_verb(line.split(), folder)
+        # Of its own, as in a trial: the run that one line continues is not what another reads.
+        own = copy_workspace(folder, folder.with_name("reference-line"))
+        done = run_verb(line.split(), own)
         seconds[line] = done.seconds
         if line.startswith(("evaluate", "generate")) or line == lines_of("train")[1]:
             assert not done.code, done.err
-            found[line] = weights_of(folder / RUN) if line.startswith("train") else _result(done)
+            found[line] = weights_of(own / RUN) if line.startswith("train") else _result(done)
+        shutil.rmtree(own)
     for words, launcher in ((FRESH, ()), (FRESH, mpirun), (PREPARE, ())):
         if words is FRESH:
             shutil.rmtree(folder / RUN)
