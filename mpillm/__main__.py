@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line."""
     try:
-        from mpillm.system.ending_signals import leave_on_signals
+        from mpillm.system.ending_signals import exit_by_code, leave_on_signals
 
         leave_on_signals()
     except KeyboardInterrupt:
@@ -20,7 +20,10 @@ def main() -> None:
         if not hidden:
             raise
         sys.exit(f"mpillm: error: {hidden} ({type(failure).__name__}: {failure}); {remedy}")
-    run()
+    try:
+        run()
+    finally:
+        exit_by_code()
 
 
 if __name__ == "__main__":

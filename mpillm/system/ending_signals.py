@@ -45,6 +45,16 @@ def interrupt_on_signals() -> None:
     _handle(_interrupt)
 
 
+def exit_by_code() -> None:
+    """Let Python exit with the code of a SystemExit, after an interrupt that was handled.
+
+    Python notes a KeyboardInterrupt that leaves the code of `exec(text)`, which makes each
+    dataclass. It then ends itself by SIGINT at the exit, even if the exception was caught. The next
+    `exec(text)` clears that note.
+    """
+    exec("")
+
+
 def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
     for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:
