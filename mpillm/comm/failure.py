@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from mpillm.comm.waiting import patient_barrier, patient_bcast, wait_patiently
 from mpillm.errors import DataError, MpillmError
 from mpillm.system.ending_signals import ENDING, INTERRUPTED
-from mpillm.system.messages import explain, printable
+from mpillm.system.messages import NO_MEMORY, explain, printable
 from mpillm.system.shadowing import explain_hidden, hidden_packages
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ FORWARDING_SECONDS = 0.5
 KINDS = ("error", "stopped")
 # A typed value of thousands of letters must not hide the message around it.
 LONG_WORD, SHOWN_LETTERS = re.compile(r"\S{1000,}"), 200
-# torch raises RuntimeError.
-OUT_OF_MEMORY = re.compile("can't allocate memory|[Oo]ut of memory")
 
 # The folder of mpillm's own files.
 OURS = f"{Path(__file__).parents[1]}{os.sep}"
@@ -176,7 +174,7 @@ def _foreign_text(failure: BaseException) -> str:
     our fault.
     """
     name, text = type(failure).__name__, str(failure)
-    if OUT_OF_MEMORY.search(text):
+    if NO_MEMORY.search(text):
         return f"out of memory ({text.splitlines()[0]}); use a smaller job or more nodes"
     if _is_of_mpi(failure):
         return (

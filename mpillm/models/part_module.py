@@ -16,11 +16,8 @@ from torch.overrides import TorchFunctionMode
 from mpillm.errors import DataError, UsageError
 from mpillm.models.linear_head import Outputs
 from mpillm.models.spec import ModelSpec, Part, Recompute
+from mpillm.system.messages import NO_MEMORY
 
-# torch raises RuntimeError for both, on the CPU and on a GPU.
-_NO_MEMORY = re.compile(
-    r"can't allocate memory|not enough memory|out of memory|STATUS_ALLOC_FAILED", re.IGNORECASE
-)
 _ASKED = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.IGNORECASE)
 _OF_GPU = re.compile(r"(GPU \d+) has a total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+)")
 # The words on the CPU of an embedding, of a loss in chunks, and of torch's cross_entropy.
@@ -189,7 +186,7 @@ def torch_explained() -> Iterator[None]:
         yield
     except (RuntimeError, IndexError) as failure:
         text = str(failure)
-        if _NO_MEMORY.search(text):
+        if NO_MEMORY.search(text):
             raise MemoryError(_memory_text(text)) from failure
         if _NO_SUCH_ID.search(text):
             raise DataError(

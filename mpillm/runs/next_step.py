@@ -106,12 +106,13 @@ def _data(run_state: RunState) -> str:
 def _work_folder(run_state: RunState) -> Path | None:
     """Find the folder in which the recipe's relative paths begin: where its data is found.
 
-    The current folder; that of the submission; or that in which `train.run` is this run.
+    The current folder; that of the submission, or of the last start; or that in which `train.run`
+    is this run.
     """
     data, here = _data(run_state), Path.cwd()
-    folders = [here]
-    if "folder" in run_state.job:
-        folders.append(Path(run_state.job["folder"]))
+    started = run_state.attempts[-1].facts if run_state.attempts else {}
+    noted = run_state.job.get("folder"), started.get("folder")
+    folders = [here, *(Path(folder) for folder in noted if isinstance(folder, str) and folder)]
     if begin := folder_of_paths(run_state.run, run_state.recipe):
         folders.append(begin)
     if not data:

@@ -13,6 +13,11 @@ _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
+# torch raises RuntimeError where memory is short, on the CPU and on a GPU.
+NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|STATUS_ALLOC_FAILED", re.IGNORECASE
+)
+
 REMEDIES = {
     errno.ENOSPC: "free some space or name another place",
     errno.EDQUOT: "free some of your quota or name another place",

@@ -544,6 +544,23 @@ def test_advice_holds_in_the_folder_where_it_is_read(
     assert "; its data prepared is not found from here" in as_json(Path("moved"))["next"]
 
 
+def test_a_moved_run_is_continued_from_the_folder_that_it_was_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No submission and no path of the recipe leads to its data, but the record of its start."""
+    run, diary = a_run(tmp_path / "here")
+    home = tmp_path / "home"
+    (home / "prepared").mkdir(parents=True)
+    (home / "prepared/manifest.json").write_text('{"format": "mpillm.tokens", "version": 1}')
+    (run / RECIPE).write_text('[train]\nrun = "run"\n[data]\npath = "prepared"\n')
+    diary.started(0, facts(folder=str(home)))
+    diary.ended("stopped", 30)
+    monkeypatch.chdir(tmp_path)
+    (command,) = as_json(run)["commands"]
+    assert words_of(command)[:3] == ["cd", str(home), "&&"]
+    assert words_of(command)[-2:] == [str(run / RECIPE), "--resume"]
+
+
 @pytest.mark.parametrize("named", ["../home/run", "link/run", "run", "../elsewhere/../home/run"])
 def test_a_run_that_is_named_another_way_was_not_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
