@@ -7,13 +7,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from mpi4py import MPI
 
 from mpillm.runs.folder import HISTORY, LOCK, OUTCOME
+from mpillm.runs.lock import this_process
 from mpillm.system.console import Console
+from mpillm.system.processes import state_and_birth
 from mpillm.train.stopping import NO_REQUEST, TIME_IS_UP, Stopping, margin_seconds
 from mpillm.weights.finding import find
 
@@ -107,7 +110,7 @@ def test_all_ranks_stop_after_one_step_when_one_is_asked(
 ) -> None:  # type: ignore[no-untyped-def]
     run, recipe = (
         folder / "run",
-        write_recipe(folder, data, steps=400, fixed_order=True, microbatch=2),
+        write_recipe(folder, data, steps=150, fixed_order=True, microbatch=2),
     )
     process = begin("train", recipe, ranks=2)
     wait_for(lambda: len(steps_of(run)) > 3, process)
@@ -124,7 +127,7 @@ def test_all_ranks_stop_after_one_step_when_one_is_asked(
     assert (run / OUTCOME).read_text() == "stopped\n"
     on = mpillm("train", recipe, "--resume", ranks=2)
     assert on.returncode == 0, on.stderr
-    assert steps_of(run)[:-1] == list(range(1, 401))
+    assert steps_of(run)[:-1] == list(range(1, 151))
     assert [event["event"] for event in history(run)] == [
         "started",
         "saved",
@@ -138,6 +141,28 @@ def test_all_ranks_stop_after_one_step_when_one_is_asked(
     never_stopped = mpillm("train", recipe, "--set", f"train.run={folder / 'whole'}", ranks=2)
     assert never_stopped.returncode == 0, never_stopped.stderr
     assert losses(run) == losses(folder / "whole")
+
+
+def test_a_suspended_run_that_was_replaced_saves_nothing_more(
+    data: Path, folder: Path, begin
+) -> None:  # type: ignore[no-untyped-def]
+    run = folder / "run"
+    process = begin("train", write_recipe(folder, data, save_every=100))
+    wait_for(lambda: len(steps_of(run)) > 3, process)
+    process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: state_and_birth(process.pid)[0] == "T", process)
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    outcome = (run / OUTCOME).read_text()
+    # As another host takes the lock that was silent for too long.
+    other = replace(this_process(None), host="node9", token="another")
+    (run / LOCK).write_text(json.dumps(asdict(other)))
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert f"the run {run} is held by process {other.pid} on node9" in errors
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == saved
+    assert (run / OUTCOME).read_text() == outcome
+    assert json.loads((run / LOCK).read_text())["token"] == "another"
 
 
 def all_below(parent: int) -> list[int]:
