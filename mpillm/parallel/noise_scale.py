@@ -48,7 +48,7 @@ class NoiseMeter:
         pieces = norm_pieces(gradients, self._excluded)
         rank, ranks = self._share
         own = pieces[len(pieces) * rank // ranks : len(pieces) * (rank + 1) // ranks]
-        self._small += square_sums(own)
+        self._small += square_sums(own).tolist()
 
     def noise_scale(self, sync: GradientSync, comm: "MPI.Intracomm") -> float | None:
         """Return the noise scale in sequences; None where the gradient is lost in its noise.
@@ -56,7 +56,7 @@ class NoiseMeter:
         Every rank of the mesh calls it, after `sync.finish`.
         """
         pieces = sync.counted_gradients(replica_share(self._mesh), self._excluded)
-        every = comm.allgather((self._small, square_sums(pieces)))
+        every = comm.allgather((self._small, square_sums(pieces).tolist()))
         # math.fsum rounds the exact sum once: any distribution of the pieces gives the same bits.
         small, whole = (
             math.fsum(square for squares in of_ranks for square in squares)

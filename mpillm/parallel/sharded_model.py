@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Mesh
@@ -18,7 +18,7 @@ from mpillm.parallel.axis_sizes import counts_loss
 from mpillm.parallel.compiling import compile_layers, uncompiled
 from mpillm.parallel.data.replicated import ReplicatedGradients
 from mpillm.parallel.devices import own_device
-from mpillm.parallel.grad_norm import clip_gradients_
+from mpillm.parallel.grad_norm import clip_gradients_, square_sums
 from mpillm.parallel.noise_scale import NoiseMeter
 from mpillm.parallel.pipeline.executor import Pipeline
 from mpillm.parallel.pipeline.schedules.forward_only import forward_only
@@ -44,6 +44,8 @@ class Passes:
     """When the last pass ended and the reduction began, in seconds of perf_counter."""
     summed: float
     """When the reduction of gradients ended, in seconds of perf_counter."""
+    squares: list[float]
+    """The sums of squares of the gradients that this rank counts, for `clip_`."""
     noise_scale: float | None = None
     """The gradient noise scale in sequences, where it was measured and the gradient is not lost in
     its noise.
@@ -183,30 +185,42 @@ class ShardedModel:
         summed = time.perf_counter()
         noise = meter.noise_scale(self.gradients, self.mesh.comm) if meter else None
         losses = [stage.losses for stage in self._stages.values() if stage.losses]
-        # The one time that the host waits for the device: all losses at once.
-        by_number = (
-            torch.stack([losses[0][number] for number in range(self.plan.microbatches)]).tolist()
-            if losses
-            else []
-        )
+        by_number = [losses[0][number] for number in range(self.plan.microbatches if losses else 0)]
+        losses_of, squares = _on_host(by_number, self._squares())
         if on_device := self.pipeline.device_spans():
             spans, ended = on_device, on_device[-1].end
-        return Passes(by_number, spans, ended, summed, noise)
+        return Passes(losses_of, spans, ended, summed, squares, noise)
 
-    def clip_(self, max_norm: float, loss_scale: float = 1.0, max_value: float = 0.0) -> float:
+    def _squares(self) -> Tensor:
+        replica = replica_share(self.mesh)
+        return square_sums(self.gradients.counted_gradients(replica, self._counted_elsewhere))
+
+    @property
+    def _counted_elsewhere(self) -> list[nn.Parameter]:
+        """A tied weight's gradient is in two places; the norm counts it in one."""
+        return [weight for tied in self._tied for weight in tied.counted_elsewhere]
+
+    def clip_(
+        self,
+        max_norm: float,
+        loss_scale: float = 1.0,
+        max_value: float = 0.0,
+        squares: Sequence[float] | None = None,
+    ) -> float:
         """Divide the gradients by `loss_scale`, clamp elements to ± `max_value`, then scale to a
         norm of `max_norm` at most (0: any). Returns the norm before both.
+
+        `squares`: those of the passes; None waits for the device again.
         """
-        # A tied weight's gradient is in two places; the norm counts it in one.
-        elsewhere = [weight for tied in self._tied for weight in tied.counted_elsewhere]
         return clip_gradients_(
             self.gradients,
             self.mesh.comm,
             replica_share(self.mesh),
             max_norm or math.inf,
-            elsewhere,
+            self._counted_elsewhere,
             loss_scale,
             max_value or math.inf,
+            squares,
         )
 
     def score(
@@ -252,6 +266,14 @@ class ShardedModel:
         for tied in self._tied:
             tied.close()
         self.gradients.close()
+
+
+def _on_host(losses: Sequence[Tensor], squares: Tensor) -> tuple[list[float], list[float]]:
+    """Copy both to the host: the one time in a step that it waits for the device."""
+    # A rank that counts no gradient has the empty tensor of the CPU.
+    squares = squares.to(losses[0].device) if losses else squares
+    values: list[float] = torch.cat([squares, *(loss.double().view(1) for loss in losses)]).tolist()
+    return values[len(squares) :], values[: len(squares)]
 
 
 def _followers(spec: ModelSpec) -> dict[str, list[str]]:

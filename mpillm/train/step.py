@@ -146,6 +146,7 @@ class Trainer:
                 self.recipe.optimizer.clip,
                 self.loss_scale.value,
                 self.recipe.optimizer.clip_value,
+                passes.squares,
             )
             fault = check_finite(step, stats.losses, norm)
             # A loss that is not finite comes from the forward pass: the scale does not change it.
