@@ -1,6 +1,6 @@
 """Compare one recipe's losses on GPUs with those of the CPU, in several layouts and dtypes.
 
-    python benchmarks/gpu/losses.py --launcher 'mpirun -n' [--quick] --out losses.json
+    python benchmarks/gpu/losses.py --launcher mpirun [--quick] --out losses.json
 
 Each run is the command that a user types, in a process of its own. Ranks share one GPU.
 """

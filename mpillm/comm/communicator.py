@@ -229,7 +229,9 @@ class Communicator:
         _check_arrays(call, source, target, self.rank, self.size)
         chosen, request = self._on_gpus().prepare(call, source, target)
         check = self._checking(_facts(call, source, (None, None)))
-        return PersistentCollective(self.in_flight, chosen, request, check, request.mark)
+        return PersistentCollective(
+            self.in_flight, chosen, request, check, request.mark, request.enqueued
+        )
 
     def _on_gpus(self) -> DeviceCollectives:
         if self._gpus is None:

@@ -25,8 +25,11 @@ class InFlight:
             call.test()
 
     def wait_all(self) -> None:
-        """Return when all calls are complete."""
+        """Return when all calls are complete, or enqueued ahead of the stream's further work."""
         self.progress()
+        for call in list(self.calls):
+            if call.enqueued:
+                call.wait()
         while self.calls:
             self.back_off()
             self.progress()
@@ -38,7 +41,8 @@ class PersistentCollective:
 
     `algorithm`: the chosen one. `bare`: `run` without the in-flight check, so that benchmarks time
     the MPI library without our overhead. `check` is called at each start, to compare the ranks'
-    calls; `mark` notes the caller's place in its CUDA stream.
+    calls; `mark` notes the caller's place in its CUDA stream. `enqueued`: its `wait` lets the
+    current stream wait, and not the host.
     """
 
     def __init__(
@@ -48,10 +52,11 @@ class PersistentCollective:
         request: Request,
         check: Callable[[], None] | None = None,
         mark: Callable[[], None] | None = None,
+        enqueued: bool = False,
     ) -> None:
         self.algorithm, self.bare = algorithm, request.run
         self._in_flight, self._request = in_flight, request
-        self._check, self._mark = check, mark
+        self._check, self._mark, self.enqueued = check, mark, enqueued
         self.done = True
         """Whether the last start is known to be complete."""
         self._began = False
@@ -100,7 +105,7 @@ class PersistentCollective:
         """
         in_flight = self._in_flight
         while not self.test():
-            if in_flight.calls == [self]:
+            if self.enqueued or in_flight.calls == [self]:
                 self._request.wait()
             else:
                 in_flight.back_off()

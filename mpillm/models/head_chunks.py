@@ -26,7 +26,7 @@ def chunk_positions(positions: int, vocab_size: int, device: str = "cpu") -> int
 def tile_positions(positions: int, vocab_size: int, device: str = "cpu") -> int:
     """Return for how many of a chunk's `positions` a softmax is computed at a time."""
     # A GPU wants few large kernels.
-    return max(1, TILE_BYTES // (4 * vocab_size)) if device == "cpu" else positions
+    return max(1, TILE_BYTES // (4 * vocab_size)) if device == "cpu" else max(1, positions)
 
 
 def head_bytes(positions: int, width: int, vocab_size: int, device: str = "cpu") -> int:

@@ -12,7 +12,7 @@ import torch
 
 from mpillm.comm.waiting import patient_barrier
 from mpillm.machine.node_map import NodeMap
-from mpillm.models.part_module import PartModule
+from mpillm.models.part_module import PartModule, torch_explained
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -58,7 +58,10 @@ def _try(layer: torch.nn.Module, parts: Sequence[PartModule], rows: int) -> str:
         arguments = part.layer_arguments(rows)
         leaves = [value for value in (*arguments, *layer.parameters()) if _needs_gradient(value)]
         # Not into `grad` of the weights: hooks take what comes there for a step's.
-        torch.autograd.grad(layer(*arguments).sum(), leaves)
+        with torch_explained():
+            torch.autograd.grad(layer(*arguments).sum(), leaves)
+    except MemoryError:
+        raise
     except Exception as failure:
         return " ".join(str(failure).split())[:300] or type(failure).__name__
     return ""

@@ -33,6 +33,16 @@ class RankTimes:
         return float(self.ends[list(ranks)].max() - self.begins[list(ranks)].min())
 
 
+@dataclass(frozen=True)
+class MessageBytes:
+    """Bytes of an element in messages."""
+
+    stream: int = 4
+    """Of a stream between stages, and of its gradient."""
+    gradient: int = 4
+    """Of a weight's gradient."""
+
+
 class ParallelAxis(ABC):
     """A kind of parallelism as an axis of the mesh. Its objects hold no state."""
 
@@ -62,7 +72,12 @@ class ParallelAxis(ABC):
 
     @abstractmethod
     def traffic_bytes(
-        self, sizes: Mapping[str, int], model: ModelSpec, batch: int, chunks: int
+        self,
+        sizes: Mapping[str, int],
+        model: ModelSpec,
+        batch: int,
+        chunks: int,
+        element: MessageBytes,
     ) -> float:
         """Estimate the bytes that a rank sends along the axis a step; `chunks`: stages a rank."""
 

@@ -188,7 +188,8 @@ class ShardedModel:
         by_number = [losses[0][number] for number in range(self.plan.microbatches if losses else 0)]
         losses_of, squares = _on_host(by_number, self._squares())
         if on_device := self.pipeline.device_spans():
-            spans, ended = on_device, on_device[-1].end
+            # Work was only enqueued before: the copy to the host has waited for its end.
+            spans, ended, summed = on_device, on_device[-1].end, time.perf_counter()
         return Passes(losses_of, spans, ended, summed, squares, noise)
 
     def _squares(self) -> Tensor:
@@ -203,6 +204,7 @@ class ShardedModel:
     def clip_(
         self,
         max_norm: float,
+        *,
         loss_scale: float = 1.0,
         max_value: float = 0.0,
         squares: Sequence[float] | None = None,

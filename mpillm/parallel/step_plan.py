@@ -15,6 +15,7 @@ from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.spec import ModelSpec, Part, Recompute
 from mpillm.parallel import axis_sizes
 from mpillm.parallel.axis_sizes import mesh_sizes
+from mpillm.parallel.parallel_axis import MessageBytes
 from mpillm.parallel.pipeline.actions import PipelineSchedule
 from mpillm.parallel.pipeline.check import ascending, check
 from mpillm.parallel.pipeline.partition import partition_blocks
@@ -120,10 +121,20 @@ def make_mesh(
 
 
 def traffic_bytes(
-    sizes: dict[str, int], model: ModelSpec, batch: int, chunks: int
+    sizes: dict[str, int],
+    model: ModelSpec,
+    batch: int,
+    chunks: int,
+    precision: Precision | None = None,
 ) -> dict[str, float]:
-    """Estimate the bytes that a rank sends along each axis in a step."""
-    return {axis.name: axis.traffic_bytes(sizes, model, batch, chunks) for axis in axis_sizes.AXES}
+    """Estimate the bytes that a rank sends along each axis in a step; None: all in float32."""
+    element = MessageBytes()
+    if precision is not None:
+        element = MessageBytes(precision.element_bytes, ELEMENT_BYTES[precision.reduce_dtype])
+    return {
+        axis.name: axis.traffic_bytes(sizes, model, batch, chunks, element)
+        for axis in axis_sizes.AXES
+    }
 
 
 def replica_share(mesh: Mesh, apart: Collection[str] = ()) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 The gradients are computed with the loss, chunk by chunk, in three matrix products. The backward
 pass only multiplies them by the gradient of the loss, so no chunk's logits are kept.
 
-Shapes: N positions (B · T), n those of a chunk, t those of a tile, C width, V vocabulary.
+Shapes: N positions (B · T), n those of a chunk, p and t those of its parts, C width, V vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +17,9 @@ from mpillm.models.linear_head import LinearHead
 
 # Rows of the weight at a time: a CPU adds 16 bits to float32 by way of a float32 copy.
 NARROW_ROWS = 4096
+# Positions that a product in float16 adds up. It ends at 65,504, which hidden states of 32 reach
+# with 2,048 targets of one token.
+FLOAT16_POSITIONS = 2048
 
 
 class _Terms(NamedTuple):
@@ -126,10 +129,13 @@ def _add_narrow(sum_VC: Tensor, grad_nV: Tensor, states_nC: Tensor, kept: bool) 
     Each product is rounded once, the sum over chunks is not.
     """
     count = NARROW_ROWS if sum_VC.device.type == "cpu" else len(sum_VC)
-    for first in range(0, len(sum_VC), count):
-        part = slice(first, first + count)
-        product_RC = torch.mm(grad_nV[:, part].t(), states_nC)
-        sum_VC[part].add_(product_RC) if kept else sum_VC[part].copy_(product_RC)
+    positions = FLOAT16_POSITIONS if grad_nV.dtype == torch.float16 else max(1, len(grad_nV))
+    for begin in range(0, max(1, len(grad_nV)), positions):
+        grad_pV, states_pC = (each[begin : begin + positions] for each in (grad_nV, states_nC))
+        for first in range(0, len(sum_VC), count):
+            part = slice(first, first + count)
+            product_RC = torch.mm(grad_pV[:, part].t(), states_pC)
+            sum_VC[part].add_(product_RC) if kept or begin else sum_VC[part].copy_(product_RC)
 
 
 def _losses(logits_nV: Tensor, targets_n1: Tensor, terms: _Terms, gradients: bool) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mpillm.errors import LayoutError
+from mpillm.errors import LayoutError, RecipeError
 from mpillm.machine.node_map import NodeMap
 from mpillm.parallel.devices import choose_device
 from mpillm.parallel.precision import torch_dtype
@@ -35,8 +35,6 @@ HOPELESS = 40.0
 class Hardware:
     """What a run computes on, and in which dtypes."""
 
-    device: str
-    """torch's name of this rank's device: `cpu`, `cuda:0`."""
     precision: Precision
     description: str
     """For the printed plan."""
@@ -52,7 +50,7 @@ def choose_hardware(
     """Choose as the settings say. Every rank of `comm` calls it.
 
     `recorded`: the settings [train] of the checkpoint from which the run continues. What was chosen
-    by `auto` then stays. Raises LayoutError on every rank.
+    by `auto` then stays. Raises LayoutError and RecipeError on every rank.
     """
     settings = _kept(settings, recorded)
     device, words = choose_device(
@@ -63,7 +61,13 @@ def choose_hardware(
     if kind == "cuda":
         _repeat_bits(settings.fixed_order)
     dtype = choose_dtype(settings.dtype, device, comm, console)
-    return Hardware(device, Precision(kind, dtype, settings.reduce_dtype), words)
+    if settings.reduce_dtype == "float16" and dtype != "float16":
+        # Found on all ranks alike: the dtype is the same.
+        raise RecipeError(
+            f"train.reduce_dtype = float16 with train.dtype = {dtype}: gradients below 6e-8 would "
+            "vanish in the sums, for the loss is scaled in float16 alone; take bfloat16 or float32"
+        )
+    return Hardware(Precision(kind, dtype, settings.reduce_dtype), words)
 
 
 def _kept(settings: "TrainSettings", recorded: Mapping[str, Any]) -> "TrainSettings":

@@ -166,6 +166,11 @@ def _compiles(recipe: Recipe, comm: "MPI.Intracomm", console: Console) -> bool:
             "train.compile = true needs the same computation in every step, and "
             "data.document_mask = true cuts each batch otherwise; leave one of them out"
         )
+    if recipe.train.recompute == "attention":
+        raise RecipeError(
+            'train.compile = true compiles a layer as a whole, and train.recompute = "attention" '
+            'computes a part of it again; take recompute = "full", or leave one of them out'
+        )
     if recipe.train.device == "cpu" and not all(comm.allgather(bool(find_compiler()))):
         raise RecipeError(
             "train.compile = true needs a C++ compiler on each host, and there is no g++, clang++ "

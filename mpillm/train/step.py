@@ -144,9 +144,9 @@ class Trainer:
             stats = gather_stats(self.mesh, passes, self.plan.microbatches, self.clock_offset, stop)
             norm = self.model.clip_(
                 self.recipe.optimizer.clip,
-                self.loss_scale.value,
-                self.recipe.optimizer.clip_value,
-                passes.squares,
+                loss_scale=self.loss_scale.value,
+                max_value=self.recipe.optimizer.clip_value,
+                squares=passes.squares,
             )
             fault = check_finite(step, stats.losses, norm)
             # A loss that is not finite comes from the forward pass: the scale does not change it.

@@ -30,7 +30,7 @@ class Copies(ParallelAxis):
     def fault(self, size, model, batch):
         return "" if size <= 2 else f"{size} copies are too many"
 
-    def traffic_bytes(self, sizes, model, batch, chunks):
+    def traffic_bytes(self, sizes, model, batch, chunks, element):
         return 7.0 * sizes[self.name]
 
     def wait_seconds(self, times, groups):

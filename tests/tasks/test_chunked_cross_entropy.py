@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from mpillm.models import head_chunks
-from mpillm.models.head_chunks import chunk_positions, head_bytes
+from mpillm.models.head_chunks import chunk_positions, head_bytes, tile_positions
 from mpillm.models.linear_head import LinearHead
 from mpillm.parallel.pipeline.split_backward import SplitBackward
 from mpillm.tasks import chunked_cross_entropy as module
@@ -135,6 +135,20 @@ def test_sums_over_chunks_are_in_float32(lower: torch.dtype) -> None:
     assert float(weight_VC.grad[1, 0]) == pytest.approx(1000 / V, rel=5e-3)
 
 
+def test_many_equal_targets_do_not_overflow_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40,000 positions in one chunk: their product with the states is above 65,504."""
+    monkeypatch.setattr(head_chunks, "CPU_CHUNK_BYTES", 128 << 20)
+    hidden_BTC = torch.full((1, 40_000, 4), 4.0, dtype=torch.float16)
+    weight_VC = torch.zeros(V, 4, dtype=torch.float16, requires_grad=True)
+    targets_BT = torch.zeros(1, 40_000, dtype=torch.int64)
+    loss = chunked_cross_entropy(LinearHead(hidden_BTC, weight_VC), targets_BT)
+    (loss / 40_000).backward()
+    expected = 4.0 * (1 / V - (torch.arange(V) == 0).double())
+    torch.testing.assert_close(
+        weight_VC.grad, expected[:, None].expand(V, 4).half(), rtol=2e-3, atol=0
+    )
+
+
 def test_a_small_factor_is_not_lost_in_float16() -> None:
     """The factor 1 / (all targets) alone is denormal there, times the loss scale it is not."""
     head, targets_BT, _ = make(Case(torch.float16))
@@ -170,6 +184,10 @@ def test_a_tied_head_adds_to_the_gradient_of_the_embedding(apart: bool) -> None:
     logits = F.linear(F.embedding(ids_BT, other).tanh(), other).flatten(0, 1)
     F.cross_entropy(logits, ids_BT.roll(1, 1).flatten(), reduction="sum").backward()
     torch.testing.assert_close(found, other.grad)
+
+
+def test_a_tile_has_a_position_on_any_device() -> None:
+    assert [tile_positions(0, V, "cuda"), tile_positions(7, V, "cuda")] == [1, 7]
 
 
 def test_without_positions_loss_and_gradients_are_zero() -> None:

@@ -39,17 +39,30 @@ def test_without_a_compiler_it_is_refused(
         train(recipe(data, folder / "run", compile=True, device="cpu"), comm, QUIET)
 
 
-def test_a_document_mask_is_refused(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
-    masked = parse_recipe(
-        {
-            "model": {"layers": 2, "width": 32, "heads": 4, "context": 32},
-            "data": {"path": str(data), "document_mask": True},
-            "train": {"run": str(folder / "run"), "compile": True},
-        },
-        "test",
-    )
-    with pytest.raises(RecipeError, match=r"document_mask = true cuts each batch otherwise"):
-        train(masked, comm, QUIET)
+@pytest.mark.parametrize(
+    ("section", "key", "value", "reason"),
+    [
+        ("data", "document_mask", True, "document_mask = true cuts each batch otherwise"),
+        ("train", "recompute", "attention", "computes a part of it again"),
+    ],
+)
+def test_what_does_not_compile_is_refused(
+    data: Path,
+    folder: Path,
+    comm: MPI.Intracomm,
+    section: str,
+    key: str,
+    value: object,
+    reason: str,
+) -> None:
+    table: dict[str, dict[str, object]] = {
+        "model": {"layers": 2, "width": 32, "heads": 4, "context": 32},
+        "data": {"path": str(data)},
+        "train": {"run": str(folder / "run"), "compile": True},
+    }
+    table[section][key] = value
+    with pytest.raises(RecipeError, match=reason):
+        train(parse_recipe(table, "test"), comm, QUIET)
 
 
 @pytest.mark.slow("compiles")

@@ -7,7 +7,7 @@ import torch
 from mpi4py import MPI
 
 from mpillm.errors import LayoutError, RecipeError
-from mpillm.machine.node_map import NodeMap
+from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.system.console import Console
 from mpillm.train import hardware
 from mpillm.train.hardware import choose_dtype, choose_hardware, memory_remedy, product_seconds
@@ -107,6 +107,12 @@ def test_odd_lists_of_gpus_are_refused(gpus: str) -> None:
 def test_a_lower_dtype_of_sums_has_no_fixed_order() -> None:
     with pytest.raises(RecipeError, match="leave one of them out"):
         TrainSettings(fixed_order=True, microbatch=1, reduce_dtype="bfloat16")
+
+
+def test_float16_sums_without_a_scaled_loss_are_refused(comm: MPI.Intracomm) -> None:
+    settings = TrainSettings(device="cpu", dtype="float32", reduce_dtype="float16")
+    with pytest.raises(RecipeError, match=r"reduce_dtype = float16 with train\.dtype = float32"):
+        choose_hardware(settings, {}, comm, map_nodes(comm), QUIET)
 
 
 def test_without_a_time_in_float32_there_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def stepped(
     for rate in RATES:
         passes = model.train(Batch(pieces, 12 * 16))
         losses.append(math.fsum(loss for part in comm.allgather(passes.losses) for loss in part))
-        norms.append(model.clip_(0.5, 0.01))
+        norms.append(model.clip_(0.5, max_value=0.01))
         set_rate(optimizer, rate * settings.learning_rate)
         optimizer.step()
     weights = model.named_weights()

@@ -32,7 +32,7 @@ class Copies(ParallelAxis):
     def fault(self, size, model, batch):
         return ""
 
-    def traffic_bytes(self, sizes, model, batch, chunks):
+    def traffic_bytes(self, sizes, model, batch, chunks, element):
         return 0.0
 
     def wait_seconds(self, times, groups):

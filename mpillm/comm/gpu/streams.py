@@ -90,6 +90,8 @@ class OrderedRequest:
     def __init__(self, caller: CallerStream, request: Request, queued: bool) -> None:
         """Order `request` after the caller's work; `queued`: see Request, False for NCCL."""
         self._caller, self._request, self.queued = caller, request, queued
+        self.enqueued = isinstance(request, EnqueuedRequest)
+        """Whether a wait is one of the stream, and not of the host."""
         self.mark = caller.mark
         self.start, self.test, self.wait = request.start, request.test, request.wait
 

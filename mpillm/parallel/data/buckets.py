@@ -94,12 +94,12 @@ class Bucket:
 
     def start_sum(self) -> None:
         """Start the all-reduce over the data axis."""
-        with self._beside_the_backward_pass():
+        with self._overlapped():
             if self.wire is not None:
                 self.wire.copy_(self.flat)
             self.handle = self.sum.start()
 
-    def _beside_the_backward_pass(self) -> "AbstractContextManager[object]":
+    def _overlapped(self) -> "AbstractContextManager[object]":
         if self.stream is None:
             return nullcontext()
         self.stream.wait_stream(torch.cuda.current_stream(self.flat.device))

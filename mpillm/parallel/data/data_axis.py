@@ -4,10 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from mpillm.models.spec import ModelSpec
-from mpillm.parallel.parallel_axis import ParallelAxis, RankTimes
-
-# Gradients travel in float32.
-GRADIENT_BYTES = 4
+from mpillm.parallel.parallel_axis import MessageBytes, ParallelAxis, RankTimes
 
 
 class DataAxis(ParallelAxis):
@@ -24,11 +21,16 @@ class DataAxis(ParallelAxis):
         return f"a global batch of {batch} sequences cannot be shared by {size} ranks"
 
     def traffic_bytes(
-        self, sizes: Mapping[str, int], model: ModelSpec, batch: int, chunks: int
+        self,
+        sizes: Mapping[str, int],
+        model: ModelSpec,
+        batch: int,
+        chunks: int,
+        element: MessageBytes,
     ) -> float:
         # A ring all-reduce sends each gradient about twice (Patarasuk & Yuan 2009).
         data = sizes[self.name]
-        gradients = GRADIENT_BYTES * model.parameters / sizes.get("pipeline", 1)
+        gradients = element.gradient * model.parameters / sizes.get("pipeline", 1)
         return 2 * gradients * (data - 1) / data
 
     def wait_seconds(self, times: RankTimes, groups: Sequence[Sequence[int]]) -> float:

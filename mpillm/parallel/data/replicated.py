@@ -262,6 +262,8 @@ class ReplicatedGradients(GradientSync):
                 bucket, view = self._places[parameter]
                 view.copy_(total)
                 bucket.filled.add(parameter)
+                if not bucket.adds:
+                    parameter.grad = view
             else:
                 parameter.grad = total
         self._sums.clear()

@@ -4,10 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from mpillm.models.spec import ModelSpec
-from mpillm.parallel.parallel_axis import ParallelAxis, RankTimes
-
-# Streams and their gradients travel in float32.
-STREAM_BYTES = 4
+from mpillm.parallel.parallel_axis import MessageBytes, ParallelAxis, RankTimes
 
 
 class PipelineAxis(ParallelAxis):
@@ -25,7 +22,12 @@ class PipelineAxis(ParallelAxis):
         return f"{model.blocks} layers cannot be shared by {size} stages"
 
     def traffic_bytes(
-        self, sizes: Mapping[str, int], model: ModelSpec, batch: int, chunks: int
+        self,
+        sizes: Mapping[str, int],
+        model: ModelSpec,
+        batch: int,
+        chunks: int,
+        element: MessageBytes,
     ) -> float:
         """Count the stream of a rank's share of the batch, and its gradient, once through each
         stage.
@@ -34,7 +36,7 @@ class PipelineAxis(ParallelAxis):
             return 0.0
         # Forward and backward: each stage of the rank sends its stream, and a gradient of its size.
         rows = batch / sizes.get("data", 1)
-        stream = STREAM_BYTES * rows * model.context * sum(model.stream_widths)
+        stream = element.stream * rows * model.context * sum(model.stream_widths)
         return 2 * stream * chunks
 
     def wait_seconds(self, times: RankTimes, groups: Sequence[Sequence[int]]) -> float:

@@ -86,6 +86,26 @@ def clip(gradients, axis, max_norm):
     return clip_gradients_(gradients, axis.comm, (axis.rank, axis.size), max_norm)
 
 
+def test_measuring_changes_no_gradient_of_mixed_dtypes(comm):
+    """The float32 gradients are laid into their bucket, those of bfloat16 are added to it."""
+    mesh = Mesh(comm, {"data": comm.size})
+    parts = [nn.Linear(4, 4), nn.Linear(4, 4).to(torch.bfloat16)]
+    weights = [weight for part in parts for weight in part.parameters()]
+    gradients = ReplicatedGradients([weights], mesh.axis("data"), ParallelSettings())
+    found = []
+    for small in (None, lambda pairs: [None for _ in pairs]):
+        gradients.begin(small)
+        gradients.last_microbatch()
+        sum(part(torch.ones(2, 4, dtype=part.weight.dtype)).sum() for part in parts).backward()
+        gradients.microbatch_ended(0)
+        gradients.finish()
+        found.append([gradients.gradient_of(weight).clone() for weight in weights])
+    assert all(torch.equal(plain, measured) for plain, measured in zip(*found, strict=True))
+    assert found[0][0].unique().tolist() == [2.0 * comm.size]
+    gradients.close()
+    mesh.free()
+
+
 def batch(rows):
     generator = torch.Generator().manual_seed(3)
     return torch.randint(50, (rows, 9), generator=generator)

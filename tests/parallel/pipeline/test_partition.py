@@ -11,7 +11,7 @@ from mpillm.models.decoder import DecoderConfig
 from mpillm.parallel.axis_sizes import legal_layouts, mesh_sizes
 from mpillm.parallel.pipeline.partition import even_counts, partition_blocks
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.parallel.step_plan import make_mesh, traffic_bytes
+from mpillm.parallel.step_plan import Precision, make_mesh, traffic_bytes
 
 CONFIG = DecoderConfig(layers=12, width=64, heads=4, context=32, vocab_size=5000)
 
@@ -70,6 +70,8 @@ def test_the_busiest_axis_is_innermost(comm):
     small, large = traffic_bytes(sizes, CONFIG, 2, 1), traffic_bytes(sizes, CONFIG, 4096, 1)
     assert small["data"] > small["pipeline"]
     assert large["data"] < large["pipeline"]
+    lower = traffic_bytes(sizes, CONFIG, 2, 1, Precision("cpu", "bfloat16", "float32"))
+    assert lower == {"data": small["data"], "pipeline": small["pipeline"] / 2}
     if comm.size == 4:
         settings = ParallelSettings(pipeline=2)
         assert list(make_mesh(comm, settings, CONFIG, 4096).sizes) == ["data", "pipeline"]
