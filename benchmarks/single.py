@@ -1,6 +1,6 @@
 """Compare training steps on one rank with its peers: CPU time on one thread, in float32.
 
-    python benchmarks/single.py [--rounds 15 --rows 2 --context 512 --json FILE]
+    python benchmarks/single.py [--rounds 13 --rows 2 --context 512 --json FILE]
     python benchmarks/single.py --quick
 
 - gpt2: a plain GPT-2 in PyTorch as nanoGPT writes it: query, key and value in one product, fused
@@ -232,7 +232,7 @@ def report(kind: str, figures: dict[str, object]) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (
-        ("rounds", 15),
+        ("rounds", 13),
         ("rows", 2),
         ("context", 512),
         ("layers", 6),

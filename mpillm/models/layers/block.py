@@ -14,13 +14,14 @@ from mpillm.models.layers.cached_attention import LayerCache
 from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.models.layers.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, drop
 from mpillm.models.layers.recompute import recomputed
+from mpillm.models.layers.rms_norm import RMSNorm
 from mpillm.models.layers.rotary import Rotation
 
 
 def make_norm(config: DecoderConfig) -> nn.Module:
     """Make the norm that the settings name."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        return RMSNorm(config.width, eps=config.norm_epsilon)
     return nn.LayerNorm(config.width, eps=config.norm_epsilon)
 
 
