@@ -226,7 +226,11 @@ def report(kind: str, figures: dict[str, object]) -> None:
         )
     for name, (low, middle, high) in figures["speed_quartiles"].items():
         verdict = "reached" if middle >= LEAST_SPEED else "MISSED"
-        print(f"  {verdict:7s} {middle:.3f} [{low:.3f}..{high:.3f}] × as fast as {name}")
+        medians = np.median(figures["seconds"][name]) / np.median(figures["seconds"]["mpillm"])
+        print(
+            f"  {verdict:7s} {middle:.3f} [{low:.3f}..{high:.3f}] × as fast as {name}; "
+            f"of medians {medians:.3f}"
+        )
 
 
 def arguments() -> argparse.Namespace:
