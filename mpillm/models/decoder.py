@@ -22,6 +22,7 @@ class DecoderConfig(ModelSpec):
     """A pre-norm Transformer decoder. Lengths are in tokens, widths in features."""
 
     shared_inputs: ClassVar[tuple[str, ...]] = ("documents",)
+    host_inputs: ClassVar[tuple[str, ...]] = ("documents",)
     recomputes: ClassVar[tuple[LayerRecompute, ...]] = ("attention", "full")
 
     architecture: str = "decoder"

@@ -63,6 +63,8 @@ class ModelSpec(ABC):
     """Fields of a batch that every part reads; other fields are read where the model begins or
     ends.
     """
+    host_inputs: ClassVar[tuple[str, ...]] = ()
+    """Fields that a model reads in host memory: training copies them to no device."""
     recomputes: ClassVar[tuple[LayerRecompute, ...]] = ()
     """What its parts can compute again in a backward pass: `full`, `attention`."""
 

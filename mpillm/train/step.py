@@ -212,7 +212,8 @@ class Trainer:
         if self.recipe.model.drops:
             keys = dropout_keys(self.recipe.train.seed, step, self._first_row, plan.rows)
             whole["dropout_keys"] = torch.from_numpy(keys)
-        whole = {name: self._on_device(field) for name, field in whole.items()}
+        stay = self.recipe.model.host_inputs
+        whole = {name: f if name in stay else self._on_device(f) for name, f in whole.items()}
         return [{name: field[a:b] for name, field in whole.items()} for a, b in plan.bounds]
 
     def _on_device(self, field: Tensor) -> Tensor:

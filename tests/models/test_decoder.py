@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from mpillm.models.decoder import DecoderConfig
-from mpillm.models.layers.attention import Rotary
 from mpillm.models.layers.decoder_stack import Cache, Decoder
 from mpillm.models.part_module import create
 from mpillm.models.spec import Part
@@ -70,14 +69,6 @@ def test_grouped_queries_equal_repeated_keys_and_values() -> None:
             state[name] = weight.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)
     full.load_state_dict(state)
     torch.testing.assert_close(grouped(ids()), full(ids()), rtol=1e-4, atol=1e-5)
-
-
-def test_rotary_scores_depend_on_the_distance_alone() -> None:
-    rotary = Rotary(DecoderConfig(**{**SMALL, "context": 64}))  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(3)
-    q, k = (torch.randn(1, 1, 1, 8, generator=generator) for _ in range(2))
-    scores = [float((rotary(q, first + 5) * rotary(k, first)).sum()) for first in (0, 7, 50)]
-    assert scores == pytest.approx([scores[0]] * 3, abs=1e-5)
 
 
 def test_the_first_loss_is_that_of_a_guess() -> None:

@@ -65,8 +65,12 @@ def test_an_architecture_ties_and_cuts_nothing_unless_it_says_so() -> None:
     spec = Plain()
     assert spec.tied_weights == {}
     assert spec.cut_dims == {}
-    assert spec.shared_inputs == ()
+    assert spec.shared_inputs == spec.host_inputs == ()
     assert Plain.shapes() == {}
+
+
+def test_documents_stay_in_host_memory_for_every_part() -> None:
+    assert DecoderConfig.host_inputs == DecoderConfig.shared_inputs == ("documents",)
 
 
 def test_replacing_a_setting_checks_all_of_them_again() -> None:

@@ -9,15 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpillm.models.decoder import DecoderConfig
-from mpillm.models.layers.attention import Attention, LayerCache, Rotary
+from mpillm.models.layers.attention import Attention
+from mpillm.models.layers.cached_attention import LayerCache
+from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.models.layers.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, drop
 from mpillm.models.layers.recompute import recomputed
+from mpillm.models.layers.rms_norm import RMSNorm
+from mpillm.models.layers.rotary import Rotation
 
 
 def make_norm(config: DecoderConfig) -> nn.Module:
     """Make the norm that the settings name."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        return RMSNorm(config.width, eps=config.norm_epsilon)
     return nn.LayerNorm(config.width, eps=config.norm_epsilon)
 
 
@@ -59,14 +63,14 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTC: Tensor,
-        rotary: Rotary | None,
-        mask_TS: Tensor | None,
+        rotation: Rotation | None,
+        spans: DocumentSpans | None,
         cache: LayerCache | None,
         first: int,
         keys_B: Tensor | None = None,
     ) -> Tensor:
         """Compute the block. `keys_B`: the layer's keys of dropout masks; None: no dropout."""
-        given = x_BTC, rotary, mask_TS, cache, first, keys_B
+        given = x_BTC, rotation, spans, cache, first, keys_B
         recomputes = self.recomputes_attention
         a_BTC = recomputed(self._attend, *given) if recomputes else self._attend(*given)
         x_BTC = x_BTC + drop(a_BTC, self.dropout, keys_B, ATTENTION_OUTPUT)

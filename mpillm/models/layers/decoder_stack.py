@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mpillm.models.decoder import DecoderConfig
-from mpillm.models.layers.attention import LayerCache, Rotary
 from mpillm.models.layers.block import Block, make_norm
+from mpillm.models.layers.cached_attention import LayerCache
+from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.models.layers.dropout import EMBEDDING, EMBEDDING_LAYER, drop, layer_keys
 from mpillm.models.layers.recompute import recomputed
+from mpillm.models.layers.rotary import Rotary, Rotation
 from mpillm.models.linear_head import LinearHead, plain_outputs
 from mpillm.models.part_module import (
     Fields,
@@ -74,7 +76,7 @@ class Decoder(PartModule):
         self, fields: Fields, streams: Streams, cache: Cache | None = None
     ) -> PartOutput:
         """Compute the part. Fields: `ids` (B, T) at the beginning; `documents` (B, T) and
-        `dropout_keys` (B,), optional.
+        `dropout_keys` (B,), optional; `documents` best in host memory.
         """
         pivot_BTC = streams[0] if self.embedding is None else self.embedding(fields["ids"])
         x_BTC, document_BT = pivot_BTC, fields.get("documents")
@@ -90,13 +92,12 @@ class Decoder(PartModule):
         if row_keys_B is not None and self.embedding is not None:
             embedding_keys_B = layer_keys(row_keys_B, EMBEDDING_LAYER)
             x_BTC = drop(x_BTC, self.config.embedding_dropout, embedding_keys_B, EMBEDDING)
-        # Without a mask the attention kernel is causal by itself, and faster.
-        masked = document_BT is not None or first > 0
-        mask_TS = _mask(length, document_BT, first, x_BTC.device) if masked else None
+        spans = None if document_BT is None else DocumentSpans(document_BT, x_BTC.device)
+        rotation = self._rotation(first, x_BTC)
         for number, block in self.layers.items():
             layer_cache = cache.layers[int(number)] if cache else None
             keys_B = None if row_keys_B is None else layer_keys(row_keys_B, int(number))
-            given = x_BTC, self.rotary, mask_TS, layer_cache, first, keys_B
+            given = x_BTC, rotation, spans, layer_cache, first, keys_B
             whole = recompute_of(self.recompute, int(number)) == "full"
             x_BTC = recomputed(block, *given) if whole else block(*given)
         # Layers share the length: it grows once, after the last of them.
@@ -106,6 +107,13 @@ class Decoder(PartModule):
             return PartOutput((LinearHead.of(self.norm(x_BTC), self.head),), (pivot_BTC,))
         return PartOutput((x_BTC,), (pivot_BTC,))
 
+    def _rotation(self, first: int, x_BTC: Tensor) -> Rotation | None:
+        """Return the rotation of the stream's positions, once for all layers."""
+        if self.rotary is None:
+            return None
+        rotation: Rotation = self.rotary(first, x_BTC.shape[1], x_BTC.dtype)
+        return rotation
+
     def compiled_layers(self) -> list[nn.Module]:
         return list(self.layers.values())
 
@@ -114,7 +122,8 @@ class Decoder(PartModule):
         shape = (rows, self.config.context, self.config.width)
         x_BTC = torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
         keys_B = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        return x_BTC, self.rotary, None, None, 0, keys_B if self.config.drops else None
+        keys = keys_B if self.config.drops else None
+        return x_BTC, self._rotation(0, x_BTC), None, None, 0, keys
 
     def make_cache(self, batch: int) -> Cache:
         return Cache(self.config, batch, next(self.parameters()).device)
@@ -131,23 +140,11 @@ class Decoder(PartModule):
 
         A part that does not begin the model takes the stream (B, T, C) of the part before. A part
         that does not end the model returns the stream. `document_BT` numbers the document of each
-        position: with it, a position attends only to its own document. With a `cache` the T
-        positions are those after what it holds, and it grows by T. Raises ValueError when the
-        positions exceed the context.
+        position: with it, a position attends only to its own document, whose positions follow each
+        other. With a `cache` the T positions are those after what it holds, and it grows by T.
+        Raises ValueError when the positions exceed the context.
         """
         fields = {"ids": given}
         if document_BT is not None:
             fields["documents"] = document_BT
         return plain_outputs(self.forward_part(fields, (given,), cache).outputs)[0]
-
-
-def _mask(
-    length: int, document_BT: Tensor | None, first: int, device: torch.device
-) -> Tensor | None:
-    """Return a mask, true where a position may attend; None where the causal one says the same."""
-    if document_BT is not None:
-        same_BTS = document_BT[:, :, None] == document_BT[:, None, :]
-        return same_BTS.tril()[:, None]
-    if first and length > 1:
-        return torch.ones(length, first + length, dtype=torch.bool, device=device).tril(first)
-    return None

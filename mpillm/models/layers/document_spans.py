@@ -1,0 +1,59 @@
+"""The spans of documents in the rows of a batch: a position attends within its own document.
+
+Shapes: B sequences, T positions, N documents.
+"""
+
+from functools import cached_property
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor
+
+
+class DocumentSpans:
+    """Where the documents of B rows begin and end; each form of it is made once, when it is read.
+
+    The spans are known on the host, so nothing waits for a GPU. All layers of a forward pass share
+    them.
+    """
+
+    def __init__(self, document_BT: Tensor, device: torch.device | None = None) -> None:
+        """Find the spans. `document_BT` numbers each position's document, best in host memory.
+
+        Positions in a row with one number are a document. `device`: of the attention; None: the
+        CPU.
+        """
+        numbers_BT = document_BT.cpu()
+        begins_BT = torch.ones(numbers_BT.shape, dtype=torch.bool)
+        begins_BT[:, 1:] = numbers_BT[:, 1:] != numbers_BT[:, :-1]
+        self._begins_BT, self._device = begins_BT, device or torch.device("cpu")
+        starts: list[int] = begins_BT.flatten().nonzero().flatten().tolist()
+        self.edges = (*starts, begins_BT.numel())
+        """Of all rows in a row: document n has the positions `edges[n]` to `edges[n + 1]` − 1."""
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Positions of each document, row by row."""
+        return tuple(last - first for first, last in pairwise(self.edges))
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Documents of equal length that follow each other: (how many, their length)."""
+        return tuple((len(list(group)), length) for length, group in groupby(self.lengths))
+
+    @cached_property
+    def edges_on_device(self) -> Tensor:
+        """The edges as int32 on the device, as kernels for variable lengths take them."""
+        return self._sent(torch.tensor(self.edges, dtype=torch.int32))
+
+    @cached_property
+    def dense_mask(self) -> Tensor:
+        """The mask (B, 1, T, T): true where a position may attend."""
+        numbers_BT = self._sent(self._begins_BT.long().cumsum(1))
+        return (numbers_BT[:, :, None] == numbers_BT[:, None, :]).tril()[:, None]
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        if self._device.type != "cuda":
+            return tensor.to(self._device)
+        # From pinned memory the copy does not wait for the work that the GPU has.
+        return tensor.pin_memory().to(self._device, non_blocking=True)

@@ -1,0 +1,89 @@
+"""The entry to the attention kernels: it takes the right one, and training losses agree."""
+
+import pytest
+import torch
+
+from mpillm.models.decoder import DecoderConfig
+from mpillm.models.layers import attention
+from mpillm.models.layers.attention import attend
+from mpillm.models.layers.dense_attention import attend_dense
+from mpillm.models.layers.document_spans import DocumentSpans
+from mpillm.models.part_module import create
+from mpillm.models.spec import Part
+from mpillm.parallel.pipeline.split_backward import SplitBackward
+from mpillm.tasks.causal_lm import CausalLM
+from tests.models.attention_inputs import make_qkv, number_documents, random_lengths
+
+ROWS = [random_lengths(32, seed) for seed in range(3)]
+KINDS = [
+    {"kv_heads": 2},
+    {"norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True},
+]
+
+
+def dense(q, k, v, spans):
+    return attend_dense(q, k, v, spans.dense_mask)
+
+
+def train(kind, recompute="none"):
+    """Take five steps on documents; return the losses."""
+    config = DecoderConfig(layers=2, width=32, heads=4, context=32, vocab_size=50, **kind)
+    model, task = create(config, 1), CausalLM()
+    model.set_recompute(recompute)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = torch.randint(50, (3, 33), generator=torch.Generator().manual_seed(0))
+    raw = {"tokens": tokens.numpy(), "documents": number_documents(*([*row, 1] for row in ROWS))}
+    raw["documents"] = raw["documents"].numpy()
+    losses = []
+    for _ in range(5):
+        fields = task.fields(raw)
+        loss = task.objective_sum(model.forward_part(fields, ()).outputs, fields) / 96
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_training_losses_are_those_of_the_dense_mask(kind, monkeypatch):
+    found = train(kind)
+    assert [train(kind, recompute) for recompute in ("attention", "full")] == [found, found]
+    calls = []
+    monkeypatch.setattr(attention, "attend_spans", lambda *given: calls.append(1) or dense(*given))
+    assert train(kind) == pytest.approx(found, rel=1e-5)
+    assert len(calls) == 10
+    assert found[-1] < found[0]
+
+
+def test_two_halves_of_a_backward_pass_give_the_bits_of_one():
+    config = DecoderConfig(layers=4, width=32, heads=4, kv_heads=2, context=32, vocab_size=50)
+    fields = {"documents": number_documents(*ROWS)}
+    found = []
+    for halves in (False, True):
+        part = create(config, 1, part=Part(1, 3))
+        generator = torch.Generator().manual_seed(5)
+        x, grad = (torch.randn(3, 32, 32, generator=generator) for _ in range(2))
+        x.requires_grad_()
+        (y,) = part.forward_part(fields, (x,)).outputs
+        if halves:
+            split = SplitBackward((y,), (x,))
+            (own,) = split.input((grad,))
+            assert all(weight.grad is None for weight in part.parameters())
+            split.weights()
+        else:
+            y.backward(grad)
+            own = x.grad
+        found.append([own, *(weight.grad for weight in part.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_dropout_takes_its_own_path_within_documents():
+    *qkv, _ = make_qkv(3, 32)
+    spans, keys = DocumentSpans(number_documents(*ROWS)), torch.tensor([1, 2, 3])
+    # So small that nearly all is kept: the dense mask's result, but for a few values.
+    found = attend(*qkv, spans, dropout=1e-6, keys_B=keys)
+    near = torch.isclose(found, dense(*qkv, spans), rtol=1e-3, atol=1e-4)
+    assert near.float().mean() > 0.9
+    assert torch.equal(attend(*qkv, spans, dropout=0.5), attend(*qkv, spans))

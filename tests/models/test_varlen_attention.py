@@ -1,0 +1,57 @@
+"""Attention by torch's kernel for variable lengths, compared with the dense mask."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from mpillm.models.layers import varlen_attention
+from mpillm.models.layers.dense_attention import attend_dense
+from mpillm.models.layers.document_spans import DocumentSpans
+from mpillm.models.layers.varlen_attention import attend_varlen, takes_spans
+from tests.models.attention_inputs import compute, make_qkv, number_documents, random_lengths
+
+ROWS = [random_lengths(96, seed) for seed in range(3)]
+
+
+def plain_kernel(q, k, v, edges_q, edges_k, longest_q, longest_k, *, window_size, enable_gqa):
+    """Compute what torch documents of `varlen_attn`, sequence by sequence."""
+    assert edges_q.dtype == torch.int32
+    assert edges_q.tolist() == edges_k.tolist()
+    assert longest_q == longest_k == int(edges_q.diff().max())
+    assert window_size == (-1, 0)
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    edges = edges_q.tolist()
+    return torch.cat(
+        [attend_dense(*(x[None, a:b] for x in (q, k, v)))[0] for a, b in pairwise(edges)]
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_kernel_is_called_as_torch_documents_it(monkeypatch, kv_heads):
+    monkeypatch.setattr(varlen_attention, "_kernel", lambda: plain_kernel)
+    spans, given = DocumentSpans(number_documents(*ROWS)), make_qkv(3, 96, kv_heads=kv_heads)
+    found = compute(lambda *qkv: attend_varlen(*qkv, spans), *given)
+    expected = compute(lambda *qkv: attend_dense(*qkv, spans.dense_mask), *given)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_processor_does_without():
+    assert not takes_spans(make_qkv(1, 4, dtype=torch.bfloat16)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_gpu_gives_the_results_of_the_dense_mask(kv_heads):
+    gpu = torch.device("cuda")
+    spans = DocumentSpans(number_documents(*ROWS), gpu)
+    *qkv, grad = make_qkv(3, 96, kv_heads=kv_heads, width=64, dtype=torch.bfloat16)
+    qkv, grad = [x.detach().to(gpu).requires_grad_() for x in qkv], grad.to(gpu)
+    if not takes_spans(qkv[0]):
+        pytest.skip("torch has no such kernel here")
+    found = compute(lambda *given: attend_varlen(*given, spans), *qkv, grad)
+    expected = compute(lambda *given: attend_dense(*given, spans.dense_mask), *qkv, grad)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
