@@ -10,7 +10,13 @@ from importlib.util import find_spec
 
 from mpillm.errors import UsageError
 
-EXTRA_OF = {"torch": "train", "tensorboard": "train", "matplotlib": "train"}
+EXTRA_OF = {
+    "torch": "train",
+    "tensorboard": "train",
+    "matplotlib": "train",
+    "safetensors": "hub",
+    "gguf": "hub",
+}
 
 
 def installed(package: str) -> bool:

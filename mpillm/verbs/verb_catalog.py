@@ -14,6 +14,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "train": "mpillm.verbs.train:Train",
         "evaluate": "mpillm.verbs.evaluate:Evaluate",
         "generate": "mpillm.verbs.generate:Generate",
+        "inspect": "mpillm.verbs.inspect:Inspect",
         "bench": "mpillm.verbs.bench:Bench",
         "schedule": "mpillm.verbs.schedule:Schedule",
         "doctor": "mpillm.verbs.doctor:Doctor",
