@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 TOKEN_BYTES, FLOAT32_BYTES = 8, 4
 # Ways of all-reduce with which a node's ranks have their gradients in shared memory.
 SHARING = ("auto", "shared", "two-level")
-# A setting that saves less is not worth its time.
-WORTHWHILE = 0.95
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,8 @@ class RunMemory:
         words = [f"{binary_bytes(now)} a rank are predicted"]
         for text, lighter in self._lighter(plan):
             need = self.predict(lighter).total
-            if need < WORTHWHILE * now:
+            # Not less where an evaluation has the peak; the step that failed may still fit then.
+            if need <= now:
                 words.append(f"{text}: {binary_bytes(need)}")
         words.append("cut the layers over more ranks (parallel.pipeline), or take a smaller model")
         return ", ".join(words)
