@@ -45,6 +45,12 @@ def read_memory(root: Path = ROOT) -> HostMemory:
     )
 
 
+def resident_bytes(root: Path = ROOT) -> int:
+    """Return the resident set of this process, in bytes; 0 where Linux does not say."""
+    found = re.search(r"^VmRSS:\s+(\d+) kB", text_of(root / "proc/self/status"), re.M)
+    return int(found[1]) * 1024 if found else 0
+
+
 def memory_limit(root: Path = ROOT) -> int:
     """Return the tightest limit of this process's control groups, in bytes; huge without one."""
     return min((limit for _, limit in _limits(root)), default=1 << 62)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt
 
 from mpillm.errors import RecipeError
-from mpillm.models.head_chunks import head_bytes
-from mpillm.models.spec import LayerRecompute, ModelSpec, Part
+from mpillm.models.head_chunks import chunk_bytes, head_bytes
+from mpillm.models.spec import LayerRecompute, ModelSpec, Part, Recompute, recompute_counts
 
 if TYPE_CHECKING:
     from mpillm.models.layers.decoder_stack import Decoder
@@ -189,23 +189,105 @@ class DecoderConfig(ModelSpec):
         """
         return 0.0, 6 * self.vocab_size * self.width
 
-    def activation_bytes(self, part: Part, rows: int, element_bytes: int = 4) -> int:
-        """Count, per block and token, the inputs of the norms, the products and the activation.
+    # What autograd saves of one token in a block, tensor by tensor: these three counts follow
+    # layers/attention.py and layers/block.py. tests/models/test_saved_bytes.py compares both.
 
-        That is about 8 widths, the keys and values, and 4 hidden widths for SwiGLU, 2 for GELU. The
-        attention keeps no T × T matrix.
+    def _norm_saved(self, element_bytes: int) -> int:
+        """Count a norm: its input. In 16 bits RMSNorm keeps it in float32, with the normalised
+        values.
+        """
+        if self.norm == "rmsnorm":
+            return (1 if element_bytes == 4 else 2) * 4 * self.width + 4
+        return element_bytes * self.width + 2 * 4
+
+    def _attention_saved(self, element_bytes: int) -> int:
+        """Count an attention: the results of norm, query, key, value and of the attention, and the
+        logarithm of each head's sum. With dropout the probabilities instead, twice, and a mask.
         """
         key_value = self.key_value_heads * self.head_width
-        hidden = self.hidden_width * (4 if self.activation == "swiglu" else 2)
-        block = 8 * self.width + 2 * key_value + hidden
-        return rows * self.context * part.count * block * element_bytes
+        if not self.attention_dropout:
+            return element_bytes * (3 * self.width + 2 * key_value) + 4 * self.heads
+        if key_value < self.width:
+            # Grouped heads are repeated: that path has no kernel for groups.
+            key_value = self.width
+        probabilities = self.heads * self.context * (4 + 1 + element_bytes)
+        return element_bytes * (3 * self.width + 2 * key_value) + probabilities
 
-    def output_bytes(self, rows: int) -> int:
+    def _feed_forward_saved(self, element_bytes: int) -> int:
+        """Count a feed-forward: the norm's result; gate, its SiLU, up and their product for SwiGLU,
+        up and its GELU else.
+        """
+        hidden = self.hidden_width * (4 if self.activation == "swiglu" else 2)
+        return element_bytes * (self.width + hidden)
+
+    def _block_saved(self, element_bytes: int, recompute: LayerRecompute) -> tuple[int, int]:
+        """Return the bytes of one token and block that are kept, and that are computed again."""
+        stream, mask = element_bytes * self.width, self.width if self.dropout else 0
+        norm = self._norm_saved(element_bytes)
+        attention = norm + self._attention_saved(element_bytes)
+        feed_forward = norm + self._feed_forward_saved(element_bytes)
+        if recompute == "full":
+            return stream, attention + feed_forward + 2 * mask - stream
+        if recompute == "attention":
+            # Those of the feed-forward are freed before the attention runs again.
+            again = attention + self._attention_working(element_bytes) - feed_forward
+            return stream + feed_forward + 2 * mask, max(0, again)
+        return attention + feed_forward + 2 * mask, 0
+
+    def _attention_working(self, element_bytes: int) -> int:
+        """Count a token's temporary results in the backward pass of an attention."""
+        probabilities = self.heads * self.context * 8 if self.attention_dropout else 0
+        return 2 * element_bytes * self.width + probabilities
+
+    def activation_bytes(self, part: Part, rows: int, element_bytes: int = 4) -> int:
+        return self.recompute_bytes(part, rows, element_bytes, "none")[0]
+
+    def recompute_bytes(
+        self, part: Part, rows: int, element_bytes: int, recompute: Recompute
+    ) -> tuple[int, int]:
+        tokens = rows * self.context
+        kept, again = 0, 0
+        for kind, count in recompute_counts(recompute, part).items():
+            saved, once_more = self._block_saved(element_bytes, kind)
+            kept += count * saved
+            again = max(again, once_more)
+        if isinstance(recompute, int):
+            # The backward pass has freed the blocks after the last one that is computed again.
+            after = part.last % recompute
+            again = max(0, again - after * self._block_saved(element_bytes, "none")[0])
+        separate = self.positions == "learned" or self.embedding_dropout > 0
+        if self.begins(part) and separate:
+            # The embedding's outputs, where the first block reads others.
+            kept += element_bytes * self.width + (self.width if self.embedding_dropout else 0)
+        if self.ends(part):
+            kept += self._norm_saved(element_bytes)
+        return tokens * kept, tokens * again
+
+    def working_bytes(self, rows: int, element_bytes: int = 4) -> int:
+        """Count the gradients of the stream and inside the feed-forward."""
+        features = 2 * self.width + 2 * self.hidden_width
+        if self.activation == "gelu":
+            features = 3 * self.width + self.hidden_width
+        return rows * self.context * element_bytes * features
+
+    def scoring_bytes(self, rows: int, element_bytes: int = 4) -> int:
+        """Count the streams and the insides of the feed-forward, or of an attention with rotary
+        positions.
+        """
+        inside = self.hidden_width * (3 if self.activation == "swiglu" else 2)
+        features = max(4 * self.width + inside, 9 * self.width)
+        return rows * self.context * element_bytes * features
+
+    def output_bytes(self, rows: int, device: str = "cpu") -> int:
         """Count a loss in chunks with the gradients that it holds: of hidden states and head.
 
         A task that reads plain logits takes more: 3 times their bytes in float32.
         """
-        return head_bytes(rows * self.context, self.width, self.vocab_size)
+        return head_bytes(rows * self.context, self.width, self.vocab_size, device)
+
+    def logits_bytes(self, rows: int, device: str = "cpu") -> int:
+        """Count one chunk of logits."""
+        return chunk_bytes(rows * self.context, self.vocab_size, device)
 
 
 def _gpt2(layers: int, width: int, heads: int) -> DecoderConfig:

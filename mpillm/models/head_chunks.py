@@ -31,9 +31,14 @@ def tile_positions(positions: int, vocab_size: int, device: str = "cpu") -> int:
 
 def head_bytes(positions: int, width: int, vocab_size: int, device: str = "cpu") -> int:
     """Estimate the bytes of a chunked loss with its gradients, in float32."""
-    logits = chunk_positions(positions, vocab_size, device) * vocab_size * _logit_bytes(device)
     # The gradient of the hidden states is there twice: as summed, and times that of the loss.
-    return logits + 4 * width * (2 * positions + vocab_size)
+    own = 4 * width * (2 * positions + vocab_size)
+    return chunk_bytes(positions, vocab_size, device) + own
+
+
+def chunk_bytes(positions: int, vocab_size: int, device: str = "cpu") -> int:
+    """Return the bytes of the logits of one chunk."""
+    return chunk_positions(positions, vocab_size, device) * vocab_size * _logit_bytes(device)
 
 
 def _logit_bytes(device: str) -> int:

@@ -29,6 +29,14 @@ def recompute_of(recompute: Recompute, block: int) -> LayerRecompute:
     return recompute
 
 
+def recompute_counts(recompute: Recompute, part: "Part") -> dict[LayerRecompute, int]:
+    """Count the blocks of `part` by what is computed again of each, without a loop over them."""
+    if not isinstance(recompute, int):
+        return {recompute: part.count}
+    full = part.last // recompute - part.first // recompute
+    return {"full": full, "none": part.count - full}
+
+
 @dataclass(frozen=True)
 class Part:
     """Blocks `first` to `last` − 1 of a model: what one stage of a pipeline holds.
@@ -112,14 +120,36 @@ class ModelSpec(ABC):
     def recompute_bytes(
         self, part: Part, rows: int, element_bytes: int, recompute: Recompute
     ) -> tuple[int, int]:
-        """Estimate the bytes that the forward pass keeps under `recompute`, and the most that one
-        block computes again.
+        """Estimate the bytes that the forward pass keeps under `recompute`, and those of a block.
+
+        The second are held above the first while the backward pass computes the block again.
         """
         return self.activation_bytes(part, rows, element_bytes), 0
 
+    def working_bytes(self, rows: int, element_bytes: int = 4) -> int:
+        """Estimate the bytes of gradients of activations, and of temporary results, at once in the
+        backward pass of `rows` sequences.
+        """
+        return 4 * rows * self.context * max(self.stream_widths) * element_bytes
+
+    def scoring_bytes(self, rows: int, element_bytes: int = 4) -> int:
+        """Estimate the bytes of a forward pass of `rows` sequences that keeps nothing, without
+        logits.
+        """
+        return 2 * self.working_bytes(rows, element_bytes)
+
     @abstractmethod
-    def output_bytes(self, rows: int) -> int:
-        """Estimate the bytes of outputs and loss for `rows` sequences, with their gradients."""
+    def output_bytes(self, rows: int, device: str = "cpu") -> int:
+        """Estimate the bytes of outputs and loss for `rows` sequences, with their gradients.
+
+        `device`: `cpu` or `cuda`, which may cut them into chunks of other lengths.
+        """
+
+    def logits_bytes(self, rows: int, device: str = "cpu") -> int:
+        """Estimate the bytes of the outputs of `rows` sequences alone, for a loss without
+        gradients.
+        """
+        return self.output_bytes(rows, device) // 2
 
     @abstractmethod
     def describe(self) -> str:

@@ -28,7 +28,7 @@ from mpillm.parallel.pipeline.stream_transport import StreamShapes
 from mpillm.parallel.pipeline.tying import TiedWeight
 from mpillm.parallel.precision import lower_, torch_dtype
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.parallel.step_plan import StepPlan, replica_share
+from mpillm.parallel.step_plan import StepPlan, flat_gradients, replica_share, scored_ahead
 from mpillm.tasks.task import Task
 
 
@@ -116,6 +116,7 @@ class ShardedModel:
             profile,
             warn,
             fixed_order=plan.fixed_order,
+            flat=flat_gradients(plan),
             reduce_dtype=torch_dtype(plan.precision.reduce_dtype),
         )
         self.stepped = self.gradients.optimizer_weights(self.named_weights(), values)
@@ -240,27 +241,47 @@ class ShardedModel:
         """
         if not count:
             return {}
-        stages = {
-            stage: ScoringStage(part, self.task, self.plan.precision, read, done, metrics)
-            for stage, part in self.parts.items()
-        }
         widths = self.spec.stream_widths
-        streams = StreamShapes(
-            lambda number: tuple((*shape_of(number), width) for width in widths),
-            torch_dtype(self.plan.precision.dtype),
-            self.device,
-        )
+        dtype = torch_dtype(self.plan.precision.dtype)
+        found: dict[int, BatchScore] = {}
+
+        def run(first: int, batches: int) -> None:
+            """Score the batches from `first` on."""
+            stages = {
+                stage: ScoringStage(
+                    part,
+                    self.task,
+                    self.plan.precision,
+                    lambda number: read(first + number),
+                    done,
+                    metrics,
+                )
+                for stage, part in self.parts.items()
+            }
+            streams = StreamShapes(
+                lambda number: tuple((*shape_of(first + number), width) for width in widths),
+                dtype,
+                self.device,
+            )
+            self.pipeline.run(forward_only(self.plan.schedule, batches), stages, streams)
+            for stage in stages.values():
+                found.update({first + number: score for number, score in stage.scores.items()})
+
         # Architectures may behave otherwise in training, such as by dropout.
         for part in self.parts.values():
             part.eval()
         with uncompiled() if self.compiled else nullcontext():
-            self.pipeline.run(forward_only(self.plan.schedule, count), stages, streams)
+            # A rank drains its sends at the end of a run. Without rounds, the streams of all
+            # batches would wait at a first rank that is faster than the others.
+            at_once = scored_ahead(self.plan.schedule.ranks) or count
+            for first in range(0, count, at_once):
+                run(first, min(at_once, count - first))
         for part in self.parts.values():
             part.train()
         if not counts_loss(self.mesh.coordinates):
             # Another rank has the same results and counts them.
             return {}
-        return {n: score for stage in stages.values() for n, score in stage.scores.items()}
+        return found
 
     def close(self) -> None:
         """Free shared memory and communicators."""

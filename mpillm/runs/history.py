@@ -57,6 +57,8 @@ class Attempt:
     how: str = KILLED
     """finished, stopped, failed, running, or killed: it recorded no end."""
     reason: str = ""
+    memory_bytes: int | None = None
+    """The peak of its largest rank, where it ended in order."""
     saved: tuple[Event, ...] = ()
 
     @property
@@ -75,6 +77,11 @@ class Attempt:
     @property
     def ranks(self) -> int | None:
         return whole_number(self.facts.get("ranks")) or None
+
+    @property
+    def predicted_memory_bytes(self) -> int | None:
+        """What the plan predicted for the peak of the largest rank."""
+        return whole_number(self.facts.get("predicted_memory_bytes")) or None
 
     @property
     def job(self) -> dict[str, Any]:
@@ -105,10 +112,14 @@ class HistoryWriter:
         name = str(checkpoint.relative_to(self._folder))
         self._add(SAVED, step, {"checkpoint": name, "seconds": seconds, "bytes": nbytes})
 
-    def ended(self, outcome: Outcome, step: int, reason: str = "") -> None:
-        """Record that the run finished, failed, or stopped: saved, and to be resumed."""
+    def ended(self, outcome: Outcome, step: int, reason: str = "", memory_bytes: int = 0) -> None:
+        """Record that the run finished, failed, or stopped: saved, and to be resumed.
+
+        `memory_bytes`: the peak of its largest rank; 0: not measured.
+        """
+        known = {"reason": reason, "memory_bytes": memory_bytes}
         try:
-            self._add(outcome, step, {"reason": reason} if reason else {})
+            self._add(outcome, step, {key: value for key, value in known.items() if value})
         finally:
             # Batch scripts decide by the outcome, whatever became of the history.
             self._write_outcome(outcome)
@@ -216,7 +227,9 @@ def _extended(attempt: Attempt, event: Event) -> Attempt:
     if event.name == SAVED:
         return replace(attempt, saved=(*attempt.saved, event))
     if event.name in ENDS:
-        return replace(attempt, how=event.name, reason=str(event.facts.get("reason") or ""))
+        reason = str(event.facts.get("reason") or "")
+        memory = whole_number(event.facts.get("memory_bytes")) or None
+        return replace(attempt, how=event.name, reason=reason, memory_bytes=memory)
     return attempt
 
 

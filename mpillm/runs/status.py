@@ -21,7 +21,7 @@ from mpillm.runs.state import (
     RunState,
     read_run,
 )
-from mpillm.system.console import Console, clock
+from mpillm.system.console import Console, binary_bytes, clock
 from mpillm.system.json_text import to_json
 
 Ask = Callable[[str, str], str]
@@ -73,6 +73,7 @@ def run_figures(run_state: RunState, ask: Ask | None = None) -> dict[str, Any]:
         "tokens": _count(run_state.steps.get("tokens", ())),
         "tokens_per_second": _median(run_state.recent("tokens_per_second")),
         "step_seconds": step_seconds,
+        "memory": _memory(run_state, last),
         "seconds_left": finite_seconds(step_seconds * run_state.steps_left)
         if step_seconds is not None and run_state.goal
         else None,
@@ -99,6 +100,7 @@ def facts(found: Mapping[str, Any]) -> dict[str, str]:
         "loss": _loss_text(found),
         "validation loss": _validation_text(found),
         "speed": _speed_text(found),
+        "memory a rank": _memory_text(found["memory"]),
         "time left": _left_text(found),
         "checkpoint": _checkpoint_text(found["checkpoint"], found["lost_checkpoint"]),
         "attempts": _attempts_text(found["attempts"]),
@@ -216,6 +218,21 @@ def _attempts_text(attempts: Sequence[Mapping[str, Any]]) -> str:
         return ""
     ends = [attempt["how"] for attempt in attempts]
     return f"{len(ends)}: " + ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
+
+
+def _memory(run_state: RunState, last: Attempt | None) -> dict[str, int | None]:
+    """Return the peak of the last attempt's largest rank, in bytes: predicted, and measured."""
+    steps = run_state.recent("memory_bytes")
+    so_far = int(max(steps)) if steps and max(steps) >= 0 else None
+    return {
+        "predicted_bytes": last.predicted_memory_bytes if last else None,
+        "measured_bytes": (last.memory_bytes if last else None) or so_far,
+    }
+
+
+def _memory_text(memory: Mapping[str, int | None]) -> str:
+    named = {"measured": memory["measured_bytes"], "predicted": memory["predicted_bytes"]}
+    return ", ".join(f"{binary_bytes(n)} {name}" for name, n in named.items() if n)
 
 
 def _attempt(attempt: Attempt) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mpillm.system.environment import set_default
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from mpillm.train.recipe import Recipe, TrainSettings
+    from mpillm.train.recipe import TrainSettings
 
 # Tokens × width × width of the product that is timed: a millisecond in float32 on one core. A GPU
 # takes a smaller time than the start of a kernel (10 µs) for that: all dtypes would seem alike.
@@ -102,18 +102,6 @@ def _repeat_bits(wanted: bool) -> None:
     # The call loads torch's compiler, which takes seconds.
     if wanted != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(wanted)
-
-
-def memory_remedy(recipe: "Recipe") -> str:
-    """Say which settings let a rank need less memory."""
-    train, remedies = recipe.train, []
-    if train.microbatch != 1:
-        rows = train.microbatch or "all of a rank's share"
-        remedies.append(f"lower train.microbatch ({rows}; the batch stays as it is)")
-    if train.dtype == "float32" and train.device == "cuda":
-        remedies.append("take train.dtype = bfloat16")
-    remedies.append("cut the layers over more ranks (parallel.pipeline), or take a smaller model")
-    return ", ".join(remedies)
 
 
 def choose_dtype(wanted: str, device: str, comm: "MPI.Intracomm", console: Console) -> str:

@@ -31,14 +31,15 @@ from mpillm.runs.history import HistoryWriter, Outcome, last_save_seconds
 from mpillm.runs.metrics import MetricsWriter, read_metrics
 from mpillm.system.atomic import make_folder, write_text
 from mpillm.system.console import Console, Progress, binary_bytes
+from mpillm.system.malloc import release_pages
 from mpillm.system.messages import explain
 from mpillm.system.versions import package_version
 from mpillm.tokens.manifest import NAME as MANIFEST
 from mpillm.tokens.manifest import Manifest
-from mpillm.train.hardware import memory_remedy
 from mpillm.train.hold import Hold
 from mpillm.train.optimizers.optimizer import set_steps
 from mpillm.train.recipe import Recipe, write_recipe
+from mpillm.train.run_memory import RunMemory, compare_text, peak_memory_bytes
 from mpillm.train.step import StepResult, Trainer
 from mpillm.train.stopping import LOCK_LOST, Stopping
 from mpillm.train.trace import StepTrace
@@ -87,10 +88,13 @@ class TrainingLoop:
         limits: JobLimits,
         cluster: Cluster,
         hold: Hold,
+        memory: RunMemory,
     ) -> None:
         self._recipe, self._constants, self._trainer = recipe, constants, trainer
         self._comm, self._console = trainer.mesh.comm, console
         self._folder, self._hold = Path(recipe.train.run), hold
+        self._memory = memory
+        self._predicted = memory.predict(trainer.plan).total
         self._manifest = manifest
         self._validates = bool(manifest.splits["validation"].n_tokens)
         self._step_trace = StepTrace(trainer.mesh, trainer.plan, trainer.clock_offset)
@@ -181,7 +185,11 @@ class TrainingLoop:
         # Before the picture is drawn: the job's time may end while matplotlib loads.
         self._hold.on_failure = None
         how: Outcome = "stopped" if reason else "finished"
-        self._note(lambda: self._history.ended(how, self._done, reason))
+        # Ahead of matplotlib, whose 20 MiB and more belong to rank 0 alone, and to no step.
+        device = self._trainer.plan.precision.device
+        measured = max(self._comm.allgather(peak_memory_bytes(device)))
+        self._console.say(compare_text(self._predicted, measured))
+        self._note(lambda: self._history.ended(how, self._done, reason, measured))
         metrics.close()
         return reason
 
@@ -311,9 +319,12 @@ class TrainingLoop:
         if not self._validates:
             return
         self._check_data()
+        # Neither the steps' free memory nor the evaluation's counts for the peak of the other.
+        release_pages()
         with open_of(self._manifest, "validation") as reader:
             quiet = Console(speaks=False)
             score = evaluate(self._trainer.model, reader, self._comm, quiet)
+        release_pages()
         if not math.isfinite(score.loss):
             raise DivergedError(
                 f"the run diverged: after step {self._done:,} the validation loss is {score.loss}"
@@ -426,6 +437,7 @@ class TrainingLoop:
             "steps": recipe.train.steps,
             "tokens_per_step": recipe.train.batch * recipe.model.context,
             "parameters": recipe.model.parameters,
+            "predicted_memory_bytes": self._predicted,
             "mpi": cluster.mpi_name,
             "processor": cluster.cpu_model,
             "versions": {name: package_version(name) for name in PACKAGES}
@@ -455,7 +467,7 @@ class TrainingLoop:
         if isinstance(failure, KeyboardInterrupt):
             return type(failure)(remedy)
         if isinstance(failure, MemoryError):
-            return MemoryError(str(failure), f"{memory_remedy(self._recipe)}; {remedy}")
+            return MemoryError(str(failure), f"{self._memory.remedy(self._trainer.plan)}; {remedy}")
         if isinstance(failure, OSError):
             path = failure.filename or self._folder
             return CheckpointError(f"{path}: {failure.strerror or failure}; correct that; {remedy}")

@@ -4,32 +4,10 @@ import torch
 
 from mpillm.comm.mesh import Mesh
 from mpillm.parallel.step_plan import StepPlan
-from mpillm.system.console import Console, binary_bytes
+from mpillm.plan.peak_memory import MemoryEstimate
+from mpillm.system.console import Console
 from mpillm.tokens.reader import TokenReader
 from mpillm.train.recipe import Recipe
-
-# A weight and its gradient, float32 each; the optimizer's state is added.
-WEIGHT_BYTES = 8
-
-
-def memory_bytes(recipe: Recipe, plan: StepPlan) -> int:
-    """Estimate the bytes of training on the rank that needs most, without Python and torch."""
-    schedule, model = plan.schedule, recipe.model
-
-    def of_rank(rank: int) -> int:
-        parts = [plan.parts[stage] for stage in schedule.stages_of(rank)]
-        activations = sum(
-            model.activation_bytes(part, plan.microbatch, plan.precision.element_bytes)
-            for part in parts
-        )
-        # A rank stores the activations of `peaks` passes of one of its parts.
-        stored = plan.timeline.peaks[rank] / len(parts) * activations
-        outputs = model.output_bytes(plan.microbatch) if any(map(model.ends, parts)) else 0
-        weights = WEIGHT_BYTES * sum(map(model.parameters_of, parts))
-        state = sum(recipe.optimizer.state_bytes(model, part) for part in parts)
-        return int(weights + state + stored + outputs)
-
-    return max(map(of_rank, range(schedule.ranks)))
 
 
 def pipeline_facts(plan: StepPlan) -> dict[str, str]:
@@ -59,7 +37,8 @@ def print_plan(
     plan: StepPlan,
     reader: TokenReader,
     console: Console,
-    device: str = "cpu",
+    device: str,
+    memory: MemoryEstimate,
 ) -> None:
     """Print the plan; `device`: what to say of it. Every rank calls it."""
     model, train = recipe.model, recipe.train
@@ -82,6 +61,6 @@ def print_plan(
             + ", sums in a fixed order" * train.fixed_order,
             **pipeline_facts(plan),
             "optimizer": recipe.optimizer.describe(),
-            "memory a rank": f"about {binary_bytes(memory_bytes(recipe, plan))}",
+            "memory a rank": memory.describe(),
         },
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpillm.comm.failure import on_root
-from mpillm.errors import DataError, LayoutError, MismatchError, RecipeError
+from mpillm.errors import DataError, MismatchError, RecipeError
 from mpillm.infer.loading import RunConstants, missing_data, open_of
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.machine.memory import read_memory
@@ -14,11 +14,11 @@ from mpillm.models.part_module import torch_explained, weight_shapes
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.devices import may_take_gpus
 from mpillm.parallel.noise_scale import check_small_batches
-from mpillm.parallel.step_plan import make_mesh, plan_step
+from mpillm.parallel.step_plan import StepPlan, make_mesh, plan_step
 from mpillm.runs.folder import CLUSTER, HISTORY
 from mpillm.runs.history import STARTED, read_history
 from mpillm.system.compile_cache import find_compiler, set_compile_cache
-from mpillm.system.console import Console, binary_bytes
+from mpillm.system.console import Console
 from mpillm.system.malloc import keep_pages
 from mpillm.tasks.task_catalog import make_task
 from mpillm.tokens.manifest import NAME, Manifest
@@ -27,17 +27,16 @@ from mpillm.train.hardware import Hardware, choose_hardware
 from mpillm.train.hold import locked_run
 from mpillm.train.loop import JobLimits, TrainingLoop
 from mpillm.train.optimizers.optimizer import check_rules
-from mpillm.train.print_plan import WEIGHT_BYTES, print_plan
+from mpillm.train.print_plan import print_plan
 from mpillm.train.recipe import Recipe
 from mpillm.train.resuming import find_start, say_changes
+from mpillm.train.run_memory import RunMemory, check_memory, shortage
 from mpillm.train.step import Trainer
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 NO_LIMITS = JobLimits()
-# torch's embedding reads ids of 8 bytes.
-TOKEN_BYTES = 8
 
 
 def train(
@@ -61,7 +60,8 @@ def train(
     node_map = node_map or map_nodes(comm)
     # GPUs hold the weights of a run that takes them. Their memory is found out by its allocation.
     hosts_compute = comm.bcast(not may_take_gpus(recipe.train.device))
-    check_memory(recipe, node_map, comm.bcast(read_memory().limit), hosts_compute)
+    limit = comm.bcast(read_memory().limit)
+    check_memory(recipe, node_map, limit, hosts_compute)
     # With the tokenizer, which every checkpoint holds: a damaged one is found before any step.
     constants = RunConstants.read(manifest, recipe.to_dict(), comm)
     settings, parallel = recipe.train, recipe.parallel
@@ -100,14 +100,18 @@ def train(
             constants = constants.of_recipe(recipe.to_dict())
             if checkpoint is not None:
                 say_changes(recipe, checkpoint, console)
-            print_plan(recipe, mesh, plan, reader, console, hardware.description)
+            memory = RunMemory.of(recipe, mesh)
+            estimate = memory.predict(plan)
+            print_plan(recipe, mesh, plan, reader, console, hardware.description, estimate)
+            if hosts_compute:
+                _warn_of_shortage(memory, plan, node_map, limit, console)
             trainer = Trainer(recipe, task, reader, mesh, plan, profile, console.warn)
             if data.size > 1:
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
             if plan.schedule.ranks > 1:
                 console.say(f"stages: {trainer.describe_pipeline()}")
             loop = TrainingLoop(
-                recipe, manifest, constants, trainer, console, trace, limits, cluster, hold
+                recipe, manifest, constants, trainer, console, trace, limits, cluster, hold, memory
             )
             loop.run(checkpoint)
             trainer.close()
@@ -153,6 +157,13 @@ def _warn(recipe: Recipe, console: Console) -> None:
             f"the first cycle of cosine-restarts ends at step {first:,} and train.steps = "
             f"{steps:,}: the run has no restart; set a shorter optimizer.period"
         )
+
+
+def _warn_of_shortage(
+    memory: RunMemory, plan: StepPlan, node_map: NodeMap, limit: int, console: Console
+) -> None:
+    if text := shortage(memory.predict(plan), node_map, limit, memory.remedy(plan)):
+        console.warn(text)
 
 
 def _compiles(recipe: Recipe, comm: "MPI.Intracomm", console: Console) -> bool:
@@ -222,34 +233,3 @@ def _with_vocabulary(recipe: Recipe, manifest: Manifest) -> ModelSpec:
             f"{recipe.data.path}; leave it out to take the data's"
         )
     return recipe.model.replace(vocab_size=wanted or found)
-
-
-def check_memory(
-    recipe: Recipe, node_map: NodeMap, memory: int, hosts_compute: bool = True
-) -> None:
-    """Raise LayoutError where the weights with their state, or a batch, exceed all hosts' memory.
-
-    `memory`: what the job may use of one host, in bytes; 0: unknown. Activations and Python come on
-    top, so a model that passes may still be too large; one that is refused cannot be held. Without
-    `hosts_compute` the weights are elsewhere: the batch alone is checked.
-    """
-    model = recipe.model
-    held = WEIGHT_BYTES * model.parameters + recipe.optimizer.state_bytes(model, model.whole)
-    # The ranks of a pipeline share the layers, each replica has all of them.
-    ranks, pipeline = node_map.size, max(1, recipe.parallel.pipeline)
-    replicas = max(1, ranks // pipeline)
-    needed, there = held * replicas, memory * len(node_map.nodes)
-    if memory and hosts_compute and needed > there:
-        raise LayoutError(
-            f"the model has {model.parameters:,} parameters, which need {binary_bytes(needed)} "
-            f"for weights, gradients and optimizer on {ranks} rank(s), and the host(s) have "
-            f"{binary_bytes(there)}; use a smaller model (vocabulary {model.vocab_size:,}, "
-            f"{model.blocks:,} layers), fewer replicas (parallel.pipeline), or more hosts"
-        )
-    batch = TOKEN_BYTES * recipe.train.batch * model.context
-    if memory and batch > there:
-        raise LayoutError(
-            f"train.batch = {recipe.train.batch:,} sequences of {model.context:,} tokens are "
-            f"{binary_bytes(batch)} of ids alone, and the host(s) have {binary_bytes(there)}; "
-            "use a smaller batch"
-        )

@@ -141,7 +141,7 @@ class Trainer:
         measure = bool(every) and (step + 1) % every == 0
         while True:
             passes = self.model.train(batch, self.loss_scale.value, measure)
-            stats = gather_stats(self.mesh, passes, self.plan.microbatches, self.clock_offset, stop)
+            stats = gather_stats(self.mesh, passes, self.plan, self.clock_offset, stop)
             norm = self.model.clip_(
                 self.recipe.optimizer.clip,
                 loss_scale=self.loss_scale.value,

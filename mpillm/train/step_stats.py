@@ -1,7 +1,6 @@
 """Exchange the numbers of a step: losses, times, memory and stop requests, one message a rank."""
 
 import math
-import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +13,8 @@ from mpillm.parallel import axis_sizes
 from mpillm.parallel.parallel_axis import RankTimes
 from mpillm.parallel.pipeline.pipeline_axis import measured_bubble
 from mpillm.parallel.sharded_model import Passes
+from mpillm.parallel.step_plan import StepPlan
+from mpillm.train.run_memory import peak_memory_bytes
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 # Columns of a rank's row; the losses follow in the order of the microbatches.
@@ -31,7 +32,7 @@ class StepStats:
     wait_seconds: dict[str, float]
     """Axis → a rank's mean wait along it; axes without any are left out."""
     memory_bytes: int
-    """The largest peak of resident memory of a rank."""
+    """The largest peak of a rank: of the resident set, or of torch's allocator on a GPU."""
     stops: list[int]
     """By rank: its stop request (stopping.py)."""
 
@@ -45,14 +46,15 @@ class StepStats:
 
 
 def gather_stats(
-    mesh: Mesh, passes: Passes, microbatches: int, clock_offset: float, stop: int
+    mesh: Mesh, passes: Passes, plan: StepPlan, clock_offset: float, stop: int
 ) -> StepStats:
     """Gather the passes and the stop request of each rank. Every rank of the mesh calls it."""
     spans = passes.spans
-    own = np.zeros(LOSSES + microbatches)
+    own = np.zeros(LOSSES + plan.microbatches)
     own[BEGIN], own[END] = spans[0].begin - clock_offset, spans[-1].end - clock_offset
     own[BUSY] = sum(span.end - span.begin for span in spans)
-    own[REDUCING], own[MEMORY] = passes.summed - passes.ended, peak_memory_bytes()
+    own[REDUCING] = passes.summed - passes.ended
+    own[MEMORY] = peak_memory_bytes(plan.precision.device)
     own[STOP], own[HAS_LOSSES] = stop, bool(passes.losses)
     own[LOSSES : LOSSES + len(passes.losses)] = passes.losses
     # One Allgather: losses and stop requests of a step arrive together, so all ranks stop alike.
@@ -97,11 +99,6 @@ def axis_groups(sizes: Mapping[str, int], name: str) -> list[list[int]]:
         others = tuple(place[other] for other in sizes if other != name)
         groups.setdefault(others, []).append(rank)
     return list(groups.values())
-
-
-def peak_memory_bytes() -> int:
-    """Return the high-water mark of this process's resident set (getrusage, in KiB)."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def check_finite(step: int, losses: Mapping[int, Sequence[float]], norm: float) -> str:

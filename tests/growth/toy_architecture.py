@@ -60,7 +60,7 @@ class TwoStreams(ModelSpec):
     def activation_bytes(self, part: Part, rows: int, element_bytes: int = 4) -> int:
         return rows * self.context * part.count * 2 * (self.width + self.memory) * element_bytes
 
-    def output_bytes(self, rows: int) -> int:
+    def output_bytes(self, rows: int, device: str = "cpu") -> int:
         return rows * self.context * 8 * self.vocab_size
 
 

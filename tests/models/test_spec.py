@@ -43,7 +43,7 @@ class Plain(ModelSpec):
     def activation_bytes(self, part: Part, rows: int, element_bytes: int = 4) -> int:
         return 0
 
-    def output_bytes(self, rows: int) -> int:
+    def output_bytes(self, rows: int, device: str = "cpu") -> int:
         return 0
 
 

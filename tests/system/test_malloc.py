@@ -43,3 +43,30 @@ def test_what_is_freed_is_not_faulted_in_again():
         for way in ("keep", "as it is")
     }
     assert faults["keep"] < 1000 < faults["as it is"]
+
+
+RELEASE = """
+import re
+import numpy as np
+from mpillm.system.malloc import keep_pages, release_pages
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+
+assert keep_pages()
+arrays = [np.ones(4 << 20, np.uint8) for _ in range(16)]
+last = np.ones(1 << 20, np.uint8)
+del arrays
+before = resident()
+assert release_pages()
+print(before - resident())
+"""
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_kept_pages_can_be_released():
+    done = subprocess.run(
+        [sys.executable, "-c", RELEASE], check=True, capture_output=True, text=True
+    )
+    assert int(done.stdout) > 60 << 20

@@ -22,7 +22,7 @@ from mpillm.runs.folder import HISTORY, LOCK, METRICS, OUTCOME, PICTURE
 from mpillm.runs.lock import LostLockError, this_process
 from mpillm.system.console import Console
 from mpillm.tokens.prepare import PrepareOptions, prepare
-from mpillm.train import hold, setup
+from mpillm.train import hold, run_memory, setup
 from mpillm.train.hold import locked_run
 from mpillm.train.recipe import OLD_SPELLINGS, Recipe, parse_recipe
 from mpillm.train.resuming import changed_settings
@@ -259,10 +259,10 @@ def test_a_model_beyond_all_memory_is_refused_with_its_bytes(
 def test_weights_on_gpus_need_no_memory_of_the_hosts(data: Path, folder: Path) -> None:
     small, alone = recipe(data, folder / "run"), NodeMap(((0,),))
     with pytest.raises(LayoutError, match="use a smaller model"):
-        setup.check_memory(small, alone, 10_000)
-    setup.check_memory(small, alone, 10_000, hosts_compute=False)
+        run_memory.check_memory(small, alone, 10_000)
+    run_memory.check_memory(small, alone, 10_000, hosts_compute=False)
     with pytest.raises(LayoutError, match="use a smaller batch"):
-        setup.check_memory(small, alone, 1_000, hosts_compute=False)
+        run_memory.check_memory(small, alone, 1_000, hosts_compute=False)
 
 
 def test_each_changed_setting_is_printed_when_a_run_continues(
@@ -552,5 +552,5 @@ def test_a_run_without_memory_names_settings_and_checkpoint(
         train(recipe(data, folder / "run", train={"save_every": 2}), comm, QUIET)
     asked, remedy = found.value.args
     assert asked == "torch asked for 2.00 GiB"
-    assert "lower train.microbatch (all of a rank's share; the batch stays as it is), " in remedy
+    assert " (the batch stays as it is): " in remedy
     assert "step-00000002; --resume continues from it" in remedy

@@ -10,8 +10,8 @@ from mpillm.errors import LayoutError, RecipeError
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.system.console import Console
 from mpillm.train import hardware
-from mpillm.train.hardware import choose_dtype, choose_hardware, memory_remedy, product_seconds
-from mpillm.train.recipe import TrainSettings, parse_recipe
+from mpillm.train.hardware import choose_dtype, choose_hardware, product_seconds
+from mpillm.train.recipe import TrainSettings
 
 QUIET = Console(speaks=False)
 ALONE = NodeMap(((0,),))
@@ -138,12 +138,3 @@ def test_a_fixed_order_takes_kernels_that_repeat_their_bits(
     assert asked == [True]
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     torch.utils.deterministic.fill_uninitialized_memory = filled
-
-
-def test_remedies_for_memory_are_those_that_are_left() -> None:
-    table = {"data": {"path": "x"}, "train": {"device": "cuda", "dtype": "float32"}}
-    text = memory_remedy(parse_recipe(table, "test"))
-    assert text.startswith("lower train.microbatch (all of a rank's share; ")
-    assert "take train.dtype = bfloat16" in text
-    table["train"] = {"microbatch": 1, "device": "cpu"}
-    assert memory_remedy(parse_recipe(table, "test")).startswith("cut the layers over more ranks")

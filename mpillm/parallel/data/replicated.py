@@ -43,7 +43,7 @@ class ReplicatedGradients(GradientSync):
     CommError. After `finish` each parameter's `grad` is a view into a bucket; one that no backward
     pass reached is zero. Where parameters have a lower dtype than float32, only the gradients of
     their masters are filled. On an axis of one rank there is nothing to sum and there are no
-    buckets for float32: gradients stay where autograd put them.
+    buckets for float32, unless `flat`: gradients stay where autograd put them.
     """
 
     def __init__(
@@ -55,10 +55,11 @@ class ReplicatedGradients(GradientSync):
         warn: Callable[[str], None] = silent,
         *,
         fixed_order: bool = False,
+        flat: bool = False,
         reduce_dtype: torch.dtype = torch.float32,
     ) -> None:
         """`profile`: the cluster's, which chooses algorithms. `warn` receives each fallback in
-        words. `reduce_dtype`: of the sums over ranks.
+        words. `reduce_dtype`: of the sums over ranks. `flat`: use buckets on one rank too.
 
         `fixed_order`: sum in the one tree over all microbatches of all ranks, in rank order
         (algorithms/trees.py). Then each part has a power of two of microbatches on more than one
@@ -87,7 +88,7 @@ class ReplicatedGradients(GradientSync):
         ]
         self._check_same_groups([group for _, group in groups])
         lower = any(summed_dtype(p.dtype) != p.dtype for parameters in trained for p in parameters)
-        buckets_needed = axis.size > 1 or fixed_order or lower
+        buckets_needed = axis.size > 1 or fixed_order or lower or flat
         self._loose = [] if buckets_needed else [p for parameters in trained for p in parameters]
         self._stream: torch.cuda.Stream | None = None
         if self.overlaps and on_gpu:

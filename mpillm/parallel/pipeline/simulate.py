@@ -86,6 +86,11 @@ class Timeline:
         """
         return tuple(_peak(row) for row in self.spans)
 
+    @cached_property
+    def halves(self) -> tuple[int, ...]:
+        """The largest number of backward passes at once, a rank, between their I and their W."""
+        return tuple(_most_halves(row) for row in self.spans)
+
 
 def _peak(row: tuple[Span, ...]) -> int:
     stored = peak = 0
@@ -96,6 +101,15 @@ def _peak(row: tuple[Span, ...]) -> int:
         peak = max(peak, stored)
         stored -= span.action.kind in "BW"
     return peak
+
+
+def _most_halves(row: tuple[Span, ...]) -> int:
+    waiting = most = 0
+    for span in row:
+        waiting += span.action.kind == "I"
+        most = max(most, waiting)
+        waiting -= span.action.kind == "W"
+    return most
 
 
 def simulate(schedule: PipelineSchedule, costs: Costs) -> Timeline:

@@ -85,6 +85,12 @@ def make_page(run_state: RunState) -> Page:
     )
 
 
+def _memory_note(memory: dict[str, int | None]) -> str:
+    predicted = memory["predicted_bytes"]
+    more = f", {binary_bytes(predicted)} predicted" if predicted else ""
+    return f"of the largest rank{more}"
+
+
 def _key_figures(run_state: RunState, found: dict[str, Any]) -> list[Figure]:
     """Collect the key figures that are known."""
     last = run_state.attempts[-1].facts if run_state.attempts else {}
@@ -102,7 +108,7 @@ def _key_figures(run_state: RunState, found: dict[str, Any]) -> list[Figure]:
         ("tokens seen", found["tokens"], "{}", ""),
         ("tokens a second", found["tokens_per_second"], "{:,.0f}", "median of the last steps"),
         ("a step", found["step_seconds"], "{:.3g} s", "median of the last steps"),
-        ("memory", max(memory, default=None), "{}", "of the largest rank"),
+        ("memory", max(memory, default=None), "{}", _memory_note(found["memory"])),
         ("parameters", whole_number(last.get("parameters")), "{}", ""),
         ("ranks", whole_number(last.get("ranks")), "{:,}", str(last.get("mesh") or "")),
         ("trained for", trained or None, "{}", _times(len(run_state.attempts))),

@@ -1,0 +1,1 @@
+"""What a run will cost: memory. Needs neither torch nor MPI."""

@@ -1,0 +1,145 @@
+"""The memory of a run: predicted before it, measured after it, and what lets a rank need less."""
+
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mpillm.errors import LayoutError
+from mpillm.infer.evaluate import rows_at_once
+from mpillm.machine.memory import resident_bytes
+from mpillm.machine.node_map import NodeMap
+from mpillm.parallel.step_plan import StepPlan
+from mpillm.plan.peak_memory import MemoryEstimate, Replicas, held_bytes, predict_peak
+from mpillm.system.console import binary_bytes
+from mpillm.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mpillm.comm.mesh import Mesh
+
+# torch's embedding reads ids of 8 bytes.
+TOKEN_BYTES, FLOAT32_BYTES = 8, 4
+# Ways of all-reduce with which a node's ranks have their gradients in shared memory.
+SHARING = ("auto", "shared", "two-level")
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """Predict and measure the peak of a run's ranks."""
+
+    recipe: Recipe
+    replicas: Replicas
+    process_bytes: int
+    """The largest resident set of a rank before its model is built."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, mesh: "Mesh") -> "RunMemory":
+        """Measure what the processes take so far. Every rank calls it, before a model is built."""
+        axis = mesh.axis("data")
+        assert axis.node_map is not None
+        nodes = axis.node_map.nodes
+        shares = recipe.parallel.allreduce in SHARING and axis.size > len(nodes)
+        on_node = max(map(len, nodes)) if shares else 1
+        taken = max(mesh.comm.allgather(resident_bytes()))
+        return cls(recipe, Replicas(axis.size, on_node), taken)
+
+    def predict(self, plan: StepPlan) -> MemoryEstimate:
+        """Estimate the peak of the rank that needs most, with the settings of `plan`."""
+        model = self.recipe.model
+        return predict_peak(
+            model,
+            plan,
+            self.recipe.optimizer,
+            self.replicas,
+            self.process_bytes,
+            rows_at_once(model),
+        )
+
+    def remedy(self, plan: StepPlan) -> str:
+        """Say which settings let a rank need less memory, and how much less."""
+        now = self.predict(plan).total
+        words = [f"{binary_bytes(now)} a rank are predicted"]
+        for text, lighter in self._lighter(plan):
+            need = self.predict(lighter).total
+            # Not less where an evaluation has the peak; the step that failed may still fit then.
+            if need <= now:
+                words.append(f"{text}: {binary_bytes(need)}")
+        words.append("cut the layers over more ranks (parallel.pipeline), or take a smaller model")
+        return ", ".join(words)
+
+    def _lighter(self, plan: StepPlan) -> Iterator[tuple[str, StepPlan]]:
+        """Yield the settings that may need less, with the plan that they give."""
+        if plan.microbatch > 1:
+            yield (
+                f"train.microbatch = 1 for {plan.microbatch} (the batch stays as it is)",
+                replace(plan, microbatch=1),
+            )
+        if plan.recompute != "full" and "full" in self.recipe.model.recomputes:
+            yield 'train.recompute = "full"', replace(plan, recompute="full")
+        if plan.precision.device == "cuda" and not plan.precision.has_masters:
+            lower = replace(plan.precision, dtype="bfloat16")
+            yield "train.dtype = bfloat16", replace(plan, precision=lower)
+
+
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """Return the largest memory of this process so far: on a GPU the peak of torch's allocator,
+    else the high-water mark of the resident set (getrusage, in KiB).
+    """
+    if device == "cpu":
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
+def compare_text(predicted: int, measured: int) -> str:
+    """Write the line of a run's end."""
+    return (
+        f"memory of the largest rank: {binary_bytes(predicted)} predicted, "
+        f"{binary_bytes(measured)} measured (ratio {predicted / max(1, measured):.2f})"
+    )
+
+
+def shortage(estimate: MemoryEstimate, node_map: NodeMap, memory: int, remedy: str) -> str:
+    """Return a warning where the ranks of a host may need more than its `memory`, else "".
+
+    `memory`: what the job may use of one host, in bytes; 0: unknown.
+    """
+    ranks = max(map(len, node_map.nodes))
+    if not memory or ranks * estimate.total <= memory:
+        return ""
+    return (
+        f"{ranks} rank(s) of a host may need {binary_bytes(ranks * estimate.total)}, and it has "
+        f"{binary_bytes(memory)}: {remedy}"
+    )
+
+
+def check_memory(
+    recipe: Recipe, node_map: NodeMap, memory: int, hosts_compute: bool = True
+) -> None:
+    """Raise LayoutError where the weights with their state, or a batch, exceed all hosts' memory.
+
+    `memory`: what the job may use of one host, in bytes; 0: unknown. Activations and Python come on
+    top, so a model that passes may still be too large; one that is refused cannot be held. Without
+    `hosts_compute` the weights are elsewhere: the batch alone is checked.
+    """
+    model = recipe.model
+    held = held_bytes(model, model.whole, recipe.optimizer, FLOAT32_BYTES)
+    # The ranks of a pipeline share the layers, each replica has all of them.
+    ranks, pipeline = node_map.size, max(1, recipe.parallel.pipeline)
+    replicas = max(1, ranks // pipeline)
+    needed, there = held * replicas, memory * len(node_map.nodes)
+    if memory and hosts_compute and needed > there:
+        raise LayoutError(
+            f"the model has {model.parameters:,} parameters, which need {binary_bytes(needed)} "
+            f"for weights, gradients and optimizer on {ranks} rank(s), and the host(s) have "
+            f"{binary_bytes(there)}; use a smaller model (vocabulary {model.vocab_size:,}, "
+            f"{model.blocks:,} layers), fewer replicas (parallel.pipeline), or more hosts"
+        )
+    batch = TOKEN_BYTES * recipe.train.batch * model.context
+    if memory and batch > there:
+        raise LayoutError(
+            f"train.batch = {recipe.train.batch:,} sequences of {model.context:,} tokens are "
+            f"{binary_bytes(batch)} of ids alone, and the host(s) have {binary_bytes(there)}; "
+            "use a smaller batch"
+        )

@@ -1,0 +1,134 @@
+"""What a decoder's settings count for the backward pass is what autograd keeps."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from mpillm.models.decoder import DecoderConfig
+from mpillm.models.part_module import create
+from mpillm.models.spec import Part, recompute_counts, recompute_of
+
+GPT2 = {"norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2": GPT2,
+    "grouped heads": {"kv_heads": 2},
+    "one head of keys": {"kv_heads": 1, "heads": 8},
+    "layernorm and swiglu": {"norm": "layernorm"},
+    "rmsnorm and gelu": {"activation": "gelu"},
+    "bias": {"bias": True},
+    "narrow": {"hidden": 64},
+    "dropout": {"dropout": 0.1},
+    "dropout of gpt2": {**GPT2, "dropout": 0.1},
+    "dropout of attention": {"attention_dropout": 0.1},
+    "dropout of attention with groups": {"attention_dropout": 0.1, "kv_heads": 2},
+    "long": {"context": 256, "width": 64},
+}
+
+
+def kept_bytes(config: DecoderConfig, part: Part, rows: int, recompute: Any, dtype: Any) -> int:
+    """Sum the memory that autograd holds after a forward pass, without weights and tables.
+
+    A layer that is recomputed gives handles in place of tensors: its argument is kept.
+    """
+    module = create(config, 1, part=part).to(dtype)
+    module.set_recompute(recompute)
+    own = [*module.parameters(), *module.buffers()]
+    ids = torch.zeros(rows, config.context, dtype=torch.int64)
+    fields = {"ids": ids} if config.begins(part) else {}
+    if config.drops:
+        fields["dropout_keys"] = torch.arange(rows)
+    stream = torch.randn(rows, config.context, config.width, dtype=dtype, requires_grad=True)
+    found: dict[int, int] = {}
+    tensors: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        tensors.append(tensor)  # else another tensor may get its address
+        return tensor
+
+    # The hooks inside of a recomputed layer come first, and give its tensors no place here.
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = module.forward_part(fields, () if config.begins(part) else (stream,))
+    for each in (*own, ids, *fields.values()):
+        found.pop(each.untyped_storage().data_ptr(), None)
+    if not config.begins(part):
+        # Counted, be it saved as it is or in another dtype.
+        found[stream.untyped_storage().data_ptr()] = stream.nbytes
+        if dtype != torch.float32 and config.norm == "rmsnorm":
+            del found[stream.untyped_storage().data_ptr()]
+    assert output.outputs
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_keeps_what_its_settings_count(kind: str, dtype: torch.dtype) -> None:
+    config = DecoderConfig(
+        **{"layers": 4, "width": 128, "heads": 4, "context": 64, "vocab_size": 50, **KINDS[kind]}
+    )
+    for part, rows in ((Part(1, 2), 3), (Part(1, 3), 2)):
+        counted = config.activation_bytes(part, rows, dtype.itemsize)
+        kept = kept_bytes(config, part, rows, "none", dtype)
+        assert counted == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "dropout"])
+@pytest.mark.parametrize("part", [Part(0, 2), Part(2, 4), Part(0, 4)])
+def test_the_ends_of_a_model_keep_what_their_settings_count(kind: str, part: Part) -> None:
+    config = DecoderConfig(layers=4, width=128, heads=4, context=64, vocab_size=50, **KINDS[kind])
+    kept = kept_bytes(config, part, 3, "none", torch.float32)
+    assert config.activation_bytes(part, 3) == pytest.approx(kept, rel=0.1)
+
+
+def peak_of_a_step(config: DecoderConfig, part: Part, rows: int, recompute: Any) -> int:
+    """Return the most bytes that torch holds in a step of a middle part, above those before it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    module = create(config, 1, part=part)
+    module.set_recompute(recompute)
+    stream = torch.randn(rows, config.context, config.width)
+    fields = {"dropout_keys": torch.arange(rows)} if config.drops else {}
+
+    def step() -> None:
+        given = stream.detach().requires_grad_()
+        module.forward_part(fields, (given,)).outputs[0].backward(stream)
+
+    step()  # gradients of weights stay, and belong to no step
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("recompute", ["none", "attention", "full", 2])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "grouped heads", "narrow", "dropout"])
+def test_the_peak_of_a_step_is_what_is_kept_and_one_block(kind: str, recompute: Any) -> None:
+    settings = {"layers": 8, "width": 128, "heads": 4, "context": 128, "vocab_size": 50}
+    config = DecoderConfig(**{**settings, **KINDS[kind]})
+    part, rows = Part(1, 7), 4
+    kept, again = config.recompute_bytes(part, rows, 4, recompute)
+    peak = peak_of_a_step(config, part, rows, recompute)
+    # The stream and its gradient are there before the step.
+    outside = 2 * rows * config.context * config.width * 4
+    counted = kept + again + config.working_bytes(rows) - outside
+    assert counted == pytest.approx(peak, rel=0.1)
+    if recompute == "full":
+        assert kept < 0.1 * config.activation_bytes(part, rows)
+
+
+def test_blocks_are_counted_as_they_are_recomputed() -> None:
+    for recompute in ("none", "attention", "full", 1, 2, 3, 5):
+        for part in (Part(0, 7), Part(2, 5), Part(3, 3), Part(4, 5)):
+            kinds = [recompute_of(recompute, block) for block in range(part.first, part.last)]
+            counts = recompute_counts(recompute, part)
+            assert {kind: n for kind, n in counts.items() if n} == {
+                kind: kinds.count(kind) for kind in set(kinds)
+            }
