@@ -96,6 +96,10 @@ class DecoderConfig(ModelSpec):
         # 2020). Multiples of 64 suit vector units and matrix tiles.
         return 4 * self.width if self.activation == "gelu" else -(-8 * self.width // (3 * 64)) * 64
 
+    def resolved(self) -> "DecoderConfig":
+        """Return these settings with numbers in place of each 0 that means a default."""
+        return self.replace(kv_heads=self.key_value_heads, hidden=self.hidden_width)
+
     @classmethod
     def shapes(cls) -> Mapping[str, "DecoderConfig"]:
         return SHAPES

@@ -1,0 +1,49 @@
+"""The table of families by `model_type`, as a Hugging Face `config.json` has it; needs no torch."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any
+
+from mpillm.errors import RecipeError
+from mpillm.models.families.family import Family
+from mpillm.models.spec import ModelSpec
+from mpillm.system.plugins import load_class
+
+FAMILIES: Mapping[str, str] = MappingProxyType(
+    {
+        "llama": "mpillm.models.families.llama:Llama",
+    }
+)
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """Return the family of a `config.json`. Raises RecipeError for an unsupported model_type."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise RecipeError(
+            f"config.json has no model_type that is a text, but {kind!r}; "
+            f"it names the family: {', '.join(FAMILIES)}"
+        )
+    if kind not in FAMILIES:
+        near = get_close_matches(kind.lower(), FAMILIES, n=1, cutoff=0.5)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise RecipeError(
+            f"config.json: model_type = {kind!r} is not supported{hint} "
+            f"(supported: {', '.join(FAMILIES)})"
+        )
+    return load_class(kind, FAMILIES, "family", Family)()  # type: ignore[type-abstract]
+
+
+def family_of(spec: ModelSpec) -> Family:
+    """Return the first family that can be `spec`. Raises RecipeError where none can."""
+    faults = []
+    for kind in FAMILIES:
+        family = find_family({"model_type": kind})
+        try:
+            family.config(spec)
+        except RecipeError as fault:
+            faults.append(str(fault))
+        else:
+            return family
+    raise RecipeError("no family of Hugging Face is this model: " + "; ".join(faults))

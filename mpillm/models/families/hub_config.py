@@ -1,0 +1,85 @@
+"""A Hugging Face `config.json`: values with the defaults of its family, checked one by one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mpillm.errors import RecipeError
+
+SCALING_KEYS = ("rope_scaling", "rope_parameters")
+
+
+class HubConfig:
+    """The settings in a `config.json`. A file lists only those that differ from `defaults`."""
+
+    def __init__(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self._given, self._defaults = given, defaults
+        self.model_type = str(given.get("model_type"))
+
+    def value(self, key: str) -> Any:
+        """Return the value of `key`, or its default; None is a value."""
+        return self._given[key] if key in self._given else self._defaults.get(key)
+
+    def integer(self, key: str, least: int = 1) -> int:
+        """Return a whole number of at least `least`. Raises RecipeError for anything else."""
+        value = self.value(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.fault(key, value, f"a whole number from {least} on")
+        return value
+
+    def number(self, key: str) -> float:
+        """Return a number above 0. Raises RecipeError for anything else."""
+        return self.positive(key, self.value(key))
+
+    def positive(self, key: str, value: Any) -> float:
+        """Check that `value`, which `key` has, is a number above 0. Raises RecipeError."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self.fault(key, value, "a number above 0")
+        return float(value)
+
+    def share(self, key: str) -> float:
+        """Return a probability from 0 on, below 1. Raises RecipeError for anything else."""
+        value = self.value(key) or 0
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise self.fault(key, value, "a number from 0 on, below 1")
+        return float(value)
+
+    def require(self, key: str, *supported: Any) -> Any:
+        """Return the value of `key`. Raises RecipeError where it is not one of `supported`."""
+        value = self.value(key)
+        if value not in supported:
+            raise self.fault(key, value, " or ".join(_shown(each) for each in supported))
+        return value
+
+    def fault(self, key: str, value: Any, supported: str) -> RecipeError:
+        """Return the error for a value that this family does not support."""
+        return RecipeError(
+            f"config.json of {self.model_type}: {key} = {_shown(value)} is not supported; "
+            f"mpillm reads {supported}"
+        )
+
+    def rope(self, kind: str = "full_attention") -> dict[str, Any]:
+        """Return `rope_theta`, `rope_type` and the values of a scaling, of one kind of layer.
+
+        transformers 4 has `rope_theta` next to `rope_scaling`, transformers 5 has all in
+        `rope_parameters`, which may have one mapping a kind of layer.
+        """
+        found: dict[str, Any] = {}
+        for key in SCALING_KEYS:
+            given = self.value(key) or {}
+            if not isinstance(given, Mapping):
+                raise self.fault(key, given, "a mapping")
+            nested = given.get(kind)
+            found.update(nested if isinstance(nested, Mapping) else given)
+        theta = found.get("rope_theta") or self.value("rope_theta")
+        found["rope_theta"] = self.positive("rope_theta", theta)
+        found["rope_type"] = found.get("rope_type") or found.pop("type", None) or "default"
+        return found
+
+
+def _shown(value: Any) -> str:
+    """Write a value as JSON does, at most 60 characters of it."""
+    names = {True: "true", False: "false", None: "null"}
+    if value is None or isinstance(value, bool):
+        return names[value]
+    text = f'"{value}"' if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

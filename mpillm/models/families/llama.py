@@ -1,0 +1,98 @@
+"""Llama 1 to 3 (Touvron et al. 2023; Llama 3: Grattafiori et al. 2024), and models of its form."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from mpillm.models.decoder import DecoderConfig
+from mpillm.models.families.family import DecoderFamily
+from mpillm.models.families.hub_config import HubConfig
+
+NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "embedding.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+        "attention_norm": "input_layernorm",
+        "attention.query": "self_attn.q_proj",
+        "attention.key": "self_attn.k_proj",
+        "attention.value": "self_attn.v_proj",
+        "attention.output": "self_attn.o_proj",
+        "forward_norm": "post_attention_layernorm",
+        "feed_forward.gate": "mlp.gate_proj",
+        "feed_forward.up": "mlp.up_proj",
+        "feed_forward.down": "mlp.down_proj",
+    }
+)
+
+
+class Llama(DecoderFamily):
+    """Pre-norm blocks with RMSNorm, rotary positions and SwiGLU."""
+
+    model_types = ("llama",)
+    architecture = "LlamaForCausalLM"
+    names = NAMES
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-6,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rope_theta": 10000.0,
+        }
+    )
+
+    def settings(self, hub: HubConfig) -> dict[str, Any]:
+        hub.require("hidden_act", "silu")
+        hub.require("attention_bias", bool(hub.value("mlp_bias")))
+        return {**self.common(hub), "bias": hub.require("mlp_bias", False, True)}
+
+    def common(self, hub: HubConfig) -> dict[str, Any]:
+        """Return the settings that Llama has in common with the families derived from it."""
+        heads, width = hub.integer("num_attention_heads"), hub.integer("hidden_size")
+        kv_heads = hub.integer("num_key_value_heads") if hub.value("num_key_value_heads") else heads
+        if hub.value("head_dim") is not None:
+            hub.require("head_dim", width // heads)
+        rope = hub.rope()
+        if rope["rope_type"] != "default":
+            raise hub.fault("rope_type", rope["rope_type"], '"default"')
+        return {
+            "layers": hub.integer("num_hidden_layers"),
+            "width": width,
+            "heads": heads,
+            "kv_heads": 0 if kv_heads == heads else kv_heads,
+            "hidden": hub.integer("intermediate_size"),
+            "context": hub.integer("max_position_embeddings"),
+            "vocab_size": hub.integer("vocab_size"),
+            "norm_epsilon": hub.number("rms_norm_eps"),
+            "rope_theta": rope["rope_theta"],
+            "tied": hub.require("tie_word_embeddings", False, True),
+            "attention_dropout": hub.share("attention_dropout"),
+        }
+
+    def keys(self, spec: DecoderConfig) -> dict[str, Any]:
+        return {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "intermediate_size": spec.hidden_width,
+            "num_hidden_layers": spec.layers,
+            "num_attention_heads": spec.heads,
+            "num_key_value_heads": spec.key_value_heads,
+            "head_dim": spec.head_width,
+            "max_position_embeddings": spec.context,
+            "rms_norm_eps": spec.norm_epsilon,
+            "hidden_act": "silu",
+            "tie_word_embeddings": spec.tied,
+            "attention_bias": spec.bias,
+            "mlp_bias": spec.bias,
+            "attention_dropout": spec.attention_dropout,
+            "rope_theta": spec.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta},
+        }
