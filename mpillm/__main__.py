@@ -21,9 +21,15 @@ def main() -> None:
             raise
         sys.exit(f"mpillm: error: {hidden} ({type(failure).__name__}: {failure}); {remedy}")
     try:
-        run()
-    finally:
-        exit_by_code()
+        try:
+            run()
+        finally:
+            # What comes from now on ends the process without a word.
+            leave_on_signals()
+            exit_by_code()
+    except KeyboardInterrupt:
+        # It came between the end of the verb and that.
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -100,11 +100,12 @@ def test_spack_has_the_same_bounds() -> None:
 def test_the_scripts_install_what_they_need() -> None:
     """Check that dev brings training along, and that both scripts and the container ask for it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert "mpillm[train]" in project["optional-dependencies"]["dev"]
+    assert "mpillm[hub,train]" in project["optional-dependencies"]["dev"]
     assert "prepare_environment train\n" in (ROOT / "jobs/quickstart.sh").read_text()
     assert "prepare_environment dev\n" in (ROOT / "jobs/test.sh").read_text()
-    assert set(extra("train")) == set(EXTRA_OF), "system/extras.py names the packages of train"
-    assert set(EXTRA_OF.values()) == {"train"}
+    for name in ("train", "hub"):
+        named = {package for package, of in EXTRA_OF.items() if of == name}
+        assert set(extra(name)) == named, f"system/extras.py names the packages of {name}"
     post = filled(sections(CONTAINER.read_text(encoding="utf-8"))["post"], mpi="mpich")
     assert re.findall(r'extras="\[(.*)\]"', post) == ["train,mpich", "train"]
 

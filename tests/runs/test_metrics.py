@@ -8,6 +8,8 @@ import os
 import resource
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from mpillm.runs.metrics import (
     read_metrics_log,
 )
 from mpillm.runs.sink_catalog import SINKS
+from mpillm.runs.sinks.tensorboard_events import TensorBoardSink
 from mpillm.system.console import Console
 from mpillm.system.plugins import load_plugin
 
@@ -261,3 +264,22 @@ def test_metrics_are_tried_again_after_a_full_disk(tmp_path: Path) -> None:
     assert log.faults == 0
     assert out.getvalue().count("warning:") == 1
     assert "each step tries again" in " ".join(out.getvalue().split())
+
+
+def test_tensorboard_reads_what_two_attempts_wrote(tmp_path: Path) -> None:
+    """The second begins at step 3: its values replace those of the first from there on."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    threads = threading.active_count()
+    for last_step, values in ((0, [3.0, 2.0, 1.5]), (2, [1.0, 0.5])):
+        sink = TensorBoardSink()
+        sink.open(tmp_path, last_step)
+        for step, loss in enumerate(values, last_step + 1):
+            sink.add({"step": step, "loss": loss})
+        # A thread would print a traceback of its own where the disk is full.
+        assert threading.active_count() == threads
+        sink.close()
+        time.sleep(1.1)  # the names of the files have seconds
+    events = accumulator.EventAccumulator(str(tmp_path / EVENTS))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)]
