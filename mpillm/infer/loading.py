@@ -184,6 +184,12 @@ def load_data(checkpoint: Checkpoint, data: Path | None) -> Manifest:
     """
     if data is not None:
         return Manifest.load(data)
+    if "imported" in checkpoint.facts:
+        raise DataError(
+            f"{checkpoint.folder} was imported and was trained on no dataset of ours: prepare one "
+            f"with its tokenizer (`mpillm prepare … --tokenizer {checkpoint.folder}`), and name it "
+            "with --data FOLDER"
+        )
     named = Path(checkpoint.facts["recipe"]["data"]["path"])
     if not (named / MANIFEST).is_file():
         # Checkpoints of 0.1 record no folder, and a run may have been moved with its data.

@@ -15,6 +15,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "evaluate": "mpillm.verbs.evaluate:Evaluate",
         "generate": "mpillm.verbs.generate:Generate",
         "inspect": "mpillm.verbs.inspect:Inspect",
+        "import": "mpillm.verbs.import_model:ImportModel",
         "bench": "mpillm.verbs.bench:Bench",
         "schedule": "mpillm.verbs.schedule:Schedule",
         "doctor": "mpillm.verbs.doctor:Doctor",

@@ -1,0 +1,196 @@
+"""Make a checkpoint of a published model: the work of `mpillm import`."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mpillm.comm.failure import on_all, on_root
+from mpillm.errors import CheckpointError, DataError, MismatchError, UsageError
+from mpillm.infer.loading import TOKENIZER
+from mpillm.models.spec import ModelSpec
+from mpillm.system.atomic import make_folder
+from mpillm.system.console import Console, Progress, binary_bytes
+from mpillm.system.json_text import from_json
+from mpillm.system.messages import command, explain
+from mpillm.system.plain_files import LARGEST_FILE, read_plain
+from mpillm.tasks import task_catalog
+from mpillm.tokens.tokenizer import Tokenizer
+from mpillm.weights.names import weight_name
+from mpillm.weights.open_source import open_source
+from mpillm.weights.places import CHECKPOINTS
+from mpillm.weights.published_model import PublishedModel
+from mpillm.weights.saving import assign_writers, save
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+# Small files of a Hugging Face folder that a checkpoint keeps, for export to give them back.
+KEPT = (
+    "config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """What `import_model` has made."""
+
+    checkpoint: Path
+    model: ModelSpec
+
+
+def import_model(
+    path: Path,
+    out: Path,
+    comm: "MPI.Intracomm",
+    console: Console,
+    end_of_text: str | None = None,
+) -> ImportedModel:
+    """Write the model at `path` as step 0 of the folder `out`, in float32.
+
+    Every rank of `comm` calls it; each reads and writes a share of the weights. Raises
+    CheckpointError where the model cannot be read, and UsageError where `out` holds anything.
+    """
+    on_root(comm, lambda: _refuse_full(out))
+    source = open_source(path, comm, console)
+    model = on_all(comm, lambda: PublishedModel.open(source))
+    texts, tokenizer = on_root(comm, lambda: _texts(path, end_of_text))
+    if tokenizer["vocab_size"] > model.spec.vocab_size:
+        raise MismatchError(
+            f"{path} has a tokenizer of {tokenizer['vocab_size']:,} tokens and an embedding of "
+            f"{model.spec.vocab_size:,}; take the tokenizer that belongs to the model"
+        )
+    shapes = _shapes(model)
+    sizes = {name: FLOAT32_BYTES * _count(shape) for name, shape in shapes.items()}
+    own = assign_writers([sizes] * comm.size)[comm.rank]
+    with console.progress("read", sum(sizes[name] for name in own), "bytes") as progress:
+        tensors = on_all(comm, lambda: _read(model, own, sizes, progress))
+    on_root(comm, lambda: make_folder(out))
+    saved = save(out / CHECKPOINTS, tensors, _facts(model, tokenizer), texts, comm)
+    return ImportedModel(saved, model.spec)
+
+
+def print_import(imported: ImportedModel, out: Path, console: Console) -> None:
+    """Print what was made, and the command that uses it."""
+    model = imported.model
+    size = binary_bytes(FLOAT32_BYTES * model.parameters)
+    console.say(f"{imported.checkpoint}: {model.describe()}")
+    console.say(f"{model.parameters:,} parameters, {size} in float32")
+    console.say(f"next: {command(['mpillm', 'generate', out, '--prompt', 'TEXT'])}")
+
+
+def _refuse_full(out: Path) -> None:
+    try:
+        full = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as failure:
+        raise UsageError(explain(failure, out)) from failure
+    if full:
+        raise UsageError(f"{out} is there already and not empty; name another --out")
+
+
+def _texts(path: Path, end_of_text: str | None) -> tuple[dict[str, str], dict[str, Any]]:
+    """Read the small files of a folder, and describe its tokenizer. Raises CheckpointError."""
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is a file without a tokenizer; name the Hugging Face folder that it is from"
+        )
+    texts = {name: _text(path / name) for name in KEPT if (path / name).exists()}
+    if not (path / TOKENIZER).exists():
+        raise CheckpointError(
+            f"{path} has no {TOKENIZER}; make it with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    text = _text(path / TOKENIZER)
+    try:
+        tokenizer = Tokenizer.from_json(text, path.name, end_of_text or _end_of_text(texts, text))
+    except DataError as failure:
+        raise CheckpointError(f"{path / TOKENIZER}: {failure}") from failure
+    facts = {
+        "name": tokenizer.name,
+        "sha256": tokenizer.sha256,
+        "end_of_text": tokenizer.end_of_text,
+        "vocab_size": tokenizer.vocab_size,
+    }
+    return {**texts, TOKENIZER: text}, facts
+
+
+def _end_of_text(texts: dict[str, str], tokenizer: str) -> str | None:
+    """Return the text of the token that config.json names as the end; None where it names none."""
+    try:
+        config = from_json(texts.get("config.json", "{}"))
+        number = config.get("eos_token_id")
+        number = number[0] if isinstance(number, list) and number else number
+        added = from_json(tokenizer).get("added_tokens", [])
+        return next((str(t["content"]) for t in added if t.get("id") == number), None)
+    except (ValueError, AttributeError, TypeError, KeyError):
+        return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_plain(path, most=LARGEST_FILE).decode("utf-8")
+    except OSError as failure:
+        raise CheckpointError(explain(failure, path)) from failure
+    except UnicodeDecodeError as failure:
+        raise CheckpointError(f"{path} is no UTF-8 text; download it again") from failure
+
+
+def _shapes(model: PublishedModel) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of our weights."""
+    theirs = model.family.tensors(model.spec)
+    found = {}
+    for name, place in model.family.places(model.spec).items():
+        shape = theirs[place.name] if place.box is None else place.box[1]
+        found[name] = shape[::-1] if place.transposed else shape
+    return found
+
+
+def _read(
+    model: PublishedModel, names: list[str], sizes: dict[str, int], progress: Progress
+) -> dict[str, Tensor]:
+    tensors = {}
+    for name in names:
+        tensors[weight_name(name)] = model.read(name).to(torch.float32)
+        progress.advance(sizes[name])
+    return tensors
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _facts(model: PublishedModel, tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts of a run's checkpoint that a model without a run has."""
+    return {
+        "step": 0,
+        "tokens": 0,
+        "seed": 0,
+        "recipe": {
+            "model": asdict(model.spec),  # type: ignore[call-overload]
+            # There is none: `evaluate` asks for --data.
+            "data": {"path": ""},
+            "task": {"name": task_catalog.DEFAULT},
+            "optimizer": {},
+            "train": {"seed": 0, "batch": 1},
+        },
+        "data": "",
+        "tokenizer": tokenizer,
+        "imported": {
+            "from": str(model.source.path),
+            "model_type": str(model.source.facts.get("model_type")),
+            "dtype": model.dtype,
+        },
+        "versions": {"torch": torch.__version__},
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }

@@ -1,0 +1,120 @@
+"""A published model at rest: our settings, and each of our weights from its own files.
+
+A family (models/families) gives the place of each weight. Weights are read one by one, so a rank
+holds no more of the model than it keeps.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpillm.errors import CheckpointError, RecipeError
+from mpillm.models.families.family import Family
+from mpillm.models.families.family_catalog import find_family
+from mpillm.models.spec import ModelSpec
+from mpillm.weights.slices import Box
+from mpillm.weights.tensor_source import TensorSource
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """The weights of `source` as those of `spec`."""
+
+    source: TensorSource
+    family: Family
+    spec: ModelSpec
+
+    @classmethod
+    def open(cls, source: TensorSource) -> "PublishedModel":
+        """Find the family by the source's configuration, and compare all names and shapes.
+
+        Raises CheckpointError with the first names that are missing, unknown or of another shape.
+        """
+        try:
+            family = find_family(source.facts)
+            spec = family.spec(source.facts)
+        except RecipeError as failure:
+            raise CheckpointError(f"{source.path}: {failure}") from failure
+        model = cls(source, family, spec)
+        model._check_names()
+        return model
+
+    def read(self, name: str) -> Tensor:
+        """Return the weight of ours `name` (`layers.0.attention.query.weight`), as it is stored."""
+        place = self.family.places(self.spec)[name]
+        box = None if place.box is None else Box(*place.box)
+        values = self.source.read(self._stored(place.name), box)
+        return values.t().contiguous() if place.transposed else values
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of most elements."""
+        counts: dict[str, int] = {}
+        for info in self.source.tensors.values():
+            counts[info.dtype] = counts.get(info.dtype, 0) + info.nbytes
+        return max(counts, key=lambda dtype: counts[dtype])
+
+    def _stored(self, name: str) -> str:
+        """Return the name in the files: those of a model without its head lack the prefix."""
+        bare = name.removeprefix(self.family.prefix)
+        return name if name in self.source.tensors or bare not in self.source.tensors else bare
+
+    def _check_names(self) -> None:
+        tensors, wanted = self.source.tensors, self.family.tensors(self.spec)
+        found = {self._stored(name): (name, shape) for name, shape in wanted.items()}
+        missing = [name for name in found if name not in tensors]
+        aliases = self.family.aliases(self.spec)
+        known = {*found, *aliases, *map(self._stored, aliases)}
+        extra = [
+            name for name in tensors if name not in known and not name.endswith(self.family.ignored)
+        ]
+        for what, names in (("lacks", missing), ("has, unknown to its family,", extra)):
+            if names:
+                raise CheckpointError(
+                    f"{self.source.path} {what} {len(names)} tensors of a "
+                    f"{self.family.model_types[0]} model: {_some(names)}; download it again, or "
+                    "check model_type in its config.json"
+                )
+        for stored, (name, shape) in found.items():
+            if tensors[stored].shape != shape:
+                raise CheckpointError(
+                    f"{self.source.path} has {name} of shape {list(tensors[stored].shape)}, and "
+                    f"its config.json means {list(shape)}; download it again"
+                )
+        self._check_aliases({alias: name for alias, name in aliases.items() if alias in tensors})
+
+    def _check_aliases(self, aliases: dict[str, str]) -> None:
+        """Raise CheckpointError where two names of one tied tensor have other values."""
+        for alias, name in aliases.items():
+            one, other = self.source.read(alias), self.source.read(self._stored(name))
+            if not torch.equal(one, other):
+                raise CheckpointError(
+                    f"{self.source.path} has {alias} and {name}, which its config.json ties, with "
+                    "other values; set tie_word_embeddings to false in its config.json"
+                )
+
+
+def theirs(family: Family, spec: ModelSpec, name: str, ours: Any) -> Tensor:
+    """Return their tensor `name` from our weights; `ours(name)` reads one of them."""
+    parts = [(own, place) for own, place in family.places(spec).items() if place.name == name]
+    whole: Tensor | None = None
+    for own, place in parts:
+        values = ours(own).t() if place.transposed else ours(own)
+        if place.box is None:
+            return values.contiguous()  # type: ignore[no-any-return]
+        if whole is None:
+            whole = torch.empty(family.tensors(spec)[name], dtype=values.dtype)
+        cuts = tuple(slice(a, a + n) for a, n in zip(*place.box, strict=True))
+        whole[cuts] = values.reshape(whole[cuts].shape)
+    assert whole is not None
+    return whole
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:SHOWN]) + (", …" if len(listed) > SHOWN else "")

@@ -1,0 +1,173 @@
+"""`mpillm import`: a Hugging Face folder becomes a checkpoint, at any number of ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mpi4py import MPI
+
+from mpillm.errors import CheckpointError, DataError, MismatchError, UsageError
+from mpillm.infer.generate import generate
+from mpillm.infer.import_model import import_model
+from mpillm.infer.loading import load_data, load_trained
+from mpillm.infer.sampling import Sampling
+from mpillm.models.decoder import DecoderConfig
+from mpillm.models.families.family_catalog import family_of
+from mpillm.models.part_module import create
+from mpillm.system.console import Console
+from mpillm.tokens.tokenizer import byte_tokenizer
+from mpillm.weights.open_source import open_source
+from mpillm.weights.published_model import PublishedModel, theirs
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
+QUIET = Console(speaks=False)
+SPEC = DecoderConfig(
+    layers=2, width=32, heads=4, kv_heads=2, hidden=64, context=32, vocab_size=300, tied=False
+)
+
+
+def weights_of(spec: DecoderConfig) -> dict[str, torch.Tensor]:
+    return {name: weight.detach() for name, weight in create(spec, 7).named_weights()}
+
+
+def publish(folder: Path, spec: DecoderConfig = SPEC, **more: torch.Tensor) -> Path:
+    """Write a folder as transformers does, in bfloat16."""
+    family, ours = family_of(spec), weights_of(spec)
+    tensors = {
+        name: theirs(family, spec, name, ours.__getitem__).bfloat16()
+        for name in family.tensors(spec)
+    }
+    folder.mkdir()
+    safetensors_torch.save_file({**tensors, **more}, folder / "model.safetensors")
+    config = {**family.config(spec), "eos_token_id": 256, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(byte_tokenizer().to_json())
+    return folder
+
+
+@pytest.fixture
+def published(folder: Path, comm: MPI.Intracomm) -> Path:
+    if comm.rank == 0:
+        publish(folder / "hub")
+    comm.Barrier()
+    return folder / "hub"
+
+
+def test_each_weight_is_that_of_the_folder(published: Path, comm: MPI.Intracomm) -> None:
+    out = published.parent / "imported"
+    found = import_model(published, out, comm, QUIET)
+    assert found.model.resolved() == SPEC.resolved()
+    loaded = load_trained(out, comm, QUIET)
+    expected = weights_of(SPEC)
+    weights = dict(loaded.model.named_weights())
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight.detach(), expected[name].bfloat16().float()), name
+    facts = loaded.checkpoint.facts
+    assert facts["imported"] == {
+        "from": str(published),
+        "model_type": "llama",
+        "dtype": "bfloat16",
+    }
+    assert json.loads(loaded.checkpoint.text("config.json"))["model_type"] == "llama"
+    sampling = Sampling(max_tokens=5, temperature=0)
+    text = "".join(generate(loaded.model, loaded.tokenizer, "word", sampling))
+    assert isinstance(text, str)
+    with pytest.raises(DataError, match="was imported and was trained on no dataset of ours"):
+        load_data(loaded.checkpoint, None)
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(published: Path, comm: MPI.Intracomm) -> None:
+    with pytest.raises(UsageError, match="is there already and not empty"):
+        import_model(published, published, comm, QUIET)
+
+
+def rewrite(folder: Path, comm: MPI.Intracomm, change: Any) -> None:
+    """Change the tensors of a folder, on rank 0."""
+    if comm.rank == 0:
+        path = folder / "model.safetensors"
+        tensors = safetensors_torch.load_file(path)
+        change(tensors)
+        safetensors_torch.save_file(tensors, path)
+    comm.Barrier()
+
+
+FINAL = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(FINAL), f"lacks 1 tensors of a llama model: {FINAL}"),
+        (lambda t: t.update(strange=torch.ones(1)), "has, unknown to its family, 1 .*: strange"),
+        (lambda t: t.update({FINAL: torch.ones(3)}), r"model\.norm\.weight of shape \[3\]"),
+        (lambda t: t.update({"a.rotary_emb.inv_freq": torch.ones(1)}), ""),
+    ],
+)
+def test_names_and_shapes_are_compared(
+    published: Path, comm: MPI.Intracomm, change: Any, words: str
+) -> None:
+    rewrite(published, comm, change)
+    out = published.parent / "imported"
+    if not words:
+        assert import_model(published, out, comm, QUIET).checkpoint.is_dir()
+        return
+    with pytest.raises(CheckpointError, match=words):
+        import_model(published, out, comm, QUIET)
+    assert not out.exists()
+
+
+def test_a_tied_head_that_differs_is_refused(folder: Path, comm: MPI.Intracomm) -> None:
+    """Both names may be in a file, of one value."""
+    tied = SPEC.replace(tied=True)
+    head = weights_of(tied)["embedding.weight"].bfloat16()
+    if comm.rank == 0:
+        publish(folder / "same", tied, **{"lm_head.weight": head})
+        publish(folder / "other", tied, **{"lm_head.weight": head + 1})
+    comm.Barrier()
+    import_model(folder / "same", folder / "imported", comm, QUIET)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight and model\.embed_tokens\.weight"):
+        import_model(folder / "other", folder / "another", comm, QUIET)
+
+
+def test_what_does_not_belong_is_refused(published: Path, comm: MPI.Intracomm) -> None:
+    out, config = published.parent / "imported", published / "config.json"
+    whole = json.loads(config.read_text())
+    for changed, error, words in (
+        ({**whole, "model_type": "lama"}, CheckpointError, "the nearest is llama"),
+        ({"hidden_size": 3}, CheckpointError, "config.json has no model_type"),
+    ):
+        comm.Barrier()
+        if comm.rank == 0:
+            config.write_text(json.dumps(changed))
+        comm.Barrier()
+        with pytest.raises(error, match=words):
+            import_model(published, out, comm, QUIET)
+    comm.Barrier()
+    if comm.rank == 0:
+        config.write_text(json.dumps({**whole, "vocab_size": 200}))
+        rewritten = safetensors_torch.load_file(published / "model.safetensors")
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            rewritten[name] = rewritten[name][:200].clone()
+        safetensors_torch.save_file(rewritten, published / "model.safetensors")
+    comm.Barrier()
+    with pytest.raises(MismatchError, match="a tokenizer of 257 tokens and an embedding of 200"):
+        import_model(published, out, comm, QUIET)
+    comm.Barrier()
+    if comm.rank == 0:
+        (published / "tokenizer.json").unlink()
+    comm.Barrier()
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json; make it"):
+        import_model(published, out, comm, QUIET)
+
+
+def test_a_bare_model_lacks_the_prefix(published: Path, comm: MPI.Intracomm) -> None:
+    def bare(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("model.")]:
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    rewrite(published, comm, bare)
+    model = PublishedModel.open(open_source(published, comm, QUIET))
+    assert model.read("norm.weight").shape == (32,)
