@@ -22,17 +22,23 @@ def decoder_weights(config: DecoderConfig) -> dict[str, Shape]:
 
 
 def _block_weights(config: DecoderConfig) -> dict[str, Shape]:
-    width, hidden = config.width, config.hidden_width
-    key_value = config.key_value_heads * config.head_width
-    query = config.heads * config.head_width
-    biased = config.norm == "layernorm"
-    found = _norm("attention_norm", width, biased)
-    found |= _linear("attention.query", width, query, config.bias)
-    found |= _linear("attention.key", width, key_value, config.bias)
-    found |= _linear("attention.value", width, key_value, config.bias)
+    width, hidden, biased = config.width, config.hidden_width, config.norm == "layernorm"
+    query, key_value = config.query_width, config.key_value_width
+    of_qkv = config.bias or config.qkv_bias
+    norms = ["attention_norm", "forward_norm"]
+    if config.norm_place == "sandwich":
+        norms += ["attention_output_norm", "forward_output_norm"]
+    found: dict[str, Shape] = {}
+    for name in norms:
+        found |= _norm(name, width, biased)
+    if config.query_key_norm:
+        for name in ("attention.query_norm", "attention.key_norm"):
+            found |= _norm(name, config.head_features, biased)
+    found |= _linear("attention.query", width, query, of_qkv)
+    found |= _linear("attention.key", width, key_value, of_qkv)
+    found |= _linear("attention.value", width, key_value, of_qkv)
     found |= _linear("attention.output", query, width, config.bias)
-    found |= _norm("forward_norm", width, biased)
-    if config.activation == "swiglu":
+    if config.gated:
         found |= _linear("feed_forward.gate", width, hidden, config.bias)
     found |= _linear("feed_forward.up", width, hidden, config.bias)
     return found | _linear("feed_forward.down", hidden, width, config.bias)

@@ -12,7 +12,14 @@ from mpillm.system.plugins import load_class
 
 FAMILIES: Mapping[str, str] = MappingProxyType(
     {
+        "gpt2": "mpillm.models.families.gpt2:GPT2",
         "llama": "mpillm.models.families.llama:Llama",
+        "mistral": "mpillm.models.families.mistral:Mistral",
+        "qwen2": "mpillm.models.families.qwen:Qwen2",
+        "qwen3": "mpillm.models.families.qwen:Qwen3",
+        "gemma": "mpillm.models.families.gemma:Gemma",
+        "gemma2": "mpillm.models.families.gemma:Gemma2",
+        "gemma3_text": "mpillm.models.families.gemma:Gemma3",
     }
 )
 

@@ -6,6 +6,7 @@ from typing import Any
 from mpillm.errors import RecipeError
 
 SCALING_KEYS = ("rope_scaling", "rope_parameters")
+KINDS = ("full_attention", "sliding_attention")
 
 
 class HubConfig:
@@ -57,21 +58,25 @@ class HubConfig:
             f"mpillm reads {supported}"
         )
 
-    def rope(self, kind: str = "full_attention") -> dict[str, Any]:
+    def rope(self, kind: str = "full_attention", key: str = "rope_theta") -> dict[str, Any]:
         """Return `rope_theta`, `rope_type` and the values of a scaling, of one kind of layer.
 
         transformers 4 has `rope_theta` next to `rope_scaling`, transformers 5 has all in
-        `rope_parameters`, which may have one mapping a kind of layer.
+        `rope_parameters`, which may have one mapping a kind of layer. `key`: of transformers 4, for
+        this kind; a scaling next to it is that of `full_attention`.
         """
         found: dict[str, Any] = {}
-        for key in SCALING_KEYS:
-            given = self.value(key) or {}
+        for place in SCALING_KEYS:
+            given = self.value(place) or {}
             if not isinstance(given, Mapping):
-                raise self.fault(key, given, "a mapping")
+                raise self.fault(place, given, "a mapping")
             nested = given.get(kind)
-            found.update(nested if isinstance(nested, Mapping) else given)
-        theta = found.get("rope_theta") or self.value("rope_theta")
-        found["rope_theta"] = self.positive("rope_theta", theta)
+            if isinstance(nested, Mapping):
+                found.update(nested)
+            elif kind == "full_attention":
+                found.update({name: each for name, each in given.items() if name not in KINDS})
+        theta = found.get("rope_theta") or self.value(key)
+        found["rope_theta"] = self.positive(key, theta)
         found["rope_type"] = found.get("rope_type") or found.pop("type", None) or "default"
         return found
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.families.family import DecoderFamily
 from mpillm.models.families.hub_config import HubConfig
+from mpillm.models.families.rope_keys import read_rope, rope_keys
 
 NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -18,6 +19,8 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "attention.key": "self_attn.k_proj",
         "attention.value": "self_attn.v_proj",
         "attention.output": "self_attn.o_proj",
+        "attention.query_norm": "self_attn.q_norm",
+        "attention.key_norm": "self_attn.k_norm",
         "forward_norm": "post_attention_layernorm",
         "feed_forward.gate": "mlp.gate_proj",
         "feed_forward.up": "mlp.up_proj",
@@ -26,12 +29,64 @@ NAMES: Mapping[str, str] = MappingProxyType(
 )
 
 
-class Llama(DecoderFamily):
+class LlamaLike(DecoderFamily):
+    """The families whose blocks have Llama's names: what their settings have in common."""
+
+    names: ClassVar[Mapping[str, str]] = NAMES
+    activations: ClassVar[Mapping[str, str]] = MappingProxyType({"silu": "swiglu"})
+    """Their names of the activations that the family may have → ours, the usual one first."""
+    activation_key: ClassVar[str] = "hidden_act"
+
+    def common(self, hub: HubConfig) -> dict[str, Any]:
+        """Return the arguments of DecoderConfig that all these families have."""
+        heads, width = hub.integer("num_attention_heads"), hub.integer("hidden_size")
+        kv_heads = heads
+        if hub.value("num_key_value_heads") is not None:
+            kv_heads = hub.integer("num_key_value_heads")
+        head_width = 0
+        if hub.value("head_dim") is not None:
+            head_width = hub.integer("head_dim")
+        activation = hub.require(self.activation_key, *self.activations)
+        return {
+            "layers": hub.integer("num_hidden_layers"),
+            "width": width,
+            "heads": heads,
+            "kv_heads": 0 if kv_heads == heads else kv_heads,
+            "head_width": 0 if head_width * heads == width else head_width,
+            "hidden": hub.integer("intermediate_size"),
+            "context": hub.integer("max_position_embeddings"),
+            "vocab_size": hub.integer("vocab_size"),
+            "activation": self.activations[activation],
+            "norm_epsilon": hub.number("rms_norm_eps"),
+            "tied": hub.require("tie_word_embeddings", False, True),
+            "attention_dropout": hub.share("attention_dropout"),
+            **read_rope(hub),
+        }
+
+    def keys(self, spec: DecoderConfig) -> dict[str, Any]:
+        theirs = {ours: name for name, ours in self.activations.items()}
+        return {
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.width,
+            "intermediate_size": spec.hidden_width,
+            "num_hidden_layers": spec.layers,
+            "num_attention_heads": spec.heads,
+            "num_key_value_heads": spec.key_value_heads,
+            "head_dim": spec.head_features,
+            "max_position_embeddings": spec.context,
+            "rms_norm_eps": spec.norm_epsilon,
+            self.activation_key: theirs.get(spec.activation, next(iter(self.activations))),
+            "tie_word_embeddings": spec.tied,
+            "attention_dropout": spec.attention_dropout,
+            **rope_keys(spec),
+        }
+
+
+class Llama(LlamaLike):
     """Pre-norm blocks with RMSNorm, rotary positions and SwiGLU."""
 
     model_types = ("llama",)
     architecture = "LlamaForCausalLM"
-    names = NAMES
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
             "vocab_size": 32000,
@@ -50,49 +105,9 @@ class Llama(DecoderFamily):
     )
 
     def settings(self, hub: HubConfig) -> dict[str, Any]:
-        hub.require("hidden_act", "silu")
-        hub.require("attention_bias", bool(hub.value("mlp_bias")))
-        return {**self.common(hub), "bias": hub.require("mlp_bias", False, True)}
-
-    def common(self, hub: HubConfig) -> dict[str, Any]:
-        """Return the settings that Llama has in common with the families derived from it."""
-        heads, width = hub.integer("num_attention_heads"), hub.integer("hidden_size")
-        kv_heads = hub.integer("num_key_value_heads") if hub.value("num_key_value_heads") else heads
-        if hub.value("head_dim") is not None:
-            hub.require("head_dim", width // heads)
-        rope = hub.rope()
-        if rope["rope_type"] != "default":
-            raise hub.fault("rope_type", rope["rope_type"], '"default"')
-        return {
-            "layers": hub.integer("num_hidden_layers"),
-            "width": width,
-            "heads": heads,
-            "kv_heads": 0 if kv_heads == heads else kv_heads,
-            "hidden": hub.integer("intermediate_size"),
-            "context": hub.integer("max_position_embeddings"),
-            "vocab_size": hub.integer("vocab_size"),
-            "norm_epsilon": hub.number("rms_norm_eps"),
-            "rope_theta": rope["rope_theta"],
-            "tied": hub.require("tie_word_embeddings", False, True),
-            "attention_dropout": hub.share("attention_dropout"),
-        }
+        bias = hub.require("mlp_bias", False, True)
+        hub.require("attention_bias", bias)
+        return {**self.common(hub), "bias": bias}
 
     def keys(self, spec: DecoderConfig) -> dict[str, Any]:
-        return {
-            "vocab_size": spec.vocab_size,
-            "hidden_size": spec.width,
-            "intermediate_size": spec.hidden_width,
-            "num_hidden_layers": spec.layers,
-            "num_attention_heads": spec.heads,
-            "num_key_value_heads": spec.key_value_heads,
-            "head_dim": spec.head_width,
-            "max_position_embeddings": spec.context,
-            "rms_norm_eps": spec.norm_epsilon,
-            "hidden_act": "silu",
-            "tie_word_embeddings": spec.tied,
-            "attention_bias": spec.bias,
-            "mlp_bias": spec.bias,
-            "attention_dropout": spec.attention_dropout,
-            "rope_theta": spec.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta},
-        }
+        return {**super().keys(spec), "attention_bias": spec.bias, "mlp_bias": spec.bias}

@@ -27,6 +27,26 @@ COMMON = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 12,
+}
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
+GEMMA = {"head_dim": 16, "sliding_window": 5}
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": LENGTH,
+    "resid_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,22 @@ CASES = {
     "llama": Case("llama"),
     "llama with biases": Case("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama with a tied head": Case("llama", {"tie_word_embeddings": True, "rope_theta": 5e5}),
+    "llama 3": Case("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
+    "llama, linear": Case("llama", {"rope_scaling": {"type": "linear", "factor": 3.0}}),
+    "llama, yarn": Case("llama", {"rope_scaling": YARN, "head_dim": 16}),
+    "mistral": Case("mistral", {"sliding_window": 7}),
+    "mistral without a window": Case("mistral", {"sliding_window": None}),
+    "qwen2": Case("qwen2", {"tie_word_embeddings": True}),
+    "qwen2 with windows": Case("qwen2", WINDOWS),
+    "qwen3": Case("qwen3", {"head_dim": 16}),
+    "qwen3 with windows": Case("qwen3", {**WINDOWS, "head_dim": 8}),
+    "gemma": Case("gemma", {"head_dim": 16}),
+    "gemma2": Case("gemma2", {**GEMMA, "query_pre_attn_scalar": 24}),
+    "gemma2, other caps": Case("gemma2", {**GEMMA, "final_logit_softcapping": 2.0}),
+    "gemma3": Case("gemma3_text", {**GEMMA, "num_hidden_layers": 7}),
+    "gemma3, linear": Case("gemma3_text", {**GEMMA, "rope_scaling": LINEAR}),
+    "gpt2": Case("gpt2", GPT2),
+    "gpt2, exact": Case("gpt2", {**GPT2, "activation_function": "gelu", "n_inner": 80}),
 }
 
 

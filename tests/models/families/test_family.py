@@ -125,11 +125,74 @@ def test_rotary_settings_of_transformers_4_and_5() -> None:
     assert old.rope_theta == 5e5
 
 
-def test_a_model_of_ours_finds_a_family() -> None:
-    spec = SHAPES["llama-1b"]
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ("gpt2-124m", "gpt2"),
+        ("llama-1b", "llama"),
+        ("smollm2-135m", "llama"),
+        ("mistral-7b", "mistral"),
+        ("qwen2.5-0.5b", "qwen2"),
+        ("qwen3-0.6b", "qwen3"),
+        ("gemma-2b", "gemma"),
+        ("gemma2-2b", "gemma2"),
+        ("gemma3-1b", "gemma3_text"),
+    ],
+)
+def test_a_model_of_ours_finds_its_family(shape: str, kind: str) -> None:
+    spec = SHAPES[shape]
     family = family_of(spec)
-    assert type(family).__name__ == "Llama"
+    assert family.model_types == (kind,)
     assert family.spec(family.config(spec)).resolved() == spec.resolved()  # type: ignore[attr-defined]
+
+
+def test_a_model_of_no_family_names_what_differs() -> None:
     odd = DecoderConfig(norm="layernorm", vocab_size=50)
     with pytest.raises(RecipeError, match="norm = 'layernorm' is none of the family llama"):
         family_of(odd)
+
+
+@pytest.mark.parametrize(
+    ("types", "wanted"),
+    [
+        (["full_attention"] * 4, (0, 0)),
+        (["sliding_attention"] * 4, (8, 0)),
+        (["sliding_attention", "full_attention"] * 2, (8, 2)),
+        (["sliding_attention"] * 3 + ["full_attention"], (8, 4)),
+    ],
+)
+def test_kinds_of_layers_become_a_rule(types: list[str], wanted: tuple[int, int]) -> None:
+    config = {
+        **LLAMA,
+        "model_type": "qwen3",
+        "num_hidden_layers": 4,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+    }
+    spec = find_family(config).spec({**config, "layer_types": types})
+    assert (spec.window, spec.full_every) == wanted  # type: ignore[attr-defined]
+    for wrong in (["full_attention", *types[:2], "sliding_attention"], types[:2], "sliding"):
+        if wrong != types:
+            with pytest.raises(RecipeError, match=r"config\.json of qwen3: layer_types = "):
+                find_family(config).spec({**config, "layer_types": wrong})
+
+
+def test_gemma_3_of_transformers_4_and_5() -> None:
+    common = {**LLAMA, "model_type": "gemma3_text", "num_hidden_layers": 7, "sliding_window": 8}
+    old = {
+        "rope_theta": 2e6,
+        "rope_local_base_freq": 5e3,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window_pattern": 6,
+    }
+    new = {
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 2e6, "factor": 8.0, "rope_type": "linear"},
+            "sliding_attention": {"rope_theta": 5e3, "rope_type": "default"},
+        },
+        "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
+    }
+    specs = [find_family(common).spec({**common, **keys}) for keys in (old, new)]
+    assert specs[0] == specs[1]
+    assert specs[0].window_rope_theta == 5e3  # type: ignore[attr-defined]
+    assert specs[0].full_every == 6  # type: ignore[attr-defined]
