@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from mpillm.comm.waiting import patient_barrier, patient_bcast, wait_patiently
 from mpillm.errors import DataError, MpillmError
-from mpillm.system.ending_signals import ENDING, INTERRUPTED
+from mpillm.system.ending_signals import ENDING, INTERRUPTED, interrupt_that_came
 from mpillm.system.messages import NO_MEMORY, explain, printable
 from mpillm.system.shadowing import explain_hidden, hidden_packages
 
@@ -74,7 +74,7 @@ def fail_together(comm: "MPI.Intracomm | None", *, debug: bool = False) -> Itera
         if exit_code(failure) == 0:
             raise
         _ignore_interrupts()
-        _leave(private, reason_of(failure), debug)
+        _leave(private, reason_of(_meant(failure)), debug)
     # Free is collective, so it is called only after success; if a rank failed, its Abort ends a
     # wait in here.
     if private is not None:
@@ -137,6 +137,14 @@ def exit_code(failure: BaseException) -> int:
         return INTERRUPTED
     named = isinstance(failure, MpillmError) or is_typer_exit(failure)
     return int(getattr(failure, "exit_code", 1)) if named else 1
+
+
+def _meant(failure: BaseException) -> BaseException:
+    """Return the interrupt where `failure` is what foreign code has made of it."""
+    named = isinstance(failure, MpillmError) or is_typer_exit(failure)
+    if isinstance(failure, Exception) and not named:
+        return interrupt_that_came() or failure
+    return failure
 
 
 def is_typer_exit(failure: BaseException) -> bool:

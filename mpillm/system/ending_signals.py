@@ -22,6 +22,8 @@ ENDING = (
     signal.SIGUSR2,
     signal.SIGXCPU,
 )
+# The signals that have raised KeyboardInterrupt in this process: a signal has no other place.
+_CAME: list[int] = []
 # The exit code of every interrupted verb; a shell reports it for a process ended by SIGINT.
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -97,8 +99,21 @@ def _raise_interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(unraisable)
 
 
+def interrupt_that_came() -> KeyboardInterrupt | None:
+    """Return the interrupt of the last signal of `interrupt_on_signals`; None without any.
+
+    Compiled code that calls Python may turn it into an exception of its own.
+    """
+    return _as_interrupt(_CAME[-1]) if _CAME else None
+
+
+def _as_interrupt(number: int) -> KeyboardInterrupt:
+    return KeyboardInterrupt("" if number == signal.SIGINT else f"by {signal_name(number)}")
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt("" if number == signal.SIGINT else f"by {signal_name(number)}")
+    _CAME.append(number)
+    raise _as_interrupt(number)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

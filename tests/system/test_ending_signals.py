@@ -96,6 +96,29 @@ def test_an_interrupt_within_a_destructor_is_not_forgotten(python: Run) -> None:
     assert python("-c", INTERRUPTED_DESTRUCTOR, timeout=60).stderr == "interrupted\n"
 
 
+INTERRUPTED_LIBRARY = """
+import os, signal
+from mpillm.comm.failure import fail_together
+from mpillm.system.ending_signals import interrupt_on_signals
+
+interrupt_on_signals()
+with fail_together(None):
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        while True:
+            pass
+    except KeyboardInterrupt:
+        # As compiled code whose call into Python fails.
+        raise TypeError("cannot convert an array") from None
+"""
+
+
+@pytest.mark.usefixtures("processes")
+def test_an_interrupt_that_a_library_hides_is_one(python: Run) -> None:
+    done = python("-c", INTERRUPTED_LIBRARY, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "mpillm: interrupted: by SIGHUP\n")
+
+
 INTERRUPTED_DATACLASS = """
 import sys
 from mpillm.system.ending_signals import exit_by_code
