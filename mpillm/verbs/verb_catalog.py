@@ -16,6 +16,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "generate": "mpillm.verbs.generate:Generate",
         "inspect": "mpillm.verbs.inspect:Inspect",
         "import": "mpillm.verbs.import_model:ImportModel",
+        "export": "mpillm.verbs.export_model:ExportModel",
         "bench": "mpillm.verbs.bench:Bench",
         "schedule": "mpillm.verbs.schedule:Schedule",
         "doctor": "mpillm.verbs.doctor:Doctor",

@@ -58,6 +58,11 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.facts["step"])
 
+    @property
+    def texts(self) -> list[str]:
+        """The names of the small text files."""
+        return list(self._hashes)
+
     def text(self, file: str) -> str:
         """Read the small text file `file` of the checkpoint and check its hash, where it has one.
 

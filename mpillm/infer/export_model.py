@@ -1,0 +1,248 @@
+"""Write a trained model as other tools read it: the work of `mpillm export`."""
+
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mpillm.comm.failure import on_all, on_root
+from mpillm.errors import CheckpointError, RecipeError, UsageError
+from mpillm.infer.loading import TOKENIZER, check_trained
+from mpillm.models.families.family import Family
+from mpillm.models.families.family_catalog import family_of, find_family
+from mpillm.models.model_catalog import read_spec
+from mpillm.models.spec import ModelSpec
+from mpillm.system.atomic import flush, make_folder
+from mpillm.system.console import Console, Progress, binary_bytes
+from mpillm.system.extras import require_packages
+from mpillm.system.json_text import from_json, to_json
+from mpillm.system.messages import explain
+from mpillm.tokens.tokenizer import Tokenizer
+from mpillm.weights.checkpoint import Checkpoint
+from mpillm.weights.checkpoint_source import CheckpointSource
+from mpillm.weights.finding import find
+from mpillm.weights.names import weight_name
+from mpillm.weights.published_model import theirs
+from mpillm.weights.safetensors_source import INDEX, SINGLE
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+# Of a file: below the limit of file systems and hubs that take 5 GB, and a rank's memory.
+SHARD_BYTES = 4 << 30
+CONFIG = "config.json"
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is written: names with shapes, and how each tensor comes from our weights."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    make: Callable[[str], Tensor]
+    texts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """What `export_model` has made."""
+
+    out: Path
+    files: int
+    nbytes: int
+    family: str
+    """The model_type of the family; "" for plain tensors under our names."""
+
+
+def export_model(
+    path: Path,
+    out: Path,
+    kind: str,
+    dtype: str,
+    comm: "MPI.Intracomm",
+    console: Console,
+) -> ExportedModel:
+    """Write the model of a run or a checkpoint at `path` into the new folder `out`.
+
+    `kind`: `hf`, a folder that transformers loads, or `safetensors`, our names. `dtype`: of the
+    tensors; `auto` is that of the model which was imported, else float32. Every rank of `comm`
+    calls it; ranks write files in turn. Raises UsageError where `out` exists, RecipeError where no
+    family is the model.
+    """
+    require_packages("mpillm export", "safetensors")
+    on_root(comm, lambda: _refuse_taken(out))
+    checkpoint = find(path, comm, console, check_trained)
+    spec = read_spec(checkpoint.facts["recipe"]["model"])
+    imported = checkpoint.facts.get("imported") or {}
+    if dtype == "auto":
+        known = str(imported.get("dtype"))
+        dtype = known if known in ITEM_BYTES else "float32"
+    family = None if kind == "safetensors" else _family(spec, str(imported.get("model_type")))
+    plan = on_all(comm, lambda: _plan(checkpoint, spec, family, dtype))
+    shards = _shards(plan.shapes, ITEM_BYTES[dtype])
+    work = on_root(comm, lambda: _begin(out, plan.texts))
+    try:
+        total = sum(sum(sizes.values()) for sizes in shards)
+        with console.progress("write", total, "bytes") as progress:
+            on_all(
+                comm, lambda: _write(work, shards, plan.make, dtype, comm.rank, comm.size, progress)
+            )
+        on_root(comm, lambda: _finish(work, out, shards))
+    except BaseException:
+        if comm.rank == 0:
+            with suppress(OSError):
+                shutil.rmtree(work)
+        raise
+    return ExportedModel(out, len(shards), total, family.model_types[0] if family else "")
+
+
+def print_export(made: ExportedModel, console: Console) -> None:
+    """Print what was written, and how it is read."""
+    files = f"{made.files} file{'s' if made.files > 1 else ''}, {binary_bytes(made.nbytes)}"
+    console.say(f"{made.out}: {made.family or 'tensors under our names'}, {files}")
+    if made.family:
+        console.say(
+            f"next, in Python: transformers.AutoModelForCausalLM.from_pretrained({str(made.out)!r})"
+        )
+
+
+def _refuse_taken(out: Path) -> None:
+    try:
+        taken = out.exists() or out.is_symlink()
+    except OSError as failure:
+        raise UsageError(explain(failure, out)) from failure
+    if taken:
+        raise UsageError(f"{out} is there already; name another --out, or move it away")
+
+
+def _family(spec: ModelSpec, known: str) -> Family:
+    """Return the family that the model was imported as, while it still is one of it."""
+    with suppress(RecipeError):
+        family = find_family({"model_type": known})
+        family.config(spec)
+        return family
+    return family_of(spec)
+
+
+def _plan(checkpoint: Checkpoint, spec: ModelSpec, family: Family | None, dtype: str) -> _Plan:
+    source = CheckpointSource(checkpoint)
+
+    def ours(name: str) -> Tensor:
+        return source.read(weight_name(name)).to(getattr(torch, dtype))
+
+    if family is None:
+        names = {
+            name.removeprefix("model/").replace("/", "."): info.shape
+            for name, info in source.tensors.items()
+            if name.startswith("model/")
+        }
+        texts = {"recipe.json": to_json(checkpoint.facts["recipe"], indent=1) + "\n"}
+        return _Plan(names, ours, texts)
+    texts = _texts(checkpoint, spec, family, dtype)
+    return _Plan(family.tensors(spec), lambda name: theirs(family, spec, name, ours), texts)
+
+
+def _texts(checkpoint: Checkpoint, spec: ModelSpec, family: Family, dtype: str) -> dict[str, str]:
+    """Return the small files of a folder: those that were imported, and what they lack."""
+    facts = checkpoint.facts["tokenizer"]
+    text = checkpoint.text(TOKENIZER)
+    tokenizer = Tokenizer.from_json(text, facts["name"], facts["end_of_text"])
+    kept = {name: checkpoint.text(name) for name in checkpoint.texts if name != TOKENIZER}
+    config = from_json(kept.get(CONFIG, "{}"))
+    config |= {"eos_token_id": tokenizer.eot_id, **family.config(spec)}
+    # transformers 5 reads `dtype`, and 4 `torch_dtype`.
+    config |= {"dtype": dtype, "torch_dtype": dtype}
+    made = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": tokenizer.end_of_text,
+            "model_max_length": spec.context,
+            "clean_up_tokenization_spaces": False,
+        }
+    }
+    texts = {name: to_json(value, indent=1) + "\n" for name, value in made.items()}
+    return {**texts, **kept, TOKENIZER: text, CONFIG: to_json(config, indent=1) + "\n"}
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> list[dict[str, int]]:
+    """Share the tensors among files in their order: name → bytes of each."""
+    shards: list[dict[str, int]] = [{}]
+    for name, shape in shapes.items():
+        nbytes = itemsize * torch.Size(shape).numel()
+        if shards[-1] and sum(shards[-1].values()) + nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = nbytes
+    return shards
+
+
+def _begin(out: Path, texts: Mapping[str, str]) -> Path:
+    """Make a folder with a name that nobody can predict, with the small files."""
+    work = out.with_name(f".{out.name[:40]}.{secrets.token_hex(8)}.export")
+    try:
+        make_folder(out.parent)
+        work.mkdir()
+        for name, text in texts.items():
+            (work / name).write_text(text, encoding="utf-8")
+    except OSError as failure:
+        with suppress(OSError):
+            shutil.rmtree(work)
+        raise CheckpointError(f"cannot write {out}: {explain(failure, work)}") from failure
+    return work
+
+
+def _write(
+    work: Path,
+    shards: Sequence[Mapping[str, int]],
+    make: Callable[[str], Tensor],
+    dtype: str,
+    rank: int,
+    ranks: int,
+    progress: Progress,
+) -> None:
+    """Write this rank's files, one after the other."""
+    from safetensors.torch import save_file
+
+    for number in range(rank, len(shards), ranks):
+        tensors: dict[str, Tensor] = {}
+        for name, nbytes in shards[number].items():
+            tensors[name] = make(name).to(getattr(torch, dtype)).contiguous()
+            progress.advance(nbytes)
+        path = work / _file(number, len(shards))
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+            # The library's files are the owner's alone.
+            path.chmod(next(work.glob("*.json")).stat().st_mode & 0o777)
+            flush(path)
+        except Exception as failure:
+            raise CheckpointError(
+                f"cannot write {path.name}: {failure}; free some space"
+            ) from failure
+
+
+def _file(number: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _finish(work: Path, out: Path, shards: Sequence[Mapping[str, int]]) -> None:
+    """Write the index of several files, and give the folder its name."""
+    if len(shards) > 1:
+        index: dict[str, Any] = {
+            "metadata": {"total_size": sum(sum(sizes.values()) for sizes in shards)},
+            "weight_map": {
+                name: _file(number, len(shards))
+                for number, sizes in enumerate(shards)
+                for name in sizes
+            },
+        }
+        (work / INDEX).write_text(to_json(index, indent=1) + "\n", encoding="utf-8")
+    flush(work)
+    # rename(2) would replace an empty folder, and no other.
+    _refuse_taken(out)
+    work.rename(out)
+    flush(out.parent)

@@ -1,0 +1,123 @@
+"""`mpillm export`: what was imported comes back bit for bit; transformers reads the same model."""
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from mpi4py import MPI
+
+from mpillm.errors import RecipeError, UsageError
+from mpillm.infer import export_model as module
+from mpillm.infer.export_model import export_model
+from mpillm.infer.import_model import import_model
+from mpillm.infer.loading import load_trained
+from mpillm.models.decoder import DecoderConfig
+from mpillm.system.console import Console
+
+from .test_import_model import SPEC, publish, weights_of
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
+QUIET = Console(speaks=False)
+GPT2 = DecoderConfig(
+    layers=2,
+    width=32,
+    heads=4,
+    context=32,
+    vocab_size=300,
+    norm="layernorm",
+    positions="learned",
+    activation="gelu",
+    bias=True,
+)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= safetensors_torch.load_file(file)
+    return found
+
+
+@pytest.mark.parametrize("shard_bytes", [4 << 30, 5_000])
+@pytest.mark.parametrize("spec", [SPEC, GPT2], ids=["llama", "gpt2"])
+def test_a_folder_comes_back_bit_for_bit(
+    folder: Path,
+    comm: MPI.Intracomm,
+    monkeypatch: pytest.MonkeyPatch,
+    spec: DecoderConfig,
+    shard_bytes: int,
+) -> None:
+    """In one file, and in several with an index, which ranks write in turn."""
+    monkeypatch.setattr(module, "SHARD_BYTES", shard_bytes)
+    if comm.rank == 0:
+        publish(folder / "hub", spec)
+    comm.Barrier()
+    import_model(folder / "hub", folder / "imported", comm, QUIET)
+    made = export_model(folder / "imported", folder / "out", "hf", "auto", comm, QUIET)
+    comm.Barrier()
+    expected, found = tensors_of(folder / "hub"), tensors_of(folder / "out")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert made.nbytes == sum(2 * tensor.numel() for tensor in expected.values())
+    assert (made.files > 1) == (shard_bytes < 4 << 30)
+    for name in ("tokenizer.json", "config.json"):
+        assert (folder / "out" / name).is_file()
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (folder / "out").iterdir()}
+    assert len(modes) == 1
+    # What was written can be imported again.
+    import_model(folder / "out", folder / "again", comm, QUIET)
+    one, other = (load_trained(folder / name, comm, QUIET).model for name in ("imported", "again"))
+    for weight, same in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(weight, same)
+    comm.Barrier()
+    if comm.rank == 0:
+        hidden = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+        assert hidden == []
+
+
+def test_plain_tensors_have_our_names(folder: Path, comm: MPI.Intracomm) -> None:
+    if comm.rank == 0:
+        publish(folder / "hub")
+    comm.Barrier()
+    import_model(folder / "hub", folder / "imported", comm, QUIET)
+    export_model(folder / "imported", folder / "out", "safetensors", "float32", comm, QUIET)
+    comm.Barrier()
+    found, expected = tensors_of(folder / "out"), weights_of(SPEC)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name].bfloat16().float()) for name in expected)
+    recipe = json.loads((folder / "out/recipe.json").read_text())
+    assert recipe["model"]["layers"] == SPEC.layers
+    with pytest.raises(UsageError, match="is there already"):
+        export_model(folder / "imported", folder / "out", "hf", "auto", comm, QUIET)
+
+
+def test_a_model_of_no_family_is_refused(folder: Path, comm: MPI.Intracomm) -> None:
+    """Learned positions with RMSNorm: no published model is so."""
+    if comm.rank == 0:
+        publish(folder / "hub")
+    comm.Barrier()
+    import_model(folder / "hub", folder / "imported", comm, QUIET)
+    odd = SPEC.replace(positions="learned")
+    with pytest.raises(RecipeError, match="no family of Hugging Face is this model"):
+        module._family(odd, "llama")
+
+
+@pytest.mark.parametrize("spec", [SPEC, GPT2], ids=["llama", "gpt2"])
+def test_transformers_reads_the_same_model(
+    folder: Path, comm: MPI.Intracomm, spec: DecoderConfig
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    if comm.rank == 0:
+        publish(folder / "hub", spec)
+    comm.Barrier()
+    import_model(folder / "hub", folder / "imported", comm, QUIET)
+    export_model(folder / "imported", folder / "out", "hf", "float32", comm, QUIET)
+    comm.Barrier()
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder / "out").eval()
+    ours = load_trained(folder / "imported", comm, QUIET).model
+    ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(peer(ids).logits, ours(ids), rtol=1e-5, atol=1e-4)
