@@ -68,7 +68,7 @@ def import_model(
             f"{path} has a tokenizer of {tokenizer['vocab_size']:,} tokens and an embedding of "
             f"{model.spec.vocab_size:,}; take the tokenizer that belongs to the model"
         )
-    shapes = _shapes(model)
+    shapes = model.shapes
     sizes = {name: FLOAT32_BYTES * _count(shape) for name, shape in shapes.items()}
     own = assign_writers([sizes] * comm.size)[comm.rank]
     with console.progress("read", sum(sizes[name] for name in own), "bytes") as progress:
@@ -141,16 +141,6 @@ def _text(path: Path) -> str:
         raise CheckpointError(explain(failure, path)) from failure
     except UnicodeDecodeError as failure:
         raise CheckpointError(f"{path} is no UTF-8 text; download it again") from failure
-
-
-def _shapes(model: PublishedModel) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each of our weights."""
-    theirs = model.family.tensors(model.spec)
-    found = {}
-    for name, place in model.family.places(model.spec).items():
-        shape = theirs[place.name] if place.box is None else place.box[1]
-        found[name] = shape[::-1] if place.transposed else shape
-    return found
 
 
 def _read(

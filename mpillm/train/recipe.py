@@ -30,6 +30,7 @@ from mpillm.tasks.task_catalog import TaskSettings
 from mpillm.train.optimizers import optimizer_catalog
 from mpillm.train.optimizers.optimizer import OptimizerSettings
 from mpillm.train.recipe_file import expand_home, own_run, read_table
+from mpillm.weights.model_settings import model_settings
 
 # What a signed 64-bit number holds, in torch and in MPI.
 LARGEST = 1 << 63
@@ -64,6 +65,10 @@ class TrainSettings:
 
     run: str = ""
     """The folder of the run; empty: `runs/` and the recipe's name."""
+    start_from: str = ""
+    """A run, a checkpoint or a Hugging Face folder: training begins with its weights, and takes its
+    settings where [model] gives no other.
+    """
     steps: Positive = 1000
     batch: Positive = 32
     """Sequences a step over all ranks."""
@@ -154,6 +159,7 @@ def load_recipe(
     table = read_table(path)
     for override in overrides:
         _override(table, override)
+    _take_settings(table)
     recipe = parse_recipe(table, str(path))
     named = expand_home(recipe.train.run) or f"runs/{path.stem}"
     # A folder that was asked for on the command line is meant as it is.
@@ -167,6 +173,22 @@ def load_recipe(
         data=replace(recipe.data, path=expand_home(recipe.data.path)),
         parallel=replace(recipe.parallel, profile=expand_home(recipe.parallel.profile)),
     )
+
+
+def _take_settings(table: Table) -> None:
+    """Fill [model] with the settings of `train.start_from`, where the recipe names no architecture:
+    a resolved recipe names all. Raises CheckpointError where they cannot be read.
+    """
+    train, model = table.get("train"), table.get("model", {})
+    if not isinstance(train, dict) or not isinstance(model, dict):
+        return
+    start = train.get("start_from")
+    if not isinstance(start, str) or not start:
+        return
+    train["start_from"] = start = expand_home(start)
+    if "architecture" not in model and "shape" not in model:
+        settings: Any = model_settings(Path(start))
+        table["model"] = {**asdict(settings), **model}
 
 
 def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:

@@ -31,6 +31,7 @@ from mpillm.train.print_plan import print_plan
 from mpillm.train.recipe import Recipe
 from mpillm.train.resuming import find_start, say_changes
 from mpillm.train.run_memory import RunMemory, check_memory, shortage
+from mpillm.train.start_from import start_from
 from mpillm.train.step import Trainer
 
 if TYPE_CHECKING:
@@ -110,6 +111,10 @@ def train(
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
             if plan.schedule.ranks > 1:
                 console.say(f"stages: {trainer.describe_pipeline()}")
+            if checkpoint is None and settings.start_from:
+                place = Path(settings.start_from)
+                start_from(place, trainer.stepped, manifest, comm, console)
+                trainer.model.gradients.updated()
             loop = TrainingLoop(
                 recipe, manifest, constants, trainer, console, trace, limits, cluster, hold, memory
             )

@@ -52,6 +52,15 @@ class PublishedModel:
         return values.t().contiguous() if place.transposed else values
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each of our weights."""
+        theirs_of, found = self.family.tensors(self.spec), {}
+        for name, place in self.family.places(self.spec).items():
+            shape = theirs_of[place.name] if place.box is None else place.box[1]
+            found[name] = shape[::-1] if place.transposed else shape
+        return found
+
+    @property
     def dtype(self) -> str:
         """The dtype of most elements."""
         counts: dict[str, int] = {}
