@@ -14,16 +14,21 @@ from mpillm.infer.loading import TOKENIZER
 from mpillm.models.spec import ModelSpec
 from mpillm.system.atomic import make_folder
 from mpillm.system.console import Console, Progress, binary_bytes
-from mpillm.system.json_text import from_json
+from mpillm.system.json_text import from_json, to_json
 from mpillm.system.messages import command, explain
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
 from mpillm.tasks import task_catalog
+from mpillm.tokens.gguf_tokenizer import gguf_tokenizer
 from mpillm.tokens.tokenizer import Tokenizer
+from mpillm.weights.checkpoint_source import CheckpointSource
+from mpillm.weights.gguf_model import GgufModel
+from mpillm.weights.gguf_source import GgufSource
 from mpillm.weights.names import weight_name
 from mpillm.weights.open_source import open_source
 from mpillm.weights.places import CHECKPOINTS
 from mpillm.weights.published_model import PublishedModel
 from mpillm.weights.saving import assign_writers, save
+from mpillm.weights.tensor_source import TensorSource
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -61,8 +66,8 @@ def import_model(
     """
     on_root(comm, lambda: _refuse_full(out))
     source = open_source(path, comm, console)
-    model = on_all(comm, lambda: PublishedModel.open(source))
-    texts, tokenizer = on_root(comm, lambda: _texts(path, end_of_text))
+    model = on_all(comm, lambda: PublishedModel.open(_as_published(source)))
+    texts, tokenizer = on_root(comm, lambda: _texts(source, end_of_text))
     if tokenizer["vocab_size"] > model.spec.vocab_size:
         raise MismatchError(
             f"{path} has a tokenizer of {tokenizer['vocab_size']:,} tokens and an embedding of "
@@ -96,30 +101,53 @@ def _refuse_full(out: Path) -> None:
         raise UsageError(f"{out} is there already and not empty; name another --out")
 
 
-def _texts(path: Path, end_of_text: str | None) -> tuple[dict[str, str], dict[str, Any]]:
-    """Read the small files of a folder, and describe its tokenizer. Raises CheckpointError."""
-    if not path.is_dir():
+def _as_published(source: TensorSource) -> TensorSource:
+    if isinstance(source, CheckpointSource):
         raise CheckpointError(
-            f"{path} is a file without a tokenizer; name the Hugging Face folder that it is from"
+            f"{source.path} is a checkpoint of mpillm already; use it as it is, or begin a run "
+            "with it by train.start_from"
         )
-    texts = {name: _text(path / name) for name in KEPT if (path / name).exists()}
-    if not (path / TOKENIZER).exists():
-        raise CheckpointError(
-            f"{path} has no {TOKENIZER}; make it with transformers: "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
-    text = _text(path / TOKENIZER)
+    return GgufModel(source) if isinstance(source, GgufSource) else source
+
+
+def _texts(source: TensorSource, end_of_text: str | None) -> tuple[dict[str, str], dict[str, Any]]:
+    """Read the small files of a folder, or make them of a GGUF file's metadata, and describe the
+    tokenizer. Raises CheckpointError.
+    """
+    path = source.path
     try:
-        tokenizer = Tokenizer.from_json(text, path.name, end_of_text or _end_of_text(texts, text))
+        texts = _texts_of_gguf(source) if isinstance(source, GgufSource) else _texts_of(path)
+        text = texts[TOKENIZER]
+        end = end_of_text or _end_of_text(texts, text)
+        tokenizer = Tokenizer.from_json(text, path.stem, end)
     except DataError as failure:
-        raise CheckpointError(f"{path / TOKENIZER}: {failure}") from failure
+        raise CheckpointError(f"{path}: {failure}") from failure
     facts = {
         "name": tokenizer.name,
         "sha256": tokenizer.sha256,
         "end_of_text": tokenizer.end_of_text,
         "vocab_size": tokenizer.vocab_size,
     }
-    return {**texts, TOKENIZER: text}, facts
+    return texts, facts
+
+
+def _texts_of(path: Path) -> dict[str, str]:
+    if not (path / TOKENIZER).exists():
+        raise CheckpointError(
+            f"{path} has no {TOKENIZER}; make it with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    return {name: _text(path / name) for name in (*KEPT, TOKENIZER) if (path / name).exists()}
+
+
+def _texts_of_gguf(source: GgufSource) -> dict[str, str]:
+    facts, prefix = source.facts, "tokenizer.ggml."
+    arrays = [source.array(prefix + name) for name in ("tokens", "token_type", "merges")]
+    kind, rule = str(facts.get(f"{prefix}model")), str(facts.get(f"{prefix}pre"))
+    end = {"eos_token_id": facts.get(f"{prefix}eos_token_id")}
+    texts = {TOKENIZER: gguf_tokenizer(kind, rule, *arrays), "config.json": to_json(end) + "\n"}
+    template = facts.get("tokenizer.chat_template")
+    return {**texts, "chat_template.jinja": template} if isinstance(template, str) else texts
 
 
 def _end_of_text(texts: dict[str, str], tokenizer: str) -> str | None:

@@ -11,13 +11,15 @@ from mpillm.verbs.job import limit_torch_threads, open_job
 
 @dataclass(frozen=True)
 class ImportModel:
-    """Import a published model, a Hugging Face folder, as a checkpoint to generate, evaluate and
-    train with.
+    """Import a published model, a Hugging Face folder or a GGUF file, as a checkpoint to generate,
+    evaluate and train with.
     """
 
     example: ClassVar = "mpirun -n 2 mpillm import SmolLM2-135M --out runs/smollm2"
 
-    source: Annotated[Path, Argument("The model's folder.", metavar="FOLDER")]
+    source: Annotated[
+        Path, Argument("The model's folder, or its GGUF file.", metavar="FOLDER|FILE")
+    ]
     out: Annotated[Path, Option("The new folder to write.")]
     end_of_text: Annotated[
         str | None, Option("The token that ends a document; else config.json's.", metavar="TOKEN")
