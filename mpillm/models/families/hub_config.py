@@ -16,6 +16,10 @@ class HubConfig:
         self._given, self._defaults = given, defaults
         self.model_type = str(given.get("model_type"))
 
+    def has(self, key: str) -> bool:
+        """Return whether the file has `key` itself."""
+        return key in self._given
+
     def value(self, key: str) -> Any:
         """Return the value of `key`, or its default; None is a value."""
         return self._given[key] if key in self._given else self._defaults.get(key)

@@ -132,6 +132,7 @@ def test_rotary_settings_of_transformers_4_and_5() -> None:
         ("llama-1b", "llama"),
         ("smollm2-135m", "llama"),
         ("mistral-7b", "mistral"),
+        ("mixtral-8x7b", "mixtral"),
         ("qwen2.5-0.5b", "qwen2"),
         ("qwen3-0.6b", "qwen3"),
         ("gemma-2b", "gemma"),
