@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from mpillm.models.decoder import DecoderConfig
-from mpillm.models.families.hub_config import HubConfig
+from mpillm.models.families.hub_config import MOST_EXPERTS, HubConfig
 from mpillm.models.families.llama import LlamaLike
 
 EXPERT = re.compile(r"layers\.(\d+)\.feed_forward\.experts\.(\d+)\.(\w+)\.weight")
@@ -34,7 +34,7 @@ class MixtureLike(LlamaLike):
         key = "num_local_experts" if hub.has("num_local_experts") else self.experts_key
         return {
             **super().common(hub),
-            "experts": hub.integer(key),
+            "experts": hub.integer(key, most=MOST_EXPERTS),
             "experts_per_token": hub.integer("num_experts_per_tok"),
         }
 
