@@ -12,25 +12,35 @@ from torch.nn import functional as F
 
 
 class LinearHead(NamedTuple):
-    """Logits that are not computed yet: hidden · weightᵀ + bias, in the dtype of `hidden`."""
+    """Logits that are not computed yet: hidden · weightᵀ + bias, in the dtype of `hidden`.
+
+    With a soft cap they are cap × tanh(logit / cap) of it (Gemma 2); 0: no cap.
+    """
 
     hidden_BTC: Tensor
     weight_VC: Tensor
     bias_V: Tensor | None = None
+    soft_cap: float = 0.0
 
     @classmethod
-    def of(cls, hidden_BTC: Tensor, linear: nn.Linear) -> "LinearHead":
+    def of(cls, hidden_BTC: Tensor, linear: nn.Linear, soft_cap: float = 0.0) -> "LinearHead":
         """Return the head `linear` over `hidden_BTC`, in autocast's dtype where it is enabled."""
         device = hidden_BTC.device.type
         if torch.is_autocast_enabled(device):
             hidden_BTC = hidden_BTC.to(torch.get_autocast_dtype(device))
-        return cls(hidden_BTC, linear.weight, linear.bias)
+        return cls(hidden_BTC, linear.weight, linear.bias, soft_cap)
 
     def logits(self) -> Tensor:
         """Compute all logits, (B, T, V)."""
         dtype = self.hidden_BTC.dtype
         bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
-        return F.linear(self.hidden_BTC, self.weight_VC.to(dtype), bias_V)
+        logits_BTV = F.linear(self.hidden_BTC, self.weight_VC.to(dtype), bias_V)
+        return self.soft_cap * (logits_BTV / self.soft_cap).tanh() if self.soft_cap else logits_BTV
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The tensors that may have gradients."""
+        return self.hidden_BTC, self.weight_VC, self.bias_V
 
 
 Outputs = tuple[Tensor | LinearHead, ...]

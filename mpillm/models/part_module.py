@@ -90,6 +90,10 @@ class PartModule(nn.Module):
         """Return the standard deviation of the initial values of the weight `name`."""
         return self.initial_deviation
 
+    def fill_of(self, name: str) -> float:
+        """Return the initial value of the one-dimensional weight `name`."""
+        return 1.0
+
     def tie(self) -> None:
         """Make tied weights one Parameter, where this part holds both."""
         held = dict(self.named_parameters(remove_duplicate=False))
@@ -120,7 +124,7 @@ def initialise(model: PartModule, seed: int) -> None:
         if name.endswith("bias"):
             weight.zero_()
         elif weight.dim() == 1:
-            weight.fill_(1.0)
+            weight.fill_(model.fill_of(name))
         else:
             # A key of its own a weight: no weight depends on the others, so any part can be made
             # alone. A generator's seed is signed, hence 63 bits.

@@ -52,8 +52,8 @@ def chunked_cross_entropy(
     loss = sums.loss
     # The hidden states are attached last. A split backward pass walks from the loss to them. The
     # weights are then on a branch, which it walks once, in its second half (split_backward.py).
-    for number in reversed(range(len(head))):
-        gradient, tensor = sums.gradients[number], head[number]
+    for number in reversed(range(len(head.tensors))):
+        gradient, tensor = sums.gradients[number], head.tensors[number]
         if gradient is not None:
             loss = _KnownGradient.apply(loss, tensor, gradient, number == 0)  # type: ignore[no-untyped-call]
     return loss
@@ -72,20 +72,21 @@ class _ChunkSums:
             torch.empty(tensor.shape, dtype=summed, device=device)
             if enabled and tensor is not None and tensor.requires_grad
             else None
-            for tensor, summed in zip(head, dtypes, strict=True)
+            for tensor, summed in zip(head.tensors, dtypes, strict=True)
         ]
         """Of the head's tensors, where the loss has the gradient 1; None where none is required."""
         bias_V = None if head.bias_V is None else head.bias_V.detach().to(dtype)
-        self._head = LinearHead(head.hidden_BTC.detach(), head.weight_VC.detach().to(dtype), bias_V)
+        self._head = LinearHead(
+            head.hidden_BTC.detach(), head.weight_VC.detach().to(dtype), bias_V, head.soft_cap
+        )
 
     def add_all(self, targets_N: Tensor, counts_N: Tensor | None) -> None:
         """Add every chunk, in the order of positions."""
-        hidden_NC, weight_VC, bias_V = self._head
+        hidden_NC, weight_VC, bias_V = self._head.tensors
         total, vocabulary, device = len(targets_N), len(weight_VC), hidden_NC.device
         count = chunk_positions(total, vocabulary, device.type)
         # Allocated once: memory that is freed and allocated again may be faulted in again.
         buffer_nV = torch.empty((count, vocabulary), dtype=hidden_NC.dtype, device=device)
-        gradients = any(gradient is not None for gradient in self.gradients)
         # One empty chunk where there are no positions: it sets gradients of zero.
         for first in range(0, max(1, total), count):
             chunk = slice(first, min(first + count, total))
@@ -95,10 +96,20 @@ class _ChunkSums:
                 torch.mm(hidden_NC[chunk], weight_VC.t(), out=logits_nV)
             else:
                 torch.addmm(bias_V, hidden_NC[chunk], weight_VC.t(), out=logits_nV)
-            losses_n1 = _losses(logits_nV, targets_N[chunk, None], self._terms, gradients)
-            self.loss += (losses_n1 if counts_n1 is None else losses_n1 * counts_n1).sum()
-            if gradients:
-                self._add_gradients(chunk, logits_nV, counts_n1)
+            self._add_losses(chunk, logits_nV, targets_N[chunk, None], counts_n1)
+
+    def _add_losses(
+        self, chunk: slice, logits_nV: Tensor, targets_n1: Tensor, counts_n1: Tensor | None
+    ) -> None:
+        """Add the losses of a chunk, and the gradients where they are wanted."""
+        gradients = any(gradient is not None for gradient in self.gradients)
+        slopes_nV = _cap(logits_nV, self._head.soft_cap, gradients)
+        losses_n1 = _losses(logits_nV, targets_n1, self._terms, gradients)
+        self.loss += (losses_n1 if counts_n1 is None else losses_n1 * counts_n1).sum()
+        if gradients:
+            if slopes_nV is not None:
+                logits_nV *= slopes_nV
+            self._add_gradients(chunk, logits_nV, counts_n1)
 
     def _add_gradients(self, chunk: slice, grad_nV: Tensor, counts_n1: Tensor | None) -> None:
         """Add the products with `grad_nV`, the gradients of a chunk's logits."""
@@ -121,6 +132,17 @@ class _ChunkSums:
             counted_nV = grad_nV if counts_n1 is None else grad_nV * counts_n1
             sum_V = counted_nV.sum(0, dtype=self._wide)
             bias_V.add_(sum_V) if kept else bias_V.copy_(sum_V)
+
+
+def _cap(logits_nV: Tensor, soft_cap: float, gradients: bool) -> Tensor | None:
+    """Cap the logits of a chunk in place; return the slopes of the capped ones for `gradients`."""
+    if not soft_cap:
+        return None
+    logits_nV.div_(soft_cap).tanh_()
+    # In place: one more chunk, not two.
+    slopes_nV = logits_nV.square().neg_().add_(1) if gradients else None
+    logits_nV.mul_(soft_cap)
+    return slopes_nV
 
 
 def _add_narrow(sum_VC: Tensor, grad_nV: Tensor, states_nC: Tensor, kept: bool) -> None:

@@ -1,5 +1,9 @@
 """The entry to the attention kernels: it takes the right one, and training losses agree."""
 
+import re
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -23,6 +27,12 @@ KINDS = [
 
 def dense(q, k, v, spans):
     return attend_dense(q, k, v, spans.dense_mask)
+
+
+def dense_call(calls, *given):
+    """Count a call in place of `attend_spans`."""
+    calls.append(1)
+    return dense(*given[:4])
 
 
 def train(kind, recompute="none"):
@@ -50,7 +60,7 @@ def test_training_losses_are_those_of_the_dense_mask(kind, monkeypatch):
     found = train(kind)
     assert [train(kind, recompute) for recompute in ("attention", "full")] == [found, found]
     calls = []
-    monkeypatch.setattr(attention, "attend_spans", lambda *given: calls.append(1) or dense(*given))
+    monkeypatch.setattr(attention, "attend_spans", partial(dense_call, calls))
     assert train(kind) == pytest.approx(found, rel=1e-5)
     assert len(calls) == 10
     assert found[-1] < found[0]
@@ -87,3 +97,16 @@ def test_dropout_takes_its_own_path_within_documents():
     near = torch.isclose(found, dense(*qkv, spans), rtol=1e-3, atol=1e-4)
     assert near.float().mean() > 0.9
     assert torch.equal(attend(*qkv, spans, dropout=0.5), attend(*qkv, spans))
+
+
+def test_one_file_calls_the_fused_kernel_and_one_enters_the_others():
+    house = Path(attention.__file__).parents[2]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in house.rglob("*.py")}
+
+    def users(pattern):
+        return {name for name, text in texts.items() if re.search(pattern, text)}
+
+    assert users(r"scaled_dot_product_attention\(") == {"dense_attention.py"}
+    assert users(r"(?<!def )\battend\(") == {"attention.py"}
+    kernels = {"cached_attention.py", "span_attention.py", "window_attention.py"}
+    assert users(r"import attend_\w+") == {"attention.py", *kernels}

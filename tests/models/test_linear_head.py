@@ -17,6 +17,13 @@ def test_the_logits_are_those_of_the_linear_layer(bias: bool, lower: bool) -> No
     assert head.weight_VC is linear.weight
 
 
+def test_a_soft_cap_bounds_the_logits() -> None:
+    hidden_BTC, weight_VC = torch.randn(2, 3, 8), torch.randn(20, 8)
+    plain, capped = (LinearHead(hidden_BTC, weight_VC, None, cap).logits() for cap in (0.0, 2.0))
+    torch.testing.assert_close(capped, 2 * torch.tanh(plain / 2))
+    assert capped.abs().max() < 2 < plain.abs().max()
+
+
 def test_plain_outputs_are_tensors() -> None:
     head, other = LinearHead(torch.randn(2, 3, 8), torch.randn(20, 8)), torch.randn(2)
     logits, same = plain_outputs((head, other))

@@ -11,6 +11,26 @@ from mpillm.models.part_module import create
 from mpillm.models.spec import Part, recompute_counts, recompute_of
 
 GPT2 = {"norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True}
+GEMMA = {"norm": "rmsnorm1p", "activation": "geglu", "scaled_embedding": True, "head_width": 64}
+GEMMA2 = {
+    **GEMMA,
+    "norm_place": "sandwich",
+    "attention_soft_cap": 50.0,
+    "window": 16,
+    "full_every": 2,
+}
+GEMMA3 = {**GEMMA, "norm_place": "sandwich", "query_key_norm": True, "full_every": 2}
+PEAK_KINDS = (
+    "llama",
+    "gpt2",
+    "grouped heads",
+    "narrow",
+    "dropout",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "mixture",
+)
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt2": GPT2,
@@ -25,6 +45,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "dropout of attention": {"attention_dropout": 0.1},
     "dropout of attention with groups": {"attention_dropout": 0.1, "kv_heads": 2},
     "long": {"context": 256, "width": 64},
+    "wide heads": {"head_width": 64, "kv_heads": 2},
+    "qwen3": {"query_key_norm": True, "kv_heads": 2},
+    "layernorm of queries": {"query_key_norm": True, "norm": "layernorm"},
+    "gemma": GEMMA,
+    "sandwich": {**GEMMA, "norm_place": "sandwich"},
+    "window": {"window": 16},
+    "narrow window of groups": {"window": 8, "kv_heads": 1},
+    "half a window": {"window": 32, "kv_heads": 2},
+    "window every other layer": {"window": 16, "full_every": 2},
+    "gemma2": GEMMA2,
+    "mixture": {"experts": 8, "hidden": 64},
+    "mixture of many": {"experts": 32, "hidden": 32, "experts_per_token": 5},
+    "shared expert": {"experts": 4, "hidden": 96, "shared_hidden": 128, "shared_gate": True},
+    "gemma2 with dropout": {**GEMMA2, "dropout": 0.1, "attention_dropout": 0.1},
+    "gemma3": {**GEMMA3, "window": 16},
 }
 
 
@@ -76,7 +111,7 @@ def test_a_block_keeps_what_its_settings_count(kind: str, dtype: torch.dtype) ->
         assert counted == pytest.approx(kept, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "dropout"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "dropout", "gemma"])
 @pytest.mark.parametrize("part", [Part(0, 2), Part(2, 4), Part(0, 4)])
 def test_the_ends_of_a_model_keep_what_their_settings_count(kind: str, part: Part) -> None:
     config = DecoderConfig(layers=4, width=128, heads=4, context=64, vocab_size=50, **KINDS[kind])
@@ -109,7 +144,7 @@ def peak_of_a_step(config: DecoderConfig, part: Part, rows: int, recompute: Any)
 
 
 @pytest.mark.parametrize("recompute", ["none", "attention", "full", 2])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "grouped heads", "narrow", "dropout"])
+@pytest.mark.parametrize("kind", PEAK_KINDS)
 def test_the_peak_of_a_step_is_what_is_kept_and_one_block(kind: str, recompute: Any) -> None:
     settings = {"layers": 8, "width": 128, "heads": 4, "context": 128, "vocab_size": 50}
     config = DecoderConfig(**{**settings, **KINDS[kind]})

@@ -51,7 +51,7 @@ def test_no_call_sees_more_than_a_document(monkeypatch):
         shapes.append((tuple(q.shape[:2]), mask))
         return attend_dense(q, k, v, mask)
 
-    monkeypatch.setattr("mpillm.models.layers.span_attention.attend_dense", note)
+    monkeypatch.setattr("mpillm.models.layers.window_attention.attend_dense", note)
     *qkv, _ = make_qkv(2, 96)
     attend_spans(*qkv, DocumentSpans(number_documents(*ROWS["equal"])))
     assert shapes == [((4, 32), None), ((2, 16), None), ((1, 32), None)]

@@ -9,6 +9,7 @@ from mpillm.models.layers import varlen_attention
 from mpillm.models.layers.dense_attention import attend_dense
 from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.models.layers.varlen_attention import attend_varlen, takes_spans
+from mpillm.models.layers.window_attention import band_mask
 from tests.models.attention_inputs import compute, make_qkv, number_documents, random_lengths
 
 ROWS = [random_lengths(96, seed) for seed in range(3)]
@@ -43,15 +44,17 @@ def test_a_processor_does_without():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [0, 20])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_a_gpu_gives_the_results_of_the_dense_mask(kv_heads):
+def test_a_gpu_gives_the_results_of_the_dense_mask(kv_heads, window):
     gpu = torch.device("cuda")
     spans = DocumentSpans(number_documents(*ROWS), gpu)
     *qkv, grad = make_qkv(3, 96, kv_heads=kv_heads, width=64, dtype=torch.bfloat16)
     qkv, grad = [x.detach().to(gpu).requires_grad_() for x in qkv], grad.to(gpu)
     if not takes_spans(qkv[0]):
         pytest.skip("torch has no such kernel here")
-    found = compute(lambda *given: attend_varlen(*given, spans), *qkv, grad)
-    expected = compute(lambda *given: attend_dense(*given, spans.dense_mask), *qkv, grad)
+    found = compute(lambda *given: attend_varlen(*given, spans, window), *qkv, grad)
+    mask = spans.dense_mask & band_mask(96, 0, window, gpu)
+    expected = compute(lambda *given: attend_dense(*given, mask), *qkv, grad)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)

@@ -36,6 +36,7 @@ class Case(NamedTuple):
     counted: bool = False
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    soft_cap: float = 0.0
 
 
 CASES = [
@@ -46,6 +47,7 @@ CASES = [
         (True, False, 0.1, 0.0),
         (False, True, 0.0, 1e-2),
         (True, True, 0.1, 1e-2),
+        (True, True, 0.1, 1e-2, 1.5),
     )
 ]
 # Of values and gradients in float64. 16 bits round each logit and its gradient once.
@@ -65,7 +67,8 @@ def make(case: Case) -> tuple[LinearHead, Tensor, Tensor | None]:
         values = deviation * torch.randn(*shape, generator=generator, dtype=torch.float64)
         return values.to(case.dtype).requires_grad_()
 
-    head = LinearHead(leaf(B, T, C), leaf(V, C, deviation=0.3), leaf(V) if case.bias else None)
+    hidden_BTC, weight_VC = leaf(B, T, C), leaf(V, C, deviation=0.3)
+    head = LinearHead(hidden_BTC, weight_VC, leaf(V) if case.bias else None, case.soft_cap)
     targets_BT = torch.randint(V, (B, T), generator=generator)
     if not case.counted:
         return head, targets_BT, None
@@ -75,7 +78,9 @@ def make(case: Case) -> tuple[LinearHead, Tensor, Tensor | None]:
 
 def by_definition(head: LinearHead, targets_BT: Tensor, counts_BT: Tensor | None, case: Case):
     """Compute the loss from the definition, by torch's cross_entropy over all logits."""
-    logits_NV = F.linear(*head).flatten(0, 1)
+    logits_NV = F.linear(*head.tensors).flatten(0, 1)
+    if case.soft_cap:
+        logits_NV = case.soft_cap * (logits_NV / case.soft_cap).tanh()
     losses_N = F.cross_entropy(
         logits_NV,
         targets_BT.flatten(),
@@ -87,6 +92,14 @@ def by_definition(head: LinearHead, targets_BT: Tensor, counts_BT: Tensor | None
     return (losses_N + (z_N if counts_BT is None else z_N * counts_BT.flatten())).sum()
 
 
+def widened(head: LinearHead) -> LinearHead:
+    """Copy the leaves of a head in float64."""
+    return LinearHead(
+        *(x if x is None else x.detach().double().requires_grad_() for x in head.tensors),
+        head.soft_cap,
+    )
+
+
 def differ(one: Tensor, other: Tensor) -> float:
     return float((one.detach().double() - other.detach()).norm() / other.detach().norm())
 
@@ -94,7 +107,7 @@ def differ(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_value_and_gradients_are_those_of_all_logits_in_float64(case: Case) -> None:
     head, targets_BT, counts_BT = make(case)
-    exact = LinearHead(*(x if x is None else x.detach().double().requires_grad_() for x in head))
+    exact = widened(head)
     terms = case.label_smoothing, case.z_loss
     loss = chunked_cross_entropy(head, targets_BT, counts_BT, *terms)
     expected = by_definition(exact, targets_BT, counts_BT, case)
@@ -103,7 +116,7 @@ def test_value_and_gradients_are_those_of_all_logits_in_float64(case: Case) -> N
     # A factor as of a mean with loss scaling.
     (loss * 0.37).backward()
     (expected * 0.37).backward()
-    for tensor, other in zip(head, exact, strict=True):
+    for tensor, other in zip(head.tensors, exact.tensors, strict=True):
         if tensor is not None:
             assert tensor.grad.dtype == case.dtype
             assert differ(tensor.grad, other.grad) < CLOSE[case.dtype]
@@ -196,7 +209,7 @@ def test_without_positions_loss_and_gradients_are_zero() -> None:
     loss = chunked_cross_entropy(empty, targets_BT[:0])
     loss.backward()
     assert float(loss.detach()) == 0
-    assert not any(tensor.grad.any() for tensor in head)
+    assert not any(tensor.grad.any() for tensor in head.tensors)
 
 
 def test_gradients_of_microbatches_add_up() -> None:
@@ -218,7 +231,7 @@ def test_two_halves_have_the_bits_of_one_whole(case: Case) -> None:
         head, targets_BT, counts_BT = make(case)
         pivot = head.hidden_BTC.detach().requires_grad_()
         scaled = head._replace(hidden_BTC=pivot * 1.5)
-        loss = chunked_cross_entropy(scaled, targets_BT, counts_BT, *case[3:]) / 11
+        loss = chunked_cross_entropy(scaled, targets_BT, counts_BT, *case[3:5]) / 11
         if split:
             halves = SplitBackward((loss,), (pivot,))
             (gradient,) = halves.input((None,))
@@ -227,7 +240,7 @@ def test_two_halves_have_the_bits_of_one_whole(case: Case) -> None:
         else:
             loss.backward()
             gradient = pivot.grad
-        found.append([gradient, *(x.grad for x in head[1:] if x is not None)])
+        found.append([gradient, *(x.grad for x in head.tensors[1:] if x is not None)])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
 
@@ -254,9 +267,9 @@ def test_a_head_in_float32_computes_in_the_dtype_of_the_hidden_states() -> None:
     lower = head._replace(hidden_BTC=head.hidden_BTC.detach().bfloat16().requires_grad_())
     loss = chunked_cross_entropy(lower, targets_BT)
     loss.backward()
-    same = LinearHead(*(x.detach().bfloat16() for x in head))
+    same = LinearHead(*(x.detach().bfloat16() for x in head.tensors))
     assert torch.equal(chunked_cross_entropy(same, targets_BT), loss.detach())
-    assert [x.grad.dtype for x in lower] == [torch.bfloat16, torch.float32, torch.float32]
+    assert [x.grad.dtype for x in lower.tensors] == [torch.bfloat16, torch.float32, torch.float32]
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -282,7 +295,7 @@ def test_the_peak_is_one_chunk_and_the_gradients(monkeypatch: pytest.MonkeyPatch
     chunks, all_logits, scored = leaves(), leaves(), leaves()
 
     def plain() -> None:
-        logits_NV = F.linear(*all_logits).flatten(0, 1)
+        logits_NV = F.linear(*all_logits.tensors).flatten(0, 1)
         F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum").backward()
 
     def score() -> None:
@@ -294,3 +307,7 @@ def test_the_peak_is_one_chunk_and_the_gradients(monkeypatch: pytest.MonkeyPatch
     assert 0.9 * needed < peak < 1.1 * needed
     assert peak < 0.15 * peak_bytes(plain)
     assert peak_bytes(score) < 1.1 * 64 * vocabulary * 4
+    # A soft cap holds one more chunk, of its slopes.
+    capped = leaves()._replace(soft_cap=30.0)
+    peak = peak_bytes(lambda: (chunked_cross_entropy(capped, targets_BT) / 7).backward())
+    assert 0.9 < peak / (needed + 64 * vocabulary * 4) < 1.1

@@ -1,4 +1,4 @@
-"""A Transformer block: norms, feed-forward, and the block that joins them with attention.
+"""A Transformer block: norms, attention and feed-forward, joined by residual connections.
 
 Shapes: B sequences, T positions, C width.
 """
@@ -6,59 +6,33 @@ Shapes: B sequences, T positions, C width.
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.layers.attention import Attention
 from mpillm.models.layers.cached_attention import LayerCache
 from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.models.layers.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, drop
+from mpillm.models.layers.feed_forward import FeedForward
+from mpillm.models.layers.mixture import Mixture
+from mpillm.models.layers.norm import make_norm
 from mpillm.models.layers.recompute import recomputed
-from mpillm.models.layers.rms_norm import RMSNorm
 from mpillm.models.layers.rotary import Rotation
 
 
-def make_norm(config: DecoderConfig) -> nn.Module:
-    """Make the norm that the settings name."""
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.width, eps=config.norm_epsilon)
-    return nn.LayerNorm(config.width, eps=config.norm_epsilon)
-
-
-class FeedForward(nn.Module):
-    """The feed-forward layer: SwiGLU (Shazeer 2020) or GELU."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.gate = (
-            nn.Linear(config.width, config.hidden_width, bias=config.bias)
-            if config.activation == "swiglu"
-            else None
-        )
-        self.up = nn.Linear(config.width, config.hidden_width, bias=config.bias)
-        self.down = nn.Linear(config.hidden_width, config.width, bias=config.bias)
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        if self.gate is None:
-            # The tanh form is that of GPT-2's released weights.
-            inside = F.gelu(self.up(x_BTC), approximate="tanh")
-        else:
-            inside = F.silu(self.gate(x_BTC)) * self.up(x_BTC)
-        y_BTC: Tensor = self.down(inside)
-        return y_BTC
-
-
 class Block(nn.Module):
-    """A pre-norm Transformer block: attention and feed-forward, each with a residual connection."""
+    """Block number `block`: attention and feed-forward, each with a residual connection."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, block: int = 0) -> None:
         super().__init__()
         self.dropout = config.dropout
         self.recomputes_attention = False
+        sandwich = config.norm_place == "sandwich"
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config)
+        self.attention = Attention(config, block)
+        self.attention_output_norm = make_norm(config) if sandwich else None
         self.forward_norm = make_norm(config)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = Mixture(config) if config.experts else FeedForward(config)
+        self.forward_output_norm = make_norm(config) if sandwich else None
 
     def forward(
         self,
@@ -75,8 +49,12 @@ class Block(nn.Module):
         a_BTC = recomputed(self._attend, *given) if recomputes else self._attend(*given)
         x_BTC = x_BTC + drop(a_BTC, self.dropout, keys_B, ATTENTION_OUTPUT)
         y_BTC = self.feed_forward(self.forward_norm(x_BTC))
+        if self.forward_output_norm is not None:
+            y_BTC = self.forward_output_norm(y_BTC)
         return x_BTC + drop(y_BTC, self.dropout, keys_B, FEED_FORWARD_OUTPUT)
 
     def _attend(self, x_BTC: Tensor, *others: Any) -> Tensor:
         a_BTC: Tensor = self.attention(self.attention_norm(x_BTC), *others)
+        if self.attention_output_norm is not None:
+            a_BTC = self.attention_output_norm(a_BTC)
         return a_BTC

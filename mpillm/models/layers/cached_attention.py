@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.layers.dense_attention import attend_dense
+from mpillm.models.layers.unfused_attention import attend_unfused
+from mpillm.models.layers.window_attention import attend_window, band_mask
 
 
 class LayerCache:
@@ -17,7 +19,7 @@ class LayerCache:
     def __init__(
         self, config: DecoderConfig, batch: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (batch, config.key_value_heads, config.context, config.head_width)
+        shape = (batch, config.key_value_heads, config.context, config.head_features)
         # By head: a new position reads the keys of a head in one piece.
         self._k_BKSD = torch.zeros(shape, device=device, dtype=dtype)
         self._v_BKSD = torch.zeros(shape, device=device, dtype=dtype)
@@ -32,15 +34,27 @@ class LayerCache:
 
 
 def attend_cached(
-    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, cache: LayerCache, first: int
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    cache: LayerCache,
+    first: int,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     """Store the new positions, which begin at `first`, and attend from them; return (B, T, H, D).
 
-    Keys are cached after rotation: their positions never change.
+    Keys are cached after rotation: their positions never change. `window`, `soft_cap`: see
+    `attend` (attention.py).
     """
     k_BSKD, v_BSKD = cache.extend(k_BTKD, v_BTKD, first)
-    length, mask_TS = q_BTHD.shape[1], None
-    if first and length > 1:
-        shape = (length, first + length)
-        mask_TS = torch.ones(shape, dtype=torch.bool, device=q_BTHD.device).tril(first)
-    return attend_dense(q_BTHD, k_BSKD, v_BSKD, mask_TS)
+    length = q_BTHD.shape[1]
+    if soft_cap:
+        mask_TS = band_mask(length, first, window, q_BTHD.device)
+        return attend_unfused(q_BTHD, k_BSKD, v_BSKD, mask_TS, soft_cap)
+    if not first:
+        return attend_window(q_BTHD, k_BSKD, v_BSKD, window)
+    if length == 1:
+        # The slice of one position is its window; -0 is all.
+        return attend_dense(q_BTHD, k_BSKD[:, -window:], v_BSKD[:, -window:])
+    return attend_dense(q_BTHD, k_BSKD, v_BSKD, band_mask(length, first, window, q_BTHD.device))

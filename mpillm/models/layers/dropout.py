@@ -5,8 +5,7 @@ A mask is a counter-based random number (Salmon et al., "Parallel random numbers
 place in the layer. No generator has a state, so a mask is the same on every rank and device, in
 every microbatch, and when a layer is recomputed.
 
-Shapes: B sequences, T positions, S positions attended to, H heads, K heads of keys and values, D
-width of a head, N values of a sequence.
+Shapes: B sequences, N values of a sequence.
 """
 
 import torch
@@ -58,31 +57,6 @@ def keep_mask(keys_B: Tensor, count: int, kept: int) -> Tensor:
         # In place: a comparison that makes booleans takes three times as long on a CPU.
         keeps_BN[:, 2 * first : 2 * last] = bits.lt_(kept - LEVELS // 2)
     return keeps_BN[:, :count]
-
-
-def attend_with_dropout(
-    q_BHTD: Tensor,
-    k_BKSD: Tensor,
-    v_BKSD: Tensor,
-    mask_TS: Tensor | None,
-    probability: float,
-    keys_B: Tensor,
-) -> Tensor:
-    """Attend with dropout of the probabilities; `mask_TS`: true: may attend, None: causal.
-
-    Fused kernels cannot take such masks, so this path holds all B × H × T × S probabilities.
-    """
-    groups = q_BHTD.shape[1] // k_BKSD.shape[1]
-    if groups > 1:
-        k_BKSD, v_BKSD = (each.repeat_interleave(groups, dim=1) for each in (k_BKSD, v_BKSD))
-    if mask_TS is None:
-        shape = (q_BHTD.shape[-2], k_BKSD.shape[-2])
-        mask_TS = torch.ones(shape, dtype=torch.bool, device=q_BHTD.device).tril()
-    scores_BHTS = (q_BHTD * q_BHTD.shape[-1] ** -0.5) @ k_BKSD.transpose(-2, -1)
-    # float32: the sum of a softmax has thousands of terms.
-    shares_BHTS = scores_BHTS.float().masked_fill(~mask_TS, -torch.inf).softmax(-1)
-    shares_BHTS = drop(shares_BHTS.to(v_BKSD.dtype), probability, keys_B, ATTENTION_PROBABILITIES)
-    return shares_BHTS @ v_BKSD
 
 
 def _mix64(words: Tensor) -> Tensor:

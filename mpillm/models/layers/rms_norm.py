@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
 class RMSNorm(nn.RMSNorm):
@@ -18,11 +19,23 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x_NC: Tensor) -> Tensor:
-        wide = x_NC.dtype == self.weight.dtype and x_NC.dtype in (torch.float32, torch.float64)
+        weight_C = self.scale()
+        wide = x_NC.dtype == weight_C.dtype and x_NC.dtype in (torch.float32, torch.float64)
         if not wide or x_NC.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x_NC)
-        y_NC: Tensor = _RootMeanSquare.apply(x_NC, self.weight, self.eps)  # type: ignore[no-untyped-call]
+            return F.rms_norm(x_NC, weight_C.shape, weight_C, self.eps)
+        y_NC: Tensor = _RootMeanSquare.apply(x_NC, weight_C, self.eps)  # type: ignore[no-untyped-call]
         return y_NC
+
+    def scale(self) -> Tensor:
+        """Return the factors (C,) of the normalised features."""
+        return self.weight
+
+
+class RMSNorm1p(RMSNorm):
+    """RMSNorm that scales by 1 + weight (Gemma): weight decay then pulls the factors to 1."""
+
+    def scale(self) -> Tensor:
+        return 1 + self.weight
 
 
 class _RootMeanSquare(torch.autograd.Function):

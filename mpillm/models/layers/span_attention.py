@@ -6,12 +6,14 @@ Shapes: B sequences, T positions, H heads, K heads of keys and values, D width o
 import torch
 from torch import Tensor
 
-from mpillm.models.layers.dense_attention import attend_dense
 from mpillm.models.layers.document_spans import DocumentSpans
+from mpillm.models.layers.window_attention import attend_window
 
 
-def attend_spans(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spans: DocumentSpans) -> Tensor:
-    """Attend document by document; return (B, T, H, D).
+def attend_spans(
+    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spans: DocumentSpans, window: int = 0
+) -> Tensor:
+    """Attend document by document, to the last `window` positions (0: all); return (B, T, H, D).
 
     Equal lengths in a row are one batched call. The bits of a document do not depend on the others
     in the call.
@@ -19,8 +21,8 @@ def attend_spans(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spans: Document
     sizes = [count * length for count, length in spans.runs]
     # Split, not sliced: the gradient of all pieces is then one concatenation.
     pieces = [torch.split(x.flatten(0, 1), sizes) for x in (q_BTHD, k_BTKD, v_BTKD)]
-    found = [
-        attend_dense(*(x.unflatten(0, run) for x in piece)).flatten(0, 1)
-        for run, *piece in zip(spans.runs, *pieces, strict=True)
-    ]
+    found = []
+    for run, *piece in zip(spans.runs, *pieces, strict=True):
+        q, k, v = (x.unflatten(0, run) for x in piece)
+        found.append(attend_window(q, k, v, window).flatten(0, 1))
     return torch.cat(found).view(q_BTHD.shape)

@@ -29,8 +29,13 @@ def takes_spans(q_BTHD: Tensor) -> bool:
     )
 
 
-def attend_varlen(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spans: DocumentSpans) -> Tensor:
-    """Attend within all documents by one kernel; return (B, T, H, D)."""
+def attend_varlen(
+    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spans: DocumentSpans, window: int = 0
+) -> Tensor:
+    """Attend within all documents by one kernel; return (B, T, H, D).
+
+    `window`: how many positions each attends to, itself the last; 0: all up to itself.
+    """
     kernel = _kernel()
     assert kernel is not None
     edges_N, longest = spans.edges_on_device, max(spans.lengths)
@@ -40,8 +45,8 @@ def attend_varlen(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spans: Documen
         edges_N,
         longest,
         longest,
-        # Any number of positions to the left, none to the right: causal.
-        window_size=(-1, 0),
+        # Positions to the left (-1: any number), and none to the right: causal.
+        window_size=(window - 1, 0),
         enable_gqa=q_BTHD.shape[2] != k_BTKD.shape[2],
     )
     return a_NHD.view(q_BTHD.shape)

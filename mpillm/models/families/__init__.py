@@ -1,0 +1,1 @@
+"""Which published architectures are one of ours? Hugging Face's settings and names, both ways."""

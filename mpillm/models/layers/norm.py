@@ -1,0 +1,15 @@
+"""The norms by their names in the settings."""
+
+from torch import nn
+
+from mpillm.models.decoder import DecoderConfig
+from mpillm.models.layers.rms_norm import RMSNorm, RMSNorm1p
+
+
+def make_norm(config: DecoderConfig, features: int = 0) -> nn.Module:
+    """Make the norm that the settings name, of `features` (0: the width of the stream)."""
+    features = features or config.width
+    if config.norm == "layernorm":
+        return nn.LayerNorm(features, eps=config.norm_epsilon)
+    kind = RMSNorm1p if config.norm == "rmsnorm1p" else RMSNorm
+    return kind(features, eps=config.norm_epsilon)
