@@ -143,6 +143,19 @@ SHAPES: Mapping[str, DecoderConfig] = MappingProxyType(
             window=4096,
             tied=False,
         ),
+        "mixtral-8x7b": DecoderConfig(
+            layers=32,
+            width=4096,
+            heads=32,
+            kv_heads=8,
+            hidden=14336,
+            experts=8,
+            experts_per_token=2,
+            context=32768,
+            vocab_size=32000,
+            rope_theta=1000000.0,
+            tied=False,
+        ),
         "qwen2.5-0.5b": _qwen(24, 896, 14, 4864, kv_heads=2, context=32768, qkv_bias=True),
         "qwen3-0.6b": _qwen(
             28, 1024, 16, 3072, kv_heads=8, head_width=128, context=40960, query_key_norm=True

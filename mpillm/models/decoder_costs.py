@@ -12,10 +12,12 @@ from mpillm.models.spec import LayerRecompute, Part, Recompute, recompute_counts
 class DecoderCosts(DecoderSettings):
     """What a decoder of these settings costs."""
 
-    def _block_products(self) -> int:
-        """Count the weights of one block's matrix products."""
+    def _block_products(self, experts: int) -> int:
+        """Count the weights of one block's matrix products, with so many of its experts."""
         attention = 2 * self.width * (self.query_width + self.key_value_width)
-        return attention + (3 if self.gated else 2) * self.hidden_width * self.width
+        hidden = self.hidden_width * (experts or 1) + self.shared_hidden
+        router = self.width * (self.experts + self.shared_gate)
+        return attention + router + (3 if self.gated else 2) * hidden * self.width
 
     def _block_vectors(self) -> int:
         """Count the norms' and biases' numbers of one block."""
@@ -30,6 +32,11 @@ class DecoderCosts(DecoderSettings):
         return norms + biases
 
     @property
+    def _active(self) -> int:
+        """The experts that a position passes; 0 without experts."""
+        return self.experts_per_token if self.experts else 0
+
+    @property
     def _block_norms(self) -> int:
         return 4 if self.norm_place == "sandwich" else 2
 
@@ -38,7 +45,7 @@ class DecoderCosts(DecoderSettings):
 
     def parameters_of(self, part: Part) -> int:
         embedding = self.vocab_size * self.width
-        total = part.count * (self._block_products() + self._block_vectors())
+        total = part.count * (self._block_products(self.experts) + self._block_vectors())
         if self.begins(part):
             total += embedding + (self.context * self.width if self.positions == "learned" else 0)
         if self.ends(part):
@@ -53,7 +60,7 @@ class DecoderCosts(DecoderSettings):
         Source: PaLM, Chowdhery et al. 2022, appendix B. That counts twice the positions that a
         position attends to on average, and so does the count for a window.
         """
-        products, reach = 6 * self._block_products(), min(self.window, self.context)
+        products, reach = 6 * self._block_products(self._active), min(self.window, self.context)
         windowed = 2 * reach - reach * reach / self.context
         return tuple(
             products + 12 * self.query_width * (windowed if self.slides(block) else self.context)
@@ -127,7 +134,19 @@ class DecoderCosts(DecoderSettings):
         """Count a feed-forward: the norm's result; gate, its activation, up and their product where
         it has a gate, up and its GELU else.
         """
-        return element_bytes * (self.width + self.hidden_width * (4 if self.gated else 2))
+        inside = 4 if self.gated else 2
+        if not self.experts:
+            return element_bytes * (self.width + self.hidden_width * inside)
+        return self._mixture_saved(element_bytes, inside)
+
+    def _mixture_saved(self, element_bytes: int, inside: int) -> int:
+        """Count a mixture: the norm's result, the router's shares, and of each chosen expert its
+        input, inside and output, with its share and number.
+        """
+        chosen = self.experts_per_token
+        features = self.width + chosen * (2 * self.width + self.hidden_width * inside)
+        features += self.shared_hidden * inside + (self.width + 2) * self.shared_gate
+        return element_bytes * features + 4 * self.experts + 40 * chosen
 
     def _block_saved(
         self, element_bytes: int, recompute: LayerRecompute, slides: bool = False
@@ -191,6 +210,8 @@ class DecoderCosts(DecoderSettings):
         features = 2 * self.width + 2 * self.hidden_width
         if not self.gated:
             features = 3 * self.width + self.hidden_width
+        # Sorted by expert and not, a position's chosen ones have a gradient each.
+        features += 3 * self._active * self.width
         nbytes = element_bytes * features
         if self._is_unfused:
             nbytes = max(nbytes, self._attention_working(element_bytes))

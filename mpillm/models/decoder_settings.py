@@ -40,6 +40,15 @@ class DecoderSettings(ModelSpec):
 
     0: 4 × width for GELU; 8/3 × width for gated ones, rounded up to a multiple of 64.
     """
+    experts: NotNegative = 0
+    """Feed-forwards of which the router chooses a few for each position; 0: one, without router."""
+    experts_per_token: Positive = 2
+    expert_softmax: Literal["chosen", "all"] = "chosen"
+    """The experts whose shares add up to 1."""
+    shared_hidden: NotNegative = 0
+    """Width inside of an expert that all positions pass; 0: there is none."""
+    shared_gate: bool = False
+    """Scale what this expert adds by a number from 0 to 1 for each position."""
     context: Positive = 256
     vocab_size: NotNegative = 0
     """0: taken from the data."""
@@ -102,6 +111,7 @@ class DecoderSettings(ModelSpec):
                 )
         self._check_heads()
         self._check_rope()
+        self._check_experts()
         if self.full_every and not self.window:
             raise RecipeError(
                 f"full_every = {self.full_every} names the layers without a window, "
@@ -137,6 +147,19 @@ class DecoderSettings(ModelSpec):
                 f"rope_factor = {self.rope_factor:g} scales nothing without rope_scaling; "
                 "set it to linear, llama3 or yarn"
             )
+
+    def _check_experts(self) -> None:
+        if not self.experts and (self.shared_hidden or self.shared_gate):
+            raise RecipeError("a shared expert needs others: set experts, or drop shared_hidden")
+        if self.shared_gate and not self.shared_hidden:
+            raise RecipeError("shared_gate scales a shared expert; set shared_hidden, its width")
+        if self.experts and self.experts_per_token > self.experts:
+            raise RecipeError(
+                f"experts_per_token = {self.experts_per_token} is more than "
+                f"experts = {self.experts}; choose fewer, or add some"
+            )
+        if self.experts and self.bias:
+            raise RecipeError("experts have no biases; set qkv_bias in place of bias")
 
     @property
     def head_features(self) -> int:
@@ -205,7 +228,7 @@ class DecoderSettings(ModelSpec):
         # Megatron's cut (Shoeybi et al. 2019): columns into heads and hidden features, rows back
         # out of them.
         columns = ("query", "key", "value", "gate", "up")
-        rows = ("attention.output.weight", "feed_forward.down.weight")
+        rows = ("attention.output.weight", "down.weight")
         return {
             **{f"{name}.{kind}": 0 for name in columns for kind in ("weight", "bias")},
             **dict.fromkeys(rows, 1),

@@ -38,10 +38,23 @@ def _block_weights(config: DecoderConfig) -> dict[str, Shape]:
     found |= _linear("attention.key", width, key_value, of_qkv)
     found |= _linear("attention.value", width, key_value, of_qkv)
     found |= _linear("attention.output", query, width, config.bias)
+    if not config.experts:
+        return found | _feed_forward("feed_forward", config, hidden)
+    found |= _linear("feed_forward.router", width, config.experts, False)
+    for number in range(config.experts):
+        found |= _feed_forward(f"feed_forward.experts.{number}", config, hidden)
+    if config.shared_hidden:
+        found |= _feed_forward("feed_forward.shared", config, config.shared_hidden)
+    if config.shared_gate:
+        found |= _linear("feed_forward.shared_factor", width, 1, False)
+    return found
+
+
+def _feed_forward(name: str, config: DecoderConfig, hidden: int) -> dict[str, Shape]:
+    found = _linear(f"{name}.up", config.width, hidden, config.bias)
     if config.gated:
-        found |= _linear("feed_forward.gate", width, hidden, config.bias)
-    found |= _linear("feed_forward.up", width, hidden, config.bias)
-    return found | _linear("feed_forward.down", hidden, width, config.bias)
+        found |= _linear(f"{name}.gate", config.width, hidden, config.bias)
+    return found | _linear(f"{name}.down", hidden, config.width, config.bias)
 
 
 def _linear(name: str, given: int, features: int, biased: bool) -> dict[str, Shape]:

@@ -1,6 +1,8 @@
 """The entry to the attention kernels: it takes the right one, and training losses agree."""
 
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,3 +97,16 @@ def test_dropout_takes_its_own_path_within_documents():
     near = torch.isclose(found, dense(*qkv, spans), rtol=1e-3, atol=1e-4)
     assert near.float().mean() > 0.9
     assert torch.equal(attend(*qkv, spans, dropout=0.5), attend(*qkv, spans))
+
+
+def test_one_file_calls_the_fused_kernel_and_one_enters_the_others():
+    house = Path(attention.__file__).parents[2]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in house.rglob("*.py")}
+
+    def users(pattern):
+        return {name for name, text in texts.items() if re.search(pattern, text)}
+
+    assert users(r"scaled_dot_product_attention\(") == {"dense_attention.py"}
+    assert users(r"(?<!def )\battend\(") == {"attention.py"}
+    kernels = {"cached_attention.py", "span_attention.py", "window_attention.py"}
+    assert users(r"import attend_\w+") == {"attention.py", *kernels}

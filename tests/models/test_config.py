@@ -22,6 +22,7 @@ def test_the_named_shapes_have_the_sizes_of_their_names() -> None:
     assert SHAPES["llama-8b"].parameters == 8_030_261_248
     assert SHAPES["smollm2-135m"].parameters == 134_515_008
     assert SHAPES["mistral-7b"].parameters == 7_241_732_096
+    assert SHAPES["mixtral-8x7b"].parameters == 46_702_792_704
     assert SHAPES["qwen2.5-0.5b"].parameters == 494_032_768
     assert SHAPES["qwen3-0.6b"].parameters == 596_049_920
     assert SHAPES["gemma-2b"].parameters == 2_506_172_416

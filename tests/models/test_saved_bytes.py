@@ -20,7 +20,17 @@ GEMMA2 = {
     "full_every": 2,
 }
 GEMMA3 = {**GEMMA, "norm_place": "sandwich", "query_key_norm": True, "full_every": 2}
-PEAK_KINDS = ("llama", "gpt2", "grouped heads", "narrow", "dropout", "qwen3", "gemma2", "gemma3")
+PEAK_KINDS = (
+    "llama",
+    "gpt2",
+    "grouped heads",
+    "narrow",
+    "dropout",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "mixture",
+)
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt2": GPT2,
@@ -45,6 +55,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "half a window": {"window": 32, "kv_heads": 2},
     "window every other layer": {"window": 16, "full_every": 2},
     "gemma2": GEMMA2,
+    "mixture": {"experts": 8, "hidden": 64},
+    "mixture of many": {"experts": 32, "hidden": 32, "experts_per_token": 5},
+    "shared expert": {"experts": 4, "hidden": 96, "shared_hidden": 128, "shared_gate": True},
     "gemma2 with dropout": {**GEMMA2, "dropout": 0.1, "attention_dropout": 0.1},
     "gemma3": {**GEMMA3, "window": 16},
 }

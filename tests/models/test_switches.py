@@ -43,6 +43,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "full_every": 3,
         "window_rope_theta": 100.0,
     },
+    "mixture": {"experts": 5, "hidden": 24, "expert_softmax": "all", "experts_per_token": 3},
+    "qwen2 mixture": {"experts": 4, "hidden": 16, "shared_hidden": 24, "shared_gate": True},
     "exact and yarn": {"activation": "geglu-exact", "rope_scaling": "yarn", "rope_factor": 2.0},
 }
 GPT2 = {"norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True}
@@ -170,6 +172,7 @@ def test_each_switch_changes_the_outputs(kind: str) -> None:
         wanted = model(tokens())
     plain = DecoderConfig()
     of_shape = {"layers", "width", "heads", "kv_heads", "head_width", "context", "vocab_size"}
+    of_shape |= {"experts", "hidden", "shared_hidden", "shared_gate"}
     others = {"norm", "norm_place", "query_key_norm", "qkv_bias", "rope_factor", "window"}
     state = model.state_dict()
     for name in {*KINDS[kind]} - of_shape - others:
@@ -258,6 +261,10 @@ def test_the_defaults_are_the_model_of_earlier_releases(kind: str) -> None:
         ({"full_every": 2}, "full_every = 2 names the layers without a window"),
         ({"rope_factor": 2.0}, "rope_factor = 2 scales nothing without rope_scaling"),
         ({"rope_scaling": "llama3", "rope_low": 4.0}, "rope_low = 4 turns are not less than"),
+        ({"experts": 2, "experts_per_token": 3}, "experts_per_token = 3 is more than experts = 2"),
+        ({"experts": 2, "bias": True}, "experts have no biases"),
+        ({"experts": 2, "shared_gate": True}, "shared_gate scales a shared expert"),
+        ({"shared_hidden": 8}, "a shared expert needs others"),
         ({"head_width": 7}, "an even width a head, and head_width is 7"),
     ],
 )

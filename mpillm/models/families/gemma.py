@@ -132,7 +132,8 @@ class Gemma3(Gemma2):
     )
 
     def settings(self, hub: HubConfig) -> dict[str, Any]:
-        pattern = hub.value("sliding_window_pattern") or hub.value("_sliding_window_pattern") or 6
+        keys = ("sliding_window_pattern", "_sliding_window_pattern")
+        pattern = next((hub.integer(key, 0) for key in keys if hub.has(key)), 6)
         found = {**self.sandwich(hub), "query_key_norm": True, **_windows(hub, pattern)}
         local = hub.rope("sliding_attention", "rope_local_base_freq")
         if local["rope_type"] != "default":

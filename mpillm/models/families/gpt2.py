@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.families.family import Cut, DecoderFamily, Place
-from mpillm.models.families.hub_config import HubConfig
+from mpillm.models.families.hub_config import MOST_LAYERS, HubConfig
 
 PARTS = ("query", "key", "value")
 ACTIVATIONS: Mapping[str, str] = MappingProxyType(
@@ -65,7 +65,7 @@ class GPT2(DecoderFamily):
         width = hub.integer("n_embd")
         inner = 4 * width if hub.value("n_inner") is None else hub.integer("n_inner")
         return {
-            "layers": hub.integer("n_layer"),
+            "layers": hub.integer("n_layer", most=MOST_LAYERS),
             "width": width,
             "heads": hub.integer("n_head"),
             "hidden": 0 if inner == 4 * width else inner,

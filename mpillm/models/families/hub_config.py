@@ -6,6 +6,8 @@ from typing import Any
 from mpillm.errors import RecipeError
 
 SCALING_KEYS = ("rope_scaling", "rope_parameters")
+# A file may name any number, and each layer and expert of it becomes names of weights.
+MOST_LAYERS, MOST_EXPERTS, LARGEST, LARGEST_NUMBER = 4096, 4096, 2**31 - 1, 1e30
 KINDS = ("full_attention", "sliding_attention")
 
 
@@ -16,15 +18,19 @@ class HubConfig:
         self._given, self._defaults = given, defaults
         self.model_type = str(given.get("model_type"))
 
+    def has(self, key: str) -> bool:
+        """Return whether the file has `key` itself."""
+        return key in self._given
+
     def value(self, key: str) -> Any:
         """Return the value of `key`, or its default; None is a value."""
         return self._given[key] if key in self._given else self._defaults.get(key)
 
-    def integer(self, key: str, least: int = 1) -> int:
-        """Return a whole number of at least `least`. Raises RecipeError for anything else."""
+    def integer(self, key: str, least: int = 1, most: int = LARGEST) -> int:
+        """Return a whole number from `least` to `most`. Raises RecipeError for anything else."""
         value = self.value(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.fault(key, value, f"a whole number from {least} on")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.fault(key, value, f"a whole number from {least} to {most}")
         return value
 
     def number(self, key: str) -> float:
@@ -33,7 +39,8 @@ class HubConfig:
 
     def positive(self, key: str, value: Any) -> float:
         """Check that `value`, which `key` has, is a number above 0. Raises RecipeError."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if not known or not 0 < value < LARGEST_NUMBER:
             raise self.fault(key, value, "a number above 0")
         return float(value)
 
@@ -49,7 +56,8 @@ class HubConfig:
         value = self.value(key)
         if value not in supported:
             raise self.fault(key, value, " or ".join(_shown(each) for each in supported))
-        return value
+        # Not the value itself: 0 equals false.
+        return supported[supported.index(value)]
 
     def fault(self, key: str, value: Any, supported: str) -> RecipeError:
         """Return the error for a value that this family does not support."""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.families.family import DecoderFamily
-from mpillm.models.families.hub_config import HubConfig
+from mpillm.models.families.hub_config import MOST_LAYERS, HubConfig
 from mpillm.models.families.rope_keys import read_rope, rope_keys
 
 NAMES: Mapping[str, str] = MappingProxyType(
@@ -48,7 +48,7 @@ class LlamaLike(DecoderFamily):
             head_width = hub.integer("head_dim")
         activation = hub.require(self.activation_key, *self.activations)
         return {
-            "layers": hub.integer("num_hidden_layers"),
+            "layers": hub.integer("num_hidden_layers", most=MOST_LAYERS),
             "width": width,
             "heads": heads,
             "kv_heads": 0 if kv_heads == heads else kv_heads,

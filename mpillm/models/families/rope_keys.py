@@ -19,8 +19,8 @@ def read_rope(hub: HubConfig) -> dict[str, Any]:
     """Return the arguments of DecoderConfig for the layers without a window. Raises RecipeError."""
     rope = hub.rope()
     found: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
-    if float(rope.get("partial_rotary_factor") or 1) != 1:
-        raise hub.fault("partial_rotary_factor", rope["partial_rotary_factor"], "1")
+    if (share := rope.get("partial_rotary_factor")) not in (None, 1):
+        raise hub.fault("partial_rotary_factor", share, "1")
     kind = rope["rope_type"]
     if kind == "default":
         return found

@@ -26,7 +26,8 @@ def read_windows(hub: HubConfig, full_every: int, window: int) -> dict[str, Any]
     if all(kind == KINDS[False] for kind in given):
         return {"window": 0, "full_every": 0}
     # The family's own rule first: few layers agree with several rules.
-    for every in (full_every, 0, *range(2, len(given) + 1)):
+    first_full = given.index(KINDS[False]) + 1 if KINDS[False] in given else 0
+    for every in (full_every, first_full):
         spec = DecoderConfig(layers=len(given), window=window, full_every=every)
         if layer_types(spec) == given:
             return {"window": window, "full_every": every}

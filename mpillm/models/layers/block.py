@@ -1,4 +1,4 @@
-"""A Transformer block: norms, feed-forward, and the block that joins them with attention.
+"""A Transformer block: norms, attention and feed-forward, joined by residual connections.
 
 Shapes: B sequences, T positions, C width.
 """
@@ -6,41 +6,17 @@ Shapes: B sequences, T positions, C width.
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.layers.attention import Attention
 from mpillm.models.layers.cached_attention import LayerCache
 from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.models.layers.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, drop
+from mpillm.models.layers.feed_forward import FeedForward
+from mpillm.models.layers.mixture import Mixture
 from mpillm.models.layers.norm import make_norm
 from mpillm.models.layers.recompute import recomputed
 from mpillm.models.layers.rotary import Rotation
-
-
-class FeedForward(nn.Module):
-    """The feed-forward layer: GELU, or a gated unit (Shazeer 2020) of SiLU or GELU."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        # The tanh form is that of GPT-2's released weights.
-        self.form = "none" if config.activation.endswith("exact") else "tanh"
-        self.silu = config.activation == "swiglu"
-        sizes = config.width, config.hidden_width
-        self.gate = nn.Linear(*sizes, bias=config.bias) if config.gated else None
-        self.up = nn.Linear(*sizes, bias=config.bias)
-        self.down = nn.Linear(config.hidden_width, config.width, bias=config.bias)
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        if self.gate is None:
-            inside = self._activated(self.up(x_BTC))
-        else:
-            inside = self._activated(self.gate(x_BTC)) * self.up(x_BTC)
-        y_BTC: Tensor = self.down(inside)
-        return y_BTC
-
-    def _activated(self, x: Tensor) -> Tensor:
-        return F.silu(x) if self.silu else F.gelu(x, approximate=self.form)
 
 
 class Block(nn.Module):
@@ -55,7 +31,7 @@ class Block(nn.Module):
         self.attention = Attention(config, block)
         self.attention_output_norm = make_norm(config) if sandwich else None
         self.forward_norm = make_norm(config)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = Mixture(config) if config.experts else FeedForward(config)
         self.forward_output_norm = make_norm(config) if sandwich else None
 
     def forward(

@@ -28,7 +28,7 @@ from mpillm.models.spec import Part, Recompute, recompute_of
 
 # Outputs that are added to the stream. Their initial deviation is smaller by √(2 · layers), so that
 # the variance of the stream does not grow with depth (GPT-2, Radford et al. 2019, section 2.3).
-RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
+RESIDUAL_OUTPUTS = (".attention.output.weight", ".down.weight")
 
 
 class Cache(GenerationCache):
@@ -127,7 +127,8 @@ class Decoder(PartModule):
         return rotation, rotation if self.window_rotary is None else self.window_rotary(*given)
 
     def compiled_layers(self) -> list[nn.Module]:
-        return list(self.layers.values())
+        # Each batch sends another number of positions to an expert: another shape to compile.
+        return [] if self.config.experts else list(self.layers.values())
 
     def layer_arguments(self, rows: int) -> tuple[Any, ...]:
         weight = next(self.layers.parameters())

@@ -1,8 +1,10 @@
 """Each family equals transformers on a small random model: logits, gradients, weights, settings."""
 
+import tempfile
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from mpillm.models.part_module import create
 from mpillm.tasks.cross_entropy import cross_entropy_sum
 
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 
 LENGTH, VOCABULARY = 24, 61
 COMMON = {
@@ -38,6 +41,7 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "factor": 3.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
+MIXTURE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 GEMMA = {"head_dim": 16, "sliding_window": 5}
 GPT2 = {
     "n_embd": 32,
@@ -68,6 +72,10 @@ CASES = {
     "qwen2 with windows": Case("qwen2", WINDOWS),
     "qwen3": Case("qwen3", {"head_dim": 16}),
     "qwen3 with windows": Case("qwen3", {**WINDOWS, "head_dim": 8}),
+    "mixtral": Case("mixtral", {"num_local_experts": 5}),
+    "mixtral with a window": Case("mixtral", {"sliding_window": 5, "num_experts_per_tok": 3}),
+    "qwen2_moe": Case("qwen2_moe", {**MIXTURE, "shared_expert_intermediate_size": 24}),
+    "qwen3_moe": Case("qwen3_moe", {**MIXTURE, "norm_topk_prob": True, "head_dim": 16}),
     "gemma": Case("gemma", {"head_dim": 16}),
     "gemma2": Case("gemma2", {**GEMMA, "query_pre_attn_scalar": 24}),
     "gemma2, other caps": Case("gemma2", {**GEMMA, "final_logit_softcapping": 2.0}),
@@ -92,6 +100,21 @@ def theirs(name: str) -> Any:
     return model
 
 
+def stored(model: Any, gradients: bool = False) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model, or their gradients, as its files have them.
+
+    In memory the experts of a layer are one tensor.
+    """
+    tensors = {
+        name: weight.grad if gradients else weight for name, weight in model.named_parameters()
+    }
+    if not hasattr(model.config, "num_experts_per_tok"):
+        return tensors if gradients else model.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, state_dict=tensors)
+        return safetensors.load_file(Path(folder) / "model.safetensors")
+
+
 def read(tensors, place):
     """Read one of our weights from their tensors."""
     tensor = tensors[place.name]
@@ -108,7 +131,7 @@ def ours(name: str) -> Any:
     family = find_family(config)
     spec = family.spec(config)
     model = create(spec, 1)
-    tensors, places = theirs(name).state_dict(), family.places(spec)
+    tensors, places = stored(theirs(name)), family.places(spec)
     assert set(places) == set(dict(model.named_parameters()))
     with torch.no_grad():
         for ours_name, weight in model.named_parameters():
@@ -141,7 +164,7 @@ def test_gradients_are_those_of_transformers(name: str) -> None:
     loss_of(their_model(ids()).logits).backward()
     model.zero_grad()
     loss_of(model(ids())).backward()
-    gradients = {key: weight.grad for key, weight in their_model.named_parameters()}
+    gradients = stored(their_model, gradients=True)
     places = family.places(spec)
     for ours_name, weight in model.named_parameters():
         wanted = read(gradients, places[ours_name])
@@ -157,7 +180,7 @@ def test_a_state_dict_goes_there_and_back_bitwise(name: str) -> None:
     with torch.no_grad():
         for ours_name, place in family.places(spec).items():
             read(back, place).copy_(model.get_parameter(ours_name))
-    wanted = theirs(name).state_dict()
+    wanted = stored(theirs(name))
     assert set(wanted) == set(back) | set(aliases)
     assert all(torch.equal(wanted[key], tensor) for key, tensor in back.items())
     assert all(torch.equal(wanted[key], back[leader]) for key, leader in aliases.items())

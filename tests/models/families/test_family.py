@@ -100,6 +100,10 @@ def test_an_unsupported_family_names_the_nearest() -> None:
         ({"hidden_act": "relu"}, 'hidden_act = "relu" is not supported; mpillm reads "silu"'),
         ({"hidden_size": "32"}, 'hidden_size = "32" is not supported; mpillm reads a whole number'),
         ({"hidden_size": 0}, "hidden_size = 0 is not supported"),
+        ({"num_hidden_layers": 10**9}, "mpillm reads a whole number from 1 to 4096"),
+        ({"vocab_size": 2**63}, f"vocab_size = {2**63} is not supported"),
+        ({"rope_theta": float("inf")}, "rope_theta = inf is not supported"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan is not supported"),
         ({"rms_norm_eps": None}, "rms_norm_eps = null is not supported"),
         ({"attention_bias": True}, "attention_bias = true is not supported; mpillm reads false"),
         ({"attention_dropout": 2}, "attention_dropout = 2 is not supported"),
@@ -132,6 +136,7 @@ def test_rotary_settings_of_transformers_4_and_5() -> None:
         ("llama-1b", "llama"),
         ("smollm2-135m", "llama"),
         ("mistral-7b", "mistral"),
+        ("mixtral-8x7b", "mixtral"),
         ("qwen2.5-0.5b", "qwen2"),
         ("qwen3-0.6b", "qwen3"),
         ("gemma-2b", "gemma"),
@@ -196,3 +201,23 @@ def test_gemma_3_of_transformers_4_and_5() -> None:
     assert specs[0] == specs[1]
     assert specs[0].window_rope_theta == 5e3  # type: ignore[attr-defined]
     assert specs[0].full_every == 6  # type: ignore[attr-defined]
+
+
+JUNK = (None, "x", -1, 0, 0.5, 1e400, float("nan"), [], {}, True, 2**70, [1], {"factor": "y"})
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_no_value_of_a_file_raises_another_error(kind: str) -> None:
+    family, small = find_family({"model_type": kind}), {"model_type": kind}
+    keys = {*family.defaults, "layer_types", "rope_scaling", "rope_parameters"}  # type: ignore[attr-defined]
+    keys |= {"sliding_window_pattern", "partial_rotary_factor", "n_inner", "num_local_experts"}
+    yarn = {"rope_type": "yarn", "factor": 2.0}
+    refused = 0
+    for key in sorted(keys):
+        for junk in JUNK:
+            for given in ({key: junk}, {"rope_scaling": {**yarn, key: junk}}):
+                try:
+                    family.spec({**small, **given})
+                except RecipeError:
+                    refused += 1
+    assert refused > 50

@@ -40,6 +40,25 @@ CONFIGS = [
         tied=False,
     ),
 ]
+SWITCHED = [
+    # Layers with and without a window, with rotations of their own, and scales about 1.
+    DecoderConfig(
+        layers=LAYERS,
+        width=16,
+        heads=2,
+        context=12,
+        vocab_size=40,
+        norm="rmsnorm1p",
+        norm_place="sandwich",
+        query_key_norm=True,
+        scaled_embedding=True,
+        window=4,
+        full_every=3,
+        window_rope_theta=100.0,
+        logits_soft_cap=3.0,
+    ),
+    PLAIN.replace(experts=3, shared_hidden=8, shared_gate=True, hidden=16),
+]
 
 
 def tokens(rows=ROWS):
@@ -108,6 +127,12 @@ def test_gradients_are_the_whole_model_s(comm, name, handover, config):
         assert model.clip_(0) == pytest.approx(norm, rel=1e-5)
     assert set().union(*comm.allgather(set(model.named_weights()))) == set(gradients)
     model.close()
+
+
+@pytest.mark.parametrize("config", SWITCHED, ids=["windows", "experts"])
+@pytest.mark.parametrize("name", ["1f1b", "zb-v"])
+def test_gradients_of_other_blocks_are_the_whole_model_s(comm, name, config):
+    test_gradients_are_the_whole_model_s(comm, name, "messages", config)
 
 
 @pytest.mark.gpu
