@@ -120,8 +120,8 @@ def test_a_damaged_tokenizer_of_a_checkpoint_is_passed_over(run: Path, comm: MPI
 def test_settings_of_a_later_release_are_said(run: Path, comm: MPI.Intracomm) -> None:
     path = run / CHECKPOINTS / "step-00000002"
     checkpoint = Checkpoint(path)
-    checkpoint.facts["recipe"]["model"]["experts"] = 8
-    with pytest.raises(MismatchError, match="does not know: experts"):
+    checkpoint.facts["recipe"]["model"]["telepathy"] = 8
+    with pytest.raises(MismatchError, match="does not know: telepathy"):
         check_trained(checkpoint)
     with pytest.raises(MismatchError, match="settings that cannot be: width"):
         read_spec({"width": "many"})

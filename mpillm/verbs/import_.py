@@ -10,7 +10,7 @@ from mpillm.verbs.job import limit_torch_threads, open_job
 
 
 @dataclass(frozen=True)
-class ImportModel:
+class Import:
     """Import a published model, a Hugging Face folder or a GGUF file, as a checkpoint to generate,
     evaluate and train with.
     """

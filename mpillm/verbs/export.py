@@ -11,7 +11,7 @@ from mpillm.verbs.job import limit_torch_threads, open_job
 
 
 @dataclass(frozen=True)
-class ExportModel:
+class Export:
     """Export a trained model: a Hugging Face folder that transformers loads, or safetensors."""
 
     example: ClassVar = "mpillm export runs/quickstart --out exported --dtype bfloat16"
