@@ -47,7 +47,19 @@ def read_memory(root: Path = ROOT) -> HostMemory:
 
 def resident_bytes(root: Path = ROOT) -> int:
     """Return the resident set of this process, in bytes; 0 where Linux does not say."""
-    found = re.search(r"^VmRSS:\s+(\d+) kB", text_of(root / "proc/self/status"), re.M)
+    return _of_status("VmRSS", root)
+
+
+def peak_resident_bytes(root: Path = ROOT) -> int:
+    """Return the largest resident set of this process, in bytes; 0 where Linux does not say.
+
+    getrusage's ru_maxrss begins with that of the process which started this one.
+    """
+    return _of_status("VmHWM", root)
+
+
+def _of_status(key: str, root: Path) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB", text_of(root / "proc/self/status"), re.M)
     return int(found[1]) * 1024 if found else 0
 
 

@@ -1,13 +1,12 @@
 """The memory of a run: predicted before it, measured after it, and what lets a rank need less."""
 
-import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpillm.errors import LayoutError
 from mpillm.infer.evaluate import rows_at_once
-from mpillm.machine.memory import resident_bytes
+from mpillm.machine.memory import peak_resident_bytes, resident_bytes
 from mpillm.machine.node_map import NodeMap
 from mpillm.parallel.step_plan import StepPlan
 from mpillm.plan.peak_memory import MemoryEstimate, Replicas, held_bytes, predict_peak
@@ -83,10 +82,10 @@ class RunMemory:
 
 def peak_memory_bytes(device: str = "cpu") -> int:
     """Return the largest memory of this process so far: on a GPU the peak of torch's allocator,
-    else the high-water mark of the resident set (getrusage, in KiB).
+    else the high-water mark of the resident set.
     """
     if device == "cpu":
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak_resident_bytes()
     import torch
 
     return torch.cuda.max_memory_allocated()

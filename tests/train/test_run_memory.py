@@ -67,6 +67,16 @@ def test_the_resident_set_is_below_its_peak() -> None:
     assert resident_bytes(Path("/nowhere")) == 0
 
 
+def test_the_peak_is_not_that_of_the_process_before(python: Callable[..., Any]) -> None:
+    """This one has 300 MiB at least while it starts the other, which has less."""
+    held = bytearray(300 * MIB)
+    held[::4096] = b"x" * len(held[::4096])
+    code = "from mpillm.machine.memory import peak_resident_bytes; print(peak_resident_bytes())"
+    done = python("-c", code)
+    assert 10 * MIB < int(done.stdout) < 200 * MIB
+    assert peak_memory_bytes() > 300 * MIB
+
+
 def test_a_run_predicts_its_peak_and_records_both(
     data: Path, tmp_path: Path, python: Callable[..., Any]
 ) -> None:
