@@ -30,7 +30,6 @@ from mpillm.tasks.task_catalog import TaskSettings
 from mpillm.train.optimizers import optimizer_catalog
 from mpillm.train.optimizers.optimizer import OptimizerSettings
 from mpillm.train.recipe_file import expand_home, own_run, read_table
-from mpillm.weights.model_settings import model_settings
 
 # What a signed 64-bit number holds, in torch and in MPI.
 LARGEST = 1 << 63
@@ -187,6 +186,9 @@ def _take_settings(table: Table) -> None:
         return
     train["start_from"] = start = expand_home(start)
     if "architecture" not in model and "shape" not in model:
+        # Imported here: the index of a checkpoint loads torch, which a login node may lack.
+        from mpillm.weights.model_settings import model_settings
+
         settings: Any = model_settings(Path(start))
         table["model"] = {**asdict(settings), **model}
 

@@ -1,4 +1,4 @@
-"""The settings of a model at rest, read without torch and without its weights."""
+"""The settings of a model at rest, read without its weights."""
 
 from pathlib import Path
 
