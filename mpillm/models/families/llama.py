@@ -36,6 +36,10 @@ class LlamaLike(DecoderFamily):
     activations: ClassVar[Mapping[str, str]] = MappingProxyType({"silu": "swiglu"})
     """Their names of the activations that the family may have → ours, the usual one first."""
     activation_key: ClassVar[str] = "hidden_act"
+    shares_width: ClassVar[bool] = False
+    """Whether heads share the width, without a key of their own: another width of a head is then
+    read back as such, and refused.
+    """
 
     def common(self, hub: HubConfig) -> dict[str, Any]:
         """Return the arguments of DecoderConfig that all these families have."""
@@ -65,6 +69,7 @@ class LlamaLike(DecoderFamily):
 
     def keys(self, spec: DecoderConfig) -> dict[str, Any]:
         theirs = {ours: name for name, ours in self.activations.items()}
+        known = self.shares_width and not spec.head_width
         return {
             "vocab_size": spec.vocab_size,
             "hidden_size": spec.width,
@@ -72,7 +77,7 @@ class LlamaLike(DecoderFamily):
             "num_hidden_layers": spec.layers,
             "num_attention_heads": spec.heads,
             "num_key_value_heads": spec.key_value_heads,
-            "head_dim": spec.head_features,
+            **({} if known else {"head_dim": spec.head_features}),
             "max_position_embeddings": spec.context,
             "rms_norm_eps": spec.norm_epsilon,
             self.activation_key: theirs.get(spec.activation, next(iter(self.activations))),

@@ -34,17 +34,14 @@ class Qwen2(LlamaLike):
 
     model_types = ("qwen2",)
     architecture = "Qwen2ForCausalLM"
+    shares_width = True
     defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
 
     def settings(self, hub: HubConfig) -> dict[str, Any]:
         return {**self.common(hub), **_windows(hub), "qkv_bias": True}
 
     def keys(self, spec: DecoderConfig) -> dict[str, Any]:
-        found = super().keys(spec)
-        # Its heads share the width: another head_dim is read back as such, and refused.
-        if not spec.head_width:
-            del found["head_dim"]
-        return {**found, **_window_keys(spec)}
+        return {**super().keys(spec), **_window_keys(spec)}
 
 
 class Qwen3(LlamaLike):

@@ -59,6 +59,7 @@ class Qwen2Mixture(QwenMixture):
 
     model_types = ("qwen2_moe",)
     architecture = "Qwen2MoeForCausalLM"
+    shares_width = True
     names: ClassVar[Mapping[str, str]] = SHARED_NAMES
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
@@ -83,15 +84,10 @@ class Qwen2Mixture(QwenMixture):
         }
 
     def keys(self, spec: DecoderConfig) -> dict[str, Any]:
-        found = super().keys(spec)
-        # Its heads share the width.
-        if not spec.head_width:
-            del found["head_dim"]
-        shared = spec.shared_hidden or spec.hidden_width
         return {
-            **found,
+            **super().keys(spec),
             "qkv_bias": spec.qkv_bias,
-            "shared_expert_intermediate_size": shared,
+            "shared_expert_intermediate_size": spec.shared_hidden or spec.hidden_width,
         }
 
 

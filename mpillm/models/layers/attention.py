@@ -40,10 +40,8 @@ def attend(
         assert spans is None, "a cache holds one document a row"
         return attend_cached(q_BTHD, k_BTKD, v_BTKD, cache, first, window, soft_cap)
     if soft_cap or (dropout and keys_B is not None):
-        mask_TT = band_mask(q_BTHD.shape[1], 0, window, q_BTHD.device)
-        if spans is not None:
-            mask_TT = mask_TT & spans.dense_mask if window else spans.dense_mask
-        return attend_unfused(q_BTHD, k_BTKD, v_BTKD, mask_TT, soft_cap, dropout, keys_B)
+        mask = _dense_mask(q_BTHD, spans, window)
+        return attend_unfused(q_BTHD, k_BTKD, v_BTKD, mask, soft_cap, dropout, keys_B)
     if spans is None:
         return attend_window(q_BTHD, k_BTKD, v_BTKD, window)
     if takes_spans(q_BTHD):
@@ -51,10 +49,15 @@ def attend(
     if q_BTHD.device.type == "cpu":
         return attend_spans(q_BTHD, k_BTKD, v_BTKD, spans, window)
     # A GPU in float32: one kernel over a matrix, where spans would be as many as documents.
-    mask_B1TT = spans.dense_mask
-    if window:
-        mask_B1TT = mask_B1TT & band_mask(q_BTHD.shape[1], 0, window, q_BTHD.device)
-    return attend_dense(q_BTHD, k_BTKD, v_BTKD, mask_B1TT)
+    return attend_dense(q_BTHD, k_BTKD, v_BTKD, _dense_mask(q_BTHD, spans, window))
+
+
+def _dense_mask(q_BTHD: Tensor, spans: DocumentSpans | None, window: int) -> Tensor:
+    """Make the mask of documents and window, (T, T) or (B, 1, T, T): true where it attends."""
+    if spans is not None and not window:
+        return spans.dense_mask
+    mask_TT = band_mask(q_BTHD.shape[1], 0, window, q_BTHD.device)
+    return mask_TT if spans is None else mask_TT & spans.dense_mask
 
 
 class Attention(nn.Module):
