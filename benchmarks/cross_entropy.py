@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.bench.timing import in_turn
 from mpillm.models.linear_head import LinearHead
 from mpillm.system.malloc import keep_pages
@@ -54,22 +54,6 @@ class Contestant:
         return found
 
 
-def peak_bytes(work: Callable[[], object], device: str) -> int:
-    """Return the most bytes of tensors that `work` holds at once."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    assert recorded.profiler is not None
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return int(np.cumsum(sizes).max())
-
-
 def seconds_of(work: Callable[[], object], device: str) -> float:
     """Time `work`: CPU time, or on a GPU the time until it is done."""
     if device == "cpu":
@@ -100,7 +84,7 @@ def measure(contestants: dict[str, Contestant], options: argparse.Namespace) -> 
     """Measure both; return the figures in SI units."""
     peaks, losses, gradients = {}, {}, {}
     for name, contestant in contestants.items():
-        peaks[name] = peak_bytes(contestant.compute, options.device)
+        peaks[name] = peak_tensor_bytes(contestant.compute, options.device)
         contestant.forget()
         losses[name] = contestant.compute()
         gradients[name] = contestant.forget()

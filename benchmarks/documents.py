@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cross_entropy import peak_bytes, seconds_of
+from cross_entropy import seconds_of
 from torch import Tensor
 
+from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.bench.timing import in_turn
 from mpillm.models.layers.attention import attend
 from mpillm.models.layers.dense_attention import attend_dense
@@ -72,7 +73,7 @@ def measure(contestants: dict[str, Contestant], options: argparse.Namespace) -> 
     for name, each in contestants.items():
         each.compute()
         each.found = []
-        peaks[name] = peak_bytes(each.compute, options.device)
+        peaks[name] = peak_tensor_bytes(each.compute, options.device)
     pairs = zip(*(each.found for each in contestants.values()), strict=True)
     difference = max(float((one.double() - two.double()).abs().max()) for one, two in pairs)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.bench.timing import in_turn
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.part_module import PartModule, create
@@ -45,18 +45,6 @@ def build(kind: str, options: argparse.Namespace) -> PartModule:
     return create(config, 1, part=Part(1, options.layers + 1))
 
 
-def peak_bytes(step) -> int:
-    """Run a step; return the most bytes that torch held above those at its begin."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def measure(kind: str, choices: list, options: argparse.Namespace) -> dict:
     """Return the peak bytes and the CPU seconds of each round, by choice."""
     part = build(kind, options)
@@ -72,7 +60,7 @@ def measure(kind: str, choices: list, options: argparse.Namespace) -> dict:
     found: dict = {choice: {"bytes": 0, "seconds": []} for choice in choices}
     for choice in choices:
         part.set_recompute(choice)
-        found[choice]["bytes"] = peak_bytes(step)
+        found[choice]["bytes"] = peak_tensor_bytes(step)
     for turn in range(options.rounds):
         for choice in in_turn(choices, turn):
             part.set_recompute(choice)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.part_module import create
 from mpillm.models.spec import Part, recompute_counts, recompute_of
@@ -121,8 +122,6 @@ def test_the_ends_of_a_model_keep_what_their_settings_count(kind: str, part: Par
 
 def peak_of_a_step(config: DecoderConfig, part: Part, rows: int, recompute: Any) -> int:
     """Return the most bytes that torch holds in a step of a middle part, above those before it."""
-    from torch.profiler import ProfilerActivity, profile
-
     module = create(config, 1, part=part)
     module.set_recompute(recompute)
     stream = torch.randn(rows, config.context, config.width)
@@ -133,14 +132,7 @@ def peak_of_a_step(config: DecoderConfig, part: Part, rows: int, recompute: Any)
         module.forward_part(fields, (given,)).outputs[0].backward(stream)
 
     step()  # gradients of weights stay, and belong to no step
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return peak_tensor_bytes(step)
 
 
 @pytest.mark.parametrize("recompute", ["none", "attention", "full", 2])

@@ -1,7 +1,5 @@
 """The loss in chunks compared with the plain one: value, gradients, halves, memory."""
 
-import gc
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
+from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.models import head_chunks
 from mpillm.models.head_chunks import chunk_positions, head_bytes, tile_positions
 from mpillm.models.linear_head import LinearHead
@@ -272,16 +270,6 @@ def test_a_head_in_float32_computes_in_the_dtype_of_the_hidden_states() -> None:
     assert [x.grad.dtype for x in lower.tensors] == [torch.bfloat16, torch.float32, torch.float32]
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Return the most bytes that `work` holds at once, as torch's allocator counts them."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return int(np.cumsum(sizes).max())
-
-
 def test_the_peak_is_one_chunk_and_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     positions, width, vocabulary = 1024, 16, 2000
     monkeypatch.setattr(head_chunks, "CPU_CHUNK_BYTES", 64 * vocabulary * 4)
@@ -303,11 +291,11 @@ def test_the_peak_is_one_chunk_and_the_gradients(monkeypatch: pytest.MonkeyPatch
             chunked_cross_entropy(scored, targets_BT)
 
     needed = head_bytes(positions, width, vocabulary)
-    peak = peak_bytes(lambda: (chunked_cross_entropy(chunks, targets_BT) / 7).backward())
+    peak = peak_tensor_bytes(lambda: (chunked_cross_entropy(chunks, targets_BT) / 7).backward())
     assert 0.9 * needed < peak < 1.1 * needed
-    assert peak < 0.15 * peak_bytes(plain)
-    assert peak_bytes(score) < 1.1 * 64 * vocabulary * 4
+    assert peak < 0.15 * peak_tensor_bytes(plain)
+    assert peak_tensor_bytes(score) < 1.1 * 64 * vocabulary * 4
     # A soft cap holds one more chunk, of its slopes.
     capped = leaves()._replace(soft_cap=30.0)
-    peak = peak_bytes(lambda: (chunked_cross_entropy(capped, targets_BT) / 7).backward())
+    peak = peak_tensor_bytes(lambda: (chunked_cross_entropy(capped, targets_BT) / 7).backward())
     assert 0.9 < peak / (needed + 64 * vocabulary * 4) < 1.1
