@@ -212,6 +212,18 @@ def shared_folder(comm: MPI.Intracomm) -> Iterator[Path]:
         yield path
 
 
+@pytest.fixture
+def published(folder: Path, comm: MPI.Intracomm) -> Path:
+    """Write a small published model, which a test may change."""
+    pytest.importorskip("safetensors")
+    from tests.published import publish
+
+    if comm.rank == 0:
+        publish(folder / "hub")
+    comm.Barrier()
+    return folder / "hub"
+
+
 @pytest.fixture(scope="session")
 def documents(shared_folder: Path, comm: MPI.Intracomm) -> Path:
     """A folder of 200 short documents of made-up sentences, the same in every run."""

@@ -1,5 +1,6 @@
 """Write a trained model as other tools read it: the work of `mpillm export`."""
 
+import math
 import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +28,8 @@ from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.checkpoint_source import CheckpointSource
 from mpillm.weights.finding import find
-from mpillm.weights.names import weight_name
-from mpillm.weights.published_model import theirs
+from mpillm.weights.index import ITEM_BYTES
+from mpillm.weights.published_model import their_tensors
 from mpillm.weights.safetensors_source import INDEX, SINGLE
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 # Of a file: below the limit of file systems and hubs that take 5 GB, and a rank's memory.
 SHARD_BYTES = 4 << 30
 CONFIG = "config.json"
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,18 @@ def export_model(
     imported = checkpoint.facts.get("imported") or {}
     if dtype == "auto":
         known = str(imported.get("dtype"))
-        dtype = known if known in ITEM_BYTES else "float32"
+        dtype = known if known in DTYPES else "float32"
     family = None if kind == "safetensors" else _family(spec, str(imported.get("model_type")))
     plan = on_all(comm, lambda: _plan(checkpoint, spec, family, dtype))
     shards = _shards(plan.shapes, ITEM_BYTES[dtype])
+    total = sum(sum(sizes.values()) for sizes in shards)
     work = on_root(comm, lambda: _begin(out, plan.texts))
     try:
-        total = sum(sum(sizes.values()) for sizes in shards)
         with console.progress("write", total, "bytes") as progress:
             on_all(
                 comm, lambda: _write(work, shards, plan.make, dtype, comm.rank, comm.size, progress)
             )
-        on_root(comm, lambda: _finish(work, out, shards))
+        on_root(comm, lambda: _finish(work, out, shards, total))
     except BaseException:
         if comm.rank == 0:
             with suppress(OSError):
@@ -134,18 +135,13 @@ def _plan(checkpoint: Checkpoint, spec: ModelSpec, family: Family | None, dtype:
     source = CheckpointSource(checkpoint)
 
     def ours(name: str) -> Tensor:
-        return source.read(weight_name(name)).to(getattr(torch, dtype))
+        return source.read_weight(name).to(getattr(torch, dtype))
 
     if family is None:
-        names = {
-            name.removeprefix("model/").replace("/", "."): info.shape
-            for name, info in source.tensors.items()
-            if name.startswith("model/")
-        }
         texts = {"recipe.json": to_json(checkpoint.facts["recipe"], indent=1) + "\n"}
-        return _Plan(names, ours, texts)
+        return _Plan(source.weights, ours, texts)
     texts = _texts(checkpoint, spec, family, dtype)
-    return _Plan(family.tensors(spec), lambda name: theirs(family, spec, name, ours), texts)
+    return _Plan(family.tensors(spec), their_tensors(family, spec, ours), texts)
 
 
 def _texts(checkpoint: Checkpoint, spec: ModelSpec, family: Family, dtype: str) -> dict[str, str]:
@@ -173,11 +169,14 @@ def _texts(checkpoint: Checkpoint, spec: ModelSpec, family: Family, dtype: str) 
 def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> list[dict[str, int]]:
     """Share the tensors among files in their order: name → bytes of each."""
     shards: list[dict[str, int]] = [{}]
+    filled = 0
     for name, shape in shapes.items():
-        nbytes = itemsize * torch.Size(shape).numel()
-        if shards[-1] and sum(shards[-1].values()) + nbytes > SHARD_BYTES:
+        nbytes = itemsize * math.prod(shape)
+        if shards[-1] and filled + nbytes > SHARD_BYTES:
             shards.append({})
+            filled = 0
         shards[-1][name] = nbytes
+        filled += nbytes
     return shards
 
 
@@ -229,11 +228,11 @@ def _file(number: int, count: int) -> str:
     return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _finish(work: Path, out: Path, shards: Sequence[Mapping[str, int]]) -> None:
+def _finish(work: Path, out: Path, shards: Sequence[Mapping[str, int]], total: int) -> None:
     """Write the index of several files, and give the folder its name."""
     if len(shards) > 1:
         index: dict[str, Any] = {
-            "metadata": {"total_size": sum(sum(sizes.values()) for sizes in shards)},
+            "metadata": {"total_size": total},
             "weight_map": {
                 name: _file(number, len(shards))
                 for number, sizes in enumerate(shards)

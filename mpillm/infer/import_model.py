@@ -1,5 +1,6 @@
 """Make a checkpoint of a published model: the work of `mpillm import`."""
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ from mpillm.system.messages import command, explain
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
 from mpillm.tasks import task_catalog
 from mpillm.tokens.gguf_tokenizer import gguf_tokenizer
+from mpillm.tokens.manifest import tokenizer_facts
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint_source import CheckpointSource
 from mpillm.weights.gguf_model import GgufModel
 from mpillm.weights.gguf_source import GgufSource
+from mpillm.weights.index import ITEM_BYTES
 from mpillm.weights.names import weight_name
 from mpillm.weights.open_source import open_source
 from mpillm.weights.places import CHECKPOINTS
@@ -41,7 +44,6 @@ KEPT = (
     "generation_config.json",
     "chat_template.jinja",
 )
-FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,15 @@ def import_model(
     on_root(comm, lambda: _refuse_full(out))
     source = open_source(path, comm, console)
     model = on_all(comm, lambda: PublishedModel.open(_as_published(source)))
+    on_root(comm, model.check_tied)
     texts, tokenizer = on_root(comm, lambda: _texts(source, end_of_text))
     if tokenizer["vocab_size"] > model.spec.vocab_size:
         raise MismatchError(
             f"{path} has a tokenizer of {tokenizer['vocab_size']:,} tokens and an embedding of "
             f"{model.spec.vocab_size:,}; take the tokenizer that belongs to the model"
         )
-    shapes = model.shapes
-    sizes = {name: FLOAT32_BYTES * _count(shape) for name, shape in shapes.items()}
+    itemsize = ITEM_BYTES["float32"]
+    sizes = {name: itemsize * math.prod(shape) for name, shape in model.shapes.items()}
     own = assign_writers([sizes] * comm.size)[comm.rank]
     with console.progress("read", sum(sizes[name] for name in own), "bytes") as progress:
         tensors = on_all(comm, lambda: _read(model, own, sizes, progress))
@@ -86,7 +89,7 @@ def import_model(
 def print_import(imported: ImportedModel, out: Path, console: Console) -> None:
     """Print what was made, and the command that uses it."""
     model = imported.model
-    size = binary_bytes(FLOAT32_BYTES * model.parameters)
+    size = binary_bytes(ITEM_BYTES["float32"] * model.parameters)
     console.say(f"{imported.checkpoint}: {model.describe()}")
     console.say(f"{model.parameters:,} parameters, {size} in float32")
     console.say(f"next: {command(['mpillm', 'generate', out, '--prompt', 'TEXT'])}")
@@ -122,13 +125,7 @@ def _texts(source: TensorSource, end_of_text: str | None) -> tuple[dict[str, str
         tokenizer = Tokenizer.from_json(text, path.stem, end)
     except DataError as failure:
         raise CheckpointError(f"{path}: {failure}") from failure
-    facts = {
-        "name": tokenizer.name,
-        "sha256": tokenizer.sha256,
-        "end_of_text": tokenizer.end_of_text,
-        "vocab_size": tokenizer.vocab_size,
-    }
-    return texts, facts
+    return texts, tokenizer_facts(tokenizer)
 
 
 def _texts_of(path: Path) -> dict[str, str]:
@@ -179,13 +176,6 @@ def _read(
         tensors[weight_name(name)] = model.read(name).to(torch.float32)
         progress.advance(sizes[name])
     return tensors
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _facts(model: PublishedModel, tokenizer: dict[str, Any]) -> dict[str, Any]:

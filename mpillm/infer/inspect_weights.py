@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mpillm.errors import UsageError
 from mpillm.system.console import Console, binary_bytes, counted
 from mpillm.system.json_text import to_json
+from mpillm.system.messages import some_of
 from mpillm.weights.inspection import Difference, TensorFigures, compare, measure, select
 from mpillm.weights.open_source import open_source
 from mpillm.weights.tensor_source import TensorSource
@@ -28,8 +29,6 @@ SHOWN_FACTS = (
     "general.name",
     "general.license",
 )
-# Names that are listed of those that one source lacks.
-MOST_NAMES = 5
 
 
 def print_inspection(
@@ -52,7 +51,7 @@ def print_inspection(
     if not names:
         raise UsageError(
             f"no tensor of {path} matches {', '.join(patterns)}; its names begin with "
-            f"{', '.join(list(source.tensors)[:MOST_NAMES])}"
+            f"{some_of(source.tensors)}"
         )
     if other is None:
         total = sum(source.tensors[name].nbytes for name in names)
@@ -151,8 +150,7 @@ def _print_difference(
         console.table("", ("tensor", "largest difference", "relative"), _rows(differing))
     for path, names in ((source.path, only_ours), (other.path, only_theirs)):
         if names:
-            listed = ", ".join(names[:MOST_NAMES]) + ", …" * (len(names) > MOST_NAMES)
-            console.say(f"only in {path}: {counted(len(names), 'tensor')} ({listed})")
+            console.say(f"only in {path}: {counted(len(names), 'tensor')} ({some_of(names)})")
     for name, (first, second) in reshaped.items():
         console.say(f"{name}: {list(first)} in {source.path}, {list(second)} in {other.path}")
 

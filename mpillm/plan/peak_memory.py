@@ -27,6 +27,7 @@ GAP_SHARE, RECOMPUTED_GAP_SHARE = 0.4, 1.6
 CHECKPOINT_BYTES = 2 << 20
 # Receives that a channel posts ahead, and slots of its queue: executor.AHEAD, queue_setup.SLOTS.
 POSTED, SLOTS = 2, 2
+# torch's embedding reads ids of 8 bytes.
 TOKEN_BYTES = 8
 FLOAT32_BYTES = 4
 

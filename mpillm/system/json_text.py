@@ -34,6 +34,14 @@ def read_json(path: Path) -> Any:
     return from_json(read_plain(path, most=LARGEST_FILE).decode("utf-8-sig"))
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a plain file that holds an object, as `read_json` does."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError("it is not an object")
+    return value
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -44,6 +44,12 @@ def printable(text: str) -> str:
     return _HIDDEN.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
+def some_of(names: Iterable[str], most: int = 5) -> str:
+    """Write the first `most` names, with … where there are more."""
+    listed = list(names)
+    return ", ".join(listed[:most]) + ", …" * (len(listed) > most)
+
+
 def one_line(text: str | Path) -> str:
     """Write a name so that it stays on its line: line ends and tabs as escapes, too."""
     return _on_its_line(printable(str(text)))

@@ -9,15 +9,20 @@ from mpillm.infer.evaluate import rows_at_once
 from mpillm.machine.memory import peak_resident_bytes, resident_bytes
 from mpillm.machine.node_map import NodeMap
 from mpillm.parallel.step_plan import StepPlan
-from mpillm.plan.peak_memory import MemoryEstimate, Replicas, held_bytes, predict_peak
+from mpillm.plan.peak_memory import (
+    FLOAT32_BYTES,
+    TOKEN_BYTES,
+    MemoryEstimate,
+    Replicas,
+    held_bytes,
+    predict_peak,
+)
 from mpillm.system.console import binary_bytes
 from mpillm.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from mpillm.comm.mesh import Mesh
 
-# torch's embedding reads ids of 8 bytes.
-TOKEN_BYTES, FLOAT32_BYTES = 8, 4
 # Ways of all-reduce with which a node's ranks have their gradients in shared memory.
 SHARING = ("auto", "shared", "two-level")
 

@@ -12,18 +12,17 @@ from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import MismatchError
 from mpillm.infer.loading import TOKENIZER
 from mpillm.system.console import Console
+from mpillm.system.messages import command, some_of
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
 from mpillm.tokens.manifest import Manifest
 from mpillm.weights.checkpoint_source import CheckpointSource
-from mpillm.weights.names import weight_name
+from mpillm.weights.gguf_source import GgufSource
 from mpillm.weights.open_source import open_source
 from mpillm.weights.published_model import PublishedModel
 from mpillm.weights.tensor_source import TensorSource
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-SHOWN = 5
 
 
 def start_from(
@@ -46,17 +45,22 @@ def start_from(
             f"train.start_from: the data {manifest.folder} was made with another tokenizer than "
             f"{path}; prepare it with the model's: --tokenizer {source.path}"
         )
-    on_all(comm, lambda: _fill(path, source, weights))
+    read, shapes = _reader(source, comm)
+    on_all(comm, lambda: _fill(path, read, shapes, weights))
     console.say(f"starting from the weights of {source.path}")
 
 
-def _fill(path: Path, source: TensorSource, weights: Mapping[str, Tensor]) -> None:
-    read, shapes = _reader(source)
+def _fill(
+    path: Path,
+    read: Callable[[str], Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: Mapping[str, Tensor],
+) -> None:
     missing = [name for name in weights if name not in shapes]
     if missing:
         raise MismatchError(
             f"train.start_from: {path} lacks {len(missing)} weights of the model: "
-            f"{', '.join(missing[:SHOWN])}; leave [model] out to take the settings of {path}"
+            f"{some_of(missing)}; leave [model] out to take the settings of {path}"
         )
     for name, weight in weights.items():
         if shapes[name] != tuple(weight.shape):
@@ -69,17 +73,18 @@ def _fill(path: Path, source: TensorSource, weights: Mapping[str, Tensor]) -> No
 
 
 def _reader(
-    source: TensorSource,
+    source: TensorSource, comm: "MPI.Intracomm"
 ) -> tuple[Callable[[str], Tensor], Mapping[str, tuple[int, ...]]]:
     """Return the function that reads one of our weights, and the shapes of all."""
     if isinstance(source, CheckpointSource):
-        names = {
-            name.removeprefix("model/").replace("/", "."): info.shape
-            for name, info in source.tensors.items()
-            if name.startswith("model/")
-        }
-        return lambda name: source.read(weight_name(name)), names
-    model = PublishedModel.open(source)
+        return source.read_weight, source.weights
+    if isinstance(source, GgufSource):
+        raise MismatchError(
+            f"train.start_from: {source.path} is a GGUF file; make a checkpoint of it first "
+            f"({command(['mpillm', 'import', source.path, '--out', 'FOLDER'])}), and start from it"
+        )
+    model = on_all(comm, lambda: PublishedModel.open(source))
+    on_root(comm, model.check_tied)
     return model.read, model.shapes
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.index import ITEM_BYTES
+from mpillm.weights.names import module_names, weight_name
 from mpillm.weights.slices import Box, TensorSlice, whole_box
 from mpillm.weights.tensor_source import TensorInfo, TensorSource
 
@@ -27,6 +28,16 @@ class CheckpointSource(TensorSource):
         }
         super().__init__(checkpoint.folder, tensors, checkpoint.facts)
         self._checkpoint = checkpoint
+
+    @property
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the weights, by the module's names."""
+        names = module_names(self.tensors)
+        return {name: self.tensors[stored].shape for name, stored in names.items()}
+
+    def read_weight(self, name: str) -> Tensor:
+        """Return a weight by the module's name. Raises CheckpointError as `read` does."""
+        return self.read(weight_name(name))
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         info = self.tensors[name]

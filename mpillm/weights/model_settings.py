@@ -6,7 +6,7 @@ from mpillm.errors import CheckpointError, MpillmError, RecipeError
 from mpillm.models.families.family_catalog import find_family
 from mpillm.models.model_catalog import read_spec
 from mpillm.models.spec import ModelSpec
-from mpillm.system.json_text import read_json
+from mpillm.system.json_text import read_object
 from mpillm.system.messages import why
 from mpillm.weights.index import read_index
 from mpillm.weights.places import CHECKPOINTS, INDEX, checkpoint_folders
@@ -30,9 +30,7 @@ def model_settings(path: Path) -> ModelSpec:
             "a checkpoint or a Hugging Face folder"
         )
     try:
-        value = read_json(config)
-        if not isinstance(value, dict):
-            raise ValueError("it is not an object")
+        value = read_object(config)
         return find_family(value).spec(value)
     except (OSError, ValueError, RecipeError) as failure:
         raise CheckpointError(f"{config}: {why(failure)}") from failure

@@ -38,6 +38,13 @@ def weight_name(name: str) -> str:
     return f"model/{name.replace('.', '/')}"
 
 
+def module_names(names: Iterable[str]) -> dict[str, str]:
+    """Map the weights among the names of a checkpoint: the module's name → the checkpoint's."""
+    prefix = weight_name("")
+    weights = (name for name in names if name.startswith(prefix))
+    return {name.removeprefix(prefix).replace("/", "."): name for name in weights}
+
+
 def state_name(slot: str, name: str) -> str:
     """Name the state `slot` of a weight of the module as a checkpoint does."""
     return f"optimizer/{slot}/{name.replace('.', '/')}"

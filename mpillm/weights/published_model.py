@@ -4,21 +4,21 @@ A family (models/families) gives the place of each weight. Weights are read one 
 holds no more of the model than it keeps.
 """
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from mpillm.errors import CheckpointError, RecipeError
-from mpillm.models.families.family import Family
+from mpillm.models.families.family import Family, Place
 from mpillm.models.families.family_catalog import find_family
 from mpillm.models.spec import ModelSpec
+from mpillm.system.messages import some_of
 from mpillm.weights.slices import Box
 from mpillm.weights.tensor_source import TensorSource
-
-SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class PublishedModel:
     def open(cls, source: TensorSource) -> "PublishedModel":
         """Find the family by the source's configuration, and compare all names and shapes.
 
-        Raises CheckpointError with the first names that are missing, unknown or of another shape.
+        Reads no values. Raises CheckpointError with the first names that are missing, unknown or of
+        another shape.
         """
         try:
             family = find_family(source.facts)
@@ -44,9 +45,13 @@ class PublishedModel:
         model._check_names()
         return model
 
+    @cached_property
+    def _places(self) -> Mapping[str, Place]:
+        return self.family.places(self.spec)
+
     def read(self, name: str) -> Tensor:
         """Return the weight of ours `name` (`layers.0.attention.query.weight`), as it is stored."""
-        place = self.family.places(self.spec)[name]
+        place = self._places[name]
         box = None if place.box is None else Box(*place.box)
         values = self.source.read(self._stored(place.name), box)
         return values.t().contiguous() if place.transposed else values
@@ -55,7 +60,7 @@ class PublishedModel:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each of our weights."""
         theirs_of, found = self.family.tensors(self.spec), {}
-        for name, place in self.family.places(self.spec).items():
+        for name, place in self._places.items():
             shape = theirs_of[place.name] if place.box is None else place.box[1]
             found[name] = shape[::-1] if place.transposed else shape
         return found
@@ -86,7 +91,7 @@ class PublishedModel:
             if names:
                 raise CheckpointError(
                     f"{self.source.path} {what} {len(names)} tensors of a "
-                    f"{self.family.model_types[0]} model: {_some(names)}; download it again, or "
+                    f"{self.family.model_types[0]} model: {some_of(names)}; download it again, or "
                     "check model_type in its config.json"
                 )
         for stored, (name, shape) in found.items():
@@ -95,11 +100,15 @@ class PublishedModel:
                     f"{self.source.path} has {name} of shape {list(tensors[stored].shape)}, and "
                     f"its config.json means {list(shape)}; download it again"
                 )
-        self._check_aliases({alias: name for alias, name in aliases.items() if alias in tensors})
 
-    def _check_aliases(self, aliases: dict[str, str]) -> None:
-        """Raise CheckpointError where two names of one tied tensor have other values."""
-        for alias, name in aliases.items():
+    def check_tied(self) -> None:
+        """Raise CheckpointError where two names of one tied tensor have other values.
+
+        One rank calls it, since both are read.
+        """
+        for alias, name in self.family.aliases(self.spec).items():
+            if alias not in self.source.tensors:
+                continue
             one, other = self.source.read(alias), self.source.read(self._stored(name))
             if not torch.equal(one, other):
                 raise CheckpointError(
@@ -108,22 +117,28 @@ class PublishedModel:
                 )
 
 
-def theirs(family: Family, spec: ModelSpec, name: str, ours: Any) -> Tensor:
-    """Return their tensor `name` from our weights; `ours(name)` reads one of them."""
-    parts = [(own, place) for own, place in family.places(spec).items() if place.name == name]
-    whole: Tensor | None = None
-    for own, place in parts:
-        values = ours(own).t() if place.transposed else ours(own)
-        if place.box is None:
-            return values.contiguous()  # type: ignore[no-any-return]
-        if whole is None:
-            whole = torch.empty(family.tensors(spec)[name], dtype=values.dtype)
-        cuts = tuple(slice(a, a + n) for a, n in zip(*place.box, strict=True))
-        whole[cuts] = values.reshape(whole[cuts].shape)
-    assert whole is not None
-    return whole
+def their_tensors(
+    family: Family, spec: ModelSpec, ours: Callable[[str], Tensor]
+) -> Callable[[str], Tensor]:
+    """Return the function that makes a tensor of theirs, by its name, from our weights.
 
+    `ours(name)` reads one of them.
+    """
+    shapes, parts = family.tensors(spec), defaultdict[str, list[tuple[str, Place]]](list)
+    for own, place in family.places(spec).items():
+        parts[place.name].append((own, place))
 
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:SHOWN]) + (", …" if len(listed) > SHOWN else "")
+    def make(name: str) -> Tensor:
+        whole: Tensor | None = None
+        for own, place in parts[name]:
+            values = ours(own).t() if place.transposed else ours(own)
+            if place.box is None:
+                return values.contiguous()
+            if whole is None:
+                whole = torch.empty(shapes[name], dtype=values.dtype)
+            cuts = tuple(slice(a, a + n) for a, n in zip(*place.box, strict=True))
+            whole[cuts] = values.reshape(whole[cuts].shape)
+        assert whole is not None
+        return whole
+
+    return make

@@ -4,7 +4,7 @@ The package safetensors checks a file's header: offsets that overlap or leave th
 beyond its bytes, are refused before anything is read. Files are mapped: a box costs its own pages.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mpillm.errors import CheckpointError
 from mpillm.system.extras import require_packages
-from mpillm.system.json_text import read_json
-from mpillm.system.messages import why
+from mpillm.system.json_text import read_json, read_object
+from mpillm.system.messages import some_of, why
 from mpillm.system.plain_files import is_plain_name, open_plain
 from mpillm.weights.slices import Box, whole_box
 from mpillm.weights.tensor_source import TensorInfo, TensorSource
@@ -23,7 +23,6 @@ SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "co
 SUFFIX = ".safetensors"
 # Formats that run code when they are read.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-SHOWN = 5
 # safetensors' names of types → torch's, and their bytes.
 DTYPES: Mapping[str, tuple[str, int]] = MappingProxyType(
     {
@@ -54,7 +53,8 @@ class SafetensorsSource(TensorSource):
     def __init__(self, path: Path) -> None:
         """Open the files and check their headers. Raises CheckpointError with the fault."""
         require_packages(f"reading {path}", "safetensors")
-        files = [path] if path.is_file() else _files_of(path)
+        index = _weight_map(path)
+        files = [path] if path.is_file() else _files_of(path, index)
         self._files = {file: _open(file) for file in files}
         self._file_of: dict[str, Path] = {}
         tensors: dict[str, TensorInfo] = {}
@@ -66,8 +66,7 @@ class SafetensorsSource(TensorSource):
                         "download the folder again"
                     )
                 tensors[name], self._file_of[name] = _info(opened, name, file), file
-        if path.is_dir():
-            _compare(path, self._file_of)
+        _compare(path, index, self._file_of)
         super().__init__(path, tensors, _facts(path, self._files))
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
@@ -101,20 +100,22 @@ def refuse_pickles(path: Path) -> None:
         )
 
 
-def _files_of(folder: Path) -> list[Path]:
+def _files_of(folder: Path, index: Mapping[str, str]) -> list[Path]:
     """List the files of a folder: those of its index, else the single one."""
-    names = sorted(set(_weight_map(folder).values())) or [SINGLE]
+    names = sorted(set(index.values())) or [SINGLE]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
             f"{folder} is half copied: {len(missing)} of {len(names)} files are missing "
-            f"({_some(missing)}); copy them too"
+            f"({some_of(missing)}); copy them too"
         )
     return [folder / name for name in names]
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Read the index's name → file; empty without an index. Raises CheckpointError."""
+    """Read the index's name → file; empty for a file, and without an index. Raises
+    CheckpointError.
+    """
     path = folder / INDEX
     if not path.exists():
         return {}
@@ -131,14 +132,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return found
 
 
-def _compare(folder: Path, file_of: Mapping[str, Path]) -> None:
+def _compare(folder: Path, index: Mapping[str, str], file_of: Mapping[str, Path]) -> None:
     """Compare the index with the files. Raises CheckpointError with the first names."""
-    index = _weight_map(folder)
     missing = [name for name, file in index.items() if file_of.get(name, folder).name != file]
     if missing:
         raise CheckpointError(
             f"{folder}: {len(missing)} tensors of {INDEX} are not in the files that it names "
-            f"({_some(missing)}); download the folder again"
+            f"({some_of(missing)}); download the folder again"
         )
 
 
@@ -149,12 +149,9 @@ def _facts(path: Path, files: Mapping[Path, Any]) -> dict[str, Any]:
     if not config.exists():
         return {}
     try:
-        value = read_json(config)
+        return read_object(config)
     except (OSError, ValueError) as failure:
         raise CheckpointError(f"{config} cannot be read: {why(failure)}") from failure
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{config} is not an object")
-    return value
 
 
 def _open(file: Path) -> Any:
@@ -179,8 +176,3 @@ def _info(opened: Any, name: str, file: Path) -> TensorInfo:
         )
     dtype, itemsize = DTYPES[kind]
     return TensorInfo(dtype, shape, itemsize * whole_box(shape).numel)
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:SHOWN]) + (", …" if len(listed) > SHOWN else "")

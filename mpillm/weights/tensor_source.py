@@ -3,6 +3,7 @@
 Ranks read boxes of tensors on demand, so no process ever holds a whole model.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,16 +46,9 @@ class TensorSource(ABC):
     @property
     def elements(self) -> int:
         """All elements of all tensors."""
-        return sum(_product(info.shape) for info in self.tensors.values())
+        return sum(math.prod(info.shape) for info in self.tensors.values())
 
     @property
     def nbytes(self) -> int:
         """All bytes of all tensors, as they are stored."""
         return sum(info.nbytes for info in self.tensors.values())
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

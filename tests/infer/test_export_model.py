@@ -15,8 +15,7 @@ from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_trained
 from mpillm.models.decoder import DecoderConfig
 from mpillm.system.console import Console
-
-from .test_import_model import SPEC, publish, weights_of
+from tests.published import SPEC, publish, weights_of
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 QUIET = Console(speaks=False)

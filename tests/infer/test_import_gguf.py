@@ -8,17 +8,18 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpillm.errors import CheckpointError
+from mpillm.errors import CheckpointError, MismatchError
 from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_trained
 from mpillm.models.families.family_catalog import family_of
 from mpillm.system.console import Console
 from mpillm.tokens.gguf_tokenizer import CONTROL, RULES, gguf_tokenizer
 from mpillm.tokens.tokenizer import Tokenizer, byte_symbols, train_bpe
+from mpillm.train.start_from import _reader
 from mpillm.weights.gguf_model import NAMES
-from mpillm.weights.published_model import theirs
-
-from .test_import_model import SPEC, weights_of
+from mpillm.weights.gguf_source import GgufSource
+from mpillm.weights.published_model import their_tensors
+from tests.published import SPEC, weights_of
 
 gguf = pytest.importorskip("gguf")
 QUIET = Console(speaks=False)
@@ -33,7 +34,8 @@ def tokenizer_parts() -> tuple[list[str], list[int], list[str]]:
 
 def write(path: Path, turned: bool = True, **facts: Any) -> Path:
     """Write a Llama as llama.cpp's converter does, in float32; with `turned` rotary halves."""
-    family, ours = family_of(SPEC), weights_of(SPEC)
+    family = family_of(SPEC)
+    make = their_tensors(family, SPEC, weights_of(SPEC).__getitem__)
     writer = gguf.GGUFWriter(path, str(facts.pop("architecture", "llama")))
     writer.add_block_count(SPEC.layers)
     writer.add_context_length(SPEC.context)
@@ -54,7 +56,7 @@ def write(path: Path, turned: bool = True, **facts: Any) -> Path:
         writer.add_uint32(f"llama.{key}", value)
     back = {their: our for our, their in NAMES.items()}
     for name in family.tensors(SPEC):
-        values = theirs(family, SPEC, name, ours.__getitem__)
+        values = make(name)
         for kind, heads in (("q_proj", SPEC.heads), ("k_proj", SPEC.key_value_heads)):
             if turned and kind in name:
                 by_head = values.view(heads, 2, -1, SPEC.width)
@@ -127,3 +129,14 @@ def test_gpt2_s_rule_is_that_of_our_own_tokenizers() -> None:
 def test_each_rule_splits_as_published(rule: str, pieces: list[str]) -> None:
     found = RULES[rule]().pre_tokenize_str("It's 2026: 12 users")
     assert [piece.replace("Ġ", " ") for piece, _ in found] == pieces
+
+
+def test_a_run_does_not_start_from_it(folder: Path, comm: MPI.Intracomm) -> None:
+    """It has no tokenizer.json that the data could be compared with."""
+    if comm.rank == 0:
+        write(folder / "model.gguf")
+    comm.Barrier()
+    with pytest.raises(
+        MismatchError, match=r"is a GGUF file; make a checkpoint of it first \(mpill"
+    ):
+        _reader(GgufSource(folder / "model.gguf"), comm)

@@ -13,46 +13,13 @@ from mpillm.infer.generate import generate
 from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_data, load_trained
 from mpillm.infer.sampling import Sampling
-from mpillm.models.decoder import DecoderConfig
-from mpillm.models.families.family_catalog import family_of
-from mpillm.models.part_module import create
 from mpillm.system.console import Console
-from mpillm.tokens.tokenizer import byte_tokenizer
 from mpillm.weights.open_source import open_source
-from mpillm.weights.published_model import PublishedModel, theirs
+from mpillm.weights.published_model import PublishedModel
+from tests.published import SPEC, publish, weights_of
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 QUIET = Console(speaks=False)
-SPEC = DecoderConfig(
-    layers=2, width=32, heads=4, kv_heads=2, hidden=64, context=32, vocab_size=300, tied=False
-)
-
-
-def weights_of(spec: DecoderConfig) -> dict[str, torch.Tensor]:
-    return {name: weight.detach() for name, weight in create(spec, 7).named_weights()}
-
-
-def publish(folder: Path, spec: DecoderConfig = SPEC, **more: torch.Tensor) -> Path:
-    """Write a folder as transformers does, in bfloat16."""
-    family, ours = family_of(spec), weights_of(spec)
-    tensors = {
-        name: theirs(family, spec, name, ours.__getitem__).bfloat16()
-        for name in family.tensors(spec)
-    }
-    folder.mkdir()
-    safetensors_torch.save_file({**tensors, **more}, folder / "model.safetensors")
-    config = {**family.config(spec), "eos_token_id": 256, "dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text(byte_tokenizer().to_json())
-    return folder
-
-
-@pytest.fixture
-def published(folder: Path, comm: MPI.Intracomm) -> Path:
-    if comm.rank == 0:
-        publish(folder / "hub")
-    comm.Barrier()
-    return folder / "hub"
 
 
 def test_each_weight_is_that_of_the_folder(published: Path, comm: MPI.Intracomm) -> None:

@@ -1,5 +1,6 @@
 """`train.start_from`: training begins with the weights and the settings of another model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mpillm.system.console import Console
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.train.recipe import Recipe, load_recipe
 from mpillm.train.setup import train
-from tests.infer.test_import_model import SPEC, publish
+from tests.published import SPEC
 
 pytest.importorskip("safetensors")
 QUIET = Console(speaks=False)
@@ -30,26 +31,12 @@ def recipe(folder: Path, data: Path, start: Path, **sections: dict[str, Any]) ->
     for name, keys in sections.items():
         table.setdefault(name, {}).update(keys)
     lines = [
-        f"[{name}]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in keys.items())
+        f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
         for name, keys in table.items()
     ]
     path = folder / f"recipe-{MPI.COMM_WORLD.rank}.toml"
     path.write_text("\n".join(lines))
     return load_recipe(path)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else str(value)
-
-
-@pytest.fixture
-def published(folder: Path, comm: MPI.Intracomm) -> Path:
-    if comm.rank == 0:
-        publish(folder / "hub")
-    comm.Barrier()
-    return folder / "hub"
 
 
 @pytest.mark.parametrize("layout", ["data", "pipeline"])
