@@ -80,7 +80,7 @@ class GgufModel(TensorSource):
         if self._turned and ".self_attn.q_proj." in name:
             heads = self.facts["num_attention_heads"]
         elif self._turned and ".self_attn.k_proj." in name:
-            heads = self.facts["num_key_value_heads"]
+            heads = self.facts.get("num_key_value_heads") or self.facts["num_attention_heads"]
         if not heads:
             return self._source.read(stored, box)
         turned = self._source.read(stored)
@@ -118,9 +118,25 @@ def _config(source: GgufSource) -> tuple[dict[str, Any], bool]:
         for ours, theirs in KEYS.items()
         if f"{architecture}.{ours}" in facts
     }
+    _check_rotation(source, architecture, config)
     vocabulary = source.tensors.get("token_embd.weight")
     config["vocab_size"] = vocabulary.shape[0] if vocabulary else 0
     return {"model_type": model_type, **config}, turned
+
+
+def _check_rotation(source: GgufSource, architecture: str, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a part of a head is rotated, and the rest is not."""
+    rotated = source.facts.get(f"{architecture}.rope.dimension_count")
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if not isinstance(rotated, int) or not isinstance(width, int) or not isinstance(heads, int):
+        # config.json's own checks name what is missing.
+        return
+    head_width = config.get("head_dim") or width // max(1, heads)
+    if rotated != head_width:
+        raise CheckpointError(
+            f"{source.path} rotates {rotated} of the {head_width} features of a head, and mpillm "
+            "rotates all; it cannot be imported"
+        )
 
 
 def _number(value: Any) -> Any:

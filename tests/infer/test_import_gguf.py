@@ -93,6 +93,7 @@ def test_each_weight_is_that_of_the_model(folder: Path, comm: MPI.Intracomm) -> 
     [
         ({"architecture": "mamba"}, "is of the architecture 'mamba'; mpillm reads GGUF files of"),
         ({"expert_count": 8}, r"llama\.expert_count = 8 is not read"),
+        ({"rope.dimension_count": 4}, "rotates 4 of the 8 features of a head"),
         ({"rule": "tekken"}, "with the rule 'tekken'; mpillm reads the kind gpt2 with the rules"),
     ],
 )
