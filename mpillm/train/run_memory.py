@@ -1,6 +1,6 @@
 """The memory of a run: predicted before it, measured after it, and what lets a rank need less."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -104,17 +104,20 @@ def compare_text(predicted: int, measured: int) -> str:
     )
 
 
-def shortage(estimate: MemoryEstimate, node_map: NodeMap, memory: int, remedy: str) -> str:
+def shortage(
+    estimate: MemoryEstimate, node_map: NodeMap, memory: int, remedy: Callable[[], str]
+) -> str:
     """Return a warning where the ranks of a host may need more than its `memory`, else "".
 
-    `memory`: what the job may use of one host, in bytes; 0: unknown.
+    `memory`: what the job may use of one host, in bytes; 0: unknown. `remedy` is called for a
+    warning alone: it predicts the memory of other settings.
     """
     ranks = max(map(len, node_map.nodes))
     if not memory or ranks * estimate.total <= memory:
         return ""
     return (
         f"{ranks} rank(s) of a host may need {binary_bytes(ranks * estimate.total)}, and it has "
-        f"{binary_bytes(memory)}: {remedy}"
+        f"{binary_bytes(memory)}: {remedy()}"
     )
 
 

@@ -1,6 +1,7 @@
 """Set up a run from its recipe: mesh, plan, model, checkpoint; then train."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from mpillm.models.part_module import torch_explained, weight_shapes
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.devices import may_take_gpus
 from mpillm.parallel.noise_scale import check_small_batches
-from mpillm.parallel.step_plan import StepPlan, make_mesh, plan_step
+from mpillm.parallel.step_plan import make_mesh, plan_step
 from mpillm.runs.folder import CLUSTER, HISTORY
 from mpillm.runs.history import STARTED, read_history
 from mpillm.system.compile_cache import find_compiler, set_compile_cache
@@ -104,8 +105,9 @@ def train(
             memory = RunMemory.of(recipe, mesh)
             estimate = memory.predict(plan)
             print_plan(recipe, mesh, plan, reader, console, hardware.description, estimate)
-            if hosts_compute:
-                _warn_of_shortage(memory, plan, node_map, limit, console)
+            remedy = partial(memory.remedy, plan)
+            if hosts_compute and (short := shortage(estimate, node_map, limit, remedy)):
+                console.warn(short)
             trainer = Trainer(recipe, task, reader, mesh, plan, profile, console.warn)
             if data.size > 1:
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
@@ -162,13 +164,6 @@ def _warn(recipe: Recipe, console: Console) -> None:
             f"the first cycle of cosine-restarts ends at step {first:,} and train.steps = "
             f"{steps:,}: the run has no restart; set a shorter optimizer.period"
         )
-
-
-def _warn_of_shortage(
-    memory: RunMemory, plan: StepPlan, node_map: NodeMap, limit: int, console: Console
-) -> None:
-    if text := shortage(memory.predict(plan), node_map, limit, memory.remedy(plan)):
-        console.warn(text)
 
 
 def _compiles(recipe: Recipe, comm: "MPI.Intracomm", console: Console) -> bool:

@@ -51,9 +51,9 @@ def test_the_remedies_are_those_that_need_less_with_what_they_need() -> None:
 
 def test_a_shortage_counts_the_ranks_of_a_host() -> None:
     estimate, two = MemoryEstimate(weights=3 * MIB), NodeMap(((0, 1), (2,)))
-    assert shortage(estimate, two, 6 * MIB, "do this") == ""
-    assert shortage(estimate, two, 0, "do this") == ""
-    text = shortage(estimate, two, 5 * MIB, "do this")
+    assert shortage(estimate, two, 6 * MIB, lambda: "do this") == ""
+    assert shortage(estimate, two, 0, lambda: "do this") == ""
+    text = shortage(estimate, two, 5 * MIB, lambda: "do this")
     assert text == "2 rank(s) of a host may need 6.0 MiB, and it has 5.0 MiB: do this"
 
 
