@@ -39,9 +39,9 @@ class Contestant:
     def compute(self) -> None:
         spans = DocumentSpans(self._document_BT, self._grad.device)
         if self._dense:
-            out = attend_dense(*self._qkv, spans.dense_mask)
+            out = attend_dense(*self._qkv, spans.causal_mask)
         else:
-            out = attend(*self._qkv, spans)
+            out = attend(*self._qkv, spans=spans)
         self.found = [out.detach(), *torch.autograd.grad(out, self._qkv, self._grad)]
 
 

@@ -97,6 +97,24 @@ class ModelSpec(ABC):
     def stream_widths(self) -> tuple[int, ...]:
         """The widths of the tensors (B, T, width) that pass from one part to the next, in order."""
 
+    def streams_ahead(self, block: int, length: int = 0) -> tuple[tuple[int, int], ...]:
+        """Return (T, width) of each tensor that passes where the model is cut ahead of `block`.
+
+        `length`: of the sequences; 0: the context. Override it where cuts differ, as those in an
+        encoder and in a decoder do.
+        """
+        return tuple((length or self.context, width) for width in self.stream_widths)
+
+    @property
+    def stream_features(self) -> int:
+        """The features of a sequence, over all its positions, that pass at the widest cut."""
+        return max(sum(_features(self.streams_ahead(block))) for block in range(self.blocks))
+
+    @property
+    def largest_stream(self) -> int:
+        """The same of the largest tensor alone."""
+        return max(max(_features(self.streams_ahead(block))) for block in range(self.blocks))
+
     @property
     @abstractmethod
     def block_flops(self) -> tuple[float, ...]:
@@ -197,3 +215,7 @@ class ModelSpec(ABC):
         """Return these settings with `changes`; checks them again."""
         # ModelSpec itself is not a dataclass, each architecture is one.
         return replace(self, **changes)  # type: ignore[type-var]
+
+
+def _features(streams: tuple[tuple[int, int], ...]) -> list[int]:
+    return [length * width for length, width in streams]

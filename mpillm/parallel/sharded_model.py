@@ -126,13 +126,15 @@ class ShardedModel:
             for number, (stage, part) in enumerate(self.parts.items())
         }
         # Every microbatch of a pipeline has the same number of rows.
-        shapes = tuple((plan.microbatch, spec.context, width) for width in spec.stream_widths)
+        shapes = [
+            tuple((plan.microbatch, *stream) for stream in spec.streams_ahead(part.first))
+            for part in plan.parts
+        ]
         dtype = torch_dtype(plan.precision.dtype)
-        self._streams = StreamShapes(lambda microbatch: shapes, dtype, device)
+        self._streams = StreamShapes(lambda stage, microbatch: shapes[stage], dtype, device)
         # Channels have a fixed capacity: that of the largest stream of training and scoring.
-        widest = max(spec.stream_widths)
         rows = max(plan.microbatch, scored_rows)
-        nbytes = dtype.itemsize * rows * spec.context * widest
+        nbytes = dtype.itemsize * rows * spec.largest_stream
         self.pipeline = Pipeline(axis, schedule, nbytes, settings.handover, profile, warn)
 
     @property
@@ -241,7 +243,6 @@ class ShardedModel:
         """
         if not count:
             return {}
-        widths = self.spec.stream_widths
         dtype = torch_dtype(self.plan.precision.dtype)
         found: dict[int, BatchScore] = {}
 
@@ -258,11 +259,13 @@ class ShardedModel:
                 )
                 for stage, part in self.parts.items()
             }
-            streams = StreamShapes(
-                lambda number: tuple((*shape_of(first + number), width) for width in widths),
-                dtype,
-                self.device,
-            )
+
+            def shapes(stage: int, number: int) -> tuple[tuple[int, ...], ...]:
+                rows, length = shape_of(first + number)
+                ahead = self.spec.streams_ahead(self.plan.parts[stage].first, length)
+                return tuple((rows, *stream) for stream in ahead)
+
+            streams = StreamShapes(shapes, dtype, self.device)
             self.pipeline.run(forward_only(self.plan.schedule, batches), stages, streams)
             for stage in stages.values():
                 found.update({first + number: score for number, score in stage.scores.items()})

@@ -207,7 +207,7 @@ def _bucket_bytes(plan: StepPlan, replicas: Replicas, count: int) -> int:
 def _stream_bytes(model: ModelSpec, plan: StepPlan, rank: int, scored_rows: int) -> int:
     """Return the bytes of streams that arrive at a rank of a pipeline or leave it."""
     schedule = plan.schedule
-    width = sum(model.stream_widths) * plan.precision.element_bytes * model.context
+    width = model.stream_features * plan.precision.element_bytes
     total = 0
     for sender, receiver in schedule.channels:
         ends = schedule.rank_of[sender], schedule.rank_of[receiver]
@@ -227,5 +227,5 @@ def _scoring_bytes(model: ModelSpec, plan: StepPlan, rank: int, rows: int, ends:
     forward = [(rank_of[a], rank_of[b]) for a, b in plan.schedule.channels if a < b]
     waiting = scored_ahead(plan.schedule.ranks) * any(sender == rank for sender, _ in forward)
     waiting += POSTED * any(receiver == rank for _, receiver in forward)
-    stream = sum(model.stream_widths) * element * model.context * rows
+    stream = model.stream_features * element * rows
     return model.scoring_bytes(rows, element) + logits + waiting * stream

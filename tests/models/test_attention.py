@@ -9,14 +9,15 @@ import torch
 
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.layers import attention
-from mpillm.models.layers.attention import attend
+from mpillm.models.layers.attention import CAUSAL, Pattern, attend
 from mpillm.models.layers.dense_attention import attend_dense
 from mpillm.models.layers.document_spans import DocumentSpans
+from mpillm.models.layers.unfused_attention import attend_unfused
 from mpillm.models.part_module import create
 from mpillm.models.spec import Part
 from mpillm.parallel.pipeline.split_backward import SplitBackward
 from mpillm.tasks.causal_lm import CausalLM
-from tests.models.attention_inputs import make_qkv, number_documents, random_lengths
+from tests.models.attention_inputs import compute, make_qkv, number_documents, random_lengths
 
 ROWS = [random_lengths(32, seed) for seed in range(3)]
 KINDS = [
@@ -26,7 +27,7 @@ KINDS = [
 
 
 def dense(q, k, v, spans):
-    return attend_dense(q, k, v, spans.dense_mask)
+    return attend_dense(q, k, v, spans.causal_mask)
 
 
 def dense_call(calls, *given):
@@ -93,10 +94,45 @@ def test_dropout_takes_its_own_path_within_documents():
     *qkv, _ = make_qkv(3, 32)
     spans, keys = DocumentSpans(number_documents(*ROWS)), torch.tensor([1, 2, 3])
     # So small that nearly all is kept: the dense mask's result, but for a few values.
-    found = attend(*qkv, spans, dropout=1e-6, keys_B=keys)
+    found = attend(*qkv, Pattern(dropout=1e-6), spans, keys_B=keys)
     near = torch.isclose(found, dense(*qkv, spans), rtol=1e-3, atol=1e-4)
     assert near.float().mean() > 0.9
-    assert torch.equal(attend(*qkv, spans, dropout=0.5), attend(*qkv, spans))
+    assert torch.equal(attend(*qkv, Pattern(dropout=0.5), spans), attend(*qkv, CAUSAL, spans))
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 0.7])
+@pytest.mark.parametrize("window", [0, 4, 5, 40])
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention_to_both_sides_is_that_of_a_mask(documents, window, soft_cap):
+    given = make_qkv(3, 32, kv_heads=2)
+    spans = DocumentSpans(number_documents(*ROWS)) if documents else None
+    places = torch.arange(32)
+    near = (places[:, None] - places).abs() <= (window // 2 if window else 32)
+    mask = near & spans.mask if spans else near
+    pattern = Pattern(causal=False, window=window, soft_cap=soft_cap)
+    found = compute(lambda *qkv: attend(*qkv, pattern, spans), *given)
+    wanted = compute(
+        lambda *qkv: attend_unfused(*qkv, mask.broadcast_to(3, 1, 32, 32), soft_cap), *given
+    )
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_bias_is_added_to_the_scores(documents, causal):
+    given = make_qkv(3, 32, kv_heads=2)
+    spans = DocumentSpans(number_documents(*ROWS)) if documents else None
+    bias = torch.randn(4, 32, 32, generator=torch.Generator().manual_seed(1))
+    pattern = Pattern(causal)
+    found = compute(lambda *qkv: attend(*qkv, pattern, spans, bias=bias), *given)
+    # A cap that is no cap: the path that holds all scores.
+    capped = Pattern(causal, soft_cap=1e4)
+    wanted = compute(lambda *qkv: attend(*qkv, capped, spans, bias=bias), *given)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    plain = attend(*given[:3], pattern, spans)
+    assert not torch.allclose(found[0], plain, atol=1e-2)
 
 
 def test_one_file_calls_the_fused_kernel_and_one_enters_the_others():

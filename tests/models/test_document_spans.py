@@ -23,6 +23,6 @@ def test_the_mask_compares_all_pairs(seed):
     spans = DocumentSpans(documents)
     for row, numbers in enumerate(documents.tolist()):
         expected = [[numbers[t] == numbers[s] and s <= t for s in range(40)] for t in range(40)]
-        assert spans.dense_mask[row, 0].tolist() == expected
+        assert spans.causal_mask[row, 0].tolist() == expected
     assert sum(spans.lengths) == documents.numel()
     assert [n for count, n in spans.runs for _ in range(count)] == list(spans.lengths)

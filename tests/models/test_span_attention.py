@@ -23,7 +23,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_mask(rows, kv_heads):
     spans = DocumentSpans(number_documents(*rows))
     given = make_qkv(len(rows), 96, kv_heads=kv_heads)
     found = compute(lambda *qkv: attend_spans(*qkv, spans), *given)
-    expected = compute(lambda *qkv: attend_dense(*qkv, spans.dense_mask), *given)
+    expected = compute(lambda *qkv: attend_dense(*qkv, spans.causal_mask), *given)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
@@ -47,7 +47,7 @@ def test_the_bits_of_a_row_do_not_depend_on_other_rows(dtype):
 def test_no_call_sees_more_than_a_document(monkeypatch):
     shapes = []
 
-    def note(q, k, v, mask=None):
+    def note(q, k, v, mask=None, causal=True):
         shapes.append((tuple(q.shape[:2]), mask))
         return attend_dense(q, k, v, mask)
 

@@ -33,7 +33,7 @@ def test_the_kernel_is_called_as_torch_documents_it(monkeypatch, kv_heads):
     monkeypatch.setattr(varlen_attention, "_kernel", lambda: plain_kernel)
     spans, given = DocumentSpans(number_documents(*ROWS)), make_qkv(3, 96, kv_heads=kv_heads)
     found = compute(lambda *qkv: attend_varlen(*qkv, spans), *given)
-    expected = compute(lambda *qkv: attend_dense(*qkv, spans.dense_mask), *given)
+    expected = compute(lambda *qkv: attend_dense(*qkv, spans.causal_mask), *given)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
@@ -54,7 +54,7 @@ def test_a_gpu_gives_the_results_of_the_dense_mask(kv_heads, window):
     if not takes_spans(qkv[0]):
         pytest.skip("torch has no such kernel here")
     found = compute(lambda *given: attend_varlen(*given, spans, window), *qkv, grad)
-    mask = spans.dense_mask & band_mask(96, 0, window, gpu)
+    mask = spans.causal_mask & band_mask(96, 0, window, gpu)
     expected = compute(lambda *given: attend_dense(*given, mask), *qkv, grad)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)

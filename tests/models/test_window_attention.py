@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpillm.models.decoder import DecoderConfig
-from mpillm.models.layers.attention import attend
+from mpillm.models.layers.attention import Pattern, attend
 from mpillm.models.layers.cached_attention import LayerCache
 from mpillm.models.layers.dense_attention import attend_dense
 from mpillm.models.layers.document_spans import DocumentSpans
@@ -33,7 +33,7 @@ def test_windows_are_a_band_of_the_matrix(window, kv_heads):
 def test_no_window_is_causal_attention_bitwise():
     *qkv, _ = make_qkv(2, 9)
     assert torch.equal(attend(*qkv), attend_dense(*qkv))
-    assert torch.equal(attend(*qkv, window=9), attend_dense(*qkv))
+    assert torch.equal(attend(*qkv, Pattern(window=9)), attend_dense(*qkv))
 
 
 @pytest.mark.parametrize("first", [0, 2, 7])
@@ -48,12 +48,13 @@ def test_the_mask_of_later_positions_is_a_part_of_the_whole(first, window):
 def test_documents_and_windows_are_both_kept_apart(window, soft_cap):
     rows = [random_lengths(24, seed) for seed in range(3)]
     given, spans = make_qkv(3, 24, kv_heads=2), DocumentSpans(number_documents(*rows))
-    mask = spans.dense_mask & dense_band(24, window)
-    found = compute(lambda *qkv: attend(*qkv, spans, window=window, soft_cap=soft_cap), *given)
+    mask = spans.causal_mask & dense_band(24, window)
+    pattern = Pattern(window=window, soft_cap=soft_cap)
+    found = compute(lambda *qkv: attend(*qkv, pattern, spans), *given)
     if soft_cap:
         keys = torch.arange(3)
         # The way of dropout: of all probabilities but 2⁻¹⁶.
-        near = attend(*given[:3], spans, None, 0, 1e-9, keys, window, soft_cap)
+        near = attend(*given[:3], pattern._replace(dropout=1e-9), spans, keys_B=keys)
         assert torch.isclose(near, found[0], rtol=1e-3, atol=1e-4).float().mean() > 0.9
         return
     wanted = compute(lambda *qkv: attend_dense(*qkv, mask), *given)
@@ -67,13 +68,11 @@ def test_a_cache_keeps_the_window(edges, soft_cap):
     q, k, v, _ = make_qkv(2, 12, kv_heads=2)
     config = DecoderConfig(width=64, heads=4, kv_heads=2, context=16)
     cache = LayerCache(config, 2, torch.device("cpu"), torch.float32)
+    pattern = Pattern(window=3, soft_cap=soft_cap)
     with torch.no_grad():
         pieces = [
-            attend(
-                q[:, a:b], k[:, a:b], v[:, a:b],
-                cache=cache, first=a, window=3, soft_cap=soft_cap,
-            )
+            attend(q[:, a:b], k[:, a:b], v[:, a:b], pattern, cache=cache, first=a)
             for a, b in pairwise(edges)
-        ]  # fmt: skip
-        whole = attend(q, k, v, window=3, soft_cap=soft_cap)
+        ]
+        whole = attend(q, k, v, pattern)
         torch.testing.assert_close(torch.cat(pieces, 1), whole)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mpillm.models.decoder import DecoderConfig
+from mpillm.models.block_settings import BlockSettings
 from mpillm.models.layers.attention import Attention
 from mpillm.models.layers.cached_attention import LayerCache
 from mpillm.models.layers.document_spans import DocumentSpans
@@ -22,13 +22,14 @@ from mpillm.models.layers.rotary import Rotation
 class Block(nn.Module):
     """Block number `block`: attention and feed-forward, each with a residual connection."""
 
-    def __init__(self, config: DecoderConfig, block: int = 0) -> None:
+    def __init__(self, config: BlockSettings, block: int = 0, causal: bool = True) -> None:
         super().__init__()
         self.dropout = config.dropout
         self.recomputes_attention = False
+        self.post_norm = config.norm_place == "post"
         sandwich = config.norm_place == "sandwich"
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, block)
+        self.attention = Attention(config, block, causal)
         self.attention_output_norm = make_norm(config) if sandwich else None
         self.forward_norm = make_norm(config)
         self.feed_forward = Mixture(config) if config.experts else FeedForward(config)
@@ -42,19 +43,27 @@ class Block(nn.Module):
         cache: LayerCache | None,
         first: int,
         keys_B: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """Compute the block. `keys_B`: the layer's keys of dropout masks; None: no dropout."""
-        given = x_BTC, rotation, spans, cache, first, keys_B
+        """Compute the block. `keys_B`: the layer's keys of dropout masks; None: no dropout. The
+        rest: see `attend` (attention.py).
+        """
+        given = x_BTC, rotation, spans, cache, first, keys_B, bias
         recomputes = self.recomputes_attention
         a_BTC = recomputed(self._attend, *given) if recomputes else self._attend(*given)
         x_BTC = x_BTC + drop(a_BTC, self.dropout, keys_B, ATTENTION_OUTPUT)
-        y_BTC = self.feed_forward(self.forward_norm(x_BTC))
+        if self.post_norm:
+            x_BTC = self.attention_norm(x_BTC)
+        y_BTC = self.feed_forward(x_BTC if self.post_norm else self.forward_norm(x_BTC))
         if self.forward_output_norm is not None:
             y_BTC = self.forward_output_norm(y_BTC)
-        return x_BTC + drop(y_BTC, self.dropout, keys_B, FEED_FORWARD_OUTPUT)
+        x_BTC = x_BTC + drop(y_BTC, self.dropout, keys_B, FEED_FORWARD_OUTPUT)
+        return self.forward_norm(x_BTC) if self.post_norm else x_BTC
 
     def _attend(self, x_BTC: Tensor, *others: Any) -> Tensor:
-        a_BTC: Tensor = self.attention(self.attention_norm(x_BTC), *others)
+        a_BTC: Tensor = self.attention(
+            x_BTC if self.post_norm else self.attention_norm(x_BTC), *others
+        )
         if self.attention_output_norm is not None:
             a_BTC = self.attention_output_norm(a_BTC)
         return a_BTC

@@ -7,8 +7,8 @@ width of a head.
 import torch
 from torch import Tensor
 
-from mpillm.models.decoder import DecoderConfig
-from mpillm.models.layers.dense_attention import attend_dense
+from mpillm.models.block_settings import BlockSettings
+from mpillm.models.layers.dense_attention import attend_dense, biased_mask
 from mpillm.models.layers.unfused_attention import attend_unfused
 from mpillm.models.layers.window_attention import attend_window, band_mask
 
@@ -17,7 +17,7 @@ class LayerCache:
     """Keys and values of one layer for the past positions: two tensors (B, K, context, D)."""
 
     def __init__(
-        self, config: DecoderConfig, batch: int, device: torch.device, dtype: torch.dtype
+        self, config: BlockSettings, batch: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         shape = (batch, config.key_value_heads, config.context, config.head_features)
         # By head: a new position reads the keys of a head in one piece.
@@ -41,17 +41,20 @@ def attend_cached(
     first: int,
     window: int = 0,
     soft_cap: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Store the new positions, which begin at `first`, and attend from them; return (B, T, H, D).
 
-    Keys are cached after rotation: their positions never change. `window`, `soft_cap`: see
-    `attend` (attention.py).
+    Keys are cached after rotation: their positions never change. The rest: see attention.py.
     """
     k_BSKD, v_BSKD = cache.extend(k_BTKD, v_BTKD, first)
     length = q_BTHD.shape[1]
     if soft_cap:
         mask_TS = band_mask(length, first, window, q_BTHD.device)
-        return attend_unfused(q_BTHD, k_BSKD, v_BSKD, mask_TS, soft_cap)
+        return attend_unfused(q_BTHD, k_BSKD, v_BSKD, mask_TS, soft_cap, bias=bias)
+    if bias is not None:
+        mask_TS = band_mask(length, first, window, q_BTHD.device)
+        return attend_dense(q_BTHD, k_BSKD, v_BSKD, biased_mask(bias.to(q_BTHD.dtype), mask_TS))
     if not first:
         return attend_window(q_BTHD, k_BSKD, v_BSKD, window)
     if length == 1:

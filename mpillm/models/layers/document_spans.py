@@ -47,10 +47,15 @@ class DocumentSpans:
         return self._sent(torch.tensor(self.edges, dtype=torch.int32))
 
     @cached_property
-    def dense_mask(self) -> Tensor:
-        """The mask (B, 1, T, T): true where a position may attend."""
+    def mask(self) -> Tensor:
+        """The mask (B, 1, T, T): true where both positions are of one document."""
         numbers_BT = self._sent(self._begins_BT.long().cumsum(1))
-        return (numbers_BT[:, :, None] == numbers_BT[:, None, :]).tril()[:, None]
+        return (numbers_BT[:, :, None] == numbers_BT[:, None, :])[:, None]
+
+    @cached_property
+    def causal_mask(self) -> Tensor:
+        """The same mask without the positions to come."""
+        return self.mask.tril()
 
     def _sent(self, tensor: Tensor) -> Tensor:
         if self._device.type != "cuda":

@@ -6,13 +6,13 @@ Shapes: B sequences, T positions, C width.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mpillm.models.decoder import DecoderConfig
+from mpillm.models.block_settings import BlockSettings
 
 
 class FeedForward(nn.Module):
     """The feed-forward layer: GELU, or a gated unit (Shazeer 2020) of SiLU or GELU."""
 
-    def __init__(self, config: DecoderConfig, hidden: int = 0) -> None:
+    def __init__(self, config: BlockSettings, hidden: int = 0) -> None:
         """Make it with a width inside of `hidden` (0: that of the settings)."""
         super().__init__()
         hidden = hidden or config.hidden_width

@@ -7,7 +7,7 @@ M pairs of both (N · K).
 import torch
 from torch import Tensor, nn
 
-from mpillm.models.decoder import DecoderConfig
+from mpillm.models.block_settings import BlockSettings
 from mpillm.models.layers.feed_forward import FeedForward
 
 
@@ -17,7 +17,7 @@ class Mixture(nn.Module):
     All experts compute, also those without a position: each weight gets a gradient in each step.
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: BlockSettings) -> None:
         super().__init__()
         self.chosen, self.of_chosen = config.experts_per_token, config.expert_softmax == "chosen"
         self.router = nn.Linear(config.width, config.experts, bias=False)

@@ -2,11 +2,11 @@
 
 from torch import nn
 
-from mpillm.models.decoder import DecoderConfig
+from mpillm.models.block_settings import BlockSettings
 from mpillm.models.layers.rms_norm import RMSNorm, RMSNorm1p
 
 
-def make_norm(config: DecoderConfig, features: int = 0) -> nn.Module:
+def make_norm(config: BlockSettings, features: int = 0) -> nn.Module:
     """Make the norm that the settings name, of `features` (0: the width of the stream)."""
     features = features or config.width
     if config.norm == "layernorm":

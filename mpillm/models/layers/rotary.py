@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mpillm.models.decoder import DecoderConfig
+from mpillm.models.block_settings import BlockSettings
 
 # YaRN (Peng et al. 2023, section 3.2): angles with more than 32 turns in the original context stay
 # as they are, those with less than 1 are scaled.
@@ -29,7 +29,7 @@ class Rotary(nn.Module):
     cos_TD: Tensor
     sin_TD: Tensor
 
-    def __init__(self, config: DecoderConfig, windowed: bool = False) -> None:
+    def __init__(self, config: BlockSettings, windowed: bool = False) -> None:
         super().__init__()
         half = config.head_features // 2
         theta = config.window_rope_theta if windowed else config.rope_theta
@@ -62,7 +62,7 @@ def rotate(x_BTHD: Tensor, rotation: Rotation) -> Tensor:
     return x_BTHD * cos_T1D + torch.cat([-right, left], dim=-1) * sin_T1D
 
 
-def _scaled(frequencies: Tensor, config: DecoderConfig) -> Tensor:
+def _scaled(frequencies: Tensor, config: BlockSettings) -> Tensor:
     """Scale the angle a position of each pair as the settings say."""
     if config.rope_scaling == "none":
         return frequencies
@@ -91,7 +91,7 @@ def _yarn_ramp(half: int, original: float, theta: float) -> Tensor:
     return (numbers - first) / max(last - first, 0.001)
 
 
-def _length(config: DecoderConfig) -> float:
+def _length(config: BlockSettings) -> float:
     """Return the factor on queries and keys that YaRN adds to its scaling (its equation 22)."""
     if config.rope_scaling != "yarn" or config.rope_factor <= 1:
         return 1.0

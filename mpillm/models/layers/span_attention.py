@@ -1,4 +1,4 @@
-"""Causal attention over the span of each document: no work and no memory between documents.
+"""Attention over the span of each document: no work and no memory between documents.
 
 Shapes: B sequences, T positions, H heads, K heads of keys and values, D width of a head.
 """
@@ -11,9 +11,14 @@ from mpillm.models.layers.window_attention import attend_window
 
 
 def attend_spans(
-    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spans: DocumentSpans, window: int = 0
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    spans: DocumentSpans,
+    window: int = 0,
+    causal: bool = True,
 ) -> Tensor:
-    """Attend document by document, to the last `window` positions (0: all); return (B, T, H, D).
+    """Attend document by document; return (B, T, H, D). `window`, `causal`: see attention.py.
 
     Equal lengths in a row are one batched call. The bits of a document do not depend on the others
     in the call.
@@ -24,5 +29,5 @@ def attend_spans(
     found = []
     for run, *piece in zip(spans.runs, *pieces, strict=True):
         q, k, v = (x.unflatten(0, run) for x in piece)
-        found.append(attend_window(q, k, v, window).flatten(0, 1))
+        found.append(attend_window(q, k, v, window, causal).flatten(0, 1))
     return torch.cat(found).view(q_BTHD.shape)

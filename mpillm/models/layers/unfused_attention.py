@@ -14,15 +14,17 @@ def attend_unfused(
     q_BTHD: Tensor,
     k_BSKD: Tensor,
     v_BSKD: Tensor,
-    mask_TS: Tensor,
+    mask_TS: Tensor | None,
     soft_cap: float = 0.0,
     dropout: float = 0.0,
     keys_B: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attend with a soft cap of the scores and dropout of the probabilities; return (B, T, H, D).
 
-    `mask_TS`: true where a position may attend, of any shape that broadcasts to (B, H, T, S).
-    `keys_B`: the layer's keys of dropout masks; None: no dropout.
+    `mask_TS`: true where a position may attend, of any shape that broadcasts to (B, H, T, S); None:
+    everywhere. `keys_B`: the layer's keys of dropout masks; None: no dropout. `bias`: added to the
+    scores, after the cap.
     """
     q_BHTD, k_BKSD, v_BKSD = (x.transpose(1, 2) for x in (q_BTHD, k_BSKD, v_BSKD))
     groups = q_BHTD.shape[1] // k_BKSD.shape[1]
@@ -32,6 +34,10 @@ def attend_unfused(
     scores_BHTS = ((q_BHTD * q_BHTD.shape[-1] ** -0.5) @ k_BKSD.transpose(-2, -1)).float()
     if soft_cap:
         scores_BHTS = soft_cap * (scores_BHTS / soft_cap).tanh()
-    shares_BHTS = scores_BHTS.masked_fill(~mask_TS, -torch.inf).softmax(-1).to(v_BKSD.dtype)
+    if bias is not None:
+        scores_BHTS = scores_BHTS + bias
+    if mask_TS is not None:
+        scores_BHTS = scores_BHTS.masked_fill(~mask_TS, -torch.inf)
+    shares_BHTS = scores_BHTS.softmax(-1).to(v_BKSD.dtype)
     shares_BHTS = drop(shares_BHTS, dropout, keys_B, ATTENTION_PROBABILITIES)
     return (shares_BHTS @ v_BKSD).transpose(1, 2)

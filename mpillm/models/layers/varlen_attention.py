@@ -1,4 +1,4 @@
-"""Causal attention over the span of each document by torch's kernel for variable lengths, on GPUs.
+"""Attention over the span of each document by torch's kernel for variable lengths, on GPUs.
 
 Shapes: B sequences, T positions, H heads, K heads of keys and values, D width of a head.
 """
@@ -30,11 +30,16 @@ def takes_spans(q_BTHD: Tensor) -> bool:
 
 
 def attend_varlen(
-    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spans: DocumentSpans, window: int = 0
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    spans: DocumentSpans,
+    window: int = 0,
+    causal: bool = True,
 ) -> Tensor:
     """Attend within all documents by one kernel; return (B, T, H, D).
 
-    `window`: how many positions each attends to, itself the last; 0: all up to itself.
+    `window`, `causal`: see attention.py.
     """
     kernel = _kernel()
     assert kernel is not None
@@ -45,8 +50,8 @@ def attend_varlen(
         edges_N,
         longest,
         longest,
-        # Positions to the left (-1: any number), and none to the right: causal.
-        window_size=(window - 1, 0),
+        # Positions to the left and to the right; -1: any number.
+        window_size=(window - 1, 0) if causal else (window // 2 or -1,) * 2,
         enable_gqa=q_BTHD.shape[2] != k_BTKD.shape[2],
     )
     return a_NHD.view(q_BTHD.shape)

@@ -1,4 +1,4 @@
-"""Causal attention within a sliding window (Beltagy et al. 2020): a band of the matrix.
+"""Attention within a sliding window (Beltagy et al. 2020): a band of the matrix.
 
 Shapes: B sequences, T positions, S positions attended to, N windows of W positions, H heads, K
 heads of keys and values, D width of a head.
@@ -11,25 +11,33 @@ from torch.nn import functional as F
 from mpillm.models.layers.dense_attention import attend_dense
 
 
-def band_mask(length: int, first: int, window: int, device: torch.device) -> Tensor:
+def band_mask(
+    length: int, first: int, window: int, device: torch.device, causal: bool = True
+) -> Tensor:
     """Make the mask (T, first + T) of `length` positions from `first` on: true where it attends.
 
-    `window`: how many positions each attends to, itself the last; 0: all up to itself.
+    `window`, `causal`: see attention.py; a window of 0 has no end.
     """
-    shape = length, first + length
-    mask_TS = torch.ones(shape, dtype=torch.bool, device=device).tril(first)
-    return mask_TS.triu(first - window + 1) if window else mask_TS
+    mask_TS = torch.ones((length, first + length), dtype=torch.bool, device=device)
+    before, after = (window - 1, 0) if causal else (window // 2, window // 2)
+    mask_TS = mask_TS.tril(first + after) if causal or window else mask_TS
+    return mask_TS.triu(first - before) if window else mask_TS
 
 
-def attend_window(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int) -> Tensor:
-    """Attend to the last `window` positions (0: to all); return (B, T, H, D).
+def attend_window(
+    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int, causal: bool = True
+) -> Tensor:
+    """Attend within the window; return (B, T, H, D). `window`, `causal`: see attention.py.
 
-    The positions are cut into windows, each of which attends to itself and the one before it. Time
-    and memory are then linear in T.
+    Causal positions are cut into windows, each of which attends to itself and the one before it.
+    Time and memory are then linear in T.
     """
     length = q_BTHD.shape[1]
-    if not window or length <= window:
-        return attend_dense(q_BTHD, k_BTKD, v_BTKD)
+    if not window or length <= (window if causal else window // 2 + 1):
+        return attend_dense(q_BTHD, k_BTKD, v_BTKD, causal=causal)
+    if not causal:
+        mask_TT = band_mask(length, 0, window, q_BTHD.device, causal)
+        return attend_dense(q_BTHD, k_BTKD, v_BTKD, mask_TT)
     # Padded at the end, where no real position attends to.
     short = -length % window
     q_BNWHD, k_BNWKD, v_BNWKD = (_cut(x, window, short) for x in (q_BTHD, k_BTKD, v_BTKD))

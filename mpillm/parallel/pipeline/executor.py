@@ -75,7 +75,9 @@ class Pipeline:
         """
         assert schedule.rank_of == self.placement.rank_of
         row = schedule.routed_row(self.axis.rank)
-        transport = make_transport(self._channels, streams)
+        # Activations enter the later stage of a channel; gradients leave it.
+        entered = [max(ends) for ends in schedule.channels]
+        transport = make_transport(self._channels, streams, entered)
         on_gpu = streams.device is not None and streams.device.type == "cuda"
         self._clock = DeviceClock() if on_gpu else None
         execution = _RowExecution(transport, row, stages, streams, self._clock)
@@ -158,7 +160,8 @@ class _RowExecution:
 
     def _pass_on(self, routed: RoutedAction, result: Streams) -> None:
         action, dtype = routed.action, self._streams.dtype
-        shapes = self._streams.shapes_of(action.microbatch)
+        entered = action.stage + (action.kind == "F")
+        shapes = self._streams.shapes_of(entered, action.microbatch)
         made = tuple(tuple(stream.shape) for stream in result)
         if made != shapes or any(stream.dtype != dtype for stream in result):
             raise CommError(

@@ -36,7 +36,7 @@ class PipelineAxis(ParallelAxis):
             return 0.0
         # Forward and backward: each stage of the rank sends its stream, and a gradient of its size.
         rows = batch / sizes.get("data", 1)
-        stream = element.stream * rows * model.context * sum(model.stream_widths)
+        stream = element.stream * rows * model.stream_features
         return 2 * stream * chunks
 
     def wait_seconds(self, times: RankTimes, groups: Sequence[Sequence[int]]) -> float:

@@ -6,7 +6,7 @@ to come in one order on both ranks of a pair, and schedules whose rows cross hav
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,12 @@ from mpillm.models.part_module import Streams
 
 @dataclass(frozen=True)
 class StreamShapes:
-    """The streams between stages: tensors of `shapes_of(microbatch)`, all of `dtype`."""
+    """The streams between stages: tensors of `shapes_of(stage, microbatch)`, all of `dtype`.
 
-    shapes_of: Callable[[int], tuple[tuple[int, ...], ...]]
+    `stage`: the one that the streams enter; their gradients leave it in the same shapes.
+    """
+
+    shapes_of: Callable[[int, int], tuple[tuple[int, ...], ...]]
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None
 
@@ -28,13 +31,15 @@ class StreamShapes:
 class HostTransport:
     """Streams of the host's memory: sent from where they are, received where they are used."""
 
-    def __init__(self, channels: ChannelSet, streams: StreamShapes) -> None:
-        self._channels, self._streams = channels, streams
+    def __init__(self, channels: ChannelSet, streams: StreamShapes, entered: Sequence[int]) -> None:
+        """`entered`: of each channel the stage whose inputs, or their gradients, it carries."""
+        self._channels, self._streams, self._entered = channels, streams, entered
         self._posted: dict[int, deque[Streams]] = {}
 
     def post(self, channel: int, microbatch: int) -> None:
         """Post the receives of a microbatch's streams, in their order."""
-        buffers = tuple(map(self._buffer, self._streams.shapes_of(microbatch)))
+        stage = self._entered[channel]
+        buffers = tuple(map(self._buffer, self._streams.shapes_of(stage, microbatch)))
         for buffer in buffers:
             self._channels.post_receive(channel, buffer)
         self._posted.setdefault(channel, deque()).append(buffers)
@@ -65,8 +70,8 @@ class HostTransport:
 class DeviceTransport(HostTransport):
     """Streams of a GPU, through pinned memory. On a CPU it copies, which tests the same paths."""
 
-    def __init__(self, channels: ChannelSet, streams: StreamShapes) -> None:
-        super().__init__(channels, streams)
+    def __init__(self, channels: ChannelSet, streams: StreamShapes, entered: Sequence[int]) -> None:
+        super().__init__(channels, streams, entered)
         self._leaving: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def receive(self, channel: int) -> Streams:
@@ -110,7 +115,9 @@ class DeviceTransport(HostTransport):
         return torch.empty(shape, dtype=self._streams.dtype, pin_memory=pinned)
 
 
-def make_transport(channels: ChannelSet, streams: StreamShapes) -> HostTransport:
-    """Make the transport for the device of `streams`."""
+def make_transport(
+    channels: ChannelSet, streams: StreamShapes, entered: Sequence[int]
+) -> HostTransport:
+    """Make the transport for the device of `streams`. `entered`: see HostTransport."""
     on_host = streams.device is None or streams.device.type == "cpu"
-    return (HostTransport if on_host else DeviceTransport)(channels, streams)
+    return (HostTransport if on_host else DeviceTransport)(channels, streams, entered)

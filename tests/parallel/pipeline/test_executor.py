@@ -290,7 +290,7 @@ def test_each_stage_is_given_its_neighbour_s_and_stores_what_was_foreseen(comm, 
     schedule = make_schedule(name, comm.size, microbatches)
     pipeline = Pipeline(axis, schedule, 12)
     stages = {stage: Counting(schedule.stages, stage) for stage in schedule.stages_of(axis.rank)}
-    spans = pipeline.run(schedule, stages, StreamShapes(lambda microbatch: ((3,), (2,))))
+    spans = pipeline.run(schedule, stages, StreamShapes(lambda stage, microbatch: ((3,), (2,))))
     assert [span.action for span in spans] == list(schedule.rows[axis.rank])
     assert all(one.end <= other.begin for one, other in pairwise(spans))
     for stage, counting in stages.items():
@@ -304,7 +304,7 @@ def test_each_stage_is_given_its_neighbour_s_and_stores_what_was_foreseen(comm, 
         assert stages[axis.rank].peak == peaks[axis.rank]
     forwards = forward_only(schedule, 5)
     again = {stage: Counting(schedule.stages, stage) for stage in stages}
-    pipeline.run(forwards, again, StreamShapes(lambda microbatch: ((3,), (2,))))
+    pipeline.run(forwards, again, StreamShapes(lambda stage, microbatch: ((3,), (2,))))
     assert all([m for _, m, _ in counting.seen] == list(range(5)) for counting in again.values())
     pipeline.close()
 
@@ -319,7 +319,7 @@ def test_a_stream_of_another_shape_is_refused(comm):
             CommError,
             match=r"stage 0 made streams of \(\(3,\), \(2,\)\) .* in 0F0, and the stages agreed on",
         ):
-            pipeline.run(schedule, stages, StreamShapes(lambda microbatch: ((2,), (2,))))
+            pipeline.run(schedule, stages, StreamShapes(lambda stage, microbatch: ((2,), (2,))))
         assert pipeline.ways == []
     pipeline.close()
 
@@ -393,7 +393,7 @@ with fail_together(comm):
     schedule = make_schedule("1f1b", comm.size, 8)
     pipeline = Pipeline(axis, schedule, 16, way=sys.argv[1])
     stages = {axis.rank: Stage(axis.rank, axis.rank == comm.size - 1)}
-    pipeline.run(schedule, stages, StreamShapes(lambda m: ((4,),)))
+    pipeline.run(schedule, stages, StreamShapes(lambda stage, m: ((4,),)))
 """
 
 

@@ -1,0 +1,229 @@
+"""The settings of a Transformer's blocks: keys of [model], their checks and what follows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, Self
+
+from annotated_types import Ge, Gt
+
+from mpillm.errors import RecipeError
+from mpillm.models.spec import LayerRecompute, ModelSpec
+
+Positive = Annotated[int, Gt(0)]
+NotNegative = Annotated[int, Ge(0)]
+PositiveNumber = Annotated[float, Gt(0)]
+NotNegativeNumber = Annotated[float, Ge(0)]
+GATED = ("swiglu", "geglu", "geglu-exact")
+
+
+@dataclass(frozen=True)
+class BlockSettings(ModelSpec):
+    """The switches of the one block that all Transformers here are made of.
+
+    Lengths are in tokens, widths in features. The defaults are a Llama. docs/architectures.md lists
+    the settings of each family.
+    """
+
+    shared_inputs: ClassVar[tuple[str, ...]] = ("documents",)
+    host_inputs: ClassVar[tuple[str, ...]] = ("documents",)
+    recomputes: ClassVar[tuple[LayerRecompute, ...]] = ("attention", "full")
+
+    layers: Positive = 4
+    width: Positive = 128
+    heads: Positive = 4
+    kv_heads: NotNegative = 0
+    """Heads of keys and values (grouped-query attention); 0: as many as `heads`."""
+    head_width: NotNegative = 0
+    """Width of a head; 0: width / heads."""
+    hidden: NotNegative = 0
+    """Width inside the feed-forward.
+
+    0: 4 × width for GELU; 8/3 × width for gated ones, rounded up to a multiple of 64.
+    """
+    experts: NotNegative = 0
+    """Feed-forwards of which the router chooses a few for each position; 0: one, without router."""
+    experts_per_token: Positive = 2
+    expert_softmax: Literal["chosen", "all"] = "chosen"
+    """The experts whose shares add up to 1."""
+    shared_hidden: NotNegative = 0
+    """Width inside of an expert that all positions pass; 0: there is none."""
+    shared_gate: bool = False
+    """Scale what this expert adds by a number from 0 to 1 for each position."""
+    context: Positive = 256
+    vocab_size: NotNegative = 0
+    """0: taken from the data."""
+    norm: Literal["rmsnorm", "rmsnorm1p", "layernorm"] = "rmsnorm"
+    """`rmsnorm1p` scales by 1 + weight (Gemma)."""
+    norm_place: Literal["pre", "sandwich", "post"] = "pre"
+    """`sandwich`: norms of the inputs, and of the outputs, of attention and feed-forward. `post`:
+    of the stream after each was added.
+    """
+    query_key_norm: bool = False
+    """Norms of each head's queries and keys, ahead of the rotation."""
+    positions: Literal["rotary", "learned", "sinusoidal", "relative", "none"] = "rotary"
+    activation: Literal["swiglu", "gelu", "gelu-exact", "geglu", "geglu-exact"] = "swiglu"
+    """GELU is in its tanh form, but for `exact`."""
+    bias: bool = False
+    """Biases of all products of a block."""
+    qkv_bias: bool = False
+    """Biases of query, key and value alone."""
+    rope_theta: PositiveNumber = 10000.0
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """How angles are made slower for contexts longer than `rope_original_context`."""
+    rope_factor: PositiveNumber = 1.0
+    """The slowest angles are divided by it."""
+    rope_original_context: NotNegative = 0
+    """The context before the scaling, of `llama3` and `yarn`; 0: context / rope_factor."""
+    rope_low: PositiveNumber = 1.0
+    """Angles with fewer turns in the original context are divided by the factor, of `llama3`."""
+    rope_high: PositiveNumber = 4.0
+    """Angles with more turns in the original context stay as they are, of `llama3`."""
+    window: NotNegative = 0
+    """Positions that a position attends to, itself and those ahead of it; 0: all."""
+    full_every: NotNegative = 0
+    """Every so many layers one has no window; 0: all layers have the window."""
+    window_rope_theta: NotNegativeNumber = 0.0
+    """`rope_theta` of layers with a window, which are then not scaled; 0: as in other layers."""
+    query_scale_width: NotNegativeNumber = 0.0
+    """Attention's scores are divided by its square root; 0: the width of a head."""
+    attention_soft_cap: NotNegativeNumber = 0.0
+    """Scores become cap × tanh(score / cap), without a fused kernel; 0: as they are."""
+    norm_epsilon: PositiveNumber = 1e-5
+    dropout: float = 0.0
+    """Probability that training sets a value to 0 where attention or feed-forward adds to the
+    stream.
+    """
+    attention_dropout: float = 0.0
+    """The same for the attention's probabilities; they are then computed without a fused kernel."""
+    embedding_dropout: float = 0.0
+    """The same for the embedding's outputs."""
+
+    def __post_init__(self) -> None:
+        for name in ("dropout", "attention_dropout", "embedding_dropout"):
+            if not 0 <= (probability := getattr(self, name)) < 1:
+                raise RecipeError(
+                    f"{name} = {probability:g} is the probability that a value is set to 0: "
+                    "0 (none) or more, and less than 1, which would leave nothing; try 0.1"
+                )
+        self._check_heads()
+        self._check_rope()
+        self._check_experts()
+        if self.full_every and not self.window:
+            raise RecipeError(
+                f"full_every = {self.full_every} names the layers without a window, "
+                "and there is no window; set window, or drop full_every"
+            )
+
+    def _check_heads(self) -> None:
+        if self.width % self.heads and not self.head_width:
+            raise RecipeError(
+                f"width {self.width} is not divisible by {self.heads} heads; "
+                f"use a width of {self.width // self.heads * self.heads or self.heads} "
+                f"or {(self.width // self.heads + 1) * self.heads}, or another number of heads"
+            )
+        if self.heads % self.key_value_heads:
+            raise RecipeError(
+                f"{self.heads} heads are not divisible by {self.key_value_heads} kv_heads; "
+                f"use a divisor of {self.heads}"
+            )
+        if self.positions == "rotary" and self.head_features % 2:
+            given = "head_width" if self.head_width else f"{self.width} / {self.heads}"
+            raise RecipeError(
+                f"rotary positions need an even width a head, and {given} is {self.head_features}"
+            )
+
+    def _check_rope(self) -> None:
+        if self.rope_scaling == "llama3" and not self.rope_low < self.rope_high:
+            raise RecipeError(
+                f"rope_low = {self.rope_low:g} turns are not less than "
+                f"rope_high = {self.rope_high:g}; those between are scaled in part"
+            )
+        if self.rope_scaling == "none" and self.rope_factor != 1:
+            raise RecipeError(
+                f"rope_factor = {self.rope_factor:g} scales nothing without rope_scaling; "
+                "set it to linear, llama3 or yarn"
+            )
+
+    def _check_experts(self) -> None:
+        if not self.experts and (self.shared_hidden or self.shared_gate):
+            raise RecipeError("a shared expert needs others: set experts, or drop shared_hidden")
+        if self.shared_gate and not self.shared_hidden:
+            raise RecipeError("shared_gate scales a shared expert; set shared_hidden, its width")
+        if self.experts and self.experts_per_token > self.experts:
+            raise RecipeError(
+                f"experts_per_token = {self.experts_per_token} is more than "
+                f"experts = {self.experts}; choose fewer, or add some"
+            )
+        if self.experts and self.bias:
+            raise RecipeError("experts have no biases; set qkv_bias in place of bias")
+
+    @property
+    def head_features(self) -> int:
+        """The width of a head."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def query_width(self) -> int:
+        """The width of all heads' queries, and of the attention's result."""
+        return self.heads * self.head_features
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def key_value_width(self) -> int:
+        """The width of all heads' keys, and of their values."""
+        return self.key_value_heads * self.head_features
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward has a gate."""
+        return self.activation in GATED
+
+    @property
+    def hidden_width(self) -> int:
+        if self.hidden:
+            return self.hidden
+        # A gated one has three matrices where GELU has two: 8/3 keeps the parameters equal
+        # (Shazeer 2020). Multiples of 64 suit vector units and matrix tiles.
+        return -(-8 * self.width // (3 * 64)) * 64 if self.gated else 4 * self.width
+
+    def slides(self, block: int) -> bool:
+        """Return whether block number `block` (from 0) attends within the window."""
+        full = self.full_every and (block + 1) % self.full_every == 0
+        return bool(self.window and not full)
+
+    def resolved(self) -> Self:
+        """Return these settings with numbers in place of each 0 that means a default."""
+        return self.replace(
+            kv_heads=self.key_value_heads,
+            head_width=self.head_features,
+            hidden=self.hidden_width,
+            query_scale_width=self.query_scale_width or self.head_features,
+        )
+
+    @property
+    def blocks(self) -> int:
+        return self.layers
+
+    @property
+    def stream_widths(self) -> tuple[int, ...]:
+        return (self.width,)
+
+    @property
+    def drops(self) -> bool:
+        return bool(self.dropout or self.attention_dropout or self.embedding_dropout)
+
+    @property
+    def cut_dims(self) -> Mapping[str, int]:
+        # Megatron's cut (Shoeybi et al. 2019): columns into heads and hidden features, rows back
+        # out of them.
+        columns = ("query", "key", "value", "gate", "up")
+        rows = ("attention.output.weight", "down.weight")
+        return {
+            **{f"{name}.{kind}": 0 for name in columns for kind in ("weight", "bias")},
+            **dict.fromkeys(rows, 1),
+            "embedding.weight": 0,
+            "head.weight": 0,
+        }
