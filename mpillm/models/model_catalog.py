@@ -17,6 +17,9 @@ from mpillm.system.plugins import load_class
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {
         "decoder": "mpillm.models.decoder:DecoderConfig",
+        "lstm": "mpillm.models.classifiers:LSTMConfig",
+        "cnn": "mpillm.models.classifiers:CNNConfig",
+        "mlp": "mpillm.models.classifiers:MLPConfig",
     }
 )
 DEFAULT = "decoder"
