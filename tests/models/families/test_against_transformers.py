@@ -13,8 +13,9 @@ import torch
 from mpillm.models.families.family_catalog import FAMILIES, find_family
 from mpillm.models.part_module import create
 from mpillm.tasks.cross_entropy import cross_entropy_sum
+from tests.pretrained import peer
 
-transformers = pytest.importorskip("transformers")
+transformers = peer("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
 LENGTH, VOCABULARY = 24, 61
