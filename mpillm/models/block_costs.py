@@ -201,6 +201,8 @@ class BlockCosts(BlockSettings):
             # The backward pass has freed the blocks after the last one that is computed again.
             after = part.last % recompute
             again = max(0, again - after * self._block_saved(element_bytes, "none")[0])
+        if part.first == 0 and not self.norms_input(0) and recompute_of(recompute, 0) == "none":
+            kept -= self._norm_saved(element_bytes)
         return kept, again
 
     def activation_bytes(self, part: Part, rows: int, element_bytes: int = 4) -> int:
