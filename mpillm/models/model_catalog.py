@@ -17,6 +17,7 @@ from mpillm.system.plugins import load_class
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {
         "decoder": "mpillm.models.decoder:DecoderConfig",
+        "encoder": "mpillm.models.encoder:EncoderConfig",
         "lstm": "mpillm.models.classifiers:LSTMConfig",
         "cnn": "mpillm.models.classifiers:CNNConfig",
         "mlp": "mpillm.models.classifiers:MLPConfig",

@@ -75,8 +75,8 @@ class PublishedModel:
 
     def _stored(self, name: str) -> str:
         """Return the name in the files: those of a model without its head lack the prefix."""
-        bare = name.removeprefix(self.family.prefix)
-        return name if name in self.source.tensors or bare not in self.source.tensors else bare
+        known = (each for each in self.family.spellings(name) if each in self.source.tensors)
+        return next(known, name)
 
     def _check_names(self) -> None:
         tensors, wanted = self.source.tensors, self.family.tensors(self.spec)

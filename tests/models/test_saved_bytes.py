@@ -4,12 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
-from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.models.decoder import DecoderConfig
-from mpillm.models.part_module import create
 from mpillm.models.spec import Part, recompute_counts, recompute_of
+from tests.models.saved_bytes import kept_bytes, peak_of_a_step
 
 GPT2 = {"norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True}
 GEMMA = {"norm": "rmsnorm1p", "activation": "geglu", "scaled_embedding": True, "head_width": 64}
@@ -64,42 +62,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def kept_bytes(config: DecoderConfig, part: Part, rows: int, recompute: Any, dtype: Any) -> int:
-    """Sum the memory that autograd holds after a forward pass, without weights and tables.
-
-    A layer that is recomputed gives handles in place of tensors: its argument is kept.
-    """
-    module = create(config, 1, part=part).to(dtype)
-    module.set_recompute(recompute)
-    own = [*module.parameters(), *module.buffers()]
-    ids = torch.zeros(rows, config.context, dtype=torch.int64)
-    fields = {"ids": ids} if config.begins(part) else {}
-    if config.drops:
-        fields["dropout_keys"] = torch.arange(rows)
-    stream = torch.randn(rows, config.context, config.width, dtype=dtype, requires_grad=True)
-    found: dict[int, int] = {}
-    tensors: list[torch.Tensor] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-        tensors.append(tensor)  # else another tensor may get its address
-        return tensor
-
-    # The hooks inside of a recomputed layer come first, and give its tensors no place here.
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = module.forward_part(fields, () if config.begins(part) else (stream,))
-    for each in (*own, ids, *fields.values()):
-        found.pop(each.untyped_storage().data_ptr(), None)
-    if not config.begins(part):
-        # Counted, be it saved as it is or in another dtype.
-        found[stream.untyped_storage().data_ptr()] = stream.nbytes
-        if dtype != torch.float32 and config.norm == "rmsnorm":
-            del found[stream.untyped_storage().data_ptr()]
-    assert output.outputs
-    return sum(found.values())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_keeps_what_its_settings_count(kind: str, dtype: torch.dtype) -> None:
@@ -118,21 +80,6 @@ def test_the_ends_of_a_model_keep_what_their_settings_count(kind: str, part: Par
     config = DecoderConfig(layers=4, width=128, heads=4, context=64, vocab_size=50, **KINDS[kind])
     kept = kept_bytes(config, part, 3, "none", torch.float32)
     assert config.activation_bytes(part, 3) == pytest.approx(kept, rel=0.1)
-
-
-def peak_of_a_step(config: DecoderConfig, part: Part, rows: int, recompute: Any) -> int:
-    """Return the most bytes that torch holds in a step of a middle part, above those before it."""
-    module = create(config, 1, part=part)
-    module.set_recompute(recompute)
-    stream = torch.randn(rows, config.context, config.width)
-    fields = {"dropout_keys": torch.arange(rows)} if config.drops else {}
-
-    def step() -> None:
-        given = stream.detach().requires_grad_()
-        module.forward_part(fields, (given,)).outputs[0].backward(stream)
-
-    step()  # gradients of weights stay, and belong to no step
-    return peak_tensor_bytes(step)
 
 
 @pytest.mark.parametrize("recompute", ["none", "attention", "full", 2])

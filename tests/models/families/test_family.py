@@ -164,6 +164,7 @@ def test_a_model_of_no_family_names_what_differs() -> None:
         (["sliding_attention"] * 4, (8, 0)),
         (["sliding_attention", "full_attention"] * 2, (8, 2)),
         (["sliding_attention"] * 3 + ["full_attention"], (8, 4)),
+        (["full_attention", "sliding_attention"] * 2, (8, 2)),
     ],
 )
 def test_kinds_of_layers_become_a_rule(types: list[str], wanted: tuple[int, int]) -> None:
@@ -176,7 +177,8 @@ def test_kinds_of_layers_become_a_rule(types: list[str], wanted: tuple[int, int]
     }
     spec = find_family(config).spec({**config, "layer_types": types})
     assert (spec.window, spec.full_every) == wanted  # type: ignore[attr-defined]
-    for wrong in (["full_attention", *types[:2], "sliding_attention"], types[:2], "sliding"):
+    irregular = ["full_attention"] * 2 + ["sliding_attention"] * 2
+    for wrong in (irregular, types[:2], "sliding"):
         if wrong != types:
             with pytest.raises(RecipeError, match=r"config\.json of qwen3: layer_types = "):
                 find_family(config).spec({**config, "layer_types": wrong})
