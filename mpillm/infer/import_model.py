@@ -19,7 +19,7 @@ from mpillm.system.json_text import from_json, to_json
 from mpillm.system.messages import command, explain
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
 from mpillm.tasks import task_catalog
-from mpillm.tokens.gguf_tokenizer import gguf_tokenizer
+from mpillm.tokens.gguf_tokenizer import PREFIX, GgufVocabulary, gguf_tokenizer
 from mpillm.tokens.manifest import tokenizer_facts
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint_source import CheckpointSource
@@ -138,12 +138,31 @@ def _texts_of(path: Path) -> dict[str, str]:
 
 
 def _texts_of_gguf(source: GgufSource) -> dict[str, str]:
-    facts, prefix = source.facts, "tokenizer.ggml."
-    arrays = [source.array(prefix + name) for name in ("tokens", "token_type", "merges")]
-    kind, rule = str(facts.get(f"{prefix}model")), str(facts.get(f"{prefix}pre"))
-    end = {"eos_token_id": facts.get(f"{prefix}eos_token_id")}
-    texts = {TOKENIZER: gguf_tokenizer(kind, rule, *arrays), "config.json": to_json(end) + "\n"}
-    template = facts.get("tokenizer.chat_template")
+    def fact(name: str) -> Any:
+        return source.facts.get(PREFIX + name)
+
+    tokens, types, merges, scores, charsmap = (
+        source.array(PREFIX + name)
+        for name in ("tokens", "token_type", "merges", "scores", "precompiled_charsmap")
+    )
+    vocabulary = GgufVocabulary(
+        str(fact("model")),
+        str(fact("pre")),
+        tokens,
+        types,
+        merges,
+        scores,
+        first=fact("bos_token_id") if fact("add_bos_token") else None,
+        unknown=fact("unknown_token_id"),
+        space_first=fact("add_space_prefix") is not False,
+        collapses=bool(fact("remove_extra_whitespaces")),
+        charsmap=bytes(charsmap),
+    )
+    special = {"eos_token_id": "eos", "bos_token_id": "bos", "pad_token_id": "padding"}
+    config = {theirs: fact(f"{ours}_token_id") for theirs, ours in special.items()}
+    config = {key: number for key, number in config.items() if number is not None}
+    texts = {TOKENIZER: gguf_tokenizer(vocabulary), "config.json": to_json(config) + "\n"}
+    template = source.facts.get("tokenizer.chat_template")
     return {**texts, "chat_template.jinja": template} if isinstance(template, str) else texts
 
 

@@ -3,8 +3,8 @@
 import hashlib
 import math
 import reprlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from mpillm.system.messages import command
 from mpillm.tasks import task_catalog
 from mpillm.tasks.task import Task
 from mpillm.tasks.task_catalog import make_task
+from mpillm.tasks.vocabulary import Lengths, Vocabulary
 from mpillm.tokens.dataset_folder import is_dataset
 from mpillm.tokens.manifest import NAME as MANIFEST
 from mpillm.tokens.manifest import Manifest
@@ -77,6 +78,7 @@ class RunConstants:
             # Relative paths of the recipe begin here.
             "folder": str(Path.cwd()),
             "tokenizer": dict(manifest.tokenizer),
+            **({"classes": list(manifest.classes)} if manifest.classes else {}),
             "versions": {"torch": torch.__version__},
         }
         # Rank 0 writes the texts, and a missing file is reported before the first step.
@@ -106,8 +108,24 @@ def load_trained(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
     checkpoint.load(model_tensors(model))
     facts = checkpoint.facts["tokenizer"]
     tokenizer = Tokenizer.from_json(checkpoint.text(TOKENIZER), facts["name"], facts["end_of_text"])
-    task = make_task(checkpoint.facts["recipe"].get("task", {}).get("name", task_catalog.DEFAULT))
+    settings = task_catalog.read_settings(checkpoint.facts["recipe"].get("task", {}))
+    vocabulary = _with_classes(tokenizer.vocabulary, checkpoint.facts.get("classes", []))
+    task = make_task(settings.name, settings, vocabulary, Lengths.of(model.spec))
     return Loaded(model.eval(), task, tokenizer, checkpoint)
+
+
+def read_vocabulary(manifest: Manifest, comm: "MPI.Intracomm") -> Vocabulary:
+    """Read the ids of a dataset. Every rank calls it; rank 0 reads.
+
+    Raises DataError or MismatchError on every rank where its tokenizer is missing or another one.
+    """
+    return on_root(
+        comm, lambda: _with_classes(manifest.load_tokenizer().vocabulary, manifest.classes)
+    )
+
+
+def _with_classes(vocabulary: Vocabulary, classes: Sequence[str]) -> Vocabulary:
+    return replace(vocabulary, classes=tuple(classes))
 
 
 def check_trained(checkpoint: Checkpoint) -> StoredShapes:

@@ -18,6 +18,9 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {
         "decoder": "mpillm.models.decoder:DecoderConfig",
         "encoder": "mpillm.models.encoder:EncoderConfig",
+        "lstm": "mpillm.models.classifiers:LSTMConfig",
+        "cnn": "mpillm.models.classifiers:CNNConfig",
+        "mlp": "mpillm.models.classifiers:MLPConfig",
     }
 )
 DEFAULT = "decoder"

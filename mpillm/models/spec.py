@@ -174,6 +174,11 @@ class ModelSpec(ABC):
         """Return the main settings in one line, for the printed plan."""
 
     @property
+    def source_context(self) -> int:
+        """The longest source, in tokens or frames, where it is not the sequence itself."""
+        return self.context
+
+    @property
     def whole(self) -> Part:
         return Part(0, self.blocks)
 

@@ -68,6 +68,11 @@ class Manifest:
         return int(self.tokenizer["vocab_size"])
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of a classification's labels; tokens have none."""
+        return ()
+
+    @property
     def eot_id(self) -> int:
         return int(self.tokenizer["eot_id"])
 

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mpillm.errors import DataError, UsageError
 from mpillm.system.json_text import from_json
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
+from mpillm.tasks.vocabulary import Vocabulary
 from mpillm.tokens.text.text_cut import TextCutter, training_parts
 
 END_OF_TEXT = "<|endoftext|>"
@@ -186,6 +187,13 @@ class Tokenizer:
     def _is_shown(self, token_id: int) -> bool:
         """Return whether an id has a text: special tokens and ids beyond the vocabulary don't."""
         return 0 <= token_id < self.vocab_size and token_id not in self._special
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What tasks know of it: its size, the end of text, and the added tokens by text."""
+        added = self._inner.get_added_tokens_decoder()
+        special = {token.content: number for number, token in sorted(added.items())}
+        return Vocabulary(self.vocab_size, self.eot_id, special)
 
     @cached_property
     def _special(self) -> frozenset[int]:

@@ -15,6 +15,7 @@ from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_trained
 from mpillm.models.decoder import DecoderConfig
 from mpillm.system.console import Console
+from tests.pretrained import peer
 from tests.published import SPEC, publish, weights_of
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -108,15 +109,15 @@ def test_a_model_of_no_family_is_refused(folder: Path, comm: MPI.Intracomm) -> N
 def test_transformers_reads_the_same_model(
     folder: Path, comm: MPI.Intracomm, spec: DecoderConfig
 ) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = peer("transformers")
     if comm.rank == 0:
         publish(folder / "hub", spec)
     comm.Barrier()
     import_model(folder / "hub", folder / "imported", comm, QUIET)
     export_model(folder / "imported", folder / "out", "hf", "float32", comm, QUIET)
     comm.Barrier()
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder / "out").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "out").eval()
     ours = load_trained(folder / "imported", comm, QUIET).model
     ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        torch.testing.assert_close(peer(ids).logits, ours(ids), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-5, atol=1e-4)

@@ -10,6 +10,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
     {
         "loss": "mpillm.tasks.metrics.likelihood:Loss",
         "perplexity": "mpillm.tasks.metrics.likelihood:Perplexity",
+        "accuracy": "mpillm.tasks.metrics.accuracy:Accuracy",
         "bits-per-byte": "mpillm.tasks.metrics.likelihood:BitsPerByte",
     }
 )

@@ -14,8 +14,9 @@ from mpillm.models.families.family_catalog import FAMILIES, find_family
 from mpillm.models.linear_head import plain_outputs
 from mpillm.models.part_module import create
 from tests.models.families.oracle import perturb, read, stored
+from tests.pretrained import peer
 
-transformers = pytest.importorskip("transformers")
+transformers = peer("transformers")
 pytest.importorskip("safetensors.torch")
 
 LENGTH, VOCABULARY = 24, 61
