@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from mpillm.errors import RecipeError
 from mpillm.models.block_settings import BlockSettings, NotNegative, Positive, PositiveNumber
@@ -113,6 +113,25 @@ class EncoderSettings(BlockSettings):
     def ends_in_norm(self) -> bool:
         """Whether a norm follows the last block: a post-norm block has its own."""
         return self.norm_place != "post"
+
+    def resolved(self) -> Self:
+        """Return them also with the default in place of each setting that has no effect."""
+        unused: dict[str, Any] = {}
+        if not self.reads_tokens and self.head != "ctc":
+            unused["vocab_size"] = 0
+        if not self.image_size:
+            unused |= {"patch_size": 16, "channels": 3}
+        if self.head not in ("sequence", "token"):
+            unused["classes"] = 0
+        if self.head not in ("sequence", "token", "span"):
+            unused["head_dropout"] = 0.0
+        if self.head != "lm":
+            unused["tied"] = True
+        if self.head == "none":
+            unused["head_bias"] = True
+        if self.head != "sequence" and (self.head != "none" or self.head_layer == "none"):
+            unused["pooling"] = "first"
+        return super().resolved().replace(**unused)
 
     @property
     def drops(self) -> bool:

@@ -23,6 +23,10 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "gemma": "mpillm.models.families.gemma:Gemma",
         "gemma2": "mpillm.models.families.gemma:Gemma2",
         "gemma3_text": "mpillm.models.families.gemma:Gemma3",
+        "bert": "mpillm.models.families.bert:Bert",
+        "roberta": "mpillm.models.families.bert:Roberta",
+        "modernbert": "mpillm.models.families.modernbert:ModernBert",
+        "vit": "mpillm.models.families.vit:ViT",
     }
 )
 
