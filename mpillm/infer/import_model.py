@@ -69,7 +69,6 @@ def import_model(
     on_root(comm, lambda: _refuse_full(out))
     source = open_source(path, comm, console)
     model = on_all(comm, lambda: PublishedModel.open(_as_published(source)))
-    on_root(comm, model.check_tied)
     texts, tokenizer = on_root(comm, lambda: _texts(source, end_of_text))
     if tokenizer["vocab_size"] > model.spec.vocab_size:
         raise MismatchError(

@@ -19,7 +19,6 @@ from mpillm.system.console import Console
 from mpillm.tokens.tokenizer import byte_tokenizer, train_bpe
 from mpillm.weights.gguf_source import GgufSource
 from mpillm.weights.gguf_writing import stored_values
-from tests.infer.llama_cpp import LlamaCpp
 from tests.pretrained import peer
 from tests.published import SPEC, publish
 
@@ -161,6 +160,8 @@ def test_a_value_beyond_float16_is_refused() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_generates_the_same_tokens(folder: Path, comm: MPI.Intracomm, name: str) -> None:
     peer("xllamacpp")
+    from readers.llama_cpp import LlamaCpp
+
     first = checkpoint_of(folder, MODELS[name], comm)
     export_model(first, folder / "m.gguf", "gguf", "float32", comm, QUIET)
     comm.Barrier()

@@ -63,8 +63,9 @@ def test_a_folder_comes_back_bit_for_bit(
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert made.nbytes == sum(2 * tensor.numel() for tensor in expected.values())
     assert (made.files > 1) == (shard_bytes < 4 << 30)
-    for name in ("tokenizer.json", "config.json"):
-        assert (folder / "out" / name).is_file()
+    texts = [(folder / place / "tokenizer.json").read_text() for place in ("hub", "out")]
+    assert texts[0] == texts[1]
+    assert (folder / "out/config.json").is_file()
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (folder / "out").iterdir()}
     assert len(modes) == 1
     # What was written can be imported again.

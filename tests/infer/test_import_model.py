@@ -1,5 +1,6 @@
 """`mpillm import`: a Hugging Face folder becomes a checkpoint, at any number of ranks."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,18 @@ import pytest
 import torch
 from mpi4py import MPI
 
+from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.errors import CheckpointError, DataError, MismatchError, UsageError
 from mpillm.infer.generate import generate
 from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_data, load_trained
 from mpillm.infer.sampling import Sampling
+from mpillm.models.decoder import DecoderConfig
 from mpillm.system.console import Console
+from mpillm.weights import file_boxes
 from mpillm.weights.open_source import open_source
 from mpillm.weights.published_model import PublishedModel
+from mpillm.weights.saving import assign_writers
 from tests.published import SPEC, publish, weights_of
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -138,3 +143,52 @@ def test_a_bare_model_lacks_the_prefix(published: Path, comm: MPI.Intracomm) -> 
     rewrite(published, comm, bare)
     model = PublishedModel.open(open_source(published, comm, QUIET))
     assert model.read("norm.weight").shape == (32,)
+
+
+# One tensor of theirs holds three of ours, each a box of its columns.
+FUSED = DecoderConfig(
+    layers=2,
+    width=64,
+    heads=4,
+    context=32,
+    vocab_size=300,
+    norm="layernorm",
+    positions="learned",
+    activation="gelu",
+    bias=True,
+)
+
+
+@pytest.mark.parametrize("spec", [SPEC, FUSED], ids=["llama", "gpt2"])
+def test_ranks_read_each_byte_once(
+    folder: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, spec: DecoderConfig
+) -> None:
+    if comm.rank == 0:
+        publish(folder / "hub", spec)
+    comm.Barrier()
+    read: list[tuple[int, int]] = []
+    real = file_boxes.read_at
+
+    def counted(file: int, values: Any, offset: int) -> None:
+        read.append((offset, offset + values.nbytes))
+        real(file, values, offset)
+
+    monkeypatch.setattr(file_boxes, "read_at", counted)
+    import_model(folder / "hub", folder / "imported", comm, QUIET)
+    everything = sorted(span for own in comm.allgather(read) for span in own)
+    size = (folder / "hub/model.safetensors").stat().st_size
+    nbytes = 2 * sum(tensor.numel() for tensor in weights_of(spec).values())
+    assert everything[0][0] == size - nbytes
+    assert all(end == first for (_, end), (first, _) in itertools.pairwise(everything))
+    assert everything[-1][1] == size
+    shares = comm.allgather(sum(last - first for first, last in read))
+    assert max(shares) < 2 * nbytes / comm.size
+
+
+def test_a_rank_holds_its_share_and_one_tensor(published: Path, comm: MPI.Intracomm) -> None:
+    """The share in float32 is what the file of the rank is written from."""
+    out = published.parent / "imported"
+    sizes = {name: 4 * tensor.numel() for name, tensor in weights_of(SPEC).items()}
+    share = sum(sizes[name] for name in assign_writers([sizes] * comm.size)[comm.rank])
+    peak = peak_tensor_bytes(lambda: import_model(published, out, comm, QUIET), "cpu")
+    assert 0.9 * share < peak < share + 1.15 * max(sizes.values())

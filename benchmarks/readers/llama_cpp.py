@@ -7,14 +7,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.pretrained import peer
-
 
 class LlamaCpp:
     """A server of one model on one thread, greedy; text and tokens as llama.cpp reads them."""
 
     def __init__(self, path: Path, context: int) -> None:
-        xllamacpp = peer("xllamacpp")
+        import xllamacpp
+
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(path)
         parameters.n_ctx, parameters.n_parallel = context, 1
@@ -55,17 +54,19 @@ class LlamaCpp:
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """Return the `count` tokens that follow `prompt`, fewer where the text ends."""
-        return list(self._complete(prompt, count)["tokens"])
+        return list(self._complete(prompt, count, n_probs=0)["tokens"])
 
-    def loss(self, ids: Sequence[int], first: int) -> float:
-        """Return the mean negative log-likelihood of `ids[first:]`, each after all before it."""
-        total = 0.0
-        for at in range(first, len(ids)):
+    def losses(self, window: Sequence[int]) -> list[float]:
+        """Return the negative log-likelihood of each token of the window but the first one."""
+        found = []
+        for at in range(1, len(window)):
             # The bias forces the token; its probability is given without.
-            forced = self._complete(ids[:at], 1, n_probs=1, logit_bias=[[ids[at], 1000.0]])
-            assert forced["tokens"] == [ids[at]]
-            total -= forced["completion_probabilities"][0]["logprob"]
-        return total / (len(ids) - first)
+            bias = [[window[at], 1000.0]]
+            forced = self._complete(window[:at], 1, n_probs=1, logit_bias=bias)
+            if forced["tokens"] != [window[at]]:
+                raise RuntimeError(f"token {window[at]} was not forced: {forced['tokens']}")
+            found.append(-forced["completion_probabilities"][0]["logprob"])
+        return found
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of `text`, with no special ones."""
