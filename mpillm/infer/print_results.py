@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from mpillm.comm.failure import on_root
 from mpillm.comm.waiting import patient_barrier
+from mpillm.errors import UsageError
 from mpillm.infer.baselines import score_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import generate
-from mpillm.infer.loading import Loaded, load_data, load_trained, open_of
+from mpillm.infer.loading import Loaded, check_kind, load_data, load_trained, open_of
 from mpillm.infer.sampling import Sampling, check_prompt
 from mpillm.machine.node_map import map_nodes
 from mpillm.models.part_module import torch_explained
@@ -20,7 +21,9 @@ from mpillm.runs.run_files import moved_from
 from mpillm.system.console import Console
 from mpillm.system.json_text import to_json
 from mpillm.tasks.metrics.metric_catalog import make_metrics
+from mpillm.tasks.task_catalog import DEFAULT, TASKS
 from mpillm.tokens.manifest import check_tokenizer
+from mpillm.tokens.reader import TokenReader
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.places import CHECKPOINTS
 
@@ -49,6 +52,13 @@ def print_evaluation(
     manifest = load_data(loaded.checkpoint, data)
     folder = manifest.folder
     check_tokenizer(manifest, loaded.tokenizer)
+    check_kind(loaded.task, manifest)
+    name = loaded.task.name
+    if baselines and (loaded.task.pair_kinds or (name in TASKS and name != DEFAULT)):
+        raise UsageError(
+            f"--baselines count the next tokens of a text, and the model's task is {name}; "
+            "leave --baselines out"
+        )
     same = manifest.manifest_hash == loaded.checkpoint.facts["data"]
     run = _run_of(loaded.checkpoint)
     known = loaded.checkpoint.facts
@@ -60,8 +70,9 @@ def print_evaluation(
         progress = Console(speaks=False) if as_json else console
         scorer = WholeModel(loaded.model, loaded.task, comm, Precision(place))
         scores = {"model": evaluate(scorer, reader, comm, progress, metrics)}
-        if baselines and comm.rank == 0:
+        if baselines and comm.rank == 0 and isinstance(reader, TokenReader):
             with open_of(manifest, "train") as train:
+                assert isinstance(train, TokenReader)
                 counted = score_baselines(
                     train, reader, manifest.vocab_size, make_metrics(scores["model"].values)
                 )
