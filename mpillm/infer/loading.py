@@ -26,6 +26,8 @@ from mpillm.tasks.vocabulary import Lengths, Vocabulary
 from mpillm.tokens.dataset_folder import is_dataset
 from mpillm.tokens.manifest import NAME as MANIFEST
 from mpillm.tokens.manifest import Manifest
+from mpillm.tokens.pairs.pair_manifest import PairManifest
+from mpillm.tokens.pairs.pair_reader import PairReader
 from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
@@ -146,7 +148,8 @@ def check_trained(checkpoint: Checkpoint) -> StoredShapes:
             f"{checkpoint.folder / TOKENIZER} is not the tokenizer that the model was trained "
             "with: its sha256 differs; use another checkpoint"
         )
-    if known["vocab_size"] > spec.vocab_size:
+    # A model of pictures has no vocabulary.
+    if known["vocab_size"] > spec.vocab_size and spec.vocab_size:
         raise CheckpointError(
             f"{checkpoint.folder} has a tokenizer of {known['vocab_size']:,} tokens and a model "
             f"of {spec.vocab_size:,}; use another checkpoint"
@@ -223,13 +226,29 @@ def load_data(checkpoint: Checkpoint, data: Path | None) -> Manifest:
     return manifest
 
 
-def open_of(manifest: Manifest, split: str) -> TokenReader:
+def open_of(manifest: Manifest, split: str) -> TokenReader | PairReader:
     """Open a split of a dataset whose manifest was read before: no other one is opened.
 
     Raises DataError where a shard is missing or has another size.
     """
     manifest.check_shards(split)
+    if isinstance(manifest, PairManifest):
+        return PairReader(manifest, split)
     return TokenReader(manifest.folder, split, manifest.split(split), manifest.vocab_size)
+
+
+def check_kind(task: Task, manifest: Manifest) -> None:
+    """Raise MismatchError unless the dataset is of a kind that the task learns from."""
+    kind = manifest.pairs.kind if isinstance(manifest, PairManifest) else ""
+    known = task.pair_kinds
+    if kind in known or not (kind or known):
+        return
+    holds = f"pairs of the task {kind}" if kind else "the tokens of a text"
+    needs = f"pairs: --task {' or '.join(known)}" if known else "the tokens of a text"
+    raise MismatchError(
+        f"the data {manifest.folder} holds {holds}, and the task {task.name} learns from {needs}; "
+        "prepare the data for the task, or take another task.name"
+    )
 
 
 def missing_data(named: Path, folder: Any, option: str = "--data FOLDER") -> str:

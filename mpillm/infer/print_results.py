@@ -12,7 +12,7 @@ from mpillm.infer.baselines import Baselines, score_baselines
 from mpillm.infer.cloze_baselines import score_cloze_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate, rows_at_once
 from mpillm.infer.generate import generate
-from mpillm.infer.loading import Loaded, load_data, load_trained, open_of
+from mpillm.infer.loading import Loaded, check_kind, load_data, load_trained, open_of
 from mpillm.infer.sampling import Sampling, check_prompt
 from mpillm.machine.node_map import map_nodes
 from mpillm.models.part_module import torch_explained
@@ -60,6 +60,7 @@ def print_evaluation(
     manifest = load_data(loaded.checkpoint, data)
     folder = manifest.folder
     check_tokenizer(manifest, loaded.tokenizer)
+    check_kind(loaded.task, manifest)
     same = manifest.manifest_hash == loaded.checkpoint.facts["data"]
     run = _run_of(loaded.checkpoint)
     known = loaded.checkpoint.facts
@@ -71,7 +72,7 @@ def print_evaluation(
         progress = Console(speaks=False) if as_json else console
         scorer = WholeModel(loaded.model, loaded.task, comm, Precision(place))
         scores = {"model": evaluate(scorer, reader, comm, progress, metrics)}
-        if baselines and comm.rank == 0:
+        if baselines and comm.rank == 0 and isinstance(reader, TokenReader):
             counted = _count(loaded, manifest, reader, make_metrics(scores["model"].values))
             scores |= {"bigram": counted.bigram, "unigram": counted.unigram}
     # Rank 0 counts the training tokens alone: the others sleep meanwhile.
@@ -94,6 +95,7 @@ def _count(
     """Score the baselines of the model's task, which has some."""
     task, spec = loaded.task, loaded.model.spec
     with open_of(manifest, "train") as train:
+        assert isinstance(train, TokenReader)
         if not isinstance(task, MaskedLM):
             return score_baselines(train, reader, manifest.vocab_size, metrics)
         samples = reader.evaluation(RowShape.of(task, Lengths.of(spec)), rows_at_once(spec))

@@ -22,6 +22,11 @@ TASKS: Mapping[str, str] = MappingProxyType(
         "causal-lm": "mpillm.tasks.causal_lm:CausalLM",
         "masked-lm": "mpillm.tasks.masked_lm:MaskedLM",
         "span-corruption": "mpillm.tasks.span_corruption:SpanCorruption",
+        "seq2seq": "mpillm.tasks.seq2seq:SequenceToSequence",
+        "sequence-classification": "mpillm.tasks.sequence_classification:SequenceClassification",
+        "token-classification": "mpillm.tasks.token_classification:TokenClassification",
+        "image-classification": "mpillm.tasks.image_classification:ImageClassification",
+        "ctc": "mpillm.tasks.ctc:CTC",
     }
 )
 DEFAULT = "causal-lm"

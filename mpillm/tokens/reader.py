@@ -28,7 +28,7 @@ class TokenReader:
     Every rank opens its own; none keeps an HDF5 handle.
     """
 
-    def __init__(self, folder: Path, name: str, split: Split, vocab_size: int) -> None:
+    def __init__(self, folder: Path, name: str, split: Split[ShardInfo], vocab_size: int) -> None:
         self.folder, self.name, self.split, self.vocab_size = folder, name, split, vocab_size
         shards = split.shards
         self.dtype = np.dtype(shards[0].dtype)

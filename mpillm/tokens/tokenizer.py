@@ -133,6 +133,28 @@ class Tokenizer:
         ids = self._encode_parts(part for some in parts for part in some)
         return [np.concatenate([next(ids)[1] for _ in some]) for some in parts]
 
+    @cached_property
+    def closes_rows(self) -> bool:
+        """Whether its post-processor adds tokens to a text, such as [CLS] and [SEP], or </s>."""
+        return bool(self._inner.encode("", add_special_tokens=True).ids)
+
+    def encode_rows(self, texts: Sequence[str]) -> list[tuple[Ids, list[tuple[int, int]]]]:
+        """Encode whole texts with the tokens of the post-processor: ids, and the characters of
+        each, from and to. An added token has none: (0, 0).
+        """
+        try:
+            found = self._inner.encode_batch(list(texts), add_special_tokens=True)
+        except BaseException as failure:
+            raise self._cannot_encode(failure) from failure
+        return [(np.array(each.ids, self.dtype), each.offsets) for each in found]
+
+    def _cannot_encode(self, failure: BaseException) -> DataError:
+        # Where a model has no unknown token, the library fails at what it lacks.
+        return DataError(
+            f"the tokenizer {self.name} cannot encode the text: "
+            f"{_library_words(failure)}; take a byte-level tokenizer, which has all bytes"
+        )
+
     def encode_blocks(self, blocks: Iterable[str]) -> Iterator[tuple[str, Ids]]:
         """Encode a text of blocks in bounded memory; yield its parts with their ids, in order."""
         if self._is_bytes:
@@ -159,11 +181,7 @@ class Tokenizer:
         try:
             group = inner.encode_batch_fast(parts, add_special_tokens=False)
         except BaseException as failure:
-            # Where a model has no unknown token, the library fails at what it lacks.
-            raise DataError(
-                f"the tokenizer {self.name} cannot encode the text: "
-                f"{_library_words(failure)}; take a byte-level tokenizer, which has all bytes"
-            ) from failure
+            raise self._cannot_encode(failure) from failure
         return [np.array(encoding.ids, self.dtype) for encoding in group]
 
     def _as_text(self, part: str, ids: Ids) -> Ids:

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from mpillm.comm.failure import on_root
 from mpillm.errors import DataError, MismatchError, RecipeError
-from mpillm.infer.loading import RunConstants, missing_data, open_of, read_vocabulary
+from mpillm.infer.loading import (
+    RunConstants,
+    check_kind,
+    missing_data,
+    open_of,
+    read_vocabulary,
+)
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import NodeMap, map_nodes
@@ -105,6 +111,8 @@ def train(
                 say_changes(recipe, checkpoint, console)
             memory = RunMemory.of(recipe, mesh)
             estimate = memory.predict(plan)
+            if cuts := on_root(comm, lambda: reader.describe_cuts(row)):
+                console.warn(cuts)
             data_text = reader.describe(row, settings.steps * settings.batch)
             print_plan(recipe, mesh, plan, data_text, console, hardware.description, estimate)
             remedy = partial(memory.remedy, plan)
@@ -233,6 +241,7 @@ def _with_task(recipe: Recipe, manifest: Manifest, comm: "MPI.Intracomm") -> tup
     """
     vocabulary = read_vocabulary(manifest, comm)
     task = make_task(recipe.task.name, recipe.task, vocabulary, Lengths.of(recipe.model))
+    check_kind(task, manifest)
     model = recipe.model
     for name, found in task.model_settings(vocabulary).items():
         wanted = getattr(model, name, None)
