@@ -29,6 +29,7 @@ from mpillm.weights.saving import assign_writers
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+TEMPLATE = "chat_template.jinja"
 # Keys of config.json that change what a model computes, where no key of the metadata holds them.
 _REFUSED = ("sliding_window", "rope_scaling")
 
@@ -113,10 +114,7 @@ def _tokenizer(checkpoint: Checkpoint, rows: int) -> dict[str, Any]:
     text, facts = checkpoint.text(TOKENIZER), checkpoint.facts["tokenizer"]
     ours = Tokenizer.from_json(text, facts["name"], facts["end_of_text"])
     vocabulary = gguf_vocabulary(text, rows)
-    config, named = (
-        from_json(checkpoint.text(name)) if name in checkpoint.texts else {}
-        for name in ("config.json", "tokenizer_config.json")
-    )
+    config = _kept(checkpoint, "config.json")
     special = {"eos": ours.eot_id, "bos": vocabulary.first, "padding": None}
     for ours_key, theirs in (("bos", "bos"), ("padding", "pad")):
         number = config.get(f"{theirs}_token_id")
@@ -129,10 +127,28 @@ def _tokenizer(checkpoint: Checkpoint, rows: int) -> dict[str, Any]:
     found |= {
         f"{PREFIX}{k}_token_id": number for k, number in special.items() if number is not None
     }
-    template = named.get("chat_template")
-    if "chat_template.jinja" in checkpoint.texts:
-        template = checkpoint.text("chat_template.jinja")
+    template = _chat_template(checkpoint)
     return {**found, **({"tokenizer.chat_template": template} if template else {})}
+
+
+def _chat_template(checkpoint: Checkpoint) -> str:
+    """Return the text of the chat template, which nothing here runs; "" where there is none."""
+    if TEMPLATE in checkpoint.texts:
+        return checkpoint.text(TEMPLATE)
+    found = _kept(checkpoint, "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):
+        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else ""
+
+
+def _kept(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """Return a JSON object that was imported; empty where there is none."""
+    try:
+        found = from_json(checkpoint.text(name)) if name in checkpoint.texts else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _metadata(vocabulary: GgufVocabulary) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def _texts_of_gguf(source: GgufSource) -> dict[str, str]:
         unknown=fact("unknown_token_id"),
         space_first=fact("add_space_prefix") is not False,
         collapses=bool(fact("remove_extra_whitespaces")),
-        charsmap=bytes(charsmap),
+        charsmap=charsmap,
     )
     special = {"eos_token_id": "eos", "bos_token_id": "bos", "pad_token_id": "padding"}
     config = {theirs: fact(f"{ours}_token_id") for theirs, ours in special.items()}

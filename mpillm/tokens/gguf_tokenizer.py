@@ -91,8 +91,8 @@ class GgufVocabulary:
     """`add_space_prefix`: whether a text begins with a space that it lacks."""
     collapses: bool = False
     """`remove_extra_whitespaces`: whether several spaces are one, and those at the ends none."""
-    charsmap: bytes = b""
-    """`precompiled_charsmap`: SentencePiece's normalisation of characters."""
+    charsmap: Sequence[int] = ()
+    """`precompiled_charsmap`: the bytes of SentencePiece's normalisation of characters."""
 
 
 def gguf_tokenizer(vocabulary: GgufVocabulary) -> str:
@@ -204,7 +204,7 @@ def _unigram(vocabulary: GgufVocabulary) -> Any:
     inner = tokenizers.Tokenizer(models.Unigram(pieces, vocabulary.unknown, has_bytes))
     rules: list[Any] = []
     if vocabulary.charsmap:
-        rules.append(normalizers.Precompiled(vocabulary.charsmap))
+        rules.append(normalizers.Precompiled(bytes(byte % 256 for byte in vocabulary.charsmap)))
     if vocabulary.collapses:
         rules += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     if rules:

@@ -5,6 +5,7 @@ beyond its bytes, are refused before anything is read. The bytes of a box are th
 """
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from mpillm.system.json_text import read_json, read_object
 from mpillm.system.messages import some_of, why
 from mpillm.system.plain_files import is_plain_name, open_plain
 from mpillm.weights.file_boxes import read_box
+from mpillm.weights.index import LARGEST
 from mpillm.weights.slices import Box, whole_box
 from mpillm.weights.tensor_source import TensorInfo, TensorSource
 
@@ -181,6 +183,12 @@ def _info(entry: Mapping[str, Any], name: str, file: Path) -> TensorInfo:
     if kind not in DTYPES:
         raise CheckpointError(
             f"{name} in {file} is of type {kind}; this mpillm reads {', '.join(DTYPES)}"
+        )
+    if math.prod(filter(None, shape)) > LARGEST:
+        # Of no bytes where another dim is 0.
+        raise CheckpointError(
+            f"{name} in {file} has the shape {list(shape)}, too large for any memory; "
+            "download it again"
         )
     dtype, itemsize = DTYPES[kind]
     return TensorInfo(dtype, shape, itemsize * whole_box(shape).numel)
