@@ -61,6 +61,8 @@ class ExportedModel:
     nbytes: int
     family: str
     """The model_type of the family, GGUF's architecture; "" for plain tensors under our names."""
+    reader: str = ""
+    """The class of transformers that reads it."""
 
 
 def export_model(
@@ -105,7 +107,10 @@ def export_model(
             with suppress(OSError):
                 shutil.rmtree(work)
         raise
-    return ExportedModel(out, len(shards), total, family.model_types[0] if family else "")
+    if family is None:
+        return ExportedModel(out, len(shards), total, "")
+    reader = str(family.config(spec)["architectures"][0])
+    return ExportedModel(out, len(shards), total, family.model_types[0], reader)
 
 
 def _check(out: Path, kind: str, dtype: str) -> None:
@@ -141,7 +146,7 @@ def print_export(made: ExportedModel, console: Console) -> None:
         console.say(f"next, with llama.cpp: {command(['llama-server', '--model', made.out])}")
     elif made.family:
         console.say(
-            f"next, in Python: transformers.AutoModelForCausalLM.from_pretrained({str(made.out)!r})"
+            f"next, in Python: transformers.{made.reader}.from_pretrained({str(made.out)!r})"
         )
 
 

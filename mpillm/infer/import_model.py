@@ -91,7 +91,10 @@ def print_import(imported: ImportedModel, out: Path, console: Console) -> None:
     size = binary_bytes(ITEM_BYTES["float32"] * model.parameters)
     console.say(f"{imported.checkpoint}: {model.describe()}")
     console.say(f"{model.parameters:,} parameters, {size} in float32")
-    console.say(f"next: {command(['mpillm', 'generate', out, '--prompt', 'TEXT'])}")
+    if model.generates:
+        console.say(f"next: {command(['mpillm', 'generate', out, '--prompt', 'TEXT'])}")
+    else:
+        console.say(f'next: train.start_from = "{out}" in a recipe, or export it')
 
 
 def _refuse_full(out: Path) -> None:
@@ -166,15 +169,28 @@ def _texts_of_gguf(source: GgufSource) -> dict[str, str]:
 
 
 def _end_of_text(texts: dict[str, str], tokenizer: str) -> str | None:
-    """Return the text of the token that config.json names as the end; None where it names none."""
+    """Return the text of the token that config.json names as the end, or of the one that separates
+    texts; None where none is named.
+    """
     try:
         config = from_json(texts.get("config.json", "{}"))
         number = config.get("eos_token_id")
         number = number[0] if isinstance(number, list) and number else number
         added = from_json(tokenizer).get("added_tokens", [])
-        return next((str(t["content"]) for t in added if t.get("id") == number), None)
+        named = next((str(t["content"]) for t in added if t.get("id") == number), None)
+        return named or _separator(texts, added)
     except (ValueError, AttributeError, TypeError, KeyError):
         return None
+
+
+def _separator(texts: dict[str, str], added: list[Any]) -> str | None:
+    """Return the token that separates texts, where a model such as BERT has no end of one."""
+    special = from_json(texts.get("special_tokens_map.json", "{}"))
+    if special.get("eos_token") is not None:
+        return None
+    token = special.get("sep_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    return next((str(t["content"]) for t in added if t["content"] == text), None)
 
 
 def _text(path: Path) -> str:

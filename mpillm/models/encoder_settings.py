@@ -21,6 +21,7 @@ class EncoderSettings(BlockSettings):
     shared_inputs: ClassVar[tuple[str, ...]] = ("documents", "lengths")
     host_inputs: ClassVar[tuple[str, ...]] = ("documents", "lengths")
     causal: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
 
     architecture: str = "encoder"
     norm: Literal["layernorm", "layernorm-nobias", "rmsnorm", "rmsnorm1p"] = "layernorm"

@@ -13,7 +13,9 @@ from mpillm.infer import export_model as module
 from mpillm.infer.export_model import export_model
 from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_trained
+from mpillm.models.block_settings import BlockSettings
 from mpillm.models.decoder import DecoderConfig
+from mpillm.models.encoder import EncoderConfig
 from mpillm.system.console import Console
 from tests.pretrained import peer
 from tests.published import SPEC, publish, weights_of
@@ -33,6 +35,19 @@ GPT2 = DecoderConfig(
 )
 
 
+BERT = EncoderConfig(
+    layers=2,
+    width=32,
+    heads=4,
+    context=32,
+    vocab_size=300,
+    token_types=2,
+    head="sequence",
+    head_layer="tanh",
+    classes=3,
+)
+
+
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -41,12 +56,12 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("shard_bytes", [4 << 30, 5_000])
-@pytest.mark.parametrize("spec", [SPEC, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("spec", [SPEC, GPT2, BERT], ids=["llama", "gpt2", "bert"])
 def test_a_folder_comes_back_bit_for_bit(
     folder: Path,
     comm: MPI.Intracomm,
     monkeypatch: pytest.MonkeyPatch,
-    spec: DecoderConfig,
+    spec: BlockSettings,
     shard_bytes: int,
 ) -> None:
     """In one file, and in several with an index, which ranks write in turn."""

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from mpillm.models.encoder_settings import EncoderSettings
 
+POOLINGS = ("first", "mean", "last")
+
 
 def pool(x_BTC: Tensor, pooling: str, lengths_B: Tensor | None) -> Tensor:
     """Return (B, C): the `first` or the `last` position of each row, or the `mean` of all.

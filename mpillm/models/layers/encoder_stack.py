@@ -107,6 +107,14 @@ class Encoder(PartModule):
         A position attends to its document. Those from `lengths` on are padding: none attends to
         them. Raises ValueError when the positions exceed the context.
         """
+        pivot_BTC, x_BTC = self._states(fields, streams)
+        return PartOutput(self._outputs(x_BTC, fields) if self.ends else (x_BTC,), (pivot_BTC,))
+
+    def hidden_states(self, fields: Fields) -> Tensor:
+        return self._states(fields, ())[1]
+
+    def _states(self, fields: Fields, streams: Streams) -> tuple[Tensor, Tensor]:
+        """Return the pivot, and the stream after the last block and its norm."""
         pivot_BTC = self._embed(fields) if self.begins else streams[0]
         x_BTC = self._summed(pivot_BTC, fields) if self.begins else pivot_BTC
         row_keys_B = fields.get("dropout_keys")
@@ -116,7 +124,7 @@ class Encoder(PartModule):
             given = x_BTC, rotations[self.config.slides(int(number))], spans, None, 0, keys_B
             whole = recompute_of(self.recompute, int(number)) == "full"
             x_BTC = recomputed(block, *given) if whole else block(*given)
-        return PartOutput(self._outputs(x_BTC, fields) if self.ends else (x_BTC,), (pivot_BTC,))
+        return pivot_BTC, x_BTC if self.norm is None else self.norm(x_BTC)
 
     def _embed(self, fields: Fields) -> Tensor:
         """Return what a split backward pass stops at, ahead of all sums."""
@@ -176,7 +184,6 @@ class Encoder(PartModule):
     def _outputs(self, x_BTC: Tensor, fields: Fields) -> Outputs:
         """Return what the head gives: see `EncoderSettings.head`."""
         config = self.config
-        x_BTC = x_BTC if self.norm is None else self.norm(x_BTC)
         if config.head == "none":
             pooled = self.head_dense is not None
             return (x_BTC, self._layer(self._pooled(x_BTC, fields))) if pooled else (x_BTC,)
