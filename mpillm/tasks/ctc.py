@@ -7,15 +7,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpillm.tasks.task import Fields, RawArrays, Task
-from mpillm.tasks.vocabulary import Vocabulary
+from mpillm.tasks.vocabulary import Vocabulary, positions_of
 
 # The output that is no token; token t of the tokenizer is output t + 1.
 BLANK = 0
 
 
 class CTC(Task):
-    """Text of sound by an encoder. Fields: `frames` (B, F, mels), `lengths` (B,) of frames, and
-    `targets`, `counts` (B, T). The model's logits are (B, T', V) for F frames or fewer.
+    """Text of sound by an encoder. Fields: `frames` (B, F, mels), `lengths` (B,) of positions, and
+    `targets`, `counts` (B, T). The model's logits are (B, F / 2, V).
     """
 
     name: ClassVar[str] = "ctc"
@@ -34,7 +34,7 @@ class CTC(Task):
         lengths_B = torch.from_numpy(raw["target_lengths"])
         return {
             "frames": torch.from_numpy(raw["frames"]),
-            "lengths": torch.from_numpy(raw["source_lengths"]),
+            "lengths": positions_of(torch.from_numpy(raw["source_lengths"])),
             "targets": targets_BT,
             "counts": torch.arange(targets_BT.shape[1]) < lengths_B[:, None],
         }
@@ -42,9 +42,7 @@ class CTC(Task):
     def loss_sum(self, outputs: tuple[Tensor, ...], fields: Fields) -> Tensor:
         (logits_BTV,) = outputs
         log_TBV = logits_BTV.float().log_softmax(-1).transpose(0, 1)
-        positions, frames = logits_BTV.shape[1], fields["frames"].shape[1]
-        # An output for several frames is real where one of its frames is.
-        lengths_B = -(-fields["lengths"].cpu() * positions // frames)
+        lengths_B = fields["lengths"].cpu().clamp(max=logits_BTV.shape[1])
         counts_B = fields["counts"].sum(1).cpu()
         # A target that is longer than its sound has no alignment: its loss would be infinite.
         return F.ctc_loss(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mpillm.models.spec import ModelSpec
 
@@ -26,12 +27,26 @@ class Vocabulary:
         return next((self.special[text] for text in PADDINGS if text in self.special), None)
 
 
+# Of Whisper's convolutions, which all models of sound begin with.
+FRAMES_A_POSITION = 2
+
+
+def positions_of(frames: Any) -> Any:
+    """Return the positions of so many frames of sound; of an array or a tensor, of each number."""
+    return -(-frames // FRAMES_A_POSITION)
+
+
 @dataclass(frozen=True)
 class Lengths:
     """The lengths of a model's rows: positions of its targets, and of a source."""
 
     context: int = 256
     source_context: int = 256
+
+    @property
+    def frames(self) -> int:
+        """The frames of sound in a row."""
+        return FRAMES_A_POSITION * self.source_context
 
     @classmethod
     def of(cls, spec: ModelSpec) -> "Lengths":

@@ -21,11 +21,8 @@ class TokenErrorRate(Metric):
         self, outputs: Sequence[np.ndarray[Any, np.dtype[Any]]], fields: Arrays
     ) -> Sequence[float]:
         best_BT = outputs[0].argmax(-1)
-        frames = fields["frames"].shape[1]
-        # The real positions of each row, as the loss counts them.
-        lengths_B = -(-fields["lengths"] * best_BT.shape[1] // frames)
         edits = 0
-        for row, length in enumerate(lengths_B.tolist()):
+        for row, length in enumerate(fields["lengths"].tolist()):
             heard = greedy(best_BT[row, :length])
             edits += edit_distance(heard, fields["targets"][row][fields["counts"][row]].tolist())
         return [float(edits)]
