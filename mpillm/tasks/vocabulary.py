@@ -20,6 +20,8 @@ class Vocabulary:
     """The tokens that were added to the tokenizer's model, by their texts."""
     classes: tuple[str, ...] = ()
     """The names of the labels, in the order of their numbers."""
+    space: int | None = None
+    """The token that alone parts words; None where other tokens hold spaces, too."""
 
     @property
     def padding(self) -> int | None:

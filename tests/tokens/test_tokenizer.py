@@ -361,3 +361,8 @@ def test_what_is_no_tokenizer(text, folder, comm):
 def test_a_missing_tokenizer():
     with pytest.raises(UsageError, match="cannot read the tokenizer"):
         Tokenizer.load("/nowhere/tokenizer.json")
+
+
+def test_a_space_parts_words_where_no_other_token_has_one() -> None:
+    assert byte_tokenizer().vocabulary.space == 32
+    assert train_bpe(["one two two"] * 9, 300).vocabulary.space is None
