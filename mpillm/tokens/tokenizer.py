@@ -137,9 +137,20 @@ class Tokenizer:
         return [np.concatenate([next(ids)[1] for _ in some]) for some in parts]
 
     @cached_property
+    def marks_rows(self) -> bool:
+        """Whether its post-processor adds tokens to a text, such as [CLS] and [SEP], or <s>."""
+        return any(self._marks)
+
+    @cached_property
     def closes_rows(self) -> bool:
-        """Whether its post-processor adds tokens to a text, such as [CLS] and [SEP], or </s>."""
-        return bool(self._inner.encode("", add_special_tokens=True).ids)
+        """Whether its post-processor ends a text by a token, such as [SEP] or </s>."""
+        return bool(self._marks and self._marks[-1])
+
+    @cached_property
+    def _marks(self) -> list[int]:
+        """Of each token of a short text 1 where the post-processor has added it."""
+        marks: list[int] = self._inner.encode("a", add_special_tokens=True).special_tokens_mask
+        return marks
 
     def encode_rows(self, texts: Sequence[str]) -> list[tuple[Ids, list[tuple[int, int]]]]:
         """Encode whole texts with the tokens of the post-processor: ids, and the characters of

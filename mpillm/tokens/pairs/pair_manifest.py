@@ -36,7 +36,7 @@ class PairRules(ManifestRules):
         super().check(value)
 
     def _pairs(self, value: Any) -> PairFormat:
-        names = ("kind", "source_dtype", "target_dtype", "item", "padding", "classes")
+        names = ("kind", "source_dtype", "target_dtype", "item", "padding", "closed", "classes")
         self._object("pairs", value, names)
         if value["kind"] not in PAIR_KINDS:
             self._fail("pairs.kind", f"one of {', '.join(PAIR_KINDS)}", value["kind"])
@@ -54,6 +54,8 @@ class PairRules(ManifestRules):
         for number in item:
             self._count("pairs.item", number, LARGEST_DIM, least=1)
         self._count("pairs.padding", value["padding"])
+        if not isinstance(value["closed"], bool):
+            self._fail("pairs.closed", "true or false", value["closed"])
         classes = value["classes"]
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             self._fail("pairs.classes", "a list of texts", classes)

@@ -59,10 +59,13 @@ class _OpenShard:
                 raise DataError(f"{self.path} has shrunk: {failure}; copy it again") from failure
         return out
 
-    def side(self, side: str, pair: int, most: int) -> Array:
-        """Read up to `most` rows of one side of a pair."""
+    def side(self, side: str, pair: int, most: int, closed: bool = False) -> Array:
+        """Read up to `most` rows of one side of a pair; of a `closed` one also the last."""
         ends = self.ends[side]
         first, last = int(ends[pair - 1]) if pair else 0, int(ends[pair])
+        if closed and last - first > most:
+            kept = self.read(side, first, first + most - 1), self.read(side, last - 1, last)
+            return np.concatenate(kept)
         return self.read(side, first, min(last, first + most))
 
 
@@ -132,8 +135,10 @@ class PairReader:
             opened = self._shard(shard)
             for place in places.tolist():
                 pair = int(numbers[place] - self._firsts[shard])
-                sources[place] = opened.side("source", pair, most)
-                targets[place] = opened.side("target", pair, most_target)
+                sources[place] = opened.side("source", pair, most, self.form.closed)
+                # Labels are cut as their tokens are.
+                closed = self.form.closed and sides.target == "labels"
+                targets[place] = opened.side("target", pair, most_target, closed)
         every = range(len(numbers))
         source, target = [sources[place] for place in every], [targets[place] for place in every]
         self._check(numbers, source, target)

@@ -168,25 +168,26 @@ class PairEncoder:
         else:
             # A loss over alignments knows no end of a row.
             plain = self.kind == "ctc"
-            targets = self._texts([record.target for record in records], closed=not plain)
+            texts = [record.target for record in records]
+            targets = self._texts(texts, marked=not plain, closed=not plain)
         if sides.source == "source":
-            sources = self._texts([record.source for record in records], closed=False, marked=True)
+            sources = self._texts([record.source for record in records], marked=True)
         else:
             sources = list(pool.map(self._medium, records))
         return list(zip(sources, targets, strict=True))
 
-    def _texts(self, texts: list[str], closed: bool, marked: bool = False) -> list[Array]:
-        """Encode texts, with the post-processor's tokens if they are `marked` or `closed`.
-
-        Where it has none, `closed` ones get the end of text.
+    def _texts(self, texts: list[str], marked: bool, closed: bool = False) -> list[Array]:
+        """Encode texts: `marked` ones with the post-processor's tokens. `closed` ones end with the
+        end of text where it ends them by none.
         """
-        if (marked or closed) and self.tokenizer.closes_rows:
+        marked = marked and self.tokenizer.marks_rows
+        if marked:
             found = [ids for ids, _ in self.tokenizer.encode_rows(texts)]
         else:
             found = list(self.tokenizer.encode_batch(texts))
-            if closed:
-                end = np.array([self.tokenizer.eot_id], self.tokenizer.dtype)
-                found = [np.concatenate((ids, end)) for ids in found]
+        if closed and not (marked and self.tokenizer.closes_rows):
+            end = np.array([self.tokenizer.eot_id], self.tokenizer.dtype)
+            found = [np.concatenate((ids, end)) for ids in found]
         self.losses.see(texts, found)
         return found
 

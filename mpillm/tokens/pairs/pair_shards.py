@@ -55,6 +55,7 @@ class PairFormat:
     """The arrays of a dataset of pairs, the same in all of its shards.
 
     `item`: the shape of a row of /source, () for tokens. `padding`: the id after short sources.
+    `closed`: sources end with a token, such as [SEP], which stays where one is cut.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class PairFormat:
     target_dtype: str
     item: tuple[int, ...] = ()
     padding: int = 0
+    closed: bool = False
     classes: tuple[str, ...] = ()
 
     @property

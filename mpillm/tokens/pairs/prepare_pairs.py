@@ -286,7 +286,8 @@ def _write(
         index["split"] = plan.of(index["key"])
     padding = tokenizer.vocabulary.padding or 0
     target = tokenizer.dtype.str if PAIR_KINDS[options.task].target == "target" else "<i4"
-    form = PairFormat(options.task, item[0], target, item[1], padding, found.classes)
+    closed = tokenizer.closes_rows and PAIR_KINDS[options.task].source == "source"
+    form = PairFormat(options.task, item[0], target, item[1], padding, closed, found.classes)
     encoded = EncodedDocuments(path, index, np.dtype("u1"))
     where = shuffle.plan_shuffle(encoded, options.shard_bytes, comm)
     attributes = {

@@ -156,6 +156,10 @@ def test_a_post_processor_closes_texts_and_words_are_labelled_at_their_first_tok
     raw = rows_of(manifest, 8, 8)
     assert raw["source"].tolist() == [[2, 4, 7, 5, 6, 7, 3, 0]]
     assert raw["labels"].tolist() == [[-1, 0, -1, 1, 0, -1, -1, -1]]
+    # A text that is cut keeps its [SEP].
+    cut = rows_of(manifest, 4, 4)
+    assert cut["source"].tolist() == [[2, 4, 7, 3]]
+    assert cut["labels"].tolist() == [[-1, 0, -1, -1]]
     source = write_lines(tmp_path / "b.jsonl", [{"text": "two ones", "label": 2}])
     manifest = made(source, tmp_path / "texts", "sequence-classification", **given)
     assert manifest.classes == ("0", "1", "2")
@@ -182,6 +186,21 @@ def test_pictures_of_lists_and_arrays(tmp_path: Path) -> None:
     write_lines(source, [*records, {"image": [[0.5]], "label": "dog"}])
     with pytest.raises(DataError, match=r"a.jsonl line 3 .*shape \[1, 1, 1\].*make all pictures"):
         made(source, tmp_path / "other", "image-classification")
+
+
+def test_targets_end_once(tmp_path: Path) -> None:
+    file = bert(tmp_path / "tokenizer.json")
+    given = {"tokenizer": str(file), "end_of_text": "[SEP]"}
+    source = write_lines(tmp_path / "a.jsonl", [{"source": "one", "target": "two ones"}])
+    raw = rows_of(made(source, tmp_path / "both", "seq2seq", **given), 6, 6)
+    assert raw["target"].tolist() == [[2, 5, 4, 7, 3, 0]]
+    # A post-processor that only begins a text does not end it.
+    spec = json.loads(file.read_text())
+    spec["post_processor"]["single"].pop()
+    file.write_text(json.dumps(spec))
+    raw = rows_of(made(source, tmp_path / "begun", "seq2seq", **given), 6, 6)
+    assert raw["target"].tolist() == [[2, 5, 4, 7, 3, 0]]
+    assert raw["source"].tolist() == [[2, 4, 0, 0, 0, 0]]
 
 
 WRONG = {
@@ -267,6 +286,7 @@ def shard_of(manifest: dict[str, Any]) -> dict[str, Any]:
     ("change", "words"),
     [
         (lambda m: m["pairs"].update(kind="poems"), "pairs.kind should be one of seq2seq"),
+        (lambda m: m["pairs"].update(closed=1), "pairs.closed should be true or false"),
         (lambda m: m["pairs"].update(item=[3]), "pairs.item should be a list of 0 numbers"),
         (lambda m: m["pairs"].update(source_dtype="<O8"), "pairs.source_dtype should be <u2 or"),
         (lambda m: m["splits"]["train"]["shards"][0].update(n_source=1 << 62), "n_tokens should"),
