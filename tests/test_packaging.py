@@ -100,7 +100,7 @@ def test_spack_has_the_same_bounds() -> None:
 def test_the_scripts_install_what_they_need() -> None:
     """Check that dev brings training along, and that both scripts and the container ask for it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert "mpillm[hub,train]" in project["optional-dependencies"]["dev"]
+    assert "mpillm[hub,test-models,train]" in project["optional-dependencies"]["dev"]
     assert "prepare_environment train\n" in (ROOT / "jobs/quickstart.sh").read_text()
     assert "prepare_environment dev\n" in (ROOT / "jobs/test.sh").read_text()
     for name in ("train", "hub"):
@@ -145,6 +145,16 @@ def test_spack_reads_the_recipe(tmp_path: Path) -> None:
         if command == ["--version"] and done.stdout.startswith("0."):
             pytest.skip(f"needs Spack 1.0 or newer, this is {done.stdout.strip()}")
     assert "py-mpi4py" in done.stdout
+
+
+def test_the_published_models_are_those_that_tests_read() -> None:
+    listed = (ROOT / "test-models.txt").read_text(encoding="utf-8")
+    helper = (ROOT / "tests/pretrained.py").read_text(encoding="utf-8")
+    packages = re.findall(r"^([\w-]+)>=[\d.]+$", listed, re.MULTILINE)
+    assert packages == re.findall(r"^[^#\n>=]+", listed, re.MULTILINE)
+    assert {f'"{name.replace("-", "_")}"' for name in packages} == set(
+        re.findall(r'_file_of\(("\w+")', helper)
+    )
 
 
 def test_the_container_takes_what_the_build_needs() -> None:
