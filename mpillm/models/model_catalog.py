@@ -17,6 +17,7 @@ from mpillm.system.plugins import load_class
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {
         "decoder": "mpillm.models.decoder:DecoderConfig",
+        "encoder-decoder": "mpillm.models.encoder_decoder:EncoderDecoderConfig",
     }
 )
 DEFAULT = "decoder"

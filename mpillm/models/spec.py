@@ -174,6 +174,16 @@ class ModelSpec(ABC):
         """Return the main settings in one line, for the printed plan."""
 
     @property
+    def source_context(self) -> int:
+        """The longest source, in tokens or frames, where it is not the sequence itself."""
+        return self.context
+
+    @property
+    def source_field(self) -> str:
+        """The field that generation encodes ahead of the first token; "": there is none."""
+        return ""
+
+    @property
     def whole(self) -> Part:
         return Part(0, self.blocks)
 

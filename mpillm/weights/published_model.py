@@ -54,6 +54,7 @@ class PublishedModel:
         place = self._places[name]
         box = None if place.box is None else Box(*place.box)
         values = self.source.read(self._stored(place.name), box)
+        values = values[0] if place.squeezed else values
         return values.t().contiguous() if place.transposed else values
 
     @property
@@ -62,6 +63,7 @@ class PublishedModel:
         theirs_of, found = self.family.tensors(self.spec), {}
         for name, place in self._places.items():
             shape = theirs_of[place.name] if place.box is None else place.box[1]
+            shape = shape[1:] if place.squeezed else shape
             found[name] = shape[::-1] if place.transposed else shape
         return found
 
@@ -75,8 +77,8 @@ class PublishedModel:
 
     def _stored(self, name: str) -> str:
         """Return the name in the files: those of a model without its head lack the prefix."""
-        bare = name.removeprefix(self.family.prefix)
-        return name if name in self.source.tensors or bare not in self.source.tensors else bare
+        known = (each for each in self.family.spellings(name) if each in self.source.tensors)
+        return next(known, name)
 
     def _check_names(self) -> None:
         tensors, wanted = self.source.tensors, self.family.tensors(self.spec)

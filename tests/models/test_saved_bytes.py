@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.part_module import create
 from mpillm.models.spec import Part, recompute_counts, recompute_of
+from tests.models.saved_tensors import saved_bytes
 
 GPT2 = {"norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True}
 GEMMA = {"norm": "rmsnorm1p", "activation": "geglu", "scaled_embedding": True, "head_width": 64}
@@ -65,39 +65,18 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def kept_bytes(config: DecoderConfig, part: Part, rows: int, recompute: Any, dtype: Any) -> int:
-    """Sum the memory that autograd holds after a forward pass, without weights and tables.
-
-    A layer that is recomputed gives handles in place of tensors: its argument is kept.
-    """
+    """Sum the memory that autograd holds after a forward pass, without weights and tables."""
     module = create(config, 1, part=part).to(dtype)
     module.set_recompute(recompute)
-    own = [*module.parameters(), *module.buffers()]
     ids = torch.zeros(rows, config.context, dtype=torch.int64)
     fields = {"ids": ids} if config.begins(part) else {}
     if config.drops:
         fields["dropout_keys"] = torch.arange(rows)
     stream = torch.randn(rows, config.context, config.width, dtype=dtype, requires_grad=True)
-    found: dict[int, int] = {}
-    tensors: list[torch.Tensor] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-        tensors.append(tensor)  # else another tensor may get its address
-        return tensor
-
-    # The hooks inside of a recomputed layer come first, and give its tensors no place here.
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = module.forward_part(fields, () if config.begins(part) else (stream,))
-    for each in (*own, ids, *fields.values()):
-        found.pop(each.untyped_storage().data_ptr(), None)
-    if not config.begins(part):
-        # Counted, be it saved as it is or in another dtype.
-        found[stream.untyped_storage().data_ptr()] = stream.nbytes
-        if dtype != torch.float32 and config.norm == "rmsnorm":
-            del found[stream.untyped_storage().data_ptr()]
-    assert output.outputs
-    return sum(found.values())
+    if config.begins(part):
+        return saved_bytes(module, fields, ())
+    counted = dtype == torch.float32 or config.norm != "rmsnorm"
+    return saved_bytes(module, fields, (stream,), counted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from mpillm.errors import RecipeError
+from mpillm.models.block_settings import BlockSettings
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.decoder_weights import decoder_weights
 from mpillm.models.families.hub_config import HubConfig
@@ -30,6 +31,8 @@ class Place:
     """The elements in the coordinates of their file; None: all."""
     transposed: bool = False
     """Whether their (in, out) is our (out, in)."""
+    squeezed: bool = False
+    """Whether the box has a first dim of 1 that ours lacks."""
 
 
 class Family(ABC):
@@ -68,12 +71,16 @@ class Family(ABC):
     def aliases(self, spec: ModelSpec) -> Mapping[str, str]:
         """Return their second names of tied tensors: a file may have both, of equal values."""
 
+    def spellings(self, name: str) -> tuple[str, ...]:
+        """Return the names that files have for their tensor `name`, the usual one first."""
+        return name, name.removeprefix(self.prefix)
 
-class DecoderFamily(Family):
-    """A family of decoders: a table of settings' defaults, and a table of names."""
 
-    architecture: ClassVar[str]
-    """The name of transformers' class of a causal language model."""
+class TableFamily(Family):
+    """A family that tables describe: of settings' defaults, and of names."""
+
+    stack: ClassVar[str]
+    """Our architecture that it is of."""
     defaults: ClassVar[Mapping[str, Any]]
     """Of the keys that a `config.json` may leave out."""
     names: ClassVar[Mapping[str, str]]
@@ -82,26 +89,33 @@ class DecoderFamily(Family):
     """Ahead of the number of a block."""
 
     @abstractmethod
-    def settings(self, hub: HubConfig) -> dict[str, Any]:
-        """Return the arguments of DecoderConfig that `hub` means. Raises RecipeError."""
+    def read(self, hub: HubConfig) -> ModelSpec:
+        """Return the settings that `hub` means. Raises RecipeError."""
 
     @abstractmethod
-    def keys(self, spec: DecoderConfig) -> dict[str, Any]:
-        """Return the keys of `config.json` that say what `spec` is."""
+    def written(self, spec: ModelSpec) -> dict[str, Any]:
+        """Return the keys of `config.json` that say what `spec`, of this stack, is."""
 
-    def spec(self, config: Mapping[str, Any]) -> DecoderConfig:
-        return DecoderConfig(**self.settings(HubConfig(config, self.defaults)))
+    @abstractmethod
+    def shapes(self, spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
+        """Return the shape of each of our weights by its name; a tied one once."""
+
+    def spec(self, config: Mapping[str, Any]) -> ModelSpec:
+        return self.read(HubConfig(config, self.defaults))
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:
-        assert isinstance(spec, DecoderConfig)
-        found = {
-            "architectures": [self.architecture],
-            "model_type": self.model_types[0],
-            **self.keys(spec),
-        }
+        if spec.architecture != self.stack:
+            raise RecipeError(
+                f"a model of the architecture {spec.architecture} is none of the family "
+                f"{self.model_types[0]}, which is of {self.stack}"
+            )
+        found = {"model_type": self.model_types[0], **self.written(spec)}
         # Read back: what the family has no key for is then another value.
-        other, wanted = self.spec(found).resolved(), spec.resolved()
-        for name in (field.name for field in fields(spec)):
+        other, wanted = self.spec(found), spec
+        assert isinstance(other, BlockSettings)
+        assert isinstance(wanted, BlockSettings)
+        other, wanted = other.resolved(), wanted.resolved()
+        for name in (field.name for field in fields(wanted)):
             theirs, ours = getattr(other, name), getattr(wanted, name)
             # A family without dropout is another way to train the same model.
             if theirs != ours and name not in OF_TRAINING:
@@ -112,10 +126,9 @@ class DecoderFamily(Family):
         return found
 
     def places(self, spec: ModelSpec) -> Mapping[str, Place]:
-        assert isinstance(spec, DecoderConfig)
-        return {name: self.place(spec, name) for name in decoder_weights(spec)}
+        return {name: self.place(spec, name) for name in self.shapes(spec)}
 
-    def place(self, spec: DecoderConfig, name: str) -> Place:
+    def place(self, spec: ModelSpec, name: str) -> Place:
         """Return the place of our weight `name`."""
         return Place(self.renamed(name))
 
@@ -128,8 +141,7 @@ class DecoderFamily(Family):
         return f"{self.block}{number}.{self.names[module]}.{kind}"
 
     def tensors(self, spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
-        assert isinstance(spec, DecoderConfig)
-        shapes = decoder_weights(spec)
+        shapes = self.shapes(spec)
         found: dict[str, tuple[int, ...]] = {}
         for name, place in self.places(spec).items():
             shape = shapes[name][::-1] if place.transposed else shapes[name]
@@ -142,6 +154,33 @@ class DecoderFamily(Family):
 
     def aliases(self, spec: ModelSpec) -> Mapping[str, str]:
         return {
-            self.renamed(follower): self.renamed(leader)
+            self.place(spec, follower).name: self.place(spec, leader).name
             for follower, leader in spec.tied_weights.items()
         }
+
+
+class DecoderFamily(TableFamily):
+    """A family of decoders."""
+
+    stack = "decoder"
+    architecture: ClassVar[str]
+    """The name of transformers' class of a causal language model."""
+
+    @abstractmethod
+    def settings(self, hub: HubConfig) -> dict[str, Any]:
+        """Return the arguments of DecoderConfig that `hub` means. Raises RecipeError."""
+
+    @abstractmethod
+    def keys(self, spec: DecoderConfig) -> dict[str, Any]:
+        """Return the keys of `config.json` that say what `spec` is."""
+
+    def read(self, hub: HubConfig) -> DecoderConfig:
+        return DecoderConfig(**self.settings(hub))
+
+    def written(self, spec: ModelSpec) -> dict[str, Any]:
+        assert isinstance(spec, DecoderConfig)
+        return {"architectures": [self.architecture], **self.keys(spec)}
+
+    def shapes(self, spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
+        assert isinstance(spec, DecoderConfig)
+        return decoder_weights(spec)

@@ -23,6 +23,9 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "gemma": "mpillm.models.families.gemma:Gemma",
         "gemma2": "mpillm.models.families.gemma:Gemma2",
         "gemma3_text": "mpillm.models.families.gemma:Gemma3",
+        "t5": "mpillm.models.families.t5:T5",
+        "marian": "mpillm.models.families.marian:Marian",
+        "whisper": "mpillm.models.families.whisper:Whisper",
     }
 )
 

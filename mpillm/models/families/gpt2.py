@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.families.family import Cut, DecoderFamily, Place
 from mpillm.models.families.hub_config import MOST_LAYERS, HubConfig
+from mpillm.models.spec import ModelSpec
 
 PARTS = ("query", "key", "value")
 ACTIVATIONS: Mapping[str, str] = MappingProxyType(
@@ -98,7 +99,8 @@ class GPT2(DecoderFamily):
             "tie_word_embeddings": spec.tied,
         }
 
-    def place(self, spec: DecoderConfig, name: str) -> Place:
+    def place(self, spec: ModelSpec, name: str) -> Place:
+        assert isinstance(spec, DecoderConfig)
         module, _, kind = name.rpartition(".")
         # Conv1D, a product with (in, out): all but norms and embeddings.
         product = ".attention." in name or ".feed_forward." in name
