@@ -59,6 +59,8 @@ class ExportedModel:
     nbytes: int
     family: str
     """The model_type of the family; "" for plain tensors under our names."""
+    architecture: str
+    """transformers' class of it."""
 
 
 def export_model(
@@ -100,7 +102,9 @@ def export_model(
             with suppress(OSError):
                 shutil.rmtree(work)
         raise
-    return ExportedModel(out, len(shards), total, family.model_types[0] if family else "")
+    kinds = from_json(plan.texts[CONFIG])["architectures"] if family else [""]
+    model_type = family.model_types[0] if family else ""
+    return ExportedModel(out, len(shards), total, model_type, kinds[0])
 
 
 def print_export(made: ExportedModel, console: Console) -> None:
@@ -109,7 +113,7 @@ def print_export(made: ExportedModel, console: Console) -> None:
     console.say(f"{made.out}: {made.family or 'tensors under our names'}, {files}")
     if made.family:
         console.say(
-            f"next, in Python: transformers.AutoModelForCausalLM.from_pretrained({str(made.out)!r})"
+            f"next, in Python: transformers.{made.architecture}.from_pretrained({str(made.out)!r})"
         )
 
 
@@ -151,7 +155,13 @@ def _texts(checkpoint: Checkpoint, spec: ModelSpec, family: Family, dtype: str) 
     tokenizer = Tokenizer.from_json(text, facts["name"], facts["end_of_text"])
     kept = {name: checkpoint.text(name) for name in checkpoint.texts if name != TOKENIZER}
     config = from_json(kept.get(CONFIG, "{}"))
-    config |= {"eos_token_id": tokenizer.eot_id, **family.config(spec)}
+    end = tokenizer.eot_id
+    config |= {"eos_token_id": end, **family.config(spec)}
+    if spec.source_field:
+        # transformers' own defaults are ids of the published vocabularies.
+        config = {"pad_token_id": end, "bos_token_id": end, **config}
+        if config["decoder_start_token_id"] is None:
+            config["decoder_start_token_id"] = end
     # transformers 5 reads `dtype`, and 4 `torch_dtype`.
     config |= {"dtype": dtype, "torch_dtype": dtype}
     made = {

@@ -183,6 +183,9 @@ class ModelSpec(ABC):
         """The field that generation encodes ahead of the first token; "": there is none."""
         return ""
 
+    start_token: int = -1
+    """The id that generation from a source begins with; -1: the end of a text."""
+
     @property
     def whole(self) -> Part:
         return Part(0, self.blocks)

@@ -6,6 +6,7 @@ Shapes: B sequences, T positions, S positions of the source, C width, V vocabula
 import torch
 from torch import Tensor, nn
 
+from mpillm.errors import RecipeError
 from mpillm.models.encoder_decoder import EncoderDecoderConfig
 from mpillm.models.layers.block import Block
 from mpillm.models.layers.cross_block import CrossBlock, CrossCache
@@ -112,6 +113,12 @@ class EncoderDecoder(PartModule):
         return PartOutput((self._head_of(x_BTC),), tuple(pivots))
 
     def _embed_source(self, fields: Fields, pivots: list[Tensor]) -> Tensor:
+        if self.config.source_field not in fields:
+            raise RecipeError(
+                f"model.architecture = {self.config.architecture!r} reads the field "
+                f"{self.config.source_field!r}, and a batch has {', '.join(sorted(fields))}; "
+                "set task.name to a task whose batches have it"
+            )
         if self.sound is not None:
             x_BSC = self.sound(fields["frames"])
         else:
