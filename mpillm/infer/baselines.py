@@ -33,8 +33,8 @@ def score_baselines(
     Unigram: counts plus one. Bigram: Witten & Bell 1991, interpolated with that unigram. The
     unigram's weight after a token grows with the number of different followers of that token.
     """
-    ids = _read(train)
-    targets = _read(held_out)
+    ids = read_tokens(train)
+    targets = read_tokens(held_out)
     counts = np.bincount(ids, minlength=vocab_size)
     unigram = (counts + 1) / (len(ids) + vocab_size)
     probability = _bigram(ids, targets, counts, unigram, vocab_size)
@@ -63,7 +63,8 @@ def _bigram(
     return np.asarray(np.where(weight > 0, mixed, unigram[targets[1:]]))
 
 
-def _read(reader: TokenReader) -> Ids:
+def read_tokens(reader: TokenReader) -> Ids:
+    """Read the tokens of a split, at most LARGEST_COUNT, int64 (n,)."""
     total = min(reader.n_tokens, LARGEST_COUNT)
     ids = np.empty(total, np.int64)
     buffer = np.empty(min(total, READ_TOKENS), reader.dtype)

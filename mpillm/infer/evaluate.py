@@ -14,8 +14,8 @@ from mpillm.tasks.metrics.likelihood import Perplexity
 from mpillm.tasks.metrics.metric import Metric, Totals
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.task import Task
-from mpillm.tokens.reader import TokenReader
-from mpillm.tokens.windows import evaluation_batches, read_evaluation
+from mpillm.tasks.vocabulary import Lengths
+from mpillm.tokens.samples import RowShape, SampleReader
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -66,7 +66,7 @@ class Score:
 
 def rows_at_once(spec: ModelSpec) -> int:
     """Return how many sequences a batch of the evaluation has."""
-    return max(1, BATCH_TOKENS // spec.context)
+    return max(1, BATCH_TOKENS // max(spec.context, spec.source_context))
 
 
 class Scorer(Protocol):
@@ -130,30 +130,31 @@ class WholeModel:
 
 def evaluate(
     scorer: Scorer,
-    reader: TokenReader,
+    reader: SampleReader,
     comm: "MPI.Intracomm",
     console: Console,
     names: Sequence[str] = (),
 ) -> Score:
-    """Score each token of the split but the first, in windows of the model's context.
+    """Score all rows of the split: of causal LM, each token but the first.
 
     `names`: the metrics; none: the task's. Every rank calls it and gets the same score: the
     batches are the same at any number of ranks, and their sums are added exactly.
     """
     spec, task = scorer.spec, scorer.task
     metrics = make_metrics(names or task.metrics)
-    batches = evaluation_batches(reader.n_tokens, spec.context, rows_at_once(spec))
+    samples = reader.evaluation(RowShape.of(task, Lengths.of(spec)), rows_at_once(spec))
     share, shares = scorer.share
-    mine = batches[share::shares]
+    mine = range(len(samples.shapes))[share::shares]
 
-    def read(number: int) -> Fields:
-        return task.fields({"tokens": read_evaluation(reader, mine[number]).tokens_BT})
+    def shape_of(number: int) -> tuple[int, int]:
+        rows, tokens = samples.shapes[mine[number]]
+        return rows, task.positions(tokens)
 
     with console.progress("evaluate", len(mine), "batches") as progress:
         scores = scorer.score(
             len(mine),
-            read,
-            lambda number: (mine[number].rows, mine[number].length),
+            lambda number: task.fields(samples.raw(mine[number])),
+            shape_of,
             progress.advance,
             [metric.of_batch for metric in metrics if not metric.needs_totals_alone],
         )
@@ -161,7 +162,7 @@ def evaluate(
     totals = Totals(
         math.fsum(score.loss_sum for score in every),
         math.fsum(score.weight for score in every),
-        reader.split.n_bytes,
+        reader.n_bytes,
     )
     # Batch by batch for each metric that needs the outputs, in the order of `metrics`.
     by_metric = iter(zip(*(score.sums for score in every), strict=True))

@@ -14,20 +14,22 @@ from torch import Tensor
 
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import CheckpointError, RecipeError, UsageError
+from mpillm.infer.export_gguf import GgufPlan, check_gguf_name, export_gguf
 from mpillm.infer.loading import TOKENIZER, check_trained
 from mpillm.models.families.family import Family
 from mpillm.models.families.family_catalog import family_of, find_family
 from mpillm.models.model_catalog import read_spec
 from mpillm.models.spec import ModelSpec
-from mpillm.system.atomic import flush, make_folder
+from mpillm.system.atomic import flush, make_folder, refuse_taken
 from mpillm.system.console import Console, Progress, binary_bytes
 from mpillm.system.extras import require_packages
 from mpillm.system.json_text import from_json, to_json
-from mpillm.system.messages import explain
+from mpillm.system.messages import command, explain
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.checkpoint_source import CheckpointSource
 from mpillm.weights.finding import find
+from mpillm.weights.gguf_source import SUFFIX
 from mpillm.weights.index import ITEM_BYTES
 from mpillm.weights.published_model import their_tensors
 from mpillm.weights.safetensors_source import INDEX, SINGLE
@@ -58,9 +60,9 @@ class ExportedModel:
     files: int
     nbytes: int
     family: str
-    """The model_type of the family; "" for plain tensors under our names."""
-    architecture: str
-    """transformers' class of it."""
+    """The model_type of the family, GGUF's architecture; "" for plain tensors under our names."""
+    reader: str = ""
+    """The class of transformers that reads it."""
 
 
 def export_model(
@@ -71,15 +73,15 @@ def export_model(
     comm: "MPI.Intracomm",
     console: Console,
 ) -> ExportedModel:
-    """Write the model of a run or a checkpoint at `path` into the new folder `out`.
+    """Write the model of a run or a checkpoint at `path` as `out`, a new folder or GGUF file.
 
-    `kind`: `hf`, a folder that transformers loads, or `safetensors`, our names. `dtype`: of the
-    tensors; `auto` is that of the model which was imported, else float32. Every rank of `comm`
-    calls it; ranks write files in turn. Raises UsageError where `out` exists, RecipeError where no
-    family is the model.
+    `kind`: `hf`, a folder that transformers loads, `safetensors`, our names, or `gguf`. `dtype`: of
+    the tensors, one of DTYPES or, of a GGUF file, of FILE_TYPES; `auto` is that of the model which
+    was imported, else float32. Every rank of `comm` calls it and writes a share. Raises UsageError
+    where `out` exists, RecipeError where no family is the model.
     """
-    require_packages("mpillm export", "safetensors")
-    on_root(comm, lambda: _refuse_taken(out))
+    _check(out, kind, dtype)
+    on_root(comm, lambda: refuse_taken(out))
     checkpoint = find(path, comm, console, check_trained)
     spec = read_spec(checkpoint.facts["recipe"]["model"])
     imported = checkpoint.facts.get("imported") or {}
@@ -87,6 +89,9 @@ def export_model(
         known = str(imported.get("dtype"))
         dtype = known if known in DTYPES else "float32"
     family = None if kind == "safetensors" else _family(spec, str(imported.get("model_type")))
+    if kind == "gguf":
+        assert family is not None
+        return _as_gguf(checkpoint, spec, family, out, dtype, comm, console)
     plan = on_all(comm, lambda: _plan(checkpoint, spec, family, dtype))
     shards = _shards(plan.shapes, ITEM_BYTES[dtype])
     total = sum(sum(sizes.values()) for sizes in shards)
@@ -102,28 +107,47 @@ def export_model(
             with suppress(OSError):
                 shutil.rmtree(work)
         raise
-    kinds = from_json(plan.texts[CONFIG])["architectures"] if family else [""]
-    model_type = family.model_types[0] if family else ""
-    return ExportedModel(out, len(shards), total, model_type, kinds[0])
+    if family is None:
+        return ExportedModel(out, len(shards), total, "")
+    reader = str(family.config(spec)["architectures"][0])
+    return ExportedModel(out, len(shards), total, family.model_types[0], reader)
+
+
+def _check(out: Path, kind: str, dtype: str) -> None:
+    if kind == "gguf":
+        return check_gguf_name(out)
+    require_packages("mpillm export", "safetensors")
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"--dtype {dtype} is of GGUF files; take --to gguf, or another dtype")
+    return None
+
+
+def _as_gguf(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    family: Family,
+    out: Path,
+    dtype: str,
+    comm: "MPI.Intracomm",
+    console: Console,
+) -> ExportedModel:
+    config, source = family.config(spec), CheckpointSource(checkpoint)
+    plan = on_all(comm, lambda: GgufPlan.make(checkpoint, config, family.tensors(spec), dtype))
+    make = their_tensors(family, spec, source.read_weight)
+    nbytes = export_gguf(out, plan, make, dtype, comm, console)
+    return ExportedModel(out, 1, nbytes, plan.architecture.name)
 
 
 def print_export(made: ExportedModel, console: Console) -> None:
     """Print what was written, and how it is read."""
     files = f"{made.files} file{'s' if made.files > 1 else ''}, {binary_bytes(made.nbytes)}"
     console.say(f"{made.out}: {made.family or 'tensors under our names'}, {files}")
-    if made.family:
+    if made.out.suffix == SUFFIX:
+        console.say(f"next, with llama.cpp: {command(['llama-server', '--model', made.out])}")
+    elif made.family:
         console.say(
-            f"next, in Python: transformers.{made.architecture}.from_pretrained({str(made.out)!r})"
+            f"next, in Python: transformers.{made.reader}.from_pretrained({str(made.out)!r})"
         )
-
-
-def _refuse_taken(out: Path) -> None:
-    try:
-        taken = out.exists() or out.is_symlink()
-    except OSError as failure:
-        raise UsageError(explain(failure, out)) from failure
-    if taken:
-        raise UsageError(f"{out} is there already; name another --out, or move it away")
 
 
 def _family(spec: ModelSpec, known: str) -> Family:
@@ -252,6 +276,6 @@ def _finish(work: Path, out: Path, shards: Sequence[Mapping[str, int]], total: i
         (work / INDEX).write_text(to_json(index, indent=1) + "\n", encoding="utf-8")
     flush(work)
     # rename(2) would replace an empty folder, and no other.
-    _refuse_taken(out)
+    refuse_taken(out)
     work.rename(out)
     flush(out.parent)

@@ -19,7 +19,7 @@ from mpillm.system.json_text import from_json, to_json
 from mpillm.system.messages import command, explain
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
 from mpillm.tasks import task_catalog
-from mpillm.tokens.gguf_tokenizer import gguf_tokenizer
+from mpillm.tokens.gguf_tokenizer import PREFIX, GgufVocabulary, gguf_tokenizer
 from mpillm.tokens.manifest import tokenizer_facts
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint_source import CheckpointSource
@@ -69,7 +69,6 @@ def import_model(
     on_root(comm, lambda: _refuse_full(out))
     source = open_source(path, comm, console)
     model = on_all(comm, lambda: PublishedModel.open(_as_published(source)))
-    on_root(comm, model.check_tied)
     texts, tokenizer = on_root(comm, lambda: _texts(source, end_of_text))
     if tokenizer["vocab_size"] > model.spec.vocab_size:
         raise MismatchError(
@@ -92,7 +91,10 @@ def print_import(imported: ImportedModel, out: Path, console: Console) -> None:
     size = binary_bytes(ITEM_BYTES["float32"] * model.parameters)
     console.say(f"{imported.checkpoint}: {model.describe()}")
     console.say(f"{model.parameters:,} parameters, {size} in float32")
-    console.say(f"next: {command(['mpillm', 'generate', out, '--prompt', 'TEXT'])}")
+    if model.generates:
+        console.say(f"next: {command(['mpillm', 'generate', out, '--prompt', 'TEXT'])}")
+    else:
+        console.say(f'next: train.start_from = "{out}" in a recipe, or export it')
 
 
 def _refuse_full(out: Path) -> None:
@@ -138,25 +140,57 @@ def _texts_of(path: Path) -> dict[str, str]:
 
 
 def _texts_of_gguf(source: GgufSource) -> dict[str, str]:
-    facts, prefix = source.facts, "tokenizer.ggml."
-    arrays = [source.array(prefix + name) for name in ("tokens", "token_type", "merges")]
-    kind, rule = str(facts.get(f"{prefix}model")), str(facts.get(f"{prefix}pre"))
-    end = {"eos_token_id": facts.get(f"{prefix}eos_token_id")}
-    texts = {TOKENIZER: gguf_tokenizer(kind, rule, *arrays), "config.json": to_json(end) + "\n"}
-    template = facts.get("tokenizer.chat_template")
+    def fact(name: str) -> Any:
+        return source.facts.get(PREFIX + name)
+
+    tokens, types, merges, scores, charsmap = (
+        source.array(PREFIX + name)
+        for name in ("tokens", "token_type", "merges", "scores", "precompiled_charsmap")
+    )
+    vocabulary = GgufVocabulary(
+        str(fact("model")),
+        str(fact("pre")),
+        tokens,
+        types,
+        merges,
+        scores,
+        first=fact("bos_token_id") if fact("add_bos_token") else None,
+        unknown=fact("unknown_token_id"),
+        space_first=fact("add_space_prefix") is not False,
+        collapses=bool(fact("remove_extra_whitespaces")),
+        charsmap=charsmap,
+    )
+    special = {"eos_token_id": "eos", "bos_token_id": "bos", "pad_token_id": "padding"}
+    config = {theirs: fact(f"{ours}_token_id") for theirs, ours in special.items()}
+    config = {key: number for key, number in config.items() if number is not None}
+    texts = {TOKENIZER: gguf_tokenizer(vocabulary), "config.json": to_json(config) + "\n"}
+    template = source.facts.get("tokenizer.chat_template")
     return {**texts, "chat_template.jinja": template} if isinstance(template, str) else texts
 
 
 def _end_of_text(texts: dict[str, str], tokenizer: str) -> str | None:
-    """Return the text of the token that config.json names as the end; None where it names none."""
+    """Return the text of the token that config.json names as the end, or of the one that separates
+    texts; None where none is named.
+    """
     try:
         config = from_json(texts.get("config.json", "{}"))
         number = config.get("eos_token_id")
         number = number[0] if isinstance(number, list) and number else number
         added = from_json(tokenizer).get("added_tokens", [])
-        return next((str(t["content"]) for t in added if t.get("id") == number), None)
+        named = next((str(t["content"]) for t in added if t.get("id") == number), None)
+        return named or _separator(texts, added)
     except (ValueError, AttributeError, TypeError, KeyError):
         return None
+
+
+def _separator(texts: dict[str, str], added: list[Any]) -> str | None:
+    """Return the token that separates texts, where a model such as BERT has no end of one."""
+    special = from_json(texts.get("special_tokens_map.json", "{}"))
+    if special.get("eos_token") is not None:
+        return None
+    token = special.get("sep_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    return next((str(t["content"]) for t in added if t["content"] == text), None)
 
 
 def _text(path: Path) -> str:

@@ -3,8 +3,8 @@
 import hashlib
 import math
 import reprlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,12 @@ from mpillm.system.messages import command
 from mpillm.tasks import task_catalog
 from mpillm.tasks.task import Task
 from mpillm.tasks.task_catalog import make_task
+from mpillm.tasks.vocabulary import Lengths, Vocabulary
 from mpillm.tokens.dataset_folder import is_dataset
 from mpillm.tokens.manifest import NAME as MANIFEST
 from mpillm.tokens.manifest import Manifest
+from mpillm.tokens.pairs.pair_manifest import PairManifest
+from mpillm.tokens.pairs.pair_reader import PairReader
 from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
@@ -77,6 +80,7 @@ class RunConstants:
             # Relative paths of the recipe begin here.
             "folder": str(Path.cwd()),
             "tokenizer": dict(manifest.tokenizer),
+            **({"classes": list(manifest.classes)} if manifest.classes else {}),
             "versions": {"torch": torch.__version__},
         }
         # Rank 0 writes the texts, and a missing file is reported before the first step.
@@ -106,8 +110,24 @@ def load_trained(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
     checkpoint.load(model_tensors(model))
     facts = checkpoint.facts["tokenizer"]
     tokenizer = Tokenizer.from_json(checkpoint.text(TOKENIZER), facts["name"], facts["end_of_text"])
-    task = make_task(checkpoint.facts["recipe"].get("task", {}).get("name", task_catalog.DEFAULT))
+    settings = task_catalog.read_settings(checkpoint.facts["recipe"].get("task", {}))
+    vocabulary = _with_classes(tokenizer.vocabulary, checkpoint.facts.get("classes", []))
+    task = make_task(settings.name, settings, vocabulary, Lengths.of(model.spec))
     return Loaded(model.eval(), task, tokenizer, checkpoint)
+
+
+def read_vocabulary(manifest: Manifest, comm: "MPI.Intracomm") -> Vocabulary:
+    """Read the ids of a dataset. Every rank calls it; rank 0 reads.
+
+    Raises DataError or MismatchError on every rank where its tokenizer is missing or another one.
+    """
+    return on_root(
+        comm, lambda: _with_classes(manifest.load_tokenizer().vocabulary, manifest.classes)
+    )
+
+
+def _with_classes(vocabulary: Vocabulary, classes: Sequence[str]) -> Vocabulary:
+    return replace(vocabulary, classes=tuple(classes))
 
 
 def check_trained(checkpoint: Checkpoint) -> StoredShapes:
@@ -128,7 +148,8 @@ def check_trained(checkpoint: Checkpoint) -> StoredShapes:
             f"{checkpoint.folder / TOKENIZER} is not the tokenizer that the model was trained "
             "with: its sha256 differs; use another checkpoint"
         )
-    if known["vocab_size"] > spec.vocab_size:
+    # A model of pictures has no vocabulary.
+    if known["vocab_size"] > spec.vocab_size and spec.vocab_size:
         raise CheckpointError(
             f"{checkpoint.folder} has a tokenizer of {known['vocab_size']:,} tokens and a model "
             f"of {spec.vocab_size:,}; use another checkpoint"
@@ -205,13 +226,29 @@ def load_data(checkpoint: Checkpoint, data: Path | None) -> Manifest:
     return manifest
 
 
-def open_of(manifest: Manifest, split: str) -> TokenReader:
+def open_of(manifest: Manifest, split: str) -> TokenReader | PairReader:
     """Open a split of a dataset whose manifest was read before: no other one is opened.
 
     Raises DataError where a shard is missing or has another size.
     """
     manifest.check_shards(split)
+    if isinstance(manifest, PairManifest):
+        return PairReader(manifest, split)
     return TokenReader(manifest.folder, split, manifest.split(split), manifest.vocab_size)
+
+
+def check_kind(task: Task, manifest: Manifest) -> None:
+    """Raise MismatchError unless the dataset is of a kind that the task learns from."""
+    kind = manifest.pairs.kind if isinstance(manifest, PairManifest) else ""
+    known = task.pair_kinds
+    if kind in known or not (kind or known):
+        return
+    holds = f"pairs of the task {kind}" if kind else "the tokens of a text"
+    needs = f"pairs: --task {' or '.join(known)}" if known else "the tokens of a text"
+    raise MismatchError(
+        f"the data {manifest.folder} holds {holds}, and the task {task.name} learns from {needs}; "
+        "prepare the data for the task, or take another task.name"
+    )
 
 
 def missing_data(named: Path, folder: Any, option: str = "--data FOLDER") -> str:

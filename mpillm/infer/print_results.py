@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from mpillm.comm.failure import on_root
 from mpillm.comm.waiting import patient_barrier
-from mpillm.infer.baselines import score_baselines
-from mpillm.infer.evaluate import Score, WholeModel, evaluate
+from mpillm.errors import UsageError
+from mpillm.infer.baselines import Baselines, score_baselines
+from mpillm.infer.cloze_baselines import score_cloze_baselines
+from mpillm.infer.evaluate import Score, WholeModel, evaluate, rows_at_once
 from mpillm.infer.generate import generate
-from mpillm.infer.loading import Loaded, load_data, load_trained, open_of
+from mpillm.infer.loading import Loaded, check_kind, load_data, load_trained, open_of
 from mpillm.infer.sampling import Sampling, check_prompt
 from mpillm.machine.node_map import map_nodes
 from mpillm.models.part_module import torch_explained
@@ -19,8 +21,15 @@ from mpillm.parallel.step_plan import Precision
 from mpillm.runs.run_files import moved_from
 from mpillm.system.console import Console
 from mpillm.system.json_text import to_json
+from mpillm.tasks.causal_lm import CausalLM
+from mpillm.tasks.masked_lm import MaskedLM
+from mpillm.tasks.metrics.metric import Metric
 from mpillm.tasks.metrics.metric_catalog import make_metrics
-from mpillm.tokens.manifest import check_tokenizer
+from mpillm.tasks.task import Task
+from mpillm.tasks.vocabulary import Lengths
+from mpillm.tokens.manifest import Manifest, check_tokenizer
+from mpillm.tokens.reader import TokenReader
+from mpillm.tokens.samples import RowShape
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.places import CHECKPOINTS
 
@@ -45,10 +54,13 @@ def print_evaluation(
     """
     place, _ = choose_device(device, comm, map_nodes(comm), option="--device")
     loaded = load_trained(trained, comm, console)
+    if baselines:
+        check_baselines(loaded.task)
     loaded.model.to(place)
     manifest = load_data(loaded.checkpoint, data)
     folder = manifest.folder
     check_tokenizer(manifest, loaded.tokenizer)
+    check_kind(loaded.task, manifest)
     same = manifest.manifest_hash == loaded.checkpoint.facts["data"]
     run = _run_of(loaded.checkpoint)
     known = loaded.checkpoint.facts
@@ -60,11 +72,8 @@ def print_evaluation(
         progress = Console(speaks=False) if as_json else console
         scorer = WholeModel(loaded.model, loaded.task, comm, Precision(place))
         scores = {"model": evaluate(scorer, reader, comm, progress, metrics)}
-        if baselines and comm.rank == 0:
-            with open_of(manifest, "train") as train:
-                counted = score_baselines(
-                    train, reader, manifest.vocab_size, make_metrics(scores["model"].values)
-                )
+        if baselines and comm.rank == 0 and isinstance(reader, TokenReader):
+            counted = _count(loaded, manifest, reader, make_metrics(scores["model"].values))
             scores |= {"bigram": counted.bigram, "unigram": counted.unigram}
     # Rank 0 counts the training tokens alone: the others sleep meanwhile.
     patient_barrier(comm)
@@ -78,6 +87,28 @@ def print_evaluation(
         "data_of_the_run": same,
     }
     console.write(to_json(facts | {name: score.to_json() for name, score in scores.items()}) + "\n")
+
+
+def _count(
+    loaded: Loaded, manifest: Manifest, reader: TokenReader, metrics: Sequence[Metric]
+) -> Baselines:
+    """Score the baselines of the model's task, which has some."""
+    task, spec = loaded.task, loaded.model.spec
+    with open_of(manifest, "train") as train:
+        assert isinstance(train, TokenReader)
+        if not isinstance(task, MaskedLM):
+            return score_baselines(train, reader, manifest.vocab_size, metrics)
+        samples = reader.evaluation(RowShape.of(task, Lengths.of(spec)), rows_at_once(spec))
+        return score_cloze_baselines(train, samples, task, metrics)
+
+
+def check_baselines(task: Task) -> None:
+    """Raise UsageError where a task has no baselines."""
+    if not isinstance(task, CausalLM | MaskedLM):
+        raise UsageError(
+            f"there are no baselines of the task {task.name}, only of causal-lm and masked-lm; "
+            "leave out --baselines"
+        )
 
 
 def _run_of(checkpoint: Checkpoint) -> Path | None:

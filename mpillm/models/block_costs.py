@@ -48,17 +48,23 @@ class BlockCosts(BlockSettings):
         return features * (2 if self.norm == "layernorm" else 1)
 
     def _block_parameters(self, part: Part) -> int:
-        return part.count * (self._block_products(self.experts) + self._block_vectors())
+        blocks = part.count * (self._block_products(self.experts) + self._block_vectors())
+        skips = part.first == 0 < part.last and not self.norms_input(0)
+        return blocks - skips * self._norm_parameters(self.width)
 
     @property
     def block_flops(self) -> tuple[float, ...]:
         """6 for each weight of a product, and 12 · width · context for the attention.
 
         Source: PaLM, Chowdhery et al. 2022, appendix B. That counts twice the positions that a
-        position attends to on average, and so does the count for a window.
+        position attends to on average, and so does the count for a window. Those without `causal`
+        are counted once.
         """
         products, reach = 6 * self._block_products(self._active), min(self.window, self.context)
         windowed = 2 * reach - reach * reach / self.context
+        if not self.causal:
+            side = min(self.window // 2, self.context - 1)
+            windowed = 2 * side + 1 - side * (side + 1) / self.context
         return tuple(
             products + 12 * self.query_width * (windowed if self.slides(block) else self.context)
             for block in range(self.layers)
@@ -72,7 +78,7 @@ class BlockCosts(BlockSettings):
         values.
         """
         features = features or self.width
-        if self.norm == "layernorm":
+        if self.norm.startswith("layernorm"):
             return element_bytes * features + 2 * 4
         return (1 if element_bytes == 4 else 2) * 4 * features + 4
 
@@ -94,9 +100,10 @@ class BlockCosts(BlockSettings):
             # Grouped heads are repeated: that path has no kernel for groups.
             features += 2 * query
             saved += self.heads * self.context * self._probability_saved(element_bytes)
-        elif slides and self.window < self.context:
-            # Keys and values are copied into pairs of windows, and results are joined.
-            features += query + 2 * key_value * 2
+        elif slides and self._is_cut:
+            # Keys and values are copied into pairs of windows, or into triples of halves, and
+            # results are joined.
+            features += query + 2 * key_value * (2 if self.causal else 3)
             saved += 4 * self.heads
         else:
             features += 2 * key_value
@@ -113,9 +120,26 @@ class BlockCosts(BlockSettings):
         return 4 + dropped + other + (4 if self.attention_soft_cap else 0)
 
     def _window_mask_bytes(self, element_bytes: int) -> int:
-        """Count the mask of a layer with a window: of its queries and two windows of keys."""
-        fits = self._is_unfused or self.window >= self.context
-        return 0 if fits else element_bytes * 2 * self.window**2
+        """Count the masks of a layer with a window: of its queries and two windows of keys.
+
+        To both sides they are three: of the first half, of those inside, and of the last ones.
+        """
+        if self._is_unfused:
+            return 0
+        if self.causal:
+            return element_bytes * 2 * self.window**2 if self._is_cut else 0
+        half = max(self.window // 2, 1)
+        if not self._is_cut:
+            return element_bytes * self.context**2 if self.context > self.window // 2 + 1 else 0
+        rest = self.context % half
+        return element_bytes * ((2 + 3) * half**2 + (half + rest) * (2 * half + rest))
+
+    @property
+    def _is_cut(self) -> bool:
+        """Whether an attention with a window cuts the positions, as window_attention.py does."""
+        if self.causal:
+            return self.window < self.context
+        return self.context // max(self.window // 2, 1) > 3
 
     def _feed_forward_saved(self, element_bytes: int) -> int:
         """Count a feed-forward: the norm's result; gate, its activation, up and their product where
@@ -184,6 +208,8 @@ class BlockCosts(BlockSettings):
             # The backward pass has freed the blocks after the last one that is computed again.
             after = part.last % recompute
             again = max(0, again - after * self._block_saved(element_bytes, "none")[0])
+        if part.first == 0 and not self.norms_input(0) and recompute_of(recompute, 0) == "none":
+            kept -= self._norm_saved(element_bytes)
         return kept, again
 
     def activation_bytes(self, part: Part, rows: int, element_bytes: int = 4) -> int:

@@ -27,6 +27,8 @@ class BlockSettings(ModelSpec):
     shared_inputs: ClassVar[tuple[str, ...]] = ("documents",)
     host_inputs: ClassVar[tuple[str, ...]] = ("documents",)
     recomputes: ClassVar[tuple[LayerRecompute, ...]] = ("attention", "full")
+    causal: ClassVar[bool] = True
+    """Whether positions attend to none after them, as the costs count them."""
 
     layers: Positive = 4
     width: Positive = 128
@@ -52,12 +54,14 @@ class BlockSettings(ModelSpec):
     context: Positive = 256
     vocab_size: NotNegative = 0
     """0: taken from the data."""
-    norm: Literal["rmsnorm", "rmsnorm1p", "layernorm"] = "rmsnorm"
+    norm: Literal["rmsnorm", "rmsnorm1p", "layernorm", "layernorm-nobias"] = "rmsnorm"
     """`rmsnorm1p` scales by 1 + weight (Gemma)."""
     norm_place: Literal["pre", "sandwich", "post"] = "pre"
     """`sandwich`: norms of the inputs, and of the outputs, of attention and feed-forward. `post`:
     of the stream after each was added.
     """
+    first_norm: bool = True
+    """False: the first block has no norm ahead of its attention (ModernBERT)."""
     query_key_norm: bool = False
     """Norms of each head's queries and keys, ahead of the rotation."""
     positions: Literal["rotary", "learned", "sinusoidal", "relative", "none"] = "rotary"
@@ -87,9 +91,13 @@ class BlockSettings(ModelSpec):
     rope_high: PositiveNumber = 4.0
     """Angles with more turns in the original context stay as they are, of `llama3`."""
     window: NotNegative = 0
-    """Positions that a position attends to, itself and those ahead of it; 0: all."""
+    """Positions that a position attends to, itself and those ahead of it; 0: all. In an encoder
+    half of them on each side, next to itself.
+    """
     full_every: NotNegative = 0
     """Every so many layers one has no window; 0: all layers have the window."""
+    full_first: NotNegative = 0
+    """The first layer without a window, counted from 1; 0: that of number `full_every`."""
     window_rope_theta: NotNegativeNumber = 0.0
     """`rope_theta` of layers with a window, which are then not scaled; 0: as in other layers."""
     query_scale_width: NotNegativeNumber = 0.0
@@ -120,6 +128,11 @@ class BlockSettings(ModelSpec):
             raise RecipeError(
                 f"full_every = {self.full_every} names the layers without a window, "
                 "and there is no window; set window, or drop full_every"
+            )
+        if self.full_first > self.full_every:
+            raise RecipeError(
+                f"full_first = {self.full_first} is not one of the first full_every = "
+                f"{self.full_every} layers, of which one has no window; choose one of them"
             )
 
     def _check_heads(self) -> None:
@@ -199,8 +212,12 @@ class BlockSettings(ModelSpec):
 
     def slides(self, block: int) -> bool:
         """Return whether block number `block` (from 0) attends within the window."""
-        full = self.full_every and (block + 1) % self.full_every == 0
+        full = self.full_every and (block + 1 - self.full_first) % self.full_every == 0
         return bool(self.window and not full)
+
+    def norms_input(self, block: int) -> bool:
+        """Return whether block number `block` (from 0) has a norm ahead of its attention."""
+        return block > 0 or self.first_norm
 
     def resolved(self) -> Self:
         """Return these settings with numbers in place of each 0 that means a default."""

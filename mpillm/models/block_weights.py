@@ -5,10 +5,10 @@ from mpillm.models.block_settings import BlockSettings
 Shape = tuple[int, ...]
 
 
-def block_weights(config: BlockSettings) -> dict[str, Shape]:
-    """Return the shape of each weight of a block by its name in the block."""
+def block_weights(config: BlockSettings, block: int = 0) -> dict[str, Shape]:
+    """Return the shape of each weight of block number `block` by its name in the block."""
     width, hidden = config.width, config.hidden_width
-    norms = ["attention_norm", "forward_norm"]
+    norms = ["attention_norm", "forward_norm"] if config.norms_input(block) else ["forward_norm"]
     if config.norm_place == "sandwich":
         norms += ["attention_output_norm", "forward_output_norm"]
     found: dict[str, Shape] = {}

@@ -9,7 +9,7 @@ from mpillm.models.encoder_decoder_costs import EncoderDecoderCosts
 from mpillm.models.spec import Part
 
 if TYPE_CHECKING:
-    from mpillm.models.layers.encoder_decoder_stack import EncoderDecoder
+    from mpillm.models.stacks.encoder_decoder_stack import EncoderDecoder
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class EncoderDecoderConfig(EncoderDecoderCosts):
         return SHAPES
 
     def build(self, part: Part | None = None) -> "EncoderDecoder":
-        from mpillm.models.layers.encoder_decoder_stack import EncoderDecoder
+        from mpillm.models.stacks.encoder_decoder_stack import EncoderDecoder
 
         return EncoderDecoder(self, part)
 

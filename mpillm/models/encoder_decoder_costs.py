@@ -130,6 +130,9 @@ class EncoderDecoderCosts(EncoderDecoderSettings, BlockCosts):
         stream = element_bytes * self.width
         norm = self._norm_saved(element_bytes) if self.norm_place == "pre" else 0
         dropped = self.width if self.embedding_dropout else 0
+        # The embedding's outputs, where the first block reads others.
+        sums = self.positions == "sinusoidal" or self.embedding_dropout > 0
+        dropped += stream if sums or self.scaled_embedding else 0
         kept = source * stream if self.decoder_part(part).count else 0.0
         if self.begins(part):
             kept += source * dropped

@@ -20,16 +20,17 @@ def encoder_decoder_weights(config: EncoderDecoderConfig) -> dict[str, Shape]:
         }
     if config.decoder_positions == "learned":
         found["position.weight"] = (config.context, width)
-    block = block_weights(config)
     cross = norm_weights("cross_norm", config) | attention_weights("cross_attention", config)
-    for stack, count, own in (
-        ("encoder", config.layers, block),
-        ("decoder", config.decoder_blocks, block | cross),
+    none: dict[str, Shape] = {}
+    for stack, count, more in (
+        ("encoder", config.layers, none),
+        ("decoder", config.decoder_blocks, cross),
     ):
         if config.positions == "relative":
             table = config.relative_buckets, config.heads
             found[f"{stack}.0.attention.relative.table.weight"] = table
         for number in range(count):
+            own = block_weights(config, number) | more
             found |= {f"{stack}.{number}.{name}": shape for name, shape in own.items()}
     if pre:
         found |= norm_weights("encoder_norm", config) | norm_weights("norm", config)

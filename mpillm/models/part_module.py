@@ -94,6 +94,16 @@ class PartModule(nn.Module):
             "generate with an encoder-decoder"
         )
 
+    def hidden_states(self, fields: Fields) -> Tensor:
+        """Return the hidden states (B, T, C) of a whole model ahead of its head.
+
+        Raises UsageError where the architecture gives none.
+        """
+        raise UsageError(
+            f"a model of the architecture {self.spec.architecture!r} embeds no text; "
+            "take an encoder"
+        )
+
     def next_logits(self, ids_BT: Tensor, cache: GenerationCache) -> Tensor:
         """Return the logits (B, T, V) of the positions after those in `cache`, which grows by T."""
         raise NotImplementedError

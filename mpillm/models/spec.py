@@ -73,6 +73,8 @@ class ModelSpec(ABC):
     """
     host_inputs: ClassVar[tuple[str, ...]] = ()
     """Fields that a model reads in host memory: training copies them to no device."""
+    generates: ClassVar[bool] = True
+    """Whether it continues text."""
     recomputes: ClassVar[tuple[LayerRecompute, ...]] = ()
     """What its parts can compute again in a backward pass: `full`, `attention`."""
 

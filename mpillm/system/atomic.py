@@ -17,6 +17,7 @@ from typing import Any
 
 from mpillm.errors import UsageError
 from mpillm.system.json_text import to_json
+from mpillm.system.messages import explain
 
 # A name may have 255 bytes, and a letter up to 4: the temporary name of the longest still fits.
 _NAME_LETTERS = 40
@@ -117,6 +118,16 @@ def make_folder(path: Path) -> None:
             f"cannot write into the folder {path}: {getattr(failure, 'strerror', failure)}; "
             "choose a folder that you may write to"
         ) from failure
+
+
+def refuse_taken(out: Path) -> None:
+    """Raise UsageError where something has the name of a new file or folder."""
+    try:
+        taken = out.exists() or out.is_symlink()
+    except OSError as failure:
+        raise UsageError(explain(failure, out)) from failure
+    if taken:
+        raise UsageError(f"{out} is there already; name another --out, or move it away")
 
 
 def check_outputs(named: Mapping[str, Path | None], make_folders: bool = True) -> list[Path]:

@@ -16,6 +16,7 @@ EXTRA_OF = {
     "matplotlib": "train",
     "safetensors": "hub",
     "gguf": "hub",
+    "PIL": "pictures",
 }
 
 

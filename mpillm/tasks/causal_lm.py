@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mpillm.tasks.cross_entropy import CrossEntropyTask
-from mpillm.tasks.task import Fields, RawArrays
+from mpillm.tasks.task import RawArrays
 
 
 class CausalLM(CrossEntropyTask):
@@ -26,9 +26,6 @@ class CausalLM(CrossEntropyTask):
         if "documents" in raw:
             fields["documents"] = torch.from_numpy(raw["documents"])[:, :-1]
         return fields
-
-    def weight(self, fields: Fields) -> float:
-        return float(fields["targets"].numel())
 
     def fixed_weight(self, rows: int, context: int) -> float:
         return float(rows * context)

@@ -1,6 +1,6 @@
 """The base of all tasks with a cross-entropy over a vocabulary, and the loss itself."""
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -9,10 +9,16 @@ from torch.nn import functional as F
 from mpillm.models.linear_head import LinearHead, Outputs
 from mpillm.tasks.chunked_cross_entropy import chunked_cross_entropy
 from mpillm.tasks.task import Fields, Task
+from mpillm.tasks.vocabulary import Lengths, Vocabulary
+
+if TYPE_CHECKING:
+    from mpillm.tasks.task_catalog import TaskSettings
 
 
 class CrossEntropyTask(Task):
     """A task that learns the field `targets` (B, T) from one output: a head, or logits (B, T, V).
+
+    Targets may be (B,), and the output then (B, V).
 
     A field `counts` (B, T) weighs the targets; without it each counts 1. Where it is 0, the target
     may be any number. Label smoothing and z-loss change the objective of training alone. A class
@@ -24,8 +30,17 @@ class CrossEntropyTask(Task):
     def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
 
+    @classmethod
+    def make(cls, settings: "TaskSettings", vocabulary: Vocabulary, lengths: Lengths) -> Self:
+        # A plug-in may take neither.
+        return cls(**settings.terms) if settings.terms else cls()
+
     def loss_sum(self, outputs: Outputs, fields: Fields) -> Tensor:
         return cross_entropy_sum(outputs[0], fields["targets"], fields.get("counts"))
+
+    def weight(self, fields: Fields) -> float:
+        counts = fields.get("counts")
+        return float(fields["targets"].numel() if counts is None else counts.sum())
 
     def objective_sum(self, outputs: Outputs, fields: Fields) -> Tensor:
         if not (self.label_smoothing or self.z_loss):

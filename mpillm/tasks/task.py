@@ -7,10 +7,15 @@ Shapes: B sequences, T positions.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from torch import Tensor
+
+from mpillm.tasks.vocabulary import Lengths, Vocabulary
+
+if TYPE_CHECKING:
+    from mpillm.tasks.task_catalog import TaskSettings
 
 RawArrays = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
 Fields = Mapping[str, Tensor]
@@ -26,19 +31,43 @@ class Task(ABC):
     field_names: ClassVar[tuple[str, ...]]
     """The fields of every batch; `documents` is added where the recipe asks for it."""
 
+    pair_kinds: ClassVar[tuple[str, ...]] = ()
+    """The kinds of pairs (`prepare --task`) that it learns from; none: it reads tokens."""
+
     reads_heads: ClassVar[bool] = False
     """Whether the losses take a `LinearHead` in place of its logits, so that these need not exist.
 
     Logits come where the architecture returns no head, or a metric needs them.
     """
 
+    @classmethod
+    def make(cls, settings: "TaskSettings", vocabulary: Vocabulary, lengths: Lengths) -> Self:
+        """Make the task of a run; a task without settings of its own ignores them.
+
+        Raises RecipeError for settings that the data or the lengths do not allow.
+        """
+        return cls()
+
+    def model_settings(self, vocabulary: Vocabulary) -> dict[str, int]:
+        """Return the settings of the model that follow from the data, where they are 0."""
+        return {"vocab_size": vocabulary.size}
+
+    def row_tokens(self, lengths: Lengths) -> int:
+        """Return how many tokens of a dataset make a full row."""
+        return lengths.context + 1
+
+    def positions(self, tokens: int) -> int:
+        """Return the positions of the model in a row of `tokens` tokens, in an evaluation."""
+        return tokens - 1
+
     @abstractmethod
     def fields(self, raw: RawArrays) -> dict[str, Tensor]:
         """Make a batch's fields from `raw`, the arrays of the sampler.
 
-        `raw` holds `tokens` (B, T + 1). Where the recipe asks for a document mask it also holds
-        `documents` (B, T + 1), each position's document number within its row. The first dim of
-        each field counts sequences.
+        `raw` holds `tokens` (B, `row_tokens`). Where the recipe asks for a document mask it also
+        holds `documents` of this shape, each position's document number within its row. `keys`
+        (B,), int64: a random number of each row, for random choices. The arrays of pairs are those
+        of `tokens/pairs`. The first dim of each field counts sequences.
         """
 
     @abstractmethod

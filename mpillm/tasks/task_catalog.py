@@ -4,14 +4,15 @@ A recipe names one by `task.name`; a plug-in is named as `package.module:Name`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Lt
 
-from mpillm.errors import RecipeError
+from mpillm.errors import MismatchError, RecipeError
 from mpillm.system.plugins import is_plugin, load_class
+from mpillm.tasks.vocabulary import Lengths, Vocabulary
 
 if TYPE_CHECKING:
     from mpillm.tasks.task import Task
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 TASKS: Mapping[str, str] = MappingProxyType(
     {
         "causal-lm": "mpillm.tasks.causal_lm:CausalLM",
+        "masked-lm": "mpillm.tasks.masked_lm:MaskedLM",
+        "span-corruption": "mpillm.tasks.span_corruption:SpanCorruption",
+        "seq2seq": "mpillm.tasks.seq2seq:SequenceToSequence",
+        "sequence-classification": "mpillm.tasks.sequence_classification:SequenceClassification",
+        "token-classification": "mpillm.tasks.token_classification:TokenClassification",
+        "image-classification": "mpillm.tasks.image_classification:ImageClassification",
+        "ctc": "mpillm.tasks.ctc:CTC",
     }
 )
 DEFAULT = "causal-lm"
@@ -34,6 +42,20 @@ class TaskSettings:
     """The share of a target's probability that all tokens share; in training only."""
     z_loss: Annotated[float, Ge(0), Lt(1)] = 0.0
     """The factor of log² Z in the loss of training, such as 1e-4."""
+    mask_token: str = ""
+    """The token of the tokenizer that hides others, such as [MASK]; empty: one that is added."""
+    masked_share: Annotated[float, Gt(0), Lt(1)] = 0.15
+    """The share of tokens that masked LM and span corruption hide."""
+    span_length: Annotated[float, Ge(1)] = 3.0
+    """The mean length of a hidden span, in tokens."""
+    start_token: str = ""
+    """The decoder's first token; empty: the padding token, or the end of text without one."""
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The terms that change a cross-entropy, without those of 0."""
+        terms = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
+        return {name: value for name, value in terms.items() if value}
 
     def __post_init__(self) -> None:
         check_task(self.name)
@@ -49,25 +71,40 @@ def check_task(name: str) -> None:
         )
 
 
-def make_task(name: str, settings: TaskSettings | None = None) -> "Task":
+def make_task(
+    name: str,
+    settings: TaskSettings | None = None,
+    vocabulary: Vocabulary | None = None,
+    lengths: Lengths | None = None,
+) -> "Task":
     """Make the task called `name`; imports torch. Raises UsageError for an unknown name.
 
-    `settings`: of training; None: an evaluation's. Raises RecipeError where the task has no
-    cross-entropy for them.
+    `settings`: None for the defaults. `vocabulary`: of the data or of a trained model's tokenizer;
+    `lengths`: of the model. Raises RecipeError where the task has no cross-entropy for its terms.
     """
     from mpillm.tasks.cross_entropy import CrossEntropyTask
     from mpillm.tasks.task import Task
 
     kind = load_class(name, TASKS, "task", Task)  # type: ignore[type-abstract]
-    terms = {}
-    if settings is not None:
-        terms = {"label_smoothing": settings.label_smoothing, "z_loss": settings.z_loss}
-    if not any(terms.values()):
-        return kind()
-    if not issubclass(kind, CrossEntropyTask):
-        named = " and ".join(f"task.{key} = {value:g}" for key, value in terms.items() if value)
+    settings = settings or TaskSettings(name)
+    if settings.terms and not issubclass(kind, CrossEntropyTask):
+        named = " and ".join(f"task.{key} = {value:g}" for key, value in settings.terms.items())
         raise RecipeError(
             f"{named} changes a cross-entropy, and the task {name} has none of mpillm's; leave it "
             "out, or derive the task from CrossEntropyTask"
         )
-    return kind(**terms)
+    return kind.make(settings, vocabulary or Vocabulary(0), lengths or Lengths())
+
+
+def read_settings(section: Mapping[str, Any]) -> TaskSettings:
+    """Build the settings from the section [task] of a checkpoint's recipe.
+
+    Earlier releases wrote fewer keys. Raises MismatchError for keys that this mpillm lacks.
+    """
+    unknown = sorted(set(section) - {each.name for each in fields(TaskSettings)})
+    if unknown:
+        raise MismatchError(
+            "the model was trained with settings of the task that this mpillm does not know: "
+            f"{', '.join(unknown)}; use the release that it was made with"
+        )
+    return TaskSettings(**section)

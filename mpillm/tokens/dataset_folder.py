@@ -7,11 +7,12 @@ from typing import Any
 from mpillm.system.json_text import read_json
 
 MANIFEST, FORMAT = "manifest.json", "mpillm.tokens"
+PAIR_FORMAT = "mpillm.pairs"
 
 
 def is_dataset(folder: Path) -> bool:
     """Return whether `folder` is a prepared dataset: it holds a manifest of ours."""
-    return _manifest(folder).get("format") == FORMAT
+    return _manifest(folder).get("format") in (FORMAT, PAIR_FORMAT)
 
 
 def dataset_hash(folder: Path) -> str:

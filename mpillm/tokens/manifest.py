@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from mpillm.errors import DataError, MismatchError
 from mpillm.system import hdf5
@@ -13,10 +13,10 @@ from mpillm.system.atomic import write_text
 from mpillm.system.json_text import read_json, to_json
 from mpillm.system.messages import command, why
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
-from mpillm.tokens.dataset_folder import FORMAT, MANIFEST
+from mpillm.tokens.dataset_folder import FORMAT, MANIFEST, PAIR_FORMAT
 from mpillm.tokens.manifest_schema import SPLITS as SPLITS
 from mpillm.tokens.manifest_schema import ManifestRules
-from mpillm.tokens.shards import VERSION, ShardInfo
+from mpillm.tokens.shards import VERSION, ShardFile, ShardInfo
 from mpillm.tokens.tokenizer import Tokenizer
 
 NAME = MANIFEST
@@ -33,14 +33,17 @@ NO_TOKENIZER: Mapping[str, Any] = {
 }
 
 
+Shard = TypeVar("Shard", bound=ShardFile)
+
+
 @dataclass(frozen=True)
-class Split:
+class Split(Generic[Shard]):
     """A split's totals and shards; `n_bytes` counts the UTF-8 bytes of its texts."""
 
     n_tokens: int
     n_docs: int
     n_bytes: int
-    shards: tuple[ShardInfo, ...]
+    shards: tuple[Shard, ...]
 
     def to_json(self) -> dict[str, Any]:
         shards = [shard.to_json() for shard in self.shards]
@@ -61,11 +64,20 @@ class Manifest:
     folder: Path
     tokenizer: Mapping[str, Any]
     prep: Mapping[str, Any]
-    splits: Mapping[str, Split]
+    splits: Mapping[str, Split[Any]]
+
+    # The schema of the file, and its rules; another kind of dataset has its own.
+    FORMAT: ClassVar[str] = FORMAT
+    RULES: ClassVar[type[ManifestRules]] = ManifestRules
 
     @property
     def vocab_size(self) -> int:
         return int(self.tokenizer["vocab_size"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of a classification's labels; tokens have none."""
+        return ()
 
     @property
     def eot_id(self) -> int:
@@ -88,20 +100,26 @@ class Manifest:
 
     def _text(self, last: Mapping[str, str]) -> str:
         splits = {name: split.to_json() for name, split in self.splits.items()}
-        head = {
-            "format": FORMAT,
-            "version": VERSION,
-            "tokenizer": dict(self.tokenizer),
-            "prep": dict(self.prep),
-        }
-        return to_json({**head, "splits": splits, **last}, indent=1) + "\n"
+        head = {"format": self.FORMAT, "version": VERSION, "tokenizer": dict(self.tokenizer)}
+        body = {**self._own_facts(), "prep": dict(self.prep), "splits": splits}
+        return to_json({**head, **body, **last}, indent=1) + "\n"
+
+    def _own_facts(self) -> dict[str, Any]:
+        """Return the parts of the file that other kinds of datasets lack."""
+        return {}
 
     def save(self) -> None:
         write_text(self.folder / NAME, self.text())
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
-        """Read a dataset's manifest, but no shard (`check_shards` does). Raises DataError."""
+        """Read a dataset's manifest, but no shard (`check_shards` does). Raises DataError.
+
+        That of pairs is a `PairManifest`.
+        """
+        # Imported here: that class derives from this one.
+        from mpillm.tokens.pairs.pair_manifest import PairManifest
+
         folder = Path(folder)
         path = folder / NAME
         try:
@@ -116,16 +134,18 @@ class Manifest:
                 f"cannot read {path}: {why(failure)}; "
                 "copy the file back or prepare the dataset again"
             ) from failure
-        return cls._from_json(folder, path, value)
+        pairs = isinstance(value, dict) and value.get("format") == PAIR_FORMAT
+        kind = PairManifest if pairs else Manifest
+        return kind._from_json(folder, path, value)
 
     @classmethod
     def _from_json(cls, folder: Path, path: Path, value: Any) -> "Manifest":
         kind = (
             (value.get("format"), value.get("version")) if isinstance(value, dict) else (None, None)
         )
-        if kind != (FORMAT, VERSION):
+        if kind != (cls.FORMAT, VERSION):
             raise DataError(
-                f"{path} should be format {FORMAT} version {VERSION}, "
+                f"{path} should be format {cls.FORMAT} version {VERSION}, "
                 f"found format {kind[0]} version {kind[1]}; "
                 "prepare the dataset with this mpillm, or use the one that made it"
             )
@@ -133,9 +153,8 @@ class Manifest:
             raise DataError(
                 f"{folder} was being replaced when its job ended; prepare it again with --overwrite"
             )
-        ManifestRules(path).check(value)
-        splits = {name: _split(value["splits"][name]) for name in SPLITS}
-        made = cls(folder, value["tokenizer"], value["prep"], splits)
+        cls.RULES(path).check(value)
+        made = cls._of_checked(folder, value)
         # Earlier versions wrote no digest.
         if value.get("digest", made.manifest_hash) != made.manifest_hash:
             raise DataError(
@@ -144,7 +163,13 @@ class Manifest:
             )
         return made
 
-    def split(self, name: str) -> Split:
+    @classmethod
+    def _of_checked(cls, folder: Path, value: Mapping[str, Any]) -> Self:
+        """Build the manifest from a parsed file that has passed its rules."""
+        splits = {name: split_of_json(value["splits"][name], ShardInfo) for name in SPLITS}
+        return cls(folder, value["tokenizer"], value["prep"], splits)
+
+    def split(self, name: str) -> Split[Any]:
         """Return the split of that name. Raises DataError when it has no tokens."""
         split = self.splits.get(name)
         if split is None or not split.n_tokens:
@@ -196,7 +221,7 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def check_shard(path: Path, shard: ShardInfo) -> None:
+def check_shard(path: Path, shard: ShardFile) -> None:
     try:
         nbytes = path.stat().st_size
     except OSError as failure:
@@ -236,6 +261,7 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _split(value: Mapping[str, Any]) -> Split:
-    shards = tuple(ShardInfo(**shard) for shard in value["shards"])
+def split_of_json(value: Mapping[str, Any], kind: type[Shard]) -> Split[Shard]:
+    """Build a split, whose shards are of `kind`, from its part of a manifest."""
+    shards = tuple(kind(**shard) for shard in value["shards"])
     return Split(value["n_tokens"], value["n_docs"], value["n_bytes"], shards)

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
@@ -29,13 +29,14 @@ SHARD_FIELDS = ("file", "dtype", *SHARD_COUNTS, *SHARD_HASHES)
 class ManifestRules:
     """The checks of one manifest; `path` is for messages."""
 
+    parts: ClassVar[tuple[str, ...]] = ("tokenizer", "prep", "splits")
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def check(self, value: Mapping[str, Any]) -> None:
         """Raise DataError unless the parsed manifest is whole and consistent."""
-        fields = (*FORMAT_FIELDS, "tokenizer", "prep", "splits")
-        self._object("the file", value, fields, optional=("digest",))
+        self._object("the file", value, (*FORMAT_FIELDS, *self.parts), optional=("digest",))
         if "digest" in value:
             self._hex("digest", value["digest"], 32)
         self._object("prep", value["prep"], (), anything=True)
@@ -65,7 +66,7 @@ class ManifestRules:
             self._fail(f"{field}.shards", "a list", value["shards"])
         for number, shard in enumerate(value["shards"]):
             self._shard(f"{field}.shards[{number}]", shard)
-        if len({shard["dtype"] for shard in value["shards"]}) > 1:
+        if len({shard.get("dtype") for shard in value["shards"]}) > 1:
             self._fail(f"{field}.shards", "one dtype", "several")
         for name in ("n_tokens", "n_docs"):
             total = sum(shard[name] for shard in value["shards"])

@@ -17,6 +17,7 @@ from mpillm.errors import DataError
 # Six rounds of one multiplication each scatter windows well; an order needs no cryptography.
 ROUNDS = 6
 DROPOUT_TAG = 0xD509  # any odd word
+TASK_ROUND, TASK_TAG = 1 << 21, 0x7A5D
 PHASE_ROUND = 1 << 20  # a round number that no permutation uses
 
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
@@ -48,6 +49,11 @@ def dropout_keys(seed: int, step: int, first: int, count: int) -> Int64s:
     rows = np.arange(first, first + count, dtype=np.int64)
     # Mixed once more: round keys of a permutation are other numbers.
     return mix(keys_of(seed, rows, step) ^ np.uint64(DROPOUT_TAG)).astype(np.int64)
+
+
+def task_keys(seed: int, samples: Int64s) -> Int64s:
+    """Make the key of a task's random choices for each of `samples`, both int64 (n,)."""
+    return mix(keys_of(seed, samples, TASK_ROUND) ^ np.uint64(TASK_TAG)).astype(np.int64)
 
 
 def permute(indices: Int64s, count: int, seed: int, epochs: Int64s) -> Int64s:

@@ -6,7 +6,6 @@ The same bytes on any number of ranks.
 import errno
 import hashlib
 import json
-import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,24 +14,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from mpillm.comm.failure import on_all, on_root
-from mpillm.errors import DataError, UsageError
+from mpillm.errors import UsageError
 from mpillm.system.atomic import make_folder, write_text
 from mpillm.system.command_line import Argument, Option, check_options
 from mpillm.system.console import Console, binary_bytes
-from mpillm.system.messages import explain, why
-from mpillm.system.plain_files import open_plain
+from mpillm.system.messages import explain
+from mpillm.tasks.task_catalog import DEFAULT as DEFAULT_TASK
+from mpillm.tasks.task_catalog import TASKS
 from mpillm.tokens import shuffle
 from mpillm.tokens.encode import EncodedDocuments, encode_documents
 from mpillm.tokens.losses import LossCheck, check_chance, check_losses
+from mpillm.tokens.make_dataset import Describe, make_dataset, real_path
 from mpillm.tokens.manifest import (
-    NAME,
     SPLITS,
     TOKENIZER,
     Manifest,
     Split,
     tokenizer_facts,
 )
-from mpillm.tokens.publish import holds_dataset, listed_files, publish
+from mpillm.tokens.pairs.pair_shards import PAIR_KINDS
+from mpillm.tokens.pairs.prepare_pairs import prepare_pairs
+from mpillm.tokens.publish import holds_dataset, listed_files
+from mpillm.tokens.shards import write_shard
 from mpillm.tokens.sources import list_pieces
 from mpillm.tokens.split import plan_split
 from mpillm.tokens.survey import Survey, survey
@@ -40,14 +43,7 @@ from mpillm.tokens.text.records import DEFAULT_FIELD, check_field
 from mpillm.tokens.text.text_cut import LONGEST_PART
 from mpillm.tokens.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, Tokenizer
 from mpillm.tokens.train_tokenizer import load_or_make, train_together
-from mpillm.tokens.work_folder import (
-    WorkFolder,
-    alone,
-    place_of,
-    remove_left_over,
-    taken_over,
-    work_folder,
-)
+from mpillm.tokens.work_folder import WorkFolder, place_of, taken_over
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -112,11 +108,21 @@ class PrepareOptions:
     overwrite: Annotated[bool, Option("Replace the files of another dataset in --out.")] = False
     tokenizer_bytes: int = 32 << 20
     """Bytes of text that the BPE is trained on, about."""
+    task: Annotated[
+        str,
+        Option(
+            "The task to learn: of text (causal-lm, masked-lm, span-corruption), or of pairs: "
+            f"{', '.join(PAIR_KINDS)}."
+        ),
+    ] = DEFAULT_TASK
+    source_field: Annotated[str, Option("The field of a pair's source; empty: the task's.")] = ""
+    target_field: Annotated[str, Option("The field of a pair's target; empty: the task's.")] = ""
 
     def check(self) -> None:
         """Raise UsageError for a number out of its range."""
         check_options(self)
         check_field(self.field)
+        self._check_task()
         if self.validation == 1:
             raise UsageError(
                 "--validation 1 leaves no document to train on; take a share below it, such as 0.05"
@@ -132,6 +138,22 @@ class PrepareOptions:
                 f"{self.tokenizer_bytes:,}; try {32 << 20:,}"
             )
 
+    def _check_task(self) -> None:
+        if self.task in PAIR_KINDS:
+            if self.field != DEFAULT_FIELD:
+                raise UsageError(
+                    f"--field names a field of text, and --task {self.task} makes pairs; name "
+                    "theirs by --source-field and --target-field"
+                )
+        elif self.task not in TASKS:
+            known = ", ".join(dict.fromkeys([*TASKS, *PAIR_KINDS]))
+            raise UsageError(f"--task {self.task!r} is unknown; tasks: {known}")
+        elif self.source_field or self.target_field:
+            raise UsageError(
+                f"--source-field and --target-field are of pairs, and --task {self.task} reads "
+                "text; name its field by --field"
+            )
+
 
 def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) -> Manifest:
     """Make the dataset `options.out`, or find it already made.
@@ -145,8 +167,10 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
     options.check()
     if options.out is None:
         raise UsageError("prepare writes a folder; name it with --out DIR")
-    out = _real_path(options.out)
+    out = real_path(options.out)
     options = replace(options, workers=options.workers or DEFAULT_WORKERS)
+    if options.task in PAIR_KINDS:
+        return prepare_pairs(options, comm, console)
 
     def check_inputs() -> tuple[str | None, str]:
         if holds_dataset(out) and options.overwrite:
@@ -161,31 +185,14 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
     pieces = list_pieces(options.sources, options.glob, out, options.field, comm, console)
     found = survey(pieces, options.sources, options.seed, options.workers, comm, console)
     prep = _prep(options, found, tokenizer_json)
-    made = on_root(comm, lambda: _already(out, prep, options.overwrite))
-    if made is None:
-        with work_folder(out, prep, comm, console) as work:
-            # Another job may have finished since, or while this one waited for it.
-            made, stamp = on_root(
-                comm, lambda: (_already(out, prep, options.overwrite, work.waited), _stamp(out))
-            )
-            if made is None:
-                given = tokenizer_json, name
-                made = _make(options, found, given, prep, work, stamp, comm, console)
-                _report(made, options, console)
-                return made
+    given = tokenizer_json, name
+    write = partial(_make, options, found, given, prep, comm, console)
+    made, new = make_dataset(out, prep, options.overwrite, write, comm, console)
+    if new:
+        _report(made, options, console)
     else:
-        # A job may have been killed after it gave the dataset its name.
-        on_root(comm, lambda: remove_left_over(out, console.say))
-    console.say(f"{options.out} is already prepared from these sources with these options")
+        console.say(f"{options.out} is already prepared from these sources with these options")
     return made
-
-
-def _real_path(out: Path) -> Path:
-    """Follow links, so that a dataset is made next to where it will be. Raises UsageError."""
-    try:
-        return Path(os.path.realpath(out))
-    except (OSError, ValueError) as failure:
-        raise UsageError(f"--out {str(out)!r}: {why(failure)}; choose another folder") from failure
 
 
 def _make(
@@ -193,33 +200,17 @@ def _make(
     found: Survey,
     given: tuple[str | None, str],
     prep: dict[str, Any],
-    work: WorkFolder,
-    stamp: tuple[int, int],
     comm: "MPI.Intracomm",
     console: Console,
-) -> Manifest:
-    """Make the dataset and give it its name.
-
-    `given`: the tokenizer's JSON, if any, and name; `stamp`: of what was there at the start.
-    """
-    out = Path(work.owner.out)
+    work: WorkFolder,
+) -> tuple[Manifest, Describe]:
+    """Make the dataset in the work folder; `given`: the tokenizer's JSON, if any, and name."""
     text, name = given
     if text is None:
         text = train_together(found, options.vocab_size, options.tokenizer_bytes, comm, console)
     tokenizer = Tokenizer.from_json(text, name, options.end_of_text)
     made = _write(options, found, tokenizer, prep, work, comm, console)
-
-    def finish() -> None:
-        with alone(work, out, console.say):
-            # Another job may have published while this one was suspended, or where no job sees the
-            # others' folders, as on a file system that is late.
-            if _stamp(out) != stamp and _made_meanwhile(out, prep, options.overwrite):
-                return
-            if not publish(work.dataset, out, options.overwrite, console.say):
-                _already(out, prep, overwrite=False)
-
-    on_root(comm, finish, partial(_describe, found, tokenizer, work))
-    return Manifest(out, made.tokenizer, made.prep, made.splits)
+    return made, partial(_describe, found, tokenizer, work)
 
 
 def _describe(found: Survey, tokenizer: Tokenizer, work: WorkFolder, failure: OSError) -> str:
@@ -260,65 +251,6 @@ def _prep(options: PrepareOptions, found: Survey, tokenizer_json: str | None) ->
     }
 
 
-def _already(
-    out: Path, prep: dict[str, Any], overwrite: bool, waited: bool = False
-) -> Manifest | None:
-    """Open the dataset at `out` if `prep` made it; raise UsageError when it's another.
-
-    None where there is none, and with `overwrite`, unless the job that this one `waited` for has
-    made it just now.
-    """
-    if overwrite and waited:
-        try:
-            return _already(out, prep, overwrite=False)
-        except UsageError:
-            return None
-    if overwrite or not (out / NAME).exists():
-        return None
-    way_out = "give --overwrite to replace it, or choose another --out"
-    try:
-        listed_files(out)
-    except UsageError as failure:
-        raise UsageError(f"{out} exists but is damaged: {failure}") from failure
-    try:
-        manifest = Manifest.load(out)
-        for name, split in manifest.splits.items():
-            if split.n_tokens:
-                manifest.check_shards(name)
-    except DataError as failure:
-        raise UsageError(f"{out} exists but is damaged ({failure}); {way_out}") from failure
-    keys = {**prep, **manifest.prep}
-    differing = [key for key in keys if manifest.prep.get(key) != prep.get(key)]
-    if differing:
-        there = ", ".join(
-            f"{key} {manifest.prep.get(key)} there, {prep.get(key)} now" for key in differing[:3]
-        )
-        raise UsageError(f"{out} exists and was prepared otherwise ({there}); {way_out}")
-    return manifest
-
-
-def _made_meanwhile(out: Path, prep: dict[str, Any], overwrite: bool) -> Manifest | None:
-    """Open what another job has published at `out`; raise UsageError where `prep` is another."""
-    if overwrite:
-        try:
-            Manifest.load(out)
-        except DataError:
-            # Its job was killed.
-            return None
-    return _already(out, prep, overwrite=False)
-
-
-def _stamp(out: Path) -> tuple[int, int]:
-    """Return what changes whenever a dataset is published at `out`."""
-    try:
-        # Opened, not looked up: a client of NFS asks its server then.
-        with open_plain(out / NAME) as file:
-            seen = os.fstat(file.fileno())
-    except OSError:
-        return 0, 0
-    return seen.st_ino, seen.st_mtime_ns
-
-
 def _write(
     options: PrepareOptions,
     found: Survey,
@@ -347,7 +279,7 @@ def _write(
     }
     with console.progress("writing", len(where.shards), "shards") as progress:
         shards = shuffle.write_shards(
-            encoded, where, work.dataset, attributes, comm, progress, describe
+            encoded, where, work.dataset, attributes, comm, progress, describe, write_shard
         )
     totals = comm.allreduce(
         np.array([encoded.index["nbytes"][encoded.index["split"] == i].sum() for i in (0, 1)])
@@ -415,7 +347,7 @@ def _say_cuts(tokenizer: Tokenizer, comm: "MPI.Intracomm", console: Console) -> 
         )
 
 
-def _totals(n_bytes: int, shards: list[Any]) -> Split:
+def _totals(n_bytes: int, shards: list[Any]) -> Split[Any]:
     return Split(
         sum(s.n_tokens for s in shards), sum(s.n_docs for s in shards), n_bytes, tuple(shards)
     )

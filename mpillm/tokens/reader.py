@@ -13,7 +13,10 @@ from mpillm.errors import DataError
 from mpillm.system import hdf5
 from mpillm.system.messages import command, explain
 from mpillm.tokens.manifest import Manifest, Split, check_shard
+from mpillm.tokens.sampler import Sampler
+from mpillm.tokens.samples import RowShape
 from mpillm.tokens.shards import ShardInfo, rest_digest
+from mpillm.tokens.windows import EvaluationWindows
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
@@ -25,7 +28,7 @@ class TokenReader:
     Every rank opens its own; none keeps an HDF5 handle.
     """
 
-    def __init__(self, folder: Path, name: str, split: Split, vocab_size: int) -> None:
+    def __init__(self, folder: Path, name: str, split: Split[ShardInfo], vocab_size: int) -> None:
         self.folder, self.name, self.split, self.vocab_size = folder, name, split, vocab_size
         shards = split.shards
         self.dtype = np.dtype(shards[0].dtype)
@@ -52,8 +55,29 @@ class TokenReader:
         self.close()
 
     @property
+    def n_bytes(self) -> int:
+        return self.split.n_bytes
+
+    @property
     def n_docs(self) -> int:
         return self.split.n_docs
+
+    def steps(self, row: RowShape, batch: int, seed: int) -> Sampler:
+        """Order the windows of a training run. Raises DataError for a split shorter than one."""
+        return Sampler(self, row.tokens - 1, batch, seed, boundaries=row.documents)
+
+    def evaluation(self, row: RowShape, rows: int) -> EvaluationWindows:
+        """Cut the split into windows in order, `rows` of them a batch. Raises DataError."""
+        return EvaluationWindows(self, row.tokens, rows)
+
+    def describe(self, row: RowShape, samples: int) -> str:
+        """Say how much there is, and how often `samples` rows pass over it."""
+        passes = samples * (row.tokens - 1) / self.n_tokens
+        return f"{self.n_tokens:,} tokens, read {passes:.2f} times"
+
+    def describe_cuts(self, row: RowShape) -> str:
+        """Say what is longer than a row; "": nothing, as windows fit."""
+        return ""
 
     def close(self) -> None:
         """Close the files; the next read opens them again."""

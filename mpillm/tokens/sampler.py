@@ -2,13 +2,15 @@
 
 import time
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.tokens.order import WindowOrder
-from mpillm.tokens.reader import TokenReader
+from mpillm.tokens.order import WindowOrder, task_keys
 from mpillm.tokens.windows import ReadPlan, Windows
+
+if TYPE_CHECKING:
+    from mpillm.tokens.reader import TokenReader
 
 # NumPy plans thousands of windows in about the time of a dozen.
 PLANNED_SAMPLES = 4096
@@ -25,7 +27,7 @@ class Sampler:
 
     def __init__(
         self,
-        reader: TokenReader,
+        reader: "TokenReader",
         context: int,
         global_batch: int,
         seed: int,
@@ -39,6 +41,7 @@ class Sampler:
         shorter than one window.
         """
         self.reader, self.context, self.global_batch = reader, context, global_batch
+        self.seed = seed
         self.order = WindowOrder(reader.n_tokens, context, seed)
         self.readahead, self.boundaries = readahead, boundaries
         self._reads_are_slow = False
@@ -68,6 +71,12 @@ class Sampler:
             block, row = divmod(step + 1, steps)
             self._plan_of_block(block, first, count).advise(row * count, count)
         return windows
+
+    def raw(self, step: int, first: int, count: int) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
+        """Read what `windows` reads as arrays by name, with a key of each row."""
+        ids = step * self.global_batch + np.arange(first, first + count, dtype=np.int64)
+        raw = self.windows(step, first, count).fields(self.boundaries)
+        return {**raw, "keys": task_keys(self.seed, ids)}
 
     def _make_plan(self, block: int, first: int, count: int) -> ReadPlan:
         """Plan the same rows of each step of a block of steps."""

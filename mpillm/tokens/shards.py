@@ -30,14 +30,23 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
-class ShardInfo:
+class ShardFile:
+    """A file that a manifest lists, of any format."""
+
+    file: str
+    nbytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ShardInfo(ShardFile):
     """A shard's entry of the manifest: enough to read it without HDF5. Sizes and offsets are bytes.
 
     `xxh3_128` is the digest of /block_xxh3, `rest_xxh3_128` that of every byte outside /tokens.
     """
 
-    file: str
-    nbytes: int
     dtype: str
     n_tokens: int
     n_docs: int
@@ -49,9 +58,6 @@ class ShardInfo:
     @property
     def tokens_nbytes(self) -> int:
         return self.n_tokens * np.dtype(self.dtype).itemsize
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -16,15 +16,16 @@ from mpillm.comm.failure import on_all
 from mpillm.errors import DataError
 from mpillm.system import hdf5
 from mpillm.system.console import Progress
-from mpillm.system.messages import explain
 from mpillm.tokens.encode import EncodedDocuments
 from mpillm.tokens.manifest import SPLITS
-from mpillm.tokens.shards import Documents, ShardInfo, write_shard
+from mpillm.tokens.shards import Documents, ShardFile
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Written = TypeVar("Written", bound=ShardFile)
+WriteShard = Callable[[Path, Documents, dict[str, Any]], Written]
 
 # MPI-3 counts elements, and the displacements of the ranks' parts, by int32.
 LARGEST_PART = 1 << 30
@@ -71,15 +72,16 @@ def write_shards(
     attributes: dict[str, Any],
     comm: "MPI.Intracomm",
     progress: Progress,
-    describe: Callable[[OSError], str] = explain,
-) -> list[tuple[str, ShardInfo]]:
+    describe: Callable[[OSError], str],
+    write: WriteShard[Written],
+) -> list[tuple[str, Written]]:
     """Exchange and write all shards. Every rank calls it.
 
     Returns (split, shard) in order on rank 0, an empty list elsewhere. `attributes` are those that
     all shards share. `progress` counts shards. `describe` words an OSError, which becomes a
-    DataError on every rank.
+    DataError on every rank. `write` makes a file of sorted documents.
     """
-    written: list[tuple[int, ShardInfo]] = []
+    written: list[tuple[int, Written]] = []
     by_shard = np.argsort(plan.shard_of, kind="stable")
     bounds = np.searchsorted(plan.shard_of[by_shard], np.arange(len(plan.shards) + comm.size + 1))
     starts = encoded.starts
@@ -91,8 +93,8 @@ def write_shards(
         arrived = _exchange(encoded.index[rows], tokens, counts, comm)
         number = wave + comm.rank
         mine = plan.shards[number : number + 1]
-        write = partial(_write_own, mine, arrived, folder, attributes)
-        written += [(number, shard) for shard in on_all(comm, write, describe)]
+        write_own = partial(_write_own, mine, arrived, folder, attributes, write)
+        written += [(number, shard) for shard in on_all(comm, write_own, describe)]
         progress.advance(min(comm.size, len(plan.shards) - wave))
     everything = sorted(
         (item for own in comm.gather(written) or [] for item in own), key=lambda item: item[0]
@@ -110,13 +112,14 @@ def _write_own(
     arrived: tuple[Array, Array],
     folder: Path,
     attributes: dict[str, Any],
-) -> list[ShardInfo]:
+    write: WriteShard[Written],
+) -> list[Written]:
     """Write this rank's shard of the wave, if it has one. Raises OSError."""
     written = []
     for split, index, total in mine:
         own = {"split": split, "shard_index": index, "n_shards": total}
         path = folder / f"{split}-{index:05d}.h5"
-        written.append(write_shard(path, _sorted(*arrived), {**attributes, **own}))
+        written.append(write(path, _sorted(*arrived), {**attributes, **own}))
     return written
 
 

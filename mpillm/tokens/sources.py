@@ -271,33 +271,44 @@ def _unreadable(piece: SourcePiece, failure: OSError) -> DataError:
 
 
 def _read_lines(piece: SourcePiece, file: BinaryIO) -> Texts:
-    """Read the lines that start in the piece: a line that began earlier is the last piece's."""
     documents: list[Document] = []
     replaced = halves = 0
-    lines = Lines(file, piece.encoding)
-    offset = lines.first_start(piece.start, piece.stop)
-    if offset is None:
-        return Texts(piece, documents)
-    file.seek(offset)
-    while offset < piece.stop and (line := lines.read(LONGEST_RECORD_BYTES)):
-        if len(line) >= LONGEST_RECORD_BYTES:
-            raise DataError(
-                f"{_place(piece, offset)} is longer than {LONGEST_RECORD_BYTES:,} bytes, the most "
-                "of a JSON record; write its text to a file of its own, which is read in blocks"
-            )
-        text, bad = decode(line, piece.encoding)
-        del line
+    for offset, text, bad in lines_of(piece, file):
         try:
-            document, half = text_of(text.removeprefix(BYTE_ORDER_MARK), piece.field)
+            document, half = text_of(text, piece.field)
         except RecordError as failure:
-            raise DataError(f"{_place(piece, offset)} {failure}") from failure
-        replaced, halves, offset = replaced + bad, halves + half, file.tell()
+            raise DataError(f"{place_of_line(piece, offset)} {failure}") from failure
+        replaced, halves = replaced + bad, halves + half
         if document.strip():
             documents.append(document)
     return Texts(piece, documents, replaced, halves)
 
 
-def _place(piece: SourcePiece, offset: int) -> str:
+def lines_of(piece: SourcePiece, file: BinaryIO) -> Iterator[tuple[int, str, int]]:
+    """Yield the lines that start in the piece: a line that began earlier is the last piece's.
+
+    Each with its byte offset, and its count of places replaced by U+FFFD. Raises DataError.
+    """
+    lines = Lines(file, piece.encoding)
+    offset = lines.first_start(piece.start, piece.stop)
+    if offset is None:
+        return
+    file.seek(offset)
+    while offset < piece.stop and (line := lines.read(LONGEST_RECORD_BYTES)):
+        if len(line) >= LONGEST_RECORD_BYTES:
+            raise DataError(
+                f"{place_of_line(piece, offset)} is longer than {LONGEST_RECORD_BYTES:,} bytes, "
+                "the most of a JSON record; write its text to a file of its own, which is read in "
+                "blocks"
+            )
+        text, bad = decode(line, piece.encoding)
+        del line
+        following = file.tell()
+        yield offset, text.removeprefix(BYTE_ORDER_MARK), bad
+        offset = following
+
+
+def place_of_line(piece: SourcePiece, offset: int) -> str:
     """Name a line: its file, its number and its byte, all from 1 but the byte."""
     with Path(piece.path).open("rb") as file:
         before = Lines(file, piece.encoding).count_ends(offset)

@@ -12,8 +12,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mpillm.errors import DataError, UsageError
-from mpillm.system.json_text import from_json
+from mpillm.system.json_text import from_json, to_json
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
+from mpillm.tasks.vocabulary import Vocabulary
 from mpillm.tokens.text.text_cut import TextCutter, training_parts
 
 END_OF_TEXT = "<|endoftext|>"
@@ -35,6 +36,8 @@ SMALLEST_VOCABULARY = 256 + 1
 LARGEST_VOCABULARY = 1 << 24
 # The library's results take some hundred bytes a token: so many characters are encoded at once.
 CHARACTERS_AT_ONCE = 1 << 21
+# Ahead of a piece's name: characters of no meaning, which no text has in a row.
+UNSPELT = "\ue000\uf8ff\ue000"
 # Ids that don't end a character after 8 tokens never will: a UTF-8 character has at most 4 bytes.
 LONGEST_TAIL = 8
 
@@ -130,6 +133,28 @@ class Tokenizer:
         ids = self._encode_parts(part for some in parts for part in some)
         return [np.concatenate([next(ids)[1] for _ in some]) for some in parts]
 
+    @cached_property
+    def closes_rows(self) -> bool:
+        """Whether its post-processor adds tokens to a text, such as [CLS] and [SEP], or </s>."""
+        return bool(self._inner.encode("", add_special_tokens=True).ids)
+
+    def encode_rows(self, texts: Sequence[str]) -> list[tuple[Ids, list[tuple[int, int]]]]:
+        """Encode whole texts with the tokens of the post-processor: ids, and the characters of
+        each, from and to. An added token has none: (0, 0).
+        """
+        try:
+            found = self._inner.encode_batch(list(texts), add_special_tokens=True)
+        except BaseException as failure:
+            raise self._cannot_encode(failure) from failure
+        return [(np.array(each.ids, self.dtype), each.offsets) for each in found]
+
+    def _cannot_encode(self, failure: BaseException) -> DataError:
+        # Where a model has no unknown token, the library fails at what it lacks.
+        return DataError(
+            f"the tokenizer {self.name} cannot encode the text: "
+            f"{_library_words(failure)}; take a byte-level tokenizer, which has all bytes"
+        )
+
     def encode_blocks(self, blocks: Iterable[str]) -> Iterator[tuple[str, Ids]]:
         """Encode a text of blocks in bounded memory; yield its parts with their ids, in order."""
         if self._is_bytes:
@@ -149,16 +174,66 @@ class Tokenizer:
         yield from self._encode_group(group)
 
     def _encode_group(self, parts: list[str]) -> Iterator[tuple[str, Ids]]:
+        for part, ids in zip(parts, self._encode_with(self._inner, parts), strict=True):
+            yield part, self._as_text(part, ids)
+
+    def _encode_with(self, inner: Any, parts: list[str]) -> list[Ids]:
         try:
-            group = self._inner.encode_batch_fast(parts, add_special_tokens=False)
+            group = inner.encode_batch_fast(parts, add_special_tokens=False)
         except BaseException as failure:
-            # Where a model has no unknown token, the library fails at what it lacks.
-            raise DataError(
-                f"the tokenizer {self.name} cannot encode the text: "
-                f"{_library_words(failure)}; take a byte-level tokenizer, which has all bytes"
-            ) from failure
-        for part, encoding in zip(parts, group, strict=True):
-            yield part, np.array(encoding.ids, self.dtype)
+            raise self._cannot_encode(failure) from failure
+        return [np.array(encoding.ids, self.dtype) for encoding in group]
+
+    def _as_text(self, part: str, ids: Ids) -> Ids:
+        """Return the ids of `part` without special tokens, which a text may spell.
+
+        The library finds none as such; but a Unigram has them among its pieces, and a vocabulary of
+        words among its words. What only a special token spells is unknown. Raises DataError where
+        the model has no unknown token.
+        """
+        if not self._is_reserved[ids].any():
+            return ids
+        if self._unreserved is not None:
+            [ids] = self._encode_with(self._unreserved, [part])
+        if (found := ids[self._is_reserved[ids]]).size:
+            if self.unknown_id is None:
+                raise DataError(
+                    f"the text has {self._inner.id_to_token(int(found[0]))!r}, which the tokenizer "
+                    f"{self.name} reads as its special token; take it out of the text"
+                )
+            ids = np.where(self._is_reserved[ids], np.array(self.unknown_id, ids.dtype), ids)
+        return ids
+
+    @cached_property
+    def _is_reserved(self) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+        """Whether an id is that of a special token, the unknown one apart."""
+        found = np.zeros(self.vocab_size, bool)
+        found[[number for number in self._special if number != self.unknown_id]] = True
+        return found
+
+    @cached_property
+    def _unreserved(self) -> Any:
+        """The same Unigram with special pieces that no text spells; None for another model."""
+        model = self._spec["model"]
+        if model.get("type") != "Unigram":
+            return None
+        pieces = [
+            [UNSPELT + piece if self._is_reserved[number] else piece, score]
+            for number, (piece, score) in enumerate(model["vocab"])
+        ]
+        # An added token has the id of the piece with its name.
+        added = [
+            {**token, "content": pieces[token["id"]][0]} if token["id"] < len(pieces) else token
+            for token in self._spec.get("added_tokens", [])
+        ]
+        changed = {"added_tokens": added, "model": {**model, "vocab": pieces}}
+        inner = tokenizers.Tokenizer.from_str(
+            to_json({**self._spec, **changed, "post_processor": None})
+        )
+        inner.no_truncation()
+        inner.no_padding()
+        inner.encode_special_tokens = True
+        return inner
 
     def decode(self, ids: Iterable[int] | Ids) -> str:
         """Decode `ids` to text.
@@ -186,6 +261,13 @@ class Tokenizer:
     def _is_shown(self, token_id: int) -> bool:
         """Return whether an id has a text: special tokens and ids beyond the vocabulary don't."""
         return 0 <= token_id < self.vocab_size and token_id not in self._special
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What tasks know of it: its size, the end of text, and the added tokens by text."""
+        added = self._inner.get_added_tokens_decoder()
+        special = {token.content: number for number, token in sorted(added.items())}
+        return Vocabulary(self.vocab_size, self.eot_id, special)
 
     @cached_property
     def _special(self) -> frozenset[int]:

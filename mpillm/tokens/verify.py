@@ -11,6 +11,7 @@ from mpillm.system import hdf5
 from mpillm.system.console import Console
 from mpillm.tokens.dataset_folder import FORMAT
 from mpillm.tokens.manifest import Manifest, check_shard
+from mpillm.tokens.pairs.pair_shards import PairShard, check_pair_shard
 from mpillm.tokens.shards import (
     BLOCK_BYTES,
     VERSION,
@@ -60,10 +61,13 @@ def verify(folder: str | Path, comm: "MPI.Intracomm", console: Console) -> Manif
     return manifest
 
 
-def verify_shard(manifest: Manifest, split: str, shard: ShardInfo) -> None:
+def verify_shard(manifest: Manifest, split: str, shard: ShardInfo | PairShard) -> None:
     """Check one shard. Raises DataError with the file, and the block and bytes that differ."""
     path = manifest.folder / shard.file
     check_shard(path, shard)
+    if isinstance(shard, PairShard):
+        check_pair_shard(path, shard, AGAIN)
+        return
     # First the structure and tables: everything else is read by them.
     if rest_digest(path, shard.tokens_offset, shard.tokens_nbytes) != shard.rest_xxh3_128:
         raise DataError(

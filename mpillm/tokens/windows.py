@@ -6,12 +6,15 @@ B windows of T tokens: `tokens_BT`. Evaluation cuts a split into windows in orde
 import os
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mpillm.errors import DataError
-from mpillm.tokens.reader import TokenReader
+from mpillm.tokens.order import task_keys
+
+if TYPE_CHECKING:
+    from mpillm.tokens.reader import TokenReader
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
@@ -53,7 +56,7 @@ class ReadPlan:
     """Windows of `length` tokens to read: files, byte offsets, and the document ends inside."""
 
     def __init__(
-        self, reader: TokenReader, starts: Int64s, length: int, boundaries: bool = True
+        self, reader: "TokenReader", starts: Int64s, length: int, boundaries: bool = True
     ) -> None:
         """Plan the windows at `starts`, int64 (n,), each in [0, n_tokens - length].
 
@@ -107,7 +110,7 @@ class ReadPlan:
             advise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
-def document_ends(reader: TokenReader, starts: Int64s, length: int) -> tuple[Array, Int64s]:
+def document_ends(reader: "TokenReader", starts: Int64s, length: int) -> tuple[Array, Int64s]:
     """Find the document ends e of each window with start < e < start + length, less start.
 
     Returns them flat (int32) with row splits (int64). A window across shards is searched in each
@@ -172,8 +175,29 @@ def evaluation_batches(n_tokens: int, context: int, rows: int) -> list[Evaluatio
     return batches + ([EvaluationBatch(windows * context, 1, left)] if left else [])
 
 
-def read_evaluation(reader: TokenReader, batch: EvaluationBatch) -> Windows:
+def read_evaluation(reader: "TokenReader", batch: EvaluationBatch) -> Windows:
     """Read a batch's windows: tokens (rows, length + 1) and document ends. Raises DataError."""
     starts = batch.start + np.arange(batch.rows, dtype=np.int64) * batch.length
     plan = ReadPlan(reader, starts, batch.length + 1)
     return plan.fetch(0, np.empty((batch.rows, batch.length + 1), reader.dtype))
+
+
+class EvaluationWindows:
+    """A split in order, in batches of `rows` rows of `tokens` tokens.
+
+    The last token of a row is the first of the next: of causal LM each but one is a target once.
+    """
+
+    def __init__(self, reader: "TokenReader", tokens: int, rows: int) -> None:
+        self._reader, self._context = reader, tokens - 1
+        self._batches = evaluation_batches(reader.n_tokens, self._context, rows)
+        self.shapes = [(batch.rows, batch.length + 1) for batch in self._batches]
+        """The rows, and the tokens of each, by the batch."""
+
+    def raw(self, number: int) -> dict[str, Array]:
+        """Read the arrays of batch `number`, with a key of each row. Raises DataError."""
+        batch = self._batches[number]
+        row = batch.start // self._context
+        rows = np.arange(row, row + batch.rows, dtype=np.int64)
+        tokens_BT = read_evaluation(self._reader, batch).tokens_BT
+        return {"tokens": tokens_BT, "keys": task_keys(0, rows)}

@@ -6,7 +6,6 @@ from mpillm.comm.mesh import Mesh
 from mpillm.parallel.step_plan import StepPlan
 from mpillm.plan.peak_memory import MemoryEstimate
 from mpillm.system.console import Console
-from mpillm.tokens.reader import TokenReader
 from mpillm.train.recipe import Recipe
 
 
@@ -35,15 +34,14 @@ def print_plan(
     recipe: Recipe,
     mesh: Mesh,
     plan: StepPlan,
-    reader: TokenReader,
+    data: str,
     console: Console,
     device: str,
     memory: MemoryEstimate,
 ) -> None:
-    """Print the plan; `device`: what to say of it. Every rank calls it."""
+    """Print the plan; `data`, `device`: what to say of them. Every rank calls it."""
     model, train = recipe.model, recipe.train
     step_tokens = train.batch * model.context
-    passes = train.steps * step_tokens / reader.n_tokens
     spanned = len(mesh.node_map.nodes)
     console.facts(
         "plan",
@@ -51,7 +49,7 @@ def print_plan(
             "run": train.run,
             "model": model.describe(),
             "parameters": f"{model.parameters:,}",
-            "data": f"{recipe.data.path}: {reader.n_tokens:,} tokens, read {passes:.2f} times",
+            "data": f"{recipe.data.path}: {data}",
             "tokens a step": f"{step_tokens:,} = {train.batch} sequences × {model.context}",
             "steps": f"{train.steps:,} ({train.steps * step_tokens:,} tokens)",
             "mesh": f"{mesh.describe()} on {mesh.comm.size} rank(s), {spanned} host(s), "

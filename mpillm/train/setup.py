@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from mpillm.comm.failure import on_root
 from mpillm.errors import DataError, MismatchError, RecipeError
-from mpillm.infer.loading import RunConstants, missing_data, open_of
+from mpillm.infer.loading import (
+    RunConstants,
+    check_kind,
+    missing_data,
+    open_of,
+    read_vocabulary,
+)
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.part_module import torch_explained, weight_shapes
-from mpillm.models.spec import ModelSpec
 from mpillm.parallel.devices import may_take_gpus
 from mpillm.parallel.noise_scale import check_small_batches
 from mpillm.parallel.step_plan import make_mesh, plan_step
@@ -21,9 +26,11 @@ from mpillm.runs.history import STARTED, read_history
 from mpillm.system.compile_cache import find_compiler, set_compile_cache
 from mpillm.system.console import Console
 from mpillm.system.malloc import keep_pages
+from mpillm.tasks.task import Task
 from mpillm.tasks.task_catalog import make_task
+from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.manifest import NAME, Manifest
-from mpillm.tokens.order import WindowOrder
+from mpillm.tokens.samples import RowShape
 from mpillm.train.hardware import Hardware, choose_hardware
 from mpillm.train.hold import locked_run
 from mpillm.train.loop import JobLimits, TrainingLoop
@@ -58,7 +65,7 @@ def train(
     """
     keep_pages()
     manifest = _load_manifest(recipe)
-    recipe = replace(recipe, model=_with_vocabulary(recipe, manifest))
+    task, recipe = _with_task(recipe, manifest, comm)
     node_map = node_map or map_nodes(comm)
     # GPUs hold the weights of a run that takes them. Their memory is found out by its allocation.
     hosts_compute = comm.bcast(not may_take_gpus(recipe.train.device))
@@ -80,13 +87,13 @@ def train(
     )
     if settings.noise_scale:
         check_small_batches(plan, data.size)
-    task = make_task(recipe.task.name, recipe.task)
     _check_mask(recipe)
     _check_groups(recipe)
     with open_of(manifest, "train") as reader:
         # Before the run has a folder: a dataset shorter than one context, or a missing profile,
         # must leave nothing to clean up.
-        WindowOrder(reader.n_tokens, recipe.model.context, settings.seed)
+        row = RowShape.of(task, Lengths.of(recipe.model), recipe.data.document_mask)
+        reader.steps(row, settings.batch, settings.seed)
         cluster = describe_cluster(comm, node_map)
         profile = _profile(recipe, comm, console, cluster)
         _warn(recipe, console)
@@ -104,7 +111,10 @@ def train(
                 say_changes(recipe, checkpoint, console)
             memory = RunMemory.of(recipe, mesh)
             estimate = memory.predict(plan)
-            print_plan(recipe, mesh, plan, reader, console, hardware.description, estimate)
+            if cuts := on_root(comm, lambda: reader.describe_cuts(row)):
+                console.warn(cuts)
+            data_text = reader.describe(row, settings.steps * settings.batch)
+            print_plan(recipe, mesh, plan, data_text, console, hardware.description, estimate)
             remedy = partial(memory.remedy, plan)
             if hosts_compute and (short := shortage(estimate, node_map, limit, remedy)):
                 console.warn(short)
@@ -224,12 +234,26 @@ def _profile(
     return on_root(comm, load)
 
 
-def _with_vocabulary(recipe: Recipe, manifest: Manifest) -> ModelSpec:
-    """Return the model's settings with the vocabulary of the data. Raises MismatchError."""
-    wanted, found = recipe.model.vocab_size, manifest.vocab_size
-    if wanted and wanted < found:
-        raise MismatchError(
-            f"model.vocab_size = {wanted:,} is smaller than the {found:,} of the data "
-            f"{recipe.data.path}; leave it out to take the data's"
-        )
-    return recipe.model.replace(vocab_size=wanted or found)
+def _with_task(recipe: Recipe, manifest: Manifest, comm: "MPI.Intracomm") -> tuple[Task, Recipe]:
+    """Make the task, and fill the model's settings that follow from the data. Every rank calls it.
+
+    Raises MismatchError where the recipe sets one lower than the data needs.
+    """
+    vocabulary = read_vocabulary(manifest, comm)
+    task = make_task(recipe.task.name, recipe.task, vocabulary, Lengths.of(recipe.model))
+    check_kind(task, manifest)
+    model = recipe.model
+    for name, found in task.model_settings(vocabulary).items():
+        wanted = getattr(model, name, None)
+        if wanted is None:
+            raise RecipeError(
+                f"the task {recipe.task.name} needs a model with the setting {name}, and the "
+                f"architecture {model.architecture} has none; choose another model.architecture"
+            )
+        if wanted and wanted < found:
+            raise MismatchError(
+                f"model.{name} = {wanted:,} is smaller than the {found:,} of the data "
+                f"{recipe.data.path}; leave it out to take the data's"
+            )
+        model = model.replace(**{name: wanted or found})
+    return task, replace(recipe, model=model)

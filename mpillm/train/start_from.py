@@ -84,7 +84,6 @@ def _reader(
             f"({command(['mpillm', 'import', source.path, '--out', 'FOLDER'])}), and start from it"
         )
     model = on_all(comm, lambda: PublishedModel.open(source))
-    on_root(comm, model.check_tied)
     return model.read, model.shapes
 
 

@@ -23,9 +23,9 @@ from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.parallel.step_plan import StepPlan
 from mpillm.tasks.task import Task
+from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.order import dropout_keys
-from mpillm.tokens.reader import TokenReader
-from mpillm.tokens.sampler import Sampler
+from mpillm.tokens.samples import RowShape, SampleReader
 from mpillm.train.loss_scale import LossScale
 from mpillm.train.lr_schedule import learning_rate
 from mpillm.train.optimizers.optimizer import check_whole, make_optimizer, set_rate
@@ -66,7 +66,7 @@ class Trainer:
         self,
         recipe: Recipe,
         task: Task,
-        reader: TokenReader,
+        reader: SampleReader,
         mesh: Mesh,
         plan: StepPlan,
         profile: ClusterProfile | None = None,
@@ -93,13 +93,8 @@ class Trainer:
             stepped = {name: tuple(weight.shape) for name, weight in self.stepped.items()}
             check_whole(recipe.optimizer, stepped, whole)
         documents = recipe.data.document_mask
-        self._sampler = Sampler(
-            reader,
-            recipe.model.context,
-            recipe.train.batch,
-            recipe.train.seed,
-            boundaries=documents,
-        )
+        row = RowShape.of(task, Lengths.of(recipe.model), documents)
+        self._samples = reader.steps(row, recipe.train.batch, recipe.train.seed)
         offered = (*task.field_names, *(["documents"] if documents else []))
         self._reads_fields = self.model.reads_fields(offered)
         self._first_row = mesh.axis("data").rank * plan.rows
@@ -207,8 +202,7 @@ class Trainer:
         plan = self.plan
         whole: dict[str, Tensor] = {}
         if self._reads_fields:
-            windows = self._sampler.windows(step, self._first_row, plan.rows)
-            whole = self.task.fields(windows.fields(self.recipe.data.document_mask))
+            whole = self.task.fields(self._samples.raw(step, self._first_row, plan.rows))
         if self.recipe.model.drops:
             keys = dropout_keys(self.recipe.train.seed, step, self._first_row, plan.rows)
             whole["dropout_keys"] = torch.from_numpy(keys)

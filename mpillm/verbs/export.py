@@ -12,19 +12,23 @@ from mpillm.verbs.job import limit_torch_threads, open_job
 
 @dataclass(frozen=True)
 class Export:
-    """Export a trained model: a Hugging Face folder that transformers loads, or safetensors."""
+    """Export a trained model: a Hugging Face folder that transformers loads, safetensors, or a
+    GGUF file that llama.cpp loads.
+    """
 
     example: ClassVar = "mpillm export runs/quickstart --out exported --dtype bfloat16"
 
     trained: Trained
-    out: Annotated[Path, Option("The new folder to write.")]
+    out: Annotated[Path, Option("The new folder to write; of gguf, the new file *.gguf.")]
     to: Annotated[
-        Literal["hf", "safetensors"],
-        Option("hf: with the names and config.json of Hugging Face; safetensors: our names."),
+        Literal["hf", "safetensors", "gguf"],
+        Option("hf: with the names and config.json of Hugging Face; safetensors: our names; gguf."),
     ] = "hf"
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        Option("Of the tensors; auto: that of an imported model, else float32."),
+        Literal["auto", "float32", "bfloat16", "float16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"],
+        Option(
+            "Of the tensors; auto: that of an imported model, else float32; q…: gguf's quantised."
+        ),
     ] = "auto"
     debug: Debug = False
 

@@ -50,12 +50,31 @@ class PublishedModel:
         return self.family.places(self.spec)
 
     def read(self, name: str) -> Tensor:
-        """Return the weight of ours `name` (`layers.0.attention.query.weight`), as it is stored."""
+        """Return the weight of ours `name` (`layers.0.attention.query.weight`), as it is stored.
+
+        Raises CheckpointError where it cannot be read, and where a second name of a tied tensor has
+        other values.
+        """
         place = self._places[name]
         box = None if place.box is None else Box(*place.box)
         values = self.source.read(self._stored(place.name), box)
+        for alias in self._second_names.get(place.name, ()):
+            if not torch.equal(self.source.read(alias, box), values):
+                raise CheckpointError(
+                    f"{self.source.path} has {alias} and {place.name}, which its config.json ties, "
+                    "with other values; set tie_word_embeddings to false in its config.json"
+                )
         values = values[0] if place.squeezed else values
         return values.t().contiguous() if place.transposed else values
+
+    @cached_property
+    def _second_names(self) -> Mapping[str, list[str]]:
+        """The second names of tied tensors that the files have, by the first ones."""
+        found = defaultdict[str, list[str]](list)
+        for alias, name in self.family.aliases(self.spec).items():
+            if alias in self.source.tensors:
+                found[name].append(alias)
+        return found
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -101,21 +120,6 @@ class PublishedModel:
                 raise CheckpointError(
                     f"{self.source.path} has {name} of shape {list(tensors[stored].shape)}, and "
                     f"its config.json means {list(shape)}; download it again"
-                )
-
-    def check_tied(self) -> None:
-        """Raise CheckpointError where two names of one tied tensor have other values.
-
-        One rank calls it, since both are read.
-        """
-        for alias, name in self.family.aliases(self.spec).items():
-            if alias not in self.source.tensors:
-                continue
-            one, other = self.source.read(alias), self.source.read(self._stored(name))
-            if not torch.equal(one, other):
-                raise CheckpointError(
-                    f"{self.source.path} has {alias} and {name}, which its config.json ties, with "
-                    "other values; set tie_word_embeddings to false in its config.json"
                 )
 
 

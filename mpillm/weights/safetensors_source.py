@@ -1,14 +1,18 @@
 """Files of the format safetensors, alone or in a Hugging Face folder, as a source of tensors.
 
 The package safetensors checks a file's header: offsets that overlap or leave the file, and shapes
-beyond its bytes, are refused before anything is read. Files are mapped: a box costs its own pages.
+beyond its bytes, are refused before anything is read. The bytes of a box are then read by offset.
 """
 
+import json
+import math
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from mpillm.errors import CheckpointError
@@ -16,11 +20,15 @@ from mpillm.system.extras import require_packages
 from mpillm.system.json_text import read_json, read_object
 from mpillm.system.messages import some_of, why
 from mpillm.system.plain_files import is_plain_name, open_plain
+from mpillm.weights.file_boxes import read_box
+from mpillm.weights.index import LARGEST
 from mpillm.weights.slices import Box, whole_box
 from mpillm.weights.tensor_source import TensorInfo, TensorSource
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 SUFFIX = ".safetensors"
+# The key of a header that is no tensor.
+METADATA = "__metadata__"
 # Formats that run code when they are read.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # safetensors' names of types → torch's, and their bytes.
@@ -55,33 +63,31 @@ class SafetensorsSource(TensorSource):
         require_packages(f"reading {path}", "safetensors")
         index = _weight_map(path)
         files = [path] if path.is_file() else _files_of(path, index)
-        self._files = {file: _open(file) for file in files}
-        self._file_of: dict[str, Path] = {}
+        headers = {file: _header(file) for file in files}
+        self._places: dict[str, tuple[Path, int]] = {}
         tensors: dict[str, TensorInfo] = {}
-        for file, opened in self._files.items():
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+        for file, (start, header) in headers.items():
+            for name, entry in header.items():
+                if name == METADATA:
+                    continue
                 if name in tensors:
                     raise CheckpointError(
-                        f"{name} is in {self._file_of[name].name} and in {file.name} of {path}; "
+                        f"{name} is in {self._places[name][0].name} and in {file.name} of {path}; "
                         "download the folder again"
                     )
-                tensors[name], self._file_of[name] = _info(opened, name, file), file
-        _compare(path, index, self._file_of)
-        super().__init__(path, tensors, _facts(path, self._files))
+                tensors[name] = _info(entry, name, file)
+                self._places[name] = file, start + entry["data_offsets"][0]
+        _compare(path, index, {name: file for name, (file, _) in self._places.items()})
+        metadata = headers[path][1].get(METADATA) if path in headers else None
+        super().__init__(path, tensors, _facts(path, metadata or {}))
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
-        opened, info = self._files[self._file_of[name]], self.tensors[name]
+        (file, offset), info = self._places[name], self.tensors[name]
+        wanted = whole_box(info.shape) if box is None else box
         try:
-            if box is None or box == whole_box(info.shape):
-                whole: Tensor = opened.get_tensor(name)
-                return whole
-            cuts = tuple(slice(a, a + n) for a, n in zip(*box, strict=True))
-            part: Tensor = opened.get_slice(name)[cuts]
-            return part
-        except Exception as failure:
-            raise CheckpointError(
-                f"cannot read {name} from {self._file_of[name]}: {why(failure)}"
-            ) from failure
+            return read_box(file, offset, info.shape, getattr(torch, info.dtype), wanted)
+        except (OSError, EOFError) as failure:
+            raise CheckpointError(f"cannot read {name} from {file}: {why(failure)}") from failure
 
 
 def is_folder_of_safetensors(path: Path) -> bool:
@@ -142,9 +148,9 @@ def _compare(folder: Path, index: Mapping[str, str], file_of: Mapping[str, Path]
         )
 
 
-def _facts(path: Path, files: Mapping[Path, Any]) -> dict[str, Any]:
+def _facts(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     if path.is_file():
-        return dict(files[path].metadata() or {})
+        return dict(metadata)
     config = path / CONFIG
     if not config.exists():
         return {}
@@ -154,25 +160,35 @@ def _facts(path: Path, files: Mapping[Path, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{config} cannot be read: {why(failure)}") from failure
 
 
-def _open(file: Path) -> Any:
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Return the first byte of the data, and the entries by name, once the package has checked
+    them.
+    """
     from safetensors import safe_open
 
     try:
         # Whatever else has the name, such as a pipe, would be waited for.
-        open_plain(file).close()
-        return safe_open(file, framework="pt")
+        with open_plain(file) as opened, safe_open(file, framework="pt"):
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header: dict[str, Any] = json.loads(opened.read(length))
+            return 8 + length, header
     except Exception as failure:
         raise CheckpointError(
             f"{file} is no safetensors file, or is damaged: {why(failure)}; download it again"
         ) from failure
 
 
-def _info(opened: Any, name: str, file: Path) -> TensorInfo:
-    found = opened.get_slice(name)
-    shape, kind = tuple(found.get_shape()), str(found.get_dtype())
+def _info(entry: Mapping[str, Any], name: str, file: Path) -> TensorInfo:
+    shape, kind = tuple(entry["shape"]), str(entry["dtype"])
     if kind not in DTYPES:
         raise CheckpointError(
             f"{name} in {file} is of type {kind}; this mpillm reads {', '.join(DTYPES)}"
+        )
+    if math.prod(filter(None, shape)) > LARGEST:
+        # Of no bytes where another dim is 0.
+        raise CheckpointError(
+            f"{name} in {file} has the shape {list(shape)}, too large for any memory; "
+            "download it again"
         )
     dtype, itemsize = DTYPES[kind]
     return TensorInfo(dtype, shape, itemsize * whole_box(shape).numel)

@@ -13,10 +13,12 @@ from mpillm.infer import export_model as module
 from mpillm.infer.export_model import export_model
 from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_trained
+from mpillm.models.block_settings import BlockSettings
 from mpillm.models.decoder import DecoderConfig
+from mpillm.models.encoder import EncoderConfig
 from mpillm.models.encoder_decoder import SHAPES
-from mpillm.models.spec import ModelSpec
 from mpillm.system.console import Console
+from tests.pretrained import peer
 from tests.published import SPEC, publish, weights_of
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -38,7 +40,19 @@ T5, MARIAN = (
     )
     for name in ("t5-tiny", "marian-base")
 )
-NAMES = ["llama", "gpt2", "t5", "marian"]
+
+
+BERT = EncoderConfig(
+    layers=2,
+    width=32,
+    heads=4,
+    context=32,
+    vocab_size=300,
+    token_types=2,
+    head="sequence",
+    head_layer="tanh",
+    classes=3,
+)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -49,12 +63,14 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("shard_bytes", [4 << 30, 5_000])
-@pytest.mark.parametrize("spec", [SPEC, GPT2, T5, MARIAN], ids=NAMES)
+@pytest.mark.parametrize(
+    "spec", [SPEC, GPT2, BERT, T5, MARIAN], ids=["llama", "gpt2", "bert", "t5", "marian"]
+)
 def test_a_folder_comes_back_bit_for_bit(
     folder: Path,
     comm: MPI.Intracomm,
     monkeypatch: pytest.MonkeyPatch,
-    spec: ModelSpec,
+    spec: BlockSettings,
     shard_bytes: int,
 ) -> None:
     """In one file, and in several with an index, which ranks write in turn."""
@@ -71,8 +87,9 @@ def test_a_folder_comes_back_bit_for_bit(
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert made.nbytes == sum(2 * tensor.numel() for tensor in expected.values())
     assert (made.files > 1) == (shard_bytes < 4 << 30)
-    for name in ("tokenizer.json", "config.json"):
-        assert (folder / "out" / name).is_file()
+    texts = [(folder / place / "tokenizer.json").read_text() for place in ("hub", "out")]
+    assert texts[0] == texts[1]
+    assert (folder / "out/config.json").is_file()
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (folder / "out").iterdir()}
     assert len(modes) == 1
     # What was written can be imported again.
@@ -113,24 +130,24 @@ def test_a_model_of_no_family_is_refused(folder: Path, comm: MPI.Intracomm) -> N
         module._family(odd, "llama")
 
 
-@pytest.mark.parametrize("spec", [SPEC, GPT2, T5, MARIAN], ids=NAMES)
+@pytest.mark.parametrize("spec", [SPEC, GPT2, T5, MARIAN], ids=["llama", "gpt2", "t5", "marian"])
 def test_transformers_reads_the_same_model(
-    folder: Path, comm: MPI.Intracomm, spec: ModelSpec
+    folder: Path, comm: MPI.Intracomm, spec: BlockSettings
 ) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = peer("transformers")
     if comm.rank == 0:
         publish(folder / "hub", spec)
     comm.Barrier()
     import_model(folder / "hub", folder / "imported", comm, QUIET)
     made = export_model(folder / "imported", folder / "out", "hf", "float32", comm, QUIET)
     comm.Barrier()
-    peer = getattr(transformers, made.architecture).from_pretrained(folder / "out").eval()
+    theirs = getattr(transformers, made.reader).from_pretrained(folder / "out").eval()
     ours = load_trained(folder / "imported", comm, QUIET).model
     ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         if spec.source_field:
-            theirs = peer(input_ids=ids, decoder_input_ids=ids.flip(1)).logits
+            found = theirs(input_ids=ids, decoder_input_ids=ids.flip(1)).logits
             wanted = ours({"source": ids, "ids": ids.flip(1)})
         else:
-            theirs, wanted = peer(ids).logits, ours(ids)
-        torch.testing.assert_close(theirs, wanted, rtol=1e-5, atol=1e-4)
+            found, wanted = theirs(ids).logits, ours(ids)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)

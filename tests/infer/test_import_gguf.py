@@ -13,10 +13,10 @@ from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_trained
 from mpillm.models.families.family_catalog import family_of
 from mpillm.system.console import Console
-from mpillm.tokens.gguf_tokenizer import CONTROL, RULES, gguf_tokenizer
+from mpillm.tokens.gguf_tokenizer import CONTROL, RULES, GgufVocabulary, gguf_tokenizer
 from mpillm.tokens.tokenizer import Tokenizer, byte_symbols, train_bpe
 from mpillm.train.start_from import _reader
-from mpillm.weights.gguf_model import NAMES
+from mpillm.weights.gguf_architectures import LLAMA_NAMES as NAMES
 from mpillm.weights.gguf_source import GgufSource
 from mpillm.weights.published_model import their_tensors
 from tests.published import SPEC, weights_of
@@ -114,7 +114,9 @@ def test_gpt2_s_rule_is_that_of_our_own_tokenizers() -> None:
     pairs = spec["model"]["merges"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
     types = [CONTROL if token == ours.end_of_text else 1 for token in vocabulary]
-    made = Tokenizer.from_json(gguf_tokenizer("gpt2", "gpt-2", vocabulary, types, merges))
+    made = Tokenizer.from_json(
+        gguf_tokenizer(GgufVocabulary("gpt2", "gpt-2", vocabulary, types, merges))
+    )
     assert made.encode(TEXT) == ours.encode(TEXT)
 
 

@@ -1,21 +1,30 @@
 """`mpillm import`: a Hugging Face folder becomes a checkpoint, at any number of ranks."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import torch
 from mpi4py import MPI
 
+from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.errors import CheckpointError, DataError, MismatchError, UsageError
+from mpillm.infer.export_model import export_model
 from mpillm.infer.generate import generate
 from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_data, load_trained
 from mpillm.infer.sampling import Sampling
+from mpillm.models.decoder import DecoderConfig
 from mpillm.system.console import Console
+from mpillm.tokens.tokenizer import train_bpe
+from mpillm.weights import file_boxes
+from mpillm.weights.gguf_source import GgufSource
 from mpillm.weights.open_source import open_source
 from mpillm.weights.published_model import PublishedModel
+from mpillm.weights.saving import assign_writers
 from tests.published import SPEC, publish, weights_of
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -69,6 +78,14 @@ FINAL = "model.norm.weight"
     [
         (lambda t: t.pop(FINAL), f"lacks 1 tensors of a llama model: {FINAL}"),
         (lambda t: t.update(strange=torch.ones(1)), "has, unknown to its family, 1 .*: strange"),
+        (
+            lambda t: [t.pop(name) for name in sorted(t)[1:8]],
+            r"lacks 7 tensors of a llama model: (model\.[\w.]+, ){5}…; download it again",
+        ),
+        (
+            lambda t: t.update({f"strange.{n}": torch.ones(1) for n in range(6)}),
+            r"has, unknown to its family, 6 .*: strange\.0, .*strange\.4, …; download",
+        ),
         (lambda t: t.update({FINAL: torch.ones(3)}), r"model\.norm\.weight of shape \[3\]"),
         (lambda t: t.update({"a.rotary_emb.inv_freq": torch.ones(1)}), ""),
     ],
@@ -130,6 +147,56 @@ def test_what_does_not_belong_is_refused(published: Path, comm: MPI.Intracomm) -
         import_model(published, out, comm, QUIET)
 
 
+def test_a_half_copied_file_is_refused(published: Path, comm: MPI.Intracomm) -> None:
+    path = published / "model.safetensors"
+    if comm.rank == 0:
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    comm.Barrier()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is no safetensors file, or is"):
+        import_model(published, published.parent / "imported", comm, QUIET)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers"])
+def test_a_setting_of_2_63_is_refused(published: Path, comm: MPI.Intracomm, name: str) -> None:
+    config = published / "config.json"
+    if comm.rank == 0:
+        whole = json.loads(config.read_text())
+        config.write_text(json.dumps({**whole, name: 1 << 63}))
+    comm.Barrier()
+    with pytest.raises(CheckpointError, match=rf"{name} = 9223372036854775808 is not supported"):
+        import_model(published, published.parent / "imported", comm, QUIET)
+
+
+def test_a_chat_template_is_never_run(published: Path, comm: MPI.Intracomm) -> None:
+    """One that reaches for the system comes along as the text that it is."""
+    gone = published.parent / f"run-by-{comm.rank}"
+    template = "{{ cycler.__init__.__globals__.os.mkdir('%s') }}"
+    # It does what it says where it is rendered as any other template.
+    jinja2.Environment().from_string(template % gone).render()
+    gone.rmdir()
+    hostile = template % (published.parent / "run-by-0")
+    if comm.rank == 0:
+        (published / "chat_template.jinja").write_text(hostile)
+        named = {"chat_template": hostile}
+        (published / "tokenizer_config.json").write_text(json.dumps(named))
+        (published / "tokenizer.json").write_text(train_bpe(["the cat "], 280).to_json())
+        config = json.loads((published / "config.json").read_text())
+        (published / "config.json").write_text(json.dumps({**config, "eos_token_id": 0}))
+    comm.Barrier()
+    run = published.parent / "imported"
+    import_model(published, run, comm, QUIET)
+    loaded = load_trained(run, comm, QUIET)
+    "".join(generate(loaded.model, loaded.tokenizer, "the", Sampling(max_tokens=3)))
+    export_model(run, published.parent / "hf", "hf", "auto", comm, QUIET)
+    export_model(run, published.parent / "m.gguf", "gguf", "auto", comm, QUIET)
+    comm.Barrier()
+    assert (published.parent / "hf/chat_template.jinja").read_text() == hostile
+    stored = GgufSource(published.parent / "m.gguf").facts["tokenizer.chat_template"]
+    assert stored == hostile
+    assert list(published.parent.glob("run-by-*")) == []
+
+
 def test_a_bare_model_lacks_the_prefix(published: Path, comm: MPI.Intracomm) -> None:
     def bare(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if name.startswith("model.")]:
@@ -138,3 +205,52 @@ def test_a_bare_model_lacks_the_prefix(published: Path, comm: MPI.Intracomm) -> 
     rewrite(published, comm, bare)
     model = PublishedModel.open(open_source(published, comm, QUIET))
     assert model.read("norm.weight").shape == (32,)
+
+
+# One tensor of theirs holds three of ours, each a box of its columns.
+FUSED = DecoderConfig(
+    layers=2,
+    width=64,
+    heads=4,
+    context=32,
+    vocab_size=300,
+    norm="layernorm",
+    positions="learned",
+    activation="gelu",
+    bias=True,
+)
+
+
+@pytest.mark.parametrize("spec", [SPEC, FUSED], ids=["llama", "gpt2"])
+def test_ranks_read_each_byte_once(
+    folder: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, spec: DecoderConfig
+) -> None:
+    if comm.rank == 0:
+        publish(folder / "hub", spec)
+    comm.Barrier()
+    read: list[tuple[int, int]] = []
+    real = file_boxes.read_at
+
+    def counted(file: int, values: Any, offset: int) -> None:
+        read.append((offset, offset + values.nbytes))
+        real(file, values, offset)
+
+    monkeypatch.setattr(file_boxes, "read_at", counted)
+    import_model(folder / "hub", folder / "imported", comm, QUIET)
+    everything = sorted(span for own in comm.allgather(read) for span in own)
+    size = (folder / "hub/model.safetensors").stat().st_size
+    nbytes = 2 * sum(tensor.numel() for tensor in weights_of(spec).values())
+    assert everything[0][0] == size - nbytes
+    assert all(end == first for (_, end), (first, _) in itertools.pairwise(everything))
+    assert everything[-1][1] == size
+    shares = comm.allgather(sum(last - first for first, last in read))
+    assert max(shares) < 2 * nbytes / comm.size
+
+
+def test_a_rank_holds_its_share_and_one_tensor(published: Path, comm: MPI.Intracomm) -> None:
+    """The share in float32 is what the file of the rank is written from."""
+    out = published.parent / "imported"
+    sizes = {name: 4 * tensor.numel() for name, tensor in weights_of(SPEC).items()}
+    share = sum(sizes[name] for name in assign_writers([sizes] * comm.size)[comm.rank])
+    peak = peak_tensor_bytes(lambda: import_model(published, out, comm, QUIET), "cpu")
+    assert 0.9 * share < peak < share + 1.15 * max(sizes.values())

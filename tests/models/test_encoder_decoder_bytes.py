@@ -9,7 +9,7 @@ from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.models.encoder_decoder import SHAPES, EncoderDecoderConfig
 from mpillm.models.part_module import PartModule, Streams, create
 from mpillm.models.spec import Part
-from tests.models.saved_tensors import saved_bytes
+from tests.models.saved_bytes import saved_bytes
 
 ROWS, SOURCE, LENGTH, WIDTH, MELS = 4, 96, 64, 128, 40
 SMALL: dict[str, Any] = {

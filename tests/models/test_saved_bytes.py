@@ -5,11 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.models.decoder import DecoderConfig
-from mpillm.models.part_module import create
 from mpillm.models.spec import Part, recompute_counts, recompute_of
-from tests.models.saved_tensors import saved_bytes
+from tests.models.saved_bytes import kept_bytes, peak_of_a_step
 
 GPT2 = {"norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True}
 GEMMA = {"norm": "rmsnorm1p", "activation": "geglu", "scaled_embedding": True, "head_width": 64}
@@ -64,21 +62,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def kept_bytes(config: DecoderConfig, part: Part, rows: int, recompute: Any, dtype: Any) -> int:
-    """Sum the memory that autograd holds after a forward pass, without weights and tables."""
-    module = create(config, 1, part=part).to(dtype)
-    module.set_recompute(recompute)
-    ids = torch.zeros(rows, config.context, dtype=torch.int64)
-    fields = {"ids": ids} if config.begins(part) else {}
-    if config.drops:
-        fields["dropout_keys"] = torch.arange(rows)
-    stream = torch.randn(rows, config.context, config.width, dtype=dtype, requires_grad=True)
-    if config.begins(part):
-        return saved_bytes(module, fields, ())
-    counted = dtype == torch.float32 or config.norm != "rmsnorm"
-    return saved_bytes(module, fields, (stream,), counted)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_keeps_what_its_settings_count(kind: str, dtype: torch.dtype) -> None:
@@ -97,21 +80,6 @@ def test_the_ends_of_a_model_keep_what_their_settings_count(kind: str, part: Par
     config = DecoderConfig(layers=4, width=128, heads=4, context=64, vocab_size=50, **KINDS[kind])
     kept = kept_bytes(config, part, 3, "none", torch.float32)
     assert config.activation_bytes(part, 3) == pytest.approx(kept, rel=0.1)
-
-
-def peak_of_a_step(config: DecoderConfig, part: Part, rows: int, recompute: Any) -> int:
-    """Return the most bytes that torch holds in a step of a middle part, above those before it."""
-    module = create(config, 1, part=part)
-    module.set_recompute(recompute)
-    stream = torch.randn(rows, config.context, config.width)
-    fields = {"dropout_keys": torch.arange(rows)} if config.drops else {}
-
-    def step() -> None:
-        given = stream.detach().requires_grad_()
-        module.forward_part(fields, (given,)).outputs[0].backward(stream)
-
-    step()  # gradients of weights stay, and belong to no step
-    return peak_tensor_bytes(step)
 
 
 @pytest.mark.parametrize("recompute", ["none", "attention", "full", 2])

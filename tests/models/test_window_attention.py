@@ -30,6 +30,30 @@ def test_windows_are_a_band_of_the_matrix(window, kv_heads):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 24])
+@pytest.mark.parametrize("window", [1, 2, 3, 8, 9, 16, 60])
+def test_windows_to_both_sides_are_a_band_of_the_matrix(window, length):
+    rows = [[abs(t - s) <= window // 2 for s in range(length)] for t in range(length)]
+    given = make_qkv(2, length, kv_heads=2)
+    found = compute(lambda *qkv: attend_window(*qkv, window, causal=False), *given)
+    wanted = compute(lambda *qkv: attend_dense(*qkv, torch.tensor(rows)), *given)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_to_both_sides_keep_no_matrix_of_positions():
+    *qkv, _ = make_qkv(1, 512, heads=1, kv_heads=1)
+    shapes = []
+
+    def keep(tensor):
+        shapes.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attend_window(*qkv, 16, causal=False)
+    assert max(shape[-1] for shape in shapes) <= 24
+
+
 def test_no_window_is_causal_attention_bitwise():
     *qkv, _ = make_qkv(2, 9)
     assert torch.equal(attend(*qkv), attend_dense(*qkv))

@@ -239,7 +239,7 @@ def test_an_interruption_leaves_no_folder(corpus, folder, comm, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mpillm.tokens.shuffle.write_shard", interrupt)
+    monkeypatch.setattr("mpillm.tokens.prepare.write_shard", interrupt)
     with pytest.raises(KeyboardInterrupt):
         # Each rank alone: an interrupted rank leaves the others waiting, until the job ends them.
         prepare(

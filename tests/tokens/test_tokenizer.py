@@ -8,7 +8,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from mpi4py import MPI
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from mpillm.errors import DataError, UsageError
 from mpillm.tokens.text.text_cut import PART_CHARACTERS
@@ -191,6 +191,108 @@ def test_byte_ids_are_byte_values_and_the_same_as_the_librarys():
 def test_a_special_token_in_a_text_is_text():
     assert BPE.eot_id not in BPE.encode("a<|endoftext|>b")
     assert BPE.decode([*BPE.encode("a"), BPE.eot_id]) == "a"
+
+
+def trained(inner, trainer):
+    inner.train_from_iterator([*TEXTS, "</s> [SEP]"], trainer)
+    return inner
+
+
+def unigram():
+    inner = tokenizers.Tokenizer(models.Unigram())
+    inner.normalizer = normalizers.NFKC()
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=90, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    return trained(inner, trainer)
+
+
+def wordpiece():
+    inner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    inner.normalizer = normalizers.BertNormalizer()
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.decoder = decoders.WordPiece()
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    trained(inner, trainers.WordPieceTrainer(special_tokens=special, show_progress=False))
+    pairs = [(token, inner.token_to_id(token)) for token in special[1:]]
+    inner.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, pairs)
+    return inner
+
+
+def words():
+    inner = tokenizers.Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = ["[UNK]", "[SEP]"]
+    return trained(inner, trainers.WordLevelTrainer(special_tokens=special, show_progress=False))
+
+
+def byte_fallback():
+    """As Llama 2's: spaces as metaspace, bytes for what the vocabulary lacks, a word of its own."""
+    special = ["<unk>", "<s>", "</s>"]
+    symbols = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁thecasm", "th", "the"]
+    inner = tokenizers.Tokenizer(
+        models.BPE(
+            {token: number for number, token in enumerate(symbols)},
+            [("t", "h"), ("th", "e")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    inner.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    inner.add_special_tokens(special)
+    inner.add_tokens(["café"])
+    return inner
+
+
+KINDS = {"</s>": [unigram, byte_fallback], "[SEP]": [wordpiece, words]}
+MADE = [(make, end) for end, makers in KINDS.items() for make in makers]
+
+
+@pytest.mark.parametrize(("make", "end"), MADE)
+def test_each_kind_is_the_library_s(make, end):
+    """Ids, and texts of ids; added tokens that are no special ones are found in a text."""
+    inner = make()
+    ours = Tokenizer.from_json(inner.to_str(), end_of_text=end)
+    for text in (*TEXTS[:3], "a cat, 日本 naïve café!", "", " two  spaces "):
+        expected = inner.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == expected
+        assert ours.decode(expected) == inner.decode(expected)
+    assert ours.to_json() == inner.to_str()
+
+
+@pytest.mark.parametrize(("make", "end"), MADE)
+def test_no_text_spells_a_special_token(make, end):
+    """A Unigram has special tokens among its pieces, and a list of words among its words."""
+    inner = make()
+    ours = Tokenizer.from_json(inner.to_str(), end_of_text=end)
+    assert ours.eot_id in inner.encode(f"the {end} cat").ids
+    # The last one is </s> once NFKC has changed it.
+    for text in (f"the {end} cat", end, f"the{end}", f"{end} {end}", "the ＜/s＞ cat"):
+        assert ours.eot_id not in ours.encode(text)
+    if make in (unigram, byte_fallback):
+        assert ours.decode(ours.encode(f"the {end} cat")) == f"the {end} cat"
+
+
+def test_a_special_token_that_only_a_text_could_mean_is_an_error():
+    inner = tokenizers.Tokenizer(models.WordLevel({"the": 0, "</s>": 1}))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(["</s>"])
+    tokenizer = Tokenizer.from_json(inner.to_str())
+    assert tokenizer.encode("the the") == [0, 0]
+    with pytest.raises(DataError, match="the text has '</s>', which the tokenizer bpe reads as"):
+        tokenizer.encode("the </s> the")
 
 
 def test_a_long_text_is_cut_without_changing_an_id():

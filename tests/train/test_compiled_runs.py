@@ -58,7 +58,7 @@ def test_what_does_not_compile_is_refused(
     table: dict[str, dict[str, object]] = {
         "model": {"layers": 2, "width": 32, "heads": 4, "context": 32},
         "data": {"path": str(data)},
-        "train": {"run": str(folder / "run"), "compile": True},
+        "train": {"run": str(folder / "run"), "compile": True, "batch": 12},
     }
     table[section][key] = value
     with pytest.raises(RecipeError, match=reason):

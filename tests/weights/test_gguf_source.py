@@ -70,6 +70,11 @@ def text(value: bytes) -> bytes:
     return struct.pack("<Q", len(value)) + value
 
 
+def entry(name: bytes, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
+    sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return text(name) + sizes + struct.pack("<IQ", kind, offset)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -82,6 +87,13 @@ def text(value: bytes) -> bytes:
         (header(0, 1, text(b"a") + struct.pack("<I", 77) + b"a" * 9), "the unknown type 77"),
         (header(1, 0, text(b"a") + struct.pack("<I", 99) + b"a" * 99), "a tensor has 99 dims"),
         (header(1, 0, b"\0" * 7), "7 bytes are left"),
+        (header(0, 2, 2 * (text(b"a") + struct.pack("<IB", 0, 1))), "it has 'a' twice"),
+        (header(1, 0, entry(b"w", (1 << 63, 2), 0, 0)), "too large for any memory"),
+        (header(1, 0, entry(b"w", (64,), 0, 0)), "'w' ends at byte"),
+        (header(1, 0, entry(b"w", (64,), 0, 1 << 62)), "'w' ends at byte"),
+        (header(1, 0, entry(b"w", (31,), 8, 0)), "no multiple of Q8_0's 32"),
+        (header(1, 0, entry(b"w", (32,), 999, 0)), "'w' has the unknown type 999"),
+        (header(2, 0, 2 * entry(b"w", (0,), 0, 0)), "two of its tensors have one name"),
     ],
 )
 def test_a_hostile_header_is_refused_at_once(tmp_path: Path, content: bytes, words: str) -> None:
@@ -107,3 +119,14 @@ def test_damaged_headers_never_crash(path: Path) -> None:
         except CheckpointError:
             refused += 1
     assert refused > 50
+
+
+def test_a_type_that_the_package_cannot_read_is_named(tmp_path: Path) -> None:
+    """Q8_K: of products within llama.cpp, and in no file that it writes."""
+    kind = gguf.GGMLQuantizationType.Q8_K
+    elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    whole = header(1, 0, entry(b"w", (elements, 2), int(kind), 0))
+    path = tmp_path / "x.gguf"
+    path.write_bytes(whole + b"\0" * (-len(whole) % 32 + 2 * nbytes))
+    with pytest.raises(CheckpointError, match=r"w in .* is quantised as Q8_K, which the package"):
+        GgufSource(path).read("w")

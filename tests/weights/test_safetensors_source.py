@@ -97,6 +97,8 @@ def hostile(header: object, data: bytes = b"\0" * 16) -> bytes:
         b"\x80\x04pickle",
         struct.pack("<Q", 1 << 62) + b"{}",
         hostile({"a": {"dtype": "F32", "shape": [1 << 62, 4], "data_offsets": [0, 16]}}),
+        hostile({"a": {"dtype": "F32", "shape": [1 << 63], "data_offsets": [0, 16]}}),
+        hostile({"a": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}}),
         hostile({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 1 << 40]}}),
         hostile(
             {
@@ -110,6 +112,13 @@ def test_a_hostile_header_is_refused_by_its_file(tmp_path: Path, content: bytes)
     path = tmp_path / SINGLE
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is no safetensors file"):
+        SafetensorsSource(tmp_path)
+
+
+def test_a_shape_of_no_bytes_has_a_limit_too(tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [1 << 63, 0], "data_offsets": [0, 0]}
+    (tmp_path / SINGLE).write_bytes(hostile({"a": entry}, b""))
+    with pytest.raises(CheckpointError, match=r"a in .* has the shape \[9223372036854775808, 0\]"):
         SafetensorsSource(tmp_path)
 
 

@@ -28,7 +28,7 @@ class BlockLayers(nn.Module):
         self.recomputes_attention = False
         self.post_norm = config.norm_place == "post"
         sandwich = config.norm_place == "sandwich"
-        self.attention_norm = make_norm(config)
+        self.attention_norm = make_norm(config) if config.norms_input(block) else nn.Identity()
         self.attention = Attention(config, block, causal)
         self.attention_output_norm = make_norm(config) if sandwich else None
         self.forward_norm = make_norm(config)

@@ -11,9 +11,9 @@ Shapes: B sequences, N values of a sequence.
 import torch
 from torch import Tensor
 
-# Places in a layer; the embedding counts as a layer of its own.
-ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, EMBEDDING = range(4)
-EMBEDDING_LAYER = 1 << 32
+# Places in a layer; the embedding and the head count as layers of their own.
+ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, EMBEDDING, HEAD = range(5)
+EMBEDDING_LAYER, HEAD_LAYER = 1 << 32, 1 << 33
 # Half a hash decides on one value: probabilities are multiples of 2⁻¹⁶.
 LEVELS = 1 << 16
 # On a CPU a mask is made in pieces that stay in the second cache: twice as fast.

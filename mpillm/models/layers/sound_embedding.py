@@ -11,7 +11,7 @@ KERNEL, PADDING, STRIDE = 3, 1, 2
 
 
 class SoundEmbedding(nn.Module):
-    """Two convolutions over time with GELU, the second at half the rate (Radford et al. 2022)."""
+    """Two convolutions over time with GELU; the second halves the rate (Radford et al. 2022)."""
 
     def __init__(self, mels: int, width: int) -> None:
         """`mels`: the features of a frame."""

@@ -168,7 +168,11 @@ class ScoringStage:
     def forward(self, microbatch: int, streams: Streams) -> Streams:
         part = self.part
         fields: Fields = self._read(microbatch) if self._reads_fields else {}
-        fields = {name: field.to(self._precision.device) for name, field in fields.items()}
+        stay = part.spec.host_inputs
+        fields = {
+            name: field if name in stay else field.to(self._precision.device)
+            for name, field in fields.items()
+        }
         with torch.inference_mode():
             made = part.forward_part(fields, streams).outputs
             # Metrics read logits: these are computed once, for the loss too.

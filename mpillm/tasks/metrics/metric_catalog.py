@@ -10,6 +10,9 @@ METRICS: Mapping[str, str] = MappingProxyType(
     {
         "loss": "mpillm.tasks.metrics.likelihood:Loss",
         "perplexity": "mpillm.tasks.metrics.likelihood:Perplexity",
+        "accuracy": "mpillm.tasks.metrics.accuracy:Accuracy",
+        "macro-f1": "mpillm.tasks.metrics.macro_f1:MacroF1",
+        "token-error-rate": "mpillm.tasks.metrics.token_error_rate:TokenErrorRate",
         "bits-per-byte": "mpillm.tasks.metrics.likelihood:BitsPerByte",
     }
 )

@@ -1,10 +1,10 @@
-"""Each family equals transformers on a small random model: logits, gradients, weights, settings."""
+"""Each family of decoders equals transformers on a small random model: logits, gradients, weights,
+settings.
+"""
 
-import tempfile
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +14,11 @@ from mpillm.models.families.family import DecoderFamily
 from mpillm.models.families.family_catalog import FAMILIES, find_family
 from mpillm.models.part_module import create
 from mpillm.tasks.cross_entropy import cross_entropy_sum
+from tests.models.families.oracle import perturb, read, stored
+from tests.pretrained import peer
 
-transformers = pytest.importorskip("transformers")
-safetensors = pytest.importorskip("safetensors.torch")
+transformers = peer("transformers")
+pytest.importorskip("safetensors.torch")
 
 LENGTH, VOCABULARY = 24, 61
 DECODERS = [
@@ -97,35 +99,11 @@ def theirs(name: str) -> Any:
     config = transformers.AutoConfig.for_model(case.kind, **{**COMMON, **case.changes})
     config._attn_implementation = "eager"
     torch.manual_seed(3)
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight), alpha=0.2 if weight.dim() == 1 else 0.05)
-    return model
+    return perturb(transformers.AutoModelForCausalLM.from_config(config).float().eval())
 
 
-def stored(model: Any, gradients: bool = False) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model, or their gradients, as its files have them.
-
-    In memory the experts of a layer are one tensor.
-    """
-    tensors = {
-        name: weight.grad if gradients else weight for name, weight in model.named_parameters()
-    }
-    if not hasattr(model.config, "num_experts_per_tok"):
-        return tensors if gradients else model.state_dict()
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, state_dict=tensors)
-        return safetensors.load_file(Path(folder) / "model.safetensors")
-
-
-def read(tensors, place):
-    """Read one of our weights from their tensors."""
-    tensor = tensors[place.name]
-    if place.box is not None:
-        for dim, (start, size) in enumerate(zip(*place.box, strict=True)):
-            tensor = tensor.narrow(dim, start, size)
-    return tensor.T if place.transposed else tensor
+def their_tensors(model: Any, gradients: bool = False) -> dict[str, torch.Tensor]:
+    return stored(model, gradients, converts=hasattr(model.config, "num_experts_per_tok"))
 
 
 @cache
@@ -135,7 +113,7 @@ def ours(name: str) -> Any:
     family = find_family(config)
     spec = family.spec(config)
     model = create(spec, 1)
-    tensors, places = stored(theirs(name)), family.places(spec)
+    tensors, places = their_tensors(theirs(name)), family.places(spec)
     assert set(places) == set(dict(model.named_parameters()))
     with torch.no_grad():
         for ours_name, weight in model.named_parameters():
@@ -168,7 +146,7 @@ def test_gradients_are_those_of_transformers(name: str) -> None:
     loss_of(their_model(ids()).logits).backward()
     model.zero_grad()
     loss_of(model(ids())).backward()
-    gradients = stored(their_model, gradients=True)
+    gradients = their_tensors(their_model, gradients=True)
     places = family.places(spec)
     for ours_name, weight in model.named_parameters():
         wanted = read(gradients, places[ours_name])
@@ -184,7 +162,7 @@ def test_a_state_dict_goes_there_and_back_bitwise(name: str) -> None:
     with torch.no_grad():
         for ours_name, place in family.places(spec).items():
             read(back, place).copy_(model.get_parameter(ours_name))
-    wanted = stored(theirs(name))
+    wanted = their_tensors(theirs(name))
     assert set(wanted) == set(back) | set(aliases)
     assert all(torch.equal(wanted[key], tensor) for key, tensor in back.items())
     assert all(torch.equal(wanted[key], back[leader]) for key, leader in aliases.items())

@@ -9,6 +9,7 @@ import pytest
 from mpillm.errors import RecipeError
 from mpillm.models.decoder import SHAPES, DecoderConfig
 from mpillm.models.decoder_weights import decoder_weights
+from mpillm.models.encoder import SHAPES as ENCODERS
 from mpillm.models.families.family_catalog import FAMILIES, family_of, find_family
 from mpillm.models.part_module import weight_shapes
 
@@ -22,6 +23,9 @@ LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 16,
 }
+
+
+BERT = {"model_type": "bert"}
 
 
 def read(**changes: Any) -> DecoderConfig:
@@ -151,6 +155,65 @@ def test_a_model_of_ours_finds_its_family(shape: str, kind: str) -> None:
     assert family.spec(family.config(spec)).resolved() == spec.resolved()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("shape", "changes", "kind", "architecture"),
+    [
+        ("bert-base", {}, "bert", "BertForMaskedLM"),
+        (
+            "bert-tiny-classes",
+            {"classes": 3, "vocab_size": 99},
+            "bert",
+            "BertForSequenceClassification",
+        ),
+        ("roberta-base", {}, "roberta", "RobertaForMaskedLM"),
+        ("modernbert-base", {}, "modernbert", "ModernBertForMaskedLM"),
+        ("vit-base-16", {"classes": 9}, "vit", "ViTForImageClassification"),
+        # What has no effect is no reason to be another family.
+        ("vit-tiny-digits", {"classes": 9, "vocab_size": 9}, "vit", "ViTForImageClassification"),
+    ],
+)
+def test_an_encoder_of_ours_finds_its_family(
+    shape: str, changes: dict[str, Any], kind: str, architecture: str
+) -> None:
+    spec = ENCODERS[shape].replace(**changes)
+    family = family_of(spec)
+    assert family.model_types == (kind,)
+    assert family.config(spec)["architectures"] == [architecture]
+
+
+def test_a_head_that_no_class_has_is_named() -> None:
+    with pytest.raises(RecipeError, match="head = 'ctc' is none of the family vit, which has seq"):
+        family_of(ENCODERS["sound-tiny"])
+    with pytest.raises(RecipeError, match="mpillm reads BertForMaskedLM or "):
+        find_family(BERT).spec({**BERT, "architectures": ["BertForX"]})
+
+
+def test_a_masked_lm_s_bias_has_two_names_and_old_norms_others() -> None:
+    family = find_family(BERT)
+    assert family.aliases(family.spec(BERT)) == {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+    assert "bert.embeddings.LayerNorm.gamma" in family.spellings("bert.embeddings.LayerNorm.weight")
+    assert "embeddings.LayerNorm.beta" in family.spellings("bert.embeddings.LayerNorm.bias")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"position_embedding_type": "relative_key"}, 'mpillm reads "absolute"'),
+        ({"is_decoder": True}, "is_decoder = true is not supported"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings = false is not supported"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings = 0 is not supported"),
+        ({"architectures": ["BertForQuestionAnswering"], "num_labels": 3}, "2 in a model of spans"),
+        ({"architectures": ["BertForTokenClassification"], "id2label": [1]}, "id2label = "),
+    ],
+)
+def test_a_bert_that_is_not_supported(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        find_family(BERT).spec({**BERT, **changes})
+
+
 def test_a_model_of_no_family_names_what_differs() -> None:
     odd = DecoderConfig(norm="layernorm", vocab_size=50)
     with pytest.raises(RecipeError, match="norm = 'layernorm' is none of the family llama"):
@@ -164,6 +227,7 @@ def test_a_model_of_no_family_names_what_differs() -> None:
         (["sliding_attention"] * 4, (8, 0)),
         (["sliding_attention", "full_attention"] * 2, (8, 2)),
         (["sliding_attention"] * 3 + ["full_attention"], (8, 4)),
+        (["full_attention", "sliding_attention"] * 2, (8, 2)),
     ],
 )
 def test_kinds_of_layers_become_a_rule(types: list[str], wanted: tuple[int, int]) -> None:
@@ -176,7 +240,8 @@ def test_kinds_of_layers_become_a_rule(types: list[str], wanted: tuple[int, int]
     }
     spec = find_family(config).spec({**config, "layer_types": types})
     assert (spec.window, spec.full_every) == wanted  # type: ignore[attr-defined]
-    for wrong in (["full_attention", *types[:2], "sliding_attention"], types[:2], "sliding"):
+    irregular = ["full_attention"] * 2 + ["sliding_attention"] * 2
+    for wrong in (irregular, types[:2], "sliding"):
         if wrong != types:
             with pytest.raises(RecipeError, match=r"config\.json of qwen3: layer_types = "):
                 find_family(config).spec({**config, "layer_types": wrong})

@@ -9,6 +9,8 @@ import torch
 from mpillm.comm.mesh import Mesh
 from mpillm.errors import CommError, LayoutError
 from mpillm.models.decoder import DecoderConfig
+from mpillm.models.encoder import SHAPES, EncoderConfig
+from mpillm.models.linear_head import plain_outputs
 from mpillm.models.part_module import create
 from mpillm.parallel.pipeline import executor
 from mpillm.parallel.pipeline.executor import Pipeline
@@ -58,6 +60,20 @@ SWITCHED = [
         logits_soft_cap=3.0,
     ),
     PLAIN.replace(experts=3, shared_hidden=8, shared_gate=True, hidden=16),
+    # Post-norm, with summed and normed embeddings, and a tied head with a bias of its own.
+    EncoderConfig(
+        layers=LAYERS,
+        width=16,
+        heads=2,
+        context=12,
+        vocab_size=40,
+        token_types=2,
+        position_offset=1,
+    ),
+    # Attention to both sides within a window, and a first block without a norm.
+    SHAPES["modernbert-tiny"].replace(
+        layers=LAYERS, width=16, heads=2, hidden=24, context=12, vocab_size=40, window=4
+    ),
 ]
 
 
@@ -67,7 +83,14 @@ def tokens(rows=ROWS):
 
 def fields(rows=ROWS):
     ids = tokens(rows)
-    return {"ids": ids[:, :-1], "targets": ids[:, 1:], "documents": documents(rows)}
+    return {
+        "ids": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "documents": documents(rows),
+        # Of encoders alone.
+        "token_types": ids[:, :-1] % 2,
+        "lengths": torch.arange(5, 5 + rows),
+    }
 
 
 def documents(rows=ROWS):
@@ -100,7 +123,8 @@ def reference(config):
     """One process: loss and gradients of the whole batch at once."""
     model = create(config, 1)
     ids = tokens()
-    loss = cross_entropy_sum(model(ids[:, :-1], documents()), ids[:, 1:]) / (ROWS * 12)
+    (logits,) = plain_outputs(model.forward_part(fields(), ()).outputs)
+    loss = cross_entropy_sum(logits, ids[:, 1:]) / (ROWS * 12)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
     return (
@@ -129,7 +153,7 @@ def test_gradients_are_the_whole_model_s(comm, name, handover, config):
     model.close()
 
 
-@pytest.mark.parametrize("config", SWITCHED, ids=["windows", "experts"])
+@pytest.mark.parametrize("config", SWITCHED, ids=["windows", "experts", "bert", "modernbert"])
 @pytest.mark.parametrize("name", ["1f1b", "zb-v"])
 def test_gradients_of_other_blocks_are_the_whole_model_s(comm, name, config):
     test_gradients_are_the_whole_model_s(comm, name, "messages", config)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from mpillm.models.decoder import DecoderConfig
+from mpillm.models.encoder import SHAPES, EncoderConfig
+from mpillm.models.linear_head import plain_outputs
 from mpillm.models.part_module import create
 from mpillm.models.spec import Part
 from mpillm.parallel.pipeline.split_backward import SplitBackward
@@ -66,6 +68,64 @@ def test_two_halves_have_the_bits_of_one_whole(changes, layers, autocast):
     assert all(weight.grad is None for weight in halves.parameters()), (
         "the first half leaves the weights alone"
     )
+    split.weights()
+    for (name, weight), other in zip(whole.named_parameters(), halves.parameters(), strict=True):
+        assert torch.equal(weight.grad, other.grad), name
+
+
+BERT = EncoderConfig(layers=3, width=32, heads=4, context=16, vocab_size=50, token_types=2)
+IMAGES = SHAPES["vit-tiny-digits"].replace(layers=3, width=32, classes=5)
+ENCODERS = {
+    "bert": BERT,
+    "without types": BERT.replace(token_types=1, tied=False),
+    "modernbert": SHAPES["modernbert-tiny"].replace(
+        layers=3, width=32, hidden=48, context=16, vocab_size=50, window=4
+    ),
+    "classes": BERT.replace(head="sequence", head_layer="tanh", classes=4),
+    "images": IMAGES,
+    "sound": SHAPES["sound-tiny"].replace(layers=3, width=32, context=16, mels=8, vocab_size=50),
+}
+
+
+def fields_of(kind):
+    generator = torch.Generator().manual_seed(8)
+    fields = {
+        "ids": tokens()[:, :-1],
+        "token_types": tokens()[:, :-1] % 2,
+        "pixels": torch.randn(3, 1, 8, 8, generator=generator),
+        "frames": torch.randn(3, 32, 8, generator=generator),
+        "lengths": torch.tensor([16, 4, 9]),
+    }
+    left_out = {"without types": "token_types", "images": "lengths"}.get(kind)
+    return {name: field for name, field in fields.items() if name != left_out}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("layers", [(0, 1), (1, 2), (2, 3), (0, 3)], ids=str)
+def test_two_halves_of_an_encoder_have_the_bits_of_one_whole(kind, layers):
+    spec = ENCODERS[kind]
+    whole = create(spec, 1, part=Part(*layers))
+    if whole.begins and whole.ends and spec.tied_weights:
+        whole.set_weight("head.weight", torch.nn.Parameter(whole.embedding.weight.data))
+    halves = copy.deepcopy(whole)
+
+    def compute_part(part):
+        given = stream()[:, : spec.context]
+        given = torch.cat([given, given[:, :1]], 1) if spec.context > 16 else given
+        streams = () if part.begins else (given.clone().requires_grad_(),)
+        made = part.forward_part(fields_of(kind), streams)
+        (output,) = plain_outputs(made.outputs)
+        return (output.square().sum() if part.ends else output), made.pivots[0]
+
+    y, x = compute_part(whole)
+    z, pivot = compute_part(halves)
+    gradient = None if whole.ends else torch.randn_like(y)
+    x.retain_grad()
+    y.backward(gradient)
+    split = SplitBackward((z,), (pivot,))
+    (found,) = split.input((gradient,))
+    assert torch.equal(found, x.grad)
+    assert all(weight.grad is None for weight in halves.parameters())
     split.weights()
     for (name, weight), other in zip(whole.named_parameters(), halves.parameters(), strict=True):
         assert torch.equal(weight.grad, other.grad), name

@@ -1,0 +1,1 @@
+"""Models as their readers compute them: mpillm, transformers, llama.cpp."""

@@ -1,0 +1,55 @@
+"""Connectionist temporal classification: text of sound, over all alignments (Graves 2006)."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mpillm.tasks.task import Fields, RawArrays, Task
+from mpillm.tasks.vocabulary import Vocabulary
+
+# The output that is no token; token t of the tokenizer is output t + 1.
+BLANK = 0
+
+
+class CTC(Task):
+    """Text of sound by an encoder. Fields: `frames` (B, F, mels), `lengths` (B,) of frames, and
+    `targets`, `counts` (B, T). The model's logits are (B, T', V) for F frames or fewer.
+    """
+
+    name: ClassVar[str] = "ctc"
+    field_names: ClassVar[tuple[str, ...]] = ("frames", "lengths", "targets", "counts")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "token-error-rate")
+    pair_kinds: ClassVar[tuple[str, ...]] = ("ctc",)
+
+    def model_settings(self, vocabulary: Vocabulary) -> dict[str, int]:
+        return {"vocab_size": vocabulary.size + 1}
+
+    def positions(self, tokens: int) -> int:
+        return tokens
+
+    def fields(self, raw: RawArrays) -> dict[str, Tensor]:
+        targets_BT = torch.from_numpy(raw["target"]) + 1
+        lengths_B = torch.from_numpy(raw["target_lengths"])
+        return {
+            "frames": torch.from_numpy(raw["frames"]),
+            "lengths": torch.from_numpy(raw["source_lengths"]),
+            "targets": targets_BT,
+            "counts": torch.arange(targets_BT.shape[1]) < lengths_B[:, None],
+        }
+
+    def loss_sum(self, outputs: tuple[Tensor, ...], fields: Fields) -> Tensor:
+        (logits_BTV,) = outputs
+        log_TBV = logits_BTV.float().log_softmax(-1).transpose(0, 1)
+        positions, frames = logits_BTV.shape[1], fields["frames"].shape[1]
+        # An output for several frames is real where one of its frames is.
+        lengths_B = -(-fields["lengths"].cpu() * positions // frames)
+        counts_B = fields["counts"].sum(1).cpu()
+        # A target that is longer than its sound has no alignment: its loss would be infinite.
+        return F.ctc_loss(
+            log_TBV, fields["targets"], lengths_B, counts_B, BLANK, "sum", zero_infinity=True
+        )
+
+    def weight(self, fields: Fields) -> float:
+        return float(fields["counts"].sum())

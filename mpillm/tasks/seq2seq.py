@@ -1,0 +1,47 @@
+"""Sequence to sequence: a decoder writes the target of the source that its encoder reads."""
+
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from mpillm.tasks.cross_entropy import CrossEntropyTask
+from mpillm.tasks.decoder_rows import decoder_fields, start_id
+from mpillm.tasks.task import RawArrays
+from mpillm.tasks.task_catalog import TaskSettings
+from mpillm.tasks.vocabulary import Lengths, Vocabulary
+
+
+class SequenceToSequence(CrossEntropyTask):
+    """Translation, summaries, speech to text. Fields: `source` (B, S), or `frames` (B, S, mels) of
+    sound, with `source_lengths` (B,), and `ids`, `targets`, `counts`, each (B, T).
+    """
+
+    name: ClassVar[str] = "seq2seq"
+    field_names: ClassVar[tuple[str, ...]] = (
+        "source",
+        "frames",
+        "source_lengths",
+        "ids",
+        "targets",
+        "counts",
+    )
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits-per-byte")
+    pair_kinds: ClassVar[tuple[str, ...]] = ("seq2seq", "speech-to-text")
+
+    def __init__(self, start: int, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+        """Begin each target with the token `start`."""
+        super().__init__(label_smoothing, z_loss)
+        self.start = start
+
+    @classmethod
+    def make(cls, settings: TaskSettings, vocabulary: Vocabulary, lengths: Lengths) -> Self:
+        return cls(start_id(settings, vocabulary), **settings.terms)
+
+    def positions(self, tokens: int) -> int:
+        return tokens
+
+    def fields(self, raw: RawArrays) -> dict[str, Tensor]:
+        given = ("source", "frames", "source_lengths")
+        fields = {name: torch.from_numpy(raw[name]) for name in given if name in raw}
+        return {**fields, **decoder_fields(raw["target"], raw["target_lengths"], self.start)}

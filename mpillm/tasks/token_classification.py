@@ -1,0 +1,37 @@
+"""Classes of the words of a text, such as names or parts of speech."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mpillm.tasks.cross_entropy import CrossEntropyTask
+from mpillm.tasks.task import RawArrays
+from mpillm.tasks.vocabulary import Vocabulary
+
+
+class TokenClassification(CrossEntropyTask):
+    """A class of each word. Fields: `ids`, `targets`, `counts`, each (B, T), and `lengths` (B,).
+
+    A word counts at its first token. The model's output has the shape (B, T, classes).
+    """
+
+    name: ClassVar[str] = "token-classification"
+    field_names: ClassVar[tuple[str, ...]] = ("ids", "lengths", "targets", "counts")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro-f1")
+    pair_kinds: ClassVar[tuple[str, ...]] = ("token-classification",)
+
+    def model_settings(self, vocabulary: Vocabulary) -> dict[str, int]:
+        return {"vocab_size": vocabulary.size, "classes": len(vocabulary.classes)}
+
+    def positions(self, tokens: int) -> int:
+        return tokens
+
+    def fields(self, raw: RawArrays) -> dict[str, Tensor]:
+        labels_BT = torch.from_numpy(raw["labels"])
+        return {
+            "ids": torch.from_numpy(raw["source"]),
+            "lengths": torch.from_numpy(raw["source_lengths"]),
+            "targets": labels_BT.clamp(min=0),
+            "counts": labels_BT >= 0,
+        }

@@ -1,0 +1,107 @@
+"""manifest.json of a dataset of pairs, format `mpillm.pairs`: its arrays, classes and shards."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from mpillm.system.plain_files import is_plain_name
+from mpillm.tokens.dataset_folder import PAIR_FORMAT
+from mpillm.tokens.manifest import SPLITS, Manifest, split_of_json
+from mpillm.tokens.manifest_schema import ManifestRules
+from mpillm.tokens.pairs.pair_shards import PAIR_KINDS, PairFormat, PairShard
+
+OFFSETS = ("source_offset", "source_ends_offset", "target_offset", "target_ends_offset")
+COUNTS = ("nbytes", "n_tokens", "n_docs", "n_source", "n_target", *OFFSETS)
+SOURCE_DTYPES = {
+    "source": ("<u2", "<u4"),
+    "frames": ("<f2", "<f4"),
+    "pixels": ("|u1", "<f4"),
+}
+# Dims of a row of each source: a frame has its mels, a picture channels, height and width.
+ITEM_DIMS = {"source": 0, "frames": 1, "pixels": 3}
+LARGEST_DIM = 1 << 20
+
+
+class PairRules(ManifestRules):
+    """The checks of the manifest of pairs."""
+
+    parts: ClassVar[tuple[str, ...]] = ("tokenizer", "pairs", "prep", "splits")
+
+    def check(self, value: Mapping[str, Any]) -> None:
+        # First what the offsets of shards are checked by.
+        self._form = self._pairs(value.get("pairs"))
+        super().check(value)
+
+    def _pairs(self, value: Any) -> PairFormat:
+        names = ("kind", "source_dtype", "target_dtype", "item", "padding", "classes")
+        self._object("pairs", value, names)
+        if value["kind"] not in PAIR_KINDS:
+            self._fail("pairs.kind", f"one of {', '.join(PAIR_KINDS)}", value["kind"])
+        sides = PAIR_KINDS[value["kind"]]
+        targets = ("<u2", "<u4") if sides.target == "target" else ("<i4",)
+        for name, known in (
+            ("source_dtype", SOURCE_DTYPES[sides.source]),
+            ("target_dtype", targets),
+        ):
+            if value[name] not in known:
+                self._fail(f"pairs.{name}", " or ".join(known), value[name])
+        item, dims = value["item"], ITEM_DIMS[sides.source]
+        if not isinstance(item, list) or len(item) != dims:
+            self._fail("pairs.item", f"a list of {dims} numbers", item)
+        for number in item:
+            self._count("pairs.item", number, LARGEST_DIM, least=1)
+        self._count("pairs.padding", value["padding"])
+        classes = value["classes"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            self._fail("pairs.classes", "a list of texts", classes)
+        return form_of_json(value)
+
+    def _shard(self, field: str, value: Any) -> None:
+        self._object(field, value, ("file", *COUNTS, "xxh3_128"))
+        if not is_plain_name(value["file"]):
+            self._fail(f"{field}.file", "a plain file name in the same folder", value["file"])
+        for name in COUNTS:
+            self._count(f"{field}.{name}", value[name])
+        self._hex(f"{field}.xxh3_128", value["xxh3_128"], 32)
+        if value["n_tokens"] != value["n_source"] + value["n_target"]:
+            self._fail(f"{field}.n_tokens", "n_source + n_target", value["n_tokens"])
+        for name, (dtype, shape, offset) in PairShard(**value).arrays(self._form).items():
+            # Python's numbers have no largest: a product of hostile ones is compared as it is.
+            nbytes = np.dtype(dtype).itemsize
+            for dim in shape:
+                nbytes *= dim
+            if offset + nbytes > value["nbytes"]:
+                whole = f"such that the array is not beyond its end at {value['nbytes']:,} bytes"
+                self._fail(f"{field}.{name}_offset", whole, offset)
+
+
+@dataclass(frozen=True)
+class PairManifest(Manifest):
+    """A dataset of pairs. In its splits `n_docs` counts pairs, `n_tokens` rows of both sides."""
+
+    FORMAT: ClassVar[str] = PAIR_FORMAT
+    RULES: ClassVar[type[ManifestRules]] = PairRules
+
+    pairs: PairFormat
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.pairs.classes
+
+    def _own_facts(self) -> dict[str, Any]:
+        return {"pairs": asdict(self.pairs)}
+
+    @classmethod
+    def _of_checked(cls, folder: Path, value: Mapping[str, Any]) -> Self:
+        splits = {name: split_of_json(value["splits"][name], PairShard) for name in SPLITS}
+        form = form_of_json(value["pairs"])
+        return cls(folder, value["tokenizer"], value["prep"], splits, form)
+
+
+def form_of_json(value: Mapping[str, Any]) -> PairFormat:
+    """Build the format from its part of a manifest: the lists are tuples."""
+    lists = {name: tuple(value[name]) for name in ("item", "classes")}
+    return PairFormat(**{**value, **lists})

@@ -1,0 +1,242 @@
+"""Pairs of a split by number, padded to a model's lengths: batches of training and evaluation.
+
+B pairs, S rows of a source, T tokens of a target.
+"""
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from mpillm.errors import DataError
+from mpillm.system import hdf5
+from mpillm.system.messages import command, explain
+from mpillm.tokens.manifest import Split, check_shard
+from mpillm.tokens.order import permute, task_keys
+from mpillm.tokens.pairs.pair_manifest import PairManifest
+from mpillm.tokens.pairs.pair_shards import PairShard, ends_in_order, runs_of
+from mpillm.tokens.pairs.sound import quiet_level
+from mpillm.tokens.samples import RawRows, RowShape
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Int64s = np.ndarray[Any, np.dtype[np.int64]]
+# The label of a token that does not count, such as [CLS] and the later parts of a word.
+NO_LABEL = -1
+
+
+class _OpenShard:
+    """The open file of a shard, and its tables of ends."""
+
+    def __init__(self, path: Path, shard: PairShard, manifest: PairManifest) -> None:
+        check_shard(path, shard)
+        self.path, self.arrays = path, shard.arrays(manifest.pairs)
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as failure:
+            raise DataError(f"cannot open the shard {explain(failure, path)}") from failure
+        self.ends = {
+            side: self.read(f"{side}_ends", 0, shard.n_docs).astype(np.int64)
+            for side in ("source", "target")
+        }
+        totals = {"source": shard.n_source, "target": shard.n_target}
+        if not all(ends_in_order(self.ends[side], total) for side, total in totals.items()):
+            raise DataError(
+                f"{path} is damaged: its tables of ends are not in order; "
+                "copy the file again or prepare the dataset again"
+            )
+
+    def read(self, name: str, first: int, last: int) -> Array:
+        """Read the rows `first` to `last` - 1 of an array. Raises DataError."""
+        dtype, shape, offset = self.arrays[name]
+        out = np.empty((last - first, *shape[1:]), dtype)
+        if out.size:
+            begin = offset + first * (out.nbytes // len(out))
+            try:
+                hdf5.read_at(self.descriptor, out, begin)
+            except (EOFError, OSError) as failure:
+                raise DataError(f"{self.path} has shrunk: {failure}; copy it again") from failure
+        return out
+
+    def side(self, side: str, pair: int, most: int) -> Array:
+        """Read up to `most` rows of one side of a pair."""
+        ends = self.ends[side]
+        first, last = int(ends[pair - 1]) if pair else 0, int(ends[pair])
+        return self.read(side, first, min(last, first + most))
+
+
+class PairReader:
+    """The pairs of one split, numbered from 0. Every rank opens its own."""
+
+    def __init__(self, manifest: PairManifest, name: str) -> None:
+        self.manifest, self.form, self.name = manifest, manifest.pairs, name
+        self.split: Split[PairShard] = manifest.split(name)
+        counts = [shard.n_docs for shard in self.split.shards]
+        self._firsts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+        self.n_pairs = int(self._firsts[-1])
+        self._open: dict[int, _OpenShard] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for shard in self._open.values():
+            os.close(shard.descriptor)
+        self._open = {}
+
+    @property
+    def n_bytes(self) -> int:
+        return self.split.n_bytes
+
+    def steps(self, row: RowShape, batch: int, seed: int) -> "PairSteps":
+        """Order the pairs of a training run: each epoch a permutation of its own."""
+        return PairSteps(self, row, batch, seed)
+
+    def evaluation(self, row: RowShape, rows: int) -> "PairBatches":
+        """Take all pairs in order, `rows` of them a batch."""
+        return PairBatches(self, row, rows)
+
+    def describe(self, row: RowShape, samples: int) -> str:
+        return f"{self.n_pairs:,} pairs, read {samples / self.n_pairs:.2f} times"
+
+    def describe_cuts(self, row: RowShape) -> str:
+        """Say how many sources and targets are longer than a row, whose ends are cut off."""
+        most = {"source": self._most_source(row), "target": row.lengths.context}
+        found = []
+        for side in ("source", "target") if self.form.sides.target == "target" else ("source",):
+            ends = [self._shard(number).ends[side] for number in range(len(self.split.shards))]
+            count = sum(int((np.diff(each, prepend=0) > most[side]).sum()) for each in ends)
+            if count:
+                found.append(f"{count:,} of {self.n_pairs:,} {side}s at {most[side]:,}")
+        return f"cut off: {' and '.join(found)}; raise the model's lengths" if found else ""
+
+    def read(self, numbers: Int64s, row: RowShape) -> RawRows:
+        """Read the pairs `numbers`, (B,), padded to the lengths of `row`. Raises DataError.
+
+        Tokens: `source` (B, S) and `source_lengths` (B,); sound: `frames` (B, S, mels), float32;
+        pictures: `pixels` (B, C, height, width). `target` (B, T) with `target_lengths`, `label`
+        (B,), or `labels` (B, S), -1 where none counts.
+        """
+        shards = np.searchsorted(self._firsts, numbers, "right") - 1
+        sources: dict[int, Array] = {}
+        targets: dict[int, Array] = {}
+        sides, most = self.form.sides, self._most_source(row)
+        most_target = most if sides.target == "labels" else row.lengths.context
+        for shard, places in runs_of(shards):
+            opened = self._shard(shard)
+            for place in places.tolist():
+                pair = int(numbers[place] - self._firsts[shard])
+                sources[place] = opened.side("source", pair, most)
+                targets[place] = opened.side("target", pair, most_target)
+        every = range(len(numbers))
+        source, target = [sources[place] for place in every], [targets[place] for place in every]
+        self._check(numbers, source, target)
+        raw = self._source_rows(source, most)
+        if sides.target == "label":
+            return {**raw, "label": np.array([int(each[0]) for each in target], np.int64)}
+        if sides.target == "labels":
+            return {**raw, "labels": _padded(target, most, NO_LABEL)}
+        return {
+            **raw,
+            "target": _padded(target, row.lengths.context, self.form.padding),
+            "target_lengths": _lengths(target),
+        }
+
+    def _source_rows(self, source: list[Array], most: int) -> RawRows:
+        kind = self.form.sides.source
+        if kind == "pixels":
+            return {kind: np.concatenate(source)}
+        if kind == "source":
+            return {
+                kind: _padded(source, most, self.form.padding),
+                "source_lengths": _lengths(source),
+            }
+        frames = np.empty((len(source), most, *self.form.item), np.float32)
+        for row, each in zip(frames, source, strict=True):
+            row[: len(each)] = each
+            row[len(each) :] = quiet_level(row[: len(each)])
+        return {kind: frames, "source_lengths": _lengths(source)}
+
+    def _most_source(self, row: RowShape) -> int:
+        return 1 if self.form.sides.source == "pixels" else row.lengths.source_context
+
+    def _shard(self, number: int) -> _OpenShard:
+        if number not in self._open:
+            shard = self.split.shards[number]
+            path = self.manifest.folder / shard.file
+            self._open[number] = _OpenShard(path, shard, self.manifest)
+        return self._open[number]
+
+    def _check(self, numbers: Int64s, source: list[Array], target: list[Array]) -> None:
+        """Raise DataError unless each id is in the vocabulary, and each class is known."""
+        sides, ids = self.form.sides, self.manifest.vocab_size
+        tokens = {"source": (0, ids), "frames": None, "pixels": None}[sides.source]
+        classes = {
+            "target": (0, ids),
+            "label": (0, len(self.form.classes)),
+            "labels": (NO_LABEL, len(self.form.classes)),
+        }[sides.target]
+        for limits, rows in ((tokens, source), (classes, target)):
+            for number, row in zip(numbers.tolist(), rows, strict=True):
+                bad = sides.target == "label" and not len(row)
+                if limits and row.size:
+                    bad = bad or int(row.max()) >= limits[1] or int(row.min()) < limits[0]
+                if bad:
+                    folder = self.manifest.folder
+                    raise DataError(
+                        f"{folder} is damaged: pair {number:,} of the {self.name} split has an id "
+                        f"or a class that it does not know; "
+                        f"`{command(['mpillm', 'prepare', '--verify', folder])}` finds all damage"
+                    )
+
+
+class PairSteps:
+    """The pairs of a training run, a pure function of (seed, step)."""
+
+    def __init__(self, reader: PairReader, row: RowShape, batch: int, seed: int) -> None:
+        self._reader, self._row, self._batch, self._seed = reader, row, batch, seed
+
+    def raw(self, step: int, first: int, count: int) -> RawRows:
+        """Read the rows of the batch of `step`, each with its key. Raises DataError."""
+        assert 0 <= first < first + count <= self._batch
+        ids = step * self._batch + np.arange(first, first + count, dtype=np.int64)
+        epochs = ids // self._reader.n_pairs
+        numbers = permute(
+            ids - epochs * self._reader.n_pairs, self._reader.n_pairs, self._seed, epochs
+        )
+        return {**self._reader.read(numbers, self._row), "keys": task_keys(self._seed, ids)}
+
+
+class PairBatches:
+    """All pairs of a split in order, in batches of `rows`."""
+
+    def __init__(self, reader: PairReader, row: RowShape, rows: int) -> None:
+        self._reader, self._row = reader, row
+        self._bounds = [*range(0, reader.n_pairs, rows), reader.n_pairs]
+        self.shapes = [
+            (b - a, row.lengths.context)
+            for a, b in zip(self._bounds, self._bounds[1:], strict=False)
+        ]
+        """The rows of each batch, and the positions of each."""
+
+    def raw(self, number: int) -> RawRows:
+        """Read the arrays of batch `number`, with a key of each row. Raises DataError."""
+        numbers = np.arange(*self._bounds[number : number + 2], dtype=np.int64)
+        return {**self._reader.read(numbers, self._row), "keys": task_keys(0, numbers)}
+
+
+def _padded(rows: list[Array], most: int, padding: int) -> Array:
+    out = np.full((len(rows), most), padding, np.int64)
+    for whole, row in zip(out, rows, strict=True):
+        whole[: len(row)] = row
+    return out
+
+
+def _lengths(rows: list[Array]) -> Int64s:
+    return np.array([len(row) for row in rows], np.int64)

@@ -1,0 +1,220 @@
+"""Records to pairs: the source and the target of JSON lines, by the kind of the dataset."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from mpillm.errors import DataError
+from mpillm.system.messages import explain
+from mpillm.tokens.losses import LossCheck
+from mpillm.tokens.pairs.pair_reader import NO_LABEL
+from mpillm.tokens.pairs.pair_shards import PAIR_KINDS, PairKind
+from mpillm.tokens.pairs.pictures import picture_of
+from mpillm.tokens.pairs.sound import sound_frames
+from mpillm.tokens.sources import SourcePiece, lines_of, place_of_line
+from mpillm.tokens.text.records import HALF, MISSING, RecordError, field_of, parsed
+from mpillm.tokens.tokenizer import Tokenizer
+
+Array = np.ndarray[Any, np.dtype[Any]]
+# The fields of each kind where no option names others.
+DEFAULT_FIELDS = MappingProxyType(
+    {
+        "seq2seq": ("source", "target"),
+        "sequence-classification": ("text", "label"),
+        "token-classification": ("tokens", "tags"),
+        "image-classification": ("image", "label"),
+        "ctc": ("audio", "text"),
+        "speech-to-text": ("audio", "text"),
+    }
+)
+LARGEST_CLASSES = 1 << 20
+Label = str | int
+
+
+@dataclass(frozen=True)
+class PairRecord:
+    """A record's two values, checked by kind, and its place for messages."""
+
+    piece: SourcePiece
+    offset: int
+    source: Any
+    target: Any
+
+    @property
+    def place(self) -> str:
+        """The file and the line, for messages."""
+        return place_of_line(self.piece, self.offset)
+
+    @property
+    def folder(self) -> Path:
+        """The folder in which the record's paths begin: that of its file."""
+        return Path(self.piece.path).parent
+
+
+def read_records(piece: SourcePiece, kind: str, fields: Sequence[str]) -> Iterator[PairRecord]:
+    """Yield the records of a piece; blank lines have none. Raises DataError with file and line."""
+    try:
+        with Path(piece.path).open("rb") as file:
+            for offset, line, _ in lines_of(piece, file):
+                if not line.strip():
+                    continue
+                try:
+                    source, target = _sides(parsed(line), PAIR_KINDS[kind], fields)
+                except RecordError as failure:
+                    raise DataError(f"{place_of_line(piece, offset)} {failure}") from failure
+                yield PairRecord(piece, offset, source, target)
+    except OSError as failure:
+        raise DataError(f"cannot read the source {explain(failure, piece.path)}") from failure
+
+
+def _sides(record: Any, sides: PairKind, fields: Sequence[str]) -> tuple[Any, Any]:
+    if not isinstance(record, dict):
+        raise RecordError("is no JSON object; write one a line")
+    values = []
+    for name, option in zip(fields, ("--source-field", "--target-field"), strict=True):
+        value = field_of(record, name)
+        if value is MISSING or value is None:
+            known = ", ".join(sorted(record)[:8]) or "nothing"
+            raise RecordError(f'has no field "{name}" (it has {known}); name another by {option}')
+        values.append(value)
+    source, target = values
+    if sides.target == "labels":
+        _check_words(source, target, fields)
+        return source, [_label(each, fields[1]) for each in target]
+    if sides.source in ("source", "frames"):
+        source = _text(source, fields[0])
+    return source, _text(target, fields[1]) if sides.target == "target" else _label(
+        target, fields[1]
+    )
+
+
+def _check_words(words: Any, tags: Any, fields: Sequence[str]) -> None:
+    if not isinstance(words, list) or not isinstance(tags, list) or len(words) != len(tags):
+        raise RecordError(
+            f'needs a list of words in "{fields[0]}" and as many labels in "{fields[1]}"'
+        )
+    if not words or not all(isinstance(word, str) and word.strip() for word in words):
+        raise RecordError(f'has something in "{fields[0]}" that is no word')
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise RecordError(f'has no text in "{name}"; write one, or leave the record out')
+    # A half of a character cannot be encoded.
+    return HALF.sub("\ufffd", value)
+
+
+def _label(value: Any, name: str) -> Label:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_CLASSES:
+        return value
+    raise RecordError(
+        f'has no label in "{name}": a text, or a number from 0 to {LARGEST_CLASSES - 1:,}'
+    )
+
+
+def class_names(labels: set[Label]) -> tuple[str, ...]:
+    """Order the classes: numbers by themselves, from 0; texts by their sorted list.
+
+    Raises DataError for a mixture.
+    """
+    if not labels:
+        return ()
+    if all(isinstance(label, int) for label in labels):
+        return tuple(map(str, range(max(map(int, labels)) + 1)))
+    if all(isinstance(label, str) for label in labels):
+        names = tuple(sorted(map(str, labels)))
+        if len(names) > LARGEST_CLASSES:
+            raise DataError(
+                f"the labels have {len(names):,} texts, and {LARGEST_CLASSES:,} may be classes; "
+                "name another --target-field"
+            )
+        return names
+    texts = sorted(label for label in labels if isinstance(label, str))
+    numbers = sorted(label for label in labels if isinstance(label, int))
+    raise DataError(
+        f"some labels are numbers, such as {numbers[0]}, and others texts, such as {texts[0]!r}; "
+        "write all of them alike"
+    )
+
+
+@dataclass(frozen=True)
+class PairEncoder:
+    """Make the arrays of records: `losses` sees each text with its ids."""
+
+    kind: str
+    tokenizer: Tokenizer
+    classes: tuple[str, ...]
+    losses: LossCheck
+
+    def encode(self, records: Sequence[PairRecord], pool: Executor) -> list[tuple[Array, Array]]:
+        """Return the source and the target of each record; `pool` reads the files that it names.
+
+        Raises DataError with file and line.
+        """
+        sides = PAIR_KINDS[self.kind]
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        if sides.target == "labels":
+            return self._encode_words(records, numbers)
+        if sides.target == "label":
+            labels = [numbers[str(record.target)] for record in records]
+            targets = [np.array([label], "<i4") for label in labels]
+        else:
+            # A loss over alignments knows no end of a row.
+            plain = self.kind == "ctc"
+            targets = self._texts([record.target for record in records], closed=not plain)
+        if sides.source == "source":
+            sources = self._texts([record.source for record in records], closed=False, marked=True)
+        else:
+            sources = list(pool.map(self._medium, records))
+        return list(zip(sources, targets, strict=True))
+
+    def _texts(self, texts: list[str], closed: bool, marked: bool = False) -> list[Array]:
+        """Encode texts, with the post-processor's tokens if they are `marked` or `closed`.
+
+        Where it has none, `closed` ones get the end of text.
+        """
+        if (marked or closed) and self.tokenizer.closes_rows:
+            found = [ids for ids, _ in self.tokenizer.encode_rows(texts)]
+        else:
+            found = list(self.tokenizer.encode_batch(texts))
+            if closed:
+                end = np.array([self.tokenizer.eot_id], self.tokenizer.dtype)
+                found = [np.concatenate((ids, end)) for ids in found]
+        self.losses.see(texts, found)
+        return found
+
+    def _medium(self, record: PairRecord) -> Array:
+        """Read a record's sound or picture."""
+        try:
+            if PAIR_KINDS[self.kind].source == "frames":
+                return sound_frames(record.folder / record.source)
+            return picture_of(record.source, record.folder)[None]
+        except (RecordError, DataError) as failure:
+            joint = " " if isinstance(failure, RecordError) else ": "
+            raise DataError(f"{record.place}{joint}{failure}") from failure
+
+    def _encode_words(
+        self, records: Sequence[PairRecord], numbers: dict[str, int]
+    ) -> list[tuple[Array, Array]]:
+        """Label the token with the first character of each word; the others do not count."""
+        made, texts = [], [" ".join(record.source) for record in records]
+        encoded = self.tokenizer.encode_rows(texts)
+        for record, (ids, spans) in zip(records, encoded, strict=True):
+            labels = np.full(len(ids), NO_LABEL, "<i4")
+            start = 0
+            for word, tag in zip(record.source, record.target, strict=True):
+                covers = (token for token, (a, b) in enumerate(spans) if a <= start < b)
+                token = next(covers, None)
+                if token is not None:
+                    labels[token] = numbers[str(tag)]
+                start += len(word) + 1
+            made.append((ids, labels))
+        self.losses.see(texts, [ids for ids, _ in encoded])
+        return made

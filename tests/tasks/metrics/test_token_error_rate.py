@@ -1,0 +1,42 @@
+from functools import cache
+
+import numpy as np
+
+from mpillm.tasks.metrics.metric import Totals
+from mpillm.tasks.metrics.token_error_rate import TokenErrorRate, edit_distance, greedy
+
+
+def test_edits_are_those_of_the_definition() -> None:
+    @cache
+    def slow(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+        if not one or not other:
+            return len(one) + len(other)
+        return min(
+            slow(one[1:], other) + 1,
+            slow(one, other[1:]) + 1,
+            slow(one[1:], other[1:]) + (one[0] != other[0]),
+        )
+
+    chance = np.random.default_rng(0)
+    for _ in range(50):
+        one, other = (tuple(chance.integers(0, 3, chance.integers(0, 7)).tolist()) for _ in "ab")
+        assert edit_distance(one, other) == slow(one, other)
+
+
+def test_repeats_and_blanks_are_dropped() -> None:
+    assert greedy(np.array([0, 3, 3, 0, 3, 2, 2, 0])) == [3, 3, 2]
+    assert greedy(np.array([0, 0])) == []
+
+
+def test_only_real_positions_are_heard() -> None:
+    outputs = np.eye(4)[[[1, 1, 0, 2], [3, 0, 1, 1]]]
+    fields = {
+        "frames": np.zeros((2, 8, 80)),
+        "lengths": np.array([8, 3]),
+        "targets": np.array([[1, 3, 2], [3, 0, 0]]),
+        "counts": np.array([[1, 1, 1], [1, 0, 0]]) > 0,
+    }
+    [edits] = TokenErrorRate().of_batch([outputs], fields)
+    # 1 2 for 1 3 2, and 3 for 3: the last two positions of the second are no sound.
+    assert edits == 1
+    assert TokenErrorRate().value([edits], Totals(1.0, 4.0, 0)) == 0.25

@@ -1,0 +1,130 @@
+"""Each task trains a toy model end to end: the same losses in each layout, and after a resume."""
+
+import json
+import wave
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from mpillm.infer.evaluate import WholeModel, evaluate
+from mpillm.infer.loading import load_data, load_trained, open_of
+from mpillm.system.console import Console
+from mpillm.tokens.pairs.pair_shards import PAIR_KINDS
+from mpillm.tokens.prepare import PrepareOptions, prepare
+from mpillm.train.recipe import Recipe, parse_recipe
+from mpillm.train.setup import train
+
+QUIET = Console(speaks=False)
+STEPS = 4
+ENCODER = {"architecture": "tests.train.task_models:ToyEncoder"}
+TRANSLATOR = {"architecture": "tests.train.task_models:ToyTranslator"}
+CASES = {
+    "masked-lm": ENCODER,
+    "span-corruption": TRANSLATOR,
+    "seq2seq": TRANSLATOR,
+    "speech-to-text": {**TRANSLATOR, "features": 80},
+    "sequence-classification": ENCODER,
+    "token-classification": {**ENCODER, "per_token": True},
+    "image-classification": {**ENCODER, "features": 12, "context": 1},
+    "ctc": {**ENCODER, "features": 80, "context": 40},
+}
+
+
+def write_records(folder: Path) -> Path:
+    """Write 60 records that have the fields of all kinds of pairs, and their sounds."""
+    chance = np.random.default_rng(4)
+    folder.mkdir()
+    records = []
+    for number in range(60):
+        words = ["".join(chance.choice(list("abc"), 3)) for _ in range(chance.integers(1, 7))]
+        label = int(chance.integers(0, 3))
+        sound = chance.normal(size=chance.integers(2000, 7000)).cumsum() * (1 + label)
+        with wave.open(str(folder / f"{number}.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(16_000)
+            file.writeframes(np.clip(sound * 99, -32768, 32767).astype("<i2").tobytes())
+        text = " ".join(words)
+        records.append(
+            {
+                "source": text,
+                "target": text[::-1],
+                "text": "xyz"[label] * 5 + text[:3],
+                "label": f"class {label}",
+                "tokens": words,
+                "tags": [int("a" in word) for word in words],
+                "image": (chance.random((3, 4)) + label).tolist(),
+                "audio": f"{number}.wav",
+            }
+        )
+    path = folder / "records.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def datasets(shared_folder: Path, documents: Path, comm: MPI.Intracomm) -> dict[str, Path]:
+    """A small dataset for each task."""
+    tokens, pairs = shared_folder / "task-tokens", shared_folder / "task-pairs"
+    bytes_of = partial(PrepareOptions, tokenizer="bytes", validation=0.1)
+    prepare(bytes_of((str(documents),), tokens), comm, QUIET)
+    if comm.rank == 0:
+        write_records(pairs)
+    comm.Barrier()
+    made = {"masked-lm": tokens, "span-corruption": tokens}
+    for task in PAIR_KINDS:
+        made[task] = shared_folder / f"task-{task}"
+        options = bytes_of((str(pairs / "records.jsonl"),), made[task], task=task)
+        prepare(options, comm, QUIET)
+    return made
+
+
+def recipe(task: str, data: Path, run: Path, steps: int = STEPS, **parallel: object) -> Recipe:
+    table = {
+        "model": CASES[task],
+        "task": {"name": "seq2seq" if task == "speech-to-text" else task},
+        "optimizer": {"learning_rate": 0.02, "warmup_steps": 1, "decay_share": 0.0},
+        "data": {"path": str(data)},
+        "train": {"run": str(run), "steps": steps, "batch": 12, "microbatch": 3},
+        "parallel": parallel,
+    }
+    table["optimizer"]["schedule"] = "constant-then-decay"
+    return parse_recipe(table, task)
+
+
+def recorded(run: Path) -> dict[str, list[float]]:
+    lines = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+    keys = {key for line in lines for key in line if key == "loss" or "validation" in key}
+    return {key: [line[key] for line in lines if key in line] for key in sorted(keys)}
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_a_task_is_learnt_and_scored_alike_in_each_layout_and_after_a_resume(
+    task: str, datasets: dict[str, Path], folder: Path, comm: MPI.Intracomm
+) -> None:
+    data, alone = datasets[task], folder / "alone"
+    if comm.rank == 0:
+        train(recipe(task, data, alone), MPI.COMM_SELF, QUIET)
+    comm.Barrier()
+    expected = recorded(alone)
+    assert len(expected["loss"]) == STEPS
+    assert min(expected["loss"][1:]) < expected["loss"][0]
+    run = folder / "together"
+    pipeline = 1 + (comm.size % 2 == 0)
+    train(recipe(task, data, run, steps=2, pipeline=pipeline), comm, QUIET)
+    train(recipe(task, data, run, pipeline=pipeline), comm, QUIET, resume=True)
+    found = recorded(run)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    for key, values in expected.items():
+        assert found[key][-1] == pytest.approx(values[-1], rel=1e-5), key
+    loaded = load_trained(run, comm, QUIET)
+    with open_of(load_data(loaded.checkpoint, None), "validation") as reader:
+        scores = [
+            evaluate(WholeModel(loaded.model, loaded.task, each), reader, each, QUIET)
+            for each in (comm, MPI.COMM_SELF)
+        ]
+    assert scores[0] == scores[1]
+    assert scores[0].loss == pytest.approx(expected["validation_loss"][-1], rel=1e-5)
