@@ -17,8 +17,8 @@ from mpillm.system.extras import require_packages
 from mpillm.system.hdf5 import write_at
 from mpillm.system.json_text import from_json
 from mpillm.system.messages import explain
-from mpillm.tokens.gguf_tokenizer import PREFIX, GgufVocabulary
-from mpillm.tokens.gguf_vocabulary import gguf_vocabulary
+from mpillm.tokens.gguf.gguf_tokenizer import PREFIX, GgufVocabulary
+from mpillm.tokens.gguf.gguf_vocabulary import gguf_vocabulary
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.gguf_architectures import ARCHITECTURES, GgufArchitecture

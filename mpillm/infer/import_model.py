@@ -19,7 +19,7 @@ from mpillm.system.json_text import from_json, to_json
 from mpillm.system.messages import command, explain
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
 from mpillm.tasks import task_catalog
-from mpillm.tokens.gguf_tokenizer import PREFIX, GgufVocabulary, gguf_tokenizer
+from mpillm.tokens.gguf.gguf_tokenizer import PREFIX, GgufVocabulary, gguf_tokenizer
 from mpillm.tokens.manifest import tokenizer_facts
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint_source import CheckpointSource

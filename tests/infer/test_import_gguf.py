@@ -13,7 +13,7 @@ from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_trained
 from mpillm.models.families.family_catalog import family_of
 from mpillm.system.console import Console
-from mpillm.tokens.gguf_tokenizer import CONTROL, RULES, GgufVocabulary, gguf_tokenizer
+from mpillm.tokens.gguf.gguf_tokenizer import CONTROL, RULES, GgufVocabulary, gguf_tokenizer
 from mpillm.tokens.tokenizer import Tokenizer, byte_symbols, train_bpe
 from mpillm.train.start_from import _reader
 from mpillm.weights.gguf_architectures import LLAMA_NAMES as NAMES

@@ -14,7 +14,7 @@ from mpillm.errors import DataError
 from mpillm.infer.export_model import export_model
 from mpillm.infer.import_model import import_model
 from mpillm.system.console import Console
-from mpillm.tokens.gguf_tokenizer import (
+from mpillm.tokens.gguf.gguf_tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -26,7 +26,7 @@ from mpillm.tokens.gguf_tokenizer import (
     gguf_tokenizer,
     merges_of_scores,
 )
-from mpillm.tokens.gguf_vocabulary import gguf_vocabulary
+from mpillm.tokens.gguf.gguf_vocabulary import gguf_vocabulary
 from mpillm.tokens.tokenizer import Tokenizer, byte_symbols, train_bpe
 from tests.pretrained import peer
 from tests.published import SPEC, publish

@@ -14,7 +14,7 @@ import tokenizers
 
 from mpillm.errors import DataError
 from mpillm.system.json_text import from_json
-from mpillm.tokens.gguf_tokenizer import (
+from mpillm.tokens.gguf.gguf_tokenizer import (
     BYTE,
     BYTE_LEVEL,
     CONTROL,
