@@ -179,7 +179,13 @@ def _texts(checkpoint: Checkpoint, spec: ModelSpec, family: Family, dtype: str) 
     tokenizer = Tokenizer.from_json(text, facts["name"], facts["end_of_text"])
     kept = {name: checkpoint.text(name) for name in checkpoint.texts if name != TOKENIZER}
     config = from_json(kept.get(CONFIG, "{}"))
-    config |= {"eos_token_id": tokenizer.eot_id, **family.config(spec)}
+    end = tokenizer.eot_id
+    config |= {"eos_token_id": end, **family.config(spec)}
+    if spec.source_field:
+        # transformers' own defaults are ids of the published vocabularies.
+        config = {"pad_token_id": end, "bos_token_id": end, **config}
+        if config["decoder_start_token_id"] is None:
+            config["decoder_start_token_id"] = end
     # transformers 5 reads `dtype`, and 4 `torch_dtype`.
     config |= {"dtype": dtype, "torch_dtype": dtype}
     made = {
