@@ -131,8 +131,8 @@ def _as_gguf(
     comm: "MPI.Intracomm",
     console: Console,
 ) -> ExportedModel:
-    config, source = family.config(spec), CheckpointSource(checkpoint)
-    plan = on_all(comm, lambda: GgufPlan.make(checkpoint, config, family.tensors(spec), dtype))
+    source = CheckpointSource(checkpoint)
+    plan = on_all(comm, lambda: GgufPlan.make(checkpoint, family, spec, dtype))
     make = their_tensors(family, spec, source.read_weight)
     nbytes = export_gguf(out, plan, make, dtype, comm, console)
     return ExportedModel(out, 1, nbytes, plan.architecture.name)
@@ -179,7 +179,13 @@ def _texts(checkpoint: Checkpoint, spec: ModelSpec, family: Family, dtype: str) 
     tokenizer = Tokenizer.from_json(text, facts["name"], facts["end_of_text"])
     kept = {name: checkpoint.text(name) for name in checkpoint.texts if name != TOKENIZER}
     config = from_json(kept.get(CONFIG, "{}"))
-    config |= {"eos_token_id": tokenizer.eot_id, **family.config(spec)}
+    end = tokenizer.eot_id
+    config |= {"eos_token_id": end, **family.config(spec)}
+    if spec.source_field:
+        # transformers' own defaults are ids of the published vocabularies.
+        config = {"pad_token_id": end, "bos_token_id": end, **config}
+        if config["decoder_start_token_id"] is None:
+            config["decoder_start_token_id"] = end
     # transformers 5 reads `dtype`, and 4 `torch_dtype`.
     config |= {"dtype": dtype, "torch_dtype": dtype}
     made = {

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mpillm.errors import CheckpointError
+from mpillm.errors import CheckpointError, UsageError
 from mpillm.infer.sampling import Sampling
-from mpillm.models.part_module import PartModule
+from mpillm.models.part_module import Fields, PartModule
 from mpillm.tokens.tokenizer import Tokenizer
 
 
@@ -16,21 +16,47 @@ def generate(
 ) -> Iterator[str]:
     """Yield pieces of text that follow the prompt, until `max_tokens` or the end of the document.
 
-    The same seed yields the same text. An empty prompt begins a new document.
+    The same seed yields the same text. An empty prompt begins a new document. An encoder-decoder
+    reads the prompt as its source, and yields until its context is full at most. Raises UsageError
+    where the source is too long, or is not text.
     """
-    decoder = tokenizer.stream()
-    for token in sample_tokens(model, tokenizer.encode(prompt) or [tokenizer.eot_id], sampling):
+    decoder, ids = tokenizer.stream(), tokenizer.encode(prompt)
+    if model.spec.source_field:
+        source = _source_of(model, [*ids, tokenizer.eot_id])
+        start = model.spec.start_token
+        tokens = sample_tokens(model, [tokenizer.eot_id if start < 0 else start], sampling, source)
+    else:
+        tokens = sample_tokens(model, ids or [tokenizer.eot_id], sampling)
+    for token in tokens:
         if token == tokenizer.eot_id:
             break
         yield decoder.push(token)
     yield decoder.finish()
 
 
-def sample_tokens(model: PartModule, prompt: list[int], sampling: Sampling) -> Iterator[int]:
+def _source_of(model: PartModule, ids: list[int]) -> Fields:
+    """Return the source of one row. Raises UsageError where the model does not read it."""
+    spec = model.spec
+    if spec.source_field != "source":
+        raise UsageError(
+            f"--prompt is text, and the model reads {spec.source_field} of sound; "
+            "encode them with its encode_source, in Python"
+        )
+    if len(ids) > spec.source_context:
+        raise UsageError(
+            f"--prompt is a source of {len(ids)} tokens, its end included, and the model reads "
+            f"{spec.source_context}; shorten it"
+        )
+    return {"source": torch.tensor([ids], device=next(model.parameters()).device)}
+
+
+def sample_tokens(
+    model: PartModule, prompt: list[int], sampling: Sampling, source: Fields | None = None
+) -> Iterator[int]:
     """Yield `max_tokens` token ids that follow `prompt`.
 
     When the text exceeds the model's context, its older half is dropped and the cache is filled
-    again.
+    again. With a `source`, that of an encoder-decoder, the text ends there.
     """
     context = model.spec.context
     # No more of a long prompt than the model can see.
@@ -38,10 +64,13 @@ def sample_tokens(model: PartModule, prompt: list[int], sampling: Sampling) -> I
     # Drawn on the CPU: a GPU's generator gives other numbers.
     generator = torch.Generator().manual_seed(sampling.seed)
     device = next(model.parameters()).device
-    cache = model.make_cache(1)
+    with torch.inference_mode():
+        cache = model.make_cache(1) if source is None else model.encode_source(source)
     new = seen
     for _ in range(sampling.max_tokens):
         if cache.length + len(new) > context:
+            if source is not None:
+                return
             seen = seen[-(context // 2 or 1) :]
             cache, new = model.make_cache(1), seen
         with torch.inference_mode():

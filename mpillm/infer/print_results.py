@@ -147,7 +147,7 @@ def print_generation(
     console: Console,
     device: str = "auto",
 ) -> None:
-    """Print the prompt and the model's continuation as it comes.
+    """Print the prompt and the model's continuation as it comes; of a source the result alone.
 
     Every rank calls it; rank 0 computes, on `device` (cpu, cuda or auto).
     """
@@ -156,7 +156,8 @@ def print_generation(
     loaded = load_trained(trained, comm, console)
     if comm.rank == 0:
         loaded.model.to(place)
-        console.write(prompt)
+        if not loaded.model.spec.source_field:
+            console.write(prompt)
     pieces = generate(loaded.model, loaded.tokenizer, prompt, sampling)
     # Drawn through on_root: a model that has diverged fails on all ranks together.
     while (text := on_root(comm, lambda: next(pieces, None))) is not None:

@@ -12,7 +12,7 @@ import torch
 
 from mpillm.errors import UsageError
 from mpillm.infer.loading import Loaded
-from mpillm.models.layers.encoder_head import POOLINGS, pool
+from mpillm.models.stacks.encoder_head import POOLINGS, pool
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 # Positions of a batch: its activations stay near a second-level cache.

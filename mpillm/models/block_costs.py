@@ -21,13 +21,18 @@ class BlockCosts(BlockSettings):
     def _block_vectors(self) -> int:
         """Count the norms' and biases' numbers of one block."""
         norms = self._block_norms * self._norm_parameters(self.width)
-        if self.query_key_norm:
-            norms += 2 * self._norm_parameters(self.head_features)
         biases = 0
-        if self.bias or self.qkv_bias:
-            biases = self.query_width + 2 * self.key_value_width
         if self.bias:
-            biases += 2 * self.width + self.hidden_width * (2 if self.gated else 1)
+            biases = self.width + self.hidden_width * (2 if self.gated else 1)
+        return norms + biases + self._attention_vectors
+
+    @property
+    def _attention_vectors(self) -> int:
+        """The biases of an attention, and the norms of its queries and keys."""
+        norms = 2 * self._norm_parameters(self.head_features) if self.query_key_norm else 0
+        biases = self.width if self.bias else 0
+        if self.bias or self.qkv_bias:
+            biases += self.query_width + (1 + self.key_bias) * self.key_value_width
         return norms + biases
 
     @property
@@ -138,9 +143,9 @@ class BlockCosts(BlockSettings):
 
     def _feed_forward_saved(self, element_bytes: int) -> int:
         """Count a feed-forward: the norm's result; gate, its activation, up and their product where
-        it has a gate, up and its GELU else.
+        it has a gate, up and its activation else; of ReLU the latter alone.
         """
-        inside = 4 if self.gated else 2
+        inside = 4 if self.gated else 1 if self.activation == "relu" else 2
         if not self.experts:
             return element_bytes * (self.width + self.hidden_width * inside)
         return self._mixture_saved(element_bytes, inside)
@@ -167,7 +172,9 @@ class BlockCosts(BlockSettings):
         if recompute == "attention":
             # Those of the feed-forward are freed before the attention runs again.
             again = attention + self._attention_working(element_bytes) - feed_forward
-            return stream + feed_forward + 2 * mask, max(0, again)
+            # A norm after it is outside of what is computed again.
+            after = norms if self.norm_place == "post" else 0
+            return stream + feed_forward + after + 2 * mask, max(0, again - after)
         return attention + feed_forward + 2 * mask, 0
 
     def _attention_working(self, element_bytes: int) -> int:

@@ -65,12 +65,20 @@ class BlockSettings(ModelSpec):
     query_key_norm: bool = False
     """Norms of each head's queries and keys, ahead of the rotation."""
     positions: Literal["rotary", "learned", "sinusoidal", "relative", "none"] = "rotary"
-    activation: Literal["swiglu", "gelu", "gelu-exact", "geglu", "geglu-exact"] = "swiglu"
+    relative_buckets: Positive = 32
+    """Of `relative` positions: the classes of distances, with a bias of each head's scores."""
+    relative_distance: Positive = 128
+    """Larger distances, in tokens, are all of one class."""
+    activation: Literal["swiglu", "gelu", "gelu-exact", "geglu", "geglu-exact", "relu", "silu"] = (
+        "swiglu"
+    )
     """GELU is in its tanh form, but for `exact`."""
     bias: bool = False
     """Biases of all products of a block."""
     qkv_bias: bool = False
     """Biases of query, key and value alone."""
+    key_bias: bool = True
+    """Whether keys have a bias, where queries and values do."""
     rope_theta: PositiveNumber = 10000.0
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     """How angles are made slower for contexts longer than `rope_original_context`."""

@@ -8,21 +8,13 @@ Shape = tuple[int, ...]
 def block_weights(config: BlockSettings, block: int = 0) -> dict[str, Shape]:
     """Return the shape of each weight of block number `block` by its name in the block."""
     width, hidden = config.width, config.hidden_width
-    query, key_value = config.query_width, config.key_value_width
-    of_qkv = config.bias or config.qkv_bias
     norms = ["attention_norm", "forward_norm"] if config.norms_input(block) else ["forward_norm"]
     if config.norm_place == "sandwich":
         norms += ["attention_output_norm", "forward_output_norm"]
     found: dict[str, Shape] = {}
     for name in norms:
         found |= norm_weights(name, config)
-    if config.query_key_norm:
-        for name in ("attention.query_norm", "attention.key_norm"):
-            found |= norm_weights(name, config, config.head_features)
-    found |= linear_weights("attention.query", width, query, of_qkv)
-    found |= linear_weights("attention.key", width, key_value, of_qkv)
-    found |= linear_weights("attention.value", width, key_value, of_qkv)
-    found |= linear_weights("attention.output", query, width, config.bias)
+    found |= attention_weights("attention", config)
     if not config.experts:
         return found | _feed_forward("feed_forward", config, hidden)
     found |= linear_weights("feed_forward.router", width, config.experts, False)
@@ -33,6 +25,20 @@ def block_weights(config: BlockSettings, block: int = 0) -> dict[str, Shape]:
     if config.shared_gate:
         found |= linear_weights("feed_forward.shared_factor", width, 1, False)
     return found
+
+
+def attention_weights(name: str, config: BlockSettings) -> dict[str, Shape]:
+    """Return the weights of an attention, or a cross-attention."""
+    width, query, key_value = config.width, config.query_width, config.key_value_width
+    of_qkv = config.bias or config.qkv_bias
+    found: dict[str, Shape] = {}
+    if config.query_key_norm:
+        for norm in ("query_norm", "key_norm"):
+            found |= norm_weights(f"{name}.{norm}", config, config.head_features)
+    found |= linear_weights(f"{name}.query", width, query, of_qkv)
+    found |= linear_weights(f"{name}.key", width, key_value, of_qkv and config.key_bias)
+    found |= linear_weights(f"{name}.value", width, key_value, of_qkv)
+    return found | linear_weights(f"{name}.output", query, width, config.bias)
 
 
 def _feed_forward(name: str, config: BlockSettings, hidden: int) -> dict[str, Shape]:

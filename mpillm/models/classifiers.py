@@ -9,7 +9,7 @@ from mpillm.models.block_settings import NotNegative, Positive
 from mpillm.models.spec import ModelSpec, Part
 
 if TYPE_CHECKING:
-    from mpillm.models.layers.classifier_modules import (
+    from mpillm.models.stacks.classifier_modules import (
         CNNClassifier,
         LSTMClassifier,
         MLPClassifier,
@@ -140,7 +140,7 @@ class LSTMConfig(ClassifierSettings):
         return {"lstm": cls()}
 
     def build(self, part: Part | None = None) -> "LSTMClassifier":
-        from mpillm.models.layers.classifier_modules import LSTMClassifier
+        from mpillm.models.stacks.classifier_modules import LSTMClassifier
 
         return LSTMClassifier(self, part)
 
@@ -174,7 +174,7 @@ class CNNConfig(ClassifierSettings):
         return {"cnn": cls()}
 
     def build(self, part: Part | None = None) -> "CNNClassifier":
-        from mpillm.models.layers.classifier_modules import CNNClassifier
+        from mpillm.models.stacks.classifier_modules import CNNClassifier
 
         return CNNClassifier(self, part)
 
@@ -194,7 +194,7 @@ class MLPConfig(ClassifierSettings):
         return {"mlp": cls()}
 
     def build(self, part: Part | None = None) -> "MLPClassifier":
-        from mpillm.models.layers.classifier_modules import MLPClassifier
+        from mpillm.models.stacks.classifier_modules import MLPClassifier
 
         return MLPClassifier(self, part)
 

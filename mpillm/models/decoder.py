@@ -9,7 +9,7 @@ from mpillm.models.decoder_costs import DecoderCosts
 from mpillm.models.spec import Part
 
 if TYPE_CHECKING:
-    from mpillm.models.layers.decoder_stack import Decoder
+    from mpillm.models.stacks.decoder_stack import Decoder
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class DecoderConfig(DecoderCosts):
         return SHAPES
 
     def build(self, part: Part | None = None) -> "Decoder":
-        from mpillm.models.layers.decoder_stack import Decoder
+        from mpillm.models.stacks.decoder_stack import Decoder
 
         return Decoder(self, part)
 

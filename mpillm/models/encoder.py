@@ -9,7 +9,7 @@ from mpillm.models.encoder_costs import EncoderCosts
 from mpillm.models.spec import Part
 
 if TYPE_CHECKING:
-    from mpillm.models.layers.encoder_stack import Encoder
+    from mpillm.models.stacks.encoder_stack import Encoder
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class EncoderConfig(EncoderCosts):
         return SHAPES
 
     def build(self, part: Part | None = None) -> "Encoder":
-        from mpillm.models.layers.encoder_stack import Encoder
+        from mpillm.models.stacks.encoder_stack import Encoder
 
         return Encoder(self, part)
 

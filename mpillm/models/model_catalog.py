@@ -18,6 +18,7 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {
         "decoder": "mpillm.models.decoder:DecoderConfig",
         "encoder": "mpillm.models.encoder:EncoderConfig",
+        "encoder-decoder": "mpillm.models.encoder_decoder:EncoderDecoderConfig",
         "lstm": "mpillm.models.classifiers:LSTMConfig",
         "cnn": "mpillm.models.classifiers:CNNConfig",
         "mlp": "mpillm.models.classifiers:MLPConfig",

@@ -35,7 +35,9 @@ class PartOutput(NamedTuple):
     head that a loss may read in chunks.
     """
     pivots: Streams
-    """The inputs at which a split backward pass stops: received streams, or embedding outputs."""
+    """The inputs at which a split backward pass stops: received streams, then the outputs of
+    embeddings.
+    """
 
 
 class GenerationCache:
@@ -82,6 +84,16 @@ class PartModule(nn.Module):
             "generate with a decoder"
         )
 
+    def encode_source(self, fields: Fields) -> GenerationCache:
+        """Encode the sources in `fields`, and make the cache of what is generated from them.
+
+        Raises UsageError where the architecture reads no source.
+        """
+        raise UsageError(
+            f"a model of the architecture {self.spec.architecture!r} reads no source; "
+            "generate with an encoder-decoder"
+        )
+
     def hidden_states(self, fields: Fields) -> Tensor:
         """Return the hidden states (B, T, C) of a whole model ahead of its head.
 
@@ -108,8 +120,9 @@ class PartModule(nn.Module):
         """Make tied weights one Parameter, where this part holds both."""
         held = dict(self.named_parameters(remove_duplicate=False))
         for follower, leader in self.spec.tied_weights.items():
-            if follower in held and leader in held:
-                self.set_weight(follower, held[leader])
+            if follower in held:
+                # Without the leader the first of its followers takes its place.
+                self.set_weight(follower, held.setdefault(leader, held[follower]))
 
     def set_weight(self, name: str, weight: nn.Parameter) -> None:
         """Replace the Parameter `name` of this part by `weight`."""

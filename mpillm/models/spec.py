@@ -181,6 +181,14 @@ class ModelSpec(ABC):
         return self.context
 
     @property
+    def source_field(self) -> str:
+        """The field that generation encodes ahead of the first token; "": there is none."""
+        return ""
+
+    start_token: int = -1
+    """The id that generation from a source begins with; -1: the end of a text."""
+
+    @property
     def whole(self) -> Part:
         return Part(0, self.blocks)
 

@@ -12,12 +12,12 @@ from mpillm.verbs.job import limit_torch_threads, open_job
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue a prompt; rank 0 computes and prints."""
+    """Continue a prompt, or translate it by an encoder-decoder; rank 0 computes and prints."""
 
     example: ClassVar = "mpillm generate runs/quickstart --prompt 'def ' --max-tokens 100 --seed 1"
 
     trained: Trained
-    prompt: Annotated[str, Option("The text to continue, in UTF-8.")]
+    prompt: Annotated[str, Option("The text to continue, or the source to translate, in UTF-8.")]
     max_tokens: Annotated[int, Option("The largest number of tokens: 1 to 1,000,000,000.")] = 200
     temperature: Annotated[
         float, Option("0 to 1,000,000; 0, or below 0.000001: always the likeliest token.")

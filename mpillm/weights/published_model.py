@@ -64,6 +64,7 @@ class PublishedModel:
                     f"{self.source.path} has {alias} and {place.name}, which its config.json ties, "
                     "with other values; set tie_word_embeddings to false in its config.json"
                 )
+        values = values[0] if place.squeezed else values
         return values.t().contiguous() if place.transposed else values
 
     @cached_property
@@ -81,6 +82,7 @@ class PublishedModel:
         theirs_of, found = self.family.tensors(self.spec), {}
         for name, place in self._places.items():
             shape = theirs_of[place.name] if place.box is None else place.box[1]
+            shape = shape[1:] if place.squeezed else shape
             found[name] = shape[::-1] if place.transposed else shape
         return found
 

@@ -16,6 +16,7 @@ from mpillm.infer.loading import load_trained
 from mpillm.models.block_settings import BlockSettings
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.encoder import EncoderConfig
+from mpillm.models.encoder_decoder import SHAPES
 from mpillm.system.console import Console
 from tests.pretrained import peer
 from tests.published import SPEC, publish, weights_of
@@ -32,6 +33,12 @@ GPT2 = DecoderConfig(
     positions="learned",
     activation="gelu",
     bias=True,
+)
+T5, MARIAN = (
+    SHAPES[name].replace(
+        layers=2, width=32, heads=4, hidden=48, context=16, source_context=32, vocab_size=300
+    )
+    for name in ("t5-tiny", "marian-base")
 )
 
 
@@ -56,7 +63,9 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("shard_bytes", [4 << 30, 5_000])
-@pytest.mark.parametrize("spec", [SPEC, GPT2, BERT], ids=["llama", "gpt2", "bert"])
+@pytest.mark.parametrize(
+    "spec", [SPEC, GPT2, BERT, T5, MARIAN], ids=["llama", "gpt2", "bert", "t5", "marian"]
+)
 def test_a_folder_comes_back_bit_for_bit(
     folder: Path,
     comm: MPI.Intracomm,
@@ -121,19 +130,24 @@ def test_a_model_of_no_family_is_refused(folder: Path, comm: MPI.Intracomm) -> N
         module._family(odd, "llama")
 
 
-@pytest.mark.parametrize("spec", [SPEC, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("spec", [SPEC, GPT2, T5, MARIAN], ids=["llama", "gpt2", "t5", "marian"])
 def test_transformers_reads_the_same_model(
-    folder: Path, comm: MPI.Intracomm, spec: DecoderConfig
+    folder: Path, comm: MPI.Intracomm, spec: BlockSettings
 ) -> None:
     transformers = peer("transformers")
     if comm.rank == 0:
         publish(folder / "hub", spec)
     comm.Barrier()
     import_model(folder / "hub", folder / "imported", comm, QUIET)
-    export_model(folder / "imported", folder / "out", "hf", "float32", comm, QUIET)
+    made = export_model(folder / "imported", folder / "out", "hf", "float32", comm, QUIET)
     comm.Barrier()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "out").eval()
+    theirs = getattr(transformers, made.reader).from_pretrained(folder / "out").eval()
     ours = load_trained(folder / "imported", comm, QUIET).model
     ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-5, atol=1e-4)
+        if spec.source_field:
+            found = theirs(input_ids=ids, decoder_input_ids=ids.flip(1)).logits
+            wanted = ours({"source": ids, "ids": ids.flip(1)})
+        else:
+            found, wanted = theirs(ids).logits, ours(ids)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)

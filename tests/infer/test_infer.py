@@ -21,11 +21,13 @@ from mpillm.infer.loading import TOKENIZER, Loaded, load_trained, model_tensors
 from mpillm.infer.print_results import print_evaluation, print_generation
 from mpillm.infer.sampling import Sampling, check_prompt
 from mpillm.models.decoder import DecoderConfig
-from mpillm.models.part_module import create
+from mpillm.models.encoder_decoder import SHAPES
+from mpillm.models.part_module import PartModule, create
 from mpillm.system.console import Console
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.reader import open_split
+from mpillm.tokens.tokenizer import byte_tokenizer
 from mpillm.train.recipe import parse_recipe
 from mpillm.train.setup import train
 from mpillm.verbs.generate import Generate
@@ -142,6 +144,42 @@ def test_the_cache_and_the_slide_change_no_likeliest_token() -> None:
     assert prompt + found == expected
     assert len(list(sample_tokens(model, prompt, Sampling(max_tokens=100)))) == 100
     assert len(list(sample_tokens(model, list(range(50)), Sampling(max_tokens=5)))) == 5
+
+
+def translator(name: str = "t5-tiny") -> PartModule:
+    """Make a small model that reads a source, with weights that choose between tokens."""
+    spec = SHAPES[name].replace(
+        layers=2, width=32, heads=4, hidden=48, context=12, source_context=16, vocab_size=257
+    )
+    model = create(spec.replace(start_token=-1), 3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3)
+    return model.eval()
+
+
+def test_a_source_is_read_once_and_the_text_ends_with_the_context() -> None:
+    model, tokenizer = translator(), byte_tokenizer()
+    with torch.inference_mode():
+        source = {"source": torch.tensor([[*tokenizer.encode("a source"), tokenizer.eot_id]])}
+        ids = [tokenizer.eot_id]
+        for _ in range(12):
+            logits = model({**source, "ids": torch.tensor([ids])})  # the whole text, each time
+            ids.append(int(logits[0, -1].argmax()))
+    sampling = Sampling(max_tokens=50, temperature=0)
+    assert list(sample_tokens(model, ids[:1], sampling, source)) == ids[1:]
+    wanted = ids[1:].index(tokenizer.eot_id) if tokenizer.eot_id in ids[1:] else 12
+    text = "".join(generate(model, tokenizer, "a source", sampling))
+    assert text == tokenizer.decode(ids[1 : 1 + wanted])
+    assert "".join(generate(model, tokenizer, "another", sampling)) != text
+
+
+def test_a_prompt_that_no_source_can_be_is_refused() -> None:
+    tokenizer, sampling = byte_tokenizer(), Sampling(max_tokens=2)
+    with pytest.raises(UsageError, match=r"a source of 17 tokens, its end included, .* reads 16"):
+        list(generate(translator(), tokenizer, "x" * 16, sampling))
+    with pytest.raises(UsageError, match="the model reads frames of sound"):
+        list(generate(translator("whisper-tiny"), tokenizer, "x", sampling))
 
 
 def test_draws_follow_temperature_top_k_and_top_p() -> None:

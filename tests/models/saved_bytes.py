@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.models.block_settings import BlockSettings
-from mpillm.models.part_module import create
+from mpillm.models.part_module import Fields, PartModule, Streams, create
 from mpillm.models.spec import Part
 
 
@@ -19,20 +19,32 @@ def kept_bytes(
     dtype: Any,
     given: dict[str, torch.Tensor] | None = None,
 ) -> int:
-    """Sum the memory that a forward pass leaves, of pivots and autograd, without weights and
-    tables.
+    """Sum the memory that a forward pass of one stream leaves, see `saved_bytes`.
 
-    A layer that is recomputed gives handles in place of tensors: its argument is kept. `given`: the
-    fields at the beginning; None: token ids.
+    `given`: the fields at the beginning; None: token ids.
     """
     module = create(config, 1, part=part).to(dtype)
     module.set_recompute(recompute)
-    own = [*module.parameters(), *module.buffers()]
     ids = torch.zeros(rows, config.context, dtype=torch.int64)
     fields = dict(given or {"ids": ids}) if config.begins(part) else {}
     if config.drops:
         fields["dropout_keys"] = torch.arange(rows)
     stream = torch.randn(rows, config.context, config.width, dtype=dtype, requires_grad=True)
+    if config.begins(part):
+        return saved_bytes(module, fields, ())
+    counted = dtype == torch.float32 or config.norm != "rmsnorm"
+    return saved_bytes(module, fields, (stream,), counted)
+
+
+def saved_bytes(
+    module: PartModule, fields: Fields, streams: Streams, streams_are_kept: bool = True
+) -> int:
+    """Sum the memory that a forward pass leaves, of pivots and autograd, without weights and
+    tables.
+
+    A layer that is recomputed gives handles in place of tensors: its arguments are kept. So the
+    `streams` are counted, be they saved as they are or not.
+    """
     found: dict[int, int] = {}
     tensors: list[torch.Tensor] = []
 
@@ -44,18 +56,14 @@ def kept_bytes(
 
     # The hooks inside of a recomputed layer come first, and give its tensors no place here.
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = module.forward_part(fields, () if config.begins(part) else (stream,))
-    for pivot in output.pivots if config.begins(part) else ():
+        output = module.forward_part(fields, streams)
+    for pivot in output.pivots:
         found[pivot.untyped_storage().data_ptr()] = pivot.untyped_storage().nbytes()
-    for each in (*own, ids, *fields.values()):
+    for each in (*module.parameters(), *module.buffers(), *fields.values(), *streams):
         found.pop(each.untyped_storage().data_ptr(), None)
-    if not config.begins(part):
-        # Counted, be it saved as it is or in another dtype.
-        found[stream.untyped_storage().data_ptr()] = stream.nbytes
-        if dtype != torch.float32 and config.norm == "rmsnorm":
-            del found[stream.untyped_storage().data_ptr()]
     assert output.outputs
-    return sum(found.values())
+    received = sum(stream.untyped_storage().nbytes() for stream in streams)
+    return sum(found.values()) + streams_are_kept * received
 
 
 def peak_of_a_step(config: BlockSettings, part: Part, rows: int, recompute: Any) -> int:

@@ -5,7 +5,7 @@ import torch
 
 from mpillm.errors import RecipeError
 from mpillm.models.decoder import SHAPES, DecoderConfig
-from mpillm.models.layers.decoder_stack import Decoder
+from mpillm.models.stacks.decoder_stack import Decoder
 
 
 @pytest.mark.parametrize("name", SHAPES)

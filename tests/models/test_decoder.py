@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mpillm.models.decoder import DecoderConfig
-from mpillm.models.layers.decoder_stack import Cache, Decoder
 from mpillm.models.part_module import create
 from mpillm.models.spec import Part
+from mpillm.models.stacks.decoder_stack import Cache, Decoder
 from mpillm.tasks.cross_entropy import cross_entropy_sum
 
 SMALL = {"layers": 2, "width": 32, "heads": 4, "context": 16, "vocab_size": 50}

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from mpillm.errors import DataError, UsageError
 from mpillm.tokens.text.text_cut import PART_CHARACTERS
 from mpillm.tokens.tokenizer import Tokenizer, byte_tokenizer, token_dtype, train_bpe
+from tests.pretrained import minilm
 
 pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="no messages: serial pass only")
 
@@ -270,6 +271,19 @@ def test_each_kind_is_the_library_s(make, end):
         assert ours.encode(text) == expected
         assert ours.decode(expected) == inner.decode(expected)
     assert ours.to_json() == inner.to_str()
+
+
+def test_a_published_wordpiece_is_the_library_s():
+    path = minilm() / "tokenizer.json"
+    ours = Tokenizer.load(path, end_of_text="[SEP]")
+    library = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    library.no_truncation()
+    library.no_padding()
+    for text in (*TEXTS[:3], "Unaffable, 日本 naïve café!", ""):
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == library.decode(ids)
+    assert ours.eot_id not in ours.encode("a [SEP] b")
 
 
 @pytest.mark.parametrize(("make", "end"), MADE)

@@ -31,6 +31,8 @@ class Place:
     """The elements in the coordinates of their file; None: all."""
     transposed: bool = False
     """Whether their (in, out) is our (out, in)."""
+    squeezed: bool = False
+    """Whether the box has a first dim of 1 that ours lacks."""
 
 
 class Family(ABC):

@@ -27,6 +27,9 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "roberta": "mpillm.models.families.bert:Roberta",
         "modernbert": "mpillm.models.families.modernbert:ModernBert",
         "vit": "mpillm.models.families.vit:ViT",
+        "t5": "mpillm.models.families.t5:T5",
+        "marian": "mpillm.models.families.marian:Marian",
+        "whisper": "mpillm.models.families.whisper:Whisper",
     }
 )
 

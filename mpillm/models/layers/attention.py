@@ -1,4 +1,4 @@
-"""Self-attention: the one entry to all attention kernels, and the layer around it.
+"""Attention: the one entry to all attention kernels, and the layers around it.
 
 Shapes: B sequences, T positions, S positions attended to, C width, H heads, K heads of keys and
 values, D width of a head.
@@ -13,6 +13,7 @@ from mpillm.models.layers.cached_attention import LayerCache, attend_cached
 from mpillm.models.layers.dense_attention import attend_dense, biased_mask
 from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.models.layers.norm import make_norm
+from mpillm.models.layers.relative_bias import RelativeBias
 from mpillm.models.layers.rotary import Rotation, rotate
 from mpillm.models.layers.span_attention import attend_spans
 from mpillm.models.layers.unfused_attention import attend_unfused
@@ -61,7 +62,9 @@ def attend(
         assert spans is None, "a cache holds one document a row"
         assert causal, "positions to come are in no cache"
         return attend_cached(q_BTHD, k_BSKD, v_BSKD, cache, first, window, soft_cap, bias)
-    if soft_cap or (dropout and keys_B is not None):
+    # Fused kernels give a bias no gradient.
+    learns = bias is not None and bias.requires_grad
+    if soft_cap or learns or (dropout and keys_B is not None):
         mask = _dense_mask(q_BTHD, pattern, spans)
         return attend_unfused(q_BTHD, k_BSKD, v_BSKD, mask, soft_cap, dropout, keys_B, bias)
     if bias is not None:
@@ -90,26 +93,51 @@ def _dense_mask(q_BTHD: Tensor, pattern: Pattern, spans: DocumentSpans | None) -
     return band_TT if spans is None else band_TT & spans.mask
 
 
-class Attention(nn.Module):
-    """Grouped-query self-attention (Ainslie et al. 2023) of block number `block`."""
+class Projections(nn.Module):
+    """The products of an attention: queries, keys and values, by heads, and the output."""
 
-    def __init__(self, config: BlockSettings, block: int = 0, causal: bool = True) -> None:
+    def __init__(self, config: BlockSettings) -> None:
         super().__init__()
         self.by_head = -1, config.head_features
-        window = config.window if config.slides(block) else 0
-        self.pattern = Pattern(causal, window, config.attention_soft_cap, config.attention_dropout)
         # The kernels divide scores by the root of the head's width.
         scale_width = config.query_scale_width or config.head_features
         self.query_factor = (config.head_features / scale_width) ** 0.5
         query, key_value = config.query_width, config.key_value_width
         biased = config.bias or config.qkv_bias
         self.query = nn.Linear(config.width, query, bias=biased)
-        self.key = nn.Linear(config.width, key_value, bias=biased)
+        self.key = nn.Linear(config.width, key_value, bias=biased and config.key_bias)
         self.value = nn.Linear(config.width, key_value, bias=biased)
         self.output = nn.Linear(query, config.width, bias=config.bias)
         normed = config.query_key_norm
         self.query_norm = make_norm(config, config.head_features) if normed else None
         self.key_norm = make_norm(config, config.head_features) if normed else None
+
+    def queries(self, x_BTC: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """Return the queries (B, T, H, D) of the stream."""
+        q_BTHD: Tensor = self.query(x_BTC).unflatten(-1, self.by_head)
+        if self.query_norm is not None:
+            q_BTHD = self.query_norm(q_BTHD)
+        if rotation is not None:
+            q_BTHD = rotate(q_BTHD, rotation)
+        return q_BTHD * self.query_factor if self.query_factor != 1 else q_BTHD
+
+    def keys_values(self, x_BSC: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
+        """Return the keys and the values (B, S, K, D) of a stream."""
+        k_BSKD: Tensor = self.key(x_BSC).unflatten(-1, self.by_head)
+        v_BSKD: Tensor = self.value(x_BSC).unflatten(-1, self.by_head)
+        if self.key_norm is not None:
+            k_BSKD = self.key_norm(k_BSKD)
+        return (k_BSKD if rotation is None else rotate(k_BSKD, rotation)), v_BSKD
+
+
+class Attention(Projections):
+    """Grouped-query self-attention (Ainslie et al. 2023) of block number `block`."""
+
+    def __init__(self, config: BlockSettings, block: int = 0, causal: bool = True) -> None:
+        super().__init__(config)
+        window = config.window if config.slides(block) else 0
+        self.pattern = Pattern(causal, window, config.attention_soft_cap, config.attention_dropout)
+        self.relative = RelativeBias(config, causal) if config.positions == "relative" else None
 
     def forward(
         self,
@@ -122,16 +150,36 @@ class Attention(nn.Module):
         bias: Tensor | None = None,
     ) -> Tensor:
         """Attend from position `first`. `rotation`: of these positions. The rest: see `attend`."""
-        q_BTHD = self.query(x_BTC).unflatten(-1, self.by_head)
-        k_BTKD = self.key(x_BTC).unflatten(-1, self.by_head)
-        v_BTKD = self.value(x_BTC).unflatten(-1, self.by_head)
-        if self.query_norm is not None and self.key_norm is not None:
-            q_BTHD, k_BTKD = self.query_norm(q_BTHD), self.key_norm(k_BTKD)
-        if rotation is not None:
-            q_BTHD, k_BTKD = rotate(q_BTHD, rotation), rotate(k_BTKD, rotation)
-        if self.query_factor != 1:
-            q_BTHD = q_BTHD * self.query_factor
+        q_BTHD = self.queries(x_BTC, rotation)
+        k_BTKD, v_BTKD = self.keys_values(x_BTC, rotation)
+        if self.relative is not None:
+            own_HTS = self.relative(first, x_BTC.shape[1])
+            bias = own_HTS if bias is None else own_HTS + bias
         given = self.pattern, spans, cache, first, keys_B, bias
         a_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, *given)
+        y_BTC: Tensor = self.output(a_BTHD.flatten(2))
+        return y_BTC
+
+
+class CrossAttention(Projections):
+    """Attention of a decoder's positions to all of an encoder's outputs (Vaswani et al. 2017)."""
+
+    def __init__(self, config: BlockSettings) -> None:
+        super().__init__(config)
+        self.pattern = Pattern(False, 0, config.attention_soft_cap, config.attention_dropout)
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        memory: Tensor | tuple[Tensor, Tensor],
+        keys_B: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Attend to `memory`: the encoder's outputs (B, S, C), or their keys and values. The rest:
+        see `attend`.
+        """
+        k_BSKD, v_BSKD = self.keys_values(memory) if isinstance(memory, Tensor) else memory
+        q_BTHD = self.queries(x_BTC)
+        a_BTHD = attend(q_BTHD, k_BSKD, v_BSKD, self.pattern, keys_B=keys_B, bias=bias)
         y_BTC: Tensor = self.output(a_BTHD.flatten(2))
         return y_BTC

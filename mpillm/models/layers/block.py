@@ -19,8 +19,8 @@ from mpillm.models.layers.recompute import recomputed
 from mpillm.models.layers.rotary import Rotation
 
 
-class Block(nn.Module):
-    """Block number `block`: attention and feed-forward, each with a residual connection."""
+class BlockLayers(nn.Module):
+    """What the blocks of all stacks have: self-attention and feed-forward, joined to the stream."""
 
     def __init__(self, config: BlockSettings, block: int = 0, causal: bool = True) -> None:
         super().__init__()
@@ -35,6 +35,38 @@ class Block(nn.Module):
         self.feed_forward = Mixture(config) if config.experts else FeedForward(config)
         self.forward_output_norm = make_norm(config) if sandwich else None
 
+    def add_attention(self, *given: Any) -> Tensor:
+        """Add the self-attention to the stream. `given`: see `Block.forward`."""
+        x_BTC, keys_B = given[0], given[5]
+        recomputes = self.recomputes_attention
+        a_BTC = recomputed(self._attend, *given) if recomputes else self._attend(*given)
+        return self._joined(x_BTC, a_BTC, self.attention_norm, keys_B, ATTENTION_OUTPUT)
+
+    def add_feed_forward(self, x_BTC: Tensor, keys_B: Tensor | None) -> Tensor:
+        """Add the feed-forward to the stream."""
+        y_BTC = self.feed_forward(x_BTC if self.post_norm else self.forward_norm(x_BTC))
+        if self.forward_output_norm is not None:
+            y_BTC = self.forward_output_norm(y_BTC)
+        return self._joined(x_BTC, y_BTC, self.forward_norm, keys_B, FEED_FORWARD_OUTPUT)
+
+    def _attend(self, x_BTC: Tensor, *others: Any) -> Tensor:
+        a_BTC: Tensor = self.attention(
+            x_BTC if self.post_norm else self.attention_norm(x_BTC), *others
+        )
+        if self.attention_output_norm is not None:
+            a_BTC = self.attention_output_norm(a_BTC)
+        return a_BTC
+
+    def _joined(
+        self, x_BTC: Tensor, y_BTC: Tensor, norm: nn.Module, keys_B: Tensor | None, place: int
+    ) -> Tensor:
+        x_BTC = x_BTC + drop(y_BTC, self.dropout, keys_B, place)
+        return norm(x_BTC) if self.post_norm else x_BTC
+
+
+class Block(BlockLayers):
+    """Block number `block`: attention and feed-forward, each with a residual connection."""
+
     def forward(
         self,
         x_BTC: Tensor,
@@ -48,22 +80,5 @@ class Block(nn.Module):
         """Compute the block. `keys_B`: the layer's keys of dropout masks; None: no dropout. The
         rest: see `attend` (attention.py).
         """
-        given = x_BTC, rotation, spans, cache, first, keys_B, bias
-        recomputes = self.recomputes_attention
-        a_BTC = recomputed(self._attend, *given) if recomputes else self._attend(*given)
-        x_BTC = x_BTC + drop(a_BTC, self.dropout, keys_B, ATTENTION_OUTPUT)
-        if self.post_norm:
-            x_BTC = self.attention_norm(x_BTC)
-        y_BTC = self.feed_forward(x_BTC if self.post_norm else self.forward_norm(x_BTC))
-        if self.forward_output_norm is not None:
-            y_BTC = self.forward_output_norm(y_BTC)
-        x_BTC = x_BTC + drop(y_BTC, self.dropout, keys_B, FEED_FORWARD_OUTPUT)
-        return self.forward_norm(x_BTC) if self.post_norm else x_BTC
-
-    def _attend(self, x_BTC: Tensor, *others: Any) -> Tensor:
-        a_BTC: Tensor = self.attention(
-            x_BTC if self.post_norm else self.attention_norm(x_BTC), *others
-        )
-        if self.attention_output_norm is not None:
-            a_BTC = self.attention_output_norm(a_BTC)
-        return a_BTC
+        x_BTC = self.add_attention(x_BTC, rotation, spans, cache, first, keys_B, bias)
+        return self.add_feed_forward(x_BTC, keys_B)

@@ -10,7 +10,7 @@ from mpillm.models.block_settings import BlockSettings
 
 
 class FeedForward(nn.Module):
-    """The feed-forward layer: GELU, or a gated unit (Shazeer 2020) of SiLU or GELU."""
+    """The feed-forward layer: GELU, ReLU or SiLU, or a gated unit (Shazeer 2020) of them."""
 
     def __init__(self, config: BlockSettings, hidden: int = 0) -> None:
         """Make it with a width inside of `hidden` (0: that of the settings)."""
@@ -18,7 +18,8 @@ class FeedForward(nn.Module):
         hidden = hidden or config.hidden_width
         # The tanh form is that of GPT-2's released weights.
         self.form = "none" if config.activation.endswith("exact") else "tanh"
-        self.silu = config.activation == "swiglu"
+        self.silu = config.activation in ("swiglu", "silu")
+        self.relu = config.activation == "relu"
         sizes = config.width, hidden
         self.gate = nn.Linear(*sizes, bias=config.bias) if config.gated else None
         self.up = nn.Linear(*sizes, bias=config.bias)
@@ -33,4 +34,6 @@ class FeedForward(nn.Module):
         return y_BTC
 
     def _activated(self, x: Tensor) -> Tensor:
+        if self.relu:
+            return F.relu(x)
         return F.silu(x) if self.silu else F.gelu(x, approximate=self.form)

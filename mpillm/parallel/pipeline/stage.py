@@ -44,6 +44,8 @@ class Batch:
 class _Held:
     """The tensors of a forward pass that its backward pass needs."""
 
+    received: Streams
+    """The pivots whose gradients go back; the others are embeddings of this stage."""
     pivots: Streams
     outputs: Streams
 
@@ -80,7 +82,7 @@ class ModelStage:
             loss = self._task.objective_sum(outputs, fields) / batch.scale
             self.losses[microbatch] = loss.detach()
             outputs = (loss if self.loss_scale == 1.0 else loss * self.loss_scale,)
-        self._held[microbatch] = _Held(pivots, outputs)
+        self._held[microbatch] = _Held(streams, pivots, outputs)
         # Detached: the next stage starts a graph of its own.
         return () if part.ends else tuple(output.detach() for output in outputs)
 
@@ -89,13 +91,14 @@ class ModelStage:
         self._before_weights()
         torch.autograd.backward(held.outputs, gradients or None)
         self._after_weights()
-        return () if self.part.begins else _gradients(held.pivots)
+        return _gradients(held.received)
 
     def backward_input(self, microbatch: int, gradients: Streams) -> Streams:
         held = self._held.pop(microbatch)
         self._split[microbatch] = split = SplitBackward(held.outputs, held.pivots)
         found = split.input(gradients or (None,) * len(held.outputs))
-        return () if self.part.begins else found
+        # The received streams are the first pivots.
+        return found[: len(held.received)]
 
     def backward_weight(self, microbatch: int) -> None:
         self._before_weights()
@@ -118,9 +121,9 @@ def _outputs_for(task: Task, made: Outputs) -> tuple[Any, ...]:
     return made if task.reads_heads else plain_outputs(made)
 
 
-def _gradients(pivots: Streams) -> Streams:
+def _gradients(streams: Streams) -> Streams:
     # A stream that the part does not use has no gradient: zeros, as the split pass gives.
-    return tuple(torch.zeros_like(p) if p.grad is None else p.grad for p in pivots)
+    return tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in streams)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from mpillm.models.layers.dropout import (
     drop,
     layer_keys,
 )
-from mpillm.models.layers.encoder_head import activate, pool
 from mpillm.models.layers.norm import make_norm
 from mpillm.models.layers.patch_embedding import PatchEmbedding
 from mpillm.models.layers.recompute import recomputed
@@ -30,6 +29,7 @@ from mpillm.models.layers.sound_embedding import SoundEmbedding
 from mpillm.models.linear_head import LinearHead, Outputs, plain_outputs
 from mpillm.models.part_module import Fields, PartModule, PartOutput, Streams
 from mpillm.models.spec import Part, Recompute, recompute_of
+from mpillm.models.stacks.encoder_head import activate, pool
 
 # Outputs that are added to the stream, see decoder_stack.py.
 RESIDUAL_OUTPUTS = (".attention.output.weight", ".down.weight")

@@ -1,0 +1,1 @@
+"""The stacks: the torch module of each architecture, made of layers."""

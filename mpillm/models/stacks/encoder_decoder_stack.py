@@ -1,0 +1,217 @@
+"""The encoder-decoder on one device: from a source and token ids to a head of logits; or a part.
+
+Shapes: B sequences, T positions, S positions of the source, C width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mpillm.errors import RecipeError
+from mpillm.models.encoder_decoder import EncoderDecoderConfig
+from mpillm.models.layers.block import Block
+from mpillm.models.layers.cross_block import CrossBlock, CrossCache
+from mpillm.models.layers.dropout import EMBEDDING, EMBEDDING_LAYER, drop, layer_keys
+from mpillm.models.layers.norm import make_norm
+from mpillm.models.layers.recompute import recomputed
+from mpillm.models.layers.sinusoidal import sinusoidal_positions
+from mpillm.models.layers.sound_embedding import SoundEmbedding
+from mpillm.models.linear_head import LinearHead, plain_outputs
+from mpillm.models.part_module import Fields, GenerationCache, PartModule, PartOutput, Streams
+from mpillm.models.spec import Part, Recompute, recompute_of
+
+# Outputs that are added to the stream, see decoder_stack.py: of cross-attentions too.
+RESIDUAL_OUTPUTS = ("attention.output.weight", ".down.weight")
+
+
+class SourceCache(GenerationCache):
+    """The encoder's outputs of B sources, and keys and values of all layers of the decoder."""
+
+    def __init__(
+        self, config: EncoderDecoderConfig, memory_BSC: Tensor, bias: Tensor | None
+    ) -> None:
+        self.memory_BSC, self.bias = memory_BSC, bias
+        made = len(memory_BSC), memory_BSC.device, memory_BSC.dtype
+        self.layers = [CrossCache(config, *made) for _ in range(config.decoder_blocks)]
+        self.length = 0
+
+
+class EncoderDecoder(PartModule):
+    """An encoder and a decoder that attends to its outputs, or a part of their blocks."""
+
+    table_SC: Tensor | None
+    table_TC: Tensor | None
+
+    def __init__(self, config: EncoderDecoderConfig, part: Part | None = None) -> None:
+        super().__init__(config, part)
+        self.config = config
+        width, vocabulary = config.width, config.vocab_size
+        encoder, decoder = config.encoder_part(self.part), config.decoder_part(self.part)
+        text, sound = self.begins and not config.mels, self.begins and config.mels > 0
+        self.source_embedding = nn.Embedding(vocabulary, width) if text else None
+        self.sound = SoundEmbedding(config.mels, width) if sound else None
+        sinusoidal = config.positions == "sinusoidal"
+        self._add_table("table_SC", config.source_context, self.begins and sinusoidal)
+        self.encoder = nn.ModuleDict(
+            {str(n): Block(config, n, False) for n in range(encoder.first, encoder.last)}
+        )
+        pre = config.norm_place == "pre"
+        ends_encoder = self.part.first < config.layers <= self.part.last
+        self.encoder_norm = make_norm(config) if ends_encoder and pre else None
+        begins, learned = config.begins_decoder(self.part), config.decoder_positions == "learned"
+        self.embedding = nn.Embedding(vocabulary, width) if begins else None
+        self.position = nn.Embedding(config.context, width) if begins and learned else None
+        self._add_table("table_TC", config.context, begins and sinusoidal and not learned)
+        self.decoder = nn.ModuleDict(
+            {str(n): CrossBlock(config, n) for n in range(decoder.first, decoder.last)}
+        )
+        self.norm = make_norm(config) if self.ends and pre else None
+        self.head = nn.Linear(width, vocabulary, bias=config.head_bias) if self.ends else None
+        self.tie()
+
+    def _add_table(self, name: str, length: int, held: bool) -> None:
+        config = self.config
+        given = length, config.width, config.sinusoid_ends
+        table = sinusoidal_positions(*given) if held else None
+        self.register_buffer(name, table, persistent=False)
+
+    def deviation_of(self, name: str) -> float:
+        deviation = self.initial_deviation
+        if name.endswith(RESIDUAL_OUTPUTS):
+            # A decoder's block adds three times.
+            adds = 2 * self.config.layers
+            if name.startswith("decoder."):
+                adds = 3 * self.config.decoder_blocks
+            deviation /= adds**0.5
+        return deviation
+
+    def fill_of(self, name: str) -> float:
+        return 0.0 if self.config.norm == "rmsnorm1p" else 1.0
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        self.recompute = recompute
+        for first, blocks in ((0, self.encoder), (self.config.layers, self.decoder)):
+            for number, block in blocks.items():
+                assert isinstance(block, Block | CrossBlock)
+                kind = recompute_of(recompute, first + int(number))
+                block.recomputes_attention = kind == "attention"
+
+    def forward_part(self, fields: Fields, streams: Streams) -> PartOutput:
+        """Compute the part. Fields: `source` (B, S) or `frames` (B, F, mels) at the beginning,
+        `ids` (B, T) where the decoder begins. Optional: `source_lengths` (B,), best in host memory,
+        and `dropout_keys` (B,).
+        """
+        pivots = [*streams]
+        memory_BSC = streams[0] if streams else self._embed_source(fields, pivots)
+        bias = self._source_bias(fields, memory_BSC)
+        memory_BSC = self._encode(fields, memory_BSC, bias)
+        if not self.decoder:
+            return PartOutput((memory_BSC,), tuple(pivots))
+        x_BTC = streams[1] if len(streams) > 1 else self._embed(fields, pivots)
+        x_BTC = self._decode(fields, x_BTC, memory_BSC, bias)
+        if self.head is None:
+            return PartOutput((memory_BSC, x_BTC), tuple(pivots))
+        return PartOutput((self._head_of(x_BTC),), tuple(pivots))
+
+    def _embed_source(self, fields: Fields, pivots: list[Tensor]) -> Tensor:
+        if self.config.source_field not in fields:
+            raise RecipeError(
+                f"model.architecture = {self.config.architecture!r} reads the field "
+                f"{self.config.source_field!r}, and a batch has {', '.join(sorted(fields))}; "
+                "set task.name to a task whose batches have it"
+            )
+        if self.sound is not None:
+            x_BSC = self.sound(fields["frames"])
+        else:
+            assert self.source_embedding is not None
+            x_BSC = self.source_embedding(fields["source"])
+        pivots.append(x_BSC)
+        if x_BSC.shape[1] > self.config.source_context:
+            raise ValueError(
+                f"{x_BSC.shape[1]} positions exceed the source_context of "
+                f"{self.config.source_context}"
+            )
+        return self._with_positions(fields, x_BSC, self.table_SC, self.sound is None, 0)
+
+    def _embed(self, fields: Fields, pivots: list[Tensor], first: int = 0) -> Tensor:
+        """Embed `ids`, the positions from `first` on."""
+        assert self.embedding is not None
+        x_BTC = self.embedding(fields["ids"])
+        pivots.append(x_BTC)
+        last = first + x_BTC.shape[1]
+        if last > self.config.context:
+            raise ValueError(f"{last} positions exceed the context of {self.config.context}")
+        table_TC = self.table_TC if self.position is None else self.position.weight
+        table_TC = None if table_TC is None else table_TC[first:]
+        return self._with_positions(fields, x_BTC, table_TC, True, 1)
+
+    def _with_positions(
+        self, fields: Fields, x_BTC: Tensor, table_TC: Tensor | None, scaled: bool, stack: int
+    ) -> Tensor:
+        """Scale an embedding, add the positions of `table_TC`, and drop, by keys of the stack."""
+        if scaled and self.config.scaled_embedding:
+            x_BTC = x_BTC * self.config.width**0.5
+        if table_TC is not None:
+            x_BTC = x_BTC + table_TC[: x_BTC.shape[1]]
+        keys_B = self._keys(fields, EMBEDDING_LAYER + stack)
+        return drop(x_BTC, self.config.embedding_dropout, keys_B, EMBEDDING)
+
+    def _keys(self, fields: Fields, layer: int) -> Tensor | None:
+        keys_B = fields.get("dropout_keys")
+        return None if keys_B is None else layer_keys(keys_B, layer)
+
+    def _source_bias(self, fields: Fields, memory_BSC: Tensor) -> Tensor | None:
+        """Make the bias (B, 1, 1, S) that masks the padding of sources; None without padding."""
+        lengths_B, length = fields.get("source_lengths"), memory_BSC.shape[1]
+        if lengths_B is None or int(lengths_B.min()) >= length:
+            return None
+        padding_BS = torch.arange(length, device=lengths_B.device) >= lengths_B[:, None]
+        bias_BS = torch.zeros(padding_BS.shape, device=lengths_B.device)
+        bias_BS = bias_BS.masked_fill_(padding_BS, -torch.inf)
+        return bias_BS.to(memory_BSC.device, memory_BSC.dtype)[:, None, None]
+
+    def _encode(self, fields: Fields, x_BSC: Tensor, bias: Tensor | None) -> Tensor:
+        for number, block in self.encoder.items():
+            given = x_BSC, None, None, None, 0, self._keys(fields, int(number)), bias
+            whole = recompute_of(self.recompute, int(number)) == "full"
+            x_BSC = recomputed(block, *given) if whole else block(*given)
+        return x_BSC if self.encoder_norm is None else self.encoder_norm(x_BSC)
+
+    def _decode(
+        self,
+        fields: Fields,
+        x_BTC: Tensor,
+        memory_BSC: Tensor,
+        bias: Tensor | None,
+        cache: SourceCache | None = None,
+    ) -> Tensor:
+        first = cache.length if cache else 0
+        for number, block in self.decoder.items():
+            layer = self.config.layers + int(number)
+            layer_cache = cache.layers[int(number)] if cache else None
+            given = x_BTC, memory_BSC, layer_cache, first, self._keys(fields, layer), bias
+            whole = recompute_of(self.recompute, layer) == "full"
+            x_BTC = recomputed(block, *given) if whole else block(*given)
+        return x_BTC
+
+    def _head_of(self, x_BTC: Tensor) -> LinearHead:
+        assert self.head is not None
+        x_BTC = x_BTC if self.norm is None else self.norm(x_BTC)
+        if self.config.scaled_head:
+            x_BTC = x_BTC * self.config.width**-0.5
+        return LinearHead.of(x_BTC, self.head)
+
+    def encode_source(self, fields: Fields) -> SourceCache:
+        memory_BSC = self._embed_source(fields, [])
+        bias = self._source_bias(fields, memory_BSC)
+        return SourceCache(self.config, self._encode(fields, memory_BSC, bias), bias)
+
+    def next_logits(self, ids_BT: Tensor, cache: GenerationCache) -> Tensor:
+        assert isinstance(cache, SourceCache)
+        x_BTC = self._embed({"ids": ids_BT}, [], cache.length)
+        x_BTC = self._decode({}, x_BTC, cache.memory_BSC, cache.bias, cache)
+        cache.length += ids_BT.shape[1]
+        return self._head_of(x_BTC).logits()
+
+    def forward(self, fields: Fields) -> Tensor:
+        """Return the logits (B, T, V) of the whole model; fields: see `forward_part`."""
+        return plain_outputs(self.forward_part(fields, ()).outputs)[0]
