@@ -62,6 +62,11 @@ MODELS |= {
         layers=7, full_every=6, query_key_norm=True, rope_theta=5e4, window_rope_theta=1e4
     ),
 }
+SCALED = SPEC.replace(rope_scaling="linear", rope_factor=2.0)
+MODELS |= {
+    "linear": SCALED,
+    "yarn": SCALED.replace(rope_scaling="yarn", rope_factor=4.0, rope_original_context=8),
+}
 # No file of llama.cpp has it.
 NO_DROPOUT = dict.fromkeys(("dropout", "attention_dropout", "embedding_dropout"), 0.0)
 # The largest error of a value, over the largest of its block.
@@ -142,7 +147,7 @@ def test_what_llama_cpp_lacks_is_refused(folder: Path, comm: MPI.Intracomm) -> N
     two, mixture = MODELS["gemma2"], {"experts": 4, "experts_per_token": 2}
     refused = [
         (SPEC.replace(window=8), "a model with window = 8 is not written .* llama means 0"),
-        (SPEC.replace(rope_scaling="linear", rope_factor=2.0), "with rope_scaling = 'linear' is"),
+        (MODELS["yarn"].replace(rope_scaling="llama3"), "with rope_scaling = 'llama3' is"),
         (MODELS["gpt2"].replace(activation="gelu-exact"), "with activation = 'gelu-exact' is"),
         (two.replace(query_scale_width=24.0), "with query_scale_width = 24.0 is"),
         (two.replace(full_every=3), "with full_every = 3 is"),
