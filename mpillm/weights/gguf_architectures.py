@@ -27,6 +27,12 @@ LLAMA_KEYS: Mapping[str, str] = MappingProxyType(
         "rope.freq_base": "rope_theta",
     }
 )
+# Of rotary positions that are scaled: linear, and YaRN. llama.cpp's other ones are tensors.
+SCALING = "rope.scaling"
+SCALING_KEYS: Mapping[str, str] = MappingProxyType(
+    {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
+)
+SCALINGS = ("none", "linear", "yarn")
 # Gemma 2 and 3: windows, soft caps, and norms after the products, too.
 SANDWICH_KEYS: Mapping[str, str] = MappingProxyType(
     {
@@ -121,6 +127,13 @@ class GgufArchitecture:
             for ours, theirs in self.keys.items()
             if f"{self.name}.{ours}" in facts
         }
+        if (kind := facts.get(f"{self.name}.{SCALING}.type", "none")) != "none":
+            scaling = {
+                theirs: facts[f"{self.name}.{SCALING}.{ours}"]
+                for ours, theirs in SCALING_KEYS.items()
+                if f"{self.name}.{SCALING}.{ours}" in facts
+            }
+            found["rope_scaling"] = {"rope_type": kind, **scaling}
         if self.scaled_by_head:
             found["query_pre_attn_scalar"] = found.get("head_dim")
         return {
@@ -143,6 +156,11 @@ class GgufArchitecture:
         if values["feed_forward_length"] is None:
             # GPT-2's config.json may leave it out.
             values["feed_forward_length"] = 4 * config["n_embd"]
+        scaling = config.get("rope_scaling") or {}
+        if scaling.get("rope_type") in SCALINGS:
+            values[f"{SCALING}.type"] = scaling["rope_type"]
+            for ours, theirs in SCALING_KEYS.items():
+                values[f"{SCALING}.{ours}"] = scaling.get(theirs)
         values["vocab_size"] = config["vocab_size"]
         return {f"{self.name}.{key}": each for key, each in values.items() if each is not None}
 

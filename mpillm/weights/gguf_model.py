@@ -7,14 +7,21 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mpillm.errors import CheckpointError
-from mpillm.weights.gguf_architectures import ARCHITECTURES, GgufArchitecture
+from mpillm.weights.gguf_architectures import (
+    ARCHITECTURES,
+    SCALING,
+    SCALINGS,
+    GgufArchitecture,
+)
 from mpillm.weights.gguf_source import GgufSource
 from mpillm.weights.slices import Box, whole_box
 from mpillm.weights.tensor_source import TensorInfo, TensorSource
 
-# Metadata that changes what the model computes, with the only value that is read here.
+# A tensor of factors, which the converter computes of a scaling that has no keys.
+FREQUENCIES = "rope_freqs.weight"
+# Metadata that changes what the model computes, with the values that are read here.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {"rope.scaling.type": ("none",), "expert_count": (0,), "attention.sliding_window": (0,)}
+    {f"{SCALING}.type": SCALINGS, "expert_count": (0,), "attention.sliding_window": (0,)}
 )
 
 
@@ -74,6 +81,11 @@ def _check(source: GgufSource, architecture: GgufArchitecture, config: Mapping[s
                 f"{source.path}: {prefix}.{key} = {value!r} is not read from GGUF files; "
                 "import the Hugging Face folder of the model"
             )
+    if FREQUENCIES in source.tensors:
+        raise CheckpointError(
+            f"{source.path} scales its rotary positions by {FREQUENCIES}, as Llama 3.1 and later "
+            "do, which is not read from GGUF files; import the Hugging Face folder of the model"
+        )
     if "rope.freq_base" in architecture.keys:
         _check_rotation(source, prefix, config)
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
@@ -52,6 +53,8 @@ def write(path: Path, turned: bool = True, **facts: Any) -> Path:
     writer.add_token_types(types)
     writer.add_token_merges(merges)
     writer.add_eos_token_id(258)
+    if facts.pop("rope_freqs", False):
+        writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32))
     for key, value in facts.items():
         writer.add_uint32(f"llama.{key}", value)
     back = {their: our for our, their in NAMES.items()}
@@ -94,6 +97,8 @@ def test_each_weight_is_that_of_the_model(folder: Path, comm: MPI.Intracomm) -> 
         ({"architecture": "mamba"}, "is of the architecture 'mamba'; mpillm reads GGUF files of"),
         ({"expert_count": 8}, r"llama\.expert_count = 8 is not read"),
         ({"rope.dimension_count": 4}, "rotates 4 of the 8 features of a head"),
+        ({"rope.scaling.type": 3}, r"rope\.scaling\.type = 3 is not read"),
+        ({"rope_freqs": True}, r"scales its rotary positions by rope_freqs\.weight"),
         ({"rule": "tekken"}, "with the rule 'tekken'; mpillm reads the kind gpt2 with the rules"),
     ],
 )

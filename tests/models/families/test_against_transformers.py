@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from mpi4py import MPI
 
 from mpillm.models.families.family import DecoderFamily
 from mpillm.models.families.family_catalog import FAMILIES, find_family
@@ -17,6 +18,9 @@ from mpillm.tasks.cross_entropy import cross_entropy_sum
 from tests.models.families.oracle import perturb, read, stored
 from tests.pretrained import peer
 
+if MPI.COMM_WORLD.size > 1:
+    # Before the library is imported, which takes seconds on each rank.
+    pytest.skip("no messages: serial pass only", allow_module_level=True)
 transformers = peer("transformers")
 pytest.importorskip("safetensors.torch")
 
