@@ -44,7 +44,7 @@ class EncoderDecoderSettings(BlockSettings):
     head_bias: bool = False
     """A bias of each token's logit."""
     start_token: int = -1
-    """The id that generation begins with; -1: the end of a text."""
+    """The id that generation begins with; -1: the padding token, or the end of text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
