@@ -57,6 +57,11 @@ class EncoderDecoderSettings(BlockSettings):
                 f"mels = {self.mels}: a source of sound has sinusoidal positions; "
                 'set positions = "sinusoidal", or drop mels'
             )
+        if self.start_token >= self.vocab_size > 0:
+            raise RecipeError(
+                f"start_token = {self.start_token} is not in a vocabulary of {self.vocab_size:,}; "
+                "name one of its ids, or leave it out for the padding token"
+            )
         if self.width % 2 and self.positions == "sinusoidal":
             raise RecipeError(f"sinusoidal positions need an even width, and width is {self.width}")
 
