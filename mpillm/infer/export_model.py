@@ -15,6 +15,7 @@ from torch import Tensor
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import CheckpointError, RecipeError, UsageError
 from mpillm.infer.export_gguf import GgufPlan, check_gguf_name, export_gguf
+from mpillm.infer.generate import first_token
 from mpillm.infer.loading import TOKENIZER, check_trained
 from mpillm.models.families.family import Family
 from mpillm.models.families.family_catalog import family_of, find_family
@@ -25,6 +26,7 @@ from mpillm.system.console import Console, Progress, binary_bytes
 from mpillm.system.extras import require_packages
 from mpillm.system.json_text import from_json, to_json
 from mpillm.system.messages import command, explain
+from mpillm.tasks.task_catalog import read_settings
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.checkpoint_source import CheckpointSource
@@ -183,9 +185,10 @@ def _texts(checkpoint: Checkpoint, spec: ModelSpec, family: Family, dtype: str) 
     config |= {"eos_token_id": end, **family.config(spec)}
     if spec.source_field:
         # transformers' own defaults are ids of the published vocabularies.
-        config = {"pad_token_id": end, "bos_token_id": end, **config}
-        if config["decoder_start_token_id"] is None:
-            config["decoder_start_token_id"] = end
+        task = read_settings(checkpoint.facts["recipe"].get("task", {}))
+        start = first_token(spec, tokenizer.vocabulary, task)
+        config |= {"decoder_start_token_id": start}
+        config = {"pad_token_id": start, "bos_token_id": end, **config}
     # transformers 5 reads `dtype`, and 4 `torch_dtype`.
     config |= {"dtype": dtype, "torch_dtype": dtype}
     made = {

@@ -8,23 +8,33 @@ from torch import Tensor
 from mpillm.errors import CheckpointError, UsageError
 from mpillm.infer.sampling import Sampling
 from mpillm.models.part_module import Fields, PartModule
+from mpillm.models.spec import ModelSpec
+from mpillm.tasks.decoder_rows import start_id
+from mpillm.tasks.task_catalog import TaskSettings
+from mpillm.tasks.vocabulary import Vocabulary
 from mpillm.tokens.tokenizer import Tokenizer
 
 
 def generate(
-    model: PartModule, tokenizer: Tokenizer, prompt: str, sampling: Sampling
+    model: PartModule,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    task: TaskSettings | None = None,
 ) -> Iterator[str]:
     """Yield pieces of text that follow the prompt, until `max_tokens` or the end of the document.
 
     The same seed yields the same text. An empty prompt begins a new document. An encoder-decoder
-    reads the prompt as its source, and yields until its context is full at most. Raises UsageError
-    where the source is too long, or is not text.
+    reads the prompt as its source, and yields until its context is full at most. `task`: what it
+    was trained on. Raises UsageError where the source is too long, or is not text.
     """
     decoder, ids = tokenizer.stream(), tokenizer.encode(prompt)
     if model.spec.source_field:
-        source = _source_of(model, [*ids, tokenizer.eot_id])
-        start = model.spec.start_token
-        tokens = sample_tokens(model, [tokenizer.eot_id if start < 0 else start], sampling, source)
+        # As `prepare` encodes the sources of pairs.
+        rows = tokenizer.encode_rows([prompt]) if tokenizer.closes_rows else []
+        source = _source_of(model, rows[0][0].tolist() if rows else ids or [tokenizer.eot_id])
+        start = first_token(model.spec, tokenizer.vocabulary, task or TaskSettings())
+        tokens = sample_tokens(model, [start], sampling, source)
     else:
         tokens = sample_tokens(model, ids or [tokenizer.eot_id], sampling)
     for token in tokens:
@@ -32,6 +42,14 @@ def generate(
             break
         yield decoder.push(token)
     yield decoder.finish()
+
+
+def first_token(spec: ModelSpec, vocabulary: Vocabulary, task: TaskSettings) -> int:
+    """Return the id that a decoder which reads a source begins with: of its task, its settings, or
+    the padding token.
+    """
+    own = spec.start_token >= 0 and not task.start_token
+    return spec.start_token if own else start_id(task, vocabulary)
 
 
 def _source_of(model: PartModule, ids: list[int]) -> Fields:
@@ -44,7 +62,7 @@ def _source_of(model: PartModule, ids: list[int]) -> Fields:
         )
     if len(ids) > spec.source_context:
         raise UsageError(
-            f"--prompt is a source of {len(ids)} tokens, its end included, and the model reads "
+            f"--prompt is a source of {len(ids)} tokens, and the model reads "
             f"{spec.source_context}; shorten it"
         )
     return {"source": torch.tensor([ids], device=next(model.parameters()).device)}

@@ -26,6 +26,7 @@ from mpillm.tasks.masked_lm import MaskedLM
 from mpillm.tasks.metrics.metric import Metric
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.task import Task
+from mpillm.tasks.task_catalog import read_settings
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.manifest import Manifest, check_tokenizer
 from mpillm.tokens.reader import TokenReader
@@ -158,7 +159,8 @@ def print_generation(
         loaded.model.to(place)
         if not loaded.model.spec.source_field:
             console.write(prompt)
-    pieces = generate(loaded.model, loaded.tokenizer, prompt, sampling)
+    task = read_settings(loaded.checkpoint.facts["recipe"].get("task", {}))
+    pieces = generate(loaded.model, loaded.tokenizer, prompt, sampling, task)
     # Drawn through on_root: a model that has diverged fails on all ranks together.
     while (text := on_root(comm, lambda: next(pieces, None))) is not None:
         if comm.rank == 0:

@@ -47,7 +47,6 @@ def _t5(layers: int, width: int, heads: int, hidden: int, **switches: Any) -> En
             "vocab_size": 32128,
             "query_scale_width": 1.0,
             "norm_epsilon": 1e-6,
-            "start_token": 0,
             **switches,
         }
     )
@@ -69,7 +68,6 @@ def _whisper(layers: int, width: int, heads: int) -> EncoderDecoderConfig:
         activation="gelu-exact",
         bias=True,
         key_bias=False,
-        start_token=50258,
     )
 
 
@@ -87,7 +85,6 @@ SHAPES: Mapping[str, EncoderDecoderConfig] = MappingProxyType(
             source_context=128,
             vocab_size=0,
             activation="geglu",
-            start_token=-1,
         ),
         "t5-small": _t5(6, 512, 8, 2048, activation="relu", scaled_head=True),
         "t5-v1.1-base": _t5(12, 768, 12, 2048, activation="geglu", tied=False),
@@ -106,7 +103,6 @@ SHAPES: Mapping[str, EncoderDecoderConfig] = MappingProxyType(
             bias=True,
             scaled_embedding=True,
             head_bias=True,
-            start_token=58100,
         ),
         "whisper-tiny": _whisper(4, 384, 6),
         "whisper-base": _whisper(6, 512, 8),

@@ -44,7 +44,7 @@ class EncoderDecoderSettings(BlockSettings):
     head_bias: bool = False
     """A bias of each token's logit."""
     start_token: int = -1
-    """The id that generation begins with; -1: the end of a text."""
+    """The id that generation begins with; -1: the padding token, or the end of text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +56,11 @@ class EncoderDecoderSettings(BlockSettings):
             raise RecipeError(
                 f"mels = {self.mels}: a source of sound has sinusoidal positions; "
                 'set positions = "sinusoidal", or drop mels'
+            )
+        if self.start_token >= self.vocab_size > 0:
+            raise RecipeError(
+                f"start_token = {self.start_token} is not in a vocabulary of {self.vocab_size:,}; "
+                "name one of its ids, or leave it out for the padding token"
             )
         if self.width % 2 and self.positions == "sinusoidal":
             raise RecipeError(f"sinusoidal positions need an even width, and width is {self.width}")

@@ -186,7 +186,9 @@ class ModelSpec(ABC):
         return ""
 
     start_token: int = -1
-    """The id that generation from a source begins with; -1: the end of a text."""
+    """The id that generation from a source begins with; -1: the padding token, or the end of
+    text.
+    """
 
     @property
     def whole(self) -> Part:

@@ -243,6 +243,7 @@ def test_flops_follow_the_formula() -> None:
     ("changes", "message"),
     [
         ({"window": 4}, "window = 4: an encoder-decoder attends to all positions"),
+        ({"start_token": 9, "vocab_size": 9}, "start_token = 9 is not in a vocabulary of 9; name"),
         ({"mels": 80}, "mels = 80: a source of sound has sinusoidal positions"),
         ({"positions": "sinusoidal", "width": 33, "heads": 3}, "an even width, and width is 33"),
     ],
