@@ -5,7 +5,8 @@
 
 - gpt2: a plain GPT-2 in PyTorch as nanoGPT writes it: query, key and value in one product, fused
   attention, cross_entropy of all logits
-- llama: Hugging Face's Llama; left out where transformers is not installed
+- llama, bert: Hugging Face's; left out where transformers is not installed. BERT has the targets of
+  the others, at all positions
 
 A step is forward, loss, backward, clipping to norm 1 and fused AdamW. mpillm's is that of its
 trainer. All have the same shape and number of weights. They take turns within each round; ratios
@@ -27,7 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpillm.bench.timing import in_turn
+from mpillm.models.block_settings import BlockSettings
 from mpillm.models.decoder import DecoderConfig
+from mpillm.models.encoder import EncoderConfig
+from mpillm.models.families.family_catalog import family_of
 from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.sharded_model import ShardedModel
@@ -42,6 +46,7 @@ LEAST_SPEED = 1.0
 KINDS: dict[str, dict[str, object]] = {
     "gpt2": {"norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True},
     "llama": {},
+    "bert": {"token_types": 2},
 }
 
 
@@ -88,25 +93,14 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
 
 
-def hugging_face(spec: DecoderConfig) -> nn.Module:
-    """Make Hugging Face's Llama of that shape; its forward gives the mean loss."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def hugging_face(spec: BlockSettings) -> nn.Module:
+    """Make Hugging Face's model of these settings; its forward gives the mean loss."""
+    import transformers
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=spec.vocab_size,
-            hidden_size=spec.width,
-            intermediate_size=spec.hidden_width,
-            num_hidden_layers=spec.layers,
-            num_attention_heads=spec.heads,
-            num_key_value_heads=spec.key_value_heads,
-            max_position_embeddings=spec.context,
-            tie_word_embeddings=spec.tied,
-            rms_norm_eps=spec.norm_epsilon,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
-    )
+    settings = family_of(spec).config(spec)
+    config = transformers.AutoConfig.for_model(**settings, use_cache=False)
+    config._attn_implementation = "sdpa"
+    model = getattr(transformers, settings["architectures"][0])(config)
 
     class Loss(nn.Module):
         def __init__(self) -> None:
@@ -114,13 +108,16 @@ def hugging_face(spec: DecoderConfig) -> nn.Module:
             self.model = model
 
         def forward(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-            loss: Tensor = self.model(input_ids=ids_BT, labels=ids_BT, shift_labels=targets_BT).loss
+            # An encoder's loss shifts no labels.
+            shifted = {"shift_labels": targets_BT} if spec.causal else {}
+            labels = ids_BT if spec.causal else targets_BT
+            loss: Tensor = self.model(input_ids=ids_BT, labels=labels, **shifted).loss
             return loss
 
     return Loss()
 
 
-def peer_step(model: nn.Module, spec: DecoderConfig, tokens_BT: Tensor) -> Step:
+def peer_step(model: nn.Module, spec: BlockSettings, tokens_BT: Tensor) -> Step:
     """Make a plain training step of a peer."""
     count = sum(weight.numel() for weight in model.parameters())
     assert count == spec.parameters, f"{count:,} weights, and ours has {spec.parameters:,}"
@@ -142,7 +139,7 @@ def peer_step(model: nn.Module, spec: DecoderConfig, tokens_BT: Tensor) -> Step:
     return step
 
 
-def our_step(spec: DecoderConfig, tokens_BT: Tensor) -> Step:
+def our_step(spec: BlockSettings, tokens_BT: Tensor) -> Step:
     """Make the step of mpillm's trainer on one rank."""
     rows, context = len(tokens_BT), tokens_BT.shape[1] - 1
     parallel, settings, task = ParallelSettings(), AdamWSettings(warmup_steps=0), CausalLM()
@@ -162,7 +159,7 @@ def our_step(spec: DecoderConfig, tokens_BT: Tensor) -> Step:
     return step
 
 
-def make_steps(spec: DecoderConfig, kind: str, rows: int, context: int) -> dict[str, Step]:
+def make_steps(spec: BlockSettings, kind: str, rows: int, context: int) -> dict[str, Step]:
     generator = torch.Generator().manual_seed(1)
     tokens_BT = torch.randint(spec.vocab_size, (rows, context + 1), generator=generator)
     torch.manual_seed(1)
@@ -182,7 +179,8 @@ def cpu_seconds(step: Step) -> float:
 
 def measure(kind: str, options: argparse.Namespace) -> dict[str, object]:
     """Measure one shape; return the figures in SI units."""
-    spec = DecoderConfig(
+    architecture = EncoderConfig if kind == "bert" else DecoderConfig
+    spec = architecture(
         layers=options.layers,
         width=options.width,
         heads=options.heads,
@@ -245,7 +243,7 @@ def arguments() -> argparse.Namespace:
         ("vocabulary", 8192),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--kinds", default="gpt2,llama", help="with commas")
+    parser.add_argument("--kinds", default="gpt2,llama,bert", help="with commas")
     parser.add_argument("--quick", action="store_true", help="3 rounds of half as many tokens")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     return parser.parse_args()

@@ -147,6 +147,16 @@ def test_spack_reads_the_recipe(tmp_path: Path) -> None:
     assert "py-mpi4py" in done.stdout
 
 
+def test_the_published_models_are_those_that_tests_read() -> None:
+    listed = (ROOT / "test-models.txt").read_text(encoding="utf-8")
+    helper = (ROOT / "tests/pretrained.py").read_text(encoding="utf-8")
+    packages = re.findall(r"^([\w-]+)>=[\d.]+$", listed, re.MULTILINE)
+    assert packages == re.findall(r"^[^#\n>=]+", listed, re.MULTILINE)
+    assert {f'"{name.replace("-", "_")}"' for name in packages} == set(
+        re.findall(r'_file_of\(("\w+")', helper)
+    )
+
+
 def test_the_container_takes_what_the_build_needs() -> None:
     parts = sections(CONTAINER.read_text(encoding="utf-8"))
     copied = [line.split() for line in parts["files"].splitlines() if line.strip()]

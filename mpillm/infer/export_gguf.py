@@ -1,8 +1,9 @@
 """Write a trained model as a GGUF file, which llama.cpp reads: the work of `export --to gguf`."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,10 @@ from torch import Tensor
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import CheckpointError, RecipeError, UsageError
 from mpillm.infer.loading import TOKENIZER
+from mpillm.models.decoder import DecoderConfig
+from mpillm.models.families.family import OF_TRAINING, Family
+from mpillm.models.families.family_catalog import find_family
+from mpillm.models.spec import ModelSpec
 from mpillm.system.atomic import flush, make_folder, refuse_taken, temporary_path
 from mpillm.system.console import Console, Progress
 from mpillm.system.extras import require_packages
@@ -30,8 +35,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 TEMPLATE = "chat_template.jinja"
-# Keys of config.json that change what a model computes, where no key of the metadata holds them.
-_REFUSED = ("sliding_window", "rope_scaling")
+_ELSEWHERE = "export with --to hf, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,18 @@ class GgufPlan:
     def make(
         cls,
         checkpoint: Checkpoint,
-        config: Mapping[str, Any],
-        tensors: Mapping[str, tuple[int, ...]],
+        family: Family,
+        spec: ModelSpec,
         dtype: str,
     ) -> "GgufPlan":
-        """Plan the file of a checkpoint, whose family has `config` and `tensors`.
+        """Plan the file of a checkpoint, whose model is one of the family.
 
         Raises RecipeError where llama.cpp has no such model, DataError for such a tokenizer.
         """
-        architecture = _architecture(config)
+        config, tensors = family.config(spec), family.tensors(spec)
+        architecture = _architecture(config["model_type"])
+        settings = architecture.metadata(config)
+        _check_read_back(architecture, settings, spec, bool(config["tie_word_embeddings"]))
         theirs = {architecture.stored(name): name for name in tensors}
         shapes = {
             ours: tensors[name][::-1] if architecture.is_transposed(ours) else tensors[name]
@@ -69,45 +76,41 @@ class GgufPlan:
             "general.name": checkpoint.folder.parent.parent.name or "model",
             "general.file_type": FILE_TYPES[dtype][1],
             "general.quantization_version": 2,
-            **_settings(architecture, config),
+            **settings,
             **_tokenizer(checkpoint, int(config["vocab_size"])),
         }
         return cls(architecture, config, theirs, shapes, facts)
 
 
-def _architecture(config: Mapping[str, Any]) -> GgufArchitecture:
-    kind = config["model_type"]
+def _architecture(kind: str) -> GgufArchitecture:
     found = next((each for each in ARCHITECTURES.values() if kind in each.model_types), None)
     if found is None:
         known = [name for each in ARCHITECTURES.values() for name in each.model_types]
         raise RecipeError(
             f"a model of the family {kind} is not written as GGUF; {', '.join(known)} are; "
-            "export with --to hf, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
+            f"{_ELSEWHERE}"
         )
-    wanted = {**dict.fromkeys(_REFUSED), **found.implied}
-    for key, value in wanted.items():
-        if config.get(key) != value:
+    return found
+
+
+def _check_read_back(
+    architecture: GgufArchitecture, facts: Mapping[str, Any], spec: ModelSpec, tied: bool
+) -> None:
+    """Raise RecipeError where the metadata have no place for a setting of the model."""
+    config = architecture.config(facts, spec.vocab_size, tied)
+    read = find_family(config).spec(config)
+    assert isinstance(spec, DecoderConfig)
+    assert isinstance(read, DecoderConfig)
+    other, wanted = read.resolved(), spec.resolved()
+    for name in (each.name for each in fields(wanted) if each.name not in OF_TRAINING):
+        theirs, ours = getattr(other, name), getattr(wanted, name)
+        # Stored in float32.
+        near = isinstance(ours, float) and math.isclose(ours, theirs, rel_tol=1e-6)
+        if theirs != ours and not near:
             raise RecipeError(
-                f"a model with {key} = {config[key]!r} is not written as GGUF; export with "
-                "--to hf, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
+                f"a model with {name} = {ours!r} is not written as GGUF, for a file of the "
+                f"architecture {architecture.name} means {theirs!r} there; {_ELSEWHERE}"
             )
-    return found
-
-
-def _settings(architecture: GgufArchitecture, config: Mapping[str, Any]) -> dict[str, Any]:
-    name = architecture.name
-    found = {f"{name}.{ours}": config.get(theirs) for ours, theirs in architecture.keys.items()}
-    found[f"{name}.vocab_size"] = config["vocab_size"]
-    if f"{name}.feed_forward_length" in found:
-        # GPT-2's config.json may leave it out.
-        inner = found[f"{name}.feed_forward_length"] or 4 * config.get("n_embd", 0)
-        found[f"{name}.feed_forward_length"] = inner
-    if "rope.freq_base" in architecture.keys:
-        width = config["hidden_size"] // config["num_attention_heads"]
-        features = config.get("head_dim") or width
-        for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-            found[f"{name}.{key}"] = features
-    return found
 
 
 def _tokenizer(checkpoint: Checkpoint, rows: int) -> dict[str, Any]:

@@ -133,8 +133,8 @@ def _as_gguf(
     comm: "MPI.Intracomm",
     console: Console,
 ) -> ExportedModel:
-    config, source = family.config(spec), CheckpointSource(checkpoint)
-    plan = on_all(comm, lambda: GgufPlan.make(checkpoint, config, family.tensors(spec), dtype))
+    source = CheckpointSource(checkpoint)
+    plan = on_all(comm, lambda: GgufPlan.make(checkpoint, family, spec, dtype))
     make = their_tensors(family, spec, source.read_weight)
     nbytes = export_gguf(out, plan, make, dtype, comm, console)
     return ExportedModel(out, 1, nbytes, plan.architecture.name)

@@ -9,12 +9,12 @@ from mpillm.tasks.cross_entropy import CrossEntropyTask
 from mpillm.tasks.decoder_rows import decoder_fields, start_id
 from mpillm.tasks.task import RawArrays
 from mpillm.tasks.task_catalog import TaskSettings
-from mpillm.tasks.vocabulary import Lengths, Vocabulary
+from mpillm.tasks.vocabulary import Lengths, Vocabulary, positions_of
 
 
 class SequenceToSequence(CrossEntropyTask):
-    """Translation, summaries, speech to text. Fields: `source` (B, S), or `frames` (B, S, mels) of
-    sound, with `source_lengths` (B,), and `ids`, `targets`, `counts`, each (B, T).
+    """Translation, summaries, speech to text. Fields: `source` (B, S), or `frames` (B, 2 S, mels),
+    with `source_lengths` (B,), and `ids`, `targets`, `counts`, each (B, T).
     """
 
     name: ClassVar[str] = "seq2seq"
@@ -44,4 +44,6 @@ class SequenceToSequence(CrossEntropyTask):
     def fields(self, raw: RawArrays) -> dict[str, Tensor]:
         given = ("source", "frames", "source_lengths")
         fields = {name: torch.from_numpy(raw[name]) for name in given if name in raw}
+        if "frames" in fields:
+            fields["source_lengths"] = positions_of(fields["source_lengths"])
         return {**fields, **decoder_fields(raw["target"], raw["target_lengths"], self.start)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mpillm.models.spec import ModelSpec
 
@@ -19,11 +20,22 @@ class Vocabulary:
     """The tokens that were added to the tokenizer's model, by their texts."""
     classes: tuple[str, ...] = ()
     """The names of the labels, in the order of their numbers."""
+    space: int | None = None
+    """The token that alone parts words; None where other tokens hold spaces, too."""
 
     @property
     def padding(self) -> int | None:
         """The id of the padding token; None where the tokenizer has none."""
         return next((self.special[text] for text in PADDINGS if text in self.special), None)
+
+
+# Of Whisper's convolutions, which all models of sound begin with.
+FRAMES_A_POSITION = 2
+
+
+def positions_of(frames: Any) -> Any:
+    """Return the positions of so many frames of sound; of an array or a tensor, of each number."""
+    return -(-frames // FRAMES_A_POSITION)
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,11 @@ class Lengths:
 
     context: int = 256
     source_context: int = 256
+
+    @property
+    def frames(self) -> int:
+        """The frames of sound in a row."""
+        return FRAMES_A_POSITION * self.source_context
 
     @classmethod
     def of(cls, spec: ModelSpec) -> "Lengths":

@@ -29,8 +29,11 @@ KNOWN_ENDS_OF_TEXT = (
     "<|end|>",
     "[EOS]",
     "<|eos|>",
+    "[SEP]",
     "<｜end▁of▁sentence｜>",
 )
+# A space as it is, of byte-level tokenizers, and of SentencePiece.
+SPACES = frozenset(" Ġ▁")
 SMALLEST_VOCABULARY = 256 + 1
 # Sixty times the largest that is published: tables of this size still fit into memory.
 LARGEST_VOCABULARY = 1 << 24
@@ -267,7 +270,14 @@ class Tokenizer:
         """What tasks know of it: its size, the end of text, and the added tokens by text."""
         added = self._inner.get_added_tokens_decoder()
         special = {token.content: number for number, token in sorted(added.items())}
-        return Vocabulary(self.vocab_size, self.eot_id, special)
+        return Vocabulary(self.vocab_size, self.eot_id, special, space=self._space)
+
+    @property
+    def _space(self) -> int | None:
+        """The token that alone parts words: all others are without a space."""
+        known = self._inner.get_vocab(with_added_tokens=True)
+        spaced = [(text, number) for text, number in known.items() if SPACES.intersection(text)]
+        return spaced[0][1] if len(spaced) == 1 and len(spaced[0][0]) == 1 else None
 
     @cached_property
     def _special(self) -> frozenset[int]:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor
 
 from mpillm.errors import CheckpointError
@@ -29,14 +28,20 @@ class GgufModel(TensorSource):
         self._source, self._architecture = source, _architecture(source)
         self._names = {self._architecture.theirs(name): name for name in source.tensors}
         tensors = {theirs: self._info(name) for theirs, name in self._names.items()}
-        config = _config(source, self._architecture)
-        # Without a head of its own the embedding is tied.
-        config["tie_word_embeddings"] = "lm_head.weight" not in tensors
+        vocabulary = source.tensors.get("token_embd.weight")
+        config = self._architecture.config(
+            source.facts,
+            vocabulary.shape[0] if vocabulary and vocabulary.shape else 0,
+            # Without a head of its own the embedding is tied.
+            tied="lm_head.weight" not in tensors,
+        )
+        _check(source, self._architecture, config)
         super().__init__(source.path, tensors, config)
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         stored, architecture = self._names[name], self._architecture
-        if not architecture.is_transposed(stored) and not architecture.heads(stored, self.facts):
+        changed = architecture.is_transposed(stored) or architecture.is_shifted(stored)
+        if not changed and not architecture.heads(stored, self.facts):
             return self._source.read(stored, box)
         whole = architecture.from_stored(stored, self._source.read(stored), self.facts)
         cut = whole if box is None else whole[box.within(whole_box(whole.shape))]
@@ -59,25 +64,18 @@ def _architecture(source: GgufSource) -> GgufArchitecture:
     return ARCHITECTURES[name]
 
 
-def _config(source: GgufSource, architecture: GgufArchitecture) -> dict[str, Any]:
-    facts, prefix = source.facts, architecture.name
+def _check(source: GgufSource, architecture: GgufArchitecture, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for metadata that mpillm computes otherwise."""
+    prefix = architecture.name
     for key, neutral in NEUTRAL.items():
-        value = facts.get(f"{prefix}.{key}", neutral[0])
-        if value not in neutral:
+        value = source.facts.get(f"{prefix}.{key}", neutral[0])
+        if value not in neutral and key not in architecture.keys:
             raise CheckpointError(
                 f"{source.path}: {prefix}.{key} = {value!r} is not read from GGUF files; "
                 "import the Hugging Face folder of the model"
             )
-    config = {
-        theirs: _number(facts[f"{prefix}.{ours}"])
-        for ours, theirs in architecture.keys.items()
-        if f"{prefix}.{ours}" in facts
-    }
     if "rope.freq_base" in architecture.keys:
         _check_rotation(source, prefix, config)
-    vocabulary = source.tensors.get("token_embd.weight")
-    config["vocab_size"] = vocabulary.shape[0] if vocabulary else 0
-    return {"model_type": architecture.model_types[0], **architecture.implied, **config}
 
 
 def _check_rotation(source: GgufSource, prefix: str, config: Mapping[str, Any]) -> None:
@@ -93,8 +91,3 @@ def _check_rotation(source: GgufSource, prefix: str, config: Mapping[str, Any]) 
             f"{source.path} rotates {rotated} of the {head_width} features of a head, and mpillm "
             "rotates all; it cannot be imported"
         )
-
-
-def _number(value: Any) -> Any:
-    # Stored in float32: 1e-5 comes back as 9.99999975e-06.
-    return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -1,5 +1,6 @@
 """`mpillm import`: a Hugging Face folder becomes a checkpoint, at any number of ranks."""
 
+import io
 import itertools
 import json
 from pathlib import Path
@@ -14,10 +15,11 @@ from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.errors import CheckpointError, DataError, MismatchError, UsageError
 from mpillm.infer.export_model import export_model
 from mpillm.infer.generate import generate
-from mpillm.infer.import_model import import_model
+from mpillm.infer.import_model import import_model, print_import
 from mpillm.infer.loading import load_data, load_trained
 from mpillm.infer.sampling import Sampling
 from mpillm.models.decoder import DecoderConfig
+from mpillm.models.encoder import EncoderConfig
 from mpillm.system.console import Console
 from mpillm.tokens.tokenizer import train_bpe
 from mpillm.weights import file_boxes
@@ -254,3 +256,33 @@ def test_a_rank_holds_its_share_and_one_tensor(published: Path, comm: MPI.Intrac
     share = sum(sizes[name] for name in assign_writers([sizes] * comm.size)[comm.rank])
     peak = peak_tensor_bytes(lambda: import_model(published, out, comm, QUIET), "cpu")
     assert 0.9 * share < peak < share + 1.15 * max(sizes.values())
+
+
+def test_a_bert_s_old_names_and_its_other_head_are_read(folder: Path, comm: MPI.Intracomm) -> None:
+    """As the first files have them: a pooler and next sentences, and norms of other names."""
+    spec = EncoderConfig(layers=2, width=32, heads=4, context=16, vocab_size=300, token_types=2)
+    if comm.rank == 0:
+        other = {
+            "bert.pooler.dense.weight": torch.ones(32, 32),
+            "cls.seq_relationship.bias": torch.ones(2),
+            "bert.embeddings.position_ids": torch.arange(16)[None],
+            "cls.predictions.decoder.bias": weights_of(spec)["head.bias"].bfloat16(),
+        }
+        published = publish(folder / "published", spec, **other)
+        tensors = safetensors_torch.load_file(published / "model.safetensors")
+        for old, new in (("gamma", "LayerNorm.weight"), ("beta", "LayerNorm.bias")):
+            for name in [name for name in tensors if name.endswith(new)]:
+                tensors[f"{name.rpartition('.')[0]}.{old}"] = tensors.pop(name)
+        safetensors_torch.save_file(tensors, published / "model.safetensors")
+        config = json.loads((published / "config.json").read_text())
+        config["architectures"] = ["BertForPreTraining"]
+        (published / "config.json").write_text(json.dumps(config))
+    comm.Barrier()
+    made = import_model(folder / "published", folder / "imported", comm, QUIET)
+    assert made.model.resolved() == spec.resolved()
+    weights = dict(load_trained(folder / "imported", comm, QUIET).model.named_weights())
+    for name, expected in weights_of(spec).items():
+        assert torch.equal(weights[name].detach(), expected.bfloat16().float()), name
+    said = io.StringIO()
+    print_import(made, folder / "imported", Console(stream=said))
+    assert f'next: train.start_from = "{folder / "imported"}"' in said.getvalue()

@@ -46,16 +46,16 @@ def fields_of(config: EncoderConfig, rows: int, dtype: torch.dtype) -> dict[str,
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_keep_what_their_settings_count(kind: str, dtype: torch.dtype) -> None:
     config = KINDS[kind]
-    for part, rows in ((Part(0, 2), 3), (Part(1, 3), 2), (Part(2, 4), 3), (Part(0, 4), 2)):
+    for part, rows in ((Part(0, 1), 3), (Part(1, 2), 2), (Part(3, 4), 3)):
         given = fields_of(config, rows, dtype)
         counted = config.activation_bytes(part, rows, dtype.itemsize)
         kept = kept_bytes(config, part, rows, "none", dtype, given)
-        # Autograd keeps views of fields that the settings count.
-        assert counted == pytest.approx(kept, rel=0.1), part
+        # The settings count pixels and frames, too, which are fields of the batch.
+        assert counted == pytest.approx(kept, rel=0.06), part
 
 
 @pytest.mark.parametrize("recompute", ["none", "attention", "full", 2])
-@pytest.mark.parametrize("kind", ["bert", "modernbert", "pre-norm"])
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
 def test_the_peak_of_a_step_is_what_is_kept_and_one_block(kind: str, recompute: Any) -> None:
     config = KINDS[kind].replace(layers=8, context=128)
     part, rows = Part(1, 7), 4

@@ -47,7 +47,9 @@ def test_the_start_is_named_or_the_padding_or_the_end_of_text() -> None:
 
 def test_sound_is_a_source_too() -> None:
     raw = {name: array for name, array in RAW.items() if name != "source"}
-    frames = np.zeros((2, 3, 80), np.float32)
+    frames = np.zeros((2, 4, 80), np.float32)
     fields = make_task("seq2seq", vocabulary=T5).fields({**raw, "frames": frames})
-    assert fields["frames"].shape == (2, 3, 80)
+    assert fields["frames"].shape == (2, 4, 80)
+    # Two frames become one position.
+    assert fields["source_lengths"].tolist() == [1, 1]
     assert "source" not in fields

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from mpillm.errors import DataError, UsageError
 from mpillm.tokens.text.text_cut import PART_CHARACTERS
 from mpillm.tokens.tokenizer import Tokenizer, byte_tokenizer, token_dtype, train_bpe
+from tests.pretrained import minilm
 
 pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="no messages: serial pass only")
 
@@ -272,6 +273,19 @@ def test_each_kind_is_the_library_s(make, end):
     assert ours.to_json() == inner.to_str()
 
 
+def test_a_published_wordpiece_is_the_library_s():
+    path = minilm() / "tokenizer.json"
+    ours = Tokenizer.load(path, end_of_text="[SEP]")
+    library = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    library.no_truncation()
+    library.no_padding()
+    for text in (*TEXTS[:3], "Unaffable, 日本 naïve café!", ""):
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == library.decode(ids)
+    assert ours.eot_id not in ours.encode("a [SEP] b")
+
+
 @pytest.mark.parametrize(("make", "end"), MADE)
 def test_no_text_spells_a_special_token(make, end):
     """A Unigram has special tokens among its pieces, and a list of words among its words."""
@@ -361,3 +375,8 @@ def test_what_is_no_tokenizer(text, folder, comm):
 def test_a_missing_tokenizer():
     with pytest.raises(UsageError, match="cannot read the tokenizer"):
         Tokenizer.load("/nowhere/tokenizer.json")
+
+
+def test_a_space_parts_words_where_no_other_token_has_one() -> None:
+    assert byte_tokenizer().vocabulary.space == 32
+    assert train_bpe(["one two two"] * 9, 300).vocabulary.space is None

@@ -74,6 +74,11 @@ class ToyTranslator(ToySpec):
         return _translator()(self, part)
 
 
+def _halved(frames_BFM):
+    """Take two frames as one position, as convolutions of sound do."""
+    return frames_BFM.unflatten(1, (-1, 2)).mean(2)
+
+
 def _mean(x_BTC, lengths_B):
     import torch
 
@@ -119,7 +124,7 @@ def _encoder():
     def _inputs(fields):
         if "pixels" in fields:
             return fields["pixels"].flatten(1)[:, None].float()
-        return fields["frames"] if "frames" in fields else fields["ids"]
+        return _halved(fields["frames"]) if "frames" in fields else fields["ids"]
 
     del torch
     return EncoderPart
@@ -145,7 +150,7 @@ def _translator():
             if self.source is None:
                 (x,), pivots = streams, streams
             else:
-                given = fields["frames"] if "frames" in fields else fields["source"]
+                given = _halved(fields["frames"]) if "frames" in fields else fields["source"]
                 memory = _mean(self.source(given), fields.get("source_lengths"))
                 x = self.target(fields["ids"]) + memory
                 pivots = (x,)

@@ -4,13 +4,16 @@ import json
 import wave
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 
+from mpillm.errors import MismatchError, MpillmError, RecipeError, UsageError
 from mpillm.infer.evaluate import WholeModel, evaluate
 from mpillm.infer.loading import load_data, load_trained, open_of
+from mpillm.infer.print_results import print_evaluation
 from mpillm.system.console import Console
 from mpillm.tokens.pairs.pair_shards import PAIR_KINDS
 from mpillm.tokens.prepare import PrepareOptions, prepare
@@ -41,6 +44,7 @@ CASES = {
     "ctc": {**ENCODER, "features": 80, "context": 40},
     "seq2seq of T5": T5,
     "span-corruption of T5": T5,
+    "speech-to-text of Whisper": {**T5, "shape": "whisper-tiny", "vocab_size": 0},
 }
 
 
@@ -93,10 +97,18 @@ def datasets(shared_folder: Path, documents: Path, comm: MPI.Intracomm) -> dict[
     return made
 
 
-def recipe(task: str, data: Path, run: Path, steps: int = STEPS, **parallel: object) -> Recipe:
-    table = {
-        "model": CASES[task],
-        "task": {"name": "seq2seq" if task == "speech-to-text" else task.partition(" of ")[0]},
+def recipe(
+    task: str,
+    data: Path,
+    run: Path,
+    steps: int = STEPS,
+    model: dict[str, Any] | None = None,
+    **parallel: object,
+) -> Recipe:
+    name = task.partition(" of ")[0]
+    table: dict[str, Any] = {
+        "model": model or CASES[task],
+        "task": {"name": "seq2seq" if name == "speech-to-text" else name},
         "optimizer": {"learning_rate": 0.02, "warmup_steps": 1, "decay_share": 0.0},
         "data": {"path": str(data)},
         "train": {"run": str(run), "steps": steps, "batch": 12, "microbatch": 3},
@@ -139,3 +151,51 @@ def test_a_task_is_learnt_and_scored_alike_in_each_layout_and_after_a_resume(
         ]
     assert scores[0] == scores[1]
     assert scores[0].loss == pytest.approx(expected["validation_loss"][-1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "model", "kind", "words"),
+    [
+        ("masked-lm", "seq2seq", ENCODER, MismatchError, "pairs of the task seq2seq, and .* text"),
+        ("seq2seq", "masked-lm", TRANSLATOR, MismatchError, "--task seq2seq or speech-to-text"),
+        ("ctc", "speech-to-text", ENCODER, MismatchError, "learns from pairs: --task ctc"),
+        ("sequence-classification", "", TRANSLATOR, RecipeError, "the setting classes, and the"),
+        (
+            "sequence-classification",
+            "",
+            {**ENCODER, "classes": 2},
+            MismatchError,
+            "model.classes = 2 is smaller than the 3 of the data",
+        ),
+        (
+            "masked-lm",
+            "",
+            {**ENCODER, "vocab_size": 257},
+            MismatchError,
+            "model.vocab_size = 257 is smaller than the 258",
+        ),
+    ],
+)
+def test_data_and_models_that_do_not_fit_a_task_are_refused(
+    task: str,
+    data: str,
+    model: dict[str, Any],
+    kind: type[MpillmError],
+    words: str,
+    datasets: dict[str, Path],
+    folder: Path,
+    comm: MPI.Intracomm,
+) -> None:
+    with pytest.raises(kind, match=words):
+        train(recipe(task, datasets[data or task], folder / "run", model=model), comm, QUIET)
+    assert not (folder / "run").exists()
+
+
+def test_a_model_of_pictures_is_scored_without_baselines(
+    datasets: dict[str, Path], folder: Path, comm: MPI.Intracomm
+) -> None:
+    run = folder / "run"
+    train(recipe("image-classification", datasets["image-classification"], run, 1), comm, QUIET)
+    with pytest.raises(UsageError, match="no baselines of the task image-classification"):
+        print_evaluation(run, None, True, False, comm, QUIET)
+    print_evaluation(run, None, False, False, comm, QUIET)

@@ -23,7 +23,8 @@ def pool(x_BTC: Tensor, pooling: str, lengths_B: Tensor | None) -> Tensor:
         return x_BTC[:, 0].clone()
     if lengths_B is None:
         return x_BTC[:, -1].clone() if pooling == "last" else x_BTC.mean(1)
-    lengths_B = lengths_B.to(x_BTC.device)
+    # A row without positions has its first one, of padding.
+    lengths_B = lengths_B.to(x_BTC.device).clamp(min=1)
     if pooling == "last":
         return x_BTC[torch.arange(len(x_BTC), device=x_BTC.device), lengths_B - 1]
     real_BT1 = torch.arange(length, device=x_BTC.device)[:, None] < lengths_B[:, None, None]

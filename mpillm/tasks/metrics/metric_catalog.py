@@ -13,6 +13,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "accuracy": "mpillm.tasks.metrics.accuracy:Accuracy",
         "macro-f1": "mpillm.tasks.metrics.macro_f1:MacroF1",
         "token-error-rate": "mpillm.tasks.metrics.token_error_rate:TokenErrorRate",
+        "word-error-rate": "mpillm.tasks.metrics.token_error_rate:WordErrorRate",
         "bits-per-byte": "mpillm.tasks.metrics.likelihood:BitsPerByte",
     }
 )

@@ -1,18 +1,17 @@
-"""The edits from what CTC hears to the target, over the target's length."""
+"""The edits from what CTC hears to the target, over the target's length: of tokens, of words."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, ClassVar
 
 import numpy as np
 
+from mpillm.errors import UsageError
 from mpillm.tasks.metrics.metric import Arrays, Metric, Totals
 
 
 class TokenErrorRate(Metric):
-    """Tokens inserted, deleted and replaced, a token of the targets; greedy decoding.
-
-    With a token a word it is the word error rate.
-    """
+    """Tokens inserted, deleted and replaced, a token of the targets; greedy decoding."""
 
     name: ClassVar[str] = "token-error-rate"
     title: ClassVar[str] = "token error rate"
@@ -20,18 +19,48 @@ class TokenErrorRate(Metric):
     def of_batch(
         self, outputs: Sequence[np.ndarray[Any, np.dtype[Any]]], fields: Arrays
     ) -> Sequence[float]:
-        best_BT = outputs[0].argmax(-1)
-        frames = fields["frames"].shape[1]
-        # The real positions of each row, as the loss counts them.
-        lengths_B = -(-fields["lengths"] * best_BT.shape[1] // frames)
-        edits = 0
-        for row, length in enumerate(lengths_B.tolist()):
-            heard = greedy(best_BT[row, :length])
-            edits += edit_distance(heard, fields["targets"][row][fields["counts"][row]].tolist())
-        return [float(edits)]
+        return [float(sum(edit_distance(heard, said) for heard, said in _rows(outputs, fields)))]
 
     def value(self, sums: Sequence[float], totals: Totals) -> float:
         return sums[0] / totals.weight
+
+
+class WordErrorRate(Metric):
+    """Words inserted, deleted and replaced, a word of the targets; greedy decoding."""
+
+    name: ClassVar[str] = "word-error-rate"
+    title: ClassVar[str] = "word error rate"
+
+    def of_batch(
+        self, outputs: Sequence[np.ndarray[Any, np.dtype[Any]]], fields: Arrays
+    ) -> Sequence[float]:
+        if "spaces" not in fields:
+            raise UsageError(
+                "word-error-rate needs a tokenizer whose space is a token of its own, such as "
+                "`mpillm prepare --tokenizer bytes`; take token-error-rate"
+            )
+        space = int(fields["spaces"][0])
+        rows = [[_words(side, space) for side in row] for row in _rows(outputs, fields)]
+        edits = sum(edit_distance(heard, said) for heard, said in rows)
+        return [float(edits), float(sum(len(said) for _, said in rows))]
+
+    def value(self, sums: Sequence[float], totals: Totals) -> float:
+        return sums[0] / max(1.0, sums[1])
+
+
+def _rows(
+    outputs: Sequence[np.ndarray[Any, np.dtype[Any]]], fields: Arrays
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield what was heard and what was said, of each row."""
+    best_BT = outputs[0].argmax(-1)
+    for row, length in enumerate(fields["lengths"].tolist()):
+        said: list[int] = fields["targets"][row][fields["counts"][row]].tolist()
+        yield greedy(best_BT[row, :length]), said
+
+
+def _words(tokens: list[int], space: int) -> list[tuple[int, ...]]:
+    parts = groupby(tokens, space.__eq__)
+    return [tuple(part) for is_space, part in parts if not is_space]
 
 
 def greedy(best: np.ndarray[Any, np.dtype[Any]]) -> list[int]:
@@ -41,7 +70,7 @@ def greedy(best: np.ndarray[Any, np.dtype[Any]]) -> list[int]:
     return found
 
 
-def edit_distance(one: Sequence[int], other: Sequence[int]) -> int:
+def edit_distance(one: Sequence[Any], other: Sequence[Any]) -> int:
     """Count the fewest insertions, deletions and replacements (Levenshtein 1966)."""
     row = list(range(len(other) + 1))
     for number, token in enumerate(one, 1):

@@ -119,7 +119,7 @@ class PairReader:
     def read(self, numbers: Int64s, row: RowShape) -> RawRows:
         """Read the pairs `numbers`, (B,), padded to the lengths of `row`. Raises DataError.
 
-        Tokens: `source` (B, S) and `source_lengths` (B,); sound: `frames` (B, S, mels), float32;
+        Tokens: `source` (B, S) and `source_lengths` (B,); sound: `frames` (B, F, mels), float32;
         pictures: `pixels` (B, C, height, width). `target` (B, T) with `target_lengths`, `label`
         (B,), or `labels` (B, S), -1 where none counts.
         """
@@ -164,7 +164,9 @@ class PairReader:
         return {kind: frames, "source_lengths": _lengths(source)}
 
     def _most_source(self, row: RowShape) -> int:
-        return 1 if self.form.sides.source == "pixels" else row.lengths.source_context
+        lengths = row.lengths
+        most = {"pixels": 1, "frames": lengths.frames, "source": lengths.source_context}
+        return most[self.form.sides.source]
 
     def _shard(self, number: int) -> _OpenShard:
         if number not in self._open:

@@ -1,9 +1,16 @@
 from functools import cache
 
 import numpy as np
+import pytest
 
+from mpillm.errors import UsageError
 from mpillm.tasks.metrics.metric import Totals
-from mpillm.tasks.metrics.token_error_rate import TokenErrorRate, edit_distance, greedy
+from mpillm.tasks.metrics.token_error_rate import (
+    TokenErrorRate,
+    WordErrorRate,
+    edit_distance,
+    greedy,
+)
 
 
 def test_edits_are_those_of_the_definition() -> None:
@@ -31,8 +38,7 @@ def test_repeats_and_blanks_are_dropped() -> None:
 def test_only_real_positions_are_heard() -> None:
     outputs = np.eye(4)[[[1, 1, 0, 2], [3, 0, 1, 1]]]
     fields = {
-        "frames": np.zeros((2, 8, 80)),
-        "lengths": np.array([8, 3]),
+        "lengths": np.array([4, 2]),
         "targets": np.array([[1, 3, 2], [3, 0, 0]]),
         "counts": np.array([[1, 1, 1], [1, 0, 0]]) > 0,
     }
@@ -40,3 +46,21 @@ def test_only_real_positions_are_heard() -> None:
     # 1 2 for 1 3 2, and 3 for 3: the last two positions of the second are no sound.
     assert edits == 1
     assert TokenErrorRate().value([edits], Totals(1.0, 4.0, 0)) == 0.25
+
+
+def test_words_are_parted_by_the_space() -> None:
+    def outputs_of(text: str) -> np.ndarray:
+        # Each letter between blanks, as output of its byte + 1.
+        return np.eye(130)[[0, *(k for c in text.encode() for k in (c + 1, 0))]]
+
+    heard, said = "one tw three  four", "one two three four"
+    fields = {
+        "lengths": np.array([1 + 2 * len(heard)]),
+        "targets": np.frombuffer(said.encode(), np.uint8)[None].astype(int) + 1,
+        "counts": np.ones((1, len(said)), bool),
+    }
+    with pytest.raises(UsageError, match="a tokenizer whose space is a token of its own"):
+        WordErrorRate().of_batch([outputs_of(heard)[None]], fields)
+    sums = WordErrorRate().of_batch([outputs_of(heard)[None]], {**fields, "spaces": np.array([33])})
+    assert sums == [1.0, 4.0]
+    assert WordErrorRate().value(sums, Totals(1.0, 18.0, 0)) == 0.25
