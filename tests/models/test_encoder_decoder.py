@@ -149,6 +149,8 @@ def test_padding_is_attended_by_none(kind: str) -> None:
     given.pop("dropout_keys")
     with torch.no_grad():
         padded = model(given)
+        empty = model({**given, "source_lengths": torch.tensor([SOURCE, 4, 0])})
+        assert torch.equal(empty, padded)
         if kind == "whisper":
             # Frames next to the end reach the last position through the convolutions.
             other = given["frames"].clone()

@@ -164,6 +164,8 @@ class EncoderDecoder(PartModule):
         lengths_B, length = fields.get("source_lengths"), memory_BSC.shape[1]
         if lengths_B is None or int(lengths_B.min()) >= length:
             return None
+        # An empty source has its first position, of padding: a softmax needs one.
+        lengths_B = lengths_B.clamp(min=1)
         padding_BS = torch.arange(length, device=lengths_B.device) >= lengths_B[:, None]
         bias_BS = torch.zeros(padding_BS.shape, device=lengths_B.device)
         bias_BS = bias_BS.masked_fill_(padding_BS, -torch.inf)
