@@ -99,7 +99,7 @@ class ShardedModel:
         # separate leaf there too: autograd would add both gradients in another order.
         apart = schedule.stages > 1 or plan.fixed_order
         self._tied = [
-            TiedWeight(parts, leader, followers, axis, warn)
+            TiedWeight(parts, leader, followers, axis, warn, plan.fixed_order)
             for leader, followers in (_followers(spec).items() if apart else ())
         ]
         shared = {*spec.tied_weights, *spec.tied_weights.values()}

@@ -23,4 +23,5 @@ class SoundEmbedding(nn.Module):
         """Return the positions (B, S, C) of the frames (B, F, mels)."""
         x_BMF = frames_BFM.to(self.first.weight.dtype).transpose(1, 2)
         x_BCS = F.gelu(self.second(F.gelu(self.first(x_BMF))))
-        return x_BCS.transpose(1, 2)
+        # Contiguous, as streams between stages are: products of other strides round otherwise.
+        return x_BCS.transpose(1, 2).contiguous()

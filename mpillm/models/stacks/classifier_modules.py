@@ -125,7 +125,8 @@ class CNNClassifier(Classifier):
         x_BCT, side = x_BTC.transpose(1, 2), self.config.image_size
         given = x_BCT.unflatten(2, (side, side)) if side else x_BCT  # type: ignore[no-untyped-call]
         made = F.relu(layer(given))
-        return (made.flatten(2) if side else made).transpose(1, 2)
+        # Contiguous, as streams between stages are: products of other strides round otherwise.
+        return (made.flatten(2) if side else made).transpose(1, 2).contiguous()
 
     def pool(self, x_BTC: Tensor, real_BT1: Tensor) -> Tensor:
         return x_BTC.masked_fill(real_BT1 == 0, -torch.inf).amax(1)

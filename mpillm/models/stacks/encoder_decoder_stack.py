@@ -107,7 +107,7 @@ class EncoderDecoder(PartModule):
         if not self.decoder:
             return PartOutput((memory_BSC,), tuple(pivots))
         x_BTC = streams[1] if len(streams) > 1 else self._embed(fields, pivots)
-        x_BTC = self._decode(fields, x_BTC, memory_BSC, bias)
+        x_BTC, memory_BSC = self._decode(fields, x_BTC, memory_BSC, bias)
         if self.head is None:
             return PartOutput((memory_BSC, x_BTC), tuple(pivots))
         return PartOutput((self._head_of(x_BTC),), tuple(pivots))
@@ -185,15 +185,19 @@ class EncoderDecoder(PartModule):
         memory_BSC: Tensor,
         bias: Tensor | None,
         cache: SourceCache | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the decoder's blocks; return the stream, and the memory for the next part."""
         first = cache.length if cache else 0
         for number, block in self.decoder.items():
             layer = self.config.layers + int(number)
             layer_cache = cache.layers[int(number)] if cache else None
-            given = x_BTC, memory_BSC, layer_cache, first, self._keys(fields, layer), bias
+            # A view for the next block: gradients of the memory are then summed block by block, in
+            # one order, wherever a stage ends.
+            own_BSC, memory_BSC = memory_BSC, memory_BSC.view_as(memory_BSC)
+            given = x_BTC, own_BSC, layer_cache, first, self._keys(fields, layer), bias
             whole = recompute_of(self.recompute, layer) == "full"
             x_BTC = recomputed(block, *given) if whole else block(*given)
-        return x_BTC
+        return x_BTC, memory_BSC
 
     def _head_of(self, x_BTC: Tensor) -> LinearHead:
         assert self.head is not None
@@ -210,7 +214,7 @@ class EncoderDecoder(PartModule):
     def next_logits(self, ids_BT: Tensor, cache: GenerationCache) -> Tensor:
         assert isinstance(cache, SourceCache)
         x_BTC = self._embed({"ids": ids_BT}, [], cache.length)
-        x_BTC = self._decode({}, x_BTC, cache.memory_BSC, cache.bias, cache)
+        x_BTC, _ = self._decode({}, x_BTC, cache.memory_BSC, cache.bias, cache)
         cache.length += ids_BT.shape[1]
         return self._head_of(x_BTC).logits()
 

@@ -1,8 +1,9 @@
 """A tied weight whose uses are in different stages, such as a head that is the embedding.
 
 Each use has a leaf of its own. The gradients of the leaves are summed apart, over all microbatches
-and data ranks, and then with each other: one order of sums, wherever the stages are. On one rank
-the leaves share their memory; on several they are copies, which equal updates keep equal.
+and data ranks, and then with each other: in a fixed order in that of their names, wherever the
+stages are. On one rank the leaves share their memory; on several they are copies, which equal
+updates keep equal.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,11 +29,18 @@ class TiedWeight:
         followers: Sequence[str],
         axis: Axis,
         warn: Callable[[str], None] = silent,
+        fixed_order: bool = False,
     ) -> None:
-        """Find the leaves in `parts`, of this rank. The `leader` is the name that is saved."""
+        """Find the leaves in `parts`, of this rank. The `leader` is the name that is saved.
+
+        `fixed_order`: sum the leaves in the order of their names here, wherever they are.
+        """
         self._leaves: list[nn.Parameter] = []
+        self._numbers: list[int] = []
         self._holds_leader = False
-        for name in (leader, *followers):
+        # A sum of two has one order.
+        self._uses = len(followers) + 1 if fixed_order and len(followers) > 1 else 0
+        for number, name in enumerate((leader, *followers)):
             for part in parts:
                 weight = dict(part.named_parameters(remove_duplicate=False)).get(name)
                 if weight is None:
@@ -42,6 +50,7 @@ class TiedWeight:
                     weight = nn.Parameter(self._leaves[0].data)
                     part.set_weight(name, weight)
                 self._leaves.append(weight)
+                self._numbers.append(number)
                 self._holds_leader |= name == leader
         holds = bool(self._leaves)
         holders: MPI.Intracomm = axis.comm.Split(int(holds), axis.rank)  # type: ignore[assignment]
@@ -68,10 +77,28 @@ class TiedWeight:
         if not self._leaves:
             return
         total = gradient_of(self._leaves[0])
+        if self._group is not None and self._uses:
+            total.copy_(self._sum_in_order(self._group, gradient_of))
+            return
         for leaf in self._leaves[1:]:
             total.add_(gradient_of(leaf))
         if self._group is not None:
             self._group.allreduce(total)
+
+    def _sum_in_order(
+        self, group: Communicator, gradient_of: Callable[[nn.Parameter], Tensor]
+    ) -> Tensor:
+        """Sum the leaves of all ranks in the order of their numbers; return the sum."""
+        first = gradient_of(self._leaves[0])
+        # Zeros change no bit of a sum: each leaf reaches all ranks as it is.
+        every = first.new_zeros((self._uses, *first.shape))
+        for number, leaf in zip(self._numbers, self._leaves, strict=True):
+            every[number] = gradient_of(leaf)
+        group.allreduce(every)
+        total = every[0]
+        for each in every[1:]:
+            total = total.add_(each)
+        return total
 
     def close(self) -> None:
         """Free the communicator. Every rank calls it."""
