@@ -71,6 +71,12 @@ class Family(ABC):
     def aliases(self, spec: ModelSpec) -> Mapping[str, str]:
         """Return their second names of tied tensors: a file may have both, of equal values."""
 
+    def class_names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the names of the classes in order, their numbers without names; none of another
+        model. Raises RecipeError as `spec` does.
+        """
+        return ()
+
     def spellings(self, name: str) -> tuple[str, ...]:
         """Return the names that files have for their tensor `name`, the usual one first."""
         return name, name.removeprefix(self.prefix)
