@@ -138,6 +138,12 @@ class EncoderSettings(BlockSettings):
             unused["pooling"] = "first"
         return super().resolved().replace(**unused)
 
+    @property
+    def usual_task(self) -> str:
+        classes = "image-classification" if self.image_size else "sequence-classification"
+        tasks = {"lm": "masked-lm", "sequence": classes, "token": "token-classification"}
+        return {**tasks, "ctc": "ctc"}.get(self.head, "")
+
     def inherited(self, given: Mapping[str, Any]) -> dict[str, Any]:
         # Classes are those of the data, and another head has settings of its own.
         taken = {**super().inherited({}), "classes": 0}

@@ -191,6 +191,11 @@ class ModelSpec(ABC):
     """
 
     @property
+    def usual_task(self) -> str:
+        """The task that such a model is made for, by name; "": there is none."""
+        return "causal-lm"
+
+    @property
     def whole(self) -> Part:
         return Part(0, self.blocks)
 
