@@ -18,7 +18,7 @@ from mpillm.models.spec import ModelSpec
 Cut = tuple[tuple[int, ...], tuple[int, ...]]
 """Elements of a tensor: the start and the size along each dim."""
 # Settings of training alone: no `config.json` of a family without dropout has a place for them.
-OF_TRAINING = ("dropout", "attention_dropout", "embedding_dropout", "head_dropout")
+OF_TRAINING = ("balance_loss", "dropout", "attention_dropout", "embedding_dropout", "head_dropout")
 
 
 @dataclass(frozen=True)
