@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import CheckpointError, DataError, MismatchError, UsageError
+from mpillm.infer.imported_task import imported_task
 from mpillm.infer.loading import TOKENIZER
 from mpillm.models.spec import ModelSpec
 from mpillm.system.atomic import make_folder
@@ -18,10 +20,9 @@ from mpillm.system.console import Console, Progress, binary_bytes
 from mpillm.system.json_text import from_json, to_json
 from mpillm.system.messages import command, explain
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
-from mpillm.tasks import task_catalog
 from mpillm.tokens.gguf.gguf_tokenizer import PREFIX, GgufVocabulary, gguf_tokenizer
 from mpillm.tokens.manifest import tokenizer_facts
-from mpillm.tokens.tokenizer import Tokenizer
+from mpillm.tokens.tokenizer import Tokenizer, byte_tokenizer
 from mpillm.weights.checkpoint_source import CheckpointSource
 from mpillm.weights.gguf_model import GgufModel
 from mpillm.weights.gguf_source import GgufSource
@@ -69,8 +70,10 @@ def import_model(
     on_root(comm, lambda: _refuse_full(out))
     source = open_source(path, comm, console)
     model = on_all(comm, lambda: PublishedModel.open(_as_published(source)))
-    texts, tokenizer = on_root(comm, lambda: _texts(source, end_of_text))
-    if tokenizer["vocab_size"] > model.spec.vocab_size:
+    texts, facts = on_root(comm, lambda: _texts_and_facts(source, model, end_of_text))
+    tokenizer = facts["tokenizer"]
+    # A model of pictures has no vocabulary.
+    if tokenizer["vocab_size"] > model.spec.vocab_size and model.spec.vocab_size:
         raise MismatchError(
             f"{path} has a tokenizer of {tokenizer['vocab_size']:,} tokens and an embedding of "
             f"{model.spec.vocab_size:,}; take the tokenizer that belongs to the model"
@@ -81,7 +84,7 @@ def import_model(
     with console.progress("read", sum(sizes[name] for name in own), "bytes") as progress:
         tensors = on_all(comm, lambda: _read(model, own, sizes, progress))
     on_root(comm, lambda: make_folder(out))
-    saved = save(out / CHECKPOINTS, tensors, _facts(model, tokenizer), texts, comm)
+    saved = save(out / CHECKPOINTS, tensors, facts, texts, comm)
     return ImportedModel(saved, model.spec)
 
 
@@ -115,28 +118,37 @@ def _as_published(source: TensorSource) -> TensorSource:
     return GgufModel(source) if isinstance(source, GgufSource) else source
 
 
-def _texts(source: TensorSource, end_of_text: str | None) -> tuple[dict[str, str], dict[str, Any]]:
-    """Read the small files of a folder, or make them of a GGUF file's metadata, and describe the
-    tokenizer. Raises CheckpointError.
+def _texts_and_facts(
+    source: TensorSource, model: PublishedModel, end_of_text: str | None
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Read the small files of a folder, or make them of a GGUF file's metadata, and collect the
+    facts of the checkpoint. Raises CheckpointError.
     """
     path = source.path
     try:
-        texts = _texts_of_gguf(source) if isinstance(source, GgufSource) else _texts_of(path)
+        if isinstance(source, GgufSource):
+            texts = _texts_of_gguf(source)
+        else:
+            texts = _texts_of(path, reads_text=model.spec.vocab_size > 0)
         text = texts[TOKENIZER]
         end = end_of_text or _end_of_text(texts, text)
         tokenizer = Tokenizer.from_json(text, path.stem, end)
     except DataError as failure:
         raise CheckpointError(f"{path}: {failure}") from failure
-    return texts, tokenizer_facts(tokenizer)
+    return texts, _facts(model, tokenizer, texts)
 
 
-def _texts_of(path: Path) -> dict[str, str]:
-    if not (path / TOKENIZER).exists():
+def _texts_of(path: Path, reads_text: bool) -> dict[str, str]:
+    kept = {name: _text(path / name) for name in (*KEPT, TOKENIZER) if (path / name).exists()}
+    if not reads_text:
+        # That of all datasets of pictures.
+        return {**kept, TOKENIZER: byte_tokenizer().to_json()}
+    if TOKENIZER not in kept:
         raise CheckpointError(
             f"{path} has no {TOKENIZER}; make it with transformers: "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
-    return {name: _text(path / name) for name in (*KEPT, TOKENIZER) if (path / name).exists()}
+    return kept
 
 
 def _texts_of_gguf(source: GgufSource) -> dict[str, str]:
@@ -212,8 +224,9 @@ def _read(
     return tensors
 
 
-def _facts(model: PublishedModel, tokenizer: dict[str, Any]) -> dict[str, Any]:
+def _facts(model: PublishedModel, tokenizer: Tokenizer, texts: Mapping[str, str]) -> dict[str, Any]:
     """Return the facts of a run's checkpoint that a model without a run has."""
+    task, no_task = imported_task(model.spec, tokenizer.vocabulary, texts)
     return {
         "step": 0,
         "tokens": 0,
@@ -222,16 +235,18 @@ def _facts(model: PublishedModel, tokenizer: dict[str, Any]) -> dict[str, Any]:
             "model": asdict(model.spec),  # type: ignore[call-overload]
             # There is none: `evaluate` asks for --data.
             "data": {"path": ""},
-            "task": {"name": task_catalog.DEFAULT},
+            "task": task,
             "optimizer": {},
             "train": {"seed": 0, "batch": 1},
         },
         "data": "",
-        "tokenizer": tokenizer,
+        "tokenizer": tokenizer_facts(tokenizer),
+        **({"classes": list(model.classes)} if model.classes else {}),
         "imported": {
             "from": str(model.source.path),
             "model_type": str(model.source.facts.get("model_type")),
             "dtype": model.dtype,
+            **({"no_task": no_task} if no_task else {}),
         },
         "versions": {"torch": torch.__version__},
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

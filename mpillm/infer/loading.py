@@ -18,7 +18,7 @@ from mpillm.models.part_module import PartModule, weight_shapes
 from mpillm.models.spec import ModelSpec
 from mpillm.runs.run_files import folder_of_paths
 from mpillm.system.console import Console
-from mpillm.system.messages import command
+from mpillm.system.messages import command, some_of
 from mpillm.tasks import task_catalog
 from mpillm.tasks.task import Task
 from mpillm.tasks.task_catalog import make_task
@@ -248,6 +248,23 @@ def check_kind(task: Task, manifest: Manifest) -> None:
     raise MismatchError(
         f"the data {manifest.folder} holds {holds}, and the task {task.name} learns from {needs}; "
         "prepare the data for the task, or take another task.name"
+    )
+
+
+def check_classes(checkpoint: Checkpoint, manifest: Manifest) -> None:
+    """Raise MismatchError unless the numbers of the dataset's classes are those of the model's.
+
+    Labels that are numbers are those of the model's classes.
+    """
+    ours, theirs = tuple(checkpoint.facts.get("classes", ())), manifest.classes
+    numbers = tuple(map(str, range(len(ours))))
+    if not ours or not theirs or theirs in (ours, numbers[: len(theirs)]):
+        return
+    names = [f"{number} is {name}" for number, name in enumerate(ours)]
+    raise MismatchError(
+        f"the data {manifest.folder} has the classes {some_of(list(theirs))}, and the model of "
+        f"{checkpoint.folder} others, or in another order: {some_of(names)}; prepare the data with "
+        "these numbers as labels"
     )
 
 

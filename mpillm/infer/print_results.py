@@ -12,7 +12,8 @@ from mpillm.infer.baselines import Baselines, score_baselines
 from mpillm.infer.cloze_baselines import score_cloze_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate, rows_at_once
 from mpillm.infer.generate import generate
-from mpillm.infer.loading import Loaded, check_kind, load_data, load_trained, open_of
+from mpillm.infer.imported_task import check_evaluated
+from mpillm.infer.loading import Loaded, check_classes, check_kind, load_data, load_trained, open_of
 from mpillm.infer.sampling import Sampling, check_prompt
 from mpillm.machine.node_map import map_nodes
 from mpillm.models.part_module import torch_explained
@@ -55,6 +56,7 @@ def print_evaluation(
     """
     place, _ = choose_device(device, comm, map_nodes(comm), option="--device")
     loaded = load_trained(trained, comm, console)
+    check_evaluated(loaded.checkpoint.facts)
     if baselines:
         check_baselines(loaded.task)
     loaded.model.to(place)
@@ -62,6 +64,7 @@ def print_evaluation(
     folder = manifest.folder
     check_tokenizer(manifest, loaded.tokenizer)
     check_kind(loaded.task, manifest)
+    check_classes(loaded.checkpoint, manifest)
     same = manifest.manifest_hash == loaded.checkpoint.facts["data"]
     run = _run_of(loaded.checkpoint)
     known = loaded.checkpoint.facts

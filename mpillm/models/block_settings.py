@@ -51,6 +51,8 @@ class BlockSettings(ModelSpec):
     """Width inside of an expert that all positions pass; 0: there is none."""
     shared_gate: bool = False
     """Scale what this expert adds by a number from 0 to 1 for each position."""
+    balance_loss: NotNegativeNumber = 0.0
+    """Factor of a loss that spreads the choices of experts, in training alone; 0: there is none."""
     context: Positive = 256
     vocab_size: NotNegative = 0
     """0: taken from the data."""
@@ -166,6 +168,11 @@ class BlockSettings(ModelSpec):
             )
 
     def _check_experts(self) -> None:
+        if not self.experts and self.balance_loss:
+            raise RecipeError(
+                f"balance_loss = {self.balance_loss:g} spreads the choices of experts, and there "
+                "are none; set experts, or drop balance_loss"
+            )
         if not self.experts and (self.shared_hidden or self.shared_gate):
             raise RecipeError("a shared expert needs others: set experts, or drop shared_hidden")
         if self.shared_gate and not self.shared_hidden:

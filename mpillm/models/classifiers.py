@@ -49,6 +49,10 @@ class ClassifierSettings(ModelSpec):
             )
 
     @property
+    def usual_task(self) -> str:
+        return "image-classification" if self.image_size else "sequence-classification"
+
+    @property
     def positions(self) -> int:
         """The positions of a sequence as it passes from layer to layer."""
         return self.image_size**2 or self.context

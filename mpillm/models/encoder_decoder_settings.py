@@ -74,6 +74,10 @@ class EncoderDecoderSettings(BlockSettings):
         return self.layers + self.decoder_blocks
 
     @property
+    def usual_task(self) -> str:
+        return "seq2seq"
+
+    @property
     def source_field(self) -> str:
         return "frames" if self.mels else "source"
 

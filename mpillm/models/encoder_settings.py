@@ -6,8 +6,12 @@ from typing import Any, ClassVar, Literal, Self
 
 from mpillm.errors import RecipeError
 from mpillm.models.block_settings import BlockSettings, NotNegative, Positive, PositiveNumber
+from mpillm.models.spec import ModelSpec
 
 Head = Literal["lm", "sequence", "token", "span", "ctc", "none"]
+# The modules of the head. The norm after the last block belongs to the body.
+HEAD_WEIGHTS = ("head.", "head_dense.", "head_norm.")
+HEAD_KEYS = ("head_layer", "head_bias", "head_dropout", "pooling", "tied")
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,44 @@ class EncoderSettings(BlockSettings):
         if self.head != "sequence" and (self.head != "none" or self.head_layer == "none"):
             unused["pooling"] = "first"
         return super().resolved().replace(**unused)
+
+    @property
+    def usual_task(self) -> str:
+        classes = "image-classification" if self.image_size else "sequence-classification"
+        tasks = {"lm": "masked-lm", "sequence": classes, "token": "token-classification"}
+        return {**tasks, "ctc": "ctc"}.get(self.head, "")
+
+    def inherited(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        # Classes are those of the data, and another head has settings of its own.
+        taken = {**super().inherited({}), "classes": 0}
+        if given.get("head", self.head) != self.head:
+            taken = {name: value for name, value in taken.items() if name not in HEAD_KEYS}
+            taken |= self._usual_head(given["head"])
+        return {**taken, **given}
+
+    def _usual_head(self, head: Any) -> dict[str, Any]:
+        """Return the settings of `head` in the published family of this model; none without one."""
+        # Imported here: a family builds these settings.
+        from mpillm.models.families.encoder_family import EncoderFamily
+        from mpillm.models.families.family_catalog import family_of
+
+        try:
+            family = family_of(self)
+            assert isinstance(family, EncoderFamily)
+            usual = family.with_head(self, head)
+        except RecipeError:
+            return {}
+        return {name: getattr(usual, name) for name in HEAD_KEYS}
+
+    def new_weights(self, source: ModelSpec, same_classes: bool = True) -> tuple[str, ...]:
+        if not isinstance(source, EncoderSettings):
+            return ()
+        ours, theirs = self.resolved(), source.resolved()
+        names = ("head", "head_layer", "pooling")
+        if any(getattr(ours, name) != getattr(theirs, name) for name in names):
+            # Also those of the same name and shape: they mean something else.
+            return HEAD_WEIGHTS
+        return () if ours.classes == theirs.classes and same_classes else HEAD_WEIGHTS[:1]
 
     @property
     def drops(self) -> bool:

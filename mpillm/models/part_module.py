@@ -38,6 +38,8 @@ class PartOutput(NamedTuple):
     """The inputs at which a split backward pass stops: received streams, then the outputs of
     embeddings.
     """
+    balance: Tensor | None = None
+    """What training adds to the loss, a scalar summed over the sequences; None: nothing."""
 
 
 class GenerationCache:

@@ -6,7 +6,7 @@ without torch can plan. No room but `models` names an architecture.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
@@ -191,6 +191,11 @@ class ModelSpec(ABC):
     """
 
     @property
+    def usual_task(self) -> str:
+        """The task that such a model is made for, by name; "": there is none."""
+        return "causal-lm"
+
+    @property
     def whole(self) -> Part:
         return Part(0, self.blocks)
 
@@ -212,6 +217,18 @@ class ModelSpec(ABC):
     def drops(self) -> bool:
         """Whether training has dropout: each part then reads the field `dropout_keys` (B,)."""
         return False
+
+    def inherited(self, given: "Mapping[str, Any]") -> dict[str, Any]:
+        """Return the keys of [model] of a run that starts from such a model; `given` override."""
+        return {**asdict(self), **given}  # type: ignore[call-overload]
+
+    def new_weights(self, source: "ModelSpec", same_classes: bool = True) -> tuple[str, ...]:
+        """Return how the names of weights begin that a run from `source` initialises: those of
+        another head.
+
+        `same_classes`: whether both have the same names of classes, or names are not known.
+        """
+        return ()
 
     @property
     def cut_dims(self) -> "Mapping[str, int]":

@@ -189,8 +189,7 @@ def _take_settings(table: Table) -> None:
         # Imported here: the index of a checkpoint loads torch, which a login node may lack.
         from mpillm.weights.model_settings import model_settings
 
-        settings: Any = model_settings(Path(start))
-        table["model"] = {**asdict(settings), **model}
+        table["model"] = model_settings(Path(start)).inherited(model)
 
 
 def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:

@@ -125,7 +125,7 @@ def train(
                 console.say(f"stages: {trainer.describe_pipeline()}")
             if checkpoint is None and settings.start_from:
                 place = Path(settings.start_from)
-                start_from(place, trainer.stepped, manifest, comm, console)
+                start_from(place, recipe.model, trainer.stepped, manifest, comm, console)
                 trainer.model.gradients.updated()
             loop = TrainingLoop(
                 recipe, manifest, constants, trainer, console, trace, limits, cluster, hold, memory

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,14 @@ from torch import Tensor
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import MismatchError
 from mpillm.infer.loading import TOKENIZER
+from mpillm.models.spec import ModelSpec
 from mpillm.system.console import Console
 from mpillm.system.messages import command, some_of
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
 from mpillm.tokens.manifest import Manifest
 from mpillm.weights.checkpoint_source import CheckpointSource
 from mpillm.weights.gguf_source import GgufSource
+from mpillm.weights.model_settings import model_settings
 from mpillm.weights.open_source import open_source
 from mpillm.weights.published_model import PublishedModel
 from mpillm.weights.tensor_source import TensorSource
@@ -25,8 +28,19 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
+@dataclass(frozen=True)
+class _Source:
+    """The weights of a model at rest by our names, its settings, and the names of its classes."""
+
+    spec: ModelSpec
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    classes: tuple[str, ...]
+
+
 def start_from(
     path: Path,
+    spec: ModelSpec,
     weights: Mapping[str, Tensor],
     manifest: Manifest,
     comm: "MPI.Intracomm",
@@ -34,8 +48,9 @@ def start_from(
 ) -> None:
     """Fill `weights`, a rank's share by our names, from the model at `path`.
 
-    Every rank of `comm` calls it. Raises MismatchError where a weight is missing or has another
-    shape, and where the data was made with another tokenizer than the model.
+    `spec`: of the run's model. Weights of another head keep their initial values. Every rank of
+    `comm` calls it. Raises MismatchError where another weight is missing, left over or of another
+    shape. Raises it too where the data was made with another tokenizer than the model.
     """
     source = open_source(path, comm, console)
     theirs = on_root(comm, lambda: _tokenizer_hash(source))
@@ -45,46 +60,56 @@ def start_from(
             f"train.start_from: the data {manifest.folder} was made with another tokenizer than "
             f"{path}; prepare it with the model's: --tokenizer {source.path}"
         )
-    read, shapes = _reader(source, comm)
-    on_all(comm, lambda: _fill(path, read, shapes, weights))
+    found = on_all(comm, lambda: _open(source))
+    alike = not (found.classes and manifest.classes) or found.classes == manifest.classes
+    own = spec.new_weights(found.spec, alike)
+    names = list(dict.fromkeys(name for part in comm.allgather([*weights]) for name in part))
+    wanted = [name for name in names if not name.startswith(own)]
+    _check_names(path, wanted, [name for name in found.shapes if not name.startswith(own)])
+    on_all(comm, lambda: _fill(path, found, {n: weights[n] for n in wanted if n in weights}))
     console.say(f"starting from the weights of {source.path}")
+    if new := [name for name in names if name.startswith(own)]:
+        console.say(f"new: {', '.join(new)} (initialised)")
 
 
-def _fill(
-    path: Path,
-    read: Callable[[str], Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    weights: Mapping[str, Tensor],
-) -> None:
-    missing = [name for name in weights if name not in shapes]
-    if missing:
-        raise MismatchError(
-            f"train.start_from: {path} lacks {len(missing)} weights of the model: "
-            f"{some_of(missing)}; leave [model] out to take the settings of {path}"
-        )
-    for name, weight in weights.items():
-        if shapes[name] != tuple(weight.shape):
+def _check_names(path: Path, wanted: list[str], given: list[str]) -> None:
+    """Raise MismatchError unless the model has all weights of the run's, and no others."""
+    for what, names in (
+        ("lacks {} weights of the model", set(wanted).difference(given)),
+        ("has {} weights that the model lacks", set(given).difference(wanted)),
+    ):
+        if names:
+            ordered = [name for name in (*wanted, *given) if name in names]
             raise MismatchError(
-                f"train.start_from: {name} of {path} has the shape {list(shapes[name])}, and the "
+                f"train.start_from: {path} {what.format(len(names))}: {some_of(ordered)}; "
+                f"leave [model] out to take the settings of {path}"
+            )
+
+
+def _fill(path: Path, source: _Source, weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        shape = source.shapes[name]
+        if shape != tuple(weight.shape):
+            raise MismatchError(
+                f"train.start_from: {name} of {path} has the shape {list(shape)}, and the "
                 f"model's is {list(weight.shape)}; leave [model] out to take the settings of {path}"
             )
         with torch.no_grad():
-            weight.copy_(read(name))
+            weight.copy_(source.read(name))
 
 
-def _reader(
-    source: TensorSource, comm: "MPI.Intracomm"
-) -> tuple[Callable[[str], Tensor], Mapping[str, tuple[int, ...]]]:
-    """Return the function that reads one of our weights, and the shapes of all."""
+def _open(source: TensorSource) -> _Source:
     if isinstance(source, CheckpointSource):
-        return source.read_weight, source.weights
+        classes = tuple(source.facts.get("classes", ()))
+        spec = model_settings(source.path)
+        return _Source(spec, source.weights, source.read_weight, classes)
     if isinstance(source, GgufSource):
         raise MismatchError(
             f"train.start_from: {source.path} is a GGUF file; make a checkpoint of it first "
             f"({command(['mpillm', 'import', source.path, '--out', 'FOLDER'])}), and start from it"
         )
-    model = on_all(comm, lambda: PublishedModel.open(source))
-    return model.read, model.shapes
+    model = PublishedModel.open(source)
+    return _Source(model.spec, model.shapes, model.read, model.classes)
 
 
 def _tokenizer_hash(source: TensorSource) -> str:

@@ -190,7 +190,8 @@ class Trainer:
         fields = coming.result() if coming and ahead == step else self._fields(step)
         # Each microbatch adds its share of the mean over the global batch, so microbatches need not
         # be equal.
-        return Batch(fields, self._global_weight(fields) if weight is None else weight)
+        scale = self._global_weight(fields) if weight is None else weight
+        return Batch(fields, scale, self.recipe.train.batch)
 
     def _prefetch(self, step: int) -> None:
         """Read the batch of `step` while a GPU computes; CPUs have no core to spare for it."""

@@ -45,6 +45,11 @@ class PublishedModel:
         model._check_names()
         return model
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes in order, or their numbers; none without a head of classes."""
+        return self.family.class_names(self.source.facts)
+
     @cached_property
     def _places(self) -> Mapping[str, Place]:
         return self.family.places(self.spec)

@@ -55,6 +55,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "window every other layer": {"window": 16, "full_every": 2},
     "gemma2": GEMMA2,
     "mixture": {"experts": 8, "hidden": 64},
+    "balanced mixture": {"experts": 8, "hidden": 64, "balance_loss": 0.1},
     "mixture of many": {"experts": 32, "hidden": 32, "experts_per_token": 5},
     "shared expert": {"experts": 4, "hidden": 96, "shared_hidden": 128, "shared_gate": True},
     "gemma2 with dropout": {**GEMMA2, "dropout": 0.1, "attention_dropout": 0.1},

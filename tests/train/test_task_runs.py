@@ -34,7 +34,7 @@ SOUND = {**ENCODER, "mels": 80, "positions": "sinusoidal", "context": 40, "head"
 CLASSIC = {"layers": 2, "width": 32, "context": 32}
 # A task, and where another than the usual model learns it, which.
 CASES: dict[str, dict[str, Any]] = {
-    "causal-lm of a mixture": {**SIZES, "experts": 4, "shared_hidden": 16},
+    "causal-lm of a mixture": {**SIZES, "experts": 4, "shared_hidden": 16, "balance_loss": 0.1},
     "masked-lm": ENCODER,
     "masked-lm of ModernBERT": MODERN,
     "span-corruption": {**TRANSLATOR, "shape": "t5-tiny"},

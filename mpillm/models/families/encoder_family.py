@@ -51,7 +51,28 @@ class EncoderFamily(TableFamily):
     def written(self, spec: ModelSpec) -> dict[str, Any]:
         assert isinstance(spec, EncoderConfig)
         labelled = {"num_labels": spec.classes} if spec.head in ("sequence", "token") else {}
-        return {"architectures": [self._class_of(spec)], **labelled, **self.keys(spec)}
+        return {"architectures": [self._class_of(spec.head)], **labelled, **self.keys(spec)}
+
+    def with_head(self, spec: ModelSpec, head: str) -> EncoderConfig:
+        """Return the settings that a file of `spec` means with the class of another head.
+
+        Raises RecipeError where the family has no such head.
+        """
+        assert isinstance(spec, EncoderConfig)
+        named = {**self.config(spec), "architectures": [self._class_of(head)]}
+        return self.read(HubConfig(named, self.defaults))
+
+    def class_names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        hub = HubConfig(config, self.defaults)
+        if self._head_of(hub) not in ("sequence", "token"):
+            return ()
+        names, numbers = hub.value("id2label") or {}, range(_labels(hub))
+        found = [names.get(str(number), names.get(number)) for number in numbers]
+        # transformers writes LABEL_0, LABEL_1, … where a model has no names.
+        named = all(
+            isinstance(name, str) and name != f"LABEL_{number}" for number, name in enumerate(found)
+        )
+        return tuple(map(str, found if named and len(set(found)) == len(found) else numbers))
 
     def _head_of(self, hub: HubConfig) -> Head:
         named = hub.value("architectures")
@@ -61,12 +82,12 @@ class EncoderFamily(TableFamily):
             return self.architectures[named[0]]
         raise hub.fault("architectures", named, " or ".join(self.architectures))
 
-    def _class_of(self, spec: EncoderConfig) -> str:
+    def _class_of(self, wanted: str) -> str:
         for name, head in self.architectures.items():
-            if head == spec.head:
+            if head == wanted:
                 return name
         raise RecipeError(
-            f"a model with head = {spec.head!r} is none of the family {self.model_types[0]}, "
+            f"a model with head = {wanted!r} is none of the family {self.model_types[0]}, "
             f"which has {', '.join(dict.fromkeys(self.architectures.values()))}"
         )
 

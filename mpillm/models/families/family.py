@@ -18,7 +18,7 @@ from mpillm.models.spec import ModelSpec
 Cut = tuple[tuple[int, ...], tuple[int, ...]]
 """Elements of a tensor: the start and the size along each dim."""
 # Settings of training alone: no `config.json` of a family without dropout has a place for them.
-OF_TRAINING = ("dropout", "attention_dropout", "embedding_dropout", "head_dropout")
+OF_TRAINING = ("balance_loss", "dropout", "attention_dropout", "embedding_dropout", "head_dropout")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,12 @@ class Family(ABC):
     @abstractmethod
     def aliases(self, spec: ModelSpec) -> Mapping[str, str]:
         """Return their second names of tied tensors: a file may have both, of equal values."""
+
+    def class_names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the names of the classes in order, their numbers without names; none of another
+        model. Raises RecipeError as `spec` does.
+        """
+        return ()
 
     def spellings(self, name: str) -> tuple[str, ...]:
         """Return the names that files have for their tensor `name`, the usual one first."""

@@ -5,6 +5,7 @@ Shapes: B sequences, T positions, C width.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mpillm.models.block_settings import BlockSettings
@@ -17,6 +18,27 @@ from mpillm.models.layers.mixture import Mixture
 from mpillm.models.layers.norm import make_norm
 from mpillm.models.layers.recompute import recomputed
 from mpillm.models.layers.rotary import Rotation
+
+BlockOutput = Tensor | tuple[Tensor, Tensor]
+"""The stream and, of a mixture that has one, the loss of its choices."""
+
+
+class Balances:
+    """The losses of the mixtures of a part, from block to block."""
+
+    def __init__(self) -> None:
+        self._found: list[Tensor] = []
+
+    def stream_of(self, made: BlockOutput) -> Tensor:
+        """Return the stream of a block's output; keep its loss."""
+        if isinstance(made, Tensor):
+            return made
+        self._found.append(made[1])
+        return made[0]
+
+    def total(self, config: BlockSettings) -> Tensor | None:
+        """Return what training adds to the loss; None where no block has a loss."""
+        return torch.stack(self._found).sum() * config.balance_loss if self._found else None
 
 
 class BlockLayers(nn.Module):
@@ -42,12 +64,16 @@ class BlockLayers(nn.Module):
         a_BTC = recomputed(self._attend, *given) if recomputes else self._attend(*given)
         return self._joined(x_BTC, a_BTC, self.attention_norm, keys_B, ATTENTION_OUTPUT)
 
-    def add_feed_forward(self, x_BTC: Tensor, keys_B: Tensor | None) -> Tensor:
-        """Add the feed-forward to the stream."""
+    def add_feed_forward(self, x_BTC: Tensor, keys_B: Tensor | None) -> BlockOutput:
+        """Add the feed-forward to the stream; return the loss of a mixture's choices, too."""
         y_BTC = self.feed_forward(x_BTC if self.post_norm else self.forward_norm(x_BTC))
+        balance = None
+        if isinstance(self.feed_forward, Mixture):
+            y_BTC, balance = y_BTC
         if self.forward_output_norm is not None:
             y_BTC = self.forward_output_norm(y_BTC)
-        return self._joined(x_BTC, y_BTC, self.forward_norm, keys_B, FEED_FORWARD_OUTPUT)
+        x_BTC = self._joined(x_BTC, y_BTC, self.forward_norm, keys_B, FEED_FORWARD_OUTPUT)
+        return x_BTC if balance is None else (x_BTC, balance)
 
     def _attend(self, x_BTC: Tensor, *others: Any) -> Tensor:
         a_BTC: Tensor = self.attention(
@@ -76,7 +102,7 @@ class Block(BlockLayers):
         first: int,
         keys_B: Tensor | None = None,
         bias: Tensor | None = None,
-    ) -> Tensor:
+    ) -> BlockOutput:
         """Compute the block. `keys_B`: the layer's keys of dropout masks; None: no dropout. The
         rest: see `attend` (attention.py).
         """

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mpillm.models.block_settings import BlockSettings
 from mpillm.models.layers.attention import CrossAttention
-from mpillm.models.layers.block import BlockLayers
+from mpillm.models.layers.block import BlockLayers, BlockOutput
 from mpillm.models.layers.cached_attention import LayerCache
 from mpillm.models.layers.dropout import ATTENTION_OUTPUT, layer_keys
 from mpillm.models.layers.norm import make_norm
@@ -44,7 +44,7 @@ class CrossBlock(BlockLayers):
         first: int,
         keys_B: Tensor | None = None,
         source_bias: Tensor | None = None,
-    ) -> Tensor:
+    ) -> BlockOutput:
         """Compute the block from position `first` on.
 
         `memory_BSC`: the encoder's outputs. `keys_B`: the layer's keys of dropout masks; None: no

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mpillm.models.decoder import DecoderConfig
-from mpillm.models.layers.block import Block
+from mpillm.models.layers.block import Balances, Block
 from mpillm.models.layers.cached_attention import LayerCache
 from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.models.layers.dropout import EMBEDDING, EMBEDDING_LAYER, drop, layer_keys
@@ -102,21 +102,21 @@ class Decoder(PartModule):
             embedding_keys_B = layer_keys(row_keys_B, EMBEDDING_LAYER)
             x_BTC = drop(x_BTC, self.config.embedding_dropout, embedding_keys_B, EMBEDDING)
         spans = None if document_BT is None else DocumentSpans(document_BT, x_BTC.device)
-        rotations = self._rotations(first, x_BTC)
+        rotations, balances = self._rotations(first, x_BTC), Balances()
         for number, block in self.layers.items():
             layer_cache = cache.layers[int(number)] if cache else None
             keys_B = None if row_keys_B is None else layer_keys(row_keys_B, int(number))
             rotation = rotations[self.config.slides(int(number))]
             given = x_BTC, rotation, spans, layer_cache, first, keys_B
             whole = recompute_of(self.recompute, int(number)) == "full"
-            x_BTC = recomputed(block, *given) if whole else block(*given)
+            x_BTC = balances.stream_of(recomputed(block, *given) if whole else block(*given))
         # Layers share the length: it grows once, after the last of them.
         if cache and self.ends:
             cache.length += length
         if self.norm is not None and self.head is not None:
             head = LinearHead.of(self.norm(x_BTC), self.head, self.config.logits_soft_cap)
-            return PartOutput((head,), (pivot_BTC,))
-        return PartOutput((x_BTC,), (pivot_BTC,))
+            return PartOutput((head,), (pivot_BTC,), balances.total(self.config))
+        return PartOutput((x_BTC,), (pivot_BTC,), balances.total(self.config))
 
     def _rotations(self, first: int, x_BTC: Tensor) -> tuple[Rotation | None, Rotation | None]:
         """Return the rotations of the stream's positions: of layers without, and with, a window."""

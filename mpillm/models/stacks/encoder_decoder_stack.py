@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpillm.errors import RecipeError
 from mpillm.models.encoder_decoder import EncoderDecoderConfig
-from mpillm.models.layers.block import Block
+from mpillm.models.layers.block import Balances, Block
 from mpillm.models.layers.cross_block import CrossBlock, CrossCache
 from mpillm.models.layers.dropout import EMBEDDING, EMBEDDING_LAYER, drop, layer_keys
 from mpillm.models.layers.norm import make_norm
@@ -102,15 +102,14 @@ class EncoderDecoder(PartModule):
         """
         pivots = [*streams]
         memory_BSC = streams[0] if streams else self._embed_source(fields, pivots)
-        bias = self._source_bias(fields, memory_BSC)
-        memory_BSC = self._encode(fields, memory_BSC, bias)
+        bias, balances = self._source_bias(fields, memory_BSC), Balances()
+        memory_BSC = self._encode(fields, memory_BSC, bias, balances)
         if not self.decoder:
-            return PartOutput((memory_BSC,), tuple(pivots))
+            return PartOutput((memory_BSC,), tuple(pivots), balances.total(self.config))
         x_BTC = streams[1] if len(streams) > 1 else self._embed(fields, pivots)
-        x_BTC, memory_BSC = self._decode(fields, x_BTC, memory_BSC, bias)
-        if self.head is None:
-            return PartOutput((memory_BSC, x_BTC), tuple(pivots))
-        return PartOutput((self._head_of(x_BTC),), tuple(pivots))
+        x_BTC, memory_BSC = self._decode(fields, x_BTC, memory_BSC, bias, balances)
+        outputs = (memory_BSC, x_BTC) if self.head is None else (self._head_of(x_BTC),)
+        return PartOutput(outputs, tuple(pivots), balances.total(self.config))
 
     def _embed_source(self, fields: Fields, pivots: list[Tensor]) -> Tensor:
         if self.config.source_field not in fields:
@@ -171,11 +170,13 @@ class EncoderDecoder(PartModule):
         bias_BS = bias_BS.masked_fill_(padding_BS, -torch.inf)
         return bias_BS.to(memory_BSC.device, memory_BSC.dtype)[:, None, None]
 
-    def _encode(self, fields: Fields, x_BSC: Tensor, bias: Tensor | None) -> Tensor:
+    def _encode(
+        self, fields: Fields, x_BSC: Tensor, bias: Tensor | None, balances: Balances
+    ) -> Tensor:
         for number, block in self.encoder.items():
             given = x_BSC, None, None, None, 0, self._keys(fields, int(number)), bias
             whole = recompute_of(self.recompute, int(number)) == "full"
-            x_BSC = recomputed(block, *given) if whole else block(*given)
+            x_BSC = balances.stream_of(recomputed(block, *given) if whole else block(*given))
         return x_BSC if self.encoder_norm is None else self.encoder_norm(x_BSC)
 
     def _decode(
@@ -184,6 +185,7 @@ class EncoderDecoder(PartModule):
         x_BTC: Tensor,
         memory_BSC: Tensor,
         bias: Tensor | None,
+        balances: Balances,
         cache: SourceCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the decoder's blocks; return the stream, and the memory for the next part."""
@@ -196,7 +198,7 @@ class EncoderDecoder(PartModule):
             own_BSC, memory_BSC = memory_BSC, memory_BSC.view_as(memory_BSC)
             given = x_BTC, own_BSC, layer_cache, first, self._keys(fields, layer), bias
             whole = recompute_of(self.recompute, layer) == "full"
-            x_BTC = recomputed(block, *given) if whole else block(*given)
+            x_BTC = balances.stream_of(recomputed(block, *given) if whole else block(*given))
         return x_BTC, memory_BSC
 
     def _head_of(self, x_BTC: Tensor) -> LinearHead:
@@ -209,12 +211,12 @@ class EncoderDecoder(PartModule):
     def encode_source(self, fields: Fields) -> SourceCache:
         memory_BSC = self._embed_source(fields, [])
         bias = self._source_bias(fields, memory_BSC)
-        return SourceCache(self.config, self._encode(fields, memory_BSC, bias), bias)
+        return SourceCache(self.config, self._encode(fields, memory_BSC, bias, Balances()), bias)
 
     def next_logits(self, ids_BT: Tensor, cache: GenerationCache) -> Tensor:
         assert isinstance(cache, SourceCache)
         x_BTC = self._embed({"ids": ids_BT}, [], cache.length)
-        x_BTC, _ = self._decode({}, x_BTC, cache.memory_BSC, cache.bias, cache)
+        x_BTC, _ = self._decode({}, x_BTC, cache.memory_BSC, cache.bias, Balances(), cache)
         cache.length += ids_BT.shape[1]
         return self._head_of(x_BTC).logits()
 

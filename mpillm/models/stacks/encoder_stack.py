@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mpillm.errors import RecipeError
 from mpillm.models.encoder import EncoderConfig
-from mpillm.models.layers.block import Block
+from mpillm.models.layers.block import Balances, Block
 from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.models.layers.dropout import (
     EMBEDDING,
@@ -107,24 +107,27 @@ class Encoder(PartModule):
         A position attends to its document. Those from `lengths` on are padding: none attends to
         them. Raises ValueError when the positions exceed the context.
         """
-        pivot_BTC, x_BTC = self._states(fields, streams)
-        return PartOutput(self._outputs(x_BTC, fields) if self.ends else (x_BTC,), (pivot_BTC,))
+        pivot_BTC, x_BTC, balance = self._states(fields, streams)
+        outputs = self._outputs(x_BTC, fields) if self.ends else (x_BTC,)
+        return PartOutput(outputs, (pivot_BTC,), balance)
 
     def hidden_states(self, fields: Fields) -> Tensor:
         return self._states(fields, ())[1]
 
-    def _states(self, fields: Fields, streams: Streams) -> tuple[Tensor, Tensor]:
-        """Return the pivot, and the stream after the last block and its norm."""
+    def _states(self, fields: Fields, streams: Streams) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the pivot, the stream after the last block and its norm, and the balance."""
         pivot_BTC = self._embed(fields) if self.begins else streams[0]
         x_BTC = self._summed(pivot_BTC, fields) if self.begins else pivot_BTC
         row_keys_B = fields.get("dropout_keys")
         spans, rotations = self._spans(fields, x_BTC), self._rotations(x_BTC)
+        balances = Balances()
         for number, block in self.layers.items():
             keys_B = None if row_keys_B is None else layer_keys(row_keys_B, int(number))
             given = x_BTC, rotations[self.config.slides(int(number))], spans, None, 0, keys_B
             whole = recompute_of(self.recompute, int(number)) == "full"
-            x_BTC = recomputed(block, *given) if whole else block(*given)
-        return pivot_BTC, x_BTC if self.norm is None else self.norm(x_BTC)
+            x_BTC = balances.stream_of(recomputed(block, *given) if whole else block(*given))
+        x_BTC = x_BTC if self.norm is None else self.norm(x_BTC)
+        return pivot_BTC, x_BTC, balances.total(self.config)
 
     def _embed(self, fields: Fields) -> Tensor:
         """Return what a split backward pass stops at, ahead of all sums."""

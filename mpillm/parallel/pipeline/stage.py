@@ -38,6 +38,8 @@ class Batch:
     """
     scale: float
     """The weight of the global batch, by which each microbatch's summed loss is divided."""
+    sequences: int = 1
+    """Of the global batch, by which what a part adds to the loss is divided."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class _Held:
     """The pivots whose gradients go back; the others are embeddings of this stage."""
     pivots: Streams
     outputs: Streams
+    """The streams for the next part, or the loss; then the scalar that the part adds, if any."""
+
+    def completed(self, gradients: Streams) -> tuple[Tensor | None, ...]:
+        """Return the gradient of each output: None for a scalar, which none is received of."""
+        return *gradients, *(None,) * (len(self.outputs) - len(gradients))
 
 
 class ModelStage:
@@ -76,27 +83,28 @@ class ModelStage:
         # Received tensors are leaves of this stage's graph; their gradients go back.
         for stream in streams:
             stream.requires_grad_()
-        made, pivots = part.forward_part(fields, streams)
+        made, pivots, balance = part.forward_part(fields, streams)
         outputs = _outputs_for(self._task, made)
         if part.ends:
             loss = self._task.objective_sum(outputs, fields) / batch.scale
             self.losses[microbatch] = loss.detach()
             outputs = (loss if self.loss_scale == 1.0 else loss * self.loss_scale,)
-        self._held[microbatch] = _Held(streams, pivots, outputs)
+        added = () if balance is None else (balance * (self.loss_scale / batch.sequences),)
+        self._held[microbatch] = _Held(streams, pivots, outputs + added)
         # Detached: the next stage starts a graph of its own.
         return () if part.ends else tuple(output.detach() for output in outputs)
 
     def backward(self, microbatch: int, gradients: Streams) -> Streams:
         held = self._held.pop(microbatch)
         self._before_weights()
-        torch.autograd.backward(held.outputs, gradients or None)
+        torch.autograd.backward(held.outputs, held.completed(gradients))
         self._after_weights()
         return _gradients(held.received)
 
     def backward_input(self, microbatch: int, gradients: Streams) -> Streams:
         held = self._held.pop(microbatch)
         self._split[microbatch] = split = SplitBackward(held.outputs, held.pivots)
-        found = split.input(gradients or (None,) * len(held.outputs))
+        found = split.input(held.completed(gradients))
         # The received streams are the first pivots.
         return found[: len(held.received)]
 

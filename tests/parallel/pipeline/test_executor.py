@@ -60,6 +60,7 @@ SWITCHED = [
         logits_soft_cap=3.0,
     ),
     PLAIN.replace(experts=3, shared_hidden=8, shared_gate=True, hidden=16),
+    PLAIN.replace(experts=4, hidden=16, balance_loss=0.5),
     # Post-norm, with summed and normed embeddings, and a tied head with a bias of its own.
     EncoderConfig(
         layers=LAYERS,
@@ -116,16 +117,17 @@ def sharded(
     first = mesh.axis("data").rank * plan.rows
     own = {name: field[first : first + plan.rows].to(device) for name, field in fields().items()}
     pieces = [{name: field[a:b] for name, field in own.items()} for a, b in plan.bounds]
-    return model, Batch(pieces, ROWS * 12)
+    return model, Batch(pieces, ROWS * 12, ROWS)
 
 
 def reference(config):
     """One process: loss and gradients of the whole batch at once."""
     model = create(config, 1)
     ids = tokens()
-    (logits,) = plain_outputs(model.forward_part(fields(), ()).outputs)
+    made = model.forward_part(fields(), ())
+    (logits,) = plain_outputs(made.outputs)
     loss = cross_entropy_sum(logits, ids[:, 1:]) / (ROWS * 12)
-    loss.backward()
+    (loss if made.balance is None else loss + made.balance / ROWS).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
     return (
         float(loss.detach()),
@@ -153,7 +155,9 @@ def test_gradients_are_the_whole_model_s(comm, name, handover, config):
     model.close()
 
 
-@pytest.mark.parametrize("config", SWITCHED, ids=["windows", "experts", "bert", "modernbert"])
+@pytest.mark.parametrize(
+    "config", SWITCHED, ids=["windows", "experts", "balance", "bert", "modernbert"]
+)
 @pytest.mark.parametrize("name", ["1f1b", "zb-v"])
 def test_gradients_of_other_blocks_are_the_whole_model_s(comm, name, config):
     test_gradients_are_the_whole_model_s(comm, name, "messages", config)

@@ -1,0 +1,164 @@
+"""An imported model has the task that it has learnt, and `evaluate` scores it by its metrics."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from mpi4py import MPI
+
+from mpillm.errors import MismatchError
+from mpillm.infer.import_model import import_model
+from mpillm.infer.loading import load_trained
+from mpillm.infer.print_results import print_evaluation
+from mpillm.models.encoder import EncoderConfig
+from mpillm.models.encoder_decoder import SHAPES as ENCODER_DECODERS
+from mpillm.system.console import Console
+from mpillm.tokens.prepare import PrepareOptions, prepare
+from mpillm.tokens.tokenizer import byte_tokenizer
+from tests.published import SPEC, publish
+
+pytest.importorskip("safetensors")
+QUIET = Console(speaks=False)
+BERT = EncoderConfig(layers=2, width=32, heads=4, hidden=48, context=16, vocab_size=300)
+BERT = BERT.replace(token_types=2)
+CLASSES = BERT.replace(head="sequence", head_layer="tanh", classes=3)
+WORDS = BERT.replace(head="token", head_layer="none", classes=2)
+PICTURES = EncoderConfig(
+    layers=2,
+    width=32,
+    heads=4,
+    image_size=2,
+    patch_size=1,
+    channels=1,
+    norm_place="pre",
+    embedding_norm=False,
+    head="sequence",
+    head_layer="none",
+    classes=3,
+)
+T5 = ENCODER_DECODERS["t5-tiny"].replace(
+    layers=1, width=32, heads=4, hidden=48, vocab_size=300, context=32, source_context=32
+)
+
+
+def imported(
+    folder: Path, comm: MPI.Intracomm, spec: Any, special: tuple[str, ...] = (), **config: Any
+) -> Path:
+    """Publish a model with a tokenizer of bytes and `special` tokens, and import it."""
+    if comm.rank == 0:
+        hub = publish(folder / "hub", spec)
+        tokenizer = tokenizers.Tokenizer.from_str(byte_tokenizer().to_json())
+        tokenizer.add_special_tokens(list(special))
+        (hub / "tokenizer.json").write_text(tokenizer.to_str())
+        whole = json.loads((hub / "config.json").read_text())
+        (hub / "config.json").write_text(json.dumps({**whole, **config}))
+        (hub / "tokenizer_config.json").write_text('{"mask_token": {"content": "<hide>"}}')
+        if not spec.vocab_size:
+            (hub / "tokenizer.json").unlink()
+    comm.Barrier()
+    import_model(folder / "hub", folder / "imported", comm, QUIET)
+    return folder / "imported"
+
+
+def prepared(folder: Path, comm: MPI.Intracomm, kind: str, labels: Any = "abc") -> Path:
+    """Prepare records with all fields by the tokenizer of the published model."""
+    path, out = folder / "records.jsonl", folder / "data"
+    if comm.rank == 0:
+        rows = [
+            {"text": "abc"[n % 3] * 4, "label": labels[n % 3], "image": [[n % 3, 0]] * 2}
+            | {"source": "abc"[n % 3] * 4, "target": "de"}
+            for n in range(60)
+        ]
+        path.write_text("\n".join(map(json.dumps, rows)))
+    comm.Barrier()
+    named = folder / "hub" / "tokenizer.json"
+    own = str(named.parent) if named.exists() else "bytes"
+    options = PrepareOptions((str(path),), out, tokenizer=own, validation=0.3, task=kind)
+    prepare(options, comm, QUIET)
+    return out
+
+
+def scores(run: Path, data: Path, comm: MPI.Intracomm) -> dict[str, Any]:
+    """Return what `evaluate --json` prints on rank 0, on all ranks."""
+    said = io.StringIO()
+    print_evaluation(run, data, False, True, comm, Console(stream=said, speaks=comm.rank == 0))
+    found: dict[str, Any] = comm.bcast(json.loads(said.getvalue()) if comm.rank == 0 else None)
+    return found["model"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "special", "task"),
+    [
+        (SPEC, (), {"name": "causal-lm"}),
+        (BERT, ("<hide>",), {"name": "masked-lm", "mask_token": "<hide>"}),
+        (BERT, ("[MASK]",), {"name": "masked-lm", "mask_token": "[MASK]"}),
+        (CLASSES, (), {"name": "sequence-classification"}),
+        (WORDS, (), {"name": "token-classification"}),
+        (PICTURES, (), {"name": "image-classification"}),
+        (T5.replace(start_token=257), ("<go>",), {"name": "seq2seq", "start_token": "<go>"}),
+    ],
+)
+def test_the_task_is_that_of_the_head(
+    folder: Path, comm: MPI.Intracomm, spec: Any, special: tuple[str, ...], task: dict[str, str]
+) -> None:
+    loaded = load_trained(imported(folder, comm, spec, special), comm, QUIET)
+    assert loaded.checkpoint.facts["recipe"]["task"] == task
+    assert loaded.task.name == task["name"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "metric"),
+    [
+        (BERT, "", "perplexity"),
+        (CLASSES, "sequence-classification", "accuracy"),
+        (PICTURES, "image-classification", "accuracy"),
+        (T5.replace(start_token=257), "seq2seq", "perplexity"),
+    ],
+)
+def test_it_is_evaluated(
+    folder: Path, documents: Path, comm: MPI.Intracomm, spec: Any, kind: str, metric: str
+) -> None:
+    named = {"id2label": {"0": "a", "1": "b", "2": "c"}} if spec in (CLASSES, PICTURES) else {}
+    run = imported(folder, comm, spec, ("[MASK]",), **named)
+    data = prepared(folder, comm, kind) if kind else folder / "data"
+    if not kind:
+        hub = str(folder / "hub")
+        prepare(PrepareOptions((str(documents),), data, tokenizer=hub, validation=0.1), comm, QUIET)
+    assert scores(run, data, comm)[metric] >= 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (BERT, "its tokenizer has no token that hides others"),
+        (BERT.replace(head="none", head_layer="tanh"), "its head gives no loss"),
+        (BERT.replace(head="span", head_layer="none"), "its head gives no loss"),
+    ],
+)
+def test_a_model_without_a_task_is_refused(
+    folder: Path, comm: MPI.Intracomm, spec: EncoderConfig, reason: str
+) -> None:
+    run = imported(folder, comm, spec)
+    with pytest.raises(MismatchError, match=f"cannot be evaluated: {reason}.*train.start_from"):
+        print_evaluation(run, folder, False, True, comm, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "fits"),
+    [("cab", "abc", False), ("cab", (0, 1, 2), True), ("", (0, 1, 2), True), ("", "abc", False)],
+)
+def test_classes_are_those_of_the_model(
+    folder: Path, comm: MPI.Intracomm, names: str, labels: Any, fits: bool
+) -> None:
+    """A file without names has LABEL_0 and so on: only numbers say which is which."""
+    own = dict(enumerate(names)) or {number: f"LABEL_{number}" for number in range(3)}
+    run = imported(folder, comm, CLASSES, id2label=own)
+    data = prepared(folder, comm, "sequence-classification", labels)
+    if fits:
+        assert 0 <= scores(run, data, comm)["accuracy"] <= 1
+        return
+    with pytest.raises(MismatchError, match="prepare the data with these numbers as labels"):
+        print_evaluation(run, data, False, True, comm, QUIET)
