@@ -237,20 +237,6 @@ def open_of(manifest: Manifest, split: str) -> TokenReader | PairReader:
     return TokenReader(manifest.folder, split, manifest.split(split), manifest.vocab_size)
 
 
-def check_kind(task: Task, manifest: Manifest) -> None:
-    """Raise MismatchError unless the dataset is of a kind that the task learns from."""
-    kind = manifest.pairs.kind if isinstance(manifest, PairManifest) else ""
-    known = task.pair_kinds
-    if kind in known or not (kind or known):
-        return
-    holds = f"pairs of the task {kind}" if kind else "the tokens of a text"
-    needs = f"pairs: --task {' or '.join(known)}" if known else "the tokens of a text"
-    raise MismatchError(
-        f"the data {manifest.folder} holds {holds}, and the task {task.name} learns from {needs}; "
-        "prepare the data for the task, or take another task.name"
-    )
-
-
 def check_classes(checkpoint: Checkpoint, manifest: Manifest) -> None:
     """Raise MismatchError unless the numbers of the dataset's classes are those of the model's.
 

@@ -13,8 +13,9 @@ from mpillm.infer.cloze_baselines import score_cloze_baselines
 from mpillm.infer.evaluate import Score, WholeModel, evaluate, rows_at_once
 from mpillm.infer.generate import generate
 from mpillm.infer.imported_task import check_evaluated
-from mpillm.infer.loading import Loaded, check_classes, check_kind, load_data, load_trained, open_of
+from mpillm.infer.loading import Loaded, check_classes, load_data, load_trained, open_of
 from mpillm.infer.sampling import Sampling, check_prompt
+from mpillm.infer.task_checks import check_task
 from mpillm.machine.node_map import map_nodes
 from mpillm.models.part_module import torch_explained
 from mpillm.parallel.devices import choose_device
@@ -63,7 +64,7 @@ def print_evaluation(
     manifest = load_data(loaded.checkpoint, data)
     folder = manifest.folder
     check_tokenizer(manifest, loaded.tokenizer)
-    check_kind(loaded.task, manifest)
+    check_task(loaded.task, loaded.model.spec, manifest)
     check_classes(loaded.checkpoint, manifest)
     same = manifest.manifest_hash == loaded.checkpoint.facts["data"]
     run = _run_of(loaded.checkpoint)
@@ -160,13 +161,16 @@ def print_generation(
     loaded = load_trained(trained, comm, console)
     if comm.rank == 0:
         loaded.model.to(place)
-        if not loaded.model.spec.source_field:
-            console.write(prompt)
     task = read_settings(loaded.checkpoint.facts["recipe"].get("task", {}))
     pieces = generate(loaded.model, loaded.tokenizer, prompt, sampling, task)
     # Drawn through on_root: a model that has diverged fails on all ranks together.
-    while (text := on_root(comm, lambda: next(pieces, None))) is not None:
+    # The first piece ahead of the prompt: a model that cannot generate prints nothing.
+    text = on_root(comm, lambda: next(pieces, None))
+    if comm.rank == 0 and not loaded.model.spec.source_field:
+        console.write(prompt)
+    while text is not None:
         if comm.rank == 0:
             console.write(text)
+        text = on_root(comm, lambda: next(pieces, None))
     if comm.rank == 0:
         console.write("\n")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mpillm.errors import RecipeError
 from mpillm.models.block_settings import NotNegative, Positive
-from mpillm.models.spec import ModelSpec, Part
+from mpillm.models.spec import ModelSpec, OutputKind, Part
 
 if TYPE_CHECKING:
     from mpillm.models.stacks.classifier_modules import (
@@ -25,6 +25,7 @@ class ClassifierSettings(ModelSpec):
 
     # The length of each row, without its padding.
     host_inputs: ClassVar[tuple[str, ...]] = ("lengths",)
+    generates: ClassVar[bool] = False
 
     layers: Positive = 2
     width: Positive = 128
@@ -51,6 +52,19 @@ class ClassifierSettings(ModelSpec):
     @property
     def usual_task(self) -> str:
         return "image-classification" if self.image_size else "sequence-classification"
+
+    @property
+    def input_field(self) -> str:
+        return "pixels" if self.image_size else "ids"
+
+    @property
+    def input_item(self) -> tuple[int, ...]:
+        side = self.image_size
+        return (self.channels, side, side) if side else ()
+
+    @property
+    def output_kind(self) -> OutputKind:
+        return "a class of each row"
 
     @property
     def positions(self) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpillm.models.block_settings import BlockSettings, NotNegativeNumber
+from mpillm.models.spec import OutputKind
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,14 @@ class DecoderSettings(BlockSettings):
     """The embedding's outputs times √width."""
     logits_soft_cap: NotNegativeNumber = 0.0
     """Logits become cap × tanh(logit / cap); 0: as they are."""
+
+    @property
+    def input_field(self) -> str:
+        return "ids"
+
+    @property
+    def output_kind(self) -> OutputKind:
+        return "next tokens"
 
     @property
     def tied_weights(self) -> Mapping[str, str]:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from mpillm.errors import RecipeError
 from mpillm.models.block_settings import BlockSettings, NotNegative, Positive
-from mpillm.models.spec import Part
+from mpillm.models.spec import OutputKind, Part
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,19 @@ class EncoderDecoderSettings(BlockSettings):
                 f"start_token = {self.start_token} is not in a vocabulary of {self.vocab_size:,}; "
                 "name one of its ids, or leave it out for the padding token"
             )
+        self._check_relative()
         if self.width % 2 and self.positions == "sinusoidal":
             raise RecipeError(f"sinusoidal positions need an even width, and width is {self.width}")
+
+    def _check_relative(self) -> None:
+        # An encoder has half of the buckets for each direction, of which half are exact: one or
+        # more. The decoder's ranges begin at half of them all, and end at the longest distance.
+        buckets, distance = self.relative_buckets, self.relative_distance
+        if self.positions == "relative" and not 4 <= buckets < 2 * distance:
+            raise RecipeError(
+                f"relative_buckets = {buckets} with relative_distance = {distance}: classes of "
+                "distances are 4 or more, and fewer than twice the distance; T5 has 32 and 128"
+            )
 
     @property
     def decoder_blocks(self) -> int:
@@ -80,6 +91,18 @@ class EncoderDecoderSettings(BlockSettings):
     @property
     def source_field(self) -> str:
         return "frames" if self.mels else "source"
+
+    @property
+    def input_field(self) -> str:
+        return self.source_field
+
+    @property
+    def input_item(self) -> tuple[int, ...]:
+        return (self.mels,) if self.mels else ()
+
+    @property
+    def output_kind(self) -> OutputKind:
+        return "next tokens of a target"
 
     def resolved(self) -> Self:
         return super().resolved().replace(decoder_layers=self.decoder_blocks)

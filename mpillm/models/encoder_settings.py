@@ -2,16 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 from mpillm.errors import RecipeError
 from mpillm.models.block_settings import BlockSettings, NotNegative, Positive, PositiveNumber
-from mpillm.models.spec import ModelSpec
+from mpillm.models.spec import ModelSpec, OutputKind
 
 Head = Literal["lm", "sequence", "token", "span", "ctc", "none"]
 # The modules of the head. The norm after the last block belongs to the body.
 HEAD_WEIGHTS = ("head.", "head_dense.", "head_norm.")
 HEAD_KEYS = ("head_layer", "head_bias", "head_dropout", "pooling", "tied")
+OUTPUT_KINDS: Mapping[Head, OutputKind] = MappingProxyType(
+    {
+        "lm": "hidden tokens",
+        "sequence": "a class of each row",
+        "token": "a class of each position",
+        "span": "the ends of a span",
+        "ctc": "aligned tokens",
+        "none": "hidden states",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -90,10 +101,10 @@ class EncoderSettings(BlockSettings):
 
     def _check_images(self) -> None:
         if self.image_size % self.patch_size:
+            whole = self.image_size // self.patch_size * self.patch_size
             raise RecipeError(
                 f"image_size = {self.image_size} is not a multiple of patch_size = "
-                f"{self.patch_size}; take {self.image_size // self.patch_size * self.patch_size} "
-                "or another patch_size"
+                f"{self.patch_size}; take {whole or self.patch_size} or another patch_size"
             )
         if self.positions != "learned" or self.position_offset:
             raise RecipeError(
@@ -104,6 +115,20 @@ class EncoderSettings(BlockSettings):
     @property
     def reads_tokens(self) -> bool:
         return not (self.image_size or self.mels)
+
+    @property
+    def input_field(self) -> str:
+        return "pixels" if self.image_size else "frames" if self.mels else "ids"
+
+    @property
+    def input_item(self) -> tuple[int, ...]:
+        if self.image_size:
+            return self.channels, self.image_size, self.image_size
+        return (self.mels,) if self.mels else ()
+
+    @property
+    def output_kind(self) -> OutputKind:
+        return OUTPUT_KINDS[self.head]
 
     @property
     def head_rows(self) -> int:

@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from mpillm.models.part_module import PartModule
 
 
+OutputKind = Literal[
+    "any",
+    "next tokens",
+    "next tokens of a target",
+    "hidden tokens",
+    "aligned tokens",
+    "a class of each row",
+    "a class of each position",
+    "the ends of a span",
+    "hidden states",
+]
+"""What a task learns, and a model gives; `any`: of a plug-in that does not say."""
 LayerRecompute = Literal["none", "attention", "full"]
 Recompute = LayerRecompute | int
 """The activations that a backward pass computes again: those of the attention of each layer, of
@@ -194,6 +206,21 @@ class ModelSpec(ABC):
     def usual_task(self) -> str:
         """The task that such a model is made for, by name; "": there is none."""
         return "causal-lm"
+
+    @property
+    def output_kind(self) -> OutputKind:
+        """What the part that ends the model gives: a task that learns something else is refused."""
+        return "any"
+
+    @property
+    def input_field(self) -> str:
+        """The field of a batch that the first block reads; "": it is not checked."""
+        return ""
+
+    @property
+    def input_item(self) -> tuple[int, ...]:
+        """The shape of a picture, (channels, height, width), or of a frame, (mels,); (): ids."""
+        return ()
 
     @property
     def whole(self) -> Part:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpillm.models.spec import OutputKind
 from mpillm.tasks.cross_entropy import CrossEntropyTask
 from mpillm.tasks.task import RawArrays
 
@@ -17,6 +18,7 @@ class CausalLM(CrossEntropyTask):
     """
 
     name: ClassVar[str] = "causal-lm"
+    output_kind: ClassVar[OutputKind] = "next tokens"
     field_names: ClassVar[tuple[str, ...]] = ("ids", "targets")
 
     def fields(self, raw: RawArrays) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mpillm.models.spec import OutputKind
 from mpillm.tasks.task import Fields, RawArrays, Task
 from mpillm.tasks.task_catalog import TaskSettings
 from mpillm.tasks.vocabulary import Lengths, Vocabulary, positions_of
@@ -21,6 +22,7 @@ class CTC(Task):
     """
 
     name: ClassVar[str] = "ctc"
+    output_kind: ClassVar[OutputKind] = "aligned tokens"
     field_names: ClassVar[tuple[str, ...]] = ("frames", "lengths", "targets", "counts")
     metrics: ClassVar[tuple[str, ...]] = ("loss", "token-error-rate")
     pair_kinds: ClassVar[tuple[str, ...]] = ("ctc",)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpillm.models.spec import OutputKind
 from mpillm.tasks.cross_entropy import CrossEntropyTask
 from mpillm.tasks.task import RawArrays
 from mpillm.tasks.vocabulary import Vocabulary
@@ -18,6 +19,7 @@ class ImageClassification(CrossEntropyTask):
     """
 
     name: ClassVar[str] = "image-classification"
+    output_kind: ClassVar[OutputKind] = "a class of each row"
     field_names: ClassVar[tuple[str, ...]] = ("pixels", "targets")
     metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro-f1")
     pair_kinds: ClassVar[tuple[str, ...]] = ("image-classification",)

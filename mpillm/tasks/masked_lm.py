@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpillm.models.spec import OutputKind
 from mpillm.tasks.cross_entropy import CrossEntropyTask
 from mpillm.tasks.decoder_rows import added_id
 from mpillm.tasks.row_draws import row_draws
@@ -23,6 +24,7 @@ class MaskedLM(CrossEntropyTask):
     """
 
     name: ClassVar[str] = "masked-lm"
+    output_kind: ClassVar[OutputKind] = "hidden tokens"
     field_names: ClassVar[tuple[str, ...]] = ("ids", "targets", "counts")
     metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
 

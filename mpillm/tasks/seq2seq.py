@@ -5,6 +5,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from mpillm.models.spec import OutputKind
 from mpillm.tasks.cross_entropy import CrossEntropyTask
 from mpillm.tasks.decoder_rows import decoder_fields, start_id
 from mpillm.tasks.task import RawArrays
@@ -18,6 +19,7 @@ class SequenceToSequence(CrossEntropyTask):
     """
 
     name: ClassVar[str] = "seq2seq"
+    output_kind: ClassVar[OutputKind] = "next tokens of a target"
     field_names: ClassVar[tuple[str, ...]] = (
         "source",
         "frames",

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mpillm.models.spec import OutputKind
 from mpillm.tasks.cross_entropy import CrossEntropyTask
 from mpillm.tasks.task import RawArrays
 from mpillm.tasks.vocabulary import Vocabulary
@@ -17,6 +18,7 @@ class SequenceClassification(CrossEntropyTask):
     """
 
     name: ClassVar[str] = "sequence-classification"
+    output_kind: ClassVar[OutputKind] = "a class of each row"
     field_names: ClassVar[tuple[str, ...]] = ("ids", "lengths", "targets")
     metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro-f1")
     pair_kinds: ClassVar[tuple[str, ...]] = ("sequence-classification",)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mpillm.errors import RecipeError
+from mpillm.models.spec import OutputKind
 from mpillm.tasks.cross_entropy import CrossEntropyTask
 from mpillm.tasks.decoder_rows import decoder_fields, start_id
 from mpillm.tasks.row_draws import row_draws
@@ -28,6 +29,7 @@ class SpanCorruption(CrossEntropyTask):
     """
 
     name: ClassVar[str] = "span-corruption"
+    output_kind: ClassVar[OutputKind] = "next tokens of a target"
     field_names: ClassVar[tuple[str, ...]] = (
         "source",
         "source_lengths",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from torch import Tensor
 
+from mpillm.models.spec import OutputKind
 from mpillm.tasks.vocabulary import Lengths, Vocabulary
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ class Task(ABC):
 
     pair_kinds: ClassVar[tuple[str, ...]] = ()
     """The kinds of pairs (`prepare --task`) that it learns from; none: it reads tokens."""
+
+    output_kind: ClassVar[OutputKind] = "any"
+    """What it learns: a model that gives something else is refused."""
 
     reads_heads: ClassVar[bool] = False
     """Whether the losses take a `LinearHead` in place of its logits, so that these need not exist.

@@ -9,11 +9,11 @@ from mpillm.comm.failure import on_root
 from mpillm.errors import DataError, MismatchError, RecipeError
 from mpillm.infer.loading import (
     RunConstants,
-    check_kind,
     missing_data,
     open_of,
     read_vocabulary,
 )
+from mpillm.infer.task_checks import check_task
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import NodeMap, map_nodes
@@ -237,12 +237,13 @@ def _profile(
 def _with_task(recipe: Recipe, manifest: Manifest, comm: "MPI.Intracomm") -> tuple[Task, Recipe]:
     """Make the task, and fill the model's settings that follow from the data. Every rank calls it.
 
-    Raises MismatchError where the recipe sets one lower than the data needs.
+    Raises MismatchError where data, task and model do not fit, or the recipe sets one lower than
+    the data needs.
     """
     vocabulary = read_vocabulary(manifest, comm)
     task = make_task(recipe.task.name, recipe.task, vocabulary, Lengths.of(recipe.model))
-    check_kind(task, manifest)
     model = recipe.model
+    check_task(task, model, manifest)
     for name, found in task.model_settings(vocabulary).items():
         wanted = getattr(model, name, None)
         if wanted is None:

@@ -115,7 +115,9 @@ def test_it_learns_what_its_inputs_show(kind):
 
 
 def test_the_names_of_their_shapes():
-    assert {"lstm", "cnn", "mlp"} <= set(named_shapes())
+    shapes = named_shapes()
+    assert {"lstm", "cnn", "mlp"} <= set(shapes)
+    assert not any(shapes[name].generates for name in ("lstm", "cnn", "mlp"))
 
 
 @pytest.mark.parametrize(

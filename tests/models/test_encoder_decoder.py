@@ -11,6 +11,7 @@ from mpillm.errors import RecipeError, UsageError
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.encoder_decoder import SHAPES, EncoderDecoderConfig
 from mpillm.models.encoder_decoder_weights import encoder_decoder_weights
+from mpillm.models.layers.relative_bias import RelativeBias
 from mpillm.models.linear_head import plain_outputs
 from mpillm.models.model_catalog import named_shapes
 from mpillm.models.part_module import PartModule, create, weight_shapes
@@ -196,7 +197,7 @@ def test_a_cache_changes_nothing(kind: str) -> None:
 def test_each_switch_changes_the_outputs() -> None:
     """A switch that nothing reads would pass every other test."""
     for kind, changes in (
-        ("t5", {"relative_distance": 3, "scaled_head": False, "query_scale_width": 0.0}),
+        ("t5", {"relative_distance": 5, "scaled_head": False, "query_scale_width": 0.0}),
         ("marian", {"sinusoid_ends": True, "scaled_embedding": False, "activation": "relu"}),
         ("whisper", {"sinusoid_ends": False, "activation": "silu"}),
     ):
@@ -248,6 +249,8 @@ def test_flops_follow_the_formula() -> None:
         ({"start_token": 9, "vocab_size": 9}, "start_token = 9 is not in a vocabulary of 9; name"),
         ({"mels": 80}, "mels = 80: a source of sound has sinusoidal positions"),
         ({"positions": "sinusoidal", "width": 33, "heads": 3}, "an even width, and width is 33"),
+        ({"relative_buckets": 3}, "relative_buckets = 3 with relative_distance = 128: classes"),
+        ({"relative_distance": 16}, "relative_buckets = 32 with relative_distance = 16: classes"),
     ],
 )
 def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
@@ -261,3 +264,12 @@ def test_what_each_architecture_does_not_generate() -> None:
     decoder = create(DecoderConfig(layers=1, width=16, heads=2, context=4, vocab_size=9), 1)
     with pytest.raises(UsageError, match="'decoder' reads no source; generate with an enc"):
         decoder.encode_source(fields())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_fewest_classes_of_distances_are_finite(causal: bool) -> None:
+    config = EncoderDecoderConfig(relative_buckets=4, relative_distance=3)
+    bias = RelativeBias(config, causal)
+    buckets = bias.bucket_of(torch.arange(-20, 21))
+    assert buckets.min() == 0
+    assert buckets.max() == 3
