@@ -30,6 +30,11 @@ def embed_texts(
     """
     if pooling not in POOLINGS:
         raise UsageError(f"pooling = {pooling!r} is none of {', '.join(POOLINGS)}; take one")
+    if loaded.model.spec.input_field not in ("", "ids"):
+        raise UsageError(
+            f"the model reads {loaded.model.spec.input_field} and embeds no text; take an encoder "
+            "of text"
+        )
     found = np.empty((len(texts), 0), np.float32)
     for numbers, fields in _batches(loaded, texts):
         with torch.inference_mode():

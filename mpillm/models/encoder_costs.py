@@ -115,12 +115,15 @@ class EncoderCosts(EncoderSettings, BlockCosts):
         return (0, kept + stream) if pools else (stream, kept)
 
     def output_bytes(self, rows: int, device: str = "cpu") -> int:
-        """Count a loss in chunks of `lm` and `ctc`; of others the outputs, their gradients, and
-        what a softmax keeps.
+        """Count a loss in chunks of `lm`; of others the outputs, their gradients, and what a
+        softmax keeps.
         """
         positions = rows * self._head_positions
-        if self.head in ("lm", "ctc"):
+        if self.head == "lm":
             return head_bytes(positions, self.width, self.vocab_size, device)
+        if self.head == "ctc":
+            # The softmax of all alignments has a gradient of its own.
+            return 4 * 4 * positions * self.vocab_size
         return 3 * 4 * positions * (self.head_rows or self.width)
 
     def logits_bytes(self, rows: int, device: str = "cpu") -> int:

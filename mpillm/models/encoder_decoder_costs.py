@@ -156,11 +156,16 @@ class EncoderDecoderCosts(EncoderDecoderSettings, BlockCosts):
 
     def scoring_bytes(self, rows: int, element_bytes: int = 4) -> int:
         memory = element_bytes * rows * self.source_context * self.width
-        decoder = memory + super().scoring_bytes(rows, element_bytes)
+        decoder = memory + super().scoring_bytes(rows, element_bytes) + self._bias_bytes(0)
         return max(decoder, self._of_source._encoder_scoring(rows, element_bytes))
 
     def _encoder_scoring(self, rows: int, element_bytes: int) -> int:
-        return super().scoring_bytes(rows, element_bytes)
+        return super().scoring_bytes(rows, element_bytes) + self._bias_bytes(rows)
+
+    def _bias_bytes(self, padded: int) -> int:
+        """Count the bias of relative positions: once, and with the padding of each of its rows."""
+        pairs = self.heads * self.context**2 if self.positions == "relative" else 0
+        return 4 * pairs * (1 + padded)
 
     def output_bytes(self, rows: int, device: str = "cpu") -> int:
         """See DecoderCosts."""

@@ -17,6 +17,7 @@ from mpillm.models.block_settings import BlockSettings
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.encoder import EncoderConfig
 from mpillm.models.encoder_decoder import SHAPES
+from mpillm.models.model_catalog import named_shapes
 from mpillm.system.console import Console
 from tests.pretrained import peer
 from tests.published import SPEC, publish, weights_of
@@ -128,6 +129,9 @@ def test_a_model_of_no_family_is_refused(folder: Path, comm: MPI.Intracomm) -> N
     odd = SPEC.replace(positions="learned")
     with pytest.raises(RecipeError, match="no family of Hugging Face is this model"):
         module._family(odd, "llama")
+    # One clear reason, and not those of each family of another architecture.
+    with pytest.raises(RecipeError, match="model: there is none of the architecture lstm; export"):
+        module._family(named_shapes()["lstm"], "")
 
 
 @pytest.mark.parametrize("spec", [SPEC, GPT2, T5, MARIAN], ids=["llama", "gpt2", "t5", "marian"])

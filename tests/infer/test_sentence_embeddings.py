@@ -1,6 +1,7 @@
 """Embeddings of texts: those of each text alone, and those of a published model in transformers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import Loaded, load_trained
 from mpillm.infer.sentence_embeddings import embed_texts
 from mpillm.models.encoder import EncoderConfig
+from mpillm.models.model_catalog import named_shapes
+from mpillm.models.part_module import create
 from mpillm.system.console import Console
 from tests.pretrained import minilm, peer
 from tests.published import SPEC, publish
@@ -75,6 +78,9 @@ def test_no_texts_and_what_embeds_none(embedder: Loaded, folder: Path, comm: MPI
     import_model(folder / "decoder", folder / "other", comm, QUIET)
     with pytest.raises(UsageError, match="architecture 'decoder' embeds no text"):
         embed_texts(load_trained(folder / "other", comm, QUIET), TEXTS)
+    pictures = create(named_shapes()["vit-tiny-digits"].replace(classes=2), 1)
+    with pytest.raises(UsageError, match="the model reads pixels and embeds no text"):
+        embed_texts(replace(embedder, model=pictures), TEXTS)
 
 
 def test_those_of_minilm_are_transformers(folder: Path, comm: MPI.Intracomm) -> None:

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.errors import RecipeError
 from mpillm.models.model_catalog import named_shapes, spec_class
 from mpillm.models.part_module import create, weight_shapes
 from mpillm.models.spec import Part
 from mpillm.parallel.pipeline.split_backward import SplitBackward
+from tests.models.saved_bytes import saved_bytes
 
 KINDS = {
     "lstm": {},
@@ -130,3 +132,34 @@ def test_the_names_of_their_shapes():
 def test_wrong_settings_are_refused(kind, settings, words):
     with pytest.raises(RecipeError, match=words):
         make_spec(kind, **settings)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "cnn", "mlp"])
+def test_a_text_without_tokens_has_finite_logits(kind):
+    spec = make_spec(kind)
+    fields = {**make_fields(spec), "lengths": torch.tensor([0, 1, 10])}
+    found = create(spec, 0).forward_part(fields, ()).outputs[0]
+    assert found.isfinite().all()
+    one = create(spec, 0).forward_part({**fields, "lengths": torch.tensor([1, 1, 10])}, ())
+    assert torch.equal(found, one.outputs[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_holds_what_its_settings_count(kind):
+    sizes = {"image_size": 12} if "images" in kind else {"context": 128}
+    spec, rows = make_spec(kind, width=64, dropout=0.1, **sizes), 24
+    fields = {**make_fields(spec, rows), "dropout_keys": torch.arange(rows)}
+    if "ids" in fields:
+        fields["lengths"] = torch.full((rows,), 100)
+    model = create(spec, 0)
+
+    def step():
+        model.forward_part(fields, ()).outputs[0].sum().backward()
+
+    step()  # gradients of weights stay, and belong to no step
+    counted = spec.activation_bytes(spec.whole, rows)
+    if kind != "mlp of images":
+        peak = peak_tensor_bytes(step)
+        assert counted + spec.working_bytes(rows) == pytest.approx(peak, rel=0.3)
+    if not kind.startswith("mlp"):
+        assert counted == pytest.approx(saved_bytes(model, fields, ()), rel=0.15)

@@ -91,3 +91,20 @@ def test_the_peak_of_a_step_is_what_is_kept_and_one_block(kind: str, recompute: 
     # Without a fused kernel the gradients of probabilities are counted with another block's.
     most = 1.1 if kind == "whisper" else 1.25
     assert 0.95 * peak <= counted <= most * peak
+
+
+@pytest.mark.parametrize("kind", ["t5", "t5 1.1 with groups", "marian"])
+def test_scoring_holds_what_its_settings_count(kind: str) -> None:
+    """With padding, and sources so long that the scores of all pairs would be most of it."""
+    config = KINDS[kind].replace(source_context=256)
+    module = create(config, 1).eval()
+    fields = {
+        "source": torch.zeros(ROWS, 256, dtype=torch.int64),
+        "source_lengths": torch.full((ROWS,), 250),
+        "ids": torch.zeros(ROWS, LENGTH, dtype=torch.int64),
+    }
+    with torch.inference_mode():
+        module.forward_part(fields, ())
+        peak = peak_tensor_bytes(lambda: module.forward_part(fields, ()))
+    assert config.scoring_bytes(ROWS) == pytest.approx(peak, rel=0.4)
+    assert config.scoring_bytes(ROWS) > 0.95 * peak

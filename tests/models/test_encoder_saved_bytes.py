@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.models.encoder import SHAPES, EncoderConfig
 from mpillm.models.spec import Part
+from mpillm.tasks.ctc import CTC
 from tests.models.saved_bytes import kept_bytes, peak_of_a_step
 
 SIZES = {"layers": 4, "width": 128, "heads": 4, "context": 64}
@@ -72,3 +74,21 @@ def test_outputs_and_logits_have_bytes(kind: str) -> None:
     config = KINDS[kind]
     assert config.output_bytes(2) > config.logits_bytes(2) > 0
     assert config.output_bytes(4) > config.output_bytes(2)
+
+
+def test_the_loss_of_an_alignment_holds_what_its_settings_count() -> None:
+    config, rows = KINDS["sound"].replace(vocab_size=2000), 4
+    logits = torch.randn(rows, config.context, 2000, requires_grad=True)
+    fields = {
+        "lengths": torch.full((rows,), config.context),
+        "targets": torch.ones(rows, 9, dtype=torch.int64),
+        "counts": torch.ones(rows, 9, dtype=torch.bool),
+    }
+
+    def step() -> None:
+        logits.grad = None
+        # The head makes the logits.
+        CTC().loss_sum((logits * 1,), fields).backward()
+
+    step()
+    assert config.output_bytes(rows) == pytest.approx(peak_tensor_bytes(step), rel=0.3)

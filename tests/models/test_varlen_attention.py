@@ -38,6 +38,17 @@ def test_the_kernel_is_called_as_torch_documents_it(monkeypatch, kv_heads):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("window", "side"), [(0, -1), (1, 0), (2, 1), (128, 64)])
+def test_a_window_to_both_sides_has_half_of_it_on_each(monkeypatch, window, side):
+    def kernel(q, k, v, *edges, window_size, enable_gqa):
+        assert window_size == (side, side)
+        return q
+
+    monkeypatch.setattr(varlen_attention, "_kernel", lambda: kernel)
+    q, k, v, _ = make_qkv(3, 96)
+    attend_varlen(q, k, v, DocumentSpans(number_documents(*ROWS)), window, causal=False)
+
+
 def test_a_processor_does_without():
     assert not takes_spans(make_qkv(1, 4, dtype=torch.bfloat16)[0])
 

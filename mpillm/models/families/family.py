@@ -40,6 +40,8 @@ class Family(ABC):
 
     model_types: ClassVar[tuple[str, ...]]
     """The values of `model_type` in its `config.json`."""
+    stack: ClassVar[str]
+    """Our architecture that it is of."""
     prefix: ClassVar[str] = "model."
     """Ahead of the names of all tensors but the head's. Files of a bare model lack it."""
     ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
@@ -85,8 +87,6 @@ class Family(ABC):
 class TableFamily(Family):
     """A family that tables describe: of settings' defaults, and of names."""
 
-    stack: ClassVar[str]
-    """Our architecture that it is of."""
     defaults: ClassVar[Mapping[str, Any]]
     """Of the keys that a `config.json` may leave out."""
     names: ClassVar[Mapping[str, str]]

@@ -55,12 +55,17 @@ def find_family(config: Mapping[str, Any]) -> Family:
 def family_of(spec: ModelSpec) -> Family:
     """Return the first family that can be `spec`. Raises RecipeError where none can."""
     faults = []
-    for kind in FAMILIES:
-        family = find_family({"model_type": kind})
+    for family in (find_family({"model_type": kind}) for kind in FAMILIES):
+        if family.stack != spec.architecture:
+            continue
         try:
             family.config(spec)
         except RecipeError as fault:
             faults.append(str(fault))
         else:
             return family
-    raise RecipeError("no family of Hugging Face is this model: " + "; ".join(faults))
+    reason = "; ".join(faults) or f"there is none of the architecture {spec.architecture}"
+    raise RecipeError(
+        f"no family of Hugging Face is this model: {reason}; export its tensors under our names "
+        "by --to safetensors"
+    )

@@ -34,5 +34,7 @@ def attend_dense(
 
 
 def biased_mask(bias: Tensor, mask_TS: Tensor | None) -> Tensor:
-    """Return the `bias` of the scores, −∞ where the mask is false; both broadcast."""
+    """Return the `bias` of the scores, −∞ where the mask is false, of 4 dims; both broadcast."""
+    # With 3 dims torch has no fused kernel on a CPU, and holds the scores of all pairs.
+    bias = bias.view((1,) * (4 - bias.dim()) + bias.shape)
     return bias if mask_TS is None else bias.masked_fill(~mask_TS, -torch.inf)

@@ -25,7 +25,8 @@ class RelativeBias(nn.Module):
         last = first + length
         # One value a distance: the scores of all pairs of positions are views of this row.
         ahead_N = torch.arange(1 - last, length, device=self.table.weight.device)
-        values_HN = self.table(self.bucket_of(ahead_N)).T
+        # Copied while it is small: fused kernels would copy all pairs to have rows of keys.
+        values_HN = self.table(self.bucket_of(ahead_N)).T.contiguous()
         # The last position has the least distances.
         return cast(Tensor, values_HN.unfold(-1, last, 1).flip(1))
 

@@ -51,7 +51,7 @@ def attend_varlen(
         longest,
         longest,
         # Positions to the left and to the right; -1: any number.
-        window_size=(window - 1, 0) if causal else (window // 2 or -1,) * 2,
+        window_size=(window - 1, 0) if causal else (window // 2 if window else -1,) * 2,
         enable_gqa=q_BTHD.shape[2] != k_BTKD.shape[2],
     )
     return a_NHD.view(q_BTHD.shape)

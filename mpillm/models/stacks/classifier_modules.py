@@ -87,7 +87,9 @@ def real_positions(lengths_B: Tensor | None, x_BTC: Tensor) -> Tensor:
     if lengths_B is None:
         return torch.ones_like(x_BTC[..., :1])
     places_T = torch.arange(x_BTC.shape[1], device=x_BTC.device)
-    return (places_T < lengths_B.to(x_BTC.device)[:, None])[..., None].to(x_BTC.dtype)
+    # A text without tokens has its first position, of padding: a mean of none is NaN.
+    lengths_B = lengths_B.to(x_BTC.device).clamp(min=1)
+    return (places_T < lengths_B[:, None])[..., None].to(x_BTC.dtype)
 
 
 class LSTMClassifier(Classifier):
