@@ -35,8 +35,7 @@ SETTINGS = {
 
 
 def run(words: list[str]) -> str:
-    made = subprocess.run(words, check=True, capture_output=True, text=True)
-    return made.stdout
+    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def main() -> None:
@@ -51,12 +50,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data, made = f"{folder}/data", f"{folder}/run"
         run([*mpillm, "prepare", "stdlib", "--out", data, "--vocab-size", str(given.vocab_size)])
-        settings = {**SETTINGS, "train.steps": str(given.steps), "data.path": data}
-        settings["train.run"] = made
+        recipe = Path(folder) / "recipe.toml"
+        recipe.write_text(f'[data]\npath = "{data}"\n')
+        settings = {**SETTINGS, "train.steps": str(given.steps), "train.run": made}
         settings |= dict(each.split("=", 1) for each in given.set)
         words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
         begun = time.perf_counter()
-        run(["mpirun", "-n", str(given.ranks), "--bind-to", "none", *mpillm, "train", *words])
+        run(
+            [
+                "mpirun",
+                "-n",
+                str(given.ranks),
+                "--bind-to",
+                "none",
+                *mpillm,
+                "train",
+                str(recipe),
+                *words,
+            ]
+        )
         seconds = time.perf_counter() - begun
         cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
         metrics = ["--metrics", "loss,accuracy", "--baselines", "--json"]

@@ -49,7 +49,7 @@ MPILLM = [sys.executable, "-m", "mpillm"]
 
 
 def run(words: list[str]) -> str:
-    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def prepare(records: list[dict[str, object]], task: str, out: Path, validation: float) -> Path:
@@ -63,10 +63,12 @@ def prepare(records: list[dict[str, object]], task: str, out: Path, validation: 
 def train(settings: dict[str, str], data: Path, ranks: int) -> tuple[Path, float]:
     """Train on `data`; return the run, and its seconds."""
     made = data.with_name(f"{data.name}-run")
-    settings = {**settings, "data.path": str(data), "train.run": str(made)}
+    recipe = data.with_suffix(".toml")
+    recipe.write_text(f'[data]\npath = "{data}"\n')
+    settings = {**settings, "train.run": str(made)}
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     begun = time.perf_counter()
-    run(["mpirun", "-n", str(ranks), "--bind-to", "none", *MPILLM, "train", *words])
+    run(["mpirun", "-n", str(ranks), "--bind-to", "none", *MPILLM, "train", str(recipe), *words])
     return made, time.perf_counter() - begun
 
 
