@@ -155,6 +155,15 @@ class BlockSettings(ModelSpec):
                 f"rotary positions need an even width a head, and {given} is {self.head_features}"
             )
 
+    def _check_sinusoids(self, ends: bool) -> None:
+        # A sine and a cosine for each angle; where the last one is 1/10000, it is not the first.
+        least = 4 if ends else 2
+        if self.positions == "sinusoidal" and (self.width % 2 or self.width < least):
+            raise RecipeError(
+                f"sinusoidal positions need an even width of {least} or more, and width is "
+                f"{self.width}; set width to {max(least, self.width + self.width % 2)}"
+            )
+
     def _check_rope(self) -> None:
         if self.rope_scaling == "llama3" and not self.rope_low < self.rope_high:
             raise RecipeError(

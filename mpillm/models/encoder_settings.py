@@ -96,8 +96,7 @@ class EncoderSettings(BlockSettings):
                 f'head = "{self.head}" with token_types = {self.token_types} is of tokens, and '
                 "this encoder reads none; set another head, and no token_types"
             )
-        if self.positions == "sinusoidal" and self.width % 2:
-            raise RecipeError(f"sinusoidal positions need an even width, and width is {self.width}")
+        self._check_sinusoids(ends=True)
 
     def _check_images(self) -> None:
         if self.image_size % self.patch_size:
