@@ -1,5 +1,6 @@
 """Make a dataset under its name: once, by one of several jobs, whole or not at all."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +14,21 @@ from mpillm.comm.failure import on_root
 from mpillm.errors import DataError, UsageError
 from mpillm.system.atomic import make_folder, write_text
 from mpillm.system.console import Console
-from mpillm.system.messages import why
+from mpillm.system.messages import explain, why
 from mpillm.system.plain_files import open_plain
 from mpillm.tokens.losses import check_chance
 from mpillm.tokens.manifest import NAME, SPLITS, TOKENIZER, Manifest, Shard, Split
 from mpillm.tokens.publish import holds_dataset, listed_files, publish
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.tokens.train_tokenizer import load_or_make
-from mpillm.tokens.work_folder import WorkFolder, alone, place_of, remove_left_over, work_folder
+from mpillm.tokens.work_folder import (
+    WorkFolder,
+    alone,
+    place_of,
+    remove_left_over,
+    taken_over,
+    work_folder,
+)
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -69,6 +77,16 @@ def common_prep(options: "PrepareOptions", tokenizer_json: str | None) -> dict[s
         "shard_bytes": options.shard_bytes,
         "seed": options.seed,
     }
+
+
+def describe_failure(work: WorkFolder, need: str, failure: OSError) -> str:
+    """Say where there was no space, and in `need` what is needed; or what else failed."""
+    folder = work.path.parent
+    if failure.errno == errno.ENOENT and not work.path.exists():
+        return taken_over(work.owner.out)
+    if failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return explain(failure, failure.filename or folder)
+    return f"{explain(failure, folder)} ({need})"
 
 
 def splits_of(

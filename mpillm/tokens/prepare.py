@@ -3,7 +3,6 @@
 The same bytes on any number of ranks.
 """
 
-import errno
 import json
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,6 @@ from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import UsageError
 from mpillm.system.command_line import Argument, Option, check_options
 from mpillm.system.console import Console, binary_bytes
-from mpillm.system.messages import explain
 from mpillm.tasks.task_catalog import DEFAULT as DEFAULT_TASK
 from mpillm.tasks.task_catalog import TASKS
 from mpillm.tokens import shuffle
@@ -24,6 +22,7 @@ from mpillm.tokens.make_dataset import (
     Describe,
     check_inputs,
     common_prep,
+    describe_failure,
     make_dataset,
     real_path,
     save_manifest,
@@ -43,7 +42,7 @@ from mpillm.tokens.text.records import DEFAULT_FIELD, check_field
 from mpillm.tokens.text.text_cut import LONGEST_PART
 from mpillm.tokens.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, Tokenizer
 from mpillm.tokens.train_tokenizer import train_together
-from mpillm.tokens.work_folder import WorkFolder, taken_over
+from mpillm.tokens.work_folder import WorkFolder
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -201,22 +200,16 @@ def _make(
         text = train_together(found, options.vocab_size, options.tokenizer_bytes, comm, console)
     tokenizer = Tokenizer.from_json(text, name, options.end_of_text)
     made = _write(options, found, tokenizer, prep, work, comm, console)
-    return made, partial(_describe, found, tokenizer, work)
+    return made, _describe(found, tokenizer, work)
 
 
-def _describe(found: Survey, tokenizer: Tokenizer, work: WorkFolder, failure: OSError) -> str:
-    """Say where there was no space, and how much is needed at most."""
-    folder = work.path.parent
-    if failure.errno == errno.ENOENT and not work.path.exists():
-        return taken_over(work.owner.out)
-    if failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return explain(failure, failure.filename or folder)
+def _describe(found: Survey, tokenizer: Tokenizer, work: WorkFolder) -> Describe:
     # No token is shorter than a byte, and the tokens are there twice for a while.
     most = 2 * (found.n_bytes + found.n_docs) * tokenizer.dtype.itemsize
-    return (
-        f"{explain(failure, folder)} (to prepare {binary_bytes(found.n_bytes)} of text takes up to "
-        f"{binary_bytes(most)} there)"
+    need = (
+        f"to prepare {binary_bytes(found.n_bytes)} of text takes up to {binary_bytes(most)} there"
     )
+    return partial(describe_failure, work, need)
 
 
 def _prep(options: PrepareOptions, found: Survey, tokenizer_json: str | None) -> dict[str, Any]:
@@ -248,7 +241,7 @@ def _write(
 
     Every rank calls it. Raises DataError.
     """
-    describe = partial(_describe, found, tokenizer, work)
+    describe = _describe(found, tokenizer, work)
     encoded = _encode(options, found, tokenizer, work, comm, console)
     _say_cuts(tokenizer, comm, console)
     where = shuffle.plan_shuffle(encoded, options.shard_bytes, comm)
@@ -300,7 +293,7 @@ def _encode(
             options.workers,
             progress,
         )
-        encoded = on_all(comm, encode, partial(_describe, found, tokenizer, work))
+        encoded = on_all(comm, encode, _describe(found, tokenizer, work))
     total = losses.total(comm)
     if total.share and options.lossy:
         console.warn(f"the tokenizer {tokenizer.name} loses text: {total.describe()}")

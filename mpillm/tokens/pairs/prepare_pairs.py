@@ -4,7 +4,6 @@ ranks.
 Records are read twice: once for their count and classes, once to encode them.
 """
 
-import errno
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from mpillm.tokens.make_dataset import (
     Describe,
     check_inputs,
     common_prep,
+    describe_failure,
     make_dataset,
     real_path,
     save_manifest,
@@ -110,7 +110,8 @@ def prepare_pairs(options: "PrepareOptions", comm: "MPI.Intracomm", console: Con
     def write(work: WorkFolder) -> tuple[Manifest, Describe]:
         text = tokenizer_json or _train(options, found, comm, console)
         tokenizer = Tokenizer.from_json(text, name, options.end_of_text)
-        describe = partial(_describe, work.path.parent, found)
+        need = f"the {found.n_pairs:,} pairs are there twice while they are prepared"
+        describe = partial(describe_failure, work, need)
         return _write(options, found, tokenizer, prep, work, describe, comm, console), describe
 
     made, new = make_dataset(out, prep, options.overwrite, write, comm, console)
@@ -237,13 +238,6 @@ def _prep(
         "n_pairs": found.n_pairs,
         "content": found.content,
     }
-
-
-def _describe(folder: Path, found: PairSurvey, failure: OSError) -> str:
-    text = explain(failure, failure.filename or folder)
-    if failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return text
-    return f"{text} (the {found.n_pairs:,} pairs are there twice while they are prepared)"
 
 
 def _write(
