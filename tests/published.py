@@ -1,4 +1,4 @@
-"""A small published model: a Llama in a Hugging Face folder, written as transformers does."""
+"""A small published model in a Hugging Face folder, written as transformers does."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,17 @@ from mpillm.weights.published_model import their_tensors
 
 SPEC = DecoderConfig(
     layers=2, width=32, heads=4, kv_heads=2, hidden=64, context=32, vocab_size=300, tied=False
+)
+GPT2 = DecoderConfig(
+    layers=2,
+    width=32,
+    heads=4,
+    context=32,
+    vocab_size=300,
+    norm="layernorm",
+    positions="learned",
+    activation="gelu",
+    bias=True,
 )
 
 

@@ -193,7 +193,7 @@ def export_gguf(
         own = assign_writers([sizes] * comm.size)[comm.rank]
         with console.progress("write", sum(sizes[name] for name in own), "bytes") as progress:
             on_all(comm, lambda: _write(work, plan, make, {n: placed[n] for n in own}, progress))
-        on_root(comm, lambda: _finish(work, out))
+        on_root(comm, lambda: give_name(work, out))
     except BaseException:
         if comm.rank == 0:
             with suppress(OSError):
@@ -241,7 +241,9 @@ def _write(
         ) from failure
 
 
-def _finish(work: Path, out: Path) -> None:
+def give_name(work: Path, out: Path) -> None:
+    """Rename a whole file or folder to `out`. Raises UsageError where something has the name."""
+    # rename(2) would replace a file or an empty folder.
     refuse_taken(out)
     try:
         work.rename(out)

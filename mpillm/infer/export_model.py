@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import CheckpointError, RecipeError, UsageError
-from mpillm.infer.export_gguf import GgufPlan, check_gguf_name, export_gguf
+from mpillm.infer.export_gguf import GgufPlan, check_gguf_name, export_gguf, give_name
 from mpillm.infer.generate import first_token
 from mpillm.infer.loading import TOKENIZER, check_trained
 from mpillm.models.families.family import Family
@@ -278,7 +278,4 @@ def _finish(work: Path, out: Path, shards: Sequence[Mapping[str, int]], total: i
         }
         (work / INDEX).write_text(to_json(index, indent=1) + "\n", encoding="utf-8")
     flush(work)
-    # rename(2) would replace an empty folder, and no other.
-    refuse_taken(out)
-    work.rename(out)
-    flush(out.parent)
+    give_name(work, out)

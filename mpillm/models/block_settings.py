@@ -16,6 +16,15 @@ NotNegativeNumber = Annotated[float, Ge(0)]
 GATED = ("swiglu", "geglu", "geglu-exact")
 
 
+def check_dropout(name: str, probability: float) -> None:
+    """Raise RecipeError unless the setting `name` is in [0, 1)."""
+    if not 0 <= probability < 1:
+        raise RecipeError(
+            f"{name} = {probability:g} is the probability that a value is set to 0: "
+            "0 (none) or more, and less than 1, which would leave nothing; try 0.1"
+        )
+
+
 @dataclass(frozen=True)
 class BlockSettings(ModelSpec):
     """The switches of the one block that all Transformers here are made of.
@@ -118,11 +127,7 @@ class BlockSettings(ModelSpec):
 
     def __post_init__(self) -> None:
         for name in ("dropout", "attention_dropout", "embedding_dropout"):
-            if not 0 <= (probability := getattr(self, name)) < 1:
-                raise RecipeError(
-                    f"{name} = {probability:g} is the probability that a value is set to 0: "
-                    "0 (none) or more, and less than 1, which would leave nothing; try 0.1"
-                )
+            check_dropout(name, getattr(self, name))
         self._check_heads()
         self._check_rope()
         self._check_experts()
@@ -153,6 +158,15 @@ class BlockSettings(ModelSpec):
             given = "head_width" if self.head_width else f"{self.width} / {self.heads}"
             raise RecipeError(
                 f"rotary positions need an even width a head, and {given} is {self.head_features}"
+            )
+
+    def _check_sinusoids(self, ends: bool) -> None:
+        # A sine and a cosine for each angle; where the last one is 1/10000, it is not the first.
+        least = 4 if ends else 2
+        if self.positions == "sinusoidal" and (self.width % 2 or self.width < least):
+            raise RecipeError(
+                f"sinusoidal positions need an even width of {least} or more, and width is "
+                f"{self.width}; set width to {max(least, self.width + self.width % 2)}"
             )
 
     def _check_rope(self) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mpillm.errors import RecipeError
-from mpillm.models.block_settings import NotNegative, Positive
+from mpillm.models.block_settings import NotNegative, Positive, check_dropout
 from mpillm.models.spec import ModelSpec, OutputKind, Part
 
 if TYPE_CHECKING:
@@ -43,11 +43,7 @@ class ClassifierSettings(ModelSpec):
     """Probability that training sets an output of a layer to 0."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise RecipeError(
-                f"dropout = {self.dropout:g} is the probability that a value is set to 0: "
-                "0 (none) or more, and less than 1, which would leave nothing; try 0.1"
-            )
+        check_dropout("dropout", self.dropout)
 
     @property
     def usual_task(self) -> str:

@@ -63,8 +63,7 @@ class EncoderDecoderSettings(BlockSettings):
                 "name one of its ids, or leave it out for the padding token"
             )
         self._check_relative()
-        if self.width % 2 and self.positions == "sinusoidal":
-            raise RecipeError(f"sinusoidal positions need an even width, and width is {self.width}")
+        self._check_sinusoids(self.sinusoid_ends)
 
     def _check_relative(self) -> None:
         # An encoder has half of the buckets for each direction, of which half are exact: one or

@@ -6,7 +6,13 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 from mpillm.errors import RecipeError
-from mpillm.models.block_settings import BlockSettings, NotNegative, Positive, PositiveNumber
+from mpillm.models.block_settings import (
+    BlockSettings,
+    NotNegative,
+    Positive,
+    PositiveNumber,
+    check_dropout,
+)
 from mpillm.models.spec import ModelSpec, OutputKind
 
 Head = Literal["lm", "sequence", "token", "span", "ctc", "none"]
@@ -81,11 +87,7 @@ class EncoderSettings(BlockSettings):
             # A frozen dataclass: no other value is possible.
             object.__setattr__(self, "context", (self.image_size // self.patch_size) ** 2 + 1)
         super().__post_init__()
-        if not 0 <= self.head_dropout < 1:
-            raise RecipeError(
-                f"head_dropout = {self.head_dropout:g} is the probability that a value is set to "
-                "0: 0 (none) or more, and less than 1, which would leave nothing; try 0.1"
-            )
+        check_dropout("head_dropout", self.head_dropout)
         if self.mels and self.image_size:
             raise RecipeError(
                 f"mels = {self.mels} and image_size = {self.image_size}: an encoder reads sound, "
@@ -96,8 +98,7 @@ class EncoderSettings(BlockSettings):
                 f'head = "{self.head}" with token_types = {self.token_types} is of tokens, and '
                 "this encoder reads none; set another head, and no token_types"
             )
-        if self.positions == "sinusoidal" and self.width % 2:
-            raise RecipeError(f"sinusoidal positions need an even width, and width is {self.width}")
+        self._check_sinusoids(ends=True)
 
     def _check_images(self) -> None:
         if self.image_size % self.patch_size:

@@ -1,24 +1,43 @@
 """Make a dataset under its name: once, by one of several jobs, whole or not at all."""
 
+import errno
+import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from mpillm.comm.failure import on_root
 from mpillm.errors import DataError, UsageError
+from mpillm.system.atomic import make_folder, write_text
 from mpillm.system.console import Console
-from mpillm.system.messages import why
+from mpillm.system.messages import explain, why
 from mpillm.system.plain_files import open_plain
-from mpillm.tokens.manifest import NAME, Manifest
-from mpillm.tokens.publish import listed_files, publish
-from mpillm.tokens.work_folder import WorkFolder, alone, remove_left_over, work_folder
+from mpillm.tokens.losses import check_chance
+from mpillm.tokens.manifest import NAME, SPLITS, TOKENIZER, Manifest, Shard, Split
+from mpillm.tokens.publish import holds_dataset, listed_files, publish
+from mpillm.tokens.tokenizer import Tokenizer
+from mpillm.tokens.train_tokenizer import load_or_make
+from mpillm.tokens.work_folder import (
+    WorkFolder,
+    alone,
+    place_of,
+    remove_left_over,
+    taken_over,
+    work_folder,
+)
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from mpillm.tokens.prepare import PrepareOptions
+
 Describe = Callable[[OSError], str]
+Kind = TypeVar("Kind", bound=Manifest)
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def real_path(out: Path) -> Path:
@@ -27,6 +46,69 @@ def real_path(out: Path) -> Path:
         return Path(os.path.realpath(out))
     except (OSError, ValueError) as failure:
         raise UsageError(f"--out {str(out)!r}: {why(failure)}; choose another folder") from failure
+
+
+def check_inputs(
+    out: Path, overwrite: bool, tokenizer: str, end_of_text: str | None
+) -> tuple[str | None, str]:
+    """Check that `out` can be made, and return the JSON of the tokenizer and its name.
+
+    The JSON is None where a BPE is to be trained. Raises UsageError, DataError.
+    """
+    if holds_dataset(out) and overwrite:
+        listed_files(out)
+    make_folder(place_of(out))
+    loaded = load_or_make(tokenizer, end_of_text)
+    if loaded is None:
+        return None, tokenizer
+    check_chance(loaded)
+    return loaded.to_json(), loaded.name
+
+
+def common_prep(options: "PrepareOptions", tokenizer_json: str | None) -> dict[str, Any]:
+    """Collect the options that decide the bytes of datasets of all kinds, in their order."""
+    trained = {"vocab_size": options.vocab_size, "tokenizer_bytes": options.tokenizer_bytes}
+    return {
+        "tokenizer": trained
+        if tokenizer_json is None
+        else {"sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest()},
+        "end_of_text": options.end_of_text,
+        "validation": options.validation,
+        "shard_bytes": options.shard_bytes,
+        "seed": options.seed,
+    }
+
+
+def describe_failure(work: WorkFolder, need: str, failure: OSError) -> str:
+    """Say where there was no space, and in `need` what is needed; or what else failed."""
+    folder = work.path.parent
+    if failure.errno == errno.ENOENT and not work.path.exists():
+        return taken_over(work.owner.out)
+    if failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return explain(failure, failure.filename or folder)
+    return f"{explain(failure, folder)} ({need})"
+
+
+def splits_of(
+    shards: Sequence[tuple[str, Shard]], text_bytes: Array, split: Array, comm: "MPI.Intracomm"
+) -> dict[str, Split[Shard]]:
+    """Sum up each split: `shards` of all ranks with the split's name.
+
+    `text_bytes`, `split` (n,): of this rank's texts, the bytes and the number of the split. Every
+    rank calls it.
+    """
+    totals = comm.allreduce(np.array([text_bytes[split == number].sum() for number in (0, 1)]))
+    return {
+        name: Split.of(int(n_bytes), [shard for own, shard in shards if own == name])
+        for name, n_bytes in zip(SPLITS, totals, strict=True)
+    }
+
+
+def save_manifest(made: Kind, tokenizer: Tokenizer) -> Kind:
+    """Write the tokenizer, then the manifest, which is last."""
+    write_text(made.folder / TOKENIZER, tokenizer.to_json())
+    made.save()
+    return made
 
 
 def make_dataset(

@@ -1,7 +1,7 @@
 """manifest.json: the description of a dataset, written last. A reader needs nothing else."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +44,14 @@ class Split(Generic[Shard]):
     n_docs: int
     n_bytes: int
     shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, n_bytes: int, shards: Sequence[Shard]) -> Self:
+        """Sum the totals of the shards."""
+        n_tokens, n_docs = (
+            sum(getattr(s, name) for s in shards) for name in ("n_tokens", "n_docs")
+        )
+        return cls(n_tokens, n_docs, n_bytes, tuple(shards))
 
     def to_json(self) -> dict[str, Any]:
         shards = [shard.to_json() for shard in self.shards]

@@ -3,38 +3,37 @@
 The same bytes on any number of ranks.
 """
 
-import errno
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import UsageError
-from mpillm.system.atomic import make_folder, write_text
 from mpillm.system.command_line import Argument, Option, check_options
 from mpillm.system.console import Console, binary_bytes
-from mpillm.system.messages import explain
 from mpillm.tasks.task_catalog import DEFAULT as DEFAULT_TASK
 from mpillm.tasks.task_catalog import TASKS
 from mpillm.tokens import shuffle
 from mpillm.tokens.encode import EncodedDocuments, encode_documents
-from mpillm.tokens.losses import LossCheck, check_chance, check_losses
-from mpillm.tokens.make_dataset import Describe, make_dataset, real_path
+from mpillm.tokens.losses import LossCheck, check_losses
+from mpillm.tokens.make_dataset import (
+    Describe,
+    check_inputs,
+    common_prep,
+    describe_failure,
+    make_dataset,
+    real_path,
+    save_manifest,
+    splits_of,
+)
 from mpillm.tokens.manifest import (
-    SPLITS,
-    TOKENIZER,
     Manifest,
-    Split,
     tokenizer_facts,
 )
 from mpillm.tokens.pairs.pair_shards import PAIR_KINDS
 from mpillm.tokens.pairs.prepare_pairs import prepare_pairs
-from mpillm.tokens.publish import holds_dataset, listed_files
 from mpillm.tokens.shards import write_shard
 from mpillm.tokens.sources import list_pieces
 from mpillm.tokens.split import plan_split
@@ -42,8 +41,8 @@ from mpillm.tokens.survey import Survey, survey
 from mpillm.tokens.text.records import DEFAULT_FIELD, check_field
 from mpillm.tokens.text.text_cut import LONGEST_PART
 from mpillm.tokens.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, Tokenizer
-from mpillm.tokens.train_tokenizer import load_or_make, train_together
-from mpillm.tokens.work_folder import WorkFolder, place_of, taken_over
+from mpillm.tokens.train_tokenizer import train_together
+from mpillm.tokens.work_folder import WorkFolder
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -172,21 +171,12 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
     if options.task in PAIR_KINDS:
         return prepare_pairs(options, comm, console)
 
-    def check_inputs() -> tuple[str | None, str]:
-        if holds_dataset(out) and options.overwrite:
-            listed_files(out)
-        make_folder(place_of(out))
-        loaded = load_or_make(options.tokenizer, options.end_of_text)
-        if loaded:
-            check_chance(loaded)
-        return (loaded.to_json(), loaded.name) if loaded else (None, "bpe")
-
-    tokenizer_json, name = on_root(comm, check_inputs)
+    given = out, options.overwrite, options.tokenizer, options.end_of_text
+    tokenizer_json, name = on_root(comm, lambda: check_inputs(*given))
     pieces = list_pieces(options.sources, options.glob, out, options.field, comm, console)
     found = survey(pieces, options.sources, options.seed, options.workers, comm, console)
     prep = _prep(options, found, tokenizer_json)
-    given = tokenizer_json, name
-    write = partial(_make, options, found, given, prep, comm, console)
+    write = partial(_make, options, found, (tokenizer_json, name), prep, comm, console)
     made, new = make_dataset(out, prep, options.overwrite, write, comm, console)
     if new:
         _report(made, options, console)
@@ -210,39 +200,26 @@ def _make(
         text = train_together(found, options.vocab_size, options.tokenizer_bytes, comm, console)
     tokenizer = Tokenizer.from_json(text, name, options.end_of_text)
     made = _write(options, found, tokenizer, prep, work, comm, console)
-    return made, partial(_describe, found, tokenizer, work)
+    return made, _describe(found, tokenizer, work)
 
 
-def _describe(found: Survey, tokenizer: Tokenizer, work: WorkFolder, failure: OSError) -> str:
-    """Say where there was no space, and how much is needed at most."""
-    folder = work.path.parent
-    if failure.errno == errno.ENOENT and not work.path.exists():
-        return taken_over(work.owner.out)
-    if failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return explain(failure, failure.filename or folder)
+def _describe(found: Survey, tokenizer: Tokenizer, work: WorkFolder) -> Describe:
     # No token is shorter than a byte, and the tokens are there twice for a while.
     most = 2 * (found.n_bytes + found.n_docs) * tokenizer.dtype.itemsize
-    return (
-        f"{explain(failure, folder)} (to prepare {binary_bytes(found.n_bytes)} of text takes up to "
-        f"{binary_bytes(most)} there)"
+    need = (
+        f"to prepare {binary_bytes(found.n_bytes)} of text takes up to {binary_bytes(most)} there"
     )
+    return partial(describe_failure, work, need)
 
 
 def _prep(options: PrepareOptions, found: Survey, tokenizer_json: str | None) -> dict[str, Any]:
     """Collect all that decides the dataset's bytes."""
-    trained = {"vocab_size": options.vocab_size, "tokenizer_bytes": options.tokenizer_bytes}
     return {
         "sources": list(options.sources),
         "glob": options.glob,
         # Left out where it is the default: datasets of earlier versions have none.
         **({} if options.field == DEFAULT_FIELD else {"field": options.field}),
-        "tokenizer": trained
-        if tokenizer_json is None
-        else {"sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest()},
-        "end_of_text": options.end_of_text,
-        "validation": options.validation,
-        "shard_bytes": options.shard_bytes,
-        "seed": options.seed,
+        **common_prep(options, tokenizer_json),
         "n_docs": found.n_docs,
         "n_bytes": found.n_bytes,
         "content": found.content,
@@ -264,7 +241,7 @@ def _write(
 
     Every rank calls it. Raises DataError.
     """
-    describe = partial(_describe, found, tokenizer, work)
+    describe = _describe(found, tokenizer, work)
     encoded = _encode(options, found, tokenizer, work, comm, console)
     _say_cuts(tokenizer, comm, console)
     where = shuffle.plan_shuffle(encoded, options.shard_bytes, comm)
@@ -281,21 +258,9 @@ def _write(
         shards = shuffle.write_shards(
             encoded, where, work.dataset, attributes, comm, progress, describe, write_shard
         )
-    totals = comm.allreduce(
-        np.array([encoded.index["nbytes"][encoded.index["split"] == i].sum() for i in (0, 1)])
-    )
-
-    def manifest() -> Manifest:
-        splits = {
-            name: _totals(int(n_bytes), [shard for split, shard in shards if split == name])
-            for name, n_bytes in zip(SPLITS, totals, strict=True)
-        }
-        made = Manifest(work.dataset, tokenizer_facts(tokenizer), prep, splits)
-        write_text(work.dataset / TOKENIZER, tokenizer.to_json())
-        made.save()
-        return made
-
-    return on_root(comm, manifest, describe)
+    splits = splits_of(shards, encoded.index["nbytes"], encoded.index["split"], comm)
+    made = Manifest(work.dataset, tokenizer_facts(tokenizer), prep, splits)
+    return on_root(comm, lambda: save_manifest(made, tokenizer), describe)
 
 
 def _encode(
@@ -328,7 +293,7 @@ def _encode(
             options.workers,
             progress,
         )
-        encoded = on_all(comm, encode, partial(_describe, found, tokenizer, work))
+        encoded = on_all(comm, encode, _describe(found, tokenizer, work))
     total = losses.total(comm)
     if total.share and options.lossy:
         console.warn(f"the tokenizer {tokenizer.name} loses text: {total.describe()}")
@@ -345,12 +310,6 @@ def _say_cuts(tokenizer: Tokenizer, comm: "MPI.Intracomm", console: Console) -> 
             f"long texts were cut for the tokenizer, at {cuts:,} places and after at "
             f"most {LONGEST_PART:,} characters; ids there may differ from those of the whole text"
         )
-
-
-def _totals(n_bytes: int, shards: list[Any]) -> Split[Any]:
-    return Split(
-        sum(s.n_tokens for s in shards), sum(s.n_docs for s in shards), n_bytes, tuple(shards)
-    )
 
 
 def _report(manifest: Manifest, options: PrepareOptions, console: Console) -> None:

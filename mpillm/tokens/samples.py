@@ -5,7 +5,6 @@ A row is a pure function of (seed, step) in training, and of its number in evalu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
@@ -63,12 +62,7 @@ class SampleReader(Protocol):
         """The bytes of text of the split; 0 where there is none."""
 
     def __enter__(self) -> Self: ...
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def steps(self, row: RowShape, batch: int, seed: int) -> StepSamples:
         """Order the rows of a training run, `batch` a step. Raises DataError."""

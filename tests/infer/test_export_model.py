@@ -14,27 +14,15 @@ from mpillm.infer.export_model import export_model
 from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_trained
 from mpillm.models.block_settings import BlockSettings
-from mpillm.models.decoder import DecoderConfig
 from mpillm.models.encoder import EncoderConfig
 from mpillm.models.encoder_decoder import SHAPES
 from mpillm.models.model_catalog import named_shapes
 from mpillm.system.console import Console
 from tests.pretrained import peer
-from tests.published import SPEC, publish, weights_of
+from tests.published import GPT2, SPEC, publish, weights_of
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 QUIET = Console(speaks=False)
-GPT2 = DecoderConfig(
-    layers=2,
-    width=32,
-    heads=4,
-    context=32,
-    vocab_size=300,
-    norm="layernorm",
-    positions="learned",
-    activation="gelu",
-    bias=True,
-)
 T5, MARIAN = (
     SHAPES[name].replace(
         layers=2, width=32, heads=4, hidden=48, context=16, source_context=32, vocab_size=300

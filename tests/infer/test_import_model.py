@@ -27,7 +27,7 @@ from mpillm.weights.gguf_source import GgufSource
 from mpillm.weights.open_source import open_source
 from mpillm.weights.published_model import PublishedModel
 from mpillm.weights.saving import assign_writers
-from tests.published import SPEC, publish, weights_of
+from tests.published import GPT2, SPEC, publish, weights_of
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 QUIET = Console(speaks=False)
@@ -210,17 +210,7 @@ def test_a_bare_model_lacks_the_prefix(published: Path, comm: MPI.Intracomm) -> 
 
 
 # One tensor of theirs holds three of ours, each a box of its columns.
-FUSED = DecoderConfig(
-    layers=2,
-    width=64,
-    heads=4,
-    context=32,
-    vocab_size=300,
-    norm="layernorm",
-    positions="learned",
-    activation="gelu",
-    bias=True,
-)
+FUSED = GPT2.replace(width=64)
 
 
 @pytest.mark.parametrize("spec", [SPEC, FUSED], ids=["llama", "gpt2"])

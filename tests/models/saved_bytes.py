@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -79,3 +80,18 @@ def peak_of_a_step(config: BlockSettings, part: Part, rows: int, recompute: Any)
 
     step()  # gradients of weights stay, and belong to no step
     return peak_tensor_bytes(step)
+
+
+def check_peak(config: BlockSettings, recompute: Any) -> tuple[int, int]:
+    """Check that the peak of a step is what is kept and one block, of 6 of the `config`'s 8.
+
+    Returns the bytes that are kept, and those without recomputation.
+    """
+    part, rows = Part(1, 7), 4
+    kept, again = config.recompute_bytes(part, rows, 4, recompute)
+    peak = peak_of_a_step(config, part, rows, recompute)
+    # The stream and its gradient are there before the step.
+    outside = 2 * rows * config.context * config.width * 4
+    counted = kept + again + config.working_bytes(rows) - outside
+    assert counted == pytest.approx(peak, rel=0.1)
+    return kept, config.activation_bytes(part, rows)

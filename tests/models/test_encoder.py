@@ -168,7 +168,8 @@ def test_recomputed_gradients_are_the_same_bits(kind: str, recompute: Any) -> No
         ({"image_size": 32, "mels": 8, "head": "ctc"}, "sound, or images; drop one"),
         ({"mels": 8}, 'head = "lm" with token_types = 0 is of tokens'),
         ({"head_dropout": 1.0}, "head_dropout = 1 is the probability"),
-        ({"positions": "sinusoidal", "width": 33, "heads": 3}, "sinusoidal positions need an even"),
+        ({"positions": "sinusoidal", "width": 33, "heads": 3}, "need an even width of 4 or more"),
+        ({"positions": "sinusoidal", "width": 2, "heads": 1}, "width is 2; set width to 4"),
         ({"window": 8, "full_every": 2, "full_first": 3}, "full_first = 3 is not one of the first"),
     ],
 )

@@ -248,7 +248,14 @@ def test_flops_follow_the_formula() -> None:
         ({"window": 4}, "window = 4: an encoder-decoder attends to all positions"),
         ({"start_token": 9, "vocab_size": 9}, "start_token = 9 is not in a vocabulary of 9; name"),
         ({"mels": 80}, "mels = 80: a source of sound has sinusoidal positions"),
-        ({"positions": "sinusoidal", "width": 33, "heads": 3}, "an even width, and width is 33"),
+        (
+            {"positions": "sinusoidal", "width": 33, "heads": 3},
+            "an even width of 2 or more, and width is 33; set width to 34",
+        ),
+        (
+            {"positions": "sinusoidal", "sinusoid_ends": True, "width": 2, "heads": 1},
+            "an even width of 4 or more, and width is 2; set width to 4",
+        ),
         ({"relative_buckets": 3}, "relative_buckets = 3 with relative_distance = 128: classes"),
         ({"relative_distance": 16}, "relative_buckets = 32 with relative_distance = 16: classes"),
     ],

@@ -9,7 +9,7 @@ from mpillm.bench.tensor_peak import peak_tensor_bytes
 from mpillm.models.encoder import SHAPES, EncoderConfig
 from mpillm.models.spec import Part
 from mpillm.tasks.ctc import CTC
-from tests.models.saved_bytes import kept_bytes, peak_of_a_step
+from tests.models.saved_bytes import check_peak, kept_bytes
 
 SIZES = {"layers": 4, "width": 128, "heads": 4, "context": 64}
 MODERN = SHAPES["modernbert-tiny"].replace(**SIZES, vocab_size=50, window=16)
@@ -59,14 +59,7 @@ def test_parts_keep_what_their_settings_count(kind: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("recompute", ["none", "attention", "full", 2])
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
 def test_the_peak_of_a_step_is_what_is_kept_and_one_block(kind: str, recompute: Any) -> None:
-    config = KINDS[kind].replace(layers=8, context=128)
-    part, rows = Part(1, 7), 4
-    kept, again = config.recompute_bytes(part, rows, 4, recompute)
-    peak = peak_of_a_step(config, part, rows, recompute)
-    # The stream and its gradient are there before the step.
-    outside = 2 * rows * config.context * config.width * 4
-    counted = kept + again + config.working_bytes(rows) - outside
-    assert counted == pytest.approx(peak, rel=0.1)
+    check_peak(KINDS[kind].replace(layers=8, context=128), recompute)
 
 
 @pytest.mark.parametrize("kind", KINDS)

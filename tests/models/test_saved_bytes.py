@@ -7,7 +7,7 @@ import torch
 
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.spec import Part, recompute_counts, recompute_of
-from tests.models.saved_bytes import kept_bytes, peak_of_a_step
+from tests.models.saved_bytes import check_peak, kept_bytes
 
 GPT2 = {"norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True}
 GEMMA = {"norm": "rmsnorm1p", "activation": "geglu", "scaled_embedding": True, "head_width": 64}
@@ -88,15 +88,9 @@ def test_the_ends_of_a_model_keep_what_their_settings_count(kind: str, part: Par
 def test_the_peak_of_a_step_is_what_is_kept_and_one_block(kind: str, recompute: Any) -> None:
     settings = {"layers": 8, "width": 128, "heads": 4, "context": 128, "vocab_size": 50}
     config = DecoderConfig(**{**settings, **KINDS[kind]})
-    part, rows = Part(1, 7), 4
-    kept, again = config.recompute_bytes(part, rows, 4, recompute)
-    peak = peak_of_a_step(config, part, rows, recompute)
-    # The stream and its gradient are there before the step.
-    outside = 2 * rows * config.context * config.width * 4
-    counted = kept + again + config.working_bytes(rows) - outside
-    assert counted == pytest.approx(peak, rel=0.1)
+    kept, whole = check_peak(config, recompute)
     if recompute == "full":
-        assert kept < 0.1 * config.activation_bytes(part, rows)
+        assert kept < 0.1 * whole
 
 
 def test_blocks_are_counted_as_they_are_recomputed() -> None:

@@ -3,6 +3,8 @@
 Shapes: B sequences, T positions, S positions of the source, C width, V vocabulary.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -10,17 +12,14 @@ from mpillm.errors import RecipeError
 from mpillm.models.encoder_decoder import EncoderDecoderConfig
 from mpillm.models.layers.block import Balances, Block
 from mpillm.models.layers.cross_block import CrossBlock, CrossCache
-from mpillm.models.layers.dropout import EMBEDDING, EMBEDDING_LAYER, drop, layer_keys
+from mpillm.models.layers.dropout import EMBEDDING, EMBEDDING_LAYER, drop
 from mpillm.models.layers.norm import make_norm
-from mpillm.models.layers.recompute import recomputed
 from mpillm.models.layers.sinusoidal import sinusoidal_positions
 from mpillm.models.layers.sound_embedding import SoundEmbedding
 from mpillm.models.linear_head import LinearHead, plain_outputs
-from mpillm.models.part_module import Fields, GenerationCache, PartModule, PartOutput, Streams
-from mpillm.models.spec import Part, Recompute, recompute_of
-
-# Outputs that are added to the stream, see decoder_stack.py: of cross-attentions too.
-RESIDUAL_OUTPUTS = ("attention.output.weight", ".down.weight")
+from mpillm.models.part_module import Fields, GenerationCache, PartOutput, Streams
+from mpillm.models.spec import Part
+from mpillm.models.stacks.layer_stack import Transformer
 
 
 class SourceCache(GenerationCache):
@@ -35,9 +34,10 @@ class SourceCache(GenerationCache):
         self.length = 0
 
 
-class EncoderDecoder(PartModule):
+class EncoderDecoder(Transformer):
     """An encoder and a decoder that attends to its outputs, or a part of their blocks."""
 
+    config: EncoderDecoderConfig
     table_SC: Tensor | None
     table_TC: Tensor | None
 
@@ -74,26 +74,14 @@ class EncoderDecoder(PartModule):
         table = sinusoidal_positions(*given) if held else None
         self.register_buffer(name, table, persistent=False)
 
-    def deviation_of(self, name: str) -> float:
-        deviation = self.initial_deviation
-        if name.endswith(RESIDUAL_OUTPUTS):
-            # A decoder's block adds three times.
-            adds = 2 * self.config.layers
-            if name.startswith("decoder."):
-                adds = 3 * self.config.decoder_blocks
-            deviation /= adds**0.5
-        return deviation
-
-    def fill_of(self, name: str) -> float:
-        return 0.0 if self.config.norm == "rmsnorm1p" else 1.0
-
-    def set_recompute(self, recompute: Recompute) -> None:
-        self.recompute = recompute
+    def numbered_blocks(self) -> Iterator[tuple[int, nn.Module]]:
         for first, blocks in ((0, self.encoder), (self.config.layers, self.decoder)):
-            for number, block in blocks.items():
-                assert isinstance(block, Block | CrossBlock)
-                kind = recompute_of(recompute, first + int(number))
-                block.recomputes_attention = kind == "attention"
+            yield from ((first + int(number), block) for number, block in blocks.items())
+
+    def additions(self, name: str) -> int:
+        # A decoder's block adds three times.
+        decodes = name.startswith("decoder.")
+        return 3 * self.config.decoder_blocks if decodes else super().additions(name)
 
     def forward_part(self, fields: Fields, streams: Streams) -> PartOutput:
         """Compute the part. Fields: `source` (B, S) or `frames` (B, F, mels) at the beginning,
@@ -154,10 +142,6 @@ class EncoderDecoder(PartModule):
         keys_B = self._keys(fields, EMBEDDING_LAYER + stack)
         return drop(x_BTC, self.config.embedding_dropout, keys_B, EMBEDDING)
 
-    def _keys(self, fields: Fields, layer: int) -> Tensor | None:
-        keys_B = fields.get("dropout_keys")
-        return None if keys_B is None else layer_keys(keys_B, layer)
-
     def _source_bias(self, fields: Fields, memory_BSC: Tensor) -> Tensor | None:
         """Make the bias (B, 1, 1, S) that masks the padding of sources; None without padding."""
         lengths_B, length = fields.get("source_lengths"), memory_BSC.shape[1]
@@ -175,8 +159,7 @@ class EncoderDecoder(PartModule):
     ) -> Tensor:
         for number, block in self.encoder.items():
             given = x_BSC, None, None, None, 0, self._keys(fields, int(number)), bias
-            whole = recompute_of(self.recompute, int(number)) == "full"
-            x_BSC = balances.stream_of(recomputed(block, *given) if whole else block(*given))
+            x_BSC = self._run(block, int(number), balances, *given)
         return x_BSC if self.encoder_norm is None else self.encoder_norm(x_BSC)
 
     def _decode(
@@ -197,8 +180,7 @@ class EncoderDecoder(PartModule):
             # one order, wherever a stage ends.
             own_BSC, memory_BSC = memory_BSC, memory_BSC.view_as(memory_BSC)
             given = x_BTC, own_BSC, layer_cache, first, self._keys(fields, layer), bias
-            whole = recompute_of(self.recompute, layer) == "full"
-            x_BTC = balances.stream_of(recomputed(block, *given) if whole else block(*given))
+            x_BTC = self._run(block, layer, balances, *given)
         return x_BTC, memory_BSC
 
     def _head_of(self, x_BTC: Tensor) -> LinearHead:

@@ -3,14 +3,12 @@
 Shapes: B sequences, T positions, C width, V vocabulary.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from mpillm.errors import RecipeError
 from mpillm.models.encoder import EncoderConfig
-from mpillm.models.layers.block import Balances, Block
+from mpillm.models.layers.block import Balances
 from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.models.layers.dropout import (
     EMBEDDING,
@@ -18,38 +16,29 @@ from mpillm.models.layers.dropout import (
     HEAD,
     HEAD_LAYER,
     drop,
-    layer_keys,
 )
 from mpillm.models.layers.norm import make_norm
 from mpillm.models.layers.patch_embedding import PatchEmbedding
-from mpillm.models.layers.recompute import recomputed
-from mpillm.models.layers.rotary import Rotary, Rotation
 from mpillm.models.layers.sinusoidal import sinusoidal_positions
 from mpillm.models.layers.sound_embedding import SoundEmbedding
 from mpillm.models.linear_head import LinearHead, Outputs, plain_outputs
-from mpillm.models.part_module import Fields, PartModule, PartOutput, Streams
-from mpillm.models.spec import Part, Recompute, recompute_of
+from mpillm.models.part_module import Fields, PartOutput, Streams
+from mpillm.models.spec import Part
 from mpillm.models.stacks.encoder_head import activate, pool
-
-# Outputs that are added to the stream, see decoder_stack.py.
-RESIDUAL_OUTPUTS = (".attention.output.weight", ".down.weight")
+from mpillm.models.stacks.layer_stack import LayerStack
 
 
-class Encoder(PartModule):
+class Encoder(LayerStack):
     """A Transformer encoder, or a part of it."""
 
+    config: EncoderConfig
     table_TC: Tensor | None
 
     def __init__(self, config: EncoderConfig, part: Part | None = None) -> None:
         super().__init__(config, part)
         self.config = config
         self._add_embeddings()
-        rotary = config.positions == "rotary"
-        self.rotary = Rotary(config) if rotary else None
-        windowed = rotary and config.window_rope_theta > 0
-        self.window_rotary = Rotary(config, windowed=True) if windowed else None
-        numbers = range(self.part.first, self.part.last)
-        self.layers = nn.ModuleDict({str(n): Block(config, n, causal=False) for n in numbers})
+        self._add_layers(causal=False)
         self._add_head()
         self.tie()
 
@@ -84,20 +73,8 @@ class Encoder(PartModule):
         rows = config.head_rows if ends else 0
         self.head = nn.Linear(width, rows, bias=config.head_bias) if rows else None
 
-    def deviation_of(self, name: str) -> float:
-        deviation = self.initial_deviation
-        if name.endswith(RESIDUAL_OUTPUTS) and self.config.norm_place != "post":
-            deviation /= (2 * self.config.layers) ** 0.5
-        return deviation
-
-    def fill_of(self, name: str) -> float:
-        return 0.0 if self.config.norm == "rmsnorm1p" else 1.0
-
-    def set_recompute(self, recompute: Recompute) -> None:
-        self.recompute = recompute
-        for number, block in self.layers.items():
-            assert isinstance(block, Block)
-            block.recomputes_attention = recompute_of(recompute, int(number)) == "attention"
+    def additions(self, name: str) -> int:
+        return 1 if self.config.norm_place == "post" else super().additions(name)
 
     def forward_part(self, fields: Fields, streams: Streams) -> PartOutput:
         """Compute the part. Fields: where it begins `ids` (B, T) with `token_types` (B, T), 0
@@ -118,14 +95,12 @@ class Encoder(PartModule):
         """Return the pivot, the stream after the last block and its norm, and the balance."""
         pivot_BTC = self._embed(fields) if self.begins else streams[0]
         x_BTC = self._summed(pivot_BTC, fields) if self.begins else pivot_BTC
-        row_keys_B = fields.get("dropout_keys")
-        spans, rotations = self._spans(fields, x_BTC), self._rotations(x_BTC)
+        spans, rotations = self._spans(fields, x_BTC), self._rotations(0, x_BTC)
         balances = Balances()
-        for number, block in self.layers.items():
-            keys_B = None if row_keys_B is None else layer_keys(row_keys_B, int(number))
-            given = x_BTC, rotations[self.config.slides(int(number))], spans, None, 0, keys_B
-            whole = recompute_of(self.recompute, int(number)) == "full"
-            x_BTC = balances.stream_of(recomputed(block, *given) if whole else block(*given))
+        for number, block in self.numbered_blocks():
+            rotation = rotations[self.config.slides(number)]
+            given = x_BTC, rotation, spans, None, 0, self._keys(fields, number)
+            x_BTC = self._run(block, number, balances, *given)
         x_BTC = x_BTC if self.norm is None else self.norm(x_BTC)
         return pivot_BTC, x_BTC, balances.total(self.config)
 
@@ -162,10 +137,6 @@ class Encoder(PartModule):
         keys_B = self._keys(fields, EMBEDDING_LAYER)
         return drop(x_BTC, self.config.embedding_dropout, keys_B, EMBEDDING)
 
-    def _keys(self, fields: Fields, layer: int) -> Tensor | None:
-        row_keys_B = fields.get("dropout_keys")
-        return None if row_keys_B is None else layer_keys(row_keys_B, layer)
-
     def _spans(self, fields: Fields, x_BTC: Tensor) -> DocumentSpans | None:
         """Find the documents of the rows; the padding of a row is one of its own."""
         document_BT, lengths_B = fields.get("documents"), fields.get("lengths")
@@ -175,14 +146,6 @@ class Encoder(PartModule):
             document_BT = torch.zeros(shape) if document_BT is None else document_BT.cpu()
             document_BT = document_BT.masked_fill(torch.arange(shape[1]) >= lengths_B[:, None], -1)
         return None if document_BT is None else DocumentSpans(document_BT, x_BTC.device)
-
-    def _rotations(self, x_BTC: Tensor) -> tuple[Rotation | None, Rotation | None]:
-        """Return the rotations of the stream's positions: of layers without, and with, a window."""
-        if self.rotary is None:
-            return None, None
-        given = 0, x_BTC.shape[1], x_BTC.dtype
-        rotation: Rotation = self.rotary(*given)
-        return rotation, rotation if self.window_rotary is None else self.window_rotary(*given)
 
     def _outputs(self, x_BTC: Tensor, fields: Fields) -> Outputs:
         """Return what the head gives: see `EncoderSettings.head`."""
@@ -205,19 +168,6 @@ class Encoder(PartModule):
         if self.head_dense is not None:
             x = activate(self.head_dense(x), self.config)
         return x if self.head_norm is None else self.head_norm(x)
-
-    def compiled_layers(self) -> list[nn.Module]:
-        # Each batch sends another number of positions to an expert: another shape to compile.
-        return [] if self.config.experts else list(self.layers.values())
-
-    def layer_arguments(self, rows: int) -> tuple[Any, ...]:
-        weight = next(self.layers.parameters())
-        shape = (rows, self.config.context, self.config.width)
-        x_BTC = torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
-        keys_B = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        keys = keys_B if self.config.drops else None
-        rotation = self._rotations(x_BTC)[self.config.slides(self.part.first)]
-        return x_BTC, rotation, None, None, 0, keys
 
     def forward(self, given: Tensor, **fields: Tensor) -> Tensor:
         """Return the first output of the ids, pixels or frames `given`; the rest as in

@@ -5,7 +5,6 @@ B pairs, S rows of a source, T tokens of a target.
 
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -83,12 +82,7 @@ class PairReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for shard in self._open.values():
             os.close(shard.descriptor)
         self._open = {}

@@ -4,8 +4,6 @@ ranks.
 Records are read twice: once for their count and classes, once to encode them.
 """
 
-import errno
-import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,15 +18,23 @@ import xxhash
 
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import DataError, UsageError
-from mpillm.system.atomic import make_folder, write_text
 from mpillm.system.console import Console, binary_bytes
 from mpillm.system.json_text import to_json
 from mpillm.system.messages import explain
 from mpillm.tokens import shuffle
 from mpillm.tokens.encode import SPILLED, EncodedDocuments
-from mpillm.tokens.losses import LossCheck, check_chance
-from mpillm.tokens.make_dataset import Describe, make_dataset, real_path
-from mpillm.tokens.manifest import SPLITS, TOKENIZER, Manifest, Split, tokenizer_facts
+from mpillm.tokens.losses import LossCheck
+from mpillm.tokens.make_dataset import (
+    Describe,
+    check_inputs,
+    common_prep,
+    describe_failure,
+    make_dataset,
+    real_path,
+    save_manifest,
+    splits_of,
+)
+from mpillm.tokens.manifest import Manifest, tokenizer_facts
 from mpillm.tokens.order import mix
 from mpillm.tokens.pairs.pair_manifest import PairManifest
 from mpillm.tokens.pairs.pair_records import (
@@ -42,17 +48,15 @@ from mpillm.tokens.pairs.pair_records import (
 from mpillm.tokens.pairs.pair_shards import (
     PAIR_KINDS,
     PairFormat,
-    PairShard,
     pack,
     write_pair_shard,
 )
-from mpillm.tokens.publish import holds_dataset, listed_files
 from mpillm.tokens.sources import SourcePiece, list_pieces, pieces_of_rank
 from mpillm.tokens.split import plan_split
 from mpillm.tokens.survey import ORDINAL_BITS
 from mpillm.tokens.tokenizer import Tokenizer, train_bpe
-from mpillm.tokens.train_tokenizer import SAMPLE_SALT, load_or_make
-from mpillm.tokens.work_folder import WorkFolder, place_of
+from mpillm.tokens.train_tokenizer import SAMPLE_SALT
+from mpillm.tokens.work_folder import WorkFolder
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -97,24 +101,17 @@ def prepare_pairs(options: "PrepareOptions", comm: "MPI.Intracomm", console: Con
     out = real_path(options.out)
     pictures = PAIR_KINDS[options.task].source == "pixels"
 
-    def check_inputs() -> tuple[str | None, str]:
-        if holds_dataset(out) and options.overwrite:
-            listed_files(out)
-        make_folder(place_of(out))
-        # Every dataset has a tokenizer, as every checkpoint does.
-        loaded = load_or_make("bytes" if pictures else options.tokenizer, options.end_of_text)
-        if loaded:
-            check_chance(loaded)
-        return (loaded.to_json(), loaded.name) if loaded else (None, "bpe")
-
-    tokenizer_json, name = on_root(comm, check_inputs)
+    # Every dataset has a tokenizer, as every checkpoint does.
+    given = out, options.overwrite, "bytes" if pictures else options.tokenizer, options.end_of_text
+    tokenizer_json, name = on_root(comm, lambda: check_inputs(*given))
     found = _survey(options, out, comm, console)
     prep = _prep(options, found, tokenizer_json)
 
     def write(work: WorkFolder) -> tuple[Manifest, Describe]:
         text = tokenizer_json or _train(options, found, comm, console)
         tokenizer = Tokenizer.from_json(text, name, options.end_of_text)
-        describe = partial(_describe, work.path.parent, found)
+        need = f"the {found.n_pairs:,} pairs are there twice while they are prepared"
+        describe = partial(describe_failure, work, need)
         return _write(options, found, tokenizer, prep, work, describe, comm, console), describe
 
     made, new = make_dataset(out, prep, options.overwrite, write, comm, console)
@@ -232,29 +229,15 @@ def _prep(
     options: "PrepareOptions", found: PairSurvey, tokenizer_json: str | None
 ) -> dict[str, Any]:
     """Collect all that decides the dataset's bytes."""
-    trained = {"vocab_size": options.vocab_size, "tokenizer_bytes": options.tokenizer_bytes}
     return {
         "task": options.task,
         "sources": list(options.sources),
         "glob": options.glob,
         "fields": list(found.fields),
-        "tokenizer": trained
-        if tokenizer_json is None
-        else {"sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest()},
-        "end_of_text": options.end_of_text,
-        "validation": options.validation,
-        "shard_bytes": options.shard_bytes,
-        "seed": options.seed,
+        **common_prep(options, tokenizer_json),
         "n_pairs": found.n_pairs,
         "content": found.content,
     }
-
-
-def _describe(folder: Path, found: PairSurvey, failure: OSError) -> str:
-    text = explain(failure, failure.filename or folder)
-    if failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return text
-    return f"{text} (the {found.n_pairs:,} pairs are there twice while they are prepared)"
 
 
 def _write(
@@ -301,24 +284,9 @@ def _write(
             encoded, where, work.dataset, attributes, comm, progress, describe,
             partial(write_pair_shard, form=form),
         )  # fmt: skip
-    totals = comm.allreduce(np.array([text_bytes[index["split"] == i].sum() for i in (0, 1)]))
-
-    def manifest() -> PairManifest:
-        splits = {
-            name: _split_of(int(n_bytes), [shard for split, shard in shards if split == name])
-            for name, n_bytes in zip(SPLITS, totals, strict=True)
-        }
-        made = PairManifest(work.dataset, tokenizer_facts(tokenizer), prep, splits, form)
-        write_text(work.dataset / TOKENIZER, tokenizer.to_json())
-        made.save()
-        return made
-
-    return on_root(comm, manifest, describe)
-
-
-def _split_of(n_bytes: int, shards: list[PairShard]) -> Split[PairShard]:
-    n_tokens, n_pairs = (sum(getattr(s, name) for s in shards) for name in ("n_tokens", "n_docs"))
-    return Split(n_tokens, n_pairs, n_bytes, tuple(shards))
+    splits = splits_of(shards, text_bytes, index["split"], comm)
+    made = PairManifest(work.dataset, tokenizer_facts(tokenizer), prep, splits, form)
+    return on_root(comm, lambda: save_manifest(made, tokenizer), describe)
 
 
 # The dtype of a source, the shape of its rows, and the place of the first such record.

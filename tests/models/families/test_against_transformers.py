@@ -13,9 +13,17 @@ from mpi4py import MPI
 
 from mpillm.models.families.family import DecoderFamily
 from mpillm.models.families.family_catalog import FAMILIES, find_family
-from mpillm.models.part_module import create
 from mpillm.tasks.cross_entropy import cross_entropy_sum
-from tests.models.families.oracle import perturb, read, stored
+from tests.models.families.oracle import (
+    Adopted,
+    adopt,
+    check_gradients,
+    check_outputs,
+    check_state_dict,
+    perturb,
+    reloaded,
+    stored,
+)
 from tests.pretrained import peer
 
 if MPI.COMM_WORLD.size > 1:
@@ -111,18 +119,8 @@ def their_tensors(model: Any, gradients: bool = False) -> dict[str, torch.Tensor
 
 
 @cache
-def ours(name: str) -> Any:
-    """Make our model of their settings, with their weights."""
-    config = theirs(name).config.to_dict()
-    family = find_family(config)
-    spec = family.spec(config)
-    model = create(spec, 1)
-    tensors, places = their_tensors(theirs(name)), family.places(spec)
-    assert set(places) == set(dict(model.named_parameters()))
-    with torch.no_grad():
-        for ours_name, weight in model.named_parameters():
-            weight.copy_(read(tensors, places[ours_name]))
-    return family, spec, model
+def ours(name: str) -> Adopted:
+    return adopt(theirs(name).config.to_dict(), their_tensors(theirs(name)))
 
 
 def ids() -> torch.Tensor:
@@ -138,51 +136,28 @@ def test_logits_are_those_of_transformers(name: str) -> None:
     *_, model = ours(name)
     with torch.no_grad():
         found, wanted = model(ids()), theirs(name)(ids()).logits
-    assert (found - wanted).abs().max() <= 1e-4
-    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    check_outputs(found, wanted)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_transformers(name: str) -> None:
-    family, spec, model = ours(name)
+    *_, model = ours(name)
     their_model = theirs(name)
     their_model.zero_grad()
     loss_of(their_model(ids()).logits).backward()
     model.zero_grad()
     loss_of(model(ids())).backward()
-    gradients = their_tensors(their_model, gradients=True)
-    places = family.places(spec)
-    for ours_name, weight in model.named_parameters():
-        wanted = read(gradients, places[ours_name])
-        assert (weight.grad - wanted).abs().max() <= 1e-4, ours_name
-        assert (weight.grad - wanted).norm() <= 1e-4 * wanted.norm() + 1e-7, ours_name
+    check_gradients(ours(name), their_tensors(their_model, gradients=True))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_state_dict_goes_there_and_back_bitwise(name: str) -> None:
-    family, spec, model = ours(name)
-    shapes, aliases = family.tensors(spec), family.aliases(spec)
-    back = {key: torch.full(shape, torch.nan) for key, shape in shapes.items()}
-    with torch.no_grad():
-        for ours_name, place in family.places(spec).items():
-            read(back, place).copy_(model.get_parameter(ours_name))
-    wanted = their_tensors(theirs(name))
-    assert set(wanted) == set(back) | set(aliases)
-    assert all(torch.equal(wanted[key], tensor) for key, tensor in back.items())
-    assert all(torch.equal(wanted[key], back[leader]) for key, leader in aliases.items())
+    check_state_dict(ours(name), their_tensors(theirs(name)))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_settings_go_there_and_back(name: str) -> None:
-    family, spec, _ = ours(name)
-    written = family.config(spec)
-    assert family.spec(written) == spec
-    config = transformers.AutoConfig.for_model(**written)
-    # Short files leave out the defaults of their family.
-    assert family.spec({"model_type": written["model_type"], **config.to_diff_dict()}) == spec
-    loaded = transformers.AutoModelForCausalLM.from_config(config).eval()
-    assert type(loaded).__name__ == written["architectures"][0]
-    loaded.load_state_dict(theirs(name).state_dict())
+    loaded = reloaded(ours(name), theirs(name))
     with torch.no_grad():
         assert torch.allclose(loaded(ids()).logits, theirs(name)(ids()).logits, atol=1e-5)
 

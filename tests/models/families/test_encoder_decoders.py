@@ -11,10 +11,19 @@ from torch import Tensor
 
 from mpillm.models.families.encoder_decoder_family import EncoderDecoderFamily
 from mpillm.models.families.family_catalog import FAMILIES, find_family
-from mpillm.models.part_module import create
 from mpillm.tasks.cross_entropy import cross_entropy_sum
+from tests.models.families.oracle import (
+    Adopted,
+    adopt,
+    check_gradients,
+    check_outputs,
+    check_state_dict,
+    perturb,
+    stored,
+)
+from tests.pretrained import peer
 
-transformers = pytest.importorskip("transformers")
+transformers = peer("transformers")
 
 LENGTH, SOURCE, VOCABULARY, MELS, PADDING = 9, 14, 61, 7, 60
 COMMON: dict[str, Any] = {
@@ -75,11 +84,9 @@ def theirs(name: str) -> Any:
     if name == "t5 1.1":
         # transformers ties what the published weights of this form do not.
         model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 32))
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.add_(torch.randn_like(weight), alpha=0.2 if weight.dim() == 1 else 0.05)
-        if case.kind == "marian":
+    perturb(model)
+    if case.kind == "marian":
+        with torch.no_grad():
             model.final_logits_bias.normal_()
     return model
 
@@ -90,32 +97,16 @@ def config_of(name: str) -> dict[str, Any]:
     return {**found, "tie_word_embeddings": False} if name == "t5 1.1" else found
 
 
-def stored(name: str, gradients: bool = False) -> dict[str, Tensor]:
+def tensors_of(name: str, gradients: bool = False) -> dict[str, Tensor]:
     """Return the tensors of their model, or their gradients, but constants."""
-    model = theirs(name)
-    if gradients:
-        return {key: weight.grad for key, weight in model.named_parameters()}
     ends = find_family(config_of(name)).ignored
-    return {key: value for key, value in model.state_dict().items() if not key.endswith(ends)}
-
-
-def read(tensors: dict[str, Tensor], place: Any) -> Tensor:
-    """Read one of our weights from their tensors."""
-    return tensors[place.name][0] if place.squeezed else tensors[place.name]
+    found = stored(theirs(name), gradients)
+    return {key: value for key, value in found.items() if not key.endswith(ends)}
 
 
 @cache
-def ours(name: str) -> Any:
-    """Make our model of their settings, with their weights."""
-    family = find_family(config_of(name))
-    spec = family.spec(config_of(name))
-    model = create(spec, 1)
-    tensors, places = stored(name), family.places(spec)
-    assert set(places) == set(dict(model.named_weights()))
-    with torch.no_grad():
-        for ours_name, weight in model.named_weights():
-            weight.copy_(read(tensors, places[ours_name]))
-    return family, spec, model
+def ours(name: str) -> Adopted:
+    return adopt(config_of(name), tensors_of(name))
 
 
 def fields(padded: bool = False) -> dict[str, Tensor]:
@@ -149,38 +140,20 @@ PADDED = [(name, False) for name in CASES] + [(name, True) for name in TEXT]
 
 @pytest.mark.parametrize(("name", "padded"), PADDED)
 def test_logits_and_gradients_are_those_of_transformers(name: str, padded: bool) -> None:
-    family, spec, model = ours(name)
+    *_, model = ours(name)
     given = fields(padded)
     found, wanted = model(given), their_logits(name, given)
-    assert (found - wanted).abs().max() <= 1e-4
-    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    check_outputs(found, wanted)
     model.zero_grad()
     theirs(name).zero_grad()
     loss_of(found, given).backward()
     loss_of(wanted, given).backward()
-    gradients, places = stored(name, gradients=True), family.places(spec)
-    for ours_name, weight in model.named_weights():
-        if ours_name == "head.bias":
-            # A buffer of theirs.
-            assert weight.grad.abs().max() > 0
-            continue
-        wanted = read(gradients, places[ours_name])
-        assert (weight.grad - wanted).abs().max() <= 1e-4, ours_name
-        assert (weight.grad - wanted).norm() <= 1e-4 * wanted.norm() + 1e-7, ours_name
+    check_gradients(ours(name), tensors_of(name, gradients=True), ("head.bias",))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_state_dict_goes_there_and_back_bitwise(name: str) -> None:
-    family, spec, model = ours(name)
-    shapes, aliases = family.tensors(spec), family.aliases(spec)
-    back = {key: torch.full(shape, torch.nan) for key, shape in shapes.items()}
-    with torch.no_grad():
-        for ours_name, place in family.places(spec).items():
-            read(back, place).copy_(model.get_parameter(ours_name))
-    wanted = stored(name)
-    assert set(wanted) == set(back) | set(aliases)
-    assert all(torch.equal(wanted[key], tensor) for key, tensor in back.items())
-    assert all(torch.equal(wanted[key], back[leader]) for key, leader in aliases.items())
+    check_state_dict(ours(name), tensors_of(name))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -192,7 +165,7 @@ def test_a_folder_of_ours_is_their_model(name: str, tmp_path: Any) -> None:
     ids = {key: COMMON[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = transformers.AutoConfig.for_model(**written, **ids)
     config.save_pretrained(tmp_path)
-    tensors = {key: stored(name)[key].clone() for key in family.tensors(spec)}
+    tensors = {key: tensors_of(name)[key].clone() for key in family.tensors(spec)}
     safetensors.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded = getattr(transformers, written["architectures"][0]).from_pretrained(tmp_path).eval()
     with torch.no_grad():

@@ -12,8 +12,16 @@ import torch
 from mpillm.models.families.encoder_family import EncoderFamily
 from mpillm.models.families.family_catalog import FAMILIES, find_family
 from mpillm.models.linear_head import plain_outputs
-from mpillm.models.part_module import create
-from tests.models.families.oracle import perturb, read, stored
+from tests.models.families.oracle import (
+    Adopted,
+    adopt,
+    check_gradients,
+    check_outputs,
+    check_state_dict,
+    perturb,
+    reloaded,
+    stored,
+)
 from tests.pretrained import peer
 
 transformers = peer("transformers")
@@ -108,17 +116,8 @@ def tensors_of(name: str, gradients: bool = False) -> dict[str, torch.Tensor]:
 
 
 @cache
-def ours(name: str) -> Any:
-    """Make our model of their settings, with their weights."""
-    family = find_family(config_of(name))
-    spec = family.spec(config_of(name))
-    model = create(spec, 1)
-    tensors, places = tensors_of(name), family.places(spec)
-    assert set(places) == set(dict(model.named_parameters()))
-    with torch.no_grad():
-        for ours_name, weight in model.named_parameters():
-            weight.copy_(read(tensors, places[ours_name]))
-    return family, spec, model
+def ours(name: str) -> Adopted:
+    return adopt(config_of(name), tensors_of(name))
 
 
 def fields_of(name: str, padded: bool) -> dict[str, torch.Tensor]:
@@ -180,51 +179,28 @@ PADDINGS = [*((name, False) for name in CASES), *((name, True) for name in TEXTS
 def test_outputs_are_those_of_transformers(name: str, padded: bool) -> None:
     with torch.no_grad():
         for found, wanted in zip(*both(name, padded), strict=True):
-            assert (found - wanted).abs().max() <= 1e-4
-            assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+            check_outputs(found, wanted)
 
 
 @pytest.mark.parametrize(("name", "padded"), PADDINGS)
 def test_gradients_are_those_of_transformers(name: str, padded: bool) -> None:
-    family, spec, model = ours(name)
-    model.zero_grad()
+    ours(name)[2].zero_grad()
     theirs(name).zero_grad()
     for outputs in both(name, padded):
         # Of random slopes: a sum of squares of normed values has no gradient.
         generator = torch.Generator().manual_seed(4)
         sum((x * torch.randn(x.shape, generator=generator)).mean() for x in outputs).backward()
-    gradients, places = tensors_of(name, gradients=True), family.places(spec)
-    for ours_name, weight in model.named_parameters():
-        wanted = read(gradients, places[ours_name])
-        assert (weight.grad - wanted).abs().max() <= 1e-4, ours_name
-        assert (weight.grad - wanted).norm() <= 1e-4 * wanted.norm() + 1e-7, ours_name
+    check_gradients(ours(name), tensors_of(name, gradients=True))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_state_dict_goes_there_and_back_bitwise(name: str) -> None:
-    family, spec, model = ours(name)
-    shapes, aliases = family.tensors(spec), family.aliases(spec)
-    back = {key: torch.full(shape, torch.nan) for key, shape in shapes.items()}
-    with torch.no_grad():
-        for ours_name, place in family.places(spec).items():
-            read(back, place).copy_(model.get_parameter(ours_name))
-    wanted = tensors_of(name)
-    assert set(wanted) == set(back) | set(aliases)
-    assert all(torch.equal(wanted[key], tensor) for key, tensor in back.items())
-    assert all(torch.equal(wanted[key], back[leader]) for key, leader in aliases.items())
+    check_state_dict(ours(name), tensors_of(name))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_settings_go_there_and_back(name: str) -> None:
-    family, spec, _ = ours(name)
-    written = family.config(spec)
-    assert family.spec(written) == spec
-    config = transformers.AutoConfig.for_model(**written)
-    # Short files leave out the defaults of their family.
-    short = {**config.to_diff_dict(), "architectures": written["architectures"]}
-    assert family.spec({**short, "model_type": written["model_type"]}) == spec
-    loaded = getattr(transformers, written["architectures"][0])(config).eval()
-    loaded.load_state_dict(theirs(name).state_dict())
+    loaded = reloaded(ours(name), theirs(name))
     fields = fields_of(name, False)
     given = (
         {"pixel_values": fields["pixels"]} if "pixels" in fields else {"input_ids": fields["ids"]}

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import re
+import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,13 @@ from mpillm.errors import DataError, UsageError
 from mpillm.system.console import Console
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.manifest import Manifest
+from mpillm.tokens.pairs import prepare_pairs
 from mpillm.tokens.pairs.pair_manifest import PairManifest
 from mpillm.tokens.pairs.pair_reader import PairReader
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.samples import RowShape
 from mpillm.tokens.verify import verify
+from mpillm.tokens.work_folder import taken_over
 
 QUIET = Console(speaks=False)
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "one", "two", "three", "##s", "four"]
@@ -256,6 +261,28 @@ def test_mixed_labels_and_options_of_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("plain\n")
     with pytest.raises(UsageError, match=r"b.txt holds no JSON records"):
         made(tmp_path / "b.txt", tmp_path / "out", "seq2seq")
+
+
+def test_a_full_disk_and_a_folder_taken_over_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", translations(500))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    try:
+        with pytest.raises(DataError, match=r"File too large.*the 500 pairs are there twice"):
+            made(path, tmp_path / "out", "seq2seq")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    encode = prepare_pairs._encode
+
+    def removed(found: Any, encoder: Any, given: Any, file: Path) -> Any:
+        shutil.rmtree(file.parent)
+        return encode(found, encoder, given, file)
+
+    monkeypatch.setattr(prepare_pairs, "_encode", removed)
+    with pytest.raises(DataError, match=re.escape(taken_over(tmp_path / "out"))):
+        made(path, tmp_path / "out", "seq2seq")
 
 
 def test_damage_is_found(tmp_path: Path) -> None:
