@@ -21,6 +21,7 @@ import xxhash
 from mpillm.errors import DataError
 from mpillm.system import hdf5
 from mpillm.system.atomic import replacing
+from mpillm.system.plain_files import open_plain
 from mpillm.tokens.dataset_folder import PAIR_FORMAT
 from mpillm.tokens.shards import READ_BYTES, VERSION, Documents, ShardFile
 
@@ -148,9 +149,9 @@ def write_pair_shard(
 
 
 def file_digest(path: Path) -> str:
-    """Hash a whole file by xxh3-128. Raises OSError."""
+    """Hash a whole plain file by xxh3-128. Raises OSError."""
     state = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         while chunk := file.read(READ_BYTES):
             state.update(chunk)
     return state.hexdigest()

@@ -188,6 +188,37 @@ def test_pictures_of_lists_and_arrays(tmp_path: Path) -> None:
         made(source, tmp_path / "other", "image-classification")
 
 
+def test_a_file_that_changed_is_noticed(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((4, 4), np.uint8))
+    source = write_lines(tmp_path / "a.jsonl", [{"image": "a.npy", "label": 0}])
+    made(source, tmp_path / "out", "image-classification")
+    made(source, tmp_path / "out", "image-classification")
+    # All pictures have one size: their bytes differ.
+    np.save(tmp_path / "a.npy", np.ones((4, 4), np.uint8))
+    with pytest.raises(UsageError, match=r"prepared otherwise .*content"):
+        made(source, tmp_path / "out", "image-classification")
+
+
+def test_what_is_no_text_is_replaced_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"tokens": ["a\ud800b", "c"], "tags": ["x\udc00", "y"]}]
+    source = write_lines(tmp_path / "a.jsonl", records)
+    source.write_bytes(source.read_bytes().replace(b'"c"', b'"\xff"'))
+    console = Console(speaks=True)
+    manifest = prepare(
+        options(source, tmp_path / "out", "token-classification"), MPI.COMM_SELF, console
+    )
+    assert manifest.classes == ("x\ufffd", "y")
+    assert isinstance(manifest, PairManifest)
+    [row] = rows_of(manifest, 9, 9)["source"].tolist()
+    assert bytes(row[:9]).decode() == "a\ufffdb \ufffd"
+    said = capsys.readouterr()
+    text = " ".join((said.out + said.err).split())
+    assert "1 place aren't UTF-8 and were replaced by U+FFFD" in text
+    assert "halves of characters in JSON (escapes such as \\ud83d, 2 places)" in text
+
+
 def test_targets_end_once(tmp_path: Path) -> None:
     file = bert(tmp_path / "tokenizer.json")
     given = {"tokenizer": str(file), "end_of_text": "[SEP]"}
