@@ -308,6 +308,27 @@ def test_damage_is_found(tmp_path: Path) -> None:
         rows_of(loaded, 8, 8)
 
 
+def test_tables_are_checked_as_a_shard_is_opened(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    path = write_lines(tmp_path / "a.jsonl", [{"image": [[n, n]], "label": 0} for n in range(6)])
+    manifest = made(path, out, "image-classification")
+    shard = out / manifest.split("train").shards[0].file
+    whole = shard.read_bytes()
+    data = bytearray(whole)
+    # In order still: the first picture would be the second.
+    data[manifest.split("train").shards[0].target_ends_offset] = 2
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match="is damaged outside /source and /target"):
+        rows_of(manifest, 1, 1)
+    shard.write_bytes(whole)
+    # Another dataset with as many bytes and equal tables.
+    write_lines(path, [{"image": [[n, 9]], "label": 0} for n in range(6)])
+    made(path, out, "image-classification", overwrite=True)
+    assert shard.stat().st_size == len(whole)
+    with pytest.raises(DataError, match="another dataset is there now"):
+        rows_of(manifest, 1, 1)
+
+
 def shard_of(manifest: dict[str, Any]) -> dict[str, Any]:
     shard: dict[str, Any] = manifest["splits"]["train"]["shards"][0]
     return shard
