@@ -160,6 +160,16 @@ def class_names(labels: set[Label]) -> tuple[str, ...]:
     )
 
 
+def _number(record: PairRecord, label: Label, numbers: dict[str, int]) -> int:
+    """Return the number of a label. Raises DataError for one that the first reading did not see."""
+    if str(label) not in numbers:
+        raise DataError(
+            f"{record.place} has the label {label!r}, which was not there when the sources were "
+            "first read: they change while they are read; start again when they are whole"
+        )
+    return numbers[str(label)]
+
+
 @dataclass(frozen=True)
 class PairEncoder:
     """Make the arrays of records: `losses` sees each text with its ids."""
@@ -179,8 +189,7 @@ class PairEncoder:
         if sides.target == "labels":
             return self._encode_words(records, numbers)
         if sides.target == "label":
-            labels = [numbers[str(record.target)] for record in records]
-            targets = [np.array([label], "<i4") for label in labels]
+            targets = [np.array([_number(r, r.target, numbers)], "<i4") for r in records]
         else:
             # A loss over alignments knows no end of a row.
             plain = self.kind == "ctc"
@@ -231,7 +240,7 @@ class PairEncoder:
                 while token < len(spans) and spans[token][1] <= start:
                     token += 1
                 if token < len(spans) and spans[token][0] <= start:
-                    labels[token] = numbers[str(tag)]
+                    labels[token] = _number(record, tag, numbers)
                 start += len(word) + 1
             made.append((ids, labels))
         self.losses.see(texts, [ids for ids, _ in encoded])

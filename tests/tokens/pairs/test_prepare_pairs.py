@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ from tokenizers import models, pre_tokenizers, processors
 from mpillm.errors import DataError, UsageError
 from mpillm.system.console import Console
 from mpillm.tasks.vocabulary import Lengths
+from mpillm.tokens.losses import LossCheck
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.pairs.pair_manifest import PairManifest
 from mpillm.tokens.pairs.pair_reader import PairReader
+from mpillm.tokens.pairs.pair_records import PairEncoder, read_records
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.samples import RowShape
+from mpillm.tokens.sources import SourcePiece
+from mpillm.tokens.tokenizer import byte_tokenizer
 from mpillm.tokens.verify import verify
 
 QUIET = Console(speaks=False)
@@ -217,6 +222,16 @@ def test_what_is_no_text_is_replaced_and_counted(
     text = " ".join((said.out + said.err).split())
     assert "1 place aren't UTF-8 and were replaced by U+FFFD" in text
     assert "halves of characters in JSON (escapes such as \\ud83d, 2 places)" in text
+
+
+def test_a_label_that_came_between_two_readings_is_named(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "a", "label": "new"}])
+    piece = SourcePiece(0, str(path), 0, path.stat().st_size, lines=True)
+    records = [*read_records(piece, "sequence-classification", ("text", "label"))]
+    tokenizer = byte_tokenizer()
+    encoder = PairEncoder("sequence-classification", tokenizer, ("old",), LossCheck(tokenizer))
+    with ThreadPoolExecutor(1) as pool, pytest.raises(DataError, match=r"line 1 .*label 'new'"):
+        encoder.encode(records, pool)
 
 
 def test_targets_end_once(tmp_path: Path) -> None:
