@@ -71,5 +71,7 @@ def test_each_file_is_read_by_the_verbs_that_need_it() -> None:
 
     assert readers("prepared/stdlib/train-00000.h5") >= {"prepare", "train", "evaluate", "generate"}
     assert readers("runs/quickstart/history.jsonl") >= {"train", "status", "report", "evaluate"}
+    assert readers("prepared/pairs/train-00000.h5") == {"prepare", "train"}
+    assert readers("pairs.jsonl") == {"prepare"}
     assert readers("rows.csv") == {"schedule"}
     assert readers("site.toml") == {"submit"}

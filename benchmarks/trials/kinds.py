@@ -22,7 +22,17 @@ from mpillm.system.plugins import load_plugin
 from mpillm.verbs.verb_catalog import VERBS
 
 from .child import Outcome, Running, run_verb, temporary_files
-from .workspace import DATA, RUN, STEPS, copy_workspace, digest_of, lines_of, weights_of
+from .workspace import (
+    DATA,
+    PAIR_DATA,
+    RUN,
+    STEPS,
+    copy_workspace,
+    digest_of,
+    lines_of,
+    trained_by,
+    weights_of,
+)
 
 FRESH = ("train", "recipe.toml")
 RESUME = tuple(f"train {RUN}/recipe.toml --resume".split())
@@ -66,7 +76,7 @@ def reference_of(folder: Path, mpirun: Sequence[str]) -> dict[str, Any]:
     """Run what trials compare with: scores, a text, weights, files and times without a fault."""
     found: dict[str, Any] = {
         "weights": weights_of(folder / RUN),
-        "files": digest_of(folder / DATA),
+        **{data: digest_of(folder / data) for data in (DATA, PAIR_DATA)},
     }
     seconds = found["seconds"] = {}
     for line in (line for verb in VERBS for line in lines_of(verb)):
@@ -74,9 +84,9 @@ def reference_of(folder: Path, mpirun: Sequence[str]) -> dict[str, Any]:
         own = copy_workspace(folder, folder.with_name("reference-line"))
         done = run_verb(line.split(), own)
         seconds[line] = done.seconds
-        if line.startswith(("evaluate", "generate")) or line == lines_of("train")[1]:
+        if line.startswith(("evaluate", "generate")) or line in trained_by():
             assert not done.code, done.err
-            found[line] = weights_of(own / RUN) if line.startswith("train") else _result(done)
+            found[line] = _outcome_of(line, done, own)
         shutil.rmtree(own)
     for words, launcher in ((FRESH, ()), (FRESH, mpirun), (PREPARE, ())):
         if words is FRESH:
@@ -85,6 +95,11 @@ def reference_of(folder: Path, mpirun: Sequence[str]) -> dict[str, Any]:
             shutil.rmtree(folder / DATA)
         seconds[_launched(words, launcher)] = run_verb(words, folder, launcher=launcher).seconds
     return found
+
+
+def _outcome_of(line: str, done: Outcome, folder: Path) -> object:
+    run = trained_by().get(line)
+    return weights_of(folder / run) if run else _result(done)
 
 
 def _launched(words: Sequence[str], launcher: Sequence[str]) -> str:
@@ -117,7 +132,7 @@ def kill(trial: Trial) -> None:
         trial.title = "SIGKILL to prepare"
         _kill(trial, running)
         trial.run(PREPARE)
-        _compare(trial, "dataset", digest_of(trial.folder / DATA), trial.reference["files"])
+        _compare(trial, "dataset", digest_of(trial.folder / DATA), trial.reference[DATA])
     else:
         shutil.rmtree(trial.folder / RUN)
         two = bool(trial.mpirun) and chance.random() < 0.25
@@ -170,7 +185,9 @@ def signalled(trial: Trial) -> None:
 # Damaged files -------------------------------------------------------------------------------
 
 # What else a verb reads that its line does not name.
-READ_WITH = {DATA: (RUN, "recipe.toml"), "texts": (), "rows.csv": (), "site.toml": ()}
+READ_WITH = {DATA: (RUN, "recipe.toml"), PAIR_DATA: ("pairs.toml",)}
+RECIPES = ("recipe.toml", "pairs.toml")
+NAMED = (*READ_WITH, RUN, *RECIPES, "texts", "texts.jsonl", "pairs.jsonl", "rows.csv", "site.toml")
 # A file of these is an aid to people: damage in it may change what is shown, and nothing else.
 AIDS = ("metrics.jsonl", "history.jsonl", "outcome", "loss.png", "events", "report.html")
 
@@ -271,12 +288,9 @@ def _damage_json(path: Path, chance: random.Random) -> str:
 
 def _reads(line: str, name: str) -> bool:
     words = line.split()
-    named = [word for word in words[1:] if word in (*READ_WITH, RUN, "recipe.toml", "texts.jsonl")]
-    named += [RUN] if any(word.startswith(f"{RUN}/") for word in words) else []
-    named += [DATA] if any(word.startswith(f"{DATA}/") for word in words) else []
-    if any(name == one or name.startswith(f"{one}/") for one in named):
-        return True
-    return name.startswith(f"{DATA}/") and bool({RUN, "recipe.toml"} & set(named))
+    named = {one for one in NAMED for word in words[1:] if (word + "/").startswith(f"{one}/")}
+    named |= {data for data, users in READ_WITH.items() if named.intersection(users)}
+    return any(name == one or name.startswith(f"{one}/") for one in named)
 
 
 def _judge_reading(trial: Trial, line: str, name: str) -> None:
@@ -285,14 +299,10 @@ def _judge_reading(trial: Trial, line: str, name: str) -> None:
     shutil.copytree(run, spare, ignore=lambda folder, names: _special(folder, names))
     done = trial.run(line.split())
     if not done.code and not done.faults and not any(aid in name for aid in AIDS):
-        found = weights_of(run) if line.startswith("train") and RUN in line else _result(done)
-        expected = trial.reference.get(line)
-        silent = expected is not None and found != expected and name != "recipe.toml"
-        if (
-            line.startswith("prepare --verify")
-            and digest_of(trial.folder / DATA) != (trial.reference["files"])
-        ):
-            silent = not _whole_again(trial)
+        found, expected = _outcome_of(line, done, trial.folder), trial.reference.get(line)
+        silent = expected is not None and found != expected and name not in RECIPES
+        if line.startswith("prepare --verify"):
+            silent = not _whole_again(trial, line.split()[-1])
         if silent and _verify_finds(trial, name):
             trial.count("found by --verify")
         elif silent and not _said(done):
@@ -316,11 +326,9 @@ def _put_back(trial: Trial, name: str, spare: Path) -> None:
         os.mkfifo(path)
 
 
-def _whole_again(trial: Trial) -> bool:
-    """Return whether the dataset differs from its first state in nothing that is trusted."""
-    first = trial.reference["files"]
-    assert isinstance(first, dict)
-    now = digest_of(trial.folder / DATA)
+def _whole_again(trial: Trial, data: str) -> bool:
+    """Return whether a dataset differs from its first state in nothing that is trusted."""
+    first, now = trial.reference[data], digest_of(trial.folder / data)
     return all(now.get(name) == value for name, value in first.items())
 
 
@@ -330,9 +338,10 @@ def _verify_finds(trial: Trial, name: str) -> bool:
     A token that became another one of the vocabulary is known by its hash alone, and shards are
     hashed there and nowhere else.
     """
-    if not (name.startswith(f"{DATA}/") and name.endswith(".h5")):
+    data = str(Path(name).parent)
+    if data not in (DATA, PAIR_DATA) or not name.endswith(".h5"):
         return False
-    done = run_verb(("prepare", "--verify", DATA), trial.folder)
+    done = run_verb(("prepare", "--verify", data), trial.folder)
     return done.code == 1 and Path(name).name in done.err
 
 
@@ -365,7 +374,7 @@ def full_disk(trial: Trial) -> None:
         _finish(trial)
     elif verb == "prepare":
         trial.run((*PREPARE, "--overwrite"))
-        _compare(trial, "dataset", digest_of(trial.folder / DATA), trial.reference["files"])
+        _compare(trial, "dataset", digest_of(trial.folder / DATA), trial.reference[DATA])
     _nothing_left(trial)
 
 
@@ -436,7 +445,7 @@ def pair(trial: Trial) -> None:
     if first == second and all(done.code for done in ends):
         trial.findings.append(f"both fail: {ends[0].says} | {ends[1].says}")
     if first.startswith("prepare"):
-        _compare(trial, "dataset", digest_of(trial.folder / DATA), trial.reference["files"])
+        _compare(trial, "dataset", digest_of(trial.folder / DATA), trial.reference[DATA])
     if "train recipe" in first:
         _finish(trial)
     _nothing_left(trial)

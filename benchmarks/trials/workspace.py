@@ -39,17 +39,41 @@ evaluate_every = 3
 keep = 2
 fixed_order = true
 """
+PAIR_DATA, PAIR_RUN = "prepared/pairs", "runs/pairs"
+PAIR_RECIPE = f"""
+[model]
+architecture = "encoder"
+layers = 1
+width = 16
+heads = 2
+context = 32
+head = "sequence"
+
+[task]
+name = "sequence-classification"
+
+[data]
+path = "{PAIR_DATA}"
+
+[train]
+run = "{PAIR_RUN}"
+steps = 3
+batch = 8
+"""
 SITE = 'scheduler = "slurm"\ncores_per_node = 8\n'
 # Short lines of the verbs that are known; a verb that is added is tried by its own example.
 LINES: Mapping[str, tuple[str, ...]] = {
     "prepare": (
         "prepare texts texts.jsonl --out made/all --tokenizer bytes",
         f"prepare texts --out made/bpe --tokenizer {DATA}/tokenizer.json",
+        "prepare pairs.jsonl --out made/pairs --task sequence-classification --tokenizer bytes",
         f"prepare --verify {DATA}",
+        f"prepare --verify {PAIR_DATA}",
     ),
     "train": (
         "train recipe.toml --set train.run=runs/fresh --set train.steps=2",
         f"train {RUN}/recipe.toml --set train.steps={STEPS + 2} --resume",
+        "train pairs.toml",
     ),
     "evaluate": (f"evaluate {RUN} --json",),
     "generate": (f"generate {RUN} --prompt word --max-tokens 12 --seed 1",),
@@ -78,6 +102,11 @@ def lines_of(verb: str) -> tuple[str, ...]:
     return (shlex.join(example[example.index("mpillm") + 1 :]),)
 
 
+def trained_by() -> dict[str, str]:
+    """Return the run of each line that trains with what is there."""
+    return dict(zip(LINES["train"][1:], (RUN, PAIR_RUN), strict=True))
+
+
 def make_workspace(root: Path, seed: int) -> None:
     """Make texts, dataset, run and the files that the lines name, by the verbs themselves."""
     chance = random.Random(seed)
@@ -96,9 +125,13 @@ def make_workspace(root: Path, seed: int) -> None:
     (root / "texts.jsonl").write_text("\n".join(lines) + "\n")
     for name in ("recipe.toml", "jobs/recipes/quickstart.toml"):
         (root / name).write_text(RECIPE)
+    records = [json.dumps({"text": text(), "label": number % 3}) for number in range(40)]
+    (root / "pairs.jsonl").write_text("\n".join(records) + "\n")
+    (root / "pairs.toml").write_text(PAIR_RECIPE)
     (root / "site.toml").write_text(SITE)
     for line in (
         f"prepare texts --out {DATA} --vocab-size 300 --validation 0.1",
+        f"prepare pairs.jsonl --out {PAIR_DATA} --task sequence-classification --tokenizer bytes",
         "train recipe.toml",
         "schedule 1f1b --ranks 2 --microbatches 4 --csv rows.csv",
     ):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from mpillm.errors import DataError
 from mpillm.models.part_module import Fields, PartModule
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.pipeline.stage import BatchScore, OfBatch, ScoringStage
@@ -138,7 +139,8 @@ def evaluate(
     """Score all rows of the split: of causal LM, each token but the first.
 
     `names`: the metrics; none: the task's. Every rank calls it and gets the same score: the
-    batches are the same at any number of ranks, and their sums are added exactly.
+    batches are the same at any number of ranks, and their sums are added exactly. Raises DataError
+    where no target counts.
     """
     spec, task = scorer.spec, scorer.task
     metrics = make_metrics(names or task.metrics)
@@ -164,6 +166,11 @@ def evaluate(
         math.fsum(score.weight for score in every),
         reader.n_bytes,
     )
+    if not totals.weight:
+        raise DataError(
+            "the validation split has no target that counts, so its loss has no mean; prepare it "
+            "with a larger --validation, or check the data and the task"
+        )
     # Batch by batch for each metric that needs the outputs, in the order of `metrics`.
     by_metric = iter(zip(*(score.sums for score in every), strict=True))
     values = {}

@@ -73,6 +73,9 @@ def print_evaluation(
     if begun and not as_json:
         console.warn(f"{run} was trained as {begun}: it is a copy, or was moved")
     with torch_explained(), open_of(manifest, "validation") as reader:
+        row = RowShape.of(loaded.task, Lengths.of(loaded.model.spec))
+        if not as_json and (cuts := on_root(comm, lambda: reader.describe_cuts(row))):
+            console.warn(cuts)
         # One JSON object is all that --json prints: no progress bar.
         progress = Console(speaks=False) if as_json else console
         scorer = WholeModel(loaded.model, loaded.task, comm, Precision(place))

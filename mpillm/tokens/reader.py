@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -116,37 +116,14 @@ class TokenReader:
                     f"cannot open the shard {path}: {failure.strerror}; {hint}"
                 ) from failure
             try:
-                self._check_file(path, self.split.shards[shard], descriptor)
+                info = self.split.shards[shard]
+                data = {"tokens": (info.tokens_offset, info.tokens_nbytes)}
+                check_open_shard(self.folder, self.name, self.split, shard, descriptor, data)
             except BaseException:
                 os.close(descriptor)
                 raise
             self._descriptors[shard] = descriptor
         return self._descriptors[shard]
-
-    def _check_file(self, path: Path, info: ShardInfo, descriptor: int) -> None:
-        """Raise DataError unless the open file is the manifest's, with whole tables.
-
-        Once a shard: some 20 bytes a document, where its tokens have a thousand or more.
-        """
-        try:
-            if os.fstat(descriptor).st_size == info.nbytes and info.rest_xxh3_128 == rest_digest(
-                descriptor, info.tokens_offset, info.tokens_nbytes
-            ):
-                return
-        except OSError as failure:
-            raise DataError(f"cannot read the shard {explain(failure, path)}") from failure
-        # A job that replaces a dataset writes the manifest last.
-        manifest = Manifest.load(self.folder)
-        if manifest.splits[self.name] != self.split:
-            raise DataError(
-                f"{path} is not the file that the manifest named: another dataset is there now; "
-                "start again to read that one, or name another"
-            )
-        check_shard(path, info)
-        raise DataError(
-            f"{path} is damaged outside /tokens (its structure, attributes or document "
-            "tables); copy the file again or prepare the dataset again"
-        )
 
     def read(self, start: int, out: Array) -> None:
         """Fill `out` (C-contiguous, of `self.dtype`) with the tokens from position `start` on.
@@ -215,6 +192,41 @@ class TokenReader:
             # floats.
             known = self._doc_ends[shard] = np.asarray(mapped).view(np.int64)
         return known
+
+
+def check_open_shard(
+    folder: Path,
+    name: str,
+    split: Split[Any],
+    number: int,
+    descriptor: int,
+    data: Mapping[str, tuple[int, int]],
+) -> None:
+    """Raise DataError unless an open file is shard `number` of the split, with whole tables.
+
+    `data`: the byte offset and the size of each array that no table describes. Once a shard: some
+    20 bytes a document, where its data has a thousand or more.
+    """
+    info = split.shards[number]
+    path = folder / info.file
+    try:
+        if os.fstat(descriptor).st_size == info.nbytes and info.rest_xxh3_128 == rest_digest(
+            descriptor, *data.values()
+        ):
+            return
+    except OSError as failure:
+        raise DataError(f"cannot read the shard {explain(failure, path)}") from failure
+    # A job that replaces a dataset writes the manifest last.
+    if Manifest.load(folder).splits[name] != split:
+        raise DataError(
+            f"{path} is not the file that the manifest named: another dataset is there now; "
+            "start again to read that one, or name another"
+        )
+    check_shard(path, info)
+    raise DataError(
+        f"{path} is damaged outside {' and '.join(f'/{each}' for each in data)} (its structure, "
+        "attributes or tables); copy the file again or prepare the dataset again"
+    )
 
 
 def open_split(folder: str | Path, split: str = "train") -> TokenReader:

@@ -9,6 +9,7 @@
 Equal contents give equal bytes: no times, no paths, no rank numbers.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,26 +110,27 @@ def write_shard(path: Path, documents: Documents, attributes: Mapping[str, Any])
             tokens.offset,
             places["doc_ends"].offset,
             hdf5.digest(blocks),
-            rest_digest(temporary, tokens.offset, tokens.nbytes),
+            rest_digest(temporary, (tokens.offset, tokens.nbytes)),
         )
 
 
-def rest_digest(file: Path | int, tokens_offset: int, tokens_nbytes: int) -> str:
-    """Hash (xxh3-128) a file, or an open one, but for /tokens: HDF5 structure, attributes, tables.
+def rest_digest(file: Path | int, *arrays: tuple[int, int]) -> str:
+    """Hash (xxh3-128) a file, or an open one, but for its data: HDF5 structure, attributes, tables.
 
-    It differs between datasets: the tables hold a hash of each block of tokens.
+    `arrays`: the byte offset and the size of each array of data. The digest differs between
+    datasets: tables or attributes hold hashes of the data.
     """
     state = xxhash.xxh3_128()
     # A descriptor stays open; only its place in the file is moved.
     with open(file, "rb", closefd=not isinstance(file, int)) as opened:
-        opened.seek(0)
-        left = tokens_offset
-        while left and (chunk := opened.read(min(left, READ_BYTES))):
-            state.update(chunk)
-            left -= len(chunk)
-        opened.seek(tokens_offset + tokens_nbytes)
-        while chunk := opened.read(READ_BYTES):
-            state.update(chunk)
+        place = 0
+        for offset, nbytes in (*sorted(arrays), (sys.maxsize, 0)):
+            opened.seek(place)
+            left = offset - place
+            while left > 0 and (chunk := opened.read(min(left, READ_BYTES))):
+                state.update(chunk)
+                left -= len(chunk)
+            place = offset + nbytes
     return state.hexdigest()
 
 

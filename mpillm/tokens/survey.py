@@ -104,7 +104,7 @@ def survey(
     """
     mine = pieces_of_rank(pieces, comm.rank, comm.size)
     tables = [np.empty(0, DOCUMENT)]
-    bytes_replaced, halves_replaced = _Replaced(), _Replaced()
+    bytes_replaced, halves_replaced = Replaced(), Replaced()
     total = sum(piece.nbytes for piece in pieces)
     own = sum(pieces[number].nbytes for number in mine)
     with console.progress("reading", total, "bytes") as progress:
@@ -118,27 +118,14 @@ def survey(
             progress.advance(texts.piece.nbytes * total / own)
     patient_barrier(comm)
     documents = np.concatenate(tables)
-    bytes_replaced.warn(
-        "{count} aren't {encoding} and were replaced by U+FFFD, first in {path}; "
-        "convert such files with iconv to keep their text",
-        pieces,
-        comm,
-        console,
-    )
-    halves_replaced.warn(
-        "halves of characters in JSON (escapes such as \\ud83d, {count}) became U+FFFD, first "
-        "in {path}; the program that wrote the records cut texts within a character",
-        pieces,
-        comm,
-        console,
-    )
+    warn_of_replaced(bytes_replaced, halves_replaced, pieces, comm, console)
     _check_sources(documents, names, comm)
     n_docs, n_bytes = comm.allreduce(len(documents)), comm.allreduce(int(documents["nbytes"].sum()))
     return Survey(pieces, mine, documents, n_docs, n_bytes, _content(documents, comm), seed)
 
 
 @dataclass
-class _Replaced:
+class Replaced:
     """Count the places that U+FFFD replaced, and keep the first piece that has one."""
 
     count: int = 0
@@ -164,6 +151,30 @@ class _Replaced:
                     path=one_line(piece.path),
                 )
             )
+
+
+def warn_of_replaced(
+    of_bytes: Replaced,
+    of_halves: Replaced,
+    pieces: list[SourcePiece],
+    comm: "MPI.Intracomm",
+    console: Console,
+) -> None:
+    """Warn of all places that U+FFFD replaced. Every rank calls it."""
+    of_bytes.warn(
+        "{count} aren't {encoding} and were replaced by U+FFFD, first in {path}; "
+        "convert such files with iconv to keep their text",
+        pieces,
+        comm,
+        console,
+    )
+    of_halves.warn(
+        "halves of characters in JSON (escapes such as \\ud83d, {count}) became U+FFFD, first "
+        "in {path}; the program that wrote the records cut texts within a character",
+        pieces,
+        comm,
+        console,
+    )
 
 
 def _table(documents: list[Document], number: int, source: int, seed: int) -> tuple[Array, int]:

@@ -69,7 +69,7 @@ def verify_shard(manifest: Manifest, split: str, shard: ShardInfo | PairShard) -
         check_pair_shard(path, shard, AGAIN)
         return
     # First the structure and tables: everything else is read by them.
-    if rest_digest(path, shard.tokens_offset, shard.tokens_nbytes) != shard.rest_xxh3_128:
+    if rest_digest(path, (shard.tokens_offset, shard.tokens_nbytes)) != shard.rest_xxh3_128:
         raise DataError(
             f"{path} is damaged outside /tokens "
             f"(its structure, attributes or document tables); {AGAIN}"

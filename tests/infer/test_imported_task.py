@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from mpi4py import MPI
 
-from mpillm.errors import MismatchError
+from mpillm.errors import DataError, MismatchError
 from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_trained
 from mpillm.infer.print_results import print_evaluation
@@ -128,6 +128,27 @@ def test_it_is_evaluated(
         hub = str(folder / "hub")
         prepare(PrepareOptions((str(documents),), data, tokenizer=hub, validation=0.1), comm, QUIET)
     assert scores(run, data, comm)[metric] >= 0
+
+
+def test_what_is_cut_and_what_has_no_target_is_said(folder: Path, comm: MPI.Intracomm) -> None:
+    run = imported(folder, comm, T5.replace(start_token=257, context=2), ("<go>",))
+    data, said = prepared(folder, comm, "seq2seq"), io.StringIO()
+    print_evaluation(run, data, False, False, comm, Console(stream=said, speaks=comm.rank == 0))
+    if comm.rank == 0:
+        assert "warning: cut off: " in said.getvalue()
+        assert " targets at 2; raise the model's lengths" in " ".join(said.getvalue().split())
+
+
+def test_a_split_without_a_target_is_refused(folder: Path, comm: MPI.Intracomm) -> None:
+    run, text = imported(folder, comm, BERT, ("[MASK]",)), folder / "text.txt"
+    if comm.rank == 0:
+        text.write_text("abcdefgh\n" * 2)
+    comm.Barrier()
+    given = {"tokenizer": str(folder / "hub"), "validation": 0.1}
+    # Of so few tokens, none is chosen.
+    prepare(PrepareOptions((str(text),), folder / "data", **given), comm, QUIET)
+    with pytest.raises(DataError, match="no target that counts"):
+        print_evaluation(run, folder / "data", False, False, comm, QUIET)
 
 
 @pytest.mark.parametrize(

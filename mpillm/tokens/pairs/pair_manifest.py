@@ -15,6 +15,7 @@ from mpillm.tokens.pairs.pair_shards import PAIR_KINDS, PairFormat, PairShard
 
 OFFSETS = ("source_offset", "source_ends_offset", "target_offset", "target_ends_offset")
 COUNTS = ("nbytes", "n_tokens", "n_docs", "n_source", "n_target", *OFFSETS)
+HASHES = ("xxh3_128", "rest_xxh3_128")
 SOURCE_DTYPES = {
     "source": ("<u2", "<u4"),
     "frames": ("<f2", "<f4"),
@@ -62,12 +63,13 @@ class PairRules(ManifestRules):
         return form_of_json(value)
 
     def _shard(self, field: str, value: Any) -> None:
-        self._object(field, value, ("file", *COUNTS, "xxh3_128"))
+        self._object(field, value, ("file", *COUNTS, *HASHES))
         if not is_plain_name(value["file"]):
             self._fail(f"{field}.file", "a plain file name in the same folder", value["file"])
         for name in COUNTS:
             self._count(f"{field}.{name}", value[name])
-        self._hex(f"{field}.xxh3_128", value["xxh3_128"], 32)
+        for name in HASHES:
+            self._hex(f"{field}.{name}", value[name], 32)
         if value["n_tokens"] != value["n_source"] + value["n_target"]:
             self._fail(f"{field}.n_tokens", "n_source + n_target", value["n_tokens"])
         for name, (dtype, shape, offset) in PairShard(**value).arrays(self._form).items():

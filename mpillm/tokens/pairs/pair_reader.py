@@ -4,7 +4,6 @@ B pairs, S rows of a source, T tokens of a target.
 """
 
 import os
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +16,7 @@ from mpillm.tokens.order import permute, task_keys
 from mpillm.tokens.pairs.pair_manifest import PairManifest
 from mpillm.tokens.pairs.pair_shards import PairShard, ends_in_order, runs_of
 from mpillm.tokens.pairs.sound import quiet_level
+from mpillm.tokens.reader import check_open_shard
 from mpillm.tokens.samples import RawRows, RowShape
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -28,23 +28,35 @@ NO_LABEL = -1
 class _OpenShard:
     """The open file of a shard, and its tables of ends."""
 
-    def __init__(self, path: Path, shard: PairShard, manifest: PairManifest) -> None:
-        check_shard(path, shard)
-        self.path, self.arrays = path, shard.arrays(manifest.pairs)
+    def __init__(self, manifest: PairManifest, name: str, number: int) -> None:
+        split = manifest.splits[name]
+        shard: PairShard = split.shards[number]
+        self.path, self.arrays = manifest.folder / shard.file, shard.arrays(manifest.pairs)
+        check_shard(self.path, shard)
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as failure:
-            raise DataError(f"cannot open the shard {explain(failure, path)}") from failure
-        self.ends = {
+            raise DataError(f"cannot open the shard {explain(failure, self.path)}") from failure
+        try:
+            data = shard.data(manifest.pairs)
+            check_open_shard(manifest.folder, name, split, number, self.descriptor, data)
+            self.ends = self._ends(shard)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+
+    def _ends(self, shard: PairShard) -> dict[str, Int64s]:
+        ends = {
             side: self.read(f"{side}_ends", 0, shard.n_docs).astype(np.int64)
             for side in ("source", "target")
         }
         totals = {"source": shard.n_source, "target": shard.n_target}
-        if not all(ends_in_order(self.ends[side], total) for side, total in totals.items()):
+        if not all(ends_in_order(ends[side], total) for side, total in totals.items()):
             raise DataError(
-                f"{path} is damaged: its tables of ends are not in order; "
+                f"{self.path} is damaged: its tables of ends are not in order; "
                 "copy the file again or prepare the dataset again"
             )
+        return ends
 
     def read(self, name: str, first: int, last: int) -> Array:
         """Read the rows `first` to `last` - 1 of an array. Raises DataError."""
@@ -169,9 +181,7 @@ class PairReader:
 
     def _shard(self, number: int) -> _OpenShard:
         if number not in self._open:
-            shard = self.split.shards[number]
-            path = self.manifest.folder / shard.file
-            self._open[number] = _OpenShard(path, shard, self.manifest)
+            self._open[number] = _OpenShard(self.manifest, self.name, number)
         return self._open[number]
 
     def _check(self, numbers: Int64s, source: list[Array], target: list[Array]) -> None:

@@ -38,12 +38,17 @@ Label = str | int
 
 @dataclass(frozen=True)
 class PairRecord:
-    """A record's two values, checked by kind, and its place for messages."""
+    """A record's two values, checked by kind, and its place for messages.
+
+    `replaced` counts places of its line that are no text, `halves` those of characters in JSON.
+    """
 
     piece: SourcePiece
     offset: int
     source: Any
     target: Any
+    replaced: int = 0
+    halves: int = 0
 
     @property
     def place(self) -> str:
@@ -60,14 +65,16 @@ def read_records(piece: SourcePiece, kind: str, fields: Sequence[str]) -> Iterat
     """Yield the records of a piece; blank lines have none. Raises DataError with file and line."""
     try:
         with Path(piece.path).open("rb") as file:
-            for offset, line, _ in lines_of(piece, file):
+            for offset, line, replaced in lines_of(piece, file):
                 if not line.strip():
                     continue
                 try:
-                    source, target = _sides(parsed(line), PAIR_KINDS[kind], fields)
+                    (source, a), (target, b) = map(
+                        _whole, _sides(parsed(line), PAIR_KINDS[kind], fields)
+                    )
                 except RecordError as failure:
                     raise DataError(f"{place_of_line(piece, offset)} {failure}") from failure
-                yield PairRecord(piece, offset, source, target)
+                yield PairRecord(piece, offset, source, target, replaced, a + b)
     except OSError as failure:
         raise DataError(f"cannot read the source {explain(failure, piece.path)}") from failure
 
@@ -105,8 +112,17 @@ def _check_words(words: Any, tags: Any, fields: Sequence[str]) -> None:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise RecordError(f'has no text in "{name}"; write one, or leave the record out')
-    # A half of a character cannot be encoded.
-    return HALF.sub("\ufffd", value)
+    return value
+
+
+def _whole(value: Any) -> tuple[Any, int]:
+    """Replace halves of characters, which cannot be encoded, in a text or a list of words."""
+    if isinstance(value, str):
+        return HALF.subn("\ufffd", value)
+    if not (isinstance(value, list) and value and isinstance(value[0], str)):
+        return value, 0
+    words = [HALF.subn("\ufffd", word) if isinstance(word, str) else (word, 0) for word in value]
+    return [word for word, _ in words], sum(count for _, count in words)
 
 
 def _label(value: Any, name: str) -> Label:
@@ -144,6 +160,16 @@ def class_names(labels: set[Label]) -> tuple[str, ...]:
     )
 
 
+def _number(record: PairRecord, label: Label, numbers: dict[str, int]) -> int:
+    """Return the number of a label. Raises DataError for one that the first reading did not see."""
+    if str(label) not in numbers:
+        raise DataError(
+            f"{record.place} has the label {label!r}, which was not there when the sources were "
+            "first read: they change while they are read; start again when they are whole"
+        )
+    return numbers[str(label)]
+
+
 @dataclass(frozen=True)
 class PairEncoder:
     """Make the arrays of records: `losses` sees each text with its ids."""
@@ -163,8 +189,7 @@ class PairEncoder:
         if sides.target == "labels":
             return self._encode_words(records, numbers)
         if sides.target == "label":
-            labels = [numbers[str(record.target)] for record in records]
-            targets = [np.array([label], "<i4") for label in labels]
+            targets = [np.array([_number(r, r.target, numbers)], "<i4") for r in records]
         else:
             # A loss over alignments knows no end of a row.
             plain = self.kind == "ctc"
@@ -209,12 +234,13 @@ class PairEncoder:
         encoded = self.tokenizer.encode_rows(texts)
         for record, (ids, spans) in zip(records, encoded, strict=True):
             labels = np.full(len(ids), NO_LABEL, "<i4")
-            start = 0
+            start = token = 0
             for word, tag in zip(record.source, record.target, strict=True):
-                covers = (token for token, (a, b) in enumerate(spans) if a <= start < b)
-                token = next(covers, None)
-                if token is not None:
-                    labels[token] = numbers[str(tag)]
+                # Spans ascend but for those of added tokens, which are empty: [0, 0).
+                while token < len(spans) and spans[token][1] <= start:
+                    token += 1
+                if token < len(spans) and spans[token][0] <= start:
+                    labels[token] = _number(record, tag, numbers)
                 start += len(word) + 1
             made.append((ids, labels))
         self.losses.see(texts, [ids for ids, _ in encoded])

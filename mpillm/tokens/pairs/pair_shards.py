@@ -21,8 +21,9 @@ import xxhash
 from mpillm.errors import DataError
 from mpillm.system import hdf5
 from mpillm.system.atomic import replacing
+from mpillm.system.plain_files import open_plain
 from mpillm.tokens.dataset_folder import PAIR_FORMAT
-from mpillm.tokens.shards import READ_BYTES, VERSION, Documents, ShardFile
+from mpillm.tokens.shards import READ_BYTES, VERSION, Documents, ShardFile, rest_digest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -80,7 +81,8 @@ class PairFormat:
 class PairShard(ShardFile):
     """A shard's entry of the manifest. `n_tokens` counts the rows of both sides, `n_docs` pairs.
 
-    `xxh3_128` is the digest of the whole file.
+    `xxh3_128` is the digest of the whole file, `rest_xxh3_128` that of every byte outside /source
+    and /target.
     """
 
     n_tokens: int
@@ -92,6 +94,7 @@ class PairShard(ShardFile):
     target_offset: int
     target_ends_offset: int
     xxh3_128: str
+    rest_xxh3_128: str
 
     def arrays(self, form: PairFormat) -> dict[str, tuple[str, tuple[int, ...], int]]:
         """Return the dtype, the shape and the byte offset of each array."""
@@ -100,6 +103,14 @@ class PairShard(ShardFile):
             "source_ends": ("<u8", (self.n_docs,), self.source_ends_offset),
             "target": (form.target_dtype, (self.n_target,), self.target_offset),
             "target_ends": ("<u8", (self.n_docs,), self.target_ends_offset),
+        }
+
+    def data(self, form: PairFormat) -> dict[str, tuple[int, int]]:
+        """Return the byte offset and the size of the arrays that no table describes."""
+        target = self.n_target * np.dtype(form.target_dtype).itemsize
+        return {
+            "source": (self.source_offset, self.n_source * form.row_bytes),
+            "target": (self.target_offset, target),
         }
 
 
@@ -130,27 +141,30 @@ def write_pair_shard(
         "target": target,
         "target_ends": np.cumsum([len(each) // itemsize for each in targets]).astype("<u8"),
     }
+    # In an attribute, so that the rest of the file differs between datasets, too.
+    hashes = {f"{name}_xxh3_128": hdf5.digest(arrays[name]) for name in ("source", "target")}
     own = {"format": PAIR_FORMAT, "version": VERSION, "n_pairs": len(counts), "complete": True}
     with replacing(path) as temporary:
         shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-        places = hdf5.layout(temporary, shapes, {**own, **attributes})
+        places = hdf5.layout(temporary, shapes, {**own, **hashes, **attributes})
         with temporary.open("r+b", buffering=0) as file:
             for name, array in arrays.items():
                 if array.size:
                     hdf5.write_at(file.fileno(), np.ascontiguousarray(array), places[name].offset)
+        data = [(places[name].offset, arrays[name].nbytes) for name in ("source", "target")]
         offsets = {f"{name}_offset": place.offset for name, place in places.items()}
         rows, n_target = len(source), len(target)
         nbytes, digest = temporary.stat().st_size, file_digest(temporary)
         return PairShard(
             path.name, nbytes, rows + n_target, len(counts), rows, n_target, **offsets,
-            xxh3_128=digest,
+            xxh3_128=digest, rest_xxh3_128=rest_digest(temporary, *data),
         )  # fmt: skip
 
 
 def file_digest(path: Path) -> str:
-    """Hash a whole file by xxh3-128. Raises OSError."""
+    """Hash a whole plain file by xxh3-128. Raises OSError."""
     state = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         while chunk := file.read(READ_BYTES):
             state.update(chunk)
     return state.hexdigest()

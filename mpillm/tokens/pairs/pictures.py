@@ -1,18 +1,23 @@
 """Pictures to arrays (channels, height, width): lists of numbers, .npy files, PNG and others."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from mpillm.errors import DataError, UsageError
 from mpillm.system.extras import install_command, installed
 from mpillm.system.messages import explain
+from mpillm.system.plain_files import open_plain
 from mpillm.tokens.text.records import RecordError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # Grey, grey and alpha, colours, colours and alpha.
 MOST_CHANNELS = 4
+# A gigabyte of float32: more than the picture of any known data set.
+LARGEST_PICTURE = 1 << 28
+# What Pillow decodes as it is; wider grey ones ("I", "I;16", "F") too, as RGB would clip them.
+PLAIN_MODES = ("L", "LA", "RGB", "RGBA")
 
 
 def picture_of(value: Any, folder: Path) -> Array:
@@ -26,13 +31,24 @@ def picture_of(value: Any, folder: Path) -> Array:
         raise RecordError("has a picture that is neither a path nor lists of numbers")
     path = folder / value
     try:
-        if path.suffix.lower() == ".npy":
-            return _planes(np.load(path, allow_pickle=False))
-        return _planes(_decoded(path))
+        with open_plain(path) as file:
+            return _planes(_mapped(path) if path.suffix.lower() == ".npy" else _decoded(file, path))
     except OSError as failure:
         raise DataError(f"cannot read the picture {explain(failure, path)}") from failure
-    except (ValueError, EOFError, SyntaxError) as failure:
-        raise DataError(f"{path} is no picture that can be read: {failure}") from failure
+
+
+def _mapped(path: Path) -> Array:
+    """Map a .npy file: a header that declares more than the file holds takes no memory."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, TypeError, OverflowError, EOFError, SyntaxError) as failure:
+        raise _no_picture(path, failure) from failure
+
+
+def _no_picture(path: Path, failure: Exception) -> DataError:
+    return DataError(
+        f"{path} is no picture that can be read: {failure}; leave its record out, or save it again"
+    )
 
 
 def _array_of_lists(value: list[Any]) -> Array:
@@ -40,19 +56,23 @@ def _array_of_lists(value: list[Any]) -> Array:
         array = np.array(value)
     except ValueError as failure:
         raise RecordError("has a picture whose rows are not equally long") from failure
-    if array.dtype.kind not in "iuf" or not array.size:
-        raise RecordError("has a picture whose lists hold other things than numbers")
     return array
 
 
-def _decoded(path: Path) -> Array:
+def _decoded(file: BinaryIO, path: Path) -> Array:
     if not installed("PIL"):
         raise UsageError(f"pictures such as {path.name} need Pillow: {install_command('PIL')}")
     from PIL import Image
 
-    with Image.open(path) as image:
-        plain = image if image.mode in ("L", "LA", "RGB", "RGBA") else image.convert("RGB")
-        return np.asarray(plain)
+    try:
+        with Image.open(file) as image:
+            kept = image.mode in PLAIN_MODES or image.mode.startswith(("I", "F"))
+            return np.asarray(image if kept else image.convert("RGB"))
+    except MemoryError:
+        raise
+    # Its decoders raise whatever a damaged file leads them to.
+    except Exception as failure:
+        raise _no_picture(path, failure) from failure
 
 
 def _planes(array: Array) -> Array:
@@ -66,9 +86,20 @@ def _planes(array: Array) -> Array:
             f"has a picture of the shape {list(array.shape)}: (height, width), with 1 to "
             f"{MOST_CHANNELS} channels ahead of them or after"
         )
+    if array.size > LARGEST_PICTURE:
+        raise RecordError(
+            f"has a picture of {array.size:,} numbers, and it may have {LARGEST_PICTURE:,}; "
+            "make it smaller"
+        )
+    if array.dtype.kind not in "biuf":
+        raise RecordError(f"has a picture of other things than numbers ({array.dtype})")
     if array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255:
         return np.ascontiguousarray(array, np.uint8)
-    return np.ascontiguousarray(array, "<f4")
+    with np.errstate(over="ignore"):
+        numbers = np.ascontiguousarray(array, "<f4")
+    if not np.isfinite(numbers).all():
+        raise RecordError("has a picture with NaN, or numbers beyond float32; repair it first")
+    return numbers
 
 
 def _channels_are_last(first: int, last: int) -> bool:

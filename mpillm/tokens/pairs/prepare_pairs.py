@@ -48,12 +48,13 @@ from mpillm.tokens.pairs.pair_records import (
 from mpillm.tokens.pairs.pair_shards import (
     PAIR_KINDS,
     PairFormat,
+    file_digest,
     pack,
     write_pair_shard,
 )
 from mpillm.tokens.sources import SourcePiece, list_pieces, pieces_of_rank
 from mpillm.tokens.split import plan_split
-from mpillm.tokens.survey import ORDINAL_BITS
+from mpillm.tokens.survey import ORDINAL_BITS, Replaced, warn_of_replaced
 from mpillm.tokens.tokenizer import Tokenizer, train_bpe
 from mpillm.tokens.train_tokenizer import SAMPLE_SALT
 from mpillm.tokens.work_folder import WorkFolder
@@ -140,11 +141,14 @@ def _survey(
         )
     mine = pieces_of_rank(pieces, comm.rank, comm.size)
     empty = PairSurvey(pieces, mine, fields, kind, 0, 0, "", ())
+    bytes_replaced, halves_replaced = Replaced(), Replaced()
 
     def read() -> tuple[int, int, int, set[Label]]:
         count = nbytes = content = 0
         labels: set[Label] = set()
         for ordinal, record in empty.records():
+            bytes_replaced.add(record.replaced, ordinal >> ORDINAL_BITS)
+            halves_replaced.add(record.halves, ordinal >> ORDINAL_BITS)
             key = xxhash.xxh3_64_intdigest(_identity(record, kind), seed=ordinal)
             count, nbytes = count + 1, nbytes + sum(map(len, _texts_of(record, kind)))
             content = (content + key) % (1 << 64)
@@ -152,6 +156,7 @@ def _survey(
         return count, nbytes, content, labels
 
     every = comm.allgather(on_all(comm, read))
+    warn_of_replaced(bytes_replaced, halves_replaced, pieces, comm, console)
     labels = set().union(*(each[3] for each in every))
     count, nbytes, content = (sum(each[number] for each in every) for number in range(3))
     if not count:
@@ -163,16 +168,19 @@ def _survey(
 
 
 def _identity(record: PairRecord, kind: str) -> bytes:
-    """Return what identifies a record's contents: its values, and the size of a file it names."""
-    size = 0
+    """Return what identifies a record's contents: its values, and the hash of a file it names.
+
+    Not the file's size: all pictures may have the same. Raises DataError.
+    """
+    digest = ""
     if PAIR_KINDS[kind].source in ("frames", "pixels") and isinstance(record.source, str):
         path = record.folder / record.source
         try:
-            size = path.stat().st_size
+            digest = file_digest(path)
         except (OSError, ValueError) as failure:
             why = explain(failure, path) if isinstance(failure, OSError) else str(failure)
             raise DataError(f"{record.place} names a file that cannot be read: {why}") from failure
-    return to_json([record.source, record.target, size]).encode()
+    return to_json([record.source, record.target, digest]).encode()
 
 
 def _labels_of(record: PairRecord, kind: str) -> set[Label]:

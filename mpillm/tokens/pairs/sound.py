@@ -2,6 +2,7 @@
 second.
 """
 
+import os
 import sys
 import wave
 from functools import cache
@@ -11,15 +12,23 @@ from typing import Any
 import numpy as np
 
 from mpillm.errors import DataError
-from mpillm.system.messages import explain
+from mpillm.system.messages import command, explain
+from mpillm.system.plain_files import open_plain
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SAMPLE_RATE, FFT, HOP, MELS = 16_000, 400, 160, 80
+# Bytes of a sample.
+WIDEST = 4
 # Whisper's: quieter than 10^-10 is silence, and than 10^-8 of the loudest too.
 SILENCE, RANGE = -10.0, 8.0
 # Whisper scales logarithms to about -1 … 1.
 OFFSET, SCALE = 4.0, 4.0
+# How ffmpeg writes what is read here.
+AS_PCM = f"-ac 1 -ar {SAMPLE_RATE} -c:a pcm_s16le OUT.wav".split()
+# Of the file, and at 16 kHz: 4.6 hours.
 LARGEST_SAMPLES = 1 << 28
+# Frames that are transformed together: some 40 MB.
+BLOCK_FRAMES = 4096
 
 
 def read_wav(path: Path) -> tuple[Array, int]:
@@ -28,24 +37,33 @@ def read_wav(path: Path) -> tuple[Array, int]:
     Raises DataError.
     """
     try:
-        with wave.open(str(path), "rb") as file:
+        with open_plain(path) as opened, wave.open(opened, "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            count = file.getnframes()
-            if count > LARGEST_SAMPLES:
+            # A stream's head may declare any number.
+            size = os.fstat(opened.fileno()).st_size
+            count = min(file.getnframes(), size // max(1, width * channels))
+            at_16_khz = count * SAMPLE_RATE // rate if rate else 0
+            if max(count * channels, at_16_khz) > LARGEST_SAMPLES:
                 raise DataError(
-                    f"{path} has {count:,} samples, a sound may have {LARGEST_SAMPLES:,}; cut it"
+                    f"{path} has {count:,} samples of {channels:,} channels at {rate:,} Hz; "
+                    f"{LARGEST_SAMPLES:,} are allowed, there and at {SAMPLE_RATE:,} Hz; cut it"
                 )
+            if width > WIDEST:
+                raise wave.Error(f"samples of {8 * width} bits")
             data = file.readframes(count)
     except OSError as failure:
         raise DataError(f"cannot read the sound {explain(failure, path)}") from failure
-    except (wave.Error, EOFError) as failure:
+    # RuntimeError: a chunk that is larger than its file.
+    except (wave.Error, EOFError, RuntimeError) as failure:
+        convert = command(["ffmpeg", "-i", str(path), *AS_PCM])
         raise DataError(
-            f"{path} is no WAV file of PCM that can be read: {failure}; convert it by "
-            f"`ffmpeg -i {path.name} -ac 1 -ar {SAMPLE_RATE} -c:a pcm_s16le OUT.wav`"
+            f"{path} is no WAV file of PCM that can be read: {str(failure) or 'it is cut off'}; "
+            f"convert it by `{convert}`"
         ) from failure
-    if not (data and rate and channels):
+    # A file may end within a frame of samples.
+    data = data[: len(data) - len(data) % (width * channels)] if rate and channels else b""
+    if not data:
         raise DataError(f"{path} has no sample; leave its record out")
-    data = data[: len(data) - len(data) % (width * channels)]
     return _samples(data, width).reshape(-1, channels).mean(1), rate
 
 
@@ -81,8 +99,11 @@ def log_mel(samples: Array) -> Array:
     windows = np.lib.stride_tricks.sliding_window_view(whole, FFT)[::HOP][:frames]
     # Periodic, as of the short-time Fourier transform.
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FFT) / FFT)
-    power = np.abs(np.fft.rfft(windows * hann, axis=1)) ** 2
-    levels = np.log10(np.maximum(power @ mel_filters(), 10.0**SILENCE))
+    levels = np.empty((frames, MELS))
+    for first in range(0, frames, BLOCK_FRAMES):
+        block = slice(first, first + BLOCK_FRAMES)
+        power = np.abs(np.fft.rfft(windows[block] * hann, axis=1)) ** 2
+        levels[block] = np.log10(np.maximum(power @ mel_filters(), 10.0**SILENCE))
     levels = np.maximum(levels, levels.max() - RANGE)
     return np.asarray((levels + OFFSET) / SCALE, np.float32)
 

@@ -5,6 +5,7 @@ import json
 import re
 import resource
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from tokenizers import models, pre_tokenizers, processors
 from mpillm.errors import DataError, UsageError
 from mpillm.system.console import Console
 from mpillm.tasks.vocabulary import Lengths
+from mpillm.tokens.losses import LossCheck
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.pairs import prepare_pairs
 from mpillm.tokens.pairs.pair_manifest import PairManifest
 from mpillm.tokens.pairs.pair_reader import PairReader
+from mpillm.tokens.pairs.pair_records import PairEncoder, read_records
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.samples import RowShape
+from mpillm.tokens.sources import SourcePiece
+from mpillm.tokens.tokenizer import byte_tokenizer
 from mpillm.tokens.verify import verify
 from mpillm.tokens.work_folder import taken_over
 
@@ -193,6 +198,47 @@ def test_pictures_of_lists_and_arrays(tmp_path: Path) -> None:
         made(source, tmp_path / "other", "image-classification")
 
 
+def test_a_file_that_changed_is_noticed(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((4, 4), np.uint8))
+    source = write_lines(tmp_path / "a.jsonl", [{"image": "a.npy", "label": 0}])
+    made(source, tmp_path / "out", "image-classification")
+    made(source, tmp_path / "out", "image-classification")
+    # All pictures have one size: their bytes differ.
+    np.save(tmp_path / "a.npy", np.ones((4, 4), np.uint8))
+    with pytest.raises(UsageError, match=r"prepared otherwise .*content"):
+        made(source, tmp_path / "out", "image-classification")
+
+
+def test_what_is_no_text_is_replaced_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"tokens": ["a\ud800b", "c"], "tags": ["x\udc00", "y"]}]
+    source = write_lines(tmp_path / "a.jsonl", records)
+    source.write_bytes(source.read_bytes().replace(b'"c"', b'"\xff"'))
+    console = Console(speaks=True)
+    manifest = prepare(
+        options(source, tmp_path / "out", "token-classification"), MPI.COMM_SELF, console
+    )
+    assert manifest.classes == ("x\ufffd", "y")
+    assert isinstance(manifest, PairManifest)
+    [row] = rows_of(manifest, 9, 9)["source"].tolist()
+    assert bytes(row[:9]).decode() == "a\ufffdb \ufffd"
+    said = capsys.readouterr()
+    text = " ".join((said.out + said.err).split())
+    assert "1 place aren't UTF-8 and were replaced by U+FFFD" in text
+    assert "halves of characters in JSON (escapes such as \\ud83d, 2 places)" in text
+
+
+def test_a_label_that_came_between_two_readings_is_named(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "a", "label": "new"}])
+    piece = SourcePiece(0, str(path), 0, path.stat().st_size, lines=True)
+    records = [*read_records(piece, "sequence-classification", ("text", "label"))]
+    tokenizer = byte_tokenizer()
+    encoder = PairEncoder("sequence-classification", tokenizer, ("old",), LossCheck(tokenizer))
+    with ThreadPoolExecutor(1) as pool, pytest.raises(DataError, match=r"line 1 .*label 'new'"):
+        encoder.encode(records, pool)
+
+
 def test_targets_end_once(tmp_path: Path) -> None:
     file = bert(tmp_path / "tokenizer.json")
     given = {"tokenizer": str(file), "end_of_text": "[SEP]"}
@@ -302,6 +348,27 @@ def test_damage_is_found(tmp_path: Path) -> None:
     shard.write_bytes(data[:-5])
     with pytest.raises(DataError, match="cut short"):
         rows_of(loaded, 8, 8)
+
+
+def test_tables_are_checked_as_a_shard_is_opened(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    path = write_lines(tmp_path / "a.jsonl", [{"image": [[n, n]], "label": 0} for n in range(6)])
+    manifest = made(path, out, "image-classification")
+    shard = out / manifest.split("train").shards[0].file
+    whole = shard.read_bytes()
+    data = bytearray(whole)
+    # In order still: the first picture would be the second.
+    data[manifest.split("train").shards[0].target_ends_offset] = 2
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match="is damaged outside /source and /target"):
+        rows_of(manifest, 1, 1)
+    shard.write_bytes(whole)
+    # Another dataset with as many bytes and equal tables.
+    write_lines(path, [{"image": [[n, 9]], "label": 0} for n in range(6)])
+    made(path, out, "image-classification", overwrite=True)
+    assert shard.stat().st_size == len(whole)
+    with pytest.raises(DataError, match="another dataset is there now"):
+        rows_of(manifest, 1, 1)
 
 
 def shard_of(manifest: dict[str, Any]) -> dict[str, Any]:

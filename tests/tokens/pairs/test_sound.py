@@ -1,3 +1,5 @@
+import os
+import struct
 import wave
 from pathlib import Path
 
@@ -5,7 +7,15 @@ import numpy as np
 import pytest
 
 from mpillm.errors import DataError
-from mpillm.tokens.pairs.sound import log_mel, quiet_level, read_wav, resample, sound_frames
+from mpillm.tokens.pairs.sound import (
+    BLOCK_FRAMES,
+    HOP,
+    log_mel,
+    quiet_level,
+    read_wav,
+    resample,
+    sound_frames,
+)
 
 CHANCE = np.random.default_rng(2)
 
@@ -90,6 +100,36 @@ def test_what_is_no_sound_is_named(tmp_path: Path) -> None:
         read_wav(tmp_path / "b.wav")
     with pytest.raises(DataError, match="has no sample"):
         read_wav(write(tmp_path / "c.wav", np.empty(0, "<i2"), 8000))
+
+
+def test_odd_files_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")
+    with pytest.raises(DataError, match="a pipe or a device"):
+        read_wav(tmp_path / "pipe.wav")
+    whole = write(tmp_path / "a.wav", np.ones(1 << 16, "<i2"), 8000).read_bytes()
+
+    def changed(place: int, form: str, value: int) -> Path:
+        data = bytearray(whole)
+        struct.pack_into(form, data, place, value)
+        (tmp_path / "b c.wav").write_bytes(data)
+        return tmp_path / "b c.wav"
+
+    with pytest.raises(DataError, match=r"40 bits; convert it by `ffmpeg -i '/.*b c.wav' .*`"):
+        read_wav(changed(34, "<H", 40))
+    # A second of it would be a gigabyte at 16 kHz.
+    with pytest.raises(DataError, match=r"channels at 1 Hz; .* are allowed"):
+        read_wav(changed(24, "<I", 1))
+    # A chunk beyond the end of the file.
+    with pytest.raises(DataError, match="no WAV file of PCM"):
+        read_wav(changed(16, "<I", (1 << 32) - 2))
+    # Of a stream, whose end was not known when its head was written.
+    assert len(read_wav(changed(40, "<I", (1 << 32) - 1))[0]) == 1 << 16
+
+
+def test_long_sounds_are_transformed_in_blocks() -> None:
+    samples = 0.1 * CHANCE.normal(size=HOP * (BLOCK_FRAMES + 3))
+    frames, end = log_mel(samples), log_mel(samples[HOP * (BLOCK_FRAMES - 3) :])
+    np.testing.assert_array_equal(frames[-4:], end[-4:])
 
 
 def test_silence_is_a_level() -> None:
