@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from mpillm.errors import RecipeError
 from mpillm.models.spec import LayerRecompute, ModelSpec
@@ -91,6 +91,8 @@ class BlockSettings(ModelSpec):
     key_bias: bool = True
     """Whether keys have a bias, where queries and values do."""
     rope_theta: PositiveNumber = 10000.0
+    rope_share: Annotated[float, Gt(0), Le(1)] = 1.0
+    """The share of a head's features that turn, from the first on."""
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     """How angles are made slower for contexts longer than `rope_original_context`."""
     rope_factor: PositiveNumber = 1.0
@@ -159,6 +161,13 @@ class BlockSettings(ModelSpec):
             raise RecipeError(
                 f"rotary positions need an even width a head, and {given} is {self.head_features}"
             )
+        pairs = self.rotary_features // 2
+        if self.positions == "rotary" and (not pairs or self.rotary_features % 2):
+            raise RecipeError(
+                f"rope_share = {self.rope_share:g} turns {self.rotary_features} of the "
+                f"{self.head_features} features of a head, and they turn in pairs; "
+                f"take a share such as {2 * max(1, pairs) / self.head_features:g}"
+            )
 
     def _check_sinusoids(self, ends: bool) -> None:
         # A sine and a cosine for each angle; where the last one is 1/10000, it is not the first.
@@ -203,6 +212,11 @@ class BlockSettings(ModelSpec):
     def head_features(self) -> int:
         """The width of a head."""
         return self.head_width or self.width // self.heads
+
+    @property
+    def rotary_features(self) -> int:
+        """The features of a head that turn, where positions are rotary."""
+        return int(self.head_features * self.rope_share)
 
     @property
     def query_width(self) -> int:

@@ -48,6 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3": {"query_key_norm": True, "kv_heads": 2},
     "layernorm of queries": {"query_key_norm": True, "norm": "layernorm"},
     "gemma": GEMMA,
+    "half of the features turn": {"rope_share": 0.5},
     "sandwich": {**GEMMA, "norm_place": "sandwich"},
     "window": {"window": 16},
     "narrow window of groups": {"window": 8, "kv_heads": 1},

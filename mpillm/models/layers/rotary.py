@@ -31,7 +31,7 @@ class Rotary(nn.Module):
 
     def __init__(self, config: BlockSettings, windowed: bool = False) -> None:
         super().__init__()
-        half = config.head_features // 2
+        half = config.rotary_features // 2
         theta = config.window_rope_theta if windowed else config.rope_theta
         # Computed in float64 on the CPU: the same bits on every device.
         cpu, device = torch.device("cpu"), torch.get_default_device()
@@ -55,9 +55,13 @@ class Rotary(nn.Module):
 
 
 def rotate(x_BTHD: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate the features of each head."""
+    """Rotate the features of each head: the first ones, as many as the tables have."""
     # Autocast's products are in 16 bits, and the stream that the rotation is made for is not.
     cos_T1D, sin_T1D = (table.to(x_BTHD.dtype) for table in rotation)
+    turned = cos_T1D.shape[-1]
+    if turned < x_BTHD.shape[-1]:
+        kept_BTHD = x_BTHD[..., turned:]
+        return torch.cat([rotate(x_BTHD[..., :turned], rotation), kept_BTHD], dim=-1)
     left, right = x_BTHD.chunk(2, dim=-1)
     return x_BTHD * cos_T1D + torch.cat([-right, left], dim=-1) * sin_T1D
 
