@@ -29,9 +29,6 @@ COMMON = {"optimizer.warmup_steps": "100", "train.evaluate_every": "0", "train.s
 WRITTEN = {
     **COMMON,
     "model.shape": "vit-tiny-digits",
-    "model.layers": "2",
-    "model.dropout": "0.2",
-    "model.pooling": "mean",
     "task.name": "image-classification",
     "optimizer.learning_rate": "1e-3",
     "train.batch": "64",
