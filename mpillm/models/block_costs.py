@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from mpillm.models.block_settings import BlockSettings
+from mpillm.models.head_chunks import chunk_bytes, head_bytes
 from mpillm.models.spec import LayerRecompute, Part, Recompute, recompute_counts, recompute_of
 
 
@@ -238,3 +239,14 @@ class BlockCosts(BlockSettings):
             # Scores, their tangents and their probabilities, in float32.
             nbytes += 3 * 4 * self.heads * self.context
         return rows * self.context * nbytes
+
+    def output_bytes(self, rows: int, device: str = "cpu") -> int:
+        """Count a loss in chunks with the gradients that it holds: of hidden states and head.
+
+        A task that reads plain logits takes more: 3 times their bytes in float32.
+        """
+        return head_bytes(rows * self.context, self.width, self.vocab_size, device)
+
+    def logits_bytes(self, rows: int, device: str = "cpu") -> int:
+        """Count one chunk of logits."""
+        return chunk_bytes(rows * self.context, self.vocab_size, device)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from mpillm.models.block_costs import BlockCosts
 from mpillm.models.decoder_settings import DecoderSettings
-from mpillm.models.head_chunks import chunk_bytes, head_bytes
 from mpillm.models.spec import Part, Recompute
 
 
@@ -48,14 +47,6 @@ class DecoderCosts(DecoderSettings, BlockCosts):
         return int(tokens * kept), int(tokens * again)
 
     def output_bytes(self, rows: int, device: str = "cpu") -> int:
-        """Count a loss in chunks with the gradients that it holds: of hidden states and head.
-
-        A task that reads plain logits takes more: 3 times their bytes in float32.
-        """
-        nbytes = head_bytes(rows * self.context, self.width, self.vocab_size, device)
+        nbytes = super().output_bytes(rows, device)
         # A soft cap keeps its slopes next to the logits of a chunk.
         return nbytes + (self.logits_bytes(rows, device) if self.logits_soft_cap else 0)
-
-    def logits_bytes(self, rows: int, device: str = "cpu") -> int:
-        """Count one chunk of logits."""
-        return chunk_bytes(rows * self.context, self.vocab_size, device)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from mpillm.models.block_costs import BlockCosts
 from mpillm.models.encoder_settings import EncoderSettings
-from mpillm.models.head_chunks import chunk_bytes, head_bytes
 from mpillm.models.spec import Part, Recompute
 
 
@@ -118,16 +117,12 @@ class EncoderCosts(EncoderSettings, BlockCosts):
         """Count a loss in chunks of `lm`; of others the outputs, their gradients, and what a
         softmax keeps.
         """
-        positions = rows * self._head_positions
         if self.head == "lm":
-            return head_bytes(positions, self.width, self.vocab_size, device)
-        if self.head == "ctc":
-            # The softmax of all alignments has a gradient of its own.
-            return 4 * 4 * positions * self.vocab_size
-        return 3 * 4 * positions * (self.head_rows or self.width)
+            return super().output_bytes(rows, device)
+        # The softmax of all alignments has a gradient of its own.
+        return (4 if self.head == "ctc" else 3) * self.logits_bytes(rows, device)
 
     def logits_bytes(self, rows: int, device: str = "cpu") -> int:
-        positions = rows * self._head_positions
         if self.head == "lm":
-            return chunk_bytes(positions, self.vocab_size, device)
-        return 4 * positions * (self.head_rows or self.width)
+            return super().logits_bytes(rows, device)
+        return 4 * rows * self._head_positions * (self.head_rows or self.width)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from mpillm.models.block_costs import BlockCosts
 from mpillm.models.encoder_decoder_settings import EncoderDecoderSettings
-from mpillm.models.head_chunks import chunk_bytes, head_bytes
 from mpillm.models.spec import LayerRecompute, Part, Recompute, recompute_of
 
 
@@ -166,11 +165,3 @@ class EncoderDecoderCosts(EncoderDecoderSettings, BlockCosts):
         """Count the bias of relative positions: once, and with the padding of each of its rows."""
         pairs = self.heads * self.context**2 if self.positions == "relative" else 0
         return 4 * pairs * (1 + padded)
-
-    def output_bytes(self, rows: int, device: str = "cpu") -> int:
-        """See DecoderCosts."""
-        return head_bytes(rows * self.context, self.width, self.vocab_size, device)
-
-    def logits_bytes(self, rows: int, device: str = "cpu") -> int:
-        """Count one chunk of logits."""
-        return chunk_bytes(rows * self.context, self.vocab_size, device)

@@ -38,9 +38,6 @@ class CTC(Task):
     def model_settings(self, vocabulary: Vocabulary) -> dict[str, int]:
         return {"vocab_size": vocabulary.size + 1}
 
-    def positions(self, tokens: int) -> int:
-        return tokens
-
     def fields(self, raw: RawArrays) -> dict[str, Tensor]:
         targets_BT = torch.from_numpy(raw["target"]) + 1
         lengths_B = torch.from_numpy(raw["target_lengths"])

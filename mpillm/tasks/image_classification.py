@@ -27,9 +27,6 @@ class ImageClassification(CrossEntropyTask):
     def model_settings(self, vocabulary: Vocabulary) -> dict[str, int]:
         return {"classes": len(vocabulary.classes)}
 
-    def positions(self, tokens: int) -> int:
-        return tokens
-
     def fields(self, raw: RawArrays) -> dict[str, Tensor]:
         pixels = raw["pixels"]
         scaled = pixels / np.float32(127.5) - 1 if pixels.dtype == np.uint8 else pixels

@@ -40,9 +40,6 @@ class SequenceToSequence(CrossEntropyTask):
     def make(cls, settings: TaskSettings, vocabulary: Vocabulary, lengths: Lengths) -> Self:
         return cls(start_id(settings, vocabulary), **settings.terms)
 
-    def positions(self, tokens: int) -> int:
-        return tokens
-
     def fields(self, raw: RawArrays) -> dict[str, Tensor]:
         given = ("source", "frames", "source_lengths")
         fields = {name: torch.from_numpy(raw[name]) for name in given if name in raw}

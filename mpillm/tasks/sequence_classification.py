@@ -26,9 +26,6 @@ class SequenceClassification(CrossEntropyTask):
     def model_settings(self, vocabulary: Vocabulary) -> dict[str, int]:
         return {"vocab_size": vocabulary.size, "classes": len(vocabulary.classes)}
 
-    def positions(self, tokens: int) -> int:
-        return tokens
-
     def fields(self, raw: RawArrays) -> dict[str, Tensor]:
         names = {"ids": "source", "lengths": "source_lengths", "targets": "label"}
         return {name: torch.from_numpy(raw[given]) for name, given in names.items()}

@@ -61,8 +61,11 @@ class Task(ABC):
         return lengths.context + 1
 
     def positions(self, tokens: int) -> int:
-        """Return the positions of the model in a row of `tokens` tokens, in an evaluation."""
-        return tokens - 1
+        """Return the positions of the model in a row of `tokens` tokens, in an evaluation.
+
+        By default all of a pair; of a text all but one, whose token is the last target.
+        """
+        return tokens if self.pair_kinds else tokens - 1
 
     @abstractmethod
     def fields(self, raw: RawArrays) -> dict[str, Tensor]:

@@ -26,9 +26,6 @@ class TokenClassification(CrossEntropyTask):
     def model_settings(self, vocabulary: Vocabulary) -> dict[str, int]:
         return {"vocab_size": vocabulary.size, "classes": len(vocabulary.classes)}
 
-    def positions(self, tokens: int) -> int:
-        return tokens
-
     def fields(self, raw: RawArrays) -> dict[str, Tensor]:
         labels_BT = torch.from_numpy(raw["labels"])
         return {

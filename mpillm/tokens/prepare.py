@@ -33,7 +33,7 @@ from mpillm.tokens.manifest import (
     tokenizer_facts,
 )
 from mpillm.tokens.pairs.pair_shards import PAIR_KINDS
-from mpillm.tokens.pairs.prepare_pairs import prepare_pairs
+from mpillm.tokens.pairs.prepare_pairs import prepare_pairs, report_pairs
 from mpillm.tokens.shards import write_shard
 from mpillm.tokens.sources import list_pieces
 from mpillm.tokens.split import plan_split
@@ -168,21 +168,26 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
         raise UsageError("prepare writes a folder; name it with --out DIR")
     out = real_path(options.out)
     options = replace(options, workers=options.workers or DEFAULT_WORKERS)
-    if options.task in PAIR_KINDS:
-        return prepare_pairs(options, comm, console)
+    pairs = options.task in PAIR_KINDS
+    make, report = (prepare_pairs, report_pairs) if pairs else (_prepare_text, _report)
+    made, new = make(options, out, comm, console)
+    if new:
+        report(made, options, console)
+    else:
+        console.say(f"{options.out} is already prepared from these sources with these options")
+    return made
 
+
+def _prepare_text(
+    options: PrepareOptions, out: Path, comm: "MPI.Intracomm", console: Console
+) -> tuple[Manifest, bool]:
     given = out, options.overwrite, options.tokenizer, options.end_of_text
     tokenizer_json, name = on_root(comm, lambda: check_inputs(*given))
     pieces = list_pieces(options.sources, options.glob, out, options.field, comm, console)
     found = survey(pieces, options.sources, options.seed, options.workers, comm, console)
     prep = _prep(options, found, tokenizer_json)
     write = partial(_make, options, found, (tokenizer_json, name), prep, comm, console)
-    made, new = make_dataset(out, prep, options.overwrite, write, comm, console)
-    if new:
-        _report(made, options, console)
-    else:
-        console.say(f"{options.out} is already prepared from these sources with these options")
-    return made
+    return make_dataset(out, prep, options.overwrite, write, comm, console)
 
 
 def _make(

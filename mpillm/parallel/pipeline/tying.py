@@ -97,7 +97,7 @@ class TiedWeight:
         group.allreduce(every)
         total = every[0]
         for each in every[1:]:
-            total = total.add_(each)
+            total.add_(each)
         return total
 
     def close(self) -> None:

@@ -30,7 +30,6 @@ from mpillm.tokens.make_dataset import (
     common_prep,
     describe_failure,
     make_dataset,
-    real_path,
     save_manifest,
     splits_of,
 )
@@ -92,14 +91,14 @@ class PairSurvey:
         return [((number << ORDINAL_BITS) + place, each) for place, each in enumerate(found)]
 
 
-def prepare_pairs(options: "PrepareOptions", comm: "MPI.Intracomm", console: Console) -> Manifest:
-    """Make the dataset of pairs `options.out`, or find it already made.
+def prepare_pairs(
+    options: "PrepareOptions", out: Path, comm: "MPI.Intracomm", console: Console
+) -> tuple[Manifest, bool]:
+    """Make the dataset of pairs `out`, or find it made: the second result is False.
 
     Every rank of `comm` calls it with equal, checked options. Wrong records raise DataError, with
     file and line, on every rank alike.
     """
-    assert options.out is not None
-    out = real_path(options.out)
     pictures = PAIR_KINDS[options.task].source == "pixels"
 
     # Every dataset has a tokenizer, as every checkpoint does.
@@ -115,12 +114,7 @@ def prepare_pairs(options: "PrepareOptions", comm: "MPI.Intracomm", console: Con
         describe = partial(describe_failure, work, need)
         return _write(options, found, tokenizer, prep, work, describe, comm, console), describe
 
-    made, new = make_dataset(out, prep, options.overwrite, write, comm, console)
-    if new:
-        _report(made, options, console)
-    else:
-        console.say(f"{options.out} is already prepared from these sources with these options")
-    return made
+    return make_dataset(out, prep, options.overwrite, write, comm, console)
 
 
 def _survey(
@@ -346,7 +340,8 @@ def _unlike(one: Item, other: Item) -> DataError:
     )
 
 
-def _report(manifest: Manifest, options: "PrepareOptions", console: Console) -> None:
+def report_pairs(manifest: Manifest, options: "PrepareOptions", console: Console) -> None:
+    """Print how many pairs each split has, and their rows and bytes."""
     rows = []
     for name, split in manifest.splits.items():
         nbytes = sum(shard.nbytes for shard in split.shards)
