@@ -16,7 +16,7 @@ from mpillm.models.decoder import DecoderConfig
 from mpillm.models.families.family import OF_TRAINING, Family
 from mpillm.models.families.family_catalog import find_family
 from mpillm.models.spec import ModelSpec
-from mpillm.system.atomic import flush, make_folder, refuse_taken, temporary_path
+from mpillm.system.atomic import flush, give_name, make_folder, temporary_path
 from mpillm.system.console import Console, Progress
 from mpillm.system.extras import require_packages
 from mpillm.system.hdf5 import write_at
@@ -239,14 +239,3 @@ def _write(
         raise CheckpointError(
             f"cannot write {work.name}: {explain(failure, work)}; free some space"
         ) from failure
-
-
-def give_name(work: Path, out: Path) -> None:
-    """Rename a whole file or folder to `out`. Raises UsageError where something has the name."""
-    # rename(2) would replace a file or an empty folder.
-    refuse_taken(out)
-    try:
-        work.rename(out)
-        flush(out.parent)
-    except OSError as failure:
-        raise CheckpointError(f"cannot write {out}: {explain(failure, out)}") from failure

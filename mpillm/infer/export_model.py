@@ -14,14 +14,14 @@ from torch import Tensor
 
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import CheckpointError, RecipeError, UsageError
-from mpillm.infer.export_gguf import GgufPlan, check_gguf_name, export_gguf, give_name
+from mpillm.infer.export_gguf import GgufPlan, check_gguf_name, export_gguf
 from mpillm.infer.generate import first_token
 from mpillm.infer.loading import TOKENIZER, check_trained
 from mpillm.models.families.family import Family
 from mpillm.models.families.family_catalog import family_of, find_family
 from mpillm.models.model_catalog import read_spec
 from mpillm.models.spec import ModelSpec
-from mpillm.system.atomic import flush, make_folder, refuse_taken
+from mpillm.system.atomic import flush, give_name, make_folder, refuse_taken
 from mpillm.system.console import Console, Progress, binary_bytes
 from mpillm.system.extras import require_packages
 from mpillm.system.json_text import from_json, to_json

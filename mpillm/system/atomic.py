@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mpillm.errors import UsageError
+from mpillm.errors import CheckpointError, UsageError
 from mpillm.system.json_text import to_json
 from mpillm.system.messages import explain
 
@@ -128,6 +128,19 @@ def refuse_taken(out: Path) -> None:
         raise UsageError(explain(failure, out)) from failure
     if taken:
         raise UsageError(f"{out} is there already; name another --out, or move it away")
+
+
+def give_name(work: Path, out: Path) -> None:
+    """Rename a whole file or folder to `out`. Raises UsageError where something has the name,
+    CheckpointError where it cannot be renamed.
+    """
+    # rename(2) would replace a file or an empty folder.
+    refuse_taken(out)
+    try:
+        work.rename(out)
+        flush(out.parent)
+    except OSError as failure:
+        raise CheckpointError(f"cannot write {out}: {explain(failure, out)}") from failure
 
 
 def check_outputs(named: Mapping[str, Path | None], make_folders: bool = True) -> list[Path]:
