@@ -5,7 +5,7 @@ launchers place on one node. So the axis that moves most bytes is named last.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
@@ -46,23 +46,22 @@ class Mesh:
         self.node_map = node_map or map_nodes(comm)
         self.sizes = dict(axes)
         self.coordinates = coordinates(comm.rank, self.sizes)
-        self._axes = {name: self._split(name) for name in self.sizes}
+        self._axes = {name: self._split(name, (name,)) for name in self.sizes}
+        self._joint: dict[str, Axis] = {}
 
-    def _split(self, name: str) -> Axis:
+    def _split(self, name: str, along: Sequence[str]) -> Axis:
+        """Join the ranks that differ along the axes `along` alone."""
+        sizes = {each: self.sizes[each] for each in along}
+        size = math.prod(sizes.values())
         ranks = [
-            rank_at({**self.coordinates, name: place}, self.sizes)
-            for place in range(self.sizes[name])
+            rank_at({**self.coordinates, **coordinates(place, sizes)}, self.sizes)
+            for place in range(size)
         ]
+        place = rank_at({each: self.coordinates[each] for each in along}, sizes)
         # The first rank of the axis names it among its parallels; any number that only they share
         # would do.
-        axis_comm: MPI.Intracomm = self.comm.Split(ranks[0], key=self.coordinates[name])  # type: ignore[assignment]
-        return Axis(
-            name,
-            self.sizes[name],
-            self.coordinates[name],
-            axis_comm,
-            self.node_map.of_ranks(ranks),
-        )
+        axis_comm: MPI.Intracomm = self.comm.Split(ranks[0], key=place)  # type: ignore[assignment]
+        return Axis(name, size, place, axis_comm, self.node_map.of_ranks(ranks))
 
     def axis(self, name: str) -> Axis:
         """Return the axis called `name`; raises LayoutError for a name that the mesh lacks."""
@@ -73,15 +72,32 @@ class Mesh:
             )
         return self._axes[name]
 
+    def find(self, name: str) -> Axis | None:
+        """Return the axis called `name`; None where the mesh has none."""
+        return self._axes.get(name)
+
+    def joint(self, names: Sequence[str]) -> Axis:
+        """Return one axis over the ranks that differ along any of `names`, the last one fastest.
+
+        Every rank of the mesh asks for the same, in the same order. It is freed with the mesh.
+        """
+        if len(names) == 1:
+            return self.axis(names[0])
+        name = " × ".join(names)
+        if name not in self._joint:
+            self._joint[name] = self._split(name, names)
+        return self._joint[name]
+
     def describe(self) -> str:
         """Write the axes as `data=2 × pipeline=2`."""
         return describe(self.sizes)
 
     def free(self) -> None:
         """Free the axes' communicators; every rank calls it, and uses no axis afterwards."""
-        for axis in self._axes.values():
+        for axis in (*self._axes.values(), *self._joint.values()):
             axis.comm.Free()
         self._axes.clear()
+        self._joint.clear()
 
 
 def describe(axes: Mapping[str, int]) -> str:

@@ -1,7 +1,7 @@
 """Choose and check the size of each mesh axis: plain numbers, on a login node without MPI."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
 from mpillm.comm.mesh import Axis, Mesh, describe
@@ -30,15 +30,18 @@ def mesh_sizes(
     # 0 means "what the other axes leave"; at most one axis may ask for it.
     fixed = math.prod(size for size in wanted.values() if size)
     sizes = {name: size or max(1, ranks // fixed) for name, size in wanted.items()}
+    sizes = {axis.name: sizes[axis.name] for axis in AXES if _is_used(axis, sizes[axis.name])}
+    used = tuple(axis for axis in AXES if axis.name in sizes)
     needed = math.prod(sizes.values())
     if needed == ranks:
-        _check_shares(sizes, ranks, model, batch)
+        if faults := axis_faults(sizes, model, batch):
+            raise LayoutError(f"{' and '.join(faults)}; {_remedy(used, ranks, model, batch)}")
         return sizes
-    have = f"the job has {ranks}; {_remedy(ranks, model, batch)}"
+    have = f"the job has {ranks}; {_remedy(used, ranks, model, batch)}"
     if 0 in wanted.values():
         below, above = ranks // fixed * fixed, (ranks // fixed + 1) * fixed
         starts = f"{below} or {above}" if below else f"{above}"
-        asked = _product({name: size for name, size in wanted.items() if size})
+        asked = _product({name: size for name, size in wanted.items() if size and name in sizes})
         raise LayoutError(
             f"{asked} must divide the ranks, and {have}, or start with {starts} ranks"
         )
@@ -46,6 +49,10 @@ def mesh_sizes(
         f"{_product(sizes)} needs {needed} rank{'s' * (needed > 1)}, and {have}, "
         f"or start with {needed}"
     )
+
+
+def _is_used(axis: ParallelAxis, size: int) -> bool:
+    return size > 1 or not axis.optional
 
 
 def _product(sizes: Mapping[str, int]) -> str:
@@ -56,11 +63,6 @@ def axis_faults(sizes: Mapping[str, int], model: ModelSpec, batch: int) -> list[
     """Return for each axis why its ranks cannot share the work; axes that fit are left out."""
     faults = [axis.fault(sizes.get(axis.name, 1), model, batch) for axis in AXES]
     return [fault for fault in faults if fault]
-
-
-def _check_shares(sizes: Mapping[str, int], ranks: int, model: ModelSpec, batch: int) -> None:
-    if faults := axis_faults(sizes, model, batch):
-        raise LayoutError(f"{' and '.join(faults)}; {_remedy(ranks, model, batch)}")
 
 
 def counts_loss(coordinates: Mapping[str, int]) -> bool:
@@ -77,20 +79,30 @@ def replicated_axes(mesh: Mesh) -> list[Axis]:
     return [mesh.axis(name) for name in names if name in mesh.sizes]
 
 
-def legal_layouts(ranks: int, model: ModelSpec, batch: int) -> list[dict[str, int]]:
+def token_axes(mesh: Mesh) -> list[str]:
+    """Return the names of the axes of `mesh` along which gradients are summed."""
+    return [axis.name for axis in AXES if axis.shares_tokens and axis.name in mesh.sizes]
+
+
+def legal_layouts(
+    ranks: int, model: ModelSpec, batch: int, used: Sequence[ParallelAxis] | None = None
+) -> list[dict[str, int]]:
     """Return all sizes of the axes that `ranks` ranks can have, those with the longest first axis
     first.
+
+    `used`: the axes that the recipe names; None: all.
     """
-    return [sizes for sizes in _factorisations(ranks) if not axis_faults(sizes, model, batch)]
+    found = _factorisations(ranks, AXES if used is None else used)
+    return [sizes for sizes in found if not axis_faults(sizes, model, batch)]
 
 
-def _factorisations(ranks: int) -> Iterator[dict[str, int]]:
-    """Yield each way to write `ranks` as a product over the axes; the first axis takes what the
+def _factorisations(ranks: int, axes: Sequence[ParallelAxis]) -> Iterator[dict[str, int]]:
+    """Yield each way to write `ranks` as a product over `axes`; the first axis takes what the
     others leave.
     """
     # Every axis size divides the number of ranks.
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
-    first, *others = AXES
+    first, *others = axes
     for sizes in product(divisors, repeat=len(others)):
         rest, remainder = divmod(ranks, math.prod(sizes))
         if rest and not remainder:
@@ -98,14 +110,15 @@ def _factorisations(ranks: int) -> Iterator[dict[str, int]]:
             yield {first.name: rest, **dict(zip(names, sizes, strict=True))}
 
 
-def _remedy(ranks: int, model: ModelSpec, batch: int) -> str:
-    legal = [describe(layout) for layout in legal_layouts(ranks, model, batch)]
+def _remedy(used: Sequence[ParallelAxis], ranks: int, model: ModelSpec, batch: int) -> str:
+    legal = [describe(layout) for layout in legal_layouts(ranks, model, batch, used)]
     if not legal:
-        shared = " and ".join(axis.shares(model, batch) for axis in AXES)
+        shared = " and ".join(axis.shares(model, batch) for axis in used)
         return (
             f"no layout of {ranks} ranks shares {shared}: take a train.batch that {ranks} divides"
         )
     # The way to correct the job is part of the message: the layouts that would work.
     hidden = len(legal) - SHOWN_LAYOUTS
     shown = " or ".join(legal[:SHOWN_LAYOUTS]) + (f" (and {hidden} more)" if hidden > 0 else "")
-    return f'take {shown} (parallel.data = "auto" takes what the pipeline leaves)'
+    others = "pipeline leaves" if len(used) == 2 else "other axes leave"
+    return f'take {shown} (parallel.data = "auto" takes what the {others})'

@@ -55,6 +55,13 @@ class ParallelAxis(ABC):
     """
     repeats_loss: ClassVar[bool] = False
     """Whether its ranks compute the same losses; then those of coordinate 0 alone count."""
+    shares_tokens: ClassVar[bool] = False
+    """Whether its ranks compute different tokens of a batch with the same weights.
+
+    Gradients are then summed along it.
+    """
+    optional: ClassVar[bool] = True
+    """Whether the mesh leaves it out where its size is 1."""
 
     def wanted(self, settings: ParallelSettings) -> int:
         """Return the size that the recipe asks for; 0: what the other axes leave."""

@@ -14,7 +14,7 @@ from mpillm.comm.mesh import Mesh
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields, PartModule, create
 from mpillm.models.spec import ModelSpec
-from mpillm.parallel.axis_sizes import counts_loss
+from mpillm.parallel.axis_sizes import counts_loss, token_axes
 from mpillm.parallel.compiling import compile_layers, uncompiled
 from mpillm.parallel.data.replicated import ReplicatedGradients
 from mpillm.parallel.devices import own_device
@@ -111,7 +111,7 @@ class ShardedModel:
         ]
         self.gradients = ReplicatedGradients(
             [part.parameters() for part in parts],
-            mesh.axis("data"),
+            mesh.joint(token_axes(mesh)),
             settings,
             profile,
             warn,

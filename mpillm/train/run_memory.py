@@ -8,6 +8,7 @@ from mpillm.errors import LayoutError
 from mpillm.infer.evaluate import rows_at_once
 from mpillm.machine.memory import peak_resident_bytes, resident_bytes
 from mpillm.machine.node_map import NodeMap
+from mpillm.parallel.axis_sizes import token_axes
 from mpillm.parallel.step_plan import StepPlan
 from mpillm.plan.peak_memory import (
     FLOAT32_BYTES,
@@ -39,7 +40,7 @@ class RunMemory:
     @classmethod
     def of(cls, recipe: Recipe, mesh: "Mesh") -> "RunMemory":
         """Measure what the processes take so far. Every rank calls it, before a model is built."""
-        axis = mesh.axis("data")
+        axis = mesh.joint(token_axes(mesh))
         assert axis.node_map is not None
         nodes = axis.node_map.nodes
         shares = recipe.parallel.allreduce in SHARING and axis.size > len(nodes)

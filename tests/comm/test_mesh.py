@@ -46,6 +46,18 @@ def test_one_axis(comm):
     mesh.free()
 
 
+def test_a_joint_axis_spans_several(comm):
+    inner = 2 if comm.size % 2 == 0 else 1
+    mesh = Mesh(comm, {"data": comm.size // inner, "pipeline": 1, "context": inner})
+    joint = mesh.joint(("data", "context"))
+    assert (joint.size, joint.rank) == (comm.size, comm.rank)
+    assert joint.comm.allgather(comm.rank) == list(range(comm.size))
+    assert mesh.joint(("data", "context")) is joint
+    assert mesh.joint(("data",)) is mesh.axis("data")
+    assert mesh.find("tensor") is None
+    mesh.free()
+
+
 def test_two_axes(comm):
     inner = 2 if comm.size % 2 == 0 else 1
     axes = {"data": comm.size // inner, "tensor": inner}

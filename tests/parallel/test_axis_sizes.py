@@ -56,6 +56,14 @@ def test_a_third_axis_divides_the_ranks_too(three: None) -> None:
         mesh_sizes(settings, 6, MODEL, 8)
 
 
+def test_an_optional_axis_of_one_rank_is_no_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Copies, "wanted", lambda self, settings: 1)
+    monkeypatch.setattr(axis_sizes, "AXES", (*axis_sizes.AXES, Copies()))
+    assert mesh_sizes(ParallelSettings(), 4, MODEL, 8) == {"data": 4, "pipeline": 1}
+    with pytest.raises(LayoutError, match=r"or data=2 × pipeline=2 \(parallel"):
+        mesh_sizes(ParallelSettings(pipeline=4), 4, MODEL.replace(layers=3), 8)
+
+
 def test_legal_layouts_are_all_products_over_the_axes(three: None) -> None:
     found = legal_layouts(8, MODEL, 8)
     assert all(np.prod(list(sizes.values())) == 8 for sizes in found)

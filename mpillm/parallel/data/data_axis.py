@@ -11,6 +11,8 @@ class DataAxis(ParallelAxis):
     """The axis whose ranks hold replicas of the weights and share the batch."""
 
     name: ClassVar[str] = "data"
+    shares_tokens: ClassVar[bool] = True
+    optional: ClassVar[bool] = False
 
     def shares(self, model: ModelSpec, batch: int) -> str:
         return f"a batch of {batch} sequences"

@@ -12,6 +12,7 @@ class PipelineAxis(ParallelAxis):
 
     name: ClassVar[str] = "pipeline"
     cuts_weights: ClassVar[bool] = True
+    optional: ClassVar[bool] = False
 
     def shares(self, model: ModelSpec, batch: int) -> str:
         return f"{model.blocks} layer{'s' * (model.blocks > 1)}"
