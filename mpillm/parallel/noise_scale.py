@@ -78,6 +78,15 @@ def simple_noise_scale(small: float, whole: float, batches: int, rows: int) -> f
     return variance / square if square > 0 and math.isfinite(variance) else None
 
 
+def check_whole_gradients(zero: int) -> None:
+    """Raise LayoutError where ranks hold shards of the gradients alone."""
+    if zero:
+        raise LayoutError(
+            "train.noise_scale compares the whole gradients of data ranks, and parallel.zero = "
+            f"{zero} shares them out; measure it with parallel.zero = 0, or leave it out"
+        )
+
+
 def check_small_batches(plan: StepPlan, data: int) -> None:
     """Raise LayoutError where the step of `data` data ranks has no equal small batches."""
     if data > 1 or (plan.microbatches > 1 and plan.rows % plan.microbatch == 0):

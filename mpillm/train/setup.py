@@ -19,7 +19,7 @@ from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.part_module import torch_explained, weight_shapes
 from mpillm.parallel.devices import may_take_gpus
-from mpillm.parallel.noise_scale import check_small_batches
+from mpillm.parallel.noise_scale import check_small_batches, check_whole_gradients
 from mpillm.parallel.step_plan import make_mesh, plan_step
 from mpillm.runs.folder import CLUSTER, HISTORY
 from mpillm.runs.history import STARTED, read_history
@@ -87,6 +87,7 @@ def train(
     )
     if settings.noise_scale:
         check_small_batches(plan, data.size)
+        check_whole_gradients(parallel.zero)
     _check_mask(recipe)
     _check_groups(recipe)
     with open_of(manifest, "train") as reader:
@@ -125,7 +126,8 @@ def train(
                 console.say(f"stages: {trainer.describe_pipeline()}")
             if checkpoint is None and settings.start_from:
                 place = Path(settings.start_from)
-                start_from(place, recipe.model, trainer.stepped, manifest, comm, console)
+                held = {name: trainer.held(name, each) for name, each in trainer.stepped.items()}
+                start_from(place, recipe.model, held, manifest, comm, console)
                 trainer.model.gradients.updated()
             loop = TrainingLoop(
                 recipe, manifest, constants, trainer, console, trace, limits, cluster, hold, memory
