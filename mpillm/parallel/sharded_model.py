@@ -111,7 +111,7 @@ class ShardedModel:
         ]
         self.gradients = ReplicatedGradients(
             [part.parameters() for part in parts],
-            mesh.joint(token_axes(mesh)),
+            mesh.joint(token_axes(mesh.sizes)),
             settings,
             profile,
             warn,

@@ -6,16 +6,21 @@ in flight, and what one block or the loss needs above them. What persists is add
 and on a CPU the process itself.
 """
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from types import MappingProxyType
 from typing import Protocol
 
 from mpillm.models.spec import ModelSpec, Part
-from mpillm.parallel.step_plan import StepPlan, flat_gradients, scored_ahead
+from mpillm.parallel.step_plan import ELEMENT_BYTES, StepPlan, flat_gradients, scored_ahead
 from mpillm.system.console import binary_bytes
 
 # The resident set of Python, torch's CPU build, MPI and h5py before a model is built (Open MPI 5,
 # torch 2.13, x86-64: 268 to 277 MiB). A run measures its own.
 PROCESS_BYTES = 272 << 20
+# Of these, code that a node's processes map from one file (smaps: Shared_Clean).
+CODE_BYTES = 96 << 20
 # What the first steps load: pages of kernels, work buffers of matrix products, the metrics' files.
 LIBRARY_BYTES = 32 << 20
 # What glibc's malloc holds of a step's arrays in gaps that it cannot use again, as a share of their
@@ -30,6 +35,14 @@ POSTED, SLOTS = 2, 2
 # torch's embedding reads ids of 8 bytes.
 TOKEN_BYTES = 8
 FLOAT32_BYTES = 4
+# Tokens in a batch of an evaluation: enough to fill the matrix products, few enough for the logits
+# of a large vocabulary.
+SCORED_TOKENS = 4096
+
+
+def rows_at_once(model: ModelSpec) -> int:
+    """Return how many sequences a batch of an evaluation has."""
+    return max(1, SCORED_TOKENS // max(model.context, model.source_context))
 
 
 class OptimizerCosts(Protocol):
@@ -45,6 +58,34 @@ class Replicas:
     ranks: int = 1
     on_node: int = 1
     """Ranks of the axis on one node that keep their gradients in shared memory."""
+    neighbours: int = 1
+    """Ranks of any kind on the node, which map the same code."""
+
+
+# Kind → the items of an estimate that belong to it.
+KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "weights": ("weights", "masters"),
+        "gradients": ("gradients",),
+        "optimizer": ("optimizer",),
+        "activations": ("activations", "recomputed", "outputs"),
+        "buffers": ("streams", "data", "evaluation", "checkpoint", "gaps"),
+        "process": ("process", "libraries"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class KindBytes:
+    """The bytes of one kind of memory. They add up by `+`."""
+
+    rank: int = 0
+    """In the resident set of the rank, shared pages included."""
+    node: int = 0
+    """Of these, what the rank adds to its node: pages that another rank counts are left out."""
+
+    def __add__(self, other: "KindBytes") -> "KindBytes":
+        return KindBytes(self.rank + other.rank, self.node + other.node)
 
 
 @dataclass(frozen=True)
@@ -74,14 +115,31 @@ class MemoryEstimate:
     checkpoint: int = 0
     gaps: int = 0
     """Free memory between arrays that the allocator cannot use."""
+    counted_elsewhere: Mapping[str, int] = field(default_factory=dict)
+    """Item → bytes of it in shared pages that another rank of the node counts: on a node, each page
+    counts once.
+    """
 
     @property
     def items(self) -> dict[str, int]:
         """Name → bytes, in order, of those that are not 0."""
-        named = {field.name: int(getattr(self, field.name)) for field in fields(self)}
+        names = (each.name for each in fields(self) if each.name != "counted_elsewhere")
+        named = {name: int(getattr(self, name)) for name in names}
         return {name: nbytes for name, nbytes in named.items() if nbytes}
 
-    @property
+    @cached_property
+    def by_kind(self) -> dict[str, KindBytes]:
+        """Each of KINDS → its bytes in the rank and on the node."""
+        return {
+            kind: sum((self._of_item(item) for item in items), KindBytes())
+            for kind, items in KINDS.items()
+        }
+
+    def _of_item(self, item: str) -> KindBytes:
+        nbytes = int(getattr(self, item))
+        return KindBytes(nbytes, nbytes - self.counted_elsewhere.get(item, 0))
+
+    @cached_property
     def total(self) -> int:
         return sum(self.items.values())
 
@@ -109,31 +167,29 @@ def predict_peak(
     process_bytes: int = PROCESS_BYTES,
     scored_rows: int = 1,
 ) -> MemoryEstimate:
-    """Estimate the peak of the rank that needs most.
+    """Estimate the peak of the rank that needs most: see `predict_rank`."""
+    every = [
+        predict_rank(model, plan, optimizer, rank, replicas, process_bytes, scored_rows)
+        for rank in range(plan.schedule.ranks)
+    ]
+    return max(every, key=lambda estimate: estimate.total)
+
+
+def predict_rank(
+    model: ModelSpec,
+    plan: StepPlan,
+    optimizer: OptimizerCosts,
+    rank: int,
+    replicas: Replicas = Replicas(),
+    process_bytes: int = PROCESS_BYTES,
+    scored_rows: int = 1,
+) -> MemoryEstimate:
+    """Estimate the peak of rank number `rank` of a pipeline.
 
     `process_bytes`: of a process before it builds a model; a GPU's memory holds none of it.
     `scored_rows`: sequences at once in an evaluation; 0: there is none.
     """
-    if plan.precision.device == "cpu":
-        base = MemoryEstimate(
-            process=process_bytes, libraries=LIBRARY_BYTES, checkpoint=CHECKPOINT_BYTES
-        )
-    else:
-        base = MemoryEstimate()
-    ranks = range(plan.schedule.ranks)
-    every = [_of_rank(model, plan, optimizer, replicas, scored_rows, rank, base) for rank in ranks]
-    return max(every, key=lambda estimate: estimate.total)
-
-
-def _of_rank(
-    model: ModelSpec,
-    plan: StepPlan,
-    optimizer: OptimizerCosts,
-    replicas: Replicas,
-    scored_rows: int,
-    rank: int,
-    base: MemoryEstimate,
-) -> MemoryEstimate:
+    base = _process(process_bytes) if plan.precision.device == "cpu" else MemoryEstimate()
     parts = [plan.parts[stage] for stage in plan.schedule.stages_of(rank)]
     precision, rows = plan.precision, plan.microbatch
     element, device = precision.element_bytes, precision.device
@@ -155,6 +211,10 @@ def _of_rank(
     scoring = int((1 + share) * _scoring_bytes(model, plan, rank, scored_rows, ends))
     loose = 0 if kept_apart else FLOAT32_BYTES * count - gradients
     evaluation = max(0, scoring + loose - step - gaps)
+    elsewhere = {
+        "gradients": _rows_of_others(plan, replicas, count) if kept_apart else 0,
+        "process": min(base.process, CODE_BYTES) * (replicas.neighbours - 1) // replicas.neighbours,
+    }
     return replace(
         base,
         weights=element * count,
@@ -169,7 +229,12 @@ def _of_rank(
         data=2 * TOKEN_BYTES * plan.rows * (model.context + 1),
         evaluation=evaluation,
         gaps=gaps,
+        counted_elsewhere=elsewhere,
     )
+
+
+def _process(nbytes: int) -> MemoryEstimate:
+    return MemoryEstimate(process=nbytes, libraries=LIBRARY_BYTES, checkpoint=CHECKPOINT_BYTES)
 
 
 def _activations(model: ModelSpec, plan: StepPlan, parts: list[Part], rank: int) -> tuple[int, int]:
@@ -195,13 +260,20 @@ def _bucket_bytes(plan: StepPlan, replicas: Replicas, count: int) -> int:
     wire = several and precision.reduce_dtype != "float32"
     summed = nbytes // 2 if wire else nbytes
     total = nbytes + summed if wire else nbytes
-    if replicas.on_node > 1 and precision.device == "cpu":
-        # Each rank adds up its share of the others' rows, in shared memory.
-        total += summed * (replicas.on_node - 1) // replicas.on_node
+    total += _rows_of_others(plan, replicas, count)
     if plan.fixed_order:
         # The tree of sums, as a binary counter: a sum for each bit, and the one to be added.
         total += nbytes * plan.microbatches.bit_length()
     return total
+
+
+def _rows_of_others(plan: StepPlan, replicas: Replicas, count: int) -> int:
+    """Return the bytes of other ranks' gradients that a rank reads in shared memory."""
+    if replicas.on_node == 1 or plan.precision.device != "cpu":
+        return 0
+    # Each rank adds up its share of the others' rows.
+    summed = ELEMENT_BYTES[plan.precision.reduce_dtype] * count
+    return summed * (replicas.on_node - 1) // replicas.on_node
 
 
 def _stream_bytes(model: ModelSpec, plan: StepPlan, rank: int, scored_rows: int) -> int:

@@ -5,10 +5,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpillm.errors import LayoutError
-from mpillm.infer.evaluate import rows_at_once
 from mpillm.machine.memory import peak_resident_bytes, resident_bytes
 from mpillm.machine.node_map import NodeMap
-from mpillm.parallel.axis_sizes import token_axes
 from mpillm.parallel.step_plan import StepPlan
 from mpillm.plan.peak_memory import (
     FLOAT32_BYTES,
@@ -17,7 +15,9 @@ from mpillm.plan.peak_memory import (
     Replicas,
     held_bytes,
     predict_peak,
+    rows_at_once,
 )
+from mpillm.plan.rank_loads import replicas_of
 from mpillm.system.console import binary_bytes
 from mpillm.train.recipe import Recipe
 
@@ -40,13 +40,9 @@ class RunMemory:
     @classmethod
     def of(cls, recipe: Recipe, mesh: "Mesh") -> "RunMemory":
         """Measure what the processes take so far. Every rank calls it, before a model is built."""
-        axis = mesh.joint(token_axes(mesh))
-        assert axis.node_map is not None
-        nodes = axis.node_map.nodes
-        shares = recipe.parallel.allreduce in SHARING and axis.size > len(nodes)
-        on_node = max(map(len, nodes)) if shares else 1
-        taken = max(mesh.comm.allgather(resident_bytes()))
-        return cls(recipe, Replicas(axis.size, on_node), taken)
+        shared = rows_shared(recipe)
+        replicas = replicas_of(mesh.comm.rank, mesh.sizes, mesh.node_map, shared)
+        return cls(recipe, replicas, max(mesh.comm.allgather(resident_bytes())))
 
     def predict(self, plan: StepPlan) -> MemoryEstimate:
         """Estimate the peak of the rank that needs most, with the settings of `plan`."""
@@ -84,6 +80,11 @@ class RunMemory:
         if plan.precision.device == "cuda" and not plan.precision.has_masters:
             lower = replace(plan.precision, dtype="bfloat16")
             yield "train.dtype = bfloat16", replace(plan, precision=lower)
+
+
+def rows_shared(recipe: Recipe) -> bool:
+    """Return whether ranks of a node that sum their gradients have them in shared memory."""
+    return recipe.parallel.allreduce in SHARING
 
 
 def peak_memory_bytes(device: str = "cpu") -> int:
