@@ -83,7 +83,7 @@ class ShardedModel:
         self.spec, self.task, self.mesh, self.plan = spec, task, mesh, plan
         axis, schedule = mesh.axis("pipeline"), plan.schedule
         self.device = device = own_device(plan.precision.device)
-        self._tokens = tokens = mesh.joint(token_axes(mesh))
+        self._tokens = tokens = mesh.joint(token_axes(mesh.sizes))
         self.parts: dict[int, PartModule] = {
             stage: build_without_values(spec, device, plan.parts[stage])
             for stage in schedule.stages_of(axis.rank)
@@ -240,7 +240,7 @@ class ShardedModel:
     @property
     def _replica(self) -> tuple[int, int]:
         """(i, n): this rank counts the i-th of n shares of the gradients that n ranks hold."""
-        apart = token_axes(self.mesh) if self.gradients.is_cut else ()
+        apart = token_axes(self.mesh.sizes) if self.gradients.is_cut else ()
         return replica_share(self.mesh, apart)
 
     @property

@@ -14,7 +14,6 @@ from mpillm.comm.clock_sync import clock_offset
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Mesh
 from mpillm.errors import DataError, DivergedError
-from mpillm.infer.evaluate import rows_at_once
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields, weight_shapes
 from mpillm.parallel.axis_sizes import counts_loss
@@ -22,6 +21,7 @@ from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.parallel.step_plan import StepPlan
+from mpillm.plan.peak_memory import rows_at_once
 from mpillm.tasks.task import Task
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.order import dropout_keys

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+# A row of a unit's gradients a rank is all that ZeRO needs above the shards: short units need
+# little memory, long ones few collectives.
+UNIT_BYTES = 8 << 20
 # Runs begin on a cache line in float32, so that no two ranks write to one line.
 LINE_ELEMENTS = 16
 # Weights that an optimizer needs whole are dealt out in groups whose largest share is at most this

@@ -21,14 +21,10 @@ from mpillm.models.part_module import PartModule, initial_values
 from mpillm.parallel.data.gradient_sync import Gradients, GradientSync
 from mpillm.parallel.data.norm_tails import NormTails
 from mpillm.parallel.data.shard_group import ShardGroup
+from mpillm.parallel.data.shard_layout import UNIT_BYTES
 from mpillm.parallel.data.sharded_part import ShardedPart
 from mpillm.parallel.data.weight_pages import aliases, flat, place_alone, place_once_a_node
 from mpillm.parallel.settings import ParallelSettings
-
-# A row of a unit's gradients a rank is all that ZeRO needs above the shards: short units need
-# little memory, long ones few collectives.
-UNIT_BYTES = 8 << 20
-
 
 NeedsWhole = Callable[[str, tuple[int, ...]], bool]
 
