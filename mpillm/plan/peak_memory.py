@@ -35,6 +35,8 @@ POSTED, SLOTS = 2, 2
 # torch's embedding reads ids of 8 bytes.
 TOKEN_BYTES = 8
 FLOAT32_BYTES = 4
+# Of the buffer of islands: outer_step.MESSAGE_BYTES.
+ISLAND_MESSAGE_BYTES = 32 << 20
 # Tokens in a batch of an evaluation: enough to fill the matrix products, few enough for the logits
 # of a large vocabulary.
 SCORED_TOKENS = 4096
@@ -60,6 +62,8 @@ class Replicas:
     """Ranks of the axis on one node that keep their gradients in shared memory."""
     neighbours: int = 1
     """Ranks of any kind on the node, which map the same code."""
+    outer_bytes: int = 0
+    """Bytes a parameter that islands keep: common weights and outer momentum."""
 
 
 # Kind → the items of an estimate that belong to it.
@@ -67,7 +71,7 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "weights": ("weights", "masters"),
         "gradients": ("gradients",),
-        "optimizer": ("optimizer",),
+        "optimizer": ("optimizer", "islands"),
         "activations": ("activations", "recomputed", "outputs"),
         "buffers": ("streams", "data", "evaluation", "checkpoint", "gaps"),
         "process": ("process", "libraries"),
@@ -99,6 +103,8 @@ class MemoryEstimate:
     masters: int = 0
     """Float32 copies of weights of a lower dtype."""
     optimizer: int = 0
+    islands: int = 0
+    """Common weights, outer momentum and the buffer of a message."""
     gradients: int = 0
     """In buckets, or above what the activations leave to them when they are freed."""
     activations: int = 0
@@ -221,6 +227,7 @@ def predict_rank(
         masters=FLOAT32_BYTES * count if precision.has_masters else 0,
         optimizer=sum(optimizer.state_bytes(model, part) for part in parts),
         gradients=gradients,
+        islands=_island_bytes(replicas, count),
         activations=activations,
         recomputed=max(0, block - outputs),
         outputs=outputs,
@@ -231,6 +238,12 @@ def predict_rank(
         gaps=gaps,
         counted_elsewhere=elsewhere,
     )
+
+
+def _island_bytes(replicas: Replicas, count: int) -> int:
+    if not replicas.outer_bytes:
+        return 0
+    return replicas.outer_bytes * count + min(FLOAT32_BYTES * count, ISLAND_MESSAGE_BYTES)
 
 
 def _process(nbytes: int) -> MemoryEstimate:

@@ -7,8 +7,10 @@ from mpillm.comm.mesh import coordinates, ranks_along
 from mpillm.machine.node_map import NodeMap
 from mpillm.models.spec import ModelSpec, Part
 from mpillm.parallel.axis_sizes import token_axes
+from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import StepPlan, traffic_bytes
 from mpillm.plan.peak_memory import (
+    FLOAT32_BYTES,
     KINDS,
     MemoryEstimate,
     OptimizerCosts,
@@ -16,6 +18,9 @@ from mpillm.plan.peak_memory import (
     predict_rank,
     rows_at_once,
 )
+
+# Ways of all-reduce with which a node's ranks have their gradients in shared memory.
+SHARING = ("auto", "shared", "two-level")
 
 
 @dataclass(frozen=True)
@@ -64,19 +69,16 @@ class AxisTraffic:
 
 
 def replicas_of(
-    rank: int, sizes: Mapping[str, int], node_map: NodeMap, rows_shared: bool
+    rank: int, sizes: Mapping[str, int], node_map: NodeMap, settings: ParallelSettings
 ) -> Replicas:
-    """Return which ranks sum gradients with `rank`, of a mesh of `sizes`.
-
-    `rows_shared`: whether ranks of a node have their gradients in shared memory, where several of
-    these are on it.
-    """
+    """Return which ranks sum gradients with `rank`, of a mesh of `sizes`, and what islands keep."""
     along = token_axes(sizes)
     group = ranks_along(coordinates(rank, sizes), sizes, along) if along else [rank]
     nodes = node_map.of_ranks(group).nodes
-    shares = rows_shared and len(group) > len(nodes)
-    neighbours = max(map(len, node_map.nodes))
-    return Replicas(len(group), max(map(len, nodes)) if shares else 1, neighbours)
+    shares = settings.allreduce in SHARING and len(group) > len(nodes)
+    on_node, neighbours = max(map(len, nodes)) if shares else 1, max(map(len, node_map.nodes))
+    outer = FLOAT32_BYTES * (1 + (settings.island_momentum > 0)) if "island" in sizes else 0
+    return Replicas(len(group), on_node, neighbours, outer)
 
 
 def load_ranks(
@@ -85,7 +87,7 @@ def load_ranks(
     optimizer: OptimizerCosts,
     sizes: Mapping[str, int],
     node_map: NodeMap,
-    rows_shared: bool,
+    settings: ParallelSettings,
 ) -> list[RankLoad]:
     """Predict the load of each rank of a mesh of `sizes`, whose ranks are ordered by node."""
     stages: dict[int, tuple[tuple[Part, ...], int]] = {}
@@ -103,7 +105,7 @@ def load_ranks(
         # the same replicas the same memory: a large mesh repeats few of them.
         group = tuple(place for axis, place in places.items() if axis not in along)
         if group not in replicas:
-            replicas[group] = replicas_of(rank, sizes, node_map, rows_shared)
+            replicas[group] = replicas_of(rank, sizes, node_map, settings)
         key = stage, replicas[group]
         if key not in estimates:
             estimates[key] = predict_rank(
@@ -128,10 +130,15 @@ def load_nodes(loads: Iterable[RankLoad]) -> list[NodeLoad]:
 
 
 def axis_traffic(
-    model: ModelSpec, plan: StepPlan, batch: int, sizes: Mapping[str, int], node_map: NodeMap
+    model: ModelSpec,
+    plan: StepPlan,
+    batch: int,
+    sizes: Mapping[str, int],
+    node_map: NodeMap,
+    settings: ParallelSettings,
 ) -> dict[str, AxisTraffic]:
     """Return the messages along each axis of a mesh of `sizes`, in its order."""
-    sent = traffic_bytes(dict(sizes), model, batch, plan.schedule.chunks, plan.precision)
+    sent = traffic_bytes(dict(sizes), model, batch, plan.schedule.chunks, plan.precision, settings)
     return {
         name: AxisTraffic(size, sent[name], _most_nodes(name, sizes, node_map))
         for name, size in sizes.items()

@@ -24,9 +24,6 @@ from mpillm.train.recipe import Recipe
 if TYPE_CHECKING:
     from mpillm.comm.mesh import Mesh
 
-# Ways of all-reduce with which a node's ranks have their gradients in shared memory.
-SHARING = ("auto", "shared", "two-level")
-
 
 @dataclass(frozen=True)
 class RunMemory:
@@ -40,8 +37,7 @@ class RunMemory:
     @classmethod
     def of(cls, recipe: Recipe, mesh: "Mesh") -> "RunMemory":
         """Measure what the processes take so far. Every rank calls it, before a model is built."""
-        shared = rows_shared(recipe)
-        replicas = replicas_of(mesh.comm.rank, mesh.sizes, mesh.node_map, shared)
+        replicas = replicas_of(mesh.comm.rank, mesh.sizes, mesh.node_map, recipe.parallel)
         return cls(recipe, replicas, max(mesh.comm.allgather(resident_bytes())))
 
     def predict(self, plan: StepPlan) -> MemoryEstimate:
@@ -80,11 +76,6 @@ class RunMemory:
         if plan.precision.device == "cuda" and not plan.precision.has_masters:
             lower = replace(plan.precision, dtype="bfloat16")
             yield "train.dtype = bfloat16", replace(plan, precision=lower)
-
-
-def rows_shared(recipe: Recipe) -> bool:
-    """Return whether ranks of a node that sum their gradients have them in shared memory."""
-    return recipe.parallel.allreduce in SHARING
 
 
 def peak_memory_bytes(device: str = "cpu") -> int:

@@ -19,6 +19,7 @@ from mpillm.train.optimizers.adamw import AdamWSettings
 
 SMALL = SHAPES["small"].replace(vocab_size=2048)
 BATCH = 16
+PLAIN = ParallelSettings()
 
 
 def on_nodes(nodes: int, each: int) -> NodeMap:
@@ -46,7 +47,7 @@ def test_a_node_holds_what_its_ranks_hold_and_shared_pages_once(
     nodes: int, each: int, pipeline: int
 ) -> None:
     sizes, plan = planned(pipeline, nodes * each)
-    loads = load_ranks(SMALL, plan, AdamWSettings(), sizes, on_nodes(nodes, each), True)
+    loads = load_ranks(SMALL, plan, AdamWSettings(), sizes, on_nodes(nodes, each), PLAIN)
     assert [load.node for load in loads] == [rank // each for rank in range(nodes * each)]
     found = load_nodes(loads)
     assert len(found) == nodes
@@ -73,20 +74,40 @@ def test_a_node_holds_what_its_ranks_hold_and_shared_pages_once(
 def test_ranks_that_share_gradients_are_those_of_the_data_axis_on_a_node() -> None:
     sizes = {"data": 4, "pipeline": 2}
     # Neighbours in rank order are stages: a node of 4 ranks has 2 of a data group.
-    assert replicas_of(0, sizes, on_nodes(2, 4), True) == Replicas(4, 2, 4)
-    assert replicas_of(0, sizes, on_nodes(2, 4), False) == Replicas(4, 1, 4)
-    assert replicas_of(5, sizes, on_nodes(1, 8), True) == Replicas(4, 4, 8)
-    assert replicas_of(5, sizes, on_nodes(8, 1), True) == Replicas(4, 1, 1)
+    assert replicas_of(0, sizes, on_nodes(2, 4), PLAIN) == Replicas(4, 2, 4)
+    messages = ParallelSettings(allreduce="ring")
+    assert replicas_of(0, sizes, on_nodes(2, 4), messages) == Replicas(4, 1, 4)
+    assert replicas_of(5, sizes, on_nodes(1, 8), PLAIN) == Replicas(4, 4, 8)
+    assert replicas_of(5, sizes, on_nodes(8, 1), PLAIN) == Replicas(4, 1, 1)
+
+
+def test_islands_keep_common_weights_and_sum_gradients_alone() -> None:
+    settings = ParallelSettings(island=2)
+    sizes = mesh_order(settings, 8, SMALL, BATCH)
+    assert list(sizes) == ["island", "pipeline", "data"]
+    # A node is an island: its ranks share rows with each other alone.
+    assert replicas_of(3, sizes, on_nodes(2, 4), settings) == Replicas(4, 4, 4, 8)
+    plan = plan_step(SMALL, settings, 8, BATCH)
+    with_islands, without = (
+        load_ranks(SMALL, plan, AdamWSettings(), mesh, on_nodes(2, 4), settings)[0].memory
+        for mesh in (sizes, {"pipeline": 1, "data": 8})
+    )
+    assert with_islands.optimizer == without.optimizer
+    assert with_islands.islands == 8 * SMALL.parameters + min(4 * SMALL.parameters, 32 << 20)
+    assert without.islands == 0
+    found = axis_traffic(SMALL, plan, BATCH, sizes, on_nodes(2, 4), settings)
+    assert found["island"].rank_bytes == pytest.approx(4 * SMALL.parameters / 50)
+    assert (found["island"].nodes, found["data"].nodes) == (2, 1)
 
 
 def test_messages_are_those_of_the_axes_and_leave_a_node_where_a_group_does() -> None:
     sizes, plan = planned(2, 8)
-    found = axis_traffic(SMALL, plan, BATCH, sizes, on_nodes(2, 4))
+    found = axis_traffic(SMALL, plan, BATCH, sizes, on_nodes(2, 4), PLAIN)
     assert list(found) == list(sizes)
     sent = traffic_bytes(sizes, SMALL, BATCH, plan.schedule.chunks, plan.precision)
     assert {axis: each.rank_bytes for axis, each in found.items()} == sent
     # The last axis is within a node, the first one between both.
     assert [found[axis].nodes for axis in sizes] == [2, 1]
     assert [sent[axis] for axis in sizes] == sorted(sent.values())
-    alone = axis_traffic(SMALL, plan, BATCH, sizes, on_nodes(1, 8))
+    alone = axis_traffic(SMALL, plan, BATCH, sizes, on_nodes(1, 8), PLAIN)
     assert {each.nodes for each in alone.values()} == {1}
