@@ -10,16 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from mpillm.comm.communicator import silent
-from mpillm.comm.mesh import Mesh
+from mpillm.comm.mesh import Axis, Mesh
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields, PartModule, build_without_values, initialise
 from mpillm.models.spec import ModelSpec
-from mpillm.parallel.axis_sizes import batch_share, counts_loss, outermost_axes, token_axes
+from mpillm.parallel.axis_sizes import (
+    batch_share,
+    counts_loss,
+    outermost_axes,
+    replicated_axes,
+    token_axes,
+)
 from mpillm.parallel.compiling import compile_layers, uncompiled
 from mpillm.parallel.data.gradient_sync import GradientSync
 from mpillm.parallel.data.replicated import ReplicatedGradients
 from mpillm.parallel.data.zero import NeedsWhole, ZeroGradients, cuts_all
 from mpillm.parallel.devices import own_device
+from mpillm.parallel.expert.expert_gradients import ExpertGradients
+from mpillm.parallel.expert.expert_parallel import ExpertParallel
 from mpillm.parallel.grad_norm import clip_gradients_, square_sums
 from mpillm.parallel.noise_scale import NoiseMeter
 from mpillm.parallel.pipeline.executor import Pipeline
@@ -89,13 +97,18 @@ class ShardedModel:
             for stage in schedule.stages_of(axis.rank)
         }
         parts = list(self.parts.values())
+        self.experts = self._share_experts(settings, profile, warn)
         values: dict[nn.Parameter, Tensor] = {}
         is_cut = settings.zero > 0 and tokens.size > 1
-        # Shards move the weights before they have values.
-        for part in parts if not is_cut else ():
-            initialise(part, seed)
+        for part in parts:
+            # Shards move the weights before they have values; those of experts stay.
+            if not is_cut:
+                initialise(part, seed)
+            elif self.experts is not None:
+                self.experts.initialise(part, seed)
+            given = [each for each in part.parameters() if not is_cut or self._is_expert(each)]
             # Before leaves share memory, and before gradients get their dtype.
-            values |= lower_(part, plan.precision)
+            values |= lower_(given, plan.precision)
         for part in parts:
             part.set_recompute(plan.recompute)
         # With one stage the tied head shares the embedding's Parameter. fixed_order needs a
@@ -112,13 +125,15 @@ class ShardedModel:
             for name, weight in part.named_parameters(remove_duplicate=False)
             if name in shared
         ]
-        make = self._make_shards if is_cut else self._make_replicated
-        self.gradients = make(settings, profile, warn, needs_whole)
+        self.gradients = self._make_gradients(is_cut, settings, profile, warn, needs_whole)
         self._weights = self.named_weights()
         self.stepped = self.gradients.optimizer_weights(self._weights, values)
         """What the optimizer steps on, by the names of the weights in the whole model."""
-        if isinstance(self.gradients, ZeroGradients):
-            self.gradients.initialise(parts, seed)
+        dense = self.gradients
+        if isinstance(dense, ExpertGradients):
+            dense = dense.dense
+        if isinstance(dense, ZeroGradients):
+            dense.initialise(parts, seed)
         self.compiled = plan.compiled and compile_layers(
             parts, plan.microbatch, mesh.comm, mesh.node_map, warn
         )
@@ -143,17 +158,67 @@ class ShardedModel:
         rows = max(plan.microbatch, scored_rows)
         nbytes = dtype.itemsize * rows * spec.largest_stream
         self.pipeline = Pipeline(axis, schedule, nbytes, settings.handover, profile, warn)
+        if self.experts is not None and schedule.ranks > 1:
+            self.experts.exchange.progress = self.pipeline.progress
 
-    def _make_replicated(
+    def _share_experts(
         self,
+        settings: ParallelSettings,
+        profile: ClusterProfile | None,
+        warn: Callable[[str], None],
+    ) -> ExpertParallel | None:
+        """Take the experts of other ranks out of the parts, where ranks share them out."""
+        size, count = settings.experts, self.spec.experts
+        if size == 1:
+            return None
+        shared = ExpertParallel(
+            self._tokens, size, count, profile=profile, debug=settings.debug, warn=warn
+        )
+        for part in self.parts.values():
+            shared.cut(part)
+        return shared
+
+    def _is_expert(self, weight: nn.Parameter) -> bool:
+        """Return whether `weight` is that of an expert, which other ranks do not hold."""
+        return self.experts is not None and weight in self.experts
+
+    def _make_gradients(
+        self,
+        is_cut: bool,
         settings: ParallelSettings,
         profile: ClusterProfile | None,
         warn: Callable[[str], None],
         needs_whole: NeedsWhole,
     ) -> GradientSync:
+        if is_cut:
+            dense = self._make_shards(settings, profile, warn, needs_whole)
+        else:
+            dense = self._make_replicated(self._tokens, False, settings, profile, warn)
+        if self.experts is None:
+            return dense
+        owners = self.experts.owners
+        experts = self._make_replicated(owners, True, settings, profile, warn)
+        own = [weight for part in self.parts.values() for weight in part.parameters()]
+        # Of the ranks that hold the same dense weights, those of a group hold other experts.
+        outer, outers = replica_share(self.mesh, token_axes(self.mesh.sizes))
+        replica = outer * owners.size + owners.rank, outers * owners.size
+        return ExpertGradients(dense, experts, list(filter(self._is_expert, own)), replica)
+
+    def _make_replicated(
+        self,
+        axis: Axis,
+        of_experts: bool,
+        settings: ParallelSettings,
+        profile: ClusterProfile | None,
+        warn: Callable[[str], None],
+    ) -> GradientSync:
+        """Sum the gradients of experts, or those of the other weights, over `axis`."""
         return ReplicatedGradients(
-            [part.parameters() for part in self.parts.values()],
-            self._tokens,
+            [
+                [each for each in part.parameters() if self._is_expert(each) == of_experts]
+                for part in self.parts.values()
+            ],
+            axis,
             settings,
             profile,
             warn,
@@ -170,7 +235,10 @@ class ShardedModel:
         needs_whole: NeedsWhole,
     ) -> GradientSync:
         return ZeroGradients(
-            [dict(part.named_parameters()) for part in self.parts.values()],
+            [
+                {n: w for n, w in part.named_parameters() if not self._is_expert(w)}
+                for part in self.parts.values()
+            ],
             self._tokens,
             settings,
             torch_dtype(self.plan.precision.dtype),
@@ -185,6 +253,11 @@ class ShardedModel:
     def share(self) -> tuple[int, int]:
         """(i, n): this rank scores the i-th of n shares of the batches, one share a pipeline."""
         return batch_share(self.mesh.sizes, self.mesh.coordinates)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all ranks must score equally many batches: experts compute those of others."""
+        return self.experts is not None
 
     @property
     def ends(self) -> bool:
@@ -264,10 +337,15 @@ class ShardedModel:
         return replica_share(self.mesh, apart)
 
     @property
-    def replicated_weights(self) -> list[Tensor]:
-        """What the ranks along axes that cut no weights hold alike."""
+    def replicas(self) -> list[tuple[list[Tensor], Axis]]:
+        """What ranks hold alike: weights, with the axis along which they are the same."""
         held = self._weights if self.gradients.is_cut else self.stepped
-        return list(held.values())
+        experts = {name for name, weight in self._weights.items() if self._is_expert(weight)}
+        dense: list[Tensor] = [weight for name, weight in held.items() if name not in experts]
+        found = [(dense, axis) for axis in replicated_axes(self.mesh)]
+        if self.experts is not None:
+            found.append(([self.stepped[name] for name in sorted(experts)], self.experts.owners))
+        return found
 
     def first_element(self, name: str) -> int:
         """Return which element of the weight `name` is the first that `stepped` holds of it."""
@@ -366,6 +444,8 @@ class ShardedModel:
         for tied in self._tied:
             tied.close()
         self.gradients.close()
+        if self.experts is not None:
+            self.experts.close()
 
 
 def _on_host(losses: Sequence[Tensor], squares: Tensor) -> tuple[list[float], list[float]]:
