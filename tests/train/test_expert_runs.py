@@ -42,7 +42,8 @@ def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe
 
 
 def of_ranks(comm: MPI.Intracomm) -> dict[str, object]:
-    return {"experts": 6 if comm.size == 3 else 8}
+    # A stage of zb-v, of which there are two a rank, needs a layer.
+    return {"experts": 6 if comm.size == 3 else 8, "layers": 4 if comm.size == 4 else 2}
 
 
 def needs_ranks(comm: MPI.Intracomm) -> None:
