@@ -6,6 +6,7 @@ Modules know nothing of ranks. The names of weights are those of the whole model
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -42,10 +43,26 @@ class PartOutput(NamedTuple):
     """What training adds to the loss, a scalar summed over the sequences; None: nothing."""
 
 
+class WeightPiece(NamedTuple):
+    """The part of a whole weight that a module holds."""
+
+    shape: tuple[int, ...]
+    """Of the whole weight."""
+    place: tuple[slice, ...]
+    """The index of the part in it."""
+
+
+Cut = Callable[["PartModule"], Mapping[str, WeightPiece]]
+"""Replace weights of a part, which have no values yet, by pieces; return these by name."""
+
+
 class GenerationCache:
     """The state of a model between steps of generation. `length`: the positions it holds."""
 
     length: int = 0
+
+
+_WHOLE: Mapping[str, WeightPiece] = MappingProxyType({})
 
 
 class PartModule(nn.Module):
@@ -141,24 +158,29 @@ class PartModule(nn.Module):
 
 
 @torch.no_grad()
-def initialise(model: PartModule, seed: int) -> None:
-    """Set each weight as a pure function of (seed, name, shape): the same on any rank, device and
-    layout.
-    """
+def initialise(model: PartModule, seed: int, pieces: Mapping[str, WeightPiece] = _WHOLE) -> None:
+    """Set each weight to its initial values; those in `pieces` to their part of the whole ones."""
     for name, weight in model.named_weights():
-        if name.endswith("bias"):
-            weight.zero_()
-        elif weight.dim() == 1:
-            weight.fill_(model.fill_of(name))
-        else:
-            # A key of its own a weight: no weight depends on the others, so any part can be made
-            # alone. A generator's seed is signed, hence 63 bits.
-            key = xxhash.xxh3_64_intdigest(name.encode(), seed=seed) >> 1
-            generator = torch.Generator().manual_seed(key)
-            # Drawn on the CPU: a GPU's generator gives other numbers.
-            values = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-            values.normal_(0.0, model.deviation_of(name), generator=generator)
-            weight.copy_(values)
+        piece = pieces.get(name) or WeightPiece(tuple(weight.shape), ())
+        weight.copy_(initial_values(model, name, piece.shape, seed)[piece.place])
+
+
+def initial_values(model: PartModule, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Return the initial values of the weight `name`, float32 on the CPU.
+
+    They are a pure function of (seed, name, shape): the same on any rank, device and layout.
+    """
+    if name.endswith("bias"):
+        return torch.zeros(shape, device="cpu")
+    if len(shape) == 1:
+        return torch.full(shape, model.fill_of(name), device="cpu")
+    # A key of its own a weight: no weight depends on the others, so any part can be made alone. A
+    # generator's seed is signed, hence 63 bits.
+    key = xxhash.xxh3_64_intdigest(name.encode(), seed=seed) >> 1
+    generator = torch.Generator().manual_seed(key)
+    # Drawn on the CPU: a GPU's generator gives other numbers.
+    values = torch.empty(shape, dtype=torch.float32, device="cpu")
+    return values.normal_(0.0, model.deviation_of(name), generator=generator)
 
 
 class WithoutValues(TorchFunctionMode):
@@ -181,16 +203,24 @@ class WithoutValues(TorchFunctionMode):
 
 
 def create(
-    spec: ModelSpec, seed: int, device: torch.device | None = None, part: Part | None = None
+    spec: ModelSpec,
+    seed: int,
+    device: torch.device | None = None,
+    part: Part | None = None,
+    cut: Cut | None = None,
 ) -> PartModule:
-    """Build and initialise the model, or the `part` of it, on `device` (None: the CPU)."""
+    """Build and initialise the model, or the `part` of it, on `device` (None: the CPU).
+
+    `cut`: see Cut. Memory without values takes no pages, so the whole part is never there.
+    """
     place = device or torch.device("cpu")
     with place, WithoutValues():
         model = spec.build(part)
+        pieces = cut(model) if cut else _WHOLE
     # An architecture may compute buffers on the CPU. Before torch 2.8 its get_default_device does
     # not know the device of a `with`, either.
     model.to(place)
-    initialise(model, seed)
+    initialise(model, seed, pieces)
     return model
 
 

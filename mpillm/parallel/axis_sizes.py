@@ -11,8 +11,9 @@ from mpillm.parallel.data.data_axis import DataAxis
 from mpillm.parallel.parallel_axis import ParallelAxis
 from mpillm.parallel.pipeline.pipeline_axis import PipelineAxis
 from mpillm.parallel.settings import ParallelSettings
+from mpillm.parallel.tensor.tensor_axis import TensorAxis
 
-AXES: tuple[ParallelAxis, ...] = (DataAxis(), PipelineAxis())
+AXES: tuple[ParallelAxis, ...] = (DataAxis(), PipelineAxis(), TensorAxis())
 """Every axis, in the order in which a recipe and an error name them."""
 
 # More would fill the screen: an error lists this many of the legal layouts.

@@ -27,6 +27,8 @@ class ParallelSettings:
     """Ranks that share the batch; auto, or 0: as many as the pipeline leaves."""
     pipeline: Annotated[int, Gt(0)] = 1
     """Ranks that share the layers."""
+    tensor: Annotated[int, Gt(0)] = 1
+    """Ranks that share the heads, hidden features and vocabulary of each layer."""
     schedule: str = "1f1b"
     """The order of passes in the pipeline: gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v,
     a CSV file, or a plug-in as `package.module:Name`.

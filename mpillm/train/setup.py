@@ -125,7 +125,8 @@ def train(
                 console.say(f"stages: {trainer.describe_pipeline()}")
             if checkpoint is None and settings.start_from:
                 place = Path(settings.start_from)
-                start_from(place, recipe.model, trainer.stepped, manifest, comm, console)
+                held = {name: trainer.held(name, each) for name, each in trainer.stepped.items()}
+                start_from(place, recipe.model, held, manifest, comm, console)
                 trainer.model.gradients.updated()
             loop = TrainingLoop(
                 recipe, manifest, constants, trainer, console, trace, limits, cluster, hold, memory

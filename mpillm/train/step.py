@@ -1,6 +1,7 @@
 """One step of training: read, compute, reduce, update."""
 
 import math
+import operator
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,7 @@ from mpillm.train.lr_schedule import learning_rate
 from mpillm.train.optimizers.optimizer import check_whole, make_optimizer, set_rate
 from mpillm.train.recipe import Recipe
 from mpillm.train.step_stats import StepStats, check_finite, gather_stats
+from mpillm.weights.slices import Held, TensorSlice, slices_of
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,23 @@ class Trainer:
         """Continue from what a checkpoint has filled, and from its `facts`."""
         self.model.gradients.updated()
         self.loss_scale.restore(facts)
+
+    def held(self, name: str, tensor: Tensor) -> Held:
+        """Return `tensor`, the weight `name` as it is stepped on or a state of it, as slices of the
+        whole tensor.
+        """
+        cut = self.model.cut_of(name)
+        if cut is None:
+            return tensor
+        # What this rank has of its part of the weight, as a part of the whole weight.
+        return [
+            TensorSlice(
+                part.tensor,
+                tuple(map(operator.add, part.start, cut.start)),
+                cut.shape,
+            )
+            for part in slices_of(tensor)
+        ]
 
     def describe_pipeline(self) -> str:
         """Return how streams pass between stages: `2 on 2 ranks, passed by shared`."""

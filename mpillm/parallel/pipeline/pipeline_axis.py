@@ -36,7 +36,8 @@ class PipelineAxis(ParallelAxis):
         if sizes[self.name] == 1:
             return 0.0
         # Forward and backward: each stage of the rank sends its stream, and a gradient of its size.
-        rows = batch / sizes.get("data", 1)
+        # The ranks of the tensor axis have a part of the stream each.
+        rows = batch / sizes.get("data", 1) / sizes.get("tensor", 1)
         stream = element.stream * rows * model.stream_features
         return 2 * stream * chunks
 
