@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mpillm.comm.communicator import Communicator
 from mpillm.comm.persistent import PersistentCollective
-from mpillm.parallel.tensor.stream_split import Split
+from mpillm.parallel.tensor.stream_split import StreamSplit
 
 
 class _Prepared(NamedTuple):
@@ -27,9 +27,9 @@ class MessageStreams:
 
     def __init__(self, group: Communicator) -> None:
         self._group = group
-        self._prepared: dict[tuple[Split, int, torch.dtype], _Prepared] = {}
+        self._prepared: dict[tuple[StreamSplit, int, torch.dtype], _Prepared] = {}
 
-    def gather(self, own: Tensor, split: Split) -> Tensor:
+    def gather(self, own: Tensor, split: StreamSplit) -> Tensor:
         """Return the whole stream (B, T, C) of all parts."""
         width = own.shape[-1]
         prepared = self._prepare(split, width, own)
@@ -41,7 +41,7 @@ class MessageStreams:
         ]
         return torch.cat(parts, split.dim)
 
-    def reduce(self, partial: Tensor, split: Split) -> Tensor:
+    def reduce(self, partial: Tensor, split: StreamSplit) -> Tensor:
         """Return the own part of the sum over the ranks of `partial` (B, T, C)."""
         width, rank = partial.shape[-1], self._group.rank
         prepared = self._prepare(split, width, partial)
@@ -52,10 +52,10 @@ class MessageStreams:
         rows, length = split.shape(rank)
         return prepared.own[: rows * length * width].view(rows, length, width).clone()
 
-    def _shapes(self, split: Split) -> list[tuple[int, int]]:
+    def _shapes(self, split: StreamSplit) -> list[tuple[int, int]]:
         return [split.shape(rank) for rank in range(split.size)]
 
-    def _prepare(self, split: Split, width: int, like: Tensor) -> _Prepared:
+    def _prepare(self, split: StreamSplit, width: int, like: Tensor) -> _Prepared:
         key = split, width, like.dtype
         if key not in self._prepared:
             count = split.most_tokens * width

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpillm.comm.shared.segment import SharedSegment, share_segment
 from mpillm.parallel.tensor.slots import SlotPool
-from mpillm.parallel.tensor.stream_split import Split
+from mpillm.parallel.tensor.stream_split import StreamSplit
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -54,7 +54,7 @@ class SharedStreams:
             return one
         return other if isinstance(other, str) else cls(comm, slots, (one, other), barrier)
 
-    def gather(self, own: Tensor, split: Split) -> Tensor | None:
+    def gather(self, own: Tensor, split: StreamSplit) -> Tensor | None:
         """Return the whole stream (B, T, C) of all parts; None on every rank without room.
 
         Nobody writes into it while a tensor of any rank shares its memory.
@@ -69,7 +69,7 @@ class SharedStreams:
         self._barrier()
         return None if taken is None else whole
 
-    def reduce(self, partial: Tensor, split: Split) -> Tensor:
+    def reduce(self, partial: Tensor, split: StreamSplit) -> Tensor:
         """Return the own part of the sum over the ranks of `partial` (B, T, C)."""
         # Two in turns: the barrier of the next reduction, which uses the other one, comes after
         # all reads of this one.
@@ -89,7 +89,7 @@ def _shaped(flat: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtyp
     return flat.view(dtype)[:count].view(shape)
 
 
-def _part(whole: Tensor, split: Split, rank: int) -> Tensor:
+def _part(whole: Tensor, split: StreamSplit, rank: int) -> Tensor:
     return whole.narrow(split.dim, split.first(rank), split.count(rank))
 
 

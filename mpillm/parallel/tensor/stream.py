@@ -16,7 +16,7 @@ from mpillm.comm.communicator import Communicator, silent
 from mpillm.comm.mesh import Axis
 from mpillm.parallel.tensor.message_streams import MessageStreams
 from mpillm.parallel.tensor.shared_streams import SharedStreams
-from mpillm.parallel.tensor.stream_split import Split, choose_split
+from mpillm.parallel.tensor.stream_split import StreamSplit, choose_split
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -74,14 +74,14 @@ class TensorStream:
         fits = shared is not None and tensor.device.type == "cpu" and whole <= shared.nbytes
         return shared if fits else None
 
-    def gather(self, own: Tensor, split: Split) -> Tensor:
+    def gather(self, own: Tensor, split: StreamSplit) -> Tensor:
         """Return the whole stream (B, T, C) of the ranks' parts, without a gradient."""
         self.sent_bytes += own.nbytes * (self.size - 1)
         shared = self._shared_for(own)
         whole = None if shared is None else shared.gather(own, split)
         return self._messages.gather(own, split) if whole is None else whole
 
-    def reduce(self, partial: Tensor, split: Split) -> Tensor:
+    def reduce(self, partial: Tensor, split: StreamSplit) -> Tensor:
         """Return the own part of the sum over the ranks of `partial` (B, T, C), without a
         gradient.
         """

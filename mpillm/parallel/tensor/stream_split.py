@@ -11,7 +11,7 @@ from mpillm.comm.algorithms.schedule import block_bounds
 ROWS, POSITIONS = 0, 1
 
 
-class Split(NamedTuple):
+class StreamSplit(NamedTuple):
     """The parts of a stream (B, T, C): along `dim`, ROWS or POSITIONS, part r from `bounds[r]`."""
 
     dim: int
@@ -43,7 +43,7 @@ class Split(NamedTuple):
         return max(rows * length for rows, length in map(self.shape, range(self.size)))
 
 
-def choose_split(rows: int, length: int, size: int) -> Split:
+def choose_split(rows: int, length: int, size: int) -> StreamSplit:
     """Share `rows` sequences of `length` tokens out to `size` ranks: by rows where these divide,
     else by positions, in parts that differ by one position at most.
 
@@ -51,4 +51,4 @@ def choose_split(rows: int, length: int, size: int) -> Split:
     """
     dim = POSITIONS if rows % size else ROWS
     bounds = block_bounds((rows, length)[dim], size)
-    return Split(dim, tuple(bounds), rows, length)
+    return StreamSplit(dim, tuple(bounds), rows, length)
