@@ -108,11 +108,14 @@ def predict_peak(
     replicas: Replicas = Replicas(),
     process_bytes: int = PROCESS_BYTES,
     scored_rows: int = 1,
+    tensor: int = 1,
 ) -> MemoryEstimate:
     """Estimate the peak of the rank that needs most.
 
     `process_bytes`: of a process before it builds a model; a GPU's memory holds none of it.
-    `scored_rows`: sequences at once in an evaluation; 0: there is none.
+    `scored_rows`: sequences at once in an evaluation; 0: there is none. `tensor`: ranks that share
+    each layer, and so its weights, their states and the activations. The few weights that each of
+    them has whole are not counted apart, and a stream that a node's ranks share counts once.
     """
     if plan.precision.device == "cpu":
         base = MemoryEstimate(

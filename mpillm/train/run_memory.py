@@ -58,6 +58,7 @@ class RunMemory:
             self.replicas,
             self.process_bytes,
             rows_at_once(model),
+            self.recipe.parallel.tensor,
         )
 
     def remedy(self, plan: StepPlan) -> str:
@@ -134,15 +135,16 @@ def check_memory(
     model = recipe.model
     held = held_bytes(model, model.whole, recipe.optimizer, FLOAT32_BYTES)
     # The ranks of a pipeline share the layers, each replica has all of them.
-    ranks, pipeline = node_map.size, max(1, recipe.parallel.pipeline)
-    replicas = max(1, ranks // pipeline)
+    ranks, parallel = node_map.size, recipe.parallel
+    replicas = max(1, ranks // (max(1, parallel.pipeline) * max(1, parallel.tensor)))
     needed, there = held * replicas, memory * len(node_map.nodes)
     if memory and hosts_compute and needed > there:
         raise LayoutError(
             f"the model has {model.parameters:,} parameters, which need {binary_bytes(needed)} "
             f"for weights, gradients and optimizer on {ranks} rank(s), and the host(s) have "
             f"{binary_bytes(there)}; use a smaller model (vocabulary {model.vocab_size:,}, "
-            f"{model.blocks:,} layers), fewer replicas (parallel.pipeline), or more hosts"
+            f"{model.blocks:,} layers), fewer replicas (parallel.pipeline, parallel.tensor), or "
+            "more hosts"
         )
     batch = TOKEN_BYTES * recipe.train.batch * model.context
     if memory and batch > there:

@@ -88,6 +88,7 @@ def train(
     if settings.noise_scale:
         check_small_batches(plan, data.size)
     _check_mask(recipe)
+    _check_tensor(recipe)
     _check_groups(recipe)
     with open_of(manifest, "train") as reader:
         # Before the run has a folder: a dataset shorter than one context, or a missing profile,
@@ -208,6 +209,23 @@ def _check_mask(recipe: Recipe) -> None:
         raise RecipeError(
             f"data.document_mask = true needs a model that reads documents, and the architecture "
             f"{recipe.model.architecture} does not; leave document_mask out"
+        )
+
+
+def _check_tensor(recipe: Recipe) -> None:
+    """Raise RecipeError for settings that no run along a tensor axis has."""
+    if recipe.parallel.tensor == 1:
+        return
+    given = f"parallel.tensor = {recipe.parallel.tensor}"
+    if recipe.train.compile:
+        raise RecipeError(
+            f"train.compile = true compiles a layer as a whole, and {given} exchanges the stream "
+            "within it; leave one of them out"
+        )
+    if recipe.train.noise_scale:
+        raise RecipeError(
+            f"train.noise_scale = {recipe.train.noise_scale} compares gradients before they are "
+            f"summed, and with {given} a rank has a share of each norm's; leave one of them out"
         )
 
 
