@@ -6,7 +6,6 @@ Modules know nothing of ranks. The names of weights are those of the whole model
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -52,17 +51,10 @@ class WeightPiece(NamedTuple):
     """The index of the part in it."""
 
 
-Cut = Callable[["PartModule"], Mapping[str, WeightPiece]]
-"""Replace weights of a part, which have no values yet, by pieces; return these by name."""
-
-
 class GenerationCache:
     """The state of a model between steps of generation. `length`: the positions it holds."""
 
     length: int = 0
-
-
-_WHOLE: Mapping[str, WeightPiece] = MappingProxyType({})
 
 
 class PartModule(nn.Module):
@@ -77,6 +69,8 @@ class PartModule(nn.Module):
         self.part = part or spec.whole
         self.begins, self.ends = spec.begins(self.part), spec.ends(self.part)
         self.recompute: Recompute = "none"
+        self.pieces: dict[str, WeightPiece] = {}
+        """The weights that are parts of whole ones, by their names in the whole model."""
 
     def forward_part(self, fields: Fields, streams: Streams) -> PartOutput:
         """Compute this part on one microbatch; `streams` is empty where it begins the model."""
@@ -158,17 +152,17 @@ class PartModule(nn.Module):
 
 
 @torch.no_grad()
-def initialise(model: PartModule, seed: int, pieces: Mapping[str, WeightPiece] = _WHOLE) -> None:
-    """Set each weight to its initial values; those in `pieces` to their part of the whole ones."""
+def initialise(model: PartModule, seed: int) -> None:
+    """Set each weight to its initial values."""
     for name, weight in model.named_weights():
-        piece = pieces.get(name) or WeightPiece(tuple(weight.shape), ())
-        weight.copy_(initial_values(model, name, piece.shape, seed)[piece.place])
+        weight.copy_(initial_values(model, name, tuple(weight.shape), seed))
 
 
 def initial_values(model: PartModule, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """Return the initial values of the weight `name`, float32 on the CPU.
 
-    They are a pure function of (seed, name, shape): the same on any rank, device and layout.
+    They are a pure function of (seed, name, shape): the same on any rank, device and layout. Those
+    of a piece are its part of the whole weight's.
     """
     if name.endswith("bias"):
         return torch.zeros(shape, device="cpu")
@@ -179,8 +173,9 @@ def initial_values(model: PartModule, name: str, shape: tuple[int, ...], seed: i
     key = xxhash.xxh3_64_intdigest(name.encode(), seed=seed) >> 1
     generator = torch.Generator().manual_seed(key)
     # Drawn on the CPU: a GPU's generator gives other numbers.
-    values = torch.empty(shape, dtype=torch.float32, device="cpu")
-    return values.normal_(0.0, model.deviation_of(name), generator=generator)
+    whole, place = model.pieces.get(name) or WeightPiece(shape, ())
+    values = torch.empty(whole, dtype=torch.float32, device="cpu")
+    return values.normal_(0.0, model.deviation_of(name), generator=generator)[place]
 
 
 class WithoutValues(TorchFunctionMode):
@@ -203,25 +198,24 @@ class WithoutValues(TorchFunctionMode):
 
 
 def create(
-    spec: ModelSpec,
-    seed: int,
-    device: torch.device | None = None,
-    part: Part | None = None,
-    cut: Cut | None = None,
+    spec: ModelSpec, seed: int, device: torch.device | None = None, part: Part | None = None
 ) -> PartModule:
-    """Build and initialise the model, or the `part` of it, on `device` (None: the CPU).
+    """Build and initialise the model, or the `part` of it, on `device` (None: the CPU)."""
+    model = build_without_values(spec, device, part)
+    initialise(model, seed)
+    return model
 
-    `cut`: see Cut. Memory without values takes no pages, so the whole part is never there.
-    """
+
+def build_without_values(
+    spec: ModelSpec, device: torch.device | None = None, part: Part | None = None
+) -> PartModule:
+    """Build the model, or the `part` of it, whose weights have memory that is not touched yet."""
     place = device or torch.device("cpu")
     with place, WithoutValues():
         model = spec.build(part)
-        pieces = cut(model) if cut else _WHOLE
     # An architecture may compute buffers on the CPU. Before torch 2.8 its get_default_device does
     # not know the device of a `with`, either.
-    model.to(place)
-    initialise(model, seed, pieces)
-    return model
+    return model.to(place)
 
 
 def weight_shapes(spec: ModelSpec) -> dict[str, tuple[str, tuple[int, ...]]]:

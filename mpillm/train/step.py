@@ -15,7 +15,6 @@ from mpillm.comm.clock_sync import clock_offset
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Mesh
 from mpillm.errors import DataError, DivergedError
-from mpillm.infer.evaluate import rows_at_once
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields, weight_shapes
 from mpillm.parallel.axis_sizes import counts_loss
@@ -23,16 +22,22 @@ from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.parallel.step_plan import StepPlan
+from mpillm.plan.peak_memory import rows_at_once
 from mpillm.tasks.task import Task
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.order import dropout_keys
 from mpillm.tokens.samples import RowShape, SampleReader
 from mpillm.train.loss_scale import LossScale
 from mpillm.train.lr_schedule import learning_rate
-from mpillm.train.optimizers.optimizer import check_whole, make_optimizer, set_rate
+from mpillm.train.optimizers.optimizer import (
+    check_whole,
+    make_optimizer,
+    set_rate,
+    whole_shape,
+)
 from mpillm.train.recipe import Recipe
 from mpillm.train.step_stats import StepStats, check_finite, gather_stats
-from mpillm.weights.slices import Held, TensorSlice, slices_of
+from mpillm.weights.slices import Held, TensorSlice, slices_of, split_run
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Trainer:
             profile=profile,
             scored_rows=rows_at_once(recipe.model),
             warn=warn,
+            needs_whole=recipe.optimizer.needs_whole,
         )
         self.stepped = self.model.stepped
         self.optimizer = make_optimizer(recipe.optimizer, self.stepped)
@@ -114,17 +120,18 @@ class Trainer:
         """Return `tensor`, the weight `name` as it is stepped on or a state of it, as slices of the
         whole tensor.
         """
+        stepped = self.stepped[name]
+        whole = whole_shape(stepped)
+        held: Held = tensor
+        if tuple(stepped.shape) != whole:
+            held = split_run(tensor.detach().view(-1), self.model.first_element(name), whole)
         cut = self.model.cut_of(name)
         if cut is None:
-            return tensor
-        # What this rank has of its part of the weight, as a part of the whole weight.
+            return held
+        # Slices of a part of the weight, as slices of the whole one.
         return [
-            TensorSlice(
-                part.tensor,
-                tuple(map(operator.add, part.start, cut.start)),
-                cut.shape,
-            )
-            for part in slices_of(tensor)
+            TensorSlice(part.tensor, tuple(map(operator.add, part.start, cut.start)), cut.shape)
+            for part in slices_of(held)
         ]
 
     def describe_pipeline(self) -> str:

@@ -4,7 +4,6 @@ The layers compute with the rank's heads and hidden features as with any number 
 attention and feed-forward a hook gathers the stream; their last products give the own tokens.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ def cut_part(part: PartModule, stream: TensorStream, shards: ShardExchange) -> d
     tokens and heads: they must be summed over the ranks.
     """
     cuts = _cut_weights(part, stream.size, stream.rank)
+    part.pieces = {name: WeightPiece(cut.shape, cut.index) for name, cut in cuts.items()}
     blocks = [block for block in part.modules() if isinstance(block, BlockLayers)]
     for block in blocks:
         _cut_block(block, part, stream)
@@ -43,11 +43,6 @@ def cut_part(part: PartModule, stream: TensorStream, shards: ShardExchange) -> d
     head = cuts.get(part.spec.tied_weights.get("head.weight", "head.weight"))
     _pass_own_tokens(part, stream, shards.shard(head) if head else None)
     return cuts
-
-
-def pieces_of(cuts: Mapping[str, WeightCut]) -> dict[str, WeightPiece]:
-    """Return the pieces of whole weights that `initialise` fills."""
-    return {name: WeightPiece(cut.shape, cut.index) for name, cut in cuts.items()}
 
 
 def _cut_weights(part: PartModule, size: int, rank: int) -> dict[str, WeightCut]:

@@ -10,10 +10,10 @@ from mpillm.comm.communicator import Communicator, silent
 from mpillm.comm.mesh import Axis
 from mpillm.comm.persistent import PersistentCollective
 from mpillm.comm.selection import Profile
-from mpillm.models.part_module import PartModule, Streams, WeightPiece
+from mpillm.models.part_module import PartModule, Streams
 from mpillm.parallel.pipeline.stage import PipelineStage
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.parallel.tensor.cut_part import cut_part, pieces_of
+from mpillm.parallel.tensor.cut_part import cut_part
 from mpillm.parallel.tensor.stream import TensorStream
 from mpillm.parallel.tensor.stream_split import choose_split
 from mpillm.parallel.tensor.vocabulary_shard import ShardExchange
@@ -45,12 +45,11 @@ class TensorParallel:
         self._flat: Tensor | None = None
         self._sum: PersistentCollective | None = None
 
-    def cut(self, part: PartModule) -> Mapping[str, WeightPiece]:
-        """Cut a part that has no values yet; see `create`."""
+    def cut(self, part: PartModule) -> None:
+        """Cut a part whose weights have no values yet: what is cut away is never touched."""
         cuts = cut_part(part, self.stream, self._shards)
         self.cuts |= cuts
         self._replicated += [weight for name, weight in part.named_weights() if name not in cuts]
-        return pieces_of(cuts)
 
     @property
     def counted_elsewhere(self) -> list[nn.Parameter]:

@@ -16,10 +16,10 @@ from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.encoder import EncoderConfig
 from mpillm.models.linear_head import plain_outputs
-from mpillm.models.part_module import PartModule, WeightPiece, create
+from mpillm.models.part_module import PartModule, build_without_values, create, initialise
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.pipeline.split_backward import SplitBackward
-from mpillm.parallel.tensor.cut_part import cut_part, pieces_of
+from mpillm.parallel.tensor.cut_part import cut_part
 from mpillm.parallel.tensor.stream import TensorStream
 from mpillm.parallel.tensor.vocabulary_shard import ShardExchange
 from mpillm.parallel.tensor.weight_cuts import WeightCut
@@ -52,13 +52,10 @@ class Ranks:
 
     def cut(self, spec: ModelSpec) -> tuple[PartModule, dict[str, WeightCut]]:
         """Make a rank's share of the model, with the cuts of its weights."""
-        cuts: dict[str, WeightCut] = {}
-
-        def cut(part: PartModule) -> dict[str, WeightPiece]:
-            cuts.update(cut_part(part, self.stream, self.shards))
-            return pieces_of(cuts)
-
-        return create(spec, SEED, cut=cut), cuts
+        part = build_without_values(spec)
+        cuts = cut_part(part, self.stream, self.shards)
+        initialise(part, SEED)
+        return part, cuts
 
     def check(self, faults: list[str]) -> None:
         """Fail on every rank where one has a fault: the ranks try the same examples."""

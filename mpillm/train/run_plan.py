@@ -1,0 +1,81 @@
+"""Resolve a recipe's layout: what a run and its dry run decide alike, without torch and MPI."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from mpillm.errors import LayoutError, MismatchError, RecipeError
+from mpillm.parallel.step_plan import StepPlan, check_small_batches, plan_step
+from mpillm.parallel.tensor.weight_cuts import unequal_parts
+from mpillm.train.recipe import Recipe
+
+
+def fill_model(recipe: Recipe, found: Mapping[str, int]) -> Recipe:
+    """Fill the model's settings that follow from the data: setting → its value there.
+
+    Raises MismatchError where the recipe sets one lower than the data needs, RecipeError where the
+    model lacks it.
+    """
+    model = recipe.model
+    for name, least in found.items():
+        wanted = getattr(model, name, None)
+        if wanted is None:
+            raise RecipeError(
+                f"the task {recipe.task.name} needs a model with the setting {name}, and the "
+                f"architecture {model.architecture} has none; choose another model.architecture"
+            )
+        if wanted and wanted < least:
+            raise MismatchError(
+                f"model.{name} = {wanted:,} is smaller than the {least:,} of the data "
+                f"{recipe.data.path}; leave it out to take the data's"
+            )
+        model = model.replace(**{name: wanted or least})
+    return replace(recipe, model=model)
+
+
+def plan_run(recipe: Recipe, data: int) -> StepPlan:
+    """Plan the step of a run whose batch is shared by `data` ranks.
+
+    Raises LayoutError and RecipeError for what cannot be.
+    """
+    settings = recipe.train
+    plan = plan_step(
+        recipe.model,
+        recipe.parallel,
+        data,
+        settings.batch,
+        settings.microbatch,
+        fixed_order=settings.fixed_order,
+        recompute=settings.recompute,
+    )
+    if settings.noise_scale:
+        check_small_batches(plan, data, recipe.parallel.zero)
+    if recipe.data.document_mask and "documents" not in recipe.model.shared_inputs:
+        raise RecipeError(
+            f"data.document_mask = true needs a model that reads documents, and the architecture "
+            f"{recipe.model.architecture} does not; leave document_mask out"
+        )
+    _check_tensor(recipe)
+    return plan
+
+
+def _check_tensor(recipe: Recipe) -> None:
+    """Raise RecipeError for settings that no run along a tensor axis has."""
+    if recipe.parallel.tensor == 1:
+        return
+    given = f"parallel.tensor = {recipe.parallel.tensor}"
+    unequal = unequal_parts(recipe.model, recipe.parallel.tensor)
+    if recipe.parallel.zero and unequal:
+        raise LayoutError(
+            f"parallel.zero = {recipe.parallel.zero} with {given} shards equal parts of each "
+            f"layer, and there is {unequal}"
+        )
+    if recipe.train.compile:
+        raise RecipeError(
+            f"train.compile = true compiles a layer as a whole, and {given} exchanges the stream "
+            "within it; leave one of them out"
+        )
+    if recipe.train.noise_scale:
+        raise RecipeError(
+            f"train.noise_scale = {recipe.train.noise_scale} compares gradients before they are "
+            f"summed, and with {given} a rank has a share of each norm's; leave one of them out"
+        )
