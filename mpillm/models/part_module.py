@@ -175,7 +175,8 @@ def initial_values(model: PartModule, name: str, shape: tuple[int, ...], seed: i
     # Drawn on the CPU: a GPU's generator gives other numbers.
     whole, place = model.pieces.get(name) or WeightPiece(shape, ())
     values = torch.empty(whole, dtype=torch.float32, device="cpu")
-    return values.normal_(0.0, model.deviation_of(name), generator=generator)[place]
+    values.normal_(0.0, model.deviation_of(name), generator=generator)
+    return values[place].contiguous()
 
 
 class WithoutValues(TorchFunctionMode):
