@@ -13,8 +13,9 @@ from mpillm.parallel.islands.island_axis import IslandAxis
 from mpillm.parallel.parallel_axis import ParallelAxis
 from mpillm.parallel.pipeline.pipeline_axis import PipelineAxis
 from mpillm.parallel.settings import ParallelSettings
+from mpillm.parallel.tensor.tensor_axis import TensorAxis
 
-AXES: tuple[ParallelAxis, ...] = (DataAxis(), IslandAxis(), PipelineAxis())
+AXES: tuple[ParallelAxis, ...] = (DataAxis(), IslandAxis(), PipelineAxis(), TensorAxis())
 """Every axis, in the order in which a recipe and an error name them."""
 
 # More would fill the screen: an error lists this many of the legal layouts.

@@ -27,6 +27,8 @@ class ParallelSettings:
     """Ranks that share the batch; auto, or 0: as many as the pipeline leaves."""
     pipeline: Annotated[int, Gt(0)] = 1
     """Ranks that share the layers."""
+    tensor: Annotated[int, Gt(0)] = 1
+    """Ranks that share the heads, hidden features and vocabulary of each layer."""
     island: Annotated[int, Gt(0)] = 1
     """Groups of ranks that train alone and average their weights once a round, for slow networks.
     """

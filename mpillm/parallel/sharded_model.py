@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -25,12 +25,21 @@ from mpillm.parallel.noise_scale import NoiseMeter
 from mpillm.parallel.pipeline.executor import Pipeline
 from mpillm.parallel.pipeline.schedules.forward_only import forward_only
 from mpillm.parallel.pipeline.simulate import Span
-from mpillm.parallel.pipeline.stage import Batch, BatchScore, ModelStage, OfBatch, ScoringStage
+from mpillm.parallel.pipeline.stage import (
+    Batch,
+    BatchScore,
+    ModelStage,
+    OfBatch,
+    PipelineStage,
+    ScoringStage,
+)
 from mpillm.parallel.pipeline.stream_transport import StreamShapes
 from mpillm.parallel.pipeline.tying import TiedWeight
 from mpillm.parallel.precision import lower_, torch_dtype
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import StepPlan, flat_gradients, replica_share, scored_ahead
+from mpillm.parallel.tensor.tensor_parallel import TensorParallel
+from mpillm.parallel.tensor.weight_cuts import WeightCut
 from mpillm.tasks.task import Task
 
 
@@ -81,6 +90,7 @@ class ShardedModel:
         `needs_whole`: the weights that the optimizer needs whole.
         """
         self.spec, self.task, self.mesh, self.plan = spec, task, mesh, plan
+        self._scored_rows = scored_rows
         axis, schedule = mesh.axis("pipeline"), plan.schedule
         self.device = device = own_device(plan.precision.device)
         self._tokens = tokens = mesh.joint(token_axes(mesh.sizes))
@@ -89,6 +99,11 @@ class ShardedModel:
             for stage in schedule.stages_of(axis.rank)
         }
         parts = list(self.parts.values())
+        along = mesh.find("tensor")
+        self.tensor = None if along is None else TensorParallel(along, settings, profile, warn)
+        if self.tensor is not None:
+            for part in parts:
+                self.tensor.cut(part)
         values: dict[nn.Parameter, Tensor] = {}
         is_cut = settings.zero > 0 and tokens.size > 1
         # Shards move the weights before they have values.
@@ -134,8 +149,7 @@ class ShardedModel:
         }
         # Every microbatch of a pipeline has the same number of rows.
         shapes = [
-            tuple((plan.microbatch, *stream) for stream in spec.streams_ahead(part.first))
-            for part in plan.parts
+            self._own_shapes(plan.microbatch, spec.streams_ahead(part.first)) for part in plan.parts
         ]
         dtype = torch_dtype(plan.precision.dtype)
         self._streams = StreamShapes(lambda stage, microbatch: shapes[stage], dtype, device)
@@ -196,6 +210,26 @@ class ShardedModel:
         shared = set(self.spec.shared_inputs).intersection(offered)
         return bool(shared) or any(part.begins or part.ends for part in self.parts.values())
 
+    def _own_shapes(
+        self, rows: int, streams: Sequence[tuple[int, int]]
+    ) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of what this rank has of `streams` (length, width) of `rows`."""
+        if self.tensor is None:
+            return tuple((rows, *stream) for stream in streams)
+        return tuple((*self.tensor.own_shape(rows, length), width) for length, width in streams)
+
+    def _entered(
+        self,
+        stages: Mapping[int, PipelineStage],
+        shape_of: Callable[[int], tuple[int, int]],
+        rows: int,
+    ) -> Mapping[int, PipelineStage]:
+        """Return the stages as the pipeline runs them, with batches of `rows` at most."""
+        if self.tensor is None:
+            return stages
+        room = rows * self.spec.largest_stream * self.plan.precision.element_bytes
+        return self.tensor.entered(stages, shape_of, room)
+
     def named_weights(self) -> dict[str, nn.Parameter]:
         """Return the weights that this rank trains, by their names in the whole model.
 
@@ -228,11 +262,20 @@ class ShardedModel:
         self.gradients.begin(meter.add if meter else None)
         for stage in self._stages.values():
             stage.batch, stage.loss_scale = batch, loss_scale
-        spans = self.pipeline.run(self.plan.schedule, self._stages, self._streams)
+        bounds = self.plan.bounds
+
+        def shape_of(microbatch: int) -> tuple[int, int]:
+            first, last = bounds[microbatch]
+            return last - first, _length(batch.fields[microbatch]) or self.spec.context
+
+        stages = self._entered(self._stages, shape_of, self.plan.microbatch)
+        spans = self.pipeline.run(self.plan.schedule, stages, self._streams)
         ended = time.perf_counter()
         # First over the data axis, then between the two leaves of a tied weight: one order of sums
         # in every layout.
         self.gradients.finish()
+        if self.tensor is not None:
+            self.tensor.sum_replicated(self.gradients.gradient_of)
         if sum_further is not None:
             sum_further(self._all_gradients())
         for tied in self._tied:
@@ -273,10 +316,15 @@ class ShardedModel:
         """Return which element of the weight `name` is the first that `stepped` holds of it."""
         return self.gradients.first_element(self._weights[name])
 
+    def cut_of(self, name: str) -> WeightCut | None:
+        """Return which part of the weight `name` this rank has; None: all of it."""
+        return self.tensor.cuts.get(name) if self.tensor else None
+
     @property
     def _counted_elsewhere(self) -> list[nn.Parameter]:
-        """A tied weight's gradient is in two places; the norm counts it in one."""
-        return [weight for tied in self._tied for weight in tied.counted_elsewhere]
+        """A gradient that is in several places; the norm counts it in one."""
+        elsewhere = self.tensor.counted_elsewhere if self.tensor else []
+        return elsewhere + [weight for tied in self._tied for weight in tied.counted_elsewhere]
 
     def clip_(
         self,
@@ -337,10 +385,13 @@ class ShardedModel:
             def shapes(stage: int, number: int) -> tuple[tuple[int, ...], ...]:
                 rows, length = shape_of(first + number)
                 ahead = self.spec.streams_ahead(self.plan.parts[stage].first, length)
-                return tuple((rows, *stream) for stream in ahead)
+                return self._own_shapes(rows, ahead)
 
             streams = StreamShapes(shapes, dtype, self.device)
-            self.pipeline.run(forward_only(self.plan.schedule, batches), stages, streams)
+            entered = self._entered(
+                stages, lambda number: shape_of(first + number), self._scored_rows
+            )
+            self.pipeline.run(forward_only(self.plan.schedule, batches), entered, streams)
             for stage in stages.values():
                 found.update({first + number: score for number, score in stage.scores.items()})
 
@@ -365,7 +416,14 @@ class ShardedModel:
         self.pipeline.close()
         for tied in self._tied:
             tied.close()
+        if self.tensor is not None:
+            self.tensor.close()
         self.gradients.close()
+
+
+def _length(fields: Fields) -> int:
+    """Return the tokens of the sequences in `fields`; 0 where there are none."""
+    return next((field.shape[1] for field in fields.values() if field.dim() > 1), 0)
 
 
 def _on_host(losses: Sequence[Tensor], squares: Tensor) -> tuple[list[float], list[float]]:

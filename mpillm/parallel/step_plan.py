@@ -206,6 +206,11 @@ def plan_step(
     `microbatch`: sequences at once; 0: chosen here. Raises LayoutError.
     """
     _check_recompute(model, recompute)
+    if fixed_order and settings.tensor > 1:
+        raise LayoutError(
+            f"train.fixed_order keeps the bits of sums, and parallel.tensor = {settings.tensor} "
+            "cuts the products themselves into other sums; leave one of them out"
+        )
     # mesh_sizes has checked that `data` divides the batch.
     rows, pipeline = batch // data, settings.pipeline
     if fixed_order and not microbatch:

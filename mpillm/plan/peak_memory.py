@@ -170,17 +170,19 @@ def predict_rank(
     """Estimate the peak of rank number `rank` of a pipeline.
 
     `process_bytes`: of a process before it builds a model; a GPU's memory holds none of it.
-    `scored_rows`: sequences at once in an evaluation; 0: there is none.
+    `scored_rows`: sequences at once in an evaluation; 0: there is none. Ranks that share a layer
+    have equal parts of its activations: streams in shared memory count once.
     """
     base = _process(process_bytes) if plan.precision.device == "cpu" else MemoryEstimate()
     parts = [plan.parts[stage] for stage in plan.schedule.stages_of(rank)]
     precision, rows = plan.precision, plan.microbatch
     element, device = precision.element_bytes, precision.device
-    count = sum(map(model.parameters_of, parts))
+    tensor = replicas.tensor
+    count = sum(map(model.parameters_of, parts)) // tensor
     ends = any(map(model.ends, parts))
-    activations, recomputed = _activations(model, plan, parts, rank)
-    outputs = model.output_bytes(rows, device) if ends else 0
-    block = recomputed + model.working_bytes(rows, element)
+    activations, recomputed = (n // tensor for n in _activations(model, plan, parts, rank))
+    outputs = model.output_bytes(rows, device) // tensor if ends else 0
+    block = recomputed + model.working_bytes(rows, element) // tensor
     step = activations + max(outputs, block)
     held = held_of(model, plan, optimizer, parts, replicas)
     gradients, kept_apart = held.gradients, bool(held.gradients)
@@ -191,7 +193,7 @@ def predict_rank(
     gaps = int(share * step + recomputed_share * recomputed)
     # The allocator returns a step's memory ahead of an evaluation (system/malloc.py), but not the
     # gradients, which stay until the next step.
-    scoring = int((1 + share) * _scoring_bytes(model, plan, rank, scored_rows, ends))
+    scoring = int((1 + share) * _scoring_bytes(model, plan, rank, scored_rows, ends) / tensor)
     loose = 0 if kept_apart else FLOAT32_BYTES * count - gradients
     evaluation = max(0, scoring + loose - step - gaps)
     elsewhere = {
@@ -208,7 +210,7 @@ def predict_rank(
         activations=activations,
         recomputed=max(0, block - outputs),
         outputs=outputs,
-        streams=_stream_bytes(model, plan, rank, scored_rows),
+        streams=_stream_bytes(model, plan, rank, scored_rows) // tensor,
         # Tokens as they are read, and as ids and targets.
         data=2 * TOKEN_BYTES * plan.rows * (model.context + 1),
         evaluation=evaluation,

@@ -7,6 +7,7 @@ from mpillm.errors import LayoutError, MismatchError, RecipeError
 from mpillm.parallel.axis_sizes import batch_share
 from mpillm.parallel.islands.rounds import check_rounds
 from mpillm.parallel.step_plan import StepPlan, check_small_batches, plan_step
+from mpillm.parallel.tensor.weight_cuts import unequal_parts
 from mpillm.train.recipe import Recipe
 
 
@@ -61,4 +62,28 @@ def plan_run(recipe: Recipe, sizes: Mapping[str, int]) -> StepPlan:
             f"data.document_mask = true needs a model that reads documents, and the architecture "
             f"{recipe.model.architecture} does not; leave document_mask out"
         )
+    _check_tensor(recipe)
     return plan
+
+
+def _check_tensor(recipe: Recipe) -> None:
+    """Raise RecipeError for settings that no run along a tensor axis has."""
+    if recipe.parallel.tensor == 1:
+        return
+    given = f"parallel.tensor = {recipe.parallel.tensor}"
+    unequal = unequal_parts(recipe.model, recipe.parallel.tensor)
+    if recipe.parallel.zero and unequal:
+        raise LayoutError(
+            f"parallel.zero = {recipe.parallel.zero} with {given} shards equal parts of each "
+            f"layer, and there is {unequal}"
+        )
+    if recipe.train.compile:
+        raise RecipeError(
+            f"train.compile = true compiles a layer as a whole, and {given} exchanges the stream "
+            "within it; leave one of them out"
+        )
+    if recipe.train.noise_scale:
+        raise RecipeError(
+            f"train.noise_scale = {recipe.train.noise_scale} compares gradients before they are "
+            f"summed, and with {given} a rank has a share of each norm's; leave one of them out"
+        )
