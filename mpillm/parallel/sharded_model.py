@@ -16,6 +16,7 @@ from mpillm.models.part_module import Fields, PartModule, create
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.axis_sizes import counts_loss, token_axes
 from mpillm.parallel.compiling import compile_layers, uncompiled
+from mpillm.parallel.context.sequence_share import SequenceShare
 from mpillm.parallel.data.replicated import ReplicatedGradients
 from mpillm.parallel.devices import own_device
 from mpillm.parallel.grad_norm import clip_gradients_, square_sums
@@ -125,16 +126,21 @@ class ShardedModel:
             stage: ModelStage(part, number, self.gradients, task)
             for number, (stage, part) in enumerate(self.parts.items())
         }
+        # Channels have a fixed capacity: that of the largest stream of training and scoring.
+        rows, dtype = max(plan.microbatch, scored_rows), torch_dtype(plan.precision.dtype)
+        context = mesh.find("context")
+        self._share: SequenceShare | None = None
+        if context is not None:
+            kind = settings.context_kind
+            self._share = SequenceShare(context, parts, rows, dtype, device, kind, warn)
         # Every microbatch of a pipeline has the same number of rows.
+        length = self._share.length(spec.context) if self._share else 0
         shapes = [
-            tuple((plan.microbatch, *stream) for stream in spec.streams_ahead(part.first))
+            tuple((plan.microbatch, *stream) for stream in spec.streams_ahead(part.first, length))
             for part in plan.parts
         ]
-        dtype = torch_dtype(plan.precision.dtype)
         self._streams = StreamShapes(lambda stage, microbatch: shapes[stage], dtype, device)
-        # Channels have a fixed capacity: that of the largest stream of training and scoring.
-        rows = max(plan.microbatch, scored_rows)
-        nbytes = dtype.itemsize * rows * spec.largest_stream
+        nbytes = dtype.itemsize * rows * spec.largest_stream // plan.context
         self.pipeline = Pipeline(axis, schedule, nbytes, settings.handover, profile, warn)
 
     @property
@@ -147,6 +153,15 @@ class ShardedModel:
     def ends(self) -> bool:
         """Whether this rank holds the stage that computes the loss."""
         return any(part.ends for part in self.parts.values())
+
+    def own_positions(self, fields: Fields) -> Fields:
+        """Keep this rank's positions of the fields of whole sequences in training."""
+        return self._share.deal(fields) if self._share else fields
+
+    @property
+    def placed(self) -> Fields:
+        """The fields of every microbatch in training that say which positions are this rank's."""
+        return self._share.placed() if self._share else {}
 
     def reads_fields(self, offered: Sequence[str]) -> bool:
         """Return whether a stage of this rank reads any of the `offered` fields."""
@@ -174,6 +189,8 @@ class ShardedModel:
         `batch`: this rank's share. All ranks of a pipeline get the same rows of it. `measure`: the
         noise scale too.
         """
+        if self._share:
+            self._share.begin()
         meter = NoiseMeter(self.mesh, self.plan, self._leaves_of_tied) if measure else None
         self.gradients.begin(meter.add if meter else None)
         for stage in self._stages.values():
@@ -246,6 +263,13 @@ class ShardedModel:
         dtype = torch_dtype(self.plan.precision.dtype)
         found: dict[int, BatchScore] = {}
 
+        def own(number: int, fields: Fields) -> Fields:
+            """Announce a batch's length to its attentions; keep this rank's positions of it."""
+            assert self._share is not None
+            length = shape_of(number)[1]
+            self._share.begin(length)
+            return {**self._share.deal(fields, length), **self._share.placed(length)}
+
         def run(first: int, batches: int) -> None:
             """Score the batches from `first` on."""
             stages = {
@@ -256,12 +280,14 @@ class ShardedModel:
                     lambda number: read(first + number),
                     done,
                     metrics,
+                    (lambda number, fields: own(first + number, fields)) if self._share else None,
                 )
                 for stage, part in self.parts.items()
             }
 
             def shapes(stage: int, number: int) -> tuple[tuple[int, ...], ...]:
                 rows, length = shape_of(first + number)
+                length = self._share.length(length) if self._share else length
                 ahead = self.spec.streams_ahead(self.plan.parts[stage].first, length)
                 return tuple((rows, *stream) for stream in ahead)
 
@@ -289,6 +315,8 @@ class ShardedModel:
     def close(self) -> None:
         """Free shared memory and communicators."""
         self.pipeline.close()
+        if self._share:
+            self._share.close()
         for tied in self._tied:
             tied.close()
         self.gradients.close()
