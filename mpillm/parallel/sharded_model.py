@@ -134,10 +134,9 @@ class ShardedModel:
             kind = settings.context_kind
             self._share = SequenceShare(context, parts, rows, dtype, device, kind, warn)
         # Every microbatch of a pipeline has the same number of rows.
-        length = self._share.length(spec.context) if self._share else 0
+        length = spec.context if self._share else 0
         shapes = [
-            tuple((plan.microbatch, *stream) for stream in spec.streams_ahead(part.first, length))
-            for part in plan.parts
+            self._stream_shapes(stage, plan.microbatch, length) for stage in range(len(plan.parts))
         ]
         self._streams = StreamShapes(lambda stage, microbatch: shapes[stage], dtype, device)
         nbytes = dtype.itemsize * rows * spec.largest_stream // plan.context
@@ -263,13 +262,6 @@ class ShardedModel:
         dtype = torch_dtype(self.plan.precision.dtype)
         found: dict[int, BatchScore] = {}
 
-        def own(number: int, fields: Fields) -> Fields:
-            """Announce a batch's length to its attentions; keep this rank's positions of it."""
-            assert self._share is not None
-            length = shape_of(number)[1]
-            self._share.begin(length)
-            return {**self._share.deal(fields, length), **self._share.placed(length)}
-
         def run(first: int, batches: int) -> None:
             """Score the batches from `first` on."""
             stages = {
@@ -280,16 +272,13 @@ class ShardedModel:
                     lambda number: read(first + number),
                     done,
                     metrics,
-                    (lambda number, fields: own(first + number, fields)) if self._share else None,
+                    lambda number, fields: self._shared(fields, shape_of(first + number)[1]),
                 )
                 for stage, part in self.parts.items()
             }
 
             def shapes(stage: int, number: int) -> tuple[tuple[int, ...], ...]:
-                rows, length = shape_of(first + number)
-                length = self._share.length(length) if self._share else length
-                ahead = self.spec.streams_ahead(self.plan.parts[stage].first, length)
-                return tuple((rows, *stream) for stream in ahead)
+                return self._stream_shapes(stage, *shape_of(first + number))
 
             streams = StreamShapes(shapes, dtype, self.device)
             self.pipeline.run(forward_only(self.plan.schedule, batches), stages, streams)
@@ -311,6 +300,21 @@ class ShardedModel:
             # Another rank has the same results and counts them.
             return {}
         return found
+
+    def _shared(self, fields: Fields, length: int) -> Fields:
+        """Begin a batch of whole sequences of `length`; return the fields that this rank reads."""
+        if self._share is None:
+            return fields
+        self._share.begin(length)
+        return {**self._share.deal(fields, length), **self._share.placed(length)}
+
+    def _stream_shapes(self, stage: int, rows: int, length: int) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of the streams that enter a stage, of sequences of `length`."""
+        ahead = self.spec.streams_ahead(self.plan.parts[stage].first, length)
+        if self._share is None:
+            return tuple((rows, *stream) for stream in ahead)
+        own = self._share.length(length)
+        return tuple((rows, own, width) for _, width in ahead)
 
     def close(self) -> None:
         """Free shared memory and communicators."""

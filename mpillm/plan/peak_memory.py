@@ -68,6 +68,8 @@ class MemoryEstimate:
     """A chunk of logits, and the gradients of hidden states and head."""
     streams: int = 0
     """Between the stages of a pipeline: queues, posted receives, a send."""
+    attention: int = 0
+    """Keys and values that the ranks of a context axis read of each other, and their gradients."""
     data: int = 0
     evaluation: int = 0
     """Above a step."""
@@ -140,8 +142,9 @@ def _of_rank(
     count = sum(map(model.parameters_of, parts))
     ends = any(map(model.ends, parts))
     activations, recomputed = _activations(model, plan, parts, rank)
-    outputs = model.output_bytes(rows, device) if ends else 0
-    block = recomputed + model.working_bytes(rows, element)
+    # Ranks of a context axis share the positions.
+    outputs = model.output_bytes(rows, device) // plan.context if ends else 0
+    block = recomputed + model.working_bytes(rows, element) // plan.context
     step = activations + max(outputs, block)
     gradients = _bucket_bytes(plan, replicas, count)
     kept_apart = bool(gradients)
@@ -165,6 +168,7 @@ def _of_rank(
         recomputed=max(0, block - outputs),
         outputs=outputs,
         streams=_stream_bytes(model, plan, rank, scored_rows),
+        attention=_attention_bytes(model, plan, scored_rows),
         # Tokens as they are read, and as ids and targets.
         data=2 * TOKEN_BYTES * plan.rows * (model.context + 1),
         evaluation=evaluation,
@@ -182,7 +186,20 @@ def _activations(model: ModelSpec, plan: StepPlan, parts: list[Part], rank: int)
     # split backward pass they live as without recomputation (layers/recompute.py).
     stored = plan.timeline.peaks[rank] * kept
     halves = plan.timeline.halves[rank] * max(0, whole - kept)
-    return int((stored + halves) / len(parts)), recomputed
+    activations = (stored + halves) / len(parts) / plan.context
+    return int(activations), recomputed // plan.context
+
+
+def _attention_bytes(model: ModelSpec, plan: StepPlan, scored_rows: int) -> int:
+    """Return the bytes of a rank's two rows of keys and values, and of a row of their gradients.
+
+    So much for a ring; ranks that exchange heads need less.
+    """
+    if plan.context == 1:
+        return 0
+    _, heads, width = model.attention_shape
+    positions = max(plan.microbatch, scored_rows) * model.context // plan.context
+    return 2 * positions * heads * width * (2 * plan.precision.element_bytes + FLOAT32_BYTES)
 
 
 def _bucket_bytes(plan: StepPlan, replicas: Replicas, count: int) -> int:
@@ -207,7 +224,7 @@ def _bucket_bytes(plan: StepPlan, replicas: Replicas, count: int) -> int:
 def _stream_bytes(model: ModelSpec, plan: StepPlan, rank: int, scored_rows: int) -> int:
     """Return the bytes of streams that arrive at a rank of a pipeline or leave it."""
     schedule = plan.schedule
-    width = model.stream_features * plan.precision.element_bytes
+    width = model.stream_features * plan.precision.element_bytes // plan.context
     total = 0
     for sender, receiver in schedule.channels:
         ends = schedule.rank_of[sender], schedule.rank_of[receiver]
@@ -228,4 +245,5 @@ def _scoring_bytes(model: ModelSpec, plan: StepPlan, rank: int, rows: int, ends:
     waiting = scored_ahead(plan.schedule.ranks) * any(sender == rank for sender, _ in forward)
     waiting += POSTED * any(receiver == rank for _, receiver in forward)
     stream = model.stream_features * element * rows
-    return model.scoring_bytes(rows, element) + logits + waiting * stream
+    scoring = model.scoring_bytes(rows, element) + logits + waiting * stream
+    return scoring // plan.context

@@ -26,6 +26,7 @@ from mpillm.runs.history import STARTED, read_history
 from mpillm.system.compile_cache import find_compiler, set_compile_cache
 from mpillm.system.console import Console
 from mpillm.system.malloc import keep_pages
+from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.task import Task
 from mpillm.tasks.task_catalog import make_task
 from mpillm.tasks.vocabulary import Lengths
@@ -87,6 +88,8 @@ def train(
     )
     if settings.noise_scale:
         check_small_batches(plan, data.size)
+    if parallel.context > 1:
+        _check_context(recipe, task)
     _check_mask(recipe)
     _check_groups(recipe)
     with open_of(manifest, "train") as reader:
@@ -119,7 +122,7 @@ def train(
             if hosts_compute and (short := shortage(estimate, node_map, limit, remedy)):
                 console.warn(short)
             trainer = Trainer(recipe, task, reader, mesh, plan, profile, console.warn)
-            if data.size > 1:
+            if data.size * parallel.context > 1:
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
             if plan.schedule.ranks > 1:
                 console.say(f"stages: {trainer.describe_pipeline()}")
@@ -208,6 +211,28 @@ def _check_mask(recipe: Recipe) -> None:
             f"data.document_mask = true needs a model that reads documents, and the architecture "
             f"{recipe.model.architecture} does not; leave document_mask out"
         )
+
+
+def _check_context(recipe: Recipe, task: Task) -> None:
+    """Raise RecipeError for what needs whole sequences on a rank, where ranks share them."""
+    given = f"parallel.context = {recipe.parallel.context}"
+    wanted = make_metrics(task.metrics)
+    if whole := [m.name for m in wanted if not (m.needs_totals_alone or m.sums_positions)]:
+        raise RecipeError(
+            f"{given} evaluates positions on several ranks, and the metric {whole[0]} needs whole "
+            "sequences; leave parallel.context out, or take another task"
+        )
+    if not task.sums_positions:
+        raise RecipeError(
+            f"{given} computes the loss of positions on several ranks, and that of the task "
+            f"{recipe.task.name} is no sum over positions; leave parallel.context out"
+        )
+    for name in ("compile", "noise_scale"):
+        if getattr(recipe.train, name):
+            raise RecipeError(
+                f"train.{name} computes with whole sequences, which {given} shares among ranks; "
+                "leave one of them out"
+            )
 
 
 def _check_groups(recipe: Recipe) -> None:

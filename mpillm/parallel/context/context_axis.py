@@ -41,8 +41,9 @@ class ContextAxis(ParallelAxis):
         chunks: int,
         element: MessageBytes,
     ) -> float:
-        """Count what attention moves forward and backward, in the cheaper of its two kinds, and
-        what the sum of gradients moves more than over the data axis alone.
+        """Count what attention moves forward and backward, in the cheaper of its two kinds.
+
+        Sums of gradients over both axes are added, less what the data axis counts.
         """
         size = sizes.get(self.name, 1)
         if size == 1:

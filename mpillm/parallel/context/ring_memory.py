@@ -63,7 +63,7 @@ class RingMemory:
         self._sums = [each[2 * row :].view(torch.float32) for each in whole]
         barrier = self._local.prepare("barrier") if self._local is not None else None
         self._barrier = barrier.run if barrier is not None else _nothing
-        self._next = _Neighbours(axis, self.nodes, node, self.place)
+        self._next = _NextNode(axis, self.nodes, node, self.place)
         self._travelling = [torch.empty(sums if len(self.nodes) > 1 else 0) for _ in range(2)]
         self._turn = 0
         self.moved_bytes = 0
@@ -114,7 +114,7 @@ class RingMemory:
             self._local.free()
 
 
-class _Neighbours:
+class _NextNode:
     """The ranks of the same place on the nodes before and after."""
 
     def __init__(self, axis: Axis, nodes: Sequence[Sequence[int]], node: int, place: int) -> None:

@@ -14,9 +14,9 @@ from mpillm.models.layers.attention import Pattern
 from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.parallel.context.block_kernel import Piece
 from mpillm.parallel.context.ring_steps import RingStep
-from mpillm.parallel.context.zigzag import Span, own_spans
+from mpillm.parallel.context.zigzag import Range, own_spans
 
-# Queries of a tile: enough for a kernel's own blocks, few beside a window or a document.
+# Queries of a tile: enough for a kernel's own blocks, few against a window or a document.
 TILE = 256
 
 
@@ -59,7 +59,7 @@ class _Masks:
         self._ahead = 0 if pattern.causal else self._back
         self._bounds_BT = None if spans is None else (spans.firsts, spans.lasts)
 
-    def pieces(self, tile: Span, keys: Span, query_start: int, key_start: int) -> list[Piece]:
+    def pieces(self, tile: Range, keys: Range, query_start: int, key_start: int) -> list[Piece]:
         """Return the piece of a tile and a chunk of keys, none where no query attends to a key.
 
         The tile's chunk, and the keys, begin at `query_start` and `key_start` of what is held.
@@ -80,7 +80,7 @@ class _Masks:
             )
         ]
 
-    def _reach(self, tile: Span) -> Span:
+    def _reach(self, tile: Range) -> Range:
         """Return the keys that any query of a tile may attend to."""
         first, last = 0, 1 << 62
         if self._back is not None:
@@ -93,7 +93,7 @@ class _Masks:
             last = min(last, int(lasts_BT[:, tile[1] - 1].max()))
         return first, last
 
-    def _mask(self, tile: Span, keys: Span) -> Tensor | None:
+    def _mask(self, tile: Range, keys: Range) -> Tensor | None:
         """Return the mask of a piece, (T, S) or (B, 1, T, S); None where all attend to all."""
         queries_T1, keys_S = torch.arange(*tile)[:, None], torch.arange(*keys)
         mask: Tensor | None = None
@@ -111,19 +111,19 @@ class _Masks:
         return same_BTS[:, None] if mask is None else same_BTS[:, None] & mask
 
 
-def _joined(spans: tuple[Span, Span], chunks: tuple[int, ...]) -> slice:
+def _joined(spans: tuple[Range, Range], chunks: tuple[int, ...]) -> slice:
     """Return where the chunks, which follow each other, are in what a rank holds."""
     lengths = [stop - first for first, stop in spans]
     first = sum(lengths[: chunks[0]])
     return slice(first, first + sum(lengths[chunk] for chunk in chunks))
 
 
-def _start(spans: tuple[Span, Span], chunk: int) -> int:
+def _start(spans: tuple[Range, Range], chunk: int) -> int:
     """Return what is added to a position of a chunk for its place in what a rank holds."""
     return sum(stop - first for first, stop in spans[:chunk]) - spans[chunk][0]
 
 
-def _tiles(span: Span) -> list[Span]:
+def _tiles(span: Range) -> list[Range]:
     return [(first, min(first + TILE, span[1])) for first in range(span[0], span[1], TILE)]
 
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-Span = tuple[int, int]
+Range = tuple[int, int]
 """The first position, and the one after the last."""
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def chunk_span(chunk: int, ranks: int, length: int) -> Span:
+def chunk_span(chunk: int, ranks: int, length: int) -> Range:
     """Return the positions of a chunk, from 0 to 2 · `ranks` − 1, of a sequence of `length`."""
     chunks = 2 * ranks
     return length * chunk // chunks, length * (chunk + 1) // chunks
 
 
-def own_spans(rank: int, ranks: int, length: int) -> tuple[Span, Span]:
+def own_spans(rank: int, ranks: int, length: int) -> tuple[Range, Range]:
     """Return the positions of a rank's two chunks, in the order in which it holds them."""
     return chunk_span(rank, ranks, length), chunk_span(2 * ranks - 1 - rank, ranks, length)
 

@@ -154,8 +154,8 @@ class ScoringStage:
     """A part of the model that scores: forward passes alone.
 
     `read(microbatch)` gives the fields of a batch. `done` is called after each batch that the first
-    part has computed. `own(microbatch, fields)`: called ahead of each, gives the fields as this
-    rank reads them; None: as they are. `scores`: the result by microbatch, on the last stage.
+    part has computed. `own(microbatch, fields)` is called ahead of each, and gives the fields as
+    this rank reads them; None: as they are. `scores`: the result by microbatch, on the last stage.
     """
 
     def __init__(
