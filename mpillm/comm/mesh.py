@@ -52,11 +52,7 @@ class Mesh:
     def _split(self, name: str, along: Sequence[str]) -> Axis:
         """Join the ranks that differ along the axes `along` alone."""
         sizes = {each: self.sizes[each] for each in along}
-        size = math.prod(sizes.values())
-        ranks = [
-            rank_at({**self.coordinates, **coordinates(place, sizes)}, self.sizes)
-            for place in range(size)
-        ]
+        size, ranks = math.prod(sizes.values()), ranks_along(self.coordinates, self.sizes, along)
         place = rank_at({each: self.coordinates[each] for each in along}, sizes)
         # The first rank of the axis names it among its parallels; any number that only they share
         # would do.
@@ -136,6 +132,19 @@ def rank_at(places: Mapping[str, int], axes: Mapping[str, int]) -> int:
     for name, size in axes.items():
         rank = rank * size + places[name]
     return rank
+
+
+def ranks_along(
+    places: Mapping[str, int], axes: Mapping[str, int], along: Sequence[str]
+) -> list[int]:
+    """List the ranks that differ from the one at `places` along the axes `along` alone, the last of
+    these fastest.
+    """
+    sizes = {name: axes[name] for name in along}
+    return [
+        rank_at({**places, **coordinates(place, sizes)}, axes)
+        for place in range(math.prod(sizes.values()))
+    ]
 
 
 def by_hosts(comm: "MPI.Intracomm", node_map: NodeMap) -> "tuple[MPI.Intracomm, NodeMap]":

@@ -10,6 +10,7 @@ from mpillm.models.part_module import Fields, PartModule
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.pipeline.stage import BatchScore, OfBatch, ScoringStage
 from mpillm.parallel.step_plan import Precision
+from mpillm.plan.peak_memory import rows_at_once
 from mpillm.system.console import Console
 from mpillm.tasks.metrics.likelihood import Perplexity
 from mpillm.tasks.metrics.metric import Metric, Totals
@@ -20,10 +21,6 @@ from mpillm.tokens.samples import RowShape, SampleReader
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-# Tokens in a batch: enough to fill the matrix products, few enough for the logits of a large
-# vocabulary.
-BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -63,11 +60,6 @@ class Score:
             "text_bytes": self.totals.text_bytes,
             **values,
         }
-
-
-def rows_at_once(spec: ModelSpec) -> int:
-    """Return how many sequences a batch of the evaluation has."""
-    return max(1, BATCH_TOKENS // max(spec.context, spec.source_context))
 
 
 class Scorer(Protocol):

@@ -32,7 +32,7 @@ from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.finding import find
-from mpillm.weights.names import name_tensors, weight_name
+from mpillm.weights.names import weight_name
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -271,4 +271,4 @@ def missing_data(named: Path, folder: Any, option: str = "--data FOLDER") -> str
 
 def model_tensors(model: PartModule) -> dict[str, torch.Tensor]:
     """Collect a model's weights by their names in a checkpoint, a tied weight once."""
-    return name_tensors(dict(model.named_weights()), {}, {}, ())
+    return {weight_name(name): weight for name, weight in model.named_weights()}

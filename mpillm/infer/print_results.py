@@ -10,7 +10,7 @@ from mpillm.comm.waiting import patient_barrier
 from mpillm.errors import UsageError
 from mpillm.infer.baselines import Baselines, score_baselines
 from mpillm.infer.cloze_baselines import score_cloze_baselines
-from mpillm.infer.evaluate import Score, WholeModel, evaluate, rows_at_once
+from mpillm.infer.evaluate import Score, WholeModel, evaluate
 from mpillm.infer.generate import generate
 from mpillm.infer.imported_task import check_evaluated
 from mpillm.infer.loading import Loaded, check_classes, load_data, load_trained, open_of
@@ -20,6 +20,7 @@ from mpillm.machine.node_map import map_nodes
 from mpillm.models.part_module import torch_explained
 from mpillm.parallel.devices import choose_device
 from mpillm.parallel.step_plan import Precision
+from mpillm.plan.peak_memory import rows_at_once
 from mpillm.runs.run_files import moved_from
 from mpillm.system.console import Console
 from mpillm.system.json_text import to_json

@@ -142,23 +142,27 @@ class PartModule(nn.Module):
 
 @torch.no_grad()
 def initialise(model: PartModule, seed: int) -> None:
-    """Set each weight as a pure function of (seed, name, shape): the same on any rank, device and
-    layout.
-    """
+    """Set each weight to its initial values."""
     for name, weight in model.named_weights():
-        if name.endswith("bias"):
-            weight.zero_()
-        elif weight.dim() == 1:
-            weight.fill_(model.fill_of(name))
-        else:
-            # A key of its own a weight: no weight depends on the others, so any part can be made
-            # alone. A generator's seed is signed, hence 63 bits.
-            key = xxhash.xxh3_64_intdigest(name.encode(), seed=seed) >> 1
-            generator = torch.Generator().manual_seed(key)
-            # Drawn on the CPU: a GPU's generator gives other numbers.
-            values = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-            values.normal_(0.0, model.deviation_of(name), generator=generator)
-            weight.copy_(values)
+        weight.copy_(initial_values(model, name, tuple(weight.shape), seed))
+
+
+def initial_values(model: PartModule, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Return the initial values of the weight `name`, float32 on the CPU.
+
+    They are a pure function of (seed, name, shape): the same on any rank, device and layout.
+    """
+    if name.endswith("bias"):
+        return torch.zeros(shape, device="cpu")
+    if len(shape) == 1:
+        return torch.full(shape, model.fill_of(name), device="cpu")
+    # A key of its own a weight: no weight depends on the others, so any part can be made alone. A
+    # generator's seed is signed, hence 63 bits.
+    key = xxhash.xxh3_64_intdigest(name.encode(), seed=seed) >> 1
+    generator = torch.Generator().manual_seed(key)
+    # Drawn on the CPU: a GPU's generator gives other numbers.
+    values = torch.empty(shape, dtype=torch.float32, device="cpu")
+    return values.normal_(0.0, model.deviation_of(name), generator=generator)
 
 
 class WithoutValues(TorchFunctionMode):
@@ -184,14 +188,21 @@ def create(
     spec: ModelSpec, seed: int, device: torch.device | None = None, part: Part | None = None
 ) -> PartModule:
     """Build and initialise the model, or the `part` of it, on `device` (None: the CPU)."""
+    model = build_without_values(spec, device, part)
+    initialise(model, seed)
+    return model
+
+
+def build_without_values(
+    spec: ModelSpec, device: torch.device | None = None, part: Part | None = None
+) -> PartModule:
+    """Build the model, or the `part` of it, whose weights have memory that is not touched yet."""
     place = device or torch.device("cpu")
     with place, WithoutValues():
         model = spec.build(part)
     # An architecture may compute buffers on the CPU. Before torch 2.8 its get_default_device does
     # not know the device of a `with`, either.
-    model.to(place)
-    initialise(model, seed)
-    return model
+    return model.to(place)
 
 
 def weight_shapes(spec: ModelSpec) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -80,9 +80,9 @@ def replicated_axes(mesh: Mesh) -> list[Axis]:
     return [mesh.axis(name) for name in names if name in mesh.sizes]
 
 
-def token_axes(mesh: Mesh) -> list[str]:
-    """Return the names of the axes of `mesh` along which gradients are summed."""
-    return [axis.name for axis in AXES if axis.shares_tokens and axis.name in mesh.sizes]
+def token_axes(sizes: Mapping[str, int]) -> list[str]:
+    """Return the names of the axes of a mesh of `sizes` along which gradients are summed."""
+    return [axis.name for axis in AXES if axis.shares_tokens and axis.name in sizes]
 
 
 def legal_layouts(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from mpillm.comm.mesh import Mesh
-from mpillm.errors import LayoutError
 from mpillm.parallel.data.buckets import norm_pieces
 from mpillm.parallel.data.gradient_sync import Gradients, GradientSync
 from mpillm.parallel.grad_norm import square_sums
@@ -76,18 +75,3 @@ def simple_noise_scale(small: float, whole: float, batches: int, rows: int) -> f
     square = (batches * whole - mean) / (batches - 1)
     variance = rows * (mean - whole) / (batches - 1)
     return variance / square if square > 0 and math.isfinite(variance) else None
-
-
-def check_small_batches(plan: StepPlan, data: int) -> None:
-    """Raise LayoutError where the step of `data` data ranks has no equal small batches."""
-    if data > 1 or (plan.microbatches > 1 and plan.rows % plan.microbatch == 0):
-        return
-    divisors = [str(n) for n in range(1, plan.rows) if plan.rows % n == 0]
-    remedy = (
-        f"set train.microbatch to one of {', '.join(divisors)}" if divisors else "raise train.batch"
-    )
-    raise LayoutError(
-        "train.noise_scale compares equal small batches with their sum, and one data rank "
-        f"computes {plan.rows} sequences as {plan.microbatches} microbatch(es) of "
-        f"{plan.microbatch}; {remedy}, or use more data ranks"
-    )

@@ -42,6 +42,12 @@ class ParallelSettings:
     """Stages that each rank of the pipeline holds; 0: the schedule's default."""
     stages: Literal["auto"] | tuple[Positive, ...] = "auto"
     """Layers of each stage, in the model's order; auto: by their FLOPs and those of the ends."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """What the ranks of the data axis share out (ZeRO): 0: nothing; 1: the optimizer's states;
+    2: the gradients, too; 3: the weights, too, which a node then has once.
+    """
+    zero_on_node: bool = False
+    """Share out within each node alone, with equal shards on all nodes (hybrid sharding)."""
     handover: Literal["auto", "shared", "messages"] = "auto"
     """How streams pass between stages: through shared memory within a node, or by messages.
 

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Mesh
 from mpillm.machine.cluster_profile import ClusterProfile
-from mpillm.models.part_module import Fields, PartModule, create
+from mpillm.models.part_module import Fields, PartModule, build_without_values, initialise
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.axis_sizes import counts_loss, token_axes
 from mpillm.parallel.compiling import compile_layers, uncompiled
 from mpillm.parallel.context.sequence_share import SequenceShare
+from mpillm.parallel.data.gradient_sync import GradientSync
 from mpillm.parallel.data.replicated import ReplicatedGradients
+from mpillm.parallel.data.zero import NeedsWhole, ZeroGradients, cuts_all
 from mpillm.parallel.devices import own_device
 from mpillm.parallel.grad_norm import clip_gradients_, square_sums
 from mpillm.parallel.noise_scale import NoiseMeter
@@ -72,30 +74,31 @@ class ShardedModel:
         profile: ClusterProfile | None = None,
         scored_rows: int = 1,
         warn: Callable[[str], None] = silent,
+        needs_whole: NeedsWhole = cuts_all,
     ) -> None:
         """Build and initialise the rank's parts.
 
         `scored_rows`: the most sequences at once in `score`. `profile`, `warn`: as in Communicator.
+        `needs_whole`: the weights that the optimizer needs whole.
         """
         self.spec, self.task, self.mesh, self.plan = spec, task, mesh, plan
         axis, schedule = mesh.axis("pipeline"), plan.schedule
         self.device = device = own_device(plan.precision.device)
+        self._tokens = tokens = mesh.joint(token_axes(mesh.sizes))
         self.parts: dict[int, PartModule] = {
-            stage: create(spec, seed, device, plan.parts[stage])
+            stage: build_without_values(spec, device, plan.parts[stage])
             for stage in schedule.stages_of(axis.rank)
         }
         parts = list(self.parts.values())
-        # Before leaves share memory, and before gradients get their dtype.
-        values = {
-            weight: value
-            for part in parts
-            for weight, value in lower_(part, plan.precision).items()
-        }
+        values: dict[nn.Parameter, Tensor] = {}
+        is_cut = settings.zero > 0 and tokens.size > 1
+        # Shards move the weights before they have values.
+        for part in parts if not is_cut else ():
+            initialise(part, seed)
+            # Before leaves share memory, and before gradients get their dtype.
+            values |= lower_(part, plan.precision)
         for part in parts:
             part.set_recompute(plan.recompute)
-        self.compiled = plan.compiled and compile_layers(
-            parts, plan.microbatch, mesh.comm, mesh.node_map, warn
-        )
         # With one stage the tied head shares the embedding's Parameter. fixed_order needs a
         # separate leaf there too: autograd would add both gradients in another order.
         apart = schedule.stages > 1 or plan.fixed_order
@@ -110,18 +113,16 @@ class ShardedModel:
             for name, weight in part.named_parameters(remove_duplicate=False)
             if name in shared
         ]
-        self.gradients = ReplicatedGradients(
-            [part.parameters() for part in parts],
-            mesh.joint(token_axes(mesh)),
-            settings,
-            profile,
-            warn,
-            fixed_order=plan.fixed_order,
-            flat=flat_gradients(plan),
-            reduce_dtype=torch_dtype(plan.precision.reduce_dtype),
-        )
-        self.stepped = self.gradients.optimizer_weights(self.named_weights(), values)
+        make = self._make_shards if is_cut else self._make_replicated
+        self.gradients = make(settings, profile, warn, needs_whole)
+        self._weights = self.named_weights()
+        self.stepped = self.gradients.optimizer_weights(self._weights, values)
         """What the optimizer steps on, by the names of the weights in the whole model."""
+        if isinstance(self.gradients, ZeroGradients):
+            self.gradients.initialise(parts, seed)
+        self.compiled = plan.compiled and compile_layers(
+            parts, plan.microbatch, mesh.comm, mesh.node_map, warn
+        )
         self._stages = {
             stage: ModelStage(part, number, self.gradients, task)
             for number, (stage, part) in enumerate(self.parts.items())
@@ -141,6 +142,43 @@ class ShardedModel:
         self._streams = StreamShapes(lambda stage, microbatch: shapes[stage], dtype, device)
         nbytes = dtype.itemsize * rows * spec.largest_stream // plan.context
         self.pipeline = Pipeline(axis, schedule, nbytes, settings.handover, profile, warn)
+
+    def _make_replicated(
+        self,
+        settings: ParallelSettings,
+        profile: ClusterProfile | None,
+        warn: Callable[[str], None],
+        needs_whole: NeedsWhole,
+    ) -> GradientSync:
+        return ReplicatedGradients(
+            [part.parameters() for part in self.parts.values()],
+            self._tokens,
+            settings,
+            profile,
+            warn,
+            fixed_order=self.plan.fixed_order,
+            flat=flat_gradients(self.plan),
+            reduce_dtype=torch_dtype(self.plan.precision.reduce_dtype),
+        )
+
+    def _make_shards(
+        self,
+        settings: ParallelSettings,
+        profile: ClusterProfile | None,
+        warn: Callable[[str], None],
+        needs_whole: NeedsWhole,
+    ) -> GradientSync:
+        return ZeroGradients(
+            [dict(part.named_parameters()) for part in self.parts.values()],
+            self._tokens,
+            settings,
+            torch_dtype(self.plan.precision.dtype),
+            profile,
+            warn,
+            needs_whole=needs_whole,
+            fixed_order=self.plan.fixed_order,
+            reduce_dtype=torch_dtype(self.plan.precision.reduce_dtype),
+        )
 
     @property
     def share(self) -> tuple[int, int]:
@@ -212,8 +250,24 @@ class ShardedModel:
         return Passes(losses_of, spans, ended, summed, squares, noise)
 
     def _squares(self) -> Tensor:
-        replica = replica_share(self.mesh)
-        return square_sums(self.gradients.counted_gradients(replica, self._counted_elsewhere))
+        counted = self.gradients.counted_gradients(self._replica, self._counted_elsewhere)
+        return square_sums(counted)
+
+    @property
+    def _replica(self) -> tuple[int, int]:
+        """(i, n): this rank counts the i-th of n shares of the gradients that n ranks hold."""
+        apart = token_axes(self.mesh.sizes) if self.gradients.is_cut else ()
+        return replica_share(self.mesh, apart)
+
+    @property
+    def replicated_weights(self) -> list[Tensor]:
+        """What the ranks along axes that cut no weights hold alike."""
+        held = self._weights if self.gradients.is_cut else self.stepped
+        return list(held.values())
+
+    def first_element(self, name: str) -> int:
+        """Return which element of the weight `name` is the first that `stepped` holds of it."""
+        return self.gradients.first_element(self._weights[name])
 
     @property
     def _counted_elsewhere(self) -> list[nn.Parameter]:
@@ -236,7 +290,7 @@ class ShardedModel:
         return clip_gradients_(
             self.gradients,
             self.mesh.comm,
-            replica_share(self.mesh),
+            self._replica,
             max_norm or math.inf,
             self._counted_elsewhere,
             loss_scale,

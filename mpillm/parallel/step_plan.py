@@ -114,12 +114,19 @@ def make_mesh(
     batch. `node_map`: of `comm`; None asks MPI for it. Every rank of `comm` calls it. Raises
     LayoutError.
     """
-    sizes = mesh_sizes(settings, comm.size, model, batch)
-    # The number of chunks is not resolved yet; it only scales the pipeline's traffic.
-    traffic = traffic_bytes(sizes, model, batch, max(1, settings.chunks))
-    ordered = dict(sorted(sizes.items(), key=lambda axis: traffic[axis[0]]))
+    ordered = mesh_order(settings, comm.size, model, batch)
     by_host, node_map = by_hosts(comm, node_map or map_nodes(comm))
     return Mesh(by_host, ordered, node_map)
+
+
+def mesh_order(
+    settings: ParallelSettings, ranks: int, model: ModelSpec, batch: int
+) -> dict[str, int]:
+    """Return the sizes of the mesh's axes, the axis with most traffic last. Raises LayoutError."""
+    sizes = mesh_sizes(settings, ranks, model, batch)
+    # The number of chunks is not resolved yet; it only scales the pipeline's traffic.
+    traffic = traffic_bytes(sizes, model, batch, max(1, settings.chunks))
+    return dict(sorted(sizes.items(), key=lambda axis: traffic[axis[0]]))
 
 
 def traffic_bytes(
@@ -219,6 +226,29 @@ def plan_step(
         fixed_order,
         recompute=recompute,
         context=settings.context,
+    )
+
+
+def check_small_batches(plan: StepPlan, data: int, zero: int = 0) -> None:
+    """Raise LayoutError where the step of `data` data ranks has no equal small batches.
+
+    `zero`: the stage of ZeRO, with which no rank has its whole gradients.
+    """
+    if zero:
+        raise LayoutError(
+            "train.noise_scale compares the whole gradients of data ranks, and parallel.zero = "
+            f"{zero} shares them out; measure it with parallel.zero = 0, or leave it out"
+        )
+    if data > 1 or (plan.microbatches > 1 and plan.rows % plan.microbatch == 0):
+        return
+    divisors = [str(n) for n in range(1, plan.rows) if plan.rows % n == 0]
+    remedy = (
+        f"set train.microbatch to one of {', '.join(divisors)}" if divisors else "raise train.batch"
+    )
+    raise LayoutError(
+        "train.noise_scale compares equal small batches with their sum, and one data rank "
+        f"computes {plan.rows} sequences as {plan.microbatches} microbatch(es) of "
+        f"{plan.microbatch}; {remedy}, or use more data ranks"
     )
 
 

@@ -6,16 +6,21 @@ in flight, and what one block or the loss needs above them. What persists is add
 and on a CPU the process itself.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from types import MappingProxyType
 
 from mpillm.models.spec import ModelSpec, Part
-from mpillm.parallel.step_plan import StepPlan, flat_gradients, scored_ahead
+from mpillm.parallel.step_plan import StepPlan, scored_ahead
+from mpillm.plan.held_memory import ALONE, FLOAT32_BYTES, OptimizerCosts, Replicas, held_of
 from mpillm.system.console import binary_bytes
 
 # The resident set of Python, torch's CPU build, MPI and h5py before a model is built (Open MPI 5,
 # torch 2.13, x86-64: 268 to 277 MiB). A run measures its own.
 PROCESS_BYTES = 272 << 20
+# Of these, code that a node's processes map from one file (smaps: Shared_Clean).
+CODE_BYTES = 96 << 20
 # What the first steps load: pages of kernels, work buffers of matrix products, the metrics' files.
 LIBRARY_BYTES = 32 << 20
 # What glibc's malloc holds of a step's arrays in gaps that it cannot use again, as a share of their
@@ -29,22 +34,40 @@ CHECKPOINT_BYTES = 2 << 20
 POSTED, SLOTS = 2, 2
 # torch's embedding reads ids of 8 bytes.
 TOKEN_BYTES = 8
-FLOAT32_BYTES = 4
+# Tokens in a batch of an evaluation: enough to fill the matrix products, few enough for the logits
+# of a large vocabulary.
+SCORED_TOKENS = 4096
 
 
-class OptimizerCosts(Protocol):
-    """The memory of an optimizer, as its settings give it."""
+def rows_at_once(model: ModelSpec) -> int:
+    """Return how many sequences a batch of an evaluation has."""
+    return max(1, SCORED_TOKENS // max(model.context, model.source_context))
 
-    def state_bytes(self, model: ModelSpec, part: Part) -> int: ...
+
+# Kind → the items of an estimate that belong to it.
+KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "weights": ("weights", "masters"),
+        "gradients": ("gradients",),
+        "optimizer": ("optimizer",),
+        "activations": ("activations", "recomputed", "outputs"),
+        "buffers": ("streams", "attention", "data", "evaluation", "checkpoint", "gaps"),
+        "process": ("process", "libraries"),
+    }
+)
 
 
 @dataclass(frozen=True)
-class Replicas:
-    """The data axis: ranks that hold the same weights, and how many of them share a node."""
+class KindBytes:
+    """The bytes of one kind of memory. They add up by `+`."""
 
-    ranks: int = 1
-    on_node: int = 1
-    """Ranks of the axis on one node that keep their gradients in shared memory."""
+    rank: int = 0
+    """In the resident set of the rank, shared pages included."""
+    node: int = 0
+    """Of these, what the rank adds to its node: pages that another rank counts are left out."""
+
+    def __add__(self, other: "KindBytes") -> "KindBytes":
+        return KindBytes(self.rank + other.rank, self.node + other.node)
 
 
 @dataclass(frozen=True)
@@ -76,16 +99,38 @@ class MemoryEstimate:
     checkpoint: int = 0
     gaps: int = 0
     """Free memory between arrays that the allocator cannot use."""
+    counted_elsewhere: Mapping[str, int] = field(default_factory=dict)
+    """Item → bytes of it in shared pages that another rank of the node counts: on a node, each page
+    counts once.
+    """
 
     @property
     def items(self) -> dict[str, int]:
         """Name → bytes, in order, of those that are not 0."""
-        named = {field.name: int(getattr(self, field.name)) for field in fields(self)}
+        names = (each.name for each in fields(self) if each.name != "counted_elsewhere")
+        named = {name: int(getattr(self, name)) for name in names}
         return {name: nbytes for name, nbytes in named.items() if nbytes}
 
-    @property
+    @cached_property
+    def by_kind(self) -> dict[str, KindBytes]:
+        """Each of KINDS → its bytes in the rank and on the node."""
+        return {
+            kind: sum((self._of_item(item) for item in items), KindBytes())
+            for kind, items in KINDS.items()
+        }
+
+    def _of_item(self, item: str) -> KindBytes:
+        nbytes = int(getattr(self, item))
+        return KindBytes(nbytes, nbytes - self.counted_elsewhere.get(item, 0))
+
+    @cached_property
     def total(self) -> int:
         return sum(self.items.values())
+
+    @cached_property
+    def on_node(self) -> int:
+        """What the rank adds to its node: shared pages count once there."""
+        return sum(kind.node for kind in self.by_kind.values())
 
     def describe(self) -> str:
         """Write the total, and the parts in MiB from the largest on."""
@@ -95,47 +140,37 @@ class MemoryEstimate:
         return f"about {binary_bytes(self.total)} ({parts} MiB)"
 
 
-def held_bytes(model: ModelSpec, part: Part, optimizer: OptimizerCosts, element_bytes: int) -> int:
-    """Return what persists of `part` on a rank: weights, masters, gradients, optimizer state."""
-    count, has_masters = model.parameters_of(part), element_bytes < FLOAT32_BYTES
-    masters = FLOAT32_BYTES * count * has_masters
-    gradients = FLOAT32_BYTES * count
-    return element_bytes * count + masters + gradients + optimizer.state_bytes(model, part)
-
-
 def predict_peak(
     model: ModelSpec,
     plan: StepPlan,
     optimizer: OptimizerCosts,
-    replicas: Replicas = Replicas(),
+    replicas: Replicas = ALONE,
     process_bytes: int = PROCESS_BYTES,
     scored_rows: int = 1,
 ) -> MemoryEstimate:
-    """Estimate the peak of the rank that needs most.
+    """Estimate the peak of the rank that needs most: see `predict_rank`."""
+    every = [
+        predict_rank(model, plan, optimizer, rank, replicas, process_bytes, scored_rows)
+        for rank in range(plan.schedule.ranks)
+    ]
+    return max(every, key=lambda estimate: estimate.total)
+
+
+def predict_rank(
+    model: ModelSpec,
+    plan: StepPlan,
+    optimizer: OptimizerCosts,
+    rank: int,
+    replicas: Replicas = ALONE,
+    process_bytes: int = PROCESS_BYTES,
+    scored_rows: int = 1,
+) -> MemoryEstimate:
+    """Estimate the peak of rank number `rank` of a pipeline.
 
     `process_bytes`: of a process before it builds a model; a GPU's memory holds none of it.
     `scored_rows`: sequences at once in an evaluation; 0: there is none.
     """
-    if plan.precision.device == "cpu":
-        base = MemoryEstimate(
-            process=process_bytes, libraries=LIBRARY_BYTES, checkpoint=CHECKPOINT_BYTES
-        )
-    else:
-        base = MemoryEstimate()
-    ranks = range(plan.schedule.ranks)
-    every = [_of_rank(model, plan, optimizer, replicas, scored_rows, rank, base) for rank in ranks]
-    return max(every, key=lambda estimate: estimate.total)
-
-
-def _of_rank(
-    model: ModelSpec,
-    plan: StepPlan,
-    optimizer: OptimizerCosts,
-    replicas: Replicas,
-    scored_rows: int,
-    rank: int,
-    base: MemoryEstimate,
-) -> MemoryEstimate:
+    base = _process(process_bytes) if plan.precision.device == "cpu" else MemoryEstimate()
     parts = [plan.parts[stage] for stage in plan.schedule.stages_of(rank)]
     precision, rows = plan.precision, plan.microbatch
     element, device = precision.element_bytes, precision.device
@@ -146,8 +181,8 @@ def _of_rank(
     outputs = model.output_bytes(rows, device) // plan.context if ends else 0
     block = recomputed + model.working_bytes(rows, element) // plan.context
     step = activations + max(outputs, block)
-    gradients = _bucket_bytes(plan, replicas, count)
-    kept_apart = bool(gradients)
+    held = held_of(model, plan, optimizer, parts, replicas)
+    gradients, kept_apart = held.gradients, bool(held.gradients)
     if not kept_apart:
         # Each gradient is allocated when activations of as many bytes or more are free.
         gradients = max(0, FLOAT32_BYTES * count - step)
@@ -158,11 +193,15 @@ def _of_rank(
     scoring = int((1 + share) * _scoring_bytes(model, plan, rank, scored_rows, ends))
     loose = 0 if kept_apart else FLOAT32_BYTES * count - gradients
     evaluation = max(0, scoring + loose - step - gaps)
+    elsewhere = {
+        **held.counted_elsewhere,
+        "process": min(base.process, CODE_BYTES) * (replicas.neighbours - 1) // replicas.neighbours,
+    }
     return replace(
         base,
-        weights=element * count,
-        masters=FLOAT32_BYTES * count if precision.has_masters else 0,
-        optimizer=sum(optimizer.state_bytes(model, part) for part in parts),
+        weights=held.weights,
+        masters=held.masters,
+        optimizer=held.optimizer,
         gradients=gradients,
         activations=activations,
         recomputed=max(0, block - outputs),
@@ -173,7 +212,12 @@ def _of_rank(
         data=2 * TOKEN_BYTES * plan.rows * (model.context + 1),
         evaluation=evaluation,
         gaps=gaps,
+        counted_elsewhere=elsewhere,
     )
+
+
+def _process(nbytes: int) -> MemoryEstimate:
+    return MemoryEstimate(process=nbytes, libraries=LIBRARY_BYTES, checkpoint=CHECKPOINT_BYTES)
 
 
 def _activations(model: ModelSpec, plan: StepPlan, parts: list[Part], rank: int) -> tuple[int, int]:
@@ -200,25 +244,6 @@ def _attention_bytes(model: ModelSpec, plan: StepPlan, scored_rows: int) -> int:
     _, heads, width = model.attention_shape
     positions = max(plan.microbatch, scored_rows) * model.context // plan.context
     return 2 * positions * heads * width * (2 * plan.precision.element_bytes + FLOAT32_BYTES)
-
-
-def _bucket_bytes(plan: StepPlan, replicas: Replicas, count: int) -> int:
-    """Return the bytes of gradients in buckets; 0 where they stay where autograd put them."""
-    precision = plan.precision
-    several = replicas.ranks > 1
-    if not (several or plan.fixed_order or precision.has_masters or flat_gradients(plan)):
-        return 0
-    nbytes = FLOAT32_BYTES * count
-    wire = several and precision.reduce_dtype != "float32"
-    summed = nbytes // 2 if wire else nbytes
-    total = nbytes + summed if wire else nbytes
-    if replicas.on_node > 1 and precision.device == "cpu":
-        # Each rank adds up its share of the others' rows, in shared memory.
-        total += summed * (replicas.on_node - 1) // replicas.on_node
-    if plan.fixed_order:
-        # The tree of sums, as a binary counter: a sum for each bit, and the one to be added.
-        total += nbytes * plan.microbatches.bit_length()
-    return total
 
 
 def _stream_bytes(model: ModelSpec, plan: StepPlan, rank: int, scored_rows: int) -> int:

@@ -47,7 +47,7 @@ from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.names import name_tensors
 from mpillm.weights.places import CHECKPOINTS, checkpoint_folders, step_of
 from mpillm.weights.saving import check_replaceable, prune, save
-from mpillm.weights.slices import all_finite, slices_of
+from mpillm.weights.slices import Held, all_finite, slices_of
 
 PACKAGES = ("mpillm", "torch", "mpi4py", "h5py", "numpy")
 # Metrics that follow from the loss: a program computes them itself.
@@ -166,7 +166,7 @@ class TrainingLoop:
             on_root(self._comm, lambda: self._history.started(self._done, facts))
             self._hold.on_failure = self._record_failure
             for axis in replicated_axes(self._trainer.mesh):
-                check_same(self._trainer.stepped.values(), axis)
+                check_same(self._trainer.model.replicated_weights, axis)
             metrics = self._open_metrics()
             if overdue:
                 self._evaluate(metrics)
@@ -242,7 +242,8 @@ class TrainingLoop:
             step = step_of(path)
             if step is not None and self._done < step <= steps:
                 check_replaceable(path)
-        nbytes = sum(t.nbytes for t in self._tensors().values())
+        held = (part for each in self._tensors().values() for part in slices_of(each))
+        nbytes = sum(part.tensor.nbytes for part in held)
         free = shutil.disk_usage(folder).free
         if free < nbytes:
             self._console.warn(
@@ -393,13 +394,14 @@ class TrainingLoop:
         nbytes = sum(path.stat().st_size for path in saved.iterdir())
         self._history.saved(self._done, saved, seconds, nbytes)
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _tensors(self) -> dict[str, Held]:
         trainer = self._trainer
         return name_tensors(
             trainer.stepped,
             trainer.stepped,
             trainer.optimizer.state,
             trainer.recipe.optimizer.slots,
+            trainer.held,
         )
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:

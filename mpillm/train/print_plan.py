@@ -1,7 +1,5 @@
 """Print the resolved plan of a run before its first step."""
 
-import torch
-
 from mpillm.comm.mesh import Mesh
 from mpillm.parallel.step_plan import StepPlan
 from mpillm.plan.peak_memory import MemoryEstimate
@@ -40,6 +38,9 @@ def print_plan(
     memory: MemoryEstimate,
 ) -> None:
     """Print the plan; `data`, `device`: what to say of them. Every rank calls it."""
+    # Imported here: `pipeline_facts` serves a dry run, too, where torch may not be installed.
+    import torch
+
     model, train = recipe.model, recipe.train
     step_tokens = train.batch * model.context
     spanned = len(mesh.node_map.nodes)

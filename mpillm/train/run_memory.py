@@ -5,27 +5,22 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mpillm.errors import LayoutError
-from mpillm.infer.evaluate import rows_at_once
 from mpillm.machine.memory import peak_resident_bytes, resident_bytes
 from mpillm.machine.node_map import NodeMap
-from mpillm.parallel.axis_sizes import token_axes
 from mpillm.parallel.step_plan import StepPlan
+from mpillm.plan.held_memory import FLOAT32_BYTES, Replicas
 from mpillm.plan.peak_memory import (
-    FLOAT32_BYTES,
     TOKEN_BYTES,
     MemoryEstimate,
-    Replicas,
-    held_bytes,
     predict_peak,
+    rows_at_once,
 )
+from mpillm.plan.rank_loads import replicas_of
 from mpillm.system.console import binary_bytes
 from mpillm.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from mpillm.comm.mesh import Mesh
-
-# Ways of all-reduce with which a node's ranks have their gradients in shared memory.
-SHARING = ("auto", "shared", "two-level")
 
 
 @dataclass(frozen=True)
@@ -40,13 +35,8 @@ class RunMemory:
     @classmethod
     def of(cls, recipe: Recipe, mesh: "Mesh") -> "RunMemory":
         """Measure what the processes take so far. Every rank calls it, before a model is built."""
-        axis = mesh.joint(token_axes(mesh))
-        assert axis.node_map is not None
-        nodes = axis.node_map.nodes
-        shares = recipe.parallel.allreduce in SHARING and axis.size > len(nodes)
-        on_node = max(map(len, nodes)) if shares else 1
-        taken = max(mesh.comm.allgather(resident_bytes()))
-        return cls(recipe, Replicas(axis.size, on_node), taken)
+        replicas = replicas_of(mesh.comm.rank, mesh.sizes, mesh.node_map, recipe.parallel)
+        return cls(recipe, replicas, max(mesh.comm.allgather(resident_bytes())))
 
     def predict(self, plan: StepPlan) -> MemoryEstimate:
         """Estimate the peak of the rank that needs most, with the settings of `plan`."""
@@ -114,10 +104,10 @@ def shortage(
     warning alone: it predicts the memory of other settings.
     """
     ranks = max(map(len, node_map.nodes))
-    if not memory or ranks * estimate.total <= memory:
+    if not memory or ranks * estimate.on_node <= memory:
         return ""
     return (
-        f"{ranks} rank(s) of a host may need {binary_bytes(ranks * estimate.total)}, and it has "
+        f"{ranks} rank(s) of a host may need {binary_bytes(ranks * estimate.on_node)}, and it has "
         f"{binary_bytes(memory)}: {remedy()}"
     )
 
@@ -131,18 +121,23 @@ def check_memory(
     top, so a model that passes may still be too large; one that is refused cannot be held. Without
     `hosts_compute` the weights are elsewhere: the batch alone is checked.
     """
-    model = recipe.model
-    held = held_bytes(model, model.whole, recipe.optimizer, FLOAT32_BYTES)
+    model, zero = recipe.model, recipe.parallel.zero
     # The ranks of a pipeline share the layers, each replica has all of them.
     ranks, pipeline = node_map.size, max(1, recipe.parallel.pipeline)
-    replicas = max(1, ranks // pipeline)
-    needed, there = held * replicas, memory * len(node_map.nodes)
+    replicas, nodes = max(1, ranks // pipeline), len(node_map.nodes)
+    weights = FLOAT32_BYTES * model.parameters
+    state = recipe.optimizer.state_bytes(model, model.whole)
+    # ZeRO has the state once, then the gradients, then the weights on each node.
+    needed = weights * (min(replicas, nodes) if zero == 3 else replicas)
+    needed += weights * (1 if zero >= 2 else replicas) + state * (1 if zero else replicas)
+    there = memory * nodes
     if memory and hosts_compute and needed > there:
         raise LayoutError(
             f"the model has {model.parameters:,} parameters, which need {binary_bytes(needed)} "
             f"for weights, gradients and optimizer on {ranks} rank(s), and the host(s) have "
             f"{binary_bytes(there)}; use a smaller model (vocabulary {model.vocab_size:,}, "
-            f"{model.blocks:,} layers), fewer replicas (parallel.pipeline), or more hosts"
+            f"{model.blocks:,} layers), fewer replicas (parallel.pipeline), shards of them "
+            "(parallel.zero = 3), or more hosts"
         )
     batch = TOKEN_BYTES * recipe.train.batch * model.context
     if memory and batch > there:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpillm.comm.failure import on_root
-from mpillm.errors import DataError, MismatchError, RecipeError
+from mpillm.errors import DataError, RecipeError
 from mpillm.infer.loading import (
     RunConstants,
     missing_data,
@@ -19,8 +19,7 @@ from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.part_module import torch_explained, weight_shapes
 from mpillm.parallel.devices import may_take_gpus
-from mpillm.parallel.noise_scale import check_small_batches
-from mpillm.parallel.step_plan import make_mesh, plan_step
+from mpillm.parallel.step_plan import make_mesh
 from mpillm.runs.folder import CLUSTER, HISTORY
 from mpillm.runs.history import STARTED, read_history
 from mpillm.system.compile_cache import find_compiler, set_compile_cache
@@ -40,6 +39,7 @@ from mpillm.train.print_plan import print_plan
 from mpillm.train.recipe import Recipe
 from mpillm.train.resuming import find_start, say_changes
 from mpillm.train.run_memory import RunMemory, check_memory, shortage
+from mpillm.train.run_plan import fill_model, plan_run
 from mpillm.train.start_from import start_from
 from mpillm.train.step import Trainer
 
@@ -77,20 +77,9 @@ def train(
     settings, parallel = recipe.train, recipe.parallel
     mesh = make_mesh(comm, parallel, recipe.model, settings.batch, node_map)
     data = mesh.axis("data")
-    plan = plan_step(
-        recipe.model,
-        parallel,
-        data.size,
-        settings.batch,
-        settings.microbatch,
-        fixed_order=settings.fixed_order,
-        recompute=settings.recompute,
-    )
-    if settings.noise_scale:
-        check_small_batches(plan, data.size)
+    plan = plan_run(recipe, data.size)
     if parallel.context > 1:
         _check_context(recipe, task)
-    _check_mask(recipe)
     _check_groups(recipe)
     with open_of(manifest, "train") as reader:
         # Before the run has a folder: a dataset shorter than one context, or a missing profile,
@@ -128,7 +117,8 @@ def train(
                 console.say(f"stages: {trainer.describe_pipeline()}")
             if checkpoint is None and settings.start_from:
                 place = Path(settings.start_from)
-                start_from(place, recipe.model, trainer.stepped, manifest, comm, console)
+                held = {name: trainer.held(name, each) for name, each in trainer.stepped.items()}
+                start_from(place, recipe.model, held, manifest, comm, console)
                 trainer.model.gradients.updated()
             loop = TrainingLoop(
                 recipe, manifest, constants, trainer, console, trace, limits, cluster, hold, memory
@@ -204,15 +194,6 @@ def _compiles(recipe: Recipe, comm: "MPI.Intracomm", console: Console) -> bool:
     return True
 
 
-def _check_mask(recipe: Recipe) -> None:
-    """Raise RecipeError for a document mask that the model would ignore."""
-    if recipe.data.document_mask and "documents" not in recipe.model.shared_inputs:
-        raise RecipeError(
-            f"data.document_mask = true needs a model that reads documents, and the architecture "
-            f"{recipe.model.architecture} does not; leave document_mask out"
-        )
-
-
 def _check_context(recipe: Recipe, task: Task) -> None:
     """Raise RecipeError for what needs whole sequences on a rank, where ranks share them."""
     given = f"parallel.context = {recipe.parallel.context}"
@@ -227,12 +208,6 @@ def _check_context(recipe: Recipe, task: Task) -> None:
             f"{given} computes the loss of positions on several ranks, and that of the task "
             f"{recipe.task.name} is no sum over positions; leave parallel.context out"
         )
-    for name in ("compile", "noise_scale"):
-        if getattr(recipe.train, name):
-            raise RecipeError(
-                f"train.{name} computes with whole sequences, which {given} shares among ranks; "
-                "leave one of them out"
-            )
 
 
 def _check_groups(recipe: Recipe) -> None:
@@ -267,19 +242,5 @@ def _with_task(recipe: Recipe, manifest: Manifest, comm: "MPI.Intracomm") -> tup
     """
     vocabulary = read_vocabulary(manifest, comm)
     task = make_task(recipe.task.name, recipe.task, vocabulary, Lengths.of(recipe.model))
-    model = recipe.model
-    check_task(task, model, manifest)
-    for name, found in task.model_settings(vocabulary).items():
-        wanted = getattr(model, name, None)
-        if wanted is None:
-            raise RecipeError(
-                f"the task {recipe.task.name} needs a model with the setting {name}, and the "
-                f"architecture {model.architecture} has none; choose another model.architecture"
-            )
-        if wanted and wanted < found:
-            raise MismatchError(
-                f"model.{name} = {wanted:,} is smaller than the {found:,} of the data "
-                f"{recipe.data.path}; leave it out to take the data's"
-            )
-        model = model.replace(**{name: wanted or found})
-    return task, replace(recipe, model=model)
+    check_task(task, recipe.model, manifest)
+    return task, fill_model(recipe, task.model_settings(vocabulary))

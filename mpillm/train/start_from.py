@@ -22,6 +22,7 @@ from mpillm.weights.gguf_source import GgufSource
 from mpillm.weights.model_settings import model_settings
 from mpillm.weights.open_source import open_source
 from mpillm.weights.published_model import PublishedModel
+from mpillm.weights.slices import Held, slices_of, whole_box
 from mpillm.weights.tensor_source import TensorSource
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class _Source:
 def start_from(
     path: Path,
     spec: ModelSpec,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Held],
     manifest: Manifest,
     comm: "MPI.Intracomm",
     console: Console,
@@ -86,16 +87,19 @@ def _check_names(path: Path, wanted: list[str], given: list[str]) -> None:
             )
 
 
-def _fill(path: Path, source: _Source, weights: Mapping[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        shape = source.shapes[name]
-        if shape != tuple(weight.shape):
+def _fill(path: Path, source: _Source, weights: Mapping[str, Held]) -> None:
+    for name, held in weights.items():
+        shape, parts = source.shapes[name], slices_of(held)
+        if any(shape != part.shape for part in parts):
             raise MismatchError(
                 f"train.start_from: {name} of {path} has the shape {list(shape)}, and the "
-                f"model's is {list(weight.shape)}; leave [model] out to take the settings of {path}"
+                f"model's is {list(parts[0].shape)}; leave [model] out to take the settings of "
+                f"{path}"
             )
+        whole = source.read(name)
         with torch.no_grad():
-            weight.copy_(source.read(name))
+            for part in parts:
+                part.tensor.copy_(whole[part.box.within(whole_box(shape))])
 
 
 def _open(source: TensorSource) -> _Source:

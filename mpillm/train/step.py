@@ -14,7 +14,6 @@ from mpillm.comm.clock_sync import clock_offset
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Mesh
 from mpillm.errors import DataError, DivergedError
-from mpillm.infer.evaluate import rows_at_once
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields, weight_shapes
 from mpillm.parallel.axis_sizes import counts_loss
@@ -22,15 +21,22 @@ from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.parallel.step_plan import StepPlan
+from mpillm.plan.peak_memory import rows_at_once
 from mpillm.tasks.task import Task
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.order import dropout_keys
 from mpillm.tokens.samples import RowShape, SampleReader
 from mpillm.train.loss_scale import LossScale
 from mpillm.train.lr_schedule import learning_rate
-from mpillm.train.optimizers.optimizer import check_whole, make_optimizer, set_rate
+from mpillm.train.optimizers.optimizer import (
+    check_whole,
+    make_optimizer,
+    set_rate,
+    whole_shape,
+)
 from mpillm.train.recipe import Recipe
 from mpillm.train.step_stats import StepStats, check_finite, gather_stats
+from mpillm.weights.slices import Held, split_run
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class Trainer:
             profile=profile,
             scored_rows=rows_at_once(recipe.model),
             warn=warn,
+            needs_whole=recipe.optimizer.needs_whole,
         )
         self.stepped = self.model.stepped
         self.optimizer = make_optimizer(recipe.optimizer, self.stepped)
@@ -107,6 +114,16 @@ class Trainer:
         """Continue from what a checkpoint has filled, and from its `facts`."""
         self.model.gradients.updated()
         self.loss_scale.restore(facts)
+
+    def held(self, name: str, tensor: Tensor) -> Held:
+        """Return `tensor`, the weight `name` as it is stepped on or a state of it, as slices of the
+        whole tensor.
+        """
+        stepped = self.stepped[name]
+        whole = whole_shape(stepped)
+        if tuple(stepped.shape) == whole:
+            return tensor
+        return split_run(tensor.detach().view(-1), self.model.first_element(name), whole)
 
     def describe_pipeline(self) -> str:
         """Return how streams pass between stages: `2 on 2 ranks, passed by shared`."""

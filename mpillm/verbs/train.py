@@ -5,12 +5,21 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
+from mpillm.errors import UsageError
+from mpillm.launch.launchers import detect
 from mpillm.system.command_line import Argument, Debug, Option
 from mpillm.system.extras import require_packages
-from mpillm.verbs.job import limit_torch_threads, open_job
+from mpillm.system.standard_streams import refuse_lost_output
+from mpillm.verbs.job import first_process, limit_torch_threads, open_job
 
+if TYPE_CHECKING:
+    from mpillm.system.console import Console
+    from mpillm.train.recipe import Recipe as LoadedRecipe
+
+# More nodes, or ranks on one, than any machine has.
+MOST = 1_000_000
 Recipe = Annotated[Path, Argument("What to train, on what, and how.", metavar="RECIPE.toml")]
 Overrides = Annotated[
     tuple[str, ...],
@@ -38,9 +47,28 @@ class Train:
         bool, Option("Leave RUN/trace.json: when each rank did what, for Perfetto or Chrome.")
     ] = False
     verbose: Annotated[bool, Option("Print where each rank is: host, cores, GPU.")] = False
+    dry_run: Annotated[
+        bool, Option("Print mesh, bytes and messages, and do nothing; no MPI, no torch.")
+    ] = False
+    nodes: Annotated[
+        int, Option("Nodes of a --dry-run; 0: one, or those of this job.", minimum=0, maximum=MOST)
+    ] = 0
+    ranks_per_node: Annotated[
+        int,
+        Option("Ranks on each; 0: as many as the recipe's axes need.", minimum=0, maximum=MOST),
+    ] = 0
+    as_json: Annotated[bool, Option("Print a --dry-run as JSON.", flag="--json")] = False
     debug: Debug = False
 
     def run(self) -> None:
+        if self.dry_run:
+            self._print_dry_run()
+            return
+        if self.nodes or self.ranks_per_node or self.as_json:
+            raise UsageError(
+                "--nodes, --ranks-per-node and --json belong to --dry-run; the launcher says how "
+                "many ranks a run has"
+            )
         from mpillm.launch.current_job import current_job, foreign_job, job_end
         from mpillm.launch.signals import StopSignals
 
@@ -76,3 +104,30 @@ class Train:
                 limits,
                 job.node_map,
             )
+
+    def _print_dry_run(self) -> None:
+        """Print the layout: on the ranks that a launcher started, or on those that are named."""
+        started = detect(os.environ)
+        if self.nodes or self.ranks_per_node or (started.size or 1) == 1:
+            with first_process(self.debug) as console:
+                from mpillm.train.dry_run import Hosts, print_dry_run, ranks_needed
+
+                recipe = self._load(console)
+                nodes = self.nodes or 1
+                each = self.ranks_per_node or -(-ranks_needed(recipe.parallel) // nodes)
+                print_dry_run(recipe, Hosts.numbered(nodes, each), console, self.as_json)
+                refuse_lost_output()
+            return
+        with open_job(self.debug) as job:
+            from mpillm.comm.failure import host_name
+            from mpillm.train.dry_run import Hosts, print_dry_run
+
+            hosts = Hosts.of_job(job.comm.allgather(host_name()), job.node_map)
+            print_dry_run(self._load(job.console), hosts, job.console, self.as_json)
+
+    def _load(self, console: "Console") -> "LoadedRecipe":
+        """Load the recipe; nothing but the object is printed with --json."""
+        from mpillm.comm.communicator import silent
+        from mpillm.train.recipe import load_recipe
+
+        return load_recipe(self.recipe, self.overrides, silent if self.as_json else console.say)

@@ -6,11 +6,13 @@
 A name never mentions a rank, a stage or a shard: a layout is only a way to cut the whole tensor.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mpillm.weights.slices import Held
 
 
 def name_tensors(
@@ -18,18 +20,19 @@ def name_tensors(
     stepped: Mapping[str, "Tensor"],
     state: Mapping["Tensor", Mapping[str, Any]],
     slots: Iterable[str],
-) -> dict[str, "Tensor"]:
+    held: "Callable[[str, Tensor], Held]" = lambda name, tensor: tensor,
+) -> dict[str, "Held"]:
     """Name weights, and the state tensors of an optimizer, as a checkpoint does.
 
     `weights`: by the module's names (`layers.0.norm.weight`). `stepped`: what the optimizer steps
     on, by the same names. `state`: as `torch.optim.Optimizer.state`, of which `slots` are named,
-    each where a weight has it.
+    each where a weight has it. `held(name, tensor)`: what a tensor of a weight is of the whole one.
     """
-    named = {weight_name(name): weight for name, weight in weights.items()}
+    named = {weight_name(name): held(name, weight) for name, weight in weights.items()}
     for slot in slots:
         for name, weight in stepped.items():
             if slot in state[weight]:
-                named[state_name(slot, name)] = state[weight][slot]
+                named[state_name(slot, name)] = held(name, state[weight][slot])
     return named
 
 

@@ -10,11 +10,11 @@ from mpillm.comm.mesh import Mesh
 from mpillm.errors import LayoutError
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.part_module import create
-from mpillm.parallel.noise_scale import check_small_batches, simple_noise_scale
+from mpillm.parallel.noise_scale import simple_noise_scale
 from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.sharded_model import ShardedModel
-from mpillm.parallel.step_plan import plan_step
+from mpillm.parallel.step_plan import check_small_batches, plan_step
 from mpillm.tasks.causal_lm import CausalLM
 from mpillm.tasks.cross_entropy import cross_entropy_sum
 

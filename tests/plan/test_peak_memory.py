@@ -9,13 +9,8 @@ from mpillm.models.decoder import SHAPES, DecoderConfig
 from mpillm.models.spec import ModelSpec, Part
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import Precision, StepPlan, plan_step
-from mpillm.plan.peak_memory import (
-    GAP_SHARE,
-    MemoryEstimate,
-    Replicas,
-    held_bytes,
-    predict_peak,
-)
+from mpillm.plan.held_memory import Replicas, held_bytes
+from mpillm.plan.peak_memory import GAP_SHARE, MemoryEstimate, predict_peak
 
 SMALL = SHAPES["small"].replace(vocab_size=2048)
 MIB = 1 << 20

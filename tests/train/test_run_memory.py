@@ -7,7 +7,8 @@ from mpillm.machine.memory import resident_bytes
 from mpillm.machine.node_map import NodeMap
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import Precision, plan_step
-from mpillm.plan.peak_memory import MemoryEstimate, Replicas
+from mpillm.plan.held_memory import Replicas
+from mpillm.plan.peak_memory import MemoryEstimate
 from mpillm.runs.history import attempts, read_history
 from mpillm.runs.state import read_run
 from mpillm.runs.status import facts, run_figures

@@ -1,5 +1,8 @@
 """A recipe can be read and a plan made where neither torch nor MPI is installed: a login node."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 SCRIPT = """
@@ -25,3 +28,24 @@ def test_a_recipe_is_planned_without_torch_and_mpi(python, sections: str) -> Non
     done = python("-c", SCRIPT.format(sections=sections))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("{'data': ")
+
+
+DRY_RUN = """
+import sys
+sys.modules["torch"] = sys.modules["mpi4py"] = None
+sys.argv = ["mpillm", "train", "{recipe}", "--dry-run", *"{options}".split()]
+from mpillm.cli import main
+main()
+"""
+
+
+def test_a_dry_run_needs_neither(python, data: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'[data]\npath = "{data}"\n[parallel]\ndata = 2\npipeline = 2\n')
+    done = python("-c", DRY_RUN.format(recipe=path, options="--json"))
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["ranks"]) == 4
+    refused = python("-c", DRY_RUN.format(recipe=path, options="--nodes 3 --ranks-per-node 1"))
+    assert refused.returncode == 2
+    assert "parallel.data = 2 × parallel.pipeline = 2 needs 4 ranks" in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -155,6 +155,23 @@ def test_schedule_status_and_submit(bare: Run, place: Path) -> None:
     assert "#SBATCH" in submitted.stdout
 
 
+def test_a_dry_run_needs_no_torch(bare: Run, place: Path) -> None:
+    recipe = place / "recipe.toml"
+    recipe.write_text(f'[data]\npath = "{place}/data"\n[train]\nrun = "{place}/run"\n')
+    prepared = ("--out", place / "data", "--tokenizer", "bytes", "--validation", "0")
+    assert bare("prepare", place / "text.txt", *prepared).returncode == 0
+    asked = ("--dry-run", "--nodes", "2", "--ranks-per-node", "2", "--json")
+    done = bare("train", recipe, *asked, "--set", "parallel.pipeline=2")
+    assert done.returncode == 0, done.stderr
+    table = json.loads(done.stdout)
+    assert table["mesh"].keys() == {"data", "pipeline"}
+    assert len(table["ranks"]) == 4
+    started = bare("train", recipe, "--dry-run", ranks=2)
+    assert started.returncode == 0, started.stderr
+    assert "on 2 ranks, 1 host" in started.stdout
+    assert not (place / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("ranks", "arguments"),
     [

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mpillm.comm.communicator import Communicator
 from mpillm.comm.persistent import PersistentCollective
 from mpillm.comm.shared.team import SharedRows
+from mpillm.parallel.data.sum_tree import SumTree
 
 # Each gradient begins on a cache line of its own, so that two ranks never write to one line.
 ALIGNMENT_BYTES = 64
@@ -47,10 +48,8 @@ class Bucket:
     """Gradients of the last microbatch that are still incomplete."""
     handle: PersistentCollective | None = None
     """The sum in flight; None before it starts."""
-    folded: list[Tensor] = field(default_factory=list)
-    """With a fixed order: sums of 2ᵏ microbatches each, the largest k first."""
-    leaves: int = 0
-    """Microbatches in `folded`."""
+    folded: SumTree = field(default_factory=SumTree)
+    """With a fixed order: the sums of microbatches."""
     stream: "torch.cuda.Stream | None" = None
     """Where a sum on a GPU is enqueued, so that it overlaps with the backward pass."""
     filled: set[nn.Parameter] = field(default_factory=set)
@@ -121,29 +120,20 @@ class Bucket:
         self.missing = len(self.parameters)
 
     def fold(self) -> None:
-        """Add the gradients of one microbatch to the tree of sums, as a binary counter carries."""
-        total, place = self.flat.clone(), self.leaves
-        # A set low bit of `leaves` is a sum of equal size: merge, as in trees.tree_split.
-        while place & 1:
-            total = self.folded.pop().add_(total)
-            place >>= 1
-        self.folded.append(total)
-        self.leaves += 1
+        """Add the gradients of one microbatch to the tree of sums."""
+        self.folded.add(self.flat.clone())
         self.forget()
 
     def unfold(self) -> None:
         """Leave the whole sum in `flat`, and an empty tree."""
-        if self.folded:
-            total = self.folded.pop()
-            while self.folded:
-                total = self.folded.pop().add_(total)
+        total = self.folded.take()
+        if total is not None:
             self.flat.copy_(total)
             for parameter, view in self.gradients():
                 if self.adds:
                     self.filled.add(parameter)
                 else:
                     parameter.grad = view
-        self.leaves = 0
 
 
 def group_parameters(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:

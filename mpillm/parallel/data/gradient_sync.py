@@ -54,6 +54,17 @@ class GradientSync(ABC):
         """
         return weights
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether ranks of the axis hold different runs of the gradients and of what the optimizer
+        steps on.
+        """
+        return False
+
+    def first_element(self, weight: nn.Parameter) -> int:
+        """Return which element of `weight` is the first that the optimizer steps on here."""
+        return 0
+
     @abstractmethod
     def updated(self) -> None:
         """Pass on to the weights what has changed in `optimizer_weights`, after each update."""

@@ -44,6 +44,10 @@ class MuonSettings(AdamWSettings):
     newton_schulz_steps: Annotated[int, Ge(1), Le(20)] = 5
 
     @classmethod
+    def needs_whole(cls, name: str, shape: Shape) -> bool:
+        return is_inner_matrix(name, shape)
+
+    @classmethod
     def slot_shapes(cls, name: str, shape: Shape) -> Mapping[str, Shape]:
         if is_inner_matrix(name, shape):
             return {"momentum_buffer": shape}

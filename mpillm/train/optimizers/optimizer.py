@@ -98,6 +98,11 @@ class OptimizerSettings(ABC):
         return f"rate {self.learning_rate:g}, {schedule}, warm-up {self.warmup_steps} steps{rules}"
 
     @classmethod
+    def needs_whole(cls, name: str, shape: Shape) -> bool:
+        """Return whether the update needs all of the weight `name` of `shape`."""
+        return not cls.elementwise
+
+    @classmethod
     def slot_shapes(cls, name: str, shape: Shape) -> Mapping[str, Shape]:
         """Return the state of the weight `name` of `shape`: slot → shape; all of it is float32.
 
@@ -123,7 +128,7 @@ class OptimizerSettings(ABC):
             rule = next((rule for rule in self.groups if fnmatchcase(name, rule.match)), None)
             own = rule.decay if rule else None
             if own is None:
-                own = decay if weight.dim() > 1 else 0.0
+                own = decay if len(whole_shape(weight)) > 1 else 0.0
             groups.setdefault((rule.rate if rule else 1.0, own), []).append(weight)
         return [
             {"params": members, "lr": self.learning_rate * rate, "rate": rate, "weight_decay": own}
@@ -183,13 +188,22 @@ def check_whole(
 
     `stepped`: the shapes of what it steps on, by name. `whole`: those of the whole model.
     """
-    cut = [name for name, shape in stepped.items() if shape != whole[name]]
-    if cut and not settings.elementwise:
+    cut = [
+        name
+        for name, shape in stepped.items()
+        if shape != whole[name] and settings.needs_whole(name, whole[name])
+    ]
+    if cut:
         raise LayoutError(
             f"the optimizer {settings.name} needs whole weights, and this layout cuts {cut[0]} "
             f"from {list(whole[cut[0]])} to {list(stepped[cut[0]])}; take adamw, lion or sgd, or "
             "a layout that cuts no weight"
         )
+
+
+def whole_shape(weight: "nn.Parameter") -> Shape:
+    """Return the shape of the weight of which `weight` may be a run of elements."""
+    return tuple(getattr(weight, "whole_shape", weight.shape))
 
 
 def set_rate(optimizer: "Optimizer", rate: float) -> None:

@@ -1,0 +1,260 @@
+"""ZeRO: gradients, optimizer states and weights in shards over the data axis (Rajbhandari et al.
+2020).
+
+Stage 1 adds up whole gradients on each rank, and shares out their sum and the optimizer's states.
+Stage 2 shares out the gradients of each microbatch. Stage 3 keeps the weights once a node, in
+memory that its ranks share: nothing is gathered there, and between nodes each value crosses once.
+
+Two barriers a step are the law where ranks share weights: no rank writes before all have computed
+their gradients (`finish`), none reads before all have written (`updated`).
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mpillm.comm.communicator import silent
+from mpillm.comm.mesh import Axis
+from mpillm.comm.selection import Profile
+from mpillm.models.part_module import PartModule, initial_values
+from mpillm.parallel.data.gradient_sync import Gradients, GradientSync
+from mpillm.parallel.data.norm_tails import NormTails
+from mpillm.parallel.data.shard_group import ShardGroup
+from mpillm.parallel.data.shard_layout import UNIT_BYTES
+from mpillm.parallel.data.sharded_part import ShardedPart
+from mpillm.parallel.data.weight_pages import aliases, flat, place_alone, place_once_a_node
+from mpillm.parallel.settings import ParallelSettings
+
+NeedsWhole = Callable[[str, tuple[int, ...]], bool]
+
+
+def cuts_all(name: str, shape: tuple[int, ...]) -> bool:
+    """Allow each weight to be cut: the optimizer needs none of them whole."""
+    return False
+
+
+class ZeroGradients(GradientSync):
+    """The gradients of `parts`, a rank's parts of the model, by name, in shards.
+
+    Every rank of `axis` makes it, with the same weights in the same order. It moves the weights,
+    which have no values then: `fill` sets them. `dtype`: of the weights. `needs_whole(name,
+    shape)`: whether the optimizer needs a weight whole.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Mapping[str, nn.Parameter]],
+        axis: Axis,
+        settings: ParallelSettings,
+        dtype: torch.dtype,
+        profile: Profile | None = None,
+        warn: Callable[[str], None] = silent,
+        *,
+        needs_whole: NeedsWhole = cuts_all,
+        fixed_order: bool = False,
+        reduce_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._fixed_order, self._dtype = fixed_order, dtype
+        # Whole gradients: a fixed order sums each rank's microbatches first.
+        self._whole = settings.zero == 1 or fixed_order
+        self._stage = settings.zero
+        self._group = ShardGroup(axis, profile, settings.debug, warn, settings.zero_on_node)
+        trained = [{n: w for n, w in part.items() if w.requires_grad} for part in parts]
+        self._place([w for part in trained for w in part.values()], settings.zero == 3, warn)
+        elements = (settings.bucket_bytes or UNIT_BYTES) // 4
+        self._parts = [
+            ShardedPart(list(part.values()), self._group, elements, part_whole(part, needs_whole))
+            for part in trained
+        ]
+        self._prepare(reduce_dtype)
+        self._home: dict[nn.Parameter, tuple[ShardedPart, int]] = {}
+        for part in self._parts:
+            for number, weight in enumerate(part.weights):
+                self._home[weight] = part, number
+                add_hook = weight.register_post_accumulate_grad_hook
+                add_hook(self.ready)  # type: ignore[no-untyped-call]
+        self._masters: dict[nn.Parameter, nn.Parameter] = {}
+        self._tails = NormTails(self._parts, self._group) if fixed_order else None
+
+    def _place(
+        self, weights: Sequence[nn.Parameter], once_a_node: bool, warn: Callable[[str], None]
+    ) -> None:
+        same = aliases(weights)
+        own = [weight for weight in weights if weight not in same]
+        self._once_a_node = once_a_node and place_once_a_node(own, self._dtype, self._group, warn)
+        if not self._once_a_node:
+            place_alone(own, self._dtype)
+        for weight, other in same.items():
+            weight.data = other.data
+
+    def _prepare(self, reduce_dtype: torch.dtype) -> None:
+        """Allocate rows and prepare the collectives of all units, in one order on all ranks."""
+        longest = max((part.longest_unit for part in self._parts), default=0)
+        weight = next((w for part in self._parts for w in part.weights), None)
+        device = weight.device if weight is not None else torch.device("cpu")
+        row = self._group.allocate(longest, reduce_dtype, device)
+        block = torch.empty(longest // self._group.shards, dtype=reduce_dtype, device=device)
+        values = torch.empty(longest, dtype=self._dtype, device=device)
+        for part in self._parts:
+            part.prepare(self._group, row, block, self._fixed_order)
+            part.prepare_gather(self._group, values, self._once_a_node)
+            if self._whole and not self._fixed_order:
+                part.add_up_whole()
+
+    @property
+    def is_cut(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        units = sum(len(part.units) for part in self._parts)
+        weights = "once a node" if self._once_a_node else "on each rank"
+        when = "the step" if self._whole else "each microbatch"
+        return (
+            f"ZeRO-{self._stage}, {self._group.ways}, weights {weights}; {units} "
+            f"unit{'s' * (units != 1)} summed after {when}"
+        )
+
+    # ---- values ----
+
+    @torch.no_grad()
+    def initialise(self, parts: Sequence[PartModule], seed: int) -> None:
+        """Set the initial values of the weights. Every rank of the axis calls it."""
+        for part in parts:
+            for name, weight in part.named_weights():
+                if weight not in self._home:
+                    weight.copy_(initial_values(part, name, tuple(weight.shape), seed))
+                elif self._sets(weight):
+                    self.fill(weight, initial_values(part, name, tuple(weight.shape), seed))
+        self.updated()
+
+    def _sets(self, weight: nn.Parameter) -> bool:
+        """Return whether this rank sets any value of `weight`."""
+        part, number = self._home[weight]
+        return not self._once_a_node or part.run_of(number).count > 0
+
+    def fill(self, weight: nn.Parameter, values: Tensor) -> None:
+        """Set the values of `weight`, float32 and whole, as far as this rank sets them.
+
+        Call `updated` when all are set.
+        """
+        part, number = self._home[weight]
+        own = part.run_of(number)
+        cut = slice(own.first, own.first + own.count) if self._once_a_node else slice(None)
+        flat(weight.data)[cut] = flat(values)[cut].to(weight.device)
+        if weight in self._masters:
+            run = flat(values)[own.first : own.first + own.count]
+            flat(self._masters[weight].data).copy_(run)
+
+    def optimizer_weights(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        values: Mapping[nn.Parameter, Tensor] | None = None,
+    ) -> Mapping[str, nn.Parameter]:
+        """Return this rank's run of each weight: the weight's memory, or a float32 master of it."""
+        found = {}
+        for name, weight in weights.items():
+            if weight not in self._home:
+                found[name] = weight
+                continue
+            part, number = self._home[weight]
+            run = part.run_of(number)
+            if not run.count:
+                continue
+            own = flat(weight.data)[run.first : run.first + run.count]
+            if self._dtype != torch.float32:
+                own = torch.zeros(run.count, dtype=torch.float32, device=weight.device)
+            # A whole weight keeps its shape, which an optimizer of matrices reads.
+            is_whole = run.count == weight.numel()
+            shape = weight.shape if is_whole else (run.count,)
+            stepped = nn.Parameter(own.view(shape))
+            stepped.grad = part.gradient_of(number).view(shape)
+            # The dims of the whole weight choose its decay.
+            stepped.whole_shape = weight.shape  # type: ignore[attr-defined]
+            found[name] = stepped
+            if self._dtype != torch.float32:
+                self._masters[weight] = stepped
+        return found
+
+    def first_element(self, weight: nn.Parameter) -> int:
+        if weight not in self._home:
+            return 0
+        part, number = self._home[weight]
+        return part.run_of(number).first
+
+    @torch.no_grad()
+    def updated(self) -> None:
+        for weight, master in self._masters.items():
+            part, number = self._home[weight]
+            run = part.run_of(number)
+            flat(weight.data)[run.first : run.first + run.count] = flat(master.data)
+        for part in self._parts:
+            part.gather()
+        if self._once_a_node:
+            self._group.barrier()
+
+    # ---- a step ----
+
+    def begin(self, small: Callable[[Gradients], None] | None = None) -> None:
+        assert small is None, "no rank has its whole gradients: setup refuses train.noise_scale"
+        for part in self._parts:
+            part.begin()
+
+    def last_microbatch(self, part: int | None = None) -> None:
+        pass
+
+    def ready(self, parameter: nn.Parameter) -> None:
+        part, number = self._home[parameter]
+        # A fixed order adds up a microbatch as a whole, when it has ended.
+        if not self._fixed_order:
+            part.ready(number)
+
+    def microbatch_ended(self, part: int) -> None:
+        if self._fixed_order:
+            self._parts[part].fold()
+        else:
+            self._parts[part].end_microbatch()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        # The last part first: its backward pass comes first.
+        for part in reversed(self._parts):
+            part.finish()
+        if self._once_a_node:
+            self._group.barrier()
+
+    def gradient_of(self, parameter: nn.Parameter) -> Tensor:
+        part, number = self._home[parameter]
+        return part.gradient_of(number)
+
+    def counted_gradients(
+        self, replica: tuple[int, int], excluded: Collection[nn.Parameter] = ()
+    ) -> list[Tensor]:
+        """`replica`: along the axes apart from this one."""
+        left_out = {id(weight) for weight in excluded}
+        if self._tails is not None:
+            pieces = self._tails.pieces(left_out)
+        else:
+            pieces = [piece for part in self._parts for piece in part.norm_pieces(left_out)]
+        (outer, outers), (inner, inners) = replica, self._group.replica
+        rank, ranks = outer * inners + inner, outers * inners
+        return pieces[len(pieces) * rank // ranks : len(pieces) * (rank + 1) // ranks]
+
+    def scale_(self, factor: float) -> None:
+        for part in self._parts:
+            part.gradient.mul_(factor)
+
+    def clamp_(self, limit: float) -> None:
+        for part in self._parts:
+            part.gradient.clamp_(-limit, limit)
+
+    def close(self) -> None:
+        for part in self._parts:
+            part.close()
+        self._parts, self._home, self._masters, self._tails = [], {}, {}, None
+        self._group.free()
+
+
+def part_whole(part: Mapping[str, nn.Parameter], needs_whole: NeedsWhole) -> list[bool]:
+    """Return of each weight of a part, in order, whether the optimizer needs it whole."""
+    return [needs_whole(name, tuple(weight.shape)) for name, weight in part.items()]

@@ -1,0 +1,134 @@
+"""Predict what persists on a rank between steps: weights, masters, state, gradients.
+
+Pure functions over settings, without torch and MPI.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mpillm.models.spec import ModelSpec, Part
+from mpillm.parallel.data.shard_layout import UNIT_BYTES
+from mpillm.parallel.step_plan import ELEMENT_BYTES, StepPlan, flat_gradients
+
+FLOAT32_BYTES = 4
+
+
+class OptimizerCosts(Protocol):
+    """The memory of an optimizer, as its settings give it."""
+
+    def state_bytes(self, model: ModelSpec, part: Part) -> int: ...
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The ranks that sum gradients with each other, and how many of them share a node."""
+
+    ranks: int = 1
+    on_node: int = 1
+    """Ranks of the group on one node that share memory with each other."""
+    neighbours: int = 1
+    """Ranks of any kind on the node, which map the same code."""
+    zero: int = 0
+    """The stage of ZeRO: what the ranks share out."""
+    shards: int = 1
+    unit_bytes: int = UNIT_BYTES
+    """Of the gradients that ZeRO sums at a time."""
+
+
+ALONE = Replicas()
+"""A rank that sums gradients with no other."""
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """The bytes of a rank that persist between steps."""
+
+    weights: int
+    masters: int
+    optimizer: int
+    gradients: int
+    """0 where they stay where autograd put them."""
+    counted_elsewhere: Mapping[str, int] = field(default_factory=dict)
+    """Item → bytes of it in shared pages that another rank of the node counts."""
+
+
+def held_bytes(model: ModelSpec, part: Part, optimizer: OptimizerCosts, element_bytes: int) -> int:
+    """Return what persists of `part` on a rank: weights, masters, gradients, optimizer state."""
+    count, has_masters = model.parameters_of(part), element_bytes < FLOAT32_BYTES
+    masters = FLOAT32_BYTES * count * has_masters
+    gradients = FLOAT32_BYTES * count
+    return element_bytes * count + masters + gradients + optimizer.state_bytes(model, part)
+
+
+def held_of(
+    model: ModelSpec,
+    plan: StepPlan,
+    optimizer: OptimizerCosts,
+    parts: Sequence[Part],
+    replicas: Replicas,
+) -> HeldBytes:
+    """Estimate what a rank holds of `parts`."""
+    count, precision = sum(map(model.parameters_of, parts)), plan.precision
+    weights = precision.element_bytes * count
+    masters = FLOAT32_BYTES * count if precision.has_masters else 0
+    state = sum(optimizer.state_bytes(model, part) for part in parts)
+    if replicas.zero:
+        return _sharded(plan, replicas, count, (weights, masters, state))
+    rows = _rows_of_others(plan, replicas, count)
+    gradients = _bucket_bytes(plan, replicas, count)
+    elsewhere = {"gradients": rows if gradients else 0}
+    return HeldBytes(weights, masters, state, gradients, elsewhere)
+
+
+def _sharded(
+    plan: StepPlan, replicas: Replicas, count: int, whole: tuple[int, int, int]
+) -> HeldBytes:
+    """Estimate what ZeRO leaves on a rank of (weights, masters, state)."""
+    weights, masters, state = whole
+    shards = replicas.shards
+    # A unit's gradients of this rank, and the blocks that it sums of the others' rows.
+    row = min(replicas.unit_bytes, FLOAT32_BYTES * count)
+    on_host = plan.precision.device == "cpu"
+    others = row * (replicas.on_node - 1) // replicas.on_node if on_host else 0
+    # The own sums, and the block in which the next microbatch's arrives.
+    gradients = FLOAT32_BYTES * count // shards + row // shards + row + others
+    if plan.fixed_order:
+        gradients += FLOAT32_BYTES * count * plan.microbatches.bit_length()
+    elif replicas.zero == 1:
+        gradients += FLOAT32_BYTES * count
+    once = replicas.zero == 3 and replicas.on_node > 1 and on_host
+    pages = weights * (replicas.on_node - 1) // replicas.on_node if once else 0
+    return HeldBytes(
+        weights,
+        masters // shards,
+        state // shards,
+        gradients,
+        {"gradients": others, "weights": pages},
+    )
+
+
+def _bucket_bytes(plan: StepPlan, replicas: Replicas, count: int) -> int:
+    """Return the bytes of gradients in buckets; 0 where they stay where autograd put them."""
+    precision = plan.precision
+    several = replicas.ranks > 1
+    if not (several or plan.fixed_order or precision.has_masters or flat_gradients(plan)):
+        return 0
+    nbytes = FLOAT32_BYTES * count
+    wire = several and precision.reduce_dtype != "float32"
+    summed = nbytes // 2 if wire else nbytes
+    total = nbytes + summed if wire else nbytes
+    total += _rows_of_others(plan, replicas, count)
+    if plan.fixed_order:
+        # The tree of sums, as a binary counter: a sum for each bit, and the one to be added.
+        total += nbytes * plan.microbatches.bit_length()
+    return total
+
+
+def _rows_of_others(plan: StepPlan, replicas: Replicas, count: int) -> int:
+    """Return the bytes of other ranks' gradients that a rank reads in shared memory."""
+    if replicas.on_node == 1 or plan.precision.device != "cpu":
+        return 0
+    # Each rank adds up its share of the others' rows.
+    summed = ELEMENT_BYTES[plan.precision.reduce_dtype] * count
+    return summed * (replicas.on_node - 1) // replicas.on_node

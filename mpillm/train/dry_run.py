@@ -1,0 +1,276 @@
+"""Print a run's layout without training: mesh, bytes, messages, schedule; no torch, no MPI."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mpillm.errors import UsageError
+from mpillm.machine.node_map import NodeMap
+from mpillm.parallel.axis_sizes import AXES
+from mpillm.parallel.settings import ParallelSettings
+from mpillm.parallel.step_plan import Precision, StepPlan, mesh_order
+from mpillm.plan.rank_loads import AxisTraffic, RankLoad, axis_traffic, load_nodes, load_ranks
+from mpillm.system.console import Console, binary_bytes, counted
+from mpillm.system.extras import installed
+from mpillm.system.json_text import to_json
+from mpillm.tasks.task_catalog import make_task
+from mpillm.tasks.vocabulary import Lengths
+from mpillm.tokens.manifest import NAME, Manifest
+from mpillm.train.print_plan import pipeline_facts
+from mpillm.train.recipe import Recipe, TrainSettings
+from mpillm.train.run_plan import fill_model, plan_run
+
+# A mesh of more ranks is printed host by host; of more hosts, the first and the last ones.
+SHOWN_RANKS, SHOWN_HOSTS = 64, 16
+# A row of Python objects a rank: a million take some seconds.
+MOST_RANKS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Where the ranks are: the nodes' names, and the ranks of each, in the order of the mesh."""
+
+    names: tuple[str, ...]
+    node_map: NodeMap
+
+    @classmethod
+    def numbered(cls, nodes: int, ranks_per_node: int) -> "Hosts":
+        """Make `nodes` hosts without names. Raises UsageError where they have too many ranks."""
+        if nodes * ranks_per_node > MOST_RANKS:
+            raise UsageError(
+                f"--nodes {nodes:,} × --ranks-per-node {ranks_per_node:,} are more than the "
+                f"{MOST_RANKS:,} ranks of a dry run; take fewer"
+            )
+        firsts = range(0, nodes * ranks_per_node, ranks_per_node)
+        ranks = tuple(tuple(range(first, first + ranks_per_node)) for first in firsts)
+        return cls(tuple(f"host {number}" for number in range(nodes)), NodeMap(ranks))
+
+    @classmethod
+    def of_job(cls, names: Sequence[str], node_map: NodeMap) -> "Hosts":
+        """Take the hosts of a job; `names`: of each rank's host. Ranks are ordered by host."""
+        order = node_map.host_order
+        ordered = node_map.of_ranks(order)
+        return cls(tuple(names[order[ranks[0]]] for ranks in ordered.nodes), ordered)
+
+
+def ranks_needed(settings: ParallelSettings) -> int:
+    """Return the product of the axes whose size the recipe gives."""
+    return math.prod(axis.wanted(settings) or 1 for axis in AXES)
+
+
+def print_dry_run(recipe: Recipe, hosts: Hosts, console: Console, as_json: bool) -> None:
+    """Print the layout of `recipe` on `hosts`. Raises what the run would raise of the layout."""
+    recipe, notes = _with_data(recipe)
+    settings, model = recipe.train, recipe.model
+    sizes = mesh_order(recipe.parallel, hosts.node_map.size, model, settings.batch)
+    plan = plan_run(recipe, sizes["data"])
+    precision, more = planned_precision(settings)
+    plan, notes = replace(plan, precision=precision), [*notes, *more]
+    loads = load_ranks(model, plan, recipe.optimizer, sizes, hosts.node_map, recipe.parallel)
+    traffic = axis_traffic(model, plan, settings.batch, sizes, hosts.node_map)
+    if as_json:
+        console.write(to_json(_table(recipe, hosts, plan, loads, traffic, notes)) + "\n")
+        return
+    console.facts("dry run", _facts(recipe, hosts, plan, sizes))
+    _print_ranks(hosts, loads, console)
+    _print_memory(plan, loads, console)
+    _print_traffic(traffic, hosts, console)
+    for note in notes:
+        console.say(note)
+
+
+def _with_data(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Fill the settings of the model that follow from the data, as far as they can be known.
+
+    Returns notes of what is assumed. A recipe that names them needs no dataset. Raises DataError
+    without either.
+    """
+    folder, model, task = Path(recipe.data.path), recipe.model, recipe.task
+    if not (folder / NAME).is_file() and model.vocab_size:
+        return recipe, [f"{folder} is not here: model.vocab_size is taken as the recipe has it"]
+    manifest = Manifest.load(folder)
+    if installed("torch"):
+        vocabulary = replace(manifest.load_tokenizer().vocabulary, classes=manifest.classes)
+        made = make_task(task.name, task, vocabulary, Lengths.of(model))
+        # Imported here: it loads torch.
+        from mpillm.infer.task_checks import check_task
+
+        check_task(made, model, manifest)
+        return fill_model(recipe, made.model_settings(vocabulary)), []
+    found = {"vocab_size": manifest.vocab_size, "classes": len(manifest.classes)}
+    found = {name: count for name, count in found.items() if count and hasattr(model, name)}
+    return fill_model(recipe, found), [
+        "torch is not installed here: tokens that the task adds to the vocabulary are not counted"
+    ]
+
+
+def planned_precision(settings: TrainSettings) -> tuple[Precision, list[str]]:
+    """Return the device and the dtypes as far as the recipe has them.
+
+    Notes say what only the run finds out.
+    """
+    notes, dtype = [], settings.dtype
+    device = "cuda" if settings.device == "cuda" else "cpu"
+    if settings.device == "auto":
+        notes.append("train.device = auto: planned for CPUs; the run takes GPUs where it has them")
+    if dtype == "auto" or (dtype == "default" and device == "cuda"):
+        notes.append("train.dtype = auto: planned for bfloat16; the run times a product of each")
+        dtype = "bfloat16"
+    found = "float32" if dtype == "default" else dtype
+    return Precision(device, found, settings.reduce_dtype), notes
+
+
+def _facts(
+    recipe: Recipe, hosts: Hosts, plan: StepPlan, sizes: Mapping[str, int]
+) -> dict[str, str]:
+    model, train = recipe.model, recipe.train
+    mesh = " × ".join(f"{axis}={size}" for axis, size in sizes.items())
+    ranks = counted(hosts.node_map.size, "rank")
+    return {
+        "model": model.describe(),
+        "parameters": f"{model.parameters:,}",
+        "tokens a step": f"{train.batch * model.context:,} = {train.batch} sequences × "
+        f"{model.context}",
+        "mesh": f"{mesh} on {ranks}, {counted(len(hosts.names), 'host')}",
+        "a rank's batch": f"{counted(plan.rows, 'sequence')}, {plan.microbatch} at once, "
+        f"{plan.microbatches} microbatch(es)",
+        "device": f"{plan.precision.device}, {plan.precision.dtype}",
+        **pipeline_facts(plan),
+        "optimizer": recipe.optimizer.describe(),
+    }
+
+
+def _print_ranks(hosts: Hosts, loads: Sequence[RankLoad], console: Console) -> None:
+    axes = list(loads[0].places)
+    columns = ["host", "ranks", *axes, "layers", "parameters", "bytes"]
+    groups: list[list[RankLoad]] = [[load] for load in loads]
+    if len(loads) > SHOWN_RANKS:
+        groups = [[loads[rank] for rank in ranks] for ranks in hosts.node_map.nodes]
+    rows = [_row(hosts, group, axes) for group in groups]
+    if len(loads) > SHOWN_RANKS and len(rows) > SHOWN_HOSTS:
+        half = SHOWN_HOSTS // 2
+        rows = [*rows[:half], ["…"] * len(columns), *rows[-half:]]
+    console.table("ranks", columns, rows)
+
+
+def _row(hosts: Hosts, group: Sequence[RankLoad], axes: Sequence[str]) -> list[str]:
+    """Write the ranks of a group, which share a host: numbers as ranges, loads of the largest."""
+    layers = [_layers(load) for load in group]
+    return [
+        hosts.names[group[0].node],
+        _ranges(load.rank for load in group),
+        *(_ranges(load.places[axis] for load in group) for axis in axes),
+        " / ".join(dict.fromkeys(layers)) if len(set(layers)) <= 4 else "…",
+        f"{max(load.parameters for load in group):,}",
+        binary_bytes(max(load.memory.total for load in group)),
+    ]
+
+
+def _layers(load: RankLoad) -> str:
+    return ", ".join(_ranges(range(part.first, part.last)) for part in load.parts)
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Write 0, 1, 2, 5 as `0–2, 5`."""
+    found: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if found and found[-1][1] == number - 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(f"{a}–{b}" if a < b else f"{a}" for a, b in found)
+
+
+def _print_memory(plan: StepPlan, loads: Sequence[RankLoad], console: Console) -> None:
+    """Print the bytes of the rank and of the node that hold most."""
+    most = max(loads, key=lambda load: load.memory.total)
+    nodes = load_nodes(loads)
+    fullest = max(nodes, key=lambda node: node.total)
+    rows = [
+        ["parameters", f"{most.parameters:,}", f"{fullest.parameters:,}"],
+        *(
+            [kind, binary_bytes(nbytes.rank), binary_bytes(fullest.kinds[kind])]
+            for kind, nbytes in most.memory.by_kind.items()
+            if nbytes.rank
+        ),
+        ["total", binary_bytes(most.memory.total), binary_bytes(fullest.total)],
+    ]
+    host = "its host" if len(nodes) == 1 else "largest host"
+    where = "" if plan.precision.device == "cpu" else " (GPUs)"
+    console.table("peak memory", ["kind", f"rank {most.rank}", host + where], rows)
+
+
+def _print_traffic(traffic: Mapping[str, AxisTraffic], hosts: Hosts, console: Console) -> None:
+    ranks = hosts.node_map.size
+    rows = [
+        [
+            axis,
+            f"{found.size}",
+            binary_bytes(found.rank_bytes),
+            binary_bytes(found.rank_bytes * ranks),
+            "-" if found.size == 1 else counted(found.nodes, "host"),
+        ]
+        for axis, found in traffic.items()
+    ]
+    columns = ["axis", "ranks", "a rank sends", "all ranks", "a group is on"]
+    console.table("messages a step", columns, rows)
+
+
+def _table(
+    recipe: Recipe,
+    hosts: Hosts,
+    plan: StepPlan,
+    loads: Sequence[RankLoad],
+    traffic: Mapping[str, AxisTraffic],
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """Build what `--json` prints."""
+    schedule = plan.schedule
+    return {
+        "model": {"parameters": recipe.model.parameters, "blocks": recipe.model.blocks},
+        "mesh": {axis: found.size for axis, found in traffic.items()},
+        "step": {
+            "sequences": recipe.train.batch,
+            "tokens": recipe.train.batch * recipe.model.context,
+            "rank_sequences": plan.rows,
+            "microbatch": plan.microbatch,
+            "microbatches": plan.microbatches,
+            "device": plan.precision.device,
+            "dtype": plan.precision.dtype,
+            "schedule": schedule.name if schedule.ranks > 1 else None,
+            "stages": schedule.stages,
+            "bubble": plan.timeline.bubble,
+        },
+        "hosts": [
+            {
+                "host": name,
+                "parameters": node.parameters,
+                "bytes": node.kinds,
+                "total_bytes": node.total,
+            }
+            for name, node in zip(hosts.names, load_nodes(loads), strict=True)
+        ],
+        "ranks": [
+            {
+                "rank": load.rank,
+                "host": hosts.names[load.node],
+                **load.places,
+                "layers": [[part.first, part.last] for part in load.parts],
+                "parameters": load.parameters,
+                "bytes": {kind: found.rank for kind, found in load.memory.by_kind.items()},
+                "total_bytes": load.memory.total,
+            }
+            for load in loads
+        ],
+        "messages": {
+            axis: {
+                "rank_bytes": round(found.rank_bytes),
+                "all_bytes": round(found.rank_bytes * len(loads)),
+                "hosts": found.nodes,
+            }
+            for axis, found in traffic.items()
+        },
+        "notes": list(notes),
+    }
