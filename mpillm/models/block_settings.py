@@ -233,6 +233,10 @@ class BlockSettings(ModelSpec):
         return self.key_value_heads * self.head_features
 
     @property
+    def attention_shape(self) -> tuple[int, int, int]:
+        return self.heads, self.key_value_heads, self.head_features
+
+    @property
     def gated(self) -> bool:
         """Whether the feed-forward has a gate."""
         return self.activation in GATED

@@ -236,6 +236,21 @@ class ModelSpec(ABC):
         return sum(self.block_flops) + sum(self.end_flops)
 
     @property
+    def whole_sequences(self) -> str:
+        """Why ranks cannot share the positions of a sequence; "": they can.
+
+        A part then takes the field `positions` (T,), and its attention another kernel.
+        """
+        return f"the architecture {self.architecture!r} computes whole sequences"
+
+    @property
+    def attention_shape(self) -> tuple[int, int, int]:
+        """The heads of queries, those of keys and values, and the width of a head, in each block;
+        zeros where blocks have no such attention.
+        """
+        return 0, 0, 0
+
+    @property
     def tied_weights(self) -> "Mapping[str, str]":
         """Tied weights: the follower's name → the leader's name, which is saved."""
         return {}

@@ -16,6 +16,8 @@ from mpillm.models.part_module import Fields, PartModule, build_without_values, 
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.axis_sizes import batch_share, counts_loss, outermost_axes, token_axes
 from mpillm.parallel.compiling import compile_layers, uncompiled
+from mpillm.parallel.context.context_traffic import choose_kind, own_heads
+from mpillm.parallel.context.sequence_share import SequenceShare
 from mpillm.parallel.data.gradient_sync import GradientSync
 from mpillm.parallel.data.replicated import ReplicatedGradients
 from mpillm.parallel.data.zero import NeedsWhole, ZeroGradients, cuts_all
@@ -147,15 +149,21 @@ class ShardedModel:
             stage: ModelStage(part, number, self.gradients, task)
             for number, (stage, part) in enumerate(self.parts.items())
         }
-        # Every microbatch of a pipeline has the same number of rows.
-        shapes = [
-            self._own_shapes(plan.microbatch, spec.streams_ahead(part.first)) for part in plan.parts
-        ]
-        dtype = torch_dtype(plan.precision.dtype)
-        self._streams = StreamShapes(lambda stage, microbatch: shapes[stage], dtype, device)
         # Channels have a fixed capacity: that of the largest stream of training and scoring.
-        rows = max(plan.microbatch, scored_rows)
-        nbytes = dtype.itemsize * rows * spec.largest_stream
+        rows, dtype = max(plan.microbatch, scored_rows), torch_dtype(plan.precision.dtype)
+        context = mesh.find("context")
+        self._share: SequenceShare | None = None
+        if context is not None:
+            heads = own_heads(spec.attention_shape, mesh.sizes.get("tensor", 1))
+            kind = choose_kind(settings.context_kind, context.size, heads)
+            self._share = SequenceShare(context, parts, rows, dtype, device, kind, warn)
+        # Every microbatch of a pipeline has the same number of rows.
+        length = spec.context if self._share else 0
+        shapes = [
+            self._stream_shapes(stage, plan.microbatch, length) for stage in range(len(plan.parts))
+        ]
+        self._streams = StreamShapes(lambda stage, microbatch: shapes[stage], dtype, device)
+        nbytes = dtype.itemsize * rows * spec.largest_stream // plan.context
         self.pipeline = Pipeline(axis, schedule, nbytes, settings.handover, profile, warn)
 
     def _make_replicated(
@@ -205,18 +213,19 @@ class ShardedModel:
         """Whether this rank holds the stage that computes the loss."""
         return any(part.ends for part in self.parts.values())
 
+    def own_positions(self, fields: Fields) -> Fields:
+        """Keep this rank's positions of the fields of whole sequences in training."""
+        return self._share.deal(fields) if self._share else fields
+
+    @property
+    def placed(self) -> Fields:
+        """The fields of every microbatch in training that say which positions are this rank's."""
+        return self._share.placed() if self._share else {}
+
     def reads_fields(self, offered: Sequence[str]) -> bool:
         """Return whether a stage of this rank reads any of the `offered` fields."""
         shared = set(self.spec.shared_inputs).intersection(offered)
         return bool(shared) or any(part.begins or part.ends for part in self.parts.values())
-
-    def _own_shapes(
-        self, rows: int, streams: Sequence[tuple[int, int]]
-    ) -> tuple[tuple[int, ...], ...]:
-        """Return the shapes of what this rank has of `streams` (length, width) of `rows`."""
-        if self.tensor is None:
-            return tuple((rows, *stream) for stream in streams)
-        return tuple((*self.tensor.own_shape(rows, length), width) for length, width in streams)
 
     def _entered(
         self,
@@ -258,6 +267,8 @@ class ShardedModel:
         noise scale too. `sum_further`: sums gradients over ranks that the GradientSync does not
         know.
         """
+        if self._share:
+            self._share.begin()
         meter = NoiseMeter(self.mesh, self.plan, self._leaves_of_tied) if measure else None
         self.gradients.begin(meter.add if meter else None)
         for stage in self._stages.values():
@@ -266,7 +277,10 @@ class ShardedModel:
 
         def shape_of(microbatch: int) -> tuple[int, int]:
             first, last = bounds[microbatch]
-            return last - first, _length(batch.fields[microbatch]) or self.spec.context
+            whole = self.spec.context
+            # With a share of each sequence, some fields are of the whole one.
+            length = self._own_length(whole) if self._share else _length(batch.fields[microbatch])
+            return last - first, length or whole
 
         stages = self._entered(self._stages, shape_of, self.plan.microbatch)
         spans = self.pipeline.run(self.plan.schedule, stages, self._streams)
@@ -378,19 +392,21 @@ class ShardedModel:
                     lambda number: read(first + number),
                     done,
                     metrics,
+                    lambda number, fields: self._shared(fields, shape_of(first + number)[1]),
                 )
                 for stage, part in self.parts.items()
             }
 
             def shapes(stage: int, number: int) -> tuple[tuple[int, ...], ...]:
-                rows, length = shape_of(first + number)
-                ahead = self.spec.streams_ahead(self.plan.parts[stage].first, length)
-                return self._own_shapes(rows, ahead)
+                return self._stream_shapes(stage, *shape_of(first + number))
 
             streams = StreamShapes(shapes, dtype, self.device)
-            entered = self._entered(
-                stages, lambda number: shape_of(first + number), self._scored_rows
-            )
+
+            def own_shape(number: int) -> tuple[int, int]:
+                rows, length = shape_of(first + number)
+                return rows, self._own_length(length)
+
+            entered = self._entered(stages, own_shape, self._scored_rows)
             self.pipeline.run(forward_only(self.plan.schedule, batches), entered, streams)
             for stage in stages.values():
                 found.update({first + number: score for number, score in stage.scores.items()})
@@ -411,9 +427,30 @@ class ShardedModel:
             return {}
         return found
 
+    def _shared(self, fields: Fields, length: int) -> Fields:
+        """Begin a batch of whole sequences of `length`; return the fields that this rank reads."""
+        if self._share is None:
+            return fields
+        self._share.begin(length)
+        return {**self._share.deal(fields, length), **self._share.placed(length)}
+
+    def _stream_shapes(self, stage: int, rows: int, length: int) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of the streams that enter a stage, of sequences of `length`."""
+        ahead = self.spec.streams_ahead(self.plan.parts[stage].first, length)
+        own = tuple((self._own_length(length), width) for length, width in ahead)
+        if self.tensor is None:
+            return tuple((rows, *stream) for stream in own)
+        return tuple((*self.tensor.own_shape(rows, length), width) for length, width in own)
+
+    def _own_length(self, length: int) -> int:
+        """Return how many of the positions of a sequence this rank computes."""
+        return length if self._share is None else self._share.length(length)
+
     def close(self) -> None:
         """Free shared memory and communicators."""
         self.pipeline.close()
+        if self._share:
+            self._share.close()
         for tied in self._tied:
             tied.close()
         if self.tensor is not None:

@@ -7,7 +7,6 @@ from mpillm.errors import LayoutError, MismatchError, RecipeError
 from mpillm.parallel.axis_sizes import batch_share
 from mpillm.parallel.islands.rounds import check_rounds
 from mpillm.parallel.step_plan import StepPlan, check_small_batches, plan_step
-from mpillm.parallel.tensor.weight_cuts import unequal_parts
 from mpillm.train.recipe import Recipe
 
 
@@ -55,6 +54,12 @@ def plan_run(recipe: Recipe, sizes: Mapping[str, int]) -> StepPlan:
             "train.noise_scale compares the gradients of all ranks at one step, and the ranks of "
             "parallel.island train alone; leave one of them out"
         )
+    for name in ("compile", "noise_scale") if recipe.parallel.context > 1 else ():
+        if getattr(settings, name):
+            raise RecipeError(
+                f"train.{name} computes with whole sequences, which parallel.context = "
+                f"{recipe.parallel.context} shares among ranks; leave one of them out"
+            )
     if settings.noise_scale:
         check_small_batches(plan, data, recipe.parallel.zero)
     if recipe.data.document_mask and "documents" not in recipe.model.shared_inputs:
@@ -71,12 +76,6 @@ def _check_tensor(recipe: Recipe) -> None:
     if recipe.parallel.tensor == 1:
         return
     given = f"parallel.tensor = {recipe.parallel.tensor}"
-    unequal = unequal_parts(recipe.model, recipe.parallel.tensor)
-    if recipe.parallel.zero and unequal:
-        raise LayoutError(
-            f"parallel.zero = {recipe.parallel.zero} with {given} shards equal parts of each "
-            f"layer, and there is {unequal}"
-        )
     if recipe.train.compile:
         raise RecipeError(
             f"train.compile = true compiles a layer as a whole, and {given} exchanges the stream "

@@ -246,13 +246,18 @@ class Trainer:
         plan = self.plan
         whole: dict[str, Tensor] = {}
         if self._reads_fields:
-            whole = self.task.fields(self._samples.raw(step, self._first_row, plan.rows))
+            read = self.task.fields(self._samples.raw(step, self._first_row, plan.rows))
+            whole.update(self.model.own_positions(read))
         if self.recipe.model.drops:
             keys = dropout_keys(self.recipe.train.seed, step, self._first_row, plan.rows)
             whole["dropout_keys"] = torch.from_numpy(keys)
         stay = self.recipe.model.host_inputs
         whole = {name: f if name in stay else self._on_device(f) for name, f in whole.items()}
-        return [{name: field[a:b] for name, field in whole.items()} for a, b in plan.bounds]
+        placed = self.model.placed
+        return [
+            {**{name: field[a:b] for name, field in whole.items()}, **placed}
+            for a, b in plan.bounds
+        ]
 
     def _on_device(self, field: Tensor) -> Tensor:
         device = self.model.device

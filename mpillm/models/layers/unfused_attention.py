@@ -7,7 +7,7 @@ width of a head.
 import torch
 from torch import Tensor
 
-from mpillm.models.layers.dropout import ATTENTION_PROBABILITIES, drop
+from mpillm.models.layers.dropout import ATTENTION_PROBABILITIES, MaskKeys, drop
 
 
 def attend_unfused(
@@ -17,7 +17,7 @@ def attend_unfused(
     mask_TS: Tensor | None,
     soft_cap: float = 0.0,
     dropout: float = 0.0,
-    keys_B: Tensor | None = None,
+    keys_B: MaskKeys | None = None,
     bias: Tensor | None = None,
     first_head: int = 0,
 ) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mpillm.models.block_settings import BlockSettings
 from mpillm.models.layers.attention import Attention
 from mpillm.models.layers.block import BlockLayers
+from mpillm.models.layers.dropout import of_rows
 from mpillm.models.layers.feed_forward import FeedForward
 from mpillm.models.linear_head import LinearHead, VocabularyShard
 from mpillm.models.part_module import Fields, PartModule, PartOutput, Streams, WeightPiece
@@ -84,7 +85,7 @@ def _cut_block(block: BlockLayers, part: PartModule, stream: TensorStream) -> No
         split, keys_B = stream.split, given[KEYS]
         assert isinstance(block, BlockLayers)
         block.first_position = split.first(stream.rank) if split.dim else 0
-        own_B = keys_B if keys_B is None or split.dim else stream.own(keys_B)
+        own_B = keys_B if keys_B is None or split.dim else of_rows(keys_B, stream.own)
         return *given[:KEYS], own_B, *given[KEYS + 1 :]
 
     def enter_attention(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:

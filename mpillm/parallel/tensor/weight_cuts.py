@@ -7,7 +7,6 @@ units that no cut splits (Shoeybi et al. 2019, "Megatron-LM").
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.models.spec import ModelSpec
@@ -72,17 +71,6 @@ def column_bounds(count: int, size: int) -> list[int]:
     """Return where the parts of `count` columns, or tokens of a vocabulary, begin, and the end."""
     unit = COLUMNS if count >= size * LEAST_TILES * COLUMNS else 1
     return [min(count, bound * unit) for bound in block_bounds(-(-count // unit), size)]
-
-
-def unequal_parts(spec: ModelSpec, size: int) -> str:
-    """Name what `size` ranks share in unequal parts, with the next even number; "": nothing."""
-    counts = {"vocabulary": spec.vocab_size, "hidden width": getattr(spec, "hidden_width", 0)}
-    for name, count in counts.items():
-        bounds = column_bounds(count, size)
-        if len({stop - first for first, stop in pairwise(bounds)}) > 1:
-            unit = size * (COLUMNS if count >= size * LEAST_TILES * COLUMNS else 1)
-            return f"a {name} of {count:,}; {-(-count // unit) * unit:,} has equal parts"
-    return ""
 
 
 def own_key_value_heads(heads: int, key_value_heads: int, size: int, rank: int) -> list[int]:

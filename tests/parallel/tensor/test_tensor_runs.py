@@ -181,7 +181,6 @@ def test_a_run_continues_under_another_layout(
         ({"optimizer": {"name": "muon"}}, LayoutError, "whole weights"),
         ({"model": {"heads": 11, "kv_heads": 11, "head_width": 4}}, LayoutError, "11 heads"),
         ({"model": {"experts": 2}}, LayoutError, "experts"),
-        ({"parallel": {"zero": 1}, "model": {"vocab_size": 259}}, LayoutError, "equal parts"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(
