@@ -39,7 +39,7 @@ class ParallelSettings:
     island: Annotated[int, Gt(0)] = 1
     """Groups of ranks that train alone and average their weights once a round, for slow networks.
     """
-    island_every: Annotated[int, Gt(0)] = 50
+    island_every: Annotated[int, Gt(0)] = 30
     """Steps of a round."""
     island_from: Annotated[int, Ge(0)] = 0
     """Steps that all islands compute together, as one data axis, before the first round."""
