@@ -42,6 +42,15 @@ class PartOutput(NamedTuple):
     """What training adds to the loss, a scalar summed over the sequences; None: nothing."""
 
 
+class WeightPiece(NamedTuple):
+    """The part of a whole weight that a module holds."""
+
+    shape: tuple[int, ...]
+    """Of the whole weight."""
+    place: tuple[slice, ...]
+    """The index of the part in it."""
+
+
 class GenerationCache:
     """The state of a model between steps of generation. `length`: the positions it holds."""
 
@@ -60,6 +69,8 @@ class PartModule(nn.Module):
         self.part = part or spec.whole
         self.begins, self.ends = spec.begins(self.part), spec.ends(self.part)
         self.recompute: Recompute = "none"
+        self.pieces: dict[str, WeightPiece] = {}
+        """The weights that are parts of whole ones, by their names in the whole model."""
 
     def forward_part(self, fields: Fields, streams: Streams) -> PartOutput:
         """Compute this part on one microbatch; `streams` is empty where it begins the model."""
@@ -150,7 +161,8 @@ def initialise(model: PartModule, seed: int) -> None:
 def initial_values(model: PartModule, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """Return the initial values of the weight `name`, float32 on the CPU.
 
-    They are a pure function of (seed, name, shape): the same on any rank, device and layout.
+    They are a pure function of (seed, name, shape): the same on any rank, device and layout. Those
+    of a piece are its part of the whole weight's.
     """
     if name.endswith("bias"):
         return torch.zeros(shape, device="cpu")
@@ -161,8 +173,10 @@ def initial_values(model: PartModule, name: str, shape: tuple[int, ...], seed: i
     key = xxhash.xxh3_64_intdigest(name.encode(), seed=seed) >> 1
     generator = torch.Generator().manual_seed(key)
     # Drawn on the CPU: a GPU's generator gives other numbers.
-    values = torch.empty(shape, dtype=torch.float32, device="cpu")
-    return values.normal_(0.0, model.deviation_of(name), generator=generator)
+    whole, place = model.pieces.get(name) or WeightPiece(shape, ())
+    values = torch.empty(whole, dtype=torch.float32, device="cpu")
+    values.normal_(0.0, model.deviation_of(name), generator=generator)
+    return values[place].contiguous()
 
 
 class WithoutValues(TorchFunctionMode):

@@ -279,6 +279,23 @@ class ModelSpec(ABC):
         """
         return {}
 
+    @property
+    def cut_units(self) -> "Mapping[str, int]":
+        """The end of a weight's name → the equal units along its dim, such as heads, that a cut
+        leaves whole; others may be cut anywhere.
+
+        The ranks must divide the largest number of units. Where they do not divide a smaller one,
+        as that of grouped key and value heads, such weights are replicated.
+        """
+        return {}
+
+    @property
+    def uncut_reason(self) -> str:
+        """Why tensor parallelism cannot cut this model; "": it can."""
+        return (
+            "" if self.cut_dims else f"the architecture {self.architecture} names no such weights"
+        )
+
     def begins(self, part: Part) -> bool:
         """Return whether `part` holds the first block, and so the embeddings."""
         return part.first == 0

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from mpillm.comm.mesh import Mesh
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields, PartModule, build_without_values, initialise
 from mpillm.models.spec import ModelSpec
-from mpillm.parallel.axis_sizes import counts_loss, token_axes
+from mpillm.parallel.axis_sizes import batch_share, counts_loss, outermost_axes, token_axes
 from mpillm.parallel.compiling import compile_layers, uncompiled
 from mpillm.parallel.context.sequence_share import SequenceShare
 from mpillm.parallel.data.gradient_sync import GradientSync
@@ -26,12 +26,21 @@ from mpillm.parallel.noise_scale import NoiseMeter
 from mpillm.parallel.pipeline.executor import Pipeline
 from mpillm.parallel.pipeline.schedules.forward_only import forward_only
 from mpillm.parallel.pipeline.simulate import Span
-from mpillm.parallel.pipeline.stage import Batch, BatchScore, ModelStage, OfBatch, ScoringStage
+from mpillm.parallel.pipeline.stage import (
+    Batch,
+    BatchScore,
+    ModelStage,
+    OfBatch,
+    PipelineStage,
+    ScoringStage,
+)
 from mpillm.parallel.pipeline.stream_transport import StreamShapes
 from mpillm.parallel.pipeline.tying import TiedWeight
 from mpillm.parallel.precision import lower_, torch_dtype
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import StepPlan, flat_gradients, replica_share, scored_ahead
+from mpillm.parallel.tensor.tensor_parallel import TensorParallel
+from mpillm.parallel.tensor.weight_cuts import WeightCut
 from mpillm.tasks.task import Task
 
 
@@ -82,6 +91,7 @@ class ShardedModel:
         `needs_whole`: the weights that the optimizer needs whole.
         """
         self.spec, self.task, self.mesh, self.plan = spec, task, mesh, plan
+        self._scored_rows = scored_rows
         axis, schedule = mesh.axis("pipeline"), plan.schedule
         self.device = device = own_device(plan.precision.device)
         self._tokens = tokens = mesh.joint(token_axes(mesh.sizes))
@@ -90,6 +100,11 @@ class ShardedModel:
             for stage in schedule.stages_of(axis.rank)
         }
         parts = list(self.parts.values())
+        along = mesh.find("tensor")
+        self.tensor = None if along is None else TensorParallel(along, settings, profile, warn)
+        if self.tensor is not None:
+            for part in parts:
+                self.tensor.cut(part)
         values: dict[nn.Parameter, Tensor] = {}
         is_cut = settings.zero > 0 and tokens.size > 1
         # Shards move the weights before they have values.
@@ -123,6 +138,12 @@ class ShardedModel:
         self.compiled = plan.compiled and compile_layers(
             parts, plan.microbatch, mesh.comm, mesh.node_map, warn
         )
+
+        # Islands may hold other gradients than each other: a norm is that of one island.
+        outermost = outermost_axes(mesh.sizes)
+        together = [name for name in mesh.sizes if name not in outermost]
+        self.island_comm = mesh.joint(together).comm if outermost else mesh.comm
+        """The ranks that train together: those of one island, or all."""
         self._stages = {
             stage: ModelStage(part, number, self.gradients, task)
             for number, (stage, part) in enumerate(self.parts.items())
@@ -183,8 +204,7 @@ class ShardedModel:
     @property
     def share(self) -> tuple[int, int]:
         """(i, n): this rank scores the i-th of n shares of the batches, one share a pipeline."""
-        data = self.mesh.axis("data")
-        return data.rank, data.size
+        return batch_share(self.mesh.sizes, self.mesh.coordinates)
 
     @property
     def ends(self) -> bool:
@@ -205,6 +225,18 @@ class ShardedModel:
         shared = set(self.spec.shared_inputs).intersection(offered)
         return bool(shared) or any(part.begins or part.ends for part in self.parts.values())
 
+    def _entered(
+        self,
+        stages: Mapping[int, PipelineStage],
+        shape_of: Callable[[int], tuple[int, int]],
+        rows: int,
+    ) -> Mapping[int, PipelineStage]:
+        """Return the stages as the pipeline runs them, with batches of `rows` at most."""
+        if self.tensor is None:
+            return stages
+        room = rows * self.spec.largest_stream * self.plan.precision.element_bytes
+        return self.tensor.entered(stages, shape_of, room)
+
     def named_weights(self) -> dict[str, nn.Parameter]:
         """Return the weights that this rank trains, by their names in the whole model.
 
@@ -219,12 +251,19 @@ class ShardedModel:
             if not any(weight is other for other in shared)
         }
 
-    def train(self, batch: Batch, loss_scale: float = 1.0, measure: bool = False) -> Passes:
+    def train(
+        self,
+        batch: Batch,
+        loss_scale: float = 1.0,
+        measure: bool = False,
+        sum_further: Callable[[Sequence[Tensor]], None] | None = None,
+    ) -> Passes:
         """Run all passes of a step; leave the global batch's gradients in `grad` of `stepped`,
         multiplied by `loss_scale`.
 
         `batch`: this rank's share. All ranks of a pipeline get the same rows of it. `measure`: the
-        noise scale too.
+        noise scale too. `sum_further`: sums gradients over ranks that the GradientSync does not
+        know.
         """
         if self._share:
             self._share.begin()
@@ -232,11 +271,22 @@ class ShardedModel:
         self.gradients.begin(meter.add if meter else None)
         for stage in self._stages.values():
             stage.batch, stage.loss_scale = batch, loss_scale
-        spans = self.pipeline.run(self.plan.schedule, self._stages, self._streams)
+        bounds = self.plan.bounds
+
+        def shape_of(microbatch: int) -> tuple[int, int]:
+            first, last = bounds[microbatch]
+            return last - first, _length(batch.fields[microbatch]) or self.spec.context
+
+        stages = self._entered(self._stages, shape_of, self.plan.microbatch)
+        spans = self.pipeline.run(self.plan.schedule, stages, self._streams)
         ended = time.perf_counter()
         # First over the data axis, then between the two leaves of a tied weight: one order of sums
         # in every layout.
         self.gradients.finish()
+        if self.tensor is not None:
+            self.tensor.sum_replicated(self.gradients.gradient_of)
+        if sum_further is not None:
+            sum_further(self._all_gradients())
         for tied in self._tied:
             tied.reduce(self.gradients.gradient_of)
         summed = time.perf_counter()
@@ -248,6 +298,12 @@ class ShardedModel:
             # Work was only enqueued before: the copy to the host has waited for its end.
             spans, ended, summed = on_device, on_device[-1].end, time.perf_counter()
         return Passes(losses_of, spans, ended, summed, squares, noise)
+
+    def _all_gradients(self) -> list[Tensor]:
+        """Return what the optimizer will step on, and the gradients that tying adds to it."""
+        own = [each.grad for each in self.stepped.values() if each.grad is not None]
+        leaves = [leaf for tied in self._tied for leaf in tied.sharing_memory]
+        return own + [self.gradients.gradient_of(leaf) for leaf in leaves if leaf.requires_grad]
 
     def _squares(self) -> Tensor:
         counted = self.gradients.counted_gradients(self._replica, self._counted_elsewhere)
@@ -269,10 +325,15 @@ class ShardedModel:
         """Return which element of the weight `name` is the first that `stepped` holds of it."""
         return self.gradients.first_element(self._weights[name])
 
+    def cut_of(self, name: str) -> WeightCut | None:
+        """Return which part of the weight `name` this rank has; None: all of it."""
+        return self.tensor.cuts.get(name) if self.tensor else None
+
     @property
     def _counted_elsewhere(self) -> list[nn.Parameter]:
-        """A tied weight's gradient is in two places; the norm counts it in one."""
-        return [weight for tied in self._tied for weight in tied.counted_elsewhere]
+        """A gradient that is in several places; the norm counts it in one."""
+        elsewhere = self.tensor.counted_elsewhere if self.tensor else []
+        return elsewhere + [weight for tied in self._tied for weight in tied.counted_elsewhere]
 
     def clip_(
         self,
@@ -289,7 +350,7 @@ class ShardedModel:
         """
         return clip_gradients_(
             self.gradients,
-            self.mesh.comm,
+            self.island_comm,
             self._replica,
             max_norm or math.inf,
             self._counted_elsewhere,
@@ -335,7 +396,10 @@ class ShardedModel:
                 return self._stream_shapes(stage, *shape_of(first + number))
 
             streams = StreamShapes(shapes, dtype, self.device)
-            self.pipeline.run(forward_only(self.plan.schedule, batches), stages, streams)
+            entered = self._entered(
+                stages, lambda number: shape_of(first + number), self._scored_rows
+            )
+            self.pipeline.run(forward_only(self.plan.schedule, batches), entered, streams)
             for stage in stages.values():
                 found.update({first + number: score for number, score in stage.scores.items()})
 
@@ -363,12 +427,14 @@ class ShardedModel:
         return {**self._share.deal(fields, length), **self._share.placed(length)}
 
     def _stream_shapes(self, stage: int, rows: int, length: int) -> tuple[tuple[int, ...], ...]:
-        """Return the shapes of the streams that enter a stage, of sequences of `length`."""
+        """Return the shapes of this rank's streams into a stage, of sequences of `length`."""
         ahead = self.spec.streams_ahead(self.plan.parts[stage].first, length)
-        if self._share is None:
-            return tuple((rows, *stream) for stream in ahead)
-        own = self._share.length(length)
-        return tuple((rows, own, width) for _, width in ahead)
+        if self._share is not None:
+            own = self._share.length(length)
+            return tuple((rows, own, width) for _, width in ahead)
+        if self.tensor is not None:
+            return tuple((*self.tensor.own_shape(rows, each), width) for each, width in ahead)
+        return tuple((rows, *stream) for stream in ahead)
 
     def close(self) -> None:
         """Free shared memory and communicators."""
@@ -377,7 +443,14 @@ class ShardedModel:
             self._share.close()
         for tied in self._tied:
             tied.close()
+        if self.tensor is not None:
+            self.tensor.close()
         self.gradients.close()
+
+
+def _length(fields: Fields) -> int:
+    """Return the tokens of the sequences in `fields`; 0 where there are none."""
+    return next((field.shape[1] for field in fields.values() if field.dim() > 1), 0)
 
 
 def _on_host(losses: Sequence[Tensor], squares: Tensor) -> tuple[list[float], list[float]]:

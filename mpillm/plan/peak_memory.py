@@ -34,6 +34,8 @@ CHECKPOINT_BYTES = 2 << 20
 POSTED, SLOTS = 2, 2
 # torch's embedding reads ids of 8 bytes.
 TOKEN_BYTES = 8
+# Of the buffer of islands: outer_step.MESSAGE_BYTES.
+ISLAND_MESSAGE_BYTES = 32 << 20
 # Tokens in a batch of an evaluation: enough to fill the matrix products, few enough for the logits
 # of a large vocabulary.
 SCORED_TOKENS = 4096
@@ -49,7 +51,7 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "weights": ("weights", "masters"),
         "gradients": ("gradients",),
-        "optimizer": ("optimizer",),
+        "optimizer": ("optimizer", "islands"),
         "activations": ("activations", "recomputed", "outputs"),
         "buffers": ("streams", "attention", "data", "evaluation", "checkpoint", "gaps"),
         "process": ("process", "libraries"),
@@ -81,6 +83,8 @@ class MemoryEstimate:
     masters: int = 0
     """Float32 copies of weights of a lower dtype."""
     optimizer: int = 0
+    islands: int = 0
+    """Common weights, outer momentum and the buffer of a message."""
     gradients: int = 0
     """In buckets, or above what the activations leave to them when they are freed."""
     activations: int = 0
@@ -168,18 +172,21 @@ def predict_rank(
     """Estimate the peak of rank number `rank` of a pipeline.
 
     `process_bytes`: of a process before it builds a model; a GPU's memory holds none of it.
-    `scored_rows`: sequences at once in an evaluation; 0: there is none.
+    `scored_rows`: sequences at once in an evaluation; 0: there is none. Ranks that share a layer
+    have equal parts of its activations: streams in shared memory count once.
     """
     base = _process(process_bytes) if plan.precision.device == "cpu" else MemoryEstimate()
     parts = [plan.parts[stage] for stage in plan.schedule.stages_of(rank)]
     precision, rows = plan.precision, plan.microbatch
     element, device = precision.element_bytes, precision.device
-    count = sum(map(model.parameters_of, parts))
+    tensor = replicas.tensor
+    count = sum(map(model.parameters_of, parts)) // tensor
     ends = any(map(model.ends, parts))
-    activations, recomputed = _activations(model, plan, parts, rank)
-    # Ranks of a context axis share the positions.
-    outputs = model.output_bytes(rows, device) // plan.context if ends else 0
-    block = recomputed + model.working_bytes(rows, element) // plan.context
+    # Ranks of a context axis share the positions, those of a tensor axis the features.
+    ranks = tensor * plan.context
+    activations, recomputed = (n // tensor for n in _activations(model, plan, parts, rank))
+    outputs = model.output_bytes(rows, device) // ranks if ends else 0
+    block = recomputed + model.working_bytes(rows, element) // ranks
     step = activations + max(outputs, block)
     held = held_of(model, plan, optimizer, parts, replicas)
     gradients, kept_apart = held.gradients, bool(held.gradients)
@@ -190,7 +197,7 @@ def predict_rank(
     gaps = int(share * step + recomputed_share * recomputed)
     # The allocator returns a step's memory ahead of an evaluation (system/malloc.py), but not the
     # gradients, which stay until the next step.
-    scoring = int((1 + share) * _scoring_bytes(model, plan, rank, scored_rows, ends))
+    scoring = int((1 + share) * _scoring_bytes(model, plan, rank, scored_rows, ends) / tensor)
     loose = 0 if kept_apart else FLOAT32_BYTES * count - gradients
     evaluation = max(0, scoring + loose - step - gaps)
     elsewhere = {
@@ -203,10 +210,11 @@ def predict_rank(
         masters=held.masters,
         optimizer=held.optimizer,
         gradients=gradients,
+        islands=_island_bytes(replicas, count),
         activations=activations,
         recomputed=max(0, block - outputs),
         outputs=outputs,
-        streams=_stream_bytes(model, plan, rank, scored_rows),
+        streams=_stream_bytes(model, plan, rank, scored_rows) // tensor,
         attention=_attention_bytes(model, plan, scored_rows),
         # Tokens as they are read, and as ids and targets.
         data=2 * TOKEN_BYTES * plan.rows * (model.context + 1),
@@ -214,6 +222,12 @@ def predict_rank(
         gaps=gaps,
         counted_elsewhere=elsewhere,
     )
+
+
+def _island_bytes(replicas: Replicas, count: int) -> int:
+    if not replicas.outer_bytes:
+        return 0
+    return replicas.outer_bytes * count + min(FLOAT32_BYTES * count, ISLAND_MESSAGE_BYTES)
 
 
 def _process(nbytes: int) -> MemoryEstimate:

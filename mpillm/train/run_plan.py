@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mpillm.errors import MismatchError, RecipeError
+from mpillm.errors import LayoutError, MismatchError, RecipeError
+from mpillm.parallel.axis_sizes import batch_share
+from mpillm.parallel.islands.rounds import check_rounds
 from mpillm.parallel.step_plan import StepPlan, check_small_batches, plan_step
+from mpillm.parallel.tensor.weight_cuts import unequal_parts
 from mpillm.train.recipe import Recipe
 
 
@@ -31,12 +34,13 @@ def fill_model(recipe: Recipe, found: Mapping[str, int]) -> Recipe:
     return replace(recipe, model=model)
 
 
-def plan_run(recipe: Recipe, data: int) -> StepPlan:
-    """Plan the step of a run whose batch is shared by `data` ranks.
+def plan_run(recipe: Recipe, sizes: Mapping[str, int]) -> StepPlan:
+    """Plan the step of a run on a mesh of `sizes`.
 
     Raises LayoutError and RecipeError for what cannot be.
     """
-    settings = recipe.train
+    settings, data = recipe.train, batch_share(sizes)[1]
+    check_rounds(recipe.parallel, settings.evaluate_every, settings.save_every)
     plan = plan_step(
         recipe.model,
         recipe.parallel,
@@ -46,12 +50,12 @@ def plan_run(recipe: Recipe, data: int) -> StepPlan:
         fixed_order=settings.fixed_order,
         recompute=settings.recompute,
     )
-    for name in ("compile", "noise_scale") if recipe.parallel.context > 1 else ():
-        if getattr(settings, name):
-            raise RecipeError(
-                f"train.{name} computes with whole sequences, which parallel.context = "
-                f"{recipe.parallel.context} shares among ranks; leave one of them out"
-            )
+    _check_context(recipe)
+    if settings.noise_scale and recipe.parallel.island > 1:
+        raise LayoutError(
+            "train.noise_scale compares the gradients of all ranks at one step, and the ranks of "
+            "parallel.island train alone; leave one of them out"
+        )
     if settings.noise_scale:
         check_small_batches(plan, data, recipe.parallel.zero)
     if recipe.data.document_mask and "documents" not in recipe.model.shared_inputs:
@@ -59,4 +63,46 @@ def plan_run(recipe: Recipe, data: int) -> StepPlan:
             f"data.document_mask = true needs a model that reads documents, and the architecture "
             f"{recipe.model.architecture} does not; leave document_mask out"
         )
+    _check_tensor(recipe)
     return plan
+
+
+def _check_tensor(recipe: Recipe) -> None:
+    """Raise RecipeError for settings that no run along a tensor axis has."""
+    if recipe.parallel.tensor == 1:
+        return
+    given = f"parallel.tensor = {recipe.parallel.tensor}"
+    unequal = unequal_parts(recipe.model, recipe.parallel.tensor)
+    if recipe.parallel.zero and unequal:
+        raise LayoutError(
+            f"parallel.zero = {recipe.parallel.zero} with {given} shards equal parts of each "
+            f"layer, and there is {unequal}"
+        )
+    if recipe.train.compile:
+        raise RecipeError(
+            f"train.compile = true compiles a layer as a whole, and {given} exchanges the stream "
+            "within it; leave one of them out"
+        )
+    if recipe.train.noise_scale:
+        raise RecipeError(
+            f"train.noise_scale = {recipe.train.noise_scale} compares gradients before they are "
+            f"summed, and with {given} a rank has a share of each norm's; leave one of them out"
+        )
+
+
+def _check_context(recipe: Recipe) -> None:
+    """Raise LayoutError for what needs whole sequences on a rank, where ranks share them."""
+    given = f"parallel.context = {recipe.parallel.context}"
+    if recipe.parallel.context == 1:
+        return
+    for name in ("compile", "noise_scale"):
+        if getattr(recipe.train, name):
+            raise LayoutError(
+                f"train.{name} computes with whole sequences, which {given} shares among ranks; "
+                "leave one of them out"
+            )
+    if recipe.parallel.tensor > 1:
+        raise LayoutError(
+            f"{given} and parallel.tensor = {recipe.parallel.tensor} both cut the positions of the "
+            "stream, each in its own order; leave one of them out"
+        )

@@ -76,8 +76,7 @@ def train(
     constants = RunConstants.read(manifest, recipe.to_dict(), comm)
     settings, parallel = recipe.train, recipe.parallel
     mesh = make_mesh(comm, parallel, recipe.model, settings.batch, node_map)
-    data = mesh.axis("data")
-    plan = plan_run(recipe, data.size)
+    plan = plan_run(recipe, mesh.sizes)
     if parallel.context > 1:
         _check_context(recipe, task)
     _check_groups(recipe)
@@ -111,7 +110,7 @@ def train(
             if hosts_compute and (short := shortage(estimate, node_map, limit, remedy)):
                 console.warn(short)
             trainer = Trainer(recipe, task, reader, mesh, plan, profile, console.warn)
-            if data.size * parallel.context > 1:
+            if mesh.axis("data").size * parallel.context > 1:
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
             if plan.schedule.ranks > 1:
                 console.say(f"stages: {trainer.describe_pipeline()}")

@@ -36,6 +36,8 @@ class Pattern(NamedTuple):
     """Scores become cap × tanh(score / cap); 0: as they are."""
     dropout: float = 0.0
     """Of the probabilities, in training."""
+    first_head: int = 0
+    """The number of the first head in the whole layer: dropout depends on it."""
 
 
 CAUSAL = Pattern()
@@ -59,7 +61,7 @@ def attend(
     `bias`: added to the scores, of any shape that broadcasts to (B, H, T, S); −∞ masks. S differs
     from T where a pattern that is not causal attends to another sequence.
     """
-    causal, window, soft_cap, dropout = pattern
+    causal, window, soft_cap, dropout, first_head = pattern
     if cache is not None:
         assert spans is None, "a cache holds one document a row"
         assert causal, "positions to come are in no cache"
@@ -68,7 +70,8 @@ def attend(
     learns = bias is not None and bias.requires_grad
     if soft_cap or learns or (dropout and keys_B is not None):
         mask = _dense_mask(q_BTHD, pattern, spans)
-        return attend_unfused(q_BTHD, k_BSKD, v_BSKD, mask, soft_cap, dropout, keys_B, bias)
+        given = mask, soft_cap, dropout, keys_B, bias, first_head
+        return attend_unfused(q_BTHD, k_BSKD, v_BSKD, *given)
     if bias is not None:
         mask = biased_mask(bias.to(q_BTHD.dtype), _dense_mask(q_BTHD, pattern, spans))
         return attend_dense(q_BTHD, k_BSKD, v_BSKD, mask)

@@ -53,6 +53,8 @@ class BlockLayers(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.recomputes_attention = False
+        self.first_position = 0
+        """Of the stream in its sequences, where it is a part of them: dropout depends on it."""
         self.post_norm = config.norm_place == "post"
         sandwich = config.norm_place == "sandwich"
         self.attention_norm = make_norm(config) if config.norms_input(block) else nn.Identity()
@@ -91,7 +93,8 @@ class BlockLayers(nn.Module):
     def _joined(
         self, x_BTC: Tensor, y_BTC: Tensor, norm: nn.Module, keys_B: MaskKeys | None, place: int
     ) -> Tensor:
-        x_BTC = x_BTC + drop(y_BTC, self.dropout, keys_B, place)
+        first = self.first_position * y_BTC.shape[-1]
+        x_BTC = x_BTC + drop(y_BTC, self.dropout, keys_B, place, first)
         return norm(x_BTC) if self.post_norm else x_BTC
 
 

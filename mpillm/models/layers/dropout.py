@@ -41,30 +41,40 @@ def layer_keys(keys_B: Tensor, layer: int) -> Tensor:
     return _mix64(keys_B ^ _mix_number(layer))
 
 
-def drop(x: Tensor, probability: float, keys: MaskKeys | None, place: int) -> Tensor:
+def drop(
+    x: Tensor, probability: float, keys: MaskKeys | None, place: int, first: int = 0
+) -> Tensor:
     """Set values of `x` (B, …) to 0 with `probability`, and scale the rest to keep the mean.
 
     `keys`: of the layer; None outside of training, which returns `x`. With `PlacedKeys`, `x` is
-    (B, T, C), and its mask is that of the whole row at these positions.
+    (B, T, C), and its mask is that of the whole row at these positions. `first`: the number of a
+    row's first value, where `x` is a part of longer rows.
     """
     if keys is None or not probability:
         return x
     # At least one level each: a small probability is no 0, a large one no 1.
     kept = min(max(round(LEVELS * (1 - probability)), 1), LEVELS - 1)
     if isinstance(keys, PlacedKeys):
+        assert not first, "values of such positions follow from their places alone"
         keys_B = keys.keys_B ^ _mix_number(place)
         keeps = keep_mask_at(keys_B, keys.positions_T, x.shape[-1], kept)
     else:
-        keeps = keep_mask(keys ^ _mix_number(place), x[0].numel(), kept).reshape(x.shape)
+        count = x.numel() // max(1, len(x))
+        keeps = keep_mask(keys ^ _mix_number(place), count, kept, first).reshape(x.shape)
     # The product saves the mask alone, a byte a value.
     return x * keeps * (LEVELS / kept)
 
 
-def keep_mask(keys_B: Tensor, count: int, kept: int) -> Tensor:
-    """Draw numbers (B, N), N = `count`, int8: 1 with the probability `kept` / 2¹⁶, else 0."""
-    pairs = (count + 1) // 2
-    counters_N = torch.arange(pairs, dtype=torch.int32, device=keys_B.device)
-    return _keeps_of(keys_B, counters_N, kept)[:, :count]
+def keep_mask(keys_B: Tensor, count: int, kept: int, first: int = 0) -> Tensor:
+    """Draw numbers (B, N), N = `count`, int8: 1 with the probability `kept` / 2¹⁶, else 0.
+
+    They are those from number `first` on of the rows' sequences.
+    """
+    # A counter decides on a pair.
+    begin, skipped = divmod(first, 2)
+    pairs = (skipped + count + 1) // 2
+    counters_N = torch.arange(begin, begin + pairs, dtype=torch.int32, device=keys_B.device)
+    return _keeps_of(keys_B, counters_N, kept)[:, skipped : skipped + count]
 
 
 def keep_mask_at(keys_B: Tensor, positions_T: Tensor, width: int, kept: int) -> Tensor:
@@ -91,12 +101,13 @@ def _keeps_of(keys_B: Tensor, counters_N: Tensor, kept: int) -> Tensor:
     # Each row has its own odd step between counters: two rows are not one sequence, shifted.
     steps_B1 = words_B1.to(torch.int32) | 1
     keeps_BN = torch.empty(len(keys_B), 2 * pairs, dtype=torch.int8, device=keys_B.device)
-    piece = max(1, CACHED_WORDS // len(keys_B)) if keys_B.device.type == "cpu" else pairs
-    for first in range(0, pairs, piece):
-        last = min(first + piece, pairs)
-        bits = _mix32_((counters_N[first:last] * steps_B1).add_(starts_B1)).view(torch.int16)
+    on_cpu = keys_B.device.type == "cpu"
+    piece = max(1, CACHED_WORDS // max(1, len(keys_B))) if on_cpu else max(1, pairs)
+    for start in range(0, pairs, piece):
+        stop = min(start + piece, pairs)
+        bits = _mix32_((counters_N[start:stop] * steps_B1).add_(starts_B1)).view(torch.int16)
         # In place: a comparison that makes booleans takes three times as long on a CPU.
-        keeps_BN[:, 2 * first : 2 * last] = bits.lt_(kept - LEVELS // 2)
+        keeps_BN[:, 2 * start : 2 * stop] = bits.lt_(kept - LEVELS // 2)
     return keeps_BN
 
 
