@@ -435,7 +435,7 @@ class ShardedModel:
         return {**self._share.deal(fields, length), **self._share.placed(length)}
 
     def _stream_shapes(self, stage: int, rows: int, length: int) -> tuple[tuple[int, ...], ...]:
-        """Return the shapes of the streams that enter a stage, of sequences of `length`."""
+        """Return the shapes of this rank's streams into a stage, of sequences of `length`."""
         ahead = self.spec.streams_ahead(self.plan.parts[stage].first, length)
         own = tuple((self._own_length(length), width) for length, width in ahead)
         if self.tensor is None:

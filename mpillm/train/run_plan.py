@@ -49,17 +49,12 @@ def plan_run(recipe: Recipe, sizes: Mapping[str, int]) -> StepPlan:
         fixed_order=settings.fixed_order,
         recompute=settings.recompute,
     )
+    _check_context(recipe)
     if settings.noise_scale and recipe.parallel.island > 1:
         raise LayoutError(
             "train.noise_scale compares the gradients of all ranks at one step, and the ranks of "
             "parallel.island train alone; leave one of them out"
         )
-    for name in ("compile", "noise_scale") if recipe.parallel.context > 1 else ():
-        if getattr(settings, name):
-            raise RecipeError(
-                f"train.{name} computes with whole sequences, which parallel.context = "
-                f"{recipe.parallel.context} shares among ranks; leave one of them out"
-            )
     if settings.noise_scale:
         check_small_batches(plan, data, recipe.parallel.zero)
     if recipe.data.document_mask and "documents" not in recipe.model.shared_inputs:
@@ -86,3 +81,16 @@ def _check_tensor(recipe: Recipe) -> None:
             f"train.noise_scale = {recipe.train.noise_scale} compares gradients before they are "
             f"summed, and with {given} a rank has a share of each norm's; leave one of them out"
         )
+
+
+def _check_context(recipe: Recipe) -> None:
+    """Raise LayoutError for what needs whole sequences on a rank, where ranks share them."""
+    given = f"parallel.context = {recipe.parallel.context}"
+    if recipe.parallel.context == 1:
+        return
+    for name in ("compile", "noise_scale"):
+        if getattr(recipe.train, name):
+            raise LayoutError(
+                f"train.{name} computes with whole sequences, which {given} shares among ranks; "
+                "leave one of them out"
+            )

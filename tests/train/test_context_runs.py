@@ -96,6 +96,7 @@ def test_a_model_of_16_bits_learns_the_same(data: Path, folder: Path, comm: MPI.
         ({"train": {"fixed_order": True, "microbatch": 1}}, "train.fixed_order gives"),
         ({"train": {"compile": True}}, "train.compile computes with whole sequences"),
         ({"train": {"noise_scale": 2}}, "train.noise_scale computes with whole sequences"),
+        ({"parallel": {"tensor": 2}}, "parallel.tensor = 2 both cut"),
         ({"model": {"context": 25}}, "a context of 25 positions cannot be cut"),
         ({"model": {"attention_dropout": 0.1}}, "attention_dropout = 0.1 drops"),
         ({"model": {"heads": 1, "kv_heads": 1}}, 'context_kind = "ulysses" exchanges heads'),
@@ -110,6 +111,10 @@ def test_what_does_not_compose_is_refused_with_the_reason(
 ) -> None:
     if comm.size == 1:
         pytest.skip("one rank shares no sequence")
-    parallel = {"parallel": {"context": comm.size, "context_kind": "ulysses"}}
+    if "tensor" in sections.get("parallel", {}) and comm.size != 4:
+        pytest.skip("both axes need four ranks")
+    context = 2 if "parallel" in sections else comm.size
+    given = {"context": context, "context_kind": "ulysses", **sections.get("parallel", {})}
+    parallel = {"parallel": given}
     with pytest.raises((LayoutError, RecipeError), match=words):
         train(recipe(data, folder / "run", {**sections, **parallel}), comm, QUIET)
