@@ -3,17 +3,19 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from types import MappingProxyType
 
 from mpillm.comm.mesh import Axis, Mesh, describe
 from mpillm.errors import LayoutError
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.data.data_axis import DataAxis
+from mpillm.parallel.islands.island_axis import IslandAxis
 from mpillm.parallel.parallel_axis import ParallelAxis
 from mpillm.parallel.pipeline.pipeline_axis import PipelineAxis
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.tensor.tensor_axis import TensorAxis
 
-AXES: tuple[ParallelAxis, ...] = (DataAxis(), PipelineAxis(), TensorAxis())
+AXES: tuple[ParallelAxis, ...] = (DataAxis(), IslandAxis(), PipelineAxis(), TensorAxis())
 """Every axis, in the order in which a recipe and an error name them."""
 
 # More would fill the screen: an error lists this many of the legal layouts.
@@ -63,7 +65,36 @@ def _product(sizes: Mapping[str, int]) -> str:
 def axis_faults(sizes: Mapping[str, int], model: ModelSpec, batch: int) -> list[str]:
     """Return for each axis why its ranks cannot share the work; axes that fit are left out."""
     faults = [axis.fault(sizes.get(axis.name, 1), model, batch) for axis in AXES]
+    shared, together = {name: sizes[name] for name in batch_axes(sizes)}, batch_share(sizes)[1]
+    if not any(faults) and batch % together:
+        faults.append(
+            f"a global batch of {batch} sequences cannot be shared by {together} ranks "
+            f"({describe(shared)})"
+        )
     return [fault for fault in faults if fault]
+
+
+def batch_axes(sizes: Mapping[str, int]) -> list[str]:
+    """Return the names of the axes of a mesh of `sizes` whose ranks share the batch, the outermost
+    first.
+    """
+    names = [axis.name for axis in AXES if axis.shares_batch and axis.name in sizes]
+    return sorted(names, key=lambda name: name not in outermost_axes(sizes))
+
+
+def batch_share(
+    sizes: Mapping[str, int], places: Mapping[str, int] = MappingProxyType({})
+) -> tuple[int, int]:
+    """Return (i, n): the rank at `places` computes the i-th of n shares of a batch."""
+    index, count = 0, 1
+    for name in batch_axes(sizes):
+        index, count = index * sizes[name] + places.get(name, 0), count * sizes[name]
+    return index, count
+
+
+def outermost_axes(sizes: Mapping[str, int]) -> list[str]:
+    """Return the names of the axes whose ranks may hold other weights for some steps."""
+    return [axis.name for axis in AXES if axis.trains_apart and axis.name in sizes]
 
 
 def counts_loss(coordinates: Mapping[str, int]) -> bool:
@@ -75,8 +106,8 @@ def counts_loss(coordinates: Mapping[str, int]) -> bool:
 
 
 def replicated_axes(mesh: Mesh) -> list[Axis]:
-    """Return the axes of `mesh` along which ranks hold the same weights."""
-    names = [axis.name for axis in AXES if not axis.cuts_weights]
+    """Return the axes of `mesh` along which ranks hold the same weights at any time."""
+    names = [axis.name for axis in AXES if not (axis.cuts_weights or axis.trains_apart)]
     return [mesh.axis(name) for name in names if name in mesh.sizes]
 
 
@@ -91,9 +122,10 @@ def legal_layouts(
     """Return all sizes of the axes that `ranks` ranks can have, those with the longest first axis
     first.
 
-    `used`: the axes that the recipe names; None: all.
+    `used`: the axes that the recipe names; None: all but islands.
     """
-    found = _factorisations(ranks, AXES if used is None else used)
+    every = [axis for axis in AXES if not axis.trains_apart]
+    found = _factorisations(ranks, every if used is None else used)
     return [sizes for sizes in found if not axis_faults(sizes, model, batch)]
 
 

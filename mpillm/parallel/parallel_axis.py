@@ -41,6 +41,8 @@ class MessageBytes:
     """Of a stream between stages, and of its gradient."""
     gradient: int = 4
     """Of a weight's gradient."""
+    difference: float = 4.0
+    """Of a weight in the rounds of islands, over the steps of a round."""
 
 
 class ParallelAxis(ABC):
@@ -59,6 +61,13 @@ class ParallelAxis(ABC):
     """Whether its ranks compute different tokens of a batch with the same weights.
 
     Gradients are then summed along it.
+    """
+    shares_batch: ClassVar[bool] = False
+    """Whether its ranks compute different sequences of a batch."""
+    trains_apart: ClassVar[bool] = False
+    """Whether its ranks may hold other weights than each other for some steps.
+
+    Norms are then those of one coordinate. It is the outermost axis of the mesh.
     """
     optional: ClassVar[bool] = True
     """Whether the mesh leaves it out where its size is 1."""

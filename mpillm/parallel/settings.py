@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, Lt
 
 from mpillm.comm.algorithms.algorithm_catalog import algorithms_of
 from mpillm.errors import RecipeError
@@ -29,6 +29,19 @@ class ParallelSettings:
     """Ranks that share the layers."""
     tensor: Annotated[int, Gt(0)] = 1
     """Ranks that share the heads, hidden features and vocabulary of each layer."""
+    island: Annotated[int, Gt(0)] = 1
+    """Groups of ranks that train alone and average their weights once a round, for slow networks.
+    """
+    island_every: Annotated[int, Gt(0)] = 50
+    """Steps of a round."""
+    island_from: Annotated[int, Ge(0)] = 0
+    """Steps that all islands compute together, as one data axis, before the first round."""
+    island_rate: Annotated[float, Gt(0), Le(2)] = 1.0
+    """The learning rate of the step on the islands' mean difference."""
+    island_momentum: Annotated[float, Ge(0), Lt(1)] = 0.5
+    """Nesterov's momentum of that step."""
+    island_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the differences in messages."""
     schedule: str = "1f1b"
     """The order of passes in the pipeline: gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v,
     a CSV file, or a plug-in as `package.module:Name`.

@@ -14,7 +14,7 @@ from mpillm.comm.mesh import Mesh
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields, PartModule, build_without_values, initialise
 from mpillm.models.spec import ModelSpec
-from mpillm.parallel.axis_sizes import counts_loss, token_axes
+from mpillm.parallel.axis_sizes import batch_share, counts_loss, outermost_axes, token_axes
 from mpillm.parallel.compiling import compile_layers, uncompiled
 from mpillm.parallel.data.gradient_sync import GradientSync
 from mpillm.parallel.data.replicated import ReplicatedGradients
@@ -137,6 +137,12 @@ class ShardedModel:
         self.compiled = plan.compiled and compile_layers(
             parts, plan.microbatch, mesh.comm, mesh.node_map, warn
         )
+
+        # Islands may hold other gradients than each other: a norm is that of one island.
+        outermost = outermost_axes(mesh.sizes)
+        together = [name for name in mesh.sizes if name not in outermost]
+        self.island_comm = mesh.joint(together).comm if outermost else mesh.comm
+        """The ranks that train together: those of one island, or all."""
         self._stages = {
             stage: ModelStage(part, number, self.gradients, task)
             for number, (stage, part) in enumerate(self.parts.items())
@@ -192,8 +198,7 @@ class ShardedModel:
     @property
     def share(self) -> tuple[int, int]:
         """(i, n): this rank scores the i-th of n shares of the batches, one share a pipeline."""
-        data = self.mesh.axis("data")
-        return data.rank, data.size
+        return batch_share(self.mesh.sizes, self.mesh.coordinates)
 
     @property
     def ends(self) -> bool:
@@ -239,12 +244,19 @@ class ShardedModel:
             if not any(weight is other for other in shared)
         }
 
-    def train(self, batch: Batch, loss_scale: float = 1.0, measure: bool = False) -> Passes:
+    def train(
+        self,
+        batch: Batch,
+        loss_scale: float = 1.0,
+        measure: bool = False,
+        sum_further: Callable[[Sequence[Tensor]], None] | None = None,
+    ) -> Passes:
         """Run all passes of a step; leave the global batch's gradients in `grad` of `stepped`,
         multiplied by `loss_scale`.
 
         `batch`: this rank's share. All ranks of a pipeline get the same rows of it. `measure`: the
-        noise scale too.
+        noise scale too. `sum_further`: sums gradients over ranks that the GradientSync does not
+        know.
         """
         meter = NoiseMeter(self.mesh, self.plan, self._leaves_of_tied) if measure else None
         self.gradients.begin(meter.add if meter else None)
@@ -264,6 +276,8 @@ class ShardedModel:
         self.gradients.finish()
         if self.tensor is not None:
             self.tensor.sum_replicated(self.gradients.gradient_of)
+        if sum_further is not None:
+            sum_further(self._all_gradients())
         for tied in self._tied:
             tied.reduce(self.gradients.gradient_of)
         summed = time.perf_counter()
@@ -275,6 +289,12 @@ class ShardedModel:
             # Work was only enqueued before: the copy to the host has waited for its end.
             spans, ended, summed = on_device, on_device[-1].end, time.perf_counter()
         return Passes(losses_of, spans, ended, summed, squares, noise)
+
+    def _all_gradients(self) -> list[Tensor]:
+        """Return what the optimizer will step on, and the gradients that tying adds to it."""
+        own = [each.grad for each in self.stepped.values() if each.grad is not None]
+        leaves = [leaf for tied in self._tied for leaf in tied.sharing_memory]
+        return own + [self.gradients.gradient_of(leaf) for leaf in leaves if leaf.requires_grad]
 
     def _squares(self) -> Tensor:
         counted = self.gradients.counted_gradients(self._replica, self._counted_elsewhere)
@@ -321,7 +341,7 @@ class ShardedModel:
         """
         return clip_gradients_(
             self.gradients,
-            self.mesh.comm,
+            self.island_comm,
             self._replica,
             max_norm or math.inf,
             self._counted_elsewhere,

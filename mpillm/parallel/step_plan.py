@@ -124,7 +124,9 @@ def mesh_order(
     sizes = mesh_sizes(settings, ranks, model, batch)
     # The number of chunks is not resolved yet; it only scales the pipeline's traffic.
     traffic = traffic_bytes(sizes, model, batch, max(1, settings.chunks))
-    return dict(sorted(sizes.items(), key=lambda axis: traffic[axis[0]]))
+    outermost = axis_sizes.outermost_axes(sizes)
+    ordered = sorted(sizes, key=lambda axis: (axis not in outermost, traffic[axis]))
+    return {axis: sizes[axis] for axis in ordered}
 
 
 def traffic_bytes(
@@ -133,14 +135,23 @@ def traffic_bytes(
     batch: int,
     chunks: int,
     precision: Precision | None = None,
+    settings: ParallelSettings | None = None,
 ) -> dict[str, float]:
-    """Estimate the bytes that a rank sends along each axis in a step; None: all in float32."""
-    element = MessageBytes()
+    """Estimate the bytes that a rank sends along each axis in a step; None: all in float32.
+
+    `settings`: of islands; None for the defaults.
+    """
+    settings = settings or ParallelSettings()
+    difference = ELEMENT_BYTES[settings.island_dtype] / settings.island_every
+    element = MessageBytes(difference=difference)
     if precision is not None:
-        element = MessageBytes(precision.element_bytes, ELEMENT_BYTES[precision.reduce_dtype])
+        element = MessageBytes(
+            precision.element_bytes, ELEMENT_BYTES[precision.reduce_dtype], difference
+        )
     return {
         axis.name: axis.traffic_bytes(sizes, model, batch, chunks, element)
         for axis in axis_sizes.AXES
+        if axis.name in sizes
     }
 
 
@@ -171,7 +182,8 @@ def replica_share(mesh: Mesh, apart: Collection[str] = ()) -> tuple[int, int]:
     # Row-major over the axes, as coordinates are.
     index, count = 0, 1
     for axis in axis_sizes.AXES:
-        if axis.name in mesh.sizes and not axis.cuts_weights and axis.name not in apart:
+        own = axis.cuts_weights or axis.trains_apart or axis.name in apart
+        if axis.name in mesh.sizes and not own:
             index = index * mesh.sizes[axis.name] + mesh.coordinates[axis.name]
             count *= mesh.sizes[axis.name]
     return index, count

@@ -34,6 +34,8 @@ class Replicas:
     shards: int = 1
     unit_bytes: int = UNIT_BYTES
     """Of the gradients that ZeRO sums at a time."""
+    outer_bytes: int = 0
+    """Bytes a parameter that islands keep: common weights and outer momentum."""
     tensor: int = 1
     """Ranks that share each layer: each holds about this part of its weights."""
 

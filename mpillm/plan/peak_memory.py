@@ -34,6 +34,8 @@ CHECKPOINT_BYTES = 2 << 20
 POSTED, SLOTS = 2, 2
 # torch's embedding reads ids of 8 bytes.
 TOKEN_BYTES = 8
+# Of the buffer of islands: outer_step.MESSAGE_BYTES.
+ISLAND_MESSAGE_BYTES = 32 << 20
 # Tokens in a batch of an evaluation: enough to fill the matrix products, few enough for the logits
 # of a large vocabulary.
 SCORED_TOKENS = 4096
@@ -49,7 +51,7 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "weights": ("weights", "masters"),
         "gradients": ("gradients",),
-        "optimizer": ("optimizer",),
+        "optimizer": ("optimizer", "islands"),
         "activations": ("activations", "recomputed", "outputs"),
         "buffers": ("streams", "data", "evaluation", "checkpoint", "gaps"),
         "process": ("process", "libraries"),
@@ -81,6 +83,8 @@ class MemoryEstimate:
     masters: int = 0
     """Float32 copies of weights of a lower dtype."""
     optimizer: int = 0
+    islands: int = 0
+    """Common weights, outer momentum and the buffer of a message."""
     gradients: int = 0
     """In buckets, or above what the activations leave to them when they are freed."""
     activations: int = 0
@@ -202,6 +206,7 @@ def predict_rank(
         masters=held.masters,
         optimizer=held.optimizer,
         gradients=gradients,
+        islands=_island_bytes(replicas, count),
         activations=activations,
         recomputed=max(0, block - outputs),
         outputs=outputs,
@@ -212,6 +217,12 @@ def predict_rank(
         gaps=gaps,
         counted_elsewhere=elsewhere,
     )
+
+
+def _island_bytes(replicas: Replicas, count: int) -> int:
+    if not replicas.outer_bytes:
+        return 0
+    return replicas.outer_bytes * count + min(FLOAT32_BYTES * count, ISLAND_MESSAGE_BYTES)
 
 
 def _process(nbytes: int) -> MemoryEstimate:

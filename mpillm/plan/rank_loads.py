@@ -10,7 +10,7 @@ from mpillm.parallel.axis_sizes import token_axes
 from mpillm.parallel.data.shard_layout import UNIT_BYTES
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import StepPlan, traffic_bytes
-from mpillm.plan.held_memory import OptimizerCosts, Replicas
+from mpillm.plan.held_memory import FLOAT32_BYTES, OptimizerCosts, Replicas
 from mpillm.plan.peak_memory import (
     KINDS,
     MemoryEstimate,
@@ -70,7 +70,7 @@ class AxisTraffic:
 def replicas_of(
     rank: int, sizes: Mapping[str, int], node_map: NodeMap, settings: ParallelSettings
 ) -> Replicas:
-    """Return which ranks sum gradients with `rank`, of a mesh of `sizes`."""
+    """Return which ranks sum gradients with `rank`, of a mesh of `sizes`, and what islands keep."""
     along = token_axes(sizes)
     group = ranks_along(coordinates(rank, sizes), sizes, along) if along else [rank]
     own_map = node_map.of_ranks(group)
@@ -79,6 +79,7 @@ def replicas_of(
     able = own_map.even if zero else settings.allreduce in SHARING
     shares = able and len(group) > len(own_map.nodes)
     on_node = max(map(len, own_map.nodes)) if shares else 1
+    outer = FLOAT32_BYTES * (1 + (settings.island_momentum > 0)) if "island" in sizes else 0
     return Replicas(
         len(group),
         on_node,
@@ -86,6 +87,7 @@ def replicas_of(
         zero,
         on_node if settings.zero_on_node and shares else len(group),
         settings.bucket_bytes or UNIT_BYTES,
+        outer,
         sizes.get("tensor", 1),
     )
 
@@ -141,10 +143,15 @@ def load_nodes(loads: Iterable[RankLoad]) -> list[NodeLoad]:
 
 
 def axis_traffic(
-    model: ModelSpec, plan: StepPlan, batch: int, sizes: Mapping[str, int], node_map: NodeMap
+    model: ModelSpec,
+    plan: StepPlan,
+    batch: int,
+    sizes: Mapping[str, int],
+    node_map: NodeMap,
+    settings: ParallelSettings,
 ) -> dict[str, AxisTraffic]:
     """Return the messages along each axis of a mesh of `sizes`, in its order."""
-    sent = traffic_bytes(dict(sizes), model, batch, plan.schedule.chunks, plan.precision)
+    sent = traffic_bytes(dict(sizes), model, batch, plan.schedule.chunks, plan.precision, settings)
     return {
         name: AxisTraffic(size, sent[name], _most_nodes(name, sizes, node_map))
         for name, size in sizes.items()

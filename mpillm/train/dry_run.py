@@ -65,11 +65,11 @@ def print_dry_run(recipe: Recipe, hosts: Hosts, console: Console, as_json: bool)
     recipe, notes = _with_data(recipe)
     settings, model = recipe.train, recipe.model
     sizes = mesh_order(recipe.parallel, hosts.node_map.size, model, settings.batch)
-    plan = plan_run(recipe, sizes["data"])
+    plan = plan_run(recipe, sizes)
     precision, more = planned_precision(settings)
     plan, notes = replace(plan, precision=precision), [*notes, *more]
     loads = load_ranks(model, plan, recipe.optimizer, sizes, hosts.node_map, recipe.parallel)
-    traffic = axis_traffic(model, plan, settings.batch, sizes, hosts.node_map)
+    traffic = axis_traffic(model, plan, settings.batch, sizes, hosts.node_map, recipe.parallel)
     if as_json:
         console.write(to_json(_table(recipe, hosts, plan, loads, traffic, notes)) + "\n")
         return

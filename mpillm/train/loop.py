@@ -242,7 +242,7 @@ class TrainingLoop:
             step = step_of(path)
             if step is not None and self._done < step <= steps:
                 check_replaceable(path)
-        held = (part for each in self._tensors().values() for part in slices_of(each))
+        held = (part for each in self._tensors(self._done).values() for part in slices_of(each))
         nbytes = sum(part.tensor.nbytes for part in held)
         free = shutil.disk_usage(folder).free
         if free < nbytes:
@@ -349,7 +349,7 @@ class TrainingLoop:
         """Raise DivergedError on all ranks where a weight, or a state of it, is not finite."""
         own = (
             name
-            for name, held in self._tensors().items()
+            for name, held in self._tensors(self._done).items()
             for part in slices_of(held)
             if not _is_sound(name, part.tensor)
         )
@@ -379,7 +379,7 @@ class TrainingLoop:
         }
         folder = self._folder / CHECKPOINTS
         texts, guard = self._constants.texts, self._hold.refuse_if_lost
-        saved = save(folder, self._tensors(), facts, texts, self._comm, guard)
+        saved = save(folder, self._tensors(self._done), facts, texts, self._comm, guard)
         self._last_saved, seconds = saved, time.perf_counter() - begin
         self._good.add(self._done)
         self._stopping.add_save_seconds(seconds)
@@ -394,7 +394,12 @@ class TrainingLoop:
         nbytes = sum(path.stat().st_size for path in saved.iterdir())
         self._history.saved(self._done, saved, seconds, nbytes)
 
-    def _tensors(self) -> dict[str, Held]:
+    def _tensors(self, done: int) -> dict[str, Held]:
+        """Return what a checkpoint of `done` steps holds."""
+        plain, islands = self._plain_tensors(), self._trainer.islands
+        return plain if islands is None else islands.tensors(plain, done)
+
+    def _plain_tensors(self) -> dict[str, Held]:
         trainer = self._trainer
         return name_tensors(
             trainer.stepped,
@@ -408,7 +413,11 @@ class TrainingLoop:
         """Fill weights and averages; return how many steps are done."""
         if checkpoint is None:
             return 0
-        checkpoint.load(self._tensors())
+        plain, islands = self._plain_tensors(), self._trainer.islands
+        if islands is None:
+            checkpoint.load(plain)
+        else:
+            islands.load(checkpoint, plain)
         set_steps(self._trainer.optimizer, checkpoint.step)
         self._trainer.restored(checkpoint.facts)
         self._last_saved = checkpoint.folder
@@ -434,6 +443,7 @@ class TrainingLoop:
                 recipe.train.batch,
                 schedule.chunks,
                 trainer.plan.precision,
+                recipe.parallel,
             ),
             "threads": torch.get_num_threads(),
             "steps": recipe.train.steps,

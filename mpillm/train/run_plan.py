@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from mpillm.errors import LayoutError, MismatchError, RecipeError
+from mpillm.parallel.axis_sizes import batch_share
+from mpillm.parallel.islands.rounds import check_rounds
 from mpillm.parallel.step_plan import StepPlan, check_small_batches, plan_step
 from mpillm.parallel.tensor.weight_cuts import unequal_parts
 from mpillm.train.recipe import Recipe
@@ -32,12 +34,13 @@ def fill_model(recipe: Recipe, found: Mapping[str, int]) -> Recipe:
     return replace(recipe, model=model)
 
 
-def plan_run(recipe: Recipe, data: int) -> StepPlan:
-    """Plan the step of a run whose batch is shared by `data` ranks.
+def plan_run(recipe: Recipe, sizes: Mapping[str, int]) -> StepPlan:
+    """Plan the step of a run on a mesh of `sizes`.
 
     Raises LayoutError and RecipeError for what cannot be.
     """
-    settings = recipe.train
+    settings, data = recipe.train, batch_share(sizes)[1]
+    check_rounds(recipe.parallel, settings.evaluate_every, settings.save_every)
     plan = plan_step(
         recipe.model,
         recipe.parallel,
@@ -47,6 +50,11 @@ def plan_run(recipe: Recipe, data: int) -> StepPlan:
         fixed_order=settings.fixed_order,
         recompute=settings.recompute,
     )
+    if settings.noise_scale and recipe.parallel.island > 1:
+        raise LayoutError(
+            "train.noise_scale compares the gradients of all ranks at one step, and the ranks of "
+            "parallel.island train alone; leave one of them out"
+        )
     if settings.noise_scale:
         check_small_batches(plan, data, recipe.parallel.zero)
     if recipe.data.document_mask and "documents" not in recipe.model.shared_inputs:

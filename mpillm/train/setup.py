@@ -75,8 +75,7 @@ def train(
     constants = RunConstants.read(manifest, recipe.to_dict(), comm)
     settings, parallel = recipe.train, recipe.parallel
     mesh = make_mesh(comm, parallel, recipe.model, settings.batch, node_map)
-    data = mesh.axis("data")
-    plan = plan_run(recipe, data.size)
+    plan = plan_run(recipe, mesh.sizes)
     _check_groups(recipe)
     with open_of(manifest, "train") as reader:
         # Before the run has a folder: a dataset shorter than one context, or a missing profile,
@@ -108,7 +107,7 @@ def train(
             if hosts_compute and (short := shortage(estimate, node_map, limit, remedy)):
                 console.warn(short)
             trainer = Trainer(recipe, task, reader, mesh, plan, profile, console.warn)
-            if data.size > 1:
+            if mesh.axis("data").size > 1:
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
             if plan.schedule.ranks > 1:
                 console.say(f"stages: {trainer.describe_pipeline()}")

@@ -17,7 +17,7 @@ from mpillm.comm.mesh import Mesh
 from mpillm.errors import DataError, DivergedError
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields, weight_shapes
-from mpillm.parallel.axis_sizes import counts_loss
+from mpillm.parallel.axis_sizes import batch_share, counts_loss
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.sharded_model import ShardedModel
@@ -27,6 +27,7 @@ from mpillm.tasks.task import Task
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.order import dropout_keys
 from mpillm.tokens.samples import RowShape, SampleReader
+from mpillm.train.islands import Islands
 from mpillm.train.loss_scale import LossScale
 from mpillm.train.lr_schedule import learning_rate
 from mpillm.train.optimizers.optimizer import (
@@ -95,6 +96,7 @@ class Trainer:
         )
         self.stepped = self.model.stepped
         self.optimizer = make_optimizer(recipe.optimizer, self.stepped)
+        self.islands = Islands.make(recipe, mesh, self.stepped, profile, warn, self.held)
         self.loss_scale = LossScale.make(plan.precision.scales_loss)
         if not recipe.optimizer.elementwise:
             whole = {name: shape for name, (_, shape) in weight_shapes(recipe.model).items()}
@@ -105,10 +107,9 @@ class Trainer:
         self._samples = reader.steps(row, recipe.train.batch, recipe.train.seed)
         offered = (*task.field_names, *(["documents"] if documents else []))
         self._reads_fields = self.model.reads_fields(offered)
-        self._first_row = mesh.axis("data").rank * plan.rows
+        self._first_row = batch_share(mesh.sizes, mesh.coordinates)[0] * plan.rows
         self._reading = _reading_thread(self.model.device)
         self._ahead: tuple[int, Future[list[Fields]] | None] = (-1, None)
-        self._fixed_weight = task.fixed_weight(recipe.train.batch, recipe.model.context)
         self.clock_offset = clock_offset(mesh.comm, mesh.node_map)
 
     def restored(self, facts: Mapping[str, Any]) -> None:
@@ -144,6 +145,8 @@ class Trainer:
         """Free shared memory. Every rank calls it, after the last step."""
         if self._reading is not None:
             self._reading.shutdown()
+        if self.islands is not None:
+            self.islands.close()
         self.model.close()
 
     def step(self, step: int, stop: int = 0) -> StepResult:
@@ -153,15 +156,19 @@ class Trainer:
         Raises DivergedError on all ranks when a loss or the norm is not finite. Where float16
         overflows, the step is computed again with a lower loss scale: no sample is passed over.
         """
-        clock, repeats = time.perf_counter, 0
+        clock, repeats, islands = time.perf_counter, 0, self.islands
         begun = clock()
+        summing = None
+        if islands is not None:
+            islands.begin_step(step)
+            summing = islands.summing(step)
         batch = self._batch(step)
         self._prefetch(step + 1)
         read = clock()
         every = self.recipe.train.noise_scale
         measure = bool(every) and (step + 1) % every == 0
         while True:
-            passes = self.model.train(batch, self.loss_scale.value, measure)
+            passes = self.model.train(batch, self.loss_scale.value, measure, summing)
             stats = gather_stats(self.mesh, passes, self.plan, self.clock_offset, stop)
             norm = self.model.clip_(
                 self.recipe.optimizer.clip,
@@ -169,6 +176,7 @@ class Trainer:
                 max_value=self.recipe.optimizer.clip_value,
                 squares=passes.squares,
             )
+            norm = norm if islands is None else islands.largest(norm)
             fault = check_finite(step, stats.losses, norm)
             # A loss that is not finite comes from the forward pass: the scale does not change it.
             if not fault or not math.isfinite(stats.loss) or not self.loss_scale.lower():
@@ -181,6 +189,8 @@ class Trainer:
         rate = learning_rate(self.recipe.optimizer, step, self.recipe.train.steps)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
+        if islands is not None:
+            islands.end_step(step + 1)
         self.model.gradients.updated()
         self.loss_scale.step_taken()
         ended = clock()
@@ -190,7 +200,8 @@ class Trainer:
             ("update", reduced, ended),
         ]
         return StepResult(
-            stats.loss,
+            # The mean of the islands' means.
+            stats.loss / self._parts(step),
             rate,
             norm,
             ended - begun,
@@ -212,12 +223,18 @@ class Trainer:
 
     def _batch(self, step: int) -> Batch:
         """Read this rank's share of the batch: the same rows on all ranks of a pipeline."""
-        (ahead, coming), weight = self._ahead, self._fixed_weight
+        ahead, coming = self._ahead
         fields = coming.result() if coming and ahead == step else self._fields(step)
-        # Each microbatch adds its share of the mean over the global batch, so microbatches need not
-        # be equal.
-        scale = self._global_weight(fields) if weight is None else weight
-        return Batch(fields, scale, self.recipe.train.batch)
+        rows, context = self.recipe.train.batch // self._parts(step), self.recipe.model.context
+        # Each microbatch adds its share of the mean over the global batch, or an island's part of
+        # it, so microbatches need not be equal.
+        weight = self.task.fixed_weight(rows, context)
+        scale = self._batch_weight(fields, step) if weight is None else weight
+        return Batch(fields, scale, rows)
+
+    def _parts(self, step: int) -> int:
+        """Return in how many parts, each alone, the batch of `step` is trained."""
+        return 1 if self.islands is None else self.islands.parts(step)
 
     def _prefetch(self, step: int) -> None:
         """Read the batch of `step` while a GPU computes; CPUs have no core to spare for it."""
@@ -245,14 +262,18 @@ class Trainer:
         # other memory, and wait for all work that the GPU has.
         return field.contiguous().pin_memory().to(device, non_blocking=True)
 
-    def _global_weight(self, fields: list[Fields]) -> float:
-        """Add up the weights of all microbatches of all ranks. Every rank of the mesh calls it."""
+    def _batch_weight(self, fields: list[Fields], step: int) -> float:
+        """Add up the weights of all microbatches of the ranks that train together.
+
+        Every rank of the mesh calls it.
+        """
         # The ranks that compute the loss count it: the others of a pipeline hold the same rows, or
         # none.
         counts = self.model.ends and counts_loss(self.mesh.coordinates)
         own = [self.task.weight(each) for each in fields] if counts else []
         # Summed exactly: the order of ranks leaves no trace.
-        total = math.fsum(weight for part in self.mesh.comm.allgather(own) for weight in part)
+        comm = self.mesh.comm if self._parts(step) == 1 else self.model.island_comm
+        total = math.fsum(weight for part in comm.allgather(own) for weight in part)
         if total == 0:
             raise DataError(
                 "a batch has no target that counts, so its loss has no mean; "

@@ -29,14 +29,14 @@ def test_the_ranks_of_the_data_axis_hold_the_same_weights(sizes: dict[str, int])
 def test_a_third_axis_that_does_not_cut_weights_replicates_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    third = SimpleNamespace(name="copies", cuts_weights=False)
+    third = SimpleNamespace(name="copies", cuts_weights=False, trains_apart=False)
     monkeypatch.setattr(axis_sizes, "AXES", (*axis_sizes.AXES, third))
     sizes = {"data": 2, "pipeline": 2, "copies": 3}
     for stage in range(2):
         same = [r for r in range(12) if coordinates(r, sizes)["pipeline"] == stage]
         assert sorted(share(rank, sizes) for rank in same) == [(i, 6) for i in range(6)]
-    cut = SimpleNamespace(name="copies", cuts_weights=True)
-    monkeypatch.setattr(axis_sizes, "AXES", (*axis_sizes.AXES[:2], cut))
+    cut = SimpleNamespace(name="copies", cuts_weights=True, trains_apart=False)
+    monkeypatch.setattr(axis_sizes, "AXES", (*axis_sizes.AXES[:-1], cut))
     assert {share(rank, sizes) for rank in range(12)} == {(0, 2), (1, 2)}
 
 

@@ -80,16 +80,37 @@ def test_ranks_that_share_gradients_are_those_of_the_data_axis_on_a_node() -> No
     assert replicas_of(5, sizes, on_nodes(8, 1), AUTO) == Replicas(4, 1, 1, shards=4)
 
 
+def test_islands_keep_common_weights_and_sum_gradients_alone() -> None:
+    settings = ParallelSettings(island=2)
+    sizes = mesh_order(settings, 8, SMALL, BATCH)
+    assert list(sizes) == ["island", "pipeline", "data"]
+    # A node is an island: its ranks share rows with each other alone.
+    assert replicas_of(3, sizes, on_nodes(2, 4), settings) == Replicas(
+        4, 4, 4, shards=4, outer_bytes=8
+    )
+    plan = plan_step(SMALL, settings, 8, BATCH)
+    with_islands, without = (
+        load_ranks(SMALL, plan, AdamWSettings(), mesh, on_nodes(2, 4), settings)[0].memory
+        for mesh in (sizes, {"pipeline": 1, "data": 8})
+    )
+    assert with_islands.optimizer == without.optimizer
+    assert with_islands.islands == 8 * SMALL.parameters + min(4 * SMALL.parameters, 32 << 20)
+    assert without.islands == 0
+    found = axis_traffic(SMALL, plan, BATCH, sizes, on_nodes(2, 4), settings)
+    assert found["island"].rank_bytes == pytest.approx(4 * SMALL.parameters / 50)
+    assert (found["island"].nodes, found["data"].nodes) == (2, 1)
+
+
 def test_messages_are_those_of_the_axes_and_leave_a_node_where_a_group_does() -> None:
     sizes, plan = planned(2, 8)
-    found = axis_traffic(SMALL, plan, BATCH, sizes, on_nodes(2, 4))
+    found = axis_traffic(SMALL, plan, BATCH, sizes, on_nodes(2, 4), AUTO)
     assert list(found) == list(sizes)
     sent = traffic_bytes(sizes, SMALL, BATCH, plan.schedule.chunks, plan.precision)
     assert {axis: each.rank_bytes for axis, each in found.items()} == sent
     # The last axis is within a node, the first one between both.
     assert [found[axis].nodes for axis in sizes] == [2, 1]
     assert [sent[axis] for axis in sizes] == sorted(sent.values())
-    alone = axis_traffic(SMALL, plan, BATCH, sizes, on_nodes(1, 8))
+    alone = axis_traffic(SMALL, plan, BATCH, sizes, on_nodes(1, 8), AUTO)
     assert {each.nodes for each in alone.values()} == {1}
 
 

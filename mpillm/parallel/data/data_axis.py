@@ -12,6 +12,7 @@ class DataAxis(ParallelAxis):
 
     name: ClassVar[str] = "data"
     shares_tokens: ClassVar[bool] = True
+    shares_batch: ClassVar[bool] = True
     optional: ClassVar[bool] = False
 
     def shares(self, model: ModelSpec, batch: int) -> str:

@@ -37,7 +37,8 @@ class PipelineAxis(ParallelAxis):
             return 0.0
         # Forward and backward: each stage of the rank sends its stream, and a gradient of its size.
         # The ranks of the tensor axis have a part of the stream each.
-        rows = batch / sizes.get("data", 1) / sizes.get("tensor", 1)
+        shares = sizes.get("data", 1) * sizes.get("island", 1) * sizes.get("tensor", 1)
+        rows = batch / shares
         stream = element.stream * rows * model.stream_features
         return 2 * stream * chunks
 

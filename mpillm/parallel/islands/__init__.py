@@ -1,0 +1,1 @@
+"""Islands: groups of ranks that train alone for some steps and then average their weights."""
