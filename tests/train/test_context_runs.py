@@ -96,7 +96,6 @@ def test_a_model_of_16_bits_learns_the_same(data: Path, folder: Path, comm: MPI.
         ({"train": {"fixed_order": True, "microbatch": 1}}, "train.fixed_order gives"),
         ({"train": {"compile": True}}, "train.compile computes with whole sequences"),
         ({"train": {"noise_scale": 2}}, "train.noise_scale computes with whole sequences"),
-        ({"parallel": {"tensor": 2}}, "parallel.tensor = 2 both cut"),
         ({"model": {"context": 25}}, "a context of 25 positions cannot be cut"),
         ({"model": {"attention_dropout": 0.1}}, "attention_dropout = 0.1 drops"),
         ({"model": {"heads": 1, "kv_heads": 1}}, 'context_kind = "ulysses" exchanges heads'),

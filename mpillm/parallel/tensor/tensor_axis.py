@@ -57,7 +57,7 @@ class TensorAxis(ParallelAxis):
         the gradients of weights that are not cut, are left out.
         """
         tensor = sizes.get(self.name, 1)
-        rows = batch / sizes.get("data", 1)
+        rows = batch / (sizes.get("data", 1) * sizes.get("island", 1))
         stream = element.stream * rows * model.stream_features
         exchanges = EXCHANGES_A_BLOCK * model.blocks + EXCHANGES_OF_ENDS
         return exchanges / sizes.get("pipeline", 1) * stream * (tensor - 1) / tensor

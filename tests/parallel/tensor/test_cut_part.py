@@ -18,9 +18,11 @@ from mpillm.models.encoder import EncoderConfig
 from mpillm.models.linear_head import plain_outputs
 from mpillm.models.part_module import PartModule, build_without_values, create, initialise
 from mpillm.models.spec import ModelSpec
+from mpillm.parallel.parallel_axis import MessageBytes
 from mpillm.parallel.pipeline.split_backward import SplitBackward
 from mpillm.parallel.tensor.cut_part import cut_part
 from mpillm.parallel.tensor.stream import TensorStream
+from mpillm.parallel.tensor.tensor_axis import TensorAxis
 from mpillm.parallel.tensor.vocabulary_shard import ShardExchange
 from mpillm.parallel.tensor.weight_cuts import WeightCut
 from mpillm.tasks.cross_entropy import cross_entropy_sum
@@ -203,3 +205,16 @@ def check_logits(ranks: Ranks, example: st.DataObject) -> None:
 
 def test_logits_are_those_of_the_whole_model(ranks: Ranks) -> None:
     check_logits(ranks)
+
+
+@pytest.mark.parametrize("rows", [1, 12])
+def test_bytes_are_those_of_the_formula(ranks: Ranks, rows: int) -> None:
+    size = ranks.comm.size
+    spec = DecoderConfig(layers=3, width=12, heads=12, context=12, positions="none", vocab_size=20)
+    part, _ = ranks.cut(spec)
+    before = ranks.stream.sent_bytes
+    ranks.stream.enter(rows, spec.context, ROOM)
+    loss_of(part, fields_of(spec, rows, spec.context), "whole")
+    sent = ranks.comm.allreduce(ranks.stream.sent_bytes - before) / size
+    sizes = {"data": 1, "pipeline": 1, "tensor": size}
+    assert sent == TensorAxis().traffic_bytes(sizes, spec, rows, 1, MessageBytes())
