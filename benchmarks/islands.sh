@@ -70,14 +70,14 @@ if [ -n "$sweep" ]; then
     done
 else
     # A quarter of the steps together, then rounds. Evaluations come at the end of a round.
-    first=$((steps / 4 / 20 * 20))
+    first=$((steps / 4 / 30 * 30))
     start="sh $repository/tests/fixtures/two_hosts.sh --rate $rate"
-    islands="parallel.island=2 parallel.island_every=20 parallel.island_from=$first"
-    train data-parallel train.evaluate_every=20
+    islands="parallel.island=2 parallel.island_every=30 parallel.island_from=$first"
+    train data-parallel train.evaluate_every=30
     # shellcheck disable=SC2086 # a list
-    train islands $islands train.evaluate_every=20
+    train islands $islands train.evaluate_every=30
     # shellcheck disable=SC2086 # a list
-    train islands-bfloat16 $islands parallel.island_dtype=bfloat16 train.evaluate_every=20
+    train islands-bfloat16 $islands parallel.island_dtype=bfloat16 train.evaluate_every=30
     # The bound: no message but the step's numbers, up to one average at the end.
     train alone parallel.island=2 "parallel.island_every=$steps" train.evaluate_every=0
 fi

@@ -233,6 +233,10 @@ class BlockSettings(ModelSpec):
         return self.key_value_heads * self.head_features
 
     @property
+    def attention_shape(self) -> tuple[int, int, int]:
+        return self.heads, self.key_value_heads, self.head_features
+
+    @property
     def gated(self) -> bool:
         """Whether the feed-forward has a gate."""
         return self.activation in GATED
@@ -286,4 +290,22 @@ class BlockSettings(ModelSpec):
             **dict.fromkeys(rows, 1),
             "embedding.weight": 0,
             "head.weight": 0,
+            "head.bias": 0,
         }
+
+    @property
+    def cut_units(self) -> Mapping[str, int]:
+        heads, key_value = self.heads, self.key_value_heads
+        columns = {"query": heads, "key": key_value, "value": key_value}
+        return {
+            **{f"{name}.{kind}": n for name, n in columns.items() for kind in ("weight", "bias")},
+            "attention.output.weight": heads,
+        }
+
+    @property
+    def uncut_reason(self) -> str:
+        if self.experts:
+            return f"its layers have {self.experts} experts, which are not cut yet"
+        if self.positions == "relative":
+            return 'positions = "relative" have a bias of each head, which is not cut yet'
+        return super().uncut_reason

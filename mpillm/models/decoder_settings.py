@@ -32,5 +32,16 @@ class DecoderSettings(BlockSettings):
         return "next tokens"
 
     @property
+    def whole_sequences(self) -> str:
+        if self.attention_dropout:
+            return (
+                f"model.attention_dropout = {self.attention_dropout:g} drops probabilities, which "
+                "no rank has as a whole (model.dropout drops outputs of layers)"
+            )
+        if self.balance_loss:
+            return f"model.balance_loss = {self.balance_loss:g} counts the choices of whole rows"
+        return ""
+
+    @property
     def tied_weights(self) -> Mapping[str, str]:
         return {"head.weight": "embedding.weight"} if self.tied else {}

@@ -76,6 +76,10 @@ class EncoderDecoderSettings(BlockSettings):
             )
 
     @property
+    def uncut_reason(self) -> str:
+        return "an encoder-decoder's attention to its source is not cut yet"
+
+    @property
     def decoder_blocks(self) -> int:
         return self.decoder_layers or self.layers
 

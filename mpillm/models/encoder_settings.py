@@ -132,6 +132,12 @@ class EncoderSettings(BlockSettings):
         return OUTPUT_KINDS[self.head]
 
     @property
+    def uncut_reason(self) -> str:
+        if self.head != "lm":
+            return f'an encoder with head = "{self.head}" reads whole sequences after its layers'
+        return super().uncut_reason
+
+    @property
     def head_rows(self) -> int:
         """How many numbers the last product gives for a position; 0: there is none."""
         if self.head == "none":

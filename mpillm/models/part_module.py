@@ -4,7 +4,7 @@ Modules know nothing of ranks. The names of weights are those of the whole model
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
@@ -42,6 +42,15 @@ class PartOutput(NamedTuple):
     """What training adds to the loss, a scalar summed over the sequences; None: nothing."""
 
 
+class WeightPiece(NamedTuple):
+    """The part of a whole weight that a module holds."""
+
+    shape: tuple[int, ...]
+    """Of the whole weight."""
+    place: tuple[slice, ...]
+    """The index of the part in it."""
+
+
 class GenerationCache:
     """The state of a model between steps of generation. `length`: the positions it holds."""
 
@@ -60,6 +69,8 @@ class PartModule(nn.Module):
         self.part = part or spec.whole
         self.begins, self.ends = spec.begins(self.part), spec.ends(self.part)
         self.recompute: Recompute = "none"
+        self.pieces: dict[str, WeightPiece] = {}
+        """The weights that are parts of whole ones, by their names in the whole model."""
 
     def forward_part(self, fields: Fields, streams: Streams) -> PartOutput:
         """Compute this part on one microbatch; `streams` is empty where it begins the model."""
@@ -141,16 +152,19 @@ class PartModule(nn.Module):
 
 
 @torch.no_grad()
-def initialise(model: PartModule, seed: int) -> None:
-    """Set each weight to its initial values."""
-    for name, weight in model.named_weights():
+def initialise(
+    model: PartModule, seed: int, weights: Iterable[tuple[str, nn.Parameter]] | None = None
+) -> None:
+    """Set each weight to its initial values; `weights`: those of `named_weights` alone."""
+    for name, weight in model.named_weights() if weights is None else weights:
         weight.copy_(initial_values(model, name, tuple(weight.shape), seed))
 
 
 def initial_values(model: PartModule, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """Return the initial values of the weight `name`, float32 on the CPU.
 
-    They are a pure function of (seed, name, shape): the same on any rank, device and layout.
+    They are a pure function of (seed, name, shape): the same on any rank, device and layout. Those
+    of a piece are its part of the whole weight's.
     """
     if name.endswith("bias"):
         return torch.zeros(shape, device="cpu")
@@ -161,8 +175,10 @@ def initial_values(model: PartModule, name: str, shape: tuple[int, ...], seed: i
     key = xxhash.xxh3_64_intdigest(name.encode(), seed=seed) >> 1
     generator = torch.Generator().manual_seed(key)
     # Drawn on the CPU: a GPU's generator gives other numbers.
-    values = torch.empty(shape, dtype=torch.float32, device="cpu")
-    return values.normal_(0.0, model.deviation_of(name), generator=generator)
+    whole, place = model.pieces.get(name) or WeightPiece(shape, ())
+    values = torch.empty(whole, dtype=torch.float32, device="cpu")
+    values.normal_(0.0, model.deviation_of(name), generator=generator)
+    return values[place].contiguous()
 
 
 class WithoutValues(TorchFunctionMode):

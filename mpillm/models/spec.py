@@ -243,6 +243,21 @@ class ModelSpec(ABC):
         return sum(self.block_flops) + sum(self.end_flops)
 
     @property
+    def whole_sequences(self) -> str:
+        """Why ranks cannot share the positions of a sequence; "": they can.
+
+        A part then takes the field `positions` (T,), and its attention another kernel.
+        """
+        return f"the architecture {self.architecture!r} computes whole sequences"
+
+    @property
+    def attention_shape(self) -> tuple[int, int, int]:
+        """The heads of queries, those of keys and values, and the width of a head, in each block;
+        zeros where blocks have no such attention.
+        """
+        return 0, 0, 0
+
+    @property
     def tied_weights(self) -> "Mapping[str, str]":
         """Tied weights: the follower's name → the leader's name, which is saved."""
         return {}
@@ -270,6 +285,23 @@ class ModelSpec(ABC):
         are replicated.
         """
         return {}
+
+    @property
+    def cut_units(self) -> "Mapping[str, int]":
+        """The end of a weight's name → the equal units along its dim, such as heads, that a cut
+        leaves whole; others may be cut anywhere.
+
+        The ranks must divide the largest number of units. Where they do not divide a smaller one,
+        as that of grouped key and value heads, such weights are replicated.
+        """
+        return {}
+
+    @property
+    def uncut_reason(self) -> str:
+        """Why tensor parallelism cannot cut this model; "": it can."""
+        return (
+            "" if self.cut_dims else f"the architecture {self.architecture} names no such weights"
+        )
 
     def begins(self, part: Part) -> bool:
         """Return whether `part` holds the first block, and so the embeddings."""

@@ -8,13 +8,21 @@ from types import MappingProxyType
 from mpillm.comm.mesh import Axis, Mesh, describe
 from mpillm.errors import LayoutError
 from mpillm.models.spec import ModelSpec
+from mpillm.parallel.context.context_axis import ContextAxis
 from mpillm.parallel.data.data_axis import DataAxis
 from mpillm.parallel.islands.island_axis import IslandAxis
 from mpillm.parallel.parallel_axis import ParallelAxis
 from mpillm.parallel.pipeline.pipeline_axis import PipelineAxis
 from mpillm.parallel.settings import ParallelSettings
+from mpillm.parallel.tensor.tensor_axis import TensorAxis
 
-AXES: tuple[ParallelAxis, ...] = (DataAxis(), IslandAxis(), PipelineAxis())
+AXES: tuple[ParallelAxis, ...] = (
+    DataAxis(),
+    IslandAxis(),
+    PipelineAxis(),
+    ContextAxis(),
+    TensorAxis(),
+)
 """Every axis, in the order in which a recipe and an error name them."""
 
 # More would fill the screen: an error lists this many of the legal layouts.

@@ -24,13 +24,22 @@ class ParallelSettings:
     """How the ranks share a training step. A key has the name of its mesh axis."""
 
     data: Literal["auto"] | Annotated[int, Ge(0)] = "auto"
-    """Ranks that share the batch; auto, or 0: as many as the pipeline leaves."""
+    """Ranks that share the batch; auto, or 0: as many as the other axes leave."""
+    context: Annotated[int, Gt(0)] = 1
+    """Ranks that share the positions of each sequence."""
+    context_kind: Literal["auto", "ring", "ulysses"] = "auto"
+    """How these ranks attend: keys and values go round in a ring, or heads are exchanged.
+
+    auto: whichever moves fewer bytes; heads where the ranks divide them.
+    """
     pipeline: Annotated[int, Gt(0)] = 1
     """Ranks that share the layers."""
+    tensor: Annotated[int, Gt(0)] = 1
+    """Ranks that share the heads, hidden features and vocabulary of each layer."""
     island: Annotated[int, Gt(0)] = 1
     """Groups of ranks that train alone and average their weights once a round, for slow networks.
     """
-    island_every: Annotated[int, Gt(0)] = 50
+    island_every: Annotated[int, Gt(0)] = 30
     """Steps of a round."""
     island_from: Annotated[int, Ge(0)] = 0
     """Steps that all islands compute together, as one data axis, before the first round."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -22,23 +22,32 @@ from mpillm.parallel.axis_sizes import (
     token_axes,
 )
 from mpillm.parallel.compiling import compile_layers, uncompiled
-from mpillm.parallel.data.gradient_sync import GradientSync
-from mpillm.parallel.data.replicated import ReplicatedGradients
-from mpillm.parallel.data.zero import NeedsWhole, ZeroGradients, cuts_all
+from mpillm.parallel.context.context_traffic import choose_kind, own_heads
+from mpillm.parallel.context.sequence_share import SequenceShare
+from mpillm.parallel.data.zero import NeedsWhole, cuts_all
 from mpillm.parallel.devices import own_device
-from mpillm.parallel.expert.expert_gradients import ExpertGradients
 from mpillm.parallel.expert.expert_parallel import ExpertParallel
 from mpillm.parallel.grad_norm import clip_gradients_, square_sums
+from mpillm.parallel.make_gradients import make_gradients
 from mpillm.parallel.noise_scale import NoiseMeter
 from mpillm.parallel.pipeline.executor import Pipeline
 from mpillm.parallel.pipeline.schedules.forward_only import forward_only
 from mpillm.parallel.pipeline.simulate import Span
-from mpillm.parallel.pipeline.stage import Batch, BatchScore, ModelStage, OfBatch, ScoringStage
+from mpillm.parallel.pipeline.stage import (
+    Batch,
+    BatchScore,
+    ModelStage,
+    OfBatch,
+    PipelineStage,
+    ScoringStage,
+)
 from mpillm.parallel.pipeline.stream_transport import StreamShapes
 from mpillm.parallel.pipeline.tying import TiedWeight
 from mpillm.parallel.precision import lower_, torch_dtype
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.parallel.step_plan import StepPlan, flat_gradients, replica_share, scored_ahead
+from mpillm.parallel.step_plan import StepPlan, replica_share, scored_ahead
+from mpillm.parallel.tensor.tensor_parallel import TensorParallel
+from mpillm.parallel.tensor.weight_cuts import WeightCut
 from mpillm.tasks.task import Task
 
 
@@ -89,6 +98,7 @@ class ShardedModel:
         `needs_whole`: the weights that the optimizer needs whole.
         """
         self.spec, self.task, self.mesh, self.plan = spec, task, mesh, plan
+        self._scored_rows = scored_rows
         axis, schedule = mesh.axis("pipeline"), plan.schedule
         self.device = device = own_device(plan.precision.device)
         self._tokens = tokens = mesh.joint(token_axes(mesh.sizes))
@@ -97,18 +107,22 @@ class ShardedModel:
             for stage in schedule.stages_of(axis.rank)
         }
         parts = list(self.parts.values())
+        along = mesh.find("tensor")
+        self.tensor = None if along is None else TensorParallel(along, settings, profile, warn)
+        if self.tensor is not None:
+            for part in parts:
+                self.tensor.cut(part)
         self.experts = self._share_experts(settings, profile, warn)
         values: dict[nn.Parameter, Tensor] = {}
         is_cut = settings.zero > 0 and tokens.size > 1
         for part in parts:
             # Shards move the weights before they have values; those of experts stay.
-            if not is_cut:
-                initialise(part, seed)
-            elif self.experts is not None:
-                self.experts.initialise(part, seed)
-            given = [each for each in part.parameters() if not is_cut or self._is_expert(each)]
+            given = [
+                each for each in part.named_weights() if not is_cut or self._is_expert(each[1])
+            ]
+            initialise(part, seed, given)
             # Before leaves share memory, and before gradients get their dtype.
-            values |= lower_(given, plan.precision)
+            values |= lower_([weight for _, weight in given], plan.precision)
         for part in parts:
             part.set_recompute(plan.recompute)
         # With one stage the tied head shares the embedding's Parameter. fixed_order needs a
@@ -125,15 +139,21 @@ class ShardedModel:
             for name, weight in part.named_parameters(remove_duplicate=False)
             if name in shared
         ]
-        self.gradients = self._make_gradients(is_cut, settings, profile, warn, needs_whole)
+        self.gradients = make_gradients(
+            parts,
+            tokens,
+            plan,
+            settings,
+            self.experts,
+            replica=replica_share(mesh, token_axes(mesh.sizes)),
+            profile=profile,
+            warn=warn,
+            needs_whole=needs_whole,
+        )
         self._weights = self.named_weights()
         self.stepped = self.gradients.optimizer_weights(self._weights, values)
         """What the optimizer steps on, by the names of the weights in the whole model."""
-        dense = self.gradients
-        if isinstance(dense, ExpertGradients):
-            dense = dense.dense
-        if isinstance(dense, ZeroGradients):
-            dense.initialise(parts, seed)
+        self.gradients.initialise(parts, seed)
         self.compiled = plan.compiled and compile_layers(
             parts, plan.microbatch, mesh.comm, mesh.node_map, warn
         )
@@ -147,16 +167,21 @@ class ShardedModel:
             stage: ModelStage(part, number, self.gradients, task)
             for number, (stage, part) in enumerate(self.parts.items())
         }
-        # Every microbatch of a pipeline has the same number of rows.
-        shapes = [
-            tuple((plan.microbatch, *stream) for stream in spec.streams_ahead(part.first))
-            for part in plan.parts
-        ]
-        dtype = torch_dtype(plan.precision.dtype)
-        self._streams = StreamShapes(lambda stage, microbatch: shapes[stage], dtype, device)
         # Channels have a fixed capacity: that of the largest stream of training and scoring.
-        rows = max(plan.microbatch, scored_rows)
-        nbytes = dtype.itemsize * rows * spec.largest_stream
+        rows, dtype = max(plan.microbatch, scored_rows), torch_dtype(plan.precision.dtype)
+        context = mesh.find("context")
+        self._share: SequenceShare | None = None
+        if context is not None:
+            heads = own_heads(spec.attention_shape, mesh.sizes.get("tensor", 1))
+            kind = choose_kind(settings.context_kind, context.size, heads)
+            self._share = SequenceShare(context, parts, rows, dtype, device, kind, warn)
+        # Every microbatch of a pipeline has the same number of rows.
+        length = spec.context if self._share else 0
+        shapes = [
+            self._stream_shapes(stage, plan.microbatch, length) for stage in range(len(plan.parts))
+        ]
+        self._streams = StreamShapes(lambda stage, microbatch: shapes[stage], dtype, device)
+        nbytes = dtype.itemsize * rows * spec.largest_stream // plan.context
         self.pipeline = Pipeline(axis, schedule, nbytes, settings.handover, profile, warn)
         if self.experts is not None and schedule.ranks > 1:
             self.experts.exchange.progress = self.pipeline.progress
@@ -182,73 +207,6 @@ class ShardedModel:
         """Return whether `weight` is that of an expert, which other ranks do not hold."""
         return self.experts is not None and weight in self.experts
 
-    def _make_gradients(
-        self,
-        is_cut: bool,
-        settings: ParallelSettings,
-        profile: ClusterProfile | None,
-        warn: Callable[[str], None],
-        needs_whole: NeedsWhole,
-    ) -> GradientSync:
-        if is_cut:
-            dense = self._make_shards(settings, profile, warn, needs_whole)
-        else:
-            dense = self._make_replicated(self._tokens, False, settings, profile, warn)
-        if self.experts is None:
-            return dense
-        owners = self.experts.owners
-        experts = self._make_replicated(owners, True, settings, profile, warn)
-        own = [weight for part in self.parts.values() for weight in part.parameters()]
-        # Of the ranks that hold the same dense weights, those of a group hold other experts.
-        outer, outers = replica_share(self.mesh, token_axes(self.mesh.sizes))
-        replica = outer * owners.size + owners.rank, outers * owners.size
-        return ExpertGradients(dense, experts, list(filter(self._is_expert, own)), replica)
-
-    def _make_replicated(
-        self,
-        axis: Axis,
-        of_experts: bool,
-        settings: ParallelSettings,
-        profile: ClusterProfile | None,
-        warn: Callable[[str], None],
-    ) -> GradientSync:
-        """Sum the gradients of experts, or those of the other weights, over `axis`."""
-        return ReplicatedGradients(
-            [
-                [each for each in part.parameters() if self._is_expert(each) == of_experts]
-                for part in self.parts.values()
-            ],
-            axis,
-            settings,
-            profile,
-            warn,
-            fixed_order=self.plan.fixed_order,
-            flat=flat_gradients(self.plan),
-            reduce_dtype=torch_dtype(self.plan.precision.reduce_dtype),
-        )
-
-    def _make_shards(
-        self,
-        settings: ParallelSettings,
-        profile: ClusterProfile | None,
-        warn: Callable[[str], None],
-        needs_whole: NeedsWhole,
-    ) -> GradientSync:
-        return ZeroGradients(
-            [
-                {n: w for n, w in part.named_parameters() if not self._is_expert(w)}
-                for part in self.parts.values()
-            ],
-            self._tokens,
-            settings,
-            torch_dtype(self.plan.precision.dtype),
-            profile,
-            warn,
-            needs_whole=needs_whole,
-            fixed_order=self.plan.fixed_order,
-            reduce_dtype=torch_dtype(self.plan.precision.reduce_dtype),
-        )
-
     @property
     def share(self) -> tuple[int, int]:
         """(i, n): this rank scores the i-th of n shares of the batches, one share a pipeline."""
@@ -264,10 +222,31 @@ class ShardedModel:
         """Whether this rank holds the stage that computes the loss."""
         return any(part.ends for part in self.parts.values())
 
+    def own_positions(self, fields: Fields) -> Fields:
+        """Keep this rank's positions of the fields of whole sequences in training."""
+        return self._share.deal(fields) if self._share else fields
+
+    @property
+    def placed(self) -> Fields:
+        """The fields of every microbatch in training that say which positions are this rank's."""
+        return self._share.placed() if self._share else {}
+
     def reads_fields(self, offered: Sequence[str]) -> bool:
         """Return whether a stage of this rank reads any of the `offered` fields."""
         shared = set(self.spec.shared_inputs).intersection(offered)
         return bool(shared) or any(part.begins or part.ends for part in self.parts.values())
+
+    def _entered(
+        self,
+        stages: Mapping[int, PipelineStage],
+        shape_of: Callable[[int], tuple[int, int]],
+        rows: int,
+    ) -> Mapping[int, PipelineStage]:
+        """Return the stages as the pipeline runs them, with batches of `rows` at most."""
+        if self.tensor is None:
+            return stages
+        room = rows * self.spec.largest_stream * self.plan.precision.element_bytes
+        return self.tensor.entered(stages, shape_of, room)
 
     def named_weights(self) -> dict[str, nn.Parameter]:
         """Return the weights that this rank trains, by their names in the whole model.
@@ -297,15 +276,29 @@ class ShardedModel:
         noise scale too. `sum_further`: sums gradients over ranks that the GradientSync does not
         know.
         """
+        if self._share:
+            self._share.begin()
         meter = NoiseMeter(self.mesh, self.plan, self._leaves_of_tied) if measure else None
         self.gradients.begin(meter.add if meter else None)
         for stage in self._stages.values():
             stage.batch, stage.loss_scale = batch, loss_scale
-        spans = self.pipeline.run(self.plan.schedule, self._stages, self._streams)
+        bounds = self.plan.bounds
+
+        def shape_of(microbatch: int) -> tuple[int, int]:
+            first, last = bounds[microbatch]
+            whole = self.spec.context
+            # With a share of each sequence, some fields are of the whole one.
+            length = self._own_length(whole) if self._share else _length(batch.fields[microbatch])
+            return last - first, length or whole
+
+        stages = self._entered(self._stages, shape_of, self.plan.microbatch)
+        spans = self.pipeline.run(self.plan.schedule, stages, self._streams)
         ended = time.perf_counter()
         # First over the data axis, then between the two leaves of a tied weight: one order of sums
         # in every layout.
         self.gradients.finish()
+        if self.tensor is not None:
+            self.tensor.sum_replicated(self.gradients.gradient_of)
         if sum_further is not None:
             sum_further(self._all_gradients())
         for tied in self._tied:
@@ -351,10 +344,15 @@ class ShardedModel:
         """Return which element of the weight `name` is the first that `stepped` holds of it."""
         return self.gradients.first_element(self._weights[name])
 
+    def cut_of(self, name: str) -> WeightCut | None:
+        """Return which part of the weight `name` this rank has; None: all of it."""
+        return self.tensor.cuts.get(name) if self.tensor else None
+
     @property
     def _counted_elsewhere(self) -> list[nn.Parameter]:
-        """A tied weight's gradient is in two places; the norm counts it in one."""
-        return [weight for tied in self._tied for weight in tied.counted_elsewhere]
+        """A gradient that is in several places; the norm counts it in one."""
+        elsewhere = self.tensor.counted_elsewhere if self.tensor else []
+        return elsewhere + [weight for tied in self._tied for weight in tied.counted_elsewhere]
 
     def clip_(
         self,
@@ -408,17 +406,22 @@ class ShardedModel:
                     lambda number: read(first + number),
                     done,
                     metrics,
+                    lambda number, fields: self._shared(fields, shape_of(first + number)[1]),
                 )
                 for stage, part in self.parts.items()
             }
 
             def shapes(stage: int, number: int) -> tuple[tuple[int, ...], ...]:
-                rows, length = shape_of(first + number)
-                ahead = self.spec.streams_ahead(self.plan.parts[stage].first, length)
-                return tuple((rows, *stream) for stream in ahead)
+                return self._stream_shapes(stage, *shape_of(first + number))
 
             streams = StreamShapes(shapes, dtype, self.device)
-            self.pipeline.run(forward_only(self.plan.schedule, batches), stages, streams)
+
+            def own_shape(number: int) -> tuple[int, int]:
+                rows, length = shape_of(first + number)
+                return rows, self._own_length(length)
+
+            entered = self._entered(stages, own_shape, self._scored_rows)
+            self.pipeline.run(forward_only(self.plan.schedule, batches), entered, streams)
             for stage in stages.values():
                 found.update({first + number: score for number, score in stage.scores.items()})
 
@@ -438,14 +441,42 @@ class ShardedModel:
             return {}
         return found
 
+    def _shared(self, fields: Fields, length: int) -> Fields:
+        """Begin a batch of whole sequences of `length`; return the fields that this rank reads."""
+        if self._share is None:
+            return fields
+        self._share.begin(length)
+        return {**self._share.deal(fields, length), **self._share.placed(length)}
+
+    def _stream_shapes(self, stage: int, rows: int, length: int) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of this rank's streams into a stage, of sequences of `length`."""
+        ahead = self.spec.streams_ahead(self.plan.parts[stage].first, length)
+        own = tuple((self._own_length(length), width) for length, width in ahead)
+        if self.tensor is None:
+            return tuple((rows, *stream) for stream in own)
+        return tuple((*self.tensor.own_shape(rows, length), width) for length, width in own)
+
+    def _own_length(self, length: int) -> int:
+        """Return how many of the positions of a sequence this rank computes."""
+        return length if self._share is None else self._share.length(length)
+
     def close(self) -> None:
         """Free shared memory and communicators."""
         self.pipeline.close()
+        if self._share:
+            self._share.close()
         for tied in self._tied:
             tied.close()
+        if self.tensor is not None:
+            self.tensor.close()
         self.gradients.close()
         if self.experts is not None:
             self.experts.close()
+
+
+def _length(fields: Fields) -> int:
+    """Return the tokens of the sequences in `fields`; 0 where there are none."""
+    return next((field.shape[1] for field in fields.values() if field.dim() > 1), 0)
 
 
 def _on_host(losses: Sequence[Tensor], squares: Tensor) -> tuple[list[float], list[float]]:

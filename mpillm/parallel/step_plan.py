@@ -79,6 +79,8 @@ class StepPlan:
     """Compile the model's layers by torch.compile."""
     recompute: Recompute = "none"
     """The activations that backward passes compute again."""
+    context: int = 1
+    """Ranks that share the positions of each sequence."""
 
     @property
     def microbatches(self) -> int:
@@ -206,6 +208,11 @@ def plan_step(
     `microbatch`: sequences at once; 0: chosen here. Raises LayoutError.
     """
     _check_recompute(model, recompute)
+    if fixed_order and settings.tensor > 1:
+        raise LayoutError(
+            f"train.fixed_order keeps the bits of sums, and parallel.tensor = {settings.tensor} "
+            "cuts the products themselves into other sums; leave one of them out"
+        )
     # mesh_sizes has checked that `data` divides the batch.
     rows, pipeline = batch // data, settings.pipeline
     if fixed_order and not microbatch:
@@ -226,9 +233,16 @@ def plan_step(
     wanted = settings.stages if pipeline > 1 else "auto"
     parts = partition_blocks(model, schedule.stages, wanted, recompute)
     if fixed_order:
-        _check_fixed_order(schedule, data)
+        _check_fixed_order(schedule, data, settings.context)
     return StepPlan(
-        schedule, tuple(parts), rows, microbatch, precision, fixed_order, recompute=recompute
+        schedule,
+        tuple(parts),
+        rows,
+        microbatch,
+        precision,
+        fixed_order,
+        recompute=recompute,
+        context=settings.context,
     )
 
 
@@ -287,7 +301,12 @@ def _check_recompute(model: ModelSpec, recompute: Recompute) -> None:
         )
 
 
-def _check_fixed_order(schedule: PipelineSchedule, data: int) -> None:
+def _check_fixed_order(schedule: PipelineSchedule, data: int, context: int) -> None:
+    if context > 1:
+        raise LayoutError(
+            f"train.fixed_order gives every layout the same bits, and parallel.context = {context} "
+            "adds up the terms of attention and gradients by rank; leave one of them out"
+        )
     microbatches = schedule.microbatches
     if data > 1 and microbatches & (microbatches - 1):
         raise LayoutError(

@@ -36,6 +36,8 @@ class Replicas:
     """Of the gradients that ZeRO sums at a time."""
     outer_bytes: int = 0
     """Bytes a parameter that islands keep: common weights and outer momentum."""
+    tensor: int = 1
+    """Ranks that share each layer: each holds about this part of its weights."""
 
 
 ALONE = Replicas()
@@ -71,10 +73,10 @@ def held_of(
     replicas: Replicas,
 ) -> HeldBytes:
     """Estimate what a rank holds of `parts`."""
-    count, precision = sum(map(model.parameters_of, parts)), plan.precision
+    count, precision = sum(map(model.parameters_of, parts)) // replicas.tensor, plan.precision
     weights = precision.element_bytes * count
     masters = FLOAT32_BYTES * count if precision.has_masters else 0
-    state = sum(optimizer.state_bytes(model, part) for part in parts)
+    state = sum(optimizer.state_bytes(model, part) for part in parts) // replicas.tensor
     if replicas.zero:
         return _sharded(plan, replicas, count, (weights, masters, state))
     rows = _rows_of_others(plan, replicas, count)

@@ -53,7 +53,7 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "gradients": ("gradients",),
         "optimizer": ("optimizer", "islands"),
         "activations": ("activations", "recomputed", "outputs"),
-        "buffers": ("streams", "data", "evaluation", "checkpoint", "gaps"),
+        "buffers": ("streams", "attention", "data", "evaluation", "checkpoint", "gaps"),
         "process": ("process", "libraries"),
     }
 )
@@ -95,6 +95,8 @@ class MemoryEstimate:
     """A chunk of logits, and the gradients of hidden states and head."""
     streams: int = 0
     """Between the stages of a pipeline: queues, posted receives, a send."""
+    attention: int = 0
+    """Keys and values that the ranks of a context axis read of each other, and their gradients."""
     data: int = 0
     evaluation: int = 0
     """Above a step."""
@@ -170,17 +172,21 @@ def predict_rank(
     """Estimate the peak of rank number `rank` of a pipeline.
 
     `process_bytes`: of a process before it builds a model; a GPU's memory holds none of it.
-    `scored_rows`: sequences at once in an evaluation; 0: there is none.
+    `scored_rows`: sequences at once in an evaluation; 0: there is none. Ranks that share a layer
+    have equal parts of its activations: streams in shared memory count once.
     """
     base = _process(process_bytes) if plan.precision.device == "cpu" else MemoryEstimate()
     parts = [plan.parts[stage] for stage in plan.schedule.stages_of(rank)]
     precision, rows = plan.precision, plan.microbatch
     element, device = precision.element_bytes, precision.device
-    count = sum(map(model.parameters_of, parts))
+    tensor = replicas.tensor
+    count = sum(map(model.parameters_of, parts)) // tensor
     ends = any(map(model.ends, parts))
-    activations, recomputed = _activations(model, plan, parts, rank)
-    outputs = model.output_bytes(rows, device) if ends else 0
-    block = recomputed + model.working_bytes(rows, element)
+    # Ranks of the context axis share the positions, those of the tensor axis each layer.
+    shared = tensor * plan.context
+    activations, recomputed = (n // tensor for n in _activations(model, plan, parts, rank))
+    outputs = model.output_bytes(rows, device) // shared if ends else 0
+    block = recomputed + model.working_bytes(rows, element) // shared
     step = activations + max(outputs, block)
     held = held_of(model, plan, optimizer, parts, replicas)
     gradients, kept_apart = held.gradients, bool(held.gradients)
@@ -191,7 +197,7 @@ def predict_rank(
     gaps = int(share * step + recomputed_share * recomputed)
     # The allocator returns a step's memory ahead of an evaluation (system/malloc.py), but not the
     # gradients, which stay until the next step.
-    scoring = int((1 + share) * _scoring_bytes(model, plan, rank, scored_rows, ends))
+    scoring = int((1 + share) * _scoring_bytes(model, plan, rank, scored_rows, ends) / tensor)
     loose = 0 if kept_apart else FLOAT32_BYTES * count - gradients
     evaluation = max(0, scoring + loose - step - gaps)
     elsewhere = {
@@ -208,7 +214,8 @@ def predict_rank(
         activations=activations,
         recomputed=max(0, block - outputs),
         outputs=outputs,
-        streams=_stream_bytes(model, plan, rank, scored_rows),
+        streams=_stream_bytes(model, plan, rank, scored_rows) // tensor,
+        attention=_attention_bytes(model, plan, scored_rows) // tensor,
         # Tokens as they are read, and as ids and targets.
         data=2 * TOKEN_BYTES * plan.rows * (model.context + 1),
         evaluation=evaluation,
@@ -237,13 +244,26 @@ def _activations(model: ModelSpec, plan: StepPlan, parts: list[Part], rank: int)
     # split backward pass they live as without recomputation (layers/recompute.py).
     stored = plan.timeline.peaks[rank] * kept
     halves = plan.timeline.halves[rank] * max(0, whole - kept)
-    return int((stored + halves) / len(parts)), recomputed
+    activations = (stored + halves) / len(parts) / plan.context
+    return int(activations), recomputed // plan.context
+
+
+def _attention_bytes(model: ModelSpec, plan: StepPlan, scored_rows: int) -> int:
+    """Return the bytes of a rank's two rows of keys and values, and of a row of their gradients.
+
+    So much for a ring; ranks that exchange heads need less.
+    """
+    if plan.context == 1:
+        return 0
+    _, heads, width = model.attention_shape
+    positions = max(plan.microbatch, scored_rows) * model.context // plan.context
+    return 2 * positions * heads * width * (2 * plan.precision.element_bytes + FLOAT32_BYTES)
 
 
 def _stream_bytes(model: ModelSpec, plan: StepPlan, rank: int, scored_rows: int) -> int:
     """Return the bytes of streams that arrive at a rank of a pipeline or leave it."""
     schedule = plan.schedule
-    width = model.stream_features * plan.precision.element_bytes
+    width = model.stream_features * plan.precision.element_bytes // plan.context
     total = 0
     for sender, receiver in schedule.channels:
         ends = schedule.rank_of[sender], schedule.rank_of[receiver]
@@ -264,4 +284,5 @@ def _scoring_bytes(model: ModelSpec, plan: StepPlan, rank: int, rows: int, ends:
     waiting = scored_ahead(plan.schedule.ranks) * any(sender == rank for sender, _ in forward)
     waiting += POSTED * any(receiver == rank for _, receiver in forward)
     stream = model.stream_features * element * rows
-    return model.scoring_bytes(rows, element) + logits + waiting * stream
+    scoring = model.scoring_bytes(rows, element) + logits + waiting * stream
+    return scoring // plan.context

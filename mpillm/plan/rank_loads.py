@@ -88,6 +88,7 @@ def replicas_of(
         on_node if settings.zero_on_node and shares else len(group),
         settings.bucket_bytes or UNIT_BYTES,
         outer,
+        sizes.get("tensor", 1),
     )
 
 
@@ -103,7 +104,9 @@ def load_ranks(
     stages: dict[int, tuple[tuple[Part, ...], int]] = {}
     for stage in range(plan.schedule.ranks):
         parts = tuple(plan.parts[number] for number in plan.schedule.stages_of(stage))
-        stages[stage] = parts, sum(map(model.parameters_of, parts))
+        # The ranks of a tensor axis share each layer.
+        count = sum(map(model.parameters_of, parts)) // sizes.get("tensor", 1)
+        stages[stage] = parts, count
     replicas: dict[tuple[int, ...], Replicas] = {}
     estimates: dict[tuple[int, Replicas], MemoryEstimate] = {}
     along = token_axes(sizes)

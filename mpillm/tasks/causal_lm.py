@@ -19,6 +19,7 @@ class CausalLM(CrossEntropyTask):
 
     name: ClassVar[str] = "causal-lm"
     output_kind: ClassVar[OutputKind] = "next tokens"
+    sums_positions: ClassVar[bool] = True
     field_names: ClassVar[tuple[str, ...]] = ("ids", "targets")
 
     def fields(self, raw: RawArrays) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ pass only multiplies them by the gradient of the loss, so no chunk's logits are 
 Shapes: N positions (B · T), n those of a chunk, p and t those of its parts, C width, V vocabulary.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +14,13 @@ from torch.autograd.function import once_differentiable
 
 from mpillm.models.head_chunks import chunk_positions, tile_positions
 from mpillm.models.linear_head import LinearHead
+from mpillm.tasks.shard_losses import LossTerms, shard_losses
 
 # Rows of the weight at a time: a CPU adds 16 bits to float32 by way of a float32 copy.
 NARROW_ROWS = 4096
 # Positions that a product in float16 adds up. It ends at 65,504, which hidden states of 32 reach
 # with 2,048 targets of one token.
 FLOAT16_POSITIONS = 2048
-
-
-class _Terms(NamedTuple):
-    label_smoothing: float
-    z_loss: float
 
 
 def chunked_cross_entropy(
@@ -38,14 +34,15 @@ def chunked_cross_entropy(
 
     The arguments are those of `cross_entropy_sum`. Products are in the dtype of the hidden states;
     the softmax and the sums over chunks are in float32. Without gradients the loss alone is
-    computed. Nothing waits for the device.
+    computed. Nothing waits for the device. Of a head with a shard of the vocabulary it is the loss
+    over the whole one; the gradient of its hidden states is the shard's share.
     """
     head = head._replace(hidden_BTC=head.hidden_BTC.flatten(0, -2))
     targets_N, counts_N = targets_BT.flatten(), None
     if counts_BT is not None:
         counts_N = counts_BT.flatten()
         targets_N = targets_N.masked_fill(counts_N == 0, 0)
-    sums = _ChunkSums(head, _Terms(label_smoothing, z_loss))
+    sums = _ChunkSums(head, LossTerms(label_smoothing, z_loss))
     # The dtypes are chosen here: autocast must not change them.
     with torch.no_grad(), torch.autocast(targets_N.device.type, enabled=False):
         sums.add_all(targets_N, counts_N)
@@ -62,7 +59,7 @@ def chunked_cross_entropy(
 class _ChunkSums:
     """The sums over all chunks: the loss, and the gradients."""
 
-    def __init__(self, head: LinearHead, terms: _Terms) -> None:
+    def __init__(self, head: LinearHead, terms: LossTerms) -> None:
         self._terms, device, dtype = terms, head.hidden_BTC.device, head.hidden_BTC.dtype
         # float32 for 16 bits too. float64 stays as it is, for tests by finite differences.
         self._wide = torch.promote_types(dtype, torch.float32)
@@ -77,14 +74,20 @@ class _ChunkSums:
         """Of the head's tensors, where the loss has the gradient 1; None where none is required."""
         bias_V = None if head.bias_V is None else head.bias_V.detach().to(dtype)
         self._head = LinearHead(
-            head.hidden_BTC.detach(), head.weight_VC.detach().to(dtype), bias_V, head.soft_cap
+            head.hidden_BTC.detach(),
+            head.weight_VC.detach().to(dtype),
+            bias_V,
+            head.soft_cap,
+            head.shard,
         )
 
     def add_all(self, targets_N: Tensor, counts_N: Tensor | None) -> None:
         """Add every chunk, in the order of positions."""
         hidden_NC, weight_VC, bias_V = self._head.tensors
         total, vocabulary, device = len(targets_N), len(weight_VC), hidden_NC.device
-        count = chunk_positions(total, vocabulary, device.type)
+        # Heads that share a vocabulary have chunks of the same positions.
+        most = vocabulary if self._head.shard is None else self._head.shard.most
+        count = chunk_positions(total, most, device.type)
         # Allocated once: memory that is freed and allocated again may be faulted in again.
         buffer_nV = torch.empty((count, vocabulary), dtype=hidden_NC.dtype, device=device)
         # One empty chunk where there are no positions: it sets gradients of zero.
@@ -104,7 +107,8 @@ class _ChunkSums:
         """Add the losses of a chunk, and the gradients where they are wanted."""
         gradients = any(gradient is not None for gradient in self.gradients)
         slopes_nV = _cap(logits_nV, self._head.soft_cap, gradients)
-        losses_n1 = _losses(logits_nV, targets_n1, self._terms, gradients)
+        given, shard = (logits_nV, targets_n1, self._terms, gradients), self._head.shard
+        losses_n1 = _losses(*given) if shard is None else shard_losses(*given, shard)
         self.loss += (losses_n1 if counts_n1 is None else losses_n1 * counts_n1).sum()
         if gradients:
             if slopes_nV is not None:
@@ -160,7 +164,7 @@ def _add_narrow(sum_VC: Tensor, grad_nV: Tensor, states_nC: Tensor, kept: bool) 
             sum_VC[part].add_(product_RC) if kept or begin else sum_VC[part].copy_(product_RC)
 
 
-def _losses(logits_nV: Tensor, targets_n1: Tensor, terms: _Terms, gradients: bool) -> Tensor:
+def _losses(logits_nV: Tensor, targets_n1: Tensor, terms: LossTerms, gradients: bool) -> Tensor:
     """Return the losses of a chunk (n, 1). With `gradients` its logits are replaced by theirs."""
     smoothing, z_loss = terms
     wide, vocabulary = torch.promote_types(logits_nV.dtype, torch.float32), logits_nV.shape[1]
@@ -193,7 +197,7 @@ def _softmax(
     wide_tV: Tensor,
     log_z_t1: Tensor,
     mean_t1: Tensor,
-    terms: _Terms,
+    terms: LossTerms,
     gradients: bool,
 ) -> None:
     """Set log Z and the mean logit of each position of a tile.

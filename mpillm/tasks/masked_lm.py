@@ -25,6 +25,7 @@ class MaskedLM(CrossEntropyTask):
 
     name: ClassVar[str] = "masked-lm"
     output_kind: ClassVar[OutputKind] = "hidden tokens"
+    sums_positions: ClassVar[bool] = True
     field_names: ClassVar[tuple[str, ...]] = ("ids", "targets", "counts")
     metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
 

@@ -44,6 +44,12 @@ class Task(ABC):
     Logits come where the architecture returns no head, or a metric needs them.
     """
 
+    sums_positions: ClassVar[bool] = False
+    """Whether the losses are sums over positions, each of its own output and fields (B, T).
+
+    Ranks can then share the positions of a sequence.
+    """
+
     @classmethod
     def make(cls, settings: "TaskSettings", vocabulary: Vocabulary, lengths: Lengths) -> Self:
         """Make the task of a run; a task without settings of its own ignores them.

@@ -19,6 +19,7 @@ class TokenClassification(CrossEntropyTask):
 
     name: ClassVar[str] = "token-classification"
     output_kind: ClassVar[OutputKind] = "a class of each position"
+    sums_positions: ClassVar[bool] = True
     field_names: ClassVar[tuple[str, ...]] = ("ids", "lengths", "targets", "counts")
     metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro-f1")
     pair_kinds: ClassVar[tuple[str, ...]] = ("token-classification",)

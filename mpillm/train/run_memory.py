@@ -122,9 +122,9 @@ def check_memory(
     `hosts_compute` the weights are elsewhere: the batch alone is checked.
     """
     model, zero = recipe.model, recipe.parallel.zero
-    # The ranks of a pipeline share the layers, each replica has all of them.
-    ranks, pipeline = node_map.size, max(1, recipe.parallel.pipeline)
-    replicas, nodes = max(1, ranks // pipeline), len(node_map.nodes)
+    # The ranks of a pipeline share the layers, those of a tensor axis each layer.
+    ranks, shares = node_map.size, max(1, recipe.parallel.pipeline) * recipe.parallel.tensor
+    replicas, nodes = max(1, ranks // shares), len(node_map.nodes)
     weights = FLOAT32_BYTES * model.parameters
     state = recipe.optimizer.state_bytes(model, model.whole)
     # ZeRO has the state once, then the gradients, then the weights on each node.

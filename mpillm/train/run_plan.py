@@ -57,6 +57,7 @@ def plan_run(recipe: Recipe, sizes: Mapping[str, int]) -> StepPlan:
         fixed_order=settings.fixed_order,
         recompute=settings.recompute,
     )
+    _check_context(recipe)
     if settings.noise_scale and recipe.parallel.island > 1:
         raise LayoutError(
             "train.noise_scale compares the gradients of all ranks at one step, and the ranks of "
@@ -69,4 +70,35 @@ def plan_run(recipe: Recipe, sizes: Mapping[str, int]) -> StepPlan:
             f"data.document_mask = true needs a model that reads documents, and the architecture "
             f"{recipe.model.architecture} does not; leave document_mask out"
         )
+    _check_tensor(recipe)
     return plan
+
+
+def _check_tensor(recipe: Recipe) -> None:
+    """Raise RecipeError for settings that no run along a tensor axis has."""
+    if recipe.parallel.tensor == 1:
+        return
+    given = f"parallel.tensor = {recipe.parallel.tensor}"
+    if recipe.train.compile:
+        raise RecipeError(
+            f"train.compile = true compiles a layer as a whole, and {given} exchanges the stream "
+            "within it; leave one of them out"
+        )
+    if recipe.train.noise_scale:
+        raise RecipeError(
+            f"train.noise_scale = {recipe.train.noise_scale} compares gradients before they are "
+            f"summed, and with {given} a rank has a share of each norm's; leave one of them out"
+        )
+
+
+def _check_context(recipe: Recipe) -> None:
+    """Raise LayoutError for what needs whole sequences on a rank, where ranks share them."""
+    given = f"parallel.context = {recipe.parallel.context}"
+    if recipe.parallel.context == 1:
+        return
+    for name in ("compile", "noise_scale"):
+        if getattr(recipe.train, name):
+            raise LayoutError(
+                f"train.{name} computes with whole sequences, which {given} shares among ranks; "
+                "leave one of them out"
+            )

@@ -25,6 +25,7 @@ from mpillm.runs.history import STARTED, read_history
 from mpillm.system.compile_cache import find_compiler, set_compile_cache
 from mpillm.system.console import Console
 from mpillm.system.malloc import keep_pages
+from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.task import Task
 from mpillm.tasks.task_catalog import make_task
 from mpillm.tasks.vocabulary import Lengths
@@ -76,6 +77,8 @@ def train(
     settings, parallel = recipe.train, recipe.parallel
     mesh = make_mesh(comm, parallel, recipe.model, settings.batch, node_map)
     plan = plan_run(recipe, mesh.sizes)
+    if parallel.context > 1:
+        _check_context(recipe, task)
     _check_groups(recipe)
     with open_of(manifest, "train") as reader:
         # Before the run has a folder: a dataset shorter than one context, or a missing profile,
@@ -107,7 +110,7 @@ def train(
             if hosts_compute and (short := shortage(estimate, node_map, limit, remedy)):
                 console.warn(short)
             trainer = Trainer(recipe, task, reader, mesh, plan, profile, console.warn)
-            if mesh.axis("data").size > 1:
+            if mesh.axis("data").size * parallel.context > 1:
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
             if plan.schedule.ranks > 1:
                 console.say(f"stages: {trainer.describe_pipeline()}")
@@ -188,6 +191,22 @@ def _compiles(recipe: Recipe, comm: "MPI.Intracomm", console: Console) -> bool:
         )
     console.say(f"compiling the layers; torch keeps their code in {set_compile_cache()}")
     return True
+
+
+def _check_context(recipe: Recipe, task: Task) -> None:
+    """Raise RecipeError for what needs whole sequences on a rank, where ranks share them."""
+    given = f"parallel.context = {recipe.parallel.context}"
+    wanted = make_metrics(task.metrics)
+    if whole := [m.name for m in wanted if not (m.needs_totals_alone or m.sums_positions)]:
+        raise RecipeError(
+            f"{given} evaluates positions on several ranks, and the metric {whole[0]} needs whole "
+            "sequences; leave parallel.context out, or take another task"
+        )
+    if not task.sums_positions:
+        raise RecipeError(
+            f"{given} computes the loss of positions on several ranks, and that of the task "
+            f"{recipe.task.name} is no sum over positions; leave parallel.context out"
+        )
 
 
 def _check_groups(recipe: Recipe) -> None:

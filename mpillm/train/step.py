@@ -1,6 +1,7 @@
 """One step of training: read, compute, reduce, update."""
 
 import math
+import operator
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,7 +38,7 @@ from mpillm.train.optimizers.optimizer import (
 )
 from mpillm.train.recipe import Recipe
 from mpillm.train.step_stats import StepStats, check_finite, gather_stats
-from mpillm.weights.slices import Held, split_run
+from mpillm.weights.slices import Held, TensorSlice, slices_of, split_run
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,17 @@ class Trainer:
         """
         stepped = self.stepped[name]
         whole = whole_shape(stepped)
-        if tuple(stepped.shape) == whole:
-            return tensor
-        return split_run(tensor.detach().view(-1), self.model.first_element(name), whole)
+        held: Held = tensor
+        if tuple(stepped.shape) != whole:
+            held = split_run(tensor.detach().view(-1), self.model.first_element(name), whole)
+        cut = self.model.cut_of(name)
+        if cut is None:
+            return held
+        # Slices of a part of the weight, as slices of the whole one.
+        return [
+            TensorSlice(part.tensor, tuple(map(operator.add, part.start, cut.start)), cut.shape)
+            for part in slices_of(held)
+        ]
 
     def describe_pipeline(self) -> str:
         """Return how streams pass between stages: `2 on 2 ranks, passed by shared`."""
@@ -237,13 +246,18 @@ class Trainer:
         plan = self.plan
         whole: dict[str, Tensor] = {}
         if self._reads_fields:
-            whole = self.task.fields(self._samples.raw(step, self._first_row, plan.rows))
+            read = self.task.fields(self._samples.raw(step, self._first_row, plan.rows))
+            whole.update(self.model.own_positions(read))
         if self.recipe.model.drops:
             keys = dropout_keys(self.recipe.train.seed, step, self._first_row, plan.rows)
             whole["dropout_keys"] = torch.from_numpy(keys)
         stay = self.recipe.model.host_inputs
         whole = {name: f if name in stay else self._on_device(f) for name, f in whole.items()}
-        return [{name: field[a:b] for name, field in whole.items()} for a, b in plan.bounds]
+        placed = self.model.placed
+        return [
+            {**{name: field[a:b] for name, field in whole.items()}, **placed}
+            for a, b in plan.bounds
+        ]
 
     def _on_device(self, field: Tensor) -> Tensor:
         device = self.model.device

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from mpillm.models.decoder import DecoderConfig
+from mpillm.models.layers.attention import attend
+from mpillm.models.linear_head import plain_outputs
 from mpillm.models.part_module import create
 from mpillm.models.spec import Part
 from mpillm.models.stacks.decoder_stack import Cache, Decoder
@@ -117,3 +119,21 @@ def test_parts_in_a_row_are_the_whole(kind: dict[str, object]) -> None:
     }
     for name, weight in whole.named_weights():
         assert torch.equal(weight, weights[name]), name
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_positions_of_a_row_have_their_own_places(positions: str) -> None:
+    """Rows in another order, with an attention that undoes it: the same outputs, reordered."""
+    model, tokens = make(positions=positions), ids()
+    places = torch.randperm(16, generator=torch.Generator().manual_seed(2))
+    back = places.argsort()
+
+    def in_order(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
+        return attend(*(x[:, back] for x in (q, k, v)))[:, places]
+
+    whole = model(tokens)
+    for _, block in model.numbered_blocks():
+        block.attention.kernel = in_order  # type: ignore[union-attr]
+    fields = {"ids": tokens[:, places], "positions": places}
+    found = plain_outputs(model.forward_part(fields, ()).outputs)[0]
+    torch.testing.assert_close(found, whole[:, places], rtol=1e-4, atol=1e-5)

@@ -26,3 +26,9 @@ def test_the_mask_compares_all_pairs(seed):
         assert spans.causal_mask[row, 0].tolist() == expected
     assert sum(spans.lengths) == documents.numel()
     assert [n for count, n in spans.runs for _ in range(count)] == list(spans.lengths)
+
+
+def test_each_position_knows_where_its_document_begins_and_ends():
+    spans = DocumentSpans(number_documents([2, 3], [5]))
+    assert spans.firsts.tolist() == [[0, 0, 2, 2, 2], [0] * 5]
+    assert spans.lasts.tolist() == [[2, 2, 5, 5, 5], [5] * 5]

@@ -7,6 +7,7 @@ from mpillm.models.decoder import DecoderConfig
 from mpillm.models.layers.dropout import (
     ATTENTION_OUTPUT,
     FEED_FORWARD_OUTPUT,
+    PlacedKeys,
     drop,
     keep_mask,
     layer_keys,
@@ -107,3 +108,12 @@ def test_each_kind_changes_training_alone(kind):
             part = model(Part(number, number + 1), **{kind: 0.2})
             streams = plain_outputs(part.forward_part(given, streams).outputs)
         assert torch.equal(streams[0], found)
+
+
+@pytest.mark.parametrize("width", [1, 6, 7])
+def test_a_mask_of_some_positions_is_that_of_the_row(width):
+    x = torch.ones(4, 20, width)
+    whole = drop(x, 0.4, KEYS, ATTENTION_OUTPUT)
+    for places in ([0, 1, 2, 3], [5, 3, 19, 4], list(range(20))):
+        keys = PlacedKeys(KEYS, torch.tensor(places))
+        assert torch.equal(drop(x[:, places], 0.4, keys, ATTENTION_OUTPUT), whole[:, places])

@@ -7,6 +7,7 @@ from mpillm.errors import LayoutError
 from mpillm.models.decoder import DecoderConfig
 from mpillm.parallel import axis_sizes
 from mpillm.parallel.axis_sizes import axis_faults, counts_loss, legal_layouts, mesh_sizes
+from mpillm.parallel.data.data_axis import DataAxis
 from mpillm.parallel.parallel_axis import ParallelAxis, RankTimes
 from mpillm.parallel.pipeline.pipeline_axis import PipelineAxis
 from mpillm.parallel.settings import ParallelSettings
@@ -65,7 +66,7 @@ def test_an_optional_axis_of_one_rank_is_no_axis(monkeypatch: pytest.MonkeyPatch
 
 
 def test_legal_layouts_are_all_products_over_the_axes(three: None) -> None:
-    found = legal_layouts(8, MODEL, 8)
+    found = legal_layouts(8, MODEL, 8, (DataAxis(), PipelineAxis(), Copies()))
     assert all(np.prod(list(sizes.values())) == 8 for sizes in found)
     assert {"data": 2, "pipeline": 2, "copies": 2} in found
     assert all(sizes["copies"] <= 2 and sizes["pipeline"] <= 4 for sizes in found)

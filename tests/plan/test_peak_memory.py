@@ -168,3 +168,15 @@ def test_absurd_sizes_take_no_time(layers: int) -> None:
     kept, again = model.recompute_bytes(model.whole, 1, 4, 2)
     assert kept > layers
     assert again > 0
+
+
+def test_ranks_of_a_context_axis_share_the_activations() -> None:
+    whole, shared = planned(), replace(planned(), context=2)
+    one, half = predicted(whole), predicted(shared)
+    assert half.activations == pytest.approx(one.activations / 2, rel=0.01)
+    assert half.weights == one.weights
+    assert one.attention == 0
+    _, heads, width = SMALL.attention_shape
+    # Two rows of keys and values, and one of gradients, of half the positions.
+    numbers = 2 * shared.microbatch * SMALL.context // 2 * heads * width
+    assert half.attention >= 3 * 4 * numbers

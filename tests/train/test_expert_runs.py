@@ -87,6 +87,7 @@ def layouts(ranks: int) -> list[dict[str, Any]]:
             {"parallel": {"experts": 2, "zero": 1}, "train": {"microbatch": 1}},
             {"parallel": {"experts": 2, "pipeline": 2}, "train": {"recompute": 2}},
             {"parallel": {"experts": 2, "pipeline": 2, "schedule": "zb-v"}},
+            {"parallel": {"experts": 4, "context": 2}},
             {
                 "parallel": {"experts": 2, "pipeline": 2, "handover": "messages"},
                 "train": {"recompute": "full"},

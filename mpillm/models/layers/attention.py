@@ -4,6 +4,7 @@ Shapes: B sequences, T positions, S positions attended to, C width, H heads, K h
 values, D width of a head.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from mpillm.models.block_settings import BlockSettings
 from mpillm.models.layers.cached_attention import LayerCache, attend_cached
 from mpillm.models.layers.dense_attention import attend_dense, biased_mask
 from mpillm.models.layers.document_spans import DocumentSpans
+from mpillm.models.layers.dropout import MaskKeys
 from mpillm.models.layers.norm import make_norm
 from mpillm.models.layers.relative_bias import RelativeBias
 from mpillm.models.layers.rotary import Rotation, rotate
@@ -34,6 +36,8 @@ class Pattern(NamedTuple):
     """Scores become cap × tanh(score / cap); 0: as they are."""
     dropout: float = 0.0
     """Of the probabilities, in training."""
+    first_head: int = 0
+    """The number of the first head in the whole layer: dropout depends on it."""
 
 
 CAUSAL = Pattern()
@@ -47,7 +51,7 @@ def attend(
     spans: DocumentSpans | None = None,
     cache: LayerCache | None = None,
     first: int = 0,
-    keys_B: Tensor | None = None,
+    keys_B: MaskKeys | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Attend; return (B, T, H, D). K divides H: heads share keys and values.
@@ -57,7 +61,7 @@ def attend(
     `bias`: added to the scores, of any shape that broadcasts to (B, H, T, S); −∞ masks. S differs
     from T where a pattern that is not causal attends to another sequence.
     """
-    causal, window, soft_cap, dropout = pattern
+    causal, window, soft_cap, dropout, first_head = pattern
     if cache is not None:
         assert spans is None, "a cache holds one document a row"
         assert causal, "positions to come are in no cache"
@@ -66,7 +70,8 @@ def attend(
     learns = bias is not None and bias.requires_grad
     if soft_cap or learns or (dropout and keys_B is not None):
         mask = _dense_mask(q_BTHD, pattern, spans)
-        return attend_unfused(q_BTHD, k_BSKD, v_BSKD, mask, soft_cap, dropout, keys_B, bias)
+        given = mask, soft_cap, dropout, keys_B, bias, first_head
+        return attend_unfused(q_BTHD, k_BSKD, v_BSKD, *given)
     if bias is not None:
         mask = biased_mask(bias.to(q_BTHD.dtype), _dense_mask(q_BTHD, pattern, spans))
         return attend_dense(q_BTHD, k_BSKD, v_BSKD, mask)
@@ -78,6 +83,10 @@ def attend(
         return attend_spans(q_BTHD, k_BSKD, v_BSKD, spans, window, causal)
     # A GPU in float32: one kernel over a matrix, where spans would be as many as documents.
     return attend_dense(q_BTHD, k_BSKD, v_BSKD, _dense_mask(q_BTHD, pattern, spans))
+
+
+Kernel = Callable[..., Tensor]
+"""An attention as `attend`, with its arguments."""
 
 
 def _dense_mask(q_BTHD: Tensor, pattern: Pattern, spans: DocumentSpans | None) -> Tensor | None:
@@ -138,6 +147,8 @@ class Attention(Projections):
         window = config.window if config.slides(block) else 0
         self.pattern = Pattern(causal, window, config.attention_soft_cap, config.attention_dropout)
         self.relative = RelativeBias(config, causal) if config.positions == "relative" else None
+        self.kernel: Kernel = attend
+        """What attends: a layout that shares the positions among ranks puts its own here."""
 
     def forward(
         self,
@@ -146,7 +157,7 @@ class Attention(Projections):
         spans: DocumentSpans | None,
         cache: LayerCache | None,
         first: int,
-        keys_B: Tensor | None = None,
+        keys_B: MaskKeys | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
         """Attend from position `first`. `rotation`: of these positions. The rest: see `attend`."""
@@ -156,7 +167,7 @@ class Attention(Projections):
             own_HTS = self.relative(first, x_BTC.shape[1])
             bias = own_HTS if bias is None else own_HTS + bias
         given = self.pattern, spans, cache, first, keys_B, bias
-        a_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, *given)
+        a_BTHD = self.kernel(q_BTHD, k_BTKD, v_BTKD, *given)
         y_BTC: Tensor = self.output(a_BTHD.flatten(2))
         return y_BTC
 

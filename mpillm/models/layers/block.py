@@ -12,7 +12,12 @@ from mpillm.models.block_settings import BlockSettings
 from mpillm.models.layers.attention import Attention
 from mpillm.models.layers.cached_attention import LayerCache
 from mpillm.models.layers.document_spans import DocumentSpans
-from mpillm.models.layers.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, drop
+from mpillm.models.layers.dropout import (
+    ATTENTION_OUTPUT,
+    FEED_FORWARD_OUTPUT,
+    MaskKeys,
+    drop,
+)
 from mpillm.models.layers.feed_forward import FeedForward
 from mpillm.models.layers.mixture import Mixture
 from mpillm.models.layers.norm import make_norm
@@ -48,6 +53,8 @@ class BlockLayers(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.recomputes_attention = False
+        self.first_position = 0
+        """Of the stream in its sequences, where it is a part of them: dropout depends on it."""
         self.post_norm = config.norm_place == "post"
         sandwich = config.norm_place == "sandwich"
         self.attention_norm = make_norm(config) if config.norms_input(block) else nn.Identity()
@@ -64,7 +71,7 @@ class BlockLayers(nn.Module):
         a_BTC = recomputed(self._attend, *given) if recomputes else self._attend(*given)
         return self._joined(x_BTC, a_BTC, self.attention_norm, keys_B, ATTENTION_OUTPUT)
 
-    def add_feed_forward(self, x_BTC: Tensor, keys_B: Tensor | None) -> BlockOutput:
+    def add_feed_forward(self, x_BTC: Tensor, keys_B: MaskKeys | None) -> BlockOutput:
         """Add the feed-forward to the stream; return the loss of a mixture's choices, too."""
         y_BTC = self.feed_forward(x_BTC if self.post_norm else self.forward_norm(x_BTC))
         balance = None
@@ -84,9 +91,10 @@ class BlockLayers(nn.Module):
         return a_BTC
 
     def _joined(
-        self, x_BTC: Tensor, y_BTC: Tensor, norm: nn.Module, keys_B: Tensor | None, place: int
+        self, x_BTC: Tensor, y_BTC: Tensor, norm: nn.Module, keys_B: MaskKeys | None, place: int
     ) -> Tensor:
-        x_BTC = x_BTC + drop(y_BTC, self.dropout, keys_B, place)
+        first = self.first_position * y_BTC.shape[-1]
+        x_BTC = x_BTC + drop(y_BTC, self.dropout, keys_B, place, first)
         return norm(x_BTC) if self.post_norm else x_BTC
 
 
@@ -100,7 +108,7 @@ class Block(BlockLayers):
         spans: DocumentSpans | None,
         cache: LayerCache | None,
         first: int,
-        keys_B: Tensor | None = None,
+        keys_B: MaskKeys | None = None,
         bias: Tensor | None = None,
     ) -> BlockOutput:
         """Compute the block. `keys_B`: the layer's keys of dropout masks; None: no dropout. The

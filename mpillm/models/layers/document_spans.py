@@ -42,6 +42,22 @@ class DocumentSpans:
         return tuple((len(list(group)), length) for length, group in groupby(self.lengths))
 
     @cached_property
+    def firsts(self) -> Tensor:
+        """The first position (B, T) of each position's document, in host memory."""
+        places_T = torch.arange(self._begins_BT.shape[1])
+        # The last begin so far.
+        return torch.where(self._begins_BT, places_T, 0).cummax(1).values
+
+    @cached_property
+    def lasts(self) -> Tensor:
+        """The position (B, T) after each position's document, in host memory."""
+        length = self._begins_BT.shape[1]
+        places_BT = torch.arange(length).where(self._begins_BT, length)
+        # The first begin from the next position on.
+        ends_BT = places_BT.flip(1).cummin(1).values.flip(1)[:, 1:]
+        return torch.nn.functional.pad(ends_BT, (0, 1), value=length)
+
+    @cached_property
     def edges_on_device(self) -> Tensor:
         """The edges as int32 on the device, as kernels for variable lengths take them."""
         return self._sent(torch.tensor(self.edges, dtype=torch.int32))

@@ -47,10 +47,15 @@ class Rotary(nn.Module):
         self.register_buffer("cos_TD", cos_TD.float().to(device), persistent=False)
         self.register_buffer("sin_TD", sin_TD.float().to(device), persistent=False)
 
-    def forward(self, first: int, length: int, dtype: torch.dtype) -> Rotation:
-        """Return the rotation of `length` positions from `first` on."""
-        last = first + length
-        cos_TD, sin_TD = self.cos_TD[first:last].to(dtype), self.sin_TD[first:last].to(dtype)
+    def forward(
+        self, first: int, length: int, dtype: torch.dtype, positions_T: Tensor | None = None
+    ) -> Rotation:
+        """Return the rotation of `length` positions from `first` on; or of `positions_T`."""
+        tables = self.cos_TD, self.sin_TD
+        if positions_T is None:
+            cos_TD, sin_TD = (table[first : first + length].to(dtype) for table in tables)
+        else:
+            cos_TD, sin_TD = (table[positions_T].to(dtype) for table in tables)
         return Rotation(cos_TD[:, None], sin_TD[:, None])
 
 

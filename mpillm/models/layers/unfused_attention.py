@@ -7,7 +7,7 @@ width of a head.
 import torch
 from torch import Tensor
 
-from mpillm.models.layers.dropout import ATTENTION_PROBABILITIES, drop
+from mpillm.models.layers.dropout import ATTENTION_PROBABILITIES, MaskKeys, drop
 
 
 def attend_unfused(
@@ -17,14 +17,16 @@ def attend_unfused(
     mask_TS: Tensor | None,
     soft_cap: float = 0.0,
     dropout: float = 0.0,
-    keys_B: Tensor | None = None,
+    keys_B: MaskKeys | None = None,
     bias: Tensor | None = None,
+    first_head: int = 0,
 ) -> Tensor:
     """Attend with a soft cap of the scores and dropout of the probabilities; return (B, T, H, D).
 
     `mask_TS`: true where a position may attend, of any shape that broadcasts to (B, H, T, S); None:
     everywhere. `keys_B`: the layer's keys of dropout masks; None: no dropout. `bias`: added to the
-    scores, after the cap.
+    scores, after the cap. `first_head`: the number of the first head in the whole layer, on which
+    dropout depends.
     """
     q_BHTD, k_BKSD, v_BKSD = (x.transpose(1, 2) for x in (q_BTHD, k_BSKD, v_BSKD))
     groups = q_BHTD.shape[1] // k_BKSD.shape[1]
@@ -39,5 +41,6 @@ def attend_unfused(
     if mask_TS is not None:
         scores_BHTS = scores_BHTS.masked_fill(~mask_TS, -torch.inf)
     shares_BHTS = scores_BHTS.softmax(-1).to(v_BKSD.dtype)
-    shares_BHTS = drop(shares_BHTS, dropout, keys_B, ATTENTION_PROBABILITIES)
+    first = first_head * shares_BHTS.shape[2] * shares_BHTS.shape[3]
+    shares_BHTS = drop(shares_BHTS, dropout, keys_B, ATTENTION_PROBABILITIES, first)
     return (shares_BHTS @ v_BKSD).transpose(1, 2)

@@ -57,10 +57,13 @@ class Decoder(LayerStack):
         self, fields: Fields, streams: Streams, cache: Cache | None = None
     ) -> PartOutput:
         """Compute the part. Fields: `ids` (B, T) at the beginning; `documents` (B, T) and
-        `dropout_keys` (B,), optional; `documents` best in host memory.
+        `dropout_keys` (B,), optional; `documents` best in host memory. `positions` (T,), optional:
+        the places of the T positions in the row, whose other positions another process computes;
+        `documents` is then of the whole row.
         """
         pivot_BTC = streams[0] if self.embedding is None else self.embedding(fields["ids"])
         x_BTC, document_BT = pivot_BTC, fields.get("documents")
+        positions_T = fields.get("positions")
         first = cache.length if cache else 0
         length = x_BTC.shape[1]
         if first + length > self.config.context:
@@ -70,12 +73,13 @@ class Decoder(LayerStack):
         if self.embedding is not None and self.config.scaled_embedding:
             x_BTC = x_BTC * self.config.width**0.5
         if self.position is not None:
-            x_BTC = x_BTC + self.position.weight[first : first + length]
+            places = slice(first, first + length) if positions_T is None else positions_T
+            x_BTC = x_BTC + self.position.weight[places]
         if self.embedding is not None:
             keys_B = self._keys(fields, EMBEDDING_LAYER)
             x_BTC = drop(x_BTC, self.config.embedding_dropout, keys_B, EMBEDDING)
         spans = None if document_BT is None else DocumentSpans(document_BT, x_BTC.device)
-        rotations, balances = self._rotations(first, x_BTC), Balances()
+        rotations, balances = self._rotations(first, x_BTC, positions_T), Balances()
         for number, block in self.numbered_blocks():
             layer_cache = cache.layers[number] if cache else None
             rotation = rotations[self.config.slides(number)]

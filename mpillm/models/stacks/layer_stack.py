@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpillm.models.block_settings import BlockSettings
 from mpillm.models.layers.block import Balances, Block, BlockLayers
-from mpillm.models.layers.dropout import layer_keys
+from mpillm.models.layers.dropout import MaskKeys, PlacedKeys, layer_keys
 from mpillm.models.layers.recompute import recomputed
 from mpillm.models.layers.rotary import Rotary, Rotation
 from mpillm.models.part_module import Fields, PartModule
@@ -60,9 +60,12 @@ class Transformer(PartModule):
         whole = recompute_of(self.recompute, number) == "full"
         return balances.stream_of(recomputed(block, *given) if whole else block(*given))
 
-    def _keys(self, fields: Fields, layer: int) -> Tensor | None:
-        row_keys_B = fields.get("dropout_keys")
-        return None if row_keys_B is None else layer_keys(row_keys_B, layer)
+    def _keys(self, fields: Fields, layer: int) -> MaskKeys | None:
+        row_keys_B, positions_T = fields.get("dropout_keys"), fields.get("positions")
+        if row_keys_B is None:
+            return None
+        keys_B = layer_keys(row_keys_B, layer)
+        return keys_B if positions_T is None else PlacedKeys(keys_B, positions_T)
 
 
 class LayerStack(Transformer):
@@ -81,13 +84,15 @@ class LayerStack(Transformer):
     def numbered_blocks(self) -> Iterator[tuple[int, nn.Module]]:
         return ((int(number), block) for number, block in self.layers.items())
 
-    def _rotations(self, first: int, x_BTC: Tensor) -> tuple[Rotation | None, Rotation | None]:
-        """Return the rotations of the stream's positions, which begin at `first`: of layers
-        without, and with, a window.
+    def _rotations(
+        self, first: int, x_BTC: Tensor, positions_T: Tensor | None = None
+    ) -> tuple[Rotation | None, Rotation | None]:
+        """Return the rotations of the stream's positions, which begin at `first` or are
+        `positions_T`: of layers without, and with, a window.
         """
         if self.rotary is None:
             return None, None
-        given = first, x_BTC.shape[1], x_BTC.dtype
+        given = first, x_BTC.shape[1], x_BTC.dtype, positions_T
         rotation: Rotation = self.rotary(*given)
         return rotation, rotation if self.window_rotary is None else self.window_rotary(*given)
 

@@ -223,10 +223,11 @@ def norm_pieces(
     A piece starts at a multiple of that from its parameter's beginning, so the cuts are the same in
     every layout.
     """
+    apart = {id(parameter) for parameter in excluded}
     return [
         piece
         for parameter, gradient in gradients
-        if not any(parameter is other for other in excluded)
+        if id(parameter) not in apart
         for piece in torch.split(
             gradient.reshape(-1), gradient.numel() if gradient.is_cuda else NORM_PIECE_ELEMENTS
         )

@@ -33,7 +33,8 @@ class DataAxis(ParallelAxis):
     ) -> float:
         # A ring all-reduce sends each gradient about twice (Patarasuk & Yuan 2009).
         data = sizes[self.name]
-        gradients = element.gradient * model.parameters / sizes.get("pipeline", 1)
+        shares = sizes.get("pipeline", 1) * sizes.get("tensor", 1)
+        gradients = element.gradient * model.parameters / shares
         return 2 * gradients * (data - 1) / data
 
     def wait_seconds(self, times: RankTimes, groups: Sequence[Sequence[int]]) -> float:

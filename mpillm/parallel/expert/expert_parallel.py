@@ -18,7 +18,7 @@ from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Axis
 from mpillm.comm.selection import Profile
 from mpillm.models.layers.mixture import Mixture
-from mpillm.models.part_module import PartModule, initial_values
+from mpillm.models.part_module import PartModule
 from mpillm.parallel.expert.expert_groups import own_experts
 from mpillm.parallel.expert.token_exchange import TokenExchange
 from mpillm.parallel.expert.token_routes import TokenRoutes
@@ -55,7 +55,7 @@ class ExpertParallel:
         self.exchange = TokenExchange(self.group, experts, profile, debug, warn)
         self._weights: dict[nn.Parameter, str] = {}
 
-    def __contains__(self, weight: nn.Parameter) -> bool:
+    def __contains__(self, weight: object) -> bool:
         """Return whether `weight` is that of an expert."""
         return weight in self._weights
 
@@ -72,12 +72,6 @@ class ExpertParallel:
     def weights_of(self, part: PartModule) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the weights of this rank's experts in `part`, by name."""
         return ((name, weight) for name, weight in part.named_weights() if weight in self)
-
-    @torch.no_grad()
-    def initialise(self, part: PartModule, seed: int) -> None:
-        """Set the experts of `part` to their initial values."""
-        for name, weight in self.weights_of(part):
-            weight.copy_(initial_values(part, name, tuple(weight.shape), seed))
 
     def _run(self, mixture: Mixture, x_MC: Tensor, counts: list[int]) -> Tensor:
         routes = self.exchange.routes(counts)

@@ -1,5 +1,6 @@
 """The pipeline axis: its ranks share the blocks of the model."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -36,7 +37,9 @@ class PipelineAxis(ParallelAxis):
         if sizes[self.name] == 1:
             return 0.0
         # Forward and backward: each stage of the rank sends its stream, and a gradient of its size.
-        rows = batch / (sizes.get("data", 1) * sizes.get("island", 1))
+        # The ranks of the tensor axis have a part of the stream each.
+        sharing = ("data", "island", "tensor")
+        rows = batch / math.prod(sizes.get(axis, 1) for axis in sharing)
         stream = element.stream * rows * model.stream_features
         return 2 * stream * chunks
 

@@ -154,7 +154,8 @@ class ScoringStage:
     """A part of the model that scores: forward passes alone.
 
     `read(microbatch)` gives the fields of a batch. `done` is called after each batch that the first
-    part has computed. `scores`: the result by microbatch, on the last stage.
+    part has computed. `own(microbatch, fields)` is called ahead of each, and gives the fields as
+    this rank reads them; None: as they are. `scores`: the result by microbatch, on the last stage.
     """
 
     def __init__(
@@ -165,8 +166,10 @@ class ScoringStage:
         read: Callable[[int], Fields],
         done: Callable[[], None],
         metrics: Sequence[OfBatch] = (),
+        own: Callable[[int, Fields], Fields] | None = None,
     ) -> None:
         self.part, self.scores = part, dict[int, BatchScore]()
+        self._own = own
         self._task, self._precision, self._read, self._done = task, precision, read, done
         self._metrics = metrics
         # A document mask is of training alone, so only what every batch has is shared.
@@ -176,6 +179,8 @@ class ScoringStage:
     def forward(self, microbatch: int, streams: Streams) -> Streams:
         part = self.part
         fields: Fields = self._read(microbatch) if self._reads_fields else {}
+        if self._own is not None:
+            fields = self._own(microbatch, fields)
         stay = part.spec.host_inputs
         fields = {
             name: field if name in stay else field.to(self._precision.device)

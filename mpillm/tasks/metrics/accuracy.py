@@ -13,6 +13,7 @@ class Accuracy(Metric):
 
     name: ClassVar[str] = "accuracy"
     title: ClassVar[str] = "accuracy"
+    sums_positions: ClassVar[bool] = True
 
     def of_batch(
         self, outputs: Sequence[np.ndarray[Any, np.dtype[Any]]], fields: Arrays

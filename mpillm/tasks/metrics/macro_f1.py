@@ -16,6 +16,7 @@ class MacroF1(Metric):
 
     name: ClassVar[str] = "macro-f1"
     title: ClassVar[str] = "macro F1"
+    sums_positions: ClassVar[bool] = True
 
     def of_batch(
         self, outputs: Sequence[np.ndarray[Any, np.dtype[Any]]], fields: Arrays

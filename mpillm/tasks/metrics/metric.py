@@ -35,6 +35,12 @@ class Metric(ABC):
     """The head of its column in a table."""
     digits: ClassVar[int] = 4
 
+    sums_positions: ClassVar[bool] = False
+    """Whether the sums of `of_batch` are those of its positions, added up in any order.
+
+    Ranks can then share the positions of a sequence.
+    """
+
     @property
     def needs_totals_alone(self) -> bool:
         """Whether `of_batch` is not overridden: then a model that gives only a likelihood has a

@@ -1,0 +1,1 @@
+"""The context axis: ranks that share the positions of each sequence."""

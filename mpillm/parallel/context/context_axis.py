@@ -1,0 +1,58 @@
+"""The context axis: its ranks share the positions of each sequence, with the same weights."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from mpillm.models.spec import ModelSpec
+from mpillm.parallel.context.context_traffic import attention_bytes, cheaper_kind
+from mpillm.parallel.parallel_axis import MessageBytes, ParallelAxis
+
+
+class ContextAxis(ParallelAxis):
+    """The axis whose ranks hold chunks of each sequence (zigzag.py)."""
+
+    name: ClassVar[str] = "context"
+    shares_tokens: ClassVar[bool] = True
+
+    def shares(self, model: ModelSpec, batch: int) -> str:
+        return f"a context of {model.context:,} positions"
+
+    def fault(self, size: int, model: ModelSpec, batch: int) -> str:
+        if size == 1:
+            return ""
+        if model.whole_sequences:
+            return f"{size} context ranks cannot share a sequence: {model.whole_sequences}"
+        chunks = 2 * size
+        rest = model.context % chunks
+        if not rest:
+            return ""
+        below, above = model.context - rest, model.context - rest + chunks
+        near = f"{below:,} or {above:,}" if below else f"{above:,}"
+        return (
+            f"a context of {model.context:,} positions cannot be cut into two equal chunks for "
+            f"each of {size} context ranks (model.context = {near} can)"
+        )
+
+    def traffic_bytes(
+        self,
+        sizes: Mapping[str, int],
+        model: ModelSpec,
+        batch: int,
+        chunks: int,
+        element: MessageBytes,
+    ) -> float:
+        """Count what attention moves forward and backward, in the cheaper of its two kinds.
+
+        Sums of gradients over both axes are added, less what the data axis counts.
+        """
+        size = sizes.get(self.name, 1)
+        if size == 1:
+            return 0.0
+        data, pipeline = sizes.get("data", 1), sizes.get("pipeline", 1)
+        rows, layers = batch / data, model.blocks / pipeline
+        kind = cheaper_kind(size, model.attention_shape)
+        each = attention_bytes(
+            kind, size, model.attention_shape, model.context, element.stream, element.gradient
+        )
+        gradients = element.gradient * model.parameters / pipeline
+        return rows * layers * sum(each) + 2 * gradients * (1 / data - 1 / (data * size))

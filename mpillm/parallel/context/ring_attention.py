@@ -1,0 +1,138 @@
+"""Ring attention (Liu et al. 2023): exact attention of sequences whose positions ranks share.
+
+Each rank attends with its own queries to the keys and values of all ranks, block by block, and
+joins the blocks by online softmax. Backward it computes each block again. In a step each rank of a
+node adds to the gradients of another rank, so that no two write to one place, and the order of sums
+is always the same.
+
+Shapes: B sequences, T positions of a rank, S of the source of a block, H heads, K heads of keys and
+values, D width of a head.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mpillm.comm.communicator import silent
+from mpillm.comm.mesh import Axis
+from mpillm.models.layers.attention import CAUSAL, Pattern
+from mpillm.models.layers.document_spans import DocumentSpans
+from mpillm.parallel.context.block_kernel import JoinedPieces, Piece, piece_gradients
+from mpillm.parallel.context.ring_memory import RingMemory
+from mpillm.parallel.context.ring_pieces import make_pieces
+from mpillm.parallel.context.ring_steps import step_of
+from mpillm.parallel.context.ring_visits import GradientSums, visits
+
+
+class Ring:
+    """The ring of one rank, for all attentions of its parts. Every rank of `axis` makes it.
+
+    All ranks attend in the same order, with sequences of the same shapes. `numbers`: of the largest
+    keys and values of a rank, of elements of `itemsize` bytes. `shares`: whether the ranks of a
+    node may share memory.
+    """
+
+    def __init__(
+        self,
+        axis: Axis,
+        numbers: int,
+        itemsize: int,
+        *,
+        shares: bool = True,
+        warn: Callable[[str], None] = silent,
+    ) -> None:
+        self.rank, self.ranks = axis.rank, axis.size
+        self.memory = RingMemory(axis, numbers * itemsize, numbers, shares=shares, warn=warn)
+        self.length = 0
+        """Positions of the whole sequences that are computed; 0: as many as each rank has, each."""
+        self._pieces: WeakKeyDictionary[DocumentSpans, dict[Any, list[Piece]]]
+        self._pieces = WeakKeyDictionary()
+        self._plain: dict[Any, list[Piece]] = {}
+
+    def attend(
+        self,
+        q_BTHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKD: Tensor,
+        pattern: Pattern = CAUSAL,
+        spans: DocumentSpans | None = None,
+        cache: None = None,
+        first: int = 0,
+        keys: object = None,
+        bias: None = None,
+    ) -> Tensor:
+        """Attend as `models.layers.attention.attend` does, over all ranks; return (B, T, H, D).
+
+        `spans`: of the whole sequences.
+        """
+        assert (cache, bias) == (None, None), "ranks share whole sequences without a bias"
+        length = self.length or self.ranks * q_BTHD.shape[1]
+        out: Tensor = _RingAttention.apply(  # type: ignore[no-untyped-call]
+            q_BTHD, k_BTKD, v_BTKD, self, pattern, spans, length
+        )
+        return out
+
+    def pieces(
+        self, source: int, pattern: Pattern, spans: DocumentSpans | None, length: int
+    ) -> list[Piece]:
+        """Return the pieces of the step with the keys of `source`, made once for all layers."""
+        known = self._plain if spans is None else self._pieces.setdefault(spans, {})
+        key = source, pattern, length
+        if key not in known:
+            step = step_of(self.rank, source, pattern.causal)
+            known[key] = make_pieces(step, self.rank, self.ranks, length, pattern, spans)
+        return known[key]
+
+    def close(self) -> None:
+        """Free shared memory and communicators. Every rank of the axis calls it, last."""
+        self.memory.close()
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BTHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKD: Tensor,
+        ring: Ring,
+        pattern: Pattern,
+        spans: DocumentSpans | None,
+        length: int,
+    ) -> Tensor:
+        q_BHTD = q_BTHD.transpose(1, 2)
+        joined = JoinedPieces(q_BHTD)
+        for source, _, k_BKSD, v_BKSD in visits(ring.memory, k_BTKD, v_BTKD, length):
+            for piece in ring.pieces(source, pattern, spans, length):
+                joined.add(k_BKSD, v_BKSD, piece, pattern.soft_cap)
+        out_BHTD, sums_BHT = joined.result()
+        ctx.save_for_backward(q_BTHD, k_BTKD, v_BTKD, out_BHTD, sums_BHT)
+        ctx.given = ring, pattern, spans, length
+        return out_BHTD.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTHD: Tensor) -> tuple[Tensor | None, ...]:
+        q_BTHD, k_BTKD, v_BTKD, out_BHTD, sums_BHT = ctx.saved_tensors
+        ring, pattern, spans, length = ctx.given
+        own = grad_BTHD.contiguous().transpose(1, 2), q_BTHD.transpose(1, 2), out_BHTD, sums_BHT
+        # In float32, as are the sums over ranks: many blocks are added.
+        dq_BHTD = torch.zeros(q_BTHD.shape, dtype=torch.float32).transpose(1, 2)
+        gradients = GradientSums(ring.memory, k_BTKD, length)
+        for source, place, k_BKSD, v_BKSD in visits(ring.memory, k_BTKD, v_BTKD, length):
+            found = []
+            for piece in ring.pieces(source, pattern, spans, length):
+                rows, keys = piece.queries, piece.keys
+                grad, q, out, sums = (x[:, :, rows] for x in own)
+                given = grad, q, k_BKSD[:, :, keys], v_BKSD[:, :, keys], out, sums
+                dq, dk, dv = piece_gradients(*given, piece, pattern.soft_cap)
+                dq_BHTD[:, :, rows] += dq
+                found.append((keys, dk, dv))
+            gradients.add(source, place, found)
+        dk_BTKD, dv_BTKD = (each.to(k_BTKD.dtype) for each in gradients.brought_home())
+        dq_BTHD = dq_BHTD.transpose(1, 2).to(q_BTHD.dtype)
+        return dq_BTHD, dk_BTKD, dv_BTKD, None, None, None, None
