@@ -81,6 +81,8 @@ class ModelSpec(ABC):
 
     experts: int = 0
     """The experts of each mixture; 0: the model has none."""
+    experts_per_token: int = 1
+    """Those that a position passes, where there are experts."""
 
     shared_inputs: ClassVar[tuple[str, ...]] = ()
     """Fields of a batch that every part reads; other fields are read where the model begins or

@@ -113,16 +113,8 @@ class ShardedModel:
             for part in parts:
                 self.tensor.cut(part)
         self.experts = self._share_experts(settings, profile, warn)
-        values: dict[nn.Parameter, Tensor] = {}
-        is_cut = settings.zero > 0 and tokens.size > 1
-        for part in parts:
-            # Shards move the weights before they have values; those of experts stay.
-            given = [
-                each for each in part.named_weights() if not is_cut or self._is_expert(each[1])
-            ]
-            initialise(part, seed, given)
-            # Before leaves share memory, and before gradients get their dtype.
-            values |= lower_([weight for _, weight in given], plan.precision)
+        # Before leaves share memory, and before gradients get their dtype.
+        values = self._initialise(seed, settings.zero > 0 and tokens.size > 1)
         for part in parts:
             part.set_recompute(plan.recompute)
         # With one stage the tied head shares the embedding's Parameter. fixed_order needs a
@@ -183,8 +175,16 @@ class ShardedModel:
         self._streams = StreamShapes(lambda stage, microbatch: shapes[stage], dtype, device)
         nbytes = dtype.itemsize * rows * spec.largest_stream // plan.context
         self.pipeline = Pipeline(axis, schedule, nbytes, settings.handover, profile, warn)
-        if self.experts is not None and schedule.ranks > 1:
-            self.experts.exchange.progress = self.pipeline.progress
+
+    def _initialise(self, seed: int, is_cut: bool) -> dict[nn.Parameter, Tensor]:
+        """Set initial values; return those in float32 of weights of a lower dtype."""
+        values: dict[nn.Parameter, Tensor] = {}
+        for part in self.parts.values():
+            # Shards move the weights before they have values; those of experts stay.
+            own = [each for each in part.named_weights() if not is_cut or self._is_expert(each[1])]
+            initialise(part, seed, own)
+            values |= lower_([weight for _, weight in own], self.plan.precision)
+        return values
 
     def _share_experts(
         self,
@@ -201,6 +201,10 @@ class ShardedModel:
         )
         for part in self.parts.values():
             shared.cut(part)
+        if self.plan.schedule.ranks > 1:
+            # A stage that waits for its group must go on to send: ranks of the group may wait for
+            # other stages, and these for what this rank has made.
+            shared.exchange.progress = lambda: self.pipeline.progress()
         return shared
 
     def _is_expert(self, weight: nn.Parameter) -> bool:

@@ -15,6 +15,7 @@ from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.spec import ModelSpec, Part, Recompute
 from mpillm.parallel import axis_sizes
 from mpillm.parallel.axis_sizes import mesh_sizes
+from mpillm.parallel.expert.expert_groups import exchange_bytes
 from mpillm.parallel.parallel_axis import MessageBytes
 from mpillm.parallel.pipeline.actions import PipelineSchedule
 from mpillm.parallel.pipeline.check import ascending, check
@@ -125,7 +126,7 @@ def mesh_order(
     """Return the sizes of the mesh's axes, the axis with most traffic last. Raises LayoutError."""
     sizes = mesh_sizes(settings, ranks, model, batch)
     # The number of chunks is not resolved yet; it only scales the pipeline's traffic.
-    traffic = traffic_bytes(sizes, model, batch, max(1, settings.chunks))
+    traffic = traffic_bytes(sizes, model, batch, max(1, settings.chunks), settings=settings)
     outermost = axis_sizes.outermost_axes(sizes)
     ordered = sorted(sizes, key=lambda axis: (axis not in outermost, traffic[axis]))
     return {axis: sizes[axis] for axis in ordered}
@@ -141,7 +142,7 @@ def traffic_bytes(
 ) -> dict[str, float]:
     """Estimate the bytes that a rank sends along each axis in a step; None: all in float32.
 
-    `settings`: of islands; None for the defaults.
+    `settings`: of islands and experts; None for the defaults.
     """
     settings = settings or ParallelSettings()
     difference = ELEMENT_BYTES[settings.island_dtype] / settings.island_every
@@ -150,11 +151,16 @@ def traffic_bytes(
         element = MessageBytes(
             precision.element_bytes, ELEMENT_BYTES[precision.reduce_dtype], difference
         )
-    return {
+    sent = {
         axis.name: axis.traffic_bytes(sizes, model, batch, chunks, element)
         for axis in axis_sizes.AXES
         if axis.name in sizes
     }
+    # Neighbours share the experts. Where they cannot, check_experts refuses it later.
+    along = [name for name in axis_sizes.token_axes(sizes) if sizes[name] > 1]
+    if settings.experts > 1 and along:
+        sent[along[-1]] += exchange_bytes(settings.experts, model, sizes, batch, element)
+    return sent
 
 
 def scored_ahead(ranks: int) -> int:

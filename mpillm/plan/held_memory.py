@@ -4,7 +4,7 @@ Pure functions over settings, without torch and MPI.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from mpillm.models.spec import ModelSpec, Part
@@ -38,6 +38,14 @@ class Replicas:
     """Bytes a parameter that islands keep: common weights and outer momentum."""
     tensor: int = 1
     """Ranks that share each layer: each holds about this part of its weights."""
+    experts: int = 1
+    """Ranks that share out the experts, each a part of them."""
+
+    @property
+    def owners(self) -> "Replicas":
+        """The ranks that own the same experts: they sum the gradients of these alone."""
+        ranks, on_node = self.ranks // self.experts, max(1, self.on_node // self.experts)
+        return replace(self, ranks=ranks, on_node=on_node, zero=0, experts=1)
 
 
 ALONE = Replicas()
@@ -57,6 +65,19 @@ class HeldBytes:
     """Item → bytes of it in shared pages that another rank of the node counts."""
 
 
+def parameters_held(model: ModelSpec, parts: Sequence[Part], replicas: Replicas) -> int:
+    """Count the parameters of `parts` that a rank holds."""
+    dense, experts = _counts(model, parts, replicas)
+    return dense + experts
+
+
+def _counts(model: ModelSpec, parts: Sequence[Part], replicas: Replicas) -> tuple[int, int]:
+    """Count a rank's parameters apart from those of experts that are shared out, and these."""
+    whole = sum(map(model.parameters_of, parts))
+    shared = sum(map(model.expert_parameters_of, parts)) if replicas.experts > 1 else 0
+    return (whole - shared) // replicas.tensor, shared // replicas.experts
+
+
 def held_bytes(model: ModelSpec, part: Part, optimizer: OptimizerCosts, element_bytes: int) -> int:
     """Return what persists of `part` on a rank: weights, masters, gradients, optimizer state."""
     count, has_masters = model.parameters_of(part), element_bytes < FLOAT32_BYTES
@@ -72,11 +93,31 @@ def held_of(
     parts: Sequence[Part],
     replicas: Replicas,
 ) -> HeldBytes:
-    """Estimate what a rank holds of `parts`."""
-    count, precision = sum(map(model.parameters_of, parts)) // replicas.tensor, plan.precision
+    """Estimate what a rank holds of `parts`. Experts have the state of a parameter's average."""
+    dense, experts = _counts(model, parts, replicas)
+    state = sum(optimizer.state_bytes(model, part) for part in parts) // replicas.tensor
+    whole = dense + experts * replicas.experts
+    held = _held_of(plan, replicas, dense, state * dense // max(1, whole))
+    if not experts:
+        return held
+    own = _held_of(plan, replicas.owners, experts, state * experts // whole)
+    return HeldBytes(
+        held.weights + own.weights,
+        held.masters + own.masters,
+        held.optimizer + own.optimizer,
+        held.gradients + (own.gradients or FLOAT32_BYTES * experts),
+        {
+            item: held.counted_elsewhere.get(item, 0) + own.counted_elsewhere.get(item, 0)
+            for item in ("gradients", "weights")
+        },
+    )
+
+
+def _held_of(plan: StepPlan, replicas: Replicas, count: int, state: int) -> HeldBytes:
+    """Estimate what a rank holds of `count` parameters that all its replicas have."""
+    precision = plan.precision
     weights = precision.element_bytes * count
     masters = FLOAT32_BYTES * count if precision.has_masters else 0
-    state = sum(optimizer.state_bytes(model, part) for part in parts) // replicas.tensor
     if replicas.zero:
         return _sharded(plan, replicas, count, (weights, masters, state))
     rows = _rows_of_others(plan, replicas, count)

@@ -12,8 +12,16 @@ from functools import cached_property
 from types import MappingProxyType
 
 from mpillm.models.spec import ModelSpec, Part
+from mpillm.parallel.expert.expert_groups import INBOX_GROWTH
 from mpillm.parallel.step_plan import StepPlan, scored_ahead
-from mpillm.plan.held_memory import ALONE, FLOAT32_BYTES, OptimizerCosts, Replicas, held_of
+from mpillm.plan.held_memory import (
+    ALONE,
+    FLOAT32_BYTES,
+    OptimizerCosts,
+    Replicas,
+    held_of,
+    parameters_held,
+)
 from mpillm.system.console import binary_bytes
 
 # The resident set of Python, torch's CPU build, MPI and h5py before a model is built (Open MPI 5,
@@ -53,7 +61,7 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "gradients": ("gradients",),
         "optimizer": ("optimizer", "islands"),
         "activations": ("activations", "recomputed", "outputs"),
-        "buffers": ("streams", "attention", "data", "evaluation", "checkpoint", "gaps"),
+        "buffers": ("streams", "attention", "inboxes", "data", "evaluation", "checkpoint", "gaps"),
         "process": ("process", "libraries"),
     }
 )
@@ -97,6 +105,8 @@ class MemoryEstimate:
     """Between the stages of a pipeline: queues, posted receives, a send."""
     attention: int = 0
     """Keys and values that the ranks of a context axis read of each other, and their gradients."""
+    inboxes: int = 0
+    """Of the tokens that ranks pass to the owners of experts."""
     data: int = 0
     evaluation: int = 0
     """Above a step."""
@@ -180,7 +190,7 @@ def predict_rank(
     precision, rows = plan.precision, plan.microbatch
     element, device = precision.element_bytes, precision.device
     tensor = replicas.tensor
-    count = sum(map(model.parameters_of, parts)) // tensor
+    count = parameters_held(model, parts, replicas)
     ends = any(map(model.ends, parts))
     # Ranks of the context axis share the positions, those of the tensor axis each layer.
     shared = tensor * plan.context
@@ -216,6 +226,7 @@ def predict_rank(
         outputs=outputs,
         streams=_stream_bytes(model, plan, rank, scored_rows) // tensor,
         attention=_attention_bytes(model, plan, scored_rows) // tensor,
+        inboxes=_inbox_bytes(model, plan, scored_rows) if replicas.experts > 1 else 0,
         # Tokens as they are read, and as ids and targets.
         data=2 * TOKEN_BYTES * plan.rows * (model.context + 1),
         evaluation=evaluation,
@@ -258,6 +269,13 @@ def _attention_bytes(model: ModelSpec, plan: StepPlan, scored_rows: int) -> int:
     _, heads, width = model.attention_shape
     positions = max(plan.microbatch, scored_rows) * model.context // plan.context
     return 2 * positions * heads * width * (2 * plan.precision.element_bytes + FLOAT32_BYTES)
+
+
+def _inbox_bytes(model: ModelSpec, plan: StepPlan, scored_rows: int) -> int:
+    """Return the bytes of a rank's two inboxes, where all experts get equally many tokens."""
+    tokens = max(plan.microbatch, scored_rows) * model.context // plan.context
+    row = max(model.stream_widths) * plan.precision.element_bytes
+    return int(2 * INBOX_GROWTH * tokens * model.experts_per_token * row)
 
 
 def _stream_bytes(model: ModelSpec, plan: StepPlan, rank: int, scored_rows: int) -> int:

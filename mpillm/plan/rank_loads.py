@@ -10,7 +10,7 @@ from mpillm.parallel.axis_sizes import token_axes
 from mpillm.parallel.data.shard_layout import UNIT_BYTES
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import StepPlan, traffic_bytes
-from mpillm.plan.held_memory import FLOAT32_BYTES, OptimizerCosts, Replicas
+from mpillm.plan.held_memory import FLOAT32_BYTES, OptimizerCosts, Replicas, parameters_held
 from mpillm.plan.peak_memory import (
     KINDS,
     MemoryEstimate,
@@ -89,6 +89,7 @@ def replicas_of(
         settings.bucket_bytes or UNIT_BYTES,
         outer,
         sizes.get("tensor", 1),
+        settings.experts,
     )
 
 
@@ -104,9 +105,8 @@ def load_ranks(
     stages: dict[int, tuple[tuple[Part, ...], int]] = {}
     for stage in range(plan.schedule.ranks):
         parts = tuple(plan.parts[number] for number in plan.schedule.stages_of(stage))
-        # The ranks of a tensor axis share each layer.
-        count = sum(map(model.parameters_of, parts)) // sizes.get("tensor", 1)
-        stages[stage] = parts, count
+        shared = Replicas(tensor=sizes.get("tensor", 1), experts=settings.experts)
+        stages[stage] = parts, parameters_held(model, parts, shared)
     replicas: dict[tuple[int, ...], Replicas] = {}
     estimates: dict[tuple[int, Replicas], MemoryEstimate] = {}
     along = token_axes(sizes)

@@ -18,7 +18,7 @@ from mpillm.system.json_text import to_json
 from mpillm.tasks.task_catalog import make_task
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.manifest import NAME, Manifest
-from mpillm.train.print_plan import pipeline_facts
+from mpillm.train.print_plan import expert_facts, pipeline_facts
 from mpillm.train.recipe import Recipe, TrainSettings
 from mpillm.train.run_plan import fill_model, plan_run
 
@@ -138,6 +138,7 @@ def _facts(
         f"{plan.microbatches} microbatch(es)",
         "device": f"{plan.precision.device}, {plan.precision.dtype}",
         **pipeline_facts(plan),
+        **expert_facts(recipe),
         "optimizer": recipe.optimizer.describe(),
     }
 

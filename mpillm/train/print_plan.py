@@ -28,6 +28,14 @@ def pipeline_facts(plan: StepPlan) -> dict[str, str]:
     }
 
 
+def expert_facts(recipe: Recipe) -> dict[str, str]:
+    """Return the plan's line about experts that are shared out; none without them."""
+    ranks, experts = recipe.parallel.experts, recipe.model.experts
+    if ranks == 1:
+        return {}
+    return {"experts": f"{experts} of a mixture, {experts // ranks} on each of {ranks} ranks"}
+
+
 def print_plan(
     recipe: Recipe,
     mesh: Mesh,
@@ -59,6 +67,7 @@ def print_plan(
             "a rank's batch": f"{plan.rows} sequences, {plan.microbatch} at once, {train.dtype}"
             + ", sums in a fixed order" * train.fixed_order,
             **pipeline_facts(plan),
+            **expert_facts(recipe),
             "optimizer": recipe.optimizer.describe(),
             "memory a rank": memory.describe(),
         },

@@ -125,11 +125,17 @@ def check_memory(
     # The ranks of a pipeline share the layers, those of a tensor axis each layer.
     ranks, shares = node_map.size, max(1, recipe.parallel.pipeline) * recipe.parallel.tensor
     replicas, nodes = max(1, ranks // shares), len(node_map.nodes)
-    weights = FLOAT32_BYTES * model.parameters
+    experts = recipe.parallel.experts
+    shared = model.expert_parameters_of(model.whole) if experts > 1 else 0
+    weights = FLOAT32_BYTES * (model.parameters - shared)
     state = recipe.optimizer.state_bytes(model, model.whole)
+    of_experts = state * shared // model.parameters
+    state -= of_experts
     # ZeRO has the state once, then the gradients, then the weights on each node.
     needed = weights * (min(replicas, nodes) if zero == 3 else replicas)
     needed += weights * (1 if zero >= 2 else replicas) + state * (1 if zero else replicas)
+    # Weights and gradients of experts, once in each group that shares them out.
+    needed += (2 * FLOAT32_BYTES * shared + of_experts) * max(1, replicas // experts)
     there = memory * nodes
     if memory and hosts_compute and needed > there:
         raise LayoutError(

@@ -13,6 +13,7 @@ from mpillm.plan.peak_memory import (
     PROCESS_BYTES,
     KindBytes,
     MemoryEstimate,
+    rows_at_once,
 )
 from mpillm.plan.rank_loads import axis_traffic, load_nodes, load_ranks, replicas_of
 from mpillm.train.optimizers.adamw import AdamWSettings
@@ -138,3 +139,41 @@ def test_hybrid_shards_are_those_of_a_node() -> None:
     assert replicas_of(0, {"data": 8}, on_nodes(2, 4), settings) == Replicas(8, 4, 4, 2, 4)
     assert replicas_of(0, {"data": 8}, on_nodes(8, 1), settings) == Replicas(8, 1, 1, 2, 8)
     assert replicas_of(0, {"data": 1}, on_nodes(1, 1), settings).zero == 0
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_experts_are_divided_and_everything_else_is_not(zero: int) -> None:
+    model = SMALL.replace(experts=8, hidden=256)
+    experts = model.expert_parameters_of(model.whole)
+    dense = model.parameters - experts
+    assert experts == model.layers * 8 * 3 * 256 * model.width
+    sizes, plan = {"data": 4, "pipeline": 1}, plan_step(model, AUTO, 4, BATCH)
+    found = {}
+    for shared in (1, 2, 4):
+        settings = ParallelSettings(experts=shared, zero=zero)
+        found[shared] = load_ranks(model, plan, AdamWSettings(), sizes, on_nodes(2, 2), settings)[0]
+    shards = 4 if zero else 1
+    for shared in (2, 4):
+        load = found[shared]
+        assert load.parameters == dense + experts // shared
+        assert load.memory.weights == 4 * load.parameters
+        state = 8 * dense // shards + 8 * experts // shared
+        assert load.memory.optimizer == pytest.approx(state, rel=1e-6)
+        assert load.memory.gradients >= 4 * (dense // shards + experts // shared)
+        rows = max(plan.microbatch, rows_at_once(model)) * model.context * 2
+        assert load.memory.inboxes == int(2 * 1.25 * rows * 4 * model.width)
+    assert found[1].memory.inboxes == 0
+    assert found[1].parameters == model.parameters
+    assert found[4].memory.total < found[2].memory.total
+
+
+def test_tokens_cross_to_the_owners_and_back_twice() -> None:
+    model = SMALL.replace(experts=8, hidden=256)
+    sizes = {"data": 2, "pipeline": 1}
+    plain = traffic_bytes(sizes, model, BATCH, 1)["data"]
+    shared = traffic_bytes(sizes, model, BATCH, 1, settings=ParallelSettings(experts=2))["data"]
+    rows = BATCH // 2 * model.context * 2 * model.layers
+    # Half of the choices fall on the other rank; its experts' gradients are summed with no one's.
+    tokens = 4 * rows * model.width * 4 / 2
+    gradients = 4 * model.expert_parameters_of(model.whole)
+    assert shared - plain == pytest.approx(tokens - gradients)

@@ -7,8 +7,11 @@ from mpillm.comm.mesh import describe
 from mpillm.errors import LayoutError
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.axis_sizes import token_axes
+from mpillm.parallel.parallel_axis import MessageBytes
 
 SHOWN = 6
+# An inbox grows by more than it must: few batches then make it grow again.
+INBOX_GROWTH = 1.25
 
 
 def check_experts(
@@ -54,6 +57,23 @@ def check_experts(
             f"parallel.tensor = {sizes['tensor']} cuts each expert, and {given} gives whole ones "
             "to ranks; leave one of them out"
         )
+
+
+def exchange_bytes(
+    ranks: int, model: ModelSpec, sizes: Mapping[str, int], batch: int, element: MessageBytes
+) -> float:
+    """Estimate the bytes that a rank sends more in a step where `ranks` share out the experts.
+
+    Tokens pass to the owners and back, and so do their gradients. Sums of experts' gradients are
+    over fewer ranks, and of fewer experts.
+    """
+    together, stages = math.prod(sizes[name] for name in token_axes(sizes)), sizes["pipeline"]
+    rows = batch * model.context / together * model.experts_per_token * model.blocks / stages
+    sent = 4 * rows * max(model.stream_widths) * element.stream * (ranks - 1) / ranks
+    gradients = 2 * element.gradient * model.expert_parameters_of(model.whole) / stages
+    owners = max(1, together // ranks)
+    fewer = (together - 1) / together - (owners - 1) / owners / ranks
+    return sent - gradients * fewer
 
 
 def own_experts(experts: int, ranks: int, rank: int) -> range:

@@ -21,13 +21,11 @@ from mpillm.comm.communicator import Communicator, silent
 from mpillm.comm.mesh import Axis
 from mpillm.comm.selection import Profile
 from mpillm.comm.shared.team import SharedRows
-from mpillm.parallel.expert.token_routes import Counts, Piece, TokenRoutes
+from mpillm.parallel.expert.expert_groups import INBOX_GROWTH
+from mpillm.parallel.expert.token_routes import Counts, TokenPiece, TokenRoutes
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-# An inbox grows by more than it must: few batches then make it grow again.
-GROWTH = 1.25
 
 
 class TokenExchange:
@@ -113,13 +111,13 @@ class TokenExchange:
         # are over, as those of an inbox that is written again are.
         if inbox is not None:
             inbox.free()
-        inbox = self._group.allocate(int(GROWTH * needed) + 1, "uint8")
+        inbox = self._group.allocate(int(INBOX_GROWTH * needed) + 1, "uint8")
         self._inboxes[self._turn] = inbox
         if inbox is None:
             self._counts = None
         return inbox is not None
 
-    def _through_inboxes(self, rows: Tensor, pieces: list[Piece], count: int) -> Tensor:
+    def _through_inboxes(self, rows: Tensor, pieces: list[TokenPiece], count: int) -> Tensor:
         """Write `pieces` of `rows` into inboxes; return the `count` rows that arrive in the own."""
         inbox = self._inboxes[self._turn]
         assert inbox is not None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Counts = NDArray[np.int64]
 
 
-class Piece(NamedTuple):
+class TokenPiece(NamedTuple):
     """Rows of one expert that pass between this rank and `peer`."""
 
     peer: int
@@ -70,19 +70,19 @@ class TokenRoutes:
         """Return the rows of each expert of `owner`, by expert and sender: (E / R, R)."""
         return self._counts[:, self._own(owner)].T
 
-    def to_owners(self, sender: int) -> Iterator[Piece]:
+    def to_owners(self, sender: int) -> Iterator[TokenPiece]:
         """Yield what `sender` passes to owners."""
         given = self._counts[sender], self._at_sender[sender], self._at_owner[sender]
         for expert, (rows, sent, received) in enumerate(zip(*map(_list, given), strict=True)):
             if rows:
-                yield Piece(expert // self.owned, sent, received, rows)
+                yield TokenPiece(expert // self.owned, sent, received, rows)
 
-    def to_senders(self, owner: int) -> Iterator[Piece]:
+    def to_senders(self, owner: int) -> Iterator[TokenPiece]:
         """Yield what `owner` passes back."""
         for sender in range(self.ranks):
             for piece in self.to_owners(sender):
                 if piece.peer == owner:
-                    yield Piece(sender, piece.received, piece.sent, piece.rows)
+                    yield TokenPiece(sender, piece.received, piece.sent, piece.rows)
 
     def _own(self, owner: int) -> slice:
         return slice(owner * self.owned, (owner + 1) * self.owned)
