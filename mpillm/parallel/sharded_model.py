@@ -202,7 +202,7 @@ class ShardedModel:
         for part in self.parts.values():
             shared.cut(part)
         if self.plan.schedule.ranks > 1:
-            # A stage that waits for its group must go on to send: ranks of the group may wait for
+            # A stage that waits for its group must send meanwhile: ranks of the group may wait for
             # other stages, and these for what this rank has made.
             shared.exchange.progress = lambda: self.pipeline.progress()
         return shared

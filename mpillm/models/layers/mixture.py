@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from mpillm.models.block_settings import BlockSettings
 from mpillm.models.layers.feed_forward import FeedForward
 
-RunExperts = Callable[["Mixture", Tensor, list[int]], Tensor]
-"""Computes the outputs (M, C) of inputs (M, C) that are sorted by expert, so many for each."""
+BeginExperts = Callable[["Mixture", Tensor, list[int]], Callable[[], Tensor]]
+"""Takes inputs (M, C) that are sorted by expert, so many for each; returns what gives their outputs
+(M, C), which is called once the shared expert has been computed.
+"""
 
 
 class Mixture(nn.Module):
     """Experts, their router, and a shared expert that all positions pass.
 
     All experts compute, also those without a position: each weight gets a gradient in each step.
-    `run_experts` takes the place of `compute` where some of `experts` have been taken out.
+    `begin_experts`: computes the experts that are here, all of them unless some are taken out.
     """
 
     def __init__(self, config: BlockSettings) -> None:
@@ -29,7 +31,7 @@ class Mixture(nn.Module):
         self.balances = config.balance_loss > 0
         self.router = nn.Linear(config.width, config.experts, bias=False)
         self.experts = nn.ModuleDict({str(n): FeedForward(config) for n in range(config.experts)})
-        self.run_experts: RunExperts = Mixture.compute
+        self.begin_experts: BeginExperts = Mixture.begin
         shared, gated = config.shared_hidden, config.shared_gate
         self.shared = FeedForward(config, shared) if shared else None
         self.shared_factor = nn.Linear(config.width, 1, bias=False) if gated else None
@@ -45,23 +47,34 @@ class Mixture(nn.Module):
         # Copied before it is sorted: a position's K gradients are then summed in one order.
         x_MC = x_NC[:, None].expand(-1, self.chosen, -1).reshape(-1, x_NC.shape[-1])
         counts = torch.bincount(expert_M, minlength=share_NE.shape[-1]).tolist()
-        y_MC = self.run_experts(self, x_MC.index_select(0, order_M), counts)
-        y_MC = y_MC.index_select(0, order_M.argsort()) * share_NK.flatten()[:, None]
+        finish = self.begin_experts(self, x_MC.index_select(0, order_M), counts)
+        own_NC = None if self.shared is None else self._shared(self.shared, x_NC)
+        y_MC = finish().index_select(0, order_M.argsort()) * share_NK.flatten()[:, None]
         y_NC = y_MC.view(len(x_NC), self.chosen, -1).sum(1)
-        if self.shared is not None:
-            own_NC = self.shared(x_NC)
-            factor_N1 = None if self.shared_factor is None else self.shared_factor(x_NC).sigmoid()
-            y_NC = y_NC + (own_NC if factor_N1 is None else factor_N1 * own_NC)
+        y_NC = y_NC if own_NC is None else y_NC + own_NC
         loss = None
         if self.balances and torch.is_grad_enabled():
             loss = balance(share_NE.unflatten(0, x_BTC.shape[:2]), expert_NK)
         return y_NC.view(x_BTC.shape), loss
+
+    def begin(self, x_MC: Tensor, counts: list[int]) -> Callable[[], Tensor]:
+        """Compute all experts at once: there is nothing to wait for."""
+        y_MC = self.compute(x_MC, counts)
+        return lambda: y_MC
 
     def compute(self, x_MC: Tensor, counts: list[int]) -> Tensor:
         """Compute the experts that are here, each with its part of the inputs, in their order."""
         pieces = torch.split(x_MC, counts)
         experts = self.experts.values()
         return torch.cat([each(x) for each, x in zip(experts, pieces, strict=True)])
+
+    def _shared(self, shared: FeedForward, x_NC: Tensor) -> Tensor:
+        """Compute the `shared` expert of all positions."""
+        own_NC: Tensor = shared(x_NC)
+        if self.shared_factor is None:
+            return own_NC
+        factor_N1: Tensor = self.shared_factor(x_NC).sigmoid()
+        return factor_N1 * own_NC
 
     def _choose(self, share_NE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the shares of the chosen experts of each position, and their numbers: (N, K)."""

@@ -66,21 +66,30 @@ class ExpertParallel:
                 for number in range(len(module.experts)):
                     if number not in self.own:
                         del module.experts[str(number)]
-                module.run_experts = self._run
+                module.begin_experts = self._begin
         self._weights |= {weight: name for name, weight in part.named_weights() if EXPERTS in name}
 
     def weights_of(self, part: PartModule) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the weights of this rank's experts in `part`, by name."""
         return ((name, weight) for name, weight in part.named_weights() if weight in self)
 
-    def _run(self, mixture: Mixture, x_MC: Tensor, counts: list[int]) -> Tensor:
-        routes = self.exchange.routes(counts)
-        x_RC = _ToOwners.apply(x_MC, self.exchange, routes)  # type: ignore[no-untyped-call]
-        y_RC = mixture.compute(x_RC, routes.counts_of(self.group.rank))
-        y_MC: Tensor = _ToSenders.apply(  # type: ignore[no-untyped-call]
-            y_RC, self.exchange, routes
-        )
-        return y_MC
+    def _begin(self, mixture: Mixture, x_MC: Tensor, counts: list[int]) -> Callable[[], Tensor]:
+        """Start to pass rows to their owners; the caller computes the shared expert meanwhile."""
+        exchange = self.exchange
+        routes = exchange.routes(counts)
+        arriving = exchange.start_to_owners(x_MC, routes)
+
+        def finish() -> Tensor:
+            x_RC = _ToOwners.apply(  # type: ignore[no-untyped-call]
+                x_MC, exchange, routes, arriving
+            )
+            y_RC = mixture.compute(x_RC, routes.counts_of(self.group.rank))
+            y_MC: Tensor = _ToSenders.apply(  # type: ignore[no-untyped-call]
+                y_RC, exchange, routes
+            )
+            return y_MC
+
+        return finish
 
     def close(self) -> None:
         """Free memory and communicators. Every rank calls it."""
@@ -100,14 +109,20 @@ class _ToOwners(torch.autograd.Function):
     """Pass rows to the owners of their experts, and gradients of rows back."""
 
     @staticmethod
-    def forward(ctx: Any, x_MC: Tensor, exchange: TokenExchange, routes: TokenRoutes) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_MC: Tensor,
+        exchange: TokenExchange,
+        routes: TokenRoutes,
+        arriving: Callable[[], Tensor],
+    ) -> Tensor:
         ctx.exchange, ctx.routes = exchange, routes
-        return exchange.to_owners(x_MC, routes)
+        return arriving()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.exchange.to_senders(gradient, ctx.routes), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.exchange.to_senders(gradient, ctx.routes), None, None, None
 
 
 class _ToSenders(torch.autograd.Function):

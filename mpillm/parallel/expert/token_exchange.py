@@ -27,6 +27,9 @@ from mpillm.parallel.expert.token_routes import Counts, TokenPiece, TokenRoutes
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+Arriving = Callable[[], Tensor]
+"""Waits for the rows that others pass to this rank, and returns them."""
+
 
 class TokenExchange:
     """The ranks of `axis`, which own `experts` experts together.
@@ -78,23 +81,29 @@ class TokenExchange:
 
     def to_owners(self, x_MC: Tensor, routes: TokenRoutes) -> Tensor:
         """Return the rows of all ranks for this rank's experts, from those of this rank."""
+        return self.start_to_owners(x_MC, routes)()
+
+    def start_to_owners(self, x_MC: Tensor, routes: TokenRoutes) -> Arriving:
+        """Start `to_owners`, and return what waits for its result: call it ahead of any other
+        method.
+        """
         count = sum(routes.counts_of(self.rank))
         if self._find_inboxes(x_MC, routes):
             return self._through_inboxes(x_MC, list(routes.to_owners(self.rank)), count)
         sent, received = routes.block_rows[self.rank], routes.block_rows[:, self.rank]
-        rows = self._by_messages(x_MC, sent, received)
+        arriving = self._by_messages(x_MC, sent, received)
         # As they arrive, by sender and then by expert.
         by_sender = routes.by_sender(self.rank).T
-        return _reordered(rows, by_sender)
+        return lambda: _reordered(arriving(), by_sender)
 
     def to_senders(self, y_MC: Tensor, routes: TokenRoutes) -> Tensor:
         """Return the results of this rank's rows, from those of this rank's experts."""
         count = int(routes.block_rows[self.rank].sum())
         if self._find_inboxes(y_MC, routes):
-            return self._through_inboxes(y_MC, list(routes.to_senders(self.rank)), count)
+            return self._through_inboxes(y_MC, list(routes.to_senders(self.rank)), count)()
         rows = _reordered(y_MC, routes.by_sender(self.rank))
         sent, received = routes.block_rows[:, self.rank], routes.block_rows[self.rank]
-        return self._by_messages(rows, sent, received)
+        return self._by_messages(rows, sent, received)()
 
     # ---- within a node ----
 
@@ -117,8 +126,8 @@ class TokenExchange:
             self._counts = None
         return inbox is not None
 
-    def _through_inboxes(self, rows: Tensor, pieces: list[TokenPiece], count: int) -> Tensor:
-        """Write `pieces` of `rows` into inboxes; return the `count` rows that arrive in the own."""
+    def _through_inboxes(self, rows: Tensor, pieces: list[TokenPiece], count: int) -> Arriving:
+        """Write `pieces` of `rows` into inboxes; `count` rows arrive in the own."""
         inbox = self._inboxes[self._turn]
         assert inbox is not None
         own = rows.detach().cpu()
@@ -126,10 +135,14 @@ class TokenExchange:
         for piece in pieces:
             place = views[piece.peer][piece.received : piece.received + piece.rows]
             place.copy_(own[piece.sent : piece.sent + piece.rows])
-        self._meet()
-        # A copy: autograd keeps it, and the inbox is written again.
-        arrived = views[self.rank][:count]
-        return arrived.clone() if rows.device.type == "cpu" else arrived.to(rows.device, copy=True)
+        arrived, device = views[self.rank][:count], rows.device
+
+        def finish() -> Tensor:
+            self._meet()
+            # A copy: autograd keeps it, and the inbox is written again.
+            return arrived.to(device, copy=True)
+
+        return finish
 
     def _meet(self) -> None:
         """Return when every rank has come here: each sees what the others wrote before."""
@@ -144,7 +157,7 @@ class TokenExchange:
 
     # ---- between nodes ----
 
-    def _by_messages(self, rows: Tensor, sent: Counts, received: Counts) -> Tensor:
+    def _by_messages(self, rows: Tensor, sent: Counts, received: Counts) -> Arriving:
         """Exchange blocks of rows, in the order of ranks."""
         given = rows.detach().cpu().contiguous()
         width = given.shape[1]
@@ -155,8 +168,13 @@ class TokenExchange:
             [as_buffer(given).octets, _spans(sent), row],
             [as_buffer(taken).octets, _spans(received), row],
         )
-        self._wait(request)
-        return taken.to(rows.device)
+        device = rows.device
+
+        def finish() -> Tensor:
+            self._wait(request)
+            return taken.to(device)
+
+        return finish
 
     def _row_type(self, nbytes: int) -> "MPI.Datatype":
         from mpi4py import MPI
