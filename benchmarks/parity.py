@@ -46,8 +46,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True},
 }
 CONTEXT = 24
-# Relative difference of a loss or a norm at any step.
-LARGEST = {"float32": 1e-4, "bfloat16": 3e-2}
+# Relative difference of a loss at any step, in float32 of a norm, too.
+LARGEST = {"float32": 1e-4, "bfloat16": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,10 @@ def difference(case: Case, data: Path, comm: MPI.Intracomm, steps: int, known: d
         # The other ranks would compute the same.
         found = numbers(alone, data, MPI.COMM_SELF, steps, batch) if comm.rank == 0 else None
         known[key] = comm.bcast(found)
-    pairs = zip(numbers(case, data, comm, steps, batch), known[key], strict=True)
+    pairs = list(zip(numbers(case, data, comm, steps, batch), known[key], strict=True))
+    if case.dtype != "float32":
+        # The losses alone: a norm of 16-bit gradients follows the last bits of each.
+        pairs = pairs[::2]
     return max(abs(one - other) / abs(other) for one, other in pairs)
 
 
