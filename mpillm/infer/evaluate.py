@@ -75,6 +75,10 @@ class Scorer(Protocol):
     def share(self) -> tuple[int, int]:
         """(i, n): this rank takes share i of n of the batches; the stages of one model take one."""
 
+    @property
+    def alike(self) -> bool:
+        """Whether all ranks must score equally many batches."""
+
     def score(
         self,
         count: int,
@@ -107,6 +111,10 @@ class WholeModel:
     def share(self) -> tuple[int, int]:
         return self.comm.rank, self.comm.size
 
+    @property
+    def alike(self) -> bool:
+        return False
+
     def score(
         self,
         count: int,
@@ -138,7 +146,11 @@ def evaluate(
     metrics = make_metrics(names or task.metrics)
     samples = reader.evaluation(RowShape.of(task, Lengths.of(spec)), rows_at_once(spec))
     share, shares = scorer.share
-    mine = range(len(samples.shapes))[share::shares]
+    batches = len(samples.shapes)
+    own = len(range(share, batches, shares))
+    # Where ranks need each other, those with a batch less repeat one, which does not count.
+    scored = -(-batches // shares) if scorer.alike else own
+    mine = [min(share + number * shares, batches - 1) for number in range(scored)]
 
     def shape_of(number: int) -> tuple[int, int]:
         rows, tokens = samples.shapes[mine[number]]
@@ -152,7 +164,8 @@ def evaluate(
             progress.advance,
             [metric.of_batch for metric in metrics if not metric.needs_totals_alone],
         )
-    every = [score for part in comm.allgather(list(scores.values())) for score in part]
+    counted = [score for number, score in scores.items() if number < own]
+    every = [score for part in comm.allgather(counted) for score in part]
     totals = Totals(
         math.fsum(score.loss_sum for score in every),
         math.fsum(score.weight for score in every),

@@ -53,6 +53,10 @@ class BlockCosts(BlockSettings):
         skips = part.first == 0 < part.last and not self.norms_input(0)
         return blocks - skips * self._norm_parameters(self.width)
 
+    def expert_parameters_of(self, part: Part) -> int:
+        matrices = 3 if self.gated else 2
+        return part.count * self.experts * matrices * self.hidden_width * self.width
+
     @property
     def block_flops(self) -> tuple[float, ...]:
         """6 for each weight of a product, and 12 · width · context for the attention.

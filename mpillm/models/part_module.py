@@ -4,7 +4,7 @@ Modules know nothing of ranks. The names of weights are those of the whole model
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
@@ -152,9 +152,11 @@ class PartModule(nn.Module):
 
 
 @torch.no_grad()
-def initialise(model: PartModule, seed: int) -> None:
-    """Set each weight to its initial values."""
-    for name, weight in model.named_weights():
+def initialise(
+    model: PartModule, seed: int, weights: Iterable[tuple[str, nn.Parameter]] | None = None
+) -> None:
+    """Set each weight to its initial values; `weights`: those of `named_weights` alone."""
+    for name, weight in model.named_weights() if weights is None else weights:
         weight.copy_(initial_values(model, name, tuple(weight.shape), seed))
 
 

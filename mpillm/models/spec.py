@@ -79,6 +79,9 @@ class ModelSpec(ABC):
     vocab_size: int
     """0 in a recipe: taken from the data."""
 
+    experts: int = 0
+    """The experts of each mixture; 0: the model has none."""
+
     shared_inputs: ClassVar[tuple[str, ...]] = ()
     """Fields of a batch that every part reads; other fields are read where the model begins or
     ends.
@@ -142,6 +145,10 @@ class ModelSpec(ABC):
     @abstractmethod
     def parameters_of(self, part: Part) -> int:
         """Count the parameters of `part`; a tied weight counts in each part that holds it."""
+
+    def expert_parameters_of(self, part: Part) -> int:
+        """Count the parameters of the experts of `part`, which ranks may share out."""
+        return 0
 
     @abstractmethod
     def activation_bytes(self, part: Part, rows: int, element_bytes: int = 4) -> int:

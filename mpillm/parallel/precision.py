@@ -1,9 +1,10 @@
 """Put a part of the model into the dtype of a step, and keep the float32 values for its masters."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
-from mpillm.models.part_module import PartModule
 from mpillm.parallel.step_plan import Precision
 
 
@@ -13,15 +14,15 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def lower_(part: PartModule, precision: Precision) -> dict[nn.Parameter, Tensor]:
-    """Convert the parameters of `part` in place; return the values that they had.
+def lower_(parameters: Iterable[nn.Parameter], precision: Precision) -> dict[nn.Parameter, Tensor]:
+    """Convert `parameters` in place; return the values that they had.
 
     The Parameter objects stay the same, so tied ones stay tied. Buffers keep their dtype: tables of
     angles would lose their precision. Without masters nothing changes, and nothing is returned.
     """
     if not precision.has_masters:
         return {}
-    values = {parameter: parameter.data for parameter in part.parameters()}
+    values = {parameter: parameter.data for parameter in parameters}
     for parameter, value in values.items():
         parameter.data = value.to(torch_dtype(precision.dtype))
     return values

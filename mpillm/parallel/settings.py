@@ -49,6 +49,10 @@ class ParallelSettings:
     """Nesterov's momentum of that step."""
     island_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the differences in messages."""
+    experts: Annotated[int, Gt(0)] = 1
+    """Ranks that share out the experts of each mixture; they are among those that share the tokens
+    of a batch.
+    """
     schedule: str = "1f1b"
     """The order of passes in the pipeline: gpipe, 1f1b, interleaved, zb-h1, zb-v, dualpipe-v,
     a CSV file, or a plug-in as `package.module:Name`.

@@ -10,19 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from mpillm.comm.communicator import silent
-from mpillm.comm.mesh import Mesh
+from mpillm.comm.mesh import Axis, Mesh
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields, PartModule, build_without_values, initialise
 from mpillm.models.spec import ModelSpec
-from mpillm.parallel.axis_sizes import batch_share, counts_loss, outermost_axes, token_axes
+from mpillm.parallel.axis_sizes import (
+    batch_share,
+    counts_loss,
+    outermost_axes,
+    replicated_axes,
+    token_axes,
+)
 from mpillm.parallel.compiling import compile_layers, uncompiled
 from mpillm.parallel.context.context_traffic import choose_kind, own_heads
 from mpillm.parallel.context.sequence_share import SequenceShare
-from mpillm.parallel.data.gradient_sync import GradientSync
-from mpillm.parallel.data.replicated import ReplicatedGradients
-from mpillm.parallel.data.zero import NeedsWhole, ZeroGradients, cuts_all
+from mpillm.parallel.data.zero import NeedsWhole, cuts_all
 from mpillm.parallel.devices import own_device
+from mpillm.parallel.expert.expert_parallel import ExpertParallel
 from mpillm.parallel.grad_norm import clip_gradients_, square_sums
+from mpillm.parallel.make_gradients import make_gradients
 from mpillm.parallel.noise_scale import NoiseMeter
 from mpillm.parallel.pipeline.executor import Pipeline
 from mpillm.parallel.pipeline.schedules.forward_only import forward_only
@@ -39,7 +45,7 @@ from mpillm.parallel.pipeline.stream_transport import StreamShapes
 from mpillm.parallel.pipeline.tying import TiedWeight
 from mpillm.parallel.precision import lower_, torch_dtype
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.parallel.step_plan import StepPlan, flat_gradients, replica_share, scored_ahead
+from mpillm.parallel.step_plan import StepPlan, replica_share, scored_ahead
 from mpillm.parallel.tensor.tensor_parallel import TensorParallel
 from mpillm.parallel.tensor.weight_cuts import WeightCut
 from mpillm.tasks.task import Task
@@ -106,13 +112,17 @@ class ShardedModel:
         if self.tensor is not None:
             for part in parts:
                 self.tensor.cut(part)
+        self.experts = self._share_experts(settings, profile, warn)
         values: dict[nn.Parameter, Tensor] = {}
         is_cut = settings.zero > 0 and tokens.size > 1
-        # Shards move the weights before they have values.
-        for part in parts if not is_cut else ():
-            initialise(part, seed)
+        for part in parts:
+            # Shards move the weights before they have values; those of experts stay.
+            given = [
+                each for each in part.named_weights() if not is_cut or self._is_expert(each[1])
+            ]
+            initialise(part, seed, given)
             # Before leaves share memory, and before gradients get their dtype.
-            values |= lower_(part, plan.precision)
+            values |= lower_([weight for _, weight in given], plan.precision)
         for part in parts:
             part.set_recompute(plan.recompute)
         # With one stage the tied head shares the embedding's Parameter. fixed_order needs a
@@ -129,13 +139,21 @@ class ShardedModel:
             for name, weight in part.named_parameters(remove_duplicate=False)
             if name in shared
         ]
-        make = self._make_shards if is_cut else self._make_replicated
-        self.gradients = make(settings, profile, warn, needs_whole)
+        self.gradients = make_gradients(
+            parts,
+            tokens,
+            plan,
+            settings,
+            self.experts,
+            replica=replica_share(mesh, token_axes(mesh.sizes)),
+            profile=profile,
+            warn=warn,
+            needs_whole=needs_whole,
+        )
         self._weights = self.named_weights()
         self.stepped = self.gradients.optimizer_weights(self._weights, values)
         """What the optimizer steps on, by the names of the weights in the whole model."""
-        if isinstance(self.gradients, ZeroGradients):
-            self.gradients.initialise(parts, seed)
+        self.gradients.initialise(parts, seed)
         self.compiled = plan.compiled and compile_layers(
             parts, plan.microbatch, mesh.comm, mesh.node_map, warn
         )
@@ -165,48 +183,39 @@ class ShardedModel:
         self._streams = StreamShapes(lambda stage, microbatch: shapes[stage], dtype, device)
         nbytes = dtype.itemsize * rows * spec.largest_stream // plan.context
         self.pipeline = Pipeline(axis, schedule, nbytes, settings.handover, profile, warn)
+        if self.experts is not None and schedule.ranks > 1:
+            self.experts.exchange.progress = self.pipeline.progress
 
-    def _make_replicated(
+    def _share_experts(
         self,
         settings: ParallelSettings,
         profile: ClusterProfile | None,
         warn: Callable[[str], None],
-        needs_whole: NeedsWhole,
-    ) -> GradientSync:
-        return ReplicatedGradients(
-            [part.parameters() for part in self.parts.values()],
-            self._tokens,
-            settings,
-            profile,
-            warn,
-            fixed_order=self.plan.fixed_order,
-            flat=flat_gradients(self.plan),
-            reduce_dtype=torch_dtype(self.plan.precision.reduce_dtype),
+    ) -> ExpertParallel | None:
+        """Take the experts of other ranks out of the parts, where ranks share them out."""
+        size, count = settings.experts, self.spec.experts
+        if size == 1:
+            return None
+        shared = ExpertParallel(
+            self._tokens, size, count, profile=profile, debug=settings.debug, warn=warn
         )
+        for part in self.parts.values():
+            shared.cut(part)
+        return shared
 
-    def _make_shards(
-        self,
-        settings: ParallelSettings,
-        profile: ClusterProfile | None,
-        warn: Callable[[str], None],
-        needs_whole: NeedsWhole,
-    ) -> GradientSync:
-        return ZeroGradients(
-            [dict(part.named_parameters()) for part in self.parts.values()],
-            self._tokens,
-            settings,
-            torch_dtype(self.plan.precision.dtype),
-            profile,
-            warn,
-            needs_whole=needs_whole,
-            fixed_order=self.plan.fixed_order,
-            reduce_dtype=torch_dtype(self.plan.precision.reduce_dtype),
-        )
+    def _is_expert(self, weight: nn.Parameter) -> bool:
+        """Return whether `weight` is that of an expert, which other ranks do not hold."""
+        return self.experts is not None and weight in self.experts
 
     @property
     def share(self) -> tuple[int, int]:
         """(i, n): this rank scores the i-th of n shares of the batches, one share a pipeline."""
         return batch_share(self.mesh.sizes, self.mesh.coordinates)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all ranks must score equally many batches: experts compute those of others."""
+        return self.experts is not None
 
     @property
     def ends(self) -> bool:
@@ -321,10 +330,15 @@ class ShardedModel:
         return replica_share(self.mesh, apart)
 
     @property
-    def replicated_weights(self) -> list[Tensor]:
-        """What the ranks along axes that cut no weights hold alike."""
+    def replicas(self) -> list[tuple[list[Tensor], Axis]]:
+        """What ranks hold alike: weights, with the axis along which they are the same."""
         held = self._weights if self.gradients.is_cut else self.stepped
-        return list(held.values())
+        experts = {name for name, weight in self._weights.items() if self._is_expert(weight)}
+        dense: list[Tensor] = [weight for name, weight in held.items() if name not in experts]
+        found = [(dense, axis) for axis in replicated_axes(self.mesh)]
+        if self.experts is not None:
+            found.append(([self.stepped[name] for name in sorted(experts)], self.experts.owners))
+        return found
 
     def first_element(self, name: str) -> int:
         """Return which element of the weight `name` is the first that `stepped` holds of it."""
@@ -456,6 +470,8 @@ class ShardedModel:
         if self.tensor is not None:
             self.tensor.close()
         self.gradients.close()
+        if self.experts is not None:
+            self.experts.close()
 
 
 def _length(fields: Fields) -> int:

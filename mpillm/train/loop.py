@@ -23,7 +23,6 @@ from mpillm.launch.signals import StopSignals
 from mpillm.launch.walltime import seconds_of
 from mpillm.machine.cluster_profile import Cluster
 from mpillm.models.part_module import torch_explained
-from mpillm.parallel.axis_sizes import replicated_axes
 from mpillm.parallel.data.same_weights import check_same
 from mpillm.parallel.step_plan import traffic_bytes
 from mpillm.runs.folder import METRICS, PICTURE, RECIPE, TRACE
@@ -165,8 +164,8 @@ class TrainingLoop:
             facts = self._facts()
             on_root(self._comm, lambda: self._history.started(self._done, facts))
             self._hold.on_failure = self._record_failure
-            for axis in replicated_axes(self._trainer.mesh):
-                check_same(self._trainer.model.replicated_weights, axis)
+            for weights, axis in self._trainer.model.replicas:
+                check_same(weights, axis)
             metrics = self._open_metrics()
             if overdue:
                 self._evaluate(metrics)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from mpillm.errors import LayoutError, MismatchError, RecipeError
 from mpillm.parallel.axis_sizes import batch_share
+from mpillm.parallel.expert.expert_groups import check_experts
 from mpillm.parallel.islands.rounds import check_rounds
 from mpillm.parallel.step_plan import StepPlan, check_small_batches, plan_step
 from mpillm.train.recipe import Recipe
@@ -40,6 +41,13 @@ def plan_run(recipe: Recipe, sizes: Mapping[str, int]) -> StepPlan:
     """
     settings, data = recipe.train, batch_share(sizes)[1]
     check_rounds(recipe.parallel, settings.evaluate_every, settings.save_every)
+    check_experts(
+        recipe.parallel.experts,
+        recipe.model,
+        sizes,
+        fixed_order=settings.fixed_order,
+        noise_scale=bool(settings.noise_scale),
+    )
     plan = plan_step(
         recipe.model,
         recipe.parallel,

@@ -4,17 +4,23 @@ Shapes: B sequences, T positions, C width, E experts; N positions (B · T), K ex
 M pairs of both (N · K).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from mpillm.models.block_settings import BlockSettings
 from mpillm.models.layers.feed_forward import FeedForward
 
+RunExperts = Callable[["Mixture", Tensor, list[int]], Tensor]
+"""Computes the outputs (M, C) of inputs (M, C) that are sorted by expert, so many for each."""
+
 
 class Mixture(nn.Module):
     """Experts, their router, and a shared expert that all positions pass.
 
     All experts compute, also those without a position: each weight gets a gradient in each step.
+    `run_experts` takes the place of `compute` where some of `experts` have been taken out.
     """
 
     def __init__(self, config: BlockSettings) -> None:
@@ -22,7 +28,8 @@ class Mixture(nn.Module):
         self.chosen, self.of_chosen = config.experts_per_token, config.expert_softmax == "chosen"
         self.balances = config.balance_loss > 0
         self.router = nn.Linear(config.width, config.experts, bias=False)
-        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.experts))
+        self.experts = nn.ModuleDict({str(n): FeedForward(config) for n in range(config.experts)})
+        self.run_experts: RunExperts = Mixture.compute
         shared, gated = config.shared_hidden, config.shared_gate
         self.shared = FeedForward(config, shared) if shared else None
         self.shared_factor = nn.Linear(config.width, 1, bias=False) if gated else None
@@ -37,9 +44,8 @@ class Mixture(nn.Module):
         order_M = expert_M.argsort(stable=True)
         # Copied before it is sorted: a position's K gradients are then summed in one order.
         x_MC = x_NC[:, None].expand(-1, self.chosen, -1).reshape(-1, x_NC.shape[-1])
-        counts = torch.bincount(expert_M, minlength=len(self.experts)).tolist()
-        pieces = torch.split(x_MC.index_select(0, order_M), counts)
-        y_MC = torch.cat([each(x) for each, x in zip(self.experts, pieces, strict=True)])
+        counts = torch.bincount(expert_M, minlength=share_NE.shape[-1]).tolist()
+        y_MC = self.run_experts(self, x_MC.index_select(0, order_M), counts)
         y_MC = y_MC.index_select(0, order_M.argsort()) * share_NK.flatten()[:, None]
         y_NC = y_MC.view(len(x_NC), self.chosen, -1).sum(1)
         if self.shared is not None:
@@ -50,6 +56,12 @@ class Mixture(nn.Module):
         if self.balances and torch.is_grad_enabled():
             loss = balance(share_NE.unflatten(0, x_BTC.shape[:2]), expert_NK)
         return y_NC.view(x_BTC.shape), loss
+
+    def compute(self, x_MC: Tensor, counts: list[int]) -> Tensor:
+        """Compute the experts that are here, each with its part of the inputs, in their order."""
+        pieces = torch.split(x_MC, counts)
+        experts = self.experts.values()
+        return torch.cat([each(x) for each, x in zip(experts, pieces, strict=True)])
 
     def _choose(self, share_NE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the shares of the chosen experts of each position, and their numbers: (N, K)."""

@@ -4,9 +4,11 @@ Replicated buckets are one file (replicated.py); each ZeRO stage is another.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
+
+from mpillm.models.part_module import PartModule
 
 Gradients = Iterable[tuple[nn.Parameter, Tensor]]
 
@@ -41,6 +43,17 @@ class GradientSync(ABC):
     @abstractmethod
     def microbatch_ended(self, part: int) -> None:
         """Note that one microbatch's gradients of `part` are complete."""
+
+    def initialise(  # noqa: B027
+        self,
+        parts: Sequence[PartModule],
+        seed: int,
+        others: Container[nn.Parameter] = frozenset(),
+    ) -> None:
+        """Set the initial values of weights that have none before, but of `others`.
+
+        Every rank of the axis calls it.
+        """
 
     def optimizer_weights(
         self,

@@ -9,7 +9,7 @@ Two barriers a step are the law where ranks share weights: no rank writes before
 their gradients (`finish`), none reads before all have written (`updated`).
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -118,10 +118,16 @@ class ZeroGradients(GradientSync):
     # ---- values ----
 
     @torch.no_grad()
-    def initialise(self, parts: Sequence[PartModule], seed: int) -> None:
-        """Set the initial values of the weights. Every rank of the axis calls it."""
+    def initialise(
+        self,
+        parts: Sequence[PartModule],
+        seed: int,
+        others: Container[nn.Parameter] = frozenset(),
+    ) -> None:
         for part in parts:
             for name, weight in part.named_weights():
+                if weight in others:
+                    continue
                 if weight not in self._home:
                     weight.copy_(initial_values(part, name, tuple(weight.shape), seed))
                 elif self._sets(weight):

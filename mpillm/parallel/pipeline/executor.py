@@ -55,6 +55,7 @@ class Pipeline:
             axis.comm, channels, way=way, profile=profile, warn=warn, node_map=axis.node_map
         )
         self._clock: DeviceClock | None = None
+        self._transport: HostTransport | None = None
 
     @property
     def ways(self) -> list[str]:
@@ -77,14 +78,21 @@ class Pipeline:
         row = schedule.routed_row(self.axis.rank)
         # Activations enter the later stage of a channel; gradients leave it.
         entered = [max(ends) for ends in schedule.channels]
-        transport = make_transport(self._channels, streams, entered)
+        transport = self._transport = make_transport(self._channels, streams, entered)
         on_gpu = streams.device is not None and streams.device.type == "cuda"
         self._clock = DeviceClock() if on_gpu else None
         execution = _RowExecution(transport, row, stages, streams, self._clock)
         spans = [execution.execute(routed) for routed in row.actions]
         # Sent streams are freed when this returns, so their bytes must be on their way.
         transport.drain()
+        self._transport = None
         return spans
+
+    def progress(self) -> None:
+        """Start the sends that can start by now, for a stage that waits for ranks of other axes."""
+        if self._transport is not None:
+            self._transport.progress()
+        self._channels.progress()
 
     def device_spans(self) -> list[Span]:
         """Return when a GPU computed each action of the last run; empty on the CPU.

@@ -58,7 +58,7 @@ def test_a_task_reads_heads_only_where_it_says_so(
     found = {}
     for task in (kind(), Plain()):
         part = create(SPEC, 1)
-        lower_(part, precision)
+        lower_(part.parameters(), precision)
         stage = ModelStage(part, 0, NoSync(), task)  # type: ignore[arg-type]
         stage.batch = Batch([FIELDS], 16.0)
         assert stage.forward(0, ()) == ()
@@ -90,7 +90,7 @@ def test_scoring_takes_the_loss_and_metrics_the_logits(
     for metrics, seen in (((), output), ((of_batch,), Tensor)):
         task, read = kind(), lambda number: FIELDS
         part = create(SPEC, 1)
-        lower_(part, precision)
+        lower_(part.parameters(), precision)
         stage = ScoringStage(part, task, precision, read, lambda: None, metrics)
         stage.forward(0, ())
         assert task.seen == [seen]
