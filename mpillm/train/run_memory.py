@@ -128,7 +128,9 @@ def check_memory(
     weights = FLOAT32_BYTES * model.parameters
     state = recipe.optimizer.state_bytes(model, model.whole)
     # ZeRO has the state once, then the gradients, then the weights on each node.
-    needed = weights * (min(replicas, nodes) if zero == 3 else replicas)
+    # A host has the weights once for all of its ranks that share them.
+    copies = -(-replicas // max(map(len, node_map.nodes))) if zero == 3 else replicas
+    needed = weights * copies
     needed += weights * (1 if zero >= 2 else replicas) + state * (1 if zero else replicas)
     there = memory * nodes
     if memory and hosts_compute and needed > there:

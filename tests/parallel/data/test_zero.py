@@ -83,7 +83,7 @@ class Trained:
         parallel = ParallelSettings(bucket_bytes=UNIT_BYTES, **settings)
         named = dict(self.model.named_parameters())
         axis = self.mesh.axis("data")
-        self.gradients = ZeroGradients([named], axis, parallel, torch.float32)
+        self.gradients = ZeroGradients([named], axis, parallel)
         self.stepped = self.gradients.optimizer_weights(named)
         with torch.no_grad():
             for name, weight in named.items():
