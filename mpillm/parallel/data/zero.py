@@ -176,22 +176,26 @@ class ZeroGradients(GradientSync):
             for name, weight in part.named_weights():
                 if weight in others:
                     continue
-                if weight not in self._home:
-                    weight.copy_(initial_values(part, name, tuple(weight.shape), seed))
-                elif self._sets(weight):
+                if self._sets(weight):
                     self.fill(weight, initial_values(part, name, tuple(weight.shape), seed))
         self.updated()
 
     def _sets(self, weight: nn.Parameter) -> bool:
         """Return whether this rank sets any value of `weight`."""
+        if not self._once_a_node or weight not in self._home:
+            return True
         part, number = self._home[weight]
-        return not self._once_a_node or part.run_of(number).count > 0
+        return part.run_of(number).count > 0
 
     def fill(self, weight: nn.Parameter, values: Tensor) -> None:
         """Set the values of `weight`, float32 and whole, as far as this rank sets them.
 
         Call `updated` when all are set.
         """
+        if weight not in self._home:
+            # Frozen: each rank has a copy.
+            weight.data.copy_(values)
+            return
         part, number = self._home[weight]
         own = part.run_of(number)
         cut = slice(own.first, own.first + own.count) if self._once_a_node else slice(None)
