@@ -1,6 +1,7 @@
 """Make the GradientSync of a rank's parts: replicated, in shards, or with experts of its own."""
 
 from collections.abc import Callable, Container, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -10,12 +11,15 @@ from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import PartModule
 from mpillm.parallel.data.gradient_sync import GradientSync
 from mpillm.parallel.data.replicated import ReplicatedGradients
-from mpillm.parallel.data.zero import NeedsWhole, ZeroGradients, cuts_all
+from mpillm.parallel.data.zero import NeedsWhole, ShardStep, ZeroGradients, cuts_all
 from mpillm.parallel.expert.expert_gradients import ExpertGradients
 from mpillm.parallel.expert.expert_parallel import ExpertParallel
 from mpillm.parallel.precision import torch_dtype
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import StepPlan, flat_gradients
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 def make_gradients(
@@ -25,16 +29,17 @@ def make_gradients(
     settings: ParallelSettings,
     experts: ExpertParallel | None = None,
     *,
+    comm: "MPI.Intracomm",
     replica: tuple[int, int] = (0, 1),
     profile: ClusterProfile | None = None,
     warn: Callable[[str], None] = silent,
     needs_whole: NeedsWhole = cuts_all,
 ) -> GradientSync:
     """Make what sums the gradients of `parts` over the ranks of `tokens`, those of experts over
-    their owners. Every rank of the axis calls it.
+    their owners.
 
     `replica`: (i, n), the rank is the i-th of n along the axes apart from `tokens` that hold the
-    same weights.
+    same weights. `comm`: of the mesh, whose ranks all call it.
     """
     dtype, reduce_dtype = map(torch_dtype, (plan.precision.dtype, plan.precision.reduce_dtype))
     owned: Container[nn.Parameter] = frozenset() if experts is None else experts
@@ -53,16 +58,18 @@ def make_gradients(
         )
 
     if settings.zero and tokens.size > 1:
+        tied, nodes = parts[0].spec.tied_weights, tokens.node_map and tokens.node_map.node_of
+        splits = any(action.kind in "IW" for row in plan.schedule.rows for action in row)
         dense: GradientSync = ZeroGradients(
             [{n: w for n, w in part.named_parameters() if w not in owned} for part in parts],
             tokens,
             settings,
-            dtype,
+            ShardStep(dtype, reduce_dtype, plan.fixed_order, plan.microbatches > 1, splits),
             profile,
             warn,
             needs_whole=needs_whole,
-            fixed_order=plan.fixed_order,
-            reduce_dtype=reduce_dtype,
+            tied={*tied, *tied.values()},
+            alike=len(set(comm.allgather(nodes))) == 1,
         )
     else:
         dense = replicated(tokens, False)

@@ -41,6 +41,10 @@ class MessageBytes:
     """Of a stream between stages, and of its gradient."""
     gradient: int = 4
     """Of a weight's gradient."""
+    sends: float = 2.0
+    """How often a rank sends the gradients of what it holds, or the values: twice in an all-reduce
+    (Patarasuk & Yuan 2009).
+    """
     difference: float = 4.0
     """Of a weight in the rounds of islands, over the steps of a round."""
 

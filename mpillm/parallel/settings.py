@@ -75,17 +75,17 @@ class ParallelSettings:
     allreduce: str = "auto"
     """The all-reduce of gradients: shared memory within a node, one of the lists of messages, the
     MPI library (mpi), or a plug-in `package.module:Name`. auto: the fastest by the cluster's
-    profile, else by the built-in table.
+    profile, else by the built-in table. With `zero` it is always that.
     """
     overlap: Literal["auto", "after", "during"] = "auto"
-    """Reduce gradients after the backward pass, or overlapped with it (during).
+    """Reduce gradients after the backward pass, or overlapped with it (during); not with `zero`.
 
     auto: after it on one node, during it over a network.
     """
     bucket_bytes: Annotated[int, Ge(0)] = 0
     """Target size of a gradient bucket, in bytes.
 
-    0: 32 MiB after the backward pass, 4 MiB during it.
+    0: 32 MiB after the backward pass, 4 MiB during it; 8 MiB with `zero`.
     """
     profile: str = ""
     """The cluster profile that `mpillm bench … --save` wrote.

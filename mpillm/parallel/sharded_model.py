@@ -137,6 +137,7 @@ class ShardedModel:
             plan,
             settings,
             self.experts,
+            comm=mesh.comm,
             replica=replica_share(mesh, token_axes(mesh.sizes)),
             profile=profile,
             warn=warn,

@@ -139,18 +139,23 @@ def traffic_bytes(
     chunks: int,
     precision: Precision | None = None,
     settings: ParallelSettings | None = None,
+    microbatches: int = 1,
 ) -> dict[str, float]:
     """Estimate the bytes that a rank sends along each axis in a step; None: all in float32.
 
-    `settings`: of islands and experts; None for the defaults.
+    `settings`: of islands, ZeRO and experts; None for the defaults. `microbatches`: of a rank.
     """
     settings = settings or ParallelSettings()
-    difference = ELEMENT_BYTES[settings.island_dtype] / settings.island_every
-    element = MessageBytes(difference=difference)
-    if precision is not None:
-        element = MessageBytes(
-            precision.element_bytes, ELEMENT_BYTES[precision.reduce_dtype], difference
-        )
+    # ZeRO reduce-scatters each microbatch from stage 2 on, and gathers the values up to stage 2.
+    sums = microbatches if settings.zero > 1 else 1
+    gathers = settings.zero < 3
+    precision = precision or Precision()
+    element = MessageBytes(
+        precision.element_bytes,
+        ELEMENT_BYTES[precision.reduce_dtype],
+        sums + gathers,
+        ELEMENT_BYTES[settings.island_dtype] / settings.island_every,
+    )
     sent = {
         axis.name: axis.traffic_bytes(sizes, model, batch, chunks, element)
         for axis in axis_sizes.AXES

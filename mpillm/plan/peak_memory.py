@@ -238,6 +238,9 @@ def predict_rank(
 def _island_bytes(replicas: Replicas, count: int) -> int:
     if not replicas.outer_bytes:
         return 0
+    if replicas.zero:
+        # Of what the optimizer steps on.
+        count //= replicas.shards
     return replicas.outer_bytes * count + min(FLOAT32_BYTES * count, ISLAND_MESSAGE_BYTES)
 
 

@@ -151,7 +151,15 @@ def axis_traffic(
     settings: ParallelSettings,
 ) -> dict[str, AxisTraffic]:
     """Return the messages along each axis of a mesh of `sizes`, in its order."""
-    sent = traffic_bytes(dict(sizes), model, batch, plan.schedule.chunks, plan.precision, settings)
+    sent = traffic_bytes(
+        dict(sizes),
+        model,
+        batch,
+        plan.schedule.chunks,
+        plan.precision,
+        settings,
+        plan.microbatches,
+    )
     return {
         name: AxisTraffic(size, sent[name], _most_nodes(name, sizes, node_map))
         for name, size in sizes.items()

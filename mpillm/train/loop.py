@@ -443,6 +443,7 @@ class TrainingLoop:
                 schedule.chunks,
                 trainer.plan.precision,
                 recipe.parallel,
+                trainer.plan.microbatches,
             ),
             "threads": torch.get_num_threads(),
             "steps": recipe.train.steps,

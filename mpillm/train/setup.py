@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpillm.comm.failure import on_root
-from mpillm.errors import DataError, RecipeError
+from mpillm.errors import DataError, LayoutError, RecipeError
 from mpillm.infer.loading import (
     RunConstants,
     missing_data,
@@ -93,6 +93,7 @@ def train(
             checkpoint = find_start(recipe, manifest, comm, console, resume)
             recorded = checkpoint.facts["recipe"]["train"] if checkpoint else {}
             hardware = choose_hardware(settings, recorded, comm, node_map, console)
+            _check_shards(recipe, hardware)
             recipe = resolved(recipe, hardware)
             plan = replace(
                 plan, precision=hardware.precision, compiled=_compiles(recipe, comm, console)
@@ -166,6 +167,12 @@ def _warn(recipe: Recipe, console: Console) -> None:
             f"the first cycle of cosine-restarts ends at step {first:,} and train.steps = "
             f"{steps:,}: the run has no restart; set a shorter optimizer.period"
         )
+    islands = recipe.parallel
+    if islands.island > 1 and islands.island_from >= steps:
+        console.warn(
+            f"parallel.island_from = {islands.island_from:,} and train.steps = {steps:,}: the "
+            "islands train as one data axis to the end; set fewer steps before the first round"
+        )
 
 
 def _compiles(recipe: Recipe, comm: "MPI.Intracomm", console: Console) -> bool:
@@ -206,6 +213,15 @@ def _check_context(recipe: Recipe, task: Task) -> None:
         raise RecipeError(
             f"{given} computes the loss of positions on several ranks, and that of the task "
             f"{recipe.task.name} is no sum over positions; leave parallel.context out"
+        )
+
+
+def _check_shards(recipe: Recipe, hardware: Hardware) -> None:
+    """Raise LayoutError where no layout keeps the bits of the norm."""
+    if recipe.parallel.zero and recipe.train.fixed_order and hardware.precision.device == "cuda":
+        raise LayoutError(
+            f"train.fixed_order adds up the norm of whole gradients on GPUs, and parallel.zero = "
+            f"{recipe.parallel.zero} shares them out; leave one of them out"
         )
 
 

@@ -276,15 +276,18 @@ class Trainer:
         # none.
         counts = self.model.ends and counts_loss(self.mesh.coordinates)
         own = [self.task.weight(each) for each in fields] if counts else []
+        island = 0 if self._parts(step) == 1 else self.mesh.coordinates["island"]
+        weights: dict[int, list[float]] = {}
+        for number, part in self.mesh.comm.allgather((island, own)):
+            weights.setdefault(number, []).extend(part)
         # Summed exactly: the order of ranks leaves no trace.
-        comm = self.mesh.comm if self._parts(step) == 1 else self.model.island_comm
-        total = math.fsum(weight for part in comm.allgather(own) for weight in part)
-        if total == 0:
+        totals = {number: math.fsum(parts) for number, parts in weights.items()}
+        if not all(totals.values()):
             raise DataError(
                 "a batch has no target that counts, so its loss has no mean; "
                 "raise train.batch, or check the data and the task"
             )
-        return total
+        return totals[island]
 
 
 def _reading_thread(device: torch.device) -> ThreadPoolExecutor | None:

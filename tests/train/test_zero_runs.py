@@ -64,7 +64,7 @@ def layouts(ranks: int) -> list[dict[str, object]]:
 FIXED = {"fixed_order": True, "microbatch": 1, "batch": 8}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
 def test_shards_have_the_bits_of_one_rank(
     data: Path, folder: Path, comm: MPI.Intracomm, optimizer: str
 ) -> None:

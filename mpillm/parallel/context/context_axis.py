@@ -55,4 +55,6 @@ class ContextAxis(ParallelAxis):
             kind, size, model.attention_shape, model.context, element.stream, element.gradient
         )
         gradients = element.gradient * model.parameters / pipeline
-        return rows * layers * sum(each) + 2 * gradients * (1 / data - 1 / (data * size))
+        return rows * layers * sum(each) + element.sends * gradients * (
+            1 / data - 1 / (data * size)
+        )

@@ -31,11 +31,10 @@ class DataAxis(ParallelAxis):
         chunks: int,
         element: MessageBytes,
     ) -> float:
-        # A ring all-reduce sends each gradient about twice (Patarasuk & Yuan 2009).
         data = sizes[self.name]
         shares = sizes.get("pipeline", 1) * sizes.get("tensor", 1)
         gradients = element.gradient * model.parameters / shares
-        return 2 * gradients * (data - 1) / data
+        return element.sends * gradients * (data - 1) / data
 
     def wait_seconds(self, times: RankTimes, groups: Sequence[Sequence[int]]) -> float:
         # An axis of one rank reduces nothing: the time between the two clock reads is not a wait.

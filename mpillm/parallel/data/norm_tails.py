@@ -54,7 +54,7 @@ class NormTails:
                     rest = tails.get((number, run.weight, end))
                     if rest is None:
                         break
-                    found[-1] = torch.cat([found[-1], rest])
+                    found[-1] = torch.cat([found[-1], rest.to(found[-1].device)])
                     end += rest.numel()
                 pieces += found
         return pieces

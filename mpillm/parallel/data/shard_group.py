@@ -31,12 +31,22 @@ class ShardGroup:
         debug: bool = False,
         warn: Callable[[str], None] = silent,
         on_node: bool = False,
+        alike: bool = True,
     ) -> None:
+        """`alike`: whether all axes of the mesh that are parallel to this one have their ranks on
+        nodes in the same way. Else shards are numbered by rank: ranks of several such axes that
+        exchange what they own must own the same.
+        """
         self.axis = axis
         self.node_map = node_map = axis.node_map or map_nodes(axis.comm)
-        each = len(node_map.nodes[0]) if node_map.even else 1
+        each = len(node_map.nodes[0]) if node_map.even and alike else 1
         self._nodes = axis.size // each
-        self._each, self._on_node = each, on_node and each > 1
+        self._on_node = on_node and each > 1
+        if on_node and each == 1 and axis.rank == 0:
+            warn(
+                "parallel.zero_on_node = true needs several ranks of the data axis on each host, "
+                "equally many; all ranks of the axis share out instead"
+            )
         local = node_map.local_rank(axis.rank) if each > 1 else 0
         self._node = node_map.node_of[axis.rank] if each > 1 else axis.rank
         self.shards = each if self._on_node else axis.size
@@ -45,9 +55,9 @@ class ShardGroup:
         self.shard_of_rank: list[int] = axis.comm.allgather(self.shard)
         self.within = self._join(self._node, local, node_map) if each > 1 else None
         self._across = self._join(local, self._node, node_map) if self._nodes > 1 else None
-        self._keeps_order = node_map.keeps_order or self._nodes == 1 or each == 1
+        keeps_order = node_map.keeps_order or self._nodes == 1 or each == 1
         # The order of ranks, where two levels would not keep it.
-        self._all = self._join(0, axis.rank, node_map) if not self._keeps_order else None
+        self._all = None if keeps_order else self._join(0, axis.rank, node_map)
 
     def _join(self, color: int, key: int, node_map: NodeMap) -> Communicator:
         comm = self.axis.comm.Split(color, key)

@@ -8,7 +8,7 @@ ranks reduce the same stretch of their streams at a time: a unit (Rajbhandari et
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 # A row of a unit's gradients a rank is all that ZeRO needs above the shards: short units need
 # little memory, long ones few collectives.
@@ -18,6 +18,10 @@ LINE_ELEMENTS = 16
 # Weights that an optimizer needs whole are dealt out in groups whose largest share is at most this
 # much above the mean: small groups are complete early in the backward pass.
 UNEVEN = 1.1
+
+
+Deal = Literal["even", "whole", "first"]
+"""A run to each shard; all of it to some shard; or all of it to the first one, wherever it is."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,12 @@ class Unit(NamedTuple):
 class ShardLayout:
     """The streams of `shards` shards over weights of `counts` elements, in the order of the
     backward pass.
-
-    `whole`: of each weight, whether one shard owns all of it.
     """
 
     counts: tuple[int, ...]
     shards: int
-    whole: tuple[bool, ...]
+    deals: tuple[Deal, ...]
+    """How each weight is dealt out."""
 
     @cached_property
     def streams(self) -> tuple[tuple[Run, ...], ...]:
@@ -61,6 +64,7 @@ class ShardLayout:
         found: list[list[Run]] = [[] for _ in range(self.shards)]
         ends = [0] * self.shards
         for group in self._groups():
+            # One weight alone goes to the first of the shards, which are all empty.
             owners = self._owners(group)
             for weight in group:
                 self._deal(weight, owners.get(weight), found, ends)
@@ -104,8 +108,8 @@ class ShardLayout:
         """Group the weights: an evenly cut one alone, whole ones until their shares are even."""
         groups: list[list[int]] = []
         open_group: list[int] = []
-        for weight, whole in enumerate(self.whole):
-            if not whole:
+        for weight, deal in enumerate(self.deals):
+            if deal != "whole":
                 groups.append([weight])
                 continue
             open_group.append(weight)
@@ -119,7 +123,7 @@ class ShardLayout:
         """Return the shard of each whole weight: the largest first, to the least filled shard."""
         filled, owners = [0] * self.shards, {}
         for weight in sorted(group, key=lambda each: -self.counts[each]):
-            if self.whole[weight]:
+            if self.deals[weight] != "even":
                 owners[weight] = filled.index(min(filled))
                 filled[owners[weight]] += _lines(self.counts[weight])
         return owners

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mpillm.parallel.data.buckets import NORM_PIECE_ELEMENTS
 from mpillm.parallel.data.shard_group import Action, ShardGroup
-from mpillm.parallel.data.shard_layout import Run, ShardLayout, Unit
+from mpillm.parallel.data.shard_layout import Deal, Run, ShardLayout, Unit
 from mpillm.parallel.data.sum_tree import SumTree
 
 
@@ -36,13 +36,13 @@ class ShardedPart:
         weights: Sequence[nn.Parameter],
         group: ShardGroup,
         unit_elements: int,
-        whole: Sequence[bool],
+        deals: Sequence[Deal],
     ) -> None:
-        """`unit_elements`: of a unit over all shards. `whole`: of each weight."""
+        """`unit_elements`: of a unit over all shards. `deals`: of each weight."""
         # The backward pass completes gradients in about the reverse order.
         self.weights = list(reversed(weights))
         counts = tuple(weight.numel() for weight in self.weights)
-        self.layout = ShardLayout(counts, group.shards, tuple(reversed(whole)))
+        self.layout = ShardLayout(counts, group.shards, tuple(reversed(deals)))
         self.units: list[Unit] = self.layout.units(unit_elements)
         self._shard, self._shards = group.shard, group.shards
         self._own = {run.weight: run for run in self.layout.streams[group.shard]}
@@ -73,18 +73,26 @@ class ShardedPart:
 
     # ---- collectives ----
 
-    def prepare(self, group: ShardGroup, row: Tensor, scratch: Tensor, fixed_order: bool) -> None:
-        """Prepare the sums of all units, in `row`. `scratch`: room for a block of its dtype."""
+    def prepare(
+        self, group: ShardGroup, row: Tensor, scratch: Tensor, fixed_order: bool, adds: bool
+    ) -> None:
+        """Prepare the sums of all units, in `row`. `scratch`: room for a block of its dtype.
+
+        `adds`: whether a step sums several times.
+        """
         for unit in self.units:
             count = unit.last - unit.first
             own, block = self.gradient[unit.first : unit.last], scratch[:count]
             blocks = row[: self._shards * count]
-            to_scratch = group.prepare_sum(blocks, block, fixed_order)
-            if row.dtype == own.dtype:
-                first = group.prepare_sum(blocks, own, fixed_order)
-            else:
-                first = _then(to_scratch, own.copy_, block)
-            self._sums.append(_UnitSum(blocks, first, _then(to_scratch, own.add_, block)))
+            direct = row.dtype == own.dtype
+            first = group.prepare_sum(blocks, own if direct else block, fixed_order)
+            more = first
+            if adds:
+                more = group.prepare_sum(blocks, block, fixed_order) if direct else first
+                more = _then(more, own.add_, block)
+            if not direct:
+                first = _then(first, own.copy_, block)
+            self._sums.append(_UnitSum(blocks, first, more))
 
     def add_up_whole(self) -> None:
         """Add up the whole gradients of a step's microbatches on each rank, ahead of the sums."""
@@ -146,7 +154,6 @@ class ShardedPart:
 
     def _reset(self) -> None:
         """Expect the gradients of all weights."""
-        self._missing = [len(unit.weights) for unit in self.units]
         self._waiting = self._units_of.copy()
         self._next = 0
         self._complete: set[int] = set()

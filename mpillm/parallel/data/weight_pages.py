@@ -23,8 +23,10 @@ def place_once_a_node(
     """
     sizes = [-(-weight.numel() // LINE_ELEMENTS) * LINE_ELEMENTS for weight in weights]
     nbytes = sum(sizes) * dtype.itemsize
-    fault = "one rank a node, or unevenly many, share no memory"
-    if group.within is not None:
+    fault = "one rank a host, or unevenly many, share no memory"
+    if any(weight.is_cuda for weight in weights):
+        fault = "GPUs share no memory of the host"
+    elif group.within is not None:
         comm = group.within.comm
         found = share_segment(comm, -(-nbytes // comm.size))
         fault = found if isinstance(found, str) else ""

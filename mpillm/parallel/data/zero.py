@@ -10,6 +10,7 @@ their gradients (`finish`), none reads before all have written (`updated`).
 """
 
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,33 @@ from torch import Tensor, nn
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Axis
 from mpillm.comm.selection import Profile
+from mpillm.errors import LayoutError
 from mpillm.models.part_module import PartModule, initial_values
 from mpillm.parallel.data.gradient_sync import Gradients, GradientSync
 from mpillm.parallel.data.norm_tails import NormTails
 from mpillm.parallel.data.shard_group import ShardGroup
-from mpillm.parallel.data.shard_layout import UNIT_BYTES
+from mpillm.parallel.data.shard_layout import UNIT_BYTES, Deal
 from mpillm.parallel.data.sharded_part import ShardedPart
 from mpillm.parallel.data.weight_pages import aliases, flat, place_alone, place_once_a_node
 from mpillm.parallel.settings import ParallelSettings
 
+
+@dataclass(frozen=True)
+class ShardStep:
+    """What of a step's plan shards depend on."""
+
+    dtype: torch.dtype = torch.float32
+    """Of the weights."""
+    reduce_dtype: torch.dtype = torch.float32
+    """Of the sums of gradients over ranks."""
+    fixed_order: bool = False
+    several: bool = True
+    """Whether a step has several microbatches."""
+    splits: bool = False
+    """Whether backward passes have two halves."""
+
+
+PLAIN_STEP = ShardStep()
 NeedsWhole = Callable[[str, tuple[int, ...]], bool]
 
 
@@ -47,35 +66,45 @@ class ZeroGradients(GradientSync):
         parts: Sequence[Mapping[str, nn.Parameter]],
         axis: Axis,
         settings: ParallelSettings,
-        dtype: torch.dtype,
+        step: ShardStep = PLAIN_STEP,
         profile: Profile | None = None,
         warn: Callable[[str], None] = silent,
         *,
         needs_whole: NeedsWhole = cuts_all,
-        fixed_order: bool = False,
-        reduce_dtype: torch.dtype = torch.float32,
+        tied: Container[str] = frozenset(),
+        alike: bool = True,
     ) -> None:
-        self._fixed_order, self._dtype = fixed_order, dtype
+        """`tied`: the names of weights that share their values with others, on other parts too.
+        `alike`: see ShardGroup. Raises LayoutError on every rank where some shard is empty.
+        """
+        self._step, self._fixed_order, self._dtype = step, step.fixed_order, step.dtype
         # Whole gradients: a fixed order sums each rank's microbatches first.
-        self._whole = settings.zero == 1 or fixed_order
+        self._whole = settings.zero == 1 or step.fixed_order
         self._stage = settings.zero
-        self._group = ShardGroup(axis, profile, settings.debug, warn, settings.zero_on_node)
+        on_node = settings.zero_on_node
+        self._group = ShardGroup(axis, profile, settings.debug, warn, on_node, alike)
         trained = [{n: w for n, w in part.items() if w.requires_grad} for part in parts]
         self._place([w for part in trained for w in part.values()], settings.zero == 3, warn)
+        frozen = [w for part in parts for w in part.values() if not w.requires_grad]
+        place_alone(frozen, step.dtype)
         elements = (settings.bucket_bytes or UNIT_BYTES) // 4
         self._parts = [
-            ShardedPart(list(part.values()), self._group, elements, part_whole(part, needs_whole))
+            ShardedPart(list(part.values()), self._group, elements, deals(part, needs_whole, tied))
             for part in trained
         ]
-        self._prepare(reduce_dtype)
+        self._check_shards()
+        self._prepare(step.reduce_dtype)
         self._home: dict[nn.Parameter, tuple[ShardedPart, int]] = {}
         for part in self._parts:
             for number, weight in enumerate(part.weights):
                 self._home[weight] = part, number
-                add_hook = weight.register_post_accumulate_grad_hook
-                add_hook(self.ready)  # type: ignore[no-untyped-call]
+                # A split backward pass may add to one weight several times, and calls each time:
+                # then a microbatch's end completes all.
+                if not step.splits:
+                    add_hook = weight.register_post_accumulate_grad_hook
+                    add_hook(self.ready)  # type: ignore[no-untyped-call]
         self._masters: dict[nn.Parameter, nn.Parameter] = {}
-        self._tails = NormTails(self._parts, self._group) if fixed_order else None
+        self._tails = NormTails(self._parts, self._group) if step.fixed_order else None
 
     def _place(
         self, weights: Sequence[nn.Parameter], once_a_node: bool, warn: Callable[[str], None]
@@ -88,6 +117,24 @@ class ZeroGradients(GradientSync):
         for weight, other in same.items():
             weight.data = other.data
 
+    def _check_shards(self) -> None:
+        """Raise LayoutError on every rank where the optimizer of some rank has nothing to do."""
+        layouts = [part.layout for part in self._parts]
+        owned = [
+            sum(len(layout.streams[shard]) for layout in layouts)
+            for shard in range(self._group.shards)
+        ]
+        # An optimizer of whole weights needs one on each rank.
+        whole = [deal != "even" for layout in layouts for deal in layout.deals].count(True)
+        if all(owned) and (not whole or whole >= self._group.shards):
+            return
+        what = f"{whole} weights that the optimizer needs whole" if whole else "its weights"
+        raise LayoutError(
+            f"parallel.zero = {self._stage} gives each of {self._group.shards} ranks a share of "
+            f"{what}, and there are too few in this part of the model; take fewer data ranks, "
+            "parallel.zero = 0, or optimizer.name = adamw"
+        )
+
     def _prepare(self, reduce_dtype: torch.dtype) -> None:
         """Allocate rows and prepare the collectives of all units, in one order on all ranks."""
         longest = max((part.longest_unit for part in self._parts), default=0)
@@ -97,7 +144,8 @@ class ZeroGradients(GradientSync):
         block = torch.empty(longest // self._group.shards, dtype=reduce_dtype, device=device)
         values = torch.empty(longest, dtype=self._dtype, device=device)
         for part in self._parts:
-            part.prepare(self._group, row, block, self._fixed_order)
+            adds = not self._whole and self._step.several
+            part.prepare(self._group, row, block, self._fixed_order, adds)
             part.prepare_gather(self._group, values, self._once_a_node)
             if self._whole and not self._fixed_order:
                 part.add_up_whole()
@@ -128,22 +176,26 @@ class ZeroGradients(GradientSync):
             for name, weight in part.named_weights():
                 if weight in others:
                     continue
-                if weight not in self._home:
-                    weight.copy_(initial_values(part, name, tuple(weight.shape), seed))
-                elif self._sets(weight):
+                if self._sets(weight):
                     self.fill(weight, initial_values(part, name, tuple(weight.shape), seed))
         self.updated()
 
     def _sets(self, weight: nn.Parameter) -> bool:
         """Return whether this rank sets any value of `weight`."""
+        if not self._once_a_node or weight not in self._home:
+            return True
         part, number = self._home[weight]
-        return not self._once_a_node or part.run_of(number).count > 0
+        return part.run_of(number).count > 0
 
     def fill(self, weight: nn.Parameter, values: Tensor) -> None:
         """Set the values of `weight`, float32 and whole, as far as this rank sets them.
 
         Call `updated` when all are set.
         """
+        if weight not in self._home:
+            # Frozen: each rank has a copy.
+            weight.data.copy_(values)
+            return
         part, number = self._home[weight]
         own = part.run_of(number)
         cut = slice(own.first, own.first + own.count) if self._once_a_node else slice(None)
@@ -261,6 +313,15 @@ class ZeroGradients(GradientSync):
         self._group.free()
 
 
-def part_whole(part: Mapping[str, nn.Parameter], needs_whole: NeedsWhole) -> list[bool]:
-    """Return of each weight of a part, in order, whether the optimizer needs it whole."""
-    return [needs_whole(name, tuple(weight.shape)) for name, weight in part.items()]
+def deals(
+    part: Mapping[str, nn.Parameter], needs_whole: NeedsWhole, tied: Container[str]
+) -> list[Deal]:
+    """Return how each weight of a part is dealt out, in order."""
+
+    def deal(name: str, shape: tuple[int, ...]) -> Deal:
+        if not needs_whole(name, shape):
+            return "even"
+        # The leaves of a tied weight exchange gradients: each needs the same owner.
+        return "first" if name in tied else "whole"
+
+    return [deal(name, tuple(weight.shape)) for name, weight in part.items()]

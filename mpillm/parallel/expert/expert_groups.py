@@ -70,9 +70,10 @@ def exchange_bytes(
     together, stages = math.prod(sizes[name] for name in token_axes(sizes)), sizes["pipeline"]
     rows = batch * model.context / together * model.experts_per_token * model.blocks / stages
     sent = 4 * rows * max(model.stream_widths) * element.stream * (ranks - 1) / ranks
-    gradients = 2 * element.gradient * model.expert_parameters_of(model.whole) / stages
+    gradients = element.gradient * model.expert_parameters_of(model.whole) / stages
     owners = max(1, together // ranks)
-    fewer = (together - 1) / together - (owners - 1) / owners / ranks
+    # The axes count them as sums of all weights. Those of experts are replicated: sent twice.
+    fewer = element.sends * (together - 1) / together - 2 * (owners - 1) / owners / ranks
     return sent - gradients * fewer
 
 

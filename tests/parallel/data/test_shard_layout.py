@@ -12,14 +12,17 @@ COUNTS = st.lists(st.integers(1, 5000), min_size=1, max_size=12)
 
 @given(COUNTS, st.integers(1, 64), st.data())
 def test_the_runs_tile_each_weight(counts, shards, data) -> None:
-    whole = data.draw(st.lists(st.booleans(), min_size=len(counts), max_size=len(counts)))
-    layout = ShardLayout(tuple(counts), shards, tuple(whole))
+    kinds = st.sampled_from(["even", "whole", "first"])
+    deals = data.draw(st.lists(kinds, min_size=len(counts), max_size=len(counts)))
+    layout = ShardLayout(tuple(counts), shards, tuple(deals))
     for weight, count in enumerate(counts):
         runs = [run for stream in layout.streams for run in stream if run.weight == weight]
         covered = sorted((run.first, run.first + run.count) for run in runs)
         assert [first for first, _ in covered] == [0, *(end for _, end in covered[:-1])]
         assert covered[-1][1] == count
-        assert len(runs) == 1 if whole[weight] else len(runs) <= shards
+        assert len(runs) <= shards if deals[weight] == "even" else len(runs) == 1
+        if deals[weight] == "first":
+            assert runs[0] in layout.streams[0]
     for stream in layout.streams:
         # No two runs share a line, in the stream and in the weight.
         assert all(run.offset % LINE_ELEMENTS == run.first % LINE_ELEMENTS == 0 for run in stream)
@@ -30,7 +33,7 @@ def test_the_runs_tile_each_weight(counts, shards, data) -> None:
 
 @given(COUNTS, st.integers(1, 16), st.integers(1, 20_000))
 def test_units_cut_the_streams_without_a_gap(counts, shards, elements) -> None:
-    layout = ShardLayout(tuple(counts), shards, (False,) * len(counts))
+    layout = ShardLayout(tuple(counts), shards, ("even",) * len(counts))
     units = layout.units(elements)
     assert [unit.first for unit in units] == [0, *(unit.last for unit in units[:-1])]
     assert units[-1].last == layout.length
@@ -51,13 +54,13 @@ def test_units_cut_the_streams_without_a_gap(counts, shards, elements) -> None:
 
 
 def test_even_cuts_differ_by_a_line_a_weight() -> None:
-    layout = ShardLayout((100_000, 33, 5), 4, (False,) * 3)
+    layout = ShardLayout((100_000, 33, 5), 4, ("even",) * 3)
     sums = [sum(run.count for run in stream) for stream in layout.streams]
     assert max(sums) - min(sums) <= 3 * LINE_ELEMENTS * 4
 
 
 def test_whole_weights_are_dealt_out_evenly() -> None:
     layer = (590_000, 1_570_000, 1_570_000, 1_570_000, 590_000, 590_000, 590_000)
-    layout = ShardLayout(layer * 8, 4, (True,) * 56)
+    layout = ShardLayout(layer * 8, 4, ("whole",) * 56)
     sums = [sum(run.count for run in stream) for stream in layout.streams]
     assert max(sums) * 4 <= UNEVEN * sum(sums)

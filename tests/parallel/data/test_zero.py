@@ -8,6 +8,7 @@ from mpi4py import MPI
 from torch import nn
 
 from mpillm.comm.mesh import Mesh
+from mpillm.errors import LayoutError
 from mpillm.machine.node_map import NodeMap
 from mpillm.parallel.data import zero as zero_module
 from mpillm.parallel.data.shard_group import ShardGroup
@@ -83,12 +84,11 @@ class Trained:
         parallel = ParallelSettings(bucket_bytes=UNIT_BYTES, **settings)
         named = dict(self.model.named_parameters())
         axis = self.mesh.axis("data")
-        self.gradients = ZeroGradients([named], axis, parallel, torch.float32)
+        self.gradients = ZeroGradients([named], axis, parallel)
         self.stepped = self.gradients.optimizer_weights(named)
         with torch.no_grad():
             for name, weight in named.items():
-                if weight.requires_grad:
-                    self.gradients.fill(weight, values[name])
+                self.gradients.fill(weight, values[name])
         self.gradients.updated()
         trained = [weight for weight in self.stepped.values() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-4)
@@ -208,3 +208,29 @@ def test_the_norm_counts_each_element_once(comm: MPI.Intracomm) -> None:
         less = gradient_norm(trained.gradients, comm, (0, 1), left_out)
         assert less < found
         trained.close()
+
+
+def test_axes_on_unlike_nodes_number_their_shards_alike(comm: MPI.Intracomm) -> None:
+    """Ranks of parallel axes exchange what they own: they must own the same."""
+    if comm.size != 4:
+        pytest.skip("needs four ranks on nodes of two")
+    mesh = Mesh(comm, {"data": 4}, NodeMap(((0, 2), (1, 3))))
+    by_node = ShardGroup(mesh.axis("data"))
+    alike = ShardGroup(mesh.axis("data"), alike=False)
+    assert by_node.shard_of_rank == [0, 1, 2, 3]
+    assert alike.shard_of_rank == [0, 1, 2, 3]
+    assert alike.within is None
+    by_node.free()
+    alike.free()
+    mesh.free()
+
+
+def test_too_few_weights_for_the_ranks_are_refused_on_all(comm: MPI.Intracomm) -> None:
+    needs_ranks(comm)
+    mesh = Mesh(comm, {"data": comm.size})
+    small = {"weight": nn.Parameter(torch.ones(4, 4))}
+    settings = ParallelSettings(zero=2)
+    whole = {"needs_whole": lambda name, shape: True}
+    with pytest.raises(LayoutError, match=r"1 weights that the optimizer needs whole.*fewer data"):
+        ZeroGradients([small], mesh.axis("data"), settings, **whole)
+    mesh.free()
