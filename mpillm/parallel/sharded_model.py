@@ -22,7 +22,6 @@ from mpillm.parallel.axis_sizes import (
     token_axes,
 )
 from mpillm.parallel.compiling import compile_layers, uncompiled
-from mpillm.parallel.context.context_traffic import choose_kind, own_heads
 from mpillm.parallel.context.sequence_share import SequenceShare
 from mpillm.parallel.data.zero import NeedsWhole, cuts_all
 from mpillm.parallel.devices import own_device
@@ -173,9 +172,10 @@ class ShardedModel:
         context = mesh.find("context")
         self._share: SequenceShare | None = None
         if context is not None:
-            heads = own_heads(spec.attention_shape, mesh.sizes.get("tensor", 1))
-            kind = choose_kind(settings.context_kind, context.size, heads)
-            self._share = SequenceShare(context, parts, rows, dtype, device, kind, warn)
+            cuts = mesh.sizes.get("tensor", 1)
+            self._share = SequenceShare(
+                context, parts, rows, dtype, device, settings, cuts, profile, warn
+            )
         # Every microbatch of a pipeline has the same number of rows.
         length = spec.context if self._share else 0
         shapes = [
@@ -246,7 +246,9 @@ class ShardedModel:
         """Return the stages as the pipeline runs them, with batches of `rows` at most."""
         if self.tensor is None:
             return stages
-        room = rows * self.spec.largest_stream * self.plan.precision.element_bytes
+        nbytes = rows * self.spec.largest_stream * self.plan.precision.element_bytes
+        # Ranks share host memory, and on GPUs no stream is there.
+        room = nbytes // self.plan.context if self.device.type == "cpu" else 0
         return self.tensor.entered(stages, shape_of, room)
 
     def named_weights(self) -> dict[str, nn.Parameter]:

@@ -154,6 +154,8 @@ def traffic_bytes(
         ELEMENT_BYTES[precision.reduce_dtype],
         sums + gathers,
         ELEMENT_BYTES[settings.island_dtype] / settings.island_every,
+        settings.context_kind,
+        precision.device,
     )
     return {
         axis.name: axis.traffic_bytes(sizes, model, batch, chunks, element)
