@@ -35,7 +35,7 @@ class RankTimes:
 
 @dataclass(frozen=True)
 class MessageBytes:
-    """Bytes of an element in messages."""
+    """Bytes of an element in messages, and what chooses messages."""
 
     stream: int = 4
     """Of a stream between stages, and of its gradient."""
@@ -47,6 +47,9 @@ class MessageBytes:
     """
     difference: float = 4.0
     """Of a weight in the rounds of islands, over the steps of a round."""
+    context_kind: str = "auto"
+    """How the ranks of a context axis attend, as in the settings."""
+    device: str = "cpu"
 
 
 class ParallelAxis(ABC):

@@ -22,7 +22,6 @@ from mpillm.parallel.axis_sizes import (
     token_axes,
 )
 from mpillm.parallel.compiling import compile_layers, uncompiled
-from mpillm.parallel.context.context_traffic import choose_kind, own_heads
 from mpillm.parallel.context.sequence_share import SequenceShare
 from mpillm.parallel.data.zero import NeedsWhole, cuts_all
 from mpillm.parallel.devices import own_device
@@ -150,7 +149,6 @@ class ShardedModel:
         self.compiled = plan.compiled and compile_layers(
             parts, plan.microbatch, mesh.comm, mesh.node_map, warn
         )
-
         # Islands may hold other gradients than each other: a norm is that of one island.
         outermost = outermost_axes(mesh.sizes)
         together = [name for name in mesh.sizes if name not in outermost]
@@ -160,14 +158,34 @@ class ShardedModel:
             stage: ModelStage(part, number, self.gradients, task)
             for number, (stage, part) in enumerate(self.parts.items())
         }
+        self.pipeline = self._make_pipeline(settings, profile, warn)
+
+    def _make_pipeline(
+        self,
+        settings: ParallelSettings,
+        profile: ClusterProfile | None,
+        warn: Callable[[str], None],
+    ) -> Pipeline:
+        """Share out the positions, and join the stages by channels."""
+        spec, mesh, plan, device = self.spec, self.mesh, self.plan, self.device
         # Channels have a fixed capacity: that of the largest stream of training and scoring.
-        rows, dtype = max(plan.microbatch, scored_rows), torch_dtype(plan.precision.dtype)
+        rows = max(plan.microbatch, self._scored_rows)
+        dtype = torch_dtype(plan.precision.dtype)
         context = mesh.find("context")
         self._share: SequenceShare | None = None
         if context is not None:
-            heads = own_heads(spec.attention_shape, mesh.sizes.get("tensor", 1))
-            kind = choose_kind(settings.context_kind, context.size, heads)
-            self._share = SequenceShare(context, parts, rows, dtype, device, kind, warn)
+            cuts = mesh.sizes.get("tensor", 1)
+            self._share = SequenceShare(
+                context,
+                list(self.parts.values()),
+                rows,
+                dtype,
+                device,
+                settings,
+                cuts,
+                profile,
+                warn,
+            )
         # Every microbatch of a pipeline has the same number of rows.
         length = spec.context if self._share else 0
         shapes = [
@@ -175,7 +193,8 @@ class ShardedModel:
         ]
         self._streams = StreamShapes(lambda stage, microbatch: shapes[stage], dtype, device)
         nbytes = dtype.itemsize * rows * spec.largest_stream // plan.context
-        self.pipeline = Pipeline(axis, schedule, nbytes, settings.handover, profile, warn)
+        axis = mesh.axis("pipeline")
+        return Pipeline(axis, plan.schedule, nbytes, settings.handover, profile, warn)
 
     def _initialise(self, seed: int, is_cut: bool) -> dict[nn.Parameter, Tensor]:
         """Set initial values; return those in float32 of weights of a lower dtype."""
@@ -250,7 +269,9 @@ class ShardedModel:
         """Return the stages as the pipeline runs them, with batches of `rows` at most."""
         if self.tensor is None:
             return stages
-        room = rows * self.spec.largest_stream * self.plan.precision.element_bytes
+        nbytes = rows * self.spec.largest_stream * self.plan.precision.element_bytes
+        # Ranks share host memory, and on GPUs no stream is there.
+        room = nbytes // self.plan.context if self.device.type == "cpu" else 0
         return self.tensor.entered(stages, shape_of, room)
 
     def named_weights(self) -> dict[str, nn.Parameter]:

@@ -155,6 +155,8 @@ def traffic_bytes(
         ELEMENT_BYTES[precision.reduce_dtype],
         sums + gathers,
         ELEMENT_BYTES[settings.island_dtype] / settings.island_every,
+        settings.context_kind,
+        precision.device,
     )
     sent = {
         axis.name: axis.traffic_bytes(sizes, model, batch, chunks, element)

@@ -12,6 +12,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from mpillm.models.spec import ModelSpec, Part
+from mpillm.parallel.context.context_traffic import own_heads
 from mpillm.parallel.expert.expert_groups import INBOX_GROWTH
 from mpillm.parallel.step_plan import StepPlan, scored_ahead
 from mpillm.plan.held_memory import (
@@ -225,7 +226,7 @@ def predict_rank(
         recomputed=max(0, block - outputs),
         outputs=outputs,
         streams=_stream_bytes(model, plan, rank, scored_rows) // tensor,
-        attention=_attention_bytes(model, plan, scored_rows) // tensor,
+        attention=_attention_bytes(model, plan, scored_rows, tensor),
         inboxes=_inbox_bytes(model, plan, scored_rows) if replicas.experts > 1 else 0,
         # Tokens as they are read, and as ids and targets.
         data=2 * TOKEN_BYTES * plan.rows * (model.context + 1),
@@ -262,14 +263,14 @@ def _activations(model: ModelSpec, plan: StepPlan, parts: list[Part], rank: int)
     return int(activations), recomputed // plan.context
 
 
-def _attention_bytes(model: ModelSpec, plan: StepPlan, scored_rows: int) -> int:
+def _attention_bytes(model: ModelSpec, plan: StepPlan, scored_rows: int, tensor: int) -> int:
     """Return the bytes of a rank's two rows of keys and values, and of a row of their gradients.
 
     So much for a ring; ranks that exchange heads need less.
     """
     if plan.context == 1:
         return 0
-    _, heads, width = model.attention_shape
+    _, heads, width = own_heads(model.attention_shape, tensor)
     positions = max(plan.microbatch, scored_rows) * model.context // plan.context
     return 2 * positions * heads * width * (2 * plan.precision.element_bytes + FLOAT32_BYTES)
 

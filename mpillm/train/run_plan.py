@@ -75,7 +75,7 @@ def plan_run(recipe: Recipe, sizes: Mapping[str, int]) -> StepPlan:
 
 
 def _check_tensor(recipe: Recipe) -> None:
-    """Raise RecipeError for settings that no run along a tensor axis has."""
+    """Raise RecipeError or LayoutError for what no run along a tensor axis has."""
     if recipe.parallel.tensor == 1:
         return
     given = f"parallel.tensor = {recipe.parallel.tensor}"
@@ -88,6 +88,11 @@ def _check_tensor(recipe: Recipe) -> None:
         raise RecipeError(
             f"train.noise_scale = {recipe.train.noise_scale} compares gradients before they are "
             f"summed, and with {given} a rank has a share of each norm's; leave one of them out"
+        )
+    if not recipe.optimizer.elementwise:
+        raise LayoutError(
+            f"the optimizer {recipe.optimizer.name} needs whole weights, and {given} cuts the "
+            "matrices of each layer; take adamw, lion or sgd, or leave parallel.tensor out"
         )
 
 

@@ -180,3 +180,8 @@ def test_ranks_of_a_context_axis_share_the_activations() -> None:
     # Two rows of keys and values, and one of gradients, of half the positions.
     numbers = 2 * shared.microbatch * SMALL.context // 2 * heads * width
     assert half.attention >= 3 * 4 * numbers
+    # Tensor ranks that do not divide three heads of keys and values hold one for each head of
+    # queries: six of twelve.
+    grouped = SMALL.replace(width=48, heads=12, kv_heads=3)
+    cut, whole = (predicted(shared, grouped, replicas=Replicas(tensor=n)) for n in (2, 1))
+    assert cut.attention == 2 * whole.attention

@@ -79,6 +79,22 @@ def test_losses_are_those_of_one_rank(
         assert found == pytest.approx(wanted, rel=TOLERANCE), parallel
 
 
+def test_tensor_ranks_that_share_heads_of_keys_attend_in_a_ring(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
+    """Two ranks do not divide three heads: each names a head once for each head of queries."""
+    if comm.size != 4:
+        pytest.skip("both axes need four ranks")
+    heads = {"model": {"heads": 12, "kv_heads": 3, "width": 48}, "train": {"microbatch": 1}}
+    if comm.rank == 0:
+        train(recipe(data, folder / "alone", heads), MPI.COMM_SELF, QUIET)
+    comm.Barrier()
+    parallel = {"context": 2, "tensor": 2, "debug": True}
+    train(recipe(data, folder / "run", {**heads, "parallel": parallel}), comm, QUIET)
+    found, wanted = numbers(folder / "run"), numbers(folder / "alone")
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
 def test_a_model_of_16_bits_learns_the_same(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
     sections = {"train": {"dtype": "bfloat16", "steps": 5}}
     if comm.rank == 0:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from mpillm.models.spec import ModelSpec
-from mpillm.parallel.context.context_traffic import attention_bytes, cheaper_kind
+from mpillm.parallel.context.context_traffic import attention_bytes, choose_kind, own_heads
 from mpillm.parallel.parallel_axis import MessageBytes, ParallelAxis
 
 
@@ -41,7 +41,7 @@ class ContextAxis(ParallelAxis):
         chunks: int,
         element: MessageBytes,
     ) -> float:
-        """Count what attention moves forward and backward, in the cheaper of its two kinds.
+        """Count what attention moves forward and backward.
 
         Sums of gradients over both axes are added, less what the data axis counts.
         """
@@ -49,12 +49,13 @@ class ContextAxis(ParallelAxis):
         if size == 1:
             return 0.0
         data, pipeline = sizes.get("data", 1), sizes.get("pipeline", 1)
-        rows, layers = batch / data, model.blocks / pipeline
-        kind = cheaper_kind(size, model.attention_shape)
-        each = attention_bytes(
-            kind, size, model.attention_shape, model.context, element.stream, element.gradient
-        )
-        gradients = element.gradient * model.parameters / pipeline
+        tensor, shape = sizes.get("tensor", 1), model.attention_shape
+        rows, layers = batch / (data * sizes.get("island", 1)), model.blocks / pipeline
+        kind = choose_kind(element.context_kind, size, shape, tensor, element.device)
+        own = own_heads(shape, tensor)
+        # A ring adds up gradients of keys and values in float32.
+        each = attention_bytes(kind, size, own, model.context, element.stream)
+        gradients = element.gradient * model.parameters / (pipeline * tensor)
         return rows * layers * sum(each) + element.sends * gradients * (
             1 / data - 1 / (data * size)
         )

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from mpillm.comm.communicator import Communicator, silent
 from mpillm.comm.mesh import Axis
+from mpillm.comm.selection import Profile
 from mpillm.models.layers.attention import CAUSAL, Pattern, attend
 from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.parallel.context.zigzag import longest_length, own_length, own_positions
@@ -29,9 +30,19 @@ class HeadExchange:
     All ranks attend in the same order, with sequences of the same shapes.
     """
 
-    def __init__(self, axis: Axis, *, warn: Callable[[str], None] = silent) -> None:
+    def __init__(
+        self,
+        axis: Axis,
+        *,
+        profile: Profile | None = None,
+        debug: bool = False,
+        warn: Callable[[str], None] = silent,
+    ) -> None:
+        """`profile`, `debug`, `warn`: as in Communicator."""
         self._rank, self._ranks = axis.rank, axis.size
-        self._comm = Communicator(axis.comm, node_map=axis.node_map, warn=warn)
+        self._comm = Communicator(
+            axis.comm, profile=profile, debug=debug, warn=warn, node_map=axis.node_map
+        )
         self.length = 0
         """Positions of the whole sequences that are computed; 0: as many as each rank has, each."""
         self.moved_bytes = 0

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Axis
+from mpillm.comm.selection import Profile
 from mpillm.models.layers.attention import CAUSAL, Pattern
 from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.parallel.context.block_kernel import JoinedPieces, Piece, piece_gradients
@@ -33,7 +34,7 @@ class Ring:
 
     All ranks attend in the same order, with sequences of the same shapes. `numbers`: of the largest
     keys and values of a rank, of elements of `itemsize` bytes. `shares`: whether the ranks of a
-    node may share memory.
+    node may share memory. `profile`, `debug`, `warn`: as in Communicator.
     """
 
     def __init__(
@@ -43,15 +44,26 @@ class Ring:
         itemsize: int,
         *,
         shares: bool = True,
+        profile: Profile | None = None,
+        debug: bool = False,
         warn: Callable[[str], None] = silent,
     ) -> None:
         self.rank, self.ranks = axis.rank, axis.size
-        self.memory = RingMemory(axis, numbers * itemsize, numbers, shares=shares, warn=warn)
+        self.memory = RingMemory(
+            axis,
+            numbers * itemsize,
+            numbers,
+            shares=shares,
+            profile=profile,
+            debug=debug,
+            warn=warn,
+        )
         self.length = 0
         """Positions of the whole sequences that are computed; 0: as many as each rank has, each."""
         self._pieces: WeakKeyDictionary[DocumentSpans, dict[Any, list[Piece]]]
         self._pieces = WeakKeyDictionary()
         self._plain: dict[Any, list[Piece]] = {}
+        self._plain_length = 0
 
     def attend(
         self,
@@ -80,6 +92,10 @@ class Ring:
         self, source: int, pattern: Pattern, spans: DocumentSpans | None, length: int
     ) -> list[Piece]:
         """Return the pieces of the step with the keys of `source`, made once for all layers."""
+        if spans is None and length != self._plain_length:
+            # An evaluation has rows of many lengths, and a mask grows by the square of one.
+            self._plain.clear()
+            self._plain_length = length
         known = self._plain if spans is None else self._pieces.setdefault(spans, {})
         key = source, pattern, length
         if key not in known:

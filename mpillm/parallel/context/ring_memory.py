@@ -9,6 +9,7 @@ what it held.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from mpillm.comm.communicator import Communicator, silent
 from mpillm.comm.mesh import Axis
 from mpillm.comm.persistent import PersistentCollective
 from mpillm.comm.progress_thread import ProgressThread
+from mpillm.comm.selection import Profile
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.parallel.context.ring_steps import place_of, sources_of
 
@@ -35,7 +37,8 @@ class RingMemory:
     """The rows of one rank's node. Every rank of `axis` makes it, and calls its methods together.
 
     `nbytes`: of the largest keys and values of a rank. `sums`: how many gradients they have.
-    `shares`: whether the ranks of a node may share memory.
+    `shares`: whether the ranks of a node may share memory. `profile`, `debug`, `warn`: as in
+    Communicator.
     """
 
     def __init__(
@@ -45,12 +48,15 @@ class RingMemory:
         sums: int,
         *,
         shares: bool = True,
+        profile: Profile | None = None,
+        debug: bool = False,
         warn: Callable[[str], None] = silent,
     ) -> None:
         self.rank, self.size = axis.rank, axis.size
         row = -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
         total = 2 * row + 4 * sums
-        self.nodes, self._local, shared = _share(axis, total, shares, warn)
+        make = partial(Communicator, profile=profile, debug=debug)
+        self.nodes, self._local, shared = _share(axis, total, shares, partial(make, warn=warn))
         self._shared = shared
         node, self.place = place_of(self.rank, self.nodes)
         self.sources = sources_of(self.rank, self.nodes)
@@ -63,7 +69,7 @@ class RingMemory:
         self._sums = [each[2 * row :].view(torch.float32) for each in whole]
         barrier = self._local.prepare("barrier") if self._local is not None else None
         self._barrier = barrier.run if barrier is not None else _nothing
-        self._next = _NextNode(axis, self.nodes, node, self.place)
+        self._next = _NextNode(axis, self.nodes, node, self.place, make)
         self._travelling = [torch.empty(sums if len(self.nodes) > 1 else 0) for _ in range(2)]
         self._turn = 0
         self.moved_bytes = 0
@@ -117,11 +123,18 @@ class RingMemory:
 class _NextNode:
     """The ranks of the same place on the nodes before and after."""
 
-    def __init__(self, axis: Axis, nodes: Sequence[Sequence[int]], node: int, place: int) -> None:
+    def __init__(
+        self,
+        axis: Axis,
+        nodes: Sequence[Sequence[int]],
+        node: int,
+        place: int,
+        make: Callable[..., Communicator],
+    ) -> None:
         self._to = nodes[(node + 1) % len(nodes)][place]
         self._source = nodes[(node - 1) % len(nodes)][place]
         several = len(nodes) > 1
-        self._comm = Communicator(axis.comm, node_map=axis.node_map) if several else None
+        self._comm = make(axis.comm, node_map=axis.node_map) if several else None
         # Most MPI libraries progress messages only inside a call, and the kernel is none.
         self._thread = None if self._comm is None else ProgressThread(self._comm)
         self._prepared: dict[tuple[int, ...], PersistentCollective] = {}
@@ -157,7 +170,7 @@ class _NextNode:
 
 
 def _share(
-    axis: Axis, nbytes: int, shares: bool, warn: Callable[[str], None]
+    axis: Axis, nbytes: int, shares: bool, make: Callable[..., Communicator]
 ) -> tuple[Sequence[Sequence[int]], "Communicator | None", "SharedRows | None"]:
     """Allocate a row of `nbytes` a rank in the memory of each node; return the nodes, and the
     communicator of this one.
@@ -170,7 +183,7 @@ def _share(
     if not shares or not node_map.even or len(node_map.nodes) == axis.size:
         return alone, None, None
     node_comm = node_map.split(axis.comm)
-    local = Communicator(node_comm, warn=warn, node_map=_one_node(node_comm, node_map))
+    local = make(node_comm, node_map=_one_node(node_comm, node_map))
     node_comm.Free()
     rows = local.allocate(nbytes, "uint8")
     if axis.comm.allreduce(rows is not None) == axis.size:

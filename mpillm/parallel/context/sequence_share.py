@@ -7,12 +7,14 @@ from torch import Tensor
 
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Axis
-from mpillm.errors import LayoutError
+from mpillm.comm.selection import Profile
 from mpillm.models.layers.attention import Attention
 from mpillm.models.part_module import Fields, PartModule
+from mpillm.parallel.context.context_traffic import choose_kind, own_heads
 from mpillm.parallel.context.head_exchange import HeadExchange
 from mpillm.parallel.context.ring_attention import Ring
 from mpillm.parallel.context.zigzag import longest_length, own_length, own_positions
+from mpillm.parallel.settings import ParallelSettings
 
 # Fields that say what attends to what: each rank reads them for the whole sequence.
 WHOLE_FIELDS = ("documents",)
@@ -30,29 +32,30 @@ class SequenceShare:
         rows: int,
         dtype: torch.dtype,
         device: torch.device,
-        kind: str = "ring",
+        settings: ParallelSettings,
+        tensor: int = 1,
+        profile: Profile | None = None,
         warn: Callable[[str], None] = silent,
     ) -> None:
-        """`rows`: the most sequences at once. `dtype`: of keys and values. `kind`: ring or ulysses.
+        """`rows`: the most sequences at once. `dtype`: of keys and values. `tensor`: ranks that
+        share the heads. `profile`, `warn`: as in Communicator.
 
-        Raises LayoutError for a kind that the device does not allow.
+        Raises LayoutError for a kind that the heads or the device do not allow.
         """
         self._rank, self._ranks, self._device = axis.rank, axis.size, device
         spec = parts[0].spec
         self._length = spec.context
-        _, kv_heads, width = spec.attention_shape
-        self.kind = kind
+        shape, debug = spec.attention_shape, settings.debug
+        _, kv_heads, width = own_heads(shape, tensor)
+        self.kind = choose_kind(settings.context_kind, axis.size, shape, tensor, device.type)
         self.attention: Ring | HeadExchange
         if self.kind == "ring":
-            if device.type != "cpu":
-                raise LayoutError(
-                    "ring attention computes on CPUs alone; on GPUs take "
-                    'parallel.context_kind = "ulysses", which exchanges heads'
-                )
             numbers = 2 * rows * longest_length(axis.size, spec.context) * kv_heads * width
-            self.attention = Ring(axis, numbers, dtype.itemsize, warn=warn)
+            self.attention = Ring(
+                axis, numbers, dtype.itemsize, profile=profile, debug=debug, warn=warn
+            )
         else:
-            self.attention = HeadExchange(axis, warn=warn)
+            self.attention = HeadExchange(axis, profile=profile, debug=debug, warn=warn)
         for part in parts:
             for module in part.modules():
                 if isinstance(module, Attention):

@@ -33,5 +33,6 @@ class IslandAxis(ParallelAxis):
         """Count the all-reduce of a round, as its share of a step."""
         # As of a ring (Patarasuk & Yuan 2009): each rank sends what it holds about twice.
         islands = sizes.get(self.name, 1)
-        differences = element.difference * model.parameters / sizes.get("pipeline", 1)
+        shares = sizes.get("pipeline", 1) * sizes.get("tensor", 1)
+        differences = element.difference * model.parameters / shares
         return 2 * differences * (islands - 1) / islands

@@ -37,8 +37,8 @@ class PipelineAxis(ParallelAxis):
         if sizes[self.name] == 1:
             return 0.0
         # Forward and backward: each stage of the rank sends its stream, and a gradient of its size.
-        # The ranks of the tensor axis have a part of the stream each.
-        sharing = ("data", "island", "tensor")
+        # The ranks of the context and tensor axes have a part of the stream each.
+        sharing = ("data", "island", "context", "tensor")
         rows = batch / math.prod(sizes.get(axis, 1) for axis in sharing)
         stream = element.stream * rows * model.stream_features
         return 2 * stream * chunks

@@ -9,6 +9,9 @@ from mpillm.comm.communicator import Communicator
 from mpillm.comm.persistent import PersistentCollective
 from mpillm.parallel.tensor.stream_split import StreamSplit
 
+# Shapes whose messages are kept: two in training, at each width. An evaluation has many more.
+MOST_SHAPES = 8
+
 
 class _Prepared(NamedTuple):
     """Memory for a part of each rank, all as long as the longest, and the prepared calls."""
@@ -21,8 +24,8 @@ class _Prepared(NamedTuple):
 
 
 class MessageStreams:
-    """Streams of any size, by all-gathers and reduce-scatters of `group`, prepared once for each
-    shape.
+    """Streams of any size, by all-gathers and reduce-scatters of `group`, prepared once for each of
+    the last shapes.
     """
 
     def __init__(self, group: Communicator) -> None:
@@ -58,6 +61,9 @@ class MessageStreams:
     def _prepare(self, split: StreamSplit, width: int, like: Tensor) -> _Prepared:
         key = split, width, like.dtype
         if key not in self._prepared:
+            if len(self._prepared) == MOST_SHAPES:
+                # All ranks see the same shapes in the same order, and no call is in flight.
+                self._prepared.clear()
             count = split.most_tokens * width
             # The first use may be an evaluation, whose tensors no later step could write.
             with torch.inference_mode(False):
@@ -71,3 +77,7 @@ class MessageStreams:
                 self._group.prepare("reduce_scatter", parts, own),
             )
         return self._prepared[key]
+
+    def close(self) -> None:
+        """Free the memory, and what was prepared for it."""
+        self._prepared.clear()

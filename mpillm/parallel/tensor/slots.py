@@ -76,7 +76,9 @@ class SlotPool:
 
     def _add(self) -> bool:
         """Map one more slot; return whether there was room. Every rank calls it."""
-        if self.fault or len(self._slots) + 1 >= MOST_SLOTS:
+        if len(self._slots) + 1 >= MOST_SLOTS:
+            self.fault = f"all {MOST_SLOTS:,} slots of shared memory are in use"
+        if self.fault:
             return False
         # The rows of all ranks follow each other: together they hold one stream.
         slot = share_segment(self._comm, -(-self._nbytes // self._comm.size))

@@ -43,6 +43,7 @@ class TensorStream:
         self._shares = group.node_map.shares_memory and group.node_map.on_one_node
         self._shared: dict[int, SharedStreams | None] = {}
         self._room = 0
+        self._warned = False
 
     @property
     def is_shared(self) -> bool:
@@ -53,7 +54,7 @@ class TensorStream:
         """Begin a pass of `rows` sequences of `length` tokens.
 
         `room`: the bytes of the largest stream of its kind of pass, for which shared memory is
-        mapped at the first; 0: none.
+        mapped at the first; 0: none, as where streams are not in host memory.
         """
         self.split, self._room = choose_split(rows, length, self.size), room
         if room and room not in self._shared:
@@ -62,24 +63,34 @@ class TensorStream:
     def _share(self, nbytes: int) -> SharedStreams | None:
         made = SharedStreams.create(self._comm, nbytes, self._barrier)
         if isinstance(made, str):
-            if self.rank == 0:
-                self._warn(f"{made}; the ranks of the tensor axis send messages, which is slower")
+            self._say(f"{made}; the ranks of the tensor axis send messages, which is slower")
             return None
         return made
+
+    def _say(self, text: str) -> None:
+        if self.rank == 0:
+            self._warn(text)
 
     def _shared_for(self, tensor: Tensor) -> SharedStreams | None:
         """Return the shared memory for a stream like `tensor`, a part or the whole."""
         shared = self._shared.get(self._room)
         whole = self.split.rows * self.split.length * tensor.shape[-1] * tensor.element_size()
-        fits = shared is not None and tensor.device.type == "cpu" and whole <= shared.nbytes
-        return shared if fits else None
+        return shared if shared is not None and whole <= shared.nbytes else None
 
     def gather(self, own: Tensor, split: StreamSplit) -> Tensor:
         """Return the whole stream (B, T, C) of the ranks' parts, without a gradient."""
         self.sent_bytes += own.nbytes * (self.size - 1)
         shared = self._shared_for(own)
         whole = None if shared is None else shared.gather(own, split)
-        return self._messages.gather(own, split) if whole is None else whole
+        if whole is not None:
+            return whole
+        if shared is not None and not self._warned:
+            self._warned, held = True, len(shared.slots)
+            self._say(
+                f"{shared.slots.fault} (held: {held:,} × {shared.nbytes:,} bytes); the ranks of "
+                "the tensor axis send further streams as messages, which is slower"
+            )
+        return self._messages.gather(own, split)
 
     def reduce(self, partial: Tensor, split: StreamSplit) -> Tensor:
         """Return the own part of the sum over the ranks of `partial` (B, T, C), without a
@@ -129,6 +140,13 @@ class TensorStream:
         own[: len(keys_B)] = keys_B
         self._group.allgather(own, every)
         return torch.cat([every[rank, : split.count(rank)] for rank in range(self.size)])
+
+    def close(self) -> None:
+        """Drop shared memory and prepared messages: parts refer to the stream, and are freed
+        later. Every rank calls it ahead of the end of `group`.
+        """
+        self._shared.clear()
+        self._messages.close()
 
 
 class _Gathered(torch.autograd.Function):

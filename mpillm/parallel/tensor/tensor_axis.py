@@ -1,8 +1,10 @@
 """The tensor axis: its ranks share the heads, hidden features and vocabulary of each layer."""
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
+from mpillm.models.block_settings import BlockSettings
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.parallel_axis import MessageBytes, ParallelAxis
 
@@ -27,6 +29,11 @@ class TensorAxis(ParallelAxis):
             return ""
         if model.uncut_reason:
             return f"parallel.tensor = {size} cannot cut this model: {model.uncut_reason}"
+        if not isinstance(model, BlockSettings):
+            return (
+                f"parallel.tensor = {size} cannot cut this model: only architectures that derive "
+                f"from BlockSettings are cut, and {model.architecture} does not"
+            )
         heads = max(model.cut_units.values())
         if heads % size:
             legal = [n for n in range(1, heads + 1) if heads % n == 0]
@@ -57,7 +64,9 @@ class TensorAxis(ParallelAxis):
         the gradients of weights that are not cut, are left out.
         """
         tensor = sizes.get(self.name, 1)
-        rows = batch / (sizes.get("data", 1) * sizes.get("island", 1))
+        # The ranks of the context axis have their own positions.
+        sharing = ("data", "island", "context")
+        rows = batch / math.prod(sizes.get(axis, 1) for axis in sharing)
         stream = element.stream * rows * model.stream_features
         exchanges = EXCHANGES_A_BLOCK * model.blocks + EXCHANGES_OF_ENDS
         return exchanges / sizes.get("pipeline", 1) * stream * (tensor - 1) / tensor

@@ -91,6 +91,8 @@ class TensorParallel:
 
     def close(self) -> None:
         """Free shared memory and communicators."""
+        self.stream.close()
+        self._sum = None
         self._group.free()
 
 

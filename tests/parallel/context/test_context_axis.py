@@ -59,3 +59,14 @@ def test_traffic_is_that_of_attention_and_of_more_gradients():
     both = traffic_bytes(sizes, MODEL, 8, 1)
     assert both["data"] + both["context"] > 2 * gradients * 3 / 4
     assert AXIS.traffic_bytes({"data": 2}, MODEL, 8, 1, element) == 0
+
+
+@pytest.mark.parametrize("kind", ["ring", "ulysses"])
+def test_tensor_ranks_and_islands_share_what_attention_moves(kind):
+    model = MODEL.replace(heads=8, kv_heads=4)
+    sizes, element = {"island": 2, "tensor": 2, "context": 2}, MessageBytes(context_kind=kind)
+    # Four sequences an island, in four layers.
+    attention = 4 * 4 * sum(attention_bytes(kind, 2, (4, 2, model.head_features), 96))
+    gradients = 4 * model.parameters / 2
+    found = AXIS.traffic_bytes(sizes, model, 8, 1, element)
+    assert found == attention + 2 * gradients * (1 - 1 / 2)

@@ -3,7 +3,13 @@
 import pytest
 
 from mpillm.errors import LayoutError
-from mpillm.parallel.context.context_traffic import attention_bytes, cheaper_kind, choose_kind
+from mpillm.parallel.context.context_traffic import (
+    attention_bytes,
+    cheaper_kind,
+    choose_kind,
+    exchanges_heads,
+    own_heads,
+)
 
 MANY, GROUPED = (8, 8, 64), (32, 8, 64)
 
@@ -35,3 +41,22 @@ def test_a_wanted_kind_is_taken_or_refused():
     assert choose_kind("ring", 2, MANY) == "ring"
     with pytest.raises(LayoutError, match="3 context ranks do not divide 8 heads"):
         choose_kind("ulysses", 3, MANY)
+
+
+def test_tensor_ranks_have_fewer_heads():
+    assert own_heads(GROUPED, 2) == (16, 4, 64)
+    # Two ranks name a head for each head of queries, and one attends to two.
+    assert own_heads((12, 4, 8), 3) == (4, 4, 8)
+    assert exchanges_heads(2, (12, 4, 8), 3)
+    assert not exchanges_heads(4, (12, 4, 8), 3)
+    assert cheaper_kind(4, (12, 4, 8), 3) == "ring"
+
+
+def test_gpus_exchange_heads_or_are_refused_once():
+    # On a CPU the ring moves fewer bytes.
+    assert choose_kind("auto", 2, GROUPED, device="cuda") == "ulysses"
+    for wanted in ("auto", "ring", "ulysses"):
+        with pytest.raises(LayoutError, match=r"on GPUs .* parallel.context = 1 or 2 or 4$"):
+            choose_kind(wanted, 3, GROUPED, 2, "cuda")
+    with pytest.raises(LayoutError, match='on GPUs take "ulysses"'):
+        choose_kind("ring", 2, GROUPED, device="cuda")

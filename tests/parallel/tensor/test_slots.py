@@ -3,6 +3,7 @@
 import gc
 import random
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -88,7 +89,13 @@ def test_streams_without_room_go_by_messages(
             second = stream.gather(own, stream.split)
         assert torch.equal(first, expected)
         assert torch.equal(second, expected)
-    assert len(said) == (comm.rank == 0)
+        third = stream.gather(own, stream.split)
+        assert torch.equal(third, expected)
+        stream.close()
+    # Once for the missing slot, and once for the first.
+    assert len(said) == 2 * (comm.rank == 0)
+    if said:
+        assert f"no room left (held: 1 × {expected.nbytes:,} bytes)" in said[0]
     group.free()
 
 
@@ -111,3 +118,19 @@ def test_a_pool_names_a_free_slot(comm: MPI.Intracomm) -> None:
     assert len(pool) == 3
     assert fourth.ctypes.data == address
     del other, third
+
+
+def test_a_closed_stream_lets_go_of_its_memory(comm: MPI.Intracomm) -> None:
+    if comm.size == 1:
+        pytest.skip("an axis of one rank shares nothing")
+    node_map = map_nodes(comm)
+    group = Communicator(comm, node_map=node_map)
+    stream = TensorStream(Axis("tensor", comm.size, comm.rank, comm, node_map), group)
+    own = numbered(comm.rank, 1, (1, 3, WIDTH))
+    stream.enter(comm.size, 3, own.nbytes * comm.size)
+    stream.gather(own, stream.split)
+    stream.reduce(own.repeat(comm.size, 1, 1), stream.split)
+    held = weakref.ref(stream._shared[own.nbytes * comm.size])
+    stream.close()
+    assert held() is None
+    group.free()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mpillm.models.classifiers import LSTMConfig
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.encoder import EncoderConfig
 from mpillm.models.encoder_decoder import EncoderDecoderConfig
@@ -40,3 +41,13 @@ def test_traffic_is_eight_exchanges_a_block_and_four_of_the_ends() -> None:
     found = TensorAxis().traffic_bytes(sizes, SPEC, 8, 1, MessageBytes())
     assert found == (8 * 4 + 4) / 2 * stream * 3 / 4
     assert TensorAxis().traffic_bytes({"data": 2}, SPEC, 8, 1, MessageBytes()) == 0
+    context = TensorAxis().traffic_bytes({**sizes, "context": 2}, SPEC, 8, 1, MessageBytes())
+    assert context == found / 2
+
+
+def test_other_architectures_that_name_cuts_are_refused() -> None:
+    class Named(LSTMConfig):
+        cut_dims = {"head.weight": 0}  # noqa: RUF012
+
+    fault = TensorAxis().fault(2, Named(), 8)
+    assert "derive from BlockSettings" in fault
