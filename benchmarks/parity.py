@@ -42,7 +42,8 @@ from mpillm.weights.saving import save
 
 AXES = ("data", "pipeline", "context", "tensor")
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {"kv_heads": 2},
+    # Three ranks divide the heads, and not those of keys and values.
+    "llama": {"kv_heads": 4},
     "gpt2": {"norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True},
 }
 CONTEXT = 24
@@ -61,17 +62,16 @@ class Case:
     dtype: str
     model: str
     fixed: bool
-    on_node: bool = False
 
     @property
     def layout(self) -> dict[str, Any]:
         given = dict(zip(AXES, self.sizes, strict=True))
-        return {**given, "zero": self.zero, "zero_on_node": self.on_node}
+        return {**given, "zero": self.zero}
 
     def __str__(self) -> str:
         axes = " × ".join(f"{name}={n}" for name, n in zip(AXES, self.sizes, strict=True) if n > 1)
         words = [axes or "one rank", f"zero {self.zero}", self.dtype, self.model]
-        words += ["on nodes"] * self.on_node + ["recompute"] * (self.recompute == "full")
+        words += ["recompute"] * (self.recompute == "full")
         return ", ".join(words + ["fixed order"] * self.fixed)
 
 
@@ -124,7 +124,7 @@ def batch_of(ranks: int) -> int:
 def trainer_of(case: Case, data: Path, comm: MPI.Intracomm, batch: int) -> Iterator[Trainer]:
     """Make the trainer of a case, without a folder of a run. Every rank of `comm` calls it."""
     table = {
-        "model": {"layers": 4, "width": 48, "heads": 4, "context": CONTEXT, **MODELS[case.model]},
+        "model": {"layers": 4, "width": 48, "heads": 12, "context": CONTEXT, **MODELS[case.model]},
         "data": {"path": str(data)},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 4},
         "train": {
@@ -167,7 +167,7 @@ def difference(case: Case, data: Path, comm: MPI.Intracomm, steps: int, known: d
     """
     batch, key = batch_of(comm.size), (case.dtype, case.model, case.fixed)
     if key not in known:
-        alone = replace(case, sizes=(1,) * len(AXES), zero=0, recompute="none", on_node=False)
+        alone = replace(case, sizes=(1,) * len(AXES), zero=0, recompute="none")
         # The other ranks would compute the same.
         found = numbers(alone, data, MPI.COMM_SELF, steps, batch) if comm.rank == 0 else None
         known[key] = comm.bcast(found)
@@ -190,8 +190,8 @@ def twelve(ranks: int) -> list[Case]:
         if (case.recompute, case.dtype, case.model, case.fixed)
         == ("none", "float32", "llama", False)
     ]
-    every = max(1, len(cases) // 12)
-    return cases[::every][:12]
+    count = min(12, len(cases))
+    return [cases[number * len(cases) // count] for number in range(count)]
 
 
 def tensors(trainer: Trainer) -> dict[str, Any]:

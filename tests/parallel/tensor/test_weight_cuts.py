@@ -13,7 +13,6 @@ from mpillm.parallel.tensor.weight_cuts import (
     column_bounds,
     cut_of,
     own_key_value_heads,
-    unequal_parts,
 )
 
 SPEC = DecoderConfig(width=48, heads=12, kv_heads=4, hidden=100, vocab_size=257)
@@ -84,9 +83,3 @@ def test_a_rank_of_three_has_its_part(name, shape, start, end) -> None:
 )
 def test_other_weights_are_replicated(name: str) -> None:
     assert cut_of(SPEC, name, (16, 48), 3, 1) is None
-
-
-def test_unequal_parts_name_the_next_equal_ones() -> None:
-    assert unequal_parts(SPEC, 4) == "a vocabulary of 257; 260 has equal parts"
-    assert unequal_parts(SPEC.replace(vocab_size=260), 4) == ""
-    assert unequal_parts(SPEC.replace(vocab_size=50257), 4).endswith("50,432 has equal parts")
