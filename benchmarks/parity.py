@@ -47,7 +47,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True},
 }
 CONTEXT = 24
-# Relative difference of a loss at any step, in float32 of a norm, too.
+# A norm differs more than a loss: it follows the small gradients, whose errors grow with the steps.
+NORM_FACTOR = 10
+# Relative difference of a loss at any step, in float32 of a norm over NORM_FACTOR, too.
 LARGEST = {"float32": 1e-4, "bfloat16": 1e-2}
 
 
@@ -171,11 +173,12 @@ def difference(case: Case, data: Path, comm: MPI.Intracomm, steps: int, known: d
         # The other ranks would compute the same.
         found = numbers(alone, data, MPI.COMM_SELF, steps, batch) if comm.rank == 0 else None
         known[key] = comm.bcast(found)
-    pairs = list(zip(numbers(case, data, comm, steps, batch), known[key], strict=True))
+    pairs = zip(numbers(case, data, comm, steps, batch), known[key], strict=True)
+    found = [abs(one - other) / abs(other) for one, other in pairs]
     if case.dtype != "float32":
         # The losses alone: a norm of 16-bit gradients follows the last bits of each.
-        pairs = pairs[::2]
-    return max(abs(one - other) / abs(other) for one, other in pairs)
+        return max(found[::2])
+    return max(max(found[::2]), max(found[1::2]) / NORM_FACTOR)
 
 
 def is_right(case: Case, found: float) -> bool:
