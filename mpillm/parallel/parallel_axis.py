@@ -110,3 +110,24 @@ class ParallelAxis(ABC):
         `groups`: lists of ranks that differ along this axis alone.
         """
         return 0.0
+
+
+class BatchAxis(ParallelAxis):
+    """The base of axes whose ranks compute different sequences of a batch."""
+
+    shares_batch: ClassVar[bool] = True
+    members: ClassVar[str]
+    """What a message calls those that share the batch."""
+
+    def shares(self, model: ModelSpec, batch: int) -> str:
+        return f"a batch of {batch} sequences"
+
+    def fault(self, size: int, model: ModelSpec, batch: int) -> str:
+        if batch % size == 0:
+            return ""
+        return f"a global batch of {batch} sequences cannot be shared by {size} {self.members}"
+
+
+def mean_parameters(model: ModelSpec, sizes: Mapping[str, int]) -> float:
+    """Return how many parameters a rank of a mesh of `sizes` holds, the mean over the ranks."""
+    return model.parameters / (sizes.get("pipeline", 1) * sizes.get("tensor", 1))

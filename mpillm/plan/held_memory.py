@@ -78,14 +78,6 @@ def _counts(model: ModelSpec, parts: Sequence[Part], replicas: Replicas) -> tupl
     return (whole - shared) // replicas.tensor, shared // replicas.experts
 
 
-def held_bytes(model: ModelSpec, part: Part, optimizer: OptimizerCosts, element_bytes: int) -> int:
-    """Return what persists of `part` on a rank: weights, masters, gradients, optimizer state."""
-    count, has_masters = model.parameters_of(part), element_bytes < FLOAT32_BYTES
-    masters = FLOAT32_BYTES * count * has_masters
-    gradients = FLOAT32_BYTES * count
-    return element_bytes * count + masters + gradients + optimizer.state_bytes(model, part)
-
-
 def held_of(
     model: ModelSpec,
     plan: StepPlan,

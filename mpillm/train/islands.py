@@ -47,21 +47,6 @@ class Islands:
         self._stepped, self._axis, self._held = stepped, axis, held
         self._outer = OuterStep(stepped, axis, recipe.parallel, profile, warn)
 
-    @classmethod
-    def make(
-        cls,
-        recipe: Recipe,
-        mesh: Mesh,
-        stepped: Mapping[str, Any],
-        profile: ClusterProfile | None,
-        warn: Callable[[str], None],
-        held: Callable[[str, Tensor], Held],
-    ) -> "Islands | None":
-        """Make the islands of `mesh`; None where it has no such axis."""
-        if mesh.find("island") is None:
-            return None
-        return cls(recipe, mesh, stepped, profile, warn, held)
-
     def parts(self, done: int) -> int:
         """Return in how many parts the batch after `done` steps is trained: 1, or the islands."""
         return self.count if self.rounds.apart(done) else 1

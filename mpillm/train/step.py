@@ -96,7 +96,9 @@ class Trainer:
         )
         self.stepped = self.model.stepped
         self.optimizer = make_optimizer(recipe.optimizer, self.stepped)
-        self.islands = Islands.make(recipe, mesh, self.stepped, profile, warn, self.held)
+        self.islands: Islands | None = None
+        if mesh.find("island") is not None:
+            self.islands = Islands(recipe, mesh, self.stepped, profile, warn, self.held)
         self.loss_scale = LossScale.make(plan.precision.scales_loss)
         if not recipe.optimizer.elementwise:
             whole = {name: shape for name, (_, shape) in weight_shapes(recipe.model).items()}

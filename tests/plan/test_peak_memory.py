@@ -9,7 +9,7 @@ from mpillm.models.decoder import SHAPES, DecoderConfig
 from mpillm.models.spec import ModelSpec, Part
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import Precision, StepPlan, plan_step
-from mpillm.plan.held_memory import Replicas, held_bytes
+from mpillm.plan.held_memory import ALONE, Replicas, held_of
 from mpillm.plan.peak_memory import GAP_SHARE, MemoryEstimate, predict_peak
 
 SMALL = SHAPES["small"].replace(vocab_size=2048)
@@ -19,6 +19,11 @@ MIB = 1 << 20
 class TwoAverages:
     def state_bytes(self, model: ModelSpec, part: Part) -> int:
         return 8 * model.parameters_of(part)
+
+
+def held_bytes(plan: StepPlan, replicas: Replicas = ALONE) -> int:
+    found = held_of(SMALL, plan, TwoAverages(), [SMALL.whole], replicas)
+    return found.weights + found.masters + found.optimizer + found.gradients
 
 
 def planned(model: DecoderConfig = SMALL, batch: int = 8, **settings: Any) -> StepPlan:
@@ -69,8 +74,8 @@ def test_lower_dtypes_have_masters_and_buckets_in_float32() -> None:
     estimate = predicted(plan)
     assert estimate.weights == 2 * SMALL.parameters
     assert estimate.masters == estimate.gradients == 4 * SMALL.parameters
-    assert held_bytes(SMALL, SMALL.whole, TwoAverages(), 2) == 18 * SMALL.parameters
-    assert held_bytes(SMALL, SMALL.whole, TwoAverages(), 4) == 16 * SMALL.parameters
+    assert held_bytes(plan) == 18 * SMALL.parameters
+    assert held_bytes(planned(), Replicas(2)) == 16 * SMALL.parameters
 
 
 def test_replicas_share_the_rows_of_a_node_and_lower_sums_take_a_copy() -> None:

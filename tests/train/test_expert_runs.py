@@ -1,6 +1,5 @@
 """Runs whose experts are shared out, compared with runs on one rank."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from mpillm.errors import LayoutError
 from mpillm.system.console import Console
 from mpillm.train.recipe import Recipe, parse_recipe
 from mpillm.train.setup import train
-from mpillm.weights.finding import find
+from tests.train.run_results import numbers, whole_tensors
 
 QUIET = Console(speaks=False)
 STEPS = 10
@@ -50,25 +49,8 @@ def needs_ranks(comm: MPI.Intracomm) -> None:
         pytest.skip("one rank has nothing to share out")
 
 
-def metrics(run: Path) -> list[list[float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    keys = ("loss", "grad_norm", "validation_loss")
-    return [[line[key] for key in keys if key in line] for line in lines]
-
-
-def whole(run: Path, comm: MPI.Intracomm) -> dict[str, torch.Tensor]:
-    """Read all tensors of the newest checkpoint, weights and states."""
-    checkpoint = find(run, comm, QUIET)
-    found = {
-        name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-        for name, entry in checkpoint.tensors.items()
-    }
-    checkpoint.load(found)
-    return found
-
-
 def check_near(run: Path, other: Path, what: object, rel: float = RESIDUE) -> None:
-    found, expected = metrics(run), metrics(other)
+    found, expected = numbers(run), numbers(other)
     assert len(found) == len(expected), what
     for one, two in zip(found, expected, strict=True):
         assert one == pytest.approx(two, rel=rel), what
@@ -112,7 +94,7 @@ def test_each_layout_trains_as_one_rank(
         run = folder / f"run{number}"
         train(recipe(data, run, model=model, **sections), comm, QUIET)
         check_near(run, alone[name], sections)
-        assert len(metrics(run)) == LINES
+        assert len(numbers(run)) == LINES
 
 
 def test_ranks_that_share_sequences_may_share_experts(
@@ -145,7 +127,7 @@ def test_a_run_resumes_in_another_layout(data: Path, folder: Path, comm: MPI.Int
         train(recipe(data, run, **given, parallel=first, train=half), comm, QUIET)
         train(recipe(data, run, **given, parallel=then, train=few), comm, QUIET, resume=True)
         check_near(run, folder / "whole", (first, then))
-        one, two = whole(run, comm), whole(folder / "whole", comm)
+        one, two = whole_tensors(run, comm), whole_tensors(folder / "whole", comm)
         assert one.keys() == two.keys()
         for name, tensor in one.items():
             assert torch.allclose(tensor, two[name], rtol=1e-3, atol=1e-4), (name, first, then)

@@ -1,6 +1,5 @@
 """Runs of islands: data parallel, then rounds; saved, resumed, and read by other layouts."""
 
-import json
 import signal
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from mpillm.system.console import Console
 from mpillm.train.loop import JobLimits
 from mpillm.train.recipe import Recipe, parse_recipe
 from mpillm.train.setup import train
-from mpillm.weights.finding import find
+from tests.train.run_results import hashes, numbers
 
 QUIET = Console(speaks=False)
 EVERY = 2
@@ -32,19 +31,6 @@ def recipe(dataset: Path, run: Path, islands: int, /, **sections: dict[str, obje
     return parse_recipe(table, "test")
 
 
-def metrics(run: Path) -> list[list[float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        [line[key] for key in ("loss", "grad_norm", "validation_loss") if key in line]
-        for line in lines
-    ]
-
-
-def hashes(run: Path, comm: MPI.Intracomm) -> dict[str, list[str]]:
-    tensors = find(run, comm, QUIET).tensors
-    return {name: [piece.xxh3_128 for piece in entry.pieces] for name, entry in tensors.items()}
-
-
 def islands_of(comm: MPI.Intracomm) -> int:
     """Two islands, of two ranks each where there are four; three at three ranks."""
     if comm.size == 1:
@@ -61,7 +47,7 @@ def test_before_the_first_round_islands_are_one_data_axis(
     train(recipe(data, folder / "a", islands, train=fixed, parallel=late), comm, QUIET)
     batch = {"batch": 12 if islands == 3 else 8}
     train(recipe(data, folder / "b", 1, train={**fixed, **batch}), comm, QUIET)
-    assert metrics(folder / "a") == metrics(folder / "b")
+    assert numbers(folder / "a") == numbers(folder / "b")
     assert hashes(folder / "a", comm) == hashes(folder / "b", comm)
 
 
@@ -72,7 +58,7 @@ def test_a_round_begins_with_the_whole_batch_and_parts_from_then_on(
     batch = {"batch": 12 if islands == 3 else 8}
     train(recipe(data, folder / "plain", 1, train=batch), comm, QUIET)
     train(recipe(data, folder / "alone", islands, parallel={"island_from": 2}), comm, QUIET)
-    plain, alone = metrics(folder / "plain"), metrics(folder / "alone")
+    plain, alone = numbers(folder / "plain"), numbers(folder / "alone")
     # Steps 1 and 2 are data parallel. Step 3 has the same weights, so the mean of the islands'
     # losses is that of the batch: each island computes its own part of it.
     for step in range(3):
@@ -121,7 +107,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
         assert bool(within) == (number % EVERY > 0)
         assert any(name.startswith("optimizer/outer_momentum/") for name in names)
     train(cut, comm, QUIET, resume=True)
-    assert metrics(folder / "cut") == metrics(folder / "whole")
+    assert numbers(folder / "cut") == numbers(folder / "whole")
     assert hashes(folder / "cut", comm) == hashes(folder / "whole", comm)
 
 
@@ -139,7 +125,7 @@ def test_another_layout_reads_the_common_weights(
     # And back again: islands begin with the state that is there.
     again = recipe(data, folder / "run", islands, train={**batch, "steps": 6})
     train(again, comm, QUIET, resume=True)
-    assert len(metrics(folder / "run")) >= 6
+    assert len(numbers(folder / "run")) >= 6
 
 
 def test_one_island_is_plain_training(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
@@ -148,7 +134,7 @@ def test_one_island_is_plain_training(data: Path, folder: Path, comm: MPI.Intrac
     settings = {"island_rate": 0.3, "island_momentum": 0.9, "island_from": 1, "island_every": 7}
     train(recipe(data, folder / "one", 1, parallel=settings), comm, QUIET)
     train(recipe(data, folder / "plain", 1), comm, QUIET)
-    assert metrics(folder / "one") == metrics(folder / "plain")
+    assert numbers(folder / "one") == numbers(folder / "plain")
     assert hashes(folder / "one", comm) == hashes(folder / "plain", comm)
 
 
@@ -193,4 +179,4 @@ def test_islands_of_shards_train_as_islands_of_whole_weights(
         half = recipe(data, run, 2, train={**save, "steps": 2}, parallel={"zero": zero})
         train(half, comm, QUIET)
         train(recipe(data, run, 2, train=save, parallel={"zero": zero}), comm, QUIET, resume=True)
-    assert metrics(folder / "run3") == metrics(folder / "run0")
+    assert numbers(folder / "run3") == numbers(folder / "run0")

@@ -15,7 +15,7 @@ from mpillm.system.console import Console
 from mpillm.tokens.reader import open_split
 from mpillm.train.recipe import Recipe, parse_recipe
 from mpillm.train.setup import train
-from mpillm.weights.finding import find
+from tests.train.run_results import hashes, metrics
 
 QUIET = Console(speaks=False)
 # tests/train/test_train.py compares fifty.
@@ -40,16 +40,6 @@ def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe
     for name, section in sections.items():
         table[name] = {**table.get(name, {}), **section}
     return parse_recipe(table, "test")
-
-
-def metrics(run: Path, *keys: str) -> list[list[float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [[line[key] for key in keys] for line in lines if set(keys) <= set(line)]
-
-
-def hashes(run: Path, comm: MPI.Intracomm) -> dict[str, list[str]]:
-    tensors = find(run, comm, QUIET).tensors
-    return {name: [piece.xxh3_128 for piece in entry.pieces] for name, entry in tensors.items()}
 
 
 def layouts(ranks: int) -> list[dict[str, object]]:

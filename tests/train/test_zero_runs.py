@@ -1,6 +1,5 @@
 """Runs whose gradients, states and weights are in shards, compared with runs on one rank."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from mpillm.errors import LayoutError
 from mpillm.system.console import Console
 from mpillm.train.recipe import Recipe, parse_recipe
 from mpillm.train.setup import train
-from mpillm.weights.finding import find
+from tests.train.run_results import numbers, whole_tensors
 
 QUIET = Console(speaks=False)
 STEPS = 4
@@ -32,26 +31,9 @@ def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe
     return parse_recipe(table, "test")
 
 
-def metrics(run: Path) -> list[list[float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    keys = ("loss", "grad_norm", "validation_loss")
-    return [[line[key] for key in keys if key in line] for line in lines]
-
-
-def whole(run: Path, comm: MPI.Intracomm) -> dict[str, torch.Tensor]:
-    """Read all tensors of the newest checkpoint, weights and states."""
-    checkpoint = find(run, comm, QUIET)
-    found = {
-        name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-        for name, entry in checkpoint.tensors.items()
-    }
-    checkpoint.load(found)
-    return found
-
-
 def check_equal(run: Path, other: Path, comm: MPI.Intracomm, what: object) -> None:
-    assert metrics(run) == metrics(other), what
-    one, two = whole(run, comm), whole(other, comm)
+    assert numbers(run) == numbers(other), what
+    one, two = whole_tensors(run, comm), whole_tensors(other, comm)
     assert one.keys() == two.keys()
     assert [name for name in one if not torch.equal(one[name], two[name])] == [], what
 
@@ -101,11 +83,11 @@ def test_a_run_resumes_in_another_layout(data: Path, folder: Path, comm: MPI.Int
 def test_masters_of_bfloat16_are_shards(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
     low = {"train": {"dtype": "bfloat16", "microbatch": 2}}
     train(recipe(data, folder / "whole", **low), comm, QUIET)
-    expected = [value for line in metrics(folder / "whole") for value in line]
+    expected = [value for line in numbers(folder / "whole") for value in line]
     for stage in (1, 3):
         run = folder / f"run{stage}"
         train(recipe(data, run, **low, parallel={"zero": stage}), comm, QUIET)
-        found = [value for line in metrics(run) for value in line]
+        found = [value for line in numbers(run) for value in line]
         assert found == pytest.approx(expected, rel=2e-3), stage
 
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.context.context_traffic import attention_bytes, choose_kind, own_heads
-from mpillm.parallel.parallel_axis import MessageBytes, ParallelAxis
+from mpillm.parallel.parallel_axis import MessageBytes, ParallelAxis, mean_parameters
 
 
 class ContextAxis(ParallelAxis):
@@ -55,7 +55,7 @@ class ContextAxis(ParallelAxis):
         own = own_heads(shape, tensor)
         # A ring adds up gradients of keys and values in float32.
         each = attention_bytes(kind, size, own, model.context, element.stream)
-        gradients = element.gradient * model.parameters / (pipeline * tensor)
+        gradients = element.gradient * mean_parameters(model, sizes)
         return rows * layers * sum(each) + element.sends * gradients * (
             1 / data - 1 / (data * size)
         )

@@ -8,27 +8,24 @@ H heads, K heads of keys and values, D width of a head.
 """
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mpillm.comm.communicator import Communicator, silent
 from mpillm.comm.mesh import Axis
 from mpillm.comm.selection import Profile
-from mpillm.models.layers.attention import CAUSAL, Pattern, attend
+from mpillm.models.layers.attention import Pattern, attend
 from mpillm.models.layers.document_spans import DocumentSpans
+from mpillm.parallel.context.rank_attention import RankAttention
 from mpillm.parallel.context.zigzag import longest_length, own_length, own_positions
+from mpillm.parallel.exchanged import exchanged
 
 
-class HeadExchange:
-    """The exchange of one rank, for all attentions of its parts. Every rank of `axis` makes it.
-
-    All ranks attend in the same order, with sequences of the same shapes.
-    """
+class HeadExchange(RankAttention):
+    """The exchange of one rank."""
 
     def __init__(
         self,
@@ -39,45 +36,32 @@ class HeadExchange:
         warn: Callable[[str], None] = silent,
     ) -> None:
         """`profile`, `debug`, `warn`: as in Communicator."""
-        self._rank, self._ranks = axis.rank, axis.size
+        super().__init__(axis)
         self._comm = Communicator(
             axis.comm, profile=profile, debug=debug, warn=warn, node_map=axis.node_map
         )
-        self.length = 0
-        """Positions of the whole sequences that are computed; 0: as many as each rank has, each."""
         self.moved_bytes = 0
         """Of heads that this rank took from others."""
 
-    def attend(
+    def attend_over(
         self,
         q_BTHD: Tensor,
         k_BTKD: Tensor,
         v_BTKD: Tensor,
-        pattern: Pattern = CAUSAL,
-        spans: DocumentSpans | None = None,
-        cache: None = None,
-        first: int = 0,
-        keys: object = None,
-        bias: None = None,
+        pattern: Pattern,
+        spans: DocumentSpans | None,
+        length: int,
     ) -> Tensor:
-        """Attend as `models.layers.attention.attend` does, over all ranks; return (B, T, H, D).
-
-        `spans`: of the whole sequences.
-        """
-        assert (cache, bias) == (None, None), "ranks share whole sequences without a bias"
-        length = self.length or self._ranks * q_BTHD.shape[1]
-        q_BSHD, k_BSKD, v_BSKD = (
-            _ToHeads.apply(x, self, length)  # type: ignore[no-untyped-call]
-            for x in (q_BTHD, k_BTKD, v_BTKD)
-        )
-        out_BSHD = _entry(q_BSHD, k_BSKD, v_BSKD, pattern, spans)
-        out: Tensor = _ToPositions.apply(out_BSHD, self, length)  # type: ignore[no-untyped-call]
-        return out
+        there = partial(self.to_heads, length=length)
+        back = partial(self.to_positions, length=length)
+        q_BSHD, k_BSKD, v_BSKD = (exchanged(x, there, back) for x in (q_BTHD, k_BTKD, v_BTKD))
+        # The models' own entry, with the heads of this rank alone.
+        return exchanged(attend(q_BSHD, k_BSKD, v_BSKD, pattern, spans), back, there)
 
     def to_heads(self, x_BTHD: Tensor, length: int) -> Tensor:
         """Give positions of all heads, take all positions of own heads: (B, S, H / p, D)."""
         rows, positions, heads, width = x_BTHD.shape
-        longest, ranks = longest_length(self._ranks, length), self._ranks
+        longest, ranks = longest_length(self.ranks, length), self.ranks
         given = x_BTHD.new_zeros(ranks, rows, longest, heads // ranks, width)
         given[:, :, :positions] = x_BTHD.unflatten(2, (ranks, -1)).permute(2, 0, 1, 3, 4)  # type: ignore[no-untyped-call]
         taken = self._exchange(given)
@@ -87,31 +71,27 @@ class HeadExchange:
 
     def to_positions(self, x_BSHD: Tensor, length: int) -> Tensor:
         """Undo `to_heads`: give all positions of own heads, take own ones of all: (B, T, H, D)."""
-        ranks, longest = self._ranks, longest_length(self._ranks, length)
+        ranks, longest = self.ranks, longest_length(self.ranks, length)
         rows, _, heads, width = x_BSHD.shape
         given = x_BSHD.new_zeros(ranks * longest, rows, heads, width)
         places_S = _places_held(ranks, length).to(x_BSHD.device)
         given[places_S] = x_BSHD.transpose(0, 1)
         given = given.view(ranks, longest, rows, heads, width)
-        taken = self._exchange(given)[:, : own_length(self._rank, ranks, length)]
+        taken = self._exchange(given)[:, : own_length(self.rank, ranks, length)]
         return taken.permute(2, 1, 0, 3, 4).flatten(2, 3)
 
     def _exchange(self, given: Tensor) -> Tensor:
         taken = torch.empty_like(given)
         self._comm.alltoall(given, taken)
-        self.moved_bytes += given.nbytes * (self._ranks - 1) // self._ranks
+        self.moved_bytes += given.nbytes * (self.ranks - 1) // self.ranks
         return taken
 
     def close(self) -> None:
-        """Free the communicator. Every rank of the axis calls it, last."""
         self._comm.free()
 
 
-# Under another name: the models' own entry, with the heads of this rank alone.
-_entry = attend
-
-
-@cache
+# An evaluation has rows of many lengths.
+@lru_cache(64)
 def _places_held(ranks: int, length: int) -> Tensor:
     """Return, for each position of a sequence, its place in the shares of all ranks, each as long
     as the longest.
@@ -122,29 +102,3 @@ def _places_held(ranks: int, length: int) -> Tensor:
         own = own_positions(rank, ranks, length)
         places[own] = rank * longest + np.arange(len(own))
     return torch.from_numpy(places)
-
-
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BTHD: Tensor, exchange: HeadExchange, length: int) -> Tensor:
-        ctx.given = exchange, length
-        return exchange.to_heads(x_BTHD, length)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BSHD: Tensor) -> tuple[Tensor, None, None]:
-        exchange, length = ctx.given
-        return exchange.to_positions(grad_BSHD, length), None, None
-
-
-class _ToPositions(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BSHD: Tensor, exchange: HeadExchange, length: int) -> Tensor:
-        ctx.given = exchange, length
-        return exchange.to_positions(x_BSHD, length)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BTHD: Tensor) -> tuple[Tensor, None, None]:
-        exchange, length = ctx.given
-        return exchange.to_heads(grad_BTHD, length), None, None

@@ -20,21 +20,21 @@ from torch.autograd.function import once_differentiable
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Axis
 from mpillm.comm.selection import Profile
-from mpillm.models.layers.attention import CAUSAL, Pattern
+from mpillm.models.layers.attention import Pattern
 from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.parallel.context.block_kernel import JoinedPieces, Piece, piece_gradients
+from mpillm.parallel.context.rank_attention import RankAttention
 from mpillm.parallel.context.ring_memory import RingMemory
 from mpillm.parallel.context.ring_pieces import make_pieces
 from mpillm.parallel.context.ring_steps import step_of
 from mpillm.parallel.context.ring_visits import GradientSums, visits
 
 
-class Ring:
-    """The ring of one rank, for all attentions of its parts. Every rank of `axis` makes it.
+class Ring(RankAttention):
+    """The ring of one rank.
 
-    All ranks attend in the same order, with sequences of the same shapes. `numbers`: of the largest
-    keys and values of a rank, of elements of `itemsize` bytes. `shares`: whether the ranks of a
-    node may share memory. `profile`, `debug`, `warn`: as in Communicator.
+    `numbers`: of the largest keys and values of a rank, of elements of `itemsize` bytes. `shares`:
+    whether the ranks of a node may share memory. `profile`, `debug`, `warn`: as in Communicator.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Ring:
         debug: bool = False,
         warn: Callable[[str], None] = silent,
     ) -> None:
-        self.rank, self.ranks = axis.rank, axis.size
+        super().__init__(axis)
         self.memory = RingMemory(
             axis,
             numbers * itemsize,
@@ -58,31 +58,20 @@ class Ring:
             debug=debug,
             warn=warn,
         )
-        self.length = 0
-        """Positions of the whole sequences that are computed; 0: as many as each rank has, each."""
         self._pieces: WeakKeyDictionary[DocumentSpans, dict[Any, list[Piece]]]
         self._pieces = WeakKeyDictionary()
         self._plain: dict[Any, list[Piece]] = {}
         self._plain_length = 0
 
-    def attend(
+    def attend_over(
         self,
         q_BTHD: Tensor,
         k_BTKD: Tensor,
         v_BTKD: Tensor,
-        pattern: Pattern = CAUSAL,
-        spans: DocumentSpans | None = None,
-        cache: None = None,
-        first: int = 0,
-        keys: object = None,
-        bias: None = None,
+        pattern: Pattern,
+        spans: DocumentSpans | None,
+        length: int,
     ) -> Tensor:
-        """Attend as `models.layers.attention.attend` does, over all ranks; return (B, T, H, D).
-
-        `spans`: of the whole sequences.
-        """
-        assert (cache, bias) == (None, None), "ranks share whole sequences without a bias"
-        length = self.length or self.ranks * q_BTHD.shape[1]
         out: Tensor = _RingAttention.apply(  # type: ignore[no-untyped-call]
             q_BTHD, k_BTKD, v_BTKD, self, pattern, spans, length
         )
@@ -104,7 +93,6 @@ class Ring:
         return known[key]
 
     def close(self) -> None:
-        """Free shared memory and communicators. Every rank of the axis calls it, last."""
         self.memory.close()
 
 

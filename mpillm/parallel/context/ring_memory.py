@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # A vector register of AVX-512, and a cache line: no row begins within one.
 ALIGN_BYTES = 64
 KEYS_TAG, SUMS_TAG = 0, 1
+# Training prepares few messages. An evaluation has rows of many lengths.
+MOST_PREPARED = 64
 
 
 class RingMemory:
@@ -147,6 +149,8 @@ class _NextNode:
         key = tag, given.data_ptr(), taken.data_ptr(), given.numel(), taken.numel()
         with self._thread.paused():
             if key not in self._prepared:
+                if len(self._prepared) >= MOST_PREPARED and not self._flying:
+                    self._prepared.clear()
                 ends = given.flatten(), self._to, taken.flatten(), self._source
                 self._prepared[key] = self._comm.prepare_exchange(*ends, tag=tag)
             passing = self._prepared[key].start()

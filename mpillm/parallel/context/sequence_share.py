@@ -12,6 +12,7 @@ from mpillm.models.layers.attention import Attention
 from mpillm.models.part_module import Fields, PartModule
 from mpillm.parallel.context.context_traffic import choose_kind, own_heads
 from mpillm.parallel.context.head_exchange import HeadExchange
+from mpillm.parallel.context.rank_attention import RankAttention
 from mpillm.parallel.context.ring_attention import Ring
 from mpillm.parallel.context.zigzag import longest_length, own_length, own_positions
 from mpillm.parallel.settings import ParallelSettings
@@ -48,7 +49,7 @@ class SequenceShare:
         shape, debug = spec.attention_shape, settings.debug
         _, kv_heads, width = own_heads(shape, tensor)
         self.kind = choose_kind(settings.context_kind, axis.size, shape, tensor, device.type)
-        self.attention: Ring | HeadExchange
+        self.attention: RankAttention
         if self.kind == "ring":
             numbers = 2 * rows * longest_length(axis.size, spec.context) * kv_heads * width
             self.attention = Ring(

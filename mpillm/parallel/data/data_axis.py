@@ -4,24 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from mpillm.models.spec import ModelSpec
-from mpillm.parallel.parallel_axis import MessageBytes, ParallelAxis, RankTimes
+from mpillm.parallel.parallel_axis import BatchAxis, MessageBytes, RankTimes, mean_parameters
 
 
-class DataAxis(ParallelAxis):
+class DataAxis(BatchAxis):
     """The axis whose ranks hold replicas of the weights and share the batch."""
 
     name: ClassVar[str] = "data"
     shares_tokens: ClassVar[bool] = True
-    shares_batch: ClassVar[bool] = True
+    members: ClassVar[str] = "ranks"
     optional: ClassVar[bool] = False
-
-    def shares(self, model: ModelSpec, batch: int) -> str:
-        return f"a batch of {batch} sequences"
-
-    def fault(self, size: int, model: ModelSpec, batch: int) -> str:
-        if batch % size == 0:
-            return ""
-        return f"a global batch of {batch} sequences cannot be shared by {size} ranks"
 
     def traffic_bytes(
         self,
@@ -32,8 +24,7 @@ class DataAxis(ParallelAxis):
         element: MessageBytes,
     ) -> float:
         data = sizes[self.name]
-        shares = sizes.get("pipeline", 1) * sizes.get("tensor", 1)
-        gradients = element.gradient * model.parameters / shares
+        gradients = element.gradient * mean_parameters(model, sizes)
         return element.sends * gradients * (data - 1) / data
 
     def wait_seconds(self, times: RankTimes, groups: Sequence[Sequence[int]]) -> float:

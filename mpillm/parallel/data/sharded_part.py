@@ -5,7 +5,8 @@ ranks: a rank whose graph has another order keeps its gradients where autograd p
 """
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -107,22 +108,16 @@ class ShardedPart:
         for unit in self.units:
             row = values[: self._shards * (unit.last - unit.first)]
             gather, arriving = group.prepare_gather(row, once_a_node)
-            if not arriving:
-                continue
+            if arriving:
+                self._gathers.append(partial(self._pass_on, unit, row, gather, arriving))
 
-            def run(
-                unit: Unit = unit,
-                row: Tensor = row,
-                gather: Action = gather,
-                arriving: list[int] = arriving,
-            ) -> None:
-                for here, there in self._places(unit, row, [self._shard]):
-                    there.copy_(here)
-                gather()
-                for here, there in self._places(unit, row, arriving):
-                    here.copy_(there)
-
-            self._gathers.append(run)
+    def _pass_on(self, unit: Unit, row: Tensor, gather: Action, arriving: list[int]) -> None:
+        """Gather the values of a unit by `row`."""
+        for here, there in self._places(unit, row, [self._shard]):
+            there.copy_(here)
+        gather()
+        for here, there in self._places(unit, row, arriving):
+            here.copy_(there)
 
     def _places(
         self, unit: Unit, row: Tensor, shards: Sequence[int]
@@ -247,9 +242,9 @@ class ShardedPart:
         self.gradient = torch.empty(0)
 
 
-def _then(sums: Action, change: "object", block: Tensor) -> Action:
+def _then(sums: Action, change: Callable[[Tensor], Tensor], block: Tensor) -> Action:
     def run() -> None:
         sums()
-        change(block)  # type: ignore[operator]
+        change(block)
 
     return run

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpillm.comm.shared.segment import share_segment
 from mpillm.parallel.data.shard_group import ShardGroup
@@ -58,8 +58,3 @@ def aliases(weights: Sequence[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]
         if other is not weight and weight.numel():
             found[weight] = other
     return found
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """Return a contiguous tensor as one dim, over the same memory."""
-    return tensor.view(-1)

@@ -25,7 +25,7 @@ from mpillm.parallel.data.norm_tails import NormTails
 from mpillm.parallel.data.shard_group import ShardGroup
 from mpillm.parallel.data.shard_layout import UNIT_BYTES, Deal
 from mpillm.parallel.data.sharded_part import ShardedPart
-from mpillm.parallel.data.weight_pages import aliases, flat, place_alone, place_once_a_node
+from mpillm.parallel.data.weight_pages import aliases, place_alone, place_once_a_node
 from mpillm.parallel.settings import ParallelSettings
 
 
@@ -199,10 +199,10 @@ class ZeroGradients(GradientSync):
         part, number = self._home[weight]
         own = part.run_of(number)
         cut = slice(own.first, own.first + own.count) if self._once_a_node else slice(None)
-        flat(weight.data)[cut] = flat(values)[cut].to(weight.device)
+        weight.data.view(-1)[cut] = values.view(-1)[cut].to(weight.device)
         if weight in self._masters:
-            run = flat(values)[own.first : own.first + own.count]
-            flat(self._masters[weight].data).copy_(run)
+            run = values.view(-1)[own.first : own.first + own.count]
+            self._masters[weight].data.view(-1).copy_(run)
 
     def optimizer_weights(
         self,
@@ -219,7 +219,7 @@ class ZeroGradients(GradientSync):
             run = part.run_of(number)
             if not run.count:
                 continue
-            own = flat(weight.data)[run.first : run.first + run.count]
+            own = weight.data.view(-1)[run.first : run.first + run.count]
             if self._dtype != torch.float32:
                 own = torch.zeros(run.count, dtype=torch.float32, device=weight.device)
             # A whole weight keeps its shape, which an optimizer of matrices reads.
@@ -245,7 +245,7 @@ class ZeroGradients(GradientSync):
         for weight, master in self._masters.items():
             part, number = self._home[weight]
             run = part.run_of(number)
-            flat(weight.data)[run.first : run.first + run.count] = flat(master.data)
+            weight.data.view(-1)[run.first : run.first + run.count] = master.data.view(-1)
         for part in self._parts:
             part.gather()
         if self._once_a_node:

@@ -8,20 +8,19 @@ whole model, and their gradients are summed over the ranks that own the same.
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Axis
 from mpillm.comm.selection import Profile
 from mpillm.models.layers.mixture import Mixture
 from mpillm.models.part_module import PartModule
+from mpillm.parallel.exchanged import exchanged
 from mpillm.parallel.expert.expert_groups import own_experts
 from mpillm.parallel.expert.token_exchange import TokenExchange
-from mpillm.parallel.expert.token_routes import TokenRoutes
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -79,15 +78,15 @@ class ExpertParallel:
         routes = exchange.routes(counts)
         arriving = exchange.start_to_owners(x_MC, routes)
 
+        there, back = (
+            partial(pass_on, routes=routes) for pass_on in (exchange.to_owners, exchange.to_senders)
+        )
+
         def finish() -> Tensor:
-            x_RC = _ToOwners.apply(  # type: ignore[no-untyped-call]
-                x_MC, exchange, routes, arriving
-            )
+            # The rows are on their way.
+            x_RC = exchanged(x_MC, lambda _: arriving(), back)
             y_RC = mixture.compute(x_RC, routes.counts_of(self.group.rank))
-            y_MC: Tensor = _ToSenders.apply(  # type: ignore[no-untyped-call]
-                y_RC, exchange, routes
-            )
-            return y_MC
+            return exchanged(y_RC, back, there)
 
         return finish
 
@@ -103,37 +102,3 @@ def _part(axis: Axis, name: str, ranks: range) -> Axis:
     comm: MPI.Intracomm = axis.comm.Split(ranks[0], axis.rank)  # type: ignore[assignment]
     node_map = None if axis.node_map is None else axis.node_map.of_ranks(ranks)
     return Axis(name, len(ranks), ranks.index(axis.rank), comm, node_map)
-
-
-class _ToOwners(torch.autograd.Function):
-    """Pass rows to the owners of their experts, and gradients of rows back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_MC: Tensor,
-        exchange: TokenExchange,
-        routes: TokenRoutes,
-        arriving: Callable[[], Tensor],
-    ) -> Tensor:
-        ctx.exchange, ctx.routes = exchange, routes
-        return arriving()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.exchange.to_senders(gradient, ctx.routes), None, None, None
-
-
-class _ToSenders(torch.autograd.Function):
-    """Pass the results of rows back to their senders, and gradients to the owners."""
-
-    @staticmethod
-    def forward(ctx: Any, y_RC: Tensor, exchange: TokenExchange, routes: TokenRoutes) -> Tensor:
-        ctx.exchange, ctx.routes = exchange, routes
-        return exchange.to_senders(y_RC, routes)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.exchange.to_owners(gradient, ctx.routes), None, None

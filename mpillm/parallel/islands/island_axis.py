@@ -4,23 +4,15 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from mpillm.models.spec import ModelSpec
-from mpillm.parallel.parallel_axis import MessageBytes, ParallelAxis
+from mpillm.parallel.parallel_axis import BatchAxis, MessageBytes, mean_parameters
 
 
-class IslandAxis(ParallelAxis):
+class IslandAxis(BatchAxis):
     """The axis whose ranks share the batch, and average their weights once a round."""
 
     name: ClassVar[str] = "island"
-    shares_batch: ClassVar[bool] = True
+    members: ClassVar[str] = "islands"
     trains_apart: ClassVar[bool] = True
-
-    def shares(self, model: ModelSpec, batch: int) -> str:
-        return f"a batch of {batch} sequences"
-
-    def fault(self, size: int, model: ModelSpec, batch: int) -> str:
-        if batch % size == 0:
-            return ""
-        return f"a global batch of {batch} sequences cannot be shared by {size} islands"
 
     def traffic_bytes(
         self,
@@ -33,6 +25,5 @@ class IslandAxis(ParallelAxis):
         """Count the all-reduce of a round, as its share of a step."""
         # As of a ring (Patarasuk & Yuan 2009): each rank sends what it holds about twice.
         islands = sizes.get(self.name, 1)
-        shares = sizes.get("pipeline", 1) * sizes.get("tensor", 1)
-        differences = element.difference * model.parameters / shares
+        differences = element.difference * mean_parameters(model, sizes)
         return 2 * differences * (islands - 1) / islands

@@ -5,15 +5,14 @@ These are functions of autograd, each the other's backward pass: an all-gather a
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mpillm.comm.communicator import Communicator, silent
 from mpillm.comm.mesh import Axis
+from mpillm.parallel.exchanged import Exchange, exchanged
 from mpillm.parallel.tensor.message_streams import MessageStreams
 from mpillm.parallel.tensor.shared_streams import SharedStreams
 from mpillm.parallel.tensor.stream_split import StreamSplit, choose_split
@@ -121,25 +120,29 @@ class TensorStream:
 
     def gathered(self, own: Tensor) -> Tensor:
         """Return the whole stream (B, T, C); its gradients are summed over the ranks."""
-        whole: Tensor = _Gathered.apply(own, self)  # type: ignore[no-untyped-call]
-        return whole
+        there, back = self._exchanges()
+        return exchanged(own, there, back)
 
     def reduced(self, partial: Tensor) -> Tensor:
         """Return the own part of the sum of `partial` (B, T, C) over the ranks."""
-        own: Tensor = _Reduced.apply(partial, self)  # type: ignore[no-untyped-call]
-        return own
+        there, back = self._exchanges()
+        return exchanged(partial, back, there)
+
+    def _exchanges(self) -> tuple[Exchange, Exchange]:
+        """Return the all-gather and the reduce-scatter of the microbatch that was entered."""
+        # A backward pass may come after the forward pass of a microbatch of another shape.
+        split = self.split
+        return (lambda own: self.gather(own, split)), (lambda partial: self.reduce(partial, split))
 
     def all_keys(self, keys_B: Tensor) -> Tensor:
         """Return the dropout keys of all rows, from those of the own ones."""
         split = self.split
         if split.dim:
             return keys_B
-        most = max(map(split.count, range(self.size)))
-        every = keys_B.new_zeros((self.size, most))
-        own = keys_B.new_zeros(most)
-        own[: len(keys_B)] = keys_B
-        self._group.allgather(own, every)
-        return torch.cat([every[rank, : split.count(rank)] for rank in range(self.size)])
+        # Rows are dealt out where the ranks divide them: each has as many.
+        every = keys_B.new_empty((self.size, len(keys_B)))
+        self._group.allgather(keys_B.contiguous(), every)
+        return every.flatten()
 
     def close(self) -> None:
         """Drop shared memory and prepared messages: parts refer to the stream, and are freed
@@ -147,32 +150,3 @@ class TensorStream:
         """
         self._shared.clear()
         self._messages.close()
-
-
-class _Gathered(torch.autograd.Function):
-    """All-gather; the backward pass is a reduce-scatter."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, stream: TensorStream) -> Tensor:
-        # A backward pass may come after the forward pass of a microbatch of another shape.
-        ctx.stream, ctx.split = stream, stream.split
-        return stream.gather(own, stream.split)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.stream.reduce(gradient, ctx.split), None
-
-
-class _Reduced(torch.autograd.Function):
-    """Reduce-scatter; the backward pass is an all-gather."""
-
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, stream: TensorStream) -> Tensor:
-        ctx.stream, ctx.split = stream, stream.split
-        return stream.reduce(partial, stream.split)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.stream.gather(gradient, ctx.split), None

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mpillm.comm.communicator import Communicator
 from mpillm.comm.persistent import PersistentCollective
 from mpillm.models.linear_head import VocabularyShard
+from mpillm.parallel.exchanged import exchanged
 from mpillm.parallel.tensor.weight_cuts import WeightCut, column_bounds
 
 
@@ -26,9 +26,12 @@ class ShardExchange:
         bounds = column_bounds(cut.shape[0], self._group.size)
         counts = [stop - first for first, stop in pairwise(bounds)]
 
+        def own(gradient: Tensor) -> Tensor:
+            # All ranks compute the same from the joined logits: each takes its own part.
+            return torch.split(gradient, counts, -1)[self._group.rank]
+
         def join(logits: Tensor) -> Tensor:
-            joined: Tensor = _Joined.apply(logits, self._group, counts)  # type: ignore[no-untyped-call]
-            return joined
+            return exchanged(logits, lambda given: self._join(given, counts), own)
 
         most = max(counts)
         return VocabularyShard(
@@ -51,23 +54,10 @@ class ShardExchange:
         prepared.run()
         values.copy_(buffer)
 
-
-class _Joined(torch.autograd.Function):
-    """Gather logits (…, v) of all ranks along the vocabulary.
-
-    All ranks compute the same from them, so each takes its own part of the gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, group: Communicator, counts: list[int]) -> Tensor:
-        ctx.counts, ctx.rank = counts, group.rank
+    def _join(self, logits: Tensor, counts: list[int]) -> Tensor:
+        """Gather logits (…, v) of all ranks along the vocabulary."""
         own = logits.new_zeros((*logits.shape[:-1], max(counts)))
         own[..., : logits.shape[-1]] = logits
-        every = own.new_empty((group.size, *own.shape))
-        group.allgather(own, every)
+        every = own.new_empty((self._group.size, *own.shape))
+        self._group.allgather(own, every)
         return torch.cat([each[..., :n] for each, n in zip(every, counts, strict=True)], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return torch.split(gradient, ctx.counts, -1)[ctx.rank], None, None

@@ -37,7 +37,7 @@ def test_each_weight_is_summed_over_its_ranks_and_counts_once(
         dense, expert = nn.Parameter(torch.ones(64, 50)), nn.Parameter(torch.ones(7, 3))
         named = {"dense": dense, "expert": expert}
         one = (
-            ZeroGradients([{"dense": dense}], axis, SETTINGS, torch.float32)
+            ZeroGradients([{"dense": dense}], axis, SETTINGS)
             if zero
             else ReplicatedGradients([[dense]], axis, SETTINGS)
         )

@@ -1,6 +1,5 @@
 """Runs whose layers are cut along the tensor axis, compared with runs on one rank."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from mpillm.machine.node_map import NodeMap
 from mpillm.system.console import Console
 from mpillm.train.recipe import Recipe, parse_recipe
 from mpillm.train.setup import train
-from mpillm.weights.finding import find
+from tests.train.run_results import metrics, whole_tensors
 
 pytestmark = pytest.mark.slow("trains whole runs, one for each layout")
 
@@ -49,24 +48,12 @@ def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe
     return parse_recipe(table, "test")
 
 
-def metrics(run: Path, *keys: str) -> list[list[float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [[line[key] for key in keys] for line in lines if set(keys) <= set(line)]
-
-
 def check_equal(run: Path, alone: Path, far: float) -> None:
     for keys in (("loss", "grad_norm"), ("validation_loss",)):
         expected, found = metrics(alone, *keys), metrics(run, *keys)
         assert len(found) == len(expected) > 0
         for one, other in zip(found, expected, strict=True):
             assert one == pytest.approx(other, rel=far)
-
-
-def whole_tensors(run: Path, comm: MPI.Intracomm) -> dict[str, torch.Tensor]:
-    checkpoint = find(run, comm, QUIET)
-    tensors = {name: torch.zeros(each.shape) for name, each in checkpoint.tensors.items()}
-    checkpoint.load(tensors)
-    return tensors
 
 
 def llama_layouts(ranks: int) -> list[dict[str, dict[str, object]]]:
