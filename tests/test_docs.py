@@ -18,6 +18,7 @@ from mpillm.doctor.check_base import Check
 from mpillm.launch.schedulers.scheduler_catalog import load_scheduler
 from mpillm.models.model_catalog import spec_class
 from mpillm.parallel.pipeline.schedule_catalog import make_schedule
+from mpillm.runs.metrics import MetricsSink
 from mpillm.system.command_line import command_parameters
 from mpillm.system.plugins import load_plugin
 from mpillm.tasks.metrics.metric import Metric
@@ -197,6 +198,12 @@ def test_the_examples_of_extending_work(tmp_path: Path, monkeypatch: pytest.Monk
     assert sum(weight.numel() for weight in spec.build().parameters()) == spec.parameters
     assert make_task("my_task:EvenTargets").metrics == ("loss", "my_metric:Accuracy")
     assert issubclass(load_plugin("my_metric:Accuracy", {}, "metric"), Metric)
+    sink = load_plugin("my_sink:LossTable", {}, "sink")()
+    assert isinstance(sink, MetricsSink)
+    sink.open(tmp_path, 0)
+    sink.add({"step": 1, "loss": 0.5})
+    sink.close()
+    assert (tmp_path / "loss.csv").read_text() == "1,0.5\n"
     weights = dict(spec.build().named_weights())
     optimizer = optimizer_class("my_optimizer:MomentumSettings")().build(weights)
     for weight in weights.values():

@@ -64,7 +64,14 @@ def recipe(data: Path, run: Path, **parallel: object) -> Recipe:
             "decay_share": 0.0,
         },
         "data": {"path": str(data)},
-        "train": {"run": str(run), "steps": STEPS, "batch": 12, "microbatch": 1, "save_every": 3},
+        "train": {
+            "run": str(run),
+            "sinks": [],
+            "steps": STEPS,
+            "batch": 12,
+            "microbatch": 1,
+            "save_every": 3,
+        },
         "parallel": parallel,
     }
     return parse_recipe(table, "toy")

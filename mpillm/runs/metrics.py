@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mpillm.errors import MpillmError
-from mpillm.runs.sink_catalog import SINKS
+from mpillm.runs.sink_catalog import DEFAULT, LINES, SINKS
 from mpillm.system.console import Console
 from mpillm.system.json_lines import JsonLines, read_json_lines, real_number, whole_number
 from mpillm.system.messages import explain
@@ -66,9 +66,9 @@ class MetricsWriter:
         last_step: int,
         writes: bool,
         console: Console | None = None,
-        sinks: Sequence[str] = tuple(SINKS),
+        sinks: Sequence[str] = DEFAULT,
     ) -> None:
-        """Open the sinks, each a name of the catalogue or `package.module:Name`.
+        """Open metrics.jsonl and `sinks`, each a name of the catalogue or `package.module:Name`.
 
         Prints one line for each sink whose package is missing. Raises UsageError for an unknown
         sink, and where metrics.jsonl cannot be written.
@@ -76,7 +76,8 @@ class MetricsWriter:
         self._console = console or Console()
         self._sinks: dict[str, MetricsSink] = {}
         self._warned: set[str] = set()
-        for name in sinks if writes else ():
+        # A picture is drawn from the lines of metrics.jsonl, which is closed first.
+        for name in dict.fromkeys((LINES, *sinks)) if writes else ():
             sink = load_class(name, SINKS, "metrics sink", MetricsSink)()  # type: ignore[type-abstract]
             try:
                 sink.open(run, last_step)

@@ -149,8 +149,10 @@ class TrainingLoop:
             trace = self._folder / TRACE
             self._note(lambda: self._step_trace.write_json(trace, self._console))
         if not reason:
-            metrics, picture = self._folder / METRICS, self._folder / PICTURE
-            self._console.say(f"finished: {self._last_saved}, {metrics}, {picture}")
+            left = f"{self._last_saved}, {self._folder / METRICS}"
+            if PICTURE in self._recipe.train.sinks:
+                left += f", {self._folder / PICTURE}"
+            self._console.say(f"finished: {left}")
         return reason
 
     def _run_steps(self, steps: int, overdue: bool) -> str:
@@ -197,7 +199,8 @@ class TrainingLoop:
         made: list[MetricsWriter] = []
 
         def make() -> None:
-            made.append(MetricsWriter(self._folder, self._done, True, self._console))
+            sinks = self._recipe.train.sinks
+            made.append(MetricsWriter(self._folder, self._done, True, self._console, sinks))
 
         on_root(self._comm, make)
         return made[0] if made else MetricsWriter(self._folder, self._done, writes=False)

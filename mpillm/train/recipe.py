@@ -25,7 +25,9 @@ from mpillm.launch.walltime import seconds_of
 from mpillm.models import model_catalog
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.settings import ParallelSettings
+from mpillm.runs import sink_catalog
 from mpillm.system.messages import command
+from mpillm.system.plugins import is_plugin
 from mpillm.tasks.task_catalog import TaskSettings
 from mpillm.train.optimizers import optimizer_catalog
 from mpillm.train.optimizers.optimizer import OptimizerSettings
@@ -108,6 +110,8 @@ class TrainSettings:
     """0: only at the end."""
     keep: Positive = 3
     """How many checkpoints stay."""
+    sinks: tuple[str, ...] = sink_catalog.DEFAULT
+    """Where metrics go next to metrics.jsonl; a sink of your own is named package.module:Name."""
     time_limit: str = ""
     """How long the job may take, such as 1:30:00 or 90m: the run saves and stops before it. Empty:
     as long as the batch system says.
@@ -123,6 +127,12 @@ class TrainSettings:
             raise RecipeError(
                 f"gpus = {self.gpus!r}: name the GPUs by number with commas between, such as 0,2,1"
             )
+        for name in self.sinks:
+            if name not in sink_catalog.SINKS and not is_plugin(name):
+                raise RecipeError(
+                    f"sinks names {name!r}, and the sinks of metrics are "
+                    f"{', '.join(sink_catalog.SINKS)}, or your own as package.module:Name"
+                )
         if self.fixed_order and self.reduce_dtype != "float32":
             raise RecipeError(
                 "fixed_order = true keeps the bits of sums in float32, and reduce_dtype = "

@@ -47,7 +47,7 @@ def trained(shared_folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
         "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "context": 48},
         "data": {"path": str(out)},
         "optimizer": {"learning_rate": 5e-3, "warmup_steps": 5},
-        "train": {"run": str(folder / "run"), "steps": 30, "batch": 12},
+        "train": {"run": str(folder / "run"), "sinks": [], "steps": 30, "batch": 12},
     }
     train(parse_recipe(table, "test"), comm, QUIET)
     return folder / "run"

@@ -33,7 +33,13 @@ def trained(shared_folder: Path, documents: Path, comm: MPI.Intracomm) -> Path:
     table = {
         "model": {"layers": 2, "width": 16, "heads": 2, "context": 16, "tied": False},
         "data": {"path": str(folder / "data")},
-        "train": {"run": str(folder / "run"), "steps": 2, "batch": 12, "save_every": 1},
+        "train": {
+            "run": str(folder / "run"),
+            "sinks": [],
+            "steps": 2,
+            "batch": 12,
+            "save_every": 1,
+        },
     }
     train(parse_recipe(table, "test"), comm, QUIET)
     comm.Barrier()

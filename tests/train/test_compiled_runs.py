@@ -21,7 +21,7 @@ def recipe(data: Path, run: Path, **settings: object) -> Recipe:
         "model": {"layers": 2, "width": 32, "heads": 4, "context": 32},
         "data": {"path": str(data)},
         "optimizer": {"warmup_steps": 1},
-        "train": {"run": str(run), "steps": 4, "batch": 12, **settings},
+        "train": {"run": str(run), "sinks": [], "steps": 4, "batch": 12, **settings},
     }
     return parse_recipe(table, "test")
 
@@ -58,7 +58,7 @@ def test_what_does_not_compile_is_refused(
     table: dict[str, dict[str, object]] = {
         "model": {"layers": 2, "width": 32, "heads": 4, "context": 32},
         "data": {"path": str(data)},
-        "train": {"run": str(folder / "run"), "compile": True, "batch": 12},
+        "train": {"run": str(folder / "run"), "sinks": [], "compile": True, "batch": 12},
     }
     table[section][key] = value
     with pytest.raises(RecipeError, match=reason):

@@ -19,7 +19,7 @@ def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe
         "model": {"layers": 8, "width": 16, "heads": 2, "context": 24, **DROPS},
         "data": {"path": str(dataset), "document_mask": True},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "schedule": "linear"},
-        "train": {"run": str(run), "steps": 4, "batch": 12, "microbatch": 1},
+        "train": {"run": str(run), "sinks": [], "steps": 4, "batch": 12, "microbatch": 1},
     }
     for name, section in sections.items():
         table[name] = {**table.get(name, {}), **section}

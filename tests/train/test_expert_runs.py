@@ -33,7 +33,7 @@ def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe
         "model": {"layers": 2, "width": 32, "heads": 2, "context": 16, "hidden": 24, "experts": 8},
         "data": {"path": str(dataset)},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
-        "train": {"run": str(run), "steps": STEPS, "batch": 12, "evaluate_every": 5},
+        "train": {"run": str(run), "sinks": [], "steps": STEPS, "batch": 12, "evaluate_every": 5},
     }
     for name, section in sections.items():
         table[name] = {**table.get(name, {}), **section}

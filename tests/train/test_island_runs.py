@@ -23,7 +23,7 @@ def recipe(dataset: Path, run: Path, islands: int, /, **sections: dict[str, obje
         "model": {"layers": 2, "width": 16, "heads": 2, "context": 24},
         "data": {"path": str(dataset)},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
-        "train": {"run": str(run), "steps": 4, "batch": 12 if islands % 3 == 0 else 8},
+        "train": {"run": str(run), "sinks": [], "steps": 4, "batch": 12 if islands % 3 == 0 else 8},
         "parallel": {"island": islands, "island_every": EVERY},
     }
     for name, section in sections.items():

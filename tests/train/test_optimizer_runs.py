@@ -47,6 +47,7 @@ def recipe(dataset: Path, run: Path, name: str, **sections: dict[str, object]) -
         "optimizer": {"name": name, "learning_rate": rate, **STEADY},
         "train": {
             "run": str(run),
+            "sinks": [],
             "steps": STEPS,
             "batch": 12,
             "microbatch": 1,

@@ -31,6 +31,7 @@ def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 5},
         "train": {
             "run": str(run),
+            "sinks": [],
             "steps": STEPS,
             "batch": 8,
             "microbatch": 1,

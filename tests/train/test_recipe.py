@@ -74,6 +74,7 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
         ("train.stpes=5", r"unknown key train\.stpes, did you mean steps\?"),
         ("trian.steps=5", r"unknown key trian, did you mean train\?"),
         ("model.shap=5", r"did you mean shape\?"),
+        ('train.sinks=["loss.pgn"]', "the sinks of metrics are metrics.jsonl, TensorBoard"),
         ("train.steps=many", "train.steps = 'many': input should be a valid integer"),
         ("train.steps=1.5", "train.steps = 1.5"),
         ("train.steps=true", "train.steps = True"),

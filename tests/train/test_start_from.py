@@ -30,7 +30,13 @@ def recipe(folder: Path, data: Path, start: Path, **sections: dict[str, Any]) ->
     table: dict[str, dict[str, Any]] = {
         "data": {"path": str(data)},
         "optimizer": {"learning_rate": 1e-12, "weight_decay": 0.0, "warmup_steps": 0},
-        "train": {"run": str(folder / "run"), "steps": 1, "batch": 12, "start_from": str(start)},
+        "train": {
+            "run": str(folder / "run"),
+            "sinks": [],
+            "steps": 1,
+            "batch": 12,
+            "start_from": str(start),
+        },
     }
     for name, keys in sections.items():
         table.setdefault(name, {}).update(keys)

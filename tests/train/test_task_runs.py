@@ -118,6 +118,7 @@ def recipe(
         "data": {"path": str(data)},
         "train": {
             "run": str(run),
+            "sinks": [],
             "steps": steps,
             "batch": 12,
             "microbatch": 3,

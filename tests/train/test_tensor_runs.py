@@ -41,7 +41,7 @@ def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe
         "model": LLAMA,
         "data": {"path": str(dataset)},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 5},
-        "train": {"run": str(run), "steps": STEPS, "batch": 12},
+        "train": {"run": str(run), "sinks": [], "steps": STEPS, "batch": 12},
     }
     for name, section in sections.items():
         table[name] = {**table.get(name, {}), **section}

@@ -45,6 +45,7 @@ def trained(run: Path, data: Path, comm: MPI.Intracomm, pipeline: int) -> list[l
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
         "train": {
             "run": str(run),
+            "sinks": [],
             "steps": 8,
             "batch": 12,
             "microbatch": 1,

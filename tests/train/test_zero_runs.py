@@ -24,7 +24,7 @@ def recipe(dataset: Path, run: Path, /, **sections: dict[str, object]) -> Recipe
         "model": {"layers": 2, "width": 192, "heads": 2, "context": 16},
         "data": {"path": str(dataset)},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
-        "train": {"run": str(run), "steps": STEPS, "batch": 12, "evaluate_every": 2},
+        "train": {"run": str(run), "sinks": [], "steps": STEPS, "batch": 12, "evaluate_every": 2},
     }
     for name, section in sections.items():
         table[name] = {**table.get(name, {}), **section}
