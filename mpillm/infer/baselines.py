@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mpillm.infer.evaluate import Score
+from mpillm.infer.scores.score import Score
 from mpillm.tasks.metrics.metric import Metric, Totals
 from mpillm.tokens.reader import TokenReader
 

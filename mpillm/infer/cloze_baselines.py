@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mpillm.infer.baselines import Baselines, read_tokens
-from mpillm.infer.evaluate import Score
+from mpillm.infer.scores.score import Score
 from mpillm.tasks.masked_lm import MaskedLM
 from mpillm.tasks.metrics.metric import Metric, Totals
 from mpillm.tokens.reader import TokenReader
@@ -87,7 +87,7 @@ class _Sums:
         self._metrics = metrics
         self._losses: list[float] = []
         self._weight = 0
-        self._of_metrics: list[list[Sequence[float]]] = [[] for _ in metrics]
+        self._of_metrics: list[list[Array]] = [[] for _ in metrics]
 
     def add(self, shares_NV: Array, targets_N: Array) -> None:
         """Add positions by their probabilities, not normalised."""
@@ -97,12 +97,12 @@ class _Sums:
         self._losses.append(-float(own_N.sum()))
         self._weight += len(targets_N)
         for metric, sums in zip(self._metrics, self._of_metrics, strict=True):
-            sums.append(metric.of_batch([logs_NV], {"targets": targets_N}))
+            sums.append(metric.of_rows([logs_NV], {"targets": targets_N}).sum(0))
 
     def score(self) -> Score:
         totals = Totals(math.fsum(self._losses), float(self._weight), 0)
         values = {
-            metric.name: metric.value([math.fsum(c) for c in zip(*sums, strict=True)], totals)
+            metric.name: metric.value(np.sum(sums, 0), totals)
             for metric, sums in zip(self._metrics, self._of_metrics, strict=True)
         }
         return Score(totals, values)

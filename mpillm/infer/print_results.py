@@ -10,11 +10,12 @@ from mpillm.comm.waiting import patient_barrier
 from mpillm.errors import UsageError
 from mpillm.infer.baselines import Baselines, score_baselines
 from mpillm.infer.cloze_baselines import score_cloze_baselines
-from mpillm.infer.evaluate import Score, WholeModel, evaluate
+from mpillm.infer.evaluate import WholeModel, evaluate
 from mpillm.infer.generate import generate
 from mpillm.infer.imported_task import check_evaluated
 from mpillm.infer.loading import Loaded, check_classes, load_data, load_trained, open_of
 from mpillm.infer.sampling import Sampling, check_prompt
+from mpillm.infer.scores.score import Score
 from mpillm.infer.task_checks import check_task
 from mpillm.machine.node_map import map_nodes
 from mpillm.models.part_module import torch_explained
@@ -80,7 +81,7 @@ def print_evaluation(
         # One JSON object is all that --json prints: no progress bar.
         progress = Console(speaks=False) if as_json else console
         scorer = WholeModel(loaded.model, loaded.task, comm, Precision(place))
-        scores = {"model": evaluate(scorer, reader, comm, progress, metrics)}
+        scores = {"model": evaluate(scorer, reader, comm, progress, metrics, True)}
         if baselines and comm.rank == 0 and isinstance(reader, TokenReader):
             counted = _count(loaded, manifest, reader, make_metrics(scores["model"].values))
             scores |= {"bigram": counted.bigram, "unigram": counted.unigram}
@@ -135,17 +136,24 @@ def _print_table(scores: dict[str, Score], loaded: Loaded, folder: Path, console
         )
     metrics = make_metrics(model.values)
     console.table(
-        f"{loaded.checkpoint.folder} on {folder}: {int(model.totals.weight):,} validation tokens",
+        f"{loaded.checkpoint.folder} on {folder}: {int(model.totals.weight):,} validation tokens, "
+        f"n = {model.rows:,} rows, with 95% intervals",
         ["", *(metric.title for metric in metrics)],
         [
-            [name, *(_cell(score.values[metric.name], metric.digits) for metric in metrics)]
+            [name, *(score_cell(score, metric) for metric in metrics)]
             for name, score in scores.items()
         ],
     )
 
 
-def _cell(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
+def score_cell(score: Score, metric: Metric) -> str:
+    """Write a value with its interval, such as `0.8125 (0.7934–0.8309)`."""
+    value, digits = score.values[metric.name], metric.digits
+    if value is None:
+        return "–"
+    interval = score.intervals.get(metric.name)
+    bounds = f" ({interval[0]:,.{digits}f}–{interval[1]:,.{digits}f})" if interval else ""
+    return f"{value:,.{digits}f}{bounds}"
 
 
 def print_generation(

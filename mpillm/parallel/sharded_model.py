@@ -36,7 +36,7 @@ from mpillm.parallel.pipeline.stage import (
     Batch,
     BatchScore,
     ModelStage,
-    OfBatch,
+    OfRows,
     PipelineStage,
     ScoringStage,
 )
@@ -410,7 +410,7 @@ class ShardedModel:
         read: Callable[[int], Fields],
         shape_of: Callable[[int], tuple[int, int]],
         done: Callable[[], None],
-        metrics: Sequence[OfBatch] = (),
+        metrics: Sequence[OfRows] = (),
     ) -> dict[int, BatchScore]:
         """Score `count` batches; return their results on the ranks that count the loss.
 

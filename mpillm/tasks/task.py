@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from mpillm.models.linear_head import LinearHead, Outputs
 from mpillm.models.spec import OutputKind
 from mpillm.tasks.vocabulary import Lengths, Vocabulary
 
@@ -98,6 +100,22 @@ class Task(ABC):
     def weight(self, fields: Fields) -> float:
         """Count the targets of `fields`: the mean loss is the sum of losses over this number."""
 
+    def row_losses(self, outputs: Outputs, fields: Fields) -> Tensor:
+        """Return the loss of each row, (B,), as `loss_sum` computes it of that row alone.
+
+        Override it where rows need each other, or a faster way is at hand.
+        """
+        rows = row_count(outputs)
+        losses = [
+            self.loss_sum(_row_of_outputs(outputs, row), _row_of_fields(fields, row))
+            for row in range(rows)
+        ]
+        return torch.stack(losses)
+
+    def row_weights(self, fields: Fields, rows: int) -> list[float]:
+        """Return the weight of each of the `rows` rows."""
+        return [self.weight(_row_of_fields(fields, row)) for row in range(rows)]
+
     def fixed_weight(self, rows: int, context: int) -> float | None:
         """Return the weight of any `rows` full sequences, where their shape determines it.
 
@@ -105,3 +123,24 @@ class Task(ABC):
         message before its passes.
         """
         return None
+
+
+def row_count(outputs: Outputs) -> int:
+    """Return the rows of a batch that a model gave `outputs` for."""
+    first = outputs[0]
+    return len(first.hidden_BTC if isinstance(first, LinearHead) else first)
+
+
+def _row_of_outputs(outputs: Outputs, row: int) -> tuple[Any, ...]:
+    """Return the outputs of one row, as a batch of one."""
+    own = slice(row, row + 1)
+    return tuple(
+        each._replace(hidden_BTC=each.hidden_BTC[own])
+        if isinstance(each, LinearHead)
+        else each[own]
+        for each in outputs
+    )
+
+
+def _row_of_fields(fields: Fields, row: int) -> dict[str, Tensor]:
+    return {name: field[row : row + 1] for name, field in fields.items()}

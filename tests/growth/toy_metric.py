@@ -9,10 +9,10 @@ class Accuracy(Metric):
     name: ClassVar[str] = "accuracy"
     title: ClassVar[str] = "accuracy"
 
-    def of_batch(self, outputs, fields):
+    def of_rows(self, outputs, fields):
         (logits_BTV,) = outputs
         hits_BT = logits_BTV.argmax(-1) == fields["targets"]
-        return [float((hits_BT & fields["counts"]).sum())]
+        return (hits_BT & fields["counts"]).sum(1, keepdims=True)
 
     def value(self, sums, totals) -> float:
         return sums[0] / totals.weight

@@ -15,11 +15,12 @@ from mpi4py import MPI
 
 from mpillm.errors import CheckpointError, DataError, MismatchError, UsageError
 from mpillm.infer.baselines import score_baselines
-from mpillm.infer.evaluate import Score, WholeModel, evaluate
+from mpillm.infer.evaluate import WholeModel, evaluate
 from mpillm.infer.generate import draw_token, generate, sample_tokens
 from mpillm.infer.loading import TOKENIZER, Loaded, load_trained, model_tensors
 from mpillm.infer.print_results import print_evaluation, print_generation
 from mpillm.infer.sampling import Sampling, check_prompt
+from mpillm.infer.scores.score import Score
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.encoder_decoder import SHAPES
 from mpillm.models.part_module import PartModule, create

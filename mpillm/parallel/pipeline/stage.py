@@ -13,6 +13,7 @@ from mpillm.models.part_module import Fields, PartModule, Streams
 from mpillm.parallel.data.gradient_sync import GradientSync
 from mpillm.parallel.pipeline.split_backward import SplitBackward
 from mpillm.parallel.step_plan import Precision
+from mpillm.tasks.metrics.metric import Array, Arrays, RowStatistics
 from mpillm.tasks.task import Task
 
 
@@ -138,16 +139,15 @@ def _gradients(streams: Streams) -> Streams:
 class BatchScore:
     """The result of scoring one batch, on the rank that ends the model."""
 
-    loss_sum: float
-    weight: float
-    sums: tuple[tuple[float, ...], ...]
-    """The sums of each metric that needs more than the loss, in the order that the caller asked
-    for.
+    rows: RowStatistics
+    """Of each row its loss, its weight, and the statistics of each metric that needs more than
+    these, in the order that the caller asked for.
     """
+    widths: tuple[int, ...]
+    """The statistics of each of these metrics."""
 
 
-Arrays = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
-OfBatch = Callable[[Sequence[np.ndarray[Any, np.dtype[Any]]], Arrays], Sequence[float]]
+OfRows = Callable[[Sequence[Array], Arrays], Array]
 
 
 class ScoringStage:
@@ -165,7 +165,7 @@ class ScoringStage:
         precision: Precision,
         read: Callable[[int], Fields],
         done: Callable[[], None],
-        metrics: Sequence[OfBatch] = (),
+        metrics: Sequence[OfRows] = (),
         own: Callable[[int, Fields], Fields] | None = None,
     ) -> None:
         self.part, self.scores = part, dict[int, BatchScore]()
@@ -181,13 +181,10 @@ class ScoringStage:
         fields: Fields = self._read(microbatch) if self._reads_fields else {}
         if self._own is not None:
             fields = self._own(microbatch, fields)
-        stay = part.spec.host_inputs
-        fields = {
-            name: field if name in stay else field.to(self._precision.device)
-            for name, field in fields.items()
-        }
+        stay, device = part.spec.host_inputs, self._precision.device
+        read = {name: x if name in stay else x.to(device) for name, x in fields.items()}
         with torch.inference_mode():
-            made = part.forward_part(fields, streams).outputs
+            made = part.forward_part(read, streams).outputs
             # Metrics read logits: these are computed once, for the loss too.
             outputs = plain_outputs(made) if self._metrics else _outputs_for(self._task, made)
         if part.begins:
@@ -195,17 +192,21 @@ class ScoringStage:
         if not part.ends:
             return outputs
         with torch.inference_mode():
-            self.scores[microbatch] = self._score(outputs, fields)
+            losses_B = self._task.row_losses(outputs, read).double().cpu().numpy()
+        self.scores[microbatch] = self._score(losses_B, outputs, fields)
         return ()
 
-    def _score(self, outputs: tuple[Tensor, ...], fields: Fields) -> BatchScore:
-        loss = float(self._task.loss_sum(outputs, fields))
-        sums: list[tuple[float, ...]] = []
+    def _score(
+        self, losses_B: Array, outputs: tuple[Tensor, ...], fields: Mapping[str, Tensor]
+    ) -> BatchScore:
+        weights_B = np.array(self._task.row_weights(fields, len(losses_B)), np.float64)
+        tables: list[Array] = []
         if self._metrics:
             arrays = [output.float().cpu().numpy() for output in outputs]
             given = {name: field.cpu().numpy() for name, field in fields.items()}
-            sums = [tuple(of_batch(arrays, given)) for of_batch in self._metrics]
-        return BatchScore(loss, self._task.weight(fields), tuple(sums))
+            tables = [of_rows(arrays, given) for of_rows in self._metrics]
+        rows = RowStatistics.joined([losses_B[:, None], weights_B[:, None], *tables])
+        return BatchScore(rows, tuple(table.shape[1] for table in tables))
 
     def backward(self, microbatch: int, gradients: Streams) -> Streams:
         raise AssertionError("a scoring stage has no backward pass")

@@ -1,11 +1,9 @@
 """The share of counted targets whose own output is the largest."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
-
-from mpillm.tasks.metrics.metric import Arrays, Metric, Totals
+from mpillm.tasks.metrics.metric import Array, Arrays, Metric, Totals, row_sums
 
 
 class Accuracy(Metric):
@@ -15,12 +13,9 @@ class Accuracy(Metric):
     title: ClassVar[str] = "accuracy"
     sums_positions: ClassVar[bool] = True
 
-    def of_batch(
-        self, outputs: Sequence[np.ndarray[Any, np.dtype[Any]]], fields: Arrays
-    ) -> Sequence[float]:
+    def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
         hits = outputs[0].argmax(-1) == fields["targets"]
-        counts = fields.get("counts")
-        return [float(hits.sum() if counts is None else (hits * counts).sum())]
+        return row_sums(hits * fields["counts"] if "counts" in fields else hits)
 
-    def value(self, sums: Sequence[float], totals: Totals) -> float:
-        return sums[0] / totals.weight
+    def value(self, sums: Array, totals: Totals) -> float:
+        return float(sums[0]) / totals.weight

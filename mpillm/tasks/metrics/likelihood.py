@@ -1,10 +1,9 @@
 """Metrics of the likelihood alone: mean loss, perplexity, bits per byte."""
 
 import math
-from collections.abc import Sequence
 from typing import ClassVar
 
-from mpillm.tasks.metrics.metric import Metric, Totals
+from mpillm.tasks.metrics.metric import Array, Metric, Totals
 
 # exp(700) is about 1e304: beyond, a float64 overflows.
 LARGEST_EXPONENT = 700.0
@@ -16,7 +15,7 @@ class Loss(Metric):
     name: ClassVar[str] = "loss"
     title: ClassVar[str] = "loss (nats a token)"
 
-    def value(self, sums: Sequence[float], totals: Totals) -> float:
+    def value(self, sums: Array, totals: Totals) -> float:
         return totals.loss
 
 
@@ -27,7 +26,7 @@ class Perplexity(Metric):
     title: ClassVar[str] = "perplexity"
     digits: ClassVar[int] = 2
 
-    def value(self, sums: Sequence[float], totals: Totals) -> float:
+    def value(self, sums: Array, totals: Totals) -> float:
         # A diverged model has a perplexity too large to print, not an exception.
         return math.exp(min(totals.loss, LARGEST_EXPONENT))
 
@@ -41,5 +40,5 @@ class BitsPerByte(Metric):
     name: ClassVar[str] = "bits-per-byte"
     title: ClassVar[str] = "bits per byte"
 
-    def value(self, sums: Sequence[float], totals: Totals) -> float:
-        return totals.loss * totals.weight / math.log(2) / max(1, totals.text_bytes)
+    def value(self, sums: Array, totals: Totals) -> float:
+        return totals.loss * totals.weight / math.log(2) / max(1.0, totals.text_bytes)

@@ -1,11 +1,10 @@
 """The mean over the classes of each one's F1 score."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
-
-from mpillm.tasks.metrics.metric import Arrays, Metric, Totals
+from mpillm.tasks.metrics.class_counts import class_counts
+from mpillm.tasks.metrics.metric import Array, Arrays, Metric, Totals
 
 
 class MacroF1(Metric):
@@ -18,21 +17,10 @@ class MacroF1(Metric):
     title: ClassVar[str] = "macro F1"
     sums_positions: ClassVar[bool] = True
 
-    def of_batch(
-        self, outputs: Sequence[np.ndarray[Any, np.dtype[Any]]], fields: Arrays
-    ) -> Sequence[float]:
-        classes = outputs[0].shape[-1]
-        found, targets = outputs[0].argmax(-1), fields["targets"]
-        if "counts" in fields:
-            counted = fields["counts"].astype(bool)
-            found, targets = found[counted], targets[counted]
-        both = targets[found == targets]
-        parts = (
-            np.bincount(each.reshape(-1), minlength=classes) for each in (both, found, targets)
-        )
-        return [float(number) for part in parts for number in part]
+    def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
+        return class_counts(outputs, fields)
 
-    def value(self, sums: Sequence[float], totals: Totals) -> float:
-        both, found, targets = np.array(sums).reshape(3, -1)
+    def value(self, sums: Array, totals: Totals) -> float:
+        both, found, targets = sums.reshape(3, -1)
         known = found + targets > 0
         return float((2 * both[known] / (found + targets)[known]).mean())

@@ -1,4 +1,7 @@
-"""The base of all metrics: sums over batches, and a value from the sums of all ranks."""
+"""The base of all metrics: statistics of each row, and a value from their sums over all rows.
+
+Shapes: B rows of a batch, k statistics of a row.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -7,18 +10,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-Arrays = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
+Array = np.ndarray[Any, np.dtype[Any]]
+Arrays = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
 class Totals:
-    """The counts of every evaluation, over all batches of all ranks."""
+    """The counts of every evaluation, over all rows of all ranks."""
 
     loss_sum: float
     """In nats."""
     weight: float
     """Targets: the sum of `Task.weight`."""
-    text_bytes: int
+    text_bytes: float
     """Bytes of the text that was scored; 0 where it is not known."""
 
     @property
@@ -28,7 +32,11 @@ class Totals:
 
 
 class Metric(ABC):
-    """A metric. Its objects hold no state: ranks exchange sums, so their number is irrelevant."""
+    """A metric. Its objects hold no state: ranks add up sums, so their number is irrelevant.
+
+    A row is what the data has many of, such as a sentence with its class, or a window of text. An
+    interval is that of a bootstrap over rows, so each row has statistics of its own.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -36,27 +44,55 @@ class Metric(ABC):
     digits: ClassVar[int] = 4
 
     sums_positions: ClassVar[bool] = False
-    """Whether the sums of `of_batch` are those of its positions, added up in any order.
+    """Whether a row's statistics are sums over its positions, in any order.
 
     Ranks can then share the positions of a sequence.
     """
 
     @property
     def needs_totals_alone(self) -> bool:
-        """Whether `of_batch` is not overridden: then a model that gives only a likelihood has a
+        """Whether `of_rows` is not overridden: then a model that gives only a likelihood has a
         value too.
         """
         # Compared as functions of the classes: no flag that an author could forget to set.
-        return type(self).of_batch is Metric.of_batch
+        return type(self).of_rows is Metric.of_rows
 
-    def of_batch(
-        self, outputs: Sequence[np.ndarray[Any, np.dtype[Any]]], fields: Arrays
-    ) -> Sequence[float]:
-        """Return this batch's sums, of the same length for each batch; none where `Totals` are
-        enough.
+    def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
+        """Return the statistics of each row of a batch, (B, k), the same k for each batch.
+
+        The first dim of outputs and fields counts rows. None (k = 0) where `Totals` are enough.
         """
-        return ()
+        return np.empty((len(outputs[0]), 0))
 
     @abstractmethod
-    def value(self, sums: Sequence[float], totals: Totals) -> float:
-        """Compute the metric from the sums over all batches."""
+    def value(self, sums: Array, totals: Totals) -> float:
+        """Compute the metric from the statistics (k,) summed over rows: a pure function.
+
+        It is called for all rows, and for each replicate of the bootstrap, which may lack some.
+        """
+
+
+def row_sums(values_BT: Array) -> Array:
+    """Sum the values of each row over its other dims: a column of statistics, (B, 1)."""
+    sums: Array = values_BT.reshape(len(values_BT), -1).sum(1, dtype=np.float64, keepdims=True)
+    return sums
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """Statistics of B rows, (B, width), without the columns that are 0 in all of them.
+
+    A batch has few of a thousand classes: only those take memory.
+    """
+
+    width: int
+    columns_U: Array
+    values_BU: Array
+
+    @classmethod
+    def joined(cls, tables: Sequence[Array]) -> "RowStatistics":
+        """Put tables (B, k) of the same rows side by side."""
+        whole = np.concatenate([np.asarray(table, np.float64) for table in tables], axis=1)
+        # NaN is not 0, so it stays.
+        columns = np.flatnonzero((whole != 0).any(0))
+        return cls(whole.shape[1], columns, whole[:, columns])

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+from mpillm.errors import UsageError
 from mpillm.system.plugins import load_class
 from mpillm.tasks.metrics.metric import Metric
 
@@ -21,4 +22,11 @@ METRICS: Mapping[str, str] = MappingProxyType(
 
 def make_metrics(names: Iterable[str]) -> list[Metric]:
     """Make the metrics called `names`, in order. Raises UsageError for a name that is not known."""
-    return [load_class(name, METRICS, "metric", Metric)() for name in names]  # type: ignore[type-abstract]
+    metrics = [load_class(name, METRICS, "metric", Metric)() for name in names]  # type: ignore[type-abstract]
+    for metric in metrics:
+        if hasattr(metric, "of_batch"):
+            raise UsageError(
+                f"the metric {metric.name} gives sums of a batch by `of_batch`, as of mpillm 0.1; "
+                "give statistics of each row by `of_rows`: docs/extending.md"
+            )
+    return metrics

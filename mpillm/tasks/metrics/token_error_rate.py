@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpillm.errors import UsageError
-from mpillm.tasks.metrics.metric import Arrays, Metric, Totals
+from mpillm.tasks.metrics.metric import Array, Arrays, Metric, Totals, row_sums
 
 
 class TokenErrorRate(Metric):
@@ -16,13 +16,12 @@ class TokenErrorRate(Metric):
     name: ClassVar[str] = "token-error-rate"
     title: ClassVar[str] = "token error rate"
 
-    def of_batch(
-        self, outputs: Sequence[np.ndarray[Any, np.dtype[Any]]], fields: Arrays
-    ) -> Sequence[float]:
-        return [float(sum(edit_distance(heard, said) for heard, said in _rows(outputs, fields)))]
+    def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
+        edits = [edit_distance(heard, said) for heard, said in _rows(outputs, fields)]
+        return row_sums(np.array(edits))
 
-    def value(self, sums: Sequence[float], totals: Totals) -> float:
-        return sums[0] / totals.weight
+    def value(self, sums: Array, totals: Totals) -> float:
+        return float(sums[0]) / totals.weight
 
 
 class WordErrorRate(Metric):
@@ -31,9 +30,7 @@ class WordErrorRate(Metric):
     name: ClassVar[str] = "word-error-rate"
     title: ClassVar[str] = "word error rate"
 
-    def of_batch(
-        self, outputs: Sequence[np.ndarray[Any, np.dtype[Any]]], fields: Arrays
-    ) -> Sequence[float]:
+    def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
         if "spaces" not in fields:
             raise UsageError(
                 "word-error-rate needs a tokenizer whose space is a token of its own, such as "
@@ -41,16 +38,13 @@ class WordErrorRate(Metric):
             )
         space = int(fields["spaces"][0])
         rows = [[_words(side, space) for side in row] for row in _rows(outputs, fields)]
-        edits = sum(edit_distance(heard, said) for heard, said in rows)
-        return [float(edits), float(sum(len(said) for _, said in rows))]
+        return np.array([(edit_distance(heard, said), len(said)) for heard, said in rows])
 
-    def value(self, sums: Sequence[float], totals: Totals) -> float:
-        return sums[0] / max(1.0, sums[1])
+    def value(self, sums: Array, totals: Totals) -> float:
+        return float(sums[0] / max(1.0, sums[1]))
 
 
-def _rows(
-    outputs: Sequence[np.ndarray[Any, np.dtype[Any]]], fields: Arrays
-) -> Iterator[tuple[list[int], list[int]]]:
+def _rows(outputs: Sequence[Array], fields: Arrays) -> Iterator[tuple[list[int], list[int]]]:
     """Yield what was heard and what was said, of each row."""
     best_BT = outputs[0].argmax(-1)
     for row, length in enumerate(fields["lengths"].tolist()):
@@ -63,7 +57,7 @@ def _words(tokens: list[int], space: int) -> list[tuple[int, ...]]:
     return [tuple(part) for is_space, part in parts if not is_space]
 
 
-def greedy(best: np.ndarray[Any, np.dtype[Any]]) -> list[int]:
+def greedy(best: Array) -> list[int]:
     """Drop repeats, then blanks, of the best output of each position."""
     changed = np.diff(best, prepend=-1) != 0
     found: list[int] = best[changed & (best != 0)].tolist()

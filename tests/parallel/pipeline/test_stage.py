@@ -82,20 +82,24 @@ def test_scoring_takes_the_loss_and_metrics_the_logits(
 ) -> None:
     shapes = []
 
-    def of_batch(outputs, fields) -> tuple[float, ...]:
+    def of_rows(outputs, fields) -> np.ndarray:
         shapes.append((type(outputs[0]), outputs[0].shape, fields["targets"].shape))
-        return (1.0,)
+        return np.array([[0.0, 1.0], [0.0, 3.0]])
 
     losses = []
-    for metrics, seen in (((), output), ((of_batch,), Tensor)):
+    for metrics, seen in (((), output), ((of_rows,), Tensor)):
         task, read = kind(), lambda number: FIELDS
         part = create(SPEC, 1)
         lower_(part.parameters(), precision)
         stage = ScoringStage(part, task, precision, read, lambda: None, metrics)
         stage.forward(0, ())
-        assert task.seen == [seen]
-        losses.append(stage.scores[0].loss_sum)
-    assert stage.scores[0].sums == ((1.0,),)
+        assert task.seen == [seen, seen]  # a row each
+        rows = stage.scores[0].rows
+        losses.append(rows.values_BU[:, 0].sum())
+    assert stage.scores[0].widths == (2,)
+    # The loss, the weight, and the statistics; a column of zeros takes no memory.
+    assert (rows.width, rows.columns_U.tolist()) == (4, [0, 1, 3])
+    assert rows.values_BU[:, 1:].tolist() == [[8, 1], [8, 3]]
     assert shapes == [(np.ndarray, (2, 8, 30), (2, 8))]
     exact = precision.dtype == "float32"
     assert losses[0] == pytest.approx(losses[1], rel=1e-6 if exact else 1e-3)

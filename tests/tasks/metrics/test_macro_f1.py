@@ -15,14 +15,10 @@ def by_hand(found: list[int], targets: list[int]) -> float:
     return sum(scores) / len(scores)
 
 
-def test_the_sums_of_batches_give_the_score_of_the_whole() -> None:
+def test_the_sums_of_rows_give_the_score_of_the_whole() -> None:
     chance = np.random.default_rng(1)
     outputs, targets = chance.normal(size=(30, 6)), chance.integers(0, 5, 30)
-    batches = [
-        MacroF1().of_batch([outputs[a : a + 7]], {"targets": targets[a : a + 7]})
-        for a in range(0, 30, 7)
-    ]
-    sums = [sum(column) for column in zip(*batches, strict=True)]
+    sums = MacroF1().of_rows([outputs], {"targets": targets}).sum(0)
     expected = by_hand(outputs.argmax(1).tolist(), targets.tolist())
     assert MacroF1().value(sums, TOTALS) == pytest.approx(expected)
 
@@ -30,5 +26,7 @@ def test_the_sums_of_batches_give_the_score_of_the_whole() -> None:
 def test_only_counted_tokens_are_scored() -> None:
     outputs = np.eye(3)[[[0, 1, 2], [2, 2, 1]]]
     targets, counts = np.array([[0, 0, 2], [2, 0, 0]]), np.array([[1, 1, 0], [1, 0, 0]]) > 0
-    sums = MacroF1().of_batch([outputs], {"targets": targets, "counts": counts})
+    rows = MacroF1().of_rows([outputs], {"targets": targets, "counts": counts})
+    assert rows.shape == (2, 9)
+    sums = rows.sum(0)
     assert MacroF1().value(sums, TOTALS) == pytest.approx(by_hand([0, 1, 2], [0, 0, 2]))

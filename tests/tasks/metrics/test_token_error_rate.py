@@ -42,10 +42,10 @@ def test_only_real_positions_are_heard() -> None:
         "targets": np.array([[1, 3, 2], [3, 0, 0]]),
         "counts": np.array([[1, 1, 1], [1, 0, 0]]) > 0,
     }
-    [edits] = TokenErrorRate().of_batch([outputs], fields)
+    edits = TokenErrorRate().of_rows([outputs], fields)
     # 1 2 for 1 3 2, and 3 for 3: the last two positions of the second are no sound.
-    assert edits == 1
-    assert TokenErrorRate().value([edits], Totals(1.0, 4.0, 0)) == 0.25
+    assert edits.tolist() == [[1], [0]]
+    assert TokenErrorRate().value(edits.sum(0), Totals(1.0, 4.0, 0)) == 0.25
 
 
 def test_words_are_parted_by_the_space() -> None:
@@ -60,7 +60,7 @@ def test_words_are_parted_by_the_space() -> None:
         "counts": np.ones((1, len(said)), bool),
     }
     with pytest.raises(UsageError, match="a tokenizer whose space is a token of its own"):
-        WordErrorRate().of_batch([outputs_of(heard)[None]], fields)
-    sums = WordErrorRate().of_batch([outputs_of(heard)[None]], {**fields, "spaces": np.array([33])})
-    assert sums == [1.0, 4.0]
-    assert WordErrorRate().value(sums, Totals(1.0, 18.0, 0)) == 0.25
+        WordErrorRate().of_rows([outputs_of(heard)[None]], fields)
+    rows = WordErrorRate().of_rows([outputs_of(heard)[None]], {**fields, "spaces": np.array([33])})
+    assert rows.tolist() == [[1, 4]]
+    assert WordErrorRate().value(rows[0], Totals(1.0, 18.0, 0)) == 0.25
