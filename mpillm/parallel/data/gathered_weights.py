@@ -66,9 +66,10 @@ class GatheredWeights:
         self._unit_of = {weight: unit for unit in units for weight in unit.weights}
         example = units[0].own
         elements = max(unit.row_elements for unit in units)
-        row = torch.empty(elements, dtype=example.dtype, device=example.device)
+        self.row = torch.empty(elements, dtype=example.dtype, device=example.device)
+        """The room in which values arrive, of the longest block."""
         for unit in units:
-            unit.prepare(row)
+            unit.prepare(self.row)
         self._held: GatheredUnit | None = None
         self._coming: GatheredUnit | None = None
         # Whether the passes of the held block are backward ones, which may compute it again.
@@ -123,15 +124,16 @@ class GatheredWeights:
         self._held = self._coming = None
 
     def read_each(self, weights: Iterable[nn.Parameter]) -> Iterator[Tensor]:
-        """Yield the weights, each with its values until the next one. Every rank of the group
-        iterates over the same.
+        """Yield a copy of each weight, one after another. Every rank of the group iterates over the
+        same.
         """
         with self.reading():
             for weight in weights:
                 unit = self._unit_of.get(self._same.get(weight, weight))
                 if unit in self._blocks:
                     self._use(unit)
-                yield weight
+                # A view by NumPy would fix the memory: torch does not free it any more.
+                yield weight.detach().clone()
 
     def _before_forward(self, unit: GatheredUnit, module: nn.Module, given: Any) -> None:
         # A backward pass calls the block that it holds to compute it again.
@@ -199,7 +201,7 @@ class GatheredWeights:
         self._held, self._coming = unit, None
 
     def _fetch(self, unit: GatheredUnit | None) -> None:
-        """Start to gather `unit`, which is used next, unless another gather is under way."""
+        """Start to gather `unit`, which is used next, unless another gather is in flight."""
         if unit is not None and self._coming is None:
             unit.start()
             self._coming = unit
@@ -219,6 +221,7 @@ class GatheredWeights:
             hook.remove()
         for unit in (*self._blocks, *self._others):
             unit.close()
+        self.row = torch.empty(0)
         self._hooks, self._blocks, self._others = [], [], []
         self._after, self._before, self._unit_of = {}, {}, {}
         self._group.free()

@@ -18,9 +18,9 @@ def place_once_a_node(
 ) -> bool:
     """Move `weights` into memory that the ranks of each node share; they have no values then.
 
-    Returns False on all ranks, with the weights where they were, where ranks share no memory (GPUs,
-    one rank a host, unevenly many), or some node has no room: then after a warning. Every rank of
-    the group calls it with weights of the same shapes.
+    Returns False on all ranks, with the weights where they were, where ranks share no memory: on
+    GPUs, with one rank a host or unevenly many, or without room, after a warning. Every rank of the
+    group calls it with weights of the same shapes.
     """
     sizes = [-(-weight.numel() // LINE_ELEMENTS) * LINE_ELEMENTS for weight in weights]
     nbytes = sum(sizes) * dtype.itemsize

@@ -100,7 +100,7 @@ class ZeroGradients(GradientSync):
         self._check_shards()
         self._gathered: GatheredWeights | None = None
         if settings.zero == 3 and not self._once_a_node:
-            # Communicators of their own: sums of gradients run while a gather is under way.
+            # Communicators of their own: sums of gradients run while a gather is in flight.
             group = ShardGroup(axis, profile, settings.debug, silent, on_node, alike)
             own_blocks = blocks or [() for _ in parts]
             self._gathered = GatheredWeights(self._parts, own_blocks, group, same)
