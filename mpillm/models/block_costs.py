@@ -53,6 +53,13 @@ class BlockCosts(BlockSettings):
         skips = part.first == 0 < part.last and not self.norms_input(0)
         return blocks - skips * self._norm_parameters(self.width)
 
+    def _parameters_of_block(self, block: int) -> int:
+        return self._block_parameters(Part(block, block + 1))
+
+    def block_parameters_of(self, part: Part) -> tuple[int, int]:
+        blocks = [self._parameters_of_block(block) for block in range(part.first, part.last)]
+        return self.parameters_of(part) - sum(blocks), max(blocks)
+
     def expert_parameters_of(self, part: Part) -> int:
         matrices = 3 if self.gated else 2
         return part.count * self.experts * matrices * self.hidden_width * self.width

@@ -32,6 +32,13 @@ class EncoderDecoderCosts(EncoderDecoderSettings, BlockCosts):
         total += self.vocab_size if self.ends(part) and self.head_bias else 0
         return total + self._tables(part) * self.vocab_size * self.width
 
+    def _parameters_of_block(self, block: int) -> int:
+        decodes = block >= self.layers
+        cross = self._cross_products + self._cross_vectors if decodes else 0
+        # The decoder's numbers begin again at 0, as do the norms that blocks leave out.
+        part = self.decoder_part(Part(block, block + 1)) if decodes else Part(block, block + 1)
+        return self._block_parameters(part) + cross
+
     def _tables(self, part: Part) -> int:
         """Count the matrices of the vocabulary in `part`, tied ones once."""
         embeds = (self.begins(part) and not self.mels) or self.begins_decoder(part)

@@ -76,6 +76,13 @@ class PartModule(nn.Module):
         """Compute this part on one microbatch; `streams` is empty where it begins the model."""
         raise NotImplementedError
 
+    def numbered_blocks(self) -> Iterator[tuple[int, nn.Module]]:
+        """Yield the blocks of this part, each with its number in the whole model; none by default.
+
+        A pass calls them in this order. Weights of a block are read while it computes, alone.
+        """
+        yield from ()
+
     def compiled_layers(self) -> list[nn.Module]:
         """Return the layers that torch.compile may compile, all with one graph; none by default."""
         return []

@@ -148,6 +148,13 @@ class ModelSpec(ABC):
     def parameters_of(self, part: Part) -> int:
         """Count the parameters of `part`; a tied weight counts in each part that holds it."""
 
+    def block_parameters_of(self, part: Part) -> tuple[int, int]:
+        """Count the parameters of `part` outside of its blocks, and those of its largest block.
+
+        The blocks are those that `PartModule.numbered_blocks` names: by default there are none.
+        """
+        return self.parameters_of(part), 0
+
     def expert_parameters_of(self, part: Part) -> int:
         """Count the parameters of the experts of `part`, which ranks may share out."""
         return 0

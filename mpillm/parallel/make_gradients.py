@@ -70,6 +70,7 @@ def make_gradients(
             needs_whole=needs_whole,
             tied={*tied, *tied.values()},
             alike=len(set(comm.allgather(nodes))) == 1,
+            blocks=[[block for _, block in part.numbered_blocks()] for part in parts],
         )
     else:
         dense = replicated(tokens, False)

@@ -63,7 +63,8 @@ class ParallelSettings:
     """Layers of each stage, in the model's order; auto: by their FLOPs and those of the ends."""
     zero: Literal[0, 1, 2, 3] = 0
     """What the ranks of the data axis share out (ZeRO): 0: nothing; 1: the optimizer's states;
-    2: the gradients, too; 3: the weights, too, which a node then has once.
+    2: the gradients, too; 3: the weights, too, which a node then has once, or, where its ranks
+    share no memory, are gathered layer by layer.
     """
     zero_on_node: bool = False
     """Share out within each node alone, with equal shards on all nodes (hybrid sharding)."""

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Axis, Mesh
+from mpillm.errors import LayoutError
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields, PartModule, build_without_values, initialise
 from mpillm.models.spec import ModelSpec
@@ -146,6 +147,17 @@ class ShardedModel:
         self.stepped = self.gradients.optimizer_weights(self._weights, values)
         """What the optimizer steps on, by the names of the weights in the whole model."""
         self.gradients.initialise(parts, seed)
+        gathers = any(mesh.comm.allgather(bool(self.gradients.gathered)))
+        if gathers and plan.compiled:
+            raise LayoutError(
+                "parallel.zero = 3 gathers the weights layer by layer where ranks share no memory, "
+                "which train.compile = true cannot do for compiled layers; take parallel.zero = 2, "
+                "or train.compile = false"
+            )
+        self.alike = gathers or self.experts is not None
+        """Whether all ranks must score equally many batches: each needs weights, or the computed
+        experts, of the others.
+        """
         self.compiled = plan.compiled and compile_layers(
             parts, plan.microbatch, mesh.comm, mesh.node_map, warn
         )
@@ -159,6 +171,14 @@ class ShardedModel:
             for number, (stage, part) in enumerate(self.parts.items())
         }
         self.pipeline = self._make_pipeline(settings, profile, warn)
+        if self.gradients.gathered and schedule.ranks > 1:
+            # As experts do: the ranks that a gather waits for may wait for streams of this one.
+            self.gradients.gathered.progress = self.pipeline.progress
+
+    def _reading(self) -> AbstractContextManager[None]:
+        """Let passes read the weights. Every rank enters it."""
+        gathered = self.gradients.gathered
+        return gathered.reading() if gathered else nullcontext()
 
     def _make_pipeline(
         self,
@@ -237,11 +257,6 @@ class ShardedModel:
         return batch_share(self.mesh.sizes, self.mesh.coordinates)
 
     @property
-    def alike(self) -> bool:
-        """Whether all ranks must score equally many batches: experts compute those of others."""
-        return self.experts is not None
-
-    @property
     def ends(self) -> bool:
         """Whether this rank holds the stage that computes the loss."""
         return any(part.ends for part in self.parts.values())
@@ -318,7 +333,8 @@ class ShardedModel:
             return last - first, length or whole
 
         stages = self._entered(self._stages, shape_of, self.plan.microbatch)
-        spans = self.pipeline.run(self.plan.schedule, stages, self._streams)
+        with self._reading():
+            spans = self.pipeline.run(self.plan.schedule, stages, self._streams)
         ended = time.perf_counter()
         # First over the data axis, then between the two leaves of a tied weight: one order of sums
         # in every layout.
@@ -356,12 +372,19 @@ class ShardedModel:
         return replica_share(self.mesh, apart)
 
     @property
-    def replicas(self) -> list[tuple[list[Tensor], Axis]]:
-        """What ranks hold alike: weights, with the axis along which they are the same."""
+    def replicas(self) -> list[tuple[Iterable[Tensor], Axis]]:
+        """What ranks hold alike: weights, with the axis along which they are the same.
+
+        Every rank iterates over all of them, once.
+        """
         held = self._weights if self.gradients.is_cut else self.stepped
         experts = {name for name, weight in self._weights.items() if self._is_expert(weight)}
-        dense: list[Tensor] = [weight for name, weight in held.items() if name not in experts]
-        found = [(dense, axis) for axis in replicated_axes(self.mesh)]
+        dense = [weight for name, weight in held.items() if name not in experts]
+        gathered = self.gradients.gathered
+        found: list[tuple[Iterable[Tensor], Axis]] = [
+            (gathered.read_each(dense) if gathered else dense, axis)
+            for axis in replicated_axes(self.mesh)
+        ]
         if self.experts is not None:
             found.append(([self.stepped[name] for name in sorted(experts)], self.experts.owners))
         return found
@@ -454,7 +477,7 @@ class ShardedModel:
         # Architectures may behave otherwise in training, such as by dropout.
         for part in self.parts.values():
             part.eval()
-        with uncompiled() if self.compiled else nullcontext():
+        with uncompiled() if self.compiled else nullcontext(), self._reading():
             # A rank drains its sends at the end of a run. Without rounds, the streams of all
             # batches would wait at a first rank that is faster than the others.
             at_once = scored_ahead(self.plan.schedule.ranks) or count

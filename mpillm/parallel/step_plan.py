@@ -140,20 +140,25 @@ def traffic_bytes(
     precision: Precision | None = None,
     settings: ParallelSettings | None = None,
     microbatches: int = 1,
+    gathers: bool = False,
 ) -> dict[str, float]:
     """Estimate the bytes that a rank sends along each axis in a step; None: all in float32.
 
     `settings`: of islands, ZeRO and experts; None for the defaults. `microbatches`: of a rank.
+    `gathers`: whether each pass gathers the weights.
     """
-    settings = settings or ParallelSettings()
+    settings, precision = settings or ParallelSettings(), precision or Precision()
     # ZeRO reduce-scatters each microbatch from stage 2 on, and gathers the values up to stage 2.
     sums = microbatches if settings.zero > 1 else 1
-    gathers = settings.zero < 3
-    precision = precision or Precision()
+    values: float = settings.zero < 3
+    if gathers:
+        # Forward and backward; values have the bytes of the weights.
+        share = precision.element_bytes / ELEMENT_BYTES[precision.reduce_dtype]
+        values = 2 * microbatches * share
     element = MessageBytes(
         precision.element_bytes,
         ELEMENT_BYTES[precision.reduce_dtype],
-        sums + gathers,
+        sums + values,
         ELEMENT_BYTES[settings.island_dtype] / settings.island_every,
         settings.context_kind,
         precision.device,

@@ -90,6 +90,8 @@ def held_of(
     state = sum(optimizer.state_bytes(model, part) for part in parts) // replicas.tensor
     whole = dense + experts * replicas.experts
     held = _held_of(plan, replicas, dense, state * dense // max(1, whole))
+    if gathers(plan, replicas):
+        held = replace(held, weights=_gathered(model, plan, parts, replicas, dense))
     if not experts:
         return held
     own = _held_of(plan, replicas.owners, experts, state * experts // whole)
@@ -118,6 +120,31 @@ def _held_of(plan: StepPlan, replicas: Replicas, count: int, state: int) -> Held
     return HeldBytes(weights, masters, state, gradients, elsewhere)
 
 
+def gathers(plan: StepPlan, replicas: Replicas) -> bool:
+    """Return whether the weights are gathered block by block: ranks share no memory for them."""
+    return replicas.zero == 3 and not _shares(plan, replicas)
+
+
+def _shares(plan: StepPlan, replicas: Replicas) -> bool:
+    return replicas.on_node > 1 and plan.precision.device == "cpu"
+
+
+def _gathered(
+    model: ModelSpec, plan: StepPlan, parts: Sequence[Part], replicas: Replicas, count: int
+) -> int:
+    """Return the bytes of weights within a pass: the own shard of `count`, those outside of blocks,
+    a block that is read, and one that arrives.
+    """
+    found = [model.block_parameters_of(part) for part in parts]
+    outside, block = sum(own for own, _ in found), max(block for _, block in found)
+    if replicas.experts > 1:
+        block -= max(model.expert_parameters_of(Part(p.first, p.first + 1)) for p in parts)
+    # Without blocks the values arrive piece by piece.
+    arriving = block or min(outside, UNIT_BYTES // FLOAT32_BYTES)
+    at_once = (outside + block + arriving) // replicas.tensor
+    return plan.precision.element_bytes * (count // replicas.shards + at_once)
+
+
 def _sharded(
     plan: StepPlan, replicas: Replicas, count: int, whole: tuple[int, int, int]
 ) -> HeldBytes:
@@ -134,7 +161,7 @@ def _sharded(
         gradients += FLOAT32_BYTES * count * plan.microbatches.bit_length()
     elif replicas.zero == 1:
         gradients += FLOAT32_BYTES * count
-    once = replicas.zero == 3 and replicas.on_node > 1 and on_host
+    once = replicas.zero == 3 and _shares(plan, replicas)
     pages = weights * (replicas.on_node - 1) // replicas.on_node if once else 0
     return HeldBytes(
         weights,

@@ -10,7 +10,13 @@ from mpillm.parallel.axis_sizes import token_axes
 from mpillm.parallel.data.shard_layout import UNIT_BYTES
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import StepPlan, traffic_bytes
-from mpillm.plan.held_memory import FLOAT32_BYTES, OptimizerCosts, Replicas, parameters_held
+from mpillm.plan.held_memory import (
+    FLOAT32_BYTES,
+    OptimizerCosts,
+    Replicas,
+    gathers,
+    parameters_held,
+)
 from mpillm.plan.peak_memory import (
     KINDS,
     MemoryEstimate,
@@ -159,6 +165,7 @@ def axis_traffic(
         plan.precision,
         settings,
         plan.microbatches,
+        gathers(plan, replicas_of(0, sizes, node_map, settings)),
     )
     return {
         name: AxisTraffic(size, sent[name], _most_nodes(name, sizes, node_map))

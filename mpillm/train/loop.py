@@ -447,6 +447,7 @@ class TrainingLoop:
                 trainer.plan.precision,
                 recipe.parallel,
                 trainer.plan.microbatches,
+                trainer.model.gradients.gathered is not None,
             ),
             "threads": torch.get_num_threads(),
             "steps": recipe.train.steps,

@@ -132,8 +132,11 @@ def check_memory(
     of_experts = state * shared // model.parameters
     state -= of_experts
     # ZeRO has the state once, then the gradients, then the weights on each node.
-    # A host has the weights once for all of its ranks that share them.
-    copies = -(-replicas // max(map(len, node_map.nodes))) if zero == 3 else replicas
+    # A host has the weights once for all of its ranks that share them. Those that share no memory
+    # hold their shards, and gather the rest block by block.
+    most = max(map(len, node_map.nodes))
+    once = node_map.even and most > 1
+    copies = (-(-replicas // most) if once else 1) if zero == 3 else replicas
     needed = weights * copies
     needed += weights * (1 if zero >= 2 else replicas) + state * (1 if zero else replicas)
     # Weights and gradients of experts, once in each group that shares them out.

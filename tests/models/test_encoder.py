@@ -60,8 +60,14 @@ def test_names_and_shapes_are_the_modules(kind: str) -> None:
     wanted = {name: shape for name, (_, shape) in weight_shapes(spec).items()}
     assert encoder_weights(spec) == wanted
     for part in (spec.whole, Part(0, 1), Part(1, 2), Part(2, 3)):
-        weights = dict(spec.build(part).named_parameters())
-        assert sum(weight.numel() for weight in weights.values()) == spec.parameters_of(part)
+        module = spec.build(part)
+        counted = sum(weight.numel() for weight in module.parameters())
+        assert counted == spec.parameters_of(part)
+        blocks = [
+            sum(weight.numel() for weight in block.parameters())
+            for _, block in module.numbered_blocks()
+        ]
+        assert spec.block_parameters_of(part) == (counted - sum(blocks), max(blocks))
 
 
 @pytest.mark.parametrize("kind", KINDS)

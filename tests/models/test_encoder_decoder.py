@@ -105,6 +105,12 @@ def test_names_shapes_and_counts_are_the_modules(kind: str) -> None:
             part = create(spec, 1, part=Part(first, last))
             counted = sum(weight.numel() for weight in part.parameters())
             assert spec.parameters_of(Part(first, last)) == counted, (first, last)
+            blocks = [
+                sum(w.numel() for n, w in block.named_parameters() if "relative" not in n)
+                for _, block in part.numbered_blocks()
+            ]
+            expected = counted - sum(blocks), max(blocks)
+            assert spec.block_parameters_of(Part(first, last)) == expected, (first, last)
 
 
 @each_kind

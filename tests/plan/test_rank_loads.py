@@ -134,6 +134,23 @@ def test_a_node_has_weights_once_and_its_shards_of_the_rest(nodes: int, each: in
         assert node.parameters == pytest.approx(count, abs=each)
 
 
+@pytest.mark.parametrize("nodes", [on_nodes(4, 1), NodeMap(((0, 1, 2), (3,)))])
+def test_ranks_that_share_no_memory_gather_two_blocks_at_a_time(nodes: NodeMap) -> None:
+    settings, sizes = ParallelSettings(zero=3), {"data": 4, "pipeline": 1}
+    plan = plan_step(SMALL, settings, 4, BATCH)
+    loads = load_ranks(SMALL, plan, AdamWSettings(), sizes, nodes, settings)
+    outside, block = SMALL.block_parameters_of(SMALL.whole)
+    assert outside + SMALL.layers * block == SMALL.parameters
+    for load in loads:
+        own = SMALL.parameters // 4
+        assert load.memory.weights == 4 * (own + outside + 2 * block)
+        assert load.memory.counted_elsewhere["weights"] == 0
+    # The gradients once a microbatch, the values forward and backward.
+    sent = axis_traffic(SMALL, plan, BATCH, sizes, nodes, settings)["data"].rank_bytes
+    expected = 3 * plan.microbatches * 4 * SMALL.parameters * 3 / 4
+    assert sent == pytest.approx(expected)
+
+
 def test_hybrid_shards_are_those_of_a_node() -> None:
     settings = ParallelSettings(zero=2, zero_on_node=True)
     assert replicas_of(0, {"data": 8}, on_nodes(2, 4), settings) == Replicas(8, 4, 4, 2, 4)

@@ -7,6 +7,8 @@ import torch
 from mpi4py import MPI
 
 from mpillm.errors import LayoutError
+from mpillm.machine.node_map import NodeMap
+from mpillm.system.compile_cache import find_compiler
 from mpillm.system.console import Console
 from mpillm.train.recipe import Recipe, parse_recipe
 from mpillm.train.setup import train
@@ -60,6 +62,45 @@ def test_shards_have_the_bits_of_one_rank(
         run = folder / f"run{number}"
         train(recipe(data, run, **changes, parallel=parallel), comm, QUIET)
         check_equal(run, folder / "alone", comm, parallel)
+
+
+def gathered_layouts(ranks: int) -> list[dict[str, dict[str, object]]]:
+    full: dict[str, object] = {"recompute": "full"}
+    if ranks < 4:
+        return [{}, {"train": full}]
+    # A backward pass in halves, and the tied weight on one rank of the pipeline.
+    return [{"parallel": {"pipeline": 2, "schedule": "zb-v"}, "train": full}]
+
+
+def test_ranks_that_share_no_memory_have_the_bits_of_one(
+    data: Path, folder: Path, comm: MPI.Intracomm
+) -> None:
+    """Each rank is a host of its own: the weights are gathered layer by layer."""
+    fixed = FIXED | {"batch": 12 if comm.size == 3 else 8}
+    deep = {"layers": 4, "width": 32}
+    if comm.rank == 0:
+        train(recipe(data, folder / "alone", model=deep, train=fixed), MPI.COMM_SELF, QUIET)
+    comm.Barrier()
+    for number, layout in enumerate(gathered_layouts(comm.size)):
+        run, parallel = folder / f"run{number}", {"zero": 3, **layout.get("parallel", {})}
+        given = fixed | layout.get("train", {})
+        own = recipe(data, run, model=deep, train=given, parallel=parallel)
+        train(own, comm, QUIET, node_map=apart(comm))
+        check_equal(run, folder / "alone", comm, layout)
+
+
+def apart(comm: MPI.Intracomm) -> NodeMap:
+    return NodeMap(tuple((rank,) for rank in range(comm.size)))
+
+
+def test_compiled_layers_are_not_gathered(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
+    if comm.size == 1:
+        pytest.skip("one rank has nothing to gather")
+    if not find_compiler():
+        pytest.skip("needs a C++ compiler")
+    given = recipe(data, folder / "run", train={"compile": True}, parallel={"zero": 3})
+    with pytest.raises(LayoutError, match=r"layer by layer.*train\.compile.*parallel\.zero = 2"):
+        train(given, comm, QUIET, node_map=apart(comm))
 
 
 def test_a_run_resumes_in_another_layout(data: Path, folder: Path, comm: MPI.Intracomm) -> None:

@@ -29,10 +29,6 @@ class Transformer(PartModule):
 
     config: BlockSettings
 
-    def numbered_blocks(self) -> Iterator[tuple[int, nn.Module]]:
-        """Yield the blocks of this part, each with its number in the whole model."""
-        raise NotImplementedError
-
     def additions(self, name: str) -> int:
         """Return how many outputs the stream of the weight `name` sums; 1: it is normed each time.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Mapping, 
 from torch import Tensor, nn
 
 from mpillm.models.part_module import PartModule
+from mpillm.parallel.data.gathered_weights import GatheredWeights
 
 Gradients = Iterable[tuple[nn.Parameter, Tensor]]
 
@@ -73,6 +74,11 @@ class GradientSync(ABC):
         steps on.
         """
         return False
+
+    @property
+    def gathered(self) -> GatheredWeights | None:
+        """What gathers the weights while passes read them; None: each rank has them at any time."""
+        return None
 
     def first_element(self, weight: nn.Parameter) -> int:
         """Return which element of `weight` is the first that the optimizer steps on here."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mpillm.comm.communicator import Communicator, silent
 from mpillm.comm.mesh import Axis
+from mpillm.comm.persistent import PersistentCollective
 from mpillm.comm.selection import Profile
 from mpillm.machine.node_map import NodeMap, map_nodes
 
@@ -116,25 +117,28 @@ class ShardGroup:
         across = self._across.prepare("reduce_scatter", region, out, fixed_order=fixed_order)
         return _in_turn(within.run, across.run)
 
-    def prepare_gather(self, row: Tensor, once_a_node: bool) -> tuple[Action, list[int]]:
-        """Prepare: fill the blocks of `row` from the shards that own them; return which arrive.
+    def prepare_gather(
+        self, row: Tensor, once_a_node: bool
+    ) -> tuple[list[PersistentCollective], list[int]]:
+        """Prepare: fill the blocks of `row` from the shards that own them, by calls that run in
+        turn; return which arrive, too.
 
         `once_a_node`: the ranks of a node share the weights. Each then takes blocks of other nodes
         alone, those of ranks of its own local rank. Every rank prepares the same, in the same
         order.
         """
-        steps: list[Action] = []
+        calls: list[PersistentCollective] = []
         arriving: list[int] = []
         if self._across is not None and not self._on_node:
             count = row.numel() // self.shards
             first = self.shard - self._node
             region = row[first * count : (first + self._nodes) * count]
-            steps.append(self._across.prepare("allgather", region).run)
+            calls.append(self._across.prepare("allgather", region))
             arriving += range(first, first + self._nodes)
         if self.within is not None and not once_a_node:
-            steps.append(self.within.prepare("allgather", row).run)
+            calls.append(self.within.prepare("allgather", row))
             arriving = list(range(self.shards))
-        return _in_turn(*steps), [shard for shard in arriving if shard != self.shard]
+        return calls, [shard for shard in arriving if shard != self.shard]
 
     def barrier(self) -> None:
         """Return when all ranks of the node have called it."""

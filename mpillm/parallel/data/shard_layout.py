@@ -5,8 +5,8 @@ ranks reduce the same stretch of their streams at a time: a unit (Rajbhandari et
 2020, section 5).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -73,16 +73,31 @@ class ShardLayout:
     @cached_property
     def length(self) -> int:
         """The elements of the longest stream, in whole lines."""
-        ends = (run.offset + run.count for stream in self.streams for run in stream)
-        return _lines(max(ends, default=0))
+        return _length(self.streams)
 
     def units(self, elements: int) -> list[Unit]:
         """Cut the streams into units of at most `elements` elements over all shards."""
+        return self._cut(self.streams, elements)
+
+    def units_of(self, weights: Collection[int], elements: int = 0) -> list[Unit]:
+        """Pack the runs of `weights` alone into streams, and cut these as `units` does; 0: into one
+        unit.
+        """
+        packed: list[list[Run]] = [[] for _ in range(self.shards)]
+        for stream, found in zip(self.streams, packed, strict=True):
+            end = 0
+            for run in stream:
+                if run.weight in weights:
+                    found.append(replace(run, offset=end))
+                    end += _lines(run.count)
+        return self._cut(packed, elements or self.shards * _length(packed))
+
+    def _cut(self, streams: Sequence[Sequence[Run]], elements: int) -> list[Unit]:
         size = max(1, elements // (self.shards * LINE_ELEMENTS)) * LINE_ELEMENTS
-        units = []
-        for first in range(0, self.length, size):
-            last = min(first + size, self.length)
-            runs = tuple(tuple(_clipped(stream, first, last)) for stream in self.streams)
+        length, units = _length(streams), []
+        for first in range(0, length, size):
+            last = min(first + size, length)
+            runs = tuple(tuple(_clipped(stream, first, last)) for stream in streams)
             weights = sorted({run.weight for stream in runs for run in stream})
             units.append(Unit(first, last, runs, tuple(weights)))
         return units
@@ -144,6 +159,12 @@ def _clipped(stream: Sequence[Run], first: int, last: int) -> list[Run]:
             skipped = begin - run.offset
             found.append(Run(run.weight, run.first + skipped, end - begin, begin - first))
     return found
+
+
+def _length(streams: Sequence[Sequence[Run]]) -> int:
+    """Return the elements of the longest of `streams`, in whole lines."""
+    ends = (run.offset + run.count for stream in streams for run in stream)
+    return _lines(max(ends, default=0))
 
 
 def _lines(count: int) -> int:

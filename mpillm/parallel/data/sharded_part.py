@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mpillm.comm.persistent import PersistentCollective
 from mpillm.parallel.data.buckets import NORM_PIECE_ELEMENTS
 from mpillm.parallel.data.shard_group import Action, ShardGroup
 from mpillm.parallel.data.shard_layout import Deal, Run, ShardLayout, Unit
@@ -107,15 +108,18 @@ class ShardedPart:
         """Prepare the way of new values from the owners to where ranks read them, by `values`."""
         for unit in self.units:
             row = values[: self._shards * (unit.last - unit.first)]
-            gather, arriving = group.prepare_gather(row, once_a_node)
+            calls, arriving = group.prepare_gather(row, once_a_node)
             if arriving:
-                self._gathers.append(partial(self._pass_on, unit, row, gather, arriving))
+                self._gathers.append(partial(self._pass_on, unit, row, calls, arriving))
 
-    def _pass_on(self, unit: Unit, row: Tensor, gather: Action, arriving: list[int]) -> None:
+    def _pass_on(
+        self, unit: Unit, row: Tensor, calls: list[PersistentCollective], arriving: list[int]
+    ) -> None:
         """Gather the values of a unit by `row`."""
         for here, there in self._places(unit, row, [self._shard]):
             there.copy_(here)
-        gather()
+        for call in calls:
+            call.run()
         for here, there in self._places(unit, row, arriving):
             here.copy_(there)
 

@@ -18,22 +18,23 @@ def place_once_a_node(
 ) -> bool:
     """Move `weights` into memory that the ranks of each node share; they have no values then.
 
-    Returns False on all ranks, with the weights where they were, where some node has no room or
-    its ranks share no memory. Every rank of the group calls it with weights of the same shapes.
+    Returns False on all ranks, with the weights where they were, where ranks share no memory: on
+    GPUs, with one rank a host or unevenly many, or without room, after a warning. Every rank of the
+    group calls it with weights of the same shapes.
     """
     sizes = [-(-weight.numel() // LINE_ELEMENTS) * LINE_ELEMENTS for weight in weights]
     nbytes = sum(sizes) * dtype.itemsize
-    fault = "one rank a host, or unevenly many, share no memory"
-    if any(weight.is_cuda for weight in weights):
-        fault = "GPUs share no memory of the host"
-    elif group.within is not None:
-        comm = group.within.comm
-        found = share_segment(comm, -(-nbytes // comm.size))
-        fault = found if isinstance(found, str) else ""
-    faults = [text for text in group.axis.comm.allgather(fault) if text]
-    if faults:
+    if group.within is None or any(weight.is_cuda for weight in weights):
+        return False
+    comm = group.within.comm
+    found = share_segment(comm, -(-nbytes // comm.size))
+    fault = found if isinstance(found, str) else ""
+    if faults := [text for text in group.axis.comm.allgather(fault) if text]:
         if group.axis.rank == 0:
-            warn(f"{faults[0]}; each rank keeps its own copy of the weights ({nbytes:,} bytes)")
+            warn(
+                f"{faults[0]}; the weights ({nbytes:,} bytes) are gathered layer by layer instead "
+                "of once a host"
+            )
         return False
     assert not isinstance(found, str)
     # The rows of the ranks follow each other without a gap: one array.

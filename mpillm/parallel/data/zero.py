@@ -4,6 +4,8 @@
 Stage 1 adds up whole gradients on each rank, and shares out their sum and the optimizer's states.
 Stage 2 shares out the gradients of each microbatch. Stage 3 keeps the weights once a node, in
 memory that its ranks share: nothing is gathered there, and between nodes each value crosses once.
+Where ranks share none, each keeps its own runs, and all are gathered block by block
+(gathered_weights.py).
 
 Two barriers a step are the law where ranks share weights: no rank writes before all have computed
 their gradients (`finish`), none reads before all have written (`updated`).
@@ -20,6 +22,7 @@ from mpillm.comm.mesh import Axis
 from mpillm.comm.selection import Profile
 from mpillm.errors import LayoutError
 from mpillm.models.part_module import PartModule, initial_values
+from mpillm.parallel.data.gathered_weights import GatheredWeights
 from mpillm.parallel.data.gradient_sync import Gradients, GradientSync
 from mpillm.parallel.data.norm_tails import NormTails
 from mpillm.parallel.data.shard_group import ShardGroup
@@ -73,9 +76,11 @@ class ZeroGradients(GradientSync):
         needs_whole: NeedsWhole = cuts_all,
         tied: Container[str] = frozenset(),
         alike: bool = True,
+        blocks: Sequence[Sequence[nn.Module]] | None = None,
     ) -> None:
         """`tied`: the names of weights that share their values with others, on other parts too.
-        `alike`: see ShardGroup. Raises LayoutError on every rank where some shard is empty.
+        `alike`: see ShardGroup. `blocks`: of each part, in the order of its forward pass. Raises
+        LayoutError on every rank where some shard is empty.
         """
         self._step, self._fixed_order, self._dtype = step, step.fixed_order, step.dtype
         # Whole gradients: a fixed order sums each rank's microbatches first.
@@ -84,7 +89,7 @@ class ZeroGradients(GradientSync):
         on_node = settings.zero_on_node
         self._group = ShardGroup(axis, profile, settings.debug, warn, on_node, alike)
         trained = [{n: w for n, w in part.items() if w.requires_grad} for part in parts]
-        self._place([w for part in trained for w in part.values()], settings.zero == 3, warn)
+        same = self._place([w for part in trained for w in part.values()], settings.zero == 3, warn)
         frozen = [w for part in parts for w in part.values() if not w.requires_grad]
         place_alone(frozen, step.dtype)
         elements = (settings.bucket_bytes or UNIT_BYTES) // 4
@@ -93,6 +98,12 @@ class ZeroGradients(GradientSync):
             for part in trained
         ]
         self._check_shards()
+        self._gathered: GatheredWeights | None = None
+        if settings.zero == 3 and not self._once_a_node:
+            # Communicators of their own: sums of gradients run while a gather is in flight.
+            group = ShardGroup(axis, profile, settings.debug, silent, on_node, alike)
+            own_blocks = blocks or [() for _ in parts]
+            self._gathered = GatheredWeights(self._parts, own_blocks, group, same)
         self._prepare(step.reduce_dtype)
         self._home: dict[nn.Parameter, tuple[ShardedPart, int]] = {}
         for part in self._parts:
@@ -108,7 +119,8 @@ class ZeroGradients(GradientSync):
 
     def _place(
         self, weights: Sequence[nn.Parameter], once_a_node: bool, warn: Callable[[str], None]
-    ) -> None:
+    ) -> dict[nn.Parameter, nn.Parameter]:
+        """Give the weights memory; return the leaves that share that of others."""
         same = aliases(weights)
         own = [weight for weight in weights if weight not in same]
         self._once_a_node = once_a_node and place_once_a_node(own, self._dtype, self._group, warn)
@@ -116,6 +128,7 @@ class ZeroGradients(GradientSync):
             place_alone(own, self._dtype)
         for weight, other in same.items():
             weight.data = other.data
+        return same
 
     def _check_shards(self) -> None:
         """Raise LayoutError on every rank where the optimizer of some rank has nothing to do."""
@@ -142,11 +155,13 @@ class ZeroGradients(GradientSync):
         device = weight.device if weight is not None else torch.device("cpu")
         row = self._group.allocate(longest, reduce_dtype, device)
         block = torch.empty(longest // self._group.shards, dtype=reduce_dtype, device=device)
-        values = torch.empty(longest, dtype=self._dtype, device=device)
+        room = 0 if self._gathered else longest
+        values = torch.empty(room, dtype=self._dtype, device=device)
         for part in self._parts:
             adds = not self._whole and self._step.several
             part.prepare(self._group, row, block, self._fixed_order, adds)
-            part.prepare_gather(self._group, values, self._once_a_node)
+            if self._gathered is None:
+                part.prepare_gather(self._group, values, self._once_a_node)
             if self._whole and not self._fixed_order:
                 part.add_up_whole()
 
@@ -154,9 +169,15 @@ class ZeroGradients(GradientSync):
     def is_cut(self) -> bool:
         return True
 
+    @property
+    def gathered(self) -> GatheredWeights | None:
+        return self._gathered
+
     def describe(self) -> str:
         units = sum(len(part.units) for part in self._parts)
         weights = "once a node" if self._once_a_node else "on each rank"
+        if self._gathered:
+            weights = "gathered layer by layer"
         when = "the step" if self._whole else "each microbatch"
         return (
             f"ZeRO-{self._stage}, {self._group.ways}, weights {weights}; {units} "
@@ -182,10 +203,23 @@ class ZeroGradients(GradientSync):
 
     def _sets(self, weight: nn.Parameter) -> bool:
         """Return whether this rank sets any value of `weight`."""
-        if not self._once_a_node or weight not in self._home:
+        if self._has_copies or weight not in self._home:
             return True
         part, number = self._home[weight]
         return part.run_of(number).count > 0
+
+    @property
+    def _has_copies(self) -> bool:
+        """Whether each rank has all values of the weights, at any time."""
+        return not (self._once_a_node or self._gathered)
+
+    def _run(self, weight: nn.Parameter) -> Tensor:
+        """Return the values of this rank's run of `weight`."""
+        part, number = self._home[weight]
+        run = part.run_of(number)
+        if self._gathered:
+            return self._gathered.own_of(weight, run.count)
+        return weight.data.view(-1)[run.first : run.first + run.count]
 
     def fill(self, weight: nn.Parameter, values: Tensor) -> None:
         """Set the values of `weight`, float32 and whole, as far as this rank sets them.
@@ -198,10 +232,12 @@ class ZeroGradients(GradientSync):
             return
         part, number = self._home[weight]
         own = part.run_of(number)
-        cut = slice(own.first, own.first + own.count) if self._once_a_node else slice(None)
-        weight.data.view(-1)[cut] = values.view(-1)[cut].to(weight.device)
+        run = values.view(-1)[own.first : own.first + own.count]
+        if self._has_copies:
+            weight.data.copy_(values)
+        else:
+            self._run(weight).copy_(run)
         if weight in self._masters:
-            run = values.view(-1)[own.first : own.first + own.count]
             self._masters[weight].data.view(-1).copy_(run)
 
     def optimizer_weights(
@@ -219,7 +255,7 @@ class ZeroGradients(GradientSync):
             run = part.run_of(number)
             if not run.count:
                 continue
-            own = weight.data.view(-1)[run.first : run.first + run.count]
+            own = self._run(weight)
             if self._dtype != torch.float32:
                 own = torch.zeros(run.count, dtype=torch.float32, device=weight.device)
             # A whole weight keeps its shape, which an optimizer of matrices reads.
@@ -243,9 +279,7 @@ class ZeroGradients(GradientSync):
     @torch.no_grad()
     def updated(self) -> None:
         for weight, master in self._masters.items():
-            part, number = self._home[weight]
-            run = part.run_of(number)
-            weight.data.view(-1)[run.first : run.first + run.count] = master.data.view(-1)
+            self._run(weight).copy_(master.data.view(-1))
         for part in self._parts:
             part.gather()
         if self._once_a_node:
@@ -262,12 +296,16 @@ class ZeroGradients(GradientSync):
         pass
 
     def ready(self, parameter: nn.Parameter) -> None:
+        if self._gathered:
+            self._gathered.poll()
         part, number = self._home[parameter]
         # A fixed order adds up a microbatch as a whole, when it has ended.
         if not self._fixed_order:
             part.ready(number)
 
     def microbatch_ended(self, part: int) -> None:
+        if self._gathered:
+            self._gathered.pass_ended()
         if self._fixed_order:
             self._parts[part].fold()
         else:
@@ -310,6 +348,8 @@ class ZeroGradients(GradientSync):
         for part in self._parts:
             part.close()
         self._parts, self._home, self._masters, self._tails = [], {}, {}, None
+        if self._gathered:
+            self._gathered.close()
         self._group.free()
 
 

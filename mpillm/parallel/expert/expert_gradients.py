@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from torch import Tensor, nn
 
 from mpillm.models.part_module import PartModule
+from mpillm.parallel.data.gathered_weights import GatheredWeights
 from mpillm.parallel.data.gradient_sync import Gradients, GradientSync
 
 
@@ -70,6 +71,10 @@ class ExpertGradients(GradientSync):
     @property
     def is_cut(self) -> bool:
         return self._dense.is_cut
+
+    @property
+    def gathered(self) -> GatheredWeights | None:
+        return self._dense.gathered
 
     def first_element(self, weight: nn.Parameter) -> int:
         return self._of(weight).first_element(weight)

@@ -10,7 +10,7 @@ branches only. Each product is computed once, by the same operations on the same
 whole pass, so the bits are the same.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,10 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 # Output of a node → its gradient. A node may have several outputs, and a path may use some of them.
 NodeGradients = dict[int, Tensor]
+
+
+def _nothing(leaves: Sequence[Tensor]) -> None:
+    """Do nothing ahead of the gradients of `leaves`."""
 
 
 class SplitBackward:
@@ -73,9 +77,13 @@ class SplitBackward:
             self._recorded.setdefault(end.node, {})[end.output_nr] = gradient
         return found
 
-    def weights(self) -> None:
-        """Accumulate `grad` of all weights; frees the graph. Call it after `input`, once."""
+    def weights(self, ahead: Callable[[Sequence[Tensor]], None] = _nothing) -> None:
+        """Accumulate `grad` of all weights; frees the graph. Call it after `input`, once.
+
+        `ahead` is called with the weights of each branch, before their gradients are computed.
+        """
         for node, leaves in self._branches.items():
+            ahead(leaves)
             received = self._recorded.pop(node)
             edges = [GradientEdge(node, place) for place in received]
             torch.autograd.backward(edges, list(received.values()), inputs=leaves)

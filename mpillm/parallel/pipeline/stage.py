@@ -111,7 +111,11 @@ class ModelStage:
 
     def backward_weight(self, microbatch: int) -> None:
         self._before_weights()
-        self._split.pop(microbatch).weights()
+        split, gathered = self._split.pop(microbatch), self._sync.gathered
+        if gathered is None:
+            split.weights()
+        else:
+            split.weights(gathered.before_gradients)
         self._after_weights()
 
     def _before_weights(self) -> None:

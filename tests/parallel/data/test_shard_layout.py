@@ -53,6 +53,27 @@ def test_units_cut_the_streams_without_a_gap(counts, shards, elements) -> None:
         )
 
 
+@given(COUNTS, st.integers(1, 16), st.integers(0, 20_000), st.data())
+def test_units_of_some_weights_hold_their_runs_alone(counts, shards, elements, data) -> None:
+    layout = ShardLayout(tuple(counts), shards, ("even",) * len(counts))
+    chosen = data.draw(st.sets(st.integers(0, len(counts) - 1), min_size=1))
+    units = layout.units_of(chosen, elements)
+    assert elements or len(units) == 1
+    assert {number for unit in units for number in unit.weights} == chosen
+    for shard, stream in enumerate(layout.streams):
+        wanted = {run.weight: run.count for run in stream if run.weight in chosen}
+        found = dict.fromkeys(wanted, 0)
+        end = 0
+        for unit in units:
+            for run in unit.runs[shard]:
+                # In a row, without an overlap, within the unit.
+                assert unit.first + run.offset >= end
+                end = unit.first + run.offset + run.count
+                assert end <= unit.last
+                found[run.weight] += run.count
+        assert found == wanted
+
+
 def test_even_cuts_differ_by_a_line_a_weight() -> None:
     layout = ShardLayout((100_000, 33, 5), 4, ("even",) * 3)
     sums = [sum(run.count for run in stream) for stream in layout.streams]

@@ -1,16 +1,18 @@
 """Shards of gradients, states and weights, compared with one process that sees the whole batch."""
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
 from mpi4py import MPI
 from torch import nn
 
+from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Mesh
 from mpillm.errors import LayoutError
 from mpillm.machine.node_map import NodeMap
-from mpillm.parallel.data import zero as zero_module
+from mpillm.parallel.data import weight_pages
 from mpillm.parallel.data.shard_group import ShardGroup
 from mpillm.parallel.data.zero import ZeroGradients
 from mpillm.parallel.grad_norm import gradient_norm
@@ -78,13 +80,15 @@ def alone(steps: int, microbatch: int) -> tuple[list[float], dict[str, torch.Ten
 class Trained:
     """A net whose weights the ranks of `comm` share out."""
 
-    def __init__(self, comm: MPI.Intracomm, nodes: NodeMap | None = None, **settings) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, nodes: NodeMap | None = None, warn=silent, **settings
+    ) -> None:
         self.comm, self.mesh = comm, Mesh(comm, {"data": comm.size}, nodes)
         self.model, values = net(), dict(net().named_parameters())
         parallel = ParallelSettings(bucket_bytes=UNIT_BYTES, **settings)
         named = dict(self.model.named_parameters())
         axis = self.mesh.axis("data")
-        self.gradients = ZeroGradients([named], axis, parallel)
+        self.gradients = ZeroGradients([named], axis, parallel, warn=warn)
         self.stepped = self.gradients.optimizer_weights(named)
         with torch.no_grad():
             for name, weight in named.items():
@@ -101,16 +105,21 @@ class Trained:
         self.gradients.begin()
         time.sleep(self.delay["forward"])
         total = 0.0
-        for part in own.split(microbatch):
-            value = loss(self.model, part)
-            value.backward()
-            self.gradients.microbatch_ended(0)
-            total += value.item()
+        with self.reading():
+            for part in own.split(microbatch):
+                value = loss(self.model, part)
+                value.backward()
+                self.gradients.microbatch_ended(0)
+                total += value.item()
         self.gradients.finish()
         time.sleep(self.delay["update"])
         self.optimizer.step()
         self.gradients.updated()
         return total
+
+    def reading(self) -> AbstractContextManager[None]:
+        gathered = self.gradients.gathered
+        return gathered.reading() if gathered else nullcontext()
 
     def losses(self, steps: int, microbatch: int = ROWS) -> list[float]:
         """Run steps without a message between them; return the losses of the whole batches."""
@@ -143,21 +152,23 @@ def test_each_stage_trains_as_one_process(comm: MPI.Intracomm, stage: int, micro
             trained = Trained(comm, nodes, zero=stage, zero_on_node=on_node)
             found = trained.losses(3, microbatch)
             assert found == pytest.approx(losses, rel=1e-6)
-            for name, weight in trained.model.named_parameters():
-                assert torch.allclose(weight, weights[name], rtol=1e-4, atol=1e-5), name
+            with trained.reading():
+                for name, weight in trained.model.named_parameters():
+                    assert torch.allclose(weight, weights[name], rtol=1e-4, atol=1e-5), name
             trained.close()
 
 
-def test_without_shared_memory_each_rank_keeps_its_weights(
+def test_a_full_shared_memory_is_a_warning(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs_ranks(comm)
     warnings: list[str] = []
-    monkeypatch.setattr(zero_module, "place_once_a_node", lambda *given: False)
-    trained = Trained(comm, zero=3)
-    assert "weights on each rank" in trained.gradients.describe()
+    monkeypatch.setattr(weight_pages, "share_segment", lambda *given: "rank 1: no room")
+    trained = Trained(comm, warn=warnings.append, zero=3)
+    assert "weights gathered layer by layer" in trained.gradients.describe()
+    assert len(warnings) == (comm.rank == 0)
+    assert all("rank 1: no room; the weights" in text for text in warnings)
     assert trained.losses(3, 1) == pytest.approx(alone(3, 1)[0], rel=1e-6)
-    assert not warnings
     trained.close()
 
 
