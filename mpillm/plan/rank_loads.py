@@ -13,6 +13,7 @@ from mpillm.parallel.step_plan import StepPlan, traffic_bytes
 from mpillm.plan.held_memory import FLOAT32_BYTES, OptimizerCosts, Replicas, parameters_held
 from mpillm.plan.peak_memory import (
     KINDS,
+    PROCESS_BYTES,
     MemoryEstimate,
     predict_rank,
     rows_at_once,
@@ -100,8 +101,12 @@ def load_ranks(
     sizes: Mapping[str, int],
     node_map: NodeMap,
     settings: ParallelSettings,
+    process_bytes: int = PROCESS_BYTES,
 ) -> list[RankLoad]:
-    """Predict the load of each rank of a mesh of `sizes`, whose ranks are ordered by node."""
+    """Predict the load of each rank of a mesh of `sizes`, whose ranks are ordered by node.
+
+    `process_bytes`: of a process before it builds a model.
+    """
     stages: dict[int, tuple[tuple[Part, ...], int]] = {}
     for stage in range(plan.schedule.ranks):
         parts = tuple(plan.parts[number] for number in plan.schedule.stages_of(stage))
@@ -122,7 +127,7 @@ def load_ranks(
         key = stage, replicas[group]
         if key not in estimates:
             estimates[key] = predict_rank(
-                model, plan, optimizer, stage, key[1], scored_rows=rows_at_once(model)
+                model, plan, optimizer, stage, key[1], process_bytes, rows_at_once(model)
             )
         loads.append(RankLoad(rank, node_map.node_of[rank], places, *stages[stage], estimates[key]))
     return loads

@@ -1,5 +1,6 @@
 """The console: text, tables and progress on rank 0, for terminals and for batch logs."""
 
+import io
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -192,6 +193,14 @@ class Console:
             yield progress
         finally:
             progress.finish()
+
+
+def table_text(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table as `Console.table` prints it, for a message of several lines."""
+    stream = io.StringIO()
+    Console(stream=stream, watched=False).table(title, columns, rows)
+    lines = (line.rstrip() for line in stream.getvalue().splitlines())
+    return "\n".join(line for line in lines if line)
 
 
 def clock(seconds: float) -> str:

@@ -20,6 +20,7 @@ from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.part_module import torch_explained, weight_shapes
 from mpillm.parallel.devices import may_take_gpus
 from mpillm.parallel.step_plan import make_mesh
+from mpillm.plan.memory_table import beyond_all_hosts
 from mpillm.runs.folder import CLUSTER, HISTORY
 from mpillm.runs.history import STARTED, read_history
 from mpillm.system.compile_cache import find_compiler, set_compile_cache
@@ -38,7 +39,7 @@ from mpillm.train.optimizers.optimizer import check_rules
 from mpillm.train.print_plan import print_plan
 from mpillm.train.recipe import Recipe
 from mpillm.train.resuming import find_start, say_changes
-from mpillm.train.run_memory import RunMemory, check_memory, shortage
+from mpillm.train.run_memory import RunMemory
 from mpillm.train.run_plan import fill_model, plan_run
 from mpillm.train.start_from import start_from
 from mpillm.train.step import Trainer
@@ -57,12 +58,13 @@ def train(
     trace: bool = False,
     limits: JobLimits = NO_LIMITS,
     node_map: NodeMap | None = None,
+    force: bool = False,
 ) -> None:
     """Train as the recipe says. Every rank calls it.
 
     `resume`: continue from the newest whole checkpoint of the run, if it has any. `trace`: write a
-    file that shows when each rank computed. `node_map`: of `comm`; None asks MPI for it. Raises
-    subclasses of MpillmError.
+    file that shows when each rank computed. `node_map`: of `comm`; None asks MPI for it. `force`:
+    train although the estimated memory exceeds that of a host. Raises subclasses of MpillmError.
     """
     keep_pages()
     manifest = _load_manifest(recipe)
@@ -71,7 +73,9 @@ def train(
     # GPUs hold the weights of a run that takes them. Their memory is found out by its allocation.
     hosts_compute = comm.bcast(not may_take_gpus(recipe.train.device))
     limit = comm.bcast(read_memory().limit)
-    check_memory(recipe, node_map, limit, hosts_compute)
+    model, hosts = recipe.model, len(node_map.nodes)
+    if fault := beyond_all_hosts(model, recipe.train.batch, hosts, limit, hosts_compute):
+        raise LayoutError(fault)
     # With the tokenizer, which every checkpoint holds: a damaged one is found before any step.
     constants = RunConstants.read(manifest, recipe.to_dict(), comm)
     settings, parallel = recipe.train, recipe.parallel
@@ -103,12 +107,12 @@ def train(
                 say_changes(recipe, checkpoint, console)
             memory = RunMemory.of(recipe, mesh)
             estimate = memory.predict(plan)
+            short = on_root(comm, partial(memory.check_hosts, plan, limit, force))
             if cuts := on_root(comm, lambda: reader.describe_cuts(row)):
                 console.warn(cuts)
             data_text = reader.describe(row, settings.steps * settings.batch)
             print_plan(recipe, mesh, plan, data_text, console, hardware.description, estimate)
-            remedy = partial(memory.remedy, plan)
-            if hosts_compute and (short := shortage(estimate, node_map, limit, remedy)):
+            if short:
                 console.warn(short)
             trainer = Trainer(recipe, task, reader, mesh, plan, profile, console.warn)
             if mesh.axis("data").size * parallel.context > 1:
