@@ -166,12 +166,12 @@ def axis_traffic(
         plan.microbatches,
     )
     return {
-        name: AxisTraffic(size, sent[name], _most_nodes(name, sizes, node_map))
+        name: AxisTraffic(size, sent[name], most_nodes(name, sizes, node_map))
         for name, size in sizes.items()
     }
 
 
-def _most_nodes(axis: str, sizes: Mapping[str, int], node_map: NodeMap) -> int:
+def most_nodes(axis: str, sizes: Mapping[str, int], node_map: NodeMap) -> int:
     """Return the most nodes that ranks which differ along `axis` alone are on."""
     groups: dict[tuple[int, ...], set[int]] = {}
     for rank, node in enumerate(node_map.node_of):

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.errors import LayoutError, UsageError
+from mpillm.machine.cluster_profile import ClusterProfile, load_profile
 from mpillm.machine.node_map import NodeMap
 from mpillm.parallel.axis_sizes import AXES
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import Precision, StepPlan, mesh_order
 from mpillm.plan.memory_table import TITLE, MemoryTable, beyond_all_hosts
 from mpillm.plan.rank_loads import AxisTraffic, RankLoad, axis_traffic
+from mpillm.plan.slow_tensor import slow_tensor_text
 from mpillm.system.console import Console, binary_bytes, counted
 from mpillm.system.extras import installed
 from mpillm.system.json_text import to_json
@@ -22,7 +24,7 @@ from mpillm.tokens.manifest import NAME, Manifest
 from mpillm.train.print_plan import expert_facts, pipeline_facts
 from mpillm.train.recipe import Recipe, TrainSettings
 from mpillm.train.run_memory import RunMemory
-from mpillm.train.run_plan import fill_model, plan_run
+from mpillm.train.run_plan import fill_model, plan_run, profile_path
 
 # A mesh of more ranks is printed host by host; of more hosts, the first and the last ones.
 SHOWN_RANKS, SHOWN_HOSTS = 64, 16
@@ -80,6 +82,7 @@ def print_dry_run(recipe: Recipe, hosts: Hosts, console: Console, as_json: bool)
     if excess := table.excess(hosts.memory):
         notes.append(f"{excess}: the run is refused without --force; {memory.remedy(plan)}")
     traffic = axis_traffic(model, plan, settings.batch, sizes, hosts.node_map, recipe.parallel)
+    notes += _slow_tensor(recipe, plan, hosts.node_map, traffic)
     if as_json:
         console.write(to_json(_table(recipe, hosts, plan, table, traffic, notes)) + "\n")
         return
@@ -89,6 +92,27 @@ def print_dry_run(recipe: Recipe, hosts: Hosts, console: Console, as_json: bool)
     _print_traffic(traffic, hosts, console)
     for note in notes:
         console.say(note)
+
+
+def _slow_tensor(
+    recipe: Recipe, plan: StepPlan, node_map: NodeMap, traffic: Mapping[str, AxisTraffic]
+) -> list[str]:
+    """Return notes of a tensor axis on several hosts. The profile may be of another cluster."""
+    notes: list[str] = []
+
+    def text(profile: ClusterProfile | None) -> str:
+        batch, settings = recipe.train.batch, recipe.parallel
+        return slow_tensor_text(recipe.model, plan, batch, settings, node_map, traffic, profile)
+
+    if not text(None):
+        return []
+    path = profile_path(recipe)
+    profile = None
+    if path and path.exists():
+        profile = load_profile(path, notes.append, here=None, aid=True)
+    elif path:
+        notes.append(f"the profile {path} is not here")
+    return [*notes, text(profile)]
 
 
 def _with_data(recipe: Recipe) -> tuple[Recipe, list[str]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpillm.comm.failure import on_root
+from mpillm.comm.mesh import Mesh
 from mpillm.errors import DataError, LayoutError, RecipeError
 from mpillm.infer.loading import (
     RunConstants,
@@ -19,9 +20,11 @@ from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.part_module import torch_explained, weight_shapes
 from mpillm.parallel.devices import may_take_gpus
-from mpillm.parallel.step_plan import make_mesh
+from mpillm.parallel.step_plan import StepPlan, make_mesh
 from mpillm.plan.memory_table import beyond_all_hosts
-from mpillm.runs.folder import CLUSTER, HISTORY
+from mpillm.plan.rank_loads import axis_traffic
+from mpillm.plan.slow_tensor import slow_tensor_text
+from mpillm.runs.folder import HISTORY
 from mpillm.runs.history import STARTED, read_history
 from mpillm.system.compile_cache import find_compiler, set_compile_cache
 from mpillm.system.console import Console
@@ -40,7 +43,7 @@ from mpillm.train.print_plan import print_plan
 from mpillm.train.recipe import Recipe
 from mpillm.train.resuming import find_start, say_changes
 from mpillm.train.run_memory import RunMemory
-from mpillm.train.run_plan import fill_model, plan_run
+from mpillm.train.run_plan import fill_model, plan_run, profile_path
 from mpillm.train.start_from import start_from
 from mpillm.train.step import Trainer
 
@@ -112,8 +115,8 @@ def train(
                 console.warn(cuts)
             data_text = reader.describe(row, settings.steps * settings.batch)
             print_plan(recipe, mesh, plan, data_text, console, hardware.description, estimate)
-            if short:
-                console.warn(short)
+            for text in filter(None, (short, _slow_tensor(recipe, mesh, plan, profile))):
+                console.warn(text)
             trainer = Trainer(recipe, task, reader, mesh, plan, profile, console.warn)
             if mesh.axis("data").size * parallel.context > 1:
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
@@ -177,6 +180,13 @@ def _warn(recipe: Recipe, console: Console) -> None:
             f"parallel.island_from = {islands.island_from:,} and train.steps = {steps:,}: the "
             "islands train as one data axis to the end; set fewer steps before the first round"
         )
+
+
+def _slow_tensor(recipe: Recipe, mesh: Mesh, plan: StepPlan, profile: ClusterProfile | None) -> str:
+    """Return a warning where the tensor axis is on several hosts; "" else."""
+    parallel, batch = recipe.parallel, recipe.train.batch
+    traffic = axis_traffic(recipe.model, plan, batch, mesh.sizes, mesh.node_map, parallel)
+    return slow_tensor_text(recipe.model, plan, batch, parallel, mesh.node_map, traffic, profile)
 
 
 def _compiles(recipe: Recipe, comm: "MPI.Intracomm", console: Console) -> bool:
@@ -243,11 +253,9 @@ def _profile(
 
     Returns None without either. Every rank calls it.
     """
-    in_run = Path(recipe.train.run) / CLUSTER
-    named = Path(recipe.parallel.profile) if recipe.parallel.profile else None
 
     def load() -> ClusterProfile | None:
-        path = named or (in_run if in_run.exists() else None)
+        path = profile_path(recipe)
         return load_profile(path, console.warn, here, aid=True) if path else None
 
     return on_root(comm, load)
