@@ -27,7 +27,7 @@ from mpillm.plan.slow_tensor import slow_tensor_text
 from mpillm.runs.folder import HISTORY
 from mpillm.runs.history import STARTED, read_history
 from mpillm.system.compile_cache import find_compiler, set_compile_cache
-from mpillm.system.console import Console
+from mpillm.system.console import Console, once_each
 from mpillm.system.malloc import keep_pages
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.task import Task
@@ -117,7 +117,8 @@ def train(
             print_plan(recipe, mesh, plan, data_text, console, hardware.description, estimate)
             for text in filter(None, (short, _slow_tensor(recipe, mesh, plan, profile))):
                 console.warn(text)
-            trainer = Trainer(recipe, task, reader, mesh, plan, profile, console.warn)
+            warn = once_each(console.warn)
+            trainer = Trainer(recipe, task, reader, mesh, plan, profile, warn)
             if mesh.axis("data").size * parallel.context > 1:
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
             if plan.schedule.ranks > 1:
