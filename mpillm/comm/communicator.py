@@ -32,7 +32,7 @@ from mpillm.comm.gpu.device_buffer import DeviceBuffer, is_on_device
 from mpillm.comm.gpu.device_selection import DeviceCollectives
 from mpillm.comm.persistent import InFlight, PersistentCollective
 from mpillm.comm.selection import CollectiveCall, Profile
-from mpillm.comm.shared.team import NOWHERE, NodeTeam, SharedRows
+from mpillm.comm.shared.team import NOWHERE, PRIVATE, NodeTeam, SharedRows
 from mpillm.errors import CommError
 from mpillm.machine.node_map import NodeMap, map_nodes
 
@@ -124,17 +124,17 @@ class Communicator:
             return self._on_gpus().algorithms(operation, like)
         return selection.available(operation, self.node_map)
 
-    def allocate(self, count: int, element: str) -> SharedRows | None:
+    def allocate(self, count: int, element: str, instead: str = PRIVATE) -> SharedRows | None:
         """Allocate node-shared memory for `count` elements of type `element` a rank.
 
-        None on every rank where some node has no room. Every rank calls it; `free` it when no view
-        is used any more.
+        None on every rank where some node has no room, with a warning of what is done `instead`.
+        Every rank calls it; `free` it when no view is used any more.
         """
         from mpi4py import MPI
 
         if self._team is None:
             return None
-        rows = self._team.allocate(count, element, self._warn)
+        rows = self._team.allocate(count, element, self._warn, instead)
         if self.comm.allreduce(rows is not None, MPI.LAND):
             return rows
         if rows is not None:

@@ -310,12 +310,15 @@ def _way(name: str) -> Way:
     return cast(Way, name)
 
 
-def load_profile(path: Path, warn: Warn, here: Cluster, aid: bool = False) -> ClusterProfile | None:
+def load_profile(
+    path: Path, warn: Warn, here: Cluster | None, aid: bool = False
+) -> ClusterProfile | None:
     """Load the profile at `path`; None, and one sentence to `warn`, where it does not hold here.
 
     That is a profile of another version, or of another cluster than `here` (see
-    `describe_cluster`). Raises UsageError when the file is missing or cannot be read. `aid`: the
-    profile only makes a run faster, so a damaged one is ignored too; a missing one is not.
+    `describe_cluster`; None: of any, as for a plan that is made elsewhere). Raises UsageError when
+    the file is missing or cannot be read. `aid`: the profile only makes a run faster, so a damaged
+    one is ignored too; a missing one is not.
     """
     try:
         return _read_profile(path, warn, here)
@@ -327,7 +330,7 @@ def load_profile(path: Path, warn: Warn, here: Cluster, aid: bool = False) -> Cl
         return None
 
 
-def _read_profile(path: Path, warn: Warn, here: Cluster) -> ClusterProfile | None:
+def _read_profile(path: Path, warn: Warn, here: Cluster | None) -> ClusterProfile | None:
     try:
         value = from_json(read_text(path))
     except FileNotFoundError as failure:
@@ -353,7 +356,7 @@ def _read_profile(path: Path, warn: Warn, here: Cluster) -> ClusterProfile | Non
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as failure:
         what = f"no {failure}" if isinstance(failure, KeyError) else str(failure)
         raise UsageError(f"the profile {path} is damaged: {what}; {REMEDY}") from failure
-    if difference := profile.cluster.differs_from(here):
+    if here and (difference := profile.cluster.differs_from(here)):
         warn(f"the profile {path} is of another cluster ({difference}): ignored; {REMEDY}")
         return None
     return profile

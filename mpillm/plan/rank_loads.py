@@ -19,6 +19,7 @@ from mpillm.plan.held_memory import (
 )
 from mpillm.plan.peak_memory import (
     KINDS,
+    PROCESS_BYTES,
     MemoryEstimate,
     predict_rank,
     rows_at_once,
@@ -106,8 +107,12 @@ def load_ranks(
     sizes: Mapping[str, int],
     node_map: NodeMap,
     settings: ParallelSettings,
+    process_bytes: int = PROCESS_BYTES,
 ) -> list[RankLoad]:
-    """Predict the load of each rank of a mesh of `sizes`, whose ranks are ordered by node."""
+    """Predict the load of each rank of a mesh of `sizes`, whose ranks are ordered by node.
+
+    `process_bytes`: of a process before it builds a model.
+    """
     stages: dict[int, tuple[tuple[Part, ...], int]] = {}
     for stage in range(plan.schedule.ranks):
         parts = tuple(plan.parts[number] for number in plan.schedule.stages_of(stage))
@@ -128,7 +133,7 @@ def load_ranks(
         key = stage, replicas[group]
         if key not in estimates:
             estimates[key] = predict_rank(
-                model, plan, optimizer, stage, key[1], scored_rows=rows_at_once(model)
+                model, plan, optimizer, stage, key[1], process_bytes, rows_at_once(model)
             )
         loads.append(RankLoad(rank, node_map.node_of[rank], places, *stages[stage], estimates[key]))
     return loads
@@ -168,12 +173,12 @@ def axis_traffic(
         gathers(plan, replicas_of(0, sizes, node_map, settings)),
     )
     return {
-        name: AxisTraffic(size, sent[name], _most_nodes(name, sizes, node_map))
+        name: AxisTraffic(size, sent[name], most_nodes(name, sizes, node_map))
         for name, size in sizes.items()
     }
 
 
-def _most_nodes(axis: str, sizes: Mapping[str, int], node_map: NodeMap) -> int:
+def most_nodes(axis: str, sizes: Mapping[str, int], node_map: NodeMap) -> int:
     """Return the most nodes that ranks which differ along `axis` alone are on."""
     groups: dict[tuple[int, ...], set[int]] = {}
     for rank, node in enumerate(node_map.node_of):

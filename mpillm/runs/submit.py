@@ -61,6 +61,9 @@ class SubmitOptions:
     stage: Annotated[bool, Option("Copy the shards to each node first.")] = False
     oversubscribe: Annotated[bool, Option("Allow more threads than cores.")] = False
     resume: Annotated[bool, Option("Continue the run that is there.")] = False
+    force: Annotated[
+        bool, Option("Train although the estimated memory exceeds that of a host.")
+    ] = False
     max_restarts: Annotated[
         int, Option("How often a job that ran out of time is submitted again.")
     ] = 100
@@ -184,7 +187,11 @@ def make_job(
         name=options.name or job_name(recipe.name),
         run=run,
         folder=str(folder),
-        command=(*program, "train", f"{run}/{JOB_RECIPE}", "--resume", *profile),
+        command=(
+            *(*program, "train", f"{run}/{JOB_RECIPE}", "--resume"),
+            *("--force",) * options.force,
+            *profile,
+        ),
         nodes=options.nodes,
         ranks_per_node=options.ranks_per_node,
         threads=threads,

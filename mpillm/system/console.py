@@ -1,8 +1,9 @@
 """The console: text, tables and progress on rank 0, for terminals and for batch logs."""
 
+import io
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -192,6 +193,31 @@ class Console:
             yield progress
         finally:
             progress.finish()
+
+
+def once_each(warn: Callable[[str], None]) -> Callable[[str], None]:
+    """Return `warn` for messages of the form `fault; what is done instead`.
+
+    Several users of one resource lack it for one reason, such as the buckets of gradients in a full
+    /dev/shm: what is done instead is said once, with the first fault.
+    """
+    said: set[str] = set()
+
+    def once(text: str) -> None:
+        instead = text.rpartition("; ")[2]
+        if instead not in said:
+            said.add(instead)
+            warn(text)
+
+    return once
+
+
+def table_text(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table as `Console.table` prints it, for a message of several lines."""
+    stream = io.StringIO()
+    Console(stream=stream, watched=False).table(title, columns, rows)
+    lines = (line.rstrip() for line in stream.getvalue().splitlines())
+    return "\n".join(line for line in lines if line)
 
 
 def clock(seconds: float) -> str:

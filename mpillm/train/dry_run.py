@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpillm.errors import UsageError
+from mpillm.errors import LayoutError, UsageError
+from mpillm.machine.cluster_profile import ClusterProfile, load_profile
 from mpillm.machine.node_map import NodeMap
 from mpillm.parallel.axis_sizes import AXES
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import Precision, StepPlan, mesh_order
-from mpillm.plan.rank_loads import AxisTraffic, RankLoad, axis_traffic, load_nodes, load_ranks
+from mpillm.plan.memory_table import TITLE, MemoryTable, beyond_all_hosts
+from mpillm.plan.rank_loads import AxisTraffic, RankLoad, axis_traffic
+from mpillm.plan.slow_tensor import slow_tensor_text
 from mpillm.system.console import Console, binary_bytes, counted
 from mpillm.system.extras import installed
 from mpillm.system.json_text import to_json
@@ -20,7 +23,8 @@ from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.manifest import NAME, Manifest
 from mpillm.train.print_plan import expert_facts, pipeline_facts
 from mpillm.train.recipe import Recipe, TrainSettings
-from mpillm.train.run_plan import fill_model, plan_run
+from mpillm.train.run_memory import RunMemory
+from mpillm.train.run_plan import fill_model, plan_run, profile_path
 
 # A mesh of more ranks is printed host by host; of more hosts, the first and the last ones.
 SHOWN_RANKS, SHOWN_HOSTS = 64, 16
@@ -34,9 +38,11 @@ class Hosts:
 
     names: tuple[str, ...]
     node_map: NodeMap
+    memory: int = 0
+    """What the job may use of one host, in bytes; 0: unknown, as of hosts that are not here."""
 
     @classmethod
-    def numbered(cls, nodes: int, ranks_per_node: int) -> "Hosts":
+    def numbered(cls, nodes: int, ranks_per_node: int, memory: int = 0) -> "Hosts":
         """Make `nodes` hosts without names. Raises UsageError where they have too many ranks."""
         if nodes * ranks_per_node > MOST_RANKS:
             raise UsageError(
@@ -45,14 +51,14 @@ class Hosts:
             )
         firsts = range(0, nodes * ranks_per_node, ranks_per_node)
         ranks = tuple(tuple(range(first, first + ranks_per_node)) for first in firsts)
-        return cls(tuple(f"host {number}" for number in range(nodes)), NodeMap(ranks))
+        return cls(tuple(f"host {number}" for number in range(nodes)), NodeMap(ranks), memory)
 
     @classmethod
-    def of_job(cls, names: Sequence[str], node_map: NodeMap) -> "Hosts":
+    def of_job(cls, names: Sequence[str], node_map: NodeMap, memory: int = 0) -> "Hosts":
         """Take the hosts of a job; `names`: of each rank's host. Ranks are ordered by host."""
         order = node_map.host_order
         ordered = node_map.of_ranks(order)
-        return cls(tuple(names[order[ranks[0]]] for ranks in ordered.nodes), ordered)
+        return cls(tuple(names[order[ranks[0]]] for ranks in ordered.nodes), ordered, memory)
 
 
 def ranks_needed(settings: ParallelSettings) -> int:
@@ -64,21 +70,49 @@ def print_dry_run(recipe: Recipe, hosts: Hosts, console: Console, as_json: bool)
     """Print the layout of `recipe` on `hosts`. Raises what the run would raise of the layout."""
     recipe, notes = _with_data(recipe)
     settings, model = recipe.train, recipe.model
+    on_cpus = settings.device != "cuda"
+    if fault := beyond_all_hosts(model, settings.batch, len(hosts.names), hosts.memory, on_cpus):
+        raise LayoutError(fault)
     sizes = mesh_order(recipe.parallel, hosts.node_map.size, model, settings.batch)
     plan = plan_run(recipe, sizes)
     precision, more = planned_precision(settings)
     plan, notes = replace(plan, precision=precision), [*notes, *more]
-    loads = load_ranks(model, plan, recipe.optimizer, sizes, hosts.node_map, recipe.parallel)
+    memory = RunMemory(recipe, sizes, hosts.node_map)
+    table = memory.table(plan)
+    if excess := table.excess(hosts.memory):
+        notes.append(f"{excess}: the run is refused without --force; {memory.remedy(plan)}")
     traffic = axis_traffic(model, plan, settings.batch, sizes, hosts.node_map, recipe.parallel)
+    notes += _slow_tensor(recipe, plan, hosts.node_map, traffic)
     if as_json:
-        console.write(to_json(_table(recipe, hosts, plan, loads, traffic, notes)) + "\n")
+        console.write(to_json(_table(recipe, hosts, plan, table, traffic, notes)) + "\n")
         return
     console.facts("dry run", _facts(recipe, hosts, plan, sizes))
-    _print_ranks(hosts, loads, console)
-    _print_memory(plan, loads, console)
+    _print_ranks(hosts, table.loads, console)
+    console.table(TITLE, table.columns, table.rows)
     _print_traffic(traffic, hosts, console)
     for note in notes:
         console.say(note)
+
+
+def _slow_tensor(
+    recipe: Recipe, plan: StepPlan, node_map: NodeMap, traffic: Mapping[str, AxisTraffic]
+) -> list[str]:
+    """Return notes of a tensor axis on several hosts. The profile may be of another cluster."""
+    notes: list[str] = []
+
+    def text(profile: ClusterProfile | None) -> str:
+        batch, settings = recipe.train.batch, recipe.parallel
+        return slow_tensor_text(recipe.model, plan, batch, settings, node_map, traffic, profile)
+
+    if not text(None):
+        return []
+    path = profile_path(recipe)
+    profile = None
+    if path and path.exists():
+        profile = load_profile(path, notes.append, here=None, aid=True)
+    elif path:
+        notes.append(f"the profile {path} is not here")
+    return [*notes, text(profile)]
 
 
 def _with_data(recipe: Recipe) -> tuple[Recipe, list[str]]:
@@ -184,25 +218,6 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ", ".join(f"{a}–{b}" if a < b else f"{a}" for a, b in found)
 
 
-def _print_memory(plan: StepPlan, loads: Sequence[RankLoad], console: Console) -> None:
-    """Print the bytes of the rank and of the node that hold most."""
-    most = max(loads, key=lambda load: load.memory.total)
-    nodes = load_nodes(loads)
-    fullest = max(nodes, key=lambda node: node.total)
-    rows = [
-        ["parameters", f"{most.parameters:,}", f"{fullest.parameters:,}"],
-        *(
-            [kind, binary_bytes(nbytes.rank), binary_bytes(fullest.kinds[kind])]
-            for kind, nbytes in most.memory.by_kind.items()
-            if nbytes.rank
-        ),
-        ["total", binary_bytes(most.memory.total), binary_bytes(fullest.total)],
-    ]
-    host = "its host" if len(nodes) == 1 else "largest host"
-    where = "" if plan.precision.device == "cpu" else " (GPUs)"
-    console.table("peak memory", ["kind", f"rank {most.rank}", host + where], rows)
-
-
 def _print_traffic(traffic: Mapping[str, AxisTraffic], hosts: Hosts, console: Console) -> None:
     ranks = hosts.node_map.size
     rows = [
@@ -223,7 +238,7 @@ def _table(
     recipe: Recipe,
     hosts: Hosts,
     plan: StepPlan,
-    loads: Sequence[RankLoad],
+    memory: MemoryTable,
     traffic: Mapping[str, AxisTraffic],
     notes: Sequence[str],
 ) -> dict[str, Any]:
@@ -251,7 +266,7 @@ def _table(
                 "bytes": node.kinds,
                 "total_bytes": node.total,
             }
-            for name, node in zip(hosts.names, load_nodes(loads), strict=True)
+            for name, node in zip(hosts.names, memory.nodes, strict=True)
         ],
         "ranks": [
             {
@@ -263,12 +278,14 @@ def _table(
                 "bytes": {kind: found.rank for kind, found in load.memory.by_kind.items()},
                 "total_bytes": load.memory.total,
             }
-            for load in loads
+            for load in memory.loads
         ],
+        "host_memory_bytes": hosts.memory or None,
+        "fits": not memory.excess(hosts.memory) if hosts.memory else None,
         "messages": {
             axis: {
                 "rank_bytes": round(found.rank_bytes),
-                "all_bytes": round(found.rank_bytes * len(loads)),
+                "all_bytes": round(found.rank_bytes * len(memory.loads)),
                 "hosts": found.nodes,
             }
             for axis, found in traffic.items()

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from mpillm.errors import LayoutError, MismatchError, RecipeError
 from mpillm.parallel.axis_sizes import batch_share
 from mpillm.parallel.expert.expert_groups import check_experts
 from mpillm.parallel.islands.rounds import check_rounds
 from mpillm.parallel.step_plan import StepPlan, check_small_batches, plan_step
+from mpillm.runs.folder import CLUSTER
 from mpillm.train.recipe import Recipe
 
 
@@ -72,6 +74,17 @@ def plan_run(recipe: Recipe, sizes: Mapping[str, int]) -> StepPlan:
         )
     _check_tensor(recipe)
     return plan
+
+
+def profile_path(recipe: Recipe) -> Path | None:
+    """Return the cluster's profile: the one the recipe names, else the one in the run's folder.
+
+    None without either.
+    """
+    in_run = Path(recipe.train.run) / CLUSTER
+    if recipe.parallel.profile:
+        return Path(recipe.parallel.profile)
+    return in_run if in_run.exists() else None
 
 
 def _check_tensor(recipe: Recipe) -> None:

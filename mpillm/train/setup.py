@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpillm.comm.failure import on_root
+from mpillm.comm.mesh import Mesh
 from mpillm.errors import DataError, LayoutError, RecipeError
 from mpillm.infer.loading import (
     RunConstants,
@@ -19,11 +20,14 @@ from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.part_module import torch_explained, weight_shapes
 from mpillm.parallel.devices import may_take_gpus
-from mpillm.parallel.step_plan import make_mesh
-from mpillm.runs.folder import CLUSTER, HISTORY
+from mpillm.parallel.step_plan import StepPlan, make_mesh
+from mpillm.plan.memory_table import beyond_all_hosts
+from mpillm.plan.rank_loads import axis_traffic
+from mpillm.plan.slow_tensor import slow_tensor_text
+from mpillm.runs.folder import HISTORY
 from mpillm.runs.history import STARTED, read_history
 from mpillm.system.compile_cache import find_compiler, set_compile_cache
-from mpillm.system.console import Console
+from mpillm.system.console import Console, once_each
 from mpillm.system.malloc import keep_pages
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.task import Task
@@ -38,8 +42,8 @@ from mpillm.train.optimizers.optimizer import check_rules
 from mpillm.train.print_plan import print_plan
 from mpillm.train.recipe import Recipe
 from mpillm.train.resuming import find_start, say_changes
-from mpillm.train.run_memory import RunMemory, check_memory, shortage
-from mpillm.train.run_plan import fill_model, plan_run
+from mpillm.train.run_memory import RunMemory
+from mpillm.train.run_plan import fill_model, plan_run, profile_path
 from mpillm.train.start_from import start_from
 from mpillm.train.step import Trainer
 
@@ -57,12 +61,13 @@ def train(
     trace: bool = False,
     limits: JobLimits = NO_LIMITS,
     node_map: NodeMap | None = None,
+    force: bool = False,
 ) -> None:
     """Train as the recipe says. Every rank calls it.
 
     `resume`: continue from the newest whole checkpoint of the run, if it has any. `trace`: write a
-    file that shows when each rank computed. `node_map`: of `comm`; None asks MPI for it. Raises
-    subclasses of MpillmError.
+    file that shows when each rank computed. `node_map`: of `comm`; None asks MPI for it. `force`:
+    train although the estimated memory exceeds that of a host. Raises subclasses of MpillmError.
     """
     keep_pages()
     manifest = _load_manifest(recipe)
@@ -71,7 +76,9 @@ def train(
     # GPUs hold the weights of a run that takes them. Their memory is found out by its allocation.
     hosts_compute = comm.bcast(not may_take_gpus(recipe.train.device))
     limit = comm.bcast(read_memory().limit)
-    check_memory(recipe, node_map, limit, hosts_compute)
+    model, hosts = recipe.model, len(node_map.nodes)
+    if fault := beyond_all_hosts(model, recipe.train.batch, hosts, limit, hosts_compute):
+        raise LayoutError(fault)
     # With the tokenizer, which every checkpoint holds: a damaged one is found before any step.
     constants = RunConstants.read(manifest, recipe.to_dict(), comm)
     settings, parallel = recipe.train, recipe.parallel
@@ -103,14 +110,15 @@ def train(
                 say_changes(recipe, checkpoint, console)
             memory = RunMemory.of(recipe, mesh)
             estimate = memory.predict(plan)
+            short = on_root(comm, partial(memory.check_hosts, plan, limit, force))
             if cuts := on_root(comm, lambda: reader.describe_cuts(row)):
                 console.warn(cuts)
             data_text = reader.describe(row, settings.steps * settings.batch)
             print_plan(recipe, mesh, plan, data_text, console, hardware.description, estimate)
-            remedy = partial(memory.remedy, plan)
-            if hosts_compute and (short := shortage(estimate, node_map, limit, remedy)):
-                console.warn(short)
-            trainer = Trainer(recipe, task, reader, mesh, plan, profile, console.warn)
+            for text in filter(None, (short, _slow_tensor(recipe, mesh, plan, profile))):
+                console.warn(text)
+            warn = once_each(console.warn)
+            trainer = Trainer(recipe, task, reader, mesh, plan, profile, warn)
             if mesh.axis("data").size * parallel.context > 1:
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
             if plan.schedule.ranks > 1:
@@ -173,6 +181,13 @@ def _warn(recipe: Recipe, console: Console) -> None:
             f"parallel.island_from = {islands.island_from:,} and train.steps = {steps:,}: the "
             "islands train as one data axis to the end; set fewer steps before the first round"
         )
+
+
+def _slow_tensor(recipe: Recipe, mesh: Mesh, plan: StepPlan, profile: ClusterProfile | None) -> str:
+    """Return a warning where the tensor axis is on several hosts; "" else."""
+    parallel, batch = recipe.parallel, recipe.train.batch
+    traffic = axis_traffic(recipe.model, plan, batch, mesh.sizes, mesh.node_map, parallel)
+    return slow_tensor_text(recipe.model, plan, batch, parallel, mesh.node_map, traffic, profile)
 
 
 def _compiles(recipe: Recipe, comm: "MPI.Intracomm", console: Console) -> bool:
@@ -239,11 +254,9 @@ def _profile(
 
     Returns None without either. Every rank calls it.
     """
-    in_run = Path(recipe.train.run) / CLUSTER
-    named = Path(recipe.parallel.profile) if recipe.parallel.profile else None
 
     def load() -> ClusterProfile | None:
-        path = named or (in_run if in_run.exists() else None)
+        path = profile_path(recipe)
         return load_profile(path, console.warn, here, aid=True) if path else None
 
     return on_root(comm, load)

@@ -46,6 +46,9 @@ class Train:
     trace: Annotated[
         bool, Option("Leave RUN/trace.json: when each rank did what, for Perfetto or Chrome.")
     ] = False
+    force: Annotated[
+        bool, Option("Train although the estimated memory exceeds that of a host.")
+    ] = False
     verbose: Annotated[bool, Option("Print where each rank is: host, cores, GPU.")] = False
     dry_run: Annotated[
         bool, Option("Print mesh, bytes and messages, and do nothing; no MPI, no torch.")
@@ -103,6 +106,7 @@ class Train:
                 self.trace,
                 limits,
                 job.node_map,
+                self.force,
             )
 
     def _print_dry_run(self) -> None:
@@ -115,15 +119,20 @@ class Train:
                 recipe = self._load(console)
                 nodes = self.nodes or 1
                 each = self.ranks_per_node or -(-ranks_needed(recipe.parallel) // nodes)
-                print_dry_run(recipe, Hosts.numbered(nodes, each), console, self.as_json)
+                # What other hosts have is not known here.
+                memory = 0 if self.nodes else _memory_here(recipe.train.device)
+                hosts = Hosts.numbered(nodes, each, memory)
+                print_dry_run(recipe, hosts, console, self.as_json)
                 refuse_lost_output()
             return
         with open_job(self.debug) as job:
             from mpillm.comm.failure import host_name
             from mpillm.train.dry_run import Hosts, print_dry_run
 
-            hosts = Hosts.of_job(job.comm.allgather(host_name()), job.node_map)
-            print_dry_run(self._load(job.console), hosts, job.console, self.as_json)
+            recipe = self._load(job.console)
+            memory = job.comm.bcast(_memory_here(recipe.train.device))
+            hosts = Hosts.of_job(job.comm.allgather(host_name()), job.node_map, memory)
+            print_dry_run(recipe, hosts, job.console, self.as_json)
 
     def _load(self, console: "Console") -> "LoadedRecipe":
         """Load the recipe; nothing but the object is printed with --json."""
@@ -131,3 +140,12 @@ class Train:
         from mpillm.train.recipe import load_recipe
 
         return load_recipe(self.recipe, self.overrides, silent if self.as_json else console.say)
+
+
+def _memory_here(device: str) -> int:
+    """Return what a job may use of this host, in bytes; 0: unknown, or GPUs may hold the model."""
+    from mpillm.machine.gpus import visible_gpus
+    from mpillm.machine.memory import read_memory
+
+    on_gpus = device == "auto" and visible_gpus(os.environ)
+    return 0 if on_gpus else read_memory().limit

@@ -14,6 +14,7 @@ import torch
 from mpi4py import MPI
 
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile
+from tests.namespaces import namespace
 
 pytestmark = pytest.mark.usefixtures("processes")
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
@@ -62,18 +63,6 @@ def doctor(python, folder):
         return Report(python(*DOCTOR, "--json", folder, *arguments, **({"PATH": PATH} | settings)))
 
     return run
-
-
-def namespace(script, *kinds):
-    """Make a command prefix that runs `script` and the rest in namespaces; skip without any."""
-    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    command = ["unshare", *user, *(f"--{kind}" for kind in kinds or ("mount",))]
-    if (
-        not shutil.which("unshare")
-        or subprocess.run([*command, "true"], capture_output=True, check=False).returncode
-    ):
-        pytest.skip("the kernel gives no namespaces; be root, or allow user namespaces")
-    return [*command, "sh", "-c", f'{script} && exec "$@"', "sh"]
 
 
 def mpiruns():

@@ -340,6 +340,9 @@ def test_a_sites_profile_is_for_recipes_that_name_none(
     ]
     submit_run(dry, submitted(place, "parallel.profile=mine.json"), site, Console(), {})
     assert json.loads(capsys.readouterr().out)["command"][-1] == "--resume"
+    forced = options(scheduler="lsf", dry_run=True, as_json=True, force=True)
+    submit_run(forced, submitted(place, "parallel.profile=mine.json"), site, Console(), {})
+    assert json.loads(capsys.readouterr().out)["command"][-2:] == ["--resume", "--force"]
 
 
 def test_names_of_jobs() -> None:

@@ -149,3 +149,11 @@ def test_clock(seconds: float, text: str) -> None:
 )
 def test_binary_bytes(count: float, text: str) -> None:
     assert binary_bytes(count) == text
+
+
+def test_what_is_done_instead_is_said_once() -> None:
+    heard: list[str] = []
+    warn = console.once_each(heard.append)
+    for text in ("5 bytes lack; messages are sent", "6 bytes lack; messages are sent", "other"):
+        warn(text)
+    assert heard == ["5 bytes lack; messages are sent", "other"]

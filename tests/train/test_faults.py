@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,13 +17,13 @@ import torch
 from mpi4py import MPI
 
 from mpillm.errors import CheckpointError, DataError, DivergedError, LayoutError, MpillmError
-from mpillm.machine.node_map import NodeMap
+from mpillm.machine.memory import HostMemory
 from mpillm.runs import lock
 from mpillm.runs.folder import HISTORY, LOCK, METRICS, OUTCOME, PICTURE
 from mpillm.runs.lock import LostLockError, this_process
-from mpillm.system.console import Console
+from mpillm.system.console import Console, counted
 from mpillm.tokens.prepare import PrepareOptions, prepare
-from mpillm.train import hold, run_memory, setup
+from mpillm.train import hold, setup
 from mpillm.train.hold import locked_run
 from mpillm.train.recipe import OLD_SPELLINGS, Recipe, parse_recipe
 from mpillm.train.resuming import changed_settings
@@ -244,9 +245,11 @@ def test_a_damaged_tokenizer_of_the_data_is_found_first(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"vocab_size": 10**12}, r"parameters, which need [\d,.]+ TiB .* have [\d.]+ [GTM]iB"),
-        ({"layers": 1 << 60}, r"which need [\d,.]+ \S*iB"),
-        ({"width": 1 << 40}, r"which need [\d,.]+ \S*iB"),
+        ({"vocab_size": 10**12}, r"weights alone need [\d,.]+ TiB, .* have [\d.]+ [GTM]iB"),
+        ({"layers": 1 << 60}, r"weights alone need [\d,.]+ \S*iB"),
+        ({"width": 1 << 40}, r"weights alone need [\d,.]+ \S*iB"),
+        ({"width": 1 << 40, "layers": 1 << 60}, r"weights alone need [\d,.]+ \S*iB"),
+        ({"batch": 10**12}, r"are [\d,.]+ \S*iB of ids alone"),
         ({"batch": 1 << 60}, r"are [\d,.]+ \S*iB of ids alone"),
     ],
 )
@@ -259,13 +262,49 @@ def test_a_model_beyond_all_memory_is_refused_with_its_bytes(
     assert not (folder / "run").exists()
 
 
-def test_weights_on_gpus_need_no_memory_of_the_hosts(data: Path, folder: Path) -> None:
-    small, alone = recipe(data, folder / "run"), NodeMap(((0,),))
-    with pytest.raises(LayoutError, match="use a smaller model"):
-        run_memory.check_memory(small, alone, 10_000)
-    run_memory.check_memory(small, alone, 10_000, hosts_compute=False)
-    with pytest.raises(LayoutError, match="use a smaller batch"):
-        run_memory.check_memory(small, alone, 1_000, hosts_compute=False)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_layout_beyond_the_memory_of_a_host_is_refused_with_the_table(
+    data: Path,
+    folder: Path,
+    comm: MPI.Intracomm,
+    monkeypatch: pytest.MonkeyPatch,
+    resume: bool,
+) -> None:
+    """On every rank alike, before a model is built; no new folder is left."""
+    monkeypatch.setattr(setup, "read_memory", lambda: HostMemory(64 << 20, 64 << 20, 64 << 20))
+    with pytest.raises(LayoutError) as caught:
+        train(recipe(data, folder / "run"), comm, QUIET, resume=resume)
+    text = str(caught.value)
+    assert len(set(comm.allgather(text))) == 1
+    assert f"{counted(comm.size, 'rank')} of a host may need " in text
+    assert "and it has 64.0 MiB:" in text
+    for kind in ("weights", "optimizer", "process", "total"):
+        assert re.search(rf"^  {kind} +[\d.]+ [KMG]iB +[\d.]+ [KMG]iB$", text, re.M), kind
+    assert "train.microbatch = 1" in text
+    assert text.endswith("--force")
+    comm.Barrier()
+    assert not (folder / "run").exists()
+
+
+def test_a_run_that_is_forced_trains_with_a_warning(
+    data: Path, folder: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "read_memory", lambda: HostMemory(64 << 20, 64 << 20, 64 << 20))
+    run, printed = folder / "run", io.StringIO()
+    train(recipe(data, run), comm, Console(comm.rank == 0, printed), force=True)
+    assert saved_in(run) == ["step-00000004"]
+    if comm.rank == 0:
+        assert printed.getvalue().count("of a host may need") == 1
+        assert "--force trains all the same" in printed.getvalue()
+
+
+def test_where_the_memory_is_unknown_nothing_is_refused(
+    data: Path, folder: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "read_memory", lambda: HostMemory(0, 0, 0))
+    run, printed = folder / "run", io.StringIO()
+    train(recipe(data, run, train={"steps": 1}), comm, Console(comm.rank == 0, printed))
+    assert "of a host may need" not in printed.getvalue()
 
 
 def test_each_changed_setting_is_printed_when_a_run_continues(

@@ -1,21 +1,29 @@
+import io
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mpillm.errors import LayoutError
 from mpillm.machine.memory import resident_bytes
 from mpillm.machine.node_map import NodeMap
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import Precision, plan_step
-from mpillm.plan.held_memory import Replicas
-from mpillm.plan.peak_memory import MemoryEstimate
 from mpillm.runs.history import attempts, read_history
 from mpillm.runs.state import read_run
 from mpillm.runs.status import facts, run_figures
+from mpillm.system.console import Console
+from mpillm.train.dry_run import Hosts, print_dry_run
 from mpillm.train.recipe import Recipe, parse_recipe
-from mpillm.train.run_memory import RunMemory, compare_text, peak_memory_bytes, shortage
+from mpillm.train.run_memory import RunMemory, compare_text, peak_memory_bytes
+from tests.namespaces import namespace
 
 MIB = 1 << 20
+# The mesh of one rank, and its node.
+ALONE = {"data": 1}, NodeMap(((0,),))
 
 
 def recipe(**train: object) -> Recipe:
@@ -23,11 +31,11 @@ def recipe(**train: object) -> Recipe:
     return replace(found, model=found.model.replace(vocab_size=1000))
 
 
-def planned(found: Recipe, device: str = "cpu", dtype: str = "float32"):
+def planned(found: Recipe, data: int = 1, device: str = "cpu", dtype: str = "float32"):
     plan = plan_step(
         found.model,
         ParallelSettings(),
-        1,
+        data,
         found.train.batch,
         found.train.microbatch,
         recompute=found.train.recompute,
@@ -37,25 +45,70 @@ def planned(found: Recipe, device: str = "cpu", dtype: str = "float32"):
 
 def test_the_remedies_are_those_that_need_less_with_what_they_need() -> None:
     found = recipe()
-    memory = RunMemory(found, Replicas(), 100 * MIB)
-    text = memory.remedy(planned(found, "cuda"))
+    memory = RunMemory(found, *ALONE, 100 * MIB)
+    text = memory.remedy(planned(found, device="cuda"))
     assert "a rank are predicted, train.microbatch = 1 for 32 (the batch stays as it is): " in text
     assert 'train.recompute = "full": ' in text
     assert "train.dtype = bfloat16: " in text
     assert text.endswith("or take a smaller model")
     small = recipe(microbatch=1, recompute="full")
-    text = RunMemory(small, Replicas(), 100 * MIB).remedy(planned(small, "cpu"))
+    text = RunMemory(small, *ALONE, 100 * MIB).remedy(planned(small))
     assert "microbatch" not in text
     assert "recompute" not in text
     assert "dtype" not in text
 
 
-def test_a_shortage_counts_the_ranks_of_a_host() -> None:
-    estimate, two = MemoryEstimate(weights=3 * MIB), NodeMap(((0, 1), (2,)))
-    assert shortage(estimate, two, 6 * MIB, lambda: "do this") == ""
-    assert shortage(estimate, two, 0, lambda: "do this") == ""
-    text = shortage(estimate, two, 5 * MIB, lambda: "do this")
-    assert text == "2 rank(s) of a host may need 6.0 MiB, and it has 5.0 MiB: do this"
+def test_the_check_has_the_table_of_the_dry_run(tmp_path: Path) -> None:
+    """Where a process takes what the dry run assumes of it."""
+    found = parse_recipe(
+        {"data": {"path": f"{tmp_path}"}, "model": {"vocab_size": 1000}, "train": {"batch": 8}},
+        "test",
+    )
+    stream, hosts = io.StringIO(), Hosts.numbered(1, 2, memory=MIB)
+    with pytest.raises(LayoutError, match="use a smaller model"):
+        print_dry_run(found, hosts, Console(stream=stream), as_json=False)
+    hosts = replace(hosts, memory=400 * MIB)
+    print_dry_run(found, hosts, Console(stream=stream), as_json=False)
+    sizes = {"data": 2, "pipeline": 1}
+    memory = RunMemory(found, sizes, hosts.node_map)
+    plan = replace(planned(found, 2), precision=Precision())
+    with pytest.raises(LayoutError, match=r"2 ranks of a host may need ") as caught:
+        memory.check_hosts(plan, 400 * MIB)
+    table = memory.table(plan).text()
+    assert table in str(caught.value)
+    dry = [line.rstrip() for line in stream.getvalue().splitlines() if line.strip()]
+    assert "\n".join(dry).count(table) == 1
+    assert "the run is refused without --force" in stream.getvalue()
+    assert memory.check_hosts(plan, 400 * MIB, force=True).endswith("--force trains all the same")
+    assert memory.check_hosts(plan, 0) == ""
+    assert memory.check_hosts(plan, 1 << 40) == ""
+
+
+LITTLE = """sed 's/^MemTotal:.*/MemTotal: 131072 kB/' /proc/meminfo > {file}
+mount --bind {file} /proc/meminfo"""
+
+
+def test_the_command_refuses_and_force_trains(data: Path, tmp_path: Path, mpillm: Any) -> None:
+    """On a host of 128 MiB, which a mount over /proc/meminfo makes of this one."""
+    before = namespace(LITTLE.format(file=tmp_path / "meminfo").replace("\n", " && "))
+    run, recipe_path = tmp_path / "run", tmp_path / "recipe.toml"
+    recipe_path.write_text(
+        f'[data]\npath = "{data}"\n[model]\nlayers = 1\nwidth = 16\nheads = 2\ncontext = 16\n'
+        f'[train]\nrun = "{run}"\nsteps = 1\nbatch = 4\n[optimizer]\nwarmup_steps = 0\n'
+    )
+    refused = mpillm("train", recipe_path, before=before)
+    assert refused.returncode == LayoutError.exit_code
+    assert "and it has 128.0 MiB:\npeak memory\n" in refused.stderr
+    assert not run.exists()
+    done = mpillm("train", recipe_path, "--force", before=before)
+    assert done.returncode == 0, done.stderr
+    assert "--force trains all the same" in done.stdout
+    dry = json.loads(mpillm("train", recipe_path, "--dry-run", "--json", before=before).stdout)
+    assert (dry["host_memory_bytes"], dry["fits"]) == (128 * MIB, False)
+    assert "refused without --force" in dry["notes"][-1]
+    named = ("--dry-run", "--nodes", "1", "--json")
+    dry = json.loads(mpillm("train", recipe_path, *named, before=before).stdout)
+    assert (dry["host_memory_bytes"], dry["fits"], dry["notes"][1:]) == (None, None, [])
 
 
 def test_the_line_of_the_end_has_the_ratio() -> None:

@@ -1,5 +1,7 @@
 """Runs whose layers are cut along the tensor axis, compared with runs on one rank."""
 
+import io
+import json
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,15 @@ import torch
 from mpi4py import MPI
 
 from mpillm.errors import LayoutError, RecipeError
+from mpillm.machine.cluster_profile import (
+    ClusterProfile,
+    Cost,
+    PointToPointCost,
+    describe_cluster,
+)
 from mpillm.machine.node_map import NodeMap
 from mpillm.system.console import Console
+from mpillm.train.dry_run import Hosts, print_dry_run
 from mpillm.train.recipe import Recipe, parse_recipe
 from mpillm.train.setup import train
 from tests.train.run_results import metrics, whole_tensors
@@ -91,9 +100,21 @@ def test_gpt2s_have_the_losses_of_one_rank_by_messages(
         train(recipe(data, folder / "alone", model=GPT2), MPI.COMM_SELF, QUIET)
     comm.Barrier()
     apart = NodeMap(tuple((rank,) for rank in range(comm.size)))
-    parallel = {"tensor": comm.size}
-    train(recipe(data, folder / "run", model=GPT2, parallel=parallel), comm, QUIET, node_map=apart)
+    network = PointToPointCost("network", Cost((), 1e-4, 1e8, 0.1))
+    here, profile = describe_cluster(comm, apart), folder / "profile.json"
+    if comm.rank == 0:
+        ClusterProfile("2026-11-30", here, point_to_point=(network,)).save(profile)
+    comm.Barrier()
+    parallel = {"tensor": comm.size, "profile": str(profile)}
+    made = recipe(data, folder / "run", model=GPT2, parallel=parallel)
+    printed = io.StringIO()
+    train(made, comm, Console(comm.rank == 0, printed), node_map=apart)
     check_equal(folder / "run", folder / "alone", 1e-4)
+    hosts, dry = Hosts.of_job([f"h{rank}" for rank in range(comm.size)], apart), io.StringIO()
+    print_dry_run(made, hosts, Console(stream=dry), as_json=True)
+    (note,) = (note for note in json.loads(dry.getvalue())["notes"] if "s a step" in note)
+    assert note.startswith(f"parallel.tensor = {comm.size} is on {comm.size} hosts")
+    assert printed.getvalue().count(f"warning: {note}") == (comm.rank == 0)
 
 
 def test_bfloat16_is_as_near_as_it_rounds(data: Path, folder: Path, comm: MPI.Intracomm) -> None:

@@ -27,6 +27,8 @@ from mpillm.errors import CommError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+# What a warning says of arrays for which there is no room.
+PRIVATE = "arrays stay private to their ranks, and sums of them are slower"
 # In the order of `enum kind` in team.h.
 KINDS = ("allreduce", "reduce_scatter", "allgather", "broadcast", "reduce", "alltoall", "barrier")
 # The kinds that can push → whether the source, and the target, must be in shared memory for it.
@@ -175,15 +177,18 @@ class NodeTeam:
             return None
         return cls(comm, memory, staging_bytes)
 
-    def allocate(self, count: int, element: str, warn: Callable[[str], None]) -> SharedRows | None:
+    def allocate(
+        self, count: int, element: str, warn: Callable[[str], None], instead: str = PRIVATE
+    ) -> SharedRows | None:
         """Allocate shared memory for `count` elements a rank; None on every rank without room.
 
-        Every rank of the node calls it. Rank 0 calls `warn` with the reason for None.
+        Every rank of the node calls it. Rank 0 calls `warn` with the reason for None, and with
+        what is done `instead`.
         """
         segment = share_segment(self.comm, count * itemsize_of(element))
         if isinstance(segment, str):
             if self.comm.rank == 0:
-                warn(f"{segment}; arrays stay private to their ranks, and sums of them are slower")
+                warn(f"{segment}; {instead}")
             return None
         shared = SharedRows(segment, count, element)
         self._shared.append(shared)

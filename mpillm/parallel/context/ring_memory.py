@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # A vector register of AVX-512, and a cache line: no row begins within one.
 ALIGN_BYTES = 64
+# What a warning says where shared memory has no room.
+INSTEAD = "the ranks of the context axis send keys and values as messages, which is slower"
 KEYS_TAG, SUMS_TAG = 0, 1
 # Training prepares few messages. An evaluation has rows of many lengths.
 MOST_PREPARED = 64
@@ -189,7 +191,7 @@ def _share(
     node_comm = node_map.split(axis.comm)
     local = make(node_comm, node_map=_one_node(node_comm, node_map))
     node_comm.Free()
-    rows = local.allocate(nbytes, "uint8")
+    rows = local.allocate(nbytes, "uint8", INSTEAD)
     if axis.comm.allreduce(rows is not None) == axis.size:
         return node_map.nodes, local, rows
     if rows is not None:

@@ -27,6 +27,8 @@ from mpillm.parallel.expert.token_routes import Counts, TokenPiece, TokenRoutes
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+# What a warning says where shared memory has no room.
+INSTEAD = "tokens pass to the owners of experts as messages, which is slower"
 Arriving = Callable[[], Tensor]
 """Waits for the rows that others pass to this rank, and returns them."""
 
@@ -57,7 +59,7 @@ class TokenExchange:
         self._counts: SharedRows | None = None
         if group.node_map.shares_memory and group.node_map.on_one_node:
             # Two rows a rank, in turns as the inboxes are.
-            self._counts = group.allocate(2 * experts, "int64")
+            self._counts = group.allocate(2 * experts, "int64", INSTEAD)
         self._row_types: dict[int, MPI.Datatype] = {}
 
     @property
@@ -120,7 +122,7 @@ class TokenExchange:
         # are over, as those of an inbox that is written again are.
         if inbox is not None:
             inbox.free()
-        inbox = self._group.allocate(int(INBOX_GROWTH * needed) + 1, "uint8")
+        inbox = self._group.allocate(int(INBOX_GROWTH * needed) + 1, "uint8", INSTEAD)
         self._inboxes[self._turn] = inbox
         if inbox is None:
             self._counts = None

@@ -486,13 +486,13 @@ def test_a_full_shared_memory_falls_back_with_one_warning(with_little_memory):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ways: messages messages") == 2
     assert done.stdout.count("warning:") == 1
-    assert "no room left; channels within the node fall back to messages" in done.stdout
+    assert "are free; channels within the node fall back to messages" in done.stdout
 
 
 def test_a_full_shared_memory_is_an_error_where_it_was_asked_for(with_little_memory):
     done = with_little_memory("shared")
     assert done.returncode != 0
-    assert "no room left; make room there, or take way='auto'" in done.stderr
+    assert "are free; make room there, or take way='auto'" in done.stderr
 
 
 @pytest.mark.parametrize("way", WAYS)
