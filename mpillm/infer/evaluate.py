@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from mpillm.errors import DataError
 from mpillm.infer.scores.exact_sums import OwnRows
 from mpillm.infer.scores.score import Score, score_rows
@@ -14,7 +16,7 @@ from mpillm.parallel.pipeline.stage import BatchScore, OfRows, ScoringStage
 from mpillm.parallel.step_plan import Precision
 from mpillm.plan.peak_memory import rows_at_once
 from mpillm.system.console import Console
-from mpillm.tasks.metrics.metric_catalog import make_metrics
+from mpillm.tasks.metrics.metric_catalog import check_metrics, make_metrics
 from mpillm.tasks.task import Task
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.samples import RowShape, SampleReader
@@ -102,10 +104,12 @@ def evaluate(
 
     `names`: the metrics; none: the task's. `intervals`: by a bootstrap over rows. Every rank calls
     it and gets the same score: the batches are the same at any number of ranks, and the statistics
-    of their rows are added exactly. Raises DataError where no target counts.
+    of their rows are added exactly. Raises DataError where no target counts,
+    UsageError for a metric that does not fit the task.
     """
     spec, task = scorer.spec, scorer.task
-    metrics = make_metrics(names or task.metrics)
+    check_metrics(names, task.name, task.output_kind)
+    metrics = make_metrics(names or task.metrics, task.classes)
     samples = reader.evaluation(RowShape.of(task, Lengths.of(spec)), rows_at_once(spec))
     share, shares = scorer.share
     batches = len(samples.shapes)
@@ -129,7 +133,10 @@ def evaluate(
     *firsts, rows = accumulate((rows for rows, _ in samples.shapes), initial=0)
     counted = {number: score for number, score in scores.items() if number < own}
     score = score_rows(
-        [OwnRows(firsts[mine[number]], each.rows) for number, each in counted.items()],
+        [
+            OwnRows(np.arange(each.rows.rows) + firsts[mine[number]], each.rows)
+            for number, each in counted.items()
+        ],
         next((each.widths for each in counted.values()), ()),
         metrics,
         comm,

@@ -28,9 +28,9 @@ LEAST_EXPONENT, MOST_EXPONENT = -400, 900
 
 @dataclass(frozen=True)
 class OwnRows:
-    """Rows of this rank: consecutive ones, the first of which has the number `first` of all."""
+    """Rows of this rank, by their numbers (B,) among those of all ranks."""
 
-    first: int
+    numbers_B: Array
     statistics: RowStatistics
 
 
@@ -48,7 +48,7 @@ class ExactSums:
         facts = comm.allgather(
             (
                 max((each.statistics.width for each in own), default=0),
-                sum(len(each.statistics.values_BU) for each in own),
+                sum(each.statistics.rows for each in own),
             )
         )
         self.width = max(width for width, _ in facts)
@@ -77,16 +77,16 @@ class ExactSums:
         upper_K, rest_K = self._over_ranks(sums_2K)
         return np.asarray(upper_K + rest_K * 2.0**-self._bits)
 
-    def weighted(self, weights_of: Callable[[int, int], Array], replicates: int) -> Array:
+    def weighted(self, weights_of: Callable[[Array], Array], replicates: int) -> Array:
         """Sum the rows, each as often as each replicate has it, (R, K).
 
-        `weights_of(first, rows)` gives whole numbers (R, B), below 2^DRAW_BITS, for the rows from
-        number `first` on.
+        `weights_of(numbers_B)` gives whole numbers (R, B), below 2^DRAW_BITS, of the rows with
+        these numbers.
         """
         sums_RK = np.zeros((replicates, self.width))
         for each in self._own:
             columns, values = each.statistics.columns_U, each.statistics.values_BU
-            weights_RB = weights_of(each.first, len(values))
+            weights_RB = weights_of(each.numbers_B)
             sums_RK[:, columns] += weights_RB @ self._rounded(values, columns)
         return self._over_ranks(sums_RK)
 
