@@ -107,9 +107,35 @@ def evaluate(
     of their rows are added exactly. Raises DataError where no target counts,
     UsageError for a metric that does not fit the task.
     """
-    spec, task = scorer.spec, scorer.task
+    task = scorer.task
     check_metrics(names, task.name, task.output_kind)
     metrics = make_metrics(names or task.metrics, task.classes)
+    reading = [metric.of_rows for metric in metrics if not metric.needs_totals_alone]
+    own, widths, rows = collect_rows(scorer, reader, comm, console, reading)
+    score = score_rows(
+        own, widths, metrics, comm, rows=rows, text_bytes=reader.n_bytes, intervals=intervals
+    )
+    if not score.totals.weight:
+        raise DataError(
+            "the validation split has no target that counts, so its loss has no mean; prepare it "
+            "with a larger --validation, or check the data and the task"
+        )
+    return score
+
+
+def collect_rows(
+    scorer: Scorer,
+    reader: SampleReader,
+    comm: "MPI.Intracomm",
+    console: Console,
+    reading: Sequence[OfRows],
+) -> tuple[list[OwnRows], tuple[int, ...], int]:
+    """Compute the statistics of all rows of the split by `reading`, after their loss and weight.
+
+    Returns this rank's rows, the number of statistics of each of `reading`, and the number of rows
+    of all ranks. The second is empty on a rank without rows. Every rank calls it.
+    """
+    spec, task = scorer.spec, scorer.task
     samples = reader.evaluation(RowShape.of(task, Lengths.of(spec)), rows_at_once(spec))
     share, shares = scorer.share
     batches = len(samples.shapes)
@@ -128,25 +154,12 @@ def evaluate(
             lambda number: task.fields(samples.raw(mine[number])),
             shape_of,
             progress.advance,
-            [metric.of_rows for metric in metrics if not metric.needs_totals_alone],
+            reading,
         )
     *firsts, rows = accumulate((rows for rows, _ in samples.shapes), initial=0)
     counted = {number: score for number, score in scores.items() if number < own}
-    score = score_rows(
-        [
-            OwnRows(np.arange(each.rows.rows) + firsts[mine[number]], each.rows)
-            for number, each in counted.items()
-        ],
-        next((each.widths for each in counted.values()), ()),
-        metrics,
-        comm,
-        rows=rows,
-        text_bytes=reader.n_bytes,
-        intervals=intervals,
-    )
-    if not score.totals.weight:
-        raise DataError(
-            "the validation split has no target that counts, so its loss has no mean; prepare it "
-            "with a larger --validation, or check the data and the task"
-        )
-    return score
+    found = [
+        OwnRows(np.arange(each.rows.rows) + firsts[mine[number]], each.rows)
+        for number, each in counted.items()
+    ]
+    return found, next((each.widths for each in counted.values()), ()), rows

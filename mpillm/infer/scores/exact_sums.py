@@ -20,6 +20,7 @@ from mpillm.tasks.metrics.metric import Array, RowStatistics
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+BATCH_ROWS = 256
 # A row is drawn 15 times at most (bootstrap.MOST_DRAWS): 4 bits.
 DRAW_BITS = 4
 # Below 2^-400 units would not be normal numbers, above 2^900 sums not finite.
@@ -32,6 +33,15 @@ class OwnRows:
 
     numbers_B: Array
     statistics: RowStatistics
+
+
+def in_batches(numbers_B: Array, table_BK: Array) -> list[OwnRows]:
+    """Cut rows with these numbers into batches: a bootstrap has a weight of each replicate a row.
+
+    Batches of a few rows also have few columns that are not 0.
+    """
+    parts = [slice(first, first + BATCH_ROWS) for first in range(0, len(numbers_B), BATCH_ROWS)]
+    return [OwnRows(numbers_B[part], RowStatistics.joined([table_BK[part]])) for part in parts]
 
 
 class ExactSums:

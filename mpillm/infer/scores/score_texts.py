@@ -8,9 +8,9 @@ import numpy as np
 
 from mpillm.comm.failure import on_all
 from mpillm.errors import UsageError
-from mpillm.infer.scores.exact_sums import OwnRows
+from mpillm.infer.scores.exact_sums import in_batches
 from mpillm.infer.scores.score import Score, score_rows
-from mpillm.tasks.metrics.metric import Array, Metric, RowStatistics
+from mpillm.tasks.metrics.metric import Array, Metric
 from mpillm.tasks.metrics.metric_catalog import check_metrics, make_metrics
 from mpillm.tasks.metrics.pass_at_k import PassAtK
 from mpillm.tasks.metrics.text_metric import TextMetric
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 TEXTS, SAMPLES = "texts", "samples of a problem"
-# Rows of a bootstrap at once: each has a number of each replicate.
-BATCH_ROWS = 256
 
 
 def score_texts(
@@ -89,9 +87,8 @@ def _score(
     first = sum(counts[: comm.rank])
     own = np.arange(first, first + rows) if numbers is None else np.array(numbers)
     whole = np.concatenate([np.zeros((rows, 1)), np.ones((rows, 1)), *tables], axis=1)
-    parts = [slice(a, a + BATCH_ROWS) for a in range(0, rows, BATCH_ROWS)]
     return score_rows(
-        [OwnRows(own[part], RowStatistics.joined([whole[part]])) for part in parts],
+        in_batches(own, whole),
         [table.shape[1] for table in tables] if rows else (),
         metrics,
         comm,
