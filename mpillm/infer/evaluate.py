@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from mpillm.errors import DataError
 from mpillm.infer.scores.exact_sums import OwnRows
 from mpillm.infer.scores.score import Score, score_rows
@@ -14,7 +16,7 @@ from mpillm.parallel.pipeline.stage import BatchScore, OfRows, ScoringStage
 from mpillm.parallel.step_plan import Precision
 from mpillm.plan.peak_memory import rows_at_once
 from mpillm.system.console import Console
-from mpillm.tasks.metrics.metric_catalog import make_metrics
+from mpillm.tasks.metrics.metric_catalog import check_metrics, make_metrics
 from mpillm.tasks.task import Task
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.samples import RowShape, SampleReader
@@ -102,10 +104,38 @@ def evaluate(
 
     `names`: the metrics; none: the task's. `intervals`: by a bootstrap over rows. Every rank calls
     it and gets the same score: the batches are the same at any number of ranks, and the statistics
-    of their rows are added exactly. Raises DataError where no target counts.
+    of their rows are added exactly. Raises DataError where no target counts,
+    UsageError for a metric that does not fit the task.
+    """
+    task = scorer.task
+    check_metrics(names, task.name, task.output_kind)
+    metrics = make_metrics(names or task.metrics, task.classes)
+    reading = [metric.of_rows for metric in metrics if not metric.needs_totals_alone]
+    own, widths, rows = collect_rows(scorer, reader, comm, console, reading)
+    score = score_rows(
+        own, widths, metrics, comm, rows=rows, text_bytes=reader.n_bytes, intervals=intervals
+    )
+    if not score.totals.weight:
+        raise DataError(
+            "the validation split has no target that counts, so its loss has no mean; prepare it "
+            "with a larger --validation, or check the data and the task"
+        )
+    return score
+
+
+def collect_rows(
+    scorer: Scorer,
+    reader: SampleReader,
+    comm: "MPI.Intracomm",
+    console: Console,
+    reading: Sequence[OfRows],
+) -> tuple[list[OwnRows], tuple[int, ...], int]:
+    """Compute the statistics of all rows of the split by `reading`, after their loss and weight.
+
+    Returns this rank's rows, the number of statistics of each of `reading`, and the number of rows
+    of all ranks. The second is empty on a rank without rows. Every rank calls it.
     """
     spec, task = scorer.spec, scorer.task
-    metrics = make_metrics(names or task.metrics)
     samples = reader.evaluation(RowShape.of(task, Lengths.of(spec)), rows_at_once(spec))
     share, shares = scorer.share
     batches = len(samples.shapes)
@@ -124,22 +154,12 @@ def evaluate(
             lambda number: task.fields(samples.raw(mine[number])),
             shape_of,
             progress.advance,
-            [metric.of_rows for metric in metrics if not metric.needs_totals_alone],
+            reading,
         )
     *firsts, rows = accumulate((rows for rows, _ in samples.shapes), initial=0)
     counted = {number: score for number, score in scores.items() if number < own}
-    score = score_rows(
-        [OwnRows(firsts[mine[number]], each.rows) for number, each in counted.items()],
-        next((each.widths for each in counted.values()), ()),
-        metrics,
-        comm,
-        rows=rows,
-        text_bytes=reader.n_bytes,
-        intervals=intervals,
-    )
-    if not score.totals.weight:
-        raise DataError(
-            "the validation split has no target that counts, so its loss has no mean; prepare it "
-            "with a larger --validation, or check the data and the task"
-        )
-    return score
+    found = [
+        OwnRows(np.arange(each.rows.rows) + firsts[mine[number]], each.rows)
+        for number, each in counted.items()
+    ]
+    return found, next((each.widths for each in counted.values()), ()), rows

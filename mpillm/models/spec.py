@@ -23,6 +23,7 @@ OutputKind = Literal[
     "aligned tokens",
     "a class of each row",
     "a class of each position",
+    "a number of each row",
     "the ends of a span",
     "hidden states",
 ]

@@ -17,6 +17,10 @@ EXTRA_OF = {
     "safetensors": "hub",
     "gguf": "hub",
     "PIL": "pictures",
+    "sacrebleu": "evaluate",
+    "rouge_score": "evaluate",
+    "sklearn": "baselines",
+    "gensim": "baselines",
 }
 
 

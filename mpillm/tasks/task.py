@@ -37,6 +37,9 @@ class Task(ABC):
     pair_kinds: ClassVar[tuple[str, ...]] = ()
     """The kinds of pairs (`prepare --task`) that it learns from; none: it reads tokens."""
 
+    classes: tuple[str, ...] = ()
+    """The names of the data's classes, in the order of their numbers; set by `make_task`."""
+
     output_kind: ClassVar[OutputKind] = "any"
     """What it learns: a model that gives something else is refused."""
 

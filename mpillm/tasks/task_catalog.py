@@ -93,7 +93,10 @@ def make_task(
             f"{named} changes a cross-entropy, and the task {name} has none of mpillm's; leave it "
             "out, or derive the task from CrossEntropyTask"
         )
-    return kind.make(settings, vocabulary or Vocabulary(0), lengths or Lengths())
+    vocabulary = vocabulary or Vocabulary(0)
+    task = kind.make(settings, vocabulary, lengths or Lengths())
+    task.classes = vocabulary.classes
+    return task
 
 
 def read_settings(section: Mapping[str, Any]) -> TaskSettings:

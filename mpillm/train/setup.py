@@ -218,7 +218,7 @@ def _compiles(recipe: Recipe, comm: "MPI.Intracomm", console: Console) -> bool:
 def _check_context(recipe: Recipe, task: Task) -> None:
     """Raise RecipeError for what needs whole sequences on a rank, where ranks share them."""
     given = f"parallel.context = {recipe.parallel.context}"
-    wanted = make_metrics(task.metrics)
+    wanted = make_metrics(task.metrics, task.classes)
     if whole := [m.name for m in wanted if not (m.needs_totals_alone or m.sums_positions)]:
         raise RecipeError(
             f"{given} evaluates positions on several ranks, and the metric {whole[0]} needs whole "

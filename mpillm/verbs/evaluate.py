@@ -26,8 +26,12 @@ class Evaluate:
     example: ClassVar = "mpirun -n 2 mpillm evaluate runs/quickstart --baselines"
 
     trained: Trained
+    other: Annotated[
+        Path | None,
+        Argument("Compare it with another one on the same data.", metavar="[OTHER]"),
+    ] = None
     data: Annotated[Path | None, Option("Another prepared folder than the run's own.")] = None
-    baselines: Annotated[bool, Option("Score a unigram and a bigram model too.")] = False
+    baselines: Annotated[bool, Option("Score simple models too.")] = False
     metrics: Annotated[
         tuple[str, ...],
         Option(
@@ -36,6 +40,10 @@ class Evaluate:
             commas=True,
         ),
     ] = ()
+    calibrate: Annotated[
+        bool,
+        Option("Fit a classifier's temperature on half of the rows; test it on the others."),
+    ] = False
     device: Device = "auto"
     as_json: Json = False
     debug: Debug = False
@@ -44,7 +52,7 @@ class Evaluate:
         with open_job(self.debug) as job:
             require_packages("mpillm evaluate", "torch")
             limit_torch_threads(job.threads)
-            from mpillm.infer.print_results import print_evaluation
+            from mpillm.infer.print_evaluation import print_evaluation
 
             print_evaluation(
                 self.trained,
@@ -55,4 +63,6 @@ class Evaluate:
                 job.console,
                 self.metrics,
                 self.device,
+                self.other,
+                self.calibrate,
             )

@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from mpillm.errors import UsageError
 from mpillm.infer.cloze_baselines import score_cloze_baselines
-from mpillm.infer.print_results import check_baselines
+from mpillm.infer.print_evaluation import check_baselines
 from mpillm.system.console import Console
 from mpillm.tasks.masked_lm import MaskedLM
 from mpillm.tasks.metrics.metric_catalog import make_metrics

@@ -12,7 +12,7 @@ from mpi4py import MPI
 from mpillm.errors import DataError, MismatchError
 from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_trained
-from mpillm.infer.print_results import print_evaluation
+from mpillm.infer.print_evaluation import print_evaluation
 from mpillm.models.encoder import EncoderConfig
 from mpillm.models.encoder_decoder import SHAPES as ENCODER_DECODERS
 from mpillm.system.console import Console

@@ -9,7 +9,8 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpillm.infer.print_results import print_evaluation, print_generation
+from mpillm.infer.print_evaluation import print_evaluation
+from mpillm.infer.print_results import print_generation
 from mpillm.infer.sampling import Sampling
 from mpillm.machine.node_map import NodeMap
 from mpillm.system.console import Console

@@ -24,10 +24,9 @@ SHARES = (0.025, 0.975)
 Interval = tuple[float, float]
 
 
-def draw_weights(first: int, rows: int, replicates: int, seed: int = SEED) -> Array:
-    """Return how often each replicate has the rows from number `first` on, float64 (R, rows)."""
-    keys = task_keys(seed, np.arange(first, first + rows, dtype=np.int64))
-    chances = row_draws(keys, replicates)
+def draw_weights(numbers_B: Array, replicates: int, seed: int = SEED) -> Array:
+    """Return how often each replicate has the rows with these numbers, float64 (R, B)."""
+    chances = row_draws(task_keys(seed, numbers_B.astype(np.int64)), replicates)
     weights = np.zeros(chances.shape, np.uint8)
     for limit in CUMULATED:
         weights += chances >= limit

@@ -20,6 +20,7 @@ from mpillm.tasks.metrics.metric import Array, RowStatistics
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+BATCH_ROWS = 256
 # A row is drawn 15 times at most (bootstrap.MOST_DRAWS): 4 bits.
 DRAW_BITS = 4
 # Below 2^-400 units would not be normal numbers, above 2^900 sums not finite.
@@ -28,10 +29,19 @@ LEAST_EXPONENT, MOST_EXPONENT = -400, 900
 
 @dataclass(frozen=True)
 class OwnRows:
-    """Rows of this rank: consecutive ones, the first of which has the number `first` of all."""
+    """Rows of this rank, by their numbers (B,) among those of all ranks."""
 
-    first: int
+    numbers_B: Array
     statistics: RowStatistics
+
+
+def in_batches(numbers_B: Array, table_BK: Array) -> list[OwnRows]:
+    """Cut rows with these numbers into batches: a bootstrap has a weight of each replicate a row.
+
+    Batches of a few rows also have few columns that are not 0.
+    """
+    parts = [slice(first, first + BATCH_ROWS) for first in range(0, len(numbers_B), BATCH_ROWS)]
+    return [OwnRows(numbers_B[part], RowStatistics.joined([table_BK[part]])) for part in parts]
 
 
 class ExactSums:
@@ -48,7 +58,7 @@ class ExactSums:
         facts = comm.allgather(
             (
                 max((each.statistics.width for each in own), default=0),
-                sum(len(each.statistics.values_BU) for each in own),
+                sum(each.statistics.rows for each in own),
             )
         )
         self.width = max(width for width, _ in facts)
@@ -77,16 +87,16 @@ class ExactSums:
         upper_K, rest_K = self._over_ranks(sums_2K)
         return np.asarray(upper_K + rest_K * 2.0**-self._bits)
 
-    def weighted(self, weights_of: Callable[[int, int], Array], replicates: int) -> Array:
+    def weighted(self, weights_of: Callable[[Array], Array], replicates: int) -> Array:
         """Sum the rows, each as often as each replicate has it, (R, K).
 
-        `weights_of(first, rows)` gives whole numbers (R, B), below 2^DRAW_BITS, for the rows from
-        number `first` on.
+        `weights_of(numbers_B)` gives whole numbers (R, B), below 2^DRAW_BITS, of the rows with
+        these numbers.
         """
         sums_RK = np.zeros((replicates, self.width))
         for each in self._own:
             columns, values = each.statistics.columns_U, each.statistics.values_BU
-            weights_RB = weights_of(each.first, len(values))
+            weights_RB = weights_of(each.numbers_B)
             sums_RK[:, columns] += weights_RB @ self._rounded(values, columns)
         return self._over_ranks(sums_RK)
 

@@ -41,6 +41,10 @@ class Score:
     """The rows that were scored."""
     intervals: Mapping[str, Interval | None] = field(default_factory=dict)
     """The 95% interval of each metric, where intervals were asked for; None: too few rows."""
+    tables: Mapping[str, list[list[int]]] = field(default_factory=dict)
+    """The counts of metrics that are tables."""
+    signatures: Mapping[str, str] = field(default_factory=dict)
+    """The settings and releases by which texts were compared, where a metric has one."""
     replicates: Mapping[str, Array] = field(default_factory=dict, compare=False, repr=False)
     """The values (R,) of each metric in the replicates of the bootstrap."""
 
@@ -73,6 +77,8 @@ class Score:
             **values,
             "rows": self.rows,
             "intervals": intervals,
+            **({"signatures": dict(self.signatures)} if self.signatures else {}),
+            **{name.replace("-", "_"): counts for name, counts in self.tables.items()},
         }
 
 
@@ -99,11 +105,12 @@ def score_rows(
     if not totals.weight:
         return Score(totals, {}, rows)
     values = _values(whole_K, totals, spans)
+    tables = {m.name: m.table(whole_K[span]) for m, span in spans.items() if m.is_table}
     if not intervals:
-        return Score(totals, values, rows)
+        return Score(totals, values, rows, tables=tables)
     replicates = _replicates(sums, totals, spans)
     bounds = {name: percentile_interval(each) for name, each in replicates.items()}
-    return Score(totals, values, rows, bounds, replicates)
+    return Score(totals, values, rows, bounds, tables, replicates=replicates)
 
 
 def _spans(widths: Sequence[int], metrics: Sequence[Metric]) -> dict[Metric, slice]:
@@ -117,12 +124,16 @@ def _spans(widths: Sequence[int], metrics: Sequence[Metric]) -> dict[Metric, sli
 
 
 def _values(sums_K: Array, totals: Totals, spans: Mapping[Metric, slice]) -> dict[str, float]:
-    return {metric.name: metric.value(sums_K[span], totals) for metric, span in spans.items()}
+    return {
+        metric.name: metric.value(sums_K[span], totals)
+        for metric, span in spans.items()
+        if not metric.is_table
+    }
 
 
 def _replicates(sums: ExactSums, totals: Totals, spans: Mapping[Metric, slice]) -> dict[str, Array]:
     """Compute the metrics of each replicate, (R,); NaN where it has no target that counts."""
-    found: dict[str, list[float]] = {metric.name: [] for metric in spans}
+    found: dict[str, list[float]] = {m.name: [] for m in spans if not m.is_table}
     block = max(1, min(REPLICATES, BLOCK_BYTES // (8 * sums.width)))
     for first in range(0, REPLICATES, block):
         stop = min(first + block, REPLICATES)
@@ -137,6 +148,6 @@ def _replicates(sums: ExactSums, totals: Totals, spans: Mapping[Metric, slice]) 
     return {name: np.array(each) for name, each in found.items()}
 
 
-def _drawn(first: int, stop: int, row: int, rows: int) -> Array:
+def _drawn(first: int, stop: int, numbers_B: Array) -> Array:
     """Draw the weights of the replicates `first` to `stop` - 1."""
-    return draw_weights(row, rows, stop)[first:]
+    return draw_weights(numbers_B, stop)[first:]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from mpillm.tasks.metrics.metric import Array, Arrays, Metric, Totals, row_sums
+from mpillm.tasks.metrics.metric import CLASSES, TOKENS, Array, Arrays, Metric, Totals, row_sums
 
 
 class Accuracy(Metric):
@@ -12,6 +12,7 @@ class Accuracy(Metric):
     name: ClassVar[str] = "accuracy"
     title: ClassVar[str] = "accuracy"
     sums_positions: ClassVar[bool] = True
+    output_kinds: ClassVar[tuple[str, ...]] = CLASSES + TOKENS
 
     def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
         hits = outputs[0].argmax(-1) == fields["targets"]

@@ -7,24 +7,31 @@ import numpy as np
 from mpillm.tasks.metrics.metric import Array, Arrays
 
 
-def class_counts(outputs: Sequence[Array], fields: Arrays) -> Array:
-    """Count each row's classes: found rightly, found, and there; (B, 3 · classes).
+def counted_classes(outputs: Sequence[Array], fields: Arrays) -> tuple[Array, Array, Array]:
+    """Return the row, the class found and the class of each target that counts, (N,) each.
 
-    A class is found where its output is the largest. Targets that do not count are left out.
+    A class is found where its output is the largest.
     """
-    rows, classes = len(outputs[0]), outputs[0].shape[-1]
     found, targets = outputs[0].argmax(-1), fields["targets"]
-    row_of = np.broadcast_to(np.arange(rows).reshape(-1, *[1] * (found.ndim - 1)), found.shape)
-    if "counts" in fields:
-        counted = fields["counts"].astype(bool)
-        found, targets, row_of = found[counted], targets[counted], row_of[counted]
-    found, targets, row_of = found.reshape(-1), targets.reshape(-1), row_of.reshape(-1)
+    row_of = np.broadcast_to(
+        np.arange(len(found)).reshape(-1, *[1] * (found.ndim - 1)), found.shape
+    )
+    if "counts" not in fields:
+        return row_of.reshape(-1), found.reshape(-1), targets.reshape(-1)
+    counted = fields["counts"].astype(bool)
+    return row_of[counted], found[counted], targets[counted]
+
+
+def class_counts(outputs: Sequence[Array], fields: Arrays) -> Array:
+    """Count each row's classes: found rightly, found, and there; (B, 3 · classes)."""
+    rows, classes = len(outputs[0]), outputs[0].shape[-1]
+    row_of, found, targets = counted_classes(outputs, fields)
     right = found == targets
     # The place of each count in an array (rows, 3, classes).
     places = [
-        (3 * row_of[right] + 0) * classes + targets[right],
+        3 * row_of[right] * classes + targets[right],
         (3 * row_of + 1) * classes + found,
         (3 * row_of + 2) * classes + targets,
     ]
     counts = np.bincount(np.concatenate(places), minlength=3 * rows * classes)
-    return counts.astype(np.float64).reshape(rows, 3 * classes)
+    return counts.reshape(rows, 3 * classes)

@@ -3,7 +3,7 @@
 import math
 from typing import ClassVar
 
-from mpillm.tasks.metrics.metric import Array, Metric, Totals
+from mpillm.tasks.metrics.metric import TOKENS, Array, Metric, Totals
 
 # exp(700) is about 1e304: beyond, a float64 overflows.
 LARGEST_EXPONENT = 700.0
@@ -25,6 +25,7 @@ class Perplexity(Metric):
     name: ClassVar[str] = "perplexity"
     title: ClassVar[str] = "perplexity"
     digits: ClassVar[int] = 2
+    output_kinds: ClassVar[tuple[str, ...]] = TOKENS
 
     def value(self, sums: Array, totals: Totals) -> float:
         # A diverged model has a perplexity too large to print, not an exception.
@@ -39,6 +40,7 @@ class BitsPerByte(Metric):
 
     name: ClassVar[str] = "bits-per-byte"
     title: ClassVar[str] = "bits per byte"
+    output_kinds: ClassVar[tuple[str, ...]] = TOKENS
 
     def value(self, sums: Array, totals: Totals) -> float:
         return totals.loss * totals.weight / math.log(2) / max(1.0, totals.text_bytes)

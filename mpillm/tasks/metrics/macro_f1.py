@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from mpillm.tasks.metrics.class_counts import class_counts
-from mpillm.tasks.metrics.metric import Array, Arrays, Metric, Totals
+from mpillm.tasks.metrics.metric import CLASSES, Array, Arrays, Metric, Totals
 
 
 class MacroF1(Metric):
@@ -16,6 +16,7 @@ class MacroF1(Metric):
     name: ClassVar[str] = "macro-f1"
     title: ClassVar[str] = "macro F1"
     sums_positions: ClassVar[bool] = True
+    output_kinds: ClassVar[tuple[str, ...]] = CLASSES
 
     def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
         return class_counts(outputs, fields)

@@ -6,12 +6,16 @@ Shapes: B rows of a batch, k statistics of a row.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = Mapping[str, Array]
+# The outputs that some metrics read: see `Metric.output_kinds`.
+CLASSES = ("a class of each row", "a class of each position")
+TOKENS = ("next tokens", "next tokens of a target", "hidden tokens")
+NUMBERS = ("a number of each row",)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,20 @@ class Metric(ABC):
     Ranks can then share the positions of a sequence.
     """
 
+    output_kinds: ClassVar[tuple[str, ...]] = ()
+    """What it reads, as `Task.output_kind` names it: other tasks are refused; (): any task."""
+
+    is_table: ClassVar[bool] = False
+    """Whether its figures are those of `table`, in place of one value."""
+
+    @classmethod
+    def make(cls, classes: Sequence[str] = ()) -> Self:
+        """Make the metric of a task whose classes have these names, in the order of their numbers.
+
+        Raises UsageError where it does not fit them.
+        """
+        return cls()
+
     @property
     def needs_totals_alone(self) -> bool:
         """Whether `of_rows` is not overridden: then a model that gives only a likelihood has a
@@ -71,6 +89,10 @@ class Metric(ABC):
         It is called for all rows, and for each replicate of the bootstrap, which may lack some.
         """
 
+    def table(self, sums: Array) -> list[list[int]]:
+        """Return the counts of a metric that is a table."""
+        raise NotImplementedError(f"the metric {self.name} is no table")
+
 
 def row_sums(values_BT: Array) -> Array:
     """Sum the values of each row over its other dims: a column of statistics, (B, 1)."""
@@ -88,6 +110,10 @@ class RowStatistics:
     width: int
     columns_U: Array
     values_BU: Array
+
+    @property
+    def rows(self) -> int:
+        return len(self.values_BU)
 
     @classmethod
     def joined(cls, tables: Sequence[Array]) -> "RowStatistics":

@@ -1,4 +1,4 @@
-"""The edits from what CTC hears to the target, over the target's length: of tokens, of words."""
+"""The edits from what is heard or written to the target, over its length: of tokens, of words."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -8,6 +8,7 @@ import numpy as np
 
 from mpillm.errors import UsageError
 from mpillm.tasks.metrics.metric import Array, Arrays, Metric, Totals, row_sums
+from mpillm.tasks.metrics.text_metric import References, TextMetric
 
 
 class TokenErrorRate(Metric):
@@ -15,6 +16,7 @@ class TokenErrorRate(Metric):
 
     name: ClassVar[str] = "token-error-rate"
     title: ClassVar[str] = "token error rate"
+    output_kinds: ClassVar[tuple[str, ...]] = ("aligned tokens",)
 
     def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
         edits = [edit_distance(heard, said) for heard, said in _rows(outputs, fields)]
@@ -24,11 +26,15 @@ class TokenErrorRate(Metric):
         return float(sums[0]) / totals.weight
 
 
-class WordErrorRate(Metric):
-    """Words inserted, deleted and replaced, a word of the targets; greedy decoding."""
+class WordErrorRate(TextMetric):
+    """Words inserted, deleted and replaced, a word of the targets.
+
+    Of sound it is that of a greedy decoding; of texts with several references that of the nearest.
+    """
 
     name: ClassVar[str] = "word-error-rate"
     title: ClassVar[str] = "word error rate"
+    output_kinds: ClassVar[tuple[str, ...]] = ("aligned tokens", "texts")
 
     def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
         if "spaces" not in fields:
@@ -39,6 +45,14 @@ class WordErrorRate(Metric):
         space = int(fields["spaces"][0])
         rows = [[_words(side, space) for side in row] for row in _rows(outputs, fields)]
         return np.array([(edit_distance(heard, said), len(said)) for heard, said in rows])
+
+    def of_texts(self, hypotheses: Sequence[str], references: References) -> Array:
+        rows = []
+        for ours, known in zip(hypotheses, references, strict=True):
+            texts = [each.split() for each in known]
+            edits = [(edit_distance(ours.split(), each), len(each)) for each in texts]
+            rows.append(min(edits, key=lambda pair: pair[0] / max(1, pair[1])))
+        return np.array(rows, np.float64).reshape(-1, 2)
 
     def value(self, sums: Array, totals: Totals) -> float:
         return float(sums[0] / max(1.0, sums[1]))

@@ -15,22 +15,22 @@ from mpillm.infer.scores.exact_sums import DRAW_BITS
 
 
 def test_draws_are_poisson_numbers_and_follow_from_the_row_alone() -> None:
-    weights = draw_weights(0, 300, 1000)
+    weights = draw_weights(np.arange(300), 1000)
     assert weights.shape == (1000, 300)
     shares = np.bincount(weights.astype(int).reshape(-1), minlength=8)[:8] / weights.size
     expected = [math.exp(-1) / math.factorial(number) for number in range(8)]
     np.testing.assert_allclose(shares, expected, atol=2e-3)
     # Rows are independent of each other.
     assert np.abs(np.corrcoef(weights[:, :20].T) - np.eye(20)).max() < 0.15
-    np.testing.assert_array_equal(draw_weights(120, 7, 1000), weights[:, 120:127])
-    np.testing.assert_array_equal(draw_weights(120, 7, 10), weights[:10, 120:127])
-    assert (draw_weights(0, 300, 1000, seed=3) != weights).any()
+    np.testing.assert_array_equal(draw_weights(np.arange(120, 127), 1000), weights[:, 120:127])
+    np.testing.assert_array_equal(draw_weights(np.arange(120, 127), 10), weights[:10, 120:127])
+    assert (draw_weights(np.arange(300), 1000, seed=3) != weights).any()
     assert MOST_DRAWS < 1 << DRAW_BITS
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
     values = np.random.default_rng(0).normal(5, 2, 2000)
-    weights = draw_weights(0, 2000, 1000)
+    weights = draw_weights(np.arange(2000), 1000)
     interval = percentile_interval(weights @ values / weights.sum(1))
     assert interval is not None
     half = 1.96 * values.std() / math.sqrt(2000)
@@ -45,7 +45,7 @@ def test_too_few_rows_have_no_interval() -> None:
 def test_p_under_a_null_is_evenly_distributed() -> None:
     """Two models alike, whose rows are exchanged at random: p < 0.05 in 3 to 7% of the trials."""
     chance, rows = np.random.default_rng(5), 400
-    weights = draw_weights(0, rows, 1000)
+    weights = draw_weights(np.arange(rows), 1000)
     totals = weights.sum(1)
     better = chance.random(rows) < 0.8
     worse = better & (chance.random(rows) < 0.9)

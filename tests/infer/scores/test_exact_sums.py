@@ -30,12 +30,14 @@ def statistics() -> np.ndarray:
 def shared(table: np.ndarray, rank: int, ranks: int) -> list[OwnRows]:
     """Give rank `rank` its batches of the rows."""
     firsts = range(BATCH * rank, len(table), BATCH * ranks)
-    return [OwnRows(a, RowStatistics.joined([table[a : a + BATCH]])) for a in firsts]
+    return [
+        OwnRows(np.arange(ROWS)[a : a + BATCH], RowStatistics.joined([table[a : a + BATCH]]))
+        for a in firsts
+    ]
 
 
-def weights(first: int, rows: int) -> np.ndarray:
+def weights(numbers: np.ndarray) -> np.ndarray:
     """Give each row a weight of its own in each of 7 replicates."""
-    numbers = np.arange(first, first + rows)
     return np.stack([(numbers * (3 + each)) % 11 for each in range(7)]).astype(np.float64)
 
 
@@ -47,7 +49,9 @@ def test_sums_are_exact_and_the_same_bits_at_any_number_of_ranks(comm: MPI.Intra
     exact = [float(sum(map(Fraction, column))) for column in table.T]
     np.testing.assert_allclose(whole.whole(), exact, rtol=1e-15)
     np.testing.assert_array_equal(together.weighted(weights, 7), whole.weighted(weights, 7))
-    np.testing.assert_allclose(whole.weighted(weights, 7), weights(0, ROWS) @ table, rtol=1e-11)
+    np.testing.assert_allclose(
+        whole.weighted(weights, 7), weights(np.arange(ROWS)) @ table, rtol=1e-11
+    )
 
 
 def test_ranks_may_share_the_positions_of_rows(comm: MPI.Intracomm) -> None:
@@ -57,7 +61,7 @@ def test_ranks_may_share_the_positions_of_rows(comm: MPI.Intracomm) -> None:
     sums = ExactSums(shared(own, 0, 1), comm)
     np.testing.assert_allclose(sums.whole(), statistics().sum(0), rtol=1e-12)
     np.testing.assert_allclose(
-        sums.weighted(weights, 7), weights(0, ROWS) @ statistics(), rtol=1e-10
+        sums.weighted(weights, 7), weights(np.arange(ROWS)) @ statistics(), rtol=1e-10
     )
 
 

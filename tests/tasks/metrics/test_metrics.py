@@ -7,7 +7,7 @@ import pytest
 from mpillm.errors import UsageError
 from mpillm.tasks.metrics.likelihood import BitsPerByte, Loss, Perplexity
 from mpillm.tasks.metrics.metric import Metric, Totals
-from mpillm.tasks.metrics.metric_catalog import METRICS, make_metrics
+from mpillm.tasks.metrics.metric_catalog import METRICS, check_metrics, make_metrics
 
 NONE = np.empty(0)
 TOTALS = Totals(loss_sum=600.0, weight=200.0, text_bytes=400)
@@ -66,3 +66,14 @@ def test_a_metric_of_an_earlier_release_says_what_to_do(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "earlier", sys.modules[__name__])
     with pytest.raises(UsageError, match="statistics of each row by `of_rows`"):
         make_metrics(["earlier:OfAnEarlierRelease"])
+
+
+def test_a_metric_that_does_not_fit_the_task_is_refused_with_those_that_do() -> None:
+    check_metrics(["bleu", "entity-f1"], "a plug-in", "any")
+    check_metrics(["loss", "macro-f1"], "sequence-classification", "a class of each row")
+    with pytest.raises(UsageError, match="take one of loss, accuracy, precision, recall, macro-f1"):
+        check_metrics(["loss", "bleu"], "sequence-classification", "a class of each row")
+    with pytest.raises(UsageError, match=r"take one of loss, perplexity, bits-per-byte, accuracy$"):
+        check_metrics(["mse"], "causal-lm", "next tokens")
+    with pytest.raises(UsageError, match="bleu compares texts"):
+        make_metrics(["bleu"])[0].of_rows([], {})

@@ -1,5 +1,6 @@
 from functools import cache
 
+import jiwer
 import numpy as np
 import pytest
 
@@ -64,3 +65,22 @@ def test_words_are_parted_by_the_space() -> None:
     rows = WordErrorRate().of_rows([outputs_of(heard)[None]], {**fields, "spaces": np.array([33])})
     assert rows.tolist() == [[1, 4]]
     assert WordErrorRate().value(rows[0], Totals(1.0, 18.0, 0)) == 0.25
+
+
+def test_the_word_error_rate_of_texts_is_that_of_jiwer() -> None:
+    chance = np.random.default_rng(5)
+    words = ["one", "two", "three", "four", "five"]
+    metric = WordErrorRate()
+    for _ in range(1000):
+        rows = int(chance.integers(1, 5))
+        heard, said = (
+            [" ".join(chance.choice(words, chance.integers(least, 8))) for _ in range(rows)]
+            for least in (0, 1)
+        )
+        sums = metric.of_texts(heard, [[each] for each in said]).sum(0)
+        assert metric.value(sums, Totals(0.0, 1.0, 0)) == pytest.approx(jiwer.wer(said, heard))
+
+
+def test_of_several_references_the_nearest_counts() -> None:
+    rows = WordErrorRate().of_texts(["a b c"], [["x y", "a b d c"]])
+    assert rows.tolist() == [[1, 4]]

@@ -1,0 +1,263 @@
+"""Print the scores of a trained model, or of two on the same data: the work of `evaluate`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpillm.comm.failure import on_root
+from mpillm.comm.waiting import patient_barrier
+from mpillm.errors import MismatchError, UsageError
+from mpillm.infer.baselines import score_baselines
+from mpillm.infer.cloze_baselines import score_cloze_baselines
+from mpillm.infer.evaluate import WholeModel, evaluate
+from mpillm.infer.imported_task import check_evaluated
+from mpillm.infer.loading import Loaded, check_classes, load_data, load_trained, open_of
+from mpillm.infer.scores.calibrate import Calibration, calibrate, check_calibrates
+from mpillm.infer.scores.compare import ScoreDifference, compare
+from mpillm.infer.scores.print_scores import print_confusions, print_scores
+from mpillm.infer.scores.score import Score
+from mpillm.infer.scores.text_baselines import require_text_baselines, score_text_baselines
+from mpillm.infer.task_checks import check_task
+from mpillm.machine.node_map import map_nodes
+from mpillm.models.part_module import torch_explained
+from mpillm.parallel.devices import choose_device
+from mpillm.parallel.step_plan import Precision
+from mpillm.plan.peak_memory import rows_at_once
+from mpillm.runs.run_files import moved_from
+from mpillm.system.console import Console
+from mpillm.system.json_text import to_json
+from mpillm.tasks.causal_lm import CausalLM
+from mpillm.tasks.masked_lm import MaskedLM
+from mpillm.tasks.metrics.metric import Metric
+from mpillm.tasks.metrics.metric_catalog import make_metrics
+from mpillm.tasks.sequence_classification import SequenceClassification
+from mpillm.tasks.task import Task
+from mpillm.tasks.vocabulary import Lengths
+from mpillm.tokens.manifest import Manifest, check_tokenizer
+from mpillm.tokens.pairs.pair_reader import PairReader
+from mpillm.tokens.reader import TokenReader
+from mpillm.tokens.samples import RowShape
+from mpillm.weights.checkpoint import Checkpoint
+from mpillm.weights.places import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+NAMES = ("model", "other")
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A model with the data that it is scored on."""
+
+    loaded: Loaded
+    manifest: Manifest
+
+    @property
+    def task(self) -> Task:
+        return self.loaded.task
+
+    @property
+    def row(self) -> RowShape:
+        return RowShape.of(self.task, Lengths.of(self.loaded.model.spec))
+
+    def scorer(self, precision: Precision, comm: "MPI.Intracomm") -> WholeModel:
+        """Move the model to its device; return it as each rank scores its share of the rows."""
+        model = self.loaded.model.to(precision.device)
+        return WholeModel(model, self.task, comm, precision)
+
+    def facts(self) -> dict[str, object]:
+        checkpoint = self.loaded.checkpoint
+        same = self.manifest.manifest_hash == checkpoint.facts["data"]
+        return {
+            "checkpoint": str(checkpoint.folder),
+            "step": checkpoint.step,
+            "data": str(self.manifest.folder),
+            "data_of_the_run": same,
+        }
+
+
+def print_evaluation(
+    trained: Path,
+    data: Path | None,
+    baselines: bool,
+    as_json: bool,
+    comm: "MPI.Intracomm",
+    console: Console,
+    metrics: Sequence[str] = (),
+    device: str = "auto",
+    other: Path | None = None,
+    calibrated: bool = False,
+) -> None:
+    """Score a trained model on the validation split of `data` (None: of its own data) and print it.
+
+    `baselines`: score simple models, too. `device`: cpu, cuda or auto. `other`: compare a second
+    model with it. `calibrated`: fit a temperature. Every rank calls it. Raises MismatchError when
+    the data was made with another tokenizer than the model's, or two models differ in their data.
+    """
+    place, _ = choose_device(device, comm, map_nodes(comm), option="--device")
+    places = [trained] if other is None else [trained, other]
+    found = [_open(path, data, comm, console) for path in places]
+    if other is not None:
+        _check_same_rows(*found)
+    if baselines:
+        check_baselines(found[0].task)
+    if calibrated:
+        check_calibrates(found[0].task)
+    # One JSON object is all that --json prints: no warnings, no progress bar.
+    quiet = Console(speaks=False) if as_json else console
+    scores, fitted = {}, None
+    with torch_explained():
+        for name, each in zip(NAMES, found, strict=False):
+            scores[name] = _score(each, Precision(place), metrics, comm, quiet)
+        if calibrated:
+            fitted = _calibrate(found[0], Precision(place), comm, quiet)
+        made = make_metrics(metrics or found[0].task.metrics, found[0].task.classes)
+        if baselines and comm.rank == 0:
+            scores |= _score_baselines(found[0], made)
+    # Rank 0 counts the training data alone: the others sleep meanwhile.
+    patient_barrier(comm)
+    differences = compare(scores["model"], scores["other"]) if other is not None else None
+    if as_json:
+        _print_json(found, scores, differences, fitted, console)
+    else:
+        _print_tables(found, scores, differences, made, console)
+        if fitted is not None:
+            console.say(fitted.describe())
+
+
+def _score(
+    candidate: _Candidate,
+    precision: Precision,
+    metrics: Sequence[str],
+    comm: "MPI.Intracomm",
+    console: Console,
+) -> Score:
+    with open_of(candidate.manifest, "validation") as reader:
+        if cuts := on_root(comm, lambda: reader.describe_cuts(candidate.row)):
+            console.warn(cuts)
+        return evaluate(candidate.scorer(precision, comm), reader, comm, console, metrics, True)
+
+
+def _calibrate(
+    candidate: _Candidate, precision: Precision, comm: "MPI.Intracomm", console: Console
+) -> Calibration:
+    with open_of(candidate.manifest, "validation") as reader:
+        return calibrate(candidate.scorer(precision, comm), reader, comm, console)
+
+
+def _open(path: Path, data: Path | None, comm: "MPI.Intracomm", console: Console) -> _Candidate:
+    """Load a model, and check it with its data."""
+    loaded = load_trained(path, comm, console)
+    check_evaluated(loaded.checkpoint.facts)
+    manifest = load_data(loaded.checkpoint, data)
+    check_tokenizer(manifest, loaded.tokenizer)
+    check_task(loaded.task, loaded.model.spec, manifest)
+    check_classes(loaded.checkpoint, manifest)
+    return _Candidate(loaded, manifest)
+
+
+def _check_same_rows(one: _Candidate, other: _Candidate) -> None:
+    """Raise MismatchError unless both models are scored on the same rows of the same data."""
+    if one.manifest.manifest_hash != other.manifest.manifest_hash:
+        raise MismatchError(
+            f"the models have other data: {one.manifest.folder} and {other.manifest.folder}, whose "
+            "manifests differ; name one dataset for both with --data FOLDER"
+        )
+    if one.task.name != other.task.name:
+        raise MismatchError(
+            f"the models learnt other tasks, {one.task.name} and {other.task.name}: they have no "
+            "figures in common"
+        )
+    # A pair is a row whatever its length; a text is cut into windows as long as the context.
+    if not one.task.pair_kinds and one.row.tokens != other.row.tokens:
+        raise MismatchError(
+            f"the models read windows of {one.row.tokens:,} and {other.row.tokens:,} tokens, so "
+            "their rows are not the same; evaluate each by itself"
+        )
+
+
+def _warn_if_moved(checkpoint: Checkpoint, console: Console) -> None:
+    folder = checkpoint.folder.absolute()
+    run = folder.parents[1] if folder.parent.name == CHECKPOINTS else None
+    known = checkpoint.facts
+    begun = moved_from(run, known["recipe"], known.get("folder")) if run else ""
+    if begun:
+        console.warn(f"{run} was trained as {begun}: it is a copy, or was moved")
+
+
+def _score_baselines(candidate: _Candidate, metrics: Sequence[Metric]) -> dict[str, Score]:
+    """Score the baselines of the model's task, which has some, on this rank alone."""
+    from mpi4py import MPI
+
+    task, spec, manifest = candidate.task, candidate.loaded.model.spec, candidate.manifest
+    with open_of(manifest, "train") as train, open_of(manifest, "validation") as reader:
+        if isinstance(train, PairReader) and isinstance(reader, PairReader):
+            tokenizer = candidate.loaded.tokenizer
+            return score_text_baselines(
+                train, reader, tokenizer, task, spec, metrics, MPI.COMM_SELF
+            )
+        assert isinstance(train, TokenReader)
+        assert isinstance(reader, TokenReader)
+        if isinstance(task, MaskedLM):
+            samples = reader.evaluation(candidate.row, rows_at_once(spec))
+            counted = score_cloze_baselines(train, samples, task, metrics)
+        else:
+            counted = score_baselines(train, reader, manifest.vocab_size, metrics)
+    return {"bigram": counted.bigram, "unigram": counted.unigram}
+
+
+def check_baselines(task: Task) -> None:
+    """Raise UsageError where a task has no baselines, or their packages are missing."""
+    if isinstance(task, SequenceClassification):
+        require_text_baselines()
+    elif not isinstance(task, CausalLM | MaskedLM):
+        raise UsageError(
+            f"there are no baselines of the task {task.name}, only of causal-lm, masked-lm and "
+            "sequence-classification; leave out --baselines"
+        )
+
+
+def _print_json(
+    found: Sequence[_Candidate],
+    scores: Mapping[str, Score],
+    differences: Mapping[str, ScoreDifference] | None,
+    fitted: Calibration | None,
+    console: Console,
+) -> None:
+    facts = found[0].facts() | {name: score.to_json() for name, score in scores.items()}
+    if differences is not None:
+        facts["other_checkpoint"] = str(found[1].loaded.checkpoint.folder)
+        facts["difference"] = {
+            name.replace("-", "_"): each.to_json() for name, each in differences.items()
+        }
+    if fitted is not None:
+        facts["calibration"] = asdict(fitted)
+    console.write(to_json(facts) + "\n")
+
+
+def _print_tables(
+    found: Sequence[_Candidate],
+    scores: Mapping[str, Score],
+    differences: Mapping[str, ScoreDifference] | None,
+    metrics: Sequence[Metric],
+    console: Console,
+) -> None:
+    for name, each in zip(NAMES, found, strict=False):
+        checkpoint = each.loaded.checkpoint
+        _warn_if_moved(checkpoint, console)
+        if not math.isfinite(scores[name].loss):
+            console.warn(
+                f"the loss is not finite: the model of {checkpoint.folder} diverged; "
+                "name an earlier checkpoint"
+            )
+    folders = " and ".join(str(each.loaded.checkpoint.folder) for each in found)
+    model = scores["model"]
+    title = (
+        f"{folders} on {found[0].manifest.folder}: {int(model.totals.weight):,} validation "
+        f"tokens, n = {model.rows:,} rows, with 95% intervals"
+    )
+    print_scores(title, scores, metrics, console, differences)
+    print_confusions(scores, metrics, found[0].task.classes, console)
