@@ -100,7 +100,7 @@ def test_spack_has_the_same_bounds() -> None:
 def test_the_scripts_install_what_they_need() -> None:
     """Check that dev brings training along, and that both scripts and the container ask for it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert "mpillm[hub,test-models,train]" in project["optional-dependencies"]["dev"]
+    assert "mpillm[hub,tables,test-models,train]" in project["optional-dependencies"]["dev"]
     assert "prepare_environment train\n" in (ROOT / "jobs/quickstart.sh").read_text()
     assert "prepare_environment dev\n" in (ROOT / "jobs/test.sh").read_text()
     for name in ("train", "hub"):

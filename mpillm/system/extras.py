@@ -17,6 +17,7 @@ EXTRA_OF = {
     "safetensors": "hub",
     "gguf": "hub",
     "PIL": "pictures",
+    "pyarrow": "tables",
 }
 
 
