@@ -197,6 +197,8 @@ def _texts(checkpoint: Checkpoint, spec: ModelSpec, family: Family, dtype: str) 
             "eos_token": tokenizer.end_of_text,
             "model_max_length": spec.context,
             "clean_up_tokenization_spaces": False,
+            # Those that the chat template of the data may write.
+            **checkpoint.facts.get("special_tokens", {}),
         }
     }
     texts = {name: to_json(value, indent=1) + "\n" for name, value in made.items()}

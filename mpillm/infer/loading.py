@@ -23,6 +23,7 @@ from mpillm.tasks import task_catalog
 from mpillm.tasks.task import Task
 from mpillm.tasks.task_catalog import make_task
 from mpillm.tasks.vocabulary import Lengths, Vocabulary
+from mpillm.tokens.chat.chat_template import TEMPLATE, ChatTemplate
 from mpillm.tokens.dataset_folder import is_dataset
 from mpillm.tokens.manifest import NAME as MANIFEST
 from mpillm.tokens.manifest import Manifest
@@ -85,11 +86,19 @@ class RunConstants:
         }
         # Rank 0 writes the texts, and a missing file is reported before the first step.
         tokenizer = on_root(comm, lambda: manifest.load_tokenizer().to_json())
-        return cls(facts, {TOKENIZER: tokenizer})
+        template = on_root(comm, lambda: _chat_template(manifest))
+        if template is None:
+            return cls(facts, {TOKENIZER: tokenizer})
+        facts["special_tokens"] = template.tokens
+        return cls(facts, {TOKENIZER: tokenizer, TEMPLATE: template.text})
 
     def of_recipe(self, recipe: Mapping[str, Any]) -> "RunConstants":
         """Return them with another recipe: what was left open in it is resolved."""
         return RunConstants({**self.facts, "recipe": recipe}, self.texts)
+
+
+def _chat_template(manifest: Manifest) -> ChatTemplate | None:
+    return manifest.load_template() if isinstance(manifest, PairManifest) else None
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,11 @@ class Console:
         if not self._out.is_terminal:
             self._out.width = max(self._out.width, LOG_COLUMNS)
 
+    @property
+    def is_terminal(self) -> bool:
+        """Whether colours are shown: where not, marks in the text do their work."""
+        return self._out.is_terminal
+
     def say(self, text: str) -> None:
         if self.speaks:
             self._out.print(Text(printable(text)))

@@ -21,6 +21,7 @@ EXTRA_OF = {
     "rouge_score": "evaluate",
     "sklearn": "baselines",
     "gensim": "baselines",
+    "pyarrow": "tables",
 }
 
 

@@ -55,6 +55,9 @@ class Task(ABC):
     Ranks can then share the positions of a sequence.
     """
 
+    packs: ClassVar[bool] = False
+    """Whether several of its samples may share a row (`data.pack`), kept apart by `documents`."""
+
     @classmethod
     def make(cls, settings: "TaskSettings", vocabulary: Vocabulary, lengths: Lengths) -> Self:
         """Make the task of a run; a task without settings of its own ignores them.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TASKS: Mapping[str, str] = MappingProxyType(
     {
         "causal-lm": "mpillm.tasks.causal_lm:CausalLM",
+        "chat": "mpillm.tasks.chat:Chat",
         "masked-lm": "mpillm.tasks.masked_lm:MaskedLM",
         "span-corruption": "mpillm.tasks.span_corruption:SpanCorruption",
         "seq2seq": "mpillm.tasks.seq2seq:SequenceToSequence",

@@ -16,6 +16,7 @@ from mpillm.system.console import Console, binary_bytes
 from mpillm.tasks.task_catalog import DEFAULT as DEFAULT_TASK
 from mpillm.tasks.task_catalog import TASKS
 from mpillm.tokens import shuffle
+from mpillm.tokens.chat.chat_formats import FORMATS, check_format
 from mpillm.tokens.encode import EncodedDocuments, encode_documents
 from mpillm.tokens.losses import LossCheck, check_losses
 from mpillm.tokens.make_dataset import (
@@ -114,6 +115,12 @@ class PrepareOptions:
             f"{', '.join(PAIR_KINDS)}."
         ),
     ] = DEFAULT_TASK
+    format: Annotated[
+        str, Option(f"The format of conversations ({', '.join(FORMATS)}); empty: recognised.")
+    ] = ""
+    chat_template: Annotated[
+        Path | None, Option("A file of the chat template, in place of the tokenizer's.")
+    ] = None
     source_field: Annotated[str, Option("The field of a pair's source; empty: the task's.")] = ""
     target_field: Annotated[str, Option("The field of a pair's target; empty: the task's.")] = ""
 
@@ -138,6 +145,13 @@ class PrepareOptions:
             )
 
     def _check_task(self) -> None:
+        check_format(self.format)
+        if self.task != "chat" and (self.format or self.chat_template):
+            option = "--format" if self.format else "--chat-template"
+            raise UsageError(
+                f"{option} is of conversations, and --task {self.task} has none; leave it out, or "
+                "give --task chat"
+            )
         if self.task in PAIR_KINDS:
             if self.field != DEFAULT_FIELD:
                 raise UsageError(

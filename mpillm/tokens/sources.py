@@ -49,7 +49,8 @@ class SourcePiece:
     """The unit of reading: the bytes [start, stop) of a file of source number `source`.
 
     `lines`: a file of records, whose lines that start in the range are documents, each the text in
-    `field`; else the file is one document.
+    `field`; else the file is one document. `table`: the kind of a table, whose records are read by
+    tables.py; of two parallel texts `partner` is the file of the targets.
     """
 
     source: int
@@ -59,6 +60,8 @@ class SourcePiece:
     lines: bool
     encoding: str = "utf-8"
     field: str = DEFAULT_FIELD
+    table: str = ""
+    partner: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -129,12 +132,14 @@ def list_pieces(
     field: str,
     comm: "MPI.Intracomm",
     console: Console,
+    tables: bool = False,
 ) -> list[SourcePiece]:
     """List the pieces of all sources, in an order that only their names decide.
 
     The ranks share the work of examining files; every rank of `comm` calls it. `exclude`: a folder
-    to skip. Says what a search passes over. Raises UsageError on every rank alike, for a source
-    that is missing, empty or no text.
+    to skip. `tables`: files that hold records in another way than a line are read, too. Says what a
+    search passes over. Raises UsageError on every rank alike, for a source that is missing, empty
+    or no text.
     """
 
     def find() -> tuple[list[FoundFile], PassedOver]:
@@ -142,7 +147,7 @@ def list_pieces(
         return find_files(names, glob, exclude, passed), passed
 
     files, passed = on_root(comm, find)
-    facts = _examine_together(files, field, comm)
+    facts = _examine_together(files, field, tables, comm)
     pieces: list[SourcePiece] = []
     suspects: list[str] = []
     for file, known in zip(files, facts, strict=True):
@@ -164,15 +169,17 @@ def list_pieces(
             f"{f' and {len(suspects) - 1:,} more' if len(suspects) > 1 else ''}; "
             "rename such a file to .jsonl to read its records"
         )
-    if field != DEFAULT_FIELD and not any(piece.lines for piece in pieces):
+    if field != DEFAULT_FIELD and not any(piece.lines or piece.table for piece in pieces):
         console.warn(f"--field {field} has no effect: no source has JSON records")
     return pieces
 
 
-def _examine_together(files: list[FoundFile], field: str, comm: "MPI.Intracomm") -> list[FileFacts]:
+def _examine_together(
+    files: list[FoundFile], field: str, tables: bool, comm: "MPI.Intracomm"
+) -> list[FileFacts]:
     with ThreadPoolExecutor(EXAMINE_THREADS) as pool:
         mine = files[comm.rank :: comm.size]
-        own = list(pool.map(lambda file: examine(file.path, file.named, field), mine))
+        own = list(pool.map(lambda file: examine(file.path, file.named, field, tables), mine))
     shares = comm.allgather(own)
     return [shares[number % comm.size][number // comm.size] for number in range(len(files))]
 
@@ -217,7 +224,9 @@ def _cut(file: FoundFile, known: FileFacts, field: str) -> Iterator[SourcePiece]
         step = max(known.nbytes, 1)
     for start in range(0, known.nbytes, step):
         stop = min(start + step, known.nbytes)
-        yield SourcePiece(file.source, file.path, start, stop, known.lines, known.encoding, field)
+        yield SourcePiece(
+            file.source, file.path, start, stop, known.lines, known.encoding, field, known.table
+        )
 
 
 def pieces_of_rank(pieces: Sequence[SourcePiece], rank: int, size: int) -> range:
@@ -309,7 +318,12 @@ def lines_of(piece: SourcePiece, file: BinaryIO) -> Iterator[tuple[int, str, int
 
 
 def place_of_line(piece: SourcePiece, offset: int) -> str:
-    """Name a line: its file, its number and its byte, all from 1 but the byte."""
+    """Name a line: its file, its number and its byte, all from 1 but the byte.
+
+    Of a table, `offset` is the number of the record.
+    """
+    if piece.table:
+        return f"{one_line(piece.path)} record {offset:,}"
     with Path(piece.path).open("rb") as file:
         before = Lines(file, piece.encoding).count_ends(offset)
     return f"{one_line(piece.path)} line {before + 1:,} (byte {offset:,})"

@@ -162,6 +162,35 @@ class Tokenizer:
             raise self._cannot_encode(failure) from failure
         return [(np.array(each.ids, self.dtype), each.offsets) for each in found]
 
+    def encode_rendered(self, texts: Sequence[str]) -> list[tuple[Ids, list[tuple[int, int]]]]:
+        """Encode texts that a chat template wrote: special tokens are obeyed, and none is added.
+
+        Ids, and the characters of each, from and to.
+        """
+        try:
+            found = self._obeying.encode_batch(list(texts), add_special_tokens=False)
+        except BaseException as failure:
+            raise self._cannot_encode(failure) from failure
+        return [(np.array(each.ids, self.dtype), each.offsets) for each in found]
+
+    def decode_rendered(self, ids: Ids) -> str:
+        """Decode ids with the special tokens among them."""
+        return str(self._obeying.decode(ids.tolist(), skip_special_tokens=False))
+
+    @cached_property
+    def _obeying(self) -> Any:
+        # A post-processor may cut white space off the places of tokens.
+        inner = tokenizers.Tokenizer.from_str(to_json({**self._spec, "post_processor": None}))
+        inner.no_truncation()
+        inner.no_padding()
+        return inner
+
+    @property
+    def special_texts(self) -> list[str]:
+        """The texts of the special tokens."""
+        texts = {number: text for text, number in self.vocabulary.special.items()}
+        return [texts[number] for number in sorted(self._special)]
+
     def _cannot_encode(self, failure: BaseException) -> DataError:
         # Where a model has no unknown token, the library fails at what it lacks.
         return DataError(

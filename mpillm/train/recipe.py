@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from annotated_types import Ge, Gt, MinLen
 
@@ -32,6 +32,9 @@ from mpillm.tasks.task_catalog import TaskSettings
 from mpillm.train.optimizers import optimizer_catalog
 from mpillm.train.optimizers.optimizer import OptimizerSettings
 from mpillm.train.recipe_file import expand_home, own_run, read_table
+
+if TYPE_CHECKING:
+    from mpillm.tasks.task import Task
 
 # What a signed 64-bit number holds, in torch and in MPI.
 LARGEST = 1 << 63
@@ -58,6 +61,12 @@ class DataSettings:
     """The folder that `mpillm prepare` wrote."""
     document_mask: bool = False
     """Let a position attend only to its own document."""
+    pack: bool = True
+    """Let several conversations share a row, none of which attends to another."""
+
+    def numbers_documents(self, task: "Task") -> bool:
+        """Return whether rows of `task` come with the number of each position's document."""
+        return self.pack if task.packs else self.document_mask
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,12 @@ def train(
     if parallel.context > 1:
         _check_context(recipe, task)
     _check_groups(recipe)
+    _check_packing(recipe, task)
     with open_of(manifest, "train") as reader:
         # Before the run has a folder: a dataset shorter than one context, or a missing profile,
         # must leave nothing to clean up.
-        row = RowShape.of(task, Lengths.of(recipe.model), recipe.data.document_mask)
+        documents = recipe.data.numbers_documents(task)
+        row = RowShape.of(task, Lengths.of(recipe.model), documents)
         reader.steps(row, settings.batch, settings.seed)
         cluster = describe_cluster(comm, node_map)
         profile = _profile(recipe, comm, console, cluster)
@@ -103,7 +105,7 @@ def train(
             _check_shards(recipe, hardware)
             recipe = resolved(recipe, hardware)
             plan = replace(
-                plan, precision=hardware.precision, compiled=_compiles(recipe, comm, console)
+                plan, precision=hardware.precision, compiled=_compiles(recipe, task, comm, console)
             )
             constants = constants.of_recipe(recipe.to_dict())
             if checkpoint is not None:
@@ -190,16 +192,18 @@ def _slow_tensor(recipe: Recipe, mesh: Mesh, plan: StepPlan, profile: ClusterPro
     return slow_tensor_text(recipe.model, plan, batch, parallel, mesh.node_map, traffic, profile)
 
 
-def _compiles(recipe: Recipe, comm: "MPI.Intracomm", console: Console) -> bool:
+def _compiles(recipe: Recipe, task: Task, comm: "MPI.Intracomm", console: Console) -> bool:
     """Return whether the layers are compiled. Raises RecipeError where they cannot be, with the
     reason. Every rank calls it.
     """
     if not recipe.train.compile:
         return False
-    if recipe.data.document_mask:
+    if recipe.data.numbers_documents(task):
+        way_out = "set data.pack = false" if task.packs else "leave one of them out"
+        name = "pack" if task.packs else "document_mask"
         raise RecipeError(
             "train.compile = true needs the same computation in every step, and "
-            "data.document_mask = true cuts each batch otherwise; leave one of them out"
+            f"data.{name} = true cuts each batch otherwise; {way_out}"
         )
     if recipe.train.recompute == "attention":
         raise RecipeError(
@@ -228,6 +232,16 @@ def _check_context(recipe: Recipe, task: Task) -> None:
         raise RecipeError(
             f"{given} computes the loss of positions on several ranks, and that of the task "
             f"{recipe.task.name} is no sum over positions; leave parallel.context out"
+        )
+
+
+def _check_packing(recipe: Recipe, task: Task) -> None:
+    """Raise RecipeError where conversations would share rows of a model that reads across them."""
+    reads = "documents" in recipe.model.shared_inputs
+    if recipe.data.numbers_documents(task) and not reads:
+        raise RecipeError(
+            f"data.pack = true keeps conversations apart by documents, which the architecture "
+            f"{recipe.model.architecture} does not read; set data.pack = false"
         )
 
 

@@ -104,7 +104,7 @@ class Trainer:
             whole = {name: shape for name, (_, shape) in weight_shapes(recipe.model).items()}
             stepped = {name: tuple(weight.shape) for name, weight in self.stepped.items()}
             check_whole(recipe.optimizer, stepped, whole)
-        documents = recipe.data.document_mask
+        documents = recipe.data.numbers_documents(task)
         row = RowShape.of(task, Lengths.of(recipe.model), documents)
         self._samples = reader.steps(row, recipe.train.batch, recipe.train.seed)
         offered = (*task.field_names, *(["documents"] if documents else []))

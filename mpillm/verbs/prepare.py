@@ -10,6 +10,13 @@ import typer
 from mpillm.system.command_line import Debug, Option
 from mpillm.tokens.prepare import PrepareOptions
 from mpillm.verbs.job import open_job
+from mpillm.weights.places import CHECKPOINTS, checkpoint_folders
+
+
+def tokenizer_of(named: str) -> str:
+    """Return the newest checkpoint of a run that is named as a tokenizer; any other as it is."""
+    folders = list(checkpoint_folders(Path(named) / CHECKPOINTS).values())
+    return str(folders[-1]) if folders else named
 
 
 @dataclass(frozen=True)
@@ -34,5 +41,9 @@ class Prepare(PrepareOptions):
             if self.verify is not None:
                 verify(self.verify, job.comm, job.console)
             else:
-                options = replace(self, workers=self.workers or job.threads)
+                options = replace(
+                    self,
+                    workers=self.workers or job.threads,
+                    tokenizer=tokenizer_of(self.tokenizer),
+                )
                 prepare(options, job.comm, job.console)

@@ -38,6 +38,7 @@ CLASSIC = {"layers": 2, "width": 32, "context": 32}
 # A task, and where another than the usual model learns it, which.
 CASES: dict[str, dict[str, Any]] = {
     "causal-lm of a mixture": {**SIZES, "experts": 4, "shared_hidden": 16, "balance_loss": 0.1},
+    "chat": SIZES,
     "masked-lm": ENCODER,
     "masked-lm of ModernBERT": MODERN,
     "span-corruption": {**TRANSLATOR, "shape": "t5-tiny"},

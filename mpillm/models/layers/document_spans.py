@@ -49,6 +49,11 @@ class DocumentSpans:
         return torch.where(self._begins_BT, places_T, 0).cummax(1).values
 
     @cached_property
+    def places(self) -> Tensor:
+        """The place (B, T) of each position in its document, on the device."""
+        return self._sent(torch.arange(self._begins_BT.shape[1]) - self.firsts)
+
+    @cached_property
     def lasts(self) -> Tensor:
         """The position (B, T) after each position's document, in host memory."""
         length = self._begins_BT.shape[1]

@@ -72,13 +72,15 @@ class Decoder(LayerStack):
             )
         if self.embedding is not None and self.config.scaled_embedding:
             x_BTC = x_BTC * self.config.width**0.5
+        spans = None if document_BT is None else DocumentSpans(document_BT, x_BTC.device)
         if self.position is not None:
-            places = slice(first, first + length) if positions_T is None else positions_T
+            own = slice(first, first + length) if positions_T is None else positions_T
+            # A document has the positions that it has alone; rotary ones are relative.
+            places = own if spans is None else spans.places[:, own]
             x_BTC = x_BTC + self.position.weight[places]
         if self.embedding is not None:
             keys_B = self._keys(fields, EMBEDDING_LAYER)
             x_BTC = drop(x_BTC, self.config.embedding_dropout, keys_B, EMBEDDING)
-        spans = None if document_BT is None else DocumentSpans(document_BT, x_BTC.device)
         rotations, balances = self._rotations(first, x_BTC, positions_T), Balances()
         for number, block in self.numbered_blocks():
             layer_cache = cache.layers[number] if cache else None

@@ -1,5 +1,6 @@
 """manifest.json of a dataset of pairs, format `mpillm.pairs`: its arrays, classes and shards."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,7 +8,10 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from mpillm.system.plain_files import is_plain_name
+from mpillm.errors import DataError
+from mpillm.system.messages import why
+from mpillm.system.plain_files import is_plain_name, read_plain
+from mpillm.tokens.chat.chat_template import TEMPLATE, ChatTemplate
 from mpillm.tokens.dataset_folder import PAIR_FORMAT
 from mpillm.tokens.manifest import SPLITS, Manifest, split_of_json
 from mpillm.tokens.manifest_schema import ManifestRules
@@ -20,6 +24,12 @@ SOURCE_DTYPES = {
     "source": ("<u2", "<u4"),
     "frames": ("<f2", "<f4"),
     "pixels": ("|u1", "<f4"),
+}
+TARGET_DTYPES = {
+    "target": ("<u2", "<u4"),
+    "label": ("<i4",),
+    "labels": ("<i4",),
+    "supervised": ("|u1",),
 }
 # Dims of a row of each source: a frame has its mels, a picture channels, height and width.
 ITEM_DIMS = {"source": 0, "frames": 1, "pixels": 3}
@@ -42,7 +52,7 @@ class PairRules(ManifestRules):
         if value["kind"] not in PAIR_KINDS:
             self._fail("pairs.kind", f"one of {', '.join(PAIR_KINDS)}", value["kind"])
         sides = PAIR_KINDS[value["kind"]]
-        targets = ("<u2", "<u4") if sides.target == "target" else ("<i4",)
+        targets = TARGET_DTYPES[sides.target]
         for name, known in (
             ("source_dtype", SOURCE_DTYPES[sides.source]),
             ("target_dtype", targets),
@@ -90,6 +100,31 @@ class PairManifest(Manifest):
     RULES: ClassVar[type[ManifestRules]] = PairRules
 
     pairs: PairFormat
+
+    @property
+    def files(self) -> list[str]:
+        return [*super().files, *([TEMPLATE] if self.chat else [])]
+
+    @property
+    def chat(self) -> Mapping[str, Any]:
+        """The sha256 of the chat template, and the special tokens that it may write; {} without."""
+        found = self.prep.get("chat", {})
+        return found if isinstance(found, Mapping) else {}
+
+    def load_template(self) -> ChatTemplate | None:
+        """Load the chat template, comparing its sha256; None without. Raises DataError."""
+        if not self.chat:
+            return None
+        path = self.folder / TEMPLATE
+        try:
+            data = read_plain(path)
+            if hashlib.sha256(data).hexdigest() != self.chat.get("template_sha256"):
+                raise ValueError("its sha256 is not that of the manifest")
+            return ChatTemplate(data.decode(), self.chat["special_tokens"], str(path))
+        except (OSError, ValueError) as failure:
+            raise DataError(
+                f"{path} is damaged: {why(failure)}; copy it back or prepare the dataset again"
+            ) from failure
 
     @property
     def classes(self) -> tuple[str, ...]:

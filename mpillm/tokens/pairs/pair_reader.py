@@ -13,16 +13,19 @@ from mpillm.system import hdf5
 from mpillm.system.messages import command, explain
 from mpillm.tokens.manifest import Split, check_shard
 from mpillm.tokens.order import permute, task_keys
+from mpillm.tokens.pairs.chat_rows import ChatBatches, ChatLengths, ChatSteps
 from mpillm.tokens.pairs.pair_manifest import PairManifest
 from mpillm.tokens.pairs.pair_shards import PairShard, ends_in_order, runs_of
 from mpillm.tokens.pairs.sound import quiet_level
 from mpillm.tokens.reader import check_open_shard
-from mpillm.tokens.samples import RawRows, RowShape
+from mpillm.tokens.samples import EvaluationSamples, RawRows, RowShape, StepSamples
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
 # The label of a token that does not count, such as [CLS] and the later parts of a word.
 NO_LABEL = -1
+# More tokens than any text has.
+LARGEST = 1 << 62
 
 
 class _OpenShard:
@@ -90,6 +93,7 @@ class PairReader:
         self._firsts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
         self.n_pairs = int(self._firsts[-1])
         self._open: dict[int, _OpenShard] = {}
+        self._packed: dict[tuple[RowShape, int, int], ChatSteps] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -103,19 +107,64 @@ class PairReader:
     def n_bytes(self) -> int:
         return self.split.n_bytes
 
-    def steps(self, row: RowShape, batch: int, seed: int) -> "PairSteps":
-        """Order the pairs of a training run: each epoch a permutation of its own."""
-        return PairSteps(self, row, batch, seed)
+    @property
+    def _chats(self) -> bool:
+        return self.form.sides.target == "supervised"
 
-    def evaluation(self, row: RowShape, rows: int) -> "PairBatches":
+    def steps(self, row: RowShape, batch: int, seed: int) -> StepSamples:
+        """Order the pairs of a training run: each epoch a permutation of its own.
+
+        With `row.documents` several conversations share a row.
+        """
+        if not self._chats:
+            return PairSteps(self, row, batch, seed)
+        # A run's plan and its trainer ask for the same rows, which take seconds to pack.
+        key = row, batch, seed
+        if key not in self._packed:
+            self._packed[key] = ChatSteps(self, *key)
+        return self._packed[key]
+
+    def evaluation(self, row: RowShape, rows: int) -> EvaluationSamples:
         """Take all pairs in order, `rows` of them a batch."""
-        return PairBatches(self, row, rows)
+        kind = ChatBatches if self._chats else PairBatches
+        return kind(self, row, rows)
 
     def describe(self, row: RowShape, samples: int) -> str:
+        if self._chats:
+            known = [steps for key, steps in self._packed.items() if key[0] == row]
+            rows = len((known[-1] if known else ChatSteps(self, row, 1, 0)).packing)
+            what = f"{self.n_pairs:,} conversations in {rows:,} rows"
+            return f"{what} of {row.tokens - 1:,}, read {samples / rows:.2f} times"
         return f"{self.n_pairs:,} pairs, read {samples / self.n_pairs:.2f} times"
+
+    def lengths(self) -> Int64s:
+        """Count the tokens of each source, (n_pairs,). Raises DataError."""
+        shards = range(len(self.split.shards))
+        ends = [self._shard(number).ends["source"] for number in shards]
+        return np.concatenate([np.diff(each, prepend=0) for each in ends])
+
+    def supervised(self, pair: int) -> Array:
+        """Read which tokens of a conversation are learnt: 1, else 0. Raises DataError."""
+        shard, place = self._place(pair)
+        return shard.side("target", place, LARGEST)
+
+    def conversation(self, pair: int, most: int = LARGEST) -> tuple[Array, Array]:
+        """Read the first `most` ids of a conversation, and which of them are learnt."""
+        shard, place = self._place(pair)
+        ids, learnt = shard.side("source", place, most), shard.side("target", place, most)
+        if len(learnt) != len(ids):
+            raise self._damaged(pair)
+        self._check(np.array([pair]), [ids], [learnt])
+        return ids, learnt
+
+    def _place(self, pair: int) -> tuple[_OpenShard, int]:
+        number = int(np.searchsorted(self._firsts, pair, "right")) - 1
+        return self._shard(number), pair - int(self._firsts[number])
 
     def describe_cuts(self, row: RowShape) -> str:
         """Say how many sources and targets are longer than a row, whose ends are cut off."""
+        if self._chats:
+            return ChatLengths(self, row.tokens).describe()
         most = {"source": self._most_source(row), "target": row.lengths.context}
         found = []
         for side in ("source", "target") if self.form.sides.target == "target" else ("source",):
@@ -192,6 +241,7 @@ class PairReader:
             "target": (0, ids),
             "label": (0, len(self.form.classes)),
             "labels": (NO_LABEL, len(self.form.classes)),
+            "supervised": (0, 2),
         }[sides.target]
         for limits, rows in ((tokens, source), (classes, target)):
             for number, row in zip(numbers.tolist(), rows, strict=True):
@@ -199,12 +249,15 @@ class PairReader:
                 if limits and row.size:
                     bad = bad or int(row.max()) >= limits[1] or int(row.min()) < limits[0]
                 if bad:
-                    folder = self.manifest.folder
-                    raise DataError(
-                        f"{folder} is damaged: pair {number:,} of the {self.name} split has an id "
-                        f"or a class that it does not know; "
-                        f"`{command(['mpillm', 'prepare', '--verify', folder])}` finds all damage"
-                    )
+                    raise self._damaged(number)
+
+    def _damaged(self, pair: int) -> DataError:
+        folder = self.manifest.folder
+        return DataError(
+            f"{folder} is damaged: pair {pair:,} of the {self.name} split has an id "
+            f"or a class that it does not know; "
+            f"`{command(['mpillm', 'prepare', '--verify', folder])}` finds all damage"
+        )
 
 
 class PairSteps:

@@ -11,6 +11,8 @@ import numpy as np
 
 from mpillm.errors import DataError
 from mpillm.system.messages import explain
+from mpillm.tokens.chat.chat_encoder import ChatEncoder, ChatTokens, learnt_part
+from mpillm.tokens.chat.chat_formats import conversation_of, words_of
 from mpillm.tokens.losses import LossCheck
 from mpillm.tokens.pairs.pair_reader import NO_LABEL
 from mpillm.tokens.pairs.pair_shards import PAIR_KINDS, PairKind
@@ -18,12 +20,15 @@ from mpillm.tokens.pairs.pictures import picture_of
 from mpillm.tokens.pairs.sound import sound_frames
 from mpillm.tokens.sources import SourcePiece, lines_of, place_of_line
 from mpillm.tokens.text.records import HALF, MISSING, RecordError, field_of, parsed
+from mpillm.tokens.text.tables import read_table
 from mpillm.tokens.tokenizer import Tokenizer
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # The fields of each kind where no option names others.
 DEFAULT_FIELDS = MappingProxyType(
     {
+        # Those of a prompt and an answer; without an option the format's own.
+        "chat": ("prompt", "completion"),
         "seq2seq": ("source", "target"),
         "sequence-classification": ("text", "label"),
         "token-classification": ("tokens", "tags"),
@@ -61,20 +66,45 @@ class PairRecord:
         return Path(self.piece.path).parent
 
 
-def read_records(piece: SourcePiece, kind: str, fields: Sequence[str]) -> Iterator[PairRecord]:
-    """Yield the records of a piece; blank lines have none. Raises DataError with file and line."""
+def read_records(
+    piece: SourcePiece, kind: str, fields: Sequence[str], form: str = ""
+) -> Iterator[PairRecord]:
+    """Yield the records of a piece. Raises DataError with file and line.
+
+    `form`: of conversations, their format; `fields` are then those that an option names.
+    """
+    for offset, record, replaced in raw_records(piece):
+        try:
+            if PAIR_KINDS[kind].target == "supervised":
+                (source, a), (target, b) = conversation_of(record, form, fields), ("", 0)
+            else:
+                (source, a), (target, b) = map(_whole, _sides(record, PAIR_KINDS[kind], fields))
+        except RecordError as failure:
+            raise DataError(f"{place_of_line(piece, offset)} {failure}") from failure
+        yield PairRecord(piece, offset, source, target, replaced, a + b)
+
+
+def raw_records(piece: SourcePiece) -> Iterator[tuple[int, Any, int]]:
+    """Yield the records of a piece as they are written; blank lines have none.
+
+    Each with its byte offset, or its number in a table, and its count of places that are no text.
+    Raises DataError with file and line.
+    """
+    offset = 0
     try:
+        if piece.table:
+            given = Path(piece.path), piece.table, piece.encoding, piece.partner
+            for offset, record in read_table(*given):
+                yield offset, record, 0
+            return
         with Path(piece.path).open("rb") as file:
             for offset, line, replaced in lines_of(piece, file):
-                if not line.strip():
-                    continue
-                try:
-                    (source, a), (target, b) = map(
-                        _whole, _sides(parsed(line), PAIR_KINDS[kind], fields)
-                    )
-                except RecordError as failure:
-                    raise DataError(f"{place_of_line(piece, offset)} {failure}") from failure
-                yield PairRecord(piece, offset, source, target, replaced, a + b)
+                if line.strip():
+                    yield offset, parsed(line), replaced
+    except RecordError as failure:
+        # A table fails at the record after the last one.
+        place = place_of_line(piece, offset + bool(piece.table))
+        raise DataError(f"{place} {failure}") from failure
     except OSError as failure:
         raise DataError(f"cannot read the source {explain(failure, piece.path)}") from failure
 
@@ -178,6 +208,7 @@ class PairEncoder:
     tokenizer: Tokenizer
     classes: tuple[str, ...]
     losses: LossCheck
+    chat: ChatEncoder | None = None
 
     def encode(self, records: Sequence[PairRecord], pool: Executor) -> list[tuple[Array, Array]]:
         """Return the source and the target of each record; `pool` reads the files that it names.
@@ -185,6 +216,8 @@ class PairEncoder:
         Raises DataError with file and line.
         """
         sides = PAIR_KINDS[self.kind]
+        if sides.target == "supervised":
+            return self._encode_chats(records)
         numbers = {name: number for number, name in enumerate(self.classes)}
         if sides.target == "labels":
             return self._encode_words(records, numbers)
@@ -200,6 +233,22 @@ class PairEncoder:
         else:
             sources = list(pool.map(self._medium, records))
         return list(zip(sources, targets, strict=True))
+
+    def _encode_chats(self, records: Sequence[PairRecord]) -> list[tuple[Array, Array]]:
+        """Encode conversations up to their last token that is learnt."""
+        assert self.chat is not None
+        made: list[tuple[Array, Array]] = []
+        for record, found in zip(
+            records, self.chat.encode([record.source for record in records]), strict=True
+        ):
+            if not isinstance(found, ChatTokens):
+                raise DataError(f"{record.place} {found}") from found
+            ids, supervised = learnt_part(found)
+            made.append((ids, supervised))
+        if not self.tokenizer.keeps_all:
+            texts = [text for record in records for text in words_of(record.source)]
+            self.losses.see(texts, self.tokenizer.encode_batch(texts))
+        return made
 
     def _texts(self, texts: list[str], marked: bool, closed: bool = False) -> list[Array]:
         """Encode texts: `marked` ones with the post-processor's tokens. `closed` ones end with the

@@ -2,7 +2,8 @@
 
     /source       the sources of all pairs in order: token ids, frames of sound, or pictures
     /source_ends  <u8  the end of each pair's source in /source (exclusive)
-    /target       the targets in order: token ids <u2 or <u4, or numbers of classes <i4
+    /target       the targets in order: token ids <u2 or <u4, numbers of classes <i4,
+                  or, of chats, <u1: 1 for each token of the source that is learnt
     /target_ends  <u8  the end of each pair's target in /target
 
 A source of sound has a row of /source for each frame, a picture is one row. Pairs are shuffled by
@@ -32,7 +33,7 @@ class PairKind(NamedTuple):
     """What the two sides of a pair are.
 
     `source`: tokens (`source`), `frames` or `pixels`. `target`: tokens (`target`), a class
-    (`label`) or a class for each token (`labels`).
+    (`label`), a class for each token (`labels`), or 1 for each token that is learnt (`supervised`).
     """
 
     source: str
@@ -41,6 +42,7 @@ class PairKind(NamedTuple):
 
 PAIR_KINDS: Mapping[str, PairKind] = MappingProxyType(
     {
+        "chat": PairKind("source", "supervised"),
         "seq2seq": PairKind("source", "target"),
         "sequence-classification": PairKind("source", "label"),
         "token-classification": PairKind("source", "labels"),

@@ -17,6 +17,7 @@ from mpillm.tokens.text.file_kinds import (
     renamed,
 )
 from mpillm.tokens.text.records import RecordError, field_of, parsed
+from mpillm.tokens.text.tables import TABLE_ENDINGS
 from mpillm.tokens.text.text_blocks import BYTE_ORDER_MARK, Lines, decode
 
 # Names that promise a record a line.
@@ -33,7 +34,7 @@ class FileFacts:
     """What a file is: text of `nbytes` in `encoding`, whose lines are records if `lines`.
 
     `kind` and `remedy`: it is no text. `suspect`: a text that looks like records. `failure`: it
-    cannot be read.
+    cannot be read. `table`: the kind of table that it is, where tables are read; "" for none.
     """
 
     nbytes: int = 0
@@ -43,14 +44,19 @@ class FileFacts:
     remedy: str = ""
     suspect: bool = False
     failure: str = ""
+    table: str = ""
 
 
-def examine(name: str, named: bool, field: str) -> FileFacts:
-    """Examine a plain file. `named` by the user: what is no text is for the caller to refuse."""
+def examine(name: str, named: bool, field: str, tables: bool = False) -> FileFacts:
+    """Examine a plain file. `named` by the user: what is no text is for the caller to refuse.
+
+    `tables`: JSON arrays, CSV, TSV and Parquet are read, too.
+    """
     path = Path(name)
     try:
         with path.open("rb") as file:
-            return _examine(path, file, named, field)
+            found = _examine(path, file, named, field)
+            return _as_table(found, path, file) if tables else found
     except OSError as failure:
         return FileFacts(failure=explain(failure, path))
 
@@ -76,6 +82,24 @@ def _examine(path: Path, file: BinaryIO, named: bool, field: str) -> FileFacts:
             isinstance(_record(_first_line(file, encoding)), dict)
         )
     return FileFacts(nbytes, encoding, lines, kind, _json_cure(kind, path), suspect)
+
+
+def _as_table(found: FileFacts, path: Path, file: BinaryIO) -> FileFacts:
+    """Take a file for a table where its form or its ending says so."""
+    if found.kind in (ARRAY, SPREAD) or (found.lines and _is_nested(file)):
+        table = "json"
+    elif found.kind is not None:
+        table = "parquet" if found.kind.name == "Parquet" else ""
+    else:
+        table = TABLE_ENDINGS.get(path.suffix.lower(), "")
+    return FileFacts(found.nbytes, found.encoding, table=table) if table else found
+
+
+def _is_nested(file: BinaryIO) -> bool:
+    """Return whether a file of one line, such as SQuAD's, holds many records in one object."""
+    file.seek(0)
+    head = file.read(HEAD_BYTES)
+    return b'"data"' in head and b'"paragraphs"' in head
 
 
 def _first_line(file: BinaryIO, encoding: str) -> str:

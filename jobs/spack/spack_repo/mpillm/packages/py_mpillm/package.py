@@ -35,7 +35,7 @@ class PyMpillm(PythonPackage):
         depends_on("python@3.11:")
         depends_on("py-annotated-types@0.6:")
         depends_on("py-h5py@3.10:")
-        depends_on("py-jinja2@3.1:")
+        depends_on("py-jinja2@3.1.6:")
         depends_on("py-markupsafe@2.1:")
         depends_on("py-mpi4py@4.0:")
         depends_on("py-numpy@1.26:")

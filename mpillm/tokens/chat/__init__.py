@@ -1,0 +1,1 @@
+"""Conversations: their formats, the templates that write them, and which tokens are learnt."""
