@@ -46,11 +46,6 @@ def _shortened(parts: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
         yield text, learnt
 
 
-def describe_supervised(tokens: int, supervised: int) -> str:
-    """Say how many tokens there are, and which share of them is learnt."""
-    return f"{tokens:,} tokens, {supervised / max(tokens, 1):.1%} of them learnt"
-
-
 def check_template(template: ChatTemplate, written: str, words: str, tokenizer: Tokenizer) -> None:
     """Raise UsageError where the template writes tokens that the tokenizer does not have.
 
