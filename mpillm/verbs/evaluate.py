@@ -28,7 +28,7 @@ class Evaluate:
     trained: Trained
     other: Annotated[
         Path | None,
-        Argument("Compare it with another one on the same data.", metavar="[OTHER]"),
+        Argument("Compare it with another one on the same data.", metavar="OTHER"),
     ] = None
     data: Annotated[Path | None, Option("Another prepared folder than the run's own.")] = None
     baselines: Annotated[bool, Option("Score simple models too.")] = False
