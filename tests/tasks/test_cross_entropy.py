@@ -3,8 +3,9 @@ import torch
 from torch import Tensor
 
 from mpillm.models.linear_head import LinearHead
+from mpillm.tasks import cross_entropy
 from mpillm.tasks.causal_lm import CausalLM
-from mpillm.tasks.cross_entropy import cross_entropy_sum
+from mpillm.tasks.cross_entropy import CrossEntropyTask, cross_entropy_sum
 
 TERMS = {"label_smoothing": 0.1, "z_loss": 1e-2}
 
@@ -61,3 +62,46 @@ def test_a_loss_of_ones_own_is_trained_on() -> None:
     head, fields = head_and_fields()
     expected = 2 * CausalLM().loss_sum((head,), fields)
     assert torch.equal(Doubled().objective_sum((head,), fields), expected)
+
+
+class OfRows(CrossEntropyTask):
+    """The fields are given: losses alone are of interest."""
+
+    name = "of rows"
+
+    def fields(self, raw):
+        return dict(raw)
+
+
+class Halved(OfRows):
+    def loss_sum(self, outputs, fields):
+        return super().loss_sum(outputs, fields) / 2
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_the_losses_of_rows_are_those_of_each_row_alone(
+    monkeypatch: pytest.MonkeyPatch, counted: bool
+) -> None:
+    head, fields = head_and_fields()
+    if not counted:
+        del fields["counts"]
+    rows = [{name: each[row : row + 1] for name, each in fields.items()} for row in (0, 1)]
+    heads = [head._replace(hidden_BTC=head.hidden_BTC[row : row + 1]) for row in (0, 1)]
+    expected = torch.stack([OfRows().loss_sum((h,), f) for h, f in zip(heads, rows, strict=True)])
+    for output in (head, head.logits()):
+        torch.testing.assert_close(OfRows().row_losses((output,), fields), expected)
+    torch.testing.assert_close(Halved().row_losses((head,), fields), expected / 2)
+    # Logits that are more than a chunk never exist at once.
+    monkeypatch.setattr(cross_entropy, "chunk_positions", lambda *_: 9)
+    monkeypatch.setattr(LinearHead, "logits", None)
+    torch.testing.assert_close(OfRows().row_losses((head,), fields), expected)
+
+
+def test_rows_of_classes_and_rows_without_positions_have_losses() -> None:
+    logits_BV, targets_B = torch.randn(6, 4), torch.arange(6) % 4
+    losses_B = OfRows().row_losses((logits_BV,), {"targets": targets_B})
+    torch.testing.assert_close(
+        losses_B.sum(), OfRows().loss_sum((logits_BV,), {"targets": targets_B})
+    )
+    none = {"targets": torch.zeros(3, 0, dtype=torch.long)}
+    assert OfRows().row_losses((torch.zeros(3, 0, 4),), none).tolist() == [0, 0, 0]
