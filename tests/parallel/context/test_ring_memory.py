@@ -41,7 +41,7 @@ def test_delays_change_nothing(comm, monkeypatch, nodes, late):
 
 
 def test_without_room_each_rank_is_a_node(comm, monkeypatch):
-    monkeypatch.setattr(Communicator, "allocate", lambda self, count, element: None)
+    monkeypatch.setattr(Communicator, "allocate", lambda self, count, element, instead: None)
     memory = RingMemory(axis_of(comm), 64, 16)
     assert [list(ranks) for ranks in memory.nodes] == [[rank] for rank in range(comm.size)]
     memory.close()
