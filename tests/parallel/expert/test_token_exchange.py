@@ -147,7 +147,7 @@ def test_without_room_rows_go_by_messages(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exchange = TokenExchange(Axis("experts", comm.size, comm.rank, comm), EXPERTS)
-    monkeypatch.setattr(exchange._group, "allocate", lambda count, element: None)
+    monkeypatch.setattr(exchange._group, "allocate", lambda count, element, instead: None)
     check(exchange, np.full((comm.size, EXPERTS), 3), torch.float32, 0)
     assert not exchange.is_shared
     check(exchange, np.full((comm.size, EXPERTS), 4), torch.float32, 1)
