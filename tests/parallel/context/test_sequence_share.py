@@ -15,6 +15,7 @@ from mpillm.parallel.step_plan import plan_step
 from mpillm.parallel.tensor.weight_cuts import own_key_value_heads
 from mpillm.tasks.causal_lm import CausalLM
 from tests.parallel.context.context_inputs import axis_of, largest_error
+from tests.parallel.score_totals import totals
 
 MODEL = DecoderConfig(layers=2, width=16, heads=4, context=24, vocab_size=30)
 RING = ParallelSettings(context_kind="ring", debug=True)
@@ -64,7 +65,7 @@ def test_scores_of_rows_of_any_length_are_those_of_one_process(comm, kind, pipel
             lambda: None,
         )
         model.close()
-        parts = ranks.allgather({n: (score.loss_sum, score.weight) for n, score in found.items()})
+        parts = ranks.allgather({n: totals(score) for n, score in found.items()})
         mesh.free()
         return [
             [sum(part[number][i] for part in parts if part) for i in (0, 1)]

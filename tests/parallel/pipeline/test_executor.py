@@ -253,7 +253,7 @@ def test_scores_are_the_whole_model_s(comm, name):
         lambda: done.append(1),
     )
     merged = {
-        number: score.loss_sum for part in comm.allgather(found) for number, score in part.items()
+        number: totals(score)[0] for part in comm.allgather(found) for number, score in part.items()
     }
     with torch.inference_mode():
         expected = {
@@ -406,6 +406,7 @@ from mpillm.comm.world import open_world
 from mpillm.parallel.pipeline.executor import Pipeline
 from mpillm.parallel.pipeline.schedule_catalog import make_schedule
 from mpillm.parallel.pipeline.stream_transport import StreamShapes
+from tests.parallel.score_totals import totals
 comm = open_world()
 
 class Stage:

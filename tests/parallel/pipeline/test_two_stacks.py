@@ -12,6 +12,7 @@ from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.parallel.step_plan import plan_step
 from mpillm.tasks.causal_lm import CausalLM
 from mpillm.tasks.cross_entropy import cross_entropy_sum
+from tests.parallel.score_totals import totals
 
 ROWS, SOURCE, LENGTH, MELS, VOCABULARY = 12, 9, 6, 5, 40
 SMALL = {
@@ -119,7 +120,7 @@ def test_scores_are_the_whole_model_s(comm):
         3, batches.__getitem__, lambda n: tuple(batches[n]["ids"].shape), lambda: None
     )
     merged = {
-        number: score.loss_sum for part in comm.allgather(found) for number, score in part.items()
+        number: totals(score)[0] for part in comm.allgather(found) for number, score in part.items()
     }
     with torch.inference_mode():
         expected = {
