@@ -24,6 +24,7 @@ from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.parallel.step_plan import Precision, plan_step
 from mpillm.tasks.causal_lm import CausalLM
 from mpillm.tasks.cross_entropy import cross_entropy_sum
+from tests.parallel.score_totals import totals
 
 ROWS, LAYERS = 8, 8
 PLAIN = DecoderConfig(layers=LAYERS, width=16, heads=2, context=12, vocab_size=40)
