@@ -103,7 +103,9 @@ class MemoryEstimate:
     outputs: int = 0
     """A chunk of logits, and the gradients of hidden states and head."""
     streams: int = 0
-    """Between the stages of a pipeline: queues, posted receives, a send."""
+    """Between the stages of a pipeline: queues, posted receives, a send. Between ranks of a tensor
+    axis: gathered streams beyond the own part, and rows of sums.
+    """
     attention: int = 0
     """Keys and values that the ranks of a context axis read of each other, and their gradients."""
     inboxes: int = 0
@@ -211,8 +213,10 @@ def predict_rank(
     scoring = int((1 + share) * _scoring_bytes(model, plan, rank, scored_rows, ends) / tensor)
     loose = 0 if kept_apart else FLOAT32_BYTES * count - gradients
     evaluation = max(0, scoring + loose - step - gaps)
+    gathered = _gathered_bytes(model, plan, parts, rank, replicas, scored_rows)
     elsewhere = {
         **held.counted_elsewhere,
+        "streams": gathered.rank - gathered.node,
         "process": min(base.process, CODE_BYTES) * (replicas.neighbours - 1) // replicas.neighbours,
     }
     return replace(
@@ -225,7 +229,7 @@ def predict_rank(
         activations=activations,
         recomputed=max(0, block - outputs),
         outputs=outputs,
-        streams=_stream_bytes(model, plan, rank, scored_rows) // tensor,
+        streams=_stream_bytes(model, plan, rank, scored_rows) // tensor + gathered.rank,
         attention=_attention_bytes(model, plan, scored_rows, tensor),
         inboxes=_inbox_bytes(model, plan, scored_rows) if replicas.experts > 1 else 0,
         # Tokens as they are read, and as ids and targets.
@@ -295,6 +299,36 @@ def _stream_bytes(model: ModelSpec, plan: StepPlan, rank: int, scored_rows: int)
             total += SLOTS * rows * width
             total += (POSTED if rank == ends[1] else 1) * plan.microbatch * width
     return total
+
+
+def _gathered_bytes(
+    model: ModelSpec,
+    plan: StepPlan,
+    parts: list[Part],
+    rank: int,
+    replicas: Replicas,
+    scored_rows: int,
+) -> KindBytes:
+    """Return the bytes of the streams of a tensor axis, above the own parts among the activations.
+
+    Backward passes keep the two streams that each block gathers, an evaluation has two at once. In
+    a host the ranks share them. For sums each rank then has two rows there, of a step and of an
+    evaluation each, and reads its part of the others'. A node with fewer ranks than the axis shares
+    none: each rank has whole streams of its own.
+    """
+    tensor = replicas.tensor
+    if tensor == 1:
+        return KindBytes()
+    stream = model.stream_features * plan.precision.element_bytes // plan.context
+    step, scored = plan.microbatch * stream, scored_rows * stream
+    blocks = 1 if plan.recompute == "full" else sum(part.last - part.first for part in parts)
+    kept = int(2 * blocks * step * plan.timeline.peaks[rank] / len(parts))
+    others = (kept + 2 * scored) * (tensor - 1) // tensor
+    if plan.precision.device != "cpu" or replicas.neighbours < tensor:
+        return KindBytes(others, others)
+    # A row of its own, and of each other row its part.
+    rows = 2 * (step + scored)
+    return KindBytes(others + rows + rows * (tensor - 1) // tensor, rows)
 
 
 def _scoring_bytes(model: ModelSpec, plan: StepPlan, rank: int, rows: int, ends: bool) -> int:

@@ -190,3 +190,24 @@ def test_ranks_of_a_context_axis_share_the_activations() -> None:
     grouped = SMALL.replace(width=48, heads=12, kv_heads=3)
     cut, whole = (predicted(shared, grouped, replicas=Replicas(tensor=n)) for n in (2, 1))
     assert cut.attention == 2 * whole.attention
+
+
+def test_ranks_of_a_tensor_axis_see_each_others_streams() -> None:
+    """In the resident set of each, in pages that count once on their node."""
+    plan = planned(microbatch=2)
+    plain, shared, apart = (
+        predicted(plan, replicas=Replicas(tensor=tensor, neighbours=neighbours))
+        for tensor, neighbours in ((1, 2), (2, 2), (2, 1))
+    )
+    assert plain.streams == 0
+    # Two streams a block, of which each rank counts a half among its activations.
+    stream = 4 * 2 * SMALL.context * SMALL.width
+    scored = 4 * SMALL.context * SMALL.width
+    others = (2 * SMALL.blocks * stream + 2 * scored) // 2
+    rows = 2 * (stream + scored)
+    assert apart.streams == others
+    assert apart.counted_elsewhere["streams"] == 0
+    assert shared.streams == others + rows + rows // 2
+    assert shared.streams - shared.counted_elsewhere["streams"] == rows
+    again = predicted(replace(plan, recompute="full"), replicas=Replicas(tensor=2, neighbours=2))
+    assert again.streams < shared.streams

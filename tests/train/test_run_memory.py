@@ -152,3 +152,25 @@ def test_a_run_predicts_its_peak_and_records_both(
     found = run_figures(read_run(run))["memory"]
     assert found == {"predicted_bytes": predicted, "measured_bytes": measured}
     assert "predicted" in facts(run_figures(read_run(run)))["memory a rank"]
+
+
+@pytest.mark.slow("two processes a layout, of a model that they do not hide")
+@pytest.mark.parametrize("layout", ["zero=3", "tensor=2", "pipeline=2"])
+def test_the_peak_of_a_layout_is_within_a_tenth(
+    data: Path, tmp_path: Path, mpillm: Any, layout: str
+) -> None:
+    """Of the largest rank, with what the processes took ahead of their models.
+
+    benchmarks/memory.py compares eight layouts without that, and hosts.
+    """
+    run, recipe_path = tmp_path / "run", tmp_path / "recipe.toml"
+    recipe_path.write_text(
+        f'[data]\npath = "{data}"\n[model]\nlayers = 6\nwidth = 512\nheads = 8\ncontext = 128\n'
+        f'[train]\nrun = "{run}"\nsteps = 2\nbatch = 8\n[optimizer]\nwarmup_steps = 1\n'
+    )
+    done = mpillm("train", recipe_path, "--set", f"parallel.{layout}", ranks=2)
+    assert done.returncode == 0, done.stderr
+    (attempt,) = attempts(read_history(run / "history.jsonl"))
+    assert attempt.predicted_memory_bytes is not None
+    assert attempt.memory_bytes is not None
+    assert 0.9 < attempt.predicted_memory_bytes / attempt.memory_bytes < 1.1
