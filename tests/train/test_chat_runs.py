@@ -66,8 +66,10 @@ def loss_and_gradients(
 
 @pytest.mark.parametrize("case", CASES)
 def test_packed_conversations_have_the_loss_and_the_gradients_of_unpacked_ones(
-    case: str, chats: Path
+    case: str, chats: Path, comm: MPI.Intracomm
 ) -> None:
+    if comm.size > 1:
+        pytest.skip("each rank would compute the same")
     manifest = PairManifest.load(chats)
     assert isinstance(manifest, PairManifest)
     torch.manual_seed(3)
@@ -89,7 +91,7 @@ def run(chats: Path, folder: Path, comm: MPI.Intracomm, **more: Any) -> list[flo
         "task": {"name": "chat"},
         "optimizer": {"learning_rate": 0.01, "warmup_steps": 1},
         "data": {"path": str(chats), **more.get("data", {})},
-        "train": {"run": str(folder), "steps": 3, "batch": 12, "microbatch": 1},
+        "train": {"run": str(folder), "steps": 3, "batch": 12, "microbatch": 1, "sinks": []},
         "parallel": more.get("parallel", {}),
     }
     train(
