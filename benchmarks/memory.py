@@ -143,12 +143,14 @@ def python(ranks: int, *arguments: str | Path) -> str:
     return done.stdout
 
 
-def prepare(folder: Path, validation: str) -> Path:
-    """Prepare a dataset of mpillm's own sources, with this share of them for validation."""
+def prepare(folder: Path) -> Path:
+    """Prepare a dataset of mpillm's own sources, of 512 tokens and more, with enough of them for
+    validation that whole batches wait between stages.
+    """
     sources = sorted(Path(__file__).parents[1].glob("mpillm/**/*.py"))
     text = folder / "sources.txt"
     text.write_text("\n".join(path.read_text(encoding="utf-8") for path in sources))
-    options = ("--vocab-size", "2048", "--validation", validation)
+    options = ("--vocab-size", "2048", "--validation", "0.02")
     mpillm(1, "prepare", text, "--out", folder / "data", *options)
     return folder / "data"
 
@@ -246,8 +248,7 @@ def main() -> None:
         print(f"{'setting':36} {'ranks':>5} {columns}")
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        # An evaluation of few tokens: it takes longer than the steps.
-        data = prepare(Path(temporary), "0.004" if options.layouts else "0.02")
+        data = prepare(Path(temporary))
         for name in chosen:
             take, tell = (measure_layout, show_layout) if options.layouts else (measure, show)
             rows.append(take(name, data, Path(temporary)))
