@@ -77,14 +77,14 @@ def slow_tensor_text(
         return ""
     exchanges = exchanges_a_step(model, plan, settings.pipeline)
     seconds = profile and exchange_seconds(tensor, exchanges, profile, plan.precision.device)
-    cost = f"{exchanges:,.0f} exchanges of {binary_bytes(tensor.rank_bytes)} a rank"
+    cost = f"{exchanges:,.0f} exchanges, together {binary_bytes(tensor.rank_bytes)} a rank"
     where = f"parallel.tensor = {tensor.size} is on {counted(tensor.nodes, 'host')}"
     remedy = within_hosts(model, batch, settings, node_map)
     if seconds is None:
         lack = "the profile has no messages between hosts" if profile else "there is no profile"
         return (
-            f"{where}, and every layer waits for its messages: {cost} in a step; {lack} that says "
-            f"how many seconds they take ({REMEDY}); {remedy}"
+            f"{where}, and every layer waits for its messages: {cost}, in a step; {lack} that "
+            f"says how many seconds they take ({REMEDY}); {remedy}"
         )
     return (
         f"{where}, and every layer waits for its messages: about {seconds:.3g} s a step by the "

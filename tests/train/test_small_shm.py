@@ -12,8 +12,8 @@ from mpillm.train.setup import train
 from tests.namespaces import namespace
 from tests.train.run_results import metrics
 
-# Room for the buffers of three teams of two ranks, 1 MiB each, which is all that a run has, and for
-# nothing larger.
+# Room for the buffers of three teams of two ranks, 1 MiB each, and for nothing larger. Along the
+# context axis a run has three of them, with `zero` two: for sums, and for the gathers of weights.
 SHM = 3500 << 10
 SETTINGS: dict[str, dict[str, object]] = {
     "model": {"layers": 4, "width": 128, "heads": 4, "context": 128},
@@ -22,7 +22,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "train": {"steps": 2, "batch": 16},
 }
 LAYOUTS = {
-    "zero": (3, "each rank keeps its own copy of the weights"),
+    "zero": (3, "are gathered layer by layer instead of once a host"),
     "tensor": (2, "the ranks of the tensor axis send messages"),
     "context": (2, "the ranks of the context axis send keys and values as messages"),
 }
