@@ -10,6 +10,7 @@ from mpillm.parallel.axis_sizes import token_axes
 from mpillm.parallel.data.shard_layout import UNIT_BYTES
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import StepPlan, traffic_bytes
+from mpillm.plan.gather_count import gathers_a_step
 from mpillm.plan.held_memory import (
     FLOAT32_BYTES,
     OptimizerCosts,
@@ -162,6 +163,7 @@ def axis_traffic(
     settings: ParallelSettings,
 ) -> dict[str, AxisTraffic]:
     """Return the messages along each axis of a mesh of `sizes`, in its order."""
+    replicas = replicas_of(0, sizes, node_map, settings)
     sent = traffic_bytes(
         dict(sizes),
         model,
@@ -170,7 +172,7 @@ def axis_traffic(
         plan.precision,
         settings,
         plan.microbatches,
-        gathers(plan, replicas_of(0, sizes, node_map, settings)),
+        gathers_a_step(model, plan) if gathers(plan, replicas) else 0.0,
     )
     return {
         name: AxisTraffic(size, sent[name], most_nodes(name, sizes, node_map))

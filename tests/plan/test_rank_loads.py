@@ -6,6 +6,7 @@ from mpillm.machine.node_map import NodeMap
 from mpillm.models.decoder import SHAPES
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import StepPlan, mesh_order, plan_step, traffic_bytes
+from mpillm.plan.gather_count import gathers_a_step
 from mpillm.plan.held_memory import Replicas
 from mpillm.plan.peak_memory import (
     CODE_BYTES,
@@ -145,9 +146,10 @@ def test_ranks_that_share_no_memory_gather_two_blocks_at_a_time(nodes: NodeMap) 
         own = SMALL.parameters // 4
         assert load.memory.weights == 4 * (own + outside + 2 * block)
         assert load.memory.counted_elsewhere["weights"] == 0
-    # The gradients once a microbatch, the values forward and backward.
+    # The gradients once a microbatch, the values of layers forward and backward.
     sent = axis_traffic(SMALL, plan, BATCH, sizes, nodes, settings)["data"].rank_bytes
-    expected = 3 * plan.microbatches * 4 * SMALL.parameters * 3 / 4
+    times = plan.microbatches + gathers_a_step(SMALL, plan)
+    expected = times * 4 * SMALL.parameters * 3 / 4
     assert sent == pytest.approx(expected)
 
 

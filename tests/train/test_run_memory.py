@@ -85,7 +85,7 @@ def test_the_check_has_the_table_of_the_dry_run(tmp_path: Path) -> None:
 
 
 def test_a_host_is_told_what_its_ranks_need_together() -> None:
-    """Of 12 layers of width 2,048 the host has the weights twice, and once with zero = 3."""
+    """The host has all but activations twice, and once with zero = 3."""
     found = parse_recipe({"data": {"path": "x"}, "model": {"width": 2048, "heads": 16}}, "test")
     found = replace(found, model=found.model.replace(vocab_size=1000))
     node_map = NodeMap(((0, 1),))
@@ -93,7 +93,7 @@ def test_a_host_is_told_what_its_ranks_need_together() -> None:
     sharded = replace(found, parallel=replace(found.parallel, zero=3))
     less = RunMemory(sharded, memory.sizes, node_map)
     need = less.table(plan).nodes[0].total
-    assert need < 0.7 * memory.table(plan).nodes[0].total
+    assert need < 0.8 * memory.table(plan).nodes[0].total
     with pytest.raises(LayoutError) as caught:
         memory.check_hosts(plan, [need])
     remedy = str(caught.value).splitlines()[-1]

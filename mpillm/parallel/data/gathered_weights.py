@@ -173,7 +173,9 @@ class GatheredWeights:
                 self._fetch(self._after.get(unit))
 
     def pass_ended(self) -> None:
-        """Note that the gradients of a pass are complete: the next call of a block is forward."""
+        """Note that a backward pass, or a half of it, is complete: the next call of a block is
+        forward.
+        """
         self._backward = False
 
     def poll(self) -> None:
