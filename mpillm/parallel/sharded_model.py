@@ -381,9 +381,12 @@ class ShardedModel:
         experts = {name for name, weight in self._weights.items() if self._is_expert(weight)}
         dense = [weight for name, weight in held.items() if name not in experts]
         gathered = self.gradients.gathered
+        # Ranks that gather from the same owners would compare these values with themselves.
+        same = token_axes(self.mesh.sizes) if gathered and not gathered.nodes_apart else ()
         found: list[tuple[Iterable[Tensor], Axis]] = [
             (gathered.read_each(dense) if gathered else dense, axis)
             for axis in replicated_axes(self.mesh)
+            if axis.name not in same
         ]
         if self.experts is not None:
             found.append(([self.stepped[name] for name in sorted(experts)], self.experts.owners))

@@ -32,8 +32,8 @@ def exchange_seconds(
     """Predict the seconds a step of `exchanges` collectives of the axis between nodes.
 
     B: bytes that a rank sends in a step; n: ranks; e: exchanges. Each exchange is of a stream of
-    b = B/e · n/(n − 1) bytes. A profile with both collectives on as many ranks and nodes gives
-    e/2 · (all-gather(b) + reduce-scatter(b)), each by its fastest algorithm. Else the messages
+    b = B/e · n/(n − 1) bytes. A profile may have both collectives on as many ranks and nodes. It
+    gives e/2 · (all-gather(b) + reduce-scatter(b)), each by its fastest algorithm. Else messages
     between two nodes count, n − 1 to an exchange as in a ring: latency · e · (n − 1) + B / rate.
     That takes the link of a node for one rank's alone: groups that share it need longer. Returns
     None where the profile has neither.

@@ -24,7 +24,7 @@ class _Stretch(NamedTuple):
     own: Tensor
     """The values of this rank."""
     place: Tensor
-    """Of them in the row."""
+    """Where these values are in the row."""
     calls: list[PersistentCollective]
     """In turn, they fill the row."""
     rooms: list[Tensor]

@@ -4,7 +4,7 @@
 Stage 1 adds up whole gradients on each rank, and shares out their sum and the optimizer's states.
 Stage 2 shares out the gradients of each microbatch. Stage 3 keeps the weights once a node, in
 memory that its ranks share: nothing is gathered there, and between nodes each value crosses once.
-Where ranks share none, each keeps its own runs, and all are gathered block by block
+Where ranks share none, each keeps its own runs, and all are gathered layer by layer
 (gathered_weights.py).
 
 Two barriers a step are the law where ranks share weights: no rank writes before all have computed
@@ -101,7 +101,7 @@ class ZeroGradients(GradientSync):
         self._gathered: GatheredWeights | None = None
         if settings.zero == 3 and not self._once_a_node:
             # Communicators of their own: sums of gradients run while a gather is in flight.
-            group = ShardGroup(axis, profile, settings.debug, silent, on_node, alike)
+            group = ShardGroup(axis, profile, settings.debug, warn, on_node, alike)
             own_blocks = blocks or [() for _ in parts]
             self._gathered = GatheredWeights(self._parts, own_blocks, group, same)
         self._prepare(step.reduce_dtype)

@@ -1,4 +1,4 @@
-"""Weights gathered block by block, compared with one process that has all of them at any time."""
+"""Weights gathered layer by layer, compared with one process that has all of them at any time."""
 
 from collections.abc import Iterable, Mapping
 
@@ -15,10 +15,13 @@ from mpillm.models.part_module import build_without_values, create
 from mpillm.parallel.data import weight_pages
 from mpillm.parallel.data.gathered_unit import GatheredUnit
 from mpillm.parallel.data.gathered_weights import GatheredWeights
+from mpillm.parallel.data.same_weights import check_same
 from mpillm.parallel.data.zero import PLAIN_STEP, ShardStep, ZeroGradients
 from mpillm.parallel.pipeline.split_backward import SplitBackward
 from mpillm.parallel.pipeline.stage import Batch, ModelStage
 from mpillm.parallel.settings import ParallelSettings
+from mpillm.parallel.sharded_model import ShardedModel
+from mpillm.parallel.step_plan import plan_step
 from mpillm.tasks.causal_lm import CausalLM
 
 LAYERS, ROWS, SEED = 4, 12, 5
@@ -385,4 +388,26 @@ def test_weights_read_outside_of_their_block_are_there(comm: MPI.Intracomm) -> N
     assert torch.equal(found, expected)
     check_gradients(sync, net, stepped, whole, comm)
     sync.close()
+    mesh.free()
+
+
+@pytest.mark.parametrize("on_node", [False, True])
+def test_ranks_that_read_the_same_owners_are_not_compared(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, on_node: bool
+) -> None:
+    if comm.size == 1:
+        pytest.skip("one rank has nothing to gather")
+    monkeypatch.setattr(weight_pages, "share_segment", lambda *given: "no room")
+    half = comm.size // 2
+    nodes = NodeMap((tuple(range(half)), tuple(range(half, comm.size))))
+    settings = ParallelSettings(zero=3, zero_on_node=on_node, data=comm.size)
+    plan = plan_step(SPEC, settings, comm.size, comm.size)
+    mesh = Mesh(comm, {"pipeline": 1, "data": comm.size}, nodes)
+    model = ShardedModel(SPEC, CausalLM(), SEED, mesh, plan, settings)
+    # Two nodes of two ranks have all shards each.
+    compared = on_node and comm.size == 4
+    assert [axis.name for _, axis in model.replicas] == ["data"] * compared
+    for weights, axis in model.replicas:
+        check_same(weights, axis)
+    model.close()
     mesh.free()
