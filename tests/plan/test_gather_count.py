@@ -27,7 +27,7 @@ def test_the_bytes_are_those_that_ranks_send(
 
     def counted(unit: GatheredUnit, stretch: int = 0) -> None:
         nonlocal sent
-        # Of an all-gather each rank passes on the blocks of all but one.
+        # In an all-gather each rank passes on the blocks of all but one.
         sent += 4 * unit._stretches[stretch].own.numel() * (comm.size - 1)
         start(unit, stretch)
 

@@ -196,6 +196,39 @@ def test_one_block_has_memory_and_one_arrives(comm: MPI.Intracomm) -> None:
     trained.close()
 
 
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_weights_have_no_memory_before_they_are_gathered(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, device: torch.device | None
+) -> None:
+    """As on a GPU that has no room for all of them."""
+    if comm.size == 1:
+        pytest.skip("one rank has nothing to gather")
+    most, allocate = 0, GatheredUnit._allocate
+
+    def counted(unit: GatheredUnit) -> None:
+        nonlocal most
+        allocate(unit)
+        most = max(most, sum(map(nbytes, named.values())))
+
+    model = build_without_values(SPEC)
+    named = dict(model.named_parameters())
+    monkeypatch.setattr(GatheredUnit, "_allocate", counted)
+    mesh, blocks = Mesh(comm, {"data": comm.size}, apart(comm)), model.numbered_blocks()
+    sync = ZeroGradients(
+        [named],
+        mesh.axis("data"),
+        ParallelSettings(zero=3),
+        ShardStep(device=device),
+        blocks=[[block for _, block in blocks]],
+    )
+    # Of one block, or of what is outside of blocks.
+    units = {id(unit): unit for unit in sync.gathered._unit_of.values()}.values()
+    assert most == max(sum(4 * weight.numel() for weight in unit.weights) for unit in units)
+    assert not any(map(nbytes, named.values()))
+    sync.close()
+    mesh.free()
+
+
 def test_the_next_block_arrives_while_one_computes(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
