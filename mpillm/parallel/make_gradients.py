@@ -12,6 +12,7 @@ from mpillm.models.part_module import PartModule
 from mpillm.parallel.data.gradient_sync import GradientSync
 from mpillm.parallel.data.replicated import ReplicatedGradients
 from mpillm.parallel.data.zero import NeedsWhole, ShardStep, ZeroGradients, cuts_all
+from mpillm.parallel.devices import own_device
 from mpillm.parallel.expert.expert_gradients import ExpertGradients
 from mpillm.parallel.expert.expert_parallel import ExpertParallel
 from mpillm.parallel.precision import torch_dtype
@@ -59,12 +60,13 @@ def make_gradients(
 
     if settings.zero and tokens.size > 1:
         tied, nodes = parts[0].spec.tied_weights, tokens.node_map and tokens.node_map.node_of
+        device = own_device(plan.precision.device)
         splits = any(action.kind in "IW" for row in plan.schedule.rows for action in row)
         dense: GradientSync = ZeroGradients(
             [{n: w for n, w in part.named_parameters() if w not in owned} for part in parts],
             tokens,
             settings,
-            ShardStep(dtype, reduce_dtype, plan.fixed_order, plan.microbatches > 1, splits),
+            ShardStep(dtype, reduce_dtype, plan.fixed_order, plan.microbatches > 1, splits, device),
             profile,
             warn,
             needs_whole=needs_whole,

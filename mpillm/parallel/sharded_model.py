@@ -14,7 +14,7 @@ from mpillm.comm.mesh import Axis, Mesh
 from mpillm.errors import LayoutError
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields, PartModule, build_without_values, initialise
-from mpillm.models.spec import ModelSpec
+from mpillm.models.spec import ModelSpec, Part
 from mpillm.parallel.axis_sizes import (
     batch_share,
     counts_loss,
@@ -102,8 +102,11 @@ class ShardedModel:
         axis, schedule = mesh.axis("pipeline"), plan.schedule
         self.device = device = own_device(plan.precision.device)
         self._tokens = tokens = mesh.joint(token_axes(mesh.sizes))
+        # On GPUs weights that are gathered have memory in passes alone.
+        cut = settings.experts > 1 or settings.tensor > 1
+        on_host = settings.zero == 3 and tokens.size > 1 and not cut
         self.parts: dict[int, PartModule] = {
-            stage: build_without_values(spec, device, plan.parts[stage])
+            stage: _build(spec, plan.parts[stage], device, on_host)
             for stage in schedule.stages_of(axis.rank)
         }
         parts = list(self.parts.values())
@@ -381,9 +384,12 @@ class ShardedModel:
         experts = {name for name, weight in self._weights.items() if self._is_expert(weight)}
         dense = [weight for name, weight in held.items() if name not in experts]
         gathered = self.gradients.gathered
+        # Ranks that gather from the same owners would compare these values with themselves.
+        same = token_axes(self.mesh.sizes) if gathered and not gathered.nodes_apart else ()
         found: list[tuple[Iterable[Tensor], Axis]] = [
             (gathered.read_each(dense) if gathered else dense, axis)
             for axis in replicated_axes(self.mesh)
+            if axis.name not in same
         ]
         if self.experts is not None:
             found.append(([self.stepped[name] for name in sorted(experts)], self.experts.owners))
@@ -521,6 +527,17 @@ class ShardedModel:
         self.gradients.close()
         if self.experts is not None:
             self.experts.close()
+
+
+def _build(spec: ModelSpec, part: Part, device: torch.device, on_host: bool) -> PartModule:
+    """Build a part without values for `device`. With `on_host` its weights are in host memory, of
+    which no page is touched: gradients move them one by one.
+    """
+    model = build_without_values(spec, torch.device("cpu") if on_host else device, part)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model
 
 
 def _length(fields: Fields) -> int:

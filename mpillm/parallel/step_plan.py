@@ -140,21 +140,20 @@ def traffic_bytes(
     precision: Precision | None = None,
     settings: ParallelSettings | None = None,
     microbatches: int = 1,
-    gathers: bool = False,
+    gathers: float = 0.0,
 ) -> dict[str, float]:
     """Estimate the bytes that a rank sends along each axis in a step; None: all in float32.
 
     `settings`: of islands, ZeRO and experts; None for the defaults. `microbatches`: of a rank.
-    `gathers`: whether each pass gathers the weights.
+    `gathers`: how often a step gathers a weight, the mean (`plan.gather_count.gathers_a_step`).
     """
     settings, precision = settings or ParallelSettings(), precision or Precision()
     # ZeRO reduce-scatters each microbatch from stage 2 on, and gathers the values up to stage 2.
     sums = microbatches if settings.zero > 1 else 1
     values: float = settings.zero < 3
     if gathers:
-        # Forward and backward; values have the bytes of the weights.
-        share = precision.element_bytes / ELEMENT_BYTES[precision.reduce_dtype]
-        values = 2 * microbatches * share
+        # Values have the bytes of the weights.
+        values = gathers * precision.element_bytes / ELEMENT_BYTES[precision.reduce_dtype]
     element = MessageBytes(
         precision.element_bytes,
         ELEMENT_BYTES[precision.reduce_dtype],

@@ -121,7 +121,7 @@ def _held_of(plan: StepPlan, replicas: Replicas, count: int, state: int) -> Held
 
 
 def gathers(plan: StepPlan, replicas: Replicas) -> bool:
-    """Return whether the weights are gathered block by block: ranks share no memory for them."""
+    """Return whether the weights are gathered layer by layer: ranks share no memory for them."""
     return replicas.zero == 3 and not _shares(plan, replicas)
 
 

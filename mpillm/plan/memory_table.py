@@ -58,19 +58,28 @@ class MemoryTable:
     def _most(self) -> RankLoad:
         return max(self.loads, key=lambda load: load.memory.total)
 
-    def excess(self, memory: int) -> str:
-        """Say that the fullest host needs more than the `memory` of a host; "" where it does not.
+    def shortest(self, memory: Sequence[int]) -> int | None:
+        """Return the number of the host that lacks most bytes; None where each has enough.
 
-        `memory`: what the job may use of one host, in bytes; 0: unknown. GPUs hold what ranks on
+        `memory`: what the job may use of each host, in bytes; 0: unknown. GPUs hold what ranks on
         them need, so nothing is compared.
         """
-        needed = self.nodes[self.fullest].total
-        if not memory or self.device != "cpu" or needed <= memory:
+        if self.device != "cpu":
+            return None
+        each = enumerate(zip(self.nodes, memory, strict=True))
+        lacks = {number: node.total - there for number, (node, there) in each if there}
+        most = max(lacks, key=lambda number: lacks[number], default=0)
+        return most if lacks.get(most, 0) > 0 else None
+
+    def excess(self, memory: Sequence[int]) -> str:
+        """Say that a host needs more than its `memory`, see `shortest`; "" where none does."""
+        host = self.shortest(memory)
+        if host is None:
             return ""
-        ranks = sum(load.node == self.fullest for load in self.loads)
+        ranks = sum(load.node == host for load in self.loads)
         return (
-            f"{counted(ranks, 'rank')} of a host may need {binary_bytes(needed)}, and it has "
-            f"{binary_bytes(memory)}"
+            f"{counted(ranks, 'rank')} of a host may need {binary_bytes(self.nodes[host].total)}, "
+            f"and it has {binary_bytes(memory[host])}"
         )
 
     def text(self) -> str:
@@ -79,27 +88,27 @@ class MemoryTable:
 
 
 def beyond_all_hosts(
-    model: ModelSpec, batch: int, hosts: int, memory: int, hosts_compute: bool = True
+    model: ModelSpec, batch: int, memory: Sequence[int], hosts_compute: bool = True
 ) -> str:
     """Say why no layout can hold the model, or the ids of a batch; "" where one may.
 
-    The bound needs no plan, for a plan of 10¹⁸ layers has no end. Over all `hosts` each parameter
-    is in float32 once, as weight or as master, and each id of a batch of `batch` sequences.
+    The bound needs no plan, for a plan of 10¹⁸ layers has no end. Over all hosts each parameter is
+    in float32 once, as weight or as master. So is each id of a batch of `batch` sequences.
     `memory`: of each host, in bytes; 0: unknown. Without `hosts_compute` GPUs hold the model.
     """
-    there = memory * hosts
+    there = sum(memory) if all(memory) else 0
+    own = f"the memory of {counted(len(memory), 'host')} is {binary_bytes(there)}"
     weights = FLOAT32_BYTES * model.parameters
     if there and hosts_compute and weights > there:
         return (
             f"the model has {model.parameters:,} parameters, whose weights alone need "
-            f"{binary_bytes(weights)}, and the host(s) have {binary_bytes(there)}; use a smaller "
+            f"{binary_bytes(weights)}, and {own}; use a smaller "
             f"model (vocabulary {model.vocab_size:,}, {model.blocks:,} layers), or more hosts"
         )
     ids = TOKEN_BYTES * batch * model.context
     if there and ids > there:
         return (
             f"train.batch = {batch:,} sequences of {model.context:,} tokens are "
-            f"{binary_bytes(ids)} of ids alone, and the host(s) have {binary_bytes(there)}; "
-            "use a smaller batch"
+            f"{binary_bytes(ids)} of ids alone, and {own}; use a smaller batch"
         )
     return ""

@@ -10,6 +10,7 @@ from mpillm.parallel.axis_sizes import token_axes
 from mpillm.parallel.data.shard_layout import UNIT_BYTES
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import StepPlan, traffic_bytes
+from mpillm.plan.gather_count import gathers_a_step
 from mpillm.plan.held_memory import (
     FLOAT32_BYTES,
     OptimizerCosts,
@@ -74,16 +75,40 @@ class AxisTraffic:
     """The most nodes that a group of ranks along the axis is on: 1, no message leaves a node."""
 
 
+def placed_alike(sizes: Mapping[str, int], node_map: NodeMap) -> bool:
+    """Return whether all groups of ranks that sum gradients are on nodes in the same way.
+
+    Else no ranks share memory for weights (`parallel.data.shard_group`).
+    """
+    along = token_axes(sizes)
+    firsts: dict[tuple[int, ...], dict[str, int]] = {}
+    for rank in range(node_map.size):
+        places = coordinates(rank, sizes)
+        others = tuple(place for axis, place in places.items() if axis not in along)
+        firsts.setdefault(others, places)
+    groups = (ranks_along(places, sizes, along) for places in firsts.values())
+    return len({node_map.of_ranks(group).node_of for group in groups}) == 1
+
+
 def replicas_of(
-    rank: int, sizes: Mapping[str, int], node_map: NodeMap, settings: ParallelSettings
+    rank: int,
+    sizes: Mapping[str, int],
+    node_map: NodeMap,
+    settings: ParallelSettings,
+    alike: bool | None = None,
 ) -> Replicas:
-    """Return which ranks sum gradients with `rank`, of a mesh of `sizes`, and what islands keep."""
+    """Return which ranks sum gradients with `rank`, of a mesh of `sizes`, and what islands keep.
+
+    `alike`: what `placed_alike` returns, for `zero` alone; None asks it.
+    """
+    if alike is None:
+        alike = not settings.zero or placed_alike(sizes, node_map)
     along = token_axes(sizes)
     group = ranks_along(coordinates(rank, sizes), sizes, along) if along else [rank]
     own_map = node_map.of_ranks(group)
     zero = settings.zero if len(group) > 1 else 0
     # Shards need as many ranks on each node, rows of all-reduces do not.
-    able = own_map.even if zero else settings.allreduce in SHARING
+    able = own_map.even and alike if zero else settings.allreduce in SHARING
     shares = able and len(group) > len(own_map.nodes)
     on_node = max(map(len, own_map.nodes)) if shares else 1
     outer = FLOAT32_BYTES * (1 + (settings.island_momentum > 0)) if "island" in sizes else 0
@@ -121,6 +146,7 @@ def load_ranks(
     replicas: dict[tuple[int, ...], Replicas] = {}
     estimates: dict[tuple[int, Replicas], MemoryEstimate] = {}
     along = token_axes(sizes)
+    alike = not settings.zero or placed_alike(sizes, node_map)
     loads = []
     for rank in range(node_map.size):
         places = coordinates(rank, sizes)
@@ -129,7 +155,7 @@ def load_ranks(
         # the same replicas the same memory: a large mesh repeats few of them.
         group = tuple(place for axis, place in places.items() if axis not in along)
         if group not in replicas:
-            replicas[group] = replicas_of(rank, sizes, node_map, settings)
+            replicas[group] = replicas_of(rank, sizes, node_map, settings, alike)
         key = stage, replicas[group]
         if key not in estimates:
             estimates[key] = predict_rank(
@@ -162,6 +188,7 @@ def axis_traffic(
     settings: ParallelSettings,
 ) -> dict[str, AxisTraffic]:
     """Return the messages along each axis of a mesh of `sizes`, in its order."""
+    replicas = replicas_of(0, sizes, node_map, settings)
     sent = traffic_bytes(
         dict(sizes),
         model,
@@ -170,7 +197,7 @@ def axis_traffic(
         plan.precision,
         settings,
         plan.microbatches,
-        gathers(plan, replicas_of(0, sizes, node_map, settings)),
+        gathers_a_step(model, plan) if gathers(plan, replicas) else 0.0,
     )
     return {
         name: AxisTraffic(size, sent[name], most_nodes(name, sizes, node_map))

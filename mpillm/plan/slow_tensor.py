@@ -32,8 +32,8 @@ def exchange_seconds(
     """Predict the seconds a step of `exchanges` collectives of the axis between nodes.
 
     B: bytes that a rank sends in a step; n: ranks; e: exchanges. Each exchange is of a stream of
-    b = B/e · n/(n − 1) bytes. A profile with both collectives on as many ranks and nodes gives
-    e/2 · (all-gather(b) + reduce-scatter(b)), each by its fastest algorithm. Else the messages
+    b = B/e · n/(n − 1) bytes. A profile may have both collectives on as many ranks and nodes. It
+    gives e/2 · (all-gather(b) + reduce-scatter(b)), each by its fastest algorithm. Else messages
     between two nodes count, n − 1 to an exchange as in a ring: latency · e · (n − 1) + B / rate.
     That takes the link of a node for one rank's alone: groups that share it need longer. Returns
     None where the profile has neither.
@@ -77,14 +77,14 @@ def slow_tensor_text(
         return ""
     exchanges = exchanges_a_step(model, plan, settings.pipeline)
     seconds = profile and exchange_seconds(tensor, exchanges, profile, plan.precision.device)
-    cost = f"{exchanges:,.0f} exchanges of {binary_bytes(tensor.rank_bytes)} a rank"
+    cost = f"{exchanges:,.0f} exchanges, together {binary_bytes(tensor.rank_bytes)} a rank"
     where = f"parallel.tensor = {tensor.size} is on {counted(tensor.nodes, 'host')}"
     remedy = within_hosts(model, batch, settings, node_map)
     if seconds is None:
         lack = "the profile has no messages between hosts" if profile else "there is no profile"
         return (
-            f"{where}, and every layer waits for its messages: {cost} in a step; {lack} that says "
-            f"how many seconds they take ({REMEDY}); {remedy}"
+            f"{where}, and every layer waits for its messages: {cost}, in a step; {lack} that "
+            f"says how many seconds they take ({REMEDY}); {remedy}"
         )
     return (
         f"{where}, and every layer waits for its messages: about {seconds:.3g} s a step by the "

@@ -38,12 +38,18 @@ class Hosts:
 
     names: tuple[str, ...]
     node_map: NodeMap
-    memory: int = 0
-    """What the job may use of one host, in bytes; 0: unknown, as of hosts that are not here."""
+    memory: tuple[int, ...]
+    """What the job may use of each host, in bytes; 0: unknown, as of hosts that are not here."""
+    assumed: str = ""
+    """What was taken for the hosts where nobody named any, and the way to name them."""
 
     @classmethod
-    def numbered(cls, nodes: int, ranks_per_node: int, memory: int = 0) -> "Hosts":
-        """Make `nodes` hosts without names. Raises UsageError where they have too many ranks."""
+    def numbered(
+        cls, nodes: int, ranks_per_node: int, memory: int = 0, assumed: str = ""
+    ) -> "Hosts":
+        """Make `nodes` hosts without names, each of `memory`. Raises UsageError where they have too
+        many ranks.
+        """
         if nodes * ranks_per_node > MOST_RANKS:
             raise UsageError(
                 f"--nodes {nodes:,} × --ranks-per-node {ranks_per_node:,} are more than the "
@@ -51,14 +57,20 @@ class Hosts:
             )
         firsts = range(0, nodes * ranks_per_node, ranks_per_node)
         ranks = tuple(tuple(range(first, first + ranks_per_node)) for first in firsts)
-        return cls(tuple(f"host {number}" for number in range(nodes)), NodeMap(ranks), memory)
+        names = tuple(f"host {number}" for number in range(nodes))
+        return cls(names, NodeMap(ranks), (memory,) * nodes, assumed)
 
     @classmethod
-    def of_job(cls, names: Sequence[str], node_map: NodeMap, memory: int = 0) -> "Hosts":
-        """Take the hosts of a job; `names`: of each rank's host. Ranks are ordered by host."""
-        order = node_map.host_order
-        ordered = node_map.of_ranks(order)
-        return cls(tuple(names[order[ranks[0]]] for ranks in ordered.nodes), ordered, memory)
+    def of_job(
+        cls, names: Sequence[str], node_map: NodeMap, memory: Sequence[int] | None = None
+    ) -> "Hosts":
+        """Take the hosts of a job; `names`, `memory`: of each rank's host. Ranks are ordered by
+        host.
+        """
+        firsts = [ranks[0] for ranks in node_map.nodes]
+        ordered = node_map.of_ranks(node_map.host_order)
+        there = tuple(memory[first] if memory else 0 for first in firsts)
+        return cls(tuple(names[first] for first in firsts), ordered, there)
 
 
 def ranks_needed(settings: ParallelSettings) -> int:
@@ -71,16 +83,20 @@ def print_dry_run(recipe: Recipe, hosts: Hosts, console: Console, as_json: bool)
     recipe, notes = _with_data(recipe)
     settings, model = recipe.train, recipe.model
     on_cpus = settings.device != "cuda"
-    if fault := beyond_all_hosts(model, settings.batch, len(hosts.names), hosts.memory, on_cpus):
-        raise LayoutError(fault)
+    if fault := beyond_all_hosts(model, settings.batch, hosts.memory, on_cpus):
+        # A note alone would not do: the plan of a model without bounds has no end.
+        raise LayoutError("; ".join(filter(None, (fault, hosts.assumed))))
     sizes = mesh_order(recipe.parallel, hosts.node_map.size, model, settings.batch)
     plan = plan_run(recipe, sizes)
     precision, more = planned_precision(settings)
     plan, notes = replace(plan, precision=precision), [*notes, *more]
     memory = RunMemory(recipe, sizes, hosts.node_map)
     table = memory.table(plan)
-    if excess := table.excess(hosts.memory):
-        notes.append(f"{excess}: the run is refused without --force; {memory.remedy(plan)}")
+    host = table.shortest(hosts.memory)
+    if host is not None:
+        said = f"{table.excess(hosts.memory)}: the run is refused without --force"
+        remedy = memory.host_remedy(plan, host)
+        notes.append("; ".join(filter(None, (said, remedy, hosts.assumed))))
     traffic = axis_traffic(model, plan, settings.batch, sizes, hosts.node_map, recipe.parallel)
     notes += _slow_tensor(recipe, plan, hosts.node_map, traffic)
     if as_json:
@@ -244,6 +260,8 @@ def _table(
 ) -> dict[str, Any]:
     """Build what `--json` prints."""
     schedule = plan.schedule
+    # GPUs have memory of their own, which only the run finds out.
+    compared = plan.precision.device == "cpu" and all(hosts.memory)
     return {
         "model": {"parameters": recipe.model.parameters, "blocks": recipe.model.blocks},
         "mesh": {axis: found.size for axis, found in traffic.items()},
@@ -280,8 +298,8 @@ def _table(
             }
             for load in memory.loads
         ],
-        "host_memory_bytes": hosts.memory or None,
-        "fits": not memory.excess(hosts.memory) if hosts.memory else None,
+        "host_memory_bytes": min(hosts.memory) if compared else None,
+        "fits": memory.shortest(hosts.memory) is None if compared else None,
         "messages": {
             axis: {
                 "rank_bytes": round(found.rank_bytes),

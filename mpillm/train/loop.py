@@ -25,6 +25,7 @@ from mpillm.machine.cluster_profile import Cluster
 from mpillm.models.part_module import torch_explained
 from mpillm.parallel.data.same_weights import check_same
 from mpillm.parallel.step_plan import traffic_bytes
+from mpillm.plan.gather_count import gathers_a_step
 from mpillm.runs.folder import METRICS, PICTURE, RECIPE, TRACE
 from mpillm.runs.history import HistoryWriter, Outcome, last_save_seconds
 from mpillm.runs.metrics import MetricsWriter, read_metrics
@@ -447,7 +448,9 @@ class TrainingLoop:
                 trainer.plan.precision,
                 recipe.parallel,
                 trainer.plan.microbatches,
-                trainer.model.gradients.gathered is not None,
+                gathers_a_step(recipe.model, trainer.plan)
+                if trainer.model.gradients.gathered
+                else 0.0,
             ),
             "threads": torch.get_num_threads(),
             "steps": recipe.train.steps,

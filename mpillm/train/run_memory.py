@@ -1,6 +1,6 @@
 """The memory of a run: predicted before it, measured after it, and what lets a rank need less."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -57,17 +57,17 @@ class RunMemory:
         )
         return MemoryTable.of(loads, plan.precision.device)
 
-    def check_hosts(self, plan: StepPlan, memory: int, force: bool = False) -> str:
-        """Raise LayoutError with the table where the fullest host needs more than its `memory`.
+    def check_hosts(self, plan: StepPlan, memory: Sequence[int], force: bool = False) -> str:
+        """Raise LayoutError with the table where a host needs more than its `memory`.
 
-        `memory`: what the job may use of one host, in bytes; 0: unknown. With `force` return the
+        `memory`: what the job may use of each host, in bytes; 0: unknown. With `force` return the
         message instead, as a warning; "" where the hosts have enough.
         """
         table = self.table(plan)
-        excess = table.excess(memory)
-        if not excess:
+        host = table.shortest(memory)
+        if host is None:
             return ""
-        message = f"{excess}:\n{table.text()}\n{self.remedy(plan)}"
+        message = f"{table.excess(memory)}:\n{table.text()}\n{self.host_remedy(plan, host)}"
         if not force:
             raise LayoutError(f"{message}; or train all the same, with --force")
         return f"{message}; --force trains all the same"
@@ -88,26 +88,44 @@ class RunMemory:
         """Say which settings let a rank need less memory, and how much less."""
         now = self.predict(plan).total
         words = [f"{binary_bytes(now)} a rank are predicted"]
-        for text, lighter in self._lighter(plan):
-            need = self.predict(lighter).total
+        for text, memory, lighter in self._lighter(plan):
+            need = memory.predict(lighter).total
             # Not less where an evaluation has the peak; the step that failed may still fit then.
             if need <= now:
                 words.append(f"{text}: {binary_bytes(need)}")
         words.append("cut the layers over more ranks (parallel.pipeline), or take a smaller model")
         return ", ".join(words)
 
-    def _lighter(self, plan: StepPlan) -> Iterator[tuple[str, StepPlan]]:
-        """Yield the settings that may need less, with the plan that they give."""
+    def host_remedy(self, plan: StepPlan, host: int) -> str:
+        """Say which settings let the ranks of `host` need less memory together, and how much."""
+        now = self.table(plan).nodes[host].total
+        needs = [
+            (text, memory.table(lighter).nodes[host].total)
+            for text, memory, lighter in self._lighter(plan)
+        ]
+        words = [f"{text}: {binary_bytes(need)} on the host" for text, need in needs if need < now]
+        words.append("cut the layers over more hosts (parallel.pipeline), or take a smaller model")
+        return ", ".join(words)
+
+    def _lighter(self, plan: StepPlan) -> Iterator[tuple[str, "RunMemory", StepPlan]]:
+        """Yield the settings that may need less, with the run and the plan that they give."""
+        train, parallel = self.recipe.train, self.recipe.parallel
         if plan.microbatch > 1:
             yield (
                 f"train.microbatch = 1 for {plan.microbatch} (the batch stays as it is)",
+                self,
                 replace(plan, microbatch=1),
             )
         if plan.recompute != "full" and "full" in self.recipe.model.recomputes:
-            yield 'train.recompute = "full"', replace(plan, recompute="full")
+            yield 'train.recompute = "full"', self, replace(plan, recompute="full")
+        # Both settings may refuse shards.
+        refused = train.noise_scale or train.compile
+        if self.replicas.ranks > 1 and parallel.zero < 3 and not refused:
+            recipe = replace(self.recipe, parallel=replace(parallel, zero=3))
+            yield "parallel.zero = 3", replace(self, recipe=recipe), plan
         if plan.precision.device == "cuda" and not plan.precision.has_masters:
             lower = replace(plan.precision, dtype="bfloat16")
-            yield "train.dtype = bfloat16", replace(plan, precision=lower)
+            yield "train.dtype = bfloat16", self, replace(plan, precision=lower)
 
 
 def peak_memory_bytes(device: str = "cpu") -> int:

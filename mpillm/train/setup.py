@@ -75,9 +75,10 @@ def train(
     node_map = node_map or map_nodes(comm)
     # GPUs hold the weights of a run that takes them. Their memory is found out by its allocation.
     hosts_compute = comm.bcast(not may_take_gpus(recipe.train.device))
-    limit = comm.bcast(read_memory().limit)
-    model, hosts = recipe.model, len(node_map.nodes)
-    if fault := beyond_all_hosts(model, recipe.train.batch, hosts, limit, hosts_compute):
+    # Hosts may have more memory than others: that of each node's first rank.
+    limit = comm.allgather(read_memory().limit)
+    there = [limit[ranks[0]] for ranks in node_map.nodes]
+    if fault := beyond_all_hosts(recipe.model, recipe.train.batch, there, hosts_compute):
         raise LayoutError(fault)
     # With the tokenizer, which every checkpoint holds: a damaged one is found before any step.
     constants = RunConstants.read(manifest, recipe.to_dict(), comm)
@@ -112,7 +113,7 @@ def train(
                 say_changes(recipe, checkpoint, console)
             memory = RunMemory.of(recipe, mesh)
             estimate = memory.predict(plan)
-            short = on_root(comm, partial(memory.check_hosts, plan, limit, force))
+            short = on_root(comm, partial(memory.check_hosts, plan, there, force))
             if cuts := on_root(comm, lambda: reader.describe_cuts(row)):
                 console.warn(cuts)
             data_text = reader.describe(row, settings.steps * settings.batch)

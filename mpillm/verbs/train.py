@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # More nodes, or ranks on one, than any machine has.
 MOST = 1_000_000
+ASSUMED = "this machine was taken for the one host: --nodes N plans for N others, of unknown memory"
 Recipe = Annotated[Path, Argument("What to train, on what, and how.", metavar="RECIPE.toml")]
 Overrides = Annotated[
     tuple[str, ...],
@@ -121,7 +122,7 @@ class Train:
                 each = self.ranks_per_node or -(-ranks_needed(recipe.parallel) // nodes)
                 # What other hosts have is not known here.
                 memory = 0 if self.nodes else _memory_here(recipe.train.device)
-                hosts = Hosts.numbered(nodes, each, memory)
+                hosts = Hosts.numbered(nodes, each, memory, "" if self.nodes else ASSUMED)
                 print_dry_run(recipe, hosts, console, self.as_json)
                 refuse_lost_output()
             return
@@ -130,8 +131,8 @@ class Train:
             from mpillm.train.dry_run import Hosts, print_dry_run
 
             recipe = self._load(job.console)
-            memory = job.comm.bcast(_memory_here(recipe.train.device))
-            hosts = Hosts.of_job(job.comm.allgather(host_name()), job.node_map, memory)
+            each_memory = job.comm.allgather(_memory_here(recipe.train.device))
+            hosts = Hosts.of_job(job.comm.allgather(host_name()), job.node_map, each_memory)
             print_dry_run(recipe, hosts, job.console, self.as_json)
 
     def _load(self, console: "Console") -> "LoadedRecipe":

@@ -6,6 +6,7 @@ from mpillm.machine.node_map import NodeMap
 from mpillm.models.decoder import SHAPES
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import StepPlan, mesh_order, plan_step, traffic_bytes
+from mpillm.plan.gather_count import gathers_a_step
 from mpillm.plan.held_memory import Replicas
 from mpillm.plan.peak_memory import (
     CODE_BYTES,
@@ -15,7 +16,7 @@ from mpillm.plan.peak_memory import (
     MemoryEstimate,
     rows_at_once,
 )
-from mpillm.plan.rank_loads import axis_traffic, load_nodes, load_ranks, replicas_of
+from mpillm.plan.rank_loads import axis_traffic, load_nodes, load_ranks, placed_alike, replicas_of
 from mpillm.train.optimizers.adamw import AdamWSettings
 
 SMALL = SHAPES["small"].replace(vocab_size=2048)
@@ -145,10 +146,27 @@ def test_ranks_that_share_no_memory_gather_two_blocks_at_a_time(nodes: NodeMap) 
         own = SMALL.parameters // 4
         assert load.memory.weights == 4 * (own + outside + 2 * block)
         assert load.memory.counted_elsewhere["weights"] == 0
-    # The gradients once a microbatch, the values forward and backward.
+    # The gradients once a microbatch, the values of layers forward and backward.
     sent = axis_traffic(SMALL, plan, BATCH, sizes, nodes, settings)["data"].rank_bytes
-    expected = 3 * plan.microbatches * 4 * SMALL.parameters * 3 / 4
+    times = plan.microbatches + gathers_a_step(SMALL, plan)
+    expected = times * 4 * SMALL.parameters * 3 / 4
     assert sent == pytest.approx(expected)
+
+
+def test_groups_that_are_placed_otherwise_share_no_weights() -> None:
+    """The ranks of the first stage are on one node, those of the second on two."""
+    settings, sizes = ParallelSettings(zero=3), {"pipeline": 2, "data": 4}
+    nodes = NodeMap(((0, 1, 2, 3), (4, 5), (6, 7)))
+    assert not placed_alike(sizes, nodes)
+    for rank in (0, 4):
+        assert replicas_of(rank, sizes, nodes, settings).on_node == 1
+        assert replicas_of(rank, sizes, nodes, ParallelSettings()).on_node == (
+            4 if rank == 0 else 2
+        )
+    assert placed_alike(sizes, on_nodes(2, 4))
+    assert replicas_of(0, sizes, on_nodes(2, 4), settings).on_node == 4
+    sizes, mixed = {"data": 4, "pipeline": 2}, NodeMap(((0, 1, 4, 5), (2, 3, 6, 7)))
+    assert placed_alike(sizes, mixed)
 
 
 def test_hybrid_shards_are_those_of_a_node() -> None:

@@ -17,6 +17,7 @@ from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import StepPlan, mesh_order, plan_step
 from mpillm.plan.rank_loads import AxisTraffic, axis_traffic
 from mpillm.plan.slow_tensor import exchange_seconds, exchanges_a_step, slow_tensor_text
+from mpillm.system.console import binary_bytes
 
 SMALL = SHAPES["small"].replace(vocab_size=2048)
 BATCH = 12
@@ -64,6 +65,7 @@ def test_the_seconds_are_latencies_and_bytes_of_the_network() -> None:
     expected = 2e-5 * exchanges * 3 + tensor.rank_bytes / 1e8
     assert exchange_seconds(tensor, exchanges, PROFILE) == pytest.approx(expected)
     text = warned(ParallelSettings(tensor=4), on_nodes(2, 2), PROFILE)
+    assert f"{exchanges:,.0f} exchanges, together {binary_bytes(tensor.rank_bytes)} a rank" in text
     assert f"about {expected:.3g} s a step by the profile" in text
     # Time that does not grow with the bytes has no rate.
     flat = replace(NETWORK, cost=replace(NETWORK.cost, bytes_per_second=None))

@@ -4,13 +4,14 @@ import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mpi4py import MPI
 
-from mpillm.errors import DataError, MpillmError, UsageError
+from mpillm.errors import DataError, LayoutError, MpillmError, UsageError
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.system.console import Console
 from mpillm.train.dry_run import Hosts, planned_precision, print_dry_run, ranks_needed
@@ -144,3 +145,26 @@ def test_without_nodes_the_axes_say_how_many_ranks(tmp_path: Path) -> None:
     made = recipe(tmp_path, tmp_path, parallel={"pipeline": 2, "data": 3})
     assert ranks_needed(made.parallel) == 6
     assert ranks_needed(recipe(tmp_path, tmp_path).parallel) == 1
+
+
+def test_gpus_are_not_compared_with_the_memory_of_hosts(tmp_path: Path) -> None:
+    for device, found in (("cpu", (1 << 20, False)), ("cuda", (None, None))):
+        made = recipe(
+            tmp_path / "none",
+            tmp_path,
+            model={"vocab_size": 300},
+            train={"device": device},
+            optimizer={"warmup_steps": 0},
+        )
+        table = json.loads(printed(made, Hosts.numbered(1, 1, 1 << 20), as_json=True))
+        assert (table["host_memory_bytes"], table["fits"]) == found
+
+
+def test_a_machine_that_nobody_named_is_named(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "none", tmp_path, model={"vocab_size": 300})
+    hosts = Hosts.numbered(1, 1, 1 << 20, "--nodes N plans for others")
+    assert printed(made, hosts).rstrip().endswith("; --nodes N plans for others")
+    with pytest.raises(LayoutError, match=r"1 host is 64\.0 KiB.*; --nodes N plans for others$"):
+        printed(made, replace(hosts, memory=(1 << 16,)))
+    hosts = Hosts.of_job(["a", "b", "a"], NodeMap(((0, 2), (1,))), [3, 2, 3])
+    assert hosts.memory == (3, 2)

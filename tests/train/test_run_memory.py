@@ -15,7 +15,7 @@ from mpillm.parallel.step_plan import Precision, plan_step
 from mpillm.runs.history import attempts, read_history
 from mpillm.runs.state import read_run
 from mpillm.runs.status import facts, run_figures
-from mpillm.system.console import Console
+from mpillm.system.console import Console, binary_bytes
 from mpillm.train.dry_run import Hosts, print_dry_run
 from mpillm.train.recipe import Recipe, parse_recipe
 from mpillm.train.run_memory import RunMemory, compare_text, peak_memory_bytes
@@ -67,21 +67,41 @@ def test_the_check_has_the_table_of_the_dry_run(tmp_path: Path) -> None:
     stream, hosts = io.StringIO(), Hosts.numbered(1, 2, memory=MIB)
     with pytest.raises(LayoutError, match="use a smaller model"):
         print_dry_run(found, hosts, Console(stream=stream), as_json=False)
-    hosts = replace(hosts, memory=400 * MIB)
+    hosts = replace(hosts, memory=(400 * MIB,))
     print_dry_run(found, hosts, Console(stream=stream), as_json=False)
     sizes = {"data": 2, "pipeline": 1}
     memory = RunMemory(found, sizes, hosts.node_map)
     plan = replace(planned(found, 2), precision=Precision())
     with pytest.raises(LayoutError, match=r"2 ranks of a host may need ") as caught:
-        memory.check_hosts(plan, 400 * MIB)
+        memory.check_hosts(plan, [400 * MIB])
     table = memory.table(plan).text()
     assert table in str(caught.value)
     dry = [line.rstrip() for line in stream.getvalue().splitlines() if line.strip()]
     assert "\n".join(dry).count(table) == 1
     assert "the run is refused without --force" in stream.getvalue()
-    assert memory.check_hosts(plan, 400 * MIB, force=True).endswith("--force trains all the same")
-    assert memory.check_hosts(plan, 0) == ""
-    assert memory.check_hosts(plan, 1 << 40) == ""
+    assert memory.check_hosts(plan, [400 * MIB], force=True).endswith("--force trains all the same")
+    assert memory.check_hosts(plan, [0]) == ""
+    assert memory.check_hosts(plan, [1 << 40]) == ""
+
+
+def test_a_host_is_told_what_its_ranks_need_together() -> None:
+    """The host has all but activations twice, and once with zero = 3."""
+    found = parse_recipe({"data": {"path": "x"}, "model": {"width": 2048, "heads": 16}}, "test")
+    found = replace(found, model=found.model.replace(vocab_size=1000))
+    node_map = NodeMap(((0, 1),))
+    memory, plan = RunMemory(found, {"data": 2, "pipeline": 1}, node_map), planned(found, 2)
+    sharded = replace(found, parallel=replace(found.parallel, zero=3))
+    less = RunMemory(sharded, memory.sizes, node_map)
+    need = less.table(plan).nodes[0].total
+    assert need < 0.8 * memory.table(plan).nodes[0].total
+    with pytest.raises(LayoutError) as caught:
+        memory.check_hosts(plan, [need])
+    remedy = str(caught.value).splitlines()[-1]
+    assert f"parallel.zero = 3: {binary_bytes(need)} on the host" in remedy
+    assert 'train.recompute = "full": ' in remedy
+    assert "a rank" not in remedy
+    assert "zero" not in less.host_remedy(plan, 0)
+    assert "zero" not in RunMemory(found, *ALONE).host_remedy(plan, 0)
 
 
 LITTLE = """sed 's/^MemTotal:.*/MemTotal: 131072 kB/' /proc/meminfo > {file}

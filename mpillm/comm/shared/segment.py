@@ -49,9 +49,8 @@ def share_segment(comm: "MPI.Intracomm", nbytes: int, folder: Path = FOLDER) -> 
     # A row long enough for huge pages begins on one, so that no two ranks share a page.
     page = HUGE_PAGE_BYTES if nbytes >= HUGE_PAGE_BYTES else PAGE_BYTES
     stride = -(-max(nbytes, 1) // page) * page
-    # Free bytes are read ahead of any rank's allocation.
-    name, free = comm.bcast((f"mpillm-{os.getpid()}-{secrets.token_hex(8)}", _free_bytes(folder)))
-    memory, reason = _map(comm, folder / name, stride, free)
+    name = comm.bcast(f"mpillm-{os.getpid()}-{secrets.token_hex(8)}")
+    memory, reason = _map(comm, folder / name, stride)
     reasons = [f"rank {rank}: {text}" for rank, text in enumerate(comm.allgather(reason)) if text]
     if reasons or memory is None:
         return reasons[0]
@@ -60,16 +59,22 @@ def share_segment(comm: "MPI.Intracomm", nbytes: int, folder: Path = FOLDER) -> 
     return SharedSegment(whole, tuple(rows), comm.rank)
 
 
-def _free_bytes(folder: Path) -> int:
-    try:
-        found = os.statvfs(folder)
-    except OSError:
-        # The attempt to create the file says why.
-        return 0
-    return found.f_bavail * found.f_frsize
+def _why(failure: Exception, descriptor: int) -> str:
+    """Say why the file had no memory: no room, a limit, or the system's words."""
+    # A ValueError: the file is shorter than the map, or the map longer than an address.
+    code = getattr(failure, "errno", None)
+    if code == errno.ENOMEM:
+        # A full /dev/shm is another error.
+        return "the memory limit of the job (its control group, or `ulimit -v`) is reached"
+    if code != errno.ENOSPC:
+        return str(getattr(failure, "strerror", failure))
+    found = os.fstatvfs(descriptor)
+    # Other ranks may have their parts of this file already: what they hold, they give back.
+    free = found.f_bavail * found.f_frsize + 512 * os.fstat(descriptor).st_blocks
+    return f"{free:,} are free"
 
 
-def _map(comm: "MPI.Intracomm", path: Path, stride: int, free: int) -> tuple[mmap.mmap | None, str]:
+def _map(comm: "MPI.Intracomm", path: Path, stride: int) -> tuple[mmap.mmap | None, str]:
     """Create the file on rank 0, open it on the others, allocate this rank's part, unlink it."""
     descriptor, reason, memory = -1, "", None
     try:
@@ -80,7 +85,7 @@ def _map(comm: "MPI.Intracomm", path: Path, stride: int, free: int) -> tuple[mma
         if not reason and comm.rank != 0:
             descriptor, reason = _open(path, os.O_RDWR)
         if not reason:
-            memory, reason = _allocate(descriptor, stride, comm, free)
+            memory, reason = _allocate(descriptor, stride, comm)
         # All ranks have it open: from here on a killed job leaves no file.
         comm.Barrier()
     finally:
@@ -112,9 +117,7 @@ def _create(path: Path, nbytes: int) -> tuple[int, str]:
     return descriptor, reason
 
 
-def _allocate(
-    descriptor: int, stride: int, comm: "MPI.Intracomm", free: int
-) -> tuple[mmap.mmap | None, str]:
+def _allocate(descriptor: int, stride: int, comm: "MPI.Intracomm") -> tuple[mmap.mmap | None, str]:
     """Map the file and allocate this rank's part, in huge pages where the system allows them."""
     try:
         memory = mmap.mmap(descriptor, stride * comm.size)
@@ -124,10 +127,6 @@ def _allocate(
         # Allocate now: a full /dev/shm is ENOSPC here, and SIGBUS at a later touch.
         os.posix_fallocate(descriptor, comm.rank * stride, stride)
     except (OSError, ValueError, OverflowError) as failure:
-        # A ValueError: the file is shorter than the map, or the map longer than an address.
-        code = getattr(failure, "errno", None)
-        full = code in (errno.ENOSPC, errno.ENOMEM)
-        why = f"{free:,} are free" if full else getattr(failure, "strerror", failure)
         what = f"{stride * comm.size:,} bytes of shared memory in {FOLDER}"
-        return None, f"cannot allocate {what}: {why}"
+        return None, f"cannot allocate {what}: {_why(failure, descriptor)}"
     return memory, ""

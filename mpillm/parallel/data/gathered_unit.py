@@ -24,7 +24,7 @@ class _Stretch(NamedTuple):
     own: Tensor
     """The values of this rank."""
     place: Tensor
-    """Of them in the row."""
+    """Where these values are in the row."""
     calls: list[PersistentCollective]
     """In turn, they fill the row."""
     rooms: list[Tensor]
@@ -34,7 +34,7 @@ class _Stretch(NamedTuple):
 
 
 class GatheredUnit:
-    """The weights with the `numbers` of `part`, whose memory is freed by `prepare`.
+    """The weights with the `numbers` of `part`, which need no memory before a gather.
 
     `elements`: of the longest stretch over all shards; 0: one stretch.
     """
@@ -74,6 +74,8 @@ class GatheredUnit:
     def prepare(self, row: Tensor) -> None:
         """Prepare the gathers by `row`, and free the weights. Every rank of the group calls it."""
         group = self._group
+        # Views are made of memory that is there; they stay when it is freed.
+        self._allocate()
         for unit in self._units:
             count = unit.last - unit.first
             blocks = row[: group.shards * count]
@@ -110,8 +112,7 @@ class GatheredUnit:
         """Allocate the weights' memory, and fill it with the values that arrive; the row is free
         then. `wait` returns when a started call is complete.
         """
-        for weight in self._weights.values():
-            weight.untyped_storage().resize_(weight.numel() * weight.element_size())
+        self._allocate()
         for number, (_, _, calls, rooms, values) in enumerate(self._stretches):
             if number:
                 self.start(number)
@@ -126,6 +127,10 @@ class GatheredUnit:
     def _arrive(self, calls: list[PersistentCollective], wait: Wait) -> None:
         for number, call in enumerate(calls):
             wait(call if number == 0 else call.start())
+
+    def _allocate(self) -> None:
+        for weight in self._weights.values():
+            weight.untyped_storage().resize_(weight.numel() * weight.element_size())
 
     def free(self) -> None:
         """Free the memory of the weights, which keep their shapes."""

@@ -1,11 +1,12 @@
-"""Weights gathered block by block ahead of their use, and freed after it: ZeRO-3 where ranks share
-no memory.
+"""Weights gathered layer by layer ahead of their use, and freed after it: ZeRO-3 where ranks share
+no memory. A layer is one of the model's blocks.
 
-The next block is gathered while one computes: in a forward pass the one after it, in a backward
-pass the one before it. Weights outside of blocks (embeddings, the last norm, the head) are gathered
-once for all passes of a step.
+The gather of the next block is started before one computes. In a forward pass that is the one after
+it, in a backward pass the one before it. On CPUs it arrives meanwhile. On GPUs NCCL works in the
+stream of the passes, so that both take turns. Weights outside of blocks are gathered once a step:
+embeddings, the last norm, the head.
 
-All ranks of the axis gather in one order, that of their passes: schedules are the same on them, and
+All ranks of the axis gather in one order, that of their passes. Their schedules are the same, and
 autograd computes the blocks of a graph in the reverse order of the forward pass.
 """
 
@@ -100,6 +101,11 @@ class GatheredWeights:
             ]
             self._hooks += hooks
 
+    @property
+    def nodes_apart(self) -> bool:
+        """Whether each node has all shards, so that the weights of nodes may be compared."""
+        return self._group.replica[1] > 1
+
     def own_of(self, weight: nn.Parameter, count: int) -> Tensor:
         """Return the `count` values of `weight` that this rank keeps."""
         weight = self._same.get(weight, weight)
@@ -173,7 +179,9 @@ class GatheredWeights:
                 self._fetch(self._after.get(unit))
 
     def pass_ended(self) -> None:
-        """Note that the gradients of a pass are complete: the next call of a block is forward."""
+        """Note that a backward pass, or a half of it, is complete: the next call of a block is
+        forward.
+        """
         self._backward = False
 
     def poll(self) -> None:

@@ -4,14 +4,38 @@ Replicated buckets are one file (replicated.py); each ZeRO stage is another.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from mpillm.models.part_module import PartModule
-from mpillm.parallel.data.gathered_weights import GatheredWeights
 
 Gradients = Iterable[tuple[nn.Parameter, Tensor]]
+
+
+class PassWeights(Protocol):
+    """Weights that a rank has only within passes. Every rank of the axis calls each of these."""
+
+    progress: Callable[[], None] | None
+    """Called while ranks wait for weights: it passes on the streams between stages."""
+
+    @property
+    def nodes_apart(self) -> bool:
+        """Whether each node has all shards, so that the weights of nodes may be compared."""
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Let the block run passes."""
+
+    def read_each(self, weights: Iterable[nn.Parameter]) -> Iterator[Tensor]:
+        """Yield a copy of each weight, one after another."""
+
+    def before_gradients(self, leaves: Sequence[Tensor]) -> None:
+        """Gather ahead of the gradients of `leaves` alone: the weight half of a backward pass."""
+
+    def pass_ended(self) -> None:
+        """Note that a backward pass, or a half of it, is complete."""
 
 
 class GradientSync(ABC):
@@ -76,7 +100,7 @@ class GradientSync(ABC):
         return False
 
     @property
-    def gathered(self) -> GatheredWeights | None:
+    def gathered(self) -> PassWeights | None:
         """What gathers the weights while passes read them; None: each rank has them at any time."""
         return None
 

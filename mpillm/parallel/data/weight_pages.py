@@ -44,10 +44,21 @@ def place_once_a_node(
     return True
 
 
-def place_alone(weights: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
-    """Give `weights` memory of `dtype` of this rank's own; they have no values then."""
+def place_alone(
+    weights: Sequence[nn.Parameter],
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    freed: bool = False,
+) -> None:
+    """Give `weights` memory of `dtype` of this rank's own; they have no values then.
+
+    `device`: None leaves each where it is. `freed`: free the memory of each at once, so that no two
+    have any; a gather allocates it again.
+    """
     for weight in weights:
-        weight.data = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        weight.data = torch.empty(weight.shape, dtype=dtype, device=device or weight.device)
+        if freed:
+            weight.untyped_storage().resize_(0)
 
 
 def aliases(weights: Sequence[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:

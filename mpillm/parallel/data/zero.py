@@ -4,7 +4,7 @@
 Stage 1 adds up whole gradients on each rank, and shares out their sum and the optimizer's states.
 Stage 2 shares out the gradients of each microbatch. Stage 3 keeps the weights once a node, in
 memory that its ranks share: nothing is gathered there, and between nodes each value crosses once.
-Where ranks share none, each keeps its own runs, and all are gathered block by block
+Where ranks share none, each keeps its own runs, and all are gathered layer by layer
 (gathered_weights.py).
 
 Two barriers a step are the law where ranks share weights: no rank writes before all have computed
@@ -45,6 +45,8 @@ class ShardStep:
     """Whether a step has several microbatches."""
     splits: bool = False
     """Whether backward passes have two halves."""
+    device: torch.device | None = None
+    """That computes; None: the one on which the weights were built."""
 
 
 PLAIN_STEP = ShardStep()
@@ -91,7 +93,7 @@ class ZeroGradients(GradientSync):
         trained = [{n: w for n, w in part.items() if w.requires_grad} for part in parts]
         same = self._place([w for part in trained for w in part.values()], settings.zero == 3, warn)
         frozen = [w for part in parts for w in part.values() if not w.requires_grad]
-        place_alone(frozen, step.dtype)
+        place_alone(frozen, step.dtype, step.device)
         elements = (settings.bucket_bytes or UNIT_BYTES) // 4
         self._parts = [
             ShardedPart(list(part.values()), self._group, elements, deals(part, needs_whole, tied))
@@ -101,7 +103,7 @@ class ZeroGradients(GradientSync):
         self._gathered: GatheredWeights | None = None
         if settings.zero == 3 and not self._once_a_node:
             # Communicators of their own: sums of gradients run while a gather is in flight.
-            group = ShardGroup(axis, profile, settings.debug, silent, on_node, alike)
+            group = ShardGroup(axis, profile, settings.debug, warn, on_node, alike)
             own_blocks = blocks or [() for _ in parts]
             self._gathered = GatheredWeights(self._parts, own_blocks, group, same)
         self._prepare(step.reduce_dtype)
@@ -121,11 +123,15 @@ class ZeroGradients(GradientSync):
         self, weights: Sequence[nn.Parameter], once_a_node: bool, warn: Callable[[str], None]
     ) -> dict[nn.Parameter, nn.Parameter]:
         """Give the weights memory; return the leaves that share that of others."""
-        same = aliases(weights)
+        same, device = aliases(weights), self._step.device
         own = [weight for weight in weights if weight not in same]
-        self._once_a_node = once_a_node and place_once_a_node(own, self._dtype, self._group, warn)
+        on_host = device is None or device.type == "cpu"
+        self._once_a_node = (
+            once_a_node and on_host and place_once_a_node(own, self._dtype, self._group, warn)
+        )
         if not self._once_a_node:
-            place_alone(own, self._dtype)
+            # What is gathered has memory in passes alone: a GPU may have no room for all of it.
+            place_alone(own, self._dtype, device, freed=once_a_node)
         for weight, other in same.items():
             weight.data = other.data
         return same

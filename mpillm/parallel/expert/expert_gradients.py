@@ -8,8 +8,7 @@ from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from torch import Tensor, nn
 
 from mpillm.models.part_module import PartModule
-from mpillm.parallel.data.gathered_weights import GatheredWeights
-from mpillm.parallel.data.gradient_sync import Gradients, GradientSync
+from mpillm.parallel.data.gradient_sync import Gradients, GradientSync, PassWeights
 
 
 class ExpertGradients(GradientSync):
@@ -73,7 +72,7 @@ class ExpertGradients(GradientSync):
         return self._dense.is_cut
 
     @property
-    def gathered(self) -> GatheredWeights | None:
+    def gathered(self) -> PassWeights | None:
         return self._dense.gathered
 
     def first_element(self, weight: nn.Parameter) -> int:

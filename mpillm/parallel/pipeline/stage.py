@@ -106,6 +106,9 @@ class ModelStage:
         held = self._held.pop(microbatch)
         self._split[microbatch] = split = SplitBackward(held.outputs, held.pivots)
         found = split.input(held.completed(gradients))
+        if self._sync.gathered is not None:
+            # The block that is held then may be the first of a forward pass.
+            self._sync.gathered.pass_ended()
         # The received streams are the first pivots.
         return found[: len(held.received)]
 

@@ -13,14 +13,14 @@ from mpillm.comm.shared.segment import FOLDER, share_segment
 
 
 @contextmanager
-def small_files() -> Iterator[None]:
-    """As `ulimit -f` limits the size of files; within the test alone, for pytest writes a log."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+def limited(kind: int, nbytes: int) -> Iterator[None]:
+    """As `ulimit` limits this process; within the test alone, for pytest writes a log."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (nbytes, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(kind, before)
 
 
 def left_by(comm: Any) -> list[str]:
@@ -33,10 +33,23 @@ def left_by(comm: Any) -> list[str]:
 
 
 def test_a_limit_of_file_sizes(comm: Any) -> None:
-    with small_files():
+    # As `ulimit -f`.
+    with limited(resource.RLIMIT_FSIZE, 4096):
         found = share_segment(comm, 1 << 16)
     assert isinstance(found, str)
     assert "File too large" in found
+    assert len(set(comm.allgather(found))) == 1
+    assert left_by(comm) == []
+
+
+def test_a_limit_of_memory_is_not_a_full_folder(comm: Any) -> None:
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    # As `ulimit -v`: the file has its length, and no memory yet.
+    with limited(resource.RLIMIT_AS, mapped + (256 << 20)):
+        found = share_segment(comm, 1 << 30)
+    assert isinstance(found, str)
+    assert "the memory limit of the job" in found
+    assert "free" not in found
     assert len(set(comm.allgather(found))) == 1
     assert left_by(comm) == []
 

@@ -1,7 +1,8 @@
-"""Weights gathered block by block, compared with one process that has all of them at any time."""
+"""Weights gathered layer by layer, compared with one process that has all of them at any time."""
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
@@ -14,9 +15,14 @@ from mpillm.models.part_module import build_without_values, create
 from mpillm.parallel.data import weight_pages
 from mpillm.parallel.data.gathered_unit import GatheredUnit
 from mpillm.parallel.data.gathered_weights import GatheredWeights
+from mpillm.parallel.data.same_weights import check_same
 from mpillm.parallel.data.zero import PLAIN_STEP, ShardStep, ZeroGradients
 from mpillm.parallel.pipeline.split_backward import SplitBackward
+from mpillm.parallel.pipeline.stage import Batch, ModelStage
 from mpillm.parallel.settings import ParallelSettings
+from mpillm.parallel.sharded_model import ShardedModel
+from mpillm.parallel.step_plan import plan_step
+from mpillm.tasks.causal_lm import CausalLM
 
 LAYERS, ROWS, SEED = 4, 12, 5
 SPEC = DecoderConfig(vocab_size=40, layers=LAYERS, width=32, heads=2, context=8)
@@ -190,30 +196,45 @@ def test_one_block_has_memory_and_one_arrives(comm: MPI.Intracomm) -> None:
     trained.close()
 
 
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_weights_have_no_memory_before_they_are_gathered(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, device: torch.device | None
+) -> None:
+    """As on a GPU that has no room for all of them."""
+    if comm.size == 1:
+        pytest.skip("one rank has nothing to gather")
+    most, allocate = 0, GatheredUnit._allocate
+
+    def counted(unit: GatheredUnit) -> None:
+        nonlocal most
+        allocate(unit)
+        most = max(most, sum(map(nbytes, named.values())))
+
+    model = build_without_values(SPEC)
+    named = dict(model.named_parameters())
+    monkeypatch.setattr(GatheredUnit, "_allocate", counted)
+    mesh, blocks = Mesh(comm, {"data": comm.size}, apart(comm)), model.numbered_blocks()
+    sync = ZeroGradients(
+        [named],
+        mesh.axis("data"),
+        ParallelSettings(zero=3),
+        ShardStep(device=device),
+        blocks=[[block for _, block in blocks]],
+    )
+    # Of one block, or of what is outside of blocks.
+    units = {id(unit): unit for unit in sync.gathered._unit_of.values()}.values()
+    assert most == max(sum(4 * weight.numel() for weight in unit.weights) for unit in units)
+    assert not any(map(nbytes, named.values()))
+    sync.close()
+    mesh.free()
+
+
 def test_the_next_block_arrives_while_one_computes(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = Trained(comm)
-    events: list[tuple[str, int]] = []
-    units = {
-        id(weight): number
-        for number, block in enumerate(trained.blocks)
-        for weight in block.parameters()
-    }
-    start = GatheredUnit.start
-
-    def started(unit: GatheredUnit, stretch: int = 0) -> None:
-        events.append(("gather", units.get(id(unit.weights[0]), -1)))
-        start(unit, stretch)
-
-    monkeypatch.setattr(GatheredUnit, "start", started)
-    for number, block in enumerate(trained.blocks):
-        block.attention.register_forward_hook(lambda *_, n=number: events.append(("forward", n)))
-        block.attention.output.weight.register_post_accumulate_grad_hook(
-            lambda _, n=number: events.append(("backward", n))
-        )
+    blocks = traced(trained, monkeypatch)
     trained.step()
-    blocks = [event for event in events if event[1] >= 0]
     forward = [("gather", 0), ("gather", 1)]
     forward += [e for n in range(LAYERS - 2) for e in (("forward", n), ("gather", n + 2))]
     forward += [("forward", LAYERS - 2), ("forward", LAYERS - 1)]
@@ -223,6 +244,67 @@ def test_the_next_block_arrives_while_one_computes(
     ]
     assert blocks == [*forward, *backward, ("backward", 0)]
     trained.close()
+
+
+def traced(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Return the list of what happens to blocks from now on, with their numbers."""
+    events: list[tuple[str, int]] = []
+    units = {
+        id(weight): number
+        for number, block in enumerate(trained.blocks)
+        for weight in block.parameters()
+    }
+    start = GatheredUnit.start
+
+    def started(unit: GatheredUnit, stretch: int = 0) -> None:
+        number = units.get(id(unit.weights[0]))
+        if number is not None:
+            events.append(("gather", number))
+        start(unit, stretch)
+
+    monkeypatch.setattr(GatheredUnit, "start", started)
+    for number, block in enumerate(trained.blocks):
+        block.attention.register_forward_hook(lambda *_, n=number: events.append(("forward", n)))
+        block.attention.output.weight.register_post_accumulate_grad_hook(
+            lambda _, n=number: events.append(("backward", n))
+        )
+    return events
+
+
+def test_the_next_block_arrives_after_an_input_half_too(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = Trained(comm, step=ShardStep(splits=True), spec=SPEC.replace(tied=False))
+    events = traced(trained, monkeypatch)
+    run_stage(trained, "F0 I0 F1 I1 W0 W1")
+    up = range(LAYERS)
+    forward = [e for n in up for e in (("gather", n + 1), ("forward", n)) if e[1] < LAYERS]
+    back = [("gather", n) for n in reversed(up[:-1])]
+    ahead = [e for n in up for e in (("gather", n + 1), ("backward", n)) if e[1] < LAYERS]
+    halves = [*forward, *back]
+    assert events == [("gather", 0), *halves, *halves, *ahead, ("gather", 0), *ahead]
+    trained.close()
+
+
+def run_stage(trained: Trained, order: str) -> None:
+    """Run the passes of a step as a stage of one rank does: `F0` is the forward pass of microbatch
+    0, and so on.
+    """
+    actions = [(each[0], int(each[1:])) for each in order.split()]
+    task, rows = CausalLM(), batch().numpy()
+    stage = ModelStage(trained.model, 0, trained.gradients, task)
+    count = 1 + max(number for _, number in actions)
+    stage.batch = Batch([task.fields({"tokens": part}) for part in np.split(rows, count)], 1.0)
+    trained.gradients.begin()
+    with trained.gathered.reading():
+        for kind, number in actions:
+            if kind == "F":
+                stage.forward(number, ())
+            elif kind == "W":
+                stage.backward_weight(number)
+            else:
+                (stage.backward if kind == "B" else stage.backward_input)(number, ())
+    trained.gradients.finish()
 
 
 def test_each_half_of_a_backward_pass_gathers(comm: MPI.Intracomm) -> None:
@@ -339,4 +421,26 @@ def test_weights_read_outside_of_their_block_are_there(comm: MPI.Intracomm) -> N
     assert torch.equal(found, expected)
     check_gradients(sync, net, stepped, whole, comm)
     sync.close()
+    mesh.free()
+
+
+@pytest.mark.parametrize("on_node", [False, True])
+def test_ranks_that_read_the_same_owners_are_not_compared(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, on_node: bool
+) -> None:
+    if comm.size == 1:
+        pytest.skip("one rank has nothing to gather")
+    monkeypatch.setattr(weight_pages, "share_segment", lambda *given: "no room")
+    half = comm.size // 2
+    nodes = NodeMap((tuple(range(half)), tuple(range(half, comm.size))))
+    settings = ParallelSettings(zero=3, zero_on_node=on_node, data=comm.size)
+    plan = plan_step(SPEC, settings, comm.size, comm.size)
+    mesh = Mesh(comm, {"pipeline": 1, "data": comm.size}, nodes)
+    model = ShardedModel(SPEC, CausalLM(), SEED, mesh, plan, settings)
+    # Two nodes of two ranks have all shards each.
+    compared = on_node and comm.size == 4
+    assert [axis.name for _, axis in model.replicas] == ["data"] * compared
+    for weights, axis in model.replicas:
+        check_same(weights, axis)
+    model.close()
     mesh.free()

@@ -42,6 +42,8 @@ class Plain(Watched):
 class NoSync:
     """Gradients that stay where they are."""
 
+    gathered = None
+
     def last_microbatch(self, number: int) -> None: ...
     def microbatch_ended(self, number: int) -> None: ...
 
