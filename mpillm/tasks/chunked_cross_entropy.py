@@ -38,14 +38,8 @@ def chunked_cross_entropy(
     over the whole one; the gradient of its hidden states is the shard's share.
     """
     head = head._replace(hidden_BTC=head.hidden_BTC.flatten(0, -2))
-    targets_N, counts_N = targets_BT.flatten(), None
-    if counts_BT is not None:
-        counts_N = counts_BT.flatten()
-        targets_N = targets_N.masked_fill(counts_N == 0, 0)
     sums = _ChunkSums(head, LossTerms(label_smoothing, z_loss))
-    # The dtypes are chosen here: autocast must not change them.
-    with torch.no_grad(), torch.autocast(targets_N.device.type, enabled=False):
-        sums.add_all(targets_N, counts_N)
+    sums.add_all(targets_BT, counts_BT)
     loss = sums.loss
     # The hidden states are attached last. A split backward pass walks from the loss to them. The
     # weights are then on a branch, which it walks once, in its second half (split_backward.py).
@@ -54,6 +48,19 @@ def chunked_cross_entropy(
         if gradient is not None:
             loss = _KnownGradient.apply(loss, tensor, gradient, number == 0)  # type: ignore[no-untyped-call]
     return loss
+
+
+def chunked_losses(head: LinearHead, targets_BT: Tensor, counts_BT: Tensor | None = None) -> Tensor:
+    """Return the cross-entropy of `head` at each position, in the shape of `targets_BT`, float32.
+
+    The arguments are those of `chunked_cross_entropy`. There are no gradients.
+    """
+    plain = head._replace(hidden_BTC=head.hidden_BTC.detach().flatten(0, -2))
+    with torch.no_grad():
+        sums = _ChunkSums(plain, LossTerms(0.0, 0.0))
+    losses_N = sums.loss.new_empty(targets_BT.numel())
+    sums.add_all(targets_BT, counts_BT, losses_N)
+    return losses_N.view(targets_BT.shape)
 
 
 class _ChunkSums:
@@ -81,8 +88,21 @@ class _ChunkSums:
             head.shard,
         )
 
-    def add_all(self, targets_N: Tensor, counts_N: Tensor | None) -> None:
-        """Add every chunk, in the order of positions."""
+    def add_all(
+        self, targets_BT: Tensor, counts_BT: Tensor | None, losses_N: Tensor | None = None
+    ) -> None:
+        """Add every chunk, in the order of positions; set `losses_N`, where it is given."""
+        targets_N, counts_N = targets_BT.flatten(), None
+        if counts_BT is not None:
+            counts_N = counts_BT.flatten()
+            targets_N = targets_N.masked_fill(counts_N == 0, 0)
+        # The dtypes are chosen here: autocast must not change them.
+        with torch.no_grad(), torch.autocast(targets_N.device.type, enabled=False):
+            self._add_chunks(targets_N, counts_N, losses_N)
+
+    def _add_chunks(
+        self, targets_N: Tensor, counts_N: Tensor | None, losses_N: Tensor | None
+    ) -> None:
         hidden_NC, weight_VC, bias_V = self._head.tensors
         total, vocabulary, device = len(targets_N), len(weight_VC), hidden_NC.device
         # Heads that share a vocabulary have chunks of the same positions.
@@ -99,21 +119,26 @@ class _ChunkSums:
                 torch.mm(hidden_NC[chunk], weight_VC.t(), out=logits_nV)
             else:
                 torch.addmm(bias_V, hidden_NC[chunk], weight_VC.t(), out=logits_nV)
-            self._add_losses(chunk, logits_nV, targets_N[chunk, None], counts_n1)
+            losses_n1 = self._add_losses(chunk, logits_nV, targets_N[chunk, None], counts_n1)
+            if losses_N is not None:
+                losses_N[chunk] = losses_n1.squeeze(1)
 
     def _add_losses(
         self, chunk: slice, logits_nV: Tensor, targets_n1: Tensor, counts_n1: Tensor | None
-    ) -> None:
-        """Add the losses of a chunk, and the gradients where they are wanted."""
+    ) -> Tensor:
+        """Add and return the losses (n, 1) of a chunk; add the gradients where they are wanted."""
         gradients = any(gradient is not None for gradient in self.gradients)
         slopes_nV = _cap(logits_nV, self._head.soft_cap, gradients)
         given, shard = (logits_nV, targets_n1, self._terms, gradients), self._head.shard
         losses_n1 = _losses(*given) if shard is None else shard_losses(*given, shard)
-        self.loss += (losses_n1 if counts_n1 is None else losses_n1 * counts_n1).sum()
+        if counts_n1 is not None:
+            losses_n1 = losses_n1 * counts_n1
+        self.loss += losses_n1.sum()
         if gradients:
             if slopes_nV is not None:
                 logits_nV *= slopes_nV
             self._add_gradients(chunk, logits_nV, counts_n1)
+        return losses_n1
 
     def _add_gradients(self, chunk: slice, grad_nV: Tensor, counts_n1: Tensor | None) -> None:
         """Add the products with `grad_nV`, the gradients of a chunk's logits."""

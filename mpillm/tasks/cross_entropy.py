@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpillm.models.head_chunks import chunk_positions
 from mpillm.models.linear_head import LinearHead, Outputs
-from mpillm.tasks.chunked_cross_entropy import chunked_cross_entropy
+from mpillm.tasks.chunked_cross_entropy import chunked_cross_entropy, chunked_losses
 from mpillm.tasks.task import Fields, Task
 from mpillm.tasks.vocabulary import Lengths, Vocabulary
 
@@ -40,19 +39,19 @@ class CrossEntropyTask(Task):
         return cross_entropy_sum(outputs[0], fields["targets"], fields.get("counts"))
 
     def row_losses(self, outputs: Outputs, fields: Fields) -> Tensor:
-        output = outputs[0]
-        if isinstance(output, LinearHead) and _fits_a_chunk(output):
-            output = output.logits()
-        # A loss of its own, and logits that cannot exist at once, are computed row by row.
-        if type(self).loss_sum is not CrossEntropyTask.loss_sum or isinstance(output, LinearHead):
+        if type(self).loss_sum is not CrossEntropyTask.loss_sum:
             return super().row_losses(outputs, fields)
-        logits_NV = output.flatten(0, -2)
-        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        losses = F.cross_entropy(logits_NV, _known_targets(fields), reduction="none")
-        if "counts" in fields:
-            losses = losses * fields["counts"].flatten()
+        output, targets, counts = outputs[0], fields["targets"], fields.get("counts")
+        if isinstance(output, LinearHead):
+            losses = chunked_losses(output, targets, counts)
+        else:
+            wide = output.to(torch.promote_types(output.dtype, torch.float32)).flatten(0, -2)
+            known = targets if counts is None else targets.masked_fill(counts == 0, 0)
+            losses = F.cross_entropy(wide, known.flatten(), reduction="none")
+            if counts is not None:
+                losses = losses * counts.flatten()
         # A rank that shares positions may have none.
-        return losses.view(len(output), output.shape[1:-1].numel()).sum(1)
+        return losses.view(len(targets), targets.shape[1:].numel()).sum(1)
 
     def weight(self, fields: Fields) -> float:
         counts = fields.get("counts")
@@ -68,19 +67,6 @@ class CrossEntropyTask(Task):
             self.label_smoothing,
             self.z_loss,
         )
-
-
-def _fits_a_chunk(head: LinearHead) -> bool:
-    """Return whether all logits of `head` are those of one chunk of positions."""
-    positions, vocabulary = head.hidden_BTC.shape[:-1].numel(), len(head.weight_VC)
-    device = head.hidden_BTC.device.type
-    return head.shard is None and chunk_positions(positions, vocabulary, device) >= positions
-
-
-def _known_targets(fields: Fields) -> Tensor:
-    """Return the targets, (N,), with 0 where they do not count and may be any number."""
-    targets_N, counts = fields["targets"].flatten(), fields.get("counts")
-    return targets_N if counts is None else targets_N.masked_fill(counts.flatten() == 0, 0)
 
 
 def cross_entropy_sum(

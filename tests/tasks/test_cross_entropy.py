@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from mpillm.models.linear_head import LinearHead
-from mpillm.tasks import cross_entropy
+from mpillm.tasks import chunked_cross_entropy
 from mpillm.tasks.causal_lm import CausalLM
 from mpillm.tasks.cross_entropy import CrossEntropyTask, cross_entropy_sum
 
@@ -91,8 +91,8 @@ def test_the_losses_of_rows_are_those_of_each_row_alone(
     for output in (head, head.logits()):
         torch.testing.assert_close(OfRows().row_losses((output,), fields), expected)
     torch.testing.assert_close(Halved().row_losses((head,), fields), expected / 2)
-    # Logits that are more than a chunk never exist at once.
-    monkeypatch.setattr(cross_entropy, "chunk_positions", lambda *_: 9)
+    # Of a head the logits never exist at once.
+    monkeypatch.setattr(chunked_cross_entropy, "chunk_positions", lambda *_: 9)
     monkeypatch.setattr(LinearHead, "logits", None)
     torch.testing.assert_close(OfRows().row_losses((head,), fields), expected)
 
