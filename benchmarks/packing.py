@@ -119,16 +119,13 @@ def main() -> None:
     model = read_spec({**sizes, "vocab_size": options.vocabulary}).build()
     lengths = lengths_of(options)
     contestants = {way: Contestant(model, lengths, way, options.context) for way in WAYS}
-    # Whole rows of the context take several times as long: once is enough.
-    whole = seconds_of(contestants[WAYS[0]].compute, "cpu")
-    for way in WAYS[1:]:
-        contestants[way].compute()
+    for each in contestants.values():
+        each.compute()
     losses = [each.loss for each in contestants.values()]
     difference = (max(losses) - min(losses)) / min(losses)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    seconds[WAYS[0]] = [whole] * options.rounds
     for turn in range(options.rounds):
-        for way in in_turn(list(WAYS[1:]), turn):
+        for way in in_turn(list(WAYS), turn):
             seconds[way].append(seconds_of(contestants[way].compute, "cpu"))
     total = int(lengths.sum())
     print(

@@ -23,7 +23,7 @@ from mpillm.tasks import task_catalog
 from mpillm.tasks.task import Task
 from mpillm.tasks.task_catalog import make_task
 from mpillm.tasks.vocabulary import Lengths, Vocabulary
-from mpillm.tokens.chat.chat_template import TEMPLATE, ChatTemplate
+from mpillm.tokens.chat.chat_template import TEMPLATE
 from mpillm.tokens.dataset_folder import is_dataset
 from mpillm.tokens.manifest import NAME as MANIFEST
 from mpillm.tokens.manifest import Manifest
@@ -86,7 +86,7 @@ class RunConstants:
         }
         # Rank 0 writes the texts, and a missing file is reported before the first step.
         tokenizer = on_root(comm, lambda: manifest.load_tokenizer().to_json())
-        template = on_root(comm, lambda: _chat_template(manifest))
+        template = on_root(comm, manifest.load_template)
         if template is None:
             return cls(facts, {TOKENIZER: tokenizer})
         facts["special_tokens"] = template.tokens
@@ -95,10 +95,6 @@ class RunConstants:
     def of_recipe(self, recipe: Mapping[str, Any]) -> "RunConstants":
         """Return them with another recipe: what was left open in it is resolved."""
         return RunConstants({**self.facts, "recipe": recipe}, self.texts)
-
-
-def _chat_template(manifest: Manifest) -> ChatTemplate | None:
-    return manifest.load_template() if isinstance(manifest, PairManifest) else None
 
 
 @dataclass(frozen=True)

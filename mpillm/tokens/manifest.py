@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from mpillm.errors import DataError, MismatchError
 from mpillm.system import hdf5
@@ -18,6 +18,9 @@ from mpillm.tokens.manifest_schema import SPLITS as SPLITS
 from mpillm.tokens.manifest_schema import ManifestRules
 from mpillm.tokens.shards import VERSION, ShardFile, ShardInfo
 from mpillm.tokens.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mpillm.tokens.chat.chat_template import ChatTemplate
 
 NAME = MANIFEST
 TOKENIZER = "tokenizer.json"
@@ -190,6 +193,10 @@ class Manifest:
         """Check that each shard of the split exists and has its size. Raises DataError."""
         for shard in self.split(name).shards:
             check_shard(self.folder / shard.file, shard)
+
+    def load_template(self) -> "ChatTemplate | None":
+        """Load the dataset's chat template; None where it has none. Raises DataError."""
+        return None
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the dataset's own tokenizer, comparing its sha256.

@@ -34,7 +34,6 @@ from mpillm.tokens.manifest import (
     tokenizer_facts,
 )
 from mpillm.tokens.pairs.pair_shards import PAIR_KINDS
-from mpillm.tokens.pairs.prepare_pairs import prepare_pairs, report_pairs
 from mpillm.tokens.shards import write_shard
 from mpillm.tokens.sources import list_pieces
 from mpillm.tokens.split import plan_split
@@ -182,8 +181,12 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
         raise UsageError("prepare writes a folder; name it with --out DIR")
     out = real_path(options.out)
     options = replace(options, workers=options.workers or DEFAULT_WORKERS)
-    pairs = options.task in PAIR_KINDS
-    make, report = (prepare_pairs, report_pairs) if pairs else (_prepare_text, _report)
+    make, report = _prepare_text, _report
+    if options.task in PAIR_KINDS:
+        # Here: chat templates load jinja2, which texts do not need.
+        from mpillm.tokens.pairs.prepare_pairs import prepare_pairs, report_pairs
+
+        make, report = prepare_pairs, report_pairs
     made, new = make(options, out, comm, console)
     if new:
         report(made, options, console)

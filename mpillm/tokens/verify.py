@@ -11,7 +11,6 @@ from mpillm.system import hdf5
 from mpillm.system.console import Console
 from mpillm.tokens.dataset_folder import FORMAT
 from mpillm.tokens.manifest import Manifest, check_shard
-from mpillm.tokens.pairs.pair_manifest import PairManifest
 from mpillm.tokens.pairs.pair_shards import PairShard, check_pair_shard
 from mpillm.tokens.shards import (
     BLOCK_BYTES,
@@ -36,8 +35,7 @@ def verify(folder: str | Path, comm: "MPI.Intracomm", console: Console) -> Manif
     """
     manifest = Manifest.load(folder)
     manifest.load_tokenizer()
-    if isinstance(manifest, PairManifest):
-        manifest.load_template()
+    manifest.load_template()
     shards = [(name, shard) for name, split in manifest.splits.items() for shard in split.shards]
     total = sum(shard.nbytes for _, shard in shards)
     fault = None

@@ -188,6 +188,8 @@ def _warn(recipe: Recipe, console: Console) -> None:
 
 def _slow_tensor(recipe: Recipe, mesh: Mesh, plan: StepPlan, profile: ClusterProfile | None) -> str:
     """Return a warning where the tensor axis is on several hosts; "" else."""
+    if mesh.find("tensor") is None:
+        return ""
     parallel, batch = recipe.parallel, recipe.train.batch
     traffic = axis_traffic(recipe.model, plan, batch, mesh.sizes, mesh.node_map, parallel)
     return slow_tensor_text(recipe.model, plan, batch, parallel, mesh.node_map, traffic, profile)

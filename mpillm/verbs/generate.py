@@ -42,7 +42,7 @@ class Generate:
         with open_job(self.debug) as job:
             require_packages("mpillm generate", "torch")
             limit_torch_threads(job.threads)
-            from mpillm.infer.print_results import print_generation
+            from mpillm.infer.print_generation import print_generation
 
             print_generation(
                 self.trained, self.prompt, self._sampling(), job.comm, job.console, self.device

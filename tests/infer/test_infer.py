@@ -19,7 +19,7 @@ from mpillm.infer.evaluate import WholeModel, evaluate
 from mpillm.infer.generate import draw_token, generate, sample_tokens
 from mpillm.infer.loading import TOKENIZER, Loaded, load_trained, model_tensors
 from mpillm.infer.print_evaluation import print_evaluation
-from mpillm.infer.print_results import print_generation
+from mpillm.infer.print_generation import print_generation
 from mpillm.infer.sampling import Sampling, check_prompt
 from mpillm.infer.scores.score import Score
 from mpillm.models.decoder import DecoderConfig

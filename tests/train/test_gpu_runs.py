@@ -10,7 +10,7 @@ import torch
 from mpi4py import MPI
 
 from mpillm.infer.print_evaluation import print_evaluation
-from mpillm.infer.print_results import print_generation
+from mpillm.infer.print_generation import print_generation
 from mpillm.infer.sampling import Sampling
 from mpillm.machine.node_map import NodeMap
 from mpillm.system.console import Console

@@ -18,7 +18,7 @@ from mpillm.errors import MismatchError, UsageError
 from mpillm.infer.evaluate import WholeModel, evaluate
 from mpillm.infer.loading import load_data, load_trained, open_of
 from mpillm.infer.print_evaluation import print_evaluation
-from mpillm.infer.print_results import print_generation
+from mpillm.infer.print_generation import print_generation
 from mpillm.infer.sampling import Sampling
 from mpillm.system.console import Console
 from mpillm.tokens.pairs.pair_shards import PAIR_KINDS

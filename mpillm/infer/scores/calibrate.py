@@ -63,11 +63,7 @@ def calibrate(
     The halves are drawn by the numbers of rows. Raises DataError where there are too few rows.
     """
     own, _, _ = collect_rows(scorer, reader, comm, console, [_logits_and_targets])
-    tables = []
-    for each in own:
-        whole = np.zeros((each.statistics.rows, each.statistics.width))
-        whole[:, each.statistics.columns_U] = each.statistics.values_BU
-        tables.append((each.numbers_B, whole))
+    tables = [(each.numbers_B, each.statistics.table) for each in own]
     every = sorted((part for rank in comm.allgather(tables) for part in rank), key=_first_number)
     rows = np.concatenate([whole for _, whole in every])
     # After the loss and the weight of each row.

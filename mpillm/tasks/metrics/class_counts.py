@@ -1,10 +1,11 @@
-"""Counts of each class that precision, recall and F1 are made of."""
+"""Counts of each class, and the base of the metrics made of them: precision, recall, F1."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
-from mpillm.tasks.metrics.metric import Array, Arrays
+from mpillm.tasks.metrics.metric import CLASSES, Array, Arrays, Metric
 
 
 def counted_classes(outputs: Sequence[Array], fields: Arrays) -> tuple[Array, Array, Array]:
@@ -35,3 +36,13 @@ def class_counts(outputs: Sequence[Array], fields: Arrays) -> Array:
     ]
     counts = np.bincount(np.concatenate(places), minlength=3 * rows * classes)
     return counts.reshape(rows, 3 * classes)
+
+
+class ClassMetric(Metric):
+    """A metric whose statistics are the counts of each class, see `class_counts`."""
+
+    sums_positions: ClassVar[bool] = True
+    output_kinds: ClassVar[tuple[str, ...]] = CLASSES
+
+    def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
+        return class_counts(outputs, fields)

@@ -1,13 +1,12 @@
 """The mean over the classes of each one's F1 score."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-from mpillm.tasks.metrics.class_counts import class_counts
-from mpillm.tasks.metrics.metric import CLASSES, Array, Arrays, Metric, Totals
+from mpillm.tasks.metrics.class_counts import ClassMetric
+from mpillm.tasks.metrics.metric import Array, Totals
 
 
-class MacroF1(Metric):
+class MacroF1(ClassMetric):
     """Macro F1: classes count alike, however rare.
 
     A class that is neither found nor there is left out.
@@ -15,11 +14,6 @@ class MacroF1(Metric):
 
     name: ClassVar[str] = "macro-f1"
     title: ClassVar[str] = "macro F1"
-    sums_positions: ClassVar[bool] = True
-    output_kinds: ClassVar[tuple[str, ...]] = CLASSES
-
-    def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
-        return class_counts(outputs, fields)
 
     def value(self, sums: Array, totals: Totals) -> float:
         both, found, targets = sums.reshape(3, -1)

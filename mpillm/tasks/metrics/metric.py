@@ -115,6 +115,13 @@ class RowStatistics:
     def rows(self) -> int:
         return len(self.values_BU)
 
+    @property
+    def table(self) -> Array:
+        """All columns, (B, width)."""
+        whole = np.zeros((self.rows, self.width))
+        whole[:, self.columns_U] = self.values_BU
+        return whole
+
     @classmethod
     def joined(cls, tables: Sequence[Array]) -> "RowStatistics":
         """Put tables (B, k) of the same rows side by side."""

@@ -5,20 +5,18 @@ from typing import ClassVar
 
 import numpy as np
 
-from mpillm.tasks.metrics.class_counts import class_counts
-from mpillm.tasks.metrics.metric import CLASSES, Array, Arrays, Metric, Totals
+from mpillm.tasks.metrics.class_counts import ClassMetric
+from mpillm.tasks.metrics.metric import Array, Arrays, Totals
 
 
-class MicroF1(Metric):
+class MicroF1(ClassMetric):
     """Micro F1. Where each row has one class it is the accuracy."""
 
     name: ClassVar[str] = "micro-f1"
     title: ClassVar[str] = "micro F1"
-    sums_positions: ClassVar[bool] = True
-    output_kinds: ClassVar[tuple[str, ...]] = CLASSES
 
     def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
-        counts = class_counts(outputs, fields)
+        counts = super().of_rows(outputs, fields)
         return np.asarray(counts.reshape(len(counts), 3, -1).sum(2))
 
     def value(self, sums: Array, totals: Totals) -> float:

@@ -1,15 +1,14 @@
 """The means over the classes of each one's precision and recall."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
-from mpillm.tasks.metrics.class_counts import class_counts
-from mpillm.tasks.metrics.metric import CLASSES, Array, Arrays, Metric, Totals
+from mpillm.tasks.metrics.class_counts import ClassMetric
+from mpillm.tasks.metrics.metric import Array, Totals
 
 
-class MacroPrecision(Metric):
+class MacroPrecision(ClassMetric):
     """Macro precision: of the targets found to be of a class, the share that is; 0 of none.
 
     A class that is neither found nor there is left out, as in scikit-learn.
@@ -17,11 +16,6 @@ class MacroPrecision(Metric):
 
     name: ClassVar[str] = "precision"
     title: ClassVar[str] = "macro precision"
-    sums_positions: ClassVar[bool] = True
-    output_kinds: ClassVar[tuple[str, ...]] = CLASSES
-
-    def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
-        return class_counts(outputs, fields)
 
     def value(self, sums: Array, totals: Totals) -> float:
         both, found, targets = sums.reshape(3, -1)

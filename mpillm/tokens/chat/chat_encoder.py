@@ -3,7 +3,6 @@
 n tokens of a conversation: `ids` and `supervised` are (n,).
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,16 +30,6 @@ class ChatEncoder:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
         self._finder = SpanFinder(template, tokenizer.special_texts) if template else None
-
-    def encode(self, conversations: Sequence[Conversation]) -> list[ChatTokens | RecordError]:
-        """Encode each; of one that cannot be, return the reason."""
-        found: list[ChatTokens | RecordError] = []
-        for conversation in conversations:
-            try:
-                found.append(self.tokens(conversation))
-            except RecordError as failure:
-                found.append(failure)
-        return found
 
     def tokens(self, conversation: Conversation) -> ChatTokens:
         """Encode one conversation, all of it. Raises RecordError."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mpillm.errors import UsageError
 from mpillm.system.json_text import from_json
-from mpillm.tokens.text.records import HALF, MISSING, RecordError, field_of
+from mpillm.tokens.text.records import HALF, MISSING, RecordError, field_of, object_of
 from mpillm.tokens.text.text_blocks import REPLACEMENT
 
 Record = Mapping[str, Any]
@@ -46,8 +46,7 @@ class ChatFormat(NamedTuple):
 
 def recognise(record: Any) -> str:
     """Return the name of the first format that knows the record. Raises RecordError."""
-    if not isinstance(record, dict):
-        raise RecordError("is no JSON object; write one a line")
+    record = object_of(record)
     for name, form in FORMATS.items():
         if form.knows(record):
             return name
@@ -63,9 +62,7 @@ def conversation_of(record: Any, form: str, fields: Sequence[str] = ()) -> tuple
 
     `fields`: the columns of a prompt and an answer, where an option names them. Raises RecordError.
     """
-    if not isinstance(record, dict):
-        raise RecordError("is no JSON object; write one a line")
-    whole, halves = _whole(record)
+    whole, halves = _whole(object_of(record))
     if fields:
         found = _turns(_named(whole, fields[0]), _named(whole, fields[1]))
     else:

@@ -97,7 +97,7 @@ class ChatSteps:
     def __init__(self, reader: "PairReader", row: RowShape, batch: int, seed: int) -> None:
         """`row.documents`: several conversations share a row. Raises DataError."""
         self._reader, self._row, self._batch, self._seed = reader, row, batch, seed
-        self._kept = ChatLengths(reader, row.tokens).kept
+        self._kept = reader.row_lengths(row).kept
         packed = row.documents
         self.packing: Packing = (
             pack_rows(self._kept, row.tokens, seed) if packed else one_a_row(self._kept)
@@ -122,7 +122,7 @@ class ChatBatches:
     """
 
     def __init__(self, reader: "PairReader", row: RowShape, rows: int) -> None:
-        self._reader, self._kept = reader, ChatLengths(reader, row.tokens).kept
+        self._reader, self._kept = reader, reader.row_lengths(row).kept
         members = np.flatnonzero(self._kept)
         self._batches = [members[first : first + rows] for first in range(0, len(members), rows)]
         # A row of one token has no target.

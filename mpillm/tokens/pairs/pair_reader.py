@@ -94,6 +94,7 @@ class PairReader:
         self.n_pairs = int(self._firsts[-1])
         self._open: dict[int, _OpenShard] = {}
         self._packed: dict[tuple[RowShape, int, int], ChatSteps] = {}
+        self._row_lengths: dict[int, ChatLengths] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -109,7 +110,7 @@ class PairReader:
 
     @property
     def _chats(self) -> bool:
-        return self.form.sides.target == "supervised"
+        return self.form.sides.is_chat
 
     def steps(self, row: RowShape, batch: int, seed: int) -> StepSamples:
         """Order the pairs of a training run: each epoch a permutation of its own.
@@ -143,6 +144,12 @@ class PairReader:
         ends = [self._shard(number).ends["source"] for number in shards]
         return np.concatenate([np.diff(each, prepend=0) for each in ends])
 
+    def row_lengths(self, row: RowShape) -> ChatLengths:
+        """Measure how much of each conversation a row takes, once. Raises DataError."""
+        if row.tokens not in self._row_lengths:
+            self._row_lengths[row.tokens] = ChatLengths(self, row.tokens)
+        return self._row_lengths[row.tokens]
+
     def supervised(self, pair: int) -> Array:
         """Read which tokens of a conversation are learnt: 1, else 0. Raises DataError."""
         shard, place = self._place(pair)
@@ -164,7 +171,7 @@ class PairReader:
     def describe_cuts(self, row: RowShape) -> str:
         """Say how many sources and targets are longer than a row, whose ends are cut off."""
         if self._chats:
-            return ChatLengths(self, row.tokens).describe()
+            return self.row_lengths(row).describe()
         most = {"source": self._most_source(row), "target": row.lengths.context}
         found = []
         for side in ("source", "target") if self.form.sides.target == "target" else ("source",):

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpillm.errors import DataError
 from mpillm.system.messages import explain
-from mpillm.tokens.chat.chat_encoder import ChatEncoder, ChatTokens, learnt_part
+from mpillm.tokens.chat.chat_encoder import ChatEncoder, learnt_part
 from mpillm.tokens.chat.chat_formats import conversation_of, words_of
 from mpillm.tokens.losses import LossCheck
 from mpillm.tokens.pairs.pair_reader import NO_LABEL
@@ -19,7 +19,7 @@ from mpillm.tokens.pairs.pair_shards import PAIR_KINDS, PairKind
 from mpillm.tokens.pairs.pictures import picture_of
 from mpillm.tokens.pairs.sound import sound_frames
 from mpillm.tokens.sources import SourcePiece, lines_of, place_of_line
-from mpillm.tokens.text.records import HALF, MISSING, RecordError, field_of, parsed
+from mpillm.tokens.text.records import HALF, MISSING, RecordError, field_of, object_of, parsed
 from mpillm.tokens.text.tables import read_table
 from mpillm.tokens.tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ def read_records(
     """
     for offset, record, replaced in raw_records(piece):
         try:
-            if PAIR_KINDS[kind].target == "supervised":
+            if PAIR_KINDS[kind].is_chat:
                 (source, a), (target, b) = conversation_of(record, form, fields), ("", 0)
             else:
                 (source, a), (target, b) = map(_whole, _sides(record, PAIR_KINDS[kind], fields))
@@ -110,8 +110,7 @@ def raw_records(piece: SourcePiece) -> Iterator[tuple[int, Any, int]]:
 
 
 def _sides(record: Any, sides: PairKind, fields: Sequence[str]) -> tuple[Any, Any]:
-    if not isinstance(record, dict):
-        raise RecordError("is no JSON object; write one a line")
+    record = object_of(record)
     values = []
     for name, option in zip(fields, ("--source-field", "--target-field"), strict=True):
         value = field_of(record, name)
@@ -216,7 +215,7 @@ class PairEncoder:
         Raises DataError with file and line.
         """
         sides = PAIR_KINDS[self.kind]
-        if sides.target == "supervised":
+        if sides.is_chat:
             return self._encode_chats(records)
         numbers = {name: number for number, name in enumerate(self.classes)}
         if sides.target == "labels":
@@ -238,12 +237,11 @@ class PairEncoder:
         """Encode conversations up to their last token that is learnt."""
         assert self.chat is not None
         made: list[tuple[Array, Array]] = []
-        for record, found in zip(
-            records, self.chat.encode([record.source for record in records]), strict=True
-        ):
-            if not isinstance(found, ChatTokens):
-                raise DataError(f"{record.place} {found}") from found
-            ids, supervised = learnt_part(found)
+        for record in records:
+            try:
+                ids, supervised = learnt_part(self.chat.tokens(record.source))
+            except RecordError as failure:
+                raise DataError(f"{record.place} {failure}") from failure
             made.append((ids, supervised))
         if not self.tokenizer.keeps_all:
             texts = [text for record in records for text in words_of(record.source)]

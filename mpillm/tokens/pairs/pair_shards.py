@@ -39,6 +39,11 @@ class PairKind(NamedTuple):
     source: str
     target: str
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether a pair is a conversation: its two sides are of the same tokens."""
+        return self.target == "supervised"
+
 
 PAIR_KINDS: Mapping[str, PairKind] = MappingProxyType(
     {

@@ -74,7 +74,7 @@ def survey_pairs(
     fields = (options.source_field or default[0], options.target_field or default[1])
     pieces = _pieces(options, fields, out, comm, console)
     form = ""
-    if PAIR_KINDS[kind].target == "supervised":
+    if PAIR_KINDS[kind].is_chat:
         form = COLUMNS if options.source_field or options.target_field else options.format
         form = form or on_root(comm, lambda: _recognised(pieces))
         fields = fields if form == COLUMNS else ()
@@ -172,7 +172,7 @@ def _labels_of(record: PairRecord, kind: str) -> set[Label]:
 
 def text_of(record: PairRecord, kind: str) -> str:
     """Return the text that is learnt from a record; "" for a class."""
-    if PAIR_KINDS[kind].target == "supervised":
+    if PAIR_KINDS[kind].is_chat:
         return "".join(words_of(record.source, answers=True))
     return record.target if PAIR_KINDS[kind].target == "target" else ""
 
@@ -180,7 +180,7 @@ def text_of(record: PairRecord, kind: str) -> str:
 def texts_of(record: PairRecord, kind: str) -> list[str]:
     """Return all texts of a record: a tokenizer is trained on them."""
     sides = PAIR_KINDS[kind]
-    if sides.target == "supervised":
+    if sides.is_chat:
         return words_of(record.source)
     texts: list[str] = []
     if sides.source == "source":

@@ -70,7 +70,7 @@ def prepare_pairs(
     given = out, options.overwrite, "bytes" if pictures else options.tokenizer, options.end_of_text
     tokenizer_json, name = on_root(comm, lambda: check_inputs(*given))
     found = survey_pairs(options, out, comm, console)
-    if PAIR_KINDS[options.task].target == "supervised":
+    if PAIR_KINDS[options.task].is_chat:
         form = found.form
         template, end = on_root(comm, lambda: template_of(options, tokenizer_json, form))
         found, options = replace(found, template=template), replace(options, end_of_text=end)
@@ -145,7 +145,7 @@ def _write(
     path = work.path / f"pairs-{comm.rank:05d}"
     losses = LossCheck(tokenizer)
     chat = None
-    if PAIR_KINDS[options.task].target == "supervised":
+    if PAIR_KINDS[options.task].is_chat:
         chat = ChatEncoder(tokenizer, found.template)
         on_root(comm, partial(preview, found, chat, tokenizer, console))
     encoder = PairEncoder(options.task, tokenizer, found.classes, losses, chat)
@@ -247,7 +247,7 @@ def report_pairs(manifest: Manifest, options: "PrepareOptions", console: Console
     """Print how many pairs each split has, and their rows and bytes."""
     rows = []
     # The two sides of a conversation are equally long.
-    chats = PAIR_KINDS[options.task].target == "supervised"
+    chats = PAIR_KINDS[options.task].is_chat
     counted = ["n_source"] if chats else ["n_source", "n_target"]
     for name, split in manifest.splits.items():
         nbytes = sum(shard.nbytes for shard in split.shards)

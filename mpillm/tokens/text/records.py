@@ -63,6 +63,13 @@ def text_of(line: str, field: str) -> tuple[str, int]:
     return whole, whole.count(REPLACEMENT) - text.count(REPLACEMENT)
 
 
+def object_of(record: Any) -> dict[str, Any]:
+    """Return a record that is an object. Raises RecordError for anything else."""
+    if not isinstance(record, dict):
+        raise RecordError("is no JSON object; write one a line")
+    return record
+
+
 def parsed(line: str) -> Any:
     """Parse a line. Raises RecordError for what is no JSON, and for what is nested too deeply."""
     try:

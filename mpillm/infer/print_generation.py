@@ -1,4 +1,4 @@
-"""Print the results of `generate`: the work of its verb."""
+"""Print a prompt and the text that a trained model writes after it: the work of `generate`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
