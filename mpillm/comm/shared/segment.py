@@ -63,14 +63,14 @@ def _why(failure: Exception, descriptor: int) -> str:
     """Say why the file had no memory: no room, a limit, or the system's words."""
     # A ValueError: the file is shorter than the map, or the map longer than an address.
     code = getattr(failure, "errno", None)
-    if code == errno.ENOMEM:
-        # A full /dev/shm is another error.
-        return "the memory limit of the job (its control group, or `ulimit -v`) is reached"
-    if code != errno.ENOSPC:
+    if code not in (errno.ENOSPC, errno.ENOMEM):
         return str(getattr(failure, "strerror", failure))
-    found = os.fstatvfs(descriptor)
+    system, file = os.fstatvfs(descriptor), os.fstat(descriptor)
     # Other ranks may have their parts of this file already: what they hold, they give back.
-    free = found.f_bavail * found.f_frsize + 512 * os.fstat(descriptor).st_blocks
+    free = system.f_bavail * system.f_frsize + 512 * file.st_blocks
+    if code == errno.ENOMEM and file.st_size <= free:
+        return "the memory limit of the job (its control group, or `ulimit -v`) is reached"
+    # A map longer than the free addresses of the process is refused before the file is full.
     return f"{free:,} are free"
 
 
