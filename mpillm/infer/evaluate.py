@@ -108,7 +108,7 @@ def evaluate(
     UsageError for a metric that does not fit the task.
     """
     task = scorer.task
-    check_metrics(names, task.name, task.output_kind)
+    check_metrics(names, task.name, task.metric_kind or task.output_kind)
     metrics = make_metrics(names or task.metrics, task.classes)
     reading = [metric.of_rows for metric in metrics if not metric.needs_totals_alone]
     own, widths, rows = collect_rows(scorer, reader, comm, console, reading)

@@ -14,6 +14,7 @@ from mpillm.infer.cloze_baselines import score_cloze_baselines
 from mpillm.infer.evaluate import WholeModel, evaluate
 from mpillm.infer.imported_task import check_evaluated
 from mpillm.infer.loading import Loaded, check_classes, load_data, load_trained, open_of
+from mpillm.infer.references import read_references
 from mpillm.infer.scores.calibrate import Calibration, calibrate, check_calibrates
 from mpillm.infer.scores.compare import ScoreDifference, compare
 from mpillm.infer.scores.print_scores import print_confusions, print_scores
@@ -138,6 +139,10 @@ def _score(
     with open_of(candidate.manifest, "validation") as reader:
         if cuts := on_root(comm, lambda: reader.describe_cuts(candidate.row)):
             console.warn(cuts)
+        if candidate.task.needs_reference:
+            checkpoint = candidate.loaded.checkpoint
+            assert isinstance(reader, PairReader)
+            reader.references = read_references(checkpoint, candidate.manifest, comm)
         return evaluate(candidate.scorer(precision, comm), reader, comm, console, metrics, True)
 
 
@@ -255,9 +260,10 @@ def _print_tables(
             )
     folders = " and ".join(str(each.loaded.checkpoint.folder) for each in found)
     model = scores["model"]
+    unit = "records" if found[0].task.needs_reference else "tokens"
     title = (
         f"{folders} on {found[0].manifest.folder}: {int(model.totals.weight):,} validation "
-        f"tokens, n = {model.rows:,} rows, with 95% intervals"
+        f"{unit}, n = {model.rows:,} rows, with 95% intervals"
     )
     print_scores(title, scores, metrics, console, differences)
     print_confusions(scores, metrics, found[0].task.classes, console)

@@ -27,6 +27,8 @@ class CrossEntropyTask(Task):
 
     reads_heads: ClassVar[bool] = True
 
+    terms: ClassVar[tuple[str, ...]] = ("label_smoothing", "z_loss")
+
     def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
 
@@ -41,15 +43,8 @@ class CrossEntropyTask(Task):
     def row_losses(self, outputs: Outputs, fields: Fields) -> Tensor:
         if type(self).loss_sum is not CrossEntropyTask.loss_sum:
             return super().row_losses(outputs, fields)
-        output, targets, counts = outputs[0], fields["targets"], fields.get("counts")
-        if isinstance(output, LinearHead):
-            losses = chunked_losses(output, targets, counts)
-        else:
-            wide = output.to(torch.promote_types(output.dtype, torch.float32)).flatten(0, -2)
-            known = targets if counts is None else targets.masked_fill(counts == 0, 0)
-            losses = F.cross_entropy(wide, known.flatten(), reduction="none")
-            if counts is not None:
-                losses = losses * counts.flatten()
+        targets = fields["targets"]
+        losses = position_losses(outputs[0], targets, fields.get("counts"))
         # A rank that shares positions may have none.
         return losses.view(len(targets), targets.shape[1:].numel()).sum(1)
 
@@ -67,6 +62,22 @@ class CrossEntropyTask(Task):
             self.label_smoothing,
             self.z_loss,
         )
+
+
+def position_losses(
+    output: Tensor | LinearHead, targets_BT: Tensor, counts_BT: Tensor | None = None
+) -> Tensor:
+    """Return the cross-entropy at each position, in the shape of the targets, without gradients.
+
+    The arguments are those of `cross_entropy_sum`.
+    """
+    if isinstance(output, LinearHead):
+        return chunked_losses(output, targets_BT, counts_BT)
+    logits = output.detach()
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+    known = targets_BT if counts_BT is None else targets_BT.masked_fill(counts_BT == 0, 0)
+    losses = F.cross_entropy(wide, known.flatten(), reduction="none").view(targets_BT.shape)
+    return losses if counts_BT is None else losses * counts_BT
 
 
 def cross_entropy_sum(

@@ -49,6 +49,18 @@ class Task(ABC):
     Logits come where the architecture returns no head, or a metric needs them.
     """
 
+    terms: ClassVar[tuple[str, ...]] = ()
+    """The settings that change its loss in training, which other tasks refuse."""
+
+    needs_reference: ClassVar[bool] = False
+    """Whether its data comes with what the weights at the start say of it (`reference`)."""
+
+    metric_kind: ClassVar[str] = ""
+    """What metrics read, where it is not what the model gives (`output_kind`)."""
+
+    metrics_read_logits: ClassVar[bool] = True
+    """Whether metrics read the outputs, heads as their logits; else those of `metric_outputs`."""
+
     sums_positions: ClassVar[bool] = False
     """Whether the losses are sums over positions, each of its own output and fields (B, T).
 
@@ -117,6 +129,10 @@ class Task(ABC):
             for row in range(rows)
         ]
         return torch.stack(losses)
+
+    def metric_outputs(self, outputs: Outputs, fields: Fields) -> tuple[Any, ...]:
+        """Return what metrics read of a batch, the first dim of each counting rows."""
+        return outputs
 
     def row_weights(self, fields: Fields, rows: int) -> list[float]:
         """Return the weight of each of the `rows` rows."""

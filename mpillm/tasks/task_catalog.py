@@ -21,6 +21,7 @@ TASKS: Mapping[str, str] = MappingProxyType(
     {
         "causal-lm": "mpillm.tasks.causal_lm:CausalLM",
         "chat": "mpillm.tasks.chat:Chat",
+        "dpo": "mpillm.tasks.dpo:DPO",
         "masked-lm": "mpillm.tasks.masked_lm:MaskedLM",
         "span-corruption": "mpillm.tasks.span_corruption:SpanCorruption",
         "seq2seq": "mpillm.tasks.seq2seq:SequenceToSequence",
@@ -40,7 +41,9 @@ class TaskSettings:
     name: str = DEFAULT
     """A task of the catalogue, or a plug-in as `package.module:Name`."""
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """The share of a target's probability that all tokens share; in training only."""
+    """The share of a target's probability that all tokens share, or of DPO's pairs that are taken
+    as labelled wrongly; in training only.
+    """
     z_loss: Annotated[float, Ge(0), Lt(1)] = 0.0
     """The factor of log² Z in the loss of training, such as 1e-4."""
     mask_token: str = ""
@@ -52,9 +55,12 @@ class TaskSettings:
     start_token: str = ""
     """The decoder's first token; empty: the padding token, or the end of text without one."""
 
+    beta: Annotated[float, Gt(0)] = 0.1
+    """How closely DPO and KTO keep to the weights at the start: the factor of log-ratios."""
+
     @property
     def terms(self) -> dict[str, float]:
-        """The terms that change a cross-entropy, without those of 0."""
+        """The terms that change the loss of training, without those of 0."""
         terms = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
         return {name: value for name, value in terms.items() if value}
 
@@ -83,13 +89,13 @@ def make_task(
     `settings`: None for the defaults. `vocabulary`: of the data or of a trained model's tokenizer;
     `lengths`: of the model. Raises RecipeError where the task has no cross-entropy for its terms.
     """
-    from mpillm.tasks.cross_entropy import CrossEntropyTask
     from mpillm.tasks.task import Task
 
     kind = load_class(name, TASKS, "task", Task)  # type: ignore[type-abstract]
     settings = settings or TaskSettings(name)
-    if settings.terms and not issubclass(kind, CrossEntropyTask):
-        named = " and ".join(f"task.{key} = {value:g}" for key, value in settings.terms.items())
+    others = {key: value for key, value in settings.terms.items() if key not in kind.terms}
+    if others:
+        named = " and ".join(f"task.{key} = {value:g}" for key, value in others.items())
         raise RecipeError(
             f"{named} changes a cross-entropy, and the task {name} has none of mpillm's; leave it "
             "out, or derive the task from CrossEntropyTask"

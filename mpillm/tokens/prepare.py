@@ -17,6 +17,7 @@ from mpillm.tasks.task_catalog import DEFAULT as DEFAULT_TASK
 from mpillm.tasks.task_catalog import TASKS
 from mpillm.tokens import shuffle
 from mpillm.tokens.chat.chat_formats import FORMATS, check_format
+from mpillm.tokens.chat.preference_formats import COLUMNS as PREFERENCES
 from mpillm.tokens.encode import EncodedDocuments, encode_documents
 from mpillm.tokens.losses import LossCheck, check_losses
 from mpillm.tokens.make_dataset import (
@@ -145,12 +146,15 @@ class PrepareOptions:
 
     def _check_task(self) -> None:
         check_format(self.format)
-        if self.task != "chat" and (self.format or self.chat_template):
+        sides = PAIR_KINDS.get(self.task)
+        if not (sides and sides.is_chat) and (self.format or self.chat_template):
             option = "--format" if self.format else "--chat-template"
             raise UsageError(
                 f"{option} is of conversations, and --task {self.task} has none; leave it out, or "
-                "give --task chat"
+                "give --task chat or preference"
             )
+        if sides and sides.is_preference:
+            self._check_preferences()
         if self.task in PAIR_KINDS:
             if self.field != DEFAULT_FIELD:
                 raise UsageError(
@@ -160,10 +164,27 @@ class PrepareOptions:
         elif self.task not in TASKS:
             known = ", ".join(dict.fromkeys([*TASKS, *PAIR_KINDS]))
             raise UsageError(f"--task {self.task!r} is unknown; tasks: {known}")
+        elif self.task == "dpo":
+            raise UsageError(
+                "the task dpo learns from preferences: prepare them by --task preference"
+            )
         elif self.source_field or self.target_field:
             raise UsageError(
                 f"--source-field and --target-field are of pairs, and --task {self.task} reads "
                 "text; name its field by --field"
+            )
+
+    def _check_preferences(self) -> None:
+        """Raise UsageError for options that preferences do not have."""
+        if self.source_field or self.target_field:
+            raise UsageError(
+                f"--source-field and --target-field name two columns, and --task {self.task} reads "
+                "a prompt and its answers by the names of its formats; rename the columns"
+            )
+        if self.format not in ("", *PREFERENCES):
+            raise UsageError(
+                f"--format {self.format} is of --task chat; formats of --task {self.task}: "
+                f"{', '.join(PREFERENCES)}"
             )
 
 

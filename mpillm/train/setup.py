@@ -14,6 +14,7 @@ from mpillm.infer.loading import (
     open_of,
     read_vocabulary,
 )
+from mpillm.infer.references import find_references
 from mpillm.infer.task_checks import check_task
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.machine.memory import read_memory
@@ -89,6 +90,7 @@ def train(
         _check_context(recipe, task)
     _check_groups(recipe)
     _check_packing(recipe, task)
+    _check_reference(recipe, task)
     with open_of(manifest, "train") as reader:
         # Before the run has a folder: a dataset shorter than one context, or a missing profile,
         # must leave nothing to clean up.
@@ -131,9 +133,15 @@ def train(
                 held = {name: trainer.held(name, each) for name, each in trainer.stepped.items()}
                 start_from(place, recipe.model, held, manifest, comm, console)
                 trainer.model.gradients.updated()
+            references = None
+            if task.needs_reference:
+                given = trainer.model, manifest, folder
+                references = find_references(*given, checkpoint is None, comm, console)
+                references.give(reader)
             loop = TrainingLoop(
-                recipe, manifest, constants, trainer, console, trace, limits, cluster, hold, memory
-            )
+                recipe, manifest, constants, trainer, console, trace, limits, cluster, hold, memory,
+                references,
+            )  # fmt: skip
             loop.run(checkpoint)
             trainer.close()
 
@@ -201,6 +209,11 @@ def _compiles(recipe: Recipe, task: Task, comm: "MPI.Intracomm", console: Consol
     """
     if not recipe.train.compile:
         return False
+    if "documents" in task.field_names:
+        raise RecipeError(
+            "train.compile = true needs the same computation in every step, and the task "
+            f"{task.name} keeps answers apart, which cuts each batch otherwise; leave it out"
+        )
     if recipe.data.numbers_documents(task):
         way_out = "set data.pack = false" if task.packs else "leave one of them out"
         name = "pack" if task.packs else "document_mask"
@@ -241,10 +254,25 @@ def _check_context(recipe: Recipe, task: Task) -> None:
 def _check_packing(recipe: Recipe, task: Task) -> None:
     """Raise RecipeError where conversations would share rows of a model that reads across them."""
     reads = "documents" in recipe.model.shared_inputs
+    if "documents" in task.field_names and not reads:
+        raise RecipeError(
+            f"the task {task.name} keeps answers apart by documents, which the architecture "
+            f"{recipe.model.architecture} does not read; take another one"
+        )
     if recipe.data.numbers_documents(task) and not reads:
         raise RecipeError(
             f"data.pack = true keeps conversations apart by documents, which the architecture "
             f"{recipe.model.architecture} does not read; set data.pack = false"
+        )
+
+
+def _check_reference(recipe: Recipe, task: Task) -> None:
+    """Raise RecipeError where a task that compares with a model at the start has none."""
+    if task.needs_reference and not recipe.train.start_from:
+        raise RecipeError(
+            f"the task {task.name} compares answers with those of the weights at the start, and "
+            "train.start_from names none; name the run of an instruction tuning, such as "
+            "--set train.start_from=runs/chat"
         )
 
 

@@ -107,8 +107,8 @@ class Trainer:
         documents = recipe.data.numbers_documents(task)
         row = RowShape.of(task, Lengths.of(recipe.model), documents)
         self._samples = reader.steps(row, recipe.train.batch, recipe.train.seed)
-        offered = (*task.field_names, *(["documents"] if documents else []))
-        self._reads_fields = self.model.reads_fields(offered)
+        offered = {*task.field_names, *(["documents"] if documents else [])}
+        self._reads_fields = self.model.reads_fields(sorted(offered))
         self._first_row = batch_share(mesh.sizes, mesh.coordinates)[0] * plan.rows
         self._reading = _reading_thread(self.model.device)
         self._ahead: tuple[int, Future[list[Fields]] | None] = (-1, None)

@@ -192,15 +192,17 @@ class ScoringStage:
         read = {name: x if name in stay else x.to(device) for name, x in fields.items()}
         with torch.inference_mode():
             made = part.forward_part(read, streams).outputs
-            # Metrics read logits: these are computed once, for the loss too.
-            outputs = plain_outputs(made) if self._metrics else _outputs_for(self._task, made)
+            # Where metrics read logits, these are computed once, for the loss too.
+            plain = self._metrics and self._task.metrics_read_logits
+            outputs = plain_outputs(made) if plain else _outputs_for(self._task, made)
         if part.begins:
             self._done()
         if not part.ends:
             return outputs
         with torch.inference_mode():
             losses_B = self._task.row_losses(outputs, read).double().cpu().numpy()
-        self.scores[microbatch] = self._score(losses_B, outputs, fields)
+            measured = self._task.metric_outputs(outputs, read) if self._metrics else ()
+        self.scores[microbatch] = self._score(losses_B, measured, fields)
         return ()
 
     def _score(
@@ -209,7 +211,9 @@ class ScoringStage:
         weights_B = np.array(self._task.row_weights(fields, len(losses_B)), np.float64)
         tables: list[Array] = []
         if self._metrics:
-            arrays = [output.float().cpu().numpy() for output in outputs]
+            # NumPy has no bfloat16.
+            wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in outputs]
+            arrays = [output.cpu().numpy() for output in wide]
             given = {name: field.cpu().numpy() for name, field in fields.items()}
             tables = [of_rows(arrays, given) for of_rows in self._metrics]
         rows = RowStatistics.joined([losses_B[:, None], weights_B[:, None], *tables])

@@ -16,6 +16,7 @@ Arrays = Mapping[str, Array]
 CLASSES = ("a class of each row", "a class of each position")
 TOKENS = ("next tokens", "next tokens of a target", "hidden tokens")
 NUMBERS = ("a number of each row",)
+REWARDS = ("rewards of answers",)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Metric(ABC):
     """
 
     output_kinds: ClassVar[tuple[str, ...]] = ()
-    """What it reads, as `Task.output_kind` names it: other tasks are refused; (): any task."""
+    """What it reads, as `Task.metric_kind` names it: other tasks are refused; (): any task."""
 
     is_table: ClassVar[bool] = False
     """Whether its figures are those of `table`, in place of one value."""

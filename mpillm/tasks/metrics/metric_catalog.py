@@ -22,6 +22,8 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "brier": "mpillm.tasks.metrics.calibration:Brier",
         "mse": "mpillm.tasks.metrics.regression:SquaredError",
         "pearson": "mpillm.tasks.metrics.regression:Pearson",
+        "preference-accuracy": "mpillm.tasks.metrics.rewards:PreferenceAccuracy",
+        "reward-margin": "mpillm.tasks.metrics.rewards:RewardMargin",
         "entity-f1": "mpillm.tasks.metrics.entity_f1:EntityF1",
         "token-error-rate": "mpillm.tasks.metrics.token_error_rate:TokenErrorRate",
         "word-error-rate": "mpillm.tasks.metrics.token_error_rate:WordErrorRate",

@@ -11,6 +11,7 @@ from mpillm.system.messages import printable
 from mpillm.tokens.chat.answer_spans import AnswerSpan, Rendering, SpanFinder
 from mpillm.tokens.chat.chat_formats import Conversation
 from mpillm.tokens.chat.chat_template import ChatTemplate
+from mpillm.tokens.chat.preference_formats import LEARNT
 from mpillm.tokens.text.records import RecordError
 from mpillm.tokens.tokenizer import Ids, Tokenizer
 
@@ -38,7 +39,9 @@ class ChatEncoder:
             ids = np.concatenate((*self._tokenizer.encode_batch([conversation["text"]]), end))
             supervised = np.ones(len(ids), np.uint8)
         else:
-            ids, supervised = self._rendered(self.render(conversation))
+            # Of preferences, the answers that both conversations share are a part of the prompt.
+            last = conversation.get(LEARNT, 0)
+            ids, supervised = self._rendered(self.render(conversation), last)
         # Nothing predicts the first token of a row.
         supervised[0] = 0
         return ChatTokens(ids, supervised)
@@ -52,11 +55,12 @@ class ChatEncoder:
             )
         return self._finder.render(conversation["messages"], conversation.get("tools"))
 
-    def _rendered(self, rendering: Rendering) -> tuple[Ids, Mask]:
+    def _rendered(self, rendering: Rendering, last: int) -> tuple[Ids, Mask]:
+        """Encode a text; its `last` answers are learnt, all of them for 0."""
         [(ids, offsets)] = self._tokenizer.encode_rendered([rendering.text])
         supervised = np.zeros(len(ids), np.uint8)
         begins, ends = np.array(offsets, np.int64).reshape(-1, 2).T
-        for span in rendering.spans:
+        for span in rendering.spans[-last:]:
             inside = (begins < span.stop) & (ends > span.start) & (begins < ends)
             places = np.flatnonzero(inside).tolist()
             if not places:

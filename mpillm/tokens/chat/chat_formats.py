@@ -62,7 +62,7 @@ def conversation_of(record: Any, form: str, fields: Sequence[str] = ()) -> tuple
 
     `fields`: the columns of a prompt and an answer, where an option names them. Raises RecordError.
     """
-    whole, halves = _whole(object_of(record))
+    whole, halves = whole_texts(object_of(record))
     if fields:
         found = _turns(_named(whole, fields[0]), _named(whole, fields[1]))
     else:
@@ -72,7 +72,7 @@ def conversation_of(record: Any, form: str, fields: Sequence[str] = ()) -> tuple
                 f"{columns_of(whole)}; write all records alike, or name another by --format"
             )
         found = FORMATS[form].read(whole)
-    _check(found)
+    check_conversation(found)
     return found, halves
 
 
@@ -105,7 +105,7 @@ def _named(record: Record, column: str) -> str:
     return value
 
 
-def _check(found: Conversation) -> None:
+def check_conversation(found: Conversation) -> None:
     """Raise RecordError for a conversation without an answer, or with an empty one."""
     if "text" in found:
         if not found["text"].strip():
@@ -121,20 +121,20 @@ def _check(found: Conversation) -> None:
             raise RecordError("has an empty answer; write one, or leave the record out")
 
 
-def _whole(value: Any) -> tuple[Any, int]:
+def whole_texts(value: Any) -> tuple[Any, int]:
     """Replace halves of characters, which cannot be encoded, at any depth."""
     if isinstance(value, str):
         return HALF.subn(REPLACEMENT, value)
     if isinstance(value, list):
-        parts = [_whole(each) for each in value]
+        parts = [whole_texts(each) for each in value]
         return [part for part, _ in parts], sum(count for _, count in parts)
     if isinstance(value, dict):
-        pairs = {key: _whole(each) for key, each in value.items()}
+        pairs = {key: whole_texts(each) for key, each in value.items()}
         return {k: part for k, (part, _) in pairs.items()}, sum(n for _, n in pairs.values())
     return value, 0
 
 
-def _message(role: Any, content: Any, other: Record = MappingProxyType({})) -> Conversation:
+def message(role: Any, content: Any, other: Record = MappingProxyType({})) -> Conversation:
     """Make a message. Raises RecordError for an unknown role, and for what is no text."""
     name = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
     if name not in ROLES:
@@ -164,13 +164,13 @@ def _text(record: Record, column: str) -> str:
     return value
 
 
-def _system(record: Record) -> list[Conversation]:
+def system_of(record: Record) -> list[Conversation]:
     text = record.get("system")
-    return [_message("system", text)] if isinstance(text, str) and text else []
+    return [message("system", text)] if isinstance(text, str) and text else []
 
 
 def _turns(prompt: str, answer: str) -> Conversation:
-    return {"messages": [_message("user", prompt), _message("assistant", answer)]}
+    return {"messages": [message("user", prompt), message("assistant", answer)]}
 
 
 def _is_list(value: Any, *keys: str) -> bool:
@@ -182,7 +182,7 @@ def _is_list(value: Any, *keys: str) -> bool:
     )
 
 
-def _with_tools(record: Record, messages: list[Conversation]) -> Conversation:
+def with_tools(record: Record, messages: list[Conversation]) -> Conversation:
     """Add the tools that may be called: a list, or its JSON in a text."""
     tools = record.get("tools")
     if isinstance(tools, str) and tools.strip():
@@ -194,12 +194,12 @@ def _with_tools(record: Record, messages: list[Conversation]) -> Conversation:
 
 
 def _of_openai(value: list[Any]) -> list[Conversation]:
-    return [_message(each["role"], each.get("content"), each) for each in value]
+    return [message(each["role"], each.get("content"), each) for each in value]
 
 
 def _of_sharegpt(value: list[Any]) -> list[Conversation]:
     return [
-        _call(each["value"]) if each["from"] == CALL else _message(each["from"], each["value"])
+        _call(each["value"]) if each["from"] == CALL else message(each["from"], each["value"])
         for each in value
     ]
 
@@ -215,10 +215,10 @@ def _call(text: Any) -> Conversation:
             f"has a call of a tool that isn't JSON with name and arguments: {failure}"
         ) from failure
     listed = [{"type": "function", "function": each} for each in functions]
-    return _message("assistant", "", {"tool_calls": listed})
+    return message("assistant", "", {"tool_calls": listed})
 
 
-def _messages_of(value: Any) -> list[Conversation] | None:
+def messages_of(value: Any) -> list[Conversation] | None:
     """Read messages of either form; None for anything else."""
     if _is_list(value, "role"):
         return _of_openai(value)
@@ -227,33 +227,33 @@ def _messages_of(value: Any) -> list[Conversation] | None:
 
 def _read_messages(record: Record) -> Conversation:
     column = next(name for name in MESSAGE_COLUMNS if _is_list(record.get(name), "role"))
-    return _with_tools(record, [*_system(record), *_of_openai(record[column])])
+    return with_tools(record, [*system_of(record), *_of_openai(record[column])])
 
 
 def _read_sharegpt(record: Record) -> Conversation:
     column = next(name for name in MESSAGE_COLUMNS if _is_list(record.get(name), "from", "value"))
-    return _with_tools(record, [*_system(record), *_of_sharegpt(record[column])])
+    return with_tools(record, [*system_of(record), *_of_sharegpt(record[column])])
 
 
 def _read_alpaca(record: Record) -> Conversation:
-    messages = _system(record)
+    messages = system_of(record)
     for asked, answered in record.get("history") or ():
         messages += _turns(asked, answered)["messages"]
     given = record.get("input")
     prompt = _text(record, "instruction")
     if isinstance(given, str) and given:
         prompt = f"{prompt}\n{given}" if prompt else given
-    return _with_tools(record, messages + _turns(prompt, _text(record, "output"))["messages"])
+    return with_tools(record, messages + _turns(prompt, _text(record, "output"))["messages"])
 
 
 def _read_prompt(record: Record) -> Conversation:
     if isinstance(record["prompt"], str):
         turns = _turns(record["prompt"], _text(record, "completion"))["messages"]
-        return _with_tools(record, [*_system(record), *turns])
-    parts = [_messages_of(record[name]) for name in ("prompt", "completion")]
+        return with_tools(record, [*system_of(record), *turns])
+    parts = [messages_of(record[name]) for name in ("prompt", "completion")]
     if None in parts:
         raise RecordError("has a prompt and a completion of two forms; write both alike")
-    return _with_tools(record, [each for part in parts for each in part or ()])
+    return with_tools(record, [each for part in parts for each in part or ()])
 
 
 def _read_squad(record: Record) -> Conversation:
@@ -264,11 +264,17 @@ def _read_squad(record: Record) -> Conversation:
 
 
 def _refuse_preference(record: Record) -> Conversation:
-    raise RecordError("holds a chosen and a rejected answer: pairs of preferences are no chat")
+    raise RecordError(
+        "holds a chosen and a rejected answer: pairs of preferences are no chat; "
+        "prepare them by --task preference"
+    )
 
 
 def _refuse_kto(record: Record) -> Conversation:
-    raise RecordError("holds an answer with a label, of KTO: such records are no chat")
+    raise RecordError(
+        "holds an answer with a label, of KTO: such records are no chat; prepare them by --task "
+        "preference"
+    )
 
 
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")

@@ -14,7 +14,9 @@ from mpillm.tokens.chat.chat_encoder import ChatEncoder
 from mpillm.tokens.chat.chat_formats import FORMATS, words_of
 from mpillm.tokens.chat.chat_preview import EXAMPLES, check_template, print_example
 from mpillm.tokens.chat.chat_template import ChatTemplate, find_template
+from mpillm.tokens.chat.preference_formats import COLUMNS as COLUMNS_OF_PREFERENCES
 from mpillm.tokens.pairs.pair_records import PairRecord, read_records
+from mpillm.tokens.pairs.pair_shards import PAIR_KINDS
 from mpillm.tokens.pairs.pair_survey import COLUMNS, PairSurvey
 from mpillm.tokens.text.records import RecordError
 from mpillm.tokens.tokenizer import Tokenizer
@@ -22,6 +24,7 @@ from mpillm.tokens.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from mpillm.tokens.prepare import PrepareOptions
 
+COLUMNS_OF = {name: form.columns for name, form in FORMATS.items()} | COLUMNS_OF_PREFERENCES
 # Tokenizers that are made here have no folder.
 MADE = ("bpe", "bytes")
 
@@ -49,8 +52,9 @@ def template_of(
     if template is None and form != "text":
         where = "" if folder is None else f" in {one_line(folder)}"
         raise UsageError(
-            f"--task chat writes conversations by the chat template of the tokenizer, and there is "
-            f"none{where}; give --tokenizer the folder of a chat model, or --chat-template FILE"
+            f"--task {options.task} writes conversations by the chat template of the tokenizer, "
+            f"and there is none{where}; give --tokenizer the folder of a chat model, or "
+            "--chat-template FILE"
         )
     if template is None or options.end_of_text:
         return template, options.end_of_text
@@ -73,21 +77,31 @@ def preview(
     Raises DataError for one that cannot be encoded, UsageError for a template of another tokenizer.
     """
     template = found.template
-    columns = ", ".join(found.fields) if found.form == COLUMNS else FORMATS[found.form].columns
+    columns = ", ".join(found.fields) if found.form == COLUMNS else COLUMNS_OF[found.form]
     records = counted(found.n_pairs, "record")
     console.say(f"format: {found.form} ({columns}), {records}")
     for number, record in enumerate(islice(_all_records(found), EXAMPLES)):
+        given = record.conversations
         try:
-            tokens = encoder.tokens(record.source)
-            if template is not None and not number and "messages" in record.source:
-                words = "\n".join(words_of(record.source))
-                check_template(template, encoder.render(record.source).text, words, tokenizer)
+            tokens = [encoder.tokens(each) for each in given]
+            if template is not None and not number and "messages" in given[0]:
+                words = "\n".join(words_of(given[0]))
+                check_template(template, encoder.render(given[0]).text, words, tokenizer)
         except RecordError as failure:
             raise DataError(f"{record.place} {failure}") from failure
-        if template is not None and record.source.get("tools") and not template.knows_tools:
+        if template is not None and given[0].get("tools") and not template.knows_tools:
             console.warn(f"{template.place} writes no tools, and {record.place} has some")
-        console.say(f"{record.place}, learnt is what is marked:")
-        print_example(tokens, tokenizer, console)
+        for each, side in zip(tokens, _sides_of(record, found.kind), strict=True):
+            console.say(f"{record.place}{side}, learnt is what is marked:")
+            print_example(each, tokenizer, console)
+
+
+def _sides_of(record: PairRecord, kind: str) -> list[str]:
+    """Name each conversation of a record; "" for a chat."""
+    if not PAIR_KINDS[kind].is_preference:
+        return [""]
+    named = {", chosen": record.source, ", rejected": record.target}
+    return [name for name, conversation in named.items() if conversation]
 
 
 def _all_records(found: PairSurvey) -> Iterator[PairRecord]:

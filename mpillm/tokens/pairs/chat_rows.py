@@ -11,6 +11,7 @@ import numpy as np
 from mpillm.errors import DataError
 from mpillm.tokens.order import task_keys
 from mpillm.tokens.pairs.packing import Packing, one_a_row, pack_rows
+from mpillm.tokens.pairs.pair_shards import LEARNT
 from mpillm.tokens.samples import RawRows, RowShape
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
+
+
+# Of a pair of preferences.
+TWO = ", both answers together with their prompts"
 
 
 class ChatLengths:
@@ -31,13 +36,19 @@ class ChatLengths:
         self.kept = reader.lengths()
         self.long = np.flatnonzero(self.kept > capacity).tolist()
         self.whole = 0
+        # A preference is about whole answers.
+        self._whole_alone = reader.form.sides.is_preference
         for pair in self.long:
-            kept, whole = cut_place(reader.supervised(pair), capacity)
+            kept, whole = 0, False
+            if not self._whole_alone:
+                kept, whole = cut_place(reader.supervised(pair), capacity)
             self.kept[pair], self.whole = kept, self.whole + whole
         if not self.kept.any():
+            lacks = "has an answer that begins" if not self._whole_alone else "is whole"
             raise DataError(
-                f"no conversation of the {reader.name} split of {reader.manifest.folder} has an "
-                f"answer that begins within {capacity:,} tokens; raise model.context"
+                f"no conversation of the {reader.name} split of {reader.manifest.folder} {lacks} "
+                f"within {capacity:,} tokens{TWO * (reader.form.sides.sides > 1)}; raise "
+                "model.context"
             )
 
     @property
@@ -46,6 +57,9 @@ class ChatLengths:
 
     def describe(self) -> str:
         """Say how many conversations are cut, and where; "" for none."""
+        if self._whole_alone and self.long:
+            many = f"{len(self.long):,} of {len(self.kept):,} records"
+            return f"left out: {many} are longer than a row; raise model.context"
         parts = {
             "end after a whole answer": self.whole,
             "within one": len(self.long) - self.whole - self.left_out,
@@ -74,21 +88,41 @@ def read_rows(
 ) -> RawRows:
     """Read the conversations of each row: `tokens`, `supervised`, (B, length), and where
     `numbered` their `documents`. Padding is a document of its own. Raises DataError.
+
+    Preferences are numbered always, the two answers of a pair apart. They have `rejected`, 1 for
+    tokens of rejected answers, and `reference`, float64: the reference's log-probability of an
+    answer, at the first token of its conversation.
     """
+    sides = reader.form.sides
     tokens_BT = np.full((len(rows), length), reader.form.padding, np.int64)
     learnt_BT = np.zeros((len(rows), length), np.uint8)
     documents_BT = np.zeros((len(rows), length), np.int64)
+    reference_BT = np.zeros((len(rows), length) if sides.is_preference else 0)
     for row, pairs in enumerate(rows):
         place = 0
         for number, pair in enumerate(pairs.tolist()):
-            ids, learnt = reader.conversation(pair, int(kept[pair]))
+            ids, marks = reader.conversation(pair, int(kept[pair]))
             part = slice(place, place + len(ids))
-            tokens_BT[row, part], learnt_BT[row, part] = ids, learnt
-            documents_BT[row, part] = number
+            tokens_BT[row, part], learnt_BT[row, part] = ids, marks
+            documents_BT[row, part] = number * sides.sides
+            if sides.sides > 1:
+                documents_BT[row, part] += marks >> 1
+            if sides.is_preference:
+                _place_reference(reference_BT[row, part], marks, reader.reference_of(pair))
             place += len(ids)
-        documents_BT[row, place:] = len(pairs)
-    found: RawRows = {"tokens": tokens_BT, "supervised": learnt_BT}
+        documents_BT[row, place:] = len(pairs) * sides.sides
+    found: RawRows = {"tokens": tokens_BT, "supervised": learnt_BT & LEARNT}
+    if sides.is_preference:
+        found |= {"rejected": learnt_BT >> 1, "reference": reference_BT}
+    numbered = numbered or sides.is_preference
     return {**found, "documents": documents_BT} if numbered else found
+
+
+def _place_reference(reference_T: Array, marks_T: Array, values: Array) -> None:
+    """Set the value of each side, (2,), where its conversation begins."""
+    rejected_T = marks_T >> 1
+    begins_T = np.flatnonzero(np.diff(rejected_T, prepend=1 - rejected_T[:1]))
+    reference_T[begins_T] = values[rejected_T[begins_T]]
 
 
 class ChatSteps:

@@ -30,6 +30,7 @@ TARGET_DTYPES = {
     "label": ("<i4",),
     "labels": ("<i4",),
     "supervised": ("|u1",),
+    "preferred": ("|u1",),
 }
 # Dims of a row of each source: a frame has its mels, a picture channels, height and width.
 ITEM_DIMS = {"source": 0, "frames": 1, "pixels": 3}

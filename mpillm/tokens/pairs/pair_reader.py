@@ -95,6 +95,10 @@ class PairReader:
         self._open: dict[int, _OpenShard] = {}
         self._packed: dict[tuple[RowShape, int, int], ChatSteps] = {}
         self._row_lengths: dict[int, ChatLengths] = {}
+        self.references: Array | None = None
+        """Of preferences, the reference's log-probability of each pair's chosen answer and of its
+        rejected one, float64 (n_pairs, 2). It is set before rows are read.
+        """
 
     def __enter__(self) -> Self:
         return self
@@ -134,7 +138,8 @@ class PairReader:
         if self._chats:
             known = [steps for key, steps in self._packed.items() if key[0] == row]
             rows = len((known[-1] if known else ChatSteps(self, row, 1, 0)).packing)
-            what = f"{self.n_pairs:,} conversations in {rows:,} rows"
+            name = "pairs" if self.form.sides.sides > 1 else "conversations"
+            what = f"{self.n_pairs:,} {name} in {rows:,} rows"
             return f"{what} of {row.tokens - 1:,}, read {samples / rows:.2f} times"
         return f"{self.n_pairs:,} pairs, read {samples / self.n_pairs:.2f} times"
 
@@ -163,6 +168,11 @@ class PairReader:
             raise self._damaged(pair)
         self._check(np.array([pair]), [ids], [learnt])
         return ids, learnt
+
+    def reference_of(self, pair: int) -> Array:
+        """Return the reference's log-probabilities of a pair's answers, (2,)."""
+        assert self.references is not None, "the references of the rows are not set"
+        return self.references[pair]  # type: ignore[no-any-return]
 
     def _place(self, pair: int) -> tuple[_OpenShard, int]:
         number = int(np.searchsorted(self._firsts, pair, "right")) - 1
@@ -249,6 +259,7 @@ class PairReader:
             "label": (0, len(self.form.classes)),
             "labels": (NO_LABEL, len(self.form.classes)),
             "supervised": (0, 2),
+            "preferred": (0, 4),
         }[sides.target]
         for limits, rows in ((tokens, source), (classes, target)):
             for number, row in zip(numbers.tolist(), rows, strict=True):

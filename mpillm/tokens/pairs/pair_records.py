@@ -11,11 +11,12 @@ import numpy as np
 
 from mpillm.errors import DataError
 from mpillm.system.messages import explain
-from mpillm.tokens.chat.chat_encoder import ChatEncoder, learnt_part
-from mpillm.tokens.chat.chat_formats import conversation_of, words_of
+from mpillm.tokens.chat.chat_encoder import ChatEncoder, ChatTokens, learnt_part
+from mpillm.tokens.chat.chat_formats import Conversation, conversation_of, words_of
+from mpillm.tokens.chat.preference_formats import preference_of
 from mpillm.tokens.losses import LossCheck
 from mpillm.tokens.pairs.pair_reader import NO_LABEL
-from mpillm.tokens.pairs.pair_shards import PAIR_KINDS, PairKind
+from mpillm.tokens.pairs.pair_shards import PAIR_KINDS, REJECTED, PairKind
 from mpillm.tokens.pairs.pictures import picture_of
 from mpillm.tokens.pairs.sound import sound_frames
 from mpillm.tokens.sources import SourcePiece, lines_of, place_of_line
@@ -29,6 +30,9 @@ DEFAULT_FIELDS = MappingProxyType(
     {
         # Those of a prompt and an answer; without an option the format's own.
         "chat": ("prompt", "completion"),
+        # Their formats alone.
+        "preference": ("chosen", "rejected"),
+        "kto": ("completion", "label"),
         "seq2seq": ("source", "target"),
         "sequence-classification": ("text", "label"),
         "token-classification": ("tokens", "tags"),
@@ -45,7 +49,8 @@ Label = str | int
 class PairRecord:
     """A record's two values, checked by kind, and its place for messages.
 
-    `replaced` counts places of its line that are no text, `halves` those of characters in JSON.
+    `replaced` counts places of its line that are no text, `halves` those of characters in JSON. Of
+    preferences, the source is the chosen conversation and the target the rejected one, if any.
     """
 
     piece: SourcePiece
@@ -59,6 +64,11 @@ class PairRecord:
     def place(self) -> str:
         """The file and the line, for messages."""
         return place_of_line(self.piece, self.offset)
+
+    @property
+    def conversations(self) -> list[Conversation]:
+        """The conversations of a chat, or of its preferences, the chosen one first."""
+        return [each for each in (self.source, self.target) if isinstance(each, dict)]
 
     @property
     def folder(self) -> Path:
@@ -75,7 +85,12 @@ def read_records(
     """
     for offset, record, replaced in raw_records(piece):
         try:
-            if PAIR_KINDS[kind].is_chat:
+            source: Any
+            target: Any
+            if PAIR_KINDS[kind].is_preference:
+                found = preference_of(record, form)
+                source, target, a, b = found.chosen, found.rejected, found.halves, 0
+            elif PAIR_KINDS[kind].is_chat:
                 (source, a), (target, b) = conversation_of(record, form, fields), ("", 0)
             else:
                 (source, a), (target, b) = map(_whole, _sides(record, PAIR_KINDS[kind], fields))
@@ -234,17 +249,20 @@ class PairEncoder:
         return list(zip(sources, targets, strict=True))
 
     def _encode_chats(self, records: Sequence[PairRecord]) -> list[tuple[Array, Array]]:
-        """Encode conversations up to their last token that is learnt."""
+        """Encode conversations, each up to its last token that is learnt."""
         assert self.chat is not None
         made: list[tuple[Array, Array]] = []
         for record in records:
             try:
-                ids, supervised = learnt_part(self.chat.tokens(record.source))
+                found = [learnt_part(self.chat.tokens(each)) for each in record.conversations]
             except RecordError as failure:
                 raise DataError(f"{record.place} {failure}") from failure
-            made.append((ids, supervised))
+            if record.target:
+                found[-1] = ChatTokens(found[-1].ids, found[-1].supervised | np.uint8(REJECTED))
+            ids, marks = (np.concatenate(each) for each in zip(*found, strict=True))
+            made.append((ids, marks))
         if not self.tokenizer.keeps_all:
-            texts = [text for record in records for text in words_of(record.source)]
+            texts = [text for r in records for each in r.conversations for text in words_of(each)]
             self.losses.see(texts, self.tokenizer.encode_batch(texts))
         return made
 

@@ -3,7 +3,8 @@
     /source       the sources of all pairs in order: token ids, frames of sound, or pictures
     /source_ends  <u8  the end of each pair's source in /source (exclusive)
     /target       the targets in order: token ids <u2 or <u4, numbers of classes <i4,
-                  or, of chats, <u1: 1 for each token of the source that is learnt
+                  or, of chats, <u1: 1 for each token of the source that is learnt, and, of
+                  preferences, 2 more for each token of a rejected answer's conversation
     /target_ends  <u8  the end of each pair's target in /target
 
 A source of sound has a row of /source for each frame, a picture is one row. Pairs are shuffled by
@@ -29,25 +30,39 @@ from mpillm.tokens.shards import READ_BYTES, VERSION, Documents, ShardFile, rest
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+# The bits of a token of conversations: it is learnt; its answer is rejected.
+LEARNT, REJECTED = 1, 2
+
+
 class PairKind(NamedTuple):
     """What the two sides of a pair are.
 
     `source`: tokens (`source`), `frames` or `pixels`. `target`: tokens (`target`), a class
     (`label`), a class for each token (`labels`), or 1 for each token that is learnt (`supervised`).
+    Of preferences (`preferred`), 2 more for each token of a rejected answer and its prompt.
+    `sides`: the conversations of a pair, which follow each other.
     """
 
     source: str
     target: str
+    sides: int = 1
 
     @property
     def is_chat(self) -> bool:
-        """Whether a pair is a conversation: its two sides are of the same tokens."""
-        return self.target == "supervised"
+        """Whether a pair is made of conversations: its source and target are of the same tokens."""
+        return self.target == "supervised" or self.is_preference
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether answers are chosen or rejected."""
+        return self.target == "preferred"
 
 
 PAIR_KINDS: Mapping[str, PairKind] = MappingProxyType(
     {
         "chat": PairKind("source", "supervised"),
+        "preference": PairKind("source", "preferred", 2),
+        "kto": PairKind("source", "preferred"),
         "seq2seq": PairKind("source", "target"),
         "sequence-classification": PairKind("source", "label"),
         "token-classification": PairKind("source", "labels"),

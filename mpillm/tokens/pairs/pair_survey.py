@@ -15,6 +15,7 @@ from mpillm.system.json_text import to_json
 from mpillm.system.messages import explain
 from mpillm.tokens.chat.chat_formats import recognise, words_of
 from mpillm.tokens.chat.chat_template import ChatTemplate
+from mpillm.tokens.chat.preference_formats import LABELLED, recognise_preference
 from mpillm.tokens.pairs.pair_records import (
     DEFAULT_FIELDS,
     Label,
@@ -74,7 +75,11 @@ def survey_pairs(
     fields = (options.source_field or default[0], options.target_field or default[1])
     pieces = _pieces(options, fields, out, comm, console)
     form = ""
-    if PAIR_KINDS[kind].is_chat:
+    if PAIR_KINDS[kind].is_preference:
+        fields = ()
+        given = options.format or (kind if kind == LABELLED else "")
+        form = kind = given or on_root(comm, lambda: _recognised(pieces, True))
+    elif PAIR_KINDS[kind].is_chat:
         form = COLUMNS if options.source_field or options.target_field else options.format
         form = form or on_root(comm, lambda: _recognised(pieces))
         fields = fields if form == COLUMNS else ()
@@ -100,10 +105,20 @@ def survey_pairs(
     count, nbytes, content = (sum(each[number] for each in every) for number in range(3))
     if not count:
         raise _no_record(fields)
+    if kind == LABELLED:
+        _check_labels(labels, count)
+    classes = () if kind == LABELLED else class_names(labels)
     digest = f"{content % (1 << 64):016x}"
-    return replace(
-        empty, n_pairs=count, n_characters=nbytes, content=digest, classes=class_names(labels)
-    )
+    return replace(empty, n_pairs=count, n_characters=nbytes, content=digest, classes=classes)
+
+
+def _check_labels(labels: set[Label], count: int) -> None:
+    """Raise DataError where the answers of KTO are all desirable, or none."""
+    if len(labels) == 1:
+        raise DataError(
+            f"all {count:,} records have an answer that is {next(iter(labels))}: KTO learns from "
+            "both, so add records with the other label"
+        )
 
 
 def _no_record(fields: Sequence[str]) -> DataError:
@@ -136,12 +151,12 @@ def _pieces(
     return pieces
 
 
-def _recognised(pieces: Sequence[SourcePiece]) -> str:
-    """Recognise the format of the first record. Raises DataError."""
+def _recognised(pieces: Sequence[SourcePiece], preferences: bool = False) -> str:
+    """Recognise the format of the first record, of `preferences` or of a chat. Raises DataError."""
     for piece in pieces:
         for offset, record, _ in raw_records(piece):
             try:
-                return recognise(record)
+                return recognise_preference(record) if preferences else recognise(record)
             except RecordError as failure:
                 raise DataError(f"{place_of_line(piece, offset)} {failure}") from failure
     raise _no_record(())
@@ -165,7 +180,9 @@ def _identity(record: PairRecord, kind: str) -> bytes:
 
 def _labels_of(record: PairRecord, kind: str) -> set[Label]:
     target = PAIR_KINDS[kind].target
-    if target in ("target", "supervised"):
+    if kind == LABELLED:
+        return {"desirable" if record.source else "undesirable"}
+    if PAIR_KINDS[kind].is_chat or target == "target":
         return set()
     return set(record.target) if target == "labels" else {record.target}
 
@@ -173,7 +190,9 @@ def _labels_of(record: PairRecord, kind: str) -> set[Label]:
 def text_of(record: PairRecord, kind: str) -> str:
     """Return the text that is learnt from a record; "" for a class."""
     if PAIR_KINDS[kind].is_chat:
-        return "".join(words_of(record.source, answers=True))
+        return "".join(
+            word for each in record.conversations for word in words_of(each, answers=True)
+        )
     return record.target if PAIR_KINDS[kind].target == "target" else ""
 
 
@@ -181,7 +200,7 @@ def texts_of(record: PairRecord, kind: str) -> list[str]:
     """Return all texts of a record: a tokenizer is trained on them."""
     sides = PAIR_KINDS[kind]
     if sides.is_chat:
-        return words_of(record.source)
+        return [word for each in record.conversations for word in words_of(each)]
     texts: list[str] = []
     if sides.source == "source":
         texts += [record.source] if isinstance(record.source, str) else record.source

@@ -39,7 +39,13 @@ from mpillm.tokens.order import mix
 from mpillm.tokens.pairs.chat_pairs import chat_facts, preview, template_of
 from mpillm.tokens.pairs.pair_manifest import PairManifest
 from mpillm.tokens.pairs.pair_records import PairEncoder
-from mpillm.tokens.pairs.pair_shards import PAIR_KINDS, PairFormat, pack, write_pair_shard
+from mpillm.tokens.pairs.pair_shards import (
+    LEARNT,
+    PAIR_KINDS,
+    PairFormat,
+    pack,
+    write_pair_shard,
+)
 from mpillm.tokens.pairs.pair_survey import PairSurvey, survey_pairs, text_of, texts_of
 from mpillm.tokens.split import plan_split
 from mpillm.tokens.tokenizer import Tokenizer, train_bpe
@@ -70,6 +76,8 @@ def prepare_pairs(
     given = out, options.overwrite, "bytes" if pictures else options.tokenizer, options.end_of_text
     tokenizer_json, name = on_root(comm, lambda: check_inputs(*given))
     found = survey_pairs(options, out, comm, console)
+    # Preferences are pairs or have labels: their records tell.
+    options = replace(options, task=found.kind)
     if PAIR_KINDS[options.task].is_chat:
         form = found.form
         template, end = on_root(comm, lambda: template_of(options, tokenizer_json, form))
@@ -166,7 +174,7 @@ def _write(
     else:
         index["split"] = plan.of(index["key"])
     padding = tokenizer.vocabulary.padding or 0
-    targets = {"target": tokenizer.dtype.str, "supervised": "|u1"}
+    targets = {"target": tokenizer.dtype.str, "supervised": "|u1", "preferred": "|u1"}
     target = targets.get(PAIR_KINDS[options.task].target, "<i4")
     closed = tokenizer.closes_rows and PAIR_KINDS[options.task].source == "source" and not chat
     form = PairFormat(options.task, item[0], target, item[1], padding, closed, found.classes)
@@ -224,7 +232,7 @@ def _encode(
                 rows.append((key, ordinal, record.piece.source, 0, len(blob), len(blob)))
                 text_bytes.append(len(text_of(record, found.kind).encode()))
                 if found.form:
-                    tokens, learnt = tokens + len(source), learnt + int(target.sum())
+                    tokens, learnt = tokens + len(source), learnt + int((target & LEARNT).sum())
     return np.array(rows, SPILLED), np.array(text_bytes, np.int64), item, (tokens, learnt)
 
 
@@ -245,9 +253,10 @@ def _unlike(one: Item, other: Item) -> DataError:
 
 def report_pairs(manifest: Manifest, options: "PrepareOptions", console: Console) -> None:
     """Print how many pairs each split has, and their rows and bytes."""
-    rows = []
+    assert isinstance(manifest, PairManifest)
+    rows, kind = [], manifest.pairs
     # The two sides of a conversation are equally long.
-    chats = PAIR_KINDS[options.task].is_chat
+    chats = kind.sides.is_chat
     counted = ["n_source"] if chats else ["n_source", "n_target"]
     for name, split in manifest.splits.items():
         nbytes = sum(shard.nbytes for shard in split.shards)
@@ -255,7 +264,8 @@ def report_pairs(manifest: Manifest, options: "PrepareOptions", console: Console
         counts = [f"{count:,}" for count in (split.n_docs, *sides)]
         rows.append([name, *counts, binary_bytes(nbytes), f"{len(split.shards):,}"])
     classes = f", {len(manifest.classes):,} classes" if manifest.classes else ""
-    title = f"{options.out}: {options.task}, {manifest.vocab_size:,} tokens{classes}"
-    names = ["chats", "tokens"] if chats else ["pairs", "source", "target"]
-    head = ["split", *names, "bytes", "shards"]
+    title = f"{options.out}: {kind.kind}, {manifest.vocab_size:,} tokens{classes}"
+    pairs = "chats" if chats and kind.sides.sides == 1 else "pairs"
+    columns = ["tokens"] if chats else ["source", "target"]
+    head = ["split", pairs, *columns, "bytes", "shards"]
     console.table(title, head, rows)
