@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
+MISMATCHED = "mismatched"
+"""Among the splits, the prompts of the training split with the answers of others."""
+
+
 @dataclass(frozen=True)
 class References:
     """The log-probabilities of answers, float64 (n, 2), by split."""
@@ -45,6 +49,8 @@ class References:
         """Set what the reader's rows are compared with."""
         assert isinstance(reader, PairReader)
         reader.references = self.of_split[reader.name]
+        if reader.name == "train" and MISMATCHED in self.of_split:
+            reader.mismatched.references = self.of_split[MISMATCHED]
 
 
 def find_references(
@@ -61,28 +67,29 @@ def find_references(
     where those of a resumed run are missing or damaged.
     """
     found: dict[str, Array] = {}
-    for split in SPLITS:
-        if not manifest.splits[split].n_tokens:
-            continue
+    splits = [name for name in SPLITS if manifest.splits[name].n_tokens]
+    for name in [*splits, *([MISMATCHED] if scorer.task.needs_baseline else [])]:
+        path, split = run / REFERENCES.format(name), "train" if name == MISMATCHED else name
         if not begins:
-            found[split] = _read(run, manifest, split, comm)
+            found[name] = _read(path, manifest.splits[split].n_docs, comm)
             continue
         with open_of(manifest, split) as reader:
-            console.say(f"the reference of the {split} split: the weights at the start")
-            found[split] = compute_references(scorer, reader, comm, console)
-        on_root(comm, partial(_write, run / REFERENCES.format(split), found[split]))
+            assert isinstance(reader, PairReader)
+            console.say(f"the reference of the {name} answers: the weights at the start")
+            answers = reader.mismatched if name == MISMATCHED else reader
+            found[name] = compute_references(scorer, answers, comm, console)
+        on_root(comm, partial(_write, path, found[name]))
     return References(found)
 
 
 def compute_references(
-    scorer: Scorer, reader: SampleReader, comm: "MPI.Intracomm", console: Console
+    scorer: Scorer, reader: PairReader, comm: "MPI.Intracomm", console: Console
 ) -> Array:
     """Compute the log-probability of each answer of a split, (n, 2); NaN where there is none.
 
     Every rank calls it, and gets all of them. No other reference may be set.
     """
     task = scorer.task
-    assert isinstance(reader, PairReader)
     assert isinstance(task, PreferenceTask)
     # Log-ratios to a reference of 0 are log-probabilities.
     reader.references = np.zeros((reader.n_pairs, 2))
@@ -118,18 +125,16 @@ def read_references(checkpoint: Checkpoint, manifest: Manifest, comm: "MPI.Intra
         )
     folder = checkpoint.folder.absolute()
     run = folder.parents[1] if folder.parent.name == CHECKPOINTS else folder
-    return _read(run, manifest, "validation", comm)
+    path = run / REFERENCES.format("validation")
+    return _read(path, manifest.splits["validation"].n_docs, comm)
 
 
-def _read(run: Path, manifest: Manifest, split: str, comm: "MPI.Intracomm") -> Array:
-    path = run / REFERENCES.format(split)
-    count = manifest.splits[split].n_docs
-
+def _read(path: Path, count: int, comm: "MPI.Intracomm") -> Array:
     def read() -> Array:
         try:
             found: Array = np.load(io.BytesIO(read_plain(path, most=LARGEST_FILE)))
             if found.shape != (count, 2) or found.dtype != np.float64 or np.isinf(found).any():
-                raise ValueError(f"it is no table of the {count:,} records of the {split} split")
+                raise ValueError(f"it is no table of the data's {count:,} records")
         except (OSError, ValueError, EOFError) as failure:
             raise CheckpointError(
                 f"{path} holds what the weights at the start say of the answers, and cannot be "

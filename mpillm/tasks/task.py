@@ -55,6 +55,9 @@ class Task(ABC):
     needs_reference: ClassVar[bool] = False
     """Whether its data comes with what the weights at the start say of it (`reference`)."""
 
+    needs_baseline: ClassVar[bool] = False
+    """Whether training needs the field `baseline` (B, 1), as KTO does: see `reference_point`."""
+
     metric_kind: ClassVar[str] = ""
     """What metrics read, where it is not what the model gives (`output_kind`)."""
 

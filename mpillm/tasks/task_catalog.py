@@ -22,6 +22,7 @@ TASKS: Mapping[str, str] = MappingProxyType(
         "causal-lm": "mpillm.tasks.causal_lm:CausalLM",
         "chat": "mpillm.tasks.chat:Chat",
         "dpo": "mpillm.tasks.dpo:DPO",
+        "kto": "mpillm.tasks.kto:KTO",
         "masked-lm": "mpillm.tasks.masked_lm:MaskedLM",
         "span-corruption": "mpillm.tasks.span_corruption:SpanCorruption",
         "seq2seq": "mpillm.tasks.seq2seq:SequenceToSequence",
@@ -57,6 +58,11 @@ class TaskSettings:
 
     beta: Annotated[float, Gt(0)] = 0.1
     """How closely DPO and KTO keep to the weights at the start: the factor of log-ratios."""
+
+    desirable_weight: Annotated[float, Gt(0)] = 1.0
+    """The weight of desirable answers in the loss of KTO."""
+    undesirable_weight: Annotated[float, Gt(0)] = 1.0
+    """The weight of the other answers."""
 
     @property
     def terms(self) -> dict[str, float]:

@@ -26,6 +26,7 @@ from mpillm.plan.peak_memory import rows_at_once
 from mpillm.tasks.task import Task
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.order import dropout_keys
+from mpillm.tokens.pairs.pair_reader import PairReader
 from mpillm.tokens.samples import RowShape, SampleReader
 from mpillm.train.islands import Islands
 from mpillm.train.loss_scale import LossScale
@@ -37,6 +38,7 @@ from mpillm.train.optimizers.optimizer import (
     whole_shape,
 )
 from mpillm.train.recipe import Recipe
+from mpillm.train.reference_point import ReferencePoint
 from mpillm.train.step_stats import StepStats, check_finite, gather_stats
 from mpillm.weights.slices import Held, TensorSlice, slices_of, split_run
 
@@ -110,6 +112,13 @@ class Trainer:
         offered = {*task.field_names, *(["documents"] if documents else [])}
         self._reads_fields = self.model.reads_fields(sorted(offered))
         self._first_row = batch_share(mesh.sizes, mesh.coordinates)[0] * plan.rows
+        self._reference_point: ReferencePoint | None = None
+        if task.needs_baseline:
+            assert isinstance(reader, PairReader)
+            settings, first = recipe.train, self._first_row
+            self._reference_point = ReferencePoint(
+                self.model, reader, settings.batch, settings.seed, first
+            )
         self._reading = _reading_thread(self.model.device)
         self._ahead: tuple[int, Future[list[Fields]] | None] = (-1, None)
         self.clock_offset = clock_offset(mesh.comm, mesh.node_map)
@@ -165,6 +174,9 @@ class Trainer:
             islands.begin_step(step)
             summing = islands.summing(step)
         batch = self._batch(step)
+        if self._reference_point is not None:
+            together = self.mesh.comm if self._parts(step) == 1 else self.model.island_comm
+            batch = self._reference_point.add(batch, step, together)
         self._prefetch(step + 1)
         read = clock()
         every = self.recipe.train.noise_scale

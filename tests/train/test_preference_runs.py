@@ -1,4 +1,4 @@
-"""Preference tuning, from records to an evaluation: DPO after instruction tuning, on any ranks."""
+"""Preference tuning, from records to an evaluation: DPO and KTO after instruction tuning."""
 
 import json
 import random
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpillm.errors import CheckpointError, MismatchError, RecipeError
+from mpillm.errors import CheckpointError, MismatchError, MpillmError
 from mpillm.infer.print_evaluation import print_evaluation
 from mpillm.system.console import Console
 from mpillm.tokens.prepare import PrepareOptions, prepare
@@ -38,7 +38,7 @@ def records(count: int) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Sets:
-    """A folder with the datasets of conversations and of pairs, and the run that DPO begins with."""
+    """Datasets of conversations, pairs and answers, and the run that the others begin with."""
 
     folder: Path
 
@@ -99,6 +99,12 @@ def sets(shared_folder: Path, comm: MPI.Intracomm) -> Sets:
     if comm.rank == 0:
         pairs = records(160)
         write(made.folder / "pairs", pairs)
+        labelled = [
+            {"prompt": each["prompt"], "completion": each[side], "label": side == "chosen"}
+            for number, each in enumerate(pairs)
+            for side in [("chosen", "rejected")[number % 2]]
+        ]
+        write(made.folder / "labelled", labelled)
         # Half of the answers end as they should.
         chats = [
             {"messages": say(each["prompt"], each["rejected" if number % 2 else "chosen"])}
@@ -125,13 +131,133 @@ def alone(sets: Sets, comm: MPI.Intracomm) -> list[dict[str, Any]]:
     return list(map(json.loads, text.splitlines()))
 
 
-def test_dpo_learns_what_is_preferred(
-    alone: list[dict[str, Any]], sets: Sets, comm: MPI.Intracomm
-) -> None:
+def test_dpo_learns_what_is_preferred(alone: list[dict[str, Any]]) -> None:
     """The model at the start is its own reference: all margins are 0 then."""
     assert losses(alone)[0] == pytest.approx(np.log(2), abs=1e-5)
     last = alone[-1]
-    print(alone)
     assert last["validation_preference_accuracy"] > 0.8
     assert last["validation_reward_margin"] > 0.1
     assert last["validation_loss"] < 0.65
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data": {},
+    "zero": {"zero": 3},
+    "tensor": {"tensor": 2},
+    "pipeline": {"pipeline": 2, "schedule": "zb-h1"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_losses_are_the_same_in_each_layout(
+    layout: str, alone: list[dict[str, Any]], sets: Sets, folder: Path, comm: MPI.Intracomm
+) -> None:
+    if (layout == "data") == (comm.size == 1) or (layout != "data" and comm.size % 2):
+        pytest.skip("several ranks share the batch, two the layers and the heads")
+    found = run(sets, folder / "run", comm, parallel=LAYOUTS[layout], train={"microbatch": 1})
+    assert losses(found) == pytest.approx(losses(alone)[:3], rel=1e-5)
+
+
+def evaluated(place: Path, comm: MPI.Intracomm, data: Path | None = None) -> dict[str, Any]:
+    out = StringIO()
+    console = Console(speaks=comm.rank == 0, out=out)
+    print_evaluation(place, data, False, True, comm, console)
+    return dict(json.loads(comm.bcast(out.getvalue())))
+
+
+def test_an_evaluation_gives_accuracy_and_margin_with_intervals(
+    alone: list[dict[str, Any]], sets: Sets, comm: MPI.Intracomm
+) -> None:
+    found = evaluated(sets.folder / "alone", comm)["model"]
+    assert found["rows"] == found["tokens"]
+    for name in ("loss", "preference_accuracy", "reward_margin"):
+        assert found[name] == pytest.approx(alone[-1][f"validation_{name}"], rel=1e-5)
+        low, high = found["intervals"][name.replace("_", "-")]
+        assert low <= found[name] <= high
+
+
+def test_a_resumed_run_keeps_its_reference(
+    alone: list[dict[str, Any]], sets: Sets, folder: Path, comm: MPI.Intracomm
+) -> None:
+    if comm.size > 1:
+        pytest.skip("the file is read by rank 0 at any number of ranks")
+    run(sets, folder / "run", comm, train={"steps": 2})
+    (folder / "gone").mkdir()
+    moved = {"train": {"steps": 3, "start_from": str(folder / "gone")}}
+    whole = run(sets, folder / "whole", comm, train={"steps": 3})
+    again = run(sets, folder / "run", comm, resume=True, **moved)
+    assert losses(again)[2] == losses(whole)[2]
+    (folder / "run/reference-train.npy").unlink()
+    with pytest.raises(CheckpointError, match=r"reference-train\.npy holds .* copy it back, or"):
+        run(sets, folder / "run", comm, resume=True, train={"steps": 4})
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"train": {"start_from": ""}}, r"train\.start_from names none; name the run of an"),
+        ({"task": {"beta": 0.0}}, r"task\.beta = 0\.0: .*greater than 0"),
+        ({"data": {"path": "chats"}}, r"holds pairs of the task chat, and the task dpo learns"),
+        ({"data": {"path": "labelled"}}, r"holds pairs of the task kto, and the task dpo learns"),
+        ({"task": {"name": "kto"}}, r"holds pairs of the task preference, and the task kto"),
+        ({"train": {"compile": True}}, r"the task dpo keeps answers apart, which cuts each batch"),
+        ({"model": {"context": 20}}, r"is whole within 21 tokens, both answers together"),
+    ],
+)
+def test_wrong_input_is_refused(
+    more: dict[str, Any], message: str, sets: Sets, folder: Path, comm: MPI.Intracomm
+) -> None:
+    if "path" in more.get("data", {}):
+        more = {"data": {"path": str(sets.data(more["data"]["path"]))}}
+    with pytest.raises(MpillmError, match=message):
+        run(sets, folder / "run", comm, **more)
+    assert not (folder / "run/metrics.jsonl").exists()
+
+
+def test_other_data_has_no_reference(
+    alone: list[dict[str, Any]], sets: Sets, folder: Path, comm: MPI.Intracomm
+) -> None:
+    if comm.rank == 0:
+        write(folder / "other", records(40))
+    comm.Barrier()
+    with pytest.raises(MismatchError, match=r"known for the run's own data alone, and .* leave"):
+        evaluated(sets.folder / "alone", comm, folder / "other/out")
+
+
+def kto(
+    sets: Sets, folder: Path, comm: MPI.Intracomm, steps: int, **parallel: Any
+) -> list[dict[str, Any]]:
+    return run(
+        sets,
+        folder,
+        comm,
+        task={"name": "kto"},
+        data={"path": str(sets.data("labelled"))},
+        train={"steps": steps},
+        parallel=parallel,
+    )
+
+
+@pytest.fixture(scope="session")
+def kto_alone(sets: Sets, comm: MPI.Intracomm) -> list[dict[str, Any]]:
+    """The metrics of KTO on one rank."""
+    if comm.rank == 0:
+        kto(sets, sets.folder / "kto", MPI.COMM_SELF, 12)
+    comm.Barrier()
+    return list(map(json.loads, (sets.folder / "kto/metrics.jsonl").read_text().splitlines()))
+
+
+def test_kto_learns_what_is_desirable(kto_alone: list[dict[str, Any]]) -> None:
+    assert losses(kto_alone)[0] == pytest.approx(0.5, abs=1e-5)
+    assert kto_alone[-1]["validation_preference_accuracy"] > 0.8
+    assert kto_alone[-1]["validation_reward_margin"] > 0.1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kto_has_the_same_losses_in_each_layout(
+    layout: str, kto_alone: list[dict[str, Any]], sets: Sets, folder: Path, comm: MPI.Intracomm
+) -> None:
+    if (layout == "data") == (comm.size == 1) or (layout != "data" and comm.size % 2):
+        pytest.skip("several ranks share the batch, two the layers and the heads")
+    found = kto(sets, folder / "run", comm, 3, **LAYOUTS[layout])
+    assert losses(found) == pytest.approx(losses(kto_alone)[:3], rel=1e-5)

@@ -11,7 +11,7 @@ from mpillm.system.messages import printable
 from mpillm.tokens.chat.answer_spans import AnswerSpan, Rendering, SpanFinder
 from mpillm.tokens.chat.chat_formats import Conversation
 from mpillm.tokens.chat.chat_template import ChatTemplate
-from mpillm.tokens.chat.preference_formats import LEARNT
+from mpillm.tokens.chat.preference_formats import LEARNT_ANSWERS
 from mpillm.tokens.text.records import RecordError
 from mpillm.tokens.tokenizer import Ids, Tokenizer
 
@@ -40,7 +40,7 @@ class ChatEncoder:
             supervised = np.ones(len(ids), np.uint8)
         else:
             # Of preferences, the answers that both conversations share are a part of the prompt.
-            last = conversation.get(LEARNT, 0)
+            last = conversation.get(LEARNT_ANSWERS, 0)
             ids, supervised = self._rendered(self.render(conversation), last)
         # Nothing predicts the first token of a row.
         supervised[0] = 0

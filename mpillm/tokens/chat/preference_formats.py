@@ -28,7 +28,7 @@ SIDES = ("chosen", "rejected")
 LABEL_COLUMNS = ("label", "kto_tag")
 # What tables without types write.
 LABELS = {"true": True, "false": False, "1": True, "0": False}
-LEARNT = "learnt"
+LEARNT_ANSWERS = "learnt_answers"
 """The key of a conversation that says how many of its last answers are learnt from."""
 
 
@@ -138,7 +138,7 @@ def _conversation(
     learnt = sum(each["role"] == "assistant" for each in answer)
     found = with_tools(record, [*prompt, *answer])
     check_conversation(found)
-    return {**found, LEARNT: learnt}
+    return {**found, LEARNT_ANSWERS: learnt}
 
 
 def _prompt(record: Record) -> list[Conversation]:

@@ -4,6 +4,7 @@ B pairs, S rows of a source, T tokens of a target.
 """
 
 import os
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -15,7 +16,7 @@ from mpillm.tokens.manifest import Split, check_shard
 from mpillm.tokens.order import permute, task_keys
 from mpillm.tokens.pairs.chat_rows import ChatBatches, ChatLengths, ChatSteps
 from mpillm.tokens.pairs.pair_manifest import PairManifest
-from mpillm.tokens.pairs.pair_shards import PairShard, ends_in_order, runs_of
+from mpillm.tokens.pairs.pair_shards import LEARNT, PairShard, ends_in_order, runs_of
 from mpillm.tokens.pairs.sound import quiet_level
 from mpillm.tokens.reader import check_open_shard
 from mpillm.tokens.samples import EvaluationSamples, RawRows, RowShape, StepSamples
@@ -107,6 +108,8 @@ class PairReader:
         for shard in self._open.values():
             os.close(shard.descriptor)
         self._open = {}
+        if "mismatched" in vars(self):
+            self.mismatched.__exit__()
 
     @property
     def n_bytes(self) -> int:
@@ -173,6 +176,11 @@ class PairReader:
         """Return the reference's log-probabilities of a pair's answers, (2,)."""
         assert self.references is not None, "the references of the rows are not set"
         return self.references[pair]  # type: ignore[no-any-return]
+
+    @cached_property
+    def mismatched(self) -> "MismatchedPairs":
+        """The prompts of the pairs with the answers of others; closed with this reader."""
+        return MismatchedPairs(self.manifest, self.name)
 
     def _place(self, pair: int) -> tuple[_OpenShard, int]:
         number = int(np.searchsorted(self._firsts, pair, "right")) - 1
@@ -276,6 +284,30 @@ class PairReader:
             f"or a class that it does not know; "
             f"`{command(['mpillm', 'prepare', '--verify', folder])}` finds all damage"
         )
+
+
+class MismatchedPairs(PairReader):
+    """Preferences of single answers, each prompt with the answer of the pair after it."""
+
+    @cached_property
+    def _firsts_learnt(self) -> Int64s:
+        """The first learnt token of each answer, (n_pairs,)."""
+        every = (self.supervised(pair) for pair in range(self.n_pairs))
+        return np.array([int((marks & LEARNT).argmax()) for marks in every], np.int64)
+
+    def lengths(self) -> Int64s:
+        answers = super().lengths() - self._firsts_learnt
+        return self._firsts_learnt + np.roll(answers, -1)
+
+    def conversation(self, pair: int, most: int = LARGEST) -> tuple[Array, Array]:
+        after = (pair + 1) % self.n_pairs
+        firsts = int(self._firsts_learnt[pair]), int(self._firsts_learnt[after])
+        prompt = super().conversation(pair, firsts[0])
+        answer = super().conversation(after)
+        parts = zip(prompt, (each[firsts[1] :] for each in answer), strict=True)
+        ids, marks = (np.concatenate(each)[:most] for each in parts)
+        # Not one that is rejected: no label belongs to it.
+        return ids, marks & LEARNT
 
 
 class PairSteps:
