@@ -152,17 +152,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_the_losses_are_the_same_in_each_layout(
     layout: str, alone: list[dict[str, Any]], sets: Sets, folder: Path, comm: MPI.Intracomm
 ) -> None:
-    if (layout == "data") == (comm.size == 1) or (layout != "data" and comm.size % 2):
+    if comm.size == 1 or (layout in ("tensor", "pipeline") and comm.size % 2):
         pytest.skip("several ranks share the batch, two the layers and the heads")
     found = run(sets, folder / "run", comm, parallel=LAYOUTS[layout], train={"microbatch": 1})
     assert losses(found) == pytest.approx(losses(alone)[:3], rel=1e-5)
 
 
 def evaluated(place: Path, comm: MPI.Intracomm, data: Path | None = None) -> dict[str, Any]:
-    out = StringIO()
-    console = Console(speaks=comm.rank == 0, out=out)
+    stream = StringIO()
+    console = Console(speaks=comm.rank == 0, stream=stream)
     print_evaluation(place, data, False, True, comm, console)
-    return dict(json.loads(comm.bcast(out.getvalue())))
+    return dict(json.loads(comm.bcast(stream.getvalue())))
 
 
 def test_an_evaluation_gives_accuracy_and_margin_with_intervals(
@@ -172,8 +172,8 @@ def test_an_evaluation_gives_accuracy_and_margin_with_intervals(
     assert found["rows"] == found["tokens"]
     for name in ("loss", "preference_accuracy", "reward_margin"):
         assert found[name] == pytest.approx(alone[-1][f"validation_{name}"], rel=1e-5)
-        low, high = found["intervals"][name.replace("_", "-")]
-        assert low <= found[name] <= high
+        low, high = found["intervals"][name]
+        assert low - 1e-9 <= found[name] <= high + 1e-9
 
 
 def test_a_resumed_run_keeps_its_reference(
@@ -257,7 +257,7 @@ def test_kto_learns_what_is_desirable(kto_alone: list[dict[str, Any]]) -> None:
 def test_kto_has_the_same_losses_in_each_layout(
     layout: str, kto_alone: list[dict[str, Any]], sets: Sets, folder: Path, comm: MPI.Intracomm
 ) -> None:
-    if (layout == "data") == (comm.size == 1) or (layout != "data" and comm.size % 2):
+    if comm.size == 1 or (layout in ("tensor", "pipeline") and comm.size % 2):
         pytest.skip("several ranks share the batch, two the layers and the heads")
     found = kto(sets, folder / "run", comm, 3, **LAYOUTS[layout])
     assert losses(found) == pytest.approx(losses(kto_alone)[:3], rel=1e-5)
