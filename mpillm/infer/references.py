@@ -138,7 +138,7 @@ def _read(path: Path, count: int, comm: "MPI.Intracomm") -> Array:
         except (OSError, ValueError, EOFError) as failure:
             raise CheckpointError(
                 f"{path} holds what the weights at the start say of the answers, and cannot be "
-                f"read: {why(failure)}; copy it back, or train the run anew"
+                f"read: {why(failure)}; copy it back, or train the run again from its start"
             ) from failure
         return found
 

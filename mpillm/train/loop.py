@@ -18,7 +18,6 @@ from mpillm.comm.waiting import patient_barrier
 from mpillm.errors import CheckpointError, DivergedError, MismatchError, StoppedError
 from mpillm.infer.evaluate import evaluate
 from mpillm.infer.loading import RunConstants, open_of
-from mpillm.infer.references import References
 from mpillm.launch.current_job import CurrentJob
 from mpillm.launch.signals import StopSignals
 from mpillm.launch.walltime import seconds_of
@@ -90,12 +89,11 @@ class TrainingLoop:
         cluster: Cluster,
         hold: Hold,
         memory: RunMemory,
-        references: References | None = None,
     ) -> None:
         self._recipe, self._constants, self._trainer = recipe, constants, trainer
         self._comm, self._console = trainer.mesh.comm, console
         self._folder, self._hold = Path(recipe.train.run), hold
-        self._memory, self._references = memory, references
+        self._memory = memory
         self._predicted = memory.predict(trainer.plan).total
         self._manifest = manifest
         self._validates = bool(manifest.splits["validation"].n_tokens)
@@ -328,8 +326,8 @@ class TrainingLoop:
         # Neither the steps' free memory nor the evaluation's counts for the peak of the other.
         release_pages()
         with open_of(self._manifest, "validation") as reader:
-            if self._references is not None:
-                self._references.give(reader)
+            if self._trainer.references is not None:
+                self._trainer.references.give(reader)
             quiet = Console(speaks=False)
             score = evaluate(self._trainer.model, reader, self._comm, quiet)
         release_pages()
@@ -348,7 +346,7 @@ class TrainingLoop:
         metrics.add({"step": self._done, "validation_loss": score.loss, **recorded})
         text = "".join(f", {name} {value:.4f}" for name, value in own.items())
         # The loss of a pair of answers is no mean over tokens.
-        if self._references is None:
+        if self._trainer.references is None:
             text = f", perplexity {score.perplexity:,.2f}{text}"
         self._console.say(f"step {self._done:,}: validation loss {score.loss:.4f}{text}")
 

@@ -133,15 +133,13 @@ def train(
                 held = {name: trainer.held(name, each) for name, each in trainer.stepped.items()}
                 start_from(place, recipe.model, held, manifest, comm, console)
                 trainer.model.gradients.updated()
-            references = None
             if task.needs_reference:
                 given = trainer.model, manifest, folder
-                references = find_references(*given, checkpoint is None, comm, console)
-                references.give(reader)
+                trainer.references = find_references(*given, checkpoint is None, comm, console)
+                trainer.references.give(reader)
             loop = TrainingLoop(
-                recipe, manifest, constants, trainer, console, trace, limits, cluster, hold, memory,
-                references,
-            )  # fmt: skip
+                recipe, manifest, constants, trainer, console, trace, limits, cluster, hold, memory
+            )
             loop.run(checkpoint)
             trainer.close()
 

@@ -15,6 +15,7 @@ from mpillm.comm.clock_sync import clock_offset
 from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Mesh
 from mpillm.errors import DataError, DivergedError
+from mpillm.infer.references import References
 from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.part_module import Fields, weight_shapes
 from mpillm.parallel.axis_sizes import batch_share, counts_loss
@@ -112,6 +113,8 @@ class Trainer:
         offered = {*task.field_names, *(["documents"] if documents else [])}
         self._reads_fields = self.model.reads_fields(sorted(offered))
         self._first_row = batch_share(mesh.sizes, mesh.coordinates)[0] * plan.rows
+        self.references: References | None = None
+        """What the weights at the start say, of a task that needs it; set before the first step."""
         self._reference_point: ReferencePoint | None = None
         if task.needs_baseline:
             assert isinstance(reader, PairReader)

@@ -76,7 +76,7 @@ def prepare_pairs(
     given = out, options.overwrite, "bytes" if pictures else options.tokenizer, options.end_of_text
     tokenizer_json, name = on_root(comm, lambda: check_inputs(*given))
     found = survey_pairs(options, out, comm, console)
-    # Preferences are pairs or have labels: their records tell.
+    # Preferences are pairs or have labels: their records show it.
     options = replace(options, task=found.kind)
     if PAIR_KINDS[options.task].is_chat:
         form = found.form
