@@ -16,9 +16,9 @@ class KTO(PreferenceTask):
     """Answers with a label. Each document of a row is an answer.
 
     With the log-ratio r, the loss of a desirable answer is λ_D · (1 − σ(β · (r − z₀))), and that of
-    another one is λ_U · (1 − σ(β · (z₀ − r))) (section 4.1). The reference point z₀ is the field `baseline`,
-    (B, 1): an estimate of the divergence from the reference, without gradients. Without the field,
-    as in an evaluation, it is 0.
+    another one is λ_U · (1 − σ(β · (z₀ − r))) (section 4.1). The reference point z₀ is the field
+    `baseline`, (B, 1): an estimate of the divergence from the reference, without gradients. Without
+    the field, as in an evaluation, it is 0.
     """
 
     name: ClassVar[str] = "kto"
