@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 from mpillm.errors import MpillmError
 from mpillm.runs.sink_catalog import DEFAULT, LINES, SINKS
 from mpillm.system.console import Console
+from mpillm.system.extras import EXTRA_OF, install_command
 from mpillm.system.json_lines import JsonLines, read_json_lines, real_number, whole_number
 from mpillm.system.messages import explain
 from mpillm.system.plugins import load_class
 
 Metrics = dict[str, float]
-INSTALL = "pip install 'mpillm[train]'"
 
 
 class MetricsSink(ABC):
@@ -82,7 +82,9 @@ class MetricsWriter:
             try:
                 sink.open(run, last_step)
             except ImportError as failure:
-                self._console.warn(f"{name} is not written: {failure}; {INSTALL}")
+                package = (failure.name or "").partition(".")[0]
+                remedy = f"; {install_command(package)}" if package in EXTRA_OF else ""
+                self._console.warn(f"{name} is not written: {failure}{remedy}")
             except MpillmError:
                 raise
             except Exception as failure:  # whatever its package raises

@@ -8,6 +8,8 @@ SINKS: Mapping[str, str] = MappingProxyType(
         "metrics.jsonl": "mpillm.runs.sinks.jsonl:JsonlSink",
         "TensorBoard": "mpillm.runs.sinks.tensorboard_events:TensorBoardSink",
         "loss.png": "mpillm.runs.sinks.loss_picture:LossPictureSink",
+        "wandb": "mpillm.runs.sinks.wandb_run:WandbSink",
+        "mlflow": "mpillm.runs.sinks.mlflow_run:MlflowSink",
     }
 )
 LINES = "metrics.jsonl"

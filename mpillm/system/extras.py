@@ -22,6 +22,8 @@ EXTRA_OF = {
     "sklearn": "baselines",
     "gensim": "baselines",
     "pyarrow": "tables",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
 }
 
 

@@ -19,7 +19,7 @@ class LossPictureSink(MetricsSink):
         self._run = run
         # matplotlib takes most of a second to import, so it is imported at the end alone.
         if importlib.util.find_spec("matplotlib") is None:
-            raise ImportError("No module named 'matplotlib'")
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
     def add(self, metrics: Metrics) -> None:
         """Do nothing: metrics.jsonl holds the step."""
