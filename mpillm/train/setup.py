@@ -35,6 +35,7 @@ from mpillm.tasks.task_catalog import make_task
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.manifest import NAME, Manifest
 from mpillm.tokens.samples import RowShape
+from mpillm.train.best_checkpoint import BestCheckpoint
 from mpillm.train.hardware import Hardware, choose_hardware
 from mpillm.train.hold import locked_run
 from mpillm.train.loop import JobLimits, TrainingLoop
@@ -87,6 +88,8 @@ def train(
     plan = plan_run(recipe, mesh.sizes)
     if parallel.context > 1:
         _check_context(recipe, task)
+    # Made again by the loop: here a wrong name is found before the run has a folder.
+    BestCheckpoint(settings, task, bool(manifest.splits["validation"].n_tokens))
     _check_groups(recipe)
     _check_packing(recipe, task)
     with open_of(manifest, "train") as reader:

@@ -56,6 +56,9 @@ class Metric(ABC):
     output_kinds: ClassVar[tuple[str, ...]] = ()
     """What it reads, as `Task.output_kind` names it: other tasks are refused; (): any task."""
 
+    lower_is_better: ClassVar[bool] = False
+    """Whether a smaller value is a better one, as of a loss or an error."""
+
     is_table: ClassVar[bool] = False
     """Whether its figures are those of `table`, in place of one value."""
 

@@ -14,6 +14,7 @@ class SquaredError(Metric):
 
     name: ClassVar[str] = "mse"
     title: ClassVar[str] = "mean squared error"
+    lower_is_better: ClassVar[bool] = True
     output_kinds: ClassVar[tuple[str, ...]] = NUMBERS
 
     def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
