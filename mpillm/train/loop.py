@@ -365,9 +365,11 @@ class TrainingLoop:
         line = {"step": self._done, LOSS: score.loss, **recorded}
         metrics.add(line)
         text = "".join(f", {name} {value:.4f}" for name, value in own.items())
+        # A squared error has none.
+        entropy = "mse" not in score.values
+        perplexity = f", perplexity {score.perplexity:,.2f}" if entropy else ""
         self._console.say(
-            f"step {self._done:,}: validation loss {score.loss:.4f}, "
-            f"perplexity {score.perplexity:,.2f}{text}"
+            f"step {self._done:,}: validation loss {score.loss:.4f}{perplexity}{text}"
         )
         return self._best.add(line)
 

@@ -14,6 +14,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = Mapping[str, Array]
 # The outputs that some metrics read: see `Metric.output_kinds`.
 CLASSES = ("a class of each row", "a class of each position")
+SETS = ("a set of classes of each row",)
 TOKENS = ("next tokens", "next tokens of a target", "hidden tokens")
 NUMBERS = ("a number of each row",)
 

@@ -21,6 +21,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "ece": "mpillm.tasks.metrics.calibration:CalibrationError",
         "brier": "mpillm.tasks.metrics.calibration:Brier",
         "mse": "mpillm.tasks.metrics.regression:SquaredError",
+        "mae": "mpillm.tasks.metrics.regression:AbsoluteError",
         "pearson": "mpillm.tasks.metrics.regression:Pearson",
         "entity-f1": "mpillm.tasks.metrics.entity_f1:EntityF1",
         "token-error-rate": "mpillm.tasks.metrics.token_error_rate:TokenErrorRate",

@@ -29,6 +29,9 @@ TARGET_DTYPES = {
     "target": ("<u2", "<u4"),
     "label": ("<i4",),
     "labels": ("<i4",),
+    "classes": ("<i4",),
+    "number": ("<f4",),
+    "answer": ("|u1",),
     "supervised": ("|u1",),
 }
 # Dims of a row of each source: a frame has its mels, a picture channels, height and width.

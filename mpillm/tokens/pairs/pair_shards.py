@@ -2,8 +2,9 @@
 
     /source       the sources of all pairs in order: token ids, frames of sound, or pictures
     /source_ends  <u8  the end of each pair's source in /source (exclusive)
-    /target       the targets in order: token ids <u2 or <u4, numbers of classes <i4,
-                  or, of chats, <u1: 1 for each token of the source that is learnt
+    /target       the targets in order: token ids <u2 or <u4, numbers of classes <i4, numbers
+                  <f4, answers as JSON in <u1, or, of chats, <u1: 1 for each token of the source
+                  that is learnt
     /target_ends  <u8  the end of each pair's target in /target
 
 A source of sound has a row of /source for each frame, a picture is one row. Pairs are shuffled by
@@ -33,7 +34,9 @@ class PairKind(NamedTuple):
     """What the two sides of a pair are.
 
     `source`: tokens (`source`), `frames` or `pixels`. `target`: tokens (`target`), a class
-    (`label`), a class for each token (`labels`), or 1 for each token that is learnt (`supervised`).
+    (`label`), any set of classes (`classes`), a number (`number`), a class for each token
+    (`labels`), the place of an answer as JSON (`answer`), or 1 for each token that is learnt
+    (`supervised`).
     """
 
     source: str
@@ -50,6 +53,9 @@ PAIR_KINDS: Mapping[str, PairKind] = MappingProxyType(
         "chat": PairKind("source", "supervised"),
         "seq2seq": PairKind("source", "target"),
         "sequence-classification": PairKind("source", "label"),
+        "multi-label-classification": PairKind("source", "classes"),
+        "question-answering": PairKind("source", "answer"),
+        "regression": PairKind("source", "number"),
         "token-classification": PairKind("source", "labels"),
         "image-classification": PairKind("pixels", "label"),
         "ctc": PairKind("frames", "target"),

@@ -100,6 +100,12 @@ def survey_pairs(
     count, nbytes, content = (sum(each[number] for each in every) for number in range(3))
     if not count:
         raise _no_record(fields)
+    if PAIR_KINDS[kind].target == "classes" and not labels:
+        name = options.target_field or default[1]
+        raise DataError(
+            f'no record has a label in "{name}", so there is nothing to learn; '
+            "name another by --target-field"
+        )
     digest = f"{content % (1 << 64):016x}"
     return replace(
         empty, n_pairs=count, n_characters=nbytes, content=digest, classes=class_names(labels)
@@ -165,9 +171,9 @@ def _identity(record: PairRecord, kind: str) -> bytes:
 
 def _labels_of(record: PairRecord, kind: str) -> set[Label]:
     target = PAIR_KINDS[kind].target
-    if target in ("target", "supervised"):
-        return set()
-    return set(record.target) if target == "labels" else {record.target}
+    if target in ("labels", "classes"):
+        return set(record.target)
+    return {record.target} if target == "label" else set()
 
 
 def text_of(record: PairRecord, kind: str) -> str:
