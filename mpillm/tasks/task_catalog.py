@@ -29,7 +29,7 @@ TASKS: Mapping[str, str] = MappingProxyType(
             "mpillm.tasks.multi_label_classification:MultiLabelClassification"
         ),
         "question-answering": "mpillm.tasks.question_answering:QuestionAnswering",
-        "regression": "mpillm.tasks.regression:Regression",
+        "regression": "mpillm.tasks.text_regression:Regression",
         "token-classification": "mpillm.tasks.token_classification:TokenClassification",
         "image-classification": "mpillm.tasks.image_classification:ImageClassification",
         "ctc": "mpillm.tasks.ctc:CTC",
