@@ -89,8 +89,6 @@ def train(
     plan = plan_run(recipe, mesh.sizes)
     if parallel.context > 1:
         _check_context(recipe, task)
-    # Made again by the loop: here a wrong name is found before the run has a folder.
-    BestCheckpoint(settings, task, bool(manifest.splits["validation"].n_tokens))
     _check_groups(recipe)
     _check_packing(recipe, task)
     with open_of(manifest, "train") as reader:
@@ -292,6 +290,8 @@ def _with_task(recipe: Recipe, manifest: Manifest, comm: "MPI.Intracomm") -> tup
     vocabulary = read_vocabulary(manifest, comm)
     task = make_task(recipe.task.name, recipe.task, vocabulary, Lengths.of(recipe.model))
     check_task(task, recipe.model, manifest)
+    # Made again by the loop: here a wrong name is found before the run has a folder.
+    BestCheckpoint(recipe.train, task, bool(manifest.splits["validation"].n_tokens))
     if len(task.classes) == 1 and task.output_kind in CLASSES:
         raise RecipeError(
             f"all labels of the data {manifest.folder} are {task.classes[0]!r}, and one class "

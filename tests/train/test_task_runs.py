@@ -48,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sequence-classification of an LSTM": {"shape": "lstm", **CLASSIC},
     "sequence-classification of convolutions": {"shape": "cnn", **CLASSIC},
     "multi-label-classification": {**ENCODER, "head": "sequence"},
+    "question-answering": {**ENCODER, "head": "span", "head_layer": "none"},
     "regression of convolutions": {"shape": "cnn", **CLASSIC},
     "token-classification": {**ENCODER, "head": "token", "head_layer": "none"},
     "image-classification": {**SIZES, "shape": "vit-tiny-digits", "image_size": 4},
@@ -84,6 +85,9 @@ def write_records(folder: Path) -> Path:
                 "tags": [int("a" in word) for word in words],
                 "image": (chance.random((4, 4)) + label).tolist(),
                 "audio": f"{number}.wav",
+                "question": text[-3:],
+                "context": text,
+                "answers": {"text": [words[0]], "answer_start": [0]},
             }
         )
     path = folder / "records.jsonl"
@@ -105,7 +109,9 @@ def datasets(shared_folder: Path, documents: Path, comm: MPI.Intracomm) -> dict[
         made[task] = shared_folder / f"task-{task}"
         column = "stars" if task == "regression" else ""
         source = (str(pairs / "records.jsonl"),)
-        options = bytes_of(source, made[task], task=task, target_field=column)
+        options = bytes_of(
+            source, made[task], task=task, target_field=column, row_tokens=32, stride=8
+        )
         prepare(options, comm, QUIET)
     return made
 
