@@ -19,6 +19,8 @@ from mpillm.infer.scores.calibrate import Calibration, calibrate, check_calibrat
 from mpillm.infer.scores.compare import ScoreDifference, compare
 from mpillm.infer.scores.print_scores import print_confusions, print_scores
 from mpillm.infer.scores.score import Score
+from mpillm.infer.scores.score_answers import METRICS as ANSWER_METRICS
+from mpillm.infer.scores.score_answers import score_answers
 from mpillm.infer.scores.text_baselines import require_text_baselines, score_text_baselines
 from mpillm.infer.task_checks import check_task
 from mpillm.machine.node_map import map_nodes
@@ -33,6 +35,7 @@ from mpillm.tasks.causal_lm import CausalLM
 from mpillm.tasks.masked_lm import MaskedLM
 from mpillm.tasks.metrics.metric import Metric
 from mpillm.tasks.metrics.metric_catalog import make_metrics
+from mpillm.tasks.question_answering import QuestionAnswering
 from mpillm.tasks.sequence_classification import SequenceClassification
 from mpillm.tasks.task import Task
 from mpillm.tasks.vocabulary import Lengths
@@ -115,7 +118,10 @@ def print_evaluation(
             scores[name] = _score(each, Precision(place), metrics, comm, quiet)
         if calibrated:
             fitted = _calibrate(found[0], Precision(place), comm, quiet)
-        made = make_metrics(metrics or found[0].task.metrics, found[0].task.classes)
+        of_task = found[0].task.metrics
+        if isinstance(found[0].task, QuestionAnswering):
+            of_task = (*of_task, *ANSWER_METRICS)
+        made = make_metrics(metrics or of_task, found[0].task.classes)
         if baselines and comm.rank == 0:
             scores |= _score_baselines(found[0], made)
     # Rank 0 counts the training data alone: the others sleep meanwhile.
@@ -139,11 +145,14 @@ def _score(
     with open_of(candidate.manifest, "validation") as reader:
         if cuts := on_root(comm, lambda: reader.describe_cuts(candidate.row)):
             console.warn(cuts)
+        scorer = candidate.scorer(precision, comm)
+        if isinstance(candidate.task, QuestionAnswering) and isinstance(reader, PairReader):
+            return score_answers(scorer, reader, comm, console, metrics)
         if candidate.task.needs_reference:
             checkpoint = candidate.loaded.checkpoint
             assert isinstance(reader, PairReader)
             reader.references = read_references(checkpoint, candidate.manifest, comm)
-        return evaluate(candidate.scorer(precision, comm), reader, comm, console, metrics, True)
+        return evaluate(scorer, reader, comm, console, metrics, True)
 
 
 def _calibrate(

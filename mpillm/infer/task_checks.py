@@ -6,6 +6,11 @@ from mpillm.tasks.task import Task
 from mpillm.tokens.manifest import Manifest
 from mpillm.tokens.pairs.pair_manifest import PairManifest
 
+# What a task learns of each row → the kind of a model that gives as many numbers of it.
+OF_ROWS = dict.fromkeys(
+    ("a number of each row", "a set of classes of each row"), "a class of each row"
+)
+
 
 def check_task(task: Task, spec: ModelSpec, manifest: Manifest) -> None:
     """Raise MismatchError unless the data is of the task, and the model reads it and learns it."""
@@ -30,15 +35,28 @@ def _check_kind(task: Task, manifest: Manifest) -> None:
 
 def _check_output(task: Task, spec: ModelSpec) -> None:
     # A wrong model may compute all the same: an encoder sees the token that it is to predict.
-    if spec.output_kind != task.output_kind and "any" not in (spec.output_kind, task.output_kind):
+    wanted = ("any", task.output_kind, OF_ROWS.get(task.output_kind))
+    if task.output_kind != "any" and spec.output_kind not in wanted:
         raise MismatchError(
             f"the task {task.name} learns {task.output_kind}, and the model of the architecture "
             f"{spec.architecture} gives {spec.output_kind}; choose another task.name, model.shape "
             "or, of an encoder, model.head: docs/tasks.md has the model of each task"
         )
+    classes = getattr(spec, "classes", 0)
+    if task.output_kind == "a number of each row" and classes > 1:
+        raise MismatchError(
+            f"the task {task.name} learns one number of each row, and the model gives {classes:,}; "
+            "set model.classes = 1, or begin a run from it with train.start_from"
+        )
 
 
 def _check_input(spec: ModelSpec, manifest: PairManifest) -> None:
+    rows = manifest.prep.get("row_tokens", 0)
+    if isinstance(rows, int) and rows > spec.context:
+        raise MismatchError(
+            f"the data {manifest.folder} has rows of {rows:,} tokens, and the model reads "
+            f"{spec.context:,}; prepare it with --row-tokens {spec.context}, or raise model.context"
+        )
     form = manifest.pairs
     found, wanted = form.sides.source, spec.input_field
     # Tokens are the ids of an encoder, and the source of an encoder-decoder.

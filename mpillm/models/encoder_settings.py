@@ -172,9 +172,11 @@ class EncoderSettings(BlockSettings):
 
     @property
     def usual_task(self) -> str:
-        classes = "image-classification" if self.image_size else "sequence-classification"
+        # As transformers reads a head of one number.
+        of_text = "regression" if self.classes == 1 else "sequence-classification"
+        classes = "image-classification" if self.image_size else of_text
         tasks = {"lm": "masked-lm", "sequence": classes, "token": "token-classification"}
-        return {**tasks, "ctc": "ctc"}.get(self.head, "")
+        return {**tasks, "ctc": "ctc", "span": "question-answering"}.get(self.head, "")
 
     def inherited(self, given: Mapping[str, Any]) -> dict[str, Any]:
         # Classes are those of the data, and another head has settings of its own.

@@ -24,6 +24,7 @@ OutputKind = Literal[
     "a class of each row",
     "a class of each position",
     "a number of each row",
+    "a set of classes of each row",
     "the ends of a span",
     "hidden states",
 ]

@@ -9,7 +9,7 @@ from mpillm.runs.state import FINISHED, SUSPENDED, KeptCheckpoint, RunState
 from mpillm.system.json_text import read_json
 from mpillm.system.messages import command
 from mpillm.tokens.dataset_folder import dataset_hash, is_dataset
-from mpillm.weights.places import CHECKPOINTS, INDEX
+from mpillm.weights.places import BEST, CHECKPOINTS, INDEX
 
 # Options of the last submission that the next one repeats, next to its size.
 REPEATED = ("partition", "account", "threads", "gpus-per-node")
@@ -59,7 +59,8 @@ def _uses(run_state: RunState, newest: KeptCheckpoint | None) -> list[str]:
     """List the commands that use a trained model; none without a checkpoint."""
     if newest is None:
         return []
-    run = run_state.run
+    # A run's folder means its newest checkpoint.
+    run = run_state.run if run_state.best is None else run_state.run / CHECKPOINTS / BEST
     generate = command(["mpillm", "generate", _argument(run), "--prompt", "TEXT"])
     folder = _work_folder(run_state)
     if folder is None:

@@ -32,7 +32,7 @@ from mpillm.system.json_lines import whole_number
 from mpillm.system.messages import command, explain
 from mpillm.system.plain_files import is_there
 from mpillm.tokens.dataset_folder import is_dataset
-from mpillm.weights.places import CHECKPOINTS, INDEX, checkpoint_folders
+from mpillm.weights.places import CHECKPOINTS, INDEX, best_checkpoint, checkpoint_folders
 
 SUBMITTED, UNKNOWN, FINISHED, SUSPENDED = "submitted", "unknown", "finished", "suspended"
 # Enough steps for a median that one slow step does not move.
@@ -77,6 +77,8 @@ class RunState:
     attempts: tuple[Attempt, ...]
     checkpoints: tuple[KeptCheckpoint, ...]
     """The oldest first."""
+    best: Path | None
+    """The best checkpoint, where `train.keep_best` keeps one."""
     recipe: Mapping[str, Any]
     """The resolved recipe; empty where it cannot be read."""
     recipe_path: Path | None
@@ -159,6 +161,7 @@ def read_run(run: Path, now: float | None = None) -> RunState:
         evaluations,
         tuple(tried),
         tuple(checkpoints),
+        best_checkpoint(run / CHECKPOINTS),
         recipe,
         recipe_path,
         job,

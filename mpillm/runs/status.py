@@ -9,7 +9,7 @@ from typing import Any
 
 from mpillm.errors import MpillmError
 from mpillm.launch.schedulers.scheduler_catalog import is_over
-from mpillm.runs.history import KILLED, RUNNING, Attempt, finite_seconds
+from mpillm.runs.history import KILLED, RUNNING, Attempt, finite_seconds, object_at
 from mpillm.runs.next_step import next_step
 from mpillm.runs.run_files import moved_from
 from mpillm.runs.state import (
@@ -23,6 +23,7 @@ from mpillm.runs.state import (
 )
 from mpillm.system.console import Console, binary_bytes, clock
 from mpillm.system.json_text import to_json
+from mpillm.weights.places import step_of
 
 Ask = Callable[[str, str], str]
 """(scheduler, job id) → the scheduler's word for the state of the job; empty without one."""
@@ -79,6 +80,7 @@ def run_figures(run_state: RunState, ask: Ask | None = None) -> dict[str, Any]:
         else None,
         "seconds_to_deadline": None if deadline is None else deadline - run_state.now,
         "checkpoint": _checkpoint(newest, run_state.now),
+        "best_checkpoint": best_figures(run_state),
         "lost_checkpoint": run_state.lost_checkpoint or None,
         "attempts": [_attempt(attempt) for attempt in run_state.attempts],
         "moved_from": moved_from(
@@ -103,6 +105,7 @@ def facts(found: Mapping[str, Any]) -> dict[str, str]:
         "memory a rank": _memory_text(found["memory"]),
         "time left": _left_text(found),
         "checkpoint": _checkpoint_text(found["checkpoint"], found["lost_checkpoint"]),
+        "best checkpoint": _best_text(found["best_checkpoint"]),
         "attempts": _attempts_text(found["attempts"]),
         "moved": f"its recipe names {found['moved_from']}: this is a copy, or was moved"
         if found["moved_from"]
@@ -211,6 +214,30 @@ def _checkpoint_text(checkpoint: Mapping[str, Any] | None, lost: str | None) -> 
     if checkpoint is None:
         return f"none{gone or ' yet'}"
     return f"{checkpoint['path']}, {clock(checkpoint['age_seconds'])} ago{gone}"
+
+
+def best_figures(run_state: RunState) -> dict[str, Any] | None:
+    """Return the best checkpoint with its number; None without one."""
+    step = step_of(run_state.best) if run_state.best else None
+    if step is None:
+        return None
+    train = object_at(run_state.recipe, "train")
+    metric = str(train.get("keep_best") or "validation_loss")
+    columns = (run_state.evaluations.get(key, ()) for key in ("step", metric))
+    values = [value for at, value in zip(*columns, strict=False) if at == step]
+    return {
+        "path": str(run_state.best),
+        "step": step,
+        "metric": metric,
+        "value": values[-1] if values and math.isfinite(values[-1]) else None,
+    }
+
+
+def _best_text(best: Mapping[str, Any] | None) -> str:
+    if best is None:
+        return ""
+    value = "" if best["value"] is None else f" {best['value']:.4f}"
+    return f"{best['path']}, {best['metric'].replace('_', ' ')}{value}"
 
 
 def _attempts_text(attempts: Sequence[Mapping[str, Any]]) -> str:

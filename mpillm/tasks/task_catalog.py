@@ -27,6 +27,11 @@ TASKS: Mapping[str, str] = MappingProxyType(
         "span-corruption": "mpillm.tasks.span_corruption:SpanCorruption",
         "seq2seq": "mpillm.tasks.seq2seq:SequenceToSequence",
         "sequence-classification": "mpillm.tasks.sequence_classification:SequenceClassification",
+        "multi-label-classification": (
+            "mpillm.tasks.multi_label_classification:MultiLabelClassification"
+        ),
+        "question-answering": "mpillm.tasks.question_answering:QuestionAnswering",
+        "regression": "mpillm.tasks.text_regression:Regression",
         "token-classification": "mpillm.tasks.token_classification:TokenClassification",
         "image-classification": "mpillm.tasks.image_classification:ImageClassification",
         "ctc": "mpillm.tasks.ctc:CTC",

@@ -124,6 +124,15 @@ class PrepareOptions:
     source_field: Annotated[str, Option("The field of a pair's source; empty: the task's.")] = ""
     target_field: Annotated[str, Option("The field of a pair's target; empty: the task's.")] = ""
 
+    row_tokens: Annotated[
+        int,
+        Option("Tokens of a row of question-answering, the question included.", minimum=8),
+    ] = 384
+    stride: Annotated[
+        int,
+        Option("Tokens by which the rows of a long context overlap.", minimum=0),
+    ] = 128
+
     def check(self) -> None:
         """Raise UsageError for a number out of its range."""
         check_options(self)

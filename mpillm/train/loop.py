@@ -36,6 +36,7 @@ from mpillm.system.messages import explain
 from mpillm.system.versions import package_version
 from mpillm.tokens.manifest import NAME as MANIFEST
 from mpillm.tokens.manifest import Manifest
+from mpillm.train.best_checkpoint import FROM_LOSS, LOSS, BestCheckpoint, recorded_name
 from mpillm.train.hold import Hold
 from mpillm.train.optimizers.optimizer import set_steps
 from mpillm.train.recipe import Recipe, write_recipe
@@ -45,13 +46,11 @@ from mpillm.train.stopping import LOCK_LOST, Stopping
 from mpillm.train.trace import StepTrace
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.names import name_tensors
-from mpillm.weights.places import CHECKPOINTS, checkpoint_folders, step_of
-from mpillm.weights.saving import check_replaceable, prune, save
+from mpillm.weights.places import CHECKPOINTS, best_checkpoint, checkpoint_folders, step_of
+from mpillm.weights.saving import check_replaceable, mark_best, prune, save
 from mpillm.weights.slices import Held, all_finite, slices_of
 
 PACKAGES = ("mpillm", "torch", "mpi4py", "h5py", "numpy")
-# Metrics that follow from the loss: a program computes them itself.
-FROM_LOSS = ("loss", "perplexity", "bits-per-byte")
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,7 @@ class TrainingLoop:
         self._predicted = memory.predict(trainer.plan).total
         self._manifest = manifest
         self._validates = bool(manifest.splits["validation"].n_tokens)
+        self._best = BestCheckpoint(recipe.train, trainer.model.task, self._validates)
         self._step_trace = StepTrace(trainer.mesh, trainer.plan, trainer.clock_offset)
         self._writes_trace = trace
         self._history = HistoryWriter(self._folder, writes=self._comm.rank == 0)
@@ -137,11 +137,14 @@ class TrainingLoop:
         """Restore, train, and write the trace; return why the run stopped early, else ""."""
         self._done, steps = self._restore(checkpoint), self._recipe.train.steps
         overdue = self._evaluation_is_missing()
-        if self._done >= steps and not overdue:
-            self._note(lambda: self._history.ended("finished", self._done))
+        self._best.recall(self._folder / METRICS, self._done, self._comm)
+        early = self._best.stops
+        if (self._done >= steps or early) and not overdue:
+            self._note(lambda: self._history.ended("finished", self._done, early))
+            raised = "train.early_stopping_patience" if early else "train.steps"
             self._console.say(
                 f"{self._folder} is at step {self._done:,} of {steps:,}: nothing to do "
-                "(raise train.steps to continue)"
+                f"({early + '; ' if early else ''}raise {raised} to continue)"
             )
             return ""
         reason = self._run_steps(steps, overdue)
@@ -153,7 +156,11 @@ class TrainingLoop:
             left = f"{self._last_saved}, {self._folder / METRICS}"
             if PICTURE in self._recipe.train.sinks:
                 left += f", {self._folder / PICTURE}"
-            self._console.say(f"finished: {left}")
+            early = f" ({self._best.stops})" if self._best.stops else ""
+            self._console.say(f"finished{early}: {left}")
+            best = best_checkpoint(self._folder / CHECKPOINTS)
+            if best and self._best.step:
+                self._console.say(f"the best checkpoint: {best}, {self._best.describe()}")
         return reason
 
     def _run_steps(self, steps: int, overdue: bool) -> str:
@@ -170,11 +177,11 @@ class TrainingLoop:
             for weights, axis in self._trainer.model.replicas:
                 check_same(weights, axis)
             metrics = self._open_metrics()
-            if overdue:
-                self._evaluate(metrics)
+            if overdue and self._evaluate(metrics):
+                self._mark_best()
             progress_bar = self._console.progress("train", steps, "steps", start=self._done)
             with progress_bar as progress, _few_objects():
-                while self._done < steps and not reason:
+                while self._done < steps and not (reason or self._best.stops):
                     with torch_explained():
                         reason = self._step_and_save(metrics, progress)
         except BaseException as failure:
@@ -191,7 +198,8 @@ class TrainingLoop:
         device = self._trainer.plan.precision.device
         measured = max(self._comm.allgather(peak_memory_bytes(device)))
         self._console.say(compare_text(self._predicted, measured))
-        self._note(lambda: self._history.ended(how, self._done, reason, measured))
+        why = reason or self._best.stops
+        self._note(lambda: self._history.ended(how, self._done, why, measured))
         metrics.close()
         return reason
 
@@ -245,6 +253,8 @@ class TrainingLoop:
             step = step_of(path)
             if step is not None and self._done < step <= steps:
                 check_replaceable(path)
+        if self._best.metric:
+            mark_best(folder, self._best.step)
         held = (part for each in self._tensors(self._done).values() for part in slices_of(each))
         nbytes = sum(part.tensor.nbytes for part in held)
         free = shutil.disk_usage(folder).free
@@ -291,11 +301,16 @@ class TrainingLoop:
         if reason:
             # Every rank has a reason, but rank 0 alone knows the time: its words count.
             reason = self._comm.bcast(reason)
-        saving = self._save(tokens) if last or reason or _due(settings.save_every, done) else 0.0
+        saves = last or reason or _due(settings.save_every, done)
+        saving = self._save(tokens) if saves else 0.0
         # After the save: an evaluation may take longer than the job has time. A stop skips it,
         # and the resumed run makes up for it.
         if self._evaluation_is_due() and not reason:
-            self._evaluate(metrics)
+            better = self._evaluate(metrics)
+            if (better or self._best.stops) and not saves:
+                saving = self._save(tokens)
+            if better:
+                self._mark_best()
         self._stopping.add_step_seconds(time.perf_counter() - begin - saving)
         return reason
 
@@ -319,9 +334,15 @@ class TrainingLoop:
             ),
         )
 
-    def _evaluate(self, metrics: MetricsWriter) -> None:
+    def _mark_best(self) -> None:
+        """Let the link lead to the best checkpoint, which is whole. Every rank calls it."""
+        if self._comm.rank == 0:
+            self._note(lambda: mark_best(self._folder / CHECKPOINTS, self._best.step))
+
+    def _evaluate(self, metrics: MetricsWriter) -> bool:
+        """Evaluate and record; return whether this is the best checkpoint. Every rank calls it."""
         if not self._validates:
-            return
+            return False
         self._check_data()
         # Neither the steps' free memory nor the evaluation's counts for the peak of the other.
         release_pages()
@@ -342,13 +363,15 @@ class TrainingLoop:
             for name, value in score.values.items()
             if name not in FROM_LOSS and value is not None
         }
-        recorded = {f"validation_{name.replace('-', '_')}": value for name, value in own.items()}
-        metrics.add({"step": self._done, "validation_loss": score.loss, **recorded})
+        recorded = {recorded_name(name): value for name, value in own.items()}
+        line = {"step": self._done, LOSS: score.loss, **recorded}
+        metrics.add(line)
         text = "".join(f", {name} {value:.4f}" for name, value in own.items())
-        # The loss of a pair of answers is no mean over tokens.
-        if self._trainer.references is None:
+        # A squared error has no perplexity, nor has the loss of a pair of answers.
+        if "mse" not in score.values and self._trainer.references is None:
             text = f", perplexity {score.perplexity:,.2f}{text}"
         self._console.say(f"step {self._done:,}: validation loss {score.loss:.4f}{text}")
+        return self._best.add(line)
 
     def _check_finite(self) -> None:
         """Raise DivergedError on all ranks where a weight, or a state of it, is not finite."""
@@ -394,7 +417,8 @@ class TrainingLoop:
 
     def _record_save(self, saved: Path, seconds: float) -> None:
         # The old ones go first: on a full disk that makes room for the record.
-        for fault in prune(saved.parent, self._recipe.train.keep, self._good):
+        keep, best = self._recipe.train.keep, self._best.step
+        for fault in prune(saved.parent, keep, self._good, best):
             self._console.warn(f"an old checkpoint stays: {fault}")
         nbytes = sum(path.stat().st_size for path in saved.iterdir())
         self._history.saved(self._done, saved, seconds, nbytes)

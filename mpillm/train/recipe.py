@@ -119,6 +119,12 @@ class TrainSettings:
     """0: only at the end."""
     keep: Positive = 3
     """How many checkpoints stay."""
+    keep_best: str = ""
+    """The number of an evaluation, such as validation_loss or validation_accuracy, whose best
+    checkpoint stays, too; empty: none.
+    """
+    early_stopping_patience: Literal["none"] | Positive = "none"
+    """End the run after so many evaluations in a row that were no better than the best one."""
     sinks: tuple[str, ...] = sink_catalog.DEFAULT
     """Where metrics go next to metrics.jsonl; a sink of your own is named package.module:Name."""
     time_limit: str = ""
@@ -142,11 +148,22 @@ class TrainSettings:
                     f"sinks names {name!r}, and the sinks of metrics are "
                     f"{', '.join(sink_catalog.SINKS)}, or your own as package.module:Name"
                 )
+        if self.best_metric and not self.evaluate_every:
+            raise RecipeError(
+                "keep_best and early_stopping_patience compare evaluations, and evaluate_every = 0 "
+                "makes one at the end; set evaluate_every"
+            )
         if self.fixed_order and self.reduce_dtype != "float32":
             raise RecipeError(
                 "fixed_order = true keeps the bits of sums in float32, and reduce_dtype = "
                 f"{self.reduce_dtype} rounds them by layout; leave one of them out"
             )
+
+    @property
+    def best_metric(self) -> str:
+        """The number by which the best checkpoint is kept; "": none is."""
+        stops = self.early_stopping_patience != "none"
+        return self.keep_best or ("validation_loss" if stops else "")
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,14 @@ from mpillm.runs.history import STARTED, read_history
 from mpillm.system.compile_cache import find_compiler, set_compile_cache
 from mpillm.system.console import Console, once_each
 from mpillm.system.malloc import keep_pages
+from mpillm.tasks.metrics.metric import CLASSES
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.task import Task
 from mpillm.tasks.task_catalog import make_task
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.manifest import NAME, Manifest
 from mpillm.tokens.samples import RowShape
+from mpillm.train.best_checkpoint import BestCheckpoint
 from mpillm.train.hardware import Hardware, choose_hardware
 from mpillm.train.hold import locked_run
 from mpillm.train.loop import JobLimits, TrainingLoop
@@ -314,4 +316,11 @@ def _with_task(recipe: Recipe, manifest: Manifest, comm: "MPI.Intracomm") -> tup
     vocabulary = read_vocabulary(manifest, comm)
     task = make_task(recipe.task.name, recipe.task, vocabulary, Lengths.of(recipe.model))
     check_task(task, recipe.model, manifest)
+    # Made again by the loop: here a wrong name is found before the run has a folder.
+    BestCheckpoint(recipe.train, task, bool(manifest.splits["validation"].n_tokens))
+    if len(task.classes) == 1 and task.output_kind in CLASSES:
+        raise RecipeError(
+            f"all labels of the data {manifest.folder} are {task.classes[0]!r}, and one class "
+            "alone cannot be learnt; prepare data with two classes or more"
+        )
     return task, fill_model(recipe, task.model_settings(vocabulary))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 INDEX = "index.json"
+BEST = "best"
+"""In a folder of checkpoints: a link to the best one."""
 # One spelling a number, so that no two folders have the same step.
 NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
 
@@ -40,6 +42,17 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     return dict(sorted(found))
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint in `folder` that its link names as the best; None without one."""
+    try:
+        found = folder / (folder / BEST).readlink()
+    except OSError:
+        return None
+    step = step_of(found)
+    named = step is not None and found == step_folder(folder, step)
+    return found if named and found.is_dir() else None
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

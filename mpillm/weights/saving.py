@@ -19,7 +19,7 @@ from mpillm.system.messages import explain
 from mpillm.weights.host_pieces import host_pieces
 from mpillm.weights.index import FORMAT, VERSION, VERSION_WITH_BOXES, with_digest
 from mpillm.weights.leftovers import MARKER, is_own, remove, temporary_folder
-from mpillm.weights.places import INDEX, checkpoint_folders, step_folder
+from mpillm.weights.places import BEST, INDEX, checkpoint_folders, step_folder
 from mpillm.weights.slices import Box, Held, TensorSlice, slices_of, stored_dtype, whole_box
 
 if TYPE_CHECKING:
@@ -289,8 +289,30 @@ def _commit(
     flush(target.parent)
 
 
-def prune(folder: Path, keep: int, good: Collection[int]) -> list[str]:
-    """Remove all but the newest `keep` good checkpoints; return what could not be removed.
+def mark_best(folder: Path, step: int) -> None:
+    """Let the link `best` in `folder` lead to the checkpoint of `step`; 0: remove the link.
+
+    One rank calls it. The link is relative, so it survives a move. Raises OSError, also where
+    something else has its name.
+    """
+    link = folder / BEST
+    if not link.is_symlink() and link.exists():
+        why = "it is no link, and the best checkpoint has its name; move it away"
+        raise FileExistsError(errno.EEXIST, why, str(link))
+    target = step_folder(folder, step)
+    if not step or not target.is_dir():
+        link.unlink(missing_ok=True)
+        return
+    # One job holds the run, so no other one makes this link; a killed job may have left it.
+    temporary = folder / f".{BEST}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    temporary.rename(link)
+
+
+def prune(folder: Path, keep: int, good: Collection[int], best: int = 0) -> list[str]:
+    """Remove all but the newest `keep` good checkpoints, and that of step `best`; return what
+    could not be removed.
 
     One rank calls it after a save. `good`: the steps of which that is known, the one just saved
     among them: those that this job has saved, and the one that it restored. Others don't count,
@@ -304,7 +326,7 @@ def prune(folder: Path, keep: int, good: Collection[int]) -> list[str]:
             continue
         if kept < keep:
             kept += step in good
-        elif is_own(path):
+        elif step != best and is_own(path):
             try:
                 remove(path)
             except OSError as failure:

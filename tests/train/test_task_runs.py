@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpillm.errors import MismatchError, UsageError
+from mpillm.errors import MismatchError, RecipeError, UsageError
 from mpillm.infer.evaluate import WholeModel, evaluate
 from mpillm.infer.loading import load_data, load_trained, open_of
 from mpillm.infer.print_evaluation import print_evaluation
@@ -47,6 +47,9 @@ CASES: dict[str, dict[str, Any]] = {
     "sequence-classification": {**MODERN, "head": "sequence", "pooling": "mean"},
     "sequence-classification of an LSTM": {"shape": "lstm", **CLASSIC},
     "sequence-classification of convolutions": {"shape": "cnn", **CLASSIC},
+    "multi-label-classification": {**ENCODER, "head": "sequence"},
+    "question-answering": {**ENCODER, "head": "span", "head_layer": "none"},
+    "regression of convolutions": {"shape": "cnn", **CLASSIC},
     "token-classification": {**ENCODER, "head": "token", "head_layer": "none"},
     "image-classification": {**SIZES, "shape": "vit-tiny-digits", "image_size": 4},
     "image-classification of a perceptron": {"shape": "mlp", **CLASSIC, "image_size": 4},
@@ -76,10 +79,15 @@ def write_records(folder: Path) -> Path:
                 "target": text[::-1],
                 "text": "xyz"[label] * 5 + text[:3],
                 "label": f"class {label}",
+                "labels": ["even", "large"][: label % 3],
+                "stars": label / 2 - 0.5,
                 "tokens": words,
                 "tags": [int("a" in word) for word in words],
                 "image": (chance.random((4, 4)) + label).tolist(),
                 "audio": f"{number}.wav",
+                "question": text[-3:],
+                "context": text,
+                "answers": {"text": [words[0]], "answer_start": [0]},
             }
         )
     path = folder / "records.jsonl"
@@ -99,7 +107,11 @@ def datasets(shared_folder: Path, documents: Path, comm: MPI.Intracomm) -> dict[
     made = dict.fromkeys(("causal-lm", "masked-lm", "span-corruption"), tokens)
     for task in PAIR_KINDS:
         made[task] = shared_folder / f"task-{task}"
-        options = bytes_of((str(pairs / "records.jsonl"),), made[task], task=task)
+        column = "stars" if task == "regression" else ""
+        source = (str(pairs / "records.jsonl"),)
+        options = bytes_of(
+            source, made[task], task=task, target_field=column, row_tokens=32, stride=8
+        )
         prepare(options, comm, QUIET)
     return made
 
@@ -217,6 +229,19 @@ def test_data_and_models_that_do_not_fit_a_task_are_refused(
 ) -> None:
     with pytest.raises(MismatchError, match=words):
         train(recipe(task, datasets[data or task], folder / "run", model=model), comm, QUIET)
+    assert not (folder / "run").exists()
+
+
+def test_one_class_alone_is_refused(folder: Path, comm: MPI.Intracomm) -> None:
+    path = folder / "one.jsonl"
+    if comm.rank == 0:
+        path.write_text('{"text": "a", "label": "yes"}\n{"text": "b", "label": "yes"}\n')
+    comm.Barrier()
+    task = "sequence-classification"
+    given = PrepareOptions((str(path),), folder / "one", tokenizer="bytes", task=task)
+    prepare(given, comm, QUIET)
+    with pytest.raises(RecipeError, match="are 'yes', and one class alone cannot be learnt"):
+        train(recipe(task, folder / "one", folder / "run"), comm, QUIET)
     assert not (folder / "run").exists()
 
 

@@ -105,6 +105,7 @@ def _key_figures(run_state: RunState, found: dict[str, Any]) -> list[Figure]:
             "{:.4f}",
             f"at step {found['validation_step'] or 0:,}",
         ),
+        *_best_figure(found["best_checkpoint"]),
         ("tokens seen", found["tokens"], "{}", ""),
         ("tokens a second", found["tokens_per_second"], "{:,.0f}", "median of the last steps"),
         ("a step", found["step_seconds"], "{:.3g} s", "median of the last steps"),
@@ -131,6 +132,13 @@ def _key_figures(run_state: RunState, found: dict[str, Any]) -> list[Figure]:
         for label, value, form, note in listed
         if isinstance(value, int | float)
     ]
+
+
+def _best_figure(best: dict[str, Any] | None) -> list[tuple[str, Any, str, str]]:
+    if best is None:
+        return []
+    name = best["metric"].replace("_", " ")
+    return [(f"best {name}", best["value"], "{:.4f}", f"kept: step {best['step']:,}")]
 
 
 def _times(count: int) -> str:
@@ -206,7 +214,7 @@ def _checkpoints_table(run_state: RunState) -> Table:
         took = finite_seconds(seconds.get(name))
         rows.append(
             [
-                name,
+                f"{name} (best)" if kept.folder == run_state.best else name,
                 f"{kept.step:,}",
                 binary_bytes(kept.bytes),
                 moment(kept.written),

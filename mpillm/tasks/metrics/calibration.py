@@ -22,6 +22,7 @@ class CalibrationError(Metric):
 
     name: ClassVar[str] = "ece"
     title: ClassVar[str] = "ECE"
+    lower_is_better: ClassVar[bool] = True
     sums_positions: ClassVar[bool] = True
     output_kinds: ClassVar[tuple[str, ...]] = CLASSES
 
@@ -46,6 +47,7 @@ class Brier(Metric):
 
     name: ClassVar[str] = "brier"
     title: ClassVar[str] = "Brier score"
+    lower_is_better: ClassVar[bool] = True
     sums_positions: ClassVar[bool] = True
     output_kinds: ClassVar[tuple[str, ...]] = CLASSES
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mpillm.tasks.metrics.metric import CLASSES, Array, Arrays, Metric
+from mpillm.tasks.metrics.metric import CLASSES, SETS, Array, Arrays, Metric
 
 
 def counted_classes(outputs: Sequence[Array], fields: Arrays) -> tuple[Array, Array, Array]:
@@ -38,11 +38,26 @@ def class_counts(outputs: Sequence[Array], fields: Arrays) -> Array:
     return counts.reshape(rows, 3 * classes)
 
 
+def set_counts(outputs: Sequence[Array], fields: Arrays) -> Array:
+    """Count the same of rows with any set of classes each; (B, 3 · classes).
+
+    A class is found where its output is above 0. `targets` (B, classes) are 1 or 0.
+    """
+    targets = fields["targets"] > 0
+    found = outputs[0][:, : targets.shape[1]] > 0
+    return np.concatenate([found & targets, found, targets], 1).astype(np.float64)
+
+
 class ClassMetric(Metric):
-    """A metric whose statistics are the counts of each class, see `class_counts`."""
+    """A metric whose statistics are the counts of each class.
+
+    See `class_counts`, and of rows with several classes `set_counts`.
+    """
 
     sums_positions: ClassVar[bool] = True
-    output_kinds: ClassVar[tuple[str, ...]] = CLASSES
+    output_kinds: ClassVar[tuple[str, ...]] = CLASSES + SETS
 
     def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
-        return class_counts(outputs, fields)
+        # Of one class each, targets have a dim less than outputs.
+        sets = fields["targets"].ndim == outputs[0].ndim
+        return set_counts(outputs, fields) if sets else class_counts(outputs, fields)

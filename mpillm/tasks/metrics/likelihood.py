@@ -14,6 +14,7 @@ class Loss(Metric):
 
     name: ClassVar[str] = "loss"
     title: ClassVar[str] = "loss (nats a token)"
+    lower_is_better: ClassVar[bool] = True
 
     def value(self, sums: Array, totals: Totals) -> float:
         return totals.loss
@@ -24,6 +25,7 @@ class Perplexity(Metric):
 
     name: ClassVar[str] = "perplexity"
     title: ClassVar[str] = "perplexity"
+    lower_is_better: ClassVar[bool] = True
     digits: ClassVar[int] = 2
     output_kinds: ClassVar[tuple[str, ...]] = TOKENS
 
@@ -40,6 +42,7 @@ class BitsPerByte(Metric):
 
     name: ClassVar[str] = "bits-per-byte"
     title: ClassVar[str] = "bits per byte"
+    lower_is_better: ClassVar[bool] = True
     output_kinds: ClassVar[tuple[str, ...]] = TOKENS
 
     def value(self, sums: Array, totals: Totals) -> float:

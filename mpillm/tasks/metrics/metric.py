@@ -14,6 +14,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = Mapping[str, Array]
 # The outputs that some metrics read: see `Metric.output_kinds`.
 CLASSES = ("a class of each row", "a class of each position")
+SETS = ("a set of classes of each row",)
 TOKENS = ("next tokens", "next tokens of a target", "hidden tokens")
 NUMBERS = ("a number of each row",)
 REWARDS = ("rewards of answers",)
@@ -56,6 +57,9 @@ class Metric(ABC):
 
     output_kinds: ClassVar[tuple[str, ...]] = ()
     """What it reads, as `Task.metric_kind` names it: other tasks are refused; (): any task."""
+
+    lower_is_better: ClassVar[bool] = False
+    """Whether a smaller value is a better one, as of a loss or an error."""
 
     is_table: ClassVar[bool] = False
     """Whether its figures are those of `table`, in place of one value."""

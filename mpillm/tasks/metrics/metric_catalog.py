@@ -21,6 +21,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "ece": "mpillm.tasks.metrics.calibration:CalibrationError",
         "brier": "mpillm.tasks.metrics.calibration:Brier",
         "mse": "mpillm.tasks.metrics.regression:SquaredError",
+        "mae": "mpillm.tasks.metrics.regression:AbsoluteError",
         "pearson": "mpillm.tasks.metrics.regression:Pearson",
         "preference-accuracy": "mpillm.tasks.metrics.rewards:PreferenceAccuracy",
         "reward-margin": "mpillm.tasks.metrics.rewards:RewardMargin",

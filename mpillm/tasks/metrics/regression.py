@@ -1,4 +1,4 @@
-"""Metrics of numbers: the squared error, and Pearson's correlation."""
+"""Metrics of numbers: the squared and the absolute error, and Pearson's correlation."""
 
 import math
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ class SquaredError(Metric):
 
     name: ClassVar[str] = "mse"
     title: ClassVar[str] = "mean squared error"
+    lower_is_better: ClassVar[bool] = True
     output_kinds: ClassVar[tuple[str, ...]] = NUMBERS
 
     def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
@@ -22,6 +23,17 @@ class SquaredError(Metric):
 
     def value(self, sums: Array, totals: Totals) -> float:
         return float(sums[0] / max(sums[1], 1))
+
+
+class AbsoluteError(SquaredError):
+    """The mean absolute error of a row's number."""
+
+    name: ClassVar[str] = "mae"
+    title: ClassVar[str] = "mean absolute error"
+
+    def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
+        found, targets = _numbers(outputs, fields)
+        return np.stack([np.abs(found - targets), np.ones_like(found)], 1)
 
 
 class Pearson(Metric):

@@ -16,6 +16,7 @@ class TokenErrorRate(Metric):
 
     name: ClassVar[str] = "token-error-rate"
     title: ClassVar[str] = "token error rate"
+    lower_is_better: ClassVar[bool] = True
     output_kinds: ClassVar[tuple[str, ...]] = ("aligned tokens",)
 
     def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
@@ -34,6 +35,7 @@ class WordErrorRate(TextMetric):
 
     name: ClassVar[str] = "word-error-rate"
     title: ClassVar[str] = "word error rate"
+    lower_is_better: ClassVar[bool] = True
     output_kinds: ClassVar[tuple[str, ...]] = ("aligned tokens", "texts")
 
     def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:

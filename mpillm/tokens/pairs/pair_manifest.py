@@ -29,6 +29,9 @@ TARGET_DTYPES = {
     "target": ("<u2", "<u4"),
     "label": ("<i4",),
     "labels": ("<i4",),
+    "classes": ("<i4",),
+    "number": ("<f4",),
+    "answer": ("|u1",),
     "supervised": ("|u1",),
     "preferred": ("|u1",),
 }

@@ -11,6 +11,7 @@ import numpy as np
 
 from mpillm.errors import DataError
 from mpillm.system import hdf5
+from mpillm.system.json_text import from_json
 from mpillm.system.messages import command, explain
 from mpillm.tokens.manifest import Split, check_shard
 from mpillm.tokens.order import permute, task_keys
@@ -182,6 +183,12 @@ class PairReader:
         """The prompts of the pairs with the answers of others; closed with this reader."""
         return MismatchedPairs(self.manifest, self.name)
 
+    def answer(self, pair: int) -> dict[str, Any]:
+        """Read the target of a row of a question, see `questions.py`. Raises DataError."""
+        shard, place = self._place(pair)
+        found: dict[str, Any] = from_json(bytes(shard.side("target", place, LARGEST)))
+        return found
+
     def _place(self, pair: int) -> tuple[_OpenShard, int]:
         number = int(np.searchsorted(self._firsts, pair, "right")) - 1
         return self._shard(number), pair - int(self._firsts[number])
@@ -203,14 +210,16 @@ class PairReader:
         """Read the pairs `numbers`, (B,), padded to the lengths of `row`. Raises DataError.
 
         Tokens: `source` (B, S) and `source_lengths` (B,); sound: `frames` (B, F, mels), float32;
-        pictures: `pixels` (B, C, height, width). `target` (B, T) with `target_lengths`, `label`
-        (B,), or `labels` (B, S), -1 where none counts.
+        pictures: `pixels` (B, C, height, width). Targets by kind: `target` (B, T) with
+        `target_lengths`; `label` or `number` (B,); `classes` (B, K) of 1 and 0; `labels` (B, S),
+        -1 where none counts; `span` (B, 2) with `kinds` and `in_context` (B, S).
         """
         shards = np.searchsorted(self._firsts, numbers, "right") - 1
         sources: dict[int, Array] = {}
         targets: dict[int, Array] = {}
         sides, most = self.form.sides, self._most_source(row)
-        most_target = most if sides.target == "labels" else row.lengths.context
+        limits = {"labels": most, "classes": LARGEST, "answer": LARGEST}
+        most_target = limits.get(sides.target, row.lengths.context)
         for shard, places in runs_of(shards):
             opened = self._shard(shard)
             for place in places.tolist():
@@ -225,6 +234,15 @@ class PairReader:
         raw = self._source_rows(source, most)
         if sides.target == "label":
             return {**raw, "label": np.array([int(each[0]) for each in target], np.int64)}
+        if sides.target == "number":
+            return {**raw, "number": np.array([each[0] for each in target], np.float32)}
+        if sides.target == "answer":
+            return {**raw, **_answer_rows([from_json(bytes(each)) for each in target], most)}
+        if sides.target == "classes":
+            sets = np.zeros((len(target), len(self.form.classes)), np.float32)
+            for row_K, each in zip(sets, target, strict=True):
+                row_K[each] = 1
+            return {**raw, "classes": sets}
         if sides.target == "labels":
             return {**raw, "labels": _padded(target, most, NO_LABEL)}
         return {
@@ -266,14 +284,18 @@ class PairReader:
             "target": (0, ids),
             "label": (0, len(self.form.classes)),
             "labels": (NO_LABEL, len(self.form.classes)),
+            "classes": (0, len(self.form.classes)),
+            "number": (-np.inf, np.inf),
+            "answer": (0, 256),
             "supervised": (0, 2),
             "preferred": (0, 4),
         }[sides.target]
         for limits, rows in ((tokens, source), (classes, target)):
             for number, row in zip(numbers.tolist(), rows, strict=True):
-                bad = sides.target == "label" and not len(row)
+                bad = sides.target in ("label", "number") and not len(row)
                 if limits and row.size:
-                    bad = bad or int(row.max()) >= limits[1] or int(row.min()) < limits[0]
+                    # NaN is in no range.
+                    bad = bad or not (row.max() < limits[1] and row.min() >= limits[0])
                 if bad:
                     raise self._damaged(number)
 
@@ -350,6 +372,16 @@ def _padded(rows: list[Array], most: int, padding: int) -> Array:
     for whole, row in zip(out, rows, strict=True):
         whole[: len(row)] = row
     return out
+
+
+def _answer_rows(targets: list[dict[str, Any]], most: int) -> RawRows:
+    """Return the spans of answers, the kinds of tokens, and which are of the context."""
+    inside = np.zeros((len(targets), most), bool)
+    for row, each in zip(inside, targets, strict=True):
+        row[each["first"] : each["first"] + len(each["offsets"]) // 2] = True
+    kinds = [np.array(each["kinds"], np.int64) for each in targets]
+    span = np.array([each["span"] for each in targets], np.int64)
+    return {"span": span, "kinds": _padded(kinds, most, 0), "in_context": inside}
 
 
 def _lengths(rows: list[Array]) -> Int64s:

@@ -1,6 +1,8 @@
 """Records to pairs: the source and the target of JSON lines, by the kind of the dataset."""
 
-from collections.abc import Iterator, Sequence
+import math
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from mpillm.tokens.losses import LossCheck
 from mpillm.tokens.pairs.pair_reader import NO_LABEL
 from mpillm.tokens.pairs.pair_shards import PAIR_KINDS, REJECTED, PairKind
 from mpillm.tokens.pairs.pictures import picture_of
+from mpillm.tokens.pairs.questions import QuestionEncoder, question_of
 from mpillm.tokens.pairs.sound import sound_frames
 from mpillm.tokens.sources import SourcePiece, lines_of, place_of_line
 from mpillm.tokens.text.records import HALF, MISSING, RecordError, field_of, object_of, parsed
@@ -35,6 +38,9 @@ DEFAULT_FIELDS = MappingProxyType(
         "kto": ("completion", "label"),
         "seq2seq": ("source", "target"),
         "sequence-classification": ("text", "label"),
+        "multi-label-classification": ("text", "labels"),
+        "question-answering": ("context", "answers"),
+        "regression": ("text", "label"),
         "token-classification": ("tokens", "tags"),
         "image-classification": ("image", "label"),
         "ctc": ("audio", "text"),
@@ -42,6 +48,9 @@ DEFAULT_FIELDS = MappingProxyType(
     }
 )
 LARGEST_CLASSES = 1 << 20
+LARGEST_NUMBER = float(np.finfo(np.float32).max)
+# A wrong value in a message: enough to find it.
+_SHORT = reprlib.Repr()
 Label = str | int
 
 
@@ -84,6 +93,8 @@ def read_records(
     `form`: of conversations, their format; `fields` are then those that an option names.
     """
     for offset, record, replaced in raw_records(piece):
+        source: Any
+        target: Any
         try:
             source: Any
             target: Any
@@ -92,6 +103,10 @@ def read_records(
                 source, target, a, b = found.chosen, found.rejected, found.halves, 0
             elif PAIR_KINDS[kind].is_chat:
                 (source, a), (target, b) = conversation_of(record, form, fields), ("", 0)
+            elif PAIR_KINDS[kind].target == "answer":
+                # A half becomes one character, so that the places of answers stay.
+                texts, target = question_of(record, fields)
+                (source, a), b = _whole(texts), 0
             else:
                 (source, a), (target, b) = map(_whole, _sides(record, PAIR_KINDS[kind], fields))
         except RecordError as failure:
@@ -139,9 +154,7 @@ def _sides(record: Any, sides: PairKind, fields: Sequence[str]) -> tuple[Any, An
         return source, [_label(each, fields[1]) for each in target]
     if sides.source in ("source", "frames"):
         source = _text(source, fields[0])
-    return source, _text(target, fields[1]) if sides.target == "target" else _label(
-        target, fields[1]
-    )
+    return source, TARGETS[sides.target](target, fields[1])
 
 
 def _check_words(words: Any, tags: Any, fields: Sequence[str]) -> None:
@@ -177,6 +190,34 @@ def _label(value: Any, name: str) -> Label:
     raise RecordError(
         f'has no label in "{name}": a text, or a number from 0 to {LARGEST_CLASSES - 1:,}'
     )
+
+
+def _label_set(value: Any, name: str) -> list[Label]:
+    """Read the labels of a record: a list, or a text with commas between; none is a set, too."""
+    if isinstance(value, str):
+        value = [part for each in value.split(",") if (part := each.strip())]
+    labels = value if isinstance(value, list) else [value]
+    return sorted({_label(each, name) for each in labels}, key=lambda label: (str(label), label))
+
+
+def _real(value: Any, name: str) -> float:
+    """Read a number, also one that a table holds as text."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    # A shard holds float32.
+    if not abs(number) <= LARGEST_NUMBER:
+        raise RecordError(
+            f'has no number in "{name}" (it is {_SHORT.repr(value)}); write a finite one, such as '
+            "3.5, or leave the record out"
+        )
+    return number
+
+
+TARGETS: Mapping[str, Callable[[Any, str], Any]] = MappingProxyType(
+    {"target": _text, "label": _label, "classes": _label_set, "number": _real}
+)
 
 
 def class_names(labels: set[Label]) -> tuple[str, ...]:
@@ -223,6 +264,27 @@ class PairEncoder:
     classes: tuple[str, ...]
     losses: LossCheck
     chat: ChatEncoder | None = None
+    questions: QuestionEncoder | None = None
+
+    def rows(
+        self, numbered: Sequence[tuple[int, PairRecord]], pool: Executor
+    ) -> list[list[tuple[Array, Array]]]:
+        """Return the source and the target of each row of each record: of questions several.
+
+        Raises DataError with file and line.
+        """
+        if self.questions is None:
+            return [[pair] for pair in self.encode([record for _, record in numbered], pool)]
+        found = []
+        for number, record in numbered:
+            try:
+                found.append(self.questions.rows(record.source, record.target, number))
+            except RecordError as failure:
+                raise DataError(f"{record.place} {failure}") from failure
+        if not self.tokenizer.keeps_all:
+            texts = [text for _, record in numbered for text in record.source]
+            self.losses.see(texts, self.tokenizer.encode_batch(texts))
+        return found
 
     def encode(self, records: Sequence[PairRecord], pool: Executor) -> list[tuple[Array, Array]]:
         """Return the source and the target of each record; `pool` reads the files that it names.
@@ -237,6 +299,10 @@ class PairEncoder:
             return self._encode_words(records, numbers)
         if sides.target == "label":
             targets = [np.array([_number(r, r.target, numbers)], "<i4") for r in records]
+        elif sides.target == "classes":
+            targets = [np.array([_number(r, e, numbers) for e in r.target], "<i4") for r in records]
+        elif sides.target == "number":
+            targets = [np.array([r.target], "<f4") for r in records]
         else:
             # A loss over alignments knows no end of a row.
             plain = self.kind == "ctc"

@@ -2,9 +2,10 @@
 
     /source       the sources of all pairs in order: token ids, frames of sound, or pictures
     /source_ends  <u8  the end of each pair's source in /source (exclusive)
-    /target       the targets in order: token ids <u2 or <u4, numbers of classes <i4,
-                  or, of chats, <u1: 1 for each token of the source that is learnt, and, of
-                  preferences, 2 more for each token of a rejected answer's conversation
+    /target       the targets in order: token ids <u2 or <u4, numbers of classes <i4, numbers
+                  <f4, answers as JSON in <u1, or, of chats, <u1: 1 for each token of the source
+                  that is learnt, and, of preferences, 2 more for each token of a rejected
+                  answer's conversation
     /target_ends  <u8  the end of each pair's target in /target
 
 A source of sound has a row of /source for each frame, a picture is one row. Pairs are shuffled by
@@ -38,9 +39,10 @@ class PairKind(NamedTuple):
     """What the two sides of a pair are.
 
     `source`: tokens (`source`), `frames` or `pixels`. `target`: tokens (`target`), a class
-    (`label`), a class for each token (`labels`), or 1 for each token that is learnt (`supervised`).
-    Of preferences (`preferred`), 2 more for each token of a rejected answer and its prompt.
-    `sides`: the conversations of a pair, which follow each other.
+    (`label`), any set of classes (`classes`), a number (`number`), a class for each token
+    (`labels`), the place of an answer as JSON (`answer`), or 1 for each token that is learnt
+    (`supervised`). Of preferences (`preferred`), 2 more for each token of a rejected answer and its
+    prompt. `sides`: the conversations of a pair, which follow each other.
     """
 
     source: str
@@ -65,6 +67,9 @@ PAIR_KINDS: Mapping[str, PairKind] = MappingProxyType(
         "kto": PairKind("source", "preferred"),
         "seq2seq": PairKind("source", "target"),
         "sequence-classification": PairKind("source", "label"),
+        "multi-label-classification": PairKind("source", "classes"),
+        "question-answering": PairKind("source", "answer"),
+        "regression": PairKind("source", "number"),
         "token-classification": PairKind("source", "labels"),
         "image-classification": PairKind("pixels", "label"),
         "ctc": PairKind("frames", "target"),

@@ -105,6 +105,12 @@ def survey_pairs(
     count, nbytes, content = (sum(each[number] for each in every) for number in range(3))
     if not count:
         raise _no_record(fields)
+    if PAIR_KINDS[kind].target == "classes" and not labels:
+        name = options.target_field or default[1]
+        raise DataError(
+            f'no record has a label in "{name}", so there is nothing to learn; '
+            "name another by --target-field"
+        )
     if kind == LABELLED:
         _check_labels(labels, count)
     classes = () if kind == LABELLED else class_names(labels)
@@ -182,9 +188,9 @@ def _labels_of(record: PairRecord, kind: str) -> set[Label]:
     target = PAIR_KINDS[kind].target
     if kind == LABELLED:
         return {"desirable" if record.source else "undesirable"}
-    if PAIR_KINDS[kind].is_chat or target == "target":
-        return set()
-    return set(record.target) if target == "labels" else {record.target}
+    if target in ("labels", "classes"):
+        return set(record.target)
+    return {record.target} if target == "label" else set()
 
 
 def text_of(record: PairRecord, kind: str) -> str:

@@ -38,7 +38,7 @@ from mpillm.tokens.manifest import Manifest, tokenizer_facts
 from mpillm.tokens.order import mix
 from mpillm.tokens.pairs.chat_pairs import chat_facts, preview, template_of
 from mpillm.tokens.pairs.pair_manifest import PairManifest
-from mpillm.tokens.pairs.pair_records import PairEncoder
+from mpillm.tokens.pairs.pair_records import PairEncoder, PairRecord
 from mpillm.tokens.pairs.pair_shards import (
     LEARNT,
     PAIR_KINDS,
@@ -47,6 +47,7 @@ from mpillm.tokens.pairs.pair_shards import (
     write_pair_shard,
 )
 from mpillm.tokens.pairs.pair_survey import PairSurvey, survey_pairs, text_of, texts_of
+from mpillm.tokens.pairs.questions import QuestionEncoder
 from mpillm.tokens.split import plan_split
 from mpillm.tokens.tokenizer import Tokenizer, train_bpe
 from mpillm.tokens.train_tokenizer import SAMPLE_SALT
@@ -135,8 +136,15 @@ def _prep(
         "n_pairs": found.n_pairs,
         "content": found.content,
         **({"format": found.form} if found.form else {}),
+        **rows_facts(options),
         **chat_facts(found.template),
     }
+
+
+def rows_facts(options: "PrepareOptions") -> dict[str, int]:
+    """Return the lengths of the rows of questions; {} for other tasks."""
+    answers = PAIR_KINDS[options.task].target == "answer"
+    return {"row_tokens": options.row_tokens, "stride": options.stride} if answers else {}
 
 
 def _write(
@@ -156,7 +164,10 @@ def _write(
     if PAIR_KINDS[options.task].is_chat:
         chat = ChatEncoder(tokenizer, found.template)
         on_root(comm, partial(preview, found, chat, tokenizer, console))
-    encoder = PairEncoder(options.task, tokenizer, found.classes, losses, chat)
+    questions = None
+    if PAIR_KINDS[options.task].target == "answer":
+        questions = QuestionEncoder(tokenizer, options.row_tokens, options.stride)
+    encoder = PairEncoder(options.task, tokenizer, found.classes, losses, chat, questions)
     encode = partial(_encode, found, encoder, options, path)
     index, text_bytes, own_item, learnt = on_all(comm, encode, describe)
     if chat is not None:
@@ -174,9 +185,20 @@ def _write(
     else:
         index["split"] = plan.of(index["key"])
     padding = tokenizer.vocabulary.padding or 0
-    targets = {"target": tokenizer.dtype.str, "supervised": "|u1", "preferred": "|u1"}
+    targets = {
+        "target": tokenizer.dtype.str,
+        "supervised": "|u1",
+        "preferred": "|u1",
+        "number": "<f4",
+        "answer": "|u1",
+    }
     target = targets.get(PAIR_KINDS[options.task].target, "<i4")
-    closed = tokenizer.closes_rows and PAIR_KINDS[options.task].source == "source" and not chat
+    closed = (
+        tokenizer.closes_rows
+        and not questions
+        and PAIR_KINDS[options.task].source == "source"
+        and not chat
+    )
     form = PairFormat(options.task, item[0], target, item[1], padding, closed, found.classes)
     encoded = EncodedDocuments(path, index, np.dtype("u1"))
     where = shuffle.plan_shuffle(encoded, options.shard_bytes, comm)
@@ -216,10 +238,11 @@ def _encode(
     with path.open("wb") as file, ThreadPoolExecutor(max(1, options.workers)) as pool:
         records_left = found.records()
         while batch := list(islice(records_left, BATCH_RECORDS)):
-            records = [record for _, record in batch]
-            for (ordinal, record), (source, target) in zip(
-                batch, encoder.encode(records, pool), strict=True
-            ):
+            rows_of = encoder.rows(batch, pool)
+            every = (
+                (each, pair) for each, pairs in zip(batch, rows_of, strict=True) for pair in pairs
+            )
+            for (ordinal, record), (source, target) in every:
                 own = source.dtype.str, source.shape[1:], record.place if item is None else ""
                 item = item or own
                 if own[:2] != item[:2]:
@@ -227,13 +250,19 @@ def _encode(
                 blob = pack(source, target)
                 file.write(blob)
                 # Of what it says: the split is the same for any tokenizer.
-                named = to_json([record.source, record.target]).encode()
+                named = to_json(_named(record, found.kind)).encode()
                 key = xxhash.xxh3_64_intdigest(named, seed=options.seed)
                 rows.append((key, ordinal, record.piece.source, 0, len(blob), len(blob)))
                 text_bytes.append(len(text_of(record, found.kind).encode()))
                 if found.form:
                     tokens, learnt = tokens + len(source), learnt + int((target & LEARNT).sum())
     return np.array(rows, SPILLED), np.array(text_bytes, np.int64), item, (tokens, learnt)
+
+
+def _named(record: PairRecord, kind: str) -> Any:
+    """Return what decides the split: all questions on a context are in one."""
+    answers = PAIR_KINDS[kind].target == "answer"
+    return record.source[1] if answers else [record.source, record.target]
 
 
 def _same_item(items: list[Item], found: PairSurvey) -> Item:

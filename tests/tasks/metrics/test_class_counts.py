@@ -12,6 +12,7 @@ from mpillm.tasks.metrics.metric import Totals
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 
 CASES = 1000
+TOTALS = Totals(0.0, 1.0, 0)
 NAMES = ("accuracy", "precision", "recall", "macro-f1", "micro-f1", "confusion-matrix")
 
 
@@ -58,6 +59,36 @@ def test_each_equals_scikit_learn() -> None:
         # scikit-learn takes some milliseconds for it.
         if len(pairs) % 10 == 0:
             assert table == confusion_matrix(targets, found, labels=list(classes)).tolist()
+
+
+def test_sets_of_classes_equal_scikit_learn() -> None:
+    chance, metrics = np.random.default_rng(9), make_metrics(NAMES[1:5])
+    for _ in range(200):
+        rows, classes = int(chance.integers(1, 20)), int(chance.integers(1, 5))
+        outputs = chance.normal(size=(rows, classes + 1))
+        targets = (chance.random((rows, classes)) < 0.4).astype(np.float32)
+        ours = [
+            metric.value(metric.of_rows([outputs], {"targets": targets}).sum(0), TOTALS)
+            for metric in metrics
+        ]
+        found = outputs[:, :classes] > 0
+        # Ours leave out a class that is neither found nor there.
+        known = (found | (targets > 0)).any(0)
+        if not known.any():
+            continue
+        given = {"zero_division": 0}
+        macro = (
+            precision_recall_fscore_support(
+                targets[:, known] > 0, found[:, known], average="macro", **given
+            )
+            if known.sum() > 1
+            else None
+        )
+        micro = precision_recall_fscore_support(targets > 0, found, average="micro", **given)
+        if macro is not None:
+            assert ours[:3] == pytest.approx(list(map(float, macro[:3])), abs=1e-12)
+        if classes > 1:
+            assert ours[3] == pytest.approx(float(micro[2]), abs=1e-12)
 
 
 def test_a_table_of_too_many_classes_is_refused() -> None:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from scipy.stats import pearsonr
-from sklearn.metrics import mean_squared_error
+from sklearn.metrics import mean_absolute_error, mean_squared_error
 
 from mpillm.tasks.metrics.metric import Totals
-from mpillm.tasks.metrics.regression import Pearson, SquaredError
+from mpillm.tasks.metrics.regression import AbsoluteError, Pearson, SquaredError
 
 TOTALS = Totals(0.0, 1.0, 0)
 
@@ -21,6 +21,10 @@ def test_both_equal_their_oracles_on_random_cases() -> None:
         mse = SquaredError().of_rows([outputs], fields).sum(0)
         assert SquaredError().value(mse, TOTALS) == pytest.approx(
             mean_squared_error(targets, found), rel=1e-9
+        )
+        mae = AbsoluteError().of_rows([outputs], fields).sum(0)
+        assert AbsoluteError().value(mae, TOTALS) == pytest.approx(
+            mean_absolute_error(targets, found), rel=1e-9
         )
         r = Pearson().of_rows([outputs], fields).sum(0)
         assert Pearson().value(r, TOTALS) == pytest.approx(pearsonr(targets, found)[0], abs=1e-6)

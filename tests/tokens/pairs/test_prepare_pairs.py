@@ -33,6 +33,7 @@ from mpillm.tokens.verify import verify
 from mpillm.tokens.work_folder import taken_over
 
 QUIET = Console(speaks=False)
+SETS = "multi-label-classification"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "one", "two", "three", "##s", "four"]
 
 
@@ -178,6 +179,26 @@ def test_a_post_processor_closes_texts_and_words_are_labelled_at_their_first_tok
     assert (raw["source_lengths"].tolist(), raw["label"].tolist()) == ([5], [2])
 
 
+def test_numbers_and_sets_of_classes_come_from_lines_and_from_tables(tmp_path: Path) -> None:
+    records = [{"text": "ab", "labels": ["x", "z", "x"]}, {"text": "cd", "labels": []}]
+    sets = made(write_lines(tmp_path / "a.jsonl", records), tmp_path / "a", SETS)
+    (tmp_path / "b.csv").write_text('text,labels\nab,"z, x"\ncd,\n')
+    table = made(tmp_path / "b.csv", tmp_path / "b", SETS)
+    for manifest in (sets, table):
+        assert manifest.classes == ("x", "z")
+        raw = rows_of(manifest, 6, 6)
+        # The hash of the contents orders them.
+        found = dict(zip(raw["source"][:, 0].tolist(), raw["classes"].tolist(), strict=True))
+        assert found == {ord("a"): [1.0, 1.0], ord("c"): [0.0, 0.0]}
+    (tmp_path / "c.tsv").write_text("text\tlabel\nab\t-2.5\ncd\t1e3\n")
+    raw = rows_of(made(tmp_path / "c.tsv", tmp_path / "c", "regression"), 6, 6)
+    assert raw["number"].dtype == np.float32
+    assert sorted(raw["number"].tolist()) == [-2.5, 1000.0]
+    path = write_lines(tmp_path / "none.jsonl", [{"text": "a", "labels": []}])
+    with pytest.raises(DataError, match='no record has a label in "labels"'):
+        made(path, tmp_path / "none", SETS)
+
+
 def test_pictures_of_lists_and_arrays(tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
     colours = chance.integers(0, 256, (4, 5, 3), np.uint8)
@@ -277,6 +298,14 @@ def test_a_wrong_record_is_named_by_its_line(tmp_path: Path, line: str) -> None:
     [
         ("sequence-classification", {"text": "a", "label": -1}, "has no label"),
         ("sequence-classification", {"text": "a", "label": True}, "has no label"),
+        ("regression", {"text": "a", "label": "high"}, r"no number .*\(it is 'high'\)"),
+        ("regression", {"text": "a", "label": "nan"}, "no number"),
+        ("regression", {"text": "a", "label": 1e39}, "write a finite one"),
+        ("regression", {"text": "a", "label": True}, "no number"),
+        ("regression", {"text": "a", "label": None}, 'no field "label"'),
+        ("regression", {"text": "a"}, r'no field "label" \(it has text\)'),
+        ("multi-label-classification", {"text": "a", "labels": [1.5]}, "has no label"),
+        ("multi-label-classification", {"text": "a", "labels": None}, 'no field "labels"'),
         ("token-classification", {"tokens": ["a"], "tags": []}, "as many labels"),
         ("token-classification", {"tokens": [" "], "tags": [1]}, "that is no word"),
         ("image-classification", {"image": [[1], [2, 3]], "label": 0}, "not equally long"),
