@@ -23,7 +23,7 @@ from mpillm.system.console import Console
 from mpillm.system.messages import why
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
 from mpillm.tasks.metrics.metric import Array, Arrays
-from mpillm.tasks.preference import PreferenceTask
+from mpillm.tasks.preferences.preference import PreferenceTask
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.manifest import SPLITS, Manifest
 from mpillm.tokens.pairs.pair_reader import PairReader

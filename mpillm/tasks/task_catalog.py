@@ -21,8 +21,8 @@ TASKS: Mapping[str, str] = MappingProxyType(
     {
         "causal-lm": "mpillm.tasks.causal_lm:CausalLM",
         "chat": "mpillm.tasks.chat:Chat",
-        "dpo": "mpillm.tasks.dpo:DPO",
-        "kto": "mpillm.tasks.kto:KTO",
+        "dpo": "mpillm.tasks.preferences.dpo:DPO",
+        "kto": "mpillm.tasks.preferences.kto:KTO",
         "masked-lm": "mpillm.tasks.masked_lm:MaskedLM",
         "span-corruption": "mpillm.tasks.span_corruption:SpanCorruption",
         "seq2seq": "mpillm.tasks.seq2seq:SequenceToSequence",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.tasks.metrics.metric import Array, Arrays
-from mpillm.tasks.preference import PreferenceTask
+from mpillm.tasks.preferences.preference import PreferenceTask
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.pairs.pair_reader import PairReader
 from mpillm.tokens.samples import RowShape

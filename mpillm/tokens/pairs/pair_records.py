@@ -96,8 +96,6 @@ def read_records(
         source: Any
         target: Any
         try:
-            source: Any
-            target: Any
             if PAIR_KINDS[kind].is_preference:
                 found = preference_of(record, form)
                 source, target, a, b = found.chosen, found.rejected, found.halves, 0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpillm.tasks.preference import PreferenceTask, answers_there
+from mpillm.tasks.preferences.preference import PreferenceTask, answers_there
 from mpillm.tasks.task import Fields
 
 

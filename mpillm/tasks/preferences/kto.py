@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from mpillm.tasks.preference import PreferenceTask, answers_there, document_sums
+from mpillm.tasks.preferences.preference import PreferenceTask, answers_there, document_sums
 from mpillm.tasks.task import Fields
 
 if TYPE_CHECKING:

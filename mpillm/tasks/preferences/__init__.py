@@ -1,0 +1,1 @@
+"""Tasks that learn which of two answers, or which answers, people prefer."""
