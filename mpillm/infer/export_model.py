@@ -15,8 +15,10 @@ from torch import Tensor
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import CheckpointError, RecipeError, UsageError
 from mpillm.infer.export_gguf import GgufPlan, check_gguf_name, export_gguf
+from mpillm.infer.export_peft import check_adapter, write_adapter
 from mpillm.infer.generate import first_token
 from mpillm.infer.loading import TOKENIZER, check_trained
+from mpillm.infer.model_source import ModelSource, open_model
 from mpillm.models.families.family import Family
 from mpillm.models.families.family_catalog import family_of, find_family
 from mpillm.models.model_catalog import read_spec
@@ -77,10 +79,11 @@ def export_model(
 ) -> ExportedModel:
     """Write the model of a run or a checkpoint at `path` as `out`, a new folder or GGUF file.
 
-    `kind`: `hf`, a folder that transformers loads, `safetensors`, our names, or `gguf`. `dtype`: of
-    the tensors, one of DTYPES or, of a GGUF file, of FILE_TYPES; `auto` is that of the model which
-    was imported, else float32. Every rank of `comm` calls it and writes a share. Raises UsageError
-    where `out` exists, RecipeError where no family is the model.
+    `kind`: `hf`, a folder that transformers loads, `safetensors`, our names, `gguf`, or `peft`, the
+    adapters of a run alone; the others have them merged with their base. `dtype`: of the tensors,
+    one of DTYPES or, of a GGUF file, of FILE_TYPES; `auto` is that of the model which was imported,
+    else float32. Every rank of `comm` calls it and writes a share. Raises UsageError where `out`
+    exists, RecipeError where no family is the model.
     """
     _check(out, kind, dtype)
     on_root(comm, lambda: refuse_taken(out))
@@ -91,10 +94,14 @@ def export_model(
         known = str(imported.get("dtype"))
         dtype = known if known in DTYPES else "float32"
     family = None if kind == "safetensors" else _family(spec, str(imported.get("model_type")))
+    if kind == "peft":
+        assert family is not None
+        return _as_adapter(checkpoint, spec, family, out, comm)
     if kind == "gguf":
         assert family is not None
         return _as_gguf(checkpoint, spec, family, out, dtype, comm, console)
-    plan = on_all(comm, lambda: _plan(checkpoint, spec, family, dtype))
+    source = open_model(CheckpointSource(checkpoint), comm, console)
+    plan = on_all(comm, lambda: _plan(checkpoint, source, family, dtype))
     shards = _shards(plan.shapes, ITEM_BYTES[dtype])
     total = sum(sum(sizes.values()) for sizes in shards)
     work = on_root(comm, lambda: _begin(out, plan.texts))
@@ -133,11 +140,32 @@ def _as_gguf(
     comm: "MPI.Intracomm",
     console: Console,
 ) -> ExportedModel:
-    source = CheckpointSource(checkpoint)
+    source = open_model(CheckpointSource(checkpoint), comm, console)
     plan = on_all(comm, lambda: GgufPlan.make(checkpoint, family, spec, dtype))
-    make = their_tensors(family, spec, source.read_weight)
+    make = their_tensors(family, spec, source.read)
     nbytes = export_gguf(out, plan, make, dtype, comm, console)
     return ExportedModel(out, 1, nbytes, plan.architecture.name)
+
+
+def _as_adapter(
+    checkpoint: Checkpoint, spec: ModelSpec, family: Family, out: Path, comm: "MPI.Intracomm"
+) -> ExportedModel:
+    """Write the adapters alone, which are small: rank 0 does it."""
+
+    def write() -> int:
+        check_adapter(checkpoint)
+        work = _begin(out, {})
+        try:
+            nbytes = write_adapter(checkpoint, spec, family, work)
+            flush(work)
+            give_name(work, out)
+        except BaseException:
+            with suppress(OSError):
+                shutil.rmtree(work)
+            raise
+        return nbytes
+
+    return ExportedModel(out, 1, on_root(comm, write), "adapters of PEFT")
 
 
 def print_export(made: ExportedModel, console: Console) -> None:
@@ -146,7 +174,7 @@ def print_export(made: ExportedModel, console: Console) -> None:
     console.say(f"{made.out}: {made.family or 'tensors under our names'}, {files}")
     if made.out.suffix == SUFFIX:
         console.say(f"next, with llama.cpp: {command(['llama-server', '--model', made.out])}")
-    elif made.family:
+    elif made.reader:
         console.say(
             f"next, in Python: transformers.{made.reader}.from_pretrained({str(made.out)!r})"
         )
@@ -161,15 +189,15 @@ def _family(spec: ModelSpec, known: str) -> Family:
     return family_of(spec)
 
 
-def _plan(checkpoint: Checkpoint, spec: ModelSpec, family: Family | None, dtype: str) -> _Plan:
-    source = CheckpointSource(checkpoint)
+def _plan(checkpoint: Checkpoint, source: ModelSource, family: Family | None, dtype: str) -> _Plan:
+    spec = source.spec
 
     def ours(name: str) -> Tensor:
-        return source.read_weight(name).to(getattr(torch, dtype))
+        return source.read(name).to(getattr(torch, dtype))
 
     if family is None:
         texts = {"recipe.json": to_json(checkpoint.facts["recipe"], indent=1) + "\n"}
-        return _Plan(source.weights, ours, texts)
+        return _Plan(source.shapes, ours, texts)
     texts = _texts(checkpoint, spec, family, dtype)
     return _Plan(family.tensors(spec), their_tensors(family, spec, ours), texts)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import CheckpointError, DataError, MismatchError, UsageError
+from mpillm.infer.import_peft import import_adapter, is_adapter
 from mpillm.infer.imported_task import imported_task
 from mpillm.infer.loading import TOKENIZER
 from mpillm.models.spec import ModelSpec
@@ -27,8 +28,10 @@ from mpillm.weights.checkpoint_source import CheckpointSource
 from mpillm.weights.gguf_model import GgufModel
 from mpillm.weights.gguf_source import GgufSource
 from mpillm.weights.index import ITEM_BYTES
+from mpillm.weights.model_settings import model_settings
 from mpillm.weights.names import weight_name
 from mpillm.weights.open_source import open_source
+from mpillm.weights.peft_format import CONFIG as ADAPTER
 from mpillm.weights.places import CHECKPOINTS
 from mpillm.weights.published_model import PublishedModel
 from mpillm.weights.saving import assign_writers, save
@@ -61,13 +64,21 @@ def import_model(
     comm: "MPI.Intracomm",
     console: Console,
     end_of_text: str | None = None,
+    base: Path | None = None,
 ) -> ImportedModel:
     """Write the model at `path` as step 0 of the folder `out`, in float32.
+
+    `base`: of a folder of adapters, the model that they were trained on; None: the one they name.
 
     Every rank of `comm` calls it; each reads and writes a share of the weights. Raises
     CheckpointError where the model cannot be read, and UsageError where `out` holds anything.
     """
     on_root(comm, lambda: _refuse_full(out))
+    if on_root(comm, lambda: is_adapter(path)):
+        saved = import_adapter(path, out, base, comm, console)
+        return ImportedModel(saved, model_settings(saved))
+    if base is not None:
+        raise UsageError(f"--base is of adapters, and {path} has no {ADAPTER}; leave --base out")
     source = open_source(path, comm, console)
     model = on_all(comm, lambda: PublishedModel.open(_as_published(source)))
     texts, facts = on_root(comm, lambda: _texts_and_facts(source, model, end_of_text))

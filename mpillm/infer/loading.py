@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mpillm.comm.failure import on_root
+from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import CheckpointError, DataError, MismatchError
+from mpillm.infer.model_source import BASE, ModelSource, open_model
+from mpillm.models.adapt import tuned_shapes
 from mpillm.models.model_catalog import read_spec
 from mpillm.models.part_module import PartModule, weight_shapes
 from mpillm.models.spec import ModelSpec
+from mpillm.models.tuning import Tuning, read_tuning
 from mpillm.runs.run_files import folder_of_paths
 from mpillm.system.console import Console
 from mpillm.system.messages import command, some_of
@@ -32,6 +35,7 @@ from mpillm.tokens.pairs.pair_reader import PairReader
 from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
+from mpillm.weights.checkpoint_source import CheckpointSource
 from mpillm.weights.finding import find
 from mpillm.weights.names import weight_name
 
@@ -96,6 +100,10 @@ class RunConstants:
         """Return them with another recipe: what was left open in it is resolved."""
         return RunConstants({**self.facts, "recipe": recipe}, self.texts)
 
+    def with_base(self, base: Mapping[str, Any]) -> "RunConstants":
+        """Return them with the fact that names the base of adapters; empty: there is none."""
+        return RunConstants({**self.facts, BASE: base}, self.texts) if base else self
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -112,7 +120,11 @@ def load_trained(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
     """
     checkpoint = find(path, comm, console, check_trained)
     model = read_spec(checkpoint.facts["recipe"]["model"]).build()
-    checkpoint.load(model_tensors(model))
+    if BASE in checkpoint.facts:
+        source = open_model(CheckpointSource(checkpoint), comm, console)
+        on_all(comm, lambda: _take(model, source))
+    else:
+        checkpoint.load(model_tensors(model))
     facts = checkpoint.facts["tokenizer"]
     tokenizer = Tokenizer.from_json(checkpoint.text(TOKENIZER), facts["name"], facts["end_of_text"])
     settings = task_catalog.read_settings(checkpoint.facts["recipe"].get("task", {}))
@@ -145,7 +157,7 @@ def check_trained(checkpoint: Checkpoint) -> StoredShapes:
     _check_facts(checkpoint)
     facts = checkpoint.facts
     spec = read_spec(facts["recipe"]["model"])
-    weights = _check_weights(checkpoint, spec)
+    weights = _check_weights(checkpoint, spec, read_tuning(facts["recipe"]))
     known = facts["tokenizer"]
     text = checkpoint.text(TOKENIZER)
     if hashlib.sha256(text.encode()).hexdigest() != known["sha256"]:
@@ -176,8 +188,15 @@ def _check_facts(checkpoint: Checkpoint) -> None:
             )
 
 
-def _check_weights(checkpoint: Checkpoint, spec: ModelSpec) -> StoredShapes:
-    """Return the weights' shapes. Raises CheckpointError unless each is stored in its own."""
+def _check_weights(checkpoint: Checkpoint, spec: ModelSpec, tuning: Tuning) -> StoredShapes:
+    """Return the weights' shapes. Raises CheckpointError unless each is stored in its own.
+
+    Of adapters the weights of the base are not stored.
+    """
+    if tuning.adapter.used:
+        trained = tuned_shapes(spec, tuning).trained
+        check_stored(checkpoint, {weight_name(name): wanted for name, wanted in trained.items()})
+        return trained
     stored = checkpoint.tensors
     count = sum(math.prod(t.shape) for name, t in stored.items() if name.startswith("model/"))
     # Compared first: a wrong size must not be allocated, nor a wrong number of blocks be built.
@@ -272,6 +291,12 @@ def missing_data(named: Path, folder: Any, option: str = "--data FOLDER") -> str
         f"{named} is not here: its path begins in {folder}; "
         f"go there (`{command(['cd', folder])}`), or say where it is: {option}"
     )
+
+
+@torch.no_grad()
+def _take(model: PartModule, source: ModelSource) -> None:
+    for name, weight in model.named_weights():
+        weight.copy_(source.read(name))
 
 
 def model_tensors(model: PartModule) -> dict[str, torch.Tensor]:

@@ -71,6 +71,8 @@ class PartModule(nn.Module):
         self.recompute: Recompute = "none"
         self.pieces: dict[str, WeightPiece] = {}
         """The weights that are parts of whole ones, by their names in the whole model."""
+        self.deviations: dict[str, float] = {}
+        """Of the initial values of weights that were added to those of the architecture."""
 
     def forward_part(self, fields: Fields, streams: Streams) -> PartOutput:
         """Compute this part on one microbatch; `streams` is empty where it begins the model."""
@@ -184,7 +186,10 @@ def initial_values(model: PartModule, name: str, shape: tuple[int, ...], seed: i
     # Drawn on the CPU: a GPU's generator gives other numbers.
     whole, place = model.pieces.get(name) or WeightPiece(shape, ())
     values = torch.empty(whole, dtype=torch.float32, device="cpu")
-    values.normal_(0.0, model.deviation_of(name), generator=generator)
+    deviation = model.deviations.get(name)
+    if deviation is None:
+        deviation = model.deviation_of(name)
+    values.normal_(0.0, deviation, generator=generator)
     return values[place].contiguous()
 
 

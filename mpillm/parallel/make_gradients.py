@@ -63,7 +63,10 @@ def make_gradients(
         device = own_device(plan.precision.device)
         splits = any(action.kind in "IW" for row in plan.schedule.rows for action in row)
         dense: GradientSync = ZeroGradients(
-            [{n: w for n, w in part.named_parameters() if w not in owned} for part in parts],
+            [
+                {n: w for n, w in part.named_parameters() if w.requires_grad and w not in owned}
+                for part in parts
+            ],
             tokens,
             settings,
             ShardStep(dtype, reduce_dtype, plan.fixed_order, plan.microbatches > 1, splits, device),

@@ -39,8 +39,8 @@ class MessageBytes:
 
     stream: int = 4
     """Of a stream between stages, and of its gradient."""
-    gradient: int = 4
-    """Of a weight's gradient."""
+    gradient: float = 4.0
+    """Of a weight's gradient, over all weights: frozen ones have none."""
     sends: float = 2.0
     """How often a rank sends the gradients of what it holds, or the values: twice in an all-reduce
     (Patarasuk & Yuan 2009).

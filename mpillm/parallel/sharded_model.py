@@ -13,6 +13,7 @@ from mpillm.comm.communicator import silent
 from mpillm.comm.mesh import Axis, Mesh
 from mpillm.errors import LayoutError
 from mpillm.machine.cluster_profile import ClusterProfile
+from mpillm.models.adapt import tune
 from mpillm.models.part_module import Fields, PartModule, build_without_values, initialise
 from mpillm.models.spec import ModelSpec, Part
 from mpillm.parallel.axis_sizes import (
@@ -24,6 +25,7 @@ from mpillm.parallel.axis_sizes import (
 )
 from mpillm.parallel.compiling import compile_layers, uncompiled
 from mpillm.parallel.context.sequence_share import SequenceShare
+from mpillm.parallel.data.frozen_weights import FrozenWeights
 from mpillm.parallel.data.zero import NeedsWhole, cuts_all
 from mpillm.parallel.devices import own_device
 from mpillm.parallel.expert.expert_parallel import ExpertParallel
@@ -110,12 +112,16 @@ class ShardedModel:
             for stage in schedule.stages_of(axis.rank)
         }
         parts = list(self.parts.values())
+        for part in parts:
+            tune(part, plan.tuning)
         along = mesh.find("tensor")
         self.tensor = None if along is None else TensorParallel(along, settings, profile, warn)
         if self.tensor is not None:
             for part in parts:
                 self.tensor.cut(part)
         self.experts = self._share_experts(settings, profile, warn)
+        self.frozen = self._freeze(seed, warn)
+        """The weights that no step changes."""
         # Before leaves share memory, and before gradients get their dtype.
         values = self._initialise(seed, settings.zero > 0 and tokens.size > 1)
         for part in parts:
@@ -126,13 +132,14 @@ class ShardedModel:
         self._tied = [
             TiedWeight(parts, leader, followers, axis, warn, plan.fixed_order)
             for leader, followers in (_followers(spec).items() if apart else ())
+            if not plan.tuning.is_frozen(leader)
         ]
         shared = {*spec.tied_weights, *spec.tied_weights.values()}
         self._leaves_of_tied = [
             weight
             for part in parts
             for name, weight in part.named_parameters(remove_duplicate=False)
-            if name in shared
+            if name in shared and weight.requires_grad
         ]
         self.gradients = make_gradients(
             parts,
@@ -149,14 +156,8 @@ class ShardedModel:
         self._weights = self.named_weights()
         self.stepped = self.gradients.optimizer_weights(self._weights, values)
         """What the optimizer steps on, by the names of the weights in the whole model."""
-        self.gradients.initialise(parts, seed)
-        gathers = any(mesh.comm.allgather(bool(self.gradients.gathered)))
-        if gathers and plan.compiled:
-            raise LayoutError(
-                "parallel.zero = 3 gathers the weights layer by layer where ranks share no memory, "
-                "which train.compile = true cannot do for compiled layers; take parallel.zero = 2, "
-                "or train.compile = false"
-            )
+        self.gradients.initialise(parts, seed, self.frozen)
+        gathers = self._gathers()
         self.alike = gathers or self.experts is not None
         """Whether all ranks must score equally many batches: each needs weights, or the computed
         experts, of the others.
@@ -177,6 +178,25 @@ class ShardedModel:
         if self.gradients.gathered and schedule.ranks > 1:
             # As experts do: the ranks that a gather waits for may wait for streams of this one.
             self.gradients.gathered.progress = self.pipeline.progress
+
+    def _gathers(self) -> bool:
+        """Return whether any rank gathers weights. Raises LayoutError where that cannot be."""
+        gathers = any(self.mesh.comm.allgather(bool(self.gradients.gathered)))
+        if gathers and self.plan.compiled:
+            raise LayoutError(
+                "parallel.zero = 3 gathers the weights layer by layer where ranks share no memory, "
+                "which train.compile = true cannot do for compiled layers; take parallel.zero = 2, "
+                "or train.compile = false"
+            )
+        return gathers
+
+    def _freeze(self, seed: int, warn: Callable[[str], None]) -> FrozenWeights:
+        """Place the frozen weights; those of adapters' base have no values yet."""
+        dtype = torch_dtype(self.plan.precision.dtype)
+        frozen = FrozenWeights(list(self.parts.values()), self.mesh, dtype, self.device, warn)
+        if not self.plan.tuning.adapter.used:
+            frozen.initialise(seed)
+        return frozen
 
     def _reading(self) -> AbstractContextManager[None]:
         """Let passes read the weights. Every rank enters it."""
@@ -224,7 +244,8 @@ class ShardedModel:
         values: dict[nn.Parameter, Tensor] = {}
         for part in self.parts.values():
             # Shards move the weights before they have values; those of experts stay.
-            own = [each for each in part.named_weights() if not is_cut or self._is_expert(each[1])]
+            trained = [each for each in part.named_weights() if each[1].requires_grad]
+            own = [each for each in trained if not is_cut or self._is_expert(each[1])]
             initialise(part, seed, own)
             values |= lower_([weight for _, weight in own], self.plan.precision)
         return values
@@ -303,7 +324,7 @@ class ShardedModel:
             name: weight
             for part in self.parts.values()
             for name, weight in part.named_weights()
-            if not any(weight is other for other in shared)
+            if weight.requires_grad and not any(weight is other for other in shared)
         }
 
     def train(
@@ -515,8 +536,14 @@ class ShardedModel:
         """Return how many of the positions of a sequence this rank computes."""
         return length if self._share is None else self._share.length(length)
 
+    def filled(self) -> None:
+        """Pass on weights that were set from outside. Every rank calls it."""
+        self.gradients.updated()
+        self.frozen.filled()
+
     def close(self) -> None:
         """Free shared memory and communicators."""
+        self.frozen.close()
         self.pipeline.close()
         if self._share:
             self._share.close()

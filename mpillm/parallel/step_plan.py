@@ -13,6 +13,7 @@ from mpillm.comm.mesh import Mesh, by_hosts
 from mpillm.errors import LayoutError
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.spec import ModelSpec, Part, Recompute
+from mpillm.models.tuning import ALL_WEIGHTS, Tuning
 from mpillm.parallel import axis_sizes
 from mpillm.parallel.axis_sizes import mesh_sizes
 from mpillm.parallel.expert.expert_groups import exchange_bytes
@@ -82,6 +83,8 @@ class StepPlan:
     """The activations that backward passes compute again."""
     context: int = 1
     """Ranks that share the positions of each sequence."""
+    tuning: Tuning = ALL_WEIGHTS
+    """The weights that are trained."""
 
     @property
     def microbatches(self) -> int:
@@ -141,11 +144,13 @@ def traffic_bytes(
     settings: ParallelSettings | None = None,
     microbatches: int = 1,
     gathers: float = 0.0,
+    tuning: Tuning = ALL_WEIGHTS,
 ) -> dict[str, float]:
     """Estimate the bytes that a rank sends along each axis in a step; None: all in float32.
 
     `settings`: of islands, ZeRO and experts; None for the defaults. `microbatches`: of a rank.
     `gathers`: how often a step gathers a weight, the mean (`plan.gather_count.gathers_a_step`).
+    `tuning`: which weights have gradients.
     """
     settings, precision = settings or ParallelSettings(), precision or Precision()
     # ZeRO reduce-scatters each microbatch from stage 2 on, and gathers the values up to stage 2.
@@ -154,11 +159,12 @@ def traffic_bytes(
     if gathers:
         # Values have the bytes of the weights.
         values = gathers * precision.element_bytes / ELEMENT_BYTES[precision.reduce_dtype]
+    share = tuning.share_of(model)
     element = MessageBytes(
         precision.element_bytes,
-        ELEMENT_BYTES[precision.reduce_dtype],
+        ELEMENT_BYTES[precision.reduce_dtype] * share,
         sums + values,
-        ELEMENT_BYTES[settings.island_dtype] / settings.island_every,
+        ELEMENT_BYTES[settings.island_dtype] / settings.island_every * share,
         settings.context_kind,
         precision.device,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from mpillm.models.spec import ModelSpec, Part
+from mpillm.models.tuning import BASE_BITS
 from mpillm.parallel.data.shard_layout import UNIT_BYTES
 from mpillm.parallel.step_plan import ELEMENT_BYTES, StepPlan, flat_gradients
 
@@ -89,6 +90,8 @@ def held_of(
     dense, experts = _counts(model, parts, replicas)
     state = sum(optimizer.state_bytes(model, part) for part in parts) // replicas.tensor
     whole = dense + experts * replicas.experts
+    if plan.tuning.freezes:
+        return _tuned(model, plan, parts, replicas, dense, state)
     held = _held_of(plan, replicas, dense, state * dense // max(1, whole))
     if gathers(plan, replicas):
         held = replace(held, weights=_gathered(model, plan, parts, replicas, dense))
@@ -105,6 +108,32 @@ def held_of(
             for item in ("gradients", "weights")
         },
     )
+
+
+def _tuned(
+    model: ModelSpec,
+    plan: StepPlan,
+    parts: Sequence[Part],
+    replicas: Replicas,
+    count: int,
+    state: int,
+) -> HeldBytes:
+    """Estimate what a rank holds where some weights are frozen: these lie once a node."""
+    tuning, element = plan.tuning, plan.precision.element_bytes
+    trained = sum(tuning.trained_of(model, part) for part in parts) // replicas.tensor
+    held = _held_of(plan, replicas, trained, state * trained // max(1, count))
+    frozen = count if tuning.adapter.used else count - trained
+    nbytes = element * frozen
+    if tuning.adapter.base != "float32":
+        # Embeddings and heads are stored in the run's dtype.
+        outside = sum(model.block_parameters_of(part)[0] for part in parts) // replicas.tensor
+        in_blocks = max(0, frozen - outside)
+        nbytes += int(in_blocks * (BASE_BITS[tuning.adapter.base] / 8 - element))
+    shared = _shares(plan, replicas)
+    pages = nbytes * (replicas.on_node - 1) // replicas.on_node if shared else 0
+    elsewhere = dict(held.counted_elsewhere)
+    elsewhere["weights"] = elsewhere.get("weights", 0) + pages
+    return replace(held, weights=held.weights + nbytes, counted_elsewhere=elsewhere)
 
 
 def _held_of(plan: StepPlan, replicas: Replicas, count: int, state: int) -> HeldBytes:

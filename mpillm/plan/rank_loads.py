@@ -198,6 +198,7 @@ def axis_traffic(
         settings,
         plan.microbatches,
         gathers_a_step(model, plan) if gathers(plan, replicas) else 0.0,
+        plan.tuning,
     )
     return {
         name: AxisTraffic(size, sent[name], most_nodes(name, sizes, node_map))

@@ -426,6 +426,7 @@ class TrainingLoop:
     def _tensors(self, done: int) -> dict[str, Held]:
         """Return what a checkpoint of `done` steps holds."""
         plain, islands = self._plain_tensors(), self._trainer.islands
+        plain |= self._trainer.frozen_tensors()
         return plain if islands is None else islands.tensors(plain, done)
 
     def _plain_tensors(self) -> dict[str, Held]:
@@ -442,11 +443,13 @@ class TrainingLoop:
         """Fill weights and averages; return how many steps are done."""
         if checkpoint is None:
             return 0
-        plain, islands = self._plain_tensors(), self._trainer.islands
+        frozen, islands = self._trainer.frozen_tensors(), self._trainer.islands
+        plain = self._plain_tensors() | frozen
         if islands is None:
             checkpoint.load(plain)
         else:
             islands.load(checkpoint, plain)
+        self._trainer.take_frozen(frozen)
         set_steps(self._trainer.optimizer, checkpoint.step)
         self._trainer.restored(checkpoint.facts)
         self._last_saved = checkpoint.folder
@@ -477,6 +480,7 @@ class TrainingLoop:
                 gathers_a_step(recipe.model, trainer.plan)
                 if trainer.model.gradients.gathered
                 else 0.0,
+                trainer.plan.tuning,
             ),
             "threads": torch.get_num_threads(),
             "steps": recipe.train.steps,

@@ -36,6 +36,18 @@ def expert_facts(recipe: Recipe) -> dict[str, str]:
     return {"experts": f"{experts} of a mixture, {experts // ranks} on each of {ranks} ranks"}
 
 
+def tuning_facts(recipe: Recipe) -> dict[str, str]:
+    """Return the plan's line about what is trained; none where all weights are."""
+    tuning, adapter, model = recipe.tuning, recipe.adapter, recipe.model
+    if not tuning.freezes:
+        return {}
+    count = f"about {tuning.trained_of(model, model.whole):,} parameters"
+    if not adapter.used:
+        return {"trained": f"{count}; frozen: {', '.join(tuning.freeze)}"}
+    base = "" if adapter.base == "float32" else f", base in {adapter.base}"
+    return {"trained": f"{count} by {adapter.method} of rank {adapter.rank}{base}"}
+
+
 def print_plan(
     recipe: Recipe,
     mesh: Mesh,
@@ -58,6 +70,7 @@ def print_plan(
             "run": train.run,
             "model": model.describe(),
             "parameters": f"{model.parameters:,}",
+            **tuning_facts(recipe),
             "data": f"{recipe.data.path}: {data}",
             "tokens a step": f"{step_tokens:,} = {train.batch} sequences × {model.context}",
             "steps": f"{train.steps:,} ({train.steps * step_tokens:,} tokens)",

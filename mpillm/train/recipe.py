@@ -24,6 +24,7 @@ from mpillm.errors import RecipeError, UsageError
 from mpillm.launch.walltime import seconds_of
 from mpillm.models import model_catalog
 from mpillm.models.spec import ModelSpec
+from mpillm.models.tuning import AdapterSettings, Tuning, freeze_patterns
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.runs import sink_catalog
 from mpillm.system.messages import command
@@ -111,6 +112,10 @@ class TrainSettings:
     """Activations that the backward pass computes again instead of keeping them: of the attention,
     of each layer, or of every n-th layer.
     """
+    freeze: Many | tuple[str, ...] = 0
+    """Weights that stay as they are: so many of the first layers, with the embeddings ahead of
+    them, or globs on names.
+    """
     noise_scale: Many = 0
     """Measure the gradient noise scale every so many steps; 0: never."""
     evaluate_every: Many = 0
@@ -173,11 +178,17 @@ class Recipe:
         default_factory=lambda: model_catalog.spec_class(model_catalog.DEFAULT)()
     )
     task: TaskSettings = field(default_factory=TaskSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
     optimizer: OptimizerSettings = field(
         default_factory=lambda: optimizer_catalog.optimizer_class(optimizer_catalog.DEFAULT)()
     )
     train: TrainSettings = field(default_factory=TrainSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
+
+    @property
+    def tuning(self) -> Tuning:
+        """The weights that are trained."""
+        return Tuning(self.adapter, freeze_patterns(self.train.freeze))
 
     def to_dict(self) -> dict[str, Any]:
         return {section.name: asdict(getattr(self, section.name)) for section in fields(self)}
@@ -316,6 +327,7 @@ def section_classes(table: Mapping[str, Any]) -> dict[str, type]:
             _name_in(table, "model", "architecture", model_catalog.DEFAULT)
         ),
         "task": TaskSettings,
+        "adapter": AdapterSettings,
         "optimizer": optimizer_catalog.optimizer_class(
             _name_in(table, "optimizer", "name", optimizer_catalog.DEFAULT)
         ),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mpillm.errors import MismatchError, MpillmError, UsageError
 from mpillm.infer.loading import check_stored, check_trained
 from mpillm.models.model_catalog import read_spec
+from mpillm.models.tuning import layer_of, read_tuning
 from mpillm.runs.folder import METRICS
 from mpillm.system.console import Console
 from mpillm.tasks import task_catalog
@@ -67,10 +68,11 @@ def _check_resumable(checkpoint: Checkpoint) -> None:
     optimizer = named if isinstance(named, dict) else {}
     name = str(optimizer.get("name", optimizer_catalog.DEFAULT))
     kind = optimizer_catalog.optimizer_class(name)
-    weights = check_trained(checkpoint)
+    weights, tuning = check_trained(checkpoint), read_tuning(checkpoint.facts["recipe"])
     state = {
         state_name(slot, name): ("float32", shape)
         for name, (_, whole) in weights.items()
+        if layer_of(name) or not tuning.is_frozen(name)
         for slot, shape in kind.slot_shapes(name, whole).items()
     }
     check_stored(checkpoint, state)
@@ -81,13 +83,18 @@ def _check_same_run(recipe: Recipe, manifest: Manifest, checkpoint: Checkpoint) 
     before, now = dict(checkpoint.facts["recipe"]), recipe.to_dict()
     # Earlier releases wrote fewer keys, such as no `architecture`: their defaults are filled in.
     before["model"] = asdict(read_spec(before["model"]))  # type: ignore[call-overload]
+    for section in (before, now):
+        tuning = read_tuning(section)
+        section["adapter"] = asdict(tuning.adapter)
+        section["train"] = {**section["train"], "freeze": list(tuning.freeze)}
     before["task"] = {"name": task_catalog.DEFAULT, **before.get("task", {})}
     before["optimizer"] = {"name": optimizer_catalog.DEFAULT, **before["optimizer"]}
     kept = {
         "model": now["model"],
         "task": ["name"],
         "optimizer": ["name"],
-        "train": ["seed", "batch"],
+        "adapter": [key for key in now["adapter"] if key != "dropout"],
+        "train": ["seed", "batch", "freeze"],
     }
     changes = [
         f"{section}.{key} was {before[section].get(key)!r} and is {value!r}"

@@ -73,7 +73,8 @@ def plan_run(recipe: Recipe, sizes: Mapping[str, int]) -> StepPlan:
             f"{recipe.model.architecture} does not; leave document_mask out"
         )
     _check_tensor(recipe)
-    return plan
+    _check_tuning(recipe)
+    return replace(plan, tuning=recipe.tuning)
 
 
 def profile_path(recipe: Recipe) -> Path | None:
@@ -106,6 +107,62 @@ def _check_tensor(recipe: Recipe) -> None:
         raise LayoutError(
             f"the optimizer {recipe.optimizer.name} needs whole weights, and {given} cuts the "
             "matrices of each layer; take adamw, lion or sgd, or leave parallel.tensor out"
+        )
+
+
+def _check_tuning(recipe: Recipe) -> None:
+    """Raise RecipeError or LayoutError for what no run of adapters, or frozen weights, has."""
+    adapter, parallel = recipe.adapter, recipe.parallel
+    if not recipe.tuning.freezes:
+        return
+    given = f"adapter.method = {adapter.method}" if adapter.used else "train.freeze"
+    if parallel.experts > 1:
+        raise LayoutError(
+            f"{given} keeps the weights of the base on each host, and parallel.experts = "
+            f"{parallel.experts} shares out those of experts; leave one of them out"
+        )
+    if not adapter.used:
+        return
+    if not recipe.train.start_from:
+        raise RecipeError(
+            f"{given} trains next to the frozen weights of a base; name a run, a checkpoint or a "
+            "Hugging Face folder by train.start_from"
+        )
+    if recipe.train.freeze:
+        raise RecipeError(
+            f"{given} freezes all weights of the base; leave train.freeze out, and name those "
+            "that are trained all the same in adapter.also"
+        )
+    if recipe.train.compile:
+        raise RecipeError(
+            f"train.compile = true compiles layers without adapters, and {given} adds some; "
+            "leave one of them out"
+        )
+    if parallel.tensor > 1 and (adapter.method == "dora" or adapter.base != "float32"):
+        name = "method" if adapter.method == "dora" else "base"
+        raise LayoutError(
+            f"adapter.{name} = {getattr(adapter, name)} needs whole rows of each weight, and "
+            f"parallel.tensor = {parallel.tensor} cuts them; take lora with base = float32, or "
+            "leave parallel.tensor out"
+        )
+    if adapter.dropout:
+        _check_adapter_dropout(recipe)
+
+
+def _check_adapter_dropout(recipe: Recipe) -> None:
+    """Raise LayoutError or RecipeError where an adapter does not know its input's place."""
+    given = f"adapter.dropout = {recipe.adapter.dropout}"
+    if recipe.parallel.tensor > 1:
+        raise LayoutError(
+            f"{given} needs whole inputs of each layer, and parallel.tensor = "
+            f"{recipe.parallel.tensor} cuts them; leave one of them out"
+        )
+    if recipe.model.experts:
+        raise RecipeError(f"{given} needs whole sequences, and experts see positions; leave it out")
+    if recipe.train.recompute == "attention" and recipe.parallel.pipeline > 1:
+        raise RecipeError(
+            f"{given} in a pipeline needs whole layers to be computed again, and train.recompute = "
+            '"attention" computes a part of each; take "full", or leave one of them out'
         )
 
 

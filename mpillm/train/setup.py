@@ -1,5 +1,6 @@
 """Set up a run from its recipe: mesh, plan, model, checkpoint; then train."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,8 @@ from mpillm.infer.task_checks import check_task
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
 from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import NodeMap, map_nodes
-from mpillm.models.part_module import torch_explained, weight_shapes
+from mpillm.models.adapt import tuned_shapes
+from mpillm.models.part_module import torch_explained
 from mpillm.parallel.devices import may_take_gpus
 from mpillm.parallel.step_plan import StepPlan, make_mesh
 from mpillm.plan.memory_table import beyond_all_hosts
@@ -47,8 +49,10 @@ from mpillm.train.recipe import Recipe
 from mpillm.train.resuming import find_start, say_changes
 from mpillm.train.run_memory import RunMemory
 from mpillm.train.run_plan import fill_model, plan_run, profile_path
-from mpillm.train.start_from import start_from
+from mpillm.train.start_from import restore_base, start_from
 from mpillm.train.step import Trainer
+from mpillm.weights.checkpoint import Checkpoint
+from mpillm.weights.model_settings import model_settings
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -75,6 +79,7 @@ def train(
     keep_pages()
     manifest = _load_manifest(recipe)
     task, recipe = _with_task(recipe, manifest, comm)
+    recipe = on_root(comm, lambda: _with_new_head(recipe))
     node_map = node_map or map_nodes(comm)
     # GPUs hold the weights of a run that takes them. Their memory is found out by its allocation.
     hosts_compute = comm.bcast(not may_take_gpus(recipe.train.device))
@@ -130,11 +135,8 @@ def train(
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
             if plan.schedule.ranks > 1:
                 console.say(f"stages: {trainer.describe_pipeline()}")
-            if checkpoint is None and settings.start_from:
-                place = Path(settings.start_from)
-                held = {name: trainer.held(name, each) for name, each in trainer.stepped.items()}
-                start_from(place, recipe.model, held, manifest, comm, console)
-                trainer.model.gradients.updated()
+            base = _begin_weights(recipe, trainer, checkpoint, manifest, console)
+            constants = constants.with_base(base)
             if task.needs_reference:
                 given = trainer.model, manifest, folder
                 trainer.references = find_references(*given, checkpoint is None, comm, console)
@@ -144,6 +146,26 @@ def train(
             )
             loop.run(checkpoint)
             trainer.close()
+
+
+def _begin_weights(
+    recipe: Recipe,
+    trainer: Trainer,
+    checkpoint: Checkpoint | None,
+    manifest: Manifest,
+    console: Console,
+) -> Mapping[str, Any]:
+    """Take the weights of `train.start_from`; return the fact that names the base of adapters."""
+    if not recipe.train.start_from:
+        return {}
+    place, comm, frozen = Path(recipe.train.start_from), trainer.mesh.comm, trainer.model.frozen
+    if checkpoint is None:
+        held = {name: trainer.held(name, each) for name, each in trainer.stepped.items()}
+        given = recipe.model, held, manifest, comm, console, frozen, recipe.tuning
+        base = start_from(place, *given)
+        trainer.model.filled()
+        return base
+    return restore_base(place, checkpoint, frozen, comm, console) if recipe.adapter.used else {}
 
 
 def resolved(recipe: Recipe, hardware: Hardware) -> Recipe:
@@ -286,10 +308,23 @@ def _check_shards(recipe: Recipe, hardware: Hardware) -> None:
 
 
 def _check_groups(recipe: Recipe) -> None:
-    """Raise RecipeError for a rule of groups that matches no weight of the whole model."""
-    if rules := recipe.optimizer.groups:
+    """Raise RecipeError for names that match no weight of the whole model: of groups of the
+    optimizer, of adapters, of frozen weights.
+    """
+    rules, tuning = recipe.optimizer.groups, recipe.tuning
+    if rules or tuning.freezes:
         with torch_explained():
-            check_rules(rules, weight_shapes(recipe.model), recipe.model.tied_weights)
+            trained = tuned_shapes(recipe.model, tuning).trained
+            check_rules(rules, trained, recipe.model.tied_weights)
+
+
+def _with_new_head(recipe: Recipe) -> Recipe:
+    """Let a run of adapters train the weights of a head that its base lacks."""
+    if not (recipe.adapter.used and recipe.train.start_from):
+        return recipe
+    new = recipe.model.new_weights(model_settings(Path(recipe.train.start_from)))
+    also = dict.fromkeys([*recipe.adapter.also, *(f"{name}*" for name in new)])
+    return replace(recipe, adapter=replace(recipe.adapter, also=tuple(also)))
 
 
 def _profile(

@@ -1,8 +1,7 @@
 """Begin a run with the weights of a trained or a published model (`train.start_from`)."""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,31 +11,24 @@ from torch import Tensor
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import MismatchError
 from mpillm.infer.loading import TOKENIZER
+from mpillm.infer.model_source import BASE, ModelSource, describe_base, open_model
+from mpillm.models.layers.quantized import rounded
 from mpillm.models.spec import ModelSpec
+from mpillm.models.tuning import ALL_WEIGHTS, INFIX, Tuning, layer_of
+from mpillm.parallel.data.frozen_weights import FrozenWeights
 from mpillm.system.console import Console
-from mpillm.system.messages import command, some_of
+from mpillm.system.json_text import to_json
+from mpillm.system.messages import some_of
 from mpillm.system.plain_files import LARGEST_FILE, read_plain
 from mpillm.tokens.manifest import Manifest
+from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.checkpoint_source import CheckpointSource
-from mpillm.weights.gguf_source import GgufSource
-from mpillm.weights.model_settings import model_settings
 from mpillm.weights.open_source import open_source
-from mpillm.weights.published_model import PublishedModel
-from mpillm.weights.slices import Held, slices_of, whole_box
+from mpillm.weights.slices import Held, TensorSlice, slices_of, whole_box
 from mpillm.weights.tensor_source import TensorSource
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The weights of a model at rest by our names, its settings, and the names of its classes."""
-
-    spec: ModelSpec
-    shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
-    classes: tuple[str, ...]
 
 
 def start_from(
@@ -46,12 +38,15 @@ def start_from(
     manifest: Manifest,
     comm: "MPI.Intracomm",
     console: Console,
-) -> None:
-    """Fill `weights`, a rank's share by our names, from the model at `path`.
+    frozen: FrozenWeights | None = None,
+    tuning: Tuning = ALL_WEIGHTS,
+) -> dict[str, Any]:
+    """Fill `weights`, a rank's share by our names, and `frozen` from the model at `path`.
 
-    `spec`: of the run's model. Weights of another head keep their initial values. Every rank of
-    `comm` calls it. Raises MismatchError where another weight is missing, left over or of another
-    shape. Raises it too where the data was made with another tokenizer than the model.
+    `spec`: of the run's model. Weights of another head keep their initial values, and so do
+    adapters. Every rank of `comm` calls it. Returns the fact that names the base of adapters.
+    Raises MismatchError where another weight is missing, left over or of another shape. Raises it
+    too where the data was made with another tokenizer than the model.
     """
     source = open_source(path, comm, console)
     theirs = on_root(comm, lambda: _tokenizer_hash(source))
@@ -61,16 +56,73 @@ def start_from(
             f"train.start_from: the data {manifest.folder} was made with another tokenizer than "
             f"{path}; prepare it with the model's: --tokenizer {source.path}"
         )
-    found = on_all(comm, lambda: _open(source))
+    found = open_model(source, comm, console)
     alike = not (found.classes and manifest.classes) or found.classes == manifest.classes
-    own = spec.new_weights(found.spec, alike)
-    names = list(dict.fromkeys(name for part in comm.allgather([*weights]) for name in part))
-    wanted = [name for name in names if not name.startswith(own)]
-    _check_names(path, wanted, [name for name in found.shapes if not name.startswith(own)])
-    on_all(comm, lambda: _fill(path, found, {n: weights[n] for n in wanted if n in weights}))
+    new = spec.new_weights(found.spec, alike)
+    held = [*weights, *(frozen.names if frozen else ())]
+    names = list(dict.fromkeys(name for part in comm.allgather(held) for name in part))
+    wanted = [name for name in names if not (name.startswith(new) or layer_of(name))]
+    _check_names(path, wanted, [name for name in found.shapes if not name.startswith(new)])
+    initialised = [name for name in names if name.startswith(new) and not layer_of(name)]
+    if still := [name for name in initialised if tuning.is_frozen(name)]:
+        raise MismatchError(
+            f"train.start_from: {path} has no {still[0]} of this model, which is frozen: train it, "
+            f"by adapter.also = {to_json(still)} or another train.freeze"
+        )
+    own = {name: weights[name] for name in wanted if name in weights}
+    on_all(comm, lambda: _fill(path, found, own))
+    on_all(comm, lambda: _begin_magnitudes(found, weights, tuning))
+    if frozen is not None:
+        fill_frozen(path, found, frozen, comm)
     console.say(f"starting from the weights of {source.path}")
-    if new := [name for name in names if name.startswith(own)]:
-        console.say(f"new: {', '.join(new)} (initialised)")
+    if initialised:
+        console.say(f"new: {', '.join(initialised)} (initialised)")
+    return describe_base(source.path, found, comm) if tuning.adapter.used else {}
+
+
+def restore_base(
+    path: Path,
+    checkpoint: Checkpoint,
+    frozen: FrozenWeights,
+    comm: "MPI.Intracomm",
+    console: Console,
+) -> dict[str, Any]:
+    """Fill the frozen weights of a run of adapters that continues; return the fact of the base.
+
+    Every rank calls it. Raises MismatchError where the model at `path` is another one than the run
+    began with.
+    """
+    source = open_source(path, comm, console)
+    found = open_model(source, comm, console)
+    fact, known = describe_base(source.path, found, comm), checkpoint.facts.get(BASE)
+    if not isinstance(known, dict) or known.get("digest") != fact["digest"]:
+        raise MismatchError(
+            f"train.start_from: {path} is another model than the base that the adapters of "
+            f"{checkpoint.folder} were trained on: its weights have another digest; name that one"
+        )
+    fill_frozen(path, found, frozen, comm)
+    return fact
+
+
+def fill_frozen(
+    path: Path, source: ModelSource, frozen: FrozenWeights, comm: "MPI.Intracomm"
+) -> None:
+    """Fill the frozen weights from a model. Every rank of `comm` calls it."""
+
+    def fill() -> None:
+        for name, shape in frozen.shapes.items() if frozen.fills else ():
+            _check_shape(path, name, source, shape)
+            frozen.fill(name, source.read(name))
+
+    on_all(comm, fill)
+
+
+def _begin_magnitudes(source: ModelSource, weights: Mapping[str, Held], tuning: Tuning) -> None:
+    """Set DoRA's magnitudes to the lengths of the base's rows."""
+    for name, held in weights.items():
+        if name.endswith(f"{INFIX}magnitude"):
+            values_OI = rounded(source.read(f"{layer_of(name)}.weight"), tuning.adapter.base)
+            _copy(values_OI.norm(dim=1), slices_of(held))
 
 
 def _check_names(path: Path, wanted: list[str], given: list[str]) -> None:
@@ -87,33 +139,27 @@ def _check_names(path: Path, wanted: list[str], given: list[str]) -> None:
             )
 
 
-def _fill(path: Path, source: _Source, weights: Mapping[str, Held]) -> None:
+def _fill(path: Path, source: ModelSource, weights: Mapping[str, Held]) -> None:
     for name, held in weights.items():
-        shape, parts = source.shapes[name], slices_of(held)
-        if any(shape != part.shape for part in parts):
-            raise MismatchError(
-                f"train.start_from: {name} of {path} has the shape {list(shape)}, and the "
-                f"model's is {list(parts[0].shape)}; leave [model] out to take the settings of "
-                f"{path}"
-            )
-        whole = source.read(name)
-        with torch.no_grad():
-            for part in parts:
-                part.tensor.copy_(whole[part.box.within(whole_box(shape))])
+        parts = slices_of(held)
+        for part in parts:
+            _check_shape(path, name, source, part.shape)
+        _copy(source.read(name), parts)
 
 
-def _open(source: TensorSource) -> _Source:
-    if isinstance(source, CheckpointSource):
-        classes = tuple(source.facts.get("classes", ()))
-        spec = model_settings(source.path)
-        return _Source(spec, source.weights, source.read_weight, classes)
-    if isinstance(source, GgufSource):
+def _check_shape(path: Path, name: str, source: ModelSource, shape: tuple[int, ...]) -> None:
+    found = source.shapes[name]
+    if found != shape:
         raise MismatchError(
-            f"train.start_from: {source.path} is a GGUF file; make a checkpoint of it first "
-            f"({command(['mpillm', 'import', source.path, '--out', 'FOLDER'])}), and start from it"
+            f"train.start_from: {name} of {path} has the shape {list(found)}, and the model's is "
+            f"{list(shape)}; leave [model] out to take the settings of {path}"
         )
-    model = PublishedModel.open(source)
-    return _Source(model.spec, model.shapes, model.read, model.classes)
+
+
+@torch.no_grad()
+def _copy(whole: Tensor, parts: Sequence[TensorSlice]) -> None:
+    for part in parts:
+        part.tensor.copy_(whole[part.box.within(whole_box(part.shape))])
 
 
 def _tokenizer_hash(source: TensorSource) -> str:

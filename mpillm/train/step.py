@@ -17,7 +17,8 @@ from mpillm.comm.mesh import Mesh
 from mpillm.errors import DataError, DivergedError
 from mpillm.infer.references import References
 from mpillm.machine.cluster_profile import ClusterProfile
-from mpillm.models.part_module import Fields, weight_shapes
+from mpillm.models.adapt import tuned_shapes
+from mpillm.models.part_module import Fields
 from mpillm.parallel.axis_sizes import batch_share, counts_loss
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import Batch
@@ -41,6 +42,7 @@ from mpillm.train.optimizers.optimizer import (
 from mpillm.train.recipe import Recipe
 from mpillm.train.reference_point import ReferencePoint
 from mpillm.train.step_stats import StepStats, check_finite, gather_stats
+from mpillm.weights.names import module_names, weight_name
 from mpillm.weights.slices import Held, TensorSlice, slices_of, split_run
 
 
@@ -104,7 +106,8 @@ class Trainer:
             self.islands = Islands(recipe, mesh, self.stepped, profile, warn, self.held)
         self.loss_scale = LossScale.make(plan.precision.scales_loss)
         if not recipe.optimizer.elementwise:
-            whole = {name: shape for name, (_, shape) in weight_shapes(recipe.model).items()}
+            trained = tuned_shapes(recipe.model, plan.tuning).trained
+            whole = {name: shape for name, (_, shape) in trained.items()}
             stepped = {name: tuple(weight.shape) for name, weight in self.stepped.items()}
             check_whole(recipe.optimizer, stepped, whole)
         documents = recipe.data.numbers_documents(task)
@@ -128,8 +131,22 @@ class Trainer:
 
     def restored(self, facts: Mapping[str, Any]) -> None:
         """Continue from what a checkpoint has filled, and from its `facts`."""
-        self.model.gradients.updated()
+        self.model.filled()
         self.loss_scale.restore(facts)
+
+    def frozen_tensors(self) -> dict[str, Held]:
+        """Return the frozen weights that a checkpoint holds, in float32; those of adapters' base
+        are none. After a checkpoint has filled them, pass them to `take_frozen`.
+        """
+        if self.recipe.adapter.used:
+            return {}
+        plain = self.model.frozen.plain()
+        return {weight_name(name): self._of_whole(name, weight) for name, weight in plain.items()}
+
+    def take_frozen(self, tensors: Mapping[str, Held]) -> None:
+        """Take what a checkpoint has filled."""
+        for name, stored in module_names(tensors).items():
+            self.model.frozen.take(name, slices_of(tensors[stored])[0].tensor)
 
     def held(self, name: str, tensor: Tensor) -> Held:
         """Return `tensor`, the weight `name` as it is stepped on or a state of it, as slices of the
@@ -140,10 +157,13 @@ class Trainer:
         held: Held = tensor
         if tuple(stepped.shape) != whole:
             held = split_run(tensor.detach().view(-1), self.model.first_element(name), whole)
+        return self._of_whole(name, held)
+
+    def _of_whole(self, name: str, held: Held) -> Held:
+        """Return slices of a part of the weight as slices of the whole one."""
         cut = self.model.cut_of(name)
         if cut is None:
             return held
-        # Slices of a part of the weight, as slices of the whole one.
         return [
             TensorSlice(part.tensor, tuple(map(operator.add, part.start, cut.start)), cut.shape)
             for part in slices_of(held)
@@ -265,7 +285,7 @@ class Trainer:
         if self._reads_fields:
             read = self.task.fields(self._samples.raw(step, self._first_row, plan.rows))
             whole.update(self.model.own_positions(read))
-        if self.recipe.model.drops:
+        if self.recipe.model.drops or self.recipe.adapter.dropout:
             keys = dropout_keys(self.recipe.train.seed, step, self._first_row, plan.rows)
             whole["dropout_keys"] = torch.from_numpy(keys)
         stay = self.recipe.model.host_inputs

@@ -12,8 +12,8 @@ from mpillm.verbs.job import limit_torch_threads, open_job
 
 @dataclass(frozen=True)
 class Export:
-    """Export a trained model: a Hugging Face folder that transformers loads, safetensors, or a
-    GGUF file that llama.cpp loads.
+    """Export a trained model: a Hugging Face folder that transformers loads, safetensors, a GGUF
+    file that llama.cpp loads, or the adapters that PEFT loads.
     """
 
     example: ClassVar = "mpillm export runs/quickstart --out exported --dtype bfloat16"
@@ -21,8 +21,11 @@ class Export:
     trained: Trained
     out: Annotated[Path, Option("The new folder to write; of gguf, the new file *.gguf.")]
     to: Annotated[
-        Literal["hf", "safetensors", "gguf"],
-        Option("hf: with the names and config.json of Hugging Face; safetensors: our names; gguf."),
+        Literal["hf", "safetensors", "gguf", "peft"],
+        Option(
+            "hf: with the names and config.json of Hugging Face; safetensors: our names; gguf. "
+            "Adapters are merged with their base; peft: the adapters alone."
+        ),
     ] = "hf"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"],

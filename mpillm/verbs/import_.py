@@ -12,7 +12,7 @@ from mpillm.verbs.job import limit_torch_threads, open_job
 @dataclass(frozen=True)
 class Import:
     """Import a published model, a Hugging Face folder or a GGUF file, as a checkpoint to generate,
-    evaluate and train with.
+    evaluate and train with; or a folder of PEFT's adapters.
     """
 
     example: ClassVar = "mpirun -n 2 mpillm import SmolLM2-135M --out runs/smollm2"
@@ -24,6 +24,10 @@ class Import:
     end_of_text: Annotated[
         str | None, Option("The token that ends a document; else config.json's.", metavar="TOKEN")
     ] = None
+    base: Annotated[
+        Path | None,
+        Option("Of adapters: a run or an imported model; else the one that they name."),
+    ] = None
     debug: Debug = False
 
     def run(self) -> None:
@@ -32,5 +36,7 @@ class Import:
             limit_torch_threads(job.threads)
             from mpillm.infer.import_model import import_model, print_import
 
-            found = import_model(self.source, self.out, job.comm, job.console, self.end_of_text)
+            found = import_model(
+                self.source, self.out, job.comm, job.console, self.end_of_text, self.base
+            )
             print_import(found, self.out, job.console)

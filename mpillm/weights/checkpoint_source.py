@@ -27,7 +27,7 @@ class CheckpointSource(TensorSource):
             for name, entry in checkpoint.tensors.items()
         }
         super().__init__(checkpoint.folder, tensors, checkpoint.facts)
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
 
     @property
     def weights(self) -> dict[str, tuple[int, ...]]:
@@ -43,5 +43,5 @@ class CheckpointSource(TensorSource):
         info = self.tensors[name]
         wanted = whole_box(info.shape) if box is None else box
         values = torch.empty(wanted.size, dtype=getattr(torch, info.dtype))
-        self._checkpoint.load({name: TensorSlice(values, wanted.start, info.shape)})
+        self.checkpoint.load({name: TensorSlice(values, wanted.start, info.shape)})
         return values

@@ -12,11 +12,11 @@ from mpi4py import MPI
 from mpillm.errors import CheckpointError, MismatchError
 from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_trained
+from mpillm.infer.model_source import open_model
 from mpillm.models.families.family_catalog import family_of
 from mpillm.system.console import Console
 from mpillm.tokens.gguf.gguf_tokenizer import CONTROL, RULES, GgufVocabulary, gguf_tokenizer
 from mpillm.tokens.tokenizer import Tokenizer, byte_symbols, train_bpe
-from mpillm.train.start_from import _open
 from mpillm.weights.gguf_architectures import LLAMA_NAMES as NAMES
 from mpillm.weights.gguf_source import GgufSource
 from mpillm.weights.published_model import their_tensors
@@ -147,4 +147,4 @@ def test_a_run_does_not_start_from_it(folder: Path, comm: MPI.Intracomm) -> None
     with pytest.raises(
         MismatchError, match=r"is a GGUF file; make a checkpoint of it first \(mpill"
     ):
-        _open(GgufSource(folder / "model.gguf"))
+        open_model(GgufSource(folder / "model.gguf"), comm, QUIET)

@@ -62,6 +62,9 @@ class SplitBackward:
         # An output that depends on no pivot has nothing to do in this half.
         self._gradients_aside = [gradients[number] for number in self._aside]
         used = [number for number in range(len(self._outputs)) if number not in self._aside]
+        if not self._pivots:
+            # The embeddings are frozen: all is done in the weight half.
+            return ()
         found = torch.autograd.grad(
             [self._outputs[number] for number in used],
             self._pivots,

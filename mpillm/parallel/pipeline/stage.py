@@ -53,9 +53,15 @@ class _Held:
     outputs: Streams
     """The streams for the next part, or the loss; then the scalar that the part adds, if any."""
 
-    def completed(self, gradients: Streams) -> tuple[Tensor | None, ...]:
-        """Return the gradient of each output: None for a scalar, which none is received of."""
-        return *gradients, *(None,) * (len(self.outputs) - len(gradients))
+    def completed(self, gradients: Streams) -> tuple[Streams, tuple[Tensor | None, ...]]:
+        """Return the outputs that have a gradient, and it: None for a scalar, which none is
+        received of.
+
+        Frozen weights that begin the model give outputs without one.
+        """
+        given = *gradients, *(None,) * (len(self.outputs) - len(gradients))
+        pairs = [pair for pair in zip(self.outputs, given, strict=True) if pair[0].requires_grad]
+        return tuple(output for output, _ in pairs), tuple(gradient for _, gradient in pairs)
 
 
 class ModelStage:
@@ -98,14 +104,18 @@ class ModelStage:
     def backward(self, microbatch: int, gradients: Streams) -> Streams:
         held = self._held.pop(microbatch)
         self._before_weights()
-        torch.autograd.backward(held.outputs, held.completed(gradients))
+        outputs, given = held.completed(gradients)
+        if outputs:
+            torch.autograd.backward(outputs, given)
         self._after_weights()
         return _gradients(held.received)
 
     def backward_input(self, microbatch: int, gradients: Streams) -> Streams:
         held = self._held.pop(microbatch)
-        self._split[microbatch] = split = SplitBackward(held.outputs, held.pivots)
-        found = split.input(held.completed(gradients))
+        outputs, given = held.completed(gradients)
+        pivots = tuple(pivot for pivot in held.pivots if pivot.requires_grad)
+        self._split[microbatch] = split = SplitBackward(outputs, pivots)
+        found = split.input(given)
         if self._sync.gathered is not None:
             # The block that is held then may be the first of a forward pass.
             self._sync.gathered.pass_ended()

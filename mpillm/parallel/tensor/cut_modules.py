@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mpillm.models.layers.adapted_linear import AdaptedLinear
 from mpillm.parallel.tensor.stream import TensorStream
 
 
@@ -19,15 +20,19 @@ class RowLinear(nn.Module):
     The bias is added to the own tokens, after the shares are summed.
     """
 
-    def __init__(self, linear: nn.Linear, stream: TensorStream) -> None:
+    def __init__(self, linear: nn.Linear | AdaptedLinear, stream: TensorStream) -> None:
         """Take the weights of `linear`, cut already."""
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
+        self.adapter = getattr(linear, "adapter", None)
         self._stream = stream
 
     def forward(self, x_BTF: Tensor) -> Tensor:
         """Return the own tokens' outputs, of the rank's features `x_BTF` of all tokens."""
-        own_BTC = self._stream.reduced(F.linear(x_BTF, self.weight))
+        share_BTC = F.linear(x_BTF, self.weight)
+        if self.adapter is not None:
+            share_BTC = share_BTC + self.adapter(x_BTF)
+        own_BTC = self._stream.reduced(share_BTC)
         return own_BTC if self.bias is None else own_BTC + self.bias
 
 
@@ -36,10 +41,13 @@ class HeadsLinear(nn.Module):
     not divide.
     """
 
-    def __init__(self, linear: nn.Linear, heads: Sequence[int], head_features: int) -> None:
+    def __init__(
+        self, linear: nn.Linear | AdaptedLinear, heads: Sequence[int], head_features: int
+    ) -> None:
         """`heads`: which, in order; a head may be named several times."""
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
+        self.adapter = getattr(linear, "adapter", None)
         features = torch.arange(head_features)
         rows = (torch.tensor(heads)[:, None] * head_features + features).flatten()
         self.rows: Tensor
@@ -47,7 +55,8 @@ class HeadsLinear(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias[self.rows]
-        return F.linear(x_BTC, self.weight[self.rows], bias)
+        y_BTF = F.linear(x_BTC, self.weight[self.rows], bias)
+        return y_BTF if self.adapter is None else y_BTF + self.adapter(x_BTC)[..., self.rows]
 
 
 class VocabularyEmbedding(nn.Module):

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 from mpillm.comm.algorithms.schedule import block_bounds
 from mpillm.models.spec import ModelSpec
+from mpillm.models.tuning import INFIX, layer_of
 
 # Columns of a matrix product in parts of whole vectors and tiles, where a part is long enough that
 # the largest is at most 1/8 longer than the mean.
 COLUMNS = 64
 LEAST_TILES = 8
+# The dim of a layer's weight that a weight of its adapter shares, and that is its own dim, too.
+ADAPTER_DIMS = {"a": 1, "b": 0, "magnitude": 0}
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,12 @@ def cut_of(
     """Return the part of the weight `name` of `shape` that `rank` of `size` ranks holds; None where
     each rank holds all of it.
     """
+    layer = layer_of(name)
+    own = name.removeprefix(f"{layer}{INFIX}")
+    name = f"{layer}.weight" if layer else name
     dim = _of_name(spec.cut_dims, name)
-    if dim is None:
+    # An adapter's factors have the outputs, or the inputs, of their layer.
+    if dim is None or (layer and ADAPTER_DIMS[own] != dim):
         return None
     count = shape[dim]
     units = _of_name(spec.cut_units, name)

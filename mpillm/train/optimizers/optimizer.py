@@ -130,6 +130,9 @@ class OptimizerSettings(ABC):
             if own is None:
                 own = decay if len(whole_shape(weight)) > 1 else 0.0
             groups.setdefault((rule.rate if rule else 1.0, own), []).append(weight)
+        if not groups:
+            # A stage whose weights are all frozen: torch refuses an optimizer without a group.
+            groups[1.0, decay] = []
         return [
             {"params": members, "lr": self.learning_rate * rate, "rate": rate, "weight_decay": own}
             for (rate, own), members in groups.items()
