@@ -1,5 +1,5 @@
 """MLflow: a run at MLFLOW_TRACKING_URI, or else in files in the folder `mlflow` of the run, for
-databases lock badly on parallel file systems. docs/train.md says how to look at it.
+databases lock badly on parallel file systems. docs/train.md says how to show them.
 """
 
 import time

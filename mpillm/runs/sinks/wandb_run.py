@@ -1,5 +1,5 @@
-"""Weights & Biases: a run of its own kind in the folder `wandb`, offline unless WANDB_MODE says
-otherwise, for compute nodes seldom reach a network. `wandb sync RUN/wandb/offline-run-*` sends it.
+"""Weights & Biases: a run of the same name in the folder `wandb`, offline unless WANDB_MODE says
+otherwise, for compute nodes have no network. `wandb sync RUN/wandb/offline-run-*` sends it.
 """
 
 import secrets
