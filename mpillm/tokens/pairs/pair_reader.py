@@ -164,6 +164,13 @@ class PairReader:
         self._check(np.array([pair]), [ids], [learnt])
         return ids, learnt
 
+    def sides(self, pair: int) -> tuple[Array, Array]:
+        """Read both sides of a pair, whole. Raises DataError."""
+        shard, place = self._place(pair)
+        source, target = shard.side("source", place, LARGEST), shard.side("target", place, LARGEST)
+        self._check(np.array([pair]), [source], [target])
+        return source, target
+
     def _place(self, pair: int) -> tuple[_OpenShard, int]:
         number = int(np.searchsorted(self._firsts, pair, "right")) - 1
         return self._shard(number), pair - int(self._firsts[number])
