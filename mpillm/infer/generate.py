@@ -1,11 +1,11 @@
 """Text from a model, token by token, with a key/value cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
 
-from mpillm.errors import CheckpointError, UsageError
+from mpillm.errors import UsageError
+from mpillm.infer.decoding.token_rows import TokenRows, stream_tokens
 from mpillm.infer.sampling import Sampling
 from mpillm.models.part_module import Fields, PartModule
 from mpillm.models.spec import ModelSpec
@@ -28,7 +28,7 @@ def generate(
     reads the prompt as its source, and yields until its context is full at most. `task`: what it
     was trained on. Raises UsageError where the source is too long, or is not text.
     """
-    decoder, ids = tokenizer.stream(), tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt)
     if model.spec.source_field:
         # As `prepare` encodes the sources of pairs.
         rows = tokenizer.encode_rows([prompt]) if tokenizer.closes_rows else []
@@ -37,11 +37,24 @@ def generate(
         tokens = sample_tokens(model, [start], sampling, source)
     else:
         tokens = sample_tokens(model, ids or [tokenizer.eot_id], sampling)
+    yield from text_of(tokens, tokenizer, end_ids(tokenizer, bool(model.spec.source_field)))
+
+
+def text_of(tokens: Iterable[int], tokenizer: Tokenizer, ends: frozenset[int]) -> Iterator[str]:
+    """Yield pieces of the text of `tokens`, up to one of `ends`."""
+    decoder = tokenizer.stream()
     for token in tokens:
-        if token == tokenizer.eot_id:
+        if token in ends:
             break
         yield decoder.push(token)
     yield decoder.finish()
+
+
+def end_ids(tokenizer: Tokenizer, reads_source: bool) -> frozenset[int]:
+    """Return the ids that end a text: the end of text and, of a target, what closes a row."""
+    closes = reads_source and tokenizer.closes_rows
+    closing = [int(tokenizer.encode_rows([""])[0][0][-1])] if closes else []
+    return frozenset({tokenizer.eot_id, *closing})
 
 
 def first_token(spec: ModelSpec, vocabulary: Vocabulary, task: TaskSettings) -> int:
@@ -76,52 +89,16 @@ def sample_tokens(
     When the text exceeds the model's context, its older half is dropped and the cache is filled
     again. With a `source`, that of an encoder-decoder, the text ends there.
     """
-    context = model.spec.context
+    context, left = model.spec.context, sampling.max_tokens
     # No more of a long prompt than the model can see.
     seen = prompt[-context:]
-    # Drawn on the CPU: a GPU's generator gives other numbers.
     generator = torch.Generator().manual_seed(sampling.seed)
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        cache = model.make_cache(1) if source is None else model.encode_source(source)
-    new = seen
-    for _ in range(sampling.max_tokens):
-        if cache.length + len(new) > context:
-            if source is not None:
+    while True:
+        for token in stream_tokens(TokenRows(model, [seen], source), sampling, generator):
+            yield token
+            seen, left = [*seen, token], left - 1
+            if not left:
                 return
-            seen = seen[-(context // 2 or 1) :]
-            cache, new = model.make_cache(1), seen
-        with torch.inference_mode():
-            logits_V = model.next_logits(torch.tensor([new], device=device), cache)[0, -1].cpu()
-        token = draw_token(logits_V, sampling, generator)
-        seen, new = [*seen, token], [token]
-        yield token
-
-
-def draw_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw a token id: top-k, then top-p (nucleus sampling, Holtzman et al. 2020).
-
-    Raises CheckpointError where the logits are not finite.
-    """
-    if not logits_V.isfinite().all():
-        raise CheckpointError(
-            "the model's outputs are NaN or infinite, so no token can be drawn: the run diverged; "
-            "name an earlier checkpoint"
-        )
-    if sampling.greedy:
-        return int(logits_V.argmax())
-    # The largest becomes 0: divided by a small temperature the others may be -inf, none is NaN.
-    logits_V = (logits_V.float() - logits_V.max()) / sampling.temperature
-    if 0 < sampling.top_k < logits_V.numel():
-        logits_V = logits_V.masked_fill(
-            logits_V < logits_V.topk(sampling.top_k).values[-1], -torch.inf
-        )
-    probability_V = logits_V.softmax(0)
-    if sampling.top_p < 1:
-        sorted_V, order_V = probability_V.sort(descending=True)
-        # A token is kept while the likelier ones do not fill the nucleus.
-        outside_V = sorted_V.cumsum(0) - sorted_V >= sampling.top_p
-        # One is kept always: a tiny nucleus is 0 in 32 bits.
-        outside_V[0] = False
-        probability_V = probability_V.index_fill(0, order_V[outside_V], 0.0)
-    return int(torch.multinomial(probability_V, 1, generator=generator))
+        if source is not None:
+            return
+        seen = seen[-(context // 2 or 1) :]

@@ -2,18 +2,24 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.comm.failure import on_root
 from mpillm.comm.waiting import patient_barrier
-from mpillm.errors import MismatchError, UsageError
+from mpillm.errors import UsageError
 from mpillm.infer.baselines import score_baselines
+from mpillm.infer.candidates import (
+    NAMES,
+    Candidate,
+    check_same_rows,
+    open_candidate,
+    warn_if_moved,
+)
 from mpillm.infer.cloze_baselines import score_cloze_baselines
-from mpillm.infer.evaluate import WholeModel, evaluate
-from mpillm.infer.imported_task import check_evaluated
-from mpillm.infer.loading import Loaded, check_classes, load_data, load_trained, open_of
+from mpillm.infer.evaluate import evaluate
+from mpillm.infer.loading import open_of
 from mpillm.infer.references import read_references
 from mpillm.infer.scores.calibrate import Calibration, calibrate, check_calibrates
 from mpillm.infer.scores.compare import ScoreDifference, compare
@@ -22,13 +28,11 @@ from mpillm.infer.scores.score import Score
 from mpillm.infer.scores.score_answers import METRICS as ANSWER_METRICS
 from mpillm.infer.scores.score_answers import score_answers
 from mpillm.infer.scores.text_baselines import require_text_baselines, score_text_baselines
-from mpillm.infer.task_checks import check_task
 from mpillm.machine.node_map import map_nodes
 from mpillm.models.part_module import torch_explained
 from mpillm.parallel.devices import choose_device
 from mpillm.parallel.step_plan import Precision
 from mpillm.plan.peak_memory import rows_at_once
-from mpillm.runs.run_files import moved_from
 from mpillm.system.console import Console
 from mpillm.system.json_text import to_json
 from mpillm.tasks.causal_lm import CausalLM
@@ -38,49 +42,11 @@ from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.question_answering import QuestionAnswering
 from mpillm.tasks.sequence_classification import SequenceClassification
 from mpillm.tasks.task import Task
-from mpillm.tasks.vocabulary import Lengths
-from mpillm.tokens.manifest import Manifest, check_tokenizer
 from mpillm.tokens.pairs.pair_reader import PairReader
 from mpillm.tokens.reader import TokenReader
-from mpillm.tokens.samples import RowShape
-from mpillm.weights.checkpoint import Checkpoint
-from mpillm.weights.places import CHECKPOINTS
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-NAMES = ("model", "other")
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A model with the data that it is scored on."""
-
-    loaded: Loaded
-    manifest: Manifest
-
-    @property
-    def task(self) -> Task:
-        return self.loaded.task
-
-    @property
-    def row(self) -> RowShape:
-        return RowShape.of(self.task, Lengths.of(self.loaded.model.spec))
-
-    def scorer(self, precision: Precision, comm: "MPI.Intracomm") -> WholeModel:
-        """Move the model to its device; return it as each rank scores its share of the rows."""
-        model = self.loaded.model.to(precision.device)
-        return WholeModel(model, self.task, comm, precision)
-
-    def facts(self) -> dict[str, object]:
-        checkpoint = self.loaded.checkpoint
-        same = self.manifest.manifest_hash == checkpoint.facts["data"]
-        return {
-            "checkpoint": str(checkpoint.folder),
-            "step": checkpoint.step,
-            "data": str(self.manifest.folder),
-            "data_of_the_run": same,
-        }
 
 
 def print_evaluation(
@@ -103,9 +69,9 @@ def print_evaluation(
     """
     place, _ = choose_device(device, comm, map_nodes(comm), option="--device")
     places = [trained] if other is None else [trained, other]
-    found = [_open(path, data, comm, console) for path in places]
+    found = [open_candidate(path, data, comm, console) for path in places]
     if other is not None:
-        _check_same_rows(*found)
+        check_same_rows(*found)
     if baselines:
         check_baselines(found[0].task)
     if calibrated:
@@ -136,7 +102,7 @@ def print_evaluation(
 
 
 def _score(
-    candidate: _Candidate,
+    candidate: Candidate,
     precision: Precision,
     metrics: Sequence[str],
     comm: "MPI.Intracomm",
@@ -156,53 +122,13 @@ def _score(
 
 
 def _calibrate(
-    candidate: _Candidate, precision: Precision, comm: "MPI.Intracomm", console: Console
+    candidate: Candidate, precision: Precision, comm: "MPI.Intracomm", console: Console
 ) -> Calibration:
     with open_of(candidate.manifest, "validation") as reader:
         return calibrate(candidate.scorer(precision, comm), reader, comm, console)
 
 
-def _open(path: Path, data: Path | None, comm: "MPI.Intracomm", console: Console) -> _Candidate:
-    """Load a model, and check it with its data."""
-    loaded = load_trained(path, comm, console)
-    check_evaluated(loaded.checkpoint.facts)
-    manifest = load_data(loaded.checkpoint, data)
-    check_tokenizer(manifest, loaded.tokenizer)
-    check_task(loaded.task, loaded.model.spec, manifest)
-    check_classes(loaded.checkpoint, manifest)
-    return _Candidate(loaded, manifest)
-
-
-def _check_same_rows(one: _Candidate, other: _Candidate) -> None:
-    """Raise MismatchError unless both models are scored on the same rows of the same data."""
-    if one.manifest.manifest_hash != other.manifest.manifest_hash:
-        raise MismatchError(
-            f"the models have other data: {one.manifest.folder} and {other.manifest.folder}, whose "
-            "manifests differ; name one dataset for both with --data FOLDER"
-        )
-    if one.task.name != other.task.name:
-        raise MismatchError(
-            f"the models learnt other tasks, {one.task.name} and {other.task.name}: they have no "
-            "figures in common"
-        )
-    # A pair is a row whatever its length; a text is cut into windows as long as the context.
-    if not one.task.pair_kinds and one.row.tokens != other.row.tokens:
-        raise MismatchError(
-            f"the models read windows of {one.row.tokens:,} and {other.row.tokens:,} tokens, so "
-            "their rows are not the same; evaluate each by itself"
-        )
-
-
-def _warn_if_moved(checkpoint: Checkpoint, console: Console) -> None:
-    folder = checkpoint.folder.absolute()
-    run = folder.parents[1] if folder.parent.name == CHECKPOINTS else None
-    known = checkpoint.facts
-    begun = moved_from(run, known["recipe"], known.get("folder")) if run else ""
-    if begun:
-        console.warn(f"{run} was trained as {begun}: it is a copy, or was moved")
-
-
-def _score_baselines(candidate: _Candidate, metrics: Sequence[Metric]) -> dict[str, Score]:
+def _score_baselines(candidate: Candidate, metrics: Sequence[Metric]) -> dict[str, Score]:
     """Score the baselines of the model's task, which has some, on this rank alone."""
     from mpi4py import MPI
 
@@ -235,7 +161,7 @@ def check_baselines(task: Task) -> None:
 
 
 def _print_json(
-    found: Sequence[_Candidate],
+    found: Sequence[Candidate],
     scores: Mapping[str, Score],
     differences: Mapping[str, ScoreDifference] | None,
     fitted: Calibration | None,
@@ -253,7 +179,7 @@ def _print_json(
 
 
 def _print_tables(
-    found: Sequence[_Candidate],
+    found: Sequence[Candidate],
     scores: Mapping[str, Score],
     differences: Mapping[str, ScoreDifference] | None,
     metrics: Sequence[Metric],
@@ -261,7 +187,7 @@ def _print_tables(
 ) -> None:
     for name, each in zip(NAMES, found, strict=False):
         checkpoint = each.loaded.checkpoint
-        _warn_if_moved(checkpoint, console)
+        warn_if_moved(checkpoint, console)
         if not math.isfinite(scores[name].loss):
             console.warn(
                 f"the loss is not finite: the model of {checkpoint.folder} diverged; "

@@ -52,9 +52,27 @@ class WeightPiece(NamedTuple):
 
 
 class GenerationCache:
-    """The state of a model between steps of generation. `length`: the positions it holds."""
+    """The state of a model between steps of generation, of B rows."""
 
     length: int = 0
+    """The positions it holds; of rows with unequally many those of the longest."""
+
+    def cut(self, lengths_B: Tensor) -> None:
+        """Forget all but the first `lengths_B` positions of each row: what follows is padding.
+
+        Later positions of a row follow its own. Raises UsageError where rows must be equal.
+        """
+        raise UsageError(
+            "the cache of this architecture has rows of one length alone; generate one text at a "
+            "time, or give it the method `cut`"
+        )
+
+    def select(self, rows_N: Tensor) -> None:
+        """Keep the rows with these numbers, in this order; one may be there several times."""
+        raise UsageError(
+            "the cache of this architecture selects no rows; generate one text at a time, or give "
+            "it the method `select`"
+        )
 
 
 class PartModule(nn.Module):
@@ -130,6 +148,16 @@ class PartModule(nn.Module):
         """Return the logits (B, T, V) of the positions after those in `cache`, which grows by T."""
         raise NotImplementedError
 
+    def last_logits(self, ids_BT: Tensor, lengths_B: Tensor, cache: GenerationCache) -> Tensor:
+        """Return the logits (B, V) of the last position of each row, as `next_logits`.
+
+        A row has `lengths_B` of the T positions; the others are padding, which the cache forgets.
+        """
+        logits_BTV = self.next_logits(ids_BT, cache)
+        if int(lengths_B.min()) < ids_BT.shape[1]:
+            cache.cut(lengths_B)
+        return last_of(logits_BTV, lengths_B)
+
     def deviation_of(self, name: str) -> float:
         """Return the standard deviation of the initial values of the weight `name`."""
         return self.initial_deviation
@@ -158,6 +186,11 @@ class PartModule(nn.Module):
         """
         for name, weight in self.named_parameters():
             yield self.spec.tied_weights.get(name, name), weight
+
+
+def last_of(x_BTC: Tensor, lengths_B: Tensor) -> Tensor:
+    """Return the last of the first `lengths_B` positions of each row, (B, C)."""
+    return x_BTC[torch.arange(len(x_BTC), device=x_BTC.device), lengths_B - 1]
 
 
 @torch.no_grad()

@@ -120,22 +120,22 @@ def make_folder(path: Path) -> None:
         ) from failure
 
 
-def refuse_taken(out: Path) -> None:
+def refuse_taken(out: Path, option: str = "--out") -> None:
     """Raise UsageError where something has the name of a new file or folder."""
     try:
         taken = out.exists() or out.is_symlink()
     except OSError as failure:
         raise UsageError(explain(failure, out)) from failure
     if taken:
-        raise UsageError(f"{out} is there already; name another --out, or move it away")
+        raise UsageError(f"{out} is there already; name another {option}, or move it away")
 
 
-def give_name(work: Path, out: Path) -> None:
+def give_name(work: Path, out: Path, option: str = "--out") -> None:
     """Rename a whole file or folder to `out`. Raises UsageError where something has the name,
     CheckpointError where it cannot be renamed.
     """
     # rename(2) would replace a file or an empty folder.
-    refuse_taken(out)
+    refuse_taken(out, option)
     try:
         work.rename(out)
         flush(out.parent)

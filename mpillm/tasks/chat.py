@@ -24,6 +24,7 @@ class Chat(CrossEntropyTask):
     packs: ClassVar[bool] = True
     field_names: ClassVar[tuple[str, ...]] = ("ids", "targets", "counts")
     metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
+    text_metrics: ClassVar[tuple[str, ...]] = ("exact-match", "squad-f1", "rouge-l")
     pair_kinds: ClassVar[tuple[str, ...]] = ("chat",)
 
     def fields(self, raw: RawArrays) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ class SequenceToSequence(CrossEntropyTask):
         "counts",
     )
     metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits-per-byte")
+    text_metrics: ClassVar[tuple[str, ...]] = ("bleu", "chrf")
     pair_kinds: ClassVar[tuple[str, ...]] = ("seq2seq", "speech-to-text")
 
     def __init__(self, start: int, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:

@@ -31,6 +31,11 @@ class Task(ABC):
     metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits-per-byte")
     """Metrics of an evaluation, by their names in the metric catalogue, in order."""
 
+    text_metrics: ClassVar[tuple[str, ...]] = ()
+    """Metrics of the text that a model writes for a pair (`evaluate --generate`), by name; none:
+    it writes no text, or the pairs have no reference.
+    """
+
     field_names: ClassVar[tuple[str, ...]]
     """The fields of every batch; `documents` is added where the recipe asks for it."""
 

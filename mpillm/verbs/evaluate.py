@@ -1,17 +1,31 @@
 """`mpillm evaluate`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from mpillm.errors import UsageError
+from mpillm.infer.sampling import Decoding, Sampling
 from mpillm.system.command_line import Argument, Debug, Json, Option
 from mpillm.system.extras import require_packages
-from mpillm.verbs.job import limit_torch_threads, open_job
+from mpillm.verbs.job import Job, limit_torch_threads, open_job
 
 Trained = Annotated[
     Path, Argument("A run's folder, or one of its checkpoints.", metavar="RUN|CHECKPOINT")
 ]
 
+
+# The options of texts that a model writes.
+WRITING = (
+    "max_tokens",
+    "beams",
+    "length_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "outputs",
+)
 
 Device = Annotated[
     Literal["auto", "cpu", "cuda"],
@@ -21,9 +35,14 @@ Device = Annotated[
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a model on all validation data: loss, perplexity, bits per byte, other metrics."""
+    """Evaluate a model on all validation data: loss, perplexity, bits per byte, other metrics.
 
-    example: ClassVar = "mpirun -n 2 mpillm evaluate runs/quickstart --baselines"
+    With --generate: the texts that it writes for pairs, by BLEU, ROUGE, exact match and others.
+    """
+
+    example: ClassVar = (
+        "mpirun -n 2 mpillm evaluate runs/translation --generate --beams 4 --metrics bleu,chrf"
+    )
 
     trained: Trained
     other: Annotated[
@@ -44,14 +63,55 @@ class Evaluate:
         bool,
         Option("Fit a classifier's temperature on half of the rows; test it on the others."),
     ] = False
+    generate: Annotated[
+        bool, Option("Write the answer to each validation pair, and compare it with the reference.")
+    ] = False
+    max_tokens: Annotated[
+        int | None, Option("With --generate: of a text; else 256, or what the context allows.")
+    ] = None
+    beams: Annotated[int, Option("With --generate: beam search with so many; 1: none.")] = 1
+    length_penalty: Annotated[
+        float, Option("With --beams: scores are divided by length ^ this; above 1: longer texts.")
+    ] = 1.0
+    temperature: Annotated[float, Option("With --generate: as of `generate`; 0: greedy.")] = 0.0
+    top_k: Annotated[int, Option("With --temperature: as of `generate`.")] = 50
+    top_p: Annotated[float, Option("With --temperature: as of `generate`.")] = 1.0
+    seed: Annotated[int, Option("With --temperature: the same seed gives the same texts.")] = 0
+    outputs: Annotated[
+        Path | None, Option("With --generate: a new file for all texts, in JSON lines.")
+    ] = None
     device: Device = "auto"
     as_json: Json = False
     debug: Debug = False
+
+    def __post_init__(self) -> None:
+        self._decoding()
+        if self.generate:
+            for name in ("baselines", "calibrate"):
+                if getattr(self, name):
+                    raise UsageError(
+                        f"--{name} is of losses, and --generate of texts; ask for one at a time"
+                    )
+            return
+        for each in fields(self):
+            if each.name in WRITING and getattr(self, each.name) != each.default:
+                raise UsageError(
+                    f"--{each.name.replace('_', '-')} is for texts that the model writes; give "
+                    "--generate, too, or leave it out"
+                )
+
+    def _decoding(self) -> Decoding:
+        most = 1 if self.max_tokens is None else self.max_tokens
+        sampling = Sampling(most, self.temperature, self.top_k, self.top_p, self.seed)
+        return Decoding(sampling, self.max_tokens, self.beams, self.length_penalty)
 
     def run(self) -> None:
         with open_job(self.debug) as job:
             require_packages("mpillm evaluate", "torch")
             limit_torch_threads(job.threads)
+            if self.generate:
+                self._print_answers(job)
+                return
             from mpillm.infer.print_evaluation import print_evaluation
 
             print_evaluation(
@@ -66,3 +126,11 @@ class Evaluate:
                 self.other,
                 self.calibrate,
             )
+
+    def _print_answers(self, job: Job) -> None:
+        from mpillm.infer.decoding.print_answers import AnswerOptions, print_answers
+
+        given = self._decoding(), self.metrics, self.outputs, self.as_json
+        trained = [self.trained, self.other] if self.other else [self.trained]
+        options = AnswerOptions(*given)
+        print_answers(trained, self.data, options, job.comm, job.console, self.device)

@@ -12,7 +12,10 @@ from mpillm.verbs.job import limit_torch_threads, open_job
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue a prompt, or translate it by an encoder-decoder; rank 0 computes and prints."""
+    """Continue a prompt, answer it as a chat model, or translate it by an encoder-decoder.
+
+    Rank 0 computes and prints.
+    """
 
     example: ClassVar = "mpillm generate runs/quickstart --prompt 'def ' --max-tokens 100 --seed 1"
 
@@ -28,6 +31,14 @@ class Generate:
         Option("Above 0, at most 1: draw from the likeliest that make up this probability."),
     ] = 1.0
     seed: Annotated[int, Option("0 to 2^63 − 1: the same seed gives the same text.")] = 0
+    chat: Annotated[
+        bool | None,
+        Option(
+            "Whether the prompt is a user's turn, by the model's chat template; else as the run's "
+            "task is chat.",
+            flag="--chat/--plain",
+        ),
+    ] = None
     device: Device = "auto"
     debug: Debug = False
 
@@ -44,6 +55,5 @@ class Generate:
             limit_torch_threads(job.threads)
             from mpillm.infer.print_generation import print_generation
 
-            print_generation(
-                self.trained, self.prompt, self._sampling(), job.comm, job.console, self.device
-            )
+            given = self._sampling(), job.comm, job.console, self.device, self.chat
+            print_generation(self.trained, self.prompt, *given)

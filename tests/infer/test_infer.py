@@ -6,7 +6,6 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from mpi4py import MPI
 from mpillm.errors import CheckpointError, DataError, MismatchError, UsageError
 from mpillm.infer.baselines import score_baselines
 from mpillm.infer.evaluate import WholeModel, evaluate
-from mpillm.infer.generate import draw_token, generate, sample_tokens
+from mpillm.infer.generate import generate, sample_tokens
 from mpillm.infer.loading import TOKENIZER, Loaded, load_trained, model_tensors
 from mpillm.infer.print_evaluation import print_evaluation
 from mpillm.infer.print_generation import print_generation
@@ -184,25 +183,6 @@ def test_a_prompt_that_no_source_can_be_is_refused() -> None:
         list(generate(translator("whisper-tiny"), tokenizer, "x", sampling))
 
 
-def test_draws_follow_temperature_top_k_and_top_p() -> None:
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    generator = torch.Generator().manual_seed(0)
-
-    def seen(**settings: float) -> Counter[int]:
-        chosen: dict[str, Any] = {"temperature": 1.0, "top_k": 0, **settings}
-        sampling = Sampling(**chosen)
-        return Counter(draw_token(logits, sampling, generator) for _ in range(2000))
-
-    assert set(seen(temperature=0.0)) == {0}
-    assert set(seen(top_k=2)) == {0, 1}
-    assert set(seen(top_p=0.6)) == {0, 1}
-    assert set(seen(top_p=0.01)) == {0}
-    full = seen()
-    assert [full[token] / 2000 for token in range(4)] == pytest.approx(
-        [0.5, 0.3, 0.15, 0.05], abs=0.05
-    )
-
-
 @pytest.mark.parametrize(
     ("wrong", "rule"),
     [
@@ -225,33 +205,6 @@ def test_sampling_out_of_range(wrong: dict[str, float], rule: str) -> None:
         Sampling(**wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=f"--{option} is {rule}"):
         Generate(Path("run"), "", **wrong)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"temperature": 1e-40},
-        {"temperature": 1e-6},
-        {"temperature": 1e6},
-        {"top_p": 1e-300},
-        {"top_k": 10**12},
-        {"seed": (1 << 63) - 1},
-    ],
-)
-def test_extreme_settings_draw_a_token(settings: dict[str, Any]) -> None:
-    logits = torch.tensor([1e4, -1e4, 9e3, -torch.finfo().max])
-    sampling = Sampling(**settings)
-    generator = torch.Generator().manual_seed(sampling.seed)
-    token = draw_token(logits, sampling, generator)
-    assert token == 0 or settings == {"temperature": 1e6}
-
-
-def test_outputs_that_are_no_numbers_are_said() -> None:
-    for odd in (math.nan, math.inf):
-        logits = torch.tensor([1.0, odd])
-        for temperature in (0.0, 1.0):
-            with pytest.raises(CheckpointError, match=r"NaN or infinite.*an earlier checkpoint"):
-                draw_token(logits, Sampling(temperature=temperature), torch.Generator())
 
 
 def test_a_prompt_of_bytes_that_are_no_text_is_refused() -> None:

@@ -11,14 +11,14 @@ from mpillm.errors import UsageError
 from mpillm.infer.scores.exact_sums import in_batches
 from mpillm.infer.scores.score import Score, score_rows
 from mpillm.tasks.metrics.metric import Array, Metric
-from mpillm.tasks.metrics.metric_catalog import check_metrics, make_metrics
+from mpillm.tasks.metrics.metric_catalog import check_metrics, make_metrics, metrics_of
 from mpillm.tasks.metrics.pass_at_k import PassAtK
 from mpillm.tasks.metrics.text_metric import TextMetric
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-TEXTS, SAMPLES = "texts", "samples of a problem"
+SAMPLES = "samples of a problem"
 
 
 def score_texts(
@@ -36,21 +36,32 @@ def score_texts(
     has the bits of one rank that has all. Raises UsageError on every rank for a metric that
     compares no texts, and for references of another number than the texts.
     """
-    check_metrics(names, "of written text", TEXTS)
-    metrics = make_metrics(names)
-    if odd := [metric.name for metric in metrics if not isinstance(metric, TextMetric)]:
-        raise UsageError(f"the metric {odd[0]} compares no texts; take bleu, or another of texts")
-    texts = [metric for metric in metrics if isinstance(metric, TextMetric)]
+    texts = make_text_metrics(names)
 
     def tables() -> list[Array]:
         _check_texts(hypotheses, references)
-        return [metric.of_texts(hypotheses, references) for metric in texts]
+        # A rank may have none.
+        own = texts if hypotheses else []
+        return [metric.of_texts(hypotheses, references) for metric in own]
 
     found = on_all(comm, tables)
-    score = _score(found, len(hypotheses), metrics, comm, numbers, intervals)
+    score = _score(found, len(hypotheses), texts, comm, numbers, intervals)
     counts = set().union(*comm.allgather({len(known) for known in references}))
     signatures = {metric.name: metric.signature(counts) for metric in texts}
     return replace(score, signatures={name: each for name, each in signatures.items() if each})
+
+
+def make_text_metrics(names: Sequence[str]) -> list[TextMetric]:
+    """Make metrics of texts. Raises UsageError for another one, with those that there are."""
+    made: list[TextMetric] = []
+    for metric in make_metrics(names):
+        if not isinstance(metric, TextMetric):
+            known = metrics_of(TextMetric)  # type: ignore[type-abstract]
+            raise UsageError(
+                f"the metric {metric.name} compares no texts; take one of {', '.join(known)}"
+            )
+        made.append(metric)
+    return made
 
 
 def score_samples(

@@ -27,6 +27,11 @@ class CrossCache(LayerCache):
         super().__init__(config, batch, device, dtype)
         self.source: tuple[Tensor, Tensor] | None = None
 
+    def select(self, rows_N: Tensor) -> None:
+        super().select(rows_N)
+        if self.source is not None:
+            self.source = self.source[0][rows_N], self.source[1][rows_N]
+
 
 class CrossBlock(BlockLayers):
     """Causal self-attention, cross-attention and feed-forward, each with a residual connection."""

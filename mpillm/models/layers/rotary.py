@@ -50,13 +50,15 @@ class Rotary(nn.Module):
     def forward(
         self, first: int, length: int, dtype: torch.dtype, positions_T: Tensor | None = None
     ) -> Rotation:
-        """Return the rotation of `length` positions from `first` on; or of `positions_T`."""
+        """Return the rotation of `length` positions from `first` on; or of `positions_T`, (T,) or
+        of each row (B, T).
+        """
         tables = self.cos_TD, self.sin_TD
         if positions_T is None:
             cos_TD, sin_TD = (table[first : first + length].to(dtype) for table in tables)
         else:
             cos_TD, sin_TD = (table[positions_T].to(dtype) for table in tables)
-        return Rotation(cos_TD[:, None], sin_TD[:, None])
+        return Rotation(cos_TD.unsqueeze(-2), sin_TD.unsqueeze(-2))
 
 
 def rotate(x_BTHD: Tensor, rotation: Rotation) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.layers.block import Balances
-from mpillm.models.layers.cached_attention import LayerCache
+from mpillm.models.layers.cached_attention import LayerCache, LayeredCache
 from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.models.layers.dropout import EMBEDDING, EMBEDDING_LAYER, drop
 from mpillm.models.layers.norm import make_norm
@@ -18,12 +18,13 @@ from mpillm.models.part_module import (
     GenerationCache,
     PartOutput,
     Streams,
+    last_of,
 )
 from mpillm.models.spec import Part
 from mpillm.models.stacks.layer_stack import LayerStack
 
 
-class Cache(GenerationCache):
+class Cache(LayeredCache):
     """Keys and values of all layers, and how many positions they hold."""
 
     def __init__(
@@ -33,8 +34,7 @@ class Cache(GenerationCache):
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.layers = [LayerCache(config, batch, device, dtype) for _ in range(config.layers)]
-        self.length = 0
+        super().__init__([LayerCache(config, batch, device, dtype) for _ in range(config.layers)])
 
 
 class Decoder(LayerStack):
@@ -66,6 +66,8 @@ class Decoder(LayerStack):
         positions_T = fields.get("positions")
         first = cache.length if cache else 0
         length = x_BTC.shape[1]
+        if cache is not None and cache.lengths_B is not None:
+            positions_T = cache.places(length)
         if first + length > self.config.context:
             raise ValueError(
                 f"{first + length} positions exceed the context of {self.config.context}"
@@ -89,7 +91,7 @@ class Decoder(LayerStack):
             x_BTC = self._run(block, number, balances, *given)
         # Layers share the length: it grows once, after the last of them.
         if cache and self.ends:
-            cache.length += length
+            cache.grow(length)
         if self.norm is not None and self.head is not None:
             head = LinearHead.of(self.norm(x_BTC), self.head, self.config.logits_soft_cap)
             return PartOutput((head,), (pivot_BTC,), balances.total(self.config))
@@ -102,6 +104,16 @@ class Decoder(LayerStack):
         assert isinstance(cache, Cache)
         logits_BTV: Tensor = self(ids_BT, cache=cache)
         return logits_BTV
+
+    def last_logits(self, ids_BT: Tensor, lengths_B: Tensor, cache: GenerationCache) -> Tensor:
+        assert isinstance(cache, Cache)
+        [head] = self.forward_part({"ids": ids_BT}, (), cache).outputs
+        assert isinstance(head, LinearHead)
+        if int(lengths_B.min()) < ids_BT.shape[1]:
+            cache.cut(lengths_B)
+        # The logits of a batch's prompts would need gigabytes.
+        hidden_BC = last_of(head.hidden_BTC, lengths_B)
+        return head._replace(hidden_BTC=hidden_BC[:, None]).logits()[:, 0]
 
     def forward(
         self, given: Tensor, document_BT: Tensor | None = None, cache: Cache | None = None

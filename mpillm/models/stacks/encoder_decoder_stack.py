@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mpillm.errors import RecipeError
 from mpillm.models.encoder_decoder import EncoderDecoderConfig
 from mpillm.models.layers.block import Balances, Block
+from mpillm.models.layers.cached_attention import LayeredCache
 from mpillm.models.layers.cross_block import CrossBlock, CrossCache
 from mpillm.models.layers.dropout import EMBEDDING, EMBEDDING_LAYER, drop
 from mpillm.models.layers.norm import make_norm
@@ -22,7 +23,7 @@ from mpillm.models.spec import Part
 from mpillm.models.stacks.layer_stack import Transformer
 
 
-class SourceCache(GenerationCache):
+class SourceCache(LayeredCache):
     """The encoder's outputs of B sources, and keys and values of all layers of the decoder."""
 
     def __init__(
@@ -30,8 +31,12 @@ class SourceCache(GenerationCache):
     ) -> None:
         self.memory_BSC, self.bias = memory_BSC, bias
         made = len(memory_BSC), memory_BSC.device, memory_BSC.dtype
-        self.layers = [CrossCache(config, *made) for _ in range(config.decoder_blocks)]
-        self.length = 0
+        super().__init__([CrossCache(config, *made) for _ in range(config.decoder_blocks)])
+
+    def select(self, rows_N: Tensor) -> None:
+        super().select(rows_N)
+        self.memory_BSC = self.memory_BSC[rows_N]
+        self.bias = None if self.bias is None else self.bias[rows_N]
 
 
 class EncoderDecoder(Transformer):
@@ -197,9 +202,10 @@ class EncoderDecoder(Transformer):
 
     def next_logits(self, ids_BT: Tensor, cache: GenerationCache) -> Tensor:
         assert isinstance(cache, SourceCache)
+        assert cache.lengths_B is None, "rows begin with a start token, so they are equally long"
         x_BTC = self._embed({"ids": ids_BT}, [], cache.length)
         x_BTC, _ = self._decode({}, x_BTC, cache.memory_BSC, cache.bias, Balances(), cache)
-        cache.length += ids_BT.shape[1]
+        cache.grow(ids_BT.shape[1])
         return self._head_of(x_BTC).logits()
 
     def forward(self, fields: Fields) -> Tensor:

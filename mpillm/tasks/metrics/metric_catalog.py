@@ -72,5 +72,10 @@ def check_metrics(names: Iterable[str], task: str, output_kind: str) -> None:
             )
 
 
+def metrics_of(kind: type[Metric]) -> list[str]:
+    """Return the names of the metrics of the catalogue that derive from `kind`."""
+    return [name for name in METRICS if issubclass(_kind(name), kind)]
+
+
 def _kind(name: str) -> type[Metric]:
     return load_class(name, METRICS, "metric", Metric)  # type: ignore[type-abstract]

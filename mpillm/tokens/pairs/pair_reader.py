@@ -173,6 +173,13 @@ class PairReader:
         self._check(np.array([pair]), [ids], [learnt])
         return ids, learnt
 
+    def sides(self, pair: int) -> tuple[Array, Array]:
+        """Read both sides of a pair, whole. Raises DataError."""
+        shard, place = self._place(pair)
+        source, target = shard.side("source", place, LARGEST), shard.side("target", place, LARGEST)
+        self._check(np.array([pair]), [source], [target])
+        return source, target
+
     def reference_of(self, pair: int) -> Array:
         """Return the reference's log-probabilities of a pair's answers, (2,)."""
         assert self.references is not None, "the references of the rows are not set"

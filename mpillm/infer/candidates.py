@@ -1,0 +1,103 @@
+"""Trained models with the data that they are scored on, checked to fit each other."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpillm.errors import MismatchError
+from mpillm.infer.evaluate import WholeModel
+from mpillm.infer.imported_task import check_evaluated
+from mpillm.infer.loading import Loaded, check_classes, load_data, load_trained
+from mpillm.infer.task_checks import check_task
+from mpillm.parallel.step_plan import Precision
+from mpillm.runs.run_files import moved_from
+from mpillm.system.console import Console
+from mpillm.tasks.task import Task
+from mpillm.tasks.vocabulary import Lengths
+from mpillm.tokens.manifest import Manifest, check_tokenizer
+from mpillm.tokens.samples import RowShape
+from mpillm.weights.checkpoint import Checkpoint
+from mpillm.weights.places import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+# What the scores of a model and of a second one are called.
+NAMES = ("model", "other")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model with the data that it is scored on."""
+
+    loaded: Loaded
+    manifest: Manifest
+
+    @property
+    def task(self) -> Task:
+        return self.loaded.task
+
+    @property
+    def row(self) -> RowShape:
+        return RowShape.of(self.task, Lengths.of(self.loaded.model.spec))
+
+    def scorer(self, precision: Precision, comm: "MPI.Intracomm") -> WholeModel:
+        """Move the model to its device; return it as each rank scores its share of the rows."""
+        model = self.loaded.model.to(precision.device)
+        return WholeModel(model, self.task, comm, precision)
+
+    def facts(self) -> dict[str, object]:
+        checkpoint = self.loaded.checkpoint
+        same = self.manifest.manifest_hash == checkpoint.facts["data"]
+        return {
+            "checkpoint": str(checkpoint.folder),
+            "step": checkpoint.step,
+            "data": str(self.manifest.folder),
+            "data_of_the_run": same,
+        }
+
+
+def open_candidate(
+    path: Path, data: Path | None, comm: "MPI.Intracomm", console: Console
+) -> Candidate:
+    """Load a model, and check it with its data (None: of its run). Every rank calls it.
+
+    Raises MismatchError where they do not fit, CheckpointError and DataError.
+    """
+    loaded = load_trained(path, comm, console)
+    check_evaluated(loaded.checkpoint.facts)
+    manifest = load_data(loaded.checkpoint, data)
+    check_tokenizer(manifest, loaded.tokenizer)
+    check_task(loaded.task, loaded.model.spec, manifest)
+    check_classes(loaded.checkpoint, manifest)
+    return Candidate(loaded, manifest)
+
+
+def check_same_rows(one: Candidate, other: Candidate) -> None:
+    """Raise MismatchError unless both models are scored on the same rows of the same data."""
+    if one.manifest.manifest_hash != other.manifest.manifest_hash:
+        raise MismatchError(
+            f"the models have other data: {one.manifest.folder} and {other.manifest.folder}, whose "
+            "manifests differ; name one dataset for both with --data FOLDER"
+        )
+    if one.task.name != other.task.name:
+        raise MismatchError(
+            f"the models learnt other tasks, {one.task.name} and {other.task.name}: they have no "
+            "figures in common"
+        )
+    # A pair is a row whatever its length; a text is cut into windows as long as the context.
+    if not one.task.pair_kinds and one.row.tokens != other.row.tokens:
+        raise MismatchError(
+            f"the models read windows of {one.row.tokens:,} and {other.row.tokens:,} tokens, so "
+            "their rows are not the same; evaluate each by itself"
+        )
+
+
+def warn_if_moved(checkpoint: Checkpoint, console: Console) -> None:
+    """Warn where a run is a copy, or was moved."""
+    folder = checkpoint.folder.absolute()
+    run = folder.parents[1] if folder.parent.name == CHECKPOINTS else None
+    known = checkpoint.facts
+    begun = moved_from(run, known["recipe"], known.get("folder")) if run else ""
+    if begun:
+        console.warn(f"{run} was trained as {begun}: it is a copy, or was moved")
