@@ -16,7 +16,7 @@ from mpillm.infer.candidates import (
     warn_if_moved,
 )
 from mpillm.infer.chat_prompt import ends_of
-from mpillm.infer.decoding.questions import Questions, answer_tokens, check_writes
+from mpillm.infer.decoding.prompts import Questions, answer_tokens, check_writes
 from mpillm.infer.decoding.write_answers import Answer, write_answers
 from mpillm.infer.loading import open_of
 from mpillm.infer.sampling import Decoding

@@ -13,7 +13,7 @@ import torch
 
 from mpillm.comm.failure import on_all
 from mpillm.infer.decoding.beam_search import search_beams
-from mpillm.infer.decoding.questions import Int64s, Questions
+from mpillm.infer.decoding.prompts import Int64s, Questions
 from mpillm.infer.decoding.token_rows import TokenRows, continue_rows
 from mpillm.infer.sampling import Decoding
 from mpillm.models.part_module import PartModule
