@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.tasks.test_dpo import LENGTH, ROWS, VOCABULARY, raw_rows
+from tests.tasks.preferences.test_dpo import LENGTH, ROWS, VOCABULARY, raw_rows
 from torch import Tensor, nn
 
 from mpillm.models.linear_head import LinearHead
