@@ -92,12 +92,15 @@ def write_records(folder: Path) -> Path:
         )
     path = folder / "records.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
+    # Records with a question are conversations of another format.
+    texts = ({"text": record["text"]} for record in records)
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
     return path
 
 
 @pytest.fixture(scope="module")
 def datasets(shared_folder: Path, documents: Path, comm: MPI.Intracomm) -> dict[str, Path]:
-    """A small dataset for each task."""
+    """A small dataset for each task, but those of preferences."""
     tokens, pairs = shared_folder / "task-tokens", shared_folder / "task-pairs"
     bytes_of = partial(PrepareOptions, tokenizer="bytes", validation=0.1)
     prepare(bytes_of((str(documents),), tokens), comm, QUIET)
@@ -105,10 +108,10 @@ def datasets(shared_folder: Path, documents: Path, comm: MPI.Intracomm) -> dict[
         write_records(pairs)
     comm.Barrier()
     made = dict.fromkeys(("causal-lm", "masked-lm", "span-corruption"), tokens)
-    for task in PAIR_KINDS:
+    for task in (name for name, kind in PAIR_KINDS.items() if not kind.is_preference):
         made[task] = shared_folder / f"task-{task}"
         column = "stars" if task == "regression" else ""
-        source = (str(pairs / "records.jsonl"),)
+        source = (str(pairs / ("texts.jsonl" if task == "chat" else "records.jsonl")),)
         options = bytes_of(
             source, made[task], task=task, target_field=column, row_tokens=32, stride=8
         )
