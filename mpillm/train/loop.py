@@ -338,6 +338,8 @@ class TrainingLoop:
         """Let the link lead to the best checkpoint, which is whole. Every rank calls it."""
         if self._comm.rank == 0:
             self._note(lambda: mark_best(self._folder / CHECKPOINTS, self._best.step))
+            # The one that was the best until now may go.
+            self._prune(self._folder / CHECKPOINTS)
 
     def _evaluate(self, metrics: MetricsWriter) -> bool:
         """Evaluate and record; return whether this is the best checkpoint. Every rank calls it."""
@@ -415,11 +417,13 @@ class TrainingLoop:
             self._note(lambda: self._record_save(saved, seconds))
         return seconds
 
+    def _prune(self, folder: Path) -> None:
+        for fault in prune(folder, self._recipe.train.keep, self._good, self._best.step):
+            self._console.warn(f"an old checkpoint stays: {fault}")
+
     def _record_save(self, saved: Path, seconds: float) -> None:
         # The old ones go first: on a full disk that makes room for the record.
-        keep, best = self._recipe.train.keep, self._best.step
-        for fault in prune(saved.parent, keep, self._good, best):
-            self._console.warn(f"an old checkpoint stays: {fault}")
+        self._prune(saved.parent)
         nbytes = sum(path.stat().st_size for path in saved.iterdir())
         self._history.saved(self._done, saved, seconds, nbytes)
 

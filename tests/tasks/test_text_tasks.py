@@ -53,7 +53,7 @@ def test_the_loss_and_its_gradients_are_those_of_transformers(name: str) -> None
     mask = torch.from_numpy(np.arange(4) < LENGTHS[:, None])
     wanted = theirs(torch.from_numpy(IDS), mask, labels=torch.from_numpy(targets)).loss
     wanted.backward()
-    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(loss) == pytest.approx(wanted.item(), rel=1e-5)
     check_gradients(ours, stored(theirs, gradients=True))
     # Rows add up to the whole, whose weight follows from its shape.
     rows = task.row_losses(outputs, fields).detach()

@@ -89,6 +89,10 @@ def test_an_early_stop_leaves_the_best_checkpoint_and_a_resume_is_exact(
     train(recipe(data, parts, early_stopping_patience=4), comm, QUIET, resume=True)
     assert evaluations(parts)[: len(found)] == found
     assert len(evaluations(parts)) > len(found)
+    # What was the best before is gone: the best and the newest one stay.
+    later = min(evaluations(parts), key=lambda each: each[1])[0]
+    steps = {later, evaluations(parts)[-1][0]}
+    assert kept(parts) == sorted({"best", *(f"step-{step:08d}" for step in steps)})
     loaded = load_trained(whole / "checkpoints/best", comm, QUIET)
     assert loaded.checkpoint.step == best
     if comm.rank == 0:

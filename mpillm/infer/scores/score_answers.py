@@ -54,6 +54,7 @@ def score_answers(
         totals=loss.totals,
         values={**loss.values, **score.values},
         intervals={**loss.intervals, **score.intervals},
+        replicates={**loss.replicates, **score.replicates},
     )
 
 
