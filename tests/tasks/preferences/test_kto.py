@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.tasks.preferences.test_dpo import LENGTH, ROWS, VOCABULARY, raw_rows
 from torch import Tensor, nn
 
 from mpillm.models.linear_head import LinearHead
 from mpillm.tasks.task_catalog import TaskSettings, make_task
+from tests.tasks.preferences.test_dpo import LENGTH, ROWS, VOCABULARY, raw_rows
 
 BETA, POINT, DESIRABLE, UNDESIRABLE = 0.3, 0.7, 1.5, 0.5
 
