@@ -136,7 +136,7 @@ def test_the_loss_and_its_gradients_are_those_of_transformers() -> None:
         end_positions=ends,
     ).loss
     wanted.backward()
-    assert float(loss) == pytest.approx(wanted.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     check_gradients(ours, stored(theirs, gradients=True))
     # Padding has no part in it.
     padded = torch.nn.functional.pad(outputs[0].detach(), (0, 3), value=99.0)

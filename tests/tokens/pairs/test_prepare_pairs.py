@@ -408,7 +408,7 @@ def shard_of(manifest: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m["pairs"].update(kind="poems"), "pairs.kind should be one of chat, seq2seq"),
+        (lambda m: m["pairs"].update(kind="poems"), "pairs.kind should be one of chat, preference"),
         (lambda m: m["pairs"].update(closed=1), "pairs.closed should be true or false"),
         (lambda m: m["pairs"].update(item=[3]), "pairs.item should be a list of 0 numbers"),
         (lambda m: m["pairs"].update(source_dtype="<O8"), "pairs.source_dtype should be <u2 or"),
