@@ -55,7 +55,8 @@ def _check_input(spec: ModelSpec, manifest: PairManifest) -> None:
     if isinstance(rows, int) and rows > spec.context:
         raise MismatchError(
             f"the data {manifest.folder} has rows of {rows:,} tokens, and the model reads "
-            f"{spec.context:,}; prepare it with --row-tokens {spec.context}, or raise model.context"
+            f"{spec.context:,}; prepare it with --row-tokens {spec.context} and a lower "
+            "--stride, or raise model.context"
         )
     form = manifest.pairs
     found, wanted = form.sides.source, spec.input_field

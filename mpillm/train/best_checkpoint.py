@@ -4,6 +4,7 @@ Both are pure functions of the evaluations so far, which metrics.jsonl holds: a 
 them there, so that nothing else has to be saved.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,13 +96,15 @@ class BestCheckpoint:
     def add(self, line: Mapping[str, Any]) -> bool:
         """Take an evaluation, as metrics.jsonl has it; return whether it is the best so far.
 
-        One that ties with the best is no better, nor is one without the number.
+        One that ties with the best is no better, nor is one without a finite number.
         """
         if not self.metric:
             return False
         value = line.get(self.metric)
-        better = isinstance(value, int | float) and (
-            not self.step or (value < self.value if self._lower else value > self.value)
+        better = (
+            isinstance(value, int | float)
+            and math.isfinite(value)
+            and (not self.step or (value < self.value if self._lower else value > self.value))
         )
         if not better:
             self._since += 1

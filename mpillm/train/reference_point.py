@@ -72,7 +72,8 @@ class ReferencePoint:
         own = [float(value) for each in scores.values() for value in each.rows.table[:, 2]]
         every = [value for part in comm.allgather(own) for value in part]
         # Summed exactly: the order of ranks leaves no trace.
-        return max(0.0, math.fsum(every) / len(every))
+        # In this order NaN stays NaN, and the step is found to diverge.
+        return max(math.fsum(every) / len(every), 0.0)
 
 
 def _nothing() -> None:

@@ -83,9 +83,11 @@ class _BeamSearch:
         self._rows.select(self._row_numbers(opened.beams_NK))
         self._rows.push(opened.tokens_NK.flatten())
         best = (self._scores_NW[:, 0] / length**self._penalty).tolist()
-        worst = [texts[-1][0] if len(texts) == self._beams else NOTHING for texts in self._finished]
-        ended = zip(last_N.tolist(), best, worst, strict=True)
-        return [last or score <= least for last, score, least in ended]
+        ended = zip(last_N.tolist(), best, self._finished, strict=True)
+        return [
+            last or (len(texts) == self._beams and score <= texts[-1][0])
+            for last, score, texts in ended
+        ]
 
     def best(self, place: int) -> list[int]:
         """Return the best finished text of the row at `place`, with its end."""

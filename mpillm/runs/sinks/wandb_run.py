@@ -43,3 +43,6 @@ class WandbSink(MetricsSink):
 
     def close(self) -> None:
         self._run.finish()
+
+    def abandon(self) -> None:
+        self._run.finish(exit_code=1)

@@ -136,6 +136,8 @@ def _conversation(
     record: Record, prompt: list[Conversation], answer: list[Conversation]
 ) -> Conversation:
     learnt = sum(each["role"] == "assistant" for each in answer)
+    if not learnt:
+        raise RecordError("has an answer without a message of the assistant; write its role")
     found = with_tools(record, [*prompt, *answer])
     check_conversation(found)
     return {**found, LEARNT_ANSWERS: learnt}

@@ -195,7 +195,10 @@ def _label_set(value: Any, name: str) -> list[Label]:
     if isinstance(value, str):
         value = [part for each in value.split(",") if (part := each.strip())]
     labels = value if isinstance(value, list) else [value]
-    return sorted({_label(each, name) for each in labels}, key=lambda label: (str(label), label))
+    return sorted(
+        {_label(each, name) for each in labels},
+        key=lambda label: (str(label), isinstance(label, str)),
+    )
 
 
 def _real(value: Any, name: str) -> float:

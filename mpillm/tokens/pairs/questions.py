@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from mpillm.errors import UsageError
 from mpillm.system.json_text import to_json
 from mpillm.tokens.text.records import MISSING, RecordError, field_of, object_of
 from mpillm.tokens.tokenizer import Tokenizer
@@ -84,6 +85,13 @@ class QuestionEncoder:
         self._whole.no_truncation()
         for each in (self._whole, self._cut):
             each.no_padding()
+        room = row_tokens - self._whole.num_special_tokens_to_add(True)
+        if stride >= room:
+            raise UsageError(
+                f"--stride {stride:,} leaves no step between rows of {row_tokens:,} tokens, of "
+                f"which {max(room, 0):,} are for the question and its context; lower --stride, or "
+                "raise --row-tokens"
+            )
         self._cut.enable_truncation(row_tokens, stride=stride, strategy="only_second")
 
     def rows(
