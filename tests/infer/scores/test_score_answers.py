@@ -229,3 +229,8 @@ def test_rows_beyond_the_models_context_are_refused(tmp_path: Path) -> None:
     spec = read_spec({"architecture": "encoder", "head": "span", "context": 12, "vocab_size": 30})
     with pytest.raises(MismatchError, match=r"rows of 14 tokens, and the model reads 12; .* 12"):
         check_task(make_task("question-answering"), spec, manifest)
+
+
+def test_a_stride_of_a_whole_row_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--stride 128 leaves no step between rows of 14 tokens"):
+        prepared(tmp_path, MPI.COMM_SELF, squad(4), stride=128)
