@@ -25,7 +25,7 @@ from mpillm.system.console import Console
 from mpillm.train.recipe import Recipe, load_recipe
 from mpillm.train.setup import train
 from mpillm.weights.open_source import open_source
-from tests.published import SPEC
+from tests.published import SPEC, publish
 
 save_file = pytest.importorskip("safetensors.torch").save_file
 load_file = pytest.importorskip("safetensors.torch").load_file
@@ -65,8 +65,6 @@ def weights_of(run: Path, comm: MPI.Intracomm) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="session")
 def base(shared_folder: Path, comm: MPI.Intracomm) -> Path:
     """A published model, which tests read."""
-    from tests.published import publish
-
     if comm.rank == 0:
         publish(shared_folder / "adapter-base")
     comm.Barrier()
@@ -116,6 +114,26 @@ def test_every_layout_learns_the_same(
     assert found.keys() == expected.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+def test_a_tied_embedding_is_the_bases_in_each_stage(
+    folder: Path, data: Path, comm: MPI.Intracomm, schedule: str
+) -> None:
+    """With zb-v the first rank has the embedding and the head."""
+    if comm.size != 2:
+        pytest.skip("four layers in two or four stages of 2 ranks")
+    if comm.rank == 0:
+        publish(folder / "tied", replace(SPEC, tied=True, layers=4))
+    comm.Barrier()
+    for name, layout in (("data", {}), ("stages", {"pipeline": 2, "schedule": schedule})):
+        train(recipe(folder / name, data, folder / "tied", parallel=layout), comm, QUIET)
+        comm.Barrier()
+    found, expected = (
+        [line["loss"] for line in read_metrics(folder / name / METRICS) if "loss" in line]
+        for name in ("stages", "data")
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_run_continues_exactly(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpillm.comm.mesh import Mesh
 from mpillm.comm.shared.segment import share_segment
@@ -34,10 +34,11 @@ class FrozenWeights:
         device: torch.device,
         warn: Callable[[str], None],
     ) -> None:
-        self._parts, self._device = parts, device
-        self._held: dict[str, tuple[PartModule, FrozenWeight]] = {
-            name: (part, held) for part in parts for name, held in frozen_weights(part).items()
-        }
+        _join_tied(parts)
+        self._held: dict[str, tuple[PartModule, FrozenWeight]] = {}
+        for part in parts:
+            for name, held in frozen_weights(part).items():
+                self._held.setdefault(name, (part, held))
         self._comm: MPI.Intracomm | None = None
         self.fills = True
         """Whether this rank sets the values: the first of those that share them."""
@@ -160,3 +161,16 @@ class FrozenWeights:
         """Free the communicator. Every rank calls it."""
         if self._comm is not None:
             self._comm.Free()
+
+
+def _join_tied(parts: Sequence[PartModule]) -> None:
+    """Let parts of this rank that have both uses of a frozen tied weight hold one Parameter.
+
+    Their gradients need no leaves apart, as those of a trained one do (`pipeline/tying.py`).
+    """
+    found: dict[str, nn.Parameter] = {}
+    for part in parts:
+        for own, weight in list(part.named_parameters()):
+            if not weight.requires_grad:
+                name = part.spec.tied_weights.get(own, own)
+                part.set_weight(own, found.setdefault(name, weight))
