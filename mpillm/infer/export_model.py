@@ -19,6 +19,7 @@ from mpillm.infer.export_peft import check_adapter, write_adapter
 from mpillm.infer.generate import first_token
 from mpillm.infer.loading import TOKENIZER, check_trained
 from mpillm.infer.model_source import ModelSource, open_model
+from mpillm.infer.write_tensors import write_tensors
 from mpillm.models.families.family import Family
 from mpillm.models.families.family_catalog import family_of, find_family
 from mpillm.models.model_catalog import read_spec
@@ -128,6 +129,8 @@ def _check(out: Path, kind: str, dtype: str) -> None:
     require_packages("mpillm export", "safetensors")
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"--dtype {dtype} is of GGUF files; take --to gguf, or another dtype")
+    if kind == "peft" and dtype not in ("auto", "float32"):
+        raise UsageError(f"--to peft writes adapters in float32; leave --dtype {dtype} out")
     return None
 
 
@@ -272,23 +275,12 @@ def _write(
     progress: Progress,
 ) -> None:
     """Write this rank's files, one after the other."""
-    from safetensors.torch import save_file
-
     for number in range(rank, len(shards), ranks):
         tensors: dict[str, Tensor] = {}
         for name, nbytes in shards[number].items():
             tensors[name] = make(name).to(getattr(torch, dtype)).contiguous()
             progress.advance(nbytes)
-        path = work / _file(number, len(shards))
-        try:
-            save_file(tensors, path, metadata={"format": "pt"})
-            # The library's files are the owner's alone.
-            path.chmod(next(work.glob("*.json")).stat().st_mode & 0o777)
-            flush(path)
-        except Exception as failure:
-            raise CheckpointError(
-                f"cannot write {path.name}: {failure}; free some space"
-            ) from failure
+        write_tensors(work / _file(number, len(shards)), tensors, next(work.glob("*.json")))
 
 
 def _file(number: int, count: int) -> str:

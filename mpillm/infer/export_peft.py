@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from mpillm.errors import CheckpointError, UsageError
+from mpillm.errors import UsageError
 from mpillm.infer.model_source import BASE
+from mpillm.infer.write_tensors import write_tensors
 from mpillm.models.families.family import Family
 from mpillm.models.spec import ModelSpec
 from mpillm.models.tuning import read_adapter
-from mpillm.system.atomic import flush
 from mpillm.system.json_text import to_json
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.checkpoint_source import CheckpointSource
@@ -26,23 +26,15 @@ def check_adapter(checkpoint: Checkpoint) -> None:
 def write_adapter(checkpoint: Checkpoint, spec: ModelSpec, family: Family, work: Path) -> int:
     """Write the two files into the folder `work`; return their bytes. One rank calls it.
 
-    Raises RecipeError where the family has no such layers, CheckpointError where they cannot be
-    written.
+    Raises RecipeError where the family has no such layers, CheckpointError and OSError where they
+    cannot be written.
     """
-    from safetensors.torch import save_file
-
     source, places = CheckpointSource(checkpoint), family.places(spec)
     adapter = read_adapter(checkpoint.facts["recipe"].get("adapter"))
     names = their_names(source.weights, places)
     reader = str(family.config(spec)["architectures"][0])
     config = peft_config(adapter, names, places, str(checkpoint.facts[BASE]["path"]), reader)
     tensors = {theirs: source.read_weight(ours).contiguous() for ours, theirs in names.items()}
-    try:
-        (work / CONFIG).write_text(to_json(config, indent=1) + "\n", encoding="utf-8")
-        save_file(tensors, work / TENSORS, metadata={"format": "pt"})
-        # The library's files are the owner's alone.
-        (work / TENSORS).chmod((work / CONFIG).stat().st_mode & 0o777)
-        flush(work / TENSORS)
-    except Exception as failure:
-        raise CheckpointError(f"cannot write {TENSORS}: {failure}; free some space") from failure
+    (work / CONFIG).write_text(to_json(config, indent=1) + "\n", encoding="utf-8")
+    write_tensors(work / TENSORS, tensors, work / CONFIG)
     return sum(tensor.nbytes for tensor in tensors.values())

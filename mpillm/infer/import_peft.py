@@ -10,12 +10,13 @@ from torch import Tensor
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import CheckpointError, MismatchError, UsageError
 from mpillm.infer.model_source import BASE, ModelSource, describe_base, open_model
+from mpillm.models.adapt import tuned_shapes
 from mpillm.models.families.family_catalog import family_of
-from mpillm.models.tuning import INFIX, layer_of
+from mpillm.models.tuning import ALL_WEIGHTS, INFIX, layer_of
 from mpillm.system.atomic import make_folder
 from mpillm.system.console import Console
 from mpillm.system.json_text import read_object
-from mpillm.system.messages import explain, why
+from mpillm.system.messages import explain, some_of, why
 from mpillm.weights.checkpoint_source import CheckpointSource
 from mpillm.weights.names import weight_name
 from mpillm.weights.open_source import open_source
@@ -99,6 +100,12 @@ def _read(path: Path, config: Mapping[str, Any], base: ModelSource) -> _ReadAdap
     names = our_names(shapes, places, base.shapes, where)
     tensors = {ours: source.read(theirs).float() for theirs, ours in names.items()}
     layers = tuple(dict.fromkeys(filter(None, map(layer_of, tensors))))
+    known = tuned_shapes(base.spec, ALL_WEIGHTS).layers
+    if outside := [layer for layer in layers if layer not in known]:
+        raise MismatchError(
+            f"{where} has adapters of {some_of(outside)}, outside of the blocks, which are not "
+            "read; merge it with its base in PEFT, and import the merged model"
+        )
     parts = ("a", "b", "magnitude") if settings.method == "dora" else ("a", "b")
     for layer in layers:
         for part in parts:

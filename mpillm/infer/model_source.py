@@ -90,7 +90,7 @@ def _find(source: CheckpointSource, named: str) -> Path:
     """Return where the base is: its path may begin in the folder of the run."""
     near = folder_of_paths(source.path.parent.parent, source.facts["recipe"])
     begun = source.facts.get("folder")
-    begins = [Path(), *([near] if near else []), *([Path(begun)] if isinstance(begun, str) else [])]
+    begins = [*([near] if near else []), *([Path(begun)] if isinstance(begun, str) else []), Path()]
     for begin in begins:
         if (begin / named).exists():
             return begin / named

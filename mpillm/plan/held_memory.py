@@ -118,7 +118,7 @@ def _tuned(
     count: int,
     state: int,
 ) -> HeldBytes:
-    """Estimate what a rank holds where some weights are frozen: these lie once a node."""
+    """Estimate what a rank holds where some weights are frozen: each node holds these once."""
     tuning, element = plan.tuning, plan.precision.element_bytes
     trained = sum(tuning.trained_of(model, part) for part in parts) // replicas.tensor
     held = _held_of(plan, replicas, trained, state * trained // max(1, count))

@@ -66,8 +66,8 @@ def start_from(
     initialised = [name for name in names if name.startswith(new) and not layer_of(name)]
     if still := [name for name in initialised if tuning.is_frozen(name)]:
         raise MismatchError(
-            f"train.start_from: {path} has no {still[0]} of this model, which is frozen: train it, "
-            f"by adapter.also = {to_json(still)} or another train.freeze"
+            f"train.start_from: {path} has no {still[0]} that fits this model, and it is frozen: "
+            f"train it, by adapter.also = {to_json(still)} or another train.freeze"
         )
     own = {name: weights[name] for name in wanted if name in weights}
     on_all(comm, lambda: _fill(path, found, own))

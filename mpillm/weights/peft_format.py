@@ -33,8 +33,11 @@ UNREAD: Mapping[str, Any] = MappingProxyType(
         "layer_replication": None,
         "trainable_token_indices": None,
         "target_parameters": None,
+        "alora_invocation_tokens": None,
     }
 )
+# Ways to begin that change the base's weights: the adapter is next to others than the published.
+CHANGE_BASE = ("corda", "loftq", "olora", "pissa")
 TASKS = MappingProxyType(
     {"CausalLM": "CAUSAL_LM", "ConditionalGeneration": "SEQ_2_SEQ_LM", "Sequence": "SEQ_CLS"}
 )
@@ -112,6 +115,12 @@ def read_config(config: Mapping[str, Any], where: str) -> AdapterSettings:
     for key, none in UNREAD.items():
         if (value := config.get(key, none)) not in (none, None):
             raise CheckpointError(f"{where} has {key} = {value!r}, which no adapter of ours has")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGE_BASE):
+        raise CheckpointError(
+            f"{where} has init_lora_weights = {start!r}, which changed the weights of the base; "
+            "merge it with that base in PEFT, and import the merged model"
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and alpha > 0):
         raise CheckpointError(f"{where} has r = {rank!r} and lora_alpha = {alpha!r}: both are > 0")
@@ -142,9 +151,9 @@ def our_names(
             continue
         part = ((match[2] or "").lower() or "magnitude") if match else ""
         found[theirs] = f"{own.removesuffix('.weight')}{INFIX}{part}" if part else own
-        outputs = shapes[own][0]
-        inputs = shapes[own][-1]
-        wanted = {"a": (shape[0], inputs), "b": (outputs, shape[-1]), "magnitude": (outputs,)}
+        outputs, inputs = shapes[own][0], shapes[own][-1]
+        first, last = (shape[0], shape[-1]) if shape else (0, 0)
+        wanted = {"a": (first, inputs), "b": (outputs, last), "magnitude": (outputs,)}
         if shape != wanted.get(part, shapes[own]):
             raise MismatchError(
                 f"{where} is of another base: {theirs} has the shape {list(shape)}, and the "

@@ -24,7 +24,7 @@ QUIET = Console(speaks=False)
 
 @pytest.fixture(scope="session")
 def hub(shared_folder: Path, comm: MPI.Intracomm) -> Path:
-    """A published model; its import is beside it, `peft-base`."""
+    """A published model; its import is next to it, `peft-base`."""
     path = shared_folder / "peft-hub"
     if comm.rank == 0:
         publish(path)
@@ -128,6 +128,8 @@ def test_other_kinds_are_refused(
         ({"peft_type": "IA3"}, "is of the kind 'IA3'"),
         ({"rank_pattern": {"q_proj": 8}}, "has rank_pattern ="),
         ({"r": 0}, "r = 0 and lora_alpha = 6"),
+        ({"init_lora_weights": "pissa_niter_4"}, "which changed the weights of the base"),
+        ({"alora_invocation_tokens": [1, 2]}, "has alora_invocation_tokens ="),
     ):
         if comm.rank == 0:
             (folder / CONFIG).write_text(json.dumps({**config, **changes}))
@@ -135,6 +137,36 @@ def test_other_kinds_are_refused(
         with pytest.raises(CheckpointError, match=message):
             import_model(folder, folder / "run", comm, QUIET, base=base)
         comm.Barrier()
+
+
+def test_layers_outside_of_the_blocks_and_scalars_are_refused(
+    theirs: Path, folder: Path, shared_folder: Path, comm: MPI.Intracomm
+) -> None:
+    base = shared_folder / "peft-base"
+    tensors, prefix = load_file(theirs / TENSORS), "base_model.model"
+    head = {
+        f"{prefix}.lm_head.lora_A.weight": torch.ones(3, SPEC.width),
+        f"{prefix}.lm_head.lora_B.weight": torch.ones(SPEC.vocab_size, 3),
+    }
+    scalar = {f"{prefix}.model.layers.0.self_attn.v_proj.lora_A.weight": torch.tensor(1.0)}
+    if theirs.name.endswith("dora"):
+        head[f"{prefix}.lm_head.lora_magnitude_vector"] = torch.ones(SPEC.vocab_size)
+    for more, message in (
+        (head, "has adapters of head, outside of the blocks"),
+        (scalar, r"v_proj.lora_A.weight has the shape \[\]"),
+    ):
+        if comm.rank == 0:
+            (folder / CONFIG).write_text((theirs / CONFIG).read_text())
+            save_file({**tensors, **more}, folder / TENSORS)
+        comm.Barrier()
+        with pytest.raises(MismatchError, match=message):
+            import_model(folder, folder / "run", comm, QUIET, base=base)
+        comm.Barrier()
+
+
+def test_an_export_has_one_dtype(folder: Path, shared_folder: Path, comm: MPI.Intracomm) -> None:
+    with pytest.raises(UsageError, match="writes adapters in float32; leave --dtype bfloat16 out"):
+        export_model(shared_folder / "peft-base", folder / "out", "peft", "bfloat16", comm, QUIET)
 
 
 def test_a_part_of_a_fused_weight_is_refused() -> None:

@@ -41,3 +41,10 @@ def test_lengths_are_those_of_the_sum() -> None:
     weight_OI, a_RI, b_OR = torch.randn(9, 30), torch.randn(2, 30), torch.randn(9, 2)
     expected = (weight_OI + 1.5 * b_OR @ a_RI).norm(dim=1)
     torch.testing.assert_close(adapted_lengths(weight_OI, a_RI, b_OR, 1.5), expected)
+
+
+def test_a_row_of_zeros_stays_one() -> None:
+    weight_OI = torch.ones(3, 4)
+    weight_OI[1] = 0
+    whole_OI = merged(weight_OI, torch.zeros(2, 4), torch.zeros(3, 2), 1.0, weight_OI.norm(dim=1))
+    torch.testing.assert_close(whole_OI, weight_OI)

@@ -93,5 +93,6 @@ def merged(
     whole_OI: Tensor = weight_OI + scale * (b_OR @ a_RI)
     if magnitude_O is None:
         return whole_OI
-    factor_O: Tensor = magnitude_O / whole_OI.norm(dim=1)
+    length_O = whole_OI.norm(dim=1).clamp_min(torch.finfo(whole_OI.dtype).tiny)
+    factor_O: Tensor = magnitude_O / length_O
     return whole_OI * factor_O[:, None]
