@@ -1,5 +1,6 @@
 """Trained models with the data that they are scored on, checked to fit each other."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from mpillm.errors import MismatchError
 from mpillm.infer.evaluate import WholeModel
 from mpillm.infer.imported_task import check_evaluated
 from mpillm.infer.loading import Loaded, check_classes, load_data, load_trained
+from mpillm.infer.scores.compare import ScoreDifference
 from mpillm.infer.task_checks import check_task
 from mpillm.parallel.step_plan import Precision
 from mpillm.runs.run_files import moved_from
@@ -57,13 +59,20 @@ class Candidate:
         }
 
 
-def open_candidate(
-    path: Path, data: Path | None, comm: "MPI.Intracomm", console: Console
-) -> Candidate:
-    """Load a model, and check it with its data (None: of its run). Every rank calls it.
+def open_candidates(
+    paths: Sequence[Path], data: Path | None, comm: "MPI.Intracomm", console: Console
+) -> list[Candidate]:
+    """Load one model, or two for the same rows, with data (None: of its run). Every rank calls it.
 
-    Raises MismatchError where they do not fit, CheckpointError and DataError.
+    Raises MismatchError where models and data do not fit, CheckpointError and DataError.
     """
+    found = [_open(path, data, comm, console) for path in paths]
+    if len(found) > 1:
+        _check_same_rows(*found)
+    return found
+
+
+def _open(path: Path, data: Path | None, comm: "MPI.Intracomm", console: Console) -> Candidate:
     loaded = load_trained(path, comm, console)
     check_evaluated(loaded.checkpoint.facts)
     manifest = load_data(loaded.checkpoint, data)
@@ -73,7 +82,7 @@ def open_candidate(
     return Candidate(loaded, manifest)
 
 
-def check_same_rows(one: Candidate, other: Candidate) -> None:
+def _check_same_rows(one: Candidate, other: Candidate) -> None:
     """Raise MismatchError unless both models are scored on the same rows of the same data."""
     if one.manifest.manifest_hash != other.manifest.manifest_hash:
         raise MismatchError(
@@ -91,6 +100,27 @@ def check_same_rows(one: Candidate, other: Candidate) -> None:
             f"the models read windows of {one.row.tokens:,} and {other.row.tokens:,} tokens, so "
             "their rows are not the same; evaluate each by itself"
         )
+
+
+def title_of(found: Sequence[Candidate]) -> str:
+    """Say which models are scored on which data."""
+    folders = " and ".join(str(each.loaded.checkpoint.folder) for each in found)
+    return f"{folders} on {found[0].manifest.folder}"
+
+
+def facts_of(
+    found: Sequence[Candidate],
+    scores: Mapping[str, Mapping[str, object]],
+    differences: Mapping[str, ScoreDifference] | None,
+) -> dict[str, object]:
+    """Collect what --json prints: the models, their scores by name, and how these differ."""
+    facts: dict[str, object] = {**found[0].facts(), **scores}
+    if differences is not None:
+        facts["other_checkpoint"] = str(found[1].loaded.checkpoint.folder)
+        facts["difference"] = {
+            name.replace("-", "_"): each.to_json() for name, each in differences.items()
+        }
+    return facts
 
 
 def warn_if_moved(checkpoint: Checkpoint, console: Console) -> None:

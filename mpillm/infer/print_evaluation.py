@@ -13,8 +13,9 @@ from mpillm.infer.baselines import score_baselines
 from mpillm.infer.candidates import (
     NAMES,
     Candidate,
-    check_same_rows,
-    open_candidate,
+    facts_of,
+    open_candidates,
+    title_of,
     warn_if_moved,
 )
 from mpillm.infer.cloze_baselines import score_cloze_baselines
@@ -69,9 +70,7 @@ def print_evaluation(
     """
     place, _ = choose_device(device, comm, map_nodes(comm), option="--device")
     places = [trained] if other is None else [trained, other]
-    found = [open_candidate(path, data, comm, console) for path in places]
-    if other is not None:
-        check_same_rows(*found)
+    found = open_candidates(places, data, comm, console)
     if baselines:
         check_baselines(found[0].task)
     if calibrated:
@@ -167,12 +166,7 @@ def _print_json(
     fitted: Calibration | None,
     console: Console,
 ) -> None:
-    facts = found[0].facts() | {name: score.to_json() for name, score in scores.items()}
-    if differences is not None:
-        facts["other_checkpoint"] = str(found[1].loaded.checkpoint.folder)
-        facts["difference"] = {
-            name.replace("-", "_"): each.to_json() for name, each in differences.items()
-        }
+    facts = facts_of(found, {name: each.to_json() for name, each in scores.items()}, differences)
     if fitted is not None:
         facts["calibration"] = asdict(fitted)
     console.write(to_json(facts) + "\n")
@@ -193,12 +187,11 @@ def _print_tables(
                 f"the loss is not finite: the model of {checkpoint.folder} diverged; "
                 "name an earlier checkpoint"
             )
-    folders = " and ".join(str(each.loaded.checkpoint.folder) for each in found)
     model = scores["model"]
     unit = "records" if found[0].task.needs_reference else "tokens"
     title = (
-        f"{folders} on {found[0].manifest.folder}: {int(model.totals.weight):,} validation "
-        f"{unit}, n = {model.rows:,} rows, with 95% intervals"
+        f"{title_of(found)}: {int(model.totals.weight):,} validation {unit}, "
+        f"n = {model.rows:,} rows, with 95% intervals"
     )
     print_scores(title, scores, metrics, console, differences)
     print_confusions(scores, metrics, found[0].task.classes, console)

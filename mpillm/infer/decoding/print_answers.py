@@ -11,8 +11,9 @@ from mpillm.comm.failure import on_root
 from mpillm.infer.candidates import (
     NAMES,
     Candidate,
-    check_same_rows,
-    open_candidate,
+    facts_of,
+    open_candidates,
+    title_of,
     warn_if_moved,
 )
 from mpillm.infer.chat_prompt import ends_of
@@ -66,12 +67,10 @@ def print_answers(
     """
     place, _ = choose_device(device, comm, map_nodes(comm), option="--device")
     on_root(comm, lambda: _check_outputs(options.outputs))
-    found = [open_candidate(path, data, comm, console) for path in trained]
+    found = open_candidates(trained, data, comm, console)
     check_writes([each.task for each in found])
     names = options.metrics or found[0].task.text_metrics
     metrics = make_text_metrics(names)
-    if len(found) > 1:
-        check_same_rows(*found)
     # One JSON object is all that --json prints.
     quiet = Console(speaks=False) if options.as_json else console
     scores, written = {}, []
@@ -158,12 +157,8 @@ def _print_examples(rows: Sequence[Mapping[str, object]], console: Console) -> N
 
 
 def _title(found: Sequence[Candidate], scores: Mapping[str, Score], options: AnswerOptions) -> str:
-    folders = " and ".join(str(each.loaded.checkpoint.folder) for each in found)
     texts = counted(scores["model"].rows, "text")
-    return (
-        f"{folders} on {found[0].manifest.folder}: n = {texts}, {options.decoding.describe()}, "
-        "with 95% intervals"
-    )
+    return f"{title_of(found)}: n = {texts}, {options.decoding.describe()}, with 95% intervals"
 
 
 def _json(
@@ -174,16 +169,12 @@ def _json(
 ) -> dict[str, object]:
     spec = found[0].loaded.model.spec
     tokens = answer_tokens(spec, options.decoding.max_tokens)
-    facts = found[0].facts() | {"decoding": replace(options.decoding, max_tokens=tokens).to_json()}
-    for name, score in scores.items():
-        values = score.to_json()
-        facts[name] = {key: values[key] for key in values if key not in NOT_OF_TEXTS}
-    if differences is not None:
-        facts["other_checkpoint"] = str(found[1].loaded.checkpoint.folder)
-        facts["difference"] = {
-            name.replace("-", "_"): each.to_json() for name, each in differences.items()
-        }
-    return facts
+    decoding = {"decoding": replace(options.decoding, max_tokens=tokens).to_json()}
+    values = {
+        name: {key: value for key, value in score.to_json().items() if key not in NOT_OF_TEXTS}
+        for name, score in scores.items()
+    }
+    return facts_of(found, values, differences) | decoding
 
 
 def _short(text: str) -> str:
