@@ -11,8 +11,8 @@ from mpillm.infer.sampling import Sampling, check_prompt
 from mpillm.machine.node_map import map_nodes
 from mpillm.parallel.devices import choose_device
 from mpillm.system.console import Console
-from mpillm.tasks.chat import Chat
 from mpillm.tasks.task_catalog import read_settings
+from mpillm.tokens.pairs.pair_shards import PAIR_KINDS
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -40,7 +40,9 @@ def print_generation(
         loaded.model.to(place)
     task = read_settings(loaded.checkpoint.facts["recipe"].get("task", {}))
     if chat is None:
-        chat = task.name == Chat.name and template_of(loaded) is not None
+        kinds = [PAIR_KINDS[kind] for kind in loaded.task.pair_kinds if kind in PAIR_KINDS]
+        learnt = any(kind.is_chat for kind in kinds)
+        chat = learnt and template_of(loaded) is not None
     if chat:
         given = chat_prompt(loaded, prompt)
         tokens = sample_tokens(loaded.model, given.ids, sampling)

@@ -34,8 +34,8 @@ class Generate:
     chat: Annotated[
         bool | None,
         Option(
-            "Whether the prompt is a user's turn, by the model's chat template; else as the run's "
-            "task is chat.",
+            "Whether the prompt is a user's turn, by the model's chat template; else where "
+            "the run learnt conversations: chat, dpo, kto.",
             flag="--chat/--plain",
         ),
     ] = None

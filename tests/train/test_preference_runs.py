@@ -13,6 +13,8 @@ from mpi4py import MPI
 
 from mpillm.errors import CheckpointError, MismatchError, MpillmError
 from mpillm.infer.print_evaluation import print_evaluation
+from mpillm.infer.print_generation import print_generation
+from mpillm.infer.sampling import Sampling
 from mpillm.system.console import Console
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.train.recipe import parse_recipe
@@ -138,6 +140,20 @@ def test_dpo_learns_what_is_preferred(alone: list[dict[str, Any]]) -> None:
     assert last["validation_preference_accuracy"] > 0.8
     assert last["validation_reward_margin"] > 0.1
     assert last["validation_loss"] < 0.65
+
+
+def test_what_was_preferred_answers_a_users_turn(
+    alone: list[dict[str, Any]], sets: Sets, comm: MPI.Intracomm
+) -> None:
+    said = []
+    for chat in (None, True):
+        stream = StringIO()
+        console = Console(speaks=comm.rank == 0, stream=stream)
+        sampling = Sampling(max_tokens=4)
+        print_generation(sets.folder / "alone", "ab", sampling, comm, console, "cpu", chat)
+        said.append(stream.getvalue())
+    assert said[0] == said[1]
+    assert not said[0].startswith("ab")
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
