@@ -1,6 +1,5 @@
 """The weights that no step changes: once a node, in memory that its ranks share."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -100,15 +99,6 @@ class FrozenWeights:
             name: part.pieces[name].shape if name in part.pieces else held.shape
             for name, (part, held) in self._held.items()
         }
-
-    def describe(self) -> str:
-        """Return how many bytes there are, and where; "" without frozen weights."""
-        if not self._held:
-            return ""
-        nbytes = sum(room.nbytes for _, held in self._held.values() for room in held.tensors)
-        count = sum(math.prod(held.shape) for _, held in self._held.values())
-        where = "once a node" if self._comm is not None else "on each rank"
-        return f"{count:,} weights, {nbytes:,} bytes, {where}"
 
     @torch.no_grad()
     def fill(self, name: str, values: Tensor) -> None:
