@@ -22,6 +22,8 @@ BASE_BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.25}
 INFIX = ".adapter."
 # Linear layers of a mixture that choose experts: an adapter would change the choice.
 ROUTERS = ("router", "shared_factor")
+# How the name of a weight of a layer begins.
+_NUMBERED = re.compile(r"(?:layers|encoder)\.(\d+)\.")
 # How the names of weights ahead of the first layer begin.
 AHEAD = (
     "embedding",
@@ -127,6 +129,12 @@ class Tuning:
                         f"{setting} names {pattern!r}, which is no weight of the model; its "
                         f"weights are {', '.join(kinds)}"
                     )
+        numbers = [int(found[1]) + 1 for found in map(_NUMBERED.match, weights) if found]
+        if (first := first_layers(self.freeze)) > (count := max(numbers, default=0)):
+            raise RecipeError(
+                f"train.freeze = {first:,} is more layers than the model has ({count:,}); freeze "
+                "fewer, or name weights"
+            )
         if weights and all(map(self.is_frozen, weights)) and not adapter.used:
             raise RecipeError(
                 f"train.freeze = {list(self.freeze)} freezes all weights of the model; leave one "
@@ -173,7 +181,7 @@ def _matches(pattern: str, name: str) -> bool:
     """
     if not pattern.isdecimal():
         return fnmatchcase(name, pattern)
-    found = re.match(r"(?:layers|encoder)\.(\d+)\.", name)
+    found = _NUMBERED.match(name)
     if found:
         return int(found[1]) < int(pattern)
     return int(pattern) > 0 and name.split(".")[0] in AHEAD

@@ -45,6 +45,7 @@ def test_names_of_no_layer_or_weight_are_refused_with_those_that_there_are() -> 
         (Tuning(AdapterSettings(method="lora", also=("head",))), r"adapter\.also names 'head'"),
         (Tuning(freeze=("head.*",)), r"layers\.\*\.query\.weight, norm\.weight"),
         (Tuning(freeze=("*",)), "freezes all weights"),
+        (Tuning(freeze=("2",)), r"freeze = 2 is more layers than the model has \(1\)"),
     ):
         with pytest.raises(RecipeError, match=message):
             tuning.check_names(layers, weights)
