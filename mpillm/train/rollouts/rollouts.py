@@ -106,7 +106,7 @@ class Rollouts:
     def batch(self, step: int, first_row: int) -> WrittenBatch:
         """Write the answers of `step`; this rank has the rows from `first_row` on.
 
-        Raises DataError on every rank for a reward that is no number, CheckpointError where the
+        Raises DataError on every rank for a reward that is not finite, CheckpointError where the
         outputs of the model are not finite.
         """
         bounds = self._model.plan.bounds

@@ -77,7 +77,8 @@ def sets(shared_folder: Path, comm: MPI.Intracomm) -> Sets:
         table = {
             "task": {"name": "chat"},
             "data": {"path": str(made.data("chats"))},
-            "train": {"steps": 20, "batch": 12, "start_from": ""},
+            "train": {"steps": 60, "batch": 12, "start_from": ""},
+            "optimizer": {"learning_rate": 0.01},
         }
         run(made, made.start, MPI.COMM_SELF, **table)
     comm.Barrier()
@@ -98,7 +99,7 @@ def alone(sets: Sets, comm: MPI.Intracomm) -> list[dict[str, Any]]:
 
 
 def test_the_reward_rises(sets: Sets, folder: Path, comm: MPI.Intracomm) -> None:
-    more = {"steps": 14, "evaluate_every": 7, "keep_best": "validation_reward"}
+    more = {"steps": 26, "evaluate_every": 13, "keep_best": "validation_reward"}
     found = run(sets, folder / "run", comm, train=more)
     rewards = steps_of(found, "reward")
     assert rewards[0] < 0.5
