@@ -28,14 +28,20 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}"
     "{{ '=' if m['role'] == 'user' else '" + END + "' }}{% endfor %}"
 )
-MODEL = {"layers": 4, "width": 160, "heads": 4, "hidden": 480, "context": 24}
+MODEL = {"layers": 3, "width": 128, "heads": 4, "hidden": 256, "context": 12}
 TUNED = {
+    "data": {"pack": False},
     "task": {"name": "chat"},
-    "optimizer": {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 20},
-    "train": {"batch": 128, "keep": 1000},
+    "optimizer": {
+        "name": "muon",
+        "learning_rate": 5e-3,
+        "schedule": "constant",
+        "warmup_steps": 20,
+    },
+    "train": {"batch": 256},
 }
 REWARDED = {
-    "task": {"name": "grpo", "group": 8, "answer_tokens": 6, "rewards": ["exact"], "kl": 0.02},
+    "task": {"name": "grpo", "group": 8, "answer_tokens": 4, "rewards": ["exact"], "kl": 0.02},
     "optimizer": {"learning_rate": 3e-4, "schedule": "constant", "warmup_steps": 5},
     "train": {"batch": 256},
 }
@@ -76,7 +82,8 @@ class Runs:
 
     def train(self, name: str, table: dict[str, dict[str, object]], *options: str) -> float:
         """Train the run `name`; return the seconds that it took, start and evaluations included."""
-        sections = {"data": {"path": str(self.folder / "data")}, **table}
+        data = {"path": str(self.folder / "data"), **table.get("data", {})}
+        sections = {**table, "data": data}
         sections["train"] = {"run": str(self.folder / name), "sinks": [], **table["train"]}
         recipe = self.folder / f"{name}.toml"
         recipe.write_text(
@@ -91,7 +98,7 @@ class Runs:
 
     def right(self, name: str) -> float:
         """Return the share of held-out sums that the run answers rightly."""
-        words = ["evaluate", str(self.folder / name), "--generate", "--max-tokens", "6"]
+        words = ["evaluate", str(self.folder / name), "--generate", "--max-tokens", "4"]
         words += ["--temperature", "0", "--metrics", "exact-match", "--json"]
         return float(json.loads(run([*self._mpirun, *words]))["model"]["exact_match"])
 
@@ -122,7 +129,7 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300, help="of GRPO")
-    parser.add_argument("--tuned", type=int, default=50, help="steps of a part of the tuning")
+    parser.add_argument("--tuned", type=int, default=100, help="steps of a part of the tuning")
     parser.add_argument("--digits", type=int, default=2, help="of each number of a sum, at most")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of GRPO")
     parser.add_argument("--json", type=Path)

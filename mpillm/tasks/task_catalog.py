@@ -83,7 +83,7 @@ class TaskSettings:
     """How many answers to a prompt are compared with each other; it divides train.batch."""
     answer_tokens: Annotated[int, Gt(0)] = 64
     """The most tokens of an answer that the model writes."""
-    temperature: Annotated[float, Gt(0)] = 1.0
+    temperature: Annotated[float, Ge(0.01), Le(100)] = 1.0
     """Of the answers that the model learns from; those of an evaluation are greedy."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """The share of the probability from which their tokens are drawn (nucleus sampling)."""

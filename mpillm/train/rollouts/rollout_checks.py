@@ -28,8 +28,8 @@ def check_rollouts(recipe: Recipe, sizes: Mapping[str, int]) -> None:
     if cut:
         raise LayoutError(
             f"the task {name} generates with a whole model on each rank, which parallel.{cut[0]} "
-            "cuts over several; leave it out, and share the batch by the data axis, with "
-            "parallel.zero up to 2"
+            "cuts over several; leave it out, and share the batch by the data axis alone, with "
+            "parallel.zero where memory is short"
         )
     if train.batch % task.group:
         raise RecipeError(

@@ -102,6 +102,10 @@ class Rollouts:
         self._ends = answer_ends(self._tokenizer, manifest.load_template())
         self._questions = self._questions_of(reader)
         check_prompts(self._questions, self._comm)
+        if manifest.splits["validation"].n_tokens:
+            with open_of(manifest, "validation") as held_out:
+                assert isinstance(held_out, PairReader)
+                check_prompts(self._questions_of(held_out), self._comm)
 
     def batch(self, step: int, first_row: int) -> WrittenBatch:
         """Write the answers of `step`; this rank has the rows from `first_row` on.
