@@ -35,14 +35,15 @@ TUNED = {
     "optimizer": {
         "name": "muon",
         "learning_rate": 5e-3,
-        "schedule": "constant",
+        # A constant rate, so that a part continues the one before.
+        "final_share": 1.0,
         "warmup_steps": 20,
     },
     "train": {"batch": 256},
 }
 REWARDED = {
     "task": {"name": "grpo", "group": 8, "answer_tokens": 4, "rewards": ["exact"], "kl": 0.02},
-    "optimizer": {"learning_rate": 3e-4, "schedule": "constant", "warmup_steps": 5},
+    "optimizer": {"learning_rate": 3e-4, "final_share": 1.0, "warmup_steps": 5},
     "train": {"batch": 256},
 }
 
