@@ -203,6 +203,34 @@ def test_it_learns_alike_in_each_layout(folder: Path, comm: MPI.Intracomm) -> No
         assert "head_dense" not in said.getvalue()
 
 
+def test_a_shorter_context_takes_the_first_positions(folder: Path, comm: MPI.Intracomm) -> None:
+    """Its losses are the same: rows are as short as the texts, and dropout does not depend on it.
+
+    A pipeline's rows are as long as the context.
+    """
+    longer = BERT.replace(context=48, attention_dropout=0.1)
+    if comm.rank == 0:
+        publish(folder / "hub", longer)
+    comm.Barrier()
+    data, losses = prepare_classes(folder, comm), []
+    for number, (context, layout) in enumerate([(48, {}), (16, {}), (48, layout_of(comm))]):
+        run = folder / f"run{number}"
+        asked = recipe(
+            folder, data, folder / "hub", task=CLASSIFICATION["task"], parallel=layout,
+            model={"head": "sequence", "context": context}, train={"run": str(run), "steps": 3},
+        )  # fmt: skip
+        train(asked, comm, QUIET)
+        comm.Barrier()
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+    short = saved_weights(folder / "run1", comm)["position.weight"]
+    whole = saved_weights(folder / "run0", comm)["position.weight"]
+    assert (len(short), len(whole)) == (16, 48)
+    torch.testing.assert_close(short, whole[:16], rtol=0, atol=1e-4)
+
+
 def test_a_vit_learns_other_classes(folder: Path, comm: MPI.Intracomm) -> None:
     spec = EncoderConfig(
         layers=2, width=32, heads=4, image_size=2, patch_size=1, channels=1, head="sequence",
