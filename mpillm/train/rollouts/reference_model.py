@@ -50,8 +50,8 @@ def open_reference(
             f"{checkpoint.folder if checkpoint else ''} was trained with: its weights have another "
             "digest; name that one, or set task.kl = 0"
         )
-    dtype = torch_dtype(recipe.train.dtype)
-    model = on_all(comm, lambda: _filled(recipe.model, found, device, dtype))
+    held, dtype = found.with_context(recipe.model), torch_dtype(recipe.train.dtype)
+    model = on_all(comm, lambda: _filled(recipe.model, held, device, dtype))
     nbytes = sum(weight.nbytes for weight in model.parameters())
     console.say(
         f"the reference: a copy of {source.path} in {binary_bytes(nbytes)} a rank; task.kl = 0 "

@@ -122,12 +122,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.ranks(2, 3, 4)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_texts_and_losses_are_the_same_in_each_layout(
     layout: str, alone: list[dict[str, Any]], sets: Sets, folder: Path, comm: MPI.Intracomm
 ) -> None:
-    if comm.size == 1:
-        pytest.skip("several ranks share the batch")
     found = run(sets, folder / "run", comm, parallel=LAYOUTS[layout], **TWICE)
     for name in ("reward", "alike_groups", "answer_tokens", "cut_answers"):
         assert steps_of(found, name) == steps_of(alone, name)
@@ -138,11 +137,10 @@ def test_texts_and_losses_are_the_same_in_each_layout(
     assert found[-1]["validation_reward"] == alone[-1]["validation_reward"]
 
 
+@pytest.mark.ranks(1)  # rank 0 finds the checkpoint at any number of ranks
 def test_a_resumed_run_continues_with_the_same_answers(
     alone: list[dict[str, Any]], sets: Sets, folder: Path, comm: MPI.Intracomm
 ) -> None:
-    if comm.size > 1:
-        pytest.skip("the same at any number of ranks")
     run(sets, folder / "run", comm, task=TWICE["task"], train={"steps": 2, "microbatch": 4})
     found = run(sets, folder / "run", comm, resume=True, **TWICE)
     assert losses(found) == losses(alone)
@@ -171,6 +169,7 @@ def test_every_prompt_has_its_turn() -> None:
     assert found[0].tolist() != found[1].tolist()
 
 
+@pytest.mark.ranks(1, 4)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -190,16 +189,13 @@ def test_wrong_input_is_refused(
 ) -> None:
     if "keep_best" in more.get("train", {}):
         more = {"train": {**more["train"], "evaluate_every": 1}}
-    if comm.size > 1 and comm.size != 4:
-        pytest.skip("ranks agree alike")
     with pytest.raises(MpillmError, match=message):
         run(sets, folder / "run", comm, **more)
     assert not (folder / "run/checkpoints/step-00000001").exists()
 
 
+@pytest.mark.ranks(2, 4)
 @pytest.mark.parametrize("axis", ["pipeline", "tensor"])
 def test_a_cut_model_is_refused(axis: str, sets: Sets, folder: Path, comm: MPI.Intracomm) -> None:
-    if comm.size % 2:
-        pytest.skip("an axis of two ranks")
     with pytest.raises(MpillmError, match=rf"a whole model on each rank, which parallel\.{axis}"):
         run(sets, folder / "run", comm, parallel={axis: 2})
