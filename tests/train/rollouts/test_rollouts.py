@@ -137,6 +137,17 @@ def test_texts_and_losses_are_the_same_in_each_layout(
     assert found[-1]["validation_reward"] == alone[-1]["validation_reward"]
 
 
+@pytest.mark.ranks(3)
+def test_a_fixed_order_keeps_the_bits(sets: Sets, folder: Path, comm: MPI.Intracomm) -> None:
+    more = {"train": {"microbatch": 4, "fixed_order": True}}
+    if comm.rank == 0:
+        run(sets, folder / "one", MPI.COMM_SELF, **more)
+    comm.Barrier()
+    found = run(sets, folder / "three", comm, **more)
+    for name in ("loss", "reward", "kl", "grad_norm"):
+        assert steps_of(found, name) == steps_of(lines_of(folder / "one"), name)
+
+
 @pytest.mark.ranks(1)  # rank 0 finds the checkpoint at any number of ranks
 def test_a_resumed_run_continues_with_the_same_answers(
     alone: list[dict[str, Any]], sets: Sets, folder: Path, comm: MPI.Intracomm
