@@ -1,6 +1,6 @@
 """Tune a small decoder on made-up sums until some are right, then let GRPO raise the reward.
 
-    python benchmarks/grpo.py [--ranks 2 --steps 800 --digits 2 --set task.kl=0 --json FILE]
+    python benchmarks/grpo.py [--ranks 2 --steps 2000 --digits 2 --set task.kl=0 --json FILE]
 
 The decoder is new. It first learns sums with their answers (`chat`), in parts of `--tuned` steps,
 until 30% of the held-out sums are right. Then it learns from the reward of its own answers alone:
@@ -45,7 +45,7 @@ TUNED = {
 }
 REWARDED = {
     "task": {"name": "grpo", "group": 8, "answer_tokens": 4, "rewards": ["exact"], "kl": 0.02},
-    "optimizer": {"learning_rate": 3e-4, "final_share": 1.0, "warmup_steps": 5},
+    "optimizer": {"learning_rate": 4e-4, "warmup_steps": 5},
     "train": {"batch": 256},
 }
 
@@ -148,7 +148,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=800, help="of GRPO")
+    parser.add_argument("--steps", type=int, default=2000, help="of GRPO")
     parser.add_argument("--tuned", type=int, default=40, help="steps of a part of the tuning")
     parser.add_argument("--digits", type=int, default=2, help="of each number of a sum, at most")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of GRPO")
