@@ -18,6 +18,8 @@ from mpillm.models.spec import OutputKind
 from mpillm.tasks.vocabulary import Lengths, Vocabulary
 
 if TYPE_CHECKING:
+    from mpillm.tasks.distillation.chunked_distillation import MixedLoss
+    from mpillm.tasks.distillation.teacher_rows import TeacherRows
     from mpillm.tasks.task_catalog import TaskSettings
 
 RawArrays = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
@@ -125,6 +127,24 @@ class Task(ABC):
     @abstractmethod
     def weight(self, fields: Fields) -> float:
         """Count the targets of `fields`: the mean loss is the sum of losses over this number."""
+
+    @property
+    def distils(self) -> bool:
+        """Whether `mixed_sum` mixes its loss with the divergence from a teacher."""
+        return False
+
+    def mixed_sum(
+        self,
+        outputs: Outputs,
+        fields: Fields,
+        teacher: "TeacherRows",
+        alpha: float,
+        temperature: float,
+    ) -> "MixedLoss":
+        """Return (1 − alpha) · `objective_sum` + alpha · T² · KL(teacher ‖ student), of each
+        position with the weight of its target, and both parts.
+        """
+        raise NotImplementedError(f"the task {self.name} learns from no teacher")
 
     def row_losses(self, outputs: Outputs, fields: Fields) -> Tensor:
         """Return the loss of each row, (B,), as `loss_sum` computes it of that row alone.
