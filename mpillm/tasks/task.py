@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpillm.models.linear_head import LinearHead, Outputs
+from mpillm.models.linear_head import LinearHead, Outputs, plain_outputs
 from mpillm.models.spec import OutputKind
 from mpillm.tasks.vocabulary import Lengths, Vocabulary
 
@@ -173,6 +173,11 @@ class Task(ABC):
         message before its passes.
         """
         return None
+
+
+def as_read(task: Task, made: Outputs) -> tuple[Any, ...]:
+    """Return the outputs of a model as the task reads them: heads, or their logits."""
+    return made if task.reads_heads else plain_outputs(made)
 
 
 def row_count(outputs: Outputs) -> int:

@@ -5,7 +5,7 @@ import operator
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,6 +65,8 @@ class StepResult:
     """The factor of the gradients in the backward pass; 1 but for float16."""
     repeats: int = 0
     """How often the step was computed again with a lower loss scale."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """The parts of the loss before their factors, by name: means as the loss."""
     noise_scale: float | None = None
     """In sequences; None where it was not measured, or the gradient is lost in its noise."""
 
@@ -247,6 +249,7 @@ class Trainer:
             others,
             scale,
             repeats,
+            {name: part / self._parts(step) for name, part in stats.parts.items()},
             passes.noise_scale,
         )
 

@@ -44,7 +44,9 @@ class DistillationSettings:
 
     def __post_init__(self) -> None:
         if not self.teacher:
-            others = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+            others = [
+                each.name for each in fields(self) if getattr(self, each.name) != each.default
+            ]
             if others:
                 raise RecipeError(
                     f"{', '.join(others)} belong to a teacher, and teacher names none; name a run, "

@@ -37,9 +37,10 @@ class TeacherRows:
         Of positions of one chunk at a time: the memory is the caller's.
         """
         probabilities_nV = self._logits(chunk)
-        tiles = tile_positions(*probabilities_nV.shape, probabilities_nV.device.type)
-        negentropy_n1 = probabilities_nV.new_empty((len(probabilities_nV), 1))
-        for first in range(0, len(probabilities_nV), tiles):
+        positions, vocabulary = probabilities_nV.shape
+        tiles = tile_positions(positions, vocabulary, probabilities_nV.device.type)
+        negentropy_n1 = probabilities_nV.new_empty((positions, 1))
+        for first in range(0, positions, tiles):
             # Copies of a tile stay in the second cache.
             tile = slice(first, first + tiles)
             negentropy_n1[tile] = self._soften(probabilities_nV[tile])
