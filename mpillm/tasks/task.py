@@ -141,8 +141,9 @@ class Task(ABC):
         alpha: float,
         temperature: float,
     ) -> "MixedLoss":
-        """Return (1 − alpha) · `objective_sum` + alpha · T² · KL(teacher ‖ student), of each
-        position with the weight of its target, and both parts.
+        """Return (1 − alpha) · `objective_sum` + alpha · T² · KL(teacher ‖ student), and both parts.
+
+        A position has the weight of its target.
         """
         raise NotImplementedError(f"the task {self.name} learns from no teacher")
 

@@ -24,7 +24,7 @@ from mpillm.tasks.shard_losses import LossTerms
 TARGET, EXPONENTIAL, LOGITS, SOFT, CROSS = range(5)
 
 
-class Mixture(NamedTuple):
+class LossMix(NamedTuple):
     """How the loss is mixed."""
 
     alpha: float
@@ -51,7 +51,7 @@ def mixed_loss_sum(
     teacher: TeacherRows,
     targets_BT: Tensor,
     counts_BT: Tensor | None,
-    mixture: Mixture,
+    mixture: LossMix,
 ) -> MixedLoss:
     """Sum the mixed loss over all positions, in nats.
 
@@ -73,7 +73,7 @@ def _plain_losses(
     teacher: TeacherRows,
     targets_BT: Tensor,
     counts_BT: Tensor | None,
-    mixture: Mixture,
+    mixture: LossMix,
 ) -> Tensor:
     """Return the losses and their parts of all positions, (N, 3), from few logits."""
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
@@ -93,7 +93,7 @@ def _plain_losses(
 class _MixedSums(ChunkSums):
     """The sums of the mixed loss, whose parts are the cross-entropy and the divergence."""
 
-    def __init__(self, head: LinearHead, teacher: TeacherRows, mixture: Mixture) -> None:
+    def __init__(self, head: LinearHead, teacher: TeacherRows, mixture: LossMix) -> None:
         super().__init__(head, mixture.terms, parts=2)
         self._teacher, self._mixture = teacher, mixture
 
@@ -123,7 +123,7 @@ class _Chunk:
         logits_nv: Tensor,
         probabilities_nv: Tensor,
         targets_n1: Tensor,
-        mixture: Mixture,
+        mixture: LossMix,
         shard: VocabularyShard | None,
     ) -> None:
         self._logits, self._probabilities = logits_nv, probabilities_nv
