@@ -108,4 +108,11 @@ def _block(number: int, spec: ModelSpec, whose: str) -> int:
             f"distillation.layers names layer {number:,} of the {whose}, whose layers are numbered "
             f"from 0 to {spec.blocks - 1:,}; name one of them"
         )
+    # Of two stacks, the stream of the decoder passes next to the outputs of the encoder.
+    if spec.source_field and len(spec.streams_ahead(min(number + 1, spec.blocks - 1))) == 1:
+        raise RecipeError(
+            f"distillation.layers names layer {number:,} of the {whose}, which reads the source, "
+            "and the targets are those of the decoder; name layers of the decoder, which follow "
+            "those of the encoder"
+        )
     return number

@@ -1,5 +1,6 @@
 """A step with a teacher, on ranks that share the batch, compared with the formula."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,19 +10,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpillm.errors import LayoutError, MismatchError, RecipeError
+from mpillm.models.adapt import tune
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.encoder import EncoderConfig
+from mpillm.models.encoder_decoder import EncoderDecoderConfig
 from mpillm.models.layers.block import Block
-from mpillm.models.part_module import create
+from mpillm.models.linear_head import plain_outputs
+from mpillm.models.part_module import create, initialise
 from mpillm.models.spec import Part
 from mpillm.models.tuning import Tuning
 from mpillm.parallel.pipeline.stage import Batch
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.parallel.step_plan import StepPlan, make_mesh, plan_step
+from mpillm.parallel.teacher import Teacher
 from mpillm.parallel.teacher_plan import TeacherPlan
 from mpillm.tasks.chat import Chat
 from mpillm.tasks.distillation.distillation_settings import DistillationSettings
+from mpillm.tasks.seq2seq import SequenceToSequence
+from mpillm.tasks.sequence_classification import SequenceClassification
+from mpillm.tasks.task import Task
 
 ROWS, T, V = 12, 9, 40
 STUDENT = DecoderConfig(vocab_size=V, layers=2, width=16, heads=2, context=T)
@@ -45,9 +53,7 @@ def batch() -> dict[str, Tensor]:
 def planned(comm: MPI.Intracomm, settings: DistillationSettings) -> StepPlan:
     plan = plan_step(STUDENT, ParallelSettings(), comm.size, ROWS, 1)
     made = TeacherPlan.of(settings, STUDENT, TEACHER)
-    object.__setattr__(plan, "teacher", made)
-    object.__setattr__(plan, "tuning", Tuning(projections=made.projections))
-    return plan
+    return replace(plan, teacher=made, tuning=Tuning(projections=made.projections))
 
 
 def outputs_of_blocks(model: Any, fields: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -92,6 +98,16 @@ def by_definition(
     return [loss + settings.hidden_weight * hidden, *parts, hidden]
 
 
+def projections_of(model: ShardedModel) -> dict[int, Tensor]:
+    """Copy the weights of projections by the blocks of the student."""
+    return {
+        int(name.split(".")[1]): weight.detach().clone().requires_grad_()
+        for part in model.parts.values()
+        for name, weight in part.named_parameters()
+        if name.startswith("projections")
+    }
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("zero", [0, 1])
 def test_loss_and_gradients_of_a_batch_are_those_of_the_formula(
@@ -119,15 +135,9 @@ def test_loss_and_gradients_of_a_batch_are_those_of_the_formula(
     ]
     passes = model.train(Batch(own, float(fields["counts"].sum()), ROWS))
     student = create(STUDENT, 5)
-    projections = {
-        each.block: torch.zeros(each.outputs, each.inputs) for each in plan.tuning.projections
-    }
+    projections = projections_of(model)
     if settings.hidden != "none":
         assert projections.keys() == {pair[0] for pair in plan.teacher.pairs}
-    for part in model.parts.values():
-        for name, weight in part.named_parameters():
-            if name.startswith("projections"):
-                projections[int(name.split(".")[1])] = weight.detach().clone().requires_grad_()
     expected = by_definition(student, source, settings, projections)
     expected[0].backward()
     found = [sum(map(sum, comm.allgather(each))) for each in (passes.losses, *passes.parts)]
@@ -144,6 +154,72 @@ def test_loss_and_gradients_of_a_batch_are_those_of_the_formula(
     assert all(not weight.requires_grad for _, weight in source.named_weights())
     assert all(value is None for part in model.parts.values() for value in part.kept.values())
     model.close()
+
+
+SMALL: dict[str, Any] = {"vocab_size": V, "layers": 2, "width": 16, "heads": 2, "context": T}
+LARGE: dict[str, Any] = {**SMALL, "layers": 3, "width": 24}
+CLASSES = {"classes": 5, "head": "sequence"}
+PAIR = {"source_context": 7}
+KINDS: dict[str, tuple[type[Task], Any, dict[str, Any], str]] = {
+    "hidden tokens": (Chat, EncoderConfig, {}, "mse"),
+    "classes": (SequenceClassification, EncoderConfig, CLASSES, "none"),
+    "targets of a source": (SequenceToSequence, EncoderDecoderConfig, PAIR, "cosine"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoders_and_two_stacks_learn_from_their_like(kind: str, comm: MPI.Intracomm) -> None:
+    task_class, spec_class, more, hidden = KINDS[kind]
+    student, large = spec_class(**SMALL, **more), spec_class(**LARGE, **more)
+    settings = DistillationSettings(**NAMED, temperature=1.5, hidden=hidden)
+    made = TeacherPlan.of(settings, student, large)
+    made.check_fit(student, "runs/teacher")
+    plan = replace(plan_step(student, ParallelSettings(), comm.size, ROWS), teacher=made)
+    part, source = create(student, 5), create(large, 7).requires_grad_(False)
+    part.eval()
+    tune(part, Tuning(projections=made.projections))
+    initialise(part, 5, [each for each in part.named_weights() if "projections" in each[0]])
+    teacher = Teacher(plan, make_mesh(comm, ParallelSettings(), student, ROWS), part, pytest.fail)
+    if teacher.frozen.fills:
+        for name, weight in source.named_weights():
+            weight.mul_(4.0)
+            teacher.frozen.fill(name, weight)
+    teacher.frozen.filled()
+    fields = batch()
+    if kind == "classes":
+        rows = torch.arange(ROWS)
+        fields = {"ids": fields["ids"], "lengths": rows % T + 1, "targets": rows % 5}
+    elif kind != "hidden tokens":
+        fields |= {"source": fields["ids"][:, :7], "source_lengths": torch.arange(ROWS) % 7 + 1}
+    outputs = part.forward_part(fields, ()).outputs
+    # Masks of dropout are of the student alone.
+    given = {**fields, "dropout_keys": torch.arange(ROWS)}
+    task = object.__new__(task_class)
+    task.label_smoothing = task.z_loss = 0.0
+    loss, parts = teacher.objective_sum(task, part, outputs, given)
+    z, y = (
+        plain_outputs(each.forward_part(fields, ()).outputs)[0] for each in (part, teacher._model)
+    )
+    log = (z / 1.5).log_softmax(-1), (y / 1.5).log_softmax(-1)
+    kl = F.kl_div(*log, reduction="none", log_target=True).sum(-1)
+    wanted = (kl * fields.get("counts", 1)).sum().detach()
+    assert float(parts[0]) == pytest.approx(
+        float(task.loss_sum(outputs, fields).detach()), rel=1e-6
+    )
+    assert float(parts[1]) == pytest.approx(float(wanted), rel=1e-6)
+    total = 0.5 * parts[0] + 0.5 * 1.5**2 * parts[1] + (parts[2] if hidden != "none" else 0)
+    assert float(loss.detach()) == pytest.approx(float(total), rel=1e-6)
+    loss.backward()
+    trained = [weight.grad is not None for name, weight in part.named_weights()]
+    assert all(trained)
+    teacher.close()
+
+
+def test_layers_of_an_encoder_have_no_targets() -> None:
+    spec = EncoderDecoderConfig(**SMALL, **PAIR)
+    assert TeacherPlan.of(settings_of(layers=((2, 3),)), spec, spec).pairs == ((2, 3),)
+    with pytest.raises(RecipeError, match="layer 1 of the model, which reads the source"):
+        TeacherPlan.of(settings_of(layers=((1, 3),)), spec, spec)
 
 
 def settings_of(**more: Any) -> DistillationSettings:
