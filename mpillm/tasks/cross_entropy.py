@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mpillm.models.linear_head import LinearHead, Outputs
 from mpillm.tasks.chunked_cross_entropy import chunked_cross_entropy, chunked_losses
-from mpillm.tasks.distillation.chunked_distillation import MixedLoss, LossMix, mixed_loss_sum
+from mpillm.tasks.distillation.chunked_distillation import LossMix, MixedLoss, mixed_loss_sum
 from mpillm.tasks.distillation.teacher_rows import TeacherRows
 from mpillm.tasks.shard_losses import LossTerms
 from mpillm.tasks.task import Fields, Task

@@ -141,7 +141,7 @@ class Task(ABC):
         alpha: float,
         temperature: float,
     ) -> "MixedLoss":
-        """Return (1 − alpha) · `objective_sum` + alpha · T² · KL(teacher ‖ student), and both parts.
+        """Sum (1 − alpha) · `objective_sum` + alpha · T² · KL(teacher ‖ student), and both parts.
 
         A position has the weight of its target.
         """

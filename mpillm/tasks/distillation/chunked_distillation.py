@@ -20,8 +20,8 @@ from mpillm.tasks.distillation.teacher_rows import TeacherRows
 from mpillm.tasks.shard_losses import LossTerms
 
 # Rows of the sums over the vocabulary, each of logits less the largest one. SOFT: of exponentials
-# at the temperature. CROSS: of the teacher's probabilities times the logits at the temperature.
-TARGET, EXPONENTIAL, LOGITS, SOFT, CROSS = range(5)
+# at the temperature.
+TARGET, EXPONENTIAL, LOGITS, SOFT = range(4)
 
 
 class LossMix(NamedTuple):
@@ -83,11 +83,23 @@ def _plain_losses(
     task_N = F.cross_entropy(logits_NV, targets_N, reduction="none", label_smoothing=smoothing)
     if z_loss:
         task_N = task_N + z_loss * logits_NV.logsumexp(1).square()
-    probabilities_NV, negentropy_N1 = teacher.distribution(slice(None))
     log_NV = (logits_NV / mixture.temperature).log_softmax(1)
-    divergence_N1 = negentropy_N1 - (probabilities_NV * log_NV).sum(1, keepdim=True)
+    divergence_N1 = _divergences(teacher.distribution(slice(None)), log_NV)
     found_N3 = mixture.mixed(task_N[:, None], divergence_N1)
     return found_N3 if counts_BT is None else found_N3 * counts_BT.flatten()[:, None]
+
+
+def _divergences(probabilities_tv: Tensor, log_tv: Tensor) -> Tensor:
+    """Sum p · (log p − log q) − p + q over the tokens, (t, 1); `log_tv`: log q.
+
+    Sums of p and of q are 1, so that this is the divergence. No term of it is below 0, and an error
+    of a normaliser has no effect of first order: where both are close, digits stay.
+    """
+    # An impossible token adds q, and the logarithm of 0 times 0 is NaN.
+    least = torch.finfo(probabilities_tv.dtype).tiny
+    ratios_tv = probabilities_tv.clamp(min=least).log_() - log_tv
+    terms_tv = ratios_tv.sub_(1) * probabilities_tv + log_tv.exp()
+    return terms_tv.sum(1, keepdim=True)
 
 
 class _MixedSums(ChunkSums):
@@ -100,16 +112,16 @@ class _MixedSums(ChunkSums):
     def losses_of(
         self, chunk: slice, logits_nV: Tensor, targets_n1: Tensor, gradients: bool
     ) -> Tensor:
-        probabilities_nV, negentropy_n1 = self._teacher.distribution(chunk)
+        probabilities_nV = self._teacher.distribution(chunk)
         shard = self._head.shard
         if shard is not None:
             own = slice(shard.first, shard.first + logits_nV.shape[1])
             probabilities_nV, targets_n1 = probabilities_nV[:, own], targets_n1 - shard.first
         made = _Chunk(logits_nV, probabilities_nV, targets_n1, self._mixture, shard)
-        found_n3 = made.losses(negentropy_n1)
+        divergence_n1 = made.divergence()
         if gradients:
             made.replace_logits()
-        return found_n3
+        return self._mixture.mixed(made.task_losses(), divergence_n1)
 
 
 class _Chunk:
@@ -145,36 +157,42 @@ class _Chunk:
         return self._logits[tile].to(self._wide) - self._largest[tile]
 
     def _summed(self) -> Tensor:
-        """Sum over the vocabulary of all heads, (5, n)."""
-        temperature = self._mixture.temperature
-        sums_5n = self._largest.new_zeros((5, len(self._largest)))
+        """Sum over the vocabulary of all heads, (4, n)."""
+        sums_4n = self._largest.new_zeros((4, len(self._largest)))
         for tile in self._tiles:
             below_tv = self._below(tile)
             own_t1 = below_tv.gather(1, self._places[tile])
-            sums_5n[TARGET, tile] = torch.where(self._inside[tile], own_t1, 0)[:, 0]
-            sums_5n[LOGITS, tile] = below_tv.sum(1)
-            soft_tv = below_tv / temperature
-            sums_5n[CROSS, tile] = (soft_tv * self._probabilities[tile]).sum(1)
-            sums_5n[SOFT, tile] = soft_tv.exp_().sum(1)
-            sums_5n[EXPONENTIAL, tile] = below_tv.exp_().sum(1)
+            sums_4n[TARGET, tile] = torch.where(self._inside[tile], own_t1, 0)[:, 0]
+            sums_4n[LOGITS, tile] = below_tv.sum(1)
+            sums_4n[SOFT, tile] = (below_tv / self._mixture.temperature).exp_().sum(1)
+            sums_4n[EXPONENTIAL, tile] = below_tv.exp_().sum(1)
         if self._shard is not None:
-            self._shard.total(sums_5n)
-        return sums_5n
+            self._shard.total(sums_4n)
+        return sums_4n
 
-    def losses(self, negentropy_n1: Tensor) -> Tensor:
-        """Return the losses and their parts, (n, 3), the same for each head."""
+    def task_losses(self) -> Tensor:
+        """Return the cross-entropy with its terms, (n, 1), the same for each head."""
         smoothing, z_loss = self._mixture.terms
-        target_n1, sum_n1, mean_n1, soft_n1, cross_n1 = (row[:, None] for row in self._sums)
+        target_n1, sum_n1, mean_n1, _ = (row[:, None] for row in self._sums)
         log_n1, mean_n1 = sum_n1.log(), mean_n1 / self._vocabulary
-        task_n1 = (1 - smoothing) * (log_n1 - target_n1) + smoothing * (log_n1 - mean_n1)
-        if z_loss:
-            task_n1 = task_n1 + z_loss * (log_n1 + self._largest).square()
-        return self._mixture.mixed(task_n1, negentropy_n1 - cross_n1 + soft_n1.log())
+        task_n1: Tensor = (1 - smoothing) * (log_n1 - target_n1) + smoothing * (log_n1 - mean_n1)
+        task_n1 += z_loss * (log_n1 + self._largest).square()
+        return task_n1
+
+    def divergence(self) -> Tensor:
+        """Return KL(p ‖ q) at the temperature, (n, 1), the same for each head."""
+        log_soft_n1, found_n1 = self._sums[SOFT, :, None].log(), torch.empty_like(self._largest)
+        for tile in self._tiles:
+            log_tv = self._below(tile).div_(self._mixture.temperature).sub_(log_soft_n1[tile])
+            found_n1[tile] = _divergences(self._probabilities[tile], log_tv)
+        if self._shard is not None:
+            self._shard.total(found_n1)
+        return found_n1
 
     def replace_logits(self) -> None:
         """Replace the logits by their gradients of the mixed loss."""
         alpha, temperature, (smoothing, z_loss) = self._mixture
-        _, sum_n1, _, soft_n1, _ = (row[:, None] for row in self._sums)
+        _, sum_n1, _, soft_n1 = (row[:, None] for row in self._sums)
         slope_n1 = 1 + 2 * z_loss * (sum_n1.log() + self._largest)
         hard_n1 = (1 - alpha) * slope_n1 / sum_n1
         share = (1 - alpha) * smoothing / self._vocabulary

@@ -31,33 +31,24 @@ class TeacherRows:
             self._output = output.detach().flatten(0, -2)
 
     @torch.no_grad()
-    def distribution(self, chunk: slice) -> tuple[Tensor, Tensor]:
-        """Return the probabilities p (n, V) of a chunk, and Σ p log p (n, 1); float32 or float64.
-
-        Of positions of one chunk at a time: the memory is the caller's.
-        """
+    def distribution(self, chunk: slice) -> Tensor:
+        """Return the probabilities (n, V) of a chunk in new memory; float32 or float64."""
         probabilities_nV = self._logits(chunk)
         positions, vocabulary = probabilities_nV.shape
         tiles = tile_positions(positions, vocabulary, probabilities_nV.device.type)
-        negentropy_n1 = probabilities_nV.new_empty((positions, 1))
         for first in range(0, positions, tiles):
             # Copies of a tile stay in the second cache.
-            tile = slice(first, first + tiles)
-            negentropy_n1[tile] = self._soften(probabilities_nV[tile])
-        return probabilities_nV, negentropy_n1
+            self._soften(probabilities_nV[first : first + tiles])
+        return probabilities_nV
 
-    def _soften(self, logits_tV: Tensor) -> Tensor:
-        """Replace the logits of a tile by probabilities; return Σ p log p, (t, 1)."""
+    def _soften(self, logits_tV: Tensor) -> None:
+        """Replace the logits of a tile by probabilities."""
         if 0 < self._top_k < logits_tV.shape[1]:
             largest_tK, places_tK = logits_tV.topk(self._top_k, sorted=False)
-            log_tK = (largest_tK / self._temperature).log_softmax(1)
-            own_tK = log_tK.exp()
+            own_tK = (largest_tK / self._temperature).softmax(1)
             logits_tV.zero_().scatter_(1, places_tK, own_tK)
-            return (own_tK * log_tK).sum(1, keepdim=True)
-        log_tV = (logits_tV / self._temperature).log_softmax(1)
-        torch.exp(log_tV, out=logits_tV)
-        # An impossible token has −∞ and the probability 0, whose product is NaN and should be 0.
-        return log_tV.mul_(logits_tV).nan_to_num_(0.0).sum(1, keepdim=True)
+        else:
+            logits_tV.copy_((logits_tV / self._temperature).softmax(1))
 
     def _logits(self, chunk: slice) -> Tensor:
         """Compute the logits of a chunk in new memory, float32 or float64."""

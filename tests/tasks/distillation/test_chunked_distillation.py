@@ -204,6 +204,21 @@ def test_heads_that_share_the_vocabulary_have_the_same_loss(case: Case, dtype: t
     assert differ(torch.cat([each[2] for each in found]), made.student.weight_VC.grad) < far
 
 
+def test_a_small_divergence_keeps_its_digits() -> None:
+    made = make(Case(), torch.float32)
+    head = made.student
+    near = head._replace(
+        hidden_BTC=head.hidden_BTC.detach() + 1e-3 * torch.randn(B, T, C),
+        weight_VC=head.weight_VC.detach(),
+    )
+    made = made._replace(teacher=near)
+    exact = by_definition(widened(made), Case())[1:]
+    for plain in (False, True):
+        found = mixed(made, Case(), plain).parts
+        assert float(found[1]) < 1e-4 * float(found[0])
+        assert differ(found[1], exact[1]) < 2e-2
+
+
 def test_memory_does_not_grow_with_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     positions, tokens = 512, 4000
     monkeypatch.setattr(head_chunks, "CPU_CHUNK_BYTES", 16 * tokens * 4)
