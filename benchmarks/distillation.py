@@ -29,11 +29,10 @@ SHARED = {
 }
 WAYS: dict[str, dict[str, str]] = {
     "alone": {},
-    "logits": {"alpha": "0.9", "temperature": "1"},
-    "logits at T = 2": {"alpha": "0.9"},
+    "logits": {"alpha": "0.9"},
+    "logits at T = 2": {"alpha": "0.9", "temperature": "2"},
     "logits and layers": {
         "alpha": "0.9",
-        "temperature": "1",
         "hidden": "cosine",
         "layers": "[[0, 1], [1, 3]]",
     },

@@ -27,7 +27,7 @@ class DistillationSettings:
     """A run, a checkpoint or a Hugging Face folder; empty: there is none."""
     alpha: Annotated[float, Ge(0), Le(1)] = 0.5
     """The share of the divergence from the teacher in the loss."""
-    temperature: Annotated[float, Gt(0)] = 2.0
+    temperature: Annotated[float, Gt(0)] = 1.0
     """What divides the logits of both."""
     top_k: Annotated[int, Ge(0)] = 0
     """Learn the teacher's distribution over its so many largest logits alone; 0: over all."""
