@@ -17,7 +17,7 @@ from mpillm.parallel.precision import torch_dtype
 from mpillm.parallel.step_plan import StepPlan
 from mpillm.tasks.distillation.hidden_term import LayerPair, hidden_term_sum
 from mpillm.tasks.distillation.teacher_rows import TeacherRows
-from mpillm.tasks.task import Task, as_read
+from mpillm.tasks.task import Task, outputs_read
 
 if TYPE_CHECKING:
     from mpillm.parallel.pipeline.stage import ModelStage
@@ -71,7 +71,7 @@ class Teacher:
         assert model is not None
         given = {name: field for name, field in fields.items() if name not in OF_TRAINING}
         with torch.no_grad():
-            made = as_read(task, model.forward_part(given, ()).outputs)
+            made = outputs_read(task, model.forward_part(given, ()).outputs)
         rows = TeacherRows(made[0], settings.temperature, settings.top_k)
         found = task.mixed_sum(outputs, fields, rows, settings.alpha, settings.temperature)
         if not self._plan.pairs:

@@ -176,7 +176,7 @@ class Task(ABC):
         return None
 
 
-def as_read(task: Task, made: Outputs) -> tuple[Any, ...]:
+def outputs_read(task: Task, made: Outputs) -> tuple[Any, ...]:
     """Return the outputs of a model as the task reads them: heads, or their logits."""
     return made if task.reads_heads else plain_outputs(made)
 

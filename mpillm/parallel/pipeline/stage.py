@@ -15,7 +15,7 @@ from mpillm.parallel.pipeline.split_backward import SplitBackward
 from mpillm.parallel.step_plan import Precision
 from mpillm.parallel.teacher import Teacher
 from mpillm.tasks.metrics.metric import Array, Arrays, RowStatistics
-from mpillm.tasks.task import Task, as_read
+from mpillm.tasks.task import Task, outputs_read
 
 
 class PipelineStage(Protocol):
@@ -94,7 +94,7 @@ class ModelStage:
         for stream in streams:
             stream.requires_grad_()
         made, pivots, balance = part.forward_part(fields, streams)
-        outputs = as_read(self._task, made)
+        outputs = outputs_read(self._task, made)
         if part.ends:
             loss = self._loss(microbatch, outputs, fields) / batch.scale
             outputs = (loss if self.loss_scale == 1.0 else loss * self.loss_scale,)
@@ -213,7 +213,7 @@ class ScoringStage:
             made = part.forward_part(read, streams).outputs
             # Where metrics read logits, these are computed once, for the loss too.
             plain = self._metrics and self._task.metrics_read_logits
-            outputs = plain_outputs(made) if plain else as_read(self._task, made)
+            outputs = plain_outputs(made) if plain else outputs_read(self._task, made)
         if part.begins:
             self._done()
         if not part.ends:
