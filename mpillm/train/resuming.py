@@ -89,7 +89,7 @@ def _check_same_run(recipe: Recipe, manifest: Manifest, checkpoint: Checkpoint) 
         section["adapter"] = asdict(tuning.adapter)
         section["train"] = {**section["train"], "freeze": list(tuning.freeze)}
         distillation = read_distillation(section.get("distillation"))
-        section["distillation"] = {"layer_pairs": distillation.layer_pairs}
+        section["distillation"] = {"layers": distillation.compared}
     before["task"] = {"name": task_catalog.DEFAULT, **before.get("task", {})}
     before["optimizer"] = {"name": optimizer_catalog.DEFAULT, **before["optimizer"]}
     kept = {
@@ -97,7 +97,7 @@ def _check_same_run(recipe: Recipe, manifest: Manifest, checkpoint: Checkpoint) 
         "task": ["name"],
         "optimizer": ["name"],
         "adapter": [key for key in now["adapter"] if key != "dropout"],
-        "distillation": ["layer_pairs"],
+        "distillation": ["layers"],
         "train": ["seed", "batch", "freeze"],
     }
     changes = [

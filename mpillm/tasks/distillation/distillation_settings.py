@@ -73,6 +73,13 @@ class DistillationSettings:
         return self.layers or ((LAST, LAST),)
 
     @property
+    def compared(self) -> str:
+        """The layers that are compared, in words."""
+        if self.hidden == "none":
+            return "none"
+        return str([list(pair) for pair in self.layers]) if self.layers else "the last"
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The names of the parts of the loss; empty without a teacher."""
         if not self.teacher:
