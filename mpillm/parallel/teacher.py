@@ -37,7 +37,8 @@ class Teacher:
     ) -> None:
         """`ends`: the part of the student that ends the model; None: another rank has it.
 
-        Raises RecipeError where an architecture does not give the outputs of its layers.
+        Raises RecipeError on every rank where an architecture does not give the outputs of its
+        layers.
         """
         assert plan.teacher is not None
         self._plan, device = plan.teacher, own_device(plan.precision.device)
@@ -45,20 +46,13 @@ class Teacher:
         self._model = model
         if model is not None and ends is not None:
             model.requires_grad_(False).eval()
-            for part, place in ((ends, 0), (model, 1)):
-                self._keep(part, place)
+        own = [part for part in (ends, model) if part is not None]
+        _refuse([part for part in own if not part.keeps_outputs and self._plan.pairs], mesh)
+        for place, part in enumerate(own):
+            part.kept = dict.fromkeys(pair[place] for pair in self._plan.pairs)
         dtype = torch_dtype(self._plan.dtype(plan.precision.dtype))
         parts = [] if model is None else [model]
         self.frozen = FrozenWeights(parts, mesh, dtype, device, warn, alike=True)
-
-    def _keep(self, part: PartModule, place: int) -> None:
-        """Let passes keep the outputs that are compared."""
-        if self._plan.pairs and not part.keeps_outputs:
-            raise RecipeError(
-                "distillation.hidden compares outputs of layers, which the architecture "
-                f'{part.spec.architecture} does not give; set hidden = "none"'
-            )
-        part.kept = dict.fromkeys(pair[place] for pair in self._plan.pairs)
 
     def objective_sum(
         self, task: Task, part: PartModule, outputs: Outputs, fields: Fields
@@ -98,6 +92,16 @@ def teach(
     if ends is not None:
         ends.teacher = teacher
     return teacher
+
+
+def _refuse(parts: Iterable[PartModule], mesh: Mesh) -> None:
+    """Raise RecipeError on every rank for the first of `parts`, whose outputs cannot be kept."""
+    own = [part.spec.architecture for part in parts]
+    if found := [name for names in mesh.comm.allgather(own) for name in names]:
+        raise RecipeError(
+            f"distillation.hidden compares outputs of layers, which the architecture {found[0]} "
+            'does not give; set hidden = "none"'
+        )
 
 
 def _taken(part: PartModule, block: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from mpillm.errors import LayoutError, MismatchError, RecipeError
 from mpillm.machine.node_map import NodeMap
 from mpillm.models.adapt import tune
+from mpillm.models.classifiers import LSTMConfig
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.encoder import EncoderConfig
 from mpillm.models.encoder_decoder import EncoderDecoderConfig
@@ -213,6 +214,16 @@ def test_encoders_and_two_stacks_learn_from_their_like(kind: str, comm: MPI.Intr
     trained = [weight.grad is not None for name, weight in part.named_weights()]
     assert all(trained)
     teacher.close()
+
+
+def test_an_architecture_without_outputs_of_layers_is_refused(comm: MPI.Intracomm) -> None:
+    spec = LSTMConfig(vocab_size=V, layers=1, width=16, context=T, classes=5)
+    made = TeacherPlan(spec, settings_of(), ((0, 0),))
+    plan = replace(plan_step(spec, ParallelSettings(), comm.size, ROWS), teacher=made)
+    # The other ranks have other stages, and fail too.
+    ends = create(spec, 5) if comm.rank == 0 else None
+    with pytest.raises(RecipeError, match="which the architecture lstm does not give; set hidden"):
+        Teacher(plan, make_mesh(comm, ParallelSettings(), spec, ROWS), ends, pytest.fail)
 
 
 def test_layers_of_an_encoder_have_no_targets() -> None:
