@@ -101,7 +101,7 @@ class RunConstants:
         return RunConstants({**self.facts, "recipe": recipe}, self.texts)
 
     def with_facts(self, more: Mapping[str, Any]) -> "RunConstants":
-        """Return them with facts of the models that the run begins with, such as BASE."""
+        """Return them with facts of other models, such as BASE."""
         return RunConstants({**self.facts, **more}, self.texts)
 
 
