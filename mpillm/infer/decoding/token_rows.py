@@ -3,7 +3,7 @@
 Shapes: B rows, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -81,11 +81,12 @@ def continue_rows(
     generators: Sequence[torch.Generator],
     ends: frozenset[int],
     most: Sequence[int],
+    is_over: Callable[[int, int], bool] | None = None,
 ) -> list[list[int]]:
     """Draw the tokens of each row, up to one of `ends`, which is left out, or its `most` tokens.
 
-    `generators`: of each row, so that its draws depend on no other row. Ended rows are no longer
-    computed.
+    `generators`: of each row, so that its draws depend on no other row. `is_over(row, token)` is
+    asked of each token that is kept: a row ends with it. Ended rows are no longer computed.
     """
     found: list[list[int]] = [[] for _ in generators]
     left = list(range(len(generators)))
@@ -96,7 +97,8 @@ def continue_rows(
             if token in ends:
                 continue
             found[row].append(token)
-            if len(found[row]) < most[row]:
+            over = is_over is not None and is_over(row, token)
+            if len(found[row]) < most[row] and not over:
                 kept.append(place)
         left = [left[place] for place in kept]
         if left:
