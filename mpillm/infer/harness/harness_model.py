@@ -8,6 +8,7 @@ Shapes: B rows of a batch, T tokens, C features, V vocabulary, N positions that 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,9 +20,11 @@ from mpillm.errors import CheckpointError, DataError, MismatchError, UsageError
 from mpillm.infer.decoding.token_rows import TokenRows, continue_rows
 from mpillm.infer.harness.harness_encoder import HarnessEncoder, Ids
 from mpillm.infer.harness.task_file import TextSettings
-from mpillm.infer.loading import Loaded
+from mpillm.infer.loading import Loaded, load_trained
 from mpillm.infer.sampling import Sampling
+from mpillm.machine.node_map import map_nodes
 from mpillm.models.linear_head import LinearHead
+from mpillm.parallel.devices import choose_device
 from mpillm.system.console import Console
 from mpillm.tokens.order import task_keys
 
@@ -264,6 +267,16 @@ def _ended(text: str, until: Sequence[str]) -> str:
     for end in until:
         text = text.split(end)[0]
     return text
+
+
+def open_model_for_harness(
+    path: Path, comm: "MPI.Intracomm", console: Console, device: str = "auto"
+) -> HarnessModel:
+    """Load the model of a run or a checkpoint on each rank's device. Every rank calls it."""
+    place, _ = choose_device(device, comm, map_nodes(comm), option="--device")
+    loaded = load_trained(path, comm, console)
+    loaded.model.to(place)
+    return HarnessModel(loaded, comm, console)
 
 
 def check_continues(loaded: Loaded) -> None:

@@ -10,18 +10,16 @@ from mpillm.errors import UsageError
 from mpillm.infer.candidates import NAMES, warn_if_moved
 from mpillm.infer.decoding.print_answers import check_texts_file, write_texts_file
 from mpillm.infer.harness.examples import Example, make_examples
-from mpillm.infer.harness.harness_model import HarnessModel
+from mpillm.infer.harness.harness_model import HarnessModel, open_model_for_harness
 from mpillm.infer.harness.score_task import Responses, metrics_of, respond, score_responses
 from mpillm.infer.harness.task_file import HarnessTask, read_task
-from mpillm.infer.loading import load_trained
 from mpillm.infer.scores.compare import ScoreDifference, compare
 from mpillm.infer.scores.print_scores import difference_cells, score_cell
 from mpillm.infer.scores.score import Score
-from mpillm.machine.node_map import map_nodes
 from mpillm.models.part_module import torch_explained
-from mpillm.parallel.devices import choose_device
 from mpillm.system.console import Console, counted
 from mpillm.system.json_text import to_json
+from mpillm.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -64,26 +62,23 @@ def print_harness(
     Raises UsageError for a key that is not supported, DataError for data that does not fit, and
     MismatchError for a model that is no decoder, all before anything is computed.
     """
-    place, _ = choose_device(device, comm, map_nodes(comm), option="--device")
     on_root(comm, lambda: check_texts_file(options.outputs))
     # One rank reads the data of all.
     asked = on_root(comm, lambda: _read(options))
     quiet = Console(speaks=False) if options.as_json else console
     results = [_Result(task, len(examples)) for task, examples in asked]
-    loaded = [load_trained(path, comm, console) for path in trained]
     with torch_explained():
-        for name, each in zip(NAMES, loaded, strict=False):
-            each.model.to(place)
-            model = HarnessModel(each, comm, quiet)
+        models = [open_model_for_harness(path, comm, quiet, device) for path in trained]
+        for name, model in zip(NAMES, models, strict=False):
             for result, (_, examples) in zip(results, asked, strict=True):
                 _score(result, name, model, examples, comm)
-    for each in loaded:
-        warn_if_moved(each.checkpoint, quiet)
+    checkpoints = [model.loaded.checkpoint for model in models]
+    for each in checkpoints:
+        warn_if_moved(each, quiet)
     if options.as_json:
-        folders = [(str(each.checkpoint.folder), each.checkpoint.step) for each in loaded]
-        console.write(to_json(_json(folders, results)) + "\n")
+        console.write(to_json(_json(checkpoints, results)) + "\n")
     else:
-        _print_table([str(each.checkpoint.folder) for each in loaded], results, console)
+        _print_table([str(each.folder) for each in checkpoints], results, console)
     on_root(comm, lambda: write_texts_file(options.outputs, _rows(results)))
 
 
@@ -139,11 +134,11 @@ def _print_table(folders: Sequence[str], results: Sequence[_Result], console: Co
     console.table(title, ["task", "filter", "shots", "n", "metric", NAMES[0], *more], lines)
 
 
-def _json(folders: Sequence[tuple[str, int]], results: Sequence[_Result]) -> dict[str, object]:
-    (folder, step), *others = folders
-    facts: dict[str, object] = {"checkpoint": folder, "step": step}
+def _json(checkpoints: Sequence[Checkpoint], results: Sequence[_Result]) -> dict[str, object]:
+    first, *others = checkpoints
+    facts: dict[str, object] = {"checkpoint": str(first.folder), "step": first.step}
     if others:
-        facts["other_checkpoint"] = others[0][0]
+        facts["other_checkpoint"] = str(others[0].folder)
     return facts | {"tasks": {result.task.name: _json_of(result) for result in results}}
 
 

@@ -297,18 +297,25 @@ def _fewshot(keys: _Keys, whole: Rendering, split: str) -> FewShot:
 
 
 def _generation(keys: _Keys, kind: str) -> TextSettings:
-    usual = keys.text("fewshot_delimiter", "\n\n")
     if kind != "generate_until":
         if keys.table.get("generation_kwargs") is not None:
             raise UsageError(
                 f"{keys.place}: generation_kwargs is of output_type generate_until; leave it out"
             )
         return TextSettings()
-    own = keys.inner("generation_kwargs")
+    usual = keys.text("fewshot_delimiter", "\n\n")
+    return text_settings(keys.inner("generation_kwargs").table, keys.place, (usual,))
+
+
+def text_settings(
+    table: Mapping[str, Any], place: str, usual_until: tuple[str, ...]
+) -> TextSettings:
+    """Read the table generation_kwargs. Raises UsageError for a key that is not supported."""
+    own = _Keys(place, table)
     own.refuse_others(OF_GENERATION, "generation_kwargs.")
     most = next((own.number(each, 0, 1) for each in TOKEN_NAMES if own.table.get(each)), 0)
     return TextSettings(
-        _until(own, usual),
+        _until(own, usual_until),
         int(most) or USUAL_GENERATED,
         _temperature(own),
         int(own.number("top_k", 50)),
@@ -316,8 +323,8 @@ def _generation(keys: _Keys, kind: str) -> TextSettings:
     )
 
 
-def _until(own: _Keys, usual: str) -> tuple[str, ...]:
-    until = own.table.get("until", [usual])
+def _until(own: _Keys, usual: tuple[str, ...]) -> tuple[str, ...]:
+    until = own.table.get("until", list(usual))
     listed: list[Any] = until if isinstance(until, list) else [until]
     if not all(isinstance(each, str) for each in listed):
         raise own.wrong("generation_kwargs.until", until, "a text or a list of texts")

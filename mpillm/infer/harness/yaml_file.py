@@ -37,10 +37,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 def _parsed(path: Path) -> dict[str, Any]:
     import yaml
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Plain values alone."""
+    # A class of its own: the tags that it refuses are not refused to others.
+    loader: Any = type("PlainLoader", (yaml.SafeLoader,), {})
 
-    def refuse(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> None:
+    def refuse(_: yaml.SafeLoader, suffix: str, node: yaml.Node) -> None:
         value = printable(str(node.value)) if isinstance(node, yaml.ScalarNode) else "…"
         raise UsageError(
             f"{path}: line {node.start_mark.line + 1} has the tag !{suffix} ({value}), and "
@@ -48,9 +48,9 @@ def _parsed(path: Path) -> dict[str, Any]:
             "the model: `mpillm lm-eval --help`"
         )
 
-    Loader.add_multi_constructor("!", refuse)
+    loader.add_multi_constructor("!", refuse)
     try:
-        value = yaml.load(read_text(path, most=LARGEST), Loader)
+        value = yaml.load(read_text(path, most=LARGEST), loader)
     except OSError as failure:
         raise UsageError(f"--harness: cannot read {explain(failure, path)}") from failure
     except (yaml.YAMLError, RecursionError) as failure:
