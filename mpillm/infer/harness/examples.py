@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpillm.errors import DataError
-from mpillm.infer.harness.documents import Record, read_split
 from mpillm.infer.harness.record_renderer import RecordRenderer, begun
 from mpillm.infer.harness.solved_examples import SolvedExamples
 from mpillm.infer.harness.task_file import HarnessTask
+from mpillm.infer.harness.task_records import Record, read_split
 from mpillm.system.messages import some_of
 
 
@@ -29,11 +29,11 @@ def make_examples(task: HarnessTask, limit: int | None) -> list[Example]:
 
     Raises UsageError and DataError, with the file and the record.
     """
-    documents = read_split(task.data, task.evaluated_split, task.path.parent)
-    renderer = RecordRenderer(str(task.path), documents)
-    solved = SolvedExamples(task, documents) if task.fewshot.count else None
+    records = read_split(task.data, task.evaluated_split, task.path.parent)
+    renderer = RecordRenderer(str(task.path), records)
+    solved = SolvedExamples(task, records) if task.fewshot.count else None
     found = []
-    for number, record in enumerate(documents.rows[:limit]):
+    for number, record in enumerate(records.rows[:limit]):
         start = renderer.phrase("description", task.description, record)
         start += solved.ahead_of(record) if solved is not None else ""
         found.append(_Asking(task, renderer, number, record, start).example())
@@ -51,13 +51,13 @@ class _Asking:
     start: str
 
     def example(self) -> Example:
-        rendering, kind = self.task.rendering, self.task.output_type
-        target = self.renderer.target(rendering, self.record)
+        wording, kind = self.task.wording, self.task.output_type
+        target = self.renderer.target(wording, self.record)
         if kind == "loglikelihood_rolling":
             return self._made(((self.renderer.text("doc_to_target", target),),), ())
         if kind == "multiple_choice":
             return self._of_choices(target)
-        question = self.renderer.question(rendering, self.record)
+        question = self.renderer.question(wording, self.record)
         context = self._context(self.renderer.text("doc_to_text", question))
         if kind == "loglikelihood":
             text = self.renderer.text("doc_to_target", target)
@@ -65,16 +65,16 @@ class _Asking:
         return self._made(((context,),), self._right_texts(target))
 
     def _of_choices(self, target: Any) -> Example:
-        rendering = self.task.rendering
-        choices = self.renderer.choices(rendering, self.record)
-        question = self.renderer.question(rendering, self.record)
+        wording = self.task.wording
+        choices = self.renderer.choices(wording, self.record)
+        question = self.renderer.question(wording, self.record)
         if isinstance(question, int):
             # The choices are contexts of one continuation, as of Winogrande.
-            ending = f"{rendering.target_delimiter}{target}"
+            ending = f"{wording.target_delimiter}{target}"
             requests = tuple((self._context(choice), ending) for choice in choices)
             return self._made(requests, self._right_choices(question, choices), choices)
         context = self._context(self.renderer.text("doc_to_text", question))
-        endings = [f"{rendering.target_delimiter}{choice}" for choice in choices]
+        endings = [f"{wording.target_delimiter}{choice}" for choice in choices]
         requests = tuple((context, ending) for ending in endings)
         return self._made(requests, self._right_choices(target, choices), choices)
 
@@ -87,9 +87,9 @@ class _Asking:
         return Example(self.number, self.record, requests, right, choices)
 
     def _context(self, question: str) -> str:
-        rendering = self.task.rendering
-        prefix = self.renderer.phrase("gen_prefix", rendering.gen_prefix, self.record)
-        return self.start + begun(question, prefix, rendering.target_delimiter)
+        wording = self.task.wording
+        prefix = self.renderer.phrase("gen_prefix", wording.gen_prefix, self.record)
+        return self.start + begun(question, prefix, wording.target_delimiter)
 
     def _right_choices(self, target: Any, choices: Sequence[str]) -> tuple[int, ...]:
         """Return the numbers of the right choices. Raises DataError for one that is not there.
@@ -114,8 +114,8 @@ class _Asking:
         return tuple(found)
 
     def _right_texts(self, target: Any) -> tuple[str, ...]:
-        rendering = self.task.rendering
-        if rendering.doc_to_choice is not None:
-            choices = self.renderer.choices(rendering, self.record)
+        wording = self.task.wording
+        if wording.doc_to_choice is not None:
+            choices = self.renderer.choices(wording, self.record)
             return tuple(choices[each] for each in self._right_choices(target, choices))
         return tuple(map(str, target)) if isinstance(target, list) else (str(target),)

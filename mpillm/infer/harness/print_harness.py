@@ -59,8 +59,8 @@ def print_harness(
 ) -> None:
     """Score one model, or two that are compared, on task files. Every rank calls it.
 
-    Raises UsageError for a key that is not supported, DataError for data that does not fit, and
-    MismatchError for a model that is no decoder, all before anything is computed.
+    Files are checked before a model is loaded. Raises UsageError for a key that is not supported,
+    DataError for data that does not fit, MismatchError for a model that is no decoder.
     """
     on_root(comm, lambda: check_texts_file(options.outputs))
     # One rank reads the data of all.

@@ -13,8 +13,8 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mpillm.errors import DataError, UsageError
-from mpillm.infer.harness.documents import Documents, Record
-from mpillm.infer.harness.task_file import Rendering
+from mpillm.infer.harness.task_file import Wording
+from mpillm.infer.harness.task_records import Record, TaskRecords
 from mpillm.system.messages import printable, some_of
 
 # What is neither a template nor a text of several words.
@@ -24,9 +24,9 @@ NAME = re.compile(r"[A-Za-z_]\w*")
 class RecordRenderer:
     """Writes texts of records by templates or names of columns. `place`: the file, for messages."""
 
-    def __init__(self, place: str, documents: Documents) -> None:
-        self._place = f"{place}, {documents.place}"
-        self._columns = documents.columns
+    def __init__(self, place: str, records: TaskRecords) -> None:
+        self._place = f"{place}, {records.place}"
+        self._columns = records.columns
 
     def written(self, key: str, source: str, record: Record) -> Any:
         """Return the column `source` of a record, or what the template `source` writes.
@@ -61,23 +61,23 @@ class RecordRenderer:
         alone = NAME.fullmatch(source) and source not in self._columns
         return source if alone else self.text(key, self.written(key, source, record))
 
-    def question(self, rendering: Rendering, record: Record) -> Any:
+    def question(self, wording: Wording, record: Record) -> Any:
         """Return the question: a text, or a number, that of the right choice among contexts."""
-        source = rendering.doc_to_text
+        source = wording.doc_to_text
         found = self.written("doc_to_text", source, record)
-        if source in self._columns or rendering.doc_to_choice is None:
+        if source in self._columns or wording.doc_to_choice is None:
             return found
         return int(found) if found.isdigit() else found
 
-    def target(self, rendering: Rendering, record: Record) -> Any:
+    def target(self, wording: Wording, record: Record) -> Any:
         """Return the answer: a text, a number or a list, as the column or the template gives it."""
-        source = rendering.doc_to_target
+        source = wording.doc_to_target
         if not isinstance(source, str):
             return source
         found = self.written("doc_to_target", source, record)
         if source in self._columns:
             return found
-        if found.isdigit() and rendering.doc_to_choice is not None:
+        if found.isdigit() and wording.doc_to_choice is not None:
             return int(found)
         if len(found) > 1 and found[0] == "[" and found[-1] == "]":
             try:
@@ -86,9 +86,9 @@ class RecordRenderer:
                 return found
         return found
 
-    def choices(self, rendering: Rendering, record: Record) -> tuple[str, ...]:
+    def choices(self, wording: Wording, record: Record) -> tuple[str, ...]:
         """Return the choices of a record. Raises DataError for none, and for an empty one."""
-        found = source = rendering.doc_to_choice
+        found = source = wording.doc_to_choice
         if isinstance(source, dict):
             found = list(source.values())
         elif isinstance(source, str):

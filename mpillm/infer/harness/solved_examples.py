@@ -7,9 +7,9 @@ questions, so one rank makes all of them.
 from random import Random
 
 from mpillm.errors import UsageError
-from mpillm.infer.harness.documents import Documents, Record, read_split
 from mpillm.infer.harness.record_renderer import RecordRenderer, solved
 from mpillm.infer.harness.task_file import HarnessTask
+from mpillm.infer.harness.task_records import Record, TaskRecords, read_split
 
 # The harness's own.
 SEED = 1234
@@ -18,9 +18,9 @@ SEED = 1234
 class SolvedExamples:
     """The pool of records with answers. `asked`: those that are evaluated."""
 
-    def __init__(self, task: HarnessTask, asked: Documents) -> None:
+    def __init__(self, task: HarnessTask, asked: TaskRecords) -> None:
         self._task, self._fewshot, self._random = task, task.fewshot, Random(SEED)
-        self._pool = self._documents(asked)
+        self._pool = self._records(asked)
         self._renderer = RecordRenderer(str(task.path), self._pool)
         # The harness compares the two keys alone, and takes them as equal where both are missing.
         self._leaves_out = (task.fewshot.split or "") == task.splits["test_split"]
@@ -38,12 +38,12 @@ class SolvedExamples:
             )
         return "".join(map(self._solved, drawn))
 
-    def _documents(self, asked: Documents) -> Documents:
+    def _records(self, asked: TaskRecords) -> TaskRecords:
         task = self._task
         if self._fewshot.samples:
             rows = [dict(each) for each in self._fewshot.samples]
             columns = tuple(dict.fromkeys(key for row in rows for key in row))
-            return Documents(rows, columns, "fewshot_config.samples")
+            return TaskRecords(rows, columns, "fewshot_config.samples")
         if task.fewshot_split == task.evaluated_split:
             return asked
         return read_split(task.data, task.fewshot_split, task.path.parent)
@@ -65,21 +65,21 @@ class SolvedExamples:
         return [each for each in rows if each != record] if self._leaves_out else rows
 
     def _solved(self, record: Record) -> str:
-        rendering, renderer = self._fewshot.rendering, self._renderer
-        question, answer = renderer.question(rendering, record), renderer.target(rendering, record)
-        if rendering.doc_to_choice is not None:
-            choices = renderer.choices(rendering, record)
+        wording, renderer = self._fewshot.wording, self._renderer
+        question, answer = renderer.question(wording, record), renderer.target(wording, record)
+        if wording.doc_to_choice is not None:
+            choices = renderer.choices(wording, record)
             if isinstance(question, int) and 0 <= question < len(choices):
                 question = choices[question]
             elif isinstance(answer, int) and 0 <= answer < len(choices):
                 answer = choices[answer]
         if isinstance(answer, list) and answer:
             answer = answer[0]
-        prefix = renderer.phrase("gen_prefix", rendering.gen_prefix, record)
+        prefix = renderer.phrase("gen_prefix", wording.gen_prefix, record)
         text = solved(
             renderer.text("doc_to_text", question),
             prefix,
             renderer.text("doc_to_target", answer),
-            rendering.target_delimiter,
+            wording.target_delimiter,
         )
         return text + (self._fewshot.delimiter if answer else "")

@@ -82,7 +82,7 @@ class DataFiles:
 
 
 @dataclass(frozen=True)
-class Rendering:
+class Wording:
     """How a record becomes a question with its answer: templates, or names of columns."""
 
     doc_to_text: str
@@ -98,7 +98,7 @@ class FewShot:
 
     count: int
     sampler: str
-    rendering: Rendering
+    wording: Wording
     delimiter: str
     split: str = ""
     samples: tuple[Mapping[str, Any], ...] = ()
@@ -125,7 +125,7 @@ class HarnessTask:
     data: DataFiles
     splits: Mapping[str, str]
     """The names of splits, by SPLITS; "" where the file names none."""
-    rendering: Rendering
+    wording: Wording
     fewshot: FewShot
     metrics: tuple[MetricSettings, ...]
     filters: tuple[ResponseFilter, ...]
@@ -160,15 +160,15 @@ def read_task(path: Path) -> HarnessTask:
     splits = {each: keys.text(each) for each in SPLITS}
     if not (splits["test_split"] or splits["validation_split"]):
         raise UsageError(f"{path}: test_split or validation_split must name a split of the data")
-    rendering = _rendering(keys, kind)
+    wording = _wording(keys, kind)
     return HarnessTask(
         name,
         path,
         kind,
         _data_files(keys),
         splits,
-        rendering,
-        _fewshot(keys, rendering, splits["fewshot_split"]),
+        wording,
+        _fewshot(keys, wording, splits["fewshot_split"]),
         read_metrics(table.get("metric_list"), kind, str(path)),
         read_filters(table.get("filter_list"), kind, str(path)),
         keys.text("description"),
@@ -220,7 +220,7 @@ class _Keys:
         )
 
 
-def _rendering(keys: _Keys, kind: str) -> Rendering:
+def _wording(keys: _Keys, kind: str) -> Wording:
     for key in ("doc_to_text", "doc_to_target"):
         if keys.table.get(key) is None:
             raise UsageError(f"{keys.place}: the key {key} is missing; name a column or a template")
@@ -235,7 +235,7 @@ def _rendering(keys: _Keys, kind: str) -> Rendering:
         )
     if not isinstance(choices, str | list | dict | None):
         raise keys.wrong("doc_to_choice", choices, "a column, a template, a list or a table")
-    return Rendering(
+    return Wording(
         keys.text("doc_to_text"),
         target,
         choices,
@@ -267,7 +267,7 @@ def _data_files(keys: _Keys) -> DataFiles:
     )
 
 
-def _fewshot(keys: _Keys, whole: Rendering, split: str) -> FewShot:
+def _fewshot(keys: _Keys, whole: Wording, split: str) -> FewShot:
     own = keys.inner("fewshot_config")
     own.refuse_others(OF_FEWSHOT, "fewshot_config.")
     sampler = own.text("sampler", "default")
@@ -279,7 +279,7 @@ def _fewshot(keys: _Keys, whole: Rendering, split: str) -> FewShot:
     if not isinstance(samples, list) or not all(isinstance(each, dict) for each in samples):
         raise own.wrong("fewshot_config.samples", samples, "a list of records")
     given = {key: own.table[key] for key in OF_EXAMPLES if own.table.get(key) is not None}
-    rendering = Rendering(
+    wording = Wording(
         given.get("doc_to_text", whole.doc_to_text),
         given.get("doc_to_target", whole.doc_to_target),
         given.get("doc_to_choice", whole.doc_to_choice),
@@ -291,9 +291,7 @@ def _fewshot(keys: _Keys, whole: Rendering, split: str) -> FewShot:
     if count != int(count):
         raise keys.wrong("num_fewshot", count, "a whole number")
     split = own.text("split", split)
-    return FewShot(
-        int(count), sampler, rendering, delimiter, split, () if split else tuple(samples)
-    )
+    return FewShot(int(count), sampler, wording, delimiter, split, () if split else tuple(samples))
 
 
 def _generation(keys: _Keys, kind: str) -> TextSettings:

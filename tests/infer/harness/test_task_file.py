@@ -57,7 +57,7 @@ def test_the_usual_values_are_the_harnesss(tmp_path: Path) -> None:
     task = read_task(written(tmp_path, PLAIN))
     assert (task.name, task.output_type) == ("mine", "generate_until")
     assert task.generation == TextSettings(("\n\n",), 256)
-    assert task.rendering.target_delimiter == " "
+    assert task.wording.target_delimiter == " "
     assert (task.fewshot.count, task.fewshot.delimiter) == (0, "\n\n")
     assert task.metrics == (MetricSettings("exact_match"),)
     assert [each.name for each in read_task(written(tmp_path, CHOICES)).metrics] == [

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from mpillm.errors import DataError, MpillmError
-from mpillm.infer.harness.documents import Documents, read_split
 from mpillm.infer.harness.task_file import DataFiles
+from mpillm.infer.harness.task_records import TaskRecords, read_split
 
 
-def read(folder: Path, kind: str, text: str, **more: Any) -> Documents:
+def read(folder: Path, kind: str, text: str, **more: Any) -> TaskRecords:
     (folder / "file").write_text(text, encoding="utf-8")
     return read_split(DataFiles(kind, {"test": ("file",)}, **more), "test", folder)
 

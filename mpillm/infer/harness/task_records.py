@@ -47,7 +47,7 @@ TRUTHS: Mapping[str, bool] = {
 
 
 @dataclass(frozen=True)
-class Documents:
+class TaskRecords:
     """The records of a split, all with the same columns; `place` is for messages."""
 
     rows: Sequence[Record]
@@ -55,7 +55,7 @@ class Documents:
     place: str
 
 
-def read_split(data: DataFiles, split: str, folder: Path) -> Documents:
+def read_split(data: DataFiles, split: str, folder: Path) -> TaskRecords:
     """Read a split of a task; `folder`: that of the task file.
 
     A relative path begins in the current folder, as for the harness, else in `folder`. Raises
@@ -82,7 +82,7 @@ def read_split(data: DataFiles, split: str, folder: Path) -> Documents:
     columns = tuple(dict.fromkeys(key for row in rows for key in row))
     # A column that a record lacks is empty in it.
     whole = [{name: row.get(name) for name in columns} for row in rows]
-    return Documents(_with_floats(whole, columns), columns, place)
+    return TaskRecords(_with_floats(whole, columns), columns, place)
 
 
 def _found(name: str, folder: Path) -> Path:
