@@ -56,7 +56,7 @@ def test_figures_are_those_of_lm_eval_at_any_number_of_ranks(
         check_figures(found[name], wanted)
         check_responses([row for row in rows if row["task"] == name], wanted["samples"])
     # Contexts of the test are longer than the model's.
-    assert found["caps_mc"]["cut"] > 0
+    assert found["caps_self"]["cut"] > 0
 
 
 def check_figures(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ def test_tables_compare_two_models_and_warn_of_cut_contexts(
     assert "table_mc" in text
     assert "with 95% intervals" in text
     assert "difference" not in text
-    two = printed(model, comm, [TASKS / "caps_mc.yaml"], twice=True, limit=9)
+    two = printed(model, comm, [TASKS / "caps_self.yaml"], twice=True, limit=9)
     assert "difference" in two
     assert "1.000" in two
     assert "longer than the model's context of 128 tokens: the left part is cut off" in two
