@@ -157,8 +157,8 @@ def _csv_records(path: Path, delimiter: str) -> list[Record]:
 def _typed(cells: list[str]) -> list[Any]:
     """Return the values of a column: of the first type that all its cells have."""
     held = [cell for cell in cells if cell not in NOTHING]
-    if held and all(cell in TRUTHS for cell in cells):
-        return [TRUTHS[cell] for cell in cells]
+    if held and all(cell in TRUTHS for cell in held):
+        return [TRUTHS.get(cell) for cell in cells]
     try:
         if len(held) == len(cells):
             return [int(_number(cell)) for cell in cells]

@@ -37,6 +37,10 @@ def test_columns_of_tables_have_types(tmp_path: Path) -> None:
         {"n": 1, "x": 2.0, "t": True, "s": "a", "e": None},
         {"n": -3, "x": None, "t": False, "s": "b, c", "e": None},
     ]
+    assert read(tmp_path, "csv", "a,b\n+1,True\n2\n").rows == [
+        {"a": 1, "b": True},
+        {"a": 2, "b": None},
+    ]
     assert read(tmp_path, "csv", "a;b\n1_0;x\n", delimiter=";").rows == [{"a": "1_0", "b": "x"}]
 
 
