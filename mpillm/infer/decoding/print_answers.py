@@ -146,7 +146,7 @@ def write_texts_file(outputs: Path | None, rows: Sequence[Mapping[str, object]])
         return
     work = temporary_path(outputs)
     try:
-        work.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
+        work.write_text("".join(to_json(row, default=str) + "\n" for row in rows), encoding="utf-8")
         give_name(work, outputs, "--outputs")
     finally:
         work.unlink(missing_ok=True)
