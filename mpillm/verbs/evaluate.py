@@ -48,7 +48,7 @@ class Evaluate:
     """Evaluate a model on all validation data: loss, perplexity, bits per byte, other metrics.
 
     With --generate: the texts that it writes for pairs, by BLEU, ROUGE, exact match and others.
-    With --harness: the figures of lm-evaluation-harness for its task files.
+    With --harness tasks/sums.yaml: the figures of lm-evaluation-harness for this task file.
     """
 
     example: ClassVar = (
@@ -94,7 +94,10 @@ class Evaluate:
     ] = None
     harness: Annotated[
         tuple[Path, ...],
-        Option("A task file of lm-evaluation-harness over local data; once for each file."),
+        Option(
+            "A task file of lm-evaluation-harness over local data; once for each file.",
+            metavar="FILE.yaml",
+        ),
     ] = ()
     limit: Annotated[
         int | None, Option("With --harness: the first so many examples of a file.", minimum=1)

@@ -106,9 +106,30 @@ def test_figures_of_smollm2_are_those_of_its_own_back_end(tmp_path: Path, in_tas
     options = HarnessOptions(files, outputs=tmp_path / "out", as_json=True)
     print_harness([tmp_path / "model"], options, MPI.COMM_SELF, Console(stream=stream), "cpu")
     ours = json.loads(stream.getvalue())["tasks"]
+    _check_chat_template(tmp_path)
     from tests.infer.harness.test_print_harness import check_figures, check_responses
 
     rows = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     for name, wanted in theirs.items():
         check_figures(ours[name], wanted)
         check_responses([row for row in rows if row["task"] == name], wanted["samples"])
+
+
+def _check_chat_template(folder: Path) -> None:
+    """Compare the text of turns with that of transformers."""
+    from transformers import AutoTokenizer
+
+    from mpillm.infer.harness.lm_eval_model import RanksLM
+
+    lm = RanksLM(open_model_for_harness(folder / "model", MPI.COMM_SELF, QUIET, "cpu"))
+    theirs = AutoTokenizer.from_pretrained(folder / "hf")
+    turns = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "It is"}]
+    for asked, prompt in ((turns[:1], True), (turns, False)):
+        wanted = theirs.apply_chat_template(
+            asked,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            continue_final_message=not prompt,
+        )
+        assert lm.apply_chat_template(asked, prompt) == wanted
+    assert lm.chat_template(True)
