@@ -74,8 +74,6 @@ def read_split(data: DataFiles, split: str, folder: Path) -> TaskRecords:
             rows += _read(path, data)
         except OSError as failure:
             raise DataError(f"cannot read {explain(failure, path)}") from failure
-        except RecordError as failure:
-            raise DataError(f"{path}: a record {failure}") from failure
     place = some_of(data.files[split])
     if not rows:
         raise DataError(f"{place} holds no record, so nothing can be scored; name another file")
@@ -130,10 +128,17 @@ def _json_records(path: Path, field: str) -> list[Record]:
                 dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)
             ]
     else:
-        value = [parsed(line) for line in text.split("\n") if line.strip()]
+        value = [_parsed(path, *each) for each in enumerate(text.split("\n"), 1) if each[1].strip()]
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise DataError(f"{path} holds no list of JSON objects; write one object a line")
     return value
+
+
+def _parsed(path: Path, number: int, line: str) -> Any:
+    try:
+        return parsed(line)
+    except RecordError as failure:
+        raise DataError(f"{path}: line {number:,} {failure}") from failure
 
 
 def _csv_records(path: Path, delimiter: str) -> list[Record]:
