@@ -143,7 +143,7 @@ class HarnessModel:
         """Let ranks take turns at batches of rows of these `lengths`; gather the results by row."""
 
         def own() -> list[tuple[int, Found]]:
-            mine = list(batches_of(lengths))[self.comm.rank :: self.comm.size]
+            mine = share_of(list(batches_of(lengths)), self.comm.rank, self.comm.size)
             found = []
             with self.console.progress(what, sum(map(len, mine)), "requests") as progress:
                 for numbers in mine:
@@ -317,6 +317,12 @@ def batches_of(lengths: Sequence[int]) -> Iterator[list[int]]:
         rows = max(1, min(most, BATCH_TOKENS // max(1, lengths[order[first]])))
         yield order[first : first + rows]
         first += rows
+
+
+def share_of(batches: Sequence[list[int]], rank: int, ranks: int) -> list[list[int]]:
+    """Return the batches of a rank: dealt back and forth, as the first ones are the longest."""
+    turn = [*range(ranks), *reversed(range(ranks))]
+    return [batch for number, batch in enumerate(batches) if turn[number % (2 * ranks)] == rank]
 
 
 def _rows_of(pairs: Sequence[tuple[Ids, Ids]], context: int) -> list[_Row]:

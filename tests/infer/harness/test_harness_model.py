@@ -14,6 +14,7 @@ from mpillm.infer.harness.harness_model import (
     batches_of,
     check_continues,
     open_model_for_harness,
+    share_of,
     windows_of,
 )
 from mpillm.infer.harness.task_file import TextSettings
@@ -123,6 +124,11 @@ def test_batches_hold_each_row_once() -> None:
     assert sorted(number for batch in batches for number in batch) == list(range(200))
     assert len(batches) >= 16
     assert all(len(batch) * lengths[batch[0]] <= 4096 for batch in batches)
+    for ranks in range(1, 6):
+        shares = [share_of(batches, rank, ranks) for rank in range(ranks)]
+        assert sorted(batch for share in shares for batch in share) == sorted(batches)
+        work = [sum(len(batch) * lengths[batch[0]] for batch in share) for share in shares]
+        assert max(work) < 1.3 * sum(work) / ranks
 
 
 def test_what_cannot_be_scored_is_refused(models: tuple[HarnessModel, HarnessModel]) -> None:
