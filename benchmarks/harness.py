@@ -30,7 +30,7 @@ from mpillm.system.console import Console
 
 # What the project asks of two ranks.
 LEAST_SPEEDUP = 1.7
-QUESTIONS, TEXTS, WRITTEN = 120, 24, 32
+QUESTIONS, TEXTS, WRITTEN = 80, 16, 32
 SPEC = DecoderConfig(
     layers=6, width=256, heads=8, kv_heads=4, context=512, vocab_size=8192, tied=False
 )
