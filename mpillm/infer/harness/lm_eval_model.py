@@ -107,7 +107,8 @@ class RanksLM(LM):  # type: ignore[misc]
         patient_bcast(self.model.comm, (method, given))
         try:
             return getattr(self.model, method)(*given)
-        except MpillmError:
+        except BaseException:
+            # An error that this rank has alone ends the job: the others wait in the same request.
             self.is_over = True
             raise
 
@@ -152,6 +153,8 @@ def drive(model: HarnessModel, arguments: Sequence[str]) -> None:
         if failure.code:
             raise
     except Exception as failure:
+        if lm.is_over:
+            raise
         words = f"{type(failure).__name__}: {printable(str(failure))}"
         error = UsageError(f"lm-eval failed: {words:.1000}; --debug shows where")
         lm.stop(error)
