@@ -15,6 +15,7 @@ from mpillm.infer.loading import (
     open_of,
     read_vocabulary,
 )
+from mpillm.infer.model_source import BASE
 from mpillm.infer.references import find_references
 from mpillm.infer.task_checks import check_task
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
@@ -22,6 +23,7 @@ from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.adapt import tuned_shapes
 from mpillm.models.part_module import torch_explained
+from mpillm.models.tuning import PROJECTIONS
 from mpillm.parallel.devices import may_take_gpus
 from mpillm.parallel.step_plan import StepPlan, make_mesh
 from mpillm.plan.memory_table import beyond_all_hosts
@@ -32,14 +34,17 @@ from mpillm.runs.history import STARTED, read_history
 from mpillm.system.compile_cache import find_compiler, set_compile_cache
 from mpillm.system.console import Console, once_each
 from mpillm.system.malloc import keep_pages
+from mpillm.tasks.answer_rewards.reward_catalog import make_rewards
 from mpillm.tasks.metrics.metric import CLASSES
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.task import Task
 from mpillm.tasks.task_catalog import make_task
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.manifest import NAME, Manifest
-from mpillm.tokens.samples import RowShape
+from mpillm.tokens.pairs.pair_reader import PairReader
+from mpillm.tokens.samples import RowShape, SampleReader
 from mpillm.train.best_checkpoint import BestCheckpoint
+from mpillm.train.find_teacher import TeacherSource, find_teacher
 from mpillm.train.hardware import Hardware, choose_hardware
 from mpillm.train.hold import locked_run
 from mpillm.train.loop import JobLimits, TrainingLoop
@@ -47,8 +52,18 @@ from mpillm.train.optimizers.optimizer import check_rules
 from mpillm.train.print_plan import print_plan
 from mpillm.train.recipe import Recipe
 from mpillm.train.resuming import find_start, say_changes
+from mpillm.train.rollouts.reference_model import REFERENCE, open_reference, reference_bytes
+from mpillm.train.rollouts.rollout_checks import check_rollouts
+from mpillm.train.rollouts.rollouts import Rollouts
 from mpillm.train.run_memory import RunMemory
-from mpillm.train.run_plan import as_read, fill_model, plan_run, profile_path, row_lengths
+from mpillm.train.run_plan import (
+    as_read,
+    fill_model,
+    plan_run,
+    plan_teacher,
+    profile_path,
+    row_lengths,
+)
 from mpillm.train.start_from import restore_base, start_from
 from mpillm.train.step import Trainer
 from mpillm.weights.checkpoint import Checkpoint
@@ -92,12 +107,14 @@ def train(
     constants = RunConstants.read(manifest, recipe.to_dict(), comm)
     settings, parallel = recipe.train, recipe.parallel
     mesh = make_mesh(comm, parallel, recipe.model, settings.batch, node_map)
-    plan = plan_run(recipe, mesh.sizes)
+    teacher = find_teacher(recipe, task, manifest, comm, console)
+    plan = _plan(recipe, task, mesh, teacher)
     if parallel.context > 1:
         _check_context(recipe, task)
     _check_groups(recipe)
     _check_packing(recipe, task)
     _check_reference(recipe, task)
+    _check_rollouts(recipe, task, mesh)
     with open_of(manifest, "train") as reader:
         # Before the run has a folder: a dataset shorter than one context, or a missing profile,
         # must leave nothing to clean up.
@@ -120,12 +137,11 @@ def train(
             constants = constants.of_recipe(recipe.to_dict())
             if checkpoint is not None:
                 say_changes(recipe, checkpoint, console)
-            memory = RunMemory.of(as_read(recipe, plan, reader), mesh)
+            more = reference_bytes(recipe, task)
+            memory = RunMemory.of(as_read(recipe, plan, reader), mesh).with_more(more)
             estimate = memory.predict(plan)
             short = on_root(comm, partial(memory.check_hosts, plan, there, force))
-            if cuts := on_root(comm, lambda: reader.describe_cuts(row)):
-                console.warn(cuts)
-            data_text = reader.describe(row, settings.steps * settings.batch)
+            data_text = _describe_data(recipe, task, reader, row, comm, console)
             print_plan(recipe, mesh, plan, data_text, console, hardware.description, estimate)
             for text in filter(None, (short, _slow_tensor(recipe, mesh, plan, profile))):
                 console.warn(text)
@@ -135,12 +151,15 @@ def train(
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
             if plan.schedule.ranks > 1:
                 console.say(f"stages: {trainer.describe_pipeline()}")
-            base = _begin_weights(recipe, trainer, checkpoint, manifest, console)
-            constants = constants.with_base(base)
+            facts = _begin_weights(recipe, trainer, teacher, checkpoint, manifest, console)
+            constants = constants.with_facts(facts)
             if task.needs_reference:
                 given = trainer.model, manifest, folder
                 trainer.references = find_references(*given, checkpoint is None, comm, console)
                 trainer.references.give(reader)
+            constants = _begin_rollouts(
+                recipe, trainer, checkpoint, manifest, reader, constants, console
+            )
             loop = TrainingLoop(
                 recipe, manifest, constants, trainer, console, trace, limits, cluster, hold, memory
             )
@@ -148,7 +167,34 @@ def train(
             trainer.close()
 
 
+def _plan(recipe: Recipe, task: Task, mesh: Mesh, teacher: TeacherSource | None) -> StepPlan:
+    """Plan the step. Raises subclasses of MpillmError for what cannot be."""
+    plan = plan_run(recipe, mesh.sizes)
+    if teacher is None:
+        return plan
+    documents = recipe.data.numbers_documents(task)
+    return plan_teacher(recipe, documents, plan, teacher.model.spec, mesh.sizes)
+
+
 def _begin_weights(
+    recipe: Recipe,
+    trainer: Trainer,
+    teacher: TeacherSource | None,
+    checkpoint: Checkpoint | None,
+    manifest: Manifest,
+    console: Console,
+) -> Mapping[str, Any]:
+    """Take the weights of other models; return the facts that name the base of adapters and the
+    teacher.
+    """
+    base = _start(recipe, trainer, checkpoint, manifest, console)
+    facts = {BASE: base} if base else {}
+    if teacher is not None:
+        facts |= teacher.fill(trainer.model, checkpoint, console.warn)
+    return facts
+
+
+def _start(
     recipe: Recipe,
     trainer: Trainer,
     checkpoint: Checkpoint | None,
@@ -160,7 +206,11 @@ def _begin_weights(
         return {}
     place, comm, frozen = Path(recipe.train.start_from), trainer.mesh.comm, trainer.model.frozen
     if checkpoint is None:
-        held = {name: trainer.held(name, each) for name, each in trainer.stepped.items()}
+        held = {
+            name: trainer.held(name, each)
+            for name, each in trainer.stepped.items()
+            if not name.startswith(PROJECTIONS)
+        }
         given = recipe.model, held, manifest, comm, console, frozen, recipe.tuning
         base = start_from(place, *given)
         trainer.model.filled()
@@ -168,6 +218,51 @@ def _begin_weights(
     if not recipe.adapter.used:
         return {}
     return restore_base(place, checkpoint, recipe.model, frozen, comm, console)
+
+
+def _describe_data(
+    recipe: Recipe,
+    task: Task,
+    reader: SampleReader,
+    row: RowShape,
+    comm: "MPI.Intracomm",
+    console: Console,
+) -> str:
+    """Say what the run reads, and warn of what is cut off. Every rank calls it."""
+    samples = recipe.train.steps * recipe.train.batch
+    if task.writes_answers:
+        assert isinstance(reader, PairReader)
+        group = recipe.task.group
+        times = samples / group / reader.n_pairs
+        return f"{reader.n_pairs:,} prompts, read {times:.2f} times, {group} answers each time"
+    if cuts := on_root(comm, lambda: reader.describe_cuts(row)):
+        console.warn(cuts)
+    return reader.describe(row, samples)
+
+
+def _begin_rollouts(
+    recipe: Recipe,
+    trainer: Trainer,
+    checkpoint: Checkpoint | None,
+    manifest: Manifest,
+    reader: SampleReader,
+    constants: RunConstants,
+    console: Console,
+) -> RunConstants:
+    """Let the trainer of a task that writes answers do so; return the constants with the reference
+    that it has.
+    """
+    if not trainer.task.writes_answers:
+        return constants
+    assert isinstance(reader, PairReader)
+    model, comm, reference = trainer.model, trainer.mesh.comm, None
+    if recipe.task.kl:
+        given = recipe, checkpoint, model.device, comm, console
+        reference, fact = open_reference(*given)
+        constants = constants.with_facts({REFERENCE: fact})
+    rewards = make_rewards(recipe.task)
+    trainer.rollouts = Rollouts(recipe, model, manifest, reader, rewards, reference)
+    return constants
 
 
 def resolved(recipe: Recipe, hardware: Hardware) -> Recipe:
@@ -298,6 +393,14 @@ def _check_reference(recipe: Recipe, task: Task) -> None:
             "train.start_from names none; name the run of an instruction tuning, such as "
             "--set train.start_from=runs/chat"
         )
+
+
+def _check_rollouts(recipe: Recipe, task: Task, mesh: Mesh) -> None:
+    """Raise RecipeError, LayoutError or UsageError for what no run that writes answers has."""
+    if task.writes_answers:
+        check_rollouts(recipe, mesh.sizes)
+        # A reward of the user's own is imported before the run has a folder.
+        make_rewards(recipe.task)
 
 
 def _check_shards(recipe: Recipe, hardware: Hardware) -> None:
