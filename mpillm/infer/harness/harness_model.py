@@ -52,7 +52,7 @@ class Likelihood(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Row:
+class _ScoredRow:
     """Ids that the model reads, and the continuations at their end by the number of the request.
 
     Continuations that differ in their last token alone have the same ids.
@@ -166,7 +166,7 @@ class HarnessModel:
         by_request = dict(each for some in found for each in some)
         return [by_request[number] for number in range(len(pairs))]
 
-    def _likelihoods(self, rows: Sequence[_Row]) -> list[list[tuple[int, Likelihood]]]:
+    def _likelihoods(self, rows: Sequence[_ScoredRow]) -> list[list[tuple[int, Likelihood]]]:
         """Score the continuations of a batch of rows."""
         places, wanted = _places(rows)
         head = self._head(rows, places)
@@ -182,7 +182,7 @@ class HarnessModel:
                 first = last
         return found
 
-    def _head(self, rows: Sequence[_Row], places: Tensor) -> "LinearHead | Tensor":
+    def _head(self, rows: Sequence[_ScoredRow], places: Tensor) -> "LinearHead | Tensor":
         """Compute the outputs at `places`, (row, position) each: a head of them, or logits."""
         longest = max(len(row.ids) for row in rows)
         ids_BT = torch.zeros((len(rows), longest), dtype=torch.int64)
@@ -325,16 +325,16 @@ def share_of(batches: Sequence[list[int]], rank: int, ranks: int) -> list[list[i
     return [batch for number, batch in enumerate(batches) if turn[number % (2 * ranks)] == rank]
 
 
-def _rows_of(pairs: Sequence[tuple[Ids, Ids]], context: int) -> list[_Row]:
+def _rows_of(pairs: Sequence[tuple[Ids, Ids]], context: int) -> list[_ScoredRow]:
     """Join requests whose ids differ in the last token alone; cut long ones on the left."""
-    rows: dict[tuple[int, ...], _Row] = {}
+    rows: dict[tuple[int, ...], _ScoredRow] = {}
     for number, (ahead, ids) in enumerate(pairs):
         read = tuple((ahead + ids)[-(context + 1) : -1])
-        rows.setdefault(read, _Row(read, [])).endings.append((number, ids))
+        rows.setdefault(read, _ScoredRow(read, [])).endings.append((number, ids))
     return list(rows.values())
 
 
-def _places(rows: Sequence[_Row]) -> tuple[Tensor, list[tuple[int, int]]]:
+def _places(rows: Sequence[_ScoredRow]) -> tuple[Tensor, list[tuple[int, int]]]:
     """Return the places to compute, (row, position) each, and what each continuation reads: the
     number of a place, and the token.
     """
