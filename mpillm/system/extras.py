@@ -19,6 +19,8 @@ EXTRA_OF = {
     "PIL": "pictures",
     "sacrebleu": "evaluate",
     "rouge_score": "evaluate",
+    "yaml": "evaluate",
+    "lm_eval": "lm-eval",
     "sklearn": "baselines",
     "gensim": "baselines",
     "pyarrow": "tables",

@@ -1,5 +1,6 @@
 """`mpillm evaluate`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -26,6 +27,15 @@ WRITING = (
     "seed",
     "outputs",
 )
+# What has no meaning next to task files of lm-evaluation-harness, which say how texts are written.
+NOT_OF_HARNESS = (
+    *(name for name in WRITING if name != "outputs"),
+    "baselines",
+    "calibrate",
+    "data",
+    "generate",
+    "metrics",
+)
 
 Device = Annotated[
     Literal["auto", "cpu", "cuda"],
@@ -38,6 +48,7 @@ class Evaluate:
     """Evaluate a model on all validation data: loss, perplexity, bits per byte, other metrics.
 
     With --generate: the texts that it writes for pairs, by BLEU, ROUGE, exact match and others.
+    With --harness tasks/sums.yaml: the figures of lm-evaluation-harness for this task file.
     """
 
     example: ClassVar = (
@@ -78,7 +89,18 @@ class Evaluate:
     top_p: Annotated[float, Option("With --temperature: as of `generate`.")] = 1.0
     seed: Annotated[int, Option("With --temperature: the same seed gives the same texts.")] = 0
     outputs: Annotated[
-        Path | None, Option("With --generate: a new file for all texts, in JSON lines.")
+        Path | None,
+        Option("With --generate or --harness: a new file for all texts, in JSON lines."),
+    ] = None
+    harness: Annotated[
+        tuple[Path, ...],
+        Option(
+            "A task file of lm-evaluation-harness over local data; once for each file.",
+            metavar="FILE.yaml",
+        ),
+    ] = ()
+    limit: Annotated[
+        int | None, Option("With --harness: the first so many examples of a file.", minimum=1)
     ] = None
     device: Device = "auto"
     as_json: Json = False
@@ -86,12 +108,13 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         self._decoding()
+        if self.harness:
+            self._refuse(NOT_OF_HARNESS, "of prepared data, and --harness of task files")
+            return
+        if self.limit is not None:
+            raise UsageError("--limit is of --harness; give a task file, or leave it out")
         if self.generate:
-            for name in ("baselines", "calibrate"):
-                if getattr(self, name):
-                    raise UsageError(
-                        f"--{name} is of losses, and --generate of texts; ask for one at a time"
-                    )
+            self._refuse(("baselines", "calibrate"), "of losses, and --generate of texts")
             return
         for each in fields(self):
             if each.name in WRITING and getattr(self, each.name) != each.default:
@@ -99,6 +122,13 @@ class Evaluate:
                     f"--{each.name.replace('_', '-')} is for texts that the model writes; give "
                     "--generate, too, or leave it out"
                 )
+
+    def _refuse(self, names: Sequence[str], why: str) -> None:
+        """Raise UsageError for an option of `names` that was given."""
+        for each in fields(self):
+            if each.name in names and getattr(self, each.name) != each.default:
+                option = each.name.replace("_", "-")
+                raise UsageError(f"--{option} is {why}; ask for one at a time")
 
     def _decoding(self) -> Decoding:
         most = 1 if self.max_tokens is None else self.max_tokens
@@ -109,6 +139,9 @@ class Evaluate:
         with open_job(self.debug) as job:
             require_packages("mpillm evaluate", "torch")
             limit_torch_threads(job.threads)
+            if self.harness:
+                self._print_harness(job)
+                return
             if self.generate:
                 self._print_answers(job)
                 return
@@ -127,10 +160,19 @@ class Evaluate:
                 self.calibrate,
             )
 
+    @property
+    def _models(self) -> list[Path]:
+        return [self.trained, self.other] if self.other else [self.trained]
+
+    def _print_harness(self, job: Job) -> None:
+        from mpillm.infer.harness.print_harness import HarnessOptions, print_harness
+
+        options = HarnessOptions(self.harness, self.limit, self.outputs, self.as_json)
+        print_harness(self._models, options, job.comm, job.console, self.device)
+
     def _print_answers(self, job: Job) -> None:
         from mpillm.infer.decoding.print_answers import AnswerOptions, print_answers
 
         given = self._decoding(), self.metrics, self.outputs, self.as_json
-        trained = [self.trained, self.other] if self.other else [self.trained]
         options = AnswerOptions(*given)
-        print_answers(trained, self.data, options, job.comm, job.console, self.device)
+        print_answers(self._models, self.data, options, job.comm, job.console, self.device)

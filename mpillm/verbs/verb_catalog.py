@@ -13,6 +13,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "prepare": "mpillm.verbs.prepare:Prepare",
         "train": "mpillm.verbs.train:Train",
         "evaluate": "mpillm.verbs.evaluate:Evaluate",
+        "lm-eval": "mpillm.verbs.lm_eval:LmEval",
         "generate": "mpillm.verbs.generate:Generate",
         "inspect": "mpillm.verbs.inspect:Inspect",
         "import": "mpillm.verbs.import_:Import",

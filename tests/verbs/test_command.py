@@ -129,7 +129,7 @@ def test_the_help_is_the_dataclass() -> None:
 def test_every_verb_of_the_catalogue(name: str) -> None:
     module, _, attribute = VERBS[name].partition(":")
     # `import` is a word of Python itself.
-    assert module == f"mpillm.verbs.{name}{'_' * keyword.iskeyword(name)}"
+    assert module == f"mpillm.verbs.{name.replace('-', '_')}{'_' * keyword.iskeyword(name)}"
     verb = getattr(importlib.import_module(module), attribute)
     assert command.verb_summary(VERBS[name]) == " ".join(verb.__doc__.split("\n\n")[0].split())
     assert verb.example.partition("mpillm ")[2].startswith(f"{name} ")

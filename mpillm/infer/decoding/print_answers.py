@@ -66,7 +66,7 @@ def print_answers(
     task without references, a metric that compares no texts, and an outputs file that exists.
     """
     place, _ = choose_device(device, comm, map_nodes(comm), option="--device")
-    on_root(comm, lambda: _check_outputs(options.outputs))
+    on_root(comm, lambda: check_texts_file(options.outputs))
     found = open_candidates(trained, data, comm, console)
     check_writes([each.task for each in found])
     names = options.metrics or found[0].task.text_metrics
@@ -92,7 +92,7 @@ def print_answers(
         for signature in scores["model"].signatures.values():
             console.say(signature)
         _print_examples(rows[:EXAMPLES], console)
-    on_root(comm, lambda: _write_outputs(options.outputs, rows))
+    on_root(comm, lambda: write_texts_file(options.outputs, rows))
 
 
 def _write(
@@ -133,18 +133,20 @@ def _gathered(
     return rows
 
 
-def _check_outputs(outputs: Path | None) -> None:
+def check_texts_file(outputs: Path | None) -> None:
+    """Raise UsageError where the file of --outputs cannot be made; None: there is none."""
     if outputs is not None:
         refuse_taken(outputs, "--outputs")
         check_outputs({"--outputs": outputs})
 
 
-def _write_outputs(outputs: Path | None, rows: Sequence[Mapping[str, object]]) -> None:
+def write_texts_file(outputs: Path | None, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write the rows as JSON lines to a new file, whole or not at all."""
     if outputs is None:
         return
     work = temporary_path(outputs)
     try:
-        work.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
+        work.write_text("".join(to_json(row, default=str) + "\n" for row in rows), encoding="utf-8")
         give_name(work, outputs, "--outputs")
     finally:
         work.unlink(missing_ok=True)

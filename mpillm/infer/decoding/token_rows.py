@@ -3,7 +3,7 @@
 Shapes: B rows, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -75,20 +75,26 @@ class TokenRows:
         self._new_BT, self._lengths_B = self._new_BT[rows_N], self._lengths_B[rows_N]
 
 
+def never_over(row: int, token: int) -> bool:
+    """Let no token end its row."""
+    return False
+
+
 def continue_rows(
     rows: TokenRows,
     sampling: Sampling,
     generators: Sequence[torch.Generator],
     ends: frozenset[int],
     most: Sequence[int],
+    is_over: Callable[[int, int], bool] = never_over,
 ) -> list[list[int]]:
     """Draw the tokens of each row, up to one of `ends`, which is left out, or its `most` tokens.
 
     `generators`: of each row, so that its draws depend on no other row. Ended rows are no longer
-    computed.
+    computed. `is_over`: see `draw_rows`.
     """
     found: list[list[int]] = [[] for _ in generators]
-    for left, tokens, _ in draw_rows(rows, sampling, generators, ends, most):
+    for left, tokens, _ in draw_rows(rows, sampling, generators, ends, most, is_over=is_over):
         for row, token in zip(left, tokens, strict=True):
             if token not in ends:
                 found[row].append(token)
@@ -102,11 +108,13 @@ def draw_rows(
     ends: frozenset[int],
     most: Sequence[int],
     repeats: Sequence[int] | None = None,
+    is_over: Callable[[int, int], bool] = never_over,
 ) -> Iterator[tuple[list[int], list[int], Tensor]]:
     """Draw a token of each row at a time, up to one of `ends` or its `most` tokens.
 
     Yields the numbers of the rows that are left, their tokens, and the logits (B, V) of these.
     `repeats`: of each row the number of its prompt in `rows`, where several rows continue one.
+    `is_over(row, token)` is asked of each token that others may follow, and ends its row with it.
     """
     left, written = list(range(len(generators))), 0
     while left:
@@ -122,7 +130,7 @@ def draw_rows(
         kept = [
             place
             for place, (row, token) in enumerate(zip(left, tokens, strict=True))
-            if token not in ends and written < most[row]
+            if token not in ends and written < most[row] and not is_over(row, token)
         ]
         left = [left[place] for place in kept]
         if left:

@@ -24,7 +24,7 @@ def print_scores(
     for metric in (each for each in metrics if not each.is_table):
         cells = [score_cell(score, metric) for score in scores.values()]
         if differences is not None:
-            cells += _difference_cells(differences.get(metric.name), metric.digits)
+            cells += difference_cells(differences.get(metric.name), metric.digits)
         lines.append([metric.title, *cells])
     console.table(title, ["", *scores, *more], lines)
 
@@ -56,7 +56,8 @@ def score_cell(score: Score, metric: Metric) -> str:
     return f"{value:,.{digits}f}{bounds}"
 
 
-def _difference_cells(difference: ScoreDifference | None, digits: int) -> list[str]:
+def difference_cells(difference: ScoreDifference | None, digits: int) -> list[str]:
+    """Write a difference with its interval, and its p."""
     if difference is None:
         return ["–", "–"]
     value, interval = f"{difference.value:+,.{digits}f}", difference.interval
