@@ -13,6 +13,8 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "prepare": "mpillm.verbs.prepare:Prepare",
         "train": "mpillm.verbs.train:Train",
         "evaluate": "mpillm.verbs.evaluate:Evaluate",
+        "contamination": "mpillm.verbs.contamination:ContaminationOptions",
+        "memorisation": "mpillm.verbs.memorisation:MemorisationOptions",
         "generate": "mpillm.verbs.generate:Generate",
         "inspect": "mpillm.verbs.inspect:Inspect",
         "import": "mpillm.verbs.import_:Import",

@@ -23,6 +23,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "mse": "mpillm.tasks.metrics.regression:SquaredError",
         "mae": "mpillm.tasks.metrics.regression:AbsoluteError",
         "pearson": "mpillm.tasks.metrics.regression:Pearson",
+        "spearman": "mpillm.tasks.metrics.spearman:Spearman",
         "preference-accuracy": "mpillm.tasks.metrics.rewards:PreferenceAccuracy",
         "reward-margin": "mpillm.tasks.metrics.rewards:RewardMargin",
         "entity-f1": "mpillm.tasks.metrics.entity_f1:EntityF1",
