@@ -45,6 +45,9 @@ class Task(ABC):
     classes: tuple[str, ...] = ()
     """The names of the data's classes, in the order of their numbers; set by `make_task`."""
 
+    problem_type: ClassVar[str] = ""
+    """What transformers calls the problem of a head of classes; "": nothing."""
+
     output_kind: ClassVar[OutputKind] = "any"
     """What it learns: a model that gives something else is refused."""
 

@@ -117,6 +117,19 @@ def make_task(
     return task
 
 
+def problem_type_of(name: str) -> str:
+    """Return what transformers calls the problem of a task; "" where it has no word for it.
+
+    Imports torch. A name that is no task has none.
+    """
+    from mpillm.tasks.task import Task
+
+    if name not in TASKS and not is_plugin(name):
+        return ""
+    kind = load_class(name, TASKS, "task", Task)  # type: ignore[type-abstract]
+    return kind.problem_type
+
+
 def read_settings(section: Mapping[str, Any]) -> TaskSettings:
     """Build the settings from the section [task] of a checkpoint's recipe.
 

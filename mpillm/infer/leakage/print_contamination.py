@@ -80,8 +80,8 @@ def _print_table(title: str, found: Contamination, console: Console) -> None:
         facts["common phrases left out"] = f"{found.common:,} of {found.n} tokens"
     console.facts(title, facts)
     runs = {
-        f"row {row.row:,}": f"{row.longest:,} tokens of a run, {row.covered:,} of {row.tokens:,} in "
-        f"all; {row.times:,} times in the training text, first in document {row.document:,} of "
+        f"row {row.row:,}": f"{row.longest:,} tokens of a run, {row.covered:,} of {row.tokens:,} "
+        f"in all; {row.times:,} times in the training text, first in document {row.document:,} of "
         f"{row.shard}: {' '.join(row.text.split())[:SHOWN]}"
         for row in _largest(found)
     }
