@@ -36,6 +36,9 @@ class Task(ABC):
     it writes no text, or the pairs have no reference.
     """
 
+    answer_metrics: ClassVar[tuple[str, ...]] = ()
+    """Metrics of the texts of spans that are answers, by name, which evaluations add."""
+
     field_names: ClassVar[tuple[str, ...]]
     """The fields of every batch; `documents` is added where the recipe asks for it."""
 

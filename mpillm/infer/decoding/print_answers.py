@@ -13,6 +13,7 @@ from mpillm.infer.candidates import (
     Candidate,
     facts_of,
     open_candidates,
+    record_scores,
     title_of,
     warn_if_moved,
 )
@@ -92,6 +93,7 @@ def print_answers(
         for signature in scores["model"].signatures.values():
             console.say(signature)
         _print_examples(rows[:EXAMPLES], console)
+    on_root(comm, lambda: record_scores(found, scores, quiet))
     text = to_json_lines(rows)
     on_root(comm, lambda: write_new_file(options.outputs, text, "--outputs"))
 

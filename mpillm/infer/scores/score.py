@@ -43,7 +43,7 @@ class Score:
     """The rows that were scored."""
     intervals: Mapping[str, Interval | None] = field(default_factory=dict)
     """The 95% interval of each metric, where intervals were asked for; None: too few rows."""
-    tables: Mapping[str, list[list[int]]] = field(default_factory=dict)
+    tables: Mapping[str, list[list[float]]] = field(default_factory=dict)
     """The counts of metrics that are tables."""
     signatures: Mapping[str, str] = field(default_factory=dict)
     """The settings and releases by which texts were compared, where a metric has one."""
@@ -68,6 +68,15 @@ class Score:
     @property
     def perplexity(self) -> float:
         return Perplexity().value(NO_SUMS, self.totals)
+
+    def record(self) -> dict[str, object]:
+        """Return what a run's folder keeps of it: see runs/evaluations.py."""
+        return {
+            "rows": self.rows,
+            "values": dict(self.values),
+            "intervals": dict(self.intervals),
+            "tables": dict(self.tables),
+        }
 
     def to_json(self) -> dict[str, object]:
         values = {name.replace("-", "_"): value for name, value in self.values.items()}

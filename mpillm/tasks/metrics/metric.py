@@ -66,6 +66,9 @@ class Metric(ABC):
     their order, and not of sums.
     """
 
+    table_columns: ClassVar[tuple[str, ...]] = ()
+    """The heads of a table's columns; (): a line and a column for each class."""
+
     is_table: ClassVar[bool] = False
     """Whether its figures are those of `table`, in place of one value."""
 
@@ -106,7 +109,7 @@ class Metric(ABC):
         """
         raise NotImplementedError(f"the metric {self.name} is of sums")
 
-    def table(self, sums: Array) -> list[list[int]]:
+    def table(self, sums: Array) -> list[list[float]]:
         """Return the counts of a metric that is a table."""
         raise NotImplementedError(f"the metric {self.name} is no table")
 

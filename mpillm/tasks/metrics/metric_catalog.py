@@ -19,6 +19,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "micro-f1": "mpillm.tasks.metrics.micro_f1:MicroF1",
         "confusion-matrix": "mpillm.tasks.metrics.confusion_matrix:ConfusionMatrix",
         "ece": "mpillm.tasks.metrics.calibration:CalibrationError",
+        "reliability": "mpillm.tasks.metrics.calibration:Reliability",
         "brier": "mpillm.tasks.metrics.calibration:Brier",
         "mse": "mpillm.tasks.metrics.regression:SquaredError",
         "mae": "mpillm.tasks.metrics.regression:AbsoluteError",
