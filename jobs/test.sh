@@ -2,8 +2,8 @@
 # The whole suite: serially, then under mpirun at 2, 3 and 4 ranks.
 #   sh jobs/test.sh [--fast | --every] [--mpi openmpi|mpich|system] [--ranks 1,2,3,4] [pytest arguments...]
 # --fast   one rank, and no test that starts processes of its own: the quickest look
-# --every  each test at each number of ranks. Without it, and without pytest arguments, a third of the tests that train
-#          whole runs has its turn at each of 1, 2 and 3 ranks; all of them run at 4
+# --every  each test at each number of ranks. Without it, and without pytest arguments, a test of training or inference
+#          has its turn at one of 2, 3 and 4 ranks, and a third of them serially
 # --mpi    this MPI, in an environment of its own: .venv-openmpi, .venv-mpich, .venv-system (your site's MPI)
 # --ranks  these numbers of ranks; 1 is the serial pass
 set -eu

@@ -1,7 +1,7 @@
 """A model at rest by our names: of a run, of a published model, or of adapters and their base."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ from mpillm.weights.tensor_source import TensorSource
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+POSITIONS = "position.weight"
+"""The name of the learned positions in every architecture that has them, (rows, width)."""
 BASE = "base"
 """The fact of a checkpoint of adapters that names its base: `path` and `digest`."""
 
@@ -42,6 +44,20 @@ class ModelSource:
     read: Callable[[str], Tensor]
     """Return a weight by its name. Raises CheckpointError."""
     classes: tuple[str, ...]
+
+    def with_context(self, spec: ModelSpec) -> "ModelSource":
+        """Return the same model for rows no longer than those of `spec`: of learned positions
+        the first ones.
+        """
+        if POSITIONS not in self.shapes or spec.context >= self.spec.context:
+            return self
+        rows, width = self.shapes[POSITIONS]
+        kept = rows - self.spec.context + spec.context
+
+        def read(name: str) -> Tensor:
+            return self.read(name)[:kept] if name == POSITIONS else self.read(name)
+
+        return replace(self, shapes={**self.shapes, POSITIONS: (kept, width)}, read=read)
 
 
 def open_model(source: TensorSource, comm: "MPI.Intracomm", console: Console) -> ModelSource:
@@ -110,7 +126,7 @@ def _merged(
     """Return the model of a base with merged adapters. Weights that were trained whole take the
     place of the base's.
     """
-    stored = source.weights
+    base, stored = base.with_context(spec), source.weights
     tuned = tuned_shapes(spec, Tuning(adapter))
     whole = {name: shape for name, shape in stored.items() if not layer_of(name)}
     in_blocks = {f"{layer}.weight" for layer in tuned.layers}

@@ -76,6 +76,10 @@ class EncoderDecoderSettings(BlockSettings):
             )
 
     @property
+    def any_length(self) -> bool:
+        return True
+
+    @property
     def uncut_reason(self) -> str:
         return "an encoder-decoder's attention to its source is not cut yet"
 

@@ -200,6 +200,10 @@ class EncoderSettings(BlockSettings):
             return {}
         return {name: getattr(usual, name) for name in HEAD_KEYS}
 
+    @property
+    def any_length(self) -> bool:
+        return not (self.image_size or self.mels)
+
     def new_weights(self, source: ModelSpec, same_classes: bool = True) -> tuple[str, ...]:
         if not isinstance(source, EncoderSettings):
             return ()

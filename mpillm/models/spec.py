@@ -211,6 +211,11 @@ class ModelSpec(ABC):
         return self.context
 
     @property
+    def any_length(self) -> bool:
+        """Whether a batch may have shorter rows than `context` and `source_context`."""
+        return False
+
+    @property
     def source_field(self) -> str:
         """The field that generation encodes ahead of the first token; "": there is none."""
         return ""

@@ -44,6 +44,8 @@ class Lengths:
 
     context: int = 256
     source_context: int = 256
+    trims: bool = False
+    """The rows of a batch of tokens may be as short as its longest pair."""
 
     @property
     def frames(self) -> int:
@@ -52,4 +54,4 @@ class Lengths:
 
     @classmethod
     def of(cls, spec: ModelSpec) -> "Lengths":
-        return cls(spec.context, spec.source_context)
+        return cls(spec.context, spec.source_context, spec.any_length)

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpillm.errors import LayoutError, UsageError
+from mpillm.errors import DataError, LayoutError, UsageError
 from mpillm.machine.cluster_profile import ClusterProfile, load_profile
 from mpillm.machine.node_map import NodeMap
 from mpillm.parallel.axis_sizes import AXES
@@ -21,10 +22,12 @@ from mpillm.system.json_text import to_json
 from mpillm.tasks.task_catalog import make_task
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.manifest import NAME, Manifest
+from mpillm.tokens.pairs.pair_manifest import PairManifest
+from mpillm.tokens.pairs.pair_reader import PairReader
 from mpillm.train.print_plan import expert_facts, pipeline_facts
 from mpillm.train.recipe import Recipe, TrainSettings
 from mpillm.train.run_memory import RunMemory
-from mpillm.train.run_plan import fill_model, plan_run, profile_path
+from mpillm.train.run_plan import as_read, fill_model, plan_run, profile_path
 
 # A mesh of more ranks is printed host by host; of more hosts, the first and the last ones.
 SHOWN_RANKS, SHOWN_HOSTS = 64, 16
@@ -90,7 +93,7 @@ def print_dry_run(recipe: Recipe, hosts: Hosts, console: Console, as_json: bool)
     plan = plan_run(recipe, sizes)
     precision, more = planned_precision(settings)
     plan, notes = replace(plan, precision=precision), [*notes, *more]
-    memory = RunMemory(recipe, sizes, hosts.node_map)
+    memory = RunMemory(_as_read(recipe, plan), sizes, hosts.node_map)
     table = memory.table(plan)
     host = table.shortest(hosts.memory)
     if host is not None:
@@ -108,6 +111,20 @@ def print_dry_run(recipe: Recipe, hosts: Hosts, console: Console, as_json: bool)
     _print_traffic(traffic, hosts, console)
     for note in notes:
         console.say(note)
+
+
+def _as_read(recipe: Recipe, plan: StepPlan) -> Recipe:
+    """Take the lengths of the data's rows, where the data are here."""
+    folder = Path(recipe.data.path)
+    if not (folder / NAME).is_file():
+        return recipe
+    manifest = Manifest.load(folder)
+    if not isinstance(manifest, PairManifest):
+        return recipe
+    # A login node may have the manifest alone, or not all shards.
+    with suppress(DataError), PairReader(manifest, "train") as reader:
+        return as_read(recipe, plan, reader)
+    return recipe
 
 
 def _slow_tensor(

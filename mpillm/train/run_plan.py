@@ -4,12 +4,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from mpillm.errors import LayoutError, MismatchError, RecipeError
 from mpillm.parallel.axis_sizes import batch_share
 from mpillm.parallel.expert.expert_groups import check_experts
 from mpillm.parallel.islands.rounds import check_rounds
 from mpillm.parallel.step_plan import StepPlan, check_small_batches, plan_step
 from mpillm.runs.folder import CLUSTER
+from mpillm.tasks.vocabulary import Lengths
+from mpillm.tokens.pairs.pair_reader import PairReader
+from mpillm.tokens.samples import RowShape, SampleReader
 from mpillm.train.recipe import Recipe
 
 
@@ -177,3 +182,31 @@ def _check_context(recipe: Recipe) -> None:
                 f"train.{name} computes with whole sequences, which {given} shares among ranks; "
                 "leave one of them out"
             )
+
+
+def row_lengths(recipe: Recipe, plan: StepPlan) -> Lengths:
+    """Return the lengths of the rows of pairs.
+
+    Stages exchange streams of one length, and compiled layers have one. So has a fixed order: its
+    bits are those of a pipeline.
+    """
+    of_model = Lengths.of(recipe.model)
+    one = plan.schedule.ranks > 1 or plan.context > 1 or plan.compiled or plan.fixed_order
+    return replace(of_model, trims=of_model.trims and not one)
+
+
+def as_read(recipe: Recipe, plan: StepPlan, reader: SampleReader) -> Recipe:
+    """Return the recipe for the memory of its steps, whose rows are as short as the data allow.
+
+    Raises DataError.
+    """
+    if not isinstance(reader, PairReader):
+        return recipe
+    row = RowShape(0, row_lengths(recipe, plan))
+    longest = reader.trimmed(np.arange(reader.n_pairs), row).lengths
+    if longest == row.lengths:
+        return recipe
+    model = recipe.model.replace(context=longest.context)
+    if model.source_context != longest.source_context:
+        model = model.replace(source_context=longest.source_context)
+    return replace(recipe, model=model)

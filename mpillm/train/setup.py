@@ -48,7 +48,7 @@ from mpillm.train.print_plan import print_plan
 from mpillm.train.recipe import Recipe
 from mpillm.train.resuming import find_start, say_changes
 from mpillm.train.run_memory import RunMemory
-from mpillm.train.run_plan import fill_model, plan_run, profile_path
+from mpillm.train.run_plan import as_read, fill_model, plan_run, profile_path, row_lengths
 from mpillm.train.start_from import restore_base, start_from
 from mpillm.train.step import Trainer
 from mpillm.weights.checkpoint import Checkpoint
@@ -102,7 +102,7 @@ def train(
         # Before the run has a folder: a dataset shorter than one context, or a missing profile,
         # must leave nothing to clean up.
         documents = recipe.data.numbers_documents(task)
-        row = RowShape.of(task, Lengths.of(recipe.model), documents)
+        row = RowShape.of(task, row_lengths(recipe, plan), documents)
         reader.steps(row, settings.batch, settings.seed)
         cluster = describe_cluster(comm, node_map)
         profile = _profile(recipe, comm, console, cluster)
@@ -120,7 +120,7 @@ def train(
             constants = constants.of_recipe(recipe.to_dict())
             if checkpoint is not None:
                 say_changes(recipe, checkpoint, console)
-            memory = RunMemory.of(recipe, mesh)
+            memory = RunMemory.of(as_read(recipe, plan, reader), mesh)
             estimate = memory.predict(plan)
             short = on_root(comm, partial(memory.check_hosts, plan, there, force))
             if cuts := on_root(comm, lambda: reader.describe_cuts(row)):
@@ -165,7 +165,9 @@ def _begin_weights(
         base = start_from(place, *given)
         trainer.model.filled()
         return base
-    return restore_base(place, checkpoint, frozen, comm, console) if recipe.adapter.used else {}
+    if not recipe.adapter.used:
+        return {}
+    return restore_base(place, checkpoint, recipe.model, frozen, comm, console)
 
 
 def resolved(recipe: Recipe, hardware: Hardware) -> Recipe:

@@ -56,7 +56,8 @@ def start_from(
             f"train.start_from: the data {manifest.folder} was made with another tokenizer than "
             f"{path}; prepare it with the model's: --tokenizer {source.path}"
         )
-    found = open_model(source, comm, console)
+    opened = open_model(source, comm, console)
+    found = opened.with_context(spec)
     alike = not (found.classes and manifest.classes) or found.classes == manifest.classes
     new = spec.new_weights(found.spec, alike)
     held = [*weights, *(frozen.names if frozen else ())]
@@ -77,12 +78,13 @@ def start_from(
     console.say(f"starting from the weights of {source.path}")
     if initialised:
         console.say(f"new: {', '.join(initialised)} (initialised)")
-    return describe_base(source.path, found, comm) if tuning.adapter.used else {}
+    return describe_base(source.path, opened, comm) if tuning.adapter.used else {}
 
 
 def restore_base(
     path: Path,
     checkpoint: Checkpoint,
+    spec: ModelSpec,
     frozen: FrozenWeights,
     comm: "MPI.Intracomm",
     console: Console,
@@ -100,7 +102,7 @@ def restore_base(
             f"train.start_from: {path} is another model than the base that the adapters of "
             f"{checkpoint.folder} were trained on: its weights have another digest; name that one"
         )
-    fill_frozen(path, found, frozen, comm)
+    fill_frozen(path, found.with_context(spec), frozen, comm)
     return fact
 
 

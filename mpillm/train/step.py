@@ -26,7 +26,6 @@ from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.parallel.step_plan import StepPlan
 from mpillm.plan.peak_memory import rows_at_once
 from mpillm.tasks.task import Task
-from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.order import dropout_keys
 from mpillm.tokens.pairs.pair_reader import PairReader
 from mpillm.tokens.samples import RowShape, SampleReader
@@ -41,6 +40,7 @@ from mpillm.train.optimizers.optimizer import (
 )
 from mpillm.train.recipe import Recipe
 from mpillm.train.reference_point import ReferencePoint
+from mpillm.train.run_plan import row_lengths
 from mpillm.train.step_stats import StepStats, check_finite, gather_stats
 from mpillm.weights.names import module_names, weight_name
 from mpillm.weights.slices import Held, TensorSlice, slices_of, split_run
@@ -111,7 +111,7 @@ class Trainer:
             stepped = {name: tuple(weight.shape) for name, weight in self.stepped.items()}
             check_whole(recipe.optimizer, stepped, whole)
         documents = recipe.data.numbers_documents(task)
-        row = RowShape.of(task, Lengths.of(recipe.model), documents)
+        row = RowShape.of(task, row_lengths(recipe, plan), documents)
         self._samples = reader.steps(row, recipe.train.batch, recipe.train.seed)
         offered = {*task.field_names, *(["documents"] if documents else [])}
         self._reads_fields = self.model.reads_fields(sorted(offered))

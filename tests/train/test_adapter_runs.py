@@ -98,14 +98,19 @@ def test_adapters_alone_are_trained_and_saved(lora: Path, base: Path, comm: MPI.
     torch.testing.assert_close(now[f"{changed}.weight"], merged)
 
 
-@pytest.mark.parametrize("layout", ["zero", "pipeline", "tensor"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "zero",
+        pytest.param("pipeline", marks=pytest.mark.ranks(2)),  # two layers
+        pytest.param("tensor", marks=pytest.mark.ranks(2, 4)),  # four heads
+    ],
+)
 def test_every_layout_learns_the_same(
     lora: Path, folder: Path, data: Path, base: Path, comm: MPI.Intracomm, layout: str
 ) -> None:
-    if comm.size == 1 or (layout == "pipeline" and comm.size > SPEC.layers):
-        pytest.skip("the layout needs 2 ranks, and a layer for each stage")
-    if layout == "tensor" and SPEC.heads % comm.size:
-        pytest.skip("the ranks do not divide the heads")
+    if comm.size == 1:
+        pytest.skip("one rank has nothing to share")
     sizes = {"zero": 3} if layout == "zero" else {layout: comm.size}
     train(recipe(folder / "run", data, base, parallel=sizes), comm, QUIET)
     comm.Barrier()
@@ -116,13 +121,12 @@ def test_every_layout_learns_the_same(
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.ranks(2)  # four layers in two or four stages
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
 def test_a_tied_embedding_is_the_bases_in_each_stage(
     folder: Path, data: Path, comm: MPI.Intracomm, schedule: str
 ) -> None:
     """With zb-v the first rank has the embedding and the head."""
-    if comm.size != 2:
-        pytest.skip("four layers in two or four stages of 2 ranks")
     if comm.rank == 0:
         publish(folder / "tied", replace(SPEC, tied=True, layers=4))
     comm.Barrier()
@@ -256,10 +260,11 @@ REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
         "freezes all weights",
         {"adapter": {"method": "none"}, "train": {"freeze": ["*"]}},
     ),
-    (
+    pytest.param(
         LayoutError,
         "needs whole rows of each weight",
         {"adapter": {"method": "dora"}, "parallel": {"tensor": 2}},
+        marks=pytest.mark.ranks(2),
     ),
 ]
 
@@ -274,8 +279,6 @@ def test_what_cannot_be_is_refused(
     message: str,
     sections: dict[str, Any],
 ) -> None:
-    if "parallel" in sections and comm.size != 2:
-        pytest.skip("the layout needs 2 ranks")
     with pytest.raises(kind, match=message):
         train(recipe(folder / "run", data, base, **sections), comm, QUIET)
     assert not (folder / "run").exists()

@@ -79,12 +79,11 @@ def test_losses_are_those_of_one_rank(
         assert found == pytest.approx(wanted, rel=TOLERANCE), parallel
 
 
+@pytest.mark.ranks(4)
 def test_tensor_ranks_that_share_heads_of_keys_attend_in_a_ring(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
     """Two ranks do not divide three heads: each names a head once for each head of queries."""
-    if comm.size != 4:
-        pytest.skip("both axes need four ranks")
     heads = {"model": {"heads": 12, "kv_heads": 3, "width": 48}, "train": {"microbatch": 1}}
     if comm.rank == 0:
         train(recipe(data, folder / "alone", heads), MPI.COMM_SELF, QUIET)

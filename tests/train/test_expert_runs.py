@@ -97,11 +97,10 @@ def test_each_layout_trains_as_one_rank(
         assert len(numbers(run)) == LINES
 
 
+@pytest.mark.ranks(2, 4)
 def test_ranks_that_share_sequences_may_share_experts(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
-    if comm.size % 2:
-        pytest.skip("two ranks share a sequence")
     few: dict[str, object] = {"steps": 4, "evaluate_every": 2}
     given: dict[str, dict[str, object]] = {"model": of_ranks(comm), "train": few}
     parallel: dict[str, object] = {"context": 2}
@@ -145,9 +144,8 @@ def test_masters_of_bfloat16(data: Path, folder: Path, comm: MPI.Intracomm) -> N
         check_near(run, folder / "whole", parallel, rel=1e-2)
 
 
+@pytest.mark.ranks(4)
 def test_islands_have_experts_of_their_own(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
-    if comm.size != 4:
-        pytest.skip("two islands of two ranks")
     for number, experts in enumerate((1, 2)):
         parallel = {"island": 2, "island_every": 5, "experts": experts}
         train(recipe(data, folder / f"run{number}", parallel=parallel), comm, QUIET)

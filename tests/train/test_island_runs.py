@@ -84,13 +84,11 @@ class Asked(StopSignals):
         self.number, self._orderly = signal.SIGUSR1 * here, False
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
+@pytest.mark.parametrize("pipeline", [1, pytest.param(2, marks=pytest.mark.ranks(4))])
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     data: Path, folder: Path, comm: MPI.Intracomm, pipeline: int
 ) -> None:
     islands = islands_of(comm)
-    if pipeline == 2 and comm.size != 4:
-        pytest.skip("needs four ranks")
     sections = {
         "train": {"evaluate_every": 2, "save_every": 2},
         "parallel": {"island_momentum": 0.5, "island_rate": 0.7, "pipeline": pipeline},
@@ -128,9 +126,8 @@ def test_another_layout_reads_the_common_weights(
     assert len(numbers(folder / "run")) >= 6
 
 
+@pytest.mark.ranks(1, 2, 4)  # a batch of 8
 def test_one_island_is_plain_training(data: Path, folder: Path, comm: MPI.Intracomm) -> None:
-    if comm.size == 3:
-        pytest.skip("a batch of 8")
     settings = {"island_rate": 0.3, "island_momentum": 0.9, "island_from": 1, "island_every": 7}
     train(recipe(data, folder / "one", 1, parallel=settings), comm, QUIET)
     train(recipe(data, folder / "plain", 1), comm, QUIET)
@@ -168,11 +165,10 @@ def test_settings_out_of_range_are_refused(tmp_path: Path, wrong: dict[str, obje
         recipe(tmp_path, tmp_path, 2, parallel=wrong)
 
 
+@pytest.mark.ranks(4)  # two islands of two ranks
 def test_islands_of_shards_train_as_islands_of_whole_weights(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
-    if comm.size != 4:
-        pytest.skip("two islands of two ranks")
     save = {"save_every": 2, "fixed_order": True, "microbatch": 1}
     for zero in (0, 3):
         run = folder / f"run{zero}"

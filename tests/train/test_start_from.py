@@ -49,13 +49,14 @@ def recipe(folder: Path, data: Path, start: Path, **sections: dict[str, Any]) ->
     return load_recipe(path)
 
 
-@pytest.mark.parametrize("layout", ["data", "pipeline"])
+@pytest.mark.parametrize(
+    "layout",
+    ["data", pytest.param("pipeline", marks=pytest.mark.ranks(1, 2))],  # two layers
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_and_settings_are_those_of_the_model(
     data: Path, folder: Path, comm: MPI.Intracomm, published: Path, layout: str, dtype: str
 ) -> None:
-    if layout == "pipeline" and comm.size > SPEC.layers:
-        pytest.skip("more stages than layers")
     asked = recipe(
         folder,
         data,
@@ -200,6 +201,34 @@ def test_it_learns_alike_in_each_layout(folder: Path, comm: MPI.Intracomm) -> No
     if comm.rank == 0:
         assert "new: head.weight, head.bias (initialised)" in said.getvalue()
         assert "head_dense" not in said.getvalue()
+
+
+def test_a_shorter_context_takes_the_first_positions(folder: Path, comm: MPI.Intracomm) -> None:
+    """Its losses are the same: rows are as short as the texts, and dropout does not depend on it.
+
+    A pipeline's rows are as long as the context.
+    """
+    longer = BERT.replace(context=48, attention_dropout=0.1)
+    if comm.rank == 0:
+        publish(folder / "hub", longer)
+    comm.Barrier()
+    data, losses = prepare_classes(folder, comm), []
+    for number, (context, layout) in enumerate([(48, {}), (16, {}), (48, layout_of(comm))]):
+        run = folder / f"run{number}"
+        asked = recipe(
+            folder, data, folder / "hub", task=CLASSIFICATION["task"], parallel=layout,
+            model={"head": "sequence", "context": context}, train={"run": str(run), "steps": 3},
+        )  # fmt: skip
+        train(asked, comm, QUIET)
+        comm.Barrier()
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+    short = saved_weights(folder / "run1", comm)["position.weight"]
+    whole = saved_weights(folder / "run0", comm)["position.weight"]
+    assert (len(short), len(whole)) == (16, 48)
+    torch.testing.assert_close(short, whole[:16], rtol=0, atol=1e-4)
 
 
 def test_a_vit_learns_other_classes(folder: Path, comm: MPI.Intracomm) -> None:

@@ -73,9 +73,7 @@ def history(run: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run / HISTORY).read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG]
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2, signal.SIGURG])
 def test_a_run_that_is_asked_to_stop_saves_and_continues(
     data: Path, folder: Path, begin, number: signal.Signals
 ) -> None:  # type: ignore[no-untyped-def]

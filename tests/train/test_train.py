@@ -198,16 +198,12 @@ def test_the_document_mask_trains_otherwise(data: Path, folder: Path, comm: MPI.
     assert plain[-2]["loss"] != masked[-2]["loss"]
 
 
-def only_up_to_two(comm: MPI.Intracomm) -> None:
-    if comm.size > 2:
-        pytest.skip("lower dtypes are slow on CPUs: at 1 and 2 ranks")
-
-
+# Lower dtypes are slow on CPUs.
+@pytest.mark.ranks(1, 2)
 @pytest.mark.slow("trains whole runs")
 def test_a_lower_dtype_learns_as_float32_does(
     data: Path, folder: Path, comm: MPI.Intracomm
 ) -> None:
-    only_up_to_two(comm)
     for dtype in ("float32", "bfloat16", "float16"):
         settings = {"train": {"dtype": dtype, "steps": 50, "microbatch": 6}}
         train(recipe(data, folder / dtype, **settings), comm, QUIET)
@@ -219,11 +215,11 @@ def test_a_lower_dtype_learns_as_float32_does(
 
 
 @pytest.mark.slow("trains whole runs")
+@pytest.mark.ranks(1, 2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_resumed_run_of_a_lower_dtype_is_bitwise_the_uninterrupted_one(
     data: Path, folder: Path, comm: MPI.Intracomm, dtype: str
 ) -> None:
-    only_up_to_two(comm)
     settings = {"dtype": dtype, "save_every": 4}
     train(recipe(data, folder / "whole", train={**settings, "steps": 8}), comm, QUIET)
     again = recipe(data, folder / "again", train={**settings, "steps": 8})

@@ -5,7 +5,7 @@ A mask is a counter-based random number (Salmon et al., "Parallel random numbers
 place in the layer. No generator has a state, so a mask is the same on every rank and device, in
 every microbatch, and when a layer is recomputed.
 
-Shapes: B sequences, T positions, C width, N values of a sequence.
+Shapes: B sequences, T positions, S positions attended to, H heads, C width, N values of a sequence.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,8 @@ ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, EMBEDDING, HEAD 
 EMBEDDING_LAYER, HEAD_LAYER = 1 << 32, 1 << 33
 # Half a hash decides on one value: probabilities are multiples of 2⁻¹⁶.
 LEVELS = 1 << 16
+# Counters between the probabilities of two positions: 2¹⁶ positions attended to, two a counter.
+POSITION_STRIDE = 1 << 15
 # On a CPU a mask is made in pieces that stay in the second cache: twice as fast.
 CACHED_WORDS = 1 << 16
 # SplitMix64's step between states (Steele et al. 2014), as a signed number.
@@ -60,8 +62,7 @@ def drop(
     """
     if keys is None or not probability:
         return x
-    # At least one level each: a small probability is no 0, a large one no 1.
-    kept = min(max(round(LEVELS * (1 - probability)), 1), LEVELS - 1)
+    kept = _levels_kept(probability)
     if isinstance(keys, PlacedKeys):
         keys_B, skipped = keys.keys_B ^ _mix_number(place), first // x.shape[-1]
         positions_T = keys.positions_T[skipped : skipped + x.shape[1]]
@@ -71,6 +72,34 @@ def drop(
         keeps = keep_mask(keys ^ _mix_number(place), count, kept, first).reshape(x.shape)
     # The product saves the mask alone, a byte a value.
     return x * keeps * (LEVELS / kept)
+
+
+def drop_probabilities(
+    shares_BHTS: Tensor, probability: float, keys: MaskKeys | None, first_head: int = 0
+) -> Tensor:
+    """Drop an attention's probabilities, by masks that padding of the rows does not change.
+
+    `first_head`: the number of the first head in the whole layer.
+    """
+    if keys is None or not probability:
+        return shares_BHTS
+    assert isinstance(keys, Tensor), "an attention with dropout has whole rows"
+    rows, heads, positions, attended = shares_BHTS.shape
+    heads_H = torch.arange(first_head, first_head + heads, device=keys.device)
+    own_B1 = (keys ^ _mix_number(ATTENTION_PROBABILITIES))[:, None]
+    keys_R = _mix64(own_B1 ^ _mix64(heads_H)).flatten()
+    pairs = (attended + 1) // 2
+    starts_T1 = torch.arange(positions, device=keys.device)[:, None] * POSITION_STRIDE
+    counters_TS = starts_T1 + torch.arange(pairs, device=keys.device)
+    kept = _levels_kept(probability)
+    keeps_RN = _keeps_of(keys_R, counters_TS.flatten().to(torch.int32), kept)
+    keeps_BHTS = keeps_RN.view(rows, heads, positions, 2 * pairs)[..., :attended]
+    return shares_BHTS * keeps_BHTS * (LEVELS / kept)
+
+
+def _levels_kept(probability: float) -> int:
+    # At least one level each: a small probability is no 0, a large one no 1.
+    return min(max(round(LEVELS * (1 - probability)), 1), LEVELS - 1)
 
 
 def keep_mask(keys_B: Tensor, count: int, kept: int, first: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ width of a head.
 import torch
 from torch import Tensor
 
-from mpillm.models.layers.dropout import ATTENTION_PROBABILITIES, MaskKeys, drop
+from mpillm.models.layers.dropout import MaskKeys, drop_probabilities
 
 
 def attend_unfused(
@@ -41,6 +41,5 @@ def attend_unfused(
     if mask_TS is not None:
         scores_BHTS = scores_BHTS.masked_fill(~mask_TS, -torch.inf)
     shares_BHTS = scores_BHTS.softmax(-1).to(v_BKSD.dtype)
-    first = first_head * shares_BHTS.shape[2] * shares_BHTS.shape[3]
-    shares_BHTS = drop(shares_BHTS, dropout, keys_B, ATTENTION_PROBABILITIES, first)
+    shares_BHTS = drop_probabilities(shares_BHTS, dropout, keys_B, first_head)
     return (shares_BHTS @ v_BKSD).transpose(1, 2)

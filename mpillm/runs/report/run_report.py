@@ -155,12 +155,12 @@ def _pictures(run_state: RunState) -> list[Picture]:
         found.append(
             Picture("attempts", "Attempts", svg, [(how, how) for how in ends], BANDS, wide=True)
         )
-    found += reliability_picture(run_state.scores)
     for plot in step_plots(run_state):
         legend = [(line.label, line.colour) for line in plot.lines if line.label != plot.title]
         found.append(
             Picture(plot.key, plot.title, draw_plot(plot), legend, plot.caption, plot.wide)
         )
+    found += reliability_picture(run_state.scores)
     return found
 
 

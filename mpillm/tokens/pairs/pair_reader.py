@@ -4,6 +4,7 @@ B pairs, S rows of a source, T tokens of a target.
 """
 
 import os
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from mpillm.errors import DataError
 from mpillm.system import hdf5
 from mpillm.system.json_text import from_json
 from mpillm.system.messages import command, explain
+from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.manifest import Manifest, Split, check_shard
 from mpillm.tokens.order import permute, task_keys
 from mpillm.tokens.pairs.chat_rows import ChatBatches, ChatLengths, ChatSteps
@@ -28,6 +30,8 @@ Int64s = np.ndarray[Any, np.dtype[np.int64]]
 NO_LABEL = -1
 # More tokens than any text has.
 LARGEST = 1 << 62
+# Shorter rows come in multiples of it: a GPU's allocator and oneDNN keep something of each length.
+LENGTH_STEP = 8
 
 
 class _OpenShard:
@@ -97,6 +101,7 @@ class PairReader:
         self._open: dict[int, _OpenShard] = {}
         self._packed: dict[tuple[RowShape, int, int], ChatSteps] = {}
         self._row_lengths: dict[int, ChatLengths] = {}
+        self._lengths: dict[str, Int64s] = {}
         self.references: Array | None = None
         """Of preferences, the reference's log-probability of each pair's chosen answer and of its
         rejected one, float64 (n_pairs, 2). It is set before rows are read.
@@ -147,11 +152,25 @@ class PairReader:
             return f"{what} of {row.tokens - 1:,}, read {samples / rows:.2f} times"
         return f"{self.n_pairs:,} pairs, read {samples / self.n_pairs:.2f} times"
 
-    def lengths(self) -> Int64s:
-        """Count the tokens of each source, (n_pairs,). Raises DataError."""
-        shards = range(len(self.split.shards))
-        ends = [self._shard(number).ends["source"] for number in shards]
-        return np.concatenate([np.diff(each, prepend=0) for each in ends])
+    def lengths(self, side: str = "source") -> Int64s:
+        """Count the tokens of each source or target, (n_pairs,). Raises DataError."""
+        if side not in self._lengths:
+            ends = [self._shard(number).ends[side] for number in range(len(self.split.shards))]
+            self._lengths[side] = np.concatenate([np.diff(each, prepend=0) for each in ends])
+        return self._lengths[side]
+
+    def trimmed(self, numbers: Int64s, row: RowShape) -> RowShape:
+        """Shorten `row` to the longest of the pairs `numbers`, where the model reads any length.
+
+        Pairs of the same batch give the same row on each rank. Raises DataError.
+        """
+        if not row.lengths.trims or self.form.sides.source != "source":
+            return row
+        source = _fitting(self.lengths()[numbers], row.lengths.source_context)
+        target = source
+        if self.form.sides.target == "target":
+            target = _fitting(self.lengths("target")[numbers], row.lengths.context)
+        return replace(row, lengths=Lengths(target, source, True))
 
     def row_lengths(self, row: RowShape) -> ChatLengths:
         """Measure how much of each conversation a row takes, once. Raises DataError."""
@@ -207,8 +226,7 @@ class PairReader:
         most = {"source": self._most_source(row), "target": row.lengths.context}
         found = []
         for side in ("source", "target") if self.form.sides.target == "target" else ("source",):
-            ends = [self._shard(number).ends[side] for number in range(len(self.split.shards))]
-            count = sum(int((np.diff(each, prepend=0) > most[side]).sum()) for each in ends)
+            count = int((self.lengths(side) > most[side]).sum())
             if count:
                 found.append(f"{count:,} of {self.n_pairs:,} {side}s at {most[side]:,}")
         return f"cut off: {' and '.join(found)}; raise the model's lengths" if found else ""
@@ -324,8 +342,8 @@ class MismatchedPairs(PairReader):
         every = (self.supervised(pair) for pair in range(self.n_pairs))
         return np.array([int((marks & LEARNT).argmax()) for marks in every], np.int64)
 
-    def lengths(self) -> Int64s:
-        answers = super().lengths() - self._firsts_learnt
+    def lengths(self, side: str = "source") -> Int64s:
+        answers = super().lengths(side) - self._firsts_learnt
         return self._firsts_learnt + np.roll(answers, -1)
 
     def conversation(self, pair: int, most: int = LARGEST) -> tuple[Array, Array]:
@@ -359,30 +377,47 @@ class PairSteps:
     def raw(self, step: int, first: int, count: int) -> RawRows:
         """Read the rows of the batch of `step`, each with its key. Raises DataError."""
         assert 0 <= first < first + count <= self._batch
-        ids = step * self._batch + np.arange(first, first + count, dtype=np.int64)
+        ids = step * self._batch + np.arange(self._batch, dtype=np.int64)
         epochs = ids // self._reader.n_pairs
         numbers = permute(
             ids - epochs * self._reader.n_pairs, self._reader.n_pairs, self._seed, epochs
         )
-        return {**self._reader.read(numbers, self._row), "keys": task_keys(self._seed, ids)}
+        # All of the batch: the row's length is then the same on each rank, in each layout.
+        row, own = self._reader.trimmed(numbers, self._row), slice(first, first + count)
+        return {**self._reader.read(numbers[own], row), "keys": task_keys(self._seed, ids[own])}
 
 
 class PairBatches:
     """All pairs of a split in order, in batches of `rows`."""
 
     def __init__(self, reader: PairReader, row: RowShape, rows: int) -> None:
-        self._reader, self._row = reader, row
+        self._reader = reader
         self._bounds = [*range(0, reader.n_pairs, rows), reader.n_pairs]
+        # A pipeline knows one length of a batch: a source and a target have two.
+        trims = reader.form.sides.target != "target"
+        self._rows = [
+            reader.trimmed(self._numbers(number), row) if trims else row
+            for number in range(len(self._bounds) - 1)
+        ]
         self.shapes = [
-            (b - a, row.lengths.context)
-            for a, b in zip(self._bounds, self._bounds[1:], strict=False)
+            (len(self._numbers(number)), own.lengths.context)
+            for number, own in enumerate(self._rows)
         ]
         """The rows of each batch, and the positions of each."""
 
     def raw(self, number: int) -> RawRows:
         """Read the arrays of batch `number`, with a key of each row. Raises DataError."""
-        numbers = np.arange(*self._bounds[number : number + 2], dtype=np.int64)
-        return {**self._reader.read(numbers, self._row), "keys": task_keys(0, numbers)}
+        numbers = self._numbers(number)
+        return {**self._reader.read(numbers, self._rows[number]), "keys": task_keys(0, numbers)}
+
+    def _numbers(self, number: int) -> Int64s:
+        return np.arange(*self._bounds[number : number + 2], dtype=np.int64)
+
+
+def _fitting(lengths: Int64s, most: int) -> int:
+    """Return a length for all of `lengths`, `most` at most: few different ones."""
+    longest = max(1, int(lengths.max()))
+    return min(most, -(-longest // LENGTH_STEP) * LENGTH_STEP)
 
 
 def _padded(rows: list[Array], most: int, padding: int) -> Array:

@@ -123,6 +123,31 @@ def test_pairs_come_back_padded_and_cut(tmp_path: Path) -> None:
         assert not reader.describe_cuts(RowShape(0, Lengths(40, 40)))
 
 
+def test_rows_are_as_short_as_the_batch_allows(tmp_path: Path) -> None:
+    records = [{"text": "ab" * (1 + n % 15), "label": "xy"[n % 2]} for n in range(30)]
+    source = write_lines(tmp_path / "a.jsonl", records)
+    manifest = made(source, tmp_path / "out", "sequence-classification")
+    row = RowShape(0, Lengths(40, 40, trims=True))
+    with PairReader(manifest, "train") as reader:
+        steps, whole = reader.steps(row, 2, 3), reader.steps(RowShape(0, Lengths(40, 40)), 2, 3)
+        found = set()
+        for step in range(15):
+            raw, padded = steps.raw(step, 0, 2), whole.raw(step, 0, 2)
+            longest = int(raw["source_lengths"].max())
+            length = min(40, -(-longest // 8) * 8)
+            assert raw["source"].shape == (2, length)
+            assert np.array_equal(raw["source"], padded["source"][:, :length])
+            assert padded["source"].shape == (2, 40)
+            # Ranks that read a part of the batch have rows of the same length.
+            assert np.array_equal(steps.raw(step, 1, 1)["source"], raw["source"][1:])
+            found.add(length)
+        assert len(found) > 1
+        batches = reader.evaluation(row, 7)
+        assert [shape[0] for shape in batches.shapes] == [7, 7, 7, 7, 2]
+        for number, (rows, length) in enumerate(batches.shapes):
+            assert batches.raw(number)["source"].shape == (rows, length)
+
+
 def test_h5py_reads_a_shard(tmp_path: Path) -> None:
     out = tmp_path / "out"
     made(write_lines(tmp_path / "a.jsonl", translations(9)), out, "seq2seq")
