@@ -98,7 +98,7 @@ def print_memorisation(
         console.write(to_json(value) + "\n")
     else:
         _print_table(f"{checkpoint.folder}: {_title(lengths)}", figures, console)
-        for each in shown:
+        for each in (one for one in shown if one.copied):
             line = _line("", each, tokenizer)
             texts = {name: _short(str(line[name])) for name in ("prompt", "expected", "output")}
             console.facts(f"{each.copied:,} tokens copied, at {each.passage.place:,}", texts)

@@ -26,10 +26,12 @@ from mpillm.infer.loading import load_trained
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.encoder import EncoderConfig
 from mpillm.system.console import Console
+from mpillm.tokens.pairs.pair_reader import PairReader, open_of
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.reader import open_split
 from mpillm.train.recipe import parse_recipe
 from mpillm.train.setup import train
+from tests.tokens.pairs.test_chat_rows import conversations, made
 
 QUIET = Console(speaks=False)
 SECRETS, LETTERS = 4, string.ascii_letters + string.digits
@@ -128,6 +130,22 @@ def test_drawn_passages_are_within_documents_and_the_same_at_any_number_of_ranks
     assert figures.mean_copied == np.mean([each.copied for each in found])
     assert figures.whole_share == np.mean([each.whole for each in found])
     assert len(held_out) > 0
+
+
+@pytest.mark.usefixtures("processes")
+def test_of_conversations_the_beginnings_are_drawn(tmp_path: Path) -> None:
+    manifest = made(tmp_path, conversations(60))
+    with open_of(manifest, "train") as reader:
+        assert isinstance(reader, PairReader)
+        lengths = reader.lengths()
+        whole = int(np.median(lengths))
+        passages = sample_passages(reader, 20, (whole - 3, 3), 4)
+        assert passages == sample_passages(reader, 20, (whole - 3, 3), 4)
+        assert len({each.place for each in passages}) == 20
+        for each in passages:
+            assert lengths[each.place] >= whole
+            ids = reader.conversation(each.place)[0][:whole].tolist()
+            assert [*each.prompt, *each.expected] == ids
 
 
 def test_what_is_copied_ends_at_the_first_difference() -> None:
