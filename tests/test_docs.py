@@ -21,8 +21,9 @@ from mpillm.parallel.pipeline.schedule_catalog import make_schedule
 from mpillm.runs.metrics import MetricsSink
 from mpillm.system.command_line import command_parameters
 from mpillm.system.plugins import load_plugin
+from mpillm.tasks.answer_rewards.reward_catalog import make_rewards
 from mpillm.tasks.metrics.metric import Metric
-from mpillm.tasks.task_catalog import make_task
+from mpillm.tasks.task_catalog import TaskSettings, make_task
 from mpillm.train.optimizers.optimizer_catalog import optimizer_class
 from mpillm.verbs.command import make_command
 from mpillm.verbs.verb_catalog import VERBS
@@ -198,6 +199,8 @@ def test_the_examples_of_extending_work(tmp_path: Path, monkeypatch: pytest.Monk
     assert sum(weight.numel() for weight in spec.build().parameters()) == spec.parameters
     assert make_task("my_task:EvenTargets").metrics == ("loss", "my_metric:Accuracy")
     assert issubclass(load_plugin("my_metric:Accuracy", {}, "metric"), Metric)
+    rewards = make_rewards(TaskSettings("grpo", rewards=("my_reward:nearness",)))
+    assert rewards.each("3+4=", "9", "7") == [1 / 3]
     sink = load_plugin("my_sink:LossTable", {}, "sink")()
     assert isinstance(sink, MetricsSink)
     sink.open(tmp_path, 0)

@@ -8,6 +8,7 @@ from mpillm.infer.loading import Loaded
 from mpillm.tokens.chat.answer_spans import end_of_turn
 from mpillm.tokens.chat.chat_template import TEMPLATE, ChatTemplate, find_template
 from mpillm.tokens.text.records import RecordError
+from mpillm.tokens.tokenizer import Tokenizer
 
 
 class ChatPrompt(NamedTuple):
@@ -31,9 +32,14 @@ def template_of(loaded: Loaded) -> ChatTemplate | None:
 
 def ends_of(loaded: Loaded) -> frozenset[int]:
     """Return the ids that end what a model writes: the end of text, of a target or of a turn."""
-    tokenizer = loaded.tokenizer
-    ends = end_ids(tokenizer, bool(loaded.model.spec.source_field))
-    template = template_of(loaded)
+    return answer_ends(loaded.tokenizer, template_of(loaded), bool(loaded.model.spec.source_field))
+
+
+def answer_ends(
+    tokenizer: Tokenizer, template: ChatTemplate | None, reads_source: bool = False
+) -> frozenset[int]:
+    """Return the ids that end an answer of a model with this tokenizer and template."""
+    ends = end_ids(tokenizer, reads_source)
     turn = None if template is None else end_of_turn(template, tokenizer.special_texts)
     return ends if turn is None else ends | {tokenizer.vocabulary.special[turn]}
 

@@ -100,7 +100,11 @@ class RunConstants:
 
     def with_base(self, base: Mapping[str, Any]) -> "RunConstants":
         """Return them with the fact that names the base of adapters; empty: there is none."""
-        return RunConstants({**self.facts, BASE: base}, self.texts) if base else self
+        return self.with_fact(BASE, base) if base else self
+
+    def with_fact(self, name: str, value: Any) -> "RunConstants":
+        """Return them with one more fact."""
+        return RunConstants({**self.facts, name: value}, self.texts)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,11 @@ class Task(ABC):
     needs_baseline: ClassVar[bool] = False
     """Whether training needs the field `baseline` (B, 1), as KTO does: see `reference_point`."""
 
+    writes_answers: ClassVar[bool] = False
+    """Whether training learns from answers that the model writes, by their rewards: see `rollouts`
+    in `train`.
+    """
+
     metric_kind: ClassVar[str] = ""
     """What metrics read, where it is not what the model gives (`output_kind`)."""
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from mpillm.errors import MismatchError, RecipeError
 from mpillm.system.plugins import is_plugin, load_class
+from mpillm.tasks.answer_rewards import reward_catalog
 from mpillm.tasks.vocabulary import Lengths, Vocabulary
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ TASKS: Mapping[str, str] = MappingProxyType(
         "chat": "mpillm.tasks.chat:Chat",
         "dpo": "mpillm.tasks.preferences.dpo:DPO",
         "kto": "mpillm.tasks.preferences.kto:KTO",
+        "grpo": "mpillm.tasks.grpo:GRPO",
         "masked-lm": "mpillm.tasks.masked_lm:MaskedLM",
         "span-corruption": "mpillm.tasks.span_corruption:SpanCorruption",
         "seq2seq": "mpillm.tasks.seq2seq:SequenceToSequence",
@@ -69,6 +71,29 @@ class TaskSettings:
     undesirable_weight: Annotated[float, Gt(0)] = 1.0
     """The weight of the other answers."""
 
+    rewards: tuple[str, ...] = reward_catalog.DEFAULT
+    """By what GRPO rewards an answer: exact, number, pattern, or your own as package.module:Name;
+    it earns their sum.
+    """
+    reward_weights: tuple[float, ...] = ()
+    """A weight of each reward; empty: 1."""
+    reward_pattern: str = ""
+    """The regular expression that the reward `pattern` matches with a whole answer."""
+    group: Annotated[int, Ge(2)] = 8
+    """How many answers to a prompt are compared with each other; it divides train.batch."""
+    answer_tokens: Annotated[int, Gt(0)] = 64
+    """The most tokens of an answer that the model writes."""
+    temperature: Annotated[float, Ge(0.01), Le(100)] = 1.0
+    """Of the answers that the model learns from; those of an evaluation are greedy."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """The share of the probability from which their tokens are drawn (nucleus sampling)."""
+    kl: Annotated[float, Ge(0)] = 0.04
+    """The factor of the divergence from the weights at the start; 0: they are not kept."""
+    clip: Annotated[float, Gt(0), Lt(1)] = 0.2
+    """How far the probability of a token may move by the later updates of a step."""
+    updates: Annotated[int, Gt(0)] = 1
+    """How often each step updates the weights by the same answers."""
+
     @property
     def terms(self) -> dict[str, float]:
         """The terms that change the loss of training, without those of 0."""
@@ -77,6 +102,7 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         check_task(self.name)
+        reward_catalog.check_rewards(self.rewards, self.reward_weights)
 
 
 def check_task(name: str) -> None:
@@ -87,6 +113,13 @@ def check_task(name: str) -> None:
             f"task.name = {name!r} is unknown; tasks: {', '.join(TASKS)}, "
             "or a plug-in as package.module:Name"
         )
+
+
+def task_class(name: str) -> type["Task"]:
+    """Return the class of the task called `name`; imports torch. Raises UsageError."""
+    from mpillm.tasks.task import Task
+
+    return load_class(name, TASKS, "task", Task)  # type: ignore[type-abstract]
 
 
 def make_task(
@@ -100,9 +133,7 @@ def make_task(
     `settings`: None for the defaults. `vocabulary`: of the data or of a trained model's tokenizer;
     `lengths`: of the model. Raises RecipeError where the task has no cross-entropy for its terms.
     """
-    from mpillm.tasks.task import Task
-
-    kind = load_class(name, TASKS, "task", Task)  # type: ignore[type-abstract]
+    kind = task_class(name)
     settings = settings or TaskSettings(name)
     others = {key: value for key, value in settings.terms.items() if key not in kind.terms}
     if others:
@@ -122,12 +153,7 @@ def problem_type_of(name: str) -> str:
 
     Imports torch. A name that is no task has none.
     """
-    from mpillm.tasks.task import Task
-
-    if name not in TASKS and not is_plugin(name):
-        return ""
-    kind = load_class(name, TASKS, "task", Task)  # type: ignore[type-abstract]
-    return kind.problem_type
+    return task_class(name).problem_type if name in TASKS or is_plugin(name) else ""
 
 
 def read_settings(section: Mapping[str, Any]) -> TaskSettings:

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mpillm.comm.failure import on_all, on_root
@@ -52,6 +53,13 @@ if TYPE_CHECKING:
 # Where a library call leaves the choice; `mpillm prepare` takes the rank's share of the cores.
 DEFAULT_WORKERS = 2
 MOST_WORKERS = 1024
+# Tasks whose data has the name of another one.
+OTHER_KINDS = MappingProxyType(
+    {
+        "dpo": "preferences: prepare them by --task preference",
+        "grpo": "prompts with an answer: prepare them by --task chat",
+    }
+)
 SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES = 4 << 10, 2 << 30
 # Rank 0 gathers the sample, and MPI counts its bytes by int32.
 LARGEST_SAMPLE_BYTES = 1 << 30
@@ -196,10 +204,8 @@ class PrepareOptions:
         elif self.task not in TASKS:
             known = ", ".join(dict.fromkeys([*TASKS, *PAIR_KINDS]))
             raise UsageError(f"--task {self.task!r} is unknown; tasks: {known}")
-        elif self.task == "dpo":
-            raise UsageError(
-                "the task dpo learns from preferences: prepare them by --task preference"
-            )
+        elif self.task in OTHER_KINDS:
+            raise UsageError(f"the task {self.task} learns from {OTHER_KINDS[self.task]}")
         elif self.source_field or self.target_field:
             raise UsageError(
                 f"--source-field and --target-field are of pairs, and --task {self.task} reads "

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # They follow from the loss, so an evaluation does not record them.
 FROM_LOSS = ("loss", "perplexity", "bits-per-byte")
 PREFIX = "validation_"
-LOSS = f"{PREFIX}loss"
+LOSS, REWARD = f"{PREFIX}loss", f"{PREFIX}reward"
 
 
 def recorded_name(metric: str) -> str:
@@ -63,6 +63,8 @@ class BestCheckpoint:
         if not self.metric:
             return
         known = recorded_metrics(make_metrics((*task.metrics, *task.answer_metrics), task.classes))
+        if task.writes_answers:
+            known[REWARD] = False
         if self.metric not in known:
             raise RecipeError(
                 f"train.keep_best = {self.metric!r} is not among the numbers of an evaluation of "

@@ -19,13 +19,14 @@ from mpillm.plan.slow_tensor import slow_tensor_text
 from mpillm.system.console import Console, binary_bytes, counted
 from mpillm.system.extras import installed
 from mpillm.system.json_text import to_json
-from mpillm.tasks.task_catalog import make_task
+from mpillm.tasks.task_catalog import make_task, task_class
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.manifest import NAME, Manifest
 from mpillm.tokens.pairs.pair_manifest import PairManifest
 from mpillm.tokens.pairs.pair_reader import PairReader
 from mpillm.train.print_plan import expert_facts, pipeline_facts
 from mpillm.train.recipe import Recipe, TrainSettings
+from mpillm.train.rollouts.rollout_checks import check_rollouts
 from mpillm.train.run_memory import RunMemory
 from mpillm.train.run_plan import as_read, fill_model, plan_run, profile_path
 
@@ -91,6 +92,8 @@ def print_dry_run(recipe: Recipe, hosts: Hosts, console: Console, as_json: bool)
         raise LayoutError("; ".join(filter(None, (fault, hosts.assumed))))
     sizes = mesh_order(recipe.parallel, hosts.node_map.size, model, settings.batch)
     plan = plan_run(recipe, sizes)
+    if installed("torch") and task_class(recipe.task.name).writes_answers:
+        check_rollouts(recipe, sizes)
     precision, more = planned_precision(settings)
     plan, notes = replace(plan, precision=precision), [*notes, *more]
     memory = RunMemory(_as_read(recipe, plan), sizes, hosts.node_map)

@@ -293,9 +293,9 @@ class TrainingLoop:
         # Asked again: the job may have been suspended within the step.
         if not self._hold.is_lost():
             metrics.add(_metrics(done, result, tokens))
-        progress.advance(
-            1, **{"loss": f"{result.loss:.4f}", "tokens/s": f"{tokens / result.seconds:,.0f}"}
-        )
+        shown = {"loss": result.loss, **{k: v for k, v in result.figures.items() if k == "reward"}}
+        speed = {"tokens/s": f"{tokens / result.seconds:,.0f}"}
+        progress.advance(1, **{name: f"{value:.4f}" for name, value in shown.items()}, **speed)
         last = done == settings.steps
         reason = "" if last else self._stopping.stop_reason(result.stats.stops)
         if reason:
@@ -365,6 +365,8 @@ class TrainingLoop:
             for name, value in score.values.items()
             if name not in FROM_LOSS and value is not None
         }
+        if self._trainer.rollouts is not None:
+            own |= self._trainer.rollouts.evaluate()
         recorded = {recorded_name(name): value for name, value in own.items()}
         line = {"step": self._done, LOSS: score.loss, **recorded}
         metrics.add(line)
@@ -454,7 +456,7 @@ class TrainingLoop:
         else:
             islands.load(checkpoint, plain)
         self._trainer.take_frozen(frozen)
-        set_steps(self._trainer.optimizer, checkpoint.step)
+        set_steps(self._trainer.optimizer, checkpoint.step * self._trainer.updates)
         self._trainer.restored(checkpoint.facts)
         self._last_saved = checkpoint.folder
         self._good.add(checkpoint.step)
@@ -582,4 +584,5 @@ def _metrics(step: int, result: StepResult, tokens: int) -> dict[str, float]:
         **({"loss_scale": result.loss_scale} if result.loss_scale != 1.0 else {}),
         **({"repeats": result.repeats} if result.repeats else {}),
         **({} if result.noise_scale is None else {"noise_scale": result.noise_scale}),
+        **result.figures,
     }

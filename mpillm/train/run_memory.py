@@ -39,6 +39,10 @@ class RunMemory:
         process_bytes = max(mesh.comm.allgather(resident_bytes()))
         return cls(recipe, mesh.sizes, mesh.node_map, process_bytes, mesh.comm.rank)
 
+    def with_more(self, nbytes: int) -> "RunMemory":
+        """Return it for processes that hold so many bytes more."""
+        return replace(self, process_bytes=self.process_bytes + nbytes)
+
     @cached_property
     def replicas(self) -> Replicas:
         """The ranks that sum gradients with this one."""

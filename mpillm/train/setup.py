@@ -32,13 +32,15 @@ from mpillm.runs.history import STARTED, read_history
 from mpillm.system.compile_cache import find_compiler, set_compile_cache
 from mpillm.system.console import Console, once_each
 from mpillm.system.malloc import keep_pages
+from mpillm.tasks.answer_rewards.reward_catalog import make_rewards
 from mpillm.tasks.metrics.metric import CLASSES
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.task import Task
 from mpillm.tasks.task_catalog import make_task
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.manifest import NAME, Manifest
-from mpillm.tokens.samples import RowShape
+from mpillm.tokens.pairs.pair_reader import PairReader
+from mpillm.tokens.samples import RowShape, SampleReader
 from mpillm.train.best_checkpoint import BestCheckpoint
 from mpillm.train.hardware import Hardware, choose_hardware
 from mpillm.train.hold import locked_run
@@ -47,6 +49,9 @@ from mpillm.train.optimizers.optimizer import check_rules
 from mpillm.train.print_plan import print_plan
 from mpillm.train.recipe import Recipe
 from mpillm.train.resuming import find_start, say_changes
+from mpillm.train.rollouts.reference_model import REFERENCE, open_reference, reference_bytes
+from mpillm.train.rollouts.rollout_checks import check_rollouts
+from mpillm.train.rollouts.rollouts import Rollouts
 from mpillm.train.run_memory import RunMemory
 from mpillm.train.run_plan import as_read, fill_model, plan_run, profile_path, row_lengths
 from mpillm.train.start_from import restore_base, start_from
@@ -98,6 +103,7 @@ def train(
     _check_groups(recipe)
     _check_packing(recipe, task)
     _check_reference(recipe, task)
+    _check_rollouts(recipe, task, mesh)
     with open_of(manifest, "train") as reader:
         # Before the run has a folder: a dataset shorter than one context, or a missing profile,
         # must leave nothing to clean up.
@@ -120,12 +126,11 @@ def train(
             constants = constants.of_recipe(recipe.to_dict())
             if checkpoint is not None:
                 say_changes(recipe, checkpoint, console)
-            memory = RunMemory.of(as_read(recipe, plan, reader), mesh)
+            more = reference_bytes(recipe, task)
+            memory = RunMemory.of(as_read(recipe, plan, reader), mesh).with_more(more)
             estimate = memory.predict(plan)
             short = on_root(comm, partial(memory.check_hosts, plan, there, force))
-            if cuts := on_root(comm, lambda: reader.describe_cuts(row)):
-                console.warn(cuts)
-            data_text = reader.describe(row, settings.steps * settings.batch)
+            data_text = _describe_data(recipe, task, reader, row, comm, console)
             print_plan(recipe, mesh, plan, data_text, console, hardware.description, estimate)
             for text in filter(None, (short, _slow_tensor(recipe, mesh, plan, profile))):
                 console.warn(text)
@@ -141,6 +146,9 @@ def train(
                 given = trainer.model, manifest, folder
                 trainer.references = find_references(*given, checkpoint is None, comm, console)
                 trainer.references.give(reader)
+            constants = _begin_rollouts(
+                recipe, trainer, checkpoint, manifest, reader, constants, console
+            )
             loop = TrainingLoop(
                 recipe, manifest, constants, trainer, console, trace, limits, cluster, hold, memory
             )
@@ -168,6 +176,51 @@ def _begin_weights(
     if not recipe.adapter.used:
         return {}
     return restore_base(place, checkpoint, recipe.model, frozen, comm, console)
+
+
+def _describe_data(
+    recipe: Recipe,
+    task: Task,
+    reader: SampleReader,
+    row: RowShape,
+    comm: "MPI.Intracomm",
+    console: Console,
+) -> str:
+    """Say what the run reads, and warn of what is cut off. Every rank calls it."""
+    samples = recipe.train.steps * recipe.train.batch
+    if task.writes_answers:
+        assert isinstance(reader, PairReader)
+        group = recipe.task.group
+        times = samples / group / reader.n_pairs
+        return f"{reader.n_pairs:,} prompts, read {times:.2f} times, {group} answers each time"
+    if cuts := on_root(comm, lambda: reader.describe_cuts(row)):
+        console.warn(cuts)
+    return reader.describe(row, samples)
+
+
+def _begin_rollouts(
+    recipe: Recipe,
+    trainer: Trainer,
+    checkpoint: Checkpoint | None,
+    manifest: Manifest,
+    reader: SampleReader,
+    constants: RunConstants,
+    console: Console,
+) -> RunConstants:
+    """Let the trainer of a task that writes answers do so; return the constants with the reference
+    that it has.
+    """
+    if not trainer.task.writes_answers:
+        return constants
+    assert isinstance(reader, PairReader)
+    model, comm, reference = trainer.model, trainer.mesh.comm, None
+    if recipe.task.kl:
+        given = recipe, checkpoint, model.device, comm, console
+        reference, fact = open_reference(*given)
+        constants = constants.with_fact(REFERENCE, fact)
+    rewards = make_rewards(recipe.task)
+    trainer.rollouts = Rollouts(recipe, model, manifest, reader, rewards, reference)
+    return constants
 
 
 def resolved(recipe: Recipe, hardware: Hardware) -> Recipe:
@@ -298,6 +351,14 @@ def _check_reference(recipe: Recipe, task: Task) -> None:
             "train.start_from names none; name the run of an instruction tuning, such as "
             "--set train.start_from=runs/chat"
         )
+
+
+def _check_rollouts(recipe: Recipe, task: Task, mesh: Mesh) -> None:
+    """Raise RecipeError, LayoutError or UsageError for what no run that writes answers has."""
+    if task.writes_answers:
+        check_rollouts(recipe, mesh.sizes)
+        # A reward of the user's own is imported before the run has a folder.
+        make_rewards(recipe.task)
 
 
 def _check_shards(recipe: Recipe, hardware: Hardware) -> None:

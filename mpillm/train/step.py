@@ -3,10 +3,10 @@
 import math
 import operator
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from mpillm.models.part_module import Fields
 from mpillm.parallel.axis_sizes import batch_share, counts_loss
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import Batch
-from mpillm.parallel.sharded_model import ShardedModel
+from mpillm.parallel.sharded_model import Passes, ShardedModel
 from mpillm.parallel.step_plan import StepPlan
 from mpillm.plan.peak_memory import rows_at_once
 from mpillm.tasks.task import Task
@@ -40,6 +40,7 @@ from mpillm.train.optimizers.optimizer import (
 )
 from mpillm.train.recipe import Recipe
 from mpillm.train.reference_point import ReferencePoint
+from mpillm.train.rollouts.rollouts import Rollouts
 from mpillm.train.run_plan import row_lengths
 from mpillm.train.step_stats import StepStats, check_finite, gather_stats
 from mpillm.weights.names import module_names, weight_name
@@ -67,6 +68,22 @@ class StepResult:
     """How often the step was computed again with a lower loss scale."""
     noise_scale: float | None = None
     """In sequences; None where it was not measured, or the gradient is lost in its noise."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Of answers that the model wrote for the step: their mean reward and others, by name."""
+
+
+class _Update(NamedTuple):
+    """The results of one update of the weights."""
+
+    passes: Passes
+    stats: StepStats
+    norm: float
+    scale: float
+    """The loss scale."""
+    repeats: int
+    reduced: float
+    """When the gradients were summed and clipped, in seconds of perf_counter."""
+    rate: float
 
 
 class Trainer:
@@ -125,6 +142,10 @@ class Trainer:
             self._reference_point = ReferencePoint(
                 self.model, reader, settings.batch, settings.seed, first
             )
+        self.rollouts: Rollouts | None = None
+        """Of a task whose model writes answers; set before the first step."""
+        self.updates = recipe.task.updates if task.writes_answers else 1
+        """How often a step updates the weights."""
         self._reading = _reading_thread(self.model.device)
         self._ahead: tuple[int, Future[list[Fields]] | None] = (-1, None)
         self.clock_offset = clock_offset(mesh.comm, mesh.node_map)
@@ -190,18 +211,51 @@ class Trainer:
         Raises DivergedError on all ranks when a loss or the norm is not finite. Where float16
         overflows, the step is computed again with a lower loss scale: no sample is passed over.
         """
-        clock, repeats, islands = time.perf_counter, 0, self.islands
+        clock, islands = time.perf_counter, self.islands
         begun = clock()
         summing = None
         if islands is not None:
             islands.begin_step(step)
             summing = islands.summing(step)
-        batch = self._batch(step)
+        batch, figures = self._batch(step)
         if self._reference_point is not None:
             together = self.mesh.comm if self._parts(step) == 1 else self.model.island_comm
             batch = self._reference_point.add(batch, step, together)
         self._prefetch(step + 1)
         read = clock()
+        first = last = self._update(batch, step, stop, summing)
+        for _ in range(1, self.updates):
+            last = self._update(batch, step, stop, summing)
+        ended = clock()
+        others = [
+            ("read", begun, read),
+            ("reduce", last.passes.ended, last.reduced),
+            ("update", last.reduced, ended),
+        ]
+        return StepResult(
+            # The mean of the islands' means.
+            first.stats.loss / self._parts(step),
+            last.rate,
+            first.norm,
+            ended - begun,
+            last.stats,
+            last.passes.spans,
+            others,
+            last.scale,
+            first.repeats,
+            first.passes.noise_scale,
+            figures,
+        )
+
+    def _update(
+        self,
+        batch: Batch,
+        step: int,
+        stop: int,
+        summing: Callable[[Sequence[Tensor]], None] | None,
+    ) -> _Update:
+        """Run the passes of a batch, and update the weights. Raises DivergedError."""
+        repeats, islands = 0, self.islands
         every = self.recipe.train.noise_scale
         measure = bool(every) and (step + 1) % every == 0
         while True:
@@ -222,7 +276,7 @@ class Trainer:
         scale = self.loss_scale.value
         if fault:
             raise DivergedError(f"the run diverged: {fault}{self._float16_remedy()}")
-        reduced = clock()
+        reduced = time.perf_counter()
         rate = learning_rate(self.recipe.optimizer, step, self.recipe.train.steps)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
@@ -230,25 +284,7 @@ class Trainer:
             islands.end_step(step + 1)
         self.model.gradients.updated()
         self.loss_scale.step_taken()
-        ended = clock()
-        others = [
-            ("read", begun, read),
-            ("reduce", passes.ended, reduced),
-            ("update", reduced, ended),
-        ]
-        return StepResult(
-            # The mean of the islands' means.
-            stats.loss / self._parts(step),
-            rate,
-            norm,
-            ended - begun,
-            stats,
-            passes.spans,
-            others,
-            scale,
-            repeats,
-            passes.noise_scale,
-        )
+        return _Update(passes, stats, norm, scale, repeats, reduced, rate)
 
     def _float16_remedy(self) -> str:
         if not self.loss_scale.dynamic:
@@ -258,16 +294,23 @@ class Trainer:
             "bfloat16 and float32 do not: --set train.dtype=bfloat16"
         )
 
-    def _batch(self, step: int) -> Batch:
-        """Read this rank's share of the batch: the same rows on all ranks of a pipeline."""
-        ahead, coming = self._ahead
-        fields = coming.result() if coming and ahead == step else self._fields(step)
+    def _batch(self, step: int) -> tuple[Batch, Mapping[str, float]]:
+        """Read this rank's share of the batch: the same rows on all ranks of a pipeline. Where the
+        model writes it, return what is recorded of it, too.
+        """
+        figures: Mapping[str, float] = {}
+        if self.rollouts is not None:
+            written = self.rollouts.batch(step, self._first_row)
+            fields, figures = self._with_dropout(written.fields, step), written.figures
+        else:
+            ahead, coming = self._ahead
+            fields = coming.result() if coming and ahead == step else self._fields(step)
         rows, context = self.recipe.train.batch // self._parts(step), self.recipe.model.context
         # Each microbatch adds its share of the mean over the global batch, or an island's part of
         # it, so microbatches need not be equal.
         weight = self.task.fixed_weight(rows, context)
         scale = self._batch_weight(fields, step) if weight is None else weight
-        return Batch(fields, scale, rows)
+        return Batch(fields, scale, rows), figures
 
     def _parts(self, step: int) -> int:
         """Return in how many parts, each alone, the batch of `step` is trained."""
@@ -275,6 +318,9 @@ class Trainer:
 
     def _prefetch(self, step: int) -> None:
         """Read the batch of `step` while a GPU computes; CPUs have no core to spare for it."""
+        # What the model writes comes from the weights of its step.
+        if self.rollouts is not None:
+            return
         if self._reading is not None and step < self.recipe.train.steps:
             self._ahead = step, self._reading.submit(self._fields, step)
 
@@ -285,15 +331,26 @@ class Trainer:
         if self._reads_fields:
             read = self.task.fields(self._samples.raw(step, self._first_row, plan.rows))
             whole.update(self.model.own_positions(read))
-        if self.recipe.model.drops or self.recipe.adapter.dropout:
-            keys = dropout_keys(self.recipe.train.seed, step, self._first_row, plan.rows)
-            whole["dropout_keys"] = torch.from_numpy(keys)
         stay = self.recipe.model.host_inputs
         whole = {name: f if name in stay else self._on_device(f) for name, f in whole.items()}
         placed = self.model.placed
-        return [
+        cut: list[Fields] = [
             {**{name: field[a:b] for name, field in whole.items()}, **placed}
             for a, b in plan.bounds
+        ]
+        return self._with_dropout(cut, step)
+
+    def _with_dropout(self, fields: list[Fields], step: int) -> list[Fields]:
+        """Add the key of each row's dropout masks, where the model has any."""
+        if not (self.recipe.model.drops or self.recipe.adapter.dropout):
+            return fields
+        plan, seed = self.plan, self.recipe.train.seed
+        keys = torch.from_numpy(dropout_keys(seed, step, self._first_row, plan.rows))
+        if "dropout_keys" not in self.recipe.model.host_inputs:
+            keys = self._on_device(keys)
+        return [
+            {**each, "dropout_keys": keys[a:b]}
+            for each, (a, b) in zip(fields, plan.bounds, strict=True)
         ]
 
     def _on_device(self, field: Tensor) -> Tensor:

@@ -102,6 +102,10 @@ class Questions:
             else ""
         )
 
+    def prompt_tokens(self, number: int) -> int:
+        """Count the tokens of a conversation ahead of its last answer. Raises DataError."""
+        return len(self._asked(number)[0])
+
     def texts(self, number: int) -> Question:
         """Return a question and its reference as texts. Raises DataError."""
         if self._reads_source:

@@ -88,21 +88,46 @@ def continue_rows(
     computed.
     """
     found: list[list[int]] = [[] for _ in generators]
-    left = list(range(len(generators)))
+    for left, tokens, _ in draw_rows(rows, sampling, generators, ends, most):
+        for row, token in zip(left, tokens, strict=True):
+            if token not in ends:
+                found[row].append(token)
+    return found
+
+
+def draw_rows(
+    rows: TokenRows,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    ends: frozenset[int],
+    most: Sequence[int],
+    repeats: Sequence[int] | None = None,
+) -> Iterator[tuple[list[int], list[int], Tensor]]:
+    """Draw a token of each row at a time, up to one of `ends` or its `most` tokens.
+
+    Yields the numbers of the rows that are left, their tokens, and the logits (B, V) of these.
+    `repeats`: of each row the number of its prompt in `rows`, where several rows continue one.
+    """
+    left, written = list(range(len(generators))), 0
     while left:
-        tokens = draw_tokens(rows.logits(), sampling, [generators[row] for row in left])
-        kept = []
-        for place, (row, token) in enumerate(zip(left, tokens, strict=True)):
-            if token in ends:
-                continue
-            found[row].append(token)
-            if len(found[row]) < most[row]:
-                kept.append(place)
+        logits_BV = rows.logits()
+        if repeats is not None and not written:
+            # A prompt is computed once for all rows that continue it.
+            repeats_B = torch.tensor(repeats)
+            logits_BV = logits_BV[repeats_B.to(logits_BV.device)]
+            rows.select(repeats_B)
+        tokens = draw_tokens(logits_BV, sampling, [generators[row] for row in left])
+        yield left, tokens, logits_BV
+        written += 1
+        kept = [
+            place
+            for place, (row, token) in enumerate(zip(left, tokens, strict=True))
+            if token not in ends and written < most[row]
+        ]
         left = [left[place] for place in kept]
         if left:
             rows.push(torch.tensor(tokens))
             rows.select(torch.tensor(kept))
-    return found
 
 
 def stream_tokens(rows: TokenRows, sampling: Sampling, generator: torch.Generator) -> Iterator[int]:

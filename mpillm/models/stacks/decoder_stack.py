@@ -98,7 +98,9 @@ class Decoder(LayerStack):
         return PartOutput((x_BTC,), (pivot_BTC,), balances.total(self.config))
 
     def make_cache(self, batch: int) -> Cache:
-        return Cache(self.config, batch, next(self.parameters()).device)
+        # In the dtype of the weights: in training it may be a lower one.
+        weight = next(self.parameters())
+        return Cache(self.config, batch, weight.device, weight.dtype)
 
     def next_logits(self, ids_BT: Tensor, cache: GenerationCache) -> Tensor:
         assert isinstance(cache, Cache)

@@ -23,6 +23,8 @@ def step_plots(run_state: RunState) -> list[Plot]:
         return []
     found = [
         _loss(run_state),
+        _single(run_state, "reward", "reward", "Reward of written answers", "mean"),
+        _single(run_state, "kl", "divergence", "Divergence from the reference", "nats a token"),
         _single(run_state, "tokens_per_second", "throughput", "Throughput", "tokens/s"),
         _single(run_state, STEP_SECONDS, "step-time", "Time of a step", "s"),
         _waits(run_state),

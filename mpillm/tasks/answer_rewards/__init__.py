@@ -1,0 +1,1 @@
+"""Rewards of answers that can be checked: by the data's answer, or by a form."""
