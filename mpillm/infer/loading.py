@@ -98,13 +98,9 @@ class RunConstants:
         """Return them with another recipe: what was left open in it is resolved."""
         return RunConstants({**self.facts, "recipe": recipe}, self.texts)
 
-    def with_base(self, base: Mapping[str, Any]) -> "RunConstants":
-        """Return them with the fact that names the base of adapters; empty: there is none."""
-        return self.with_fact(BASE, base) if base else self
-
-    def with_fact(self, name: str, value: Any) -> "RunConstants":
-        """Return them with one more fact."""
-        return RunConstants({**self.facts, name: value}, self.texts)
+    def with_facts(self, more: Mapping[str, Any]) -> "RunConstants":
+        """Return them with facts of other models, such as BASE."""
+        return RunConstants({**self.facts, **more}, self.texts)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Freeze weights of a part, and put adapters next to its linear layers."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from mpillm.models.layers.adapted_linear import AdaptedLinear, Adapter
 from mpillm.models.layers.quantized import StoredWeight
 from mpillm.models.part_module import PartModule, WithoutValues
 from mpillm.models.spec import ModelSpec, Part
-from mpillm.models.tuning import INFIX, AdapterSettings, Tuning
+from mpillm.models.tuning import INFIX, PROJECTIONS, AdapterSettings, Projection, Tuning
 
 # The places of dropout masks in a layer: the others are those of `layers.dropout`.
 FIRST_PLACE = 16
@@ -46,12 +46,35 @@ def _of(stored: StoredWeight | None) -> StoredWeight:
 
 
 def tune(part: PartModule, tuning: Tuning) -> None:
-    """Freeze the weights that `tuning` does not train, and add its adapters.
+    """Freeze the weights that `tuning` does not train, and add its adapters and projections.
 
     The part has no values yet. Names of the base's weights stay; tied weights stay one.
     """
-    if not tuning.freezes:
-        return
+    if tuning.freezes:
+        _freeze(part, tuning)
+    own = part.part
+    inside = [each for each in tuning.projections if own.first <= each.block < own.last]
+    if inside:
+        _project(part, inside)
+
+
+def _project(part: PartModule, projections: Sequence[Projection]) -> None:
+    made = nn.ModuleDict()
+    for each in projections:
+        with WithoutValues():
+            made[str(each.block)] = nn.Linear(each.inputs, each.outputs, bias=False)
+        # The size of an output's features stays.
+        part.deviations[each.name] = each.inputs**-0.5
+    part.add_module(PROJECTIONS.rstrip("."), made.to(next(part.parameters()).device))
+
+
+def projection_of(part: PartModule, block: int) -> Tensor | None:
+    """Return the weight that projects the output of a block of the part; None: there is none."""
+    name = f"{PROJECTIONS}{block}.weight"
+    return dict(part.named_parameters()).get(name)
+
+
+def _freeze(part: PartModule, tuning: Tuning) -> None:
     for name, weight in part.named_weights():
         weight.requires_grad_(not tuning.is_frozen(name))
     if tuning.adapter.used:

@@ -80,6 +80,8 @@ class PartModule(nn.Module):
 
     initial_deviation: ClassVar[float] = 0.02
     """GPT-2's: weights are drawn from a normal distribution of this deviation."""
+    keeps_outputs: ClassVar[bool] = False
+    """Whether a pass sets `kept`."""
 
     def __init__(self, spec: ModelSpec, part: Part | None = None) -> None:
         super().__init__()
@@ -91,6 +93,8 @@ class PartModule(nn.Module):
         """The weights that are parts of whole ones, by their names in the whole model."""
         self.deviations: dict[str, float] = {}
         """Of the initial values of weights that were added to those of the architecture."""
+        self.kept: dict[int, Tensor | None] = {}
+        """The outputs (B, T, C) of the last pass by block, of the blocks that are keys."""
 
     def forward_part(self, fields: Fields, streams: Streams) -> PartOutput:
         """Compute this part on one microbatch; `streams` is empty where it begins the model."""

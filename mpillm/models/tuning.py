@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Lt
 
@@ -81,6 +81,20 @@ class AdapterSettings:
 
 
 NO_ADAPTER = AdapterSettings()
+PROJECTIONS = "projections."
+"""How the names of weights begin that training needs and the model does not."""
+
+
+class Projection(NamedTuple):
+    """A trained product that takes the output of a block to another width."""
+
+    block: int
+    inputs: int
+    outputs: int
+
+    @property
+    def name(self) -> str:
+        return f"{PROJECTIONS}{self.block}.weight"
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,8 @@ class Tuning:
     adapter: AdapterSettings = NO_ADAPTER
     freeze: tuple[str, ...] = ()
     """Weights that stay as they are: a number of layers, or globs on names."""
+    projections: tuple[Projection, ...] = ()
+    """Trained next to the model, from outputs of its blocks."""
 
     @property
     def freezes(self) -> bool:
@@ -98,6 +114,8 @@ class Tuning:
 
     def is_frozen(self, name: str) -> bool:
         """Return whether the model's own weight `name` stays as it is."""
+        if name.startswith(PROJECTIONS):
+            return False
         if self.adapter.used:
             return not self.adapter.trains_whole(name)
         return any(_matches(pattern, name) for pattern in self.freeze)

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +31,9 @@ from mpillm.parallel.expert.expert_parallel import ExpertParallel
 from mpillm.parallel.grad_norm import clip_gradients_, square_sums
 from mpillm.parallel.make_gradients import make_gradients
 from mpillm.parallel.noise_scale import NoiseMeter
+from mpillm.parallel.passes import Passes, by_part, on_host
 from mpillm.parallel.pipeline.executor import Pipeline
 from mpillm.parallel.pipeline.schedules.forward_only import forward_only
-from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import (
     Batch,
     BatchScore,
@@ -48,29 +47,10 @@ from mpillm.parallel.pipeline.tying import TiedWeight
 from mpillm.parallel.precision import lower_, torch_dtype
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.step_plan import StepPlan, replica_share, scored_ahead
+from mpillm.parallel.teacher import Teacher, teach
 from mpillm.parallel.tensor.tensor_parallel import TensorParallel
 from mpillm.parallel.tensor.weight_cuts import WeightCut
 from mpillm.tasks.task import Task
-
-
-@dataclass(frozen=True)
-class Passes:
-    """The results of a batch's passes on this rank."""
-
-    losses: list[float]
-    """The loss of each microbatch where the last stage is, else none."""
-    spans: list[Span]
-    """When the rank computed."""
-    ended: float
-    """When the last pass ended and the reduction began, in seconds of perf_counter."""
-    summed: float
-    """When the reduction of gradients ended, in seconds of perf_counter."""
-    squares: list[float]
-    """The sums of squares of the gradients that this rank counts, for `clip_`."""
-    noise_scale: float | None = None
-    """The gradient noise scale in sequences, where it was measured and the gradient is not lost in
-    its noise.
-    """
 
 
 class ShardedModel:
@@ -174,6 +154,7 @@ class ShardedModel:
             stage: ModelStage(part, number, self.gradients, task)
             for number, (stage, part) in enumerate(self.parts.items())
         }
+        self._teacher: Teacher | None = None
         self.pipeline = self._make_pipeline(settings, profile, warn)
         if self.gradients.gathered and schedule.ranks > 1:
             # As experts do: the ranks that a gather waits for may wait for streams of this one.
@@ -373,11 +354,17 @@ class ShardedModel:
         noise = meter.noise_scale(self.gradients, self.mesh.comm) if meter else None
         losses = [stage.losses for stage in self._stages.values() if stage.losses]
         by_number = [losses[0][number] for number in range(self.plan.microbatches if losses else 0)]
-        losses_of, squares = _on_host(by_number, self._squares())
+        numbers, squares = on_host(by_number, self._squares())
         if on_device := self.pipeline.device_spans():
             # Work was only enqueued before: the copy to the host has waited for its end.
             spans, ended, summed = on_device, on_device[-1].end, time.perf_counter()
-        return Passes(losses_of, spans, ended, summed, squares, noise)
+        losses_of, *parts = by_part(numbers, 1 + len(self.plan.loss_parts))
+        return Passes(losses_of, parts, spans, ended, summed, squares, noise)
+
+    def learn_from(self, warn: Callable[[str], None]) -> Teacher:
+        """Make the teacher of the plan, whose weights have no values yet. Every rank calls it."""
+        self._teacher = teach(self._stages.values(), self.plan, self.mesh, warn)
+        return self._teacher
 
     def _all_gradients(self) -> list[Tensor]:
         """Return what the optimizer will step on, and the gradients that tying adds to it."""
@@ -543,6 +530,8 @@ class ShardedModel:
 
     def close(self) -> None:
         """Free shared memory and communicators."""
+        if self._teacher is not None:
+            self._teacher.close()
         self.frozen.close()
         self.pipeline.close()
         if self._share:
@@ -570,14 +559,6 @@ def _build(spec: ModelSpec, part: Part, device: torch.device, on_host: bool) -> 
 def _length(fields: Fields) -> int:
     """Return the tokens of the sequences in `fields`; 0 where there are none."""
     return next((field.shape[1] for field in fields.values() if field.dim() > 1), 0)
-
-
-def _on_host(losses: Sequence[Tensor], squares: Tensor) -> tuple[list[float], list[float]]:
-    """Copy both to the host: the one time in a step that it waits for the device."""
-    # A rank that counts no gradient has the empty tensor of the CPU.
-    squares = squares.to(losses[0].device) if losses else squares
-    values: list[float] = torch.cat([squares, *(loss.double().view(1) for loss in losses)]).tolist()
-    return values[len(squares) :], values[: len(squares)]
 
 
 def _followers(spec: ModelSpec) -> dict[str, list[str]]:

@@ -24,6 +24,7 @@ from mpillm.parallel.pipeline.partition import partition_blocks
 from mpillm.parallel.pipeline.schedule_catalog import make_schedule
 from mpillm.parallel.pipeline.simulate import Costs, Timeline, simulate
 from mpillm.parallel.settings import ParallelSettings
+from mpillm.parallel.teacher_plan import TeacherPlan
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -85,6 +86,13 @@ class StepPlan:
     """Ranks that share the positions of each sequence."""
     tuning: Tuning = ALL_WEIGHTS
     """The weights that are trained."""
+    teacher: TeacherPlan | None = None
+    """The model that the run learns from."""
+
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        """The names of the parts of a loss that steps record next to it."""
+        return self.teacher.settings.parts if self.teacher else ()
 
     @property
     def microbatches(self) -> int:

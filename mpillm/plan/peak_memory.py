@@ -23,6 +23,7 @@ from mpillm.plan.held_memory import (
     held_of,
     parameters_held,
 )
+from mpillm.plan.teacher_memory import teacher_bytes
 from mpillm.system.console import binary_bytes
 
 # The resident set of Python, torch's CPU build, MPI and h5py before a model is built (Open MPI 5,
@@ -59,6 +60,7 @@ def rows_at_once(model: ModelSpec) -> int:
 KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "weights": ("weights", "masters"),
+        "teacher": ("teacher",),
         "gradients": ("gradients",),
         "optimizer": ("optimizer", "islands"),
         "activations": ("activations", "recomputed", "outputs"),
@@ -91,6 +93,8 @@ class MemoryEstimate:
     weights: int = 0
     masters: int = 0
     """Float32 copies of weights of a lower dtype."""
+    teacher: int = 0
+    """Frozen weights of the model that the run learns from, in the dtype that they have."""
     optimizer: int = 0
     islands: int = 0
     """Common weights, outer momentum and the buffer of a message."""
@@ -198,7 +202,10 @@ def predict_rank(
     # Ranks of the context axis share the positions, those of the tensor axis each layer.
     shared = tensor * plan.context
     activations, recomputed = (n // tensor for n in _activations(model, plan, parts, rank))
+    teacher = teacher_bytes(model, plan, replicas, ends)
     outputs = model.output_bytes(rows, device) // shared if ends else 0
+    # Its forward pass comes between the student's and the loss.
+    outputs = max(outputs + teacher.loss, teacher.forward)
     block = recomputed + model.working_bytes(rows, element) // shared
     step = activations + max(outputs, block)
     held = held_of(model, plan, optimizer, parts, replicas)
@@ -216,6 +223,7 @@ def predict_rank(
     gathered = _gathered_bytes(model, plan, parts, rank, replicas, scored_rows)
     elsewhere = {
         **held.counted_elsewhere,
+        "teacher": teacher.counted_elsewhere,
         "streams": gathered.rank - gathered.node,
         "process": min(base.process, CODE_BYTES) * (replicas.neighbours - 1) // replicas.neighbours,
     }
@@ -223,6 +231,7 @@ def predict_rank(
         base,
         weights=held.weights,
         masters=held.masters,
+        teacher=teacher.held,
         optimizer=held.optimizer,
         gradients=gradients,
         islands=_island_bytes(replicas, count),

@@ -38,8 +38,13 @@ def chunked_cross_entropy(
     over the whole one; the gradient of its hidden states is the shard's share.
     """
     head = head._replace(hidden_BTC=head.hidden_BTC.flatten(0, -2))
-    sums = _ChunkSums(head, LossTerms(label_smoothing, z_loss))
+    sums = ChunkSums(head, LossTerms(label_smoothing, z_loss))
     sums.add_all(targets_BT, counts_BT)
+    return attached(sums, head)
+
+
+def attached(sums: "ChunkSums", head: LinearHead) -> Tensor:
+    """Return the summed loss with its known gradients for the tensors of `head`."""
     loss = sums.loss
     # The hidden states are attached last. A split backward pass walks from the loss to them. The
     # weights are then on a branch, which it walks once, in its second half (split_backward.py).
@@ -57,20 +62,24 @@ def chunked_losses(head: LinearHead, targets_BT: Tensor, counts_BT: Tensor | Non
     """
     plain = head._replace(hidden_BTC=head.hidden_BTC.detach().flatten(0, -2))
     with torch.no_grad():
-        sums = _ChunkSums(plain, LossTerms(0.0, 0.0))
+        sums = ChunkSums(plain, LossTerms(0.0, 0.0))
     losses_N = sums.loss.new_empty(targets_BT.numel())
     sums.add_all(targets_BT, counts_BT, losses_N)
     return losses_N.view(targets_BT.shape)
 
 
-class _ChunkSums:
-    """The sums over all chunks: the loss, and the gradients."""
+class ChunkSums:
+    """The sums over all chunks: the loss, and the gradients.
 
-    def __init__(self, head: LinearHead, terms: LossTerms) -> None:
+    `losses_of` is the loss of one chunk. `parts`: what else a subclass sums there, (k,).
+    """
+
+    def __init__(self, head: LinearHead, terms: LossTerms, parts: int = 0) -> None:
         self._terms, device, dtype = terms, head.hidden_BTC.device, head.hidden_BTC.dtype
         # float32 for 16 bits too. float64 stays as it is, for tests by finite differences.
         self._wide = torch.promote_types(dtype, torch.float32)
         self.loss = torch.zeros((), dtype=self._wide, device=device)
+        self.parts = torch.zeros(parts, dtype=self._wide, device=device)
         enabled, dtypes = torch.is_grad_enabled(), (dtype, self._wide, self._wide)
         self.gradients = [
             torch.empty(tensor.shape, dtype=summed, device=device)
@@ -126,19 +135,32 @@ class _ChunkSums:
     def _add_losses(
         self, chunk: slice, logits_nV: Tensor, targets_n1: Tensor, counts_n1: Tensor | None
     ) -> Tensor:
-        """Add and return the losses (n, 1) of a chunk; add the gradients where they are wanted."""
+        """Add a chunk's losses and parts; add the gradients where they are wanted. Returns the
+        losses (n, 1).
+        """
         gradients = any(gradient is not None for gradient in self.gradients)
-        slopes_nV = _cap(logits_nV, self._head.soft_cap, gradients)
-        given, shard = (logits_nV, targets_n1, self._terms, gradients), self._head.shard
-        losses_n1 = _losses(*given) if shard is None else shard_losses(*given, shard)
+        slopes_nV = cap_logits(logits_nV, self._head.soft_cap, gradients)
+        found_nk = self.losses_of(chunk, logits_nV, targets_n1, gradients)
         if counts_n1 is not None:
-            losses_n1 = losses_n1 * counts_n1
+            found_nk = found_nk * counts_n1
+        losses_n1 = found_nk[:, :1]
         self.loss += losses_n1.sum()
+        self.parts += found_nk[:, 1:].sum(0)
         if gradients:
             if slopes_nV is not None:
                 logits_nV *= slopes_nV
             self._add_gradients(chunk, logits_nV, counts_n1)
         return losses_n1
+
+    def losses_of(
+        self, chunk: slice, logits_nV: Tensor, targets_n1: Tensor, gradients: bool
+    ) -> Tensor:
+        """Return the losses of a chunk of positions, (n, 1), and its parts in further columns.
+
+        With `gradients` the logits are replaced by theirs.
+        """
+        given, shard = (logits_nV, targets_n1, self._terms, gradients), self._head.shard
+        return _losses(*given) if shard is None else shard_losses(*given, shard)
 
     def _add_gradients(self, chunk: slice, grad_nV: Tensor, counts_n1: Tensor | None) -> None:
         """Add the products with `grad_nV`, the gradients of a chunk's logits."""
@@ -163,7 +185,7 @@ class _ChunkSums:
             bias_V.add_(sum_V) if kept else bias_V.copy_(sum_V)
 
 
-def _cap(logits_nV: Tensor, soft_cap: float, gradients: bool) -> Tensor | None:
+def cap_logits(logits_nV: Tensor, soft_cap: float, gradients: bool) -> Tensor | None:
     """Cap the logits of a chunk in place; return the slopes of the capped ones for `gradients`."""
     if not soft_cap:
         return None

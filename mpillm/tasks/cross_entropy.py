@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from mpillm.models.linear_head import LinearHead, Outputs
 from mpillm.tasks.chunked_cross_entropy import chunked_cross_entropy, chunked_losses
+from mpillm.tasks.distillation.chunked_distillation import LossMix, MixedLoss, mixed_loss_sum
+from mpillm.tasks.distillation.teacher_rows import TeacherRows
+from mpillm.tasks.shard_losses import LossTerms
 from mpillm.tasks.task import Fields, Task
 from mpillm.tasks.vocabulary import Lengths, Vocabulary
 
@@ -62,6 +65,27 @@ class CrossEntropyTask(Task):
             self.label_smoothing,
             self.z_loss,
         )
+
+    @property
+    def distils(self) -> bool:
+        own = type(self)
+        return (own.loss_sum, own.objective_sum) == (
+            CrossEntropyTask.loss_sum,
+            CrossEntropyTask.objective_sum,
+        )
+
+    def mixed_sum(
+        self,
+        outputs: Outputs,
+        fields: Fields,
+        teacher: TeacherRows,
+        alpha: float,
+        temperature: float,
+    ) -> MixedLoss:
+        terms = LossTerms(self.label_smoothing, self.z_loss)
+        mixture = LossMix(alpha, temperature, terms)
+        targets, counts = fields["targets"], fields.get("counts")
+        return mixed_loss_sum(outputs[0], teacher, targets, counts, mixture)
 
 
 def position_losses(

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpillm.models.linear_head import LinearHead, Outputs
+from mpillm.models.linear_head import LinearHead, Outputs, plain_outputs
 from mpillm.models.spec import OutputKind
 from mpillm.tasks.vocabulary import Lengths, Vocabulary
 
 if TYPE_CHECKING:
+    from mpillm.tasks.distillation.chunked_distillation import MixedLoss
+    from mpillm.tasks.distillation.teacher_rows import TeacherRows
     from mpillm.tasks.task_catalog import TaskSettings
 
 RawArrays = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
@@ -137,6 +139,25 @@ class Task(ABC):
     def weight(self, fields: Fields) -> float:
         """Count the targets of `fields`: the mean loss is the sum of losses over this number."""
 
+    @property
+    def distils(self) -> bool:
+        """Whether `mixed_sum` mixes its loss with the divergence from a teacher."""
+        return False
+
+    def mixed_sum(
+        self,
+        outputs: Outputs,
+        fields: Fields,
+        teacher: "TeacherRows",
+        alpha: float,
+        temperature: float,
+    ) -> "MixedLoss":
+        """Sum (1 − alpha) · `objective_sum` + alpha · T² · KL(teacher ‖ student), and both parts.
+
+        A position has the weight of its target.
+        """
+        raise NotImplementedError(f"the task {self.name} learns from no teacher")
+
     def row_losses(self, outputs: Outputs, fields: Fields) -> Tensor:
         """Return the loss of each row, (B,), as `loss_sum` computes it of that row alone.
 
@@ -164,6 +185,11 @@ class Task(ABC):
         message before its passes.
         """
         return None
+
+
+def outputs_read(task: Task, made: Outputs) -> tuple[Any, ...]:
+    """Return the outputs of a model as the task reads them: heads, or their logits."""
+    return made if task.reads_heads else plain_outputs(made)
 
 
 def row_count(outputs: Outputs) -> int:

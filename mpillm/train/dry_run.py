@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpillm.errors import DataError, LayoutError, UsageError
 from mpillm.machine.cluster_profile import ClusterProfile, load_profile
@@ -24,11 +24,14 @@ from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.manifest import NAME, Manifest
 from mpillm.tokens.pairs.pair_manifest import PairManifest
 from mpillm.tokens.pairs.pair_reader import PairReader
-from mpillm.train.print_plan import expert_facts, pipeline_facts
+from mpillm.train.print_plan import expert_facts, pipeline_facts, teacher_facts
 from mpillm.train.recipe import Recipe, TrainSettings
 from mpillm.train.rollouts.rollout_checks import check_rollouts
 from mpillm.train.run_memory import RunMemory
-from mpillm.train.run_plan import as_read, fill_model, plan_run, profile_path
+from mpillm.train.run_plan import as_read, fill_model, plan_run, plan_teacher, profile_path
+
+if TYPE_CHECKING:
+    from mpillm.tasks.task import Task
 
 # A mesh of more ranks is printed host by host; of more hosts, the first and the last ones.
 SHOWN_RANKS, SHOWN_HOSTS = 64, 16
@@ -84,14 +87,15 @@ def ranks_needed(settings: ParallelSettings) -> int:
 
 def print_dry_run(recipe: Recipe, hosts: Hosts, console: Console, as_json: bool) -> None:
     """Print the layout of `recipe` on `hosts`. Raises what the run would raise of the layout."""
-    recipe, notes = _with_data(recipe)
+    recipe, task, notes = _with_data(recipe)
     settings, model = recipe.train, recipe.model
     on_cpus = settings.device != "cuda"
     if fault := beyond_all_hosts(model, settings.batch, hosts.memory, on_cpus):
         # A note alone would not do: the plan of a model without bounds has no end.
         raise LayoutError("; ".join(filter(None, (fault, hosts.assumed))))
     sizes = mesh_order(recipe.parallel, hosts.node_map.size, model, settings.batch)
-    plan = plan_run(recipe, sizes)
+    plan, more = _with_teacher(recipe, task, plan_run(recipe, sizes), sizes)
+    notes += more
     if installed("torch") and task_class(recipe.task.name).writes_answers:
         check_rollouts(recipe, sizes)
     precision, more = planned_precision(settings)
@@ -151,15 +155,40 @@ def _slow_tensor(
     return [*notes, text(profile)]
 
 
-def _with_data(recipe: Recipe) -> tuple[Recipe, list[str]]:
+def _with_teacher(
+    recipe: Recipe, task: "Task | None", plan: StepPlan, sizes: Mapping[str, int]
+) -> tuple[StepPlan, list[str]]:
+    """Plan the teacher; return notes of what is not known. Raises what the run would raise of it.
+
+    `task`: None where it is not known.
+    """
+    place = recipe.distillation.teacher
+    if not place:
+        return plan, []
+    if not installed("torch"):
+        return plan, [f"torch is not installed here: the teacher {place} is not counted"]
+    # Imported here: they load torch.
+    from mpillm.train.find_teacher import check_distils, teacher_settings
+
+    if task is not None:
+        check_distils(recipe, task)
+    documents = task is not None and recipe.data.numbers_documents(task)
+    return plan_teacher(recipe, documents, plan, teacher_settings(recipe), sizes), []
+
+
+def _with_data(recipe: Recipe) -> tuple[Recipe, "Task | None", list[str]]:
     """Fill the settings of the model that follow from the data, as far as they can be known.
 
-    Returns notes of what is assumed. A recipe that names them needs no dataset. Raises DataError
-    without either.
+    Returns the task, where torch is installed, and notes of what is assumed. A recipe that names
+    them needs no dataset. Raises DataError without either.
     """
     folder, model, task = Path(recipe.data.path), recipe.model, recipe.task
     if not (folder / NAME).is_file() and model.vocab_size:
-        return recipe, [f"{folder} is not here: model.vocab_size is taken as the recipe has it"]
+        return (
+            recipe,
+            None,
+            [f"{folder} is not here: model.vocab_size is taken as the recipe has it"],
+        )
     manifest = Manifest.load(folder)
     if installed("torch"):
         vocabulary = replace(manifest.load_tokenizer().vocabulary, classes=manifest.classes)
@@ -168,12 +197,13 @@ def _with_data(recipe: Recipe) -> tuple[Recipe, list[str]]:
         from mpillm.infer.task_checks import check_task
 
         check_task(made, model, manifest)
-        return fill_model(recipe, made.model_settings(vocabulary)), []
+        return fill_model(recipe, made.model_settings(vocabulary)), made, []
     found = {"vocab_size": manifest.vocab_size, "classes": len(manifest.classes)}
     found = {name: count for name, count in found.items() if count and hasattr(model, name)}
-    return fill_model(recipe, found), [
+    note = (
         "torch is not installed here: tokens that the task adds to the vocabulary are not counted"
-    ]
+    )
+    return fill_model(recipe, found), None, [note]
 
 
 def planned_precision(settings: TrainSettings) -> tuple[Precision, list[str]]:
@@ -201,6 +231,7 @@ def _facts(
     return {
         "model": model.describe(),
         "parameters": f"{model.parameters:,}",
+        **teacher_facts(recipe, plan),
         "tokens a step": f"{train.batch * model.context:,} = {train.batch} sequences × "
         f"{model.context}",
         "mesh": f"{mesh} on {ranks}, {counted(len(hosts.names), 'host')}",

@@ -574,6 +574,7 @@ def _metrics(step: int, result: StepResult, tokens: int) -> dict[str, float]:
     return {
         "step": step,
         "loss": result.loss,
+        **result.parts,
         "tokens": step * tokens,
         "tokens_per_second": tokens / result.seconds,
         "learning_rate": result.learning_rate,

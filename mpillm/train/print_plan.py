@@ -48,6 +48,19 @@ def tuning_facts(recipe: Recipe) -> dict[str, str]:
     return {"trained": f"{count} by {adapter.method} of rank {adapter.rank}{base}"}
 
 
+def teacher_facts(recipe: Recipe, plan: StepPlan) -> dict[str, str]:
+    """Return the plan's line about the teacher; none without one."""
+    if plan.teacher is None:
+        return {}
+    settings, spec = recipe.distillation, plan.teacher.spec
+    hidden = f", {settings.hidden} of {len(plan.teacher.pairs)} layer(s)" * bool(plan.teacher.pairs)
+    return {
+        "teacher": f"{settings.teacher}: {spec.describe()}, {spec.parameters:,} parameters in "
+        f"{plan.teacher.dtype(plan.precision.dtype)}; alpha {settings.alpha:g}, temperature "
+        f"{settings.temperature:g}{hidden}"
+    }
+
+
 def print_plan(
     recipe: Recipe,
     mesh: Mesh,
@@ -71,6 +84,7 @@ def print_plan(
             "model": model.describe(),
             "parameters": f"{model.parameters:,}",
             **tuning_facts(recipe),
+            **teacher_facts(recipe, plan),
             "data": f"{recipe.data.path}: {data}",
             "tokens a step": f"{step_tokens:,} = {train.batch} sequences × {model.context}",
             "steps": f"{train.steps:,} ({train.steps * step_tokens:,} tokens)",

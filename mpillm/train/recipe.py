@@ -29,6 +29,7 @@ from mpillm.parallel.settings import ParallelSettings
 from mpillm.runs import sink_catalog
 from mpillm.system.messages import command
 from mpillm.system.plugins import is_plugin
+from mpillm.tasks.distillation.distillation_settings import DistillationSettings
 from mpillm.tasks.task_catalog import TaskSettings
 from mpillm.train.optimizers import optimizer_catalog
 from mpillm.train.optimizers.optimizer import OptimizerSettings
@@ -179,6 +180,7 @@ class Recipe:
     )
     task: TaskSettings = field(default_factory=TaskSettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
     optimizer: OptimizerSettings = field(
         default_factory=lambda: optimizer_catalog.optimizer_class(optimizer_catalog.DEFAULT)()
     )
@@ -217,6 +219,7 @@ def load_recipe(
         recipe,
         train=replace(recipe.train, run=run),
         data=replace(recipe.data, path=expand_home(recipe.data.path)),
+        distillation=replace(recipe.distillation, teacher=expand_home(recipe.distillation.teacher)),
         parallel=replace(recipe.parallel, profile=expand_home(recipe.parallel.profile)),
     )
 
@@ -328,6 +331,7 @@ def section_classes(table: Mapping[str, Any]) -> dict[str, type]:
         ),
         "task": TaskSettings,
         "adapter": AdapterSettings,
+        "distillation": DistillationSettings,
         "optimizer": optimizer_catalog.optimizer_class(
             _name_in(table, "optimizer", "name", optimizer_catalog.DEFAULT)
         ),

@@ -15,6 +15,7 @@ from mpillm.models.tuning import layer_of, read_tuning
 from mpillm.runs.folder import METRICS
 from mpillm.system.console import Console
 from mpillm.tasks import task_catalog
+from mpillm.tasks.distillation.distillation_settings import read_distillation
 from mpillm.tokens.manifest import Manifest
 from mpillm.train.lr_schedule import learning_rate
 from mpillm.train.optimizers import optimizer_catalog
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 # Settings that name a place: two spellings of one folder are no change.
-PLACES = ("train.run", "data.path", "parallel.profile")
+PLACES = ("train.run", "data.path", "distillation.teacher", "parallel.profile")
 
 
 def find_start(
@@ -87,6 +88,8 @@ def _check_same_run(recipe: Recipe, manifest: Manifest, checkpoint: Checkpoint) 
         tuning = read_tuning(section)
         section["adapter"] = asdict(tuning.adapter)
         section["train"] = {**section["train"], "freeze": list(tuning.freeze)}
+        distillation = read_distillation(section.get("distillation"))
+        section["distillation"] = {"layers": distillation.compared}
     before["task"] = {"name": task_catalog.DEFAULT, **before.get("task", {})}
     before["optimizer"] = {"name": optimizer_catalog.DEFAULT, **before["optimizer"]}
     kept = {
@@ -94,6 +97,7 @@ def _check_same_run(recipe: Recipe, manifest: Manifest, checkpoint: Checkpoint) 
         "task": ["name"],
         "optimizer": ["name"],
         "adapter": [key for key in now["adapter"] if key != "dropout"],
+        "distillation": ["layers"],
         "train": ["seed", "batch", "freeze"],
     }
     changes = [

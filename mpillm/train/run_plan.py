@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from mpillm.errors import LayoutError, MismatchError, RecipeError
+from mpillm.models.spec import ModelSpec
 from mpillm.parallel.axis_sizes import batch_share
 from mpillm.parallel.expert.expert_groups import check_experts
 from mpillm.parallel.islands.rounds import check_rounds
 from mpillm.parallel.step_plan import StepPlan, check_small_batches, plan_step
+from mpillm.parallel.teacher_plan import TeacherPlan
 from mpillm.runs.folder import CLUSTER
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.pairs.pair_reader import PairReader
@@ -80,6 +82,31 @@ def plan_run(recipe: Recipe, sizes: Mapping[str, int]) -> StepPlan:
     _check_tensor(recipe)
     _check_tuning(recipe)
     return replace(plan, tuning=recipe.tuning)
+
+
+def plan_teacher(
+    recipe: Recipe,
+    numbers_documents: bool,
+    plan: StepPlan,
+    teacher: ModelSpec,
+    sizes: Mapping[str, int],
+) -> StepPlan:
+    """Return the plan of a run that learns from `teacher`, on a mesh of `sizes`.
+
+    `numbers_documents`: whether rows come with the numbers of documents. Raises MismatchError where
+    the run's batches are none of the teacher's, LayoutError and RecipeError for what cannot be.
+    """
+    made = TeacherPlan.of(recipe.distillation, recipe.model, teacher)
+    made.check_fit(recipe.model, recipe.distillation.teacher)
+    made.check_layout(plan.parts, sizes)
+    if numbers_documents and "documents" not in teacher.shared_inputs:
+        raise MismatchError(
+            f"distillation.teacher: rows hold several documents, kept apart, and the architecture "
+            f"{teacher.architecture} of {recipe.distillation.teacher} does not read them; set "
+            "data.pack = false or data.document_mask = false, or take another teacher"
+        )
+    tuning = replace(plan.tuning, projections=made.projections)
+    return replace(plan, teacher=made, tuning=tuning)
 
 
 def profile_path(recipe: Recipe) -> Path | None:

@@ -15,6 +15,7 @@ from mpillm.infer.loading import (
     open_of,
     read_vocabulary,
 )
+from mpillm.infer.model_source import BASE
 from mpillm.infer.references import find_references
 from mpillm.infer.task_checks import check_task
 from mpillm.machine.cluster_profile import Cluster, ClusterProfile, describe_cluster, load_profile
@@ -22,6 +23,7 @@ from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import NodeMap, map_nodes
 from mpillm.models.adapt import tuned_shapes
 from mpillm.models.part_module import torch_explained
+from mpillm.models.tuning import PROJECTIONS
 from mpillm.parallel.devices import may_take_gpus
 from mpillm.parallel.step_plan import StepPlan, make_mesh
 from mpillm.plan.memory_table import beyond_all_hosts
@@ -42,6 +44,7 @@ from mpillm.tokens.manifest import NAME, Manifest
 from mpillm.tokens.pairs.pair_reader import PairReader
 from mpillm.tokens.samples import RowShape, SampleReader
 from mpillm.train.best_checkpoint import BestCheckpoint
+from mpillm.train.find_teacher import TeacherSource, find_teacher
 from mpillm.train.hardware import Hardware, choose_hardware
 from mpillm.train.hold import locked_run
 from mpillm.train.loop import JobLimits, TrainingLoop
@@ -53,7 +56,14 @@ from mpillm.train.rollouts.reference_model import REFERENCE, open_reference, ref
 from mpillm.train.rollouts.rollout_checks import check_rollouts
 from mpillm.train.rollouts.rollouts import Rollouts
 from mpillm.train.run_memory import RunMemory
-from mpillm.train.run_plan import as_read, fill_model, plan_run, profile_path, row_lengths
+from mpillm.train.run_plan import (
+    as_read,
+    fill_model,
+    plan_run,
+    plan_teacher,
+    profile_path,
+    row_lengths,
+)
 from mpillm.train.start_from import restore_base, start_from
 from mpillm.train.step import Trainer
 from mpillm.weights.checkpoint import Checkpoint
@@ -97,7 +107,8 @@ def train(
     constants = RunConstants.read(manifest, recipe.to_dict(), comm)
     settings, parallel = recipe.train, recipe.parallel
     mesh = make_mesh(comm, parallel, recipe.model, settings.batch, node_map)
-    plan = plan_run(recipe, mesh.sizes)
+    teacher = find_teacher(recipe, task, manifest, comm, console)
+    plan = _plan(recipe, task, mesh, teacher)
     if parallel.context > 1:
         _check_context(recipe, task)
     _check_groups(recipe)
@@ -140,8 +151,8 @@ def train(
                 console.say(f"gradients: {trainer.model.gradients.describe()}")
             if plan.schedule.ranks > 1:
                 console.say(f"stages: {trainer.describe_pipeline()}")
-            base = _begin_weights(recipe, trainer, checkpoint, manifest, console)
-            constants = constants.with_base(base)
+            facts = _begin_weights(recipe, trainer, teacher, checkpoint, manifest, console)
+            constants = constants.with_facts(facts)
             if task.needs_reference:
                 given = trainer.model, manifest, folder
                 trainer.references = find_references(*given, checkpoint is None, comm, console)
@@ -156,7 +167,34 @@ def train(
             trainer.close()
 
 
+def _plan(recipe: Recipe, task: Task, mesh: Mesh, teacher: TeacherSource | None) -> StepPlan:
+    """Plan the step. Raises subclasses of MpillmError for what cannot be."""
+    plan = plan_run(recipe, mesh.sizes)
+    if teacher is None:
+        return plan
+    documents = recipe.data.numbers_documents(task)
+    return plan_teacher(recipe, documents, plan, teacher.model.spec, mesh.sizes)
+
+
 def _begin_weights(
+    recipe: Recipe,
+    trainer: Trainer,
+    teacher: TeacherSource | None,
+    checkpoint: Checkpoint | None,
+    manifest: Manifest,
+    console: Console,
+) -> Mapping[str, Any]:
+    """Take the weights of other models; return the facts that name the base of adapters and the
+    teacher.
+    """
+    base = _start(recipe, trainer, checkpoint, manifest, console)
+    facts = {BASE: base} if base else {}
+    if teacher is not None:
+        facts |= teacher.fill(trainer.model, checkpoint, console.warn)
+    return facts
+
+
+def _start(
     recipe: Recipe,
     trainer: Trainer,
     checkpoint: Checkpoint | None,
@@ -168,7 +206,11 @@ def _begin_weights(
         return {}
     place, comm, frozen = Path(recipe.train.start_from), trainer.mesh.comm, trainer.model.frozen
     if checkpoint is None:
-        held = {name: trainer.held(name, each) for name, each in trainer.stepped.items()}
+        held = {
+            name: trainer.held(name, each)
+            for name, each in trainer.stepped.items()
+            if not name.startswith(PROJECTIONS)
+        }
         given = recipe.model, held, manifest, comm, console, frozen, recipe.tuning
         base = start_from(place, *given)
         trainer.model.filled()
@@ -217,7 +259,7 @@ def _begin_rollouts(
     if recipe.task.kl:
         given = recipe, checkpoint, model.device, comm, console
         reference, fact = open_reference(*given)
-        constants = constants.with_fact(REFERENCE, fact)
+        constants = constants.with_facts({REFERENCE: fact})
     rewards = make_rewards(recipe.task)
     trainer.rollouts = Rollouts(recipe, model, manifest, reader, rewards, reference)
     return constants

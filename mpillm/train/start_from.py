@@ -49,13 +49,7 @@ def start_from(
     too where the data was made with another tokenizer than the model.
     """
     source = open_source(path, comm, console)
-    theirs = on_root(comm, lambda: _tokenizer_hash(source))
-    ours = manifest.tokenizer.get("sha256")
-    if theirs and theirs != ours:
-        raise MismatchError(
-            f"train.start_from: the data {manifest.folder} was made with another tokenizer than "
-            f"{path}; prepare it with the model's: --tokenizer {source.path}"
-        )
+    check_tokenizer("train.start_from", source, manifest, comm)
     opened = open_model(source, comm, console)
     found = opened.with_context(spec)
     alike = not (found.classes and manifest.classes) or found.classes == manifest.classes
@@ -79,6 +73,20 @@ def start_from(
     if initialised:
         console.say(f"new: {', '.join(initialised)} (initialised)")
     return describe_base(source.path, opened, comm) if tuning.adapter.used else {}
+
+
+def check_tokenizer(
+    setting: str, source: TensorSource, manifest: Manifest, comm: "MPI.Intracomm"
+) -> None:
+    """Raise MismatchError where the data was made with another tokenizer than the model that
+    `setting` names. Every rank of `comm` calls it.
+    """
+    theirs = on_root(comm, lambda: _tokenizer_hash(source))
+    if theirs and theirs != manifest.tokenizer.get("sha256"):
+        raise MismatchError(
+            f"{setting}: the data {manifest.folder} was made with another tokenizer than "
+            f"{source.path}; prepare it with the model's: --tokenizer {source.path}"
+        )
 
 
 def restore_base(

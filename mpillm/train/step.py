@@ -20,9 +20,10 @@ from mpillm.machine.cluster_profile import ClusterProfile
 from mpillm.models.adapt import tuned_shapes
 from mpillm.models.part_module import Fields
 from mpillm.parallel.axis_sizes import batch_share, counts_loss
+from mpillm.parallel.passes import Passes
 from mpillm.parallel.pipeline.simulate import Span
 from mpillm.parallel.pipeline.stage import Batch
-from mpillm.parallel.sharded_model import Passes, ShardedModel
+from mpillm.parallel.sharded_model import ShardedModel
 from mpillm.parallel.step_plan import StepPlan
 from mpillm.plan.peak_memory import rows_at_once
 from mpillm.tasks.task import Task
@@ -66,6 +67,8 @@ class StepResult:
     """The factor of the gradients in the backward pass; 1 but for float16."""
     repeats: int = 0
     """How often the step was computed again with a lower loss scale."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """The parts of the loss before their factors, by name: means as the loss."""
     noise_scale: float | None = None
     """In sequences; None where it was not measured, or the gradient is lost in its noise."""
     figures: Mapping[str, float] = field(default_factory=dict)
@@ -243,6 +246,7 @@ class Trainer:
             others,
             last.scale,
             first.repeats,
+            {name: part / self._parts(step) for name, part in first.stats.parts.items()},
             first.passes.noise_scale,
             figures,
         )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -11,13 +11,14 @@ import numpy as np
 from mpillm.comm.mesh import Mesh, coordinates
 from mpillm.parallel import axis_sizes
 from mpillm.parallel.parallel_axis import RankTimes
+from mpillm.parallel.passes import Passes
 from mpillm.parallel.pipeline.pipeline_axis import measured_bubble
-from mpillm.parallel.sharded_model import Passes
 from mpillm.parallel.step_plan import StepPlan
 from mpillm.train.run_memory import peak_memory_bytes
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-# Columns of a rank's row; the losses follow in the order of the microbatches.
+# Columns of a rank's row; the losses follow in the order of the microbatches, then those of each
+# part of the loss.
 BEGIN, END, BUSY, REDUCING, MEMORY, STOP, HAS_LOSSES, LOSSES = range(8)
 
 
@@ -35,6 +36,8 @@ class StepStats:
     """The largest peak of a rank: of the resident set, or of torch's allocator on a GPU."""
     stops: list[int]
     """By rank: its stop request (stopping.py)."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """The parts of the loss by name, each as `loss`."""
 
     @property
     def loss(self) -> float:
@@ -50,21 +53,22 @@ def gather_stats(
 ) -> StepStats:
     """Gather the passes and the stop request of each rank. Every rank of the mesh calls it."""
     spans = passes.spans
-    own = np.zeros(LOSSES + plan.microbatches)
+    own = np.zeros(LOSSES + plan.microbatches * (1 + len(plan.loss_parts)))
     own[BEGIN], own[END] = spans[0].begin - clock_offset, spans[-1].end - clock_offset
     own[BUSY] = sum(span.end - span.begin for span in spans)
     own[REDUCING] = passes.summed - passes.ended
     own[MEMORY] = peak_memory_bytes(plan.precision.device)
     own[STOP], own[HAS_LOSSES] = stop, bool(passes.losses)
-    own[LOSSES : LOSSES + len(passes.losses)] = passes.losses
+    if passes.losses:
+        own[LOSSES:] = np.concatenate([passes.losses, *passes.parts])
     # One Allgather: losses and stop requests of a step arrive together, so all ranks stop alike.
     every = np.empty((mesh.comm.size, own.size))
     mesh.comm.Allgather(own, every)
-    return read_stats(every, mesh.sizes)
+    return read_stats(every, mesh.sizes, plan.loss_parts)
 
 
-def read_stats(every: Floats, sizes: Mapping[str, int]) -> StepStats:
-    """Read the rows of all ranks of a mesh of `sizes`."""
+def read_stats(every: Floats, sizes: Mapping[str, int], parts: Sequence[str] = ()) -> StepStats:
+    """Read the rows of all ranks of a mesh of `sizes`; `parts`: the names of the loss's parts."""
     times = RankTimes(every[:, BEGIN], every[:, END], every[:, BUSY], every[:, REDUCING])
     groups = _all_groups(tuple(sizes.items()))
     waits = {
@@ -72,16 +76,20 @@ def read_stats(every: Floats, sizes: Mapping[str, int]) -> StepStats:
         for axis in axis_sizes.AXES
         if axis.name in groups
     }
+    counted = [
+        rank
+        for rank, row in enumerate(every)
+        if row[HAS_LOSSES] and axis_sizes.counts_loss(coordinates(rank, sizes))
+    ]
+    # Rank, part, microbatch: the loss is the first part.
+    numbers = every[:, LOSSES:].reshape(len(every), 1 + len(parts), -1)
     return StepStats(
-        {
-            rank: row[LOSSES:].tolist()
-            for rank, row in enumerate(every)
-            if row[HAS_LOSSES] and axis_sizes.counts_loss(coordinates(rank, sizes))
-        },
+        {rank: numbers[rank, 0].tolist() for rank in counted},
         measured_bubble(times, groups["pipeline"]) if "pipeline" in groups else 0.0,
         {name: seconds for name, seconds in waits.items() if seconds},
         int(every[:, MEMORY].max()),
         [int(stop) for stop in every[:, STOP]],
+        {name: math.fsum(numbers[counted, part].flat) for part, name in enumerate(parts, start=1)},
     )
 
 

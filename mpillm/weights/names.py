@@ -2,12 +2,15 @@
 
     model/layers/0/attention/query/weight              a weight
     optimizer/exp_avg/layers/0/attention/query/weight  the optimizer's slot `exp_avg` of that weight
+    projections/3/weight                               a weight of training that no model has
 
 A name never mentions a rank, a stage or a shard: a layout is only a way to cut the whole tensor.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from mpillm.models.tuning import PROJECTIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +41,8 @@ def name_tensors(
 
 def weight_name(name: str) -> str:
     """Name a weight of the module (`layers.0.norm.weight`) as a checkpoint does."""
-    return f"model/{name.replace('.', '/')}"
+    place = name.replace(".", "/")
+    return place if name.startswith(PROJECTIONS) else f"model/{place}"
 
 
 def module_names(names: Iterable[str]) -> dict[str, str]:

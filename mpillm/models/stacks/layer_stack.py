@@ -28,6 +28,7 @@ class Transformer(PartModule):
     """Blocks of one or several stacks: initial values, recomputation and dropout."""
 
     config: BlockSettings
+    keeps_outputs = True
 
     def additions(self, name: str) -> int:
         """Return how many outputs the stream of the weight `name` sums; 1: it is normed each time.
@@ -54,7 +55,10 @@ class Transformer(PartModule):
     def _run(self, block: nn.Module, number: int, balances: Balances, *given: Any) -> Tensor:
         """Compute the block `number`, again in the backward pass where that is selected."""
         whole = recompute_of(self.recompute, number) == "full"
-        return balances.stream_of(recomputed(block, *given) if whole else block(*given))
+        x_BTC = balances.stream_of(recomputed(block, *given) if whole else block(*given))
+        if number in self.kept:
+            self.kept[number] = x_BTC
+        return x_BTC
 
     def _keys(self, fields: Fields, layer: int) -> MaskKeys | None:
         row_keys_B, positions_T = fields.get("dropout_keys"), fields.get("positions")

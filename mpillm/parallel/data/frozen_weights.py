@@ -32,7 +32,9 @@ class FrozenWeights:
         dtype: torch.dtype,
         device: torch.device,
         warn: Callable[[str], None],
+        alike: bool = False,
     ) -> None:
+        """`alike`: all ranks that have parts have the same ones, whatever their places."""
         _join_tied(parts)
         self._held: dict[str, tuple[PartModule, FrozenWeight]] = {}
         for part in parts:
@@ -47,17 +49,15 @@ class FrozenWeights:
             if held.weight is not None and held.weight.dtype != dtype:
                 held.weight.data = torch.empty(held.weight.shape, dtype=dtype)
         if device.type == "cpu":
-            self._share(mesh, warn)
+            self._share(mesh, int(bool(self._held)) if alike else _place(mesh), warn)
         else:
             for _, held in self._held.values():
                 held.move([torch.empty_like(room, device=device) for room in held.tensors])
 
-    def _share(self, mesh: Mesh, warn: Callable[[str], None]) -> None:
-        """Move the weights into memory of the ranks on this node that hold the same ones."""
-        place = 0
-        for axis in axis_sizes.AXES:
-            if axis.cuts_weights and axis.name in mesh.sizes:
-                place = place * mesh.sizes[axis.name] + mesh.coordinates[axis.name]
+    def _share(self, mesh: Mesh, place: int, warn: Callable[[str], None]) -> None:
+        """Move the weights into memory of the ranks on this node that hold the same ones: those of
+        the same `place`.
+        """
         nodes = len(mesh.node_map.nodes)
         color = place * nodes + mesh.node_map.node_of[mesh.comm.rank]
         comm: MPI.Intracomm = mesh.comm.Split(color, mesh.comm.rank)  # type: ignore[assignment]
@@ -151,6 +151,15 @@ class FrozenWeights:
         """Free the communicator. Every rank calls it."""
         if self._comm is not None:
             self._comm.Free()
+
+
+def _place(mesh: Mesh) -> int:
+    """Return the number of this rank's place along the axes that cut weights."""
+    place = 0
+    for axis in axis_sizes.AXES:
+        if axis.cuts_weights and axis.name in mesh.sizes:
+            place = place * mesh.sizes[axis.name] + mesh.coordinates[axis.name]
+    return place
 
 
 def _join_tied(parts: Sequence[PartModule]) -> None:

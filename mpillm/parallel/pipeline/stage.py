@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpillm.models.linear_head import Outputs, plain_outputs
+from mpillm.models.linear_head import plain_outputs
 from mpillm.models.part_module import Fields, PartModule, Streams
 from mpillm.parallel.data.gradient_sync import GradientSync
 from mpillm.parallel.pipeline.split_backward import SplitBackward
 from mpillm.parallel.step_plan import Precision
+from mpillm.parallel.teacher import Teacher
 from mpillm.tasks.metrics.metric import Array, Arrays, RowStatistics
-from mpillm.tasks.task import Task
+from mpillm.tasks.task import Task, outputs_read
 
 
 class PipelineStage(Protocol):
@@ -74,6 +75,8 @@ class ModelStage:
     def __init__(self, part: PartModule, number: int, sync: GradientSync, task: Task) -> None:
         self.part, self.losses = part, dict[int, Tensor]()
         self._number, self._sync, self._task = number, sync, task
+        self.teacher: Teacher | None = None
+        """Of a distillation, on the last stage; the losses are then (1 + k,): with their parts."""
         self.batch: Batch | None = None
         """The batch of the step, set before its first pass."""
         self.loss_scale = 1.0
@@ -91,15 +94,26 @@ class ModelStage:
         for stream in streams:
             stream.requires_grad_()
         made, pivots, balance = part.forward_part(fields, streams)
-        outputs = _outputs_for(self._task, made)
+        outputs = outputs_read(self._task, made)
         if part.ends:
-            loss = self._task.objective_sum(outputs, fields) / batch.scale
-            self.losses[microbatch] = loss.detach()
+            loss = self._loss(microbatch, outputs, fields) / batch.scale
             outputs = (loss if self.loss_scale == 1.0 else loss * self.loss_scale,)
         added = () if balance is None else (balance * (self.loss_scale / batch.sequences),)
         self._held[microbatch] = _Held(streams, pivots, outputs + added)
         # Detached: the next stage starts a graph of its own.
         return () if part.ends else tuple(output.detach() for output in outputs)
+
+    def _loss(self, microbatch: int, outputs: tuple[Any, ...], fields: Fields) -> Tensor:
+        """Return the summed loss of a microbatch; note it over the scale of the batch."""
+        assert self.batch is not None
+        if self.teacher is None:
+            loss = self._task.objective_sum(outputs, fields)
+            self.losses[microbatch] = loss.detach() / self.batch.scale
+            return loss
+        loss, parts = self.teacher.objective_sum(self._task, self.part, outputs, fields)
+        noted = torch.cat([loss.detach().view(1), parts.to(loss.dtype)])
+        self.losses[microbatch] = noted / self.batch.scale
+        return loss
 
     def backward(self, microbatch: int, gradients: Streams) -> Streams:
         held = self._held.pop(microbatch)
@@ -140,11 +154,6 @@ class ModelStage:
 
     def _after_weights(self) -> None:
         self._sync.microbatch_ended(self._number)
-
-
-def _outputs_for(task: Task, made: Outputs) -> tuple[Any, ...]:
-    """Return a part's outputs as the task reads them: heads, or their logits."""
-    return made if task.reads_heads else plain_outputs(made)
 
 
 def _gradients(streams: Streams) -> Streams:
@@ -204,7 +213,7 @@ class ScoringStage:
             made = part.forward_part(read, streams).outputs
             # Where metrics read logits, these are computed once, for the loss too.
             plain = self._metrics and self._task.metrics_read_logits
-            outputs = plain_outputs(made) if plain else _outputs_for(self._task, made)
+            outputs = plain_outputs(made) if plain else outputs_read(self._task, made)
         if part.begins:
             self._done()
         if not part.ends:

@@ -1,0 +1,1 @@
+"""Knowledge distillation: a student learns from the distributions and the layers of a teacher."""
