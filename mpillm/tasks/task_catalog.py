@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge, Gt, Le, Lt
 
 from mpillm.errors import MismatchError, RecipeError
+from mpillm.system.json_text import to_json
 from mpillm.system.plugins import is_plugin, load_class
 from mpillm.tasks.answer_rewards import reward_catalog
 from mpillm.tasks.vocabulary import Lengths, Vocabulary
@@ -40,6 +41,21 @@ TASKS: Mapping[str, str] = MappingProxyType(
     }
 )
 DEFAULT = "causal-lm"
+READERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "mask_token": ("masked-lm",),
+        "masked_share": ("masked-lm", "span-corruption"),
+        "span_length": ("span-corruption",),
+        "start_token": ("seq2seq", "span-corruption"),
+        "beta": ("dpo", "kto"),
+        "desirable_weight": ("kto",),
+        "undesirable_weight": ("kto",),
+        **dict.fromkeys(("rewards", "reward_weights", "reward_pattern", "group"), ("grpo",)),
+        **dict.fromkeys(("answer_tokens", "temperature", "top_p"), ("grpo",)),
+        **dict.fromkeys(("kl", "clip", "updates"), ("grpo",)),
+    }
+)
+"""Which tasks of the table read a setting that not all read. A plug-in may read any."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +119,19 @@ class TaskSettings:
     def __post_init__(self) -> None:
         check_task(self.name)
         reward_catalog.check_rewards(self.rewards, self.reward_weights)
+
+
+def check_read(settings: TaskSettings) -> None:
+    """Raise RecipeError where a setting has a value that the task does not read."""
+    if settings.name not in TASKS:
+        return
+    for each in fields(settings):
+        value, readers = getattr(settings, each.name), READERS.get(each.name)
+        if readers and settings.name not in readers and value != each.default:
+            raise RecipeError(
+                f"task.{each.name} = {to_json(value)} is a setting of {' and '.join(readers)}, and "
+                f"the task is {settings.name}; leave it out, or name another task"
+            )
 
 
 def check_task(name: str) -> None:

@@ -30,7 +30,7 @@ from mpillm.runs import sink_catalog
 from mpillm.system.messages import command
 from mpillm.system.plugins import is_plugin
 from mpillm.tasks.distillation.distillation_settings import DistillationSettings
-from mpillm.tasks.task_catalog import TaskSettings
+from mpillm.tasks.task_catalog import TaskSettings, check_read
 from mpillm.train.optimizers import optimizer_catalog
 from mpillm.train.optimizers.optimizer import OptimizerSettings
 from mpillm.train.recipe_file import expand_home, own_run, read_table
@@ -266,6 +266,7 @@ def parse_recipe(table: Mapping[str, Any], source: str) -> Recipe:
             text = _fault(error["type"], place, error["msg"], error["input"], classes)
             faults.setdefault(place, []).append(text)
     else:
+        check_read(read.task)
         return Recipe(**{name: getattr(read, name) for name in classes})
     texts = [
         " or ".join([first, *(other.rpartition(": ")[2] for other in others)])

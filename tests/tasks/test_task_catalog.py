@@ -1,3 +1,4 @@
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,15 @@ import pytest
 from mpillm.errors import RecipeError, UsageError
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.task import Task
-from mpillm.tasks.task_catalog import DEFAULT, TASKS, TaskSettings, check_task, make_task
+from mpillm.tasks.task_catalog import (
+    DEFAULT,
+    READERS,
+    TASKS,
+    TaskSettings,
+    check_read,
+    check_task,
+    make_task,
+)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -21,6 +30,23 @@ def test_a_name_is_checked_without_an_import() -> None:
     check_task("not_installed_here.tasks:Own")
     with pytest.raises(RecipeError, match=r"task.name = 'causal' is unknown; tasks: causal-lm"):
         check_task("causal")
+
+
+def test_a_setting_that_the_task_does_not_read_is_refused() -> None:
+    for settings in (
+        TaskSettings("dpo", beta=0.3),
+        TaskSettings("kto", desirable_weight=2.0),
+        TaskSettings("grpo", rewards=("number",), kl=0.0),
+        TaskSettings("own_tasks:Own", beta=0.3),
+        TaskSettings("masked-lm", mask_token="[MASK]"),
+    ):
+        check_read(settings)
+    with pytest.raises(RecipeError, match=r"task.beta = 0.3 is a setting of dpo and kto, and the"):
+        check_read(TaskSettings("causal-lm", beta=0.3))
+    with pytest.raises(RecipeError, match=r'task.rewards = \["number"\] is a setting of grpo'):
+        check_read(TaskSettings("chat", rewards=("number",)))
+    assert set(READERS) < {each.name for each in fields(TaskSettings)}
+    assert {name for readers in READERS.values() for name in readers} < set(TASKS)
 
 
 def test_a_plugin_is_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
