@@ -1,5 +1,6 @@
 """Trained models with the data that they are scored on, checked to fit each other."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,13 @@ from mpillm.infer.evaluate import WholeModel
 from mpillm.infer.imported_task import check_evaluated
 from mpillm.infer.loading import Loaded, check_classes, load_data, load_trained
 from mpillm.infer.scores.compare import ScoreDifference
+from mpillm.infer.scores.score import Score
 from mpillm.infer.task_checks import check_task
 from mpillm.parallel.step_plan import Precision
+from mpillm.runs.evaluations import is_recorded, record_evaluation
 from mpillm.runs.run_files import moved_from
 from mpillm.system.console import Console
+from mpillm.system.messages import explain
 from mpillm.tasks.task import Task
 from mpillm.tasks.vocabulary import Lengths
 from mpillm.tokens.manifest import Manifest, check_tokenizer
@@ -123,10 +127,41 @@ def facts_of(
     return facts
 
 
+def run_of(checkpoint: Checkpoint) -> Path | None:
+    """Return the folder of the run that a checkpoint is of; None for a checkpoint by itself."""
+    folder = checkpoint.folder.absolute()
+    return folder.parents[1] if folder.parent.name == CHECKPOINTS else None
+
+
+def record_scores(
+    found: Sequence[Candidate], scores: Mapping[str, Score], console: Console
+) -> None:
+    """Record an evaluation in the run's folder, where one may write there. Rank 0 calls it.
+
+    A failure is a warning: the scores are printed.
+    """
+    checkpoint = found[0].loaded.checkpoint
+    run = run_of(checkpoint)
+    if run is None or not is_recorded(run):
+        return
+    facts = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "checkpoint": str(checkpoint.folder.absolute().relative_to(run)),
+        "step": checkpoint.step,
+        "data": str(found[0].manifest.folder),
+        "classes": list(found[0].task.classes),
+        **({"other": str(found[1].loaded.checkpoint.folder)} if len(found) > 1 else {}),
+        "scores": {name: each.record() for name, each in scores.items()},
+    }
+    try:
+        record_evaluation(run, facts)
+    except OSError as failure:
+        console.warn(f"the evaluation is not recorded: {explain(failure, run)}")
+
+
 def warn_if_moved(checkpoint: Checkpoint, console: Console) -> None:
     """Warn where a run is a copy, or was moved."""
-    folder = checkpoint.folder.absolute()
-    run = folder.parents[1] if folder.parent.name == CHECKPOINTS else None
+    run = run_of(checkpoint)
     known = checkpoint.facts
     begun = moved_from(run, known["recipe"], known.get("folder")) if run else ""
     if begun:

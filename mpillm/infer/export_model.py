@@ -17,6 +17,7 @@ from mpillm.errors import CheckpointError, RecipeError, UsageError
 from mpillm.infer.export_gguf import GgufPlan, check_gguf_name, export_gguf
 from mpillm.infer.export_peft import check_adapter, write_adapter
 from mpillm.infer.generate import first_token
+from mpillm.infer.imported_task import with_labels
 from mpillm.infer.loading import TOKENIZER, check_trained
 from mpillm.infer.model_source import ModelSource, open_model
 from mpillm.infer.write_tensors import write_tensors
@@ -213,7 +214,7 @@ def _texts(checkpoint: Checkpoint, spec: ModelSpec, family: Family, dtype: str) 
     kept = {name: checkpoint.text(name) for name in checkpoint.texts if name != TOKENIZER}
     config = from_json(kept.get(CONFIG, "{}"))
     end = tokenizer.eot_id
-    config |= {"eos_token_id": end, **family.config(spec)}
+    config = with_labels(config | {"eos_token_id": end}, family.config(spec), checkpoint.facts)
     if spec.source_field:
         # transformers' own defaults are ids of the published vocabularies.
         task = read_settings(checkpoint.facts["recipe"].get("task", {}))

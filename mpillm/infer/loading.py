@@ -30,9 +30,7 @@ from mpillm.tokens.chat.chat_template import TEMPLATE
 from mpillm.tokens.dataset_folder import is_dataset
 from mpillm.tokens.manifest import NAME as MANIFEST
 from mpillm.tokens.manifest import Manifest
-from mpillm.tokens.pairs.pair_manifest import PairManifest
-from mpillm.tokens.pairs.pair_reader import PairReader
-from mpillm.tokens.reader import TokenReader
+from mpillm.tokens.pairs.pair_reader import open_of as open_of
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.checkpoint_source import CheckpointSource
@@ -248,17 +246,6 @@ def load_data(checkpoint: Checkpoint, data: Path | None) -> Manifest:
             f"give {command(['--data', named])} to take it all the same, or restore the run's own"
         )
     return manifest
-
-
-def open_of(manifest: Manifest, split: str) -> TokenReader | PairReader:
-    """Open a split of a dataset whose manifest was read before: no other one is opened.
-
-    Raises DataError where a shard is missing or has another size.
-    """
-    manifest.check_shards(split)
-    if isinstance(manifest, PairManifest):
-        return PairReader(manifest, split)
-    return TokenReader(manifest.folder, split, manifest.split(split), manifest.vocab_size)
 
 
 def check_classes(checkpoint: Checkpoint, manifest: Manifest) -> None:

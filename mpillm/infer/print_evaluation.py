@@ -15,19 +15,18 @@ from mpillm.infer.candidates import (
     Candidate,
     facts_of,
     open_candidates,
+    record_scores,
     title_of,
     warn_if_moved,
 )
 from mpillm.infer.cloze_baselines import score_cloze_baselines
-from mpillm.infer.evaluate import evaluate
 from mpillm.infer.loading import open_of
 from mpillm.infer.references import read_references
 from mpillm.infer.scores.calibrate import Calibration, calibrate, check_calibrates
 from mpillm.infer.scores.compare import ScoreDifference, compare
 from mpillm.infer.scores.print_scores import print_confusions, print_scores
 from mpillm.infer.scores.score import Score
-from mpillm.infer.scores.score_answers import METRICS as ANSWER_METRICS
-from mpillm.infer.scores.score_answers import score_answers
+from mpillm.infer.scores.score_answers import evaluate_task
 from mpillm.infer.scores.text_baselines import require_text_baselines, score_text_baselines
 from mpillm.machine.node_map import map_nodes
 from mpillm.models.part_module import torch_explained
@@ -40,7 +39,6 @@ from mpillm.tasks.causal_lm import CausalLM
 from mpillm.tasks.masked_lm import MaskedLM
 from mpillm.tasks.metrics.metric import Metric
 from mpillm.tasks.metrics.metric_catalog import make_metrics
-from mpillm.tasks.question_answering import QuestionAnswering
 from mpillm.tasks.sequence_classification import SequenceClassification
 from mpillm.tasks.task import Task
 from mpillm.tokens.pairs.pair_reader import PairReader
@@ -83,9 +81,7 @@ def print_evaluation(
             scores[name] = _score(each, Precision(place), metrics, comm, quiet)
         if calibrated:
             fitted = _calibrate(found[0], Precision(place), comm, quiet)
-        of_task = found[0].task.metrics
-        if isinstance(found[0].task, QuestionAnswering):
-            of_task = (*of_task, *ANSWER_METRICS)
+        of_task = (*found[0].task.metrics, *found[0].task.answer_metrics)
         made = make_metrics(metrics or of_task, found[0].task.classes)
         if baselines and comm.rank == 0:
             scores |= _score_baselines(found[0], made)
@@ -98,6 +94,7 @@ def print_evaluation(
         _print_tables(found, scores, differences, made, console)
         if fitted is not None:
             console.say(fitted.describe())
+    on_root(comm, lambda: record_scores(found, scores, quiet))
 
 
 def _score(
@@ -111,13 +108,11 @@ def _score(
         if cuts := on_root(comm, lambda: reader.describe_cuts(candidate.row)):
             console.warn(cuts)
         scorer = candidate.scorer(precision, comm)
-        if isinstance(candidate.task, QuestionAnswering) and isinstance(reader, PairReader):
-            return score_answers(scorer, reader, comm, console, metrics)
         if candidate.task.needs_reference:
             checkpoint = candidate.loaded.checkpoint
             assert isinstance(reader, PairReader)
             reader.references = read_references(checkpoint, candidate.manifest, comm)
-        return evaluate(scorer, reader, comm, console, metrics, True)
+        return evaluate_task(scorer, reader, comm, console, metrics, True)
 
 
 def _calibrate(

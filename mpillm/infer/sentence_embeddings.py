@@ -4,15 +4,20 @@ Shapes: N texts, B texts at once, T positions, C width.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
 import torch
 
+from mpillm.comm.failure import on_all
 from mpillm.errors import UsageError
 from mpillm.infer.loading import Loaded
 from mpillm.models.stacks.encoder_head import POOLINGS, pool
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 # Positions of a batch: its activations stay near a second-level cache.
@@ -20,11 +25,16 @@ POSITIONS_AT_ONCE = 1 << 12
 
 
 def embed_texts(
-    loaded: Loaded, texts: Sequence[str], pooling: str = "mean", normalised: bool = True
+    loaded: Loaded,
+    texts: Sequence[str],
+    pooling: str = "mean",
+    normalised: bool = True,
+    comm: "MPI.Intracomm | None" = None,
 ) -> Vectors:
     """Return the embeddings (N, C) of `texts`, in their order.
 
     `pooling`: of the hidden states, `mean`, `first` or `last`; `normalised`: to a 2-norm of 1.
+    With a `comm` its ranks call it with the same texts, share them out, and each gets all vectors.
     Special tokens are added as the tokenizer says, and longer texts are cut to the model's context.
     Raises UsageError for a model without hidden states or an unknown pooling.
     """
@@ -35,16 +45,27 @@ def embed_texts(
             f"the model reads {loaded.model.spec.input_field} and embeds no text; take an encoder "
             "of text"
         )
-    found = np.empty((len(texts), 0), np.float32)
-    for numbers, fields in _batches(loaded, texts):
-        with torch.inference_mode():
-            states_BTC = loaded.model.hidden_states(fields)
-            vectors_BC = pool(states_BTC, pooling, fields["lengths"]).float()
-            if normalised:
-                vectors_BC = torch.nn.functional.normalize(vectors_BC, dim=-1)
-        if not found.shape[1]:
-            found = np.empty((len(texts), vectors_BC.shape[1]), np.float32)
-        found[numbers] = vectors_BC.cpu().numpy()
+
+    def embed(share: int, shares: int) -> list[tuple[list[int], Vectors]]:
+        own = []
+        for numbers, fields in islice(_batches(loaded, texts), share, None, shares):
+            with torch.inference_mode():
+                states_BTC = loaded.model.hidden_states(fields)
+                vectors_BC = pool(states_BTC, pooling, fields["lengths"]).float()
+                if normalised:
+                    vectors_BC = torch.nn.functional.normalize(vectors_BC, dim=-1)
+            own.append((numbers, vectors_BC.cpu().numpy()))
+        return own
+
+    if comm is None:
+        parts = embed(0, 1)
+    else:
+        # Batches do not depend on the number of ranks, nor do the bits of their vectors.
+        mine = on_all(comm, lambda: embed(comm.rank, comm.size))
+        parts = [part for rank in comm.allgather(mine) for part in rank]
+    found = np.empty((len(texts), parts[0][1].shape[1] if parts else 0), np.float32)
+    for numbers, vectors_BC in parts:
+        found[numbers] = vectors_BC
     return found
 
 

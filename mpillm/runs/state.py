@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mpillm.errors import UsageError
-from mpillm.runs.folder import HISTORY, JOB, LOCK, METRICS, RECIPE
+from mpillm.runs.evaluations import RecordedEvaluation, read_evaluations
+from mpillm.runs.folder import EVALUATIONS, HISTORY, JOB, LOCK, METRICS, RECIPE
 from mpillm.runs.history import (
     KILLED,
     RUNNING,
@@ -74,6 +75,8 @@ class RunState:
     steps: Columns
     """The metrics of each step, a column a key, NaN where a step has none."""
     evaluations: Columns
+    scores: tuple[RecordedEvaluation, ...]
+    """What `mpillm evaluate` has recorded, the oldest first."""
     attempts: tuple[Attempt, ...]
     checkpoints: tuple[KeptCheckpoint, ...]
     """The oldest first."""
@@ -138,7 +141,9 @@ def read_run(run: Path, now: float | None = None) -> RunState:
     recipe = read_recipe(recipe_path)[0] if recipe_path else {}
     job, damaged_job = read_job_record(run)
     checkpoints, damaged_checkpoints = _checkpoints(run)
+    scores, damaged_scores = read_evaluations(run)
     damage = {
+        EVALUATIONS: damaged_scores,
         METRICS: log.note(METRICS),
         RECIPE: damaged_recipe,
         JOB: damaged_job,
@@ -159,6 +164,7 @@ def read_run(run: Path, now: float | None = None) -> RunState:
         hold.describe() if hold else "",
         steps,
         evaluations,
+        tuple(scores),
         tuple(tried),
         tuple(checkpoints),
         best_checkpoint(run / CHECKPOINTS),

@@ -174,3 +174,25 @@ def check_outputs(named: Mapping[str, Path | None], make_folders: bool = True) -
         except UsageError as failure:
             raise UsageError(f"{option} {path}: {failure}") from failure
     return [path for path in named.values() if path is not None]
+
+
+def check_new_file(out: Path | None, option: str) -> None:
+    """Raise UsageError where `option` names a file that exists, or that cannot be written."""
+    if out is not None:
+        refuse_taken(out, option)
+        check_outputs({option: out})
+
+
+def write_new_file(out: Path | None, text: str, option: str) -> None:
+    """Write the file that `option` names, whole or not at all; None: nothing is asked for.
+
+    Raises UsageError where something has its name by now.
+    """
+    if out is None:
+        return
+    work = temporary_path(out)
+    try:
+        work.write_text(text, encoding="utf-8")
+        give_name(work, out, option)
+    finally:
+        work.unlink(missing_ok=True)

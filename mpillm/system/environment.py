@@ -44,6 +44,12 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not name.startswith(LAUNCHERS)}
 
 
+def library_paths() -> dict[str, str]:
+    """Return what a Python needs of the environment to find its own libraries, and nothing else."""
+    paths = os.environ.get("LD_LIBRARY_PATH")
+    return {} if paths is None else {"LD_LIBRARY_PATH": paths}
+
+
 def set_default(name: str, value: str) -> None:
     """Set a variable for the libraries that this process loads, unless the user has set it."""
     os.environ.setdefault(name, value)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ def to_json(value: Any, indent: int | None = None, default: Any = None) -> str:
         _finite(value), indent=indent, ensure_ascii=False, allow_nan=False, default=default
     )
     return _ESCAPED.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
+
+
+def to_json_lines(rows: Iterable[Any], default: Any = None) -> str:
+    """Write values as JSON, a line each."""
+    return "".join(to_json(row, default=default) + "\n" for row in rows)
 
 
 def from_json(text: str | bytes) -> Any:

@@ -21,6 +21,7 @@ class MultiLabelClassification(TextTask):
     """
 
     name: ClassVar[str] = "multi-label-classification"
+    problem_type: ClassVar[str] = "multi_label_classification"
     output_kind: ClassVar[OutputKind] = "a set of classes of each row"
     metrics: ClassVar[tuple[str, ...]] = ("loss", "micro-f1", "macro-f1")
     pair_kinds: ClassVar[tuple[str, ...]] = ("multi-label-classification",)

@@ -27,6 +27,7 @@ class QuestionAnswering(Task):
     """
 
     name: ClassVar[str] = "question-answering"
+    answer_metrics: ClassVar[tuple[str, ...]] = ("exact-match", "squad-f1")
     output_kind: ClassVar[OutputKind] = "the ends of a span"
     field_names: ClassVar[tuple[str, ...]] = (
         "ids", "lengths", "token_types", "in_context", "targets",

@@ -13,6 +13,7 @@ class SequenceClassification(TextTask, CrossEntropyTask):
     name: ClassVar[str] = "sequence-classification"
     output_kind: ClassVar[OutputKind] = "a class of each row"
     metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro-f1")
+    problem_type: ClassVar[str] = "single_label_classification"
     pair_kinds: ClassVar[tuple[str, ...]] = ("sequence-classification",)
 
     def fixed_weight(self, rows: int, context: int) -> float:

@@ -38,6 +38,9 @@ class Task(ABC):
     it writes no text, or the pairs have no reference.
     """
 
+    answer_metrics: ClassVar[tuple[str, ...]] = ()
+    """Metrics of the texts of spans that are answers, by name, which evaluations add."""
+
     field_names: ClassVar[tuple[str, ...]]
     """The fields of every batch; `documents` is added where the recipe asks for it."""
 
@@ -46,6 +49,9 @@ class Task(ABC):
 
     classes: tuple[str, ...] = ()
     """The names of the data's classes, in the order of their numbers; set by `make_task`."""
+
+    problem_type: ClassVar[str] = ""
+    """What transformers calls the problem of a head of classes; "": nothing."""
 
     output_kind: ClassVar[OutputKind] = "any"
     """What it learns: a model that gives something else is refused."""

@@ -177,6 +177,14 @@ def make_task(
     return task
 
 
+def problem_type_of(name: str) -> str:
+    """Return what transformers calls the problem of a task; "" where it has no word for it.
+
+    Imports torch. A name that is no task has none.
+    """
+    return task_class(name).problem_type if name in TASKS or is_plugin(name) else ""
+
+
 def read_settings(section: Mapping[str, Any]) -> TaskSettings:
     """Build the settings from the section [task] of a checkpoint's recipe.
 

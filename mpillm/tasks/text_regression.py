@@ -19,8 +19,9 @@ class Regression(TextTask):
     """
 
     name: ClassVar[str] = "regression"
+    problem_type: ClassVar[str] = "regression"
     output_kind: ClassVar[OutputKind] = "a number of each row"
-    metrics: ClassVar[tuple[str, ...]] = ("mse", "mae", "pearson")
+    metrics: ClassVar[tuple[str, ...]] = ("mse", "mae", "pearson", "spearman")
     pair_kinds: ClassVar[tuple[str, ...]] = ("regression",)
     raw_target: ClassVar[str] = "number"
 

@@ -8,6 +8,8 @@ from mpillm.system.json_text import read_json
 
 MANIFEST, FORMAT = "manifest.json", "mpillm.tokens"
 PAIR_FORMAT = "mpillm.pairs"
+FOLD = "fold-{}"
+"""The folder of a fold, from 1, within the one that `prepare --folds` makes."""
 
 
 def is_dataset(folder: Path) -> bool:

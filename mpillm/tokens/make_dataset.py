@@ -74,6 +74,8 @@ def common_prep(options: "PrepareOptions", tokenizer_json: str | None) -> dict[s
         else {"sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest()},
         "end_of_text": options.end_of_text,
         "validation": options.validation,
+        # A key that is there only when it holds: earlier datasets have none.
+        **({"fold": [options.fold, options.folds]} if options.fold else {}),
         "shard_bytes": options.shard_bytes,
         "seed": options.seed,
     }

@@ -19,6 +19,7 @@ from mpillm.tasks.task_catalog import TASKS
 from mpillm.tokens import shuffle
 from mpillm.tokens.chat.chat_formats import FORMATS, check_format
 from mpillm.tokens.chat.preference_formats import COLUMNS as PREFERENCES
+from mpillm.tokens.dataset_folder import FOLD
 from mpillm.tokens.encode import EncodedDocuments, encode_documents
 from mpillm.tokens.losses import LossCheck, check_losses
 from mpillm.tokens.make_dataset import (
@@ -62,6 +63,7 @@ OTHER_KINDS = MappingProxyType(
 SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES = 4 << 10, 2 << 30
 # Rank 0 gathers the sample, and MPI counts its bytes by int32.
 LARGEST_SAMPLE_BYTES = 1 << 30
+USUAL_SHARE, MOST_FOLDS = 0.05, 1000
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class PrepareOptions:
     ] = False
     validation: Annotated[
         float, Option("The share of documents held out for validation.", minimum=0, maximum=1)
-    ] = 0.05
+    ] = USUAL_SHARE
     glob: Annotated[str, Option("Which files of a folder; ** is any folders.")] = "**/*"
     field: Annotated[
         str, Option("The field of JSON records that holds the text, dots for nesting.")
@@ -114,6 +116,17 @@ class PrepareOptions:
         Option("Threads a rank; 0: its share of the cores.", minimum=0, maximum=MOST_WORKERS),
     ] = 0
     overwrite: Annotated[bool, Option("Replace the files of another dataset in --out.")] = False
+    folds: Annotated[
+        int,
+        Option(
+            "Make so many datasets, OUT/fold-1 …, for `train --folds`: each document is for "
+            "validation in one of them; 0: one dataset.",
+            minimum=0,
+            maximum=MOST_FOLDS,
+        ),
+    ] = 0
+    fold: int = 0
+    """The fold of this dataset, from 1; 0: its validation is a share."""
     tokenizer_bytes: int = 32 << 20
     """Bytes of text that the BPE is trained on, about."""
     task: Annotated[
@@ -146,6 +159,7 @@ class PrepareOptions:
         check_options(self)
         check_field(self.field)
         self._check_task()
+        self._check_folds()
         if self.validation == 1:
             raise UsageError(
                 "--validation 1 leaves no document to train on; take a share below it, such as 0.05"
@@ -159,6 +173,15 @@ class PrepareOptions:
             raise UsageError(
                 f"a BPE is trained on 1 to {LARGEST_SAMPLE_BYTES:,} bytes, got "
                 f"{self.tokenizer_bytes:,}; try {32 << 20:,}"
+            )
+
+    def _check_folds(self) -> None:
+        if self.folds == 1:
+            raise UsageError("--folds 1 would hold out everything; take 2 at least, such as 5")
+        if self.folds and self.validation != USUAL_SHARE:
+            raise UsageError(
+                f"--folds {self.folds} holds out 1 of {self.folds} parts each time, and "
+                "--validation a share; leave one of them out"
             )
 
     def _check_task(self) -> None:
@@ -229,6 +252,19 @@ def prepare(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) ->
     else:
         console.say(f"{options.out} is already prepared from these sources with these options")
     return made
+
+
+def prepare_folds(options: PrepareOptions, comm: "MPI.Intracomm", console: Console) -> None:
+    """Make the datasets `options.out`/fold-1 … of `options.folds` folds, or find them made.
+
+    Every rank calls it: see `prepare`.
+    """
+    options.check()
+    if options.out is None:
+        raise UsageError("prepare writes folders; name the one around them with --out DIR")
+    for fold in range(1, options.folds + 1):
+        out = options.out / FOLD.format(fold)
+        prepare(replace(options, out=out, fold=fold), comm, console)
 
 
 def _prepare_text(
@@ -332,7 +368,9 @@ def _encode(
     """Encode this rank's documents into a file of the work folder. Raises DataError on all ranks
     where the tokenizer loses text.
     """
-    plan = plan_split(found.documents["key"], found.documents["nbytes"], options.validation, comm)
+    keys, nbytes = (found.documents[name] for name in ("key", "nbytes"))
+    fold = options.fold, options.folds
+    plan = plan_split(keys, nbytes, options.validation, comm, fold)
     if plan.cut:
         console.say(
             f"no split of the {found.n_docs:,} documents is near {options.validation:.3g}, so each "

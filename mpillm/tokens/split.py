@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpillm.comm.failure import on_root
+from mpillm.errors import UsageError
 from mpillm.tokens.order import mix
 
 if TYPE_CHECKING:
@@ -53,11 +54,20 @@ class SplitPlan:
         return np.isin(keys, self.chosen).astype(np.uint8)
 
 
-def plan_split(keys: Array, nbytes: Array, validation: float, comm: "MPI.Intracomm") -> SplitPlan:
+def plan_split(
+    keys: Array,
+    nbytes: Array,
+    validation: float,
+    comm: "MPI.Intracomm",
+    fold: tuple[int, int] = (0, 0),
+) -> SplitPlan:
     """Plan the split of the documents of all ranks; `keys` and `nbytes` (n,) are this rank's.
 
-    Every rank calls it. No share, no validation; else neither split is left empty.
+    Every rank calls it. No share, no validation; else neither split is left empty. `fold`: (i, K),
+    the i-th of K folds from 1 is for validation, in place of a share.
     """
+    if fold[0]:
+        return plan_fold(keys, *fold, comm)
     by_hash = SplitPlan(validation)
     chosen = by_hash.of(keys) == VALIDATION
     own = [len(keys), int(nbytes.sum()), int(chosen.sum()), int(nbytes[chosen].sum())]
@@ -74,6 +84,30 @@ def plan_split(keys: Array, nbytes: Array, validation: float, comm: "MPI.Intraco
         assert table is not None
         everything = [np.concatenate(column) for column in zip(*table, strict=True)]
         return choose_split(everything[0], everything[1], validation)
+
+    return on_root(comm, choose)
+
+
+def plan_fold(keys: Array, fold: int, folds: int, comm: "MPI.Intracomm") -> SplitPlan:
+    """Plan the split whose validation is a fold, from 1: of K folds each document is in one.
+
+    Documents in the order of their hash are cut into K parts, whose sizes differ by one at most;
+    equal documents are in one fold. Every rank calls it. Raises UsageError on every rank where
+    there are fewer different documents than folds.
+    """
+    table = comm.gather(np.unique(keys))
+
+    def choose() -> SplitPlan:
+        assert table is not None
+        different = np.unique(np.concatenate(table))
+        if len(different) < folds:
+            raise UsageError(
+                f"--folds {folds:,} needs as many different documents, and there are "
+                f"{len(different):,}; lower --folds"
+            )
+        order = different[np.argsort(mix(different ^ SPLIT_SALT), kind="stable")]
+        bounds = [number * len(order) // folds for number in (fold - 1, fold)]
+        return SplitPlan(1 / folds, chosen=np.sort(order[slice(*bounds)]))
 
     return on_root(comm, choose)
 

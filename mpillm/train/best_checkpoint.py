@@ -62,7 +62,7 @@ class BestCheckpoint:
         self.step, self.value = 0, 0.0
         if not self.metric:
             return
-        known = recorded_metrics(make_metrics(task.metrics, task.classes))
+        known = recorded_metrics(make_metrics((*task.metrics, *task.answer_metrics), task.classes))
         if task.writes_answers:
             known[REWARD] = False
         if self.metric not in known:

@@ -16,8 +16,8 @@ import torch
 from mpillm.comm.failure import host_name, on_root
 from mpillm.comm.waiting import patient_barrier
 from mpillm.errors import CheckpointError, DivergedError, MismatchError, StoppedError
-from mpillm.infer.evaluate import evaluate
 from mpillm.infer.loading import RunConstants, open_of
+from mpillm.infer.scores.score_answers import evaluate_task
 from mpillm.launch.current_job import CurrentJob
 from mpillm.launch.signals import StopSignals
 from mpillm.launch.walltime import seconds_of
@@ -352,7 +352,7 @@ class TrainingLoop:
             if self._trainer.references is not None:
                 self._trainer.references.give(reader)
             quiet = Console(speaks=False)
-            score = evaluate(self._trainer.model, reader, self._comm, quiet)
+            score = evaluate_task(self._trainer.model, reader, self._comm, quiet)
         release_pages()
         if not math.isfinite(score.loss):
             raise DivergedError(

@@ -35,7 +35,7 @@ class Prepare(PrepareOptions):
         if self.workers:
             os.environ["RAYON_NUM_THREADS"] = str(self.workers)
         with open_job(self.debug) as job:
-            from mpillm.tokens.prepare import prepare
+            from mpillm.tokens.prepare import prepare, prepare_folds
             from mpillm.tokens.verify import verify
 
             if self.verify is not None:
@@ -46,4 +46,5 @@ class Prepare(PrepareOptions):
                     workers=self.workers or job.threads,
                     tokenizer=tokenizer_of(self.tokenizer),
                 )
-                prepare(options, job.comm, job.console)
+                make = prepare_folds if self.folds else prepare
+                make(options, job.comm, job.console)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mpillm.train.recipe import Recipe as LoadedRecipe
 
 # More nodes, or ranks on one, than any machine has.
-MOST = 1_000_000
+MOST, MOST_SEEDS = 1_000_000, 1000
 ASSUMED = "this machine was taken for the one host: --nodes N plans for N others, of unknown memory"
 Recipe = Annotated[Path, Argument("What to train, on what, and how.", metavar="RECIPE.toml")]
 Overrides = Annotated[
@@ -44,6 +44,18 @@ class Train:
     recipe: Recipe
     overrides: Overrides = ()
     resume: Annotated[bool, Option("Continue from the newest whole checkpoint.")] = False
+    folds: Annotated[
+        bool,
+        Option("Train on each fold of data.path, which `prepare --folds` made, in RUN/fold-1 …."),
+    ] = False
+    seeds: Annotated[
+        int,
+        Option(
+            "Train with so many seeds, from train.seed on, in RUN/seed-0 ….",
+            minimum=1,
+            maximum=MOST_SEEDS,
+        ),
+    ] = 1
     trace: Annotated[
         bool, Option("Leave RUN/trace.json: when each rank did what, for Perfetto or Chrome.")
     ] = False
@@ -66,6 +78,11 @@ class Train:
 
     def run(self) -> None:
         if self.dry_run:
+            if self.folds or self.seeds > 1:
+                raise UsageError(
+                    "--dry-run is of one run, and those of --folds and --seeds are alike; plan one "
+                    "with --set data.path=DATA/fold-1"
+                )
             self._print_dry_run()
             return
         if self.nodes or self.ranks_per_node or self.as_json:
@@ -82,6 +99,7 @@ class Train:
             # All of them before the first step: a picture is drawn at the run's end.
             require_packages("mpillm train", "torch", "tensorboard", "matplotlib")
             limit_torch_threads(job.threads)
+            from mpillm.comm.failure import on_root
             from mpillm.launch.placement import print_placement
             from mpillm.train.loop import JobLimits
             from mpillm.train.recipe import load_recipe
@@ -99,16 +117,19 @@ class Train:
                 begun,
             )
             recipe = load_recipe(self.recipe, self.overrides, job.console.say)
-            train(
-                recipe,
-                job.comm,
-                job.console,
-                self.resume,
-                self.trace,
-                limits,
-                job.node_map,
-                self.force,
-            )
+
+            def train_one(each: "LoadedRecipe") -> None:
+                given = self.resume, self.trace, limits, job.node_map, self.force
+                train(each, job.comm, job.console, *given)
+
+            if not self.folds and self.seeds == 1:
+                train_one(recipe)
+                return
+            from mpillm.train.folds.fold_runs import plan_runs, train_runs
+
+            runs = on_root(job.comm, lambda: plan_runs(recipe, self.folds, self.seeds))
+            given = Path(recipe.train.run), self.resume, job.comm, job.console
+            train_runs(runs, train_one, *given)
 
     def _print_dry_run(self) -> None:
         """Print the layout: on the ranks that a launcher started, or on those that are named."""

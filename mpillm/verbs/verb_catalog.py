@@ -14,6 +14,8 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "train": "mpillm.verbs.train:Train",
         "evaluate": "mpillm.verbs.evaluate:Evaluate",
         "lm-eval": "mpillm.verbs.lm_eval:LmEval",
+        "contamination": "mpillm.verbs.contamination:ContaminationOptions",
+        "memorisation": "mpillm.verbs.memorisation:MemorisationOptions",
         "generate": "mpillm.verbs.generate:Generate",
         "inspect": "mpillm.verbs.inspect:Inspect",
         "import": "mpillm.verbs.import_:Import",

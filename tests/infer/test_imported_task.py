@@ -11,11 +11,14 @@ from mpi4py import MPI
 
 from mpillm.errors import DataError, MismatchError
 from mpillm.infer.import_model import import_model
+from mpillm.infer.imported_task import imported_task, with_labels
 from mpillm.infer.loading import load_trained
 from mpillm.infer.print_evaluation import print_evaluation
 from mpillm.models.encoder import EncoderConfig
 from mpillm.models.encoder_decoder import SHAPES as ENCODER_DECODERS
+from mpillm.models.families.family_catalog import family_of
 from mpillm.system.console import Console
+from mpillm.tasks.vocabulary import Vocabulary
 from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.tokenizer import byte_tokenizer
 from tests.published import SPEC, publish
@@ -184,3 +187,52 @@ def test_classes_are_those_of_the_model(
         return
     with pytest.raises(MismatchError, match="prepare the data with these numbers as labels"):
         print_evaluation(run, data, False, True, comm, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("spec", "task", "names", "config"),
+    [
+        (CLASSES, "sequence-classification", ("bad", "fair", "good"), {}),
+        (CLASSES, "multi-label-classification", ("art", "law"), {}),
+        (CLASSES.replace(classes=1), "regression", (), {}),
+        (WORDS, "token-classification", ("O", "B-NAME"), {}),
+        # Of another head: what the imported file said of its labels is gone.
+        (CLASSES, "multi-label-classification", (), {"id2label": {"0": "x"}, "label2id": {"x": 0}}),
+    ],
+)
+def test_labels_and_the_problem_are_written_and_read(
+    spec: EncoderConfig,
+    task: str,
+    names: tuple[str, ...],
+    config: dict[str, Any],
+    tmp_path: Path,
+    processes: None,
+) -> None:
+    """Compare with transformers, which reads the file, and with an import of it."""
+    auto = pytest.importorskip("transformers").AutoConfig
+    family = family_of(spec)
+    facts = {"recipe": {"task": {"name": task}}, "classes": list(names)}
+    made = with_labels(config, family.config(spec), facts)
+    (tmp_path / "config.json").write_text(json.dumps(made))
+    theirs = auto.from_pretrained(tmp_path)
+    assert theirs.num_labels == spec.classes
+    more = [f"LABEL_{number}" for number in range(len(names), spec.classes)]
+    assert list(theirs.id2label.values()) == [*names, *more]
+    assert theirs.label2id == {name: number for number, name in theirs.id2label.items()}
+    problems = {
+        "sequence-classification": "single_label_classification",
+        "multi-label-classification": "multi_label_classification",
+        "regression": "regression",
+    }
+    assert theirs.problem_type == problems.get(task)
+    found, _ = imported_task(spec, Vocabulary(300), {"config.json": json.dumps(made)})
+    assert found["name"] == task
+    expected = (*names, *more) if names else tuple(str(n) for n in range(spec.classes))
+    assert family.class_names(made) == expected
+
+
+def test_several_numbers_of_a_text_are_no_task_of_ours() -> None:
+    texts = {"config.json": json.dumps({"problem_type": "regression"})}
+    found, reason = imported_task(CLASSES, Vocabulary(300), texts)
+    assert found == {"name": "causal-lm"}
+    assert "gives 3 numbers of each text" in reason

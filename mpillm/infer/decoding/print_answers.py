@@ -13,6 +13,7 @@ from mpillm.infer.candidates import (
     Candidate,
     facts_of,
     open_candidates,
+    record_scores,
     title_of,
     warn_if_moved,
 )
@@ -28,9 +29,9 @@ from mpillm.infer.scores.score_texts import make_text_metrics, score_texts
 from mpillm.machine.node_map import map_nodes
 from mpillm.models.part_module import torch_explained
 from mpillm.parallel.devices import choose_device
-from mpillm.system.atomic import check_outputs, give_name, refuse_taken, temporary_path
+from mpillm.system.atomic import check_new_file, write_new_file
 from mpillm.system.console import Console, counted
-from mpillm.system.json_text import to_json
+from mpillm.system.json_text import to_json, to_json_lines
 from mpillm.tasks.task_catalog import read_settings
 from mpillm.tokens.pairs.pair_reader import PairReader
 
@@ -66,7 +67,7 @@ def print_answers(
     task without references, a metric that compares no texts, and an outputs file that exists.
     """
     place, _ = choose_device(device, comm, map_nodes(comm), option="--device")
-    on_root(comm, lambda: check_texts_file(options.outputs))
+    on_root(comm, lambda: check_new_file(options.outputs, "--outputs"))
     found = open_candidates(trained, data, comm, console)
     check_writes([each.task for each in found])
     names = options.metrics or found[0].task.text_metrics
@@ -92,7 +93,9 @@ def print_answers(
         for signature in scores["model"].signatures.values():
             console.say(signature)
         _print_examples(rows[:EXAMPLES], console)
-    on_root(comm, lambda: write_texts_file(options.outputs, rows))
+    on_root(comm, lambda: record_scores(found, scores, quiet))
+    text = to_json_lines(rows)
+    on_root(comm, lambda: write_new_file(options.outputs, text, "--outputs"))
 
 
 def _write(
@@ -131,25 +134,6 @@ def _gathered(
         if len(same) > 1:
             rows[-1]["other_output"] = same[1].output
     return rows
-
-
-def check_texts_file(outputs: Path | None) -> None:
-    """Raise UsageError where the file of --outputs cannot be made; None: there is none."""
-    if outputs is not None:
-        refuse_taken(outputs, "--outputs")
-        check_outputs({"--outputs": outputs})
-
-
-def write_texts_file(outputs: Path | None, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write the rows as JSON lines to a new file, whole or not at all."""
-    if outputs is None:
-        return
-    work = temporary_path(outputs)
-    try:
-        work.write_text("".join(to_json(row, default=str) + "\n" for row in rows), encoding="utf-8")
-        give_name(work, outputs, "--outputs")
-    finally:
-        work.unlink(missing_ok=True)
 
 
 def _print_examples(rows: Sequence[Mapping[str, object]], console: Console) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from mpillm.comm.failure import on_root
 from mpillm.errors import UsageError
 from mpillm.infer.candidates import NAMES, warn_if_moved
-from mpillm.infer.decoding.print_answers import check_texts_file, write_texts_file
 from mpillm.infer.harness.examples import Example, make_examples
 from mpillm.infer.harness.harness_model import HarnessModel, open_model_for_harness
 from mpillm.infer.harness.score_task import Responses, metrics_of, respond, score_responses
@@ -17,8 +16,9 @@ from mpillm.infer.scores.compare import ScoreDifference, compare
 from mpillm.infer.scores.print_scores import difference_cells, score_cell
 from mpillm.infer.scores.score import Score
 from mpillm.models.part_module import torch_explained
+from mpillm.system.atomic import check_new_file, write_new_file
 from mpillm.system.console import Console, counted
-from mpillm.system.json_text import to_json
+from mpillm.system.json_text import to_json, to_json_lines
 from mpillm.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def print_harness(
     Files are checked before a model is loaded. Raises UsageError for a key that is not supported,
     DataError for data that does not fit, MismatchError for a model that is no decoder.
     """
-    on_root(comm, lambda: check_texts_file(options.outputs))
+    on_root(comm, lambda: check_new_file(options.outputs, "--outputs"))
     # One rank reads the data of all.
     asked = on_root(comm, lambda: _read(options))
     quiet = Console(speaks=False) if options.as_json else console
@@ -79,7 +79,8 @@ def print_harness(
         console.write(to_json(_json(checkpoints, results)) + "\n")
     else:
         _print_table([str(each.folder) for each in checkpoints], results, console)
-    on_root(comm, lambda: write_texts_file(options.outputs, _rows(results)))
+    lines = to_json_lines(_rows(results), default=str)
+    on_root(comm, lambda: write_new_file(options.outputs, lines, "--outputs"))
 
 
 def _read(options: HarnessOptions) -> list[tuple[HarnessTask, list[Example]]]:

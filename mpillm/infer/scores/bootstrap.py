@@ -14,6 +14,8 @@ from mpillm.tasks.row_draws import row_draws
 from mpillm.tokens.order import task_keys
 
 REPLICATES = 1000
+# Rows that are drawn at once.
+BLOCK = 256
 # Another than 0, by which tasks draw in an evaluation.
 SEED = 20
 # A Poisson number above is drawn once in 10^11 times.
@@ -31,6 +33,16 @@ def draw_weights(numbers_B: Array, replicates: int, seed: int = SEED) -> Array:
     for limit in CUMULATED:
         weights += chances >= limit
     return weights.T.astype(np.float64)
+
+
+def draw_all(numbers_N: Array) -> Array:
+    """Return how often each replicate has each of many rows, u1 (R, N), a byte for each.
+
+    Drawn in blocks: of float64 they would take eight times as much.
+    """
+    blocks = [numbers_N[first : first + BLOCK] for first in range(0, len(numbers_N), BLOCK)]
+    drawn = [draw_weights(numbers_B, REPLICATES).astype(np.uint8) for numbers_B in blocks]
+    return np.concatenate(drawn, axis=1)
 
 
 def percentile_interval(values: Array) -> Interval | None:

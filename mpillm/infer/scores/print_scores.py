@@ -38,12 +38,20 @@ def print_confusions(
             counts = score.tables.get(metric.name)
             if counts is None:
                 continue
+            if metric.table_columns:
+                lines = [[_table_cell(value) for value in row] for row in counts]
+                console.table(f"{metric.title} of {name}", metric.table_columns, lines)
+                continue
             names = list(classes) or [str(number) for number in range(len(counts))]
             lines = [
                 [label, *(f"{count:,}" for count in row)]
                 for label, row in zip(names, counts, strict=True)
             ]
             console.table(f"{metric.title} of {name}: found as", ["", *names], lines)
+
+
+def _table_cell(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
 
 
 def score_cell(score: Score, metric: Metric) -> str:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpillm.comm.failure import on_root
 from mpillm.infer.scores.bootstrap import (
     REPLICATES,
     Interval,
+    draw_all,
     draw_weights,
     percentile_interval,
 )
@@ -41,7 +43,7 @@ class Score:
     """The rows that were scored."""
     intervals: Mapping[str, Interval | None] = field(default_factory=dict)
     """The 95% interval of each metric, where intervals were asked for; None: too few rows."""
-    tables: Mapping[str, list[list[int]]] = field(default_factory=dict)
+    tables: Mapping[str, list[list[float]]] = field(default_factory=dict)
     """The counts of metrics that are tables."""
     signatures: Mapping[str, str] = field(default_factory=dict)
     """The settings and releases by which texts were compared, where a metric has one."""
@@ -66,6 +68,15 @@ class Score:
     @property
     def perplexity(self) -> float:
         return Perplexity().value(NO_SUMS, self.totals)
+
+    def record(self) -> dict[str, object]:
+        """Return what a run's folder keeps of it: see runs/evaluations.py."""
+        return {
+            "rows": self.rows,
+            "values": dict(self.values),
+            "intervals": dict(self.intervals),
+            "tables": dict(self.tables),
+        }
 
     def to_json(self) -> dict[str, object]:
         values = {name.replace("-", "_"): value for name, value in self.values.items()}
@@ -104,13 +115,50 @@ def score_rows(
     totals = Totals(float(whole_K[0]), float(whole_K[1]), text_bytes)
     if not totals.weight:
         return Score(totals, {}, rows)
-    values = _values(whole_K, totals, spans)
+    ranked = {m: span for m, span in spans.items() if m.needs_all_rows}
+    summed = {m: span for m, span in spans.items() if not m.needs_all_rows}
+    all_rows = score_all_rows(own, ranked, comm, intervals)
+    values = _values(whole_K, totals, summed) | {name: each[0] for name, each in all_rows.items()}
+    # In the order of the metrics.
+    values = {m.name: values[m.name] for m in metrics if m.name in values}
     tables = {m.name: m.table(whole_K[span]) for m, span in spans.items() if m.is_table}
     if not intervals:
         return Score(totals, values, rows, tables=tables)
-    replicates = _replicates(sums, totals, spans)
+    replicates = _replicates(sums, totals, summed)
+    replicates |= {name: each[1] for name, each in all_rows.items()}
     bounds = {name: percentile_interval(each) for name, each in replicates.items()}
     return Score(totals, values, rows, bounds, tables, replicates=replicates)
+
+
+def score_all_rows(
+    own: Sequence[OwnRows],
+    spans: Mapping[Metric, slice],
+    comm: "MPI.Intracomm",
+    intervals: bool,
+) -> dict[str, tuple[float, Array]]:
+    """Compute metrics of all rows together: their values, and those of the replicates.
+
+    Rank 0 computes, with the rows in the order of their numbers. Every rank calls it.
+    """
+    if not spans:
+        return {}
+    parts = [(each.numbers_B, each.statistics.table) for each in own]
+    every = comm.gather(parts)
+
+    def compute() -> dict[str, tuple[float, Array]]:
+        numbers_N, rows_NK = (
+            np.concatenate(column)
+            for column in zip(*(part for rank in every or [] for part in rank), strict=True)
+        )
+        order = np.argsort(numbers_N)
+        rows_NK = rows_NK[order]
+        draws_RN = np.ones((1, len(order)), np.uint8)
+        if intervals:
+            draws_RN = np.concatenate([draws_RN, draw_all(numbers_N[order])])
+        found = {m.name: m.values_of_rows(rows_NK[:, span], draws_RN) for m, span in spans.items()}
+        return {name: (float(values[0]), values[1:]) for name, values in found.items()}
+
+    return on_root(comm, compute)
 
 
 def _spans(widths: Sequence[int], metrics: Sequence[Metric]) -> dict[Metric, slice]:

@@ -6,18 +6,36 @@ from typing import TYPE_CHECKING, Any
 
 from mpillm.comm.failure import on_all
 from mpillm.errors import UsageError
-from mpillm.infer.evaluate import Scorer, collect_rows
+from mpillm.infer.evaluate import Scorer, collect_rows, evaluate
 from mpillm.infer.scores.score import Score, score_rows
 from mpillm.infer.scores.score_texts import score_texts
 from mpillm.system.console import Console
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.question_answering import best_spans
 from mpillm.tokens.pairs.pair_reader import PairReader
+from mpillm.tokens.samples import SampleReader
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 METRICS = ("exact-match", "squad-f1")
+
+
+def evaluate_task(
+    scorer: Scorer,
+    reader: SampleReader,
+    comm: "MPI.Intracomm",
+    console: Console,
+    names: Sequence[str] = (),
+    intervals: bool = False,
+) -> Score:
+    """Score a split by what its task has: answers to questions by their texts, rows else.
+
+    Every rank calls it: see `score_answers` and `evaluate`.
+    """
+    if scorer.task.answer_metrics and isinstance(reader, PairReader):
+        return score_answers(scorer, reader, comm, console, names, intervals)
+    return evaluate(scorer, reader, comm, console, names, intervals)
 
 
 def score_answers(
@@ -26,6 +44,7 @@ def score_answers(
     comm: "MPI.Intracomm",
     console: Console,
     names: Sequence[str] = (),
+    intervals: bool = True,
 ) -> Score:
     """Score the best answer to each question by exact match and SQuAD's F1, with the loss of rows.
 
@@ -39,7 +58,7 @@ def score_answers(
             f"the metric {odd[0]} compares no answers; take loss, {' or '.join(METRICS)}"
         )
     own, widths, rows = collect_rows(scorer, reader, comm, console, [best_spans])
-    loss = score_rows(own, widths, make_metrics(["loss"]), comm, rows=rows)
+    loss = score_rows(own, widths, make_metrics(["loss"]), comm, rows=rows, intervals=intervals)
     spans = {
         int(number): row[2:]
         for each in own
@@ -48,7 +67,7 @@ def score_answers(
     every = {number: row for each in comm.allgather(spans) for number, row in each.items()}
     found = on_all(comm, lambda: _answers(reader, every, comm.rank, comm.size))
     numbers, texts, references = found
-    score = score_texts(texts, references, chosen, comm, numbers)
+    score = score_texts(texts, references, chosen, comm, numbers, intervals)
     return replace(
         score,
         totals=loss.totals,

@@ -69,8 +69,8 @@ class EncoderFamily(TableFamily):
         names, numbers = hub.value("id2label") or {}, range(_labels(hub))
         found = [names.get(str(number), names.get(number)) for number in numbers]
         # transformers writes LABEL_0, LABEL_1, … where a model has no names.
-        named = all(
-            isinstance(name, str) and name != f"LABEL_{number}" for number, name in enumerate(found)
+        named = all(isinstance(name, str) for name in found) and any(
+            name != f"LABEL_{number}" for number, name in enumerate(found)
         )
         return tuple(map(str, found if named and len(set(found)) == len(found) else numbers))
 

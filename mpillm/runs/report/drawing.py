@@ -178,6 +178,24 @@ def draw_attempts(attempts: Sequence[Attempt], goal: int) -> Markup:
     return _svg("attempts", "Steps over time, attempt by attempt", (WIDE, HEIGHT), fill)
 
 
+def draw_reliability(points: Sequence[tuple[float, float, float]]) -> Markup:
+    """Draw bins of probabilities as one <svg>: (mean probability, share that is right, count)."""
+
+    def fill(axes: Any) -> None:
+        largest = max(count for _, _, count in points)
+        axes.plot([0, 1], [0, 1], color=PLACEHOLDERS["ink"], linewidth=0.8, linestyle="--")
+        x, y, counts = (np.array(column) for column in zip(*points, strict=True))
+        axes.plot(x, y, color=PLACEHOLDERS["a"], linewidth=1.2)
+        # A bin of few targets stays visible.
+        areas = 6 + 90 * counts / largest
+        axes.scatter(x, y, s=areas, color=PLACEHOLDERS["a"], clip_on=False, zorder=5)
+        axes.set(xlabel="mean probability", ylabel="share that is right")
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+
+    return _svg("reliability", "Share that is right, by probability", (NARROW, HEIGHT), fill)
+
+
 def short(value: float) -> str:
     """Write 1,234,567 as `1.23M` and 0.00012 as `0.00012`."""
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -12,6 +12,7 @@ from mpillm.machine.topology import ranges_text
 from mpillm.runs.folder import REPORT
 from mpillm.runs.history import KILLED, Attempt, finite_seconds, object_at
 from mpillm.runs.report.drawing import draw_attempts, draw_plot, short
+from mpillm.runs.report.evaluation_figures import evaluation_tables, reliability_picture
 from mpillm.runs.report.page import Figure, Page, Picture, Table, render_page
 from mpillm.runs.report.plots import step_plots
 from mpillm.runs.state import RunState, read_run
@@ -58,6 +59,7 @@ def write_report(run: Path, console: Console, out: Path | None = None) -> None:
 def make_page(run_state: RunState) -> Page:
     found = status_figures(run_state)
     tables = [
+        *evaluation_tables(run_state.scores),
         _attempts_table(run_state.attempts),
         _hosts_table(run_state.attempts),
         _checkpoints_table(run_state),
@@ -158,6 +160,7 @@ def _pictures(run_state: RunState) -> list[Picture]:
         found.append(
             Picture(plot.key, plot.title, draw_plot(plot), legend, plot.caption, plot.wide)
         )
+    found += reliability_picture(run_state.scores)
     return found
 
 

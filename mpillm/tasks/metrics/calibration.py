@@ -42,6 +42,32 @@ class CalibrationError(Metric):
         return float(np.abs(right - largest).sum() / max(counts.sum(), 1))
 
 
+class Reliability(CalibrationError):
+    """The bins of the calibration error: the numbers of a reliability plot.
+
+    Of each bin with targets: its upper edge, its targets, their mean probability, and the share
+    that is right.
+    """
+
+    name: ClassVar[str] = "reliability"
+    title: ClassVar[str] = "reliability"
+    is_table: ClassVar[bool] = True
+    table_columns: ClassVar[tuple[str, ...]] = (
+        "probability up to",
+        "targets",
+        "mean probability",
+        "share right",
+    )
+
+    def table(self, sums: Array) -> list[list[float]]:
+        counts, largest, right = sums.reshape(3, BINS)
+        return [
+            [(number + 1) / BINS, int(count), float(mass / count), float(hits / count)]
+            for number, (count, mass, hits) in enumerate(zip(counts, largest, right, strict=True))
+            if count > 0
+        ]
+
+
 class Brier(Metric):
     """The squared distance of the probabilities from what is, summed over classes (Brier 1950)."""
 

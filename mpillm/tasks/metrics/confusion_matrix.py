@@ -41,10 +41,10 @@ class ConfusionMatrix(Metric):
         counts = np.bincount(places, minlength=rows * classes * classes)
         return counts.reshape(rows, classes * classes)
 
-    def table(self, sums: Array) -> list[list[int]]:
+    def table(self, sums: Array) -> list[list[float]]:
         classes = round(len(sums) ** 0.5)
-        counts: list[list[int]] = sums.reshape(classes, classes).astype(np.int64).tolist()
-        return counts
+        counts = sums.reshape(classes, classes).astype(np.int64)
+        return [[*row] for row in counts.tolist()]
 
     def value(self, sums: Array, totals: Totals) -> float:
         return float(np.trace(np.array(self.table(sums))) / sums.sum())

@@ -61,6 +61,14 @@ class Metric(ABC):
     lower_is_better: ClassVar[bool] = False
     """Whether a smaller value is a better one, as of a loss or an error."""
 
+    needs_all_rows: ClassVar[bool] = False
+    """Whether its value comes of the statistics of all rows together (`values_of_rows`), such as
+    their order, and not of sums.
+    """
+
+    table_columns: ClassVar[tuple[str, ...]] = ()
+    """The heads of a table's columns; (): a line and a column for each class."""
+
     is_table: ClassVar[bool] = False
     """Whether its figures are those of `table`, in place of one value."""
 
@@ -94,7 +102,14 @@ class Metric(ABC):
         It is called for all rows, and for each replicate of the bootstrap, which may lack some.
         """
 
-    def table(self, sums: Array) -> list[list[int]]:
+    def values_of_rows(self, rows_NK: Array, draws_RN: Array) -> Array:
+        """Compute a metric that `needs_all_rows`, (R,), from the statistics of N rows in order.
+
+        `draws_RN`: how often each of R replicates has each row. One rank calls it.
+        """
+        raise NotImplementedError(f"the metric {self.name} is of sums")
+
+    def table(self, sums: Array) -> list[list[float]]:
         """Return the counts of a metric that is a table."""
         raise NotImplementedError(f"the metric {self.name} is no table")
 

@@ -18,7 +18,7 @@ class SquaredError(Metric):
     output_kinds: ClassVar[tuple[str, ...]] = NUMBERS
 
     def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
-        found, targets = _numbers(outputs, fields)
+        found, targets = number_pairs(outputs, fields)
         return np.stack([np.square(found - targets), np.ones_like(found)], 1)
 
     def value(self, sums: Array, totals: Totals) -> float:
@@ -32,7 +32,7 @@ class AbsoluteError(SquaredError):
     title: ClassVar[str] = "mean absolute error"
 
     def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
-        found, targets = _numbers(outputs, fields)
+        found, targets = number_pairs(outputs, fields)
         return np.stack([np.abs(found - targets), np.ones_like(found)], 1)
 
 
@@ -44,7 +44,7 @@ class Pearson(Metric):
     output_kinds: ClassVar[tuple[str, ...]] = NUMBERS
 
     def of_rows(self, outputs: Sequence[Array], fields: Arrays) -> Array:
-        x, y = _numbers(outputs, fields)
+        x, y = number_pairs(outputs, fields)
         return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], 1)
 
     def value(self, sums: Array, totals: Totals) -> float:
@@ -53,7 +53,7 @@ class Pearson(Metric):
         return (count * xy - x * y) / math.sqrt(spread) if spread > 0 else 0.0
 
 
-def _numbers(outputs: Sequence[Array], fields: Arrays) -> tuple[Array, Array]:
+def number_pairs(outputs: Sequence[Array], fields: Arrays) -> tuple[Array, Array]:
     """Return the number found and the target of each row, (B,) each."""
     rows = len(outputs[0])
     found, targets = outputs[0].reshape(rows), fields["targets"].reshape(rows)

@@ -15,13 +15,13 @@ from mpillm.system import hdf5
 from mpillm.system.json_text import from_json
 from mpillm.system.messages import command, explain
 from mpillm.tasks.vocabulary import Lengths
-from mpillm.tokens.manifest import Split, check_shard
+from mpillm.tokens.manifest import Manifest, Split, check_shard
 from mpillm.tokens.order import permute, task_keys
 from mpillm.tokens.pairs.chat_rows import ChatBatches, ChatLengths, ChatSteps
 from mpillm.tokens.pairs.pair_manifest import PairManifest
 from mpillm.tokens.pairs.pair_shards import LEARNT, PairShard, ends_in_order, runs_of
 from mpillm.tokens.pairs.sound import quiet_level
-from mpillm.tokens.reader import check_open_shard
+from mpillm.tokens.reader import TokenReader, check_open_shard
 from mpillm.tokens.samples import EvaluationSamples, RawRows, RowShape, StepSamples
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -355,6 +355,17 @@ class MismatchedPairs(PairReader):
         ids, marks = (np.concatenate(each)[:most] for each in parts)
         # Not one that is rejected: no label belongs to it.
         return ids, marks & LEARNT
+
+
+def open_of(manifest: Manifest, split: str) -> TokenReader | PairReader:
+    """Open a split of a dataset whose manifest was read before: no other one is opened.
+
+    Raises DataError where a shard is missing or has another size.
+    """
+    manifest.check_shards(split)
+    if isinstance(manifest, PairManifest):
+        return PairReader(manifest, split)
+    return TokenReader(manifest.folder, split, manifest.split(split), manifest.vocab_size)
 
 
 class PairSteps:

@@ -177,7 +177,8 @@ def _write(
     total = losses.total(comm)
     if total.share:
         console.warn(f"the tokenizer {tokenizer.name} loses text: {total.describe()}")
-    plan = plan_split(index["key"], index["n_tokens"], options.validation, comm)
+    fold = options.fold, options.folds
+    plan = plan_split(index["key"], index["n_tokens"], options.validation, comm, fold)
     if plan.cut:
         console.warn(
             f"{found.n_pairs:,} pairs are too few to hold some out: there is no validation"

@@ -19,6 +19,7 @@ from mpillm.infer.print_evaluation import print_evaluation
 from mpillm.infer.scores.score_answers import score_answers
 from mpillm.infer.task_checks import check_task
 from mpillm.models.model_catalog import read_spec
+from mpillm.runs.metrics import read_metrics
 from mpillm.system.console import Console
 from mpillm.tasks.question_answering import best_spans
 from mpillm.tasks.task_catalog import make_task
@@ -30,6 +31,7 @@ from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.samples import RowShape
 from mpillm.train.recipe import parse_recipe
 from mpillm.train.setup import train
+from mpillm.weights.places import best_checkpoint
 from tests.models.families.oracle import adopt, check_gradients, perturb, stored
 from tests.tasks.test_text_tasks import SMALL
 
@@ -171,7 +173,8 @@ def test_answers_are_learnt_and_scored_alike_on_any_ranks(
         "task": {"name": "question-answering"},
         "optimizer": {"learning_rate": 0.01, "warmup_steps": 5},
         "data": {"path": str(manifest.folder)},
-        "train": {"run": str(folder / "run"), "sinks": [], "steps": 40, "batch": 24},
+        "train": {"run": str(folder / "run"), "sinks": [], "steps": 40, "batch": 24}
+        | {"evaluate_every": 20, "keep_best": "validation_squad_f1"},
     }
     train(parse_recipe(table, "r"), comm, QUIET)
     comm.Barrier()
@@ -185,6 +188,18 @@ def test_answers_are_learnt_and_scored_alike_on_any_ranks(
             with pytest.raises(UsageError, match="accuracy compares no answers; take loss, exact"):
                 score_answers(scorer, reader, each, QUIET, ["accuracy"])
     assert scores[0] == scores[1]
+    # Training's own evaluations have them, without intervals, and keep the best checkpoint by them.
+    lines = [
+        line for line in read_metrics(folder / "run/metrics.jsonl") if "validation_loss" in line
+    ]
+    assert [line["step"] for line in lines] == [20, 40]
+    for name in ("exact-match", "squad-f1"):
+        own = lines[-1][f"validation_{name.replace('-', '_')}"]
+        assert own == pytest.approx(scores[0].values[name])
+    best = max(lines, key=lambda line: line["validation_squad_f1"])["step"]
+    assert (
+        best_checkpoint(folder / "run/checkpoints") == folder / f"run/checkpoints/step-{best:08d}"
+    )
     run, said = folder / "run", io.StringIO()
     speaks = Console(stream=said, speaks=comm.rank == 0)
     print_evaluation(run, None, False, True, comm, speaks, other=run)

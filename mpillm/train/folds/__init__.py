@@ -1,0 +1,1 @@
+"""Cross-validation: the runs of all folds and seeds in one job, and what they say together."""
