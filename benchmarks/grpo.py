@@ -1,6 +1,6 @@
 """Tune a small decoder on made-up sums until some are right, then let GRPO raise the reward.
 
-    python benchmarks/grpo.py [--ranks 2 --steps 300 --digits 2 --set task.kl=0 --json FILE]
+    python benchmarks/grpo.py [--ranks 2 --steps 2000 --digits 2 --set task.kl=0 --json FILE]
 
 The decoder is new. It first learns sums with their answers (`chat`), in parts of `--tuned` steps,
 until 30% of the held-out sums are right. Then it learns from the reward of its own answers alone:
@@ -23,6 +23,8 @@ LEAST_GAIN, MOST_SECONDS = 0.3, 600
 # GRPO begins where so many of the held-out sums are right.
 LEAST_RIGHT, MOST_RIGHT = 0.3, 0.5
 HELD_OUT = 500
+# The tuning keeps a checkpoint every so many steps.
+SAVED = 10
 END = "<|end|>"
 TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}"
@@ -34,16 +36,16 @@ TUNED = {
     "task": {"name": "chat"},
     "optimizer": {
         "name": "muon",
-        "learning_rate": 5e-3,
+        "learning_rate": 3e-3,
         # A constant rate, so that a part continues the one before.
         "final_share": 1.0,
         "warmup_steps": 20,
     },
-    "train": {"batch": 256},
+    "train": {"batch": 256, "keep": 1000},
 }
 REWARDED = {
     "task": {"name": "grpo", "group": 8, "answer_tokens": 4, "rewards": ["exact"], "kl": 0.02},
-    "optimizer": {"learning_rate": 3e-4, "final_share": 1.0, "warmup_steps": 5},
+    "optimizer": {"learning_rate": 4e-4, "warmup_steps": 5},
     "train": {"batch": 256},
 }
 
@@ -97,27 +99,44 @@ class Runs:
         run([*self._mpirun, "train", str(recipe), *options])
         return time.perf_counter() - begun
 
-    def right(self, name: str) -> float:
-        """Return the share of held-out sums that the run answers rightly."""
-        words = ["evaluate", str(self.folder / name), "--generate", "--max-tokens", "4"]
+    def right(self, place: Path) -> float:
+        """Return the share of held-out sums that a run or a checkpoint answers rightly."""
+        words = ["evaluate", str(place), "--generate", "--max-tokens", "4"]
         words += ["--temperature", "0", "--metrics", "exact-match", "--json"]
         return float(json.loads(run([*self._mpirun, *words]))["model"]["exact_match"])
 
-    def tune(self, part: int) -> tuple[int, float]:
-        """Tune until enough sums are right; return the steps, and the share."""
+    def tune(self, part: int) -> tuple[Path, float]:
+        """Tune until enough sums are right; return the checkpoint, and the share.
+
+        Where a part passes the range, the checkpoints within it are scored.
+        """
         share, steps = 0.0, 0
         while share < LEAST_RIGHT:
             steps += part
-            table = {"model": MODEL, **TUNED, "train": {**TUNED["train"], "steps": steps}}
-            self.train("tuned", table, *(["--resume"] if steps > part else []))
-            share = self.right("tuned")
-            print(f"{steps} steps of tuning: {share:.3f} of the held-out sums are right")
-        return steps, share
+            train = {**TUNED["train"], "steps": steps, "save_every": SAVED}
+            options = ["--resume"] if steps > part else []
+            self.train("tuned", {"model": MODEL, **TUNED, "train": train}, *options)
+            place = self.checkpoint(steps)
+            share = self.scored(place)
+        for step in range(steps - SAVED, steps - part, -SAVED):
+            if share <= MOST_RIGHT:
+                break
+            place = self.checkpoint(step)
+            share = self.scored(place)
+        return place, share
 
-    def reward(self, steps: int) -> tuple[float, list[dict[str, float]]]:
+    def scored(self, place: Path) -> float:
+        share = self.right(place)
+        print(f"{place.name} of the tuning: {share:.3f} of the held-out sums are right", flush=True)
+        return share
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / f"tuned/checkpoints/step-{step:08}"
+
+    def reward(self, steps: int, start: Path) -> tuple[float, list[dict[str, float]]]:
         """Train by rewards; return the seconds, and the lines of metrics.jsonl."""
         train = {**REWARDED["train"], "steps": steps, "evaluate_every": max(1, steps // 6)}
-        train["start_from"] = str(self.folder / "tuned")
+        train["start_from"] = str(start)
         more = [word for each in self._more for word in ("--set", each)]
         seconds = self.train("rewarded", {**REWARDED, "train": train}, *more)
         text = (self.folder / "rewarded/metrics.jsonl").read_text()
@@ -129,8 +148,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=300, help="of GRPO")
-    parser.add_argument("--tuned", type=int, default=100, help="steps of a part of the tuning")
+    parser.add_argument("--steps", type=int, default=2000, help="of GRPO")
+    parser.add_argument("--tuned", type=int, default=40, help="steps of a part of the tuning")
     parser.add_argument("--digits", type=int, default=2, help="of each number of a sum, at most")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of GRPO")
     parser.add_argument("--json", type=Path)
@@ -139,9 +158,9 @@ def main() -> None:
         runs = Runs(Path(folder), given.ranks, given.set)
         write_sums(runs.folder, given.digits)
         runs.prepare()
-        tuned, before = runs.tune(given.tuned)
-        seconds, lines = runs.reward(given.steps)
-        after = runs.right("rewarded")
+        start, before = runs.tune(given.tuned)
+        seconds, lines = runs.reward(given.steps, start)
+        after = runs.right(runs.folder / "rewarded")
     print(f"{given.steps} steps of GRPO on {given.ranks} ranks: {seconds:.0f} s")
     print(f"{'step':>6}{'reward':>9}{'held out':>10}{'KL':>9}{'tokens':>9}{'alike':>8}")
     for line in (each for each in lines if "validation_reward" in each):
@@ -151,15 +170,15 @@ def main() -> None:
             f"{own.get('kl', 0):>9.4f}{own['answer_tokens']:>9.2f}{own['alike_groups']:>8.2f}"
         )
     print(
-        f"right sums: {before:.3f} after {tuned} steps of tuning, {after:.3f} after GRPO "
+        f"right sums: {before:.3f} at {start.name} of the tuning, {after:.3f} after GRPO "
         f"({after - before:+.3f}, bar: +{LEAST_GAIN})"
     )
     if given.json:
-        found = {"tuned_steps": tuned, "before": before, "after": after, "seconds": seconds}
+        found = {"start": start.name, "before": before, "after": after, "seconds": seconds}
         given.json.write_text(json.dumps({**found, "metrics": lines}) + "\n")
     fair = LEAST_RIGHT <= before <= MOST_RIGHT
     if not fair:
-        print(f"{before:.3f} is above {MOST_RIGHT}: give a smaller --tuned")
+        print(f"{before:.3f} is not from {LEAST_RIGHT} to {MOST_RIGHT}: take another --tuned")
     if after - before < LEAST_GAIN or seconds > MOST_SECONDS or not fair:
         sys.exit(1)
 

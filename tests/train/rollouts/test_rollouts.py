@@ -48,6 +48,8 @@ def run(
             "start_from": str(sets.start),
         },
     }
+    if more.get("task", {}).get("name", "grpo") != "grpo":
+        table["task"] = {}
     table = {name: {**keys, **more.get(name, {})} for name, keys in table.items()}
     table["parallel"] = more.get("parallel", {})
     train(parse_recipe(table, "r"), comm, QUIET, resume=resume)
