@@ -13,7 +13,7 @@ from mpillm.system.json_text import from_json
 from mpillm.system.messages import explain, printable, some_of
 from mpillm.system.plain_files import read_text
 from mpillm.tokens.text.records import RecordError, parsed
-from mpillm.tokens.text.tables import LARGEST_CELL, read_table
+from mpillm.tokens.text.tables import large_cells, read_table
 
 Record = dict[str, Any]
 # Cells that are no value, as of pandas.
@@ -142,10 +142,9 @@ def _parsed(path: Path, number: int, line: str) -> Any:
 
 
 def _csv_records(path: Path, delimiter: str) -> list[Record]:
-    # The limit is the module's own, of all readers in the process.
-    csv.field_size_limit(LARGEST_CELL)
     try:
-        head, *rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
+        with large_cells():
+            head, *rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
     except (csv.Error, ValueError, TypeError) as failure:
         raise DataError(f"{path} is no table with a head: {failure}; save it again") from failure
     rows = [row for row in rows if row]

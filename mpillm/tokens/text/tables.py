@@ -5,6 +5,7 @@ and two texts line by line. Each file is read by one rank, from its start.
 import csv
 import io
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
@@ -90,11 +91,19 @@ def squad_records(value: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 }
 
 
+@contextmanager
+def large_cells() -> Iterator[None]:
+    """Let csv read long cells meanwhile: its limit is one of all readers in the process."""
+    before = csv.field_size_limit(LARGEST_CELL)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
 def _rows(path: Path, encoding: str, delimiter: str) -> Iterator[dict[str, str]]:
     """Yield the rows of a file with a head, by its columns. Raises RecordError."""
-    # The limit is the module's own, of all readers in the process.
-    csv.field_size_limit(LARGEST_CELL)
-    with _opened(path, encoding) as file:
+    with large_cells(), _opened(path, encoding) as file:
         reader = csv.reader(file, delimiter=delimiter)
         try:
             head = next(reader, [])
