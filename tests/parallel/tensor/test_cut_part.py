@@ -175,11 +175,13 @@ def check_gradients(ranks: Ranks, example: st.DataObject) -> None:
     faults = [] if found == pytest.approx(expected, rel=FAR) else [f"loss {found}, not {expected}"]
     for name, weight in part.named_weights():
         own, gradient = gradients[name], weight.grad
+        # A slice may be near 0 by cancellation alone, which rounds it: next to the others it counts.
+        mean = float(own.norm()) / ranks.comm.size
         if name in cuts:
             own = own[cuts[name].index]
         else:
             gradient = torch.from_numpy(ranks.comm.allreduce(gradient.numpy()))
-        if (error := distance(gradient, own, least)) > FAR:
+        if (error := distance(gradient, own, max(least, mean))) > FAR:
             faults.append(f"gradient of {name} is off by {error:.1e}")
     ranks.check(faults)
 
