@@ -171,11 +171,11 @@ def check_gradients(ranks: Ranks, example: st.DataObject) -> None:
     ranks.stream.enter(rows, length, ROOM)
     found = loss_of(part, fields, backward)
     gradients = {name: weight.grad for name, weight in whole.named_weights()}
-    least = 1e-3 * max(float(gradient.norm()) for gradient in gradients.values())
+    least = 1e-2 * max(float(gradient.norm()) for gradient in gradients.values())
     faults = [] if found == pytest.approx(expected, rel=FAR) else [f"loss {found}, not {expected}"]
     for name, weight in part.named_weights():
         own, gradient = gradients[name], weight.grad
-        # A slice may be near 0 by cancellation alone, which rounds it: next to the others it counts.
+        # A slice may be near 0 by cancellation, which leaves rounding alone.
         mean = float(own.norm()) / ranks.comm.size
         if name in cuts:
             own = own[cuts[name].index]
