@@ -110,8 +110,11 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = temporary_path(path / "writable")
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        try:
+            probe.touch(exist_ok=False)
+        finally:
+            # Also where a signal ends the verb just now.
+            probe.unlink(missing_ok=True)
     except (OSError, ValueError) as failure:
         # A path with a NUL byte is a ValueError.
         raise UsageError(
