@@ -101,7 +101,7 @@ def test_the_scripts_install_what_they_need() -> None:
     """Check that dev brings training along, and that both scripts and the container ask for it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert (
-        "mpillm[baselines,evaluate,hub,tables,test-models,train]"
+        "mpillm[baselines,evaluate,hub,serve,tables,test-models,train]"
         in project["optional-dependencies"]["dev"]
     )
     assert "prepare_environment train\n" in (ROOT / "jobs/quickstart.sh").read_text()
