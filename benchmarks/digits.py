@@ -42,12 +42,12 @@ SPOKEN = {
     **COMMON,
     "model.shape": "sound-tiny",
     "model.context": "48",
-    "model.width": "96",
+    "model.width": "128",
     "model.dropout": "0.1",
     "task.name": "ctc",
     "optimizer.learning_rate": "2e-3",
     "train.batch": "32",
-    "train.steps": "1500",
+    "train.steps": "3000",
 }
 # Of five speakers' recordings, to stand for other voices: pitch and speed change together.
 SPEEDS = (0.8, 0.9, 1.0, 1.1, 1.25)
@@ -55,6 +55,8 @@ SPEEDS = (0.8, 0.9, 1.0, 1.1, 1.25)
 LOUDEST = 32000
 # Deviation of a microphone's gains, in decibels; the most silence, in seconds; signal over noise.
 MICROPHONES, SILENCE, NOISE = 6.0, 0.08, (8.0, 45.0)
+# The largest masked share of the frequencies, and of the time (SpecAugment, Park et al. 2019).
+BAND, STRETCH = 0.12, 0.12
 # Two frames of 10 ms are a position.
 LONGEST = 0.02 * int(SPOKEN["model.context"])
 MPILLM = [sys.executable, "-m", "mpillm"]
@@ -135,10 +137,20 @@ def curve(size: int, decibels: float, random: np.random.Generator) -> Array:
     return np.asarray(10 ** (np.interp(np.linspace(0, 1, size), places, points) / 20))
 
 
+def masked(size: int, most: float, random: np.random.Generator) -> slice:
+    """Draw a stretch of at most the share `most` of `size`."""
+    width = int(size * random.uniform(0, most))
+    begin = random.integers(0, size - width)
+    return slice(begin, begin + width)
+
+
 def vary(samples: Array, rate: int, random: np.random.Generator) -> Array:
     """Draw another microphone, silence before and after, and noise."""
     spectrum = np.fft.rfft(samples)
-    heard = np.fft.irfft(spectrum * curve(len(spectrum), MICROPHONES, random), len(samples))
+    spectrum = spectrum * curve(len(spectrum), MICROPHONES, random)
+    spectrum[masked(len(spectrum), BAND, random)] *= 0.03
+    heard = np.fft.irfft(spectrum, len(samples))
+    heard[masked(len(heard), STRETCH, random)] *= 0.03
     before, after = (random.uniform(0, SILENCE, 2) * rate).astype(int)
     heard = np.pad(heard, (before, after))
     noise = np.fft.rfft(random.normal(size=len(heard)))
