@@ -10,6 +10,8 @@ METHODS: Mapping[str, str] = MappingProxyType(
     {
         "rtn-int8": "mpillm.infer.compress.round_to_nearest:RoundToNearest8",
         "rtn-int4": "mpillm.infer.compress.round_to_nearest:RoundToNearest4",
+        "gptq-int8": "mpillm.infer.compress.gptq:Gptq8",
+        "gptq-int4": "mpillm.infer.compress.gptq:Gptq4",
     }
 )
 
