@@ -12,6 +12,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "rtn-int4": "mpillm.infer.compress.round_to_nearest:RoundToNearest4",
         "gptq-int8": "mpillm.infer.compress.gptq:Gptq8",
         "gptq-int4": "mpillm.infer.compress.gptq:Gptq4",
+        "awq-int4": "mpillm.infer.compress.awq:Awq",
     }
 )
 
