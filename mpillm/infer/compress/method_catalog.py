@@ -13,6 +13,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "gptq-int8": "mpillm.infer.compress.gptq:Gptq8",
         "gptq-int4": "mpillm.infer.compress.gptq:Gptq4",
         "awq-int4": "mpillm.infer.compress.awq:Awq",
+        "smoothquant": "mpillm.infer.compress.smooth_quant:SmoothQuant",
     }
 )
 
