@@ -14,6 +14,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "gptq-int4": "mpillm.infer.compress.gptq:Gptq4",
         "awq-int4": "mpillm.infer.compress.awq:Awq",
         "smoothquant": "mpillm.infer.compress.smooth_quant:SmoothQuant",
+        "magnitude": "mpillm.infer.compress.magnitude:Magnitude",
     }
 )
 
