@@ -15,6 +15,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "awq-int4": "mpillm.infer.compress.awq:Awq",
         "smoothquant": "mpillm.infer.compress.smooth_quant:SmoothQuant",
         "magnitude": "mpillm.infer.compress.magnitude:Magnitude",
+        "wanda": "mpillm.infer.compress.wanda:Wanda",
     }
 )
 
