@@ -16,6 +16,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "smoothquant": "mpillm.infer.compress.smooth_quant:SmoothQuant",
         "magnitude": "mpillm.infer.compress.magnitude:Magnitude",
         "wanda": "mpillm.infer.compress.wanda:Wanda",
+        "sparsegpt": "mpillm.infer.compress.sparse_gpt:SparseGpt",
     }
 )
 
