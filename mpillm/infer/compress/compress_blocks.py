@@ -104,6 +104,7 @@ def compress_blocks(
     UsageError where a layer does not fit the method.
     """
     layers, kept = compressible(model), dict[str, StoredCodes]()
+    method.check_model(model.spec)
     for name, layer in layers.items():
         method.check_layer(name, (layer.out_features, layer.in_features))
     blocks = dict(model.numbered_blocks())
@@ -115,9 +116,8 @@ def compress_blocks(
             for name, solved in _solve_block(number, block, own, method, inputs, comm).items():
                 if isinstance(solved, StoredCodes):
                     kept[name] = solved
-                layers[name].weight.copy_(
-                    solved.decoded() if isinstance(solved, StoredCodes) else solved
-                )
+                parent = model.get_submodule(name.rpartition(".")[0])
+                method.apply(parent, layers[name], solved)
             if inputs is not None:
                 on_all(comm, lambda n=number, b=block: inputs.advance(n, b))  # type: ignore[misc]
             progress.advance()
@@ -148,12 +148,13 @@ def _solve_block(
             for first, names in groups.items()
             if owners[first] == comm.rank
             for name in names
+            if method.reads(name)
         }
 
     found: dict[str, Solved] = {}
     for share in comm.allgather(on_all(comm, solve)):
         found |= share
-    return {name: found[name] for name in layers}
+    return {name: found[name] for name in layers if name in found}
 
 
 def _watch_block(

@@ -190,7 +190,7 @@ def _save(
     recipe["train"] = {
         name: value for name, value in recipe["train"].items() if name not in ("run", "freeze")
     }
-    recipe["model"] = asdict(loaded.model.spec)  # type: ignore[call-overload]
+    recipe["model"] = asdict(method.reshape(loaded.model.spec))  # type: ignore[call-overload]
     facts: dict[str, Any] = {
         **{key: value for key, value in checkpoint.facts.items() if key != BASE},
         "recipe": recipe,

@@ -6,17 +6,26 @@ Shapes: O outputs, I inputs of a linear layer.
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpillm.errors import UsageError
 from mpillm.infer.compress.input_statistics import InputStatistics
 from mpillm.models.layers.stored.stored_codes import GROUPS, StoredCodes, StoredFormat
 from mpillm.models.spec import ModelSpec
 
-Solved = StoredCodes | Tensor
-"""A stored weight, or a dense one (O, I)."""
+
+class Cut(NamedTuple):
+    """A layer with fewer inputs."""
+
+    kept_K: Tensor
+    """The numbers of the inputs that stay, ascending."""
+    weight_OK: Tensor
+
+
+Solved = StoredCodes | Tensor | Cut
+"""A stored weight, a dense one (O, I), or one of fewer inputs."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,13 @@ class CompressionMethod(ABC):
         """How the weights are stored; None: as they were."""
         return None
 
+    def check_model(self, spec: ModelSpec) -> None:  # noqa: B027
+        """Raise MismatchError where the method is not for such a model."""
+
+    def reads(self, name: str) -> bool:
+        """Return whether the layer `name` is solved."""
+        return True
+
     def check_layer(self, name: str, shape: tuple[int, int]) -> None:
         """Raise UsageError where a layer (O, I) cannot be compressed so."""
         layout = self.format
@@ -103,6 +119,11 @@ class CompressionMethod(ABC):
     def solve(self, weight_OI: Tensor, inputs: InputStatistics | None) -> Solved:
         """Compress the weight of a layer. `inputs`: of the method that needs data."""
         raise NotImplementedError
+
+    def apply(self, parent: nn.Module, layer: nn.Linear, solved: Solved) -> None:
+        """Put what was solved into the layer, an attribute of `parent`: as dense values."""
+        assert not isinstance(solved, Cut)
+        layer.weight.copy_(solved.decoded() if isinstance(solved, StoredCodes) else solved)
 
     def reshape(self, spec: ModelSpec) -> ModelSpec:
         """Return the settings of the compressed model: other sizes of a structured method."""

@@ -17,6 +17,8 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "magnitude": "mpillm.infer.compress.magnitude:Magnitude",
         "wanda": "mpillm.infer.compress.wanda:Wanda",
         "sparsegpt": "mpillm.infer.compress.sparse_gpt:SparseGpt",
+        "heads": "mpillm.infer.compress.structured:Heads",
+        "columns": "mpillm.infer.compress.structured:Columns",
     }
 )
 
