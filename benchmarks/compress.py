@@ -35,8 +35,8 @@ from mpillm.infer.compress.compress_model import CompressionRequest, compress_mo
 from mpillm.infer.compress.compression_method import CompressionOptions
 from mpillm.infer.compress.method_catalog import make_method
 from mpillm.infer.loading import load_data, load_trained
+from mpillm.models.decoder import SHAPES
 from mpillm.models.layers.stored.stored_linear import StoredHead, StoredLinear
-from mpillm.models.model_catalog import read_spec
 from mpillm.models.part_module import create
 from mpillm.system.console import Console
 
@@ -187,7 +187,7 @@ def print_times(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 def print_ranks(_: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Compress by GPTQ on all ranks, then on each alone; compare time and codes."""
     comm = MPI.COMM_WORLD
-    spec = read_spec({"shape": "smollm2-135m", "layers": options.layers})
+    spec = SHAPES["smollm2-135m"].replace(layers=options.layers)
     chance = torch.Generator().manual_seed(1)
     rows = [
         torch.randint(spec.vocab_size, (4, 512), generator=chance) for _ in range(options.rows // 4)
