@@ -27,7 +27,7 @@ FILE_TYPES: Mapping[str, tuple[str, int]] = MappingProxyType(
     }
 )
 Array = np.ndarray[Any, np.dtype[Any]]
-# A block of Q4_1; those that are looked at ahead of all others; how far from even steps values in
+# A block of Q4_1; how many are checked ahead of all others; how far from even steps values in
 # float32 may be, in steps.
 Q4_1_ELEMENTS, SAMPLED_BLOCKS, EVEN = 32, 64, 1e-3
 TINY = np.finfo(np.float32).tiny
