@@ -15,6 +15,7 @@ from mpillm.infer.loading import TOKENIZER
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.families.family import OF_TRAINING, Family
 from mpillm.models.families.family_catalog import find_family
+from mpillm.models.layers.stored.stored_codes import stored_format
 from mpillm.models.spec import ModelSpec
 from mpillm.system.atomic import flush, give_name, make_folder, temporary_path
 from mpillm.system.console import Console, Progress
@@ -34,6 +35,8 @@ from mpillm.weights.saving import assign_writers
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+# Of a vocabulary, by GGUF's names.
+ROWS = ("token_embd.weight", "output.weight")
 TEMPLATE = "chat_template.jinja"
 _ELSEWHERE = "export with --to hf, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
 
@@ -48,6 +51,8 @@ class GgufPlan:
     """GGUF's name of each tensor → that of Hugging Face."""
     shapes: Mapping[str, tuple[int, ...]]
     facts: Mapping[str, Any]
+    finer: tuple[str, ...] = ()
+    """Tensors with more bits than others: those that a compressed model has in int8."""
 
     @classmethod
     def make(
@@ -79,7 +84,8 @@ class GgufPlan:
             **settings,
             **_tokenizer(checkpoint, int(config["vocab_size"])),
         }
-        return cls(architecture, config, theirs, shapes, facts)
+        stored = stored_format(checkpoint.facts) is not None
+        return cls(architecture, config, theirs, shapes, facts, ROWS if stored else ())
 
 
 def _architecture(kind: str) -> GgufArchitecture:
@@ -214,7 +220,7 @@ def _begin(out: Path, plan: GgufPlan, dtype: str) -> tuple[Path, dict[str, Place
     work = temporary_path(out)
     try:
         make_folder(out.parent)
-        return work, begin_gguf(work, plan.facts, plan.shapes, dtype)
+        return work, begin_gguf(work, plan.facts, plan.shapes, dtype, plan.finer)
     except OSError as failure:
         with suppress(OSError):
             work.unlink()

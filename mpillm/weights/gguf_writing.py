@@ -1,7 +1,7 @@
 """Write a GGUF file: rank 0 its header, and each rank tensors at the offsets that it means."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -45,12 +45,17 @@ class PlacedTensor:
 
 
 def begin_gguf(
-    path: Path, facts: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: str
+    path: Path,
+    facts: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    finer: Collection[str] = (),
 ) -> dict[str, PlacedTensor]:
     """Write the header of a file of `shapes`, and return where each tensor goes.
 
-    `facts`: the metadata; a float is stored as float32, a whole number as uint32. The file has its
-    full size at once. Raises OSError.
+    `facts`: the metadata; a float is stored as float32, a whole number as uint32. `finer`: tensors
+    that are stored as Q8_0 where `dtype` has fewer bits. The file has its full size at once. Raises
+    OSError.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
@@ -58,7 +63,11 @@ def begin_gguf(
     writer = GGUFWriter(path, rest.pop("general.architecture"))
     for key, value in rest.items():
         _add(writer, key, value)
-    kinds = {name: _kind(name, shape, dtype) for name, shape in shapes.items()}
+    coarse = dtype.startswith(("q4", "q5"))
+    kinds = {
+        name: _kind(name, shape, "q8_0" if coarse and name in finer else dtype)
+        for name, shape in shapes.items()
+    }
     sizes = {}
     for name, shape in shapes.items():
         kind = GGMLQuantizationType[kinds[name]]

@@ -10,12 +10,13 @@ from mpi4py import MPI
 from mpillm.errors import CheckpointError, UsageError
 from mpillm.infer.compress.compress_model import CompressionRequest, compress_model
 from mpillm.infer.compress.compression_method import CompressionOptions
+from mpillm.infer.export_gguf import ROWS
 from mpillm.infer.export_model import export_model
 from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_trained
 from mpillm.models.layers.stored.stored_codes import Grid, StoredFormat
 from mpillm.weights.checkpoint_source import CheckpointSource
-from mpillm.weights.gguf_writing import stored_values
+from mpillm.weights.gguf_writing import begin_gguf, stored_values
 from mpillm.weights.packed.packed_format import (
     CODES,
     SCALE,
@@ -121,3 +122,13 @@ def test_codes_stay_in_a_gguf_file() -> None:
     assert (library - decoded).abs().max() > 0.02
     plain = stored_values("x", values_OI, "Q4_1")
     assert (plain == gguf.quants.quantize(values_OI.numpy(), kind)).all()
+
+
+def test_the_rows_of_a_vocabulary_keep_their_eight_bits(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    shapes = {"token_embd.weight": (300, 32), "blk.0.attn_q.weight": (32, 32)}
+    for dtype, kind in (("q4_1", "Q8_0"), ("float16", "F16")):
+        path = tmp_path / f"{dtype}.gguf"
+        placed = begin_gguf(path, {"general.architecture": "llama"}, shapes, dtype, ROWS)
+        assert placed["token_embd.weight"].kind == kind
+        assert placed["blk.0.attn_q.weight"].kind == {"q4_1": "Q4_1"}.get(dtype, "F16")
