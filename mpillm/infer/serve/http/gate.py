@@ -137,7 +137,8 @@ def _bounded(receive: Receive, most: int) -> Receive:
         message = await receive()
         count += len(message.get("body", b""))
         if count > most:
-            await _discard(receive, MOST_DISCARDED * most)
+            if message.get("more_body"):
+                await _discard(receive, MOST_DISCARDED * most)
             raise _too_large(most)
         return message
 

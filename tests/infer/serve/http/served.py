@@ -76,6 +76,7 @@ class Server:
     settings: GateSettings
     thread: threading.Thread
     ends: list[Any]
+    server: HttpServer
 
     @property
     def engine(self) -> PlainEngine:
@@ -119,7 +120,7 @@ def serving(
     thread.start()
     assert started.wait(30)
     try:
-        yield Server(model, url, signals, settings, thread, ends)
+        yield Server(model, url, signals, settings, thread, ends, server)
     finally:
         signals.send(15)
         thread.join(30)

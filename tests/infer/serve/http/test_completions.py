@@ -52,7 +52,13 @@ def test_a_text_is_that_of_generate(server: Server, client: openai.OpenAI) -> No
 
 
 def test_a_stream_is_the_same_text_in_pieces(server: Server, client: openai.OpenAI) -> None:
-    asked = {"model": "tiny", "prompt": ["x = ", "y = "], "max_tokens": 20, "seed": 3, "logprobs": 1}
+    asked = {
+        "model": "tiny",
+        "prompt": ["x = ", "y = "],
+        "max_tokens": 20,
+        "seed": 3,
+        "logprobs": 1,
+    }
     whole = client.completions.create(**asked)
     options = {"include_usage": True}
     chunks = list(client.completions.create(**asked, stream=True, stream_options=options))
