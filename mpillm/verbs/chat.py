@@ -44,7 +44,7 @@ class Chat:
             require_packages("mpillm chat", "torch")
             limit_torch_threads(job.threads)
             from mpillm.infer.serve.chat_terminal import chat_in_terminal
-            from mpillm.infer.serve.engine.start_engine import EngineOptions
+            from mpillm.infer.serve.open_engine import EngineOptions
 
             engine = EngineOptions(
                 tensor=self.tensor,

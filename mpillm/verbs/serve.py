@@ -100,9 +100,9 @@ class Serve:
         with open_job(self.debug, stops_in_order=True) as job:
             require_packages("mpillm serve", "torch", "starlette", "uvicorn", "prometheus_client")
             limit_torch_threads(job.threads)
-            from mpillm.infer.serve.engine.start_engine import EngineOptions
             from mpillm.infer.serve.http.lifetime import HttpLimits
             from mpillm.infer.serve.http.listening import ListeningOptions
+            from mpillm.infer.serve.open_engine import EngineOptions
             from mpillm.infer.serve.serve_model import JobFacts, ServeOptions, serve_model
 
             assert self.trained is not None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mpillm.errors import CheckpointError, UsageError
 from mpillm.infer.chat_prompt import answer_ends
 from mpillm.infer.sampling import Sampling
-from mpillm.infer.serve.engine.start_engine import EngineOptions, start_engine
+from mpillm.infer.serve.open_engine import EngineOptions, open_engine
 from mpillm.infer.serve.requests import (
     Finished,
     TextEngine,
@@ -126,7 +126,7 @@ def chat_in_terminal(
 
     Raises UsageError where the model has no chat template.
     """
-    started = start_engine(trained, engine, comm, console)
+    started = open_engine(trained, engine, comm, console)
     if comm.rank:
         started.follow()
         return
@@ -136,10 +136,10 @@ def chat_in_terminal(
                 f"{trained} has no chat template; `mpillm generate` continues a text, or train on "
                 "data of the task chat"
             )
-        session = ChatSession(started.engine, started.tokenizer, started.template, sampling, system)
+        session = ChatSession(started.own, started.tokenizer, started.template, sampling, system)
         talk(session, console, read_turns(console))
     finally:
-        started.engine.close()
+        started.own.close()
 
 
 def talk(session: ChatSession, console: Console, turns: Iterator[str]) -> None:

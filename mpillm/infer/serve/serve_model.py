@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.comm.failure import on_root
+from mpillm.comm.waiting import patient_bcast
 from mpillm.errors import CommError, StoppedError
 from mpillm.infer.chat_prompt import answer_ends
-from mpillm.infer.serve.engine.start_engine import EngineOptions, RunningEngine, start_engine
 from mpillm.infer.serve.http.audit_log import AuditLog
 from mpillm.infer.serve.http.bearer_tokens import BearerTokens
 from mpillm.infer.serve.http.gate import GateSettings
@@ -25,6 +25,7 @@ from mpillm.infer.serve.http.listening import (
 )
 from mpillm.infer.serve.http.served_model import ServedModel
 from mpillm.infer.serve.http.server_metrics import ServerMetrics
+from mpillm.infer.serve.open_engine import EngineOptions, OpenedEngine, open_engine
 from mpillm.launch.batch_script import stop_seconds_for
 from mpillm.launch.signals import StopSignals
 from mpillm.system.console import Console
@@ -92,21 +93,21 @@ def serve_model(
     on_root(comm, lambda: opened.append(_Opened.of(options, console.warn)))
     end: End = "interrupted"
     with signals.orderly():
-        started = start_engine(options.trained, engine, comm, console)
+        started = open_engine(options.trained, engine, comm, console)
         if comm.rank == 0:
             end = _serve_here(started, options, opened[0], console, signals, job)
         else:
             started.follow()
         if end == "failed":
-            raise CommError(f"the engine failed: {started.engine.counts().failure}")
-        end = comm.bcast(end)
+            raise CommError(f"the engine failed: {started.own.counts().failure}")
+        end = patient_bcast(comm, end)
     if end == "interrupted":
         raise KeyboardInterrupt
     raise StoppedError("the server has drained: start it again to serve on")
 
 
 def _serve_here(
-    started: RunningEngine,
+    started: OpenedEngine,
     options: ServeOptions,
     opened: _Opened,
     console: Console,
@@ -116,12 +117,12 @@ def _serve_here(
     """Serve on rank 0; the engine is closed at the end."""
     names = options.names or (options.trained.resolve().name,)
     ends = answer_ends(started.tokenizer, started.template)
-    model = ServedModel(names, started.engine, started.tokenizer, started.template, ends)
+    model = ServedModel(names, started.own, started.tokenizer, started.template, ends)
     settings = GateSettings(
         frozenset(),
         options.limits,
         Lifetime(),
-        ServerMetrics(started.engine.counts),
+        ServerMetrics(started.own.counts),
         opened.tokens,
         opened.audit,
     )

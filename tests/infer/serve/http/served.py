@@ -28,7 +28,7 @@ from mpillm.models.part_module import create
 from mpillm.system.console import Console
 from mpillm.tokens.chat.chat_template import ChatTemplate
 from mpillm.tokens.tokenizer import Tokenizer, byte_tokenizer
-from tests.fixtures.plain_engine import PlainEngine
+from tests.fixtures.held_engine import HeldEngine
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -51,7 +51,7 @@ def tiny_model(
     spec = DecoderConfig(
         layers=2, width=32, heads=4, kv_heads=2, context=context, vocab_size=tokenizer.vocab_size
     )
-    engine = PlainEngine(create(spec, seed).eval(), most_waiting)
+    engine = HeldEngine(create(spec, seed).eval(), most_waiting)
     template = ChatTemplate(TEMPLATE, {}) if chats else None
     ends = answer_ends(tokenizer, template)
     return ServedModel(("tiny", "alias"), engine, tokenizer, template, ends)
@@ -79,7 +79,7 @@ class Server:
     server: HttpServer
 
     @property
-    def engine(self) -> PlainEngine:
+    def engine(self) -> HeldEngine:
         return self.model.engine
 
     def join(self) -> str:
