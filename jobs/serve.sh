@@ -51,9 +51,14 @@ pass_on() {
     say "SIG$1: passed on to the ranks"
     [ -z "$step" ] || kill -"$1" "$step" 2>/dev/null
 }
-trap 'pass_on USR1' USR1
-trap 'pass_on TERM' TERM
-trap 'pass_on INT' INT
+drain() {
+    pass_on USR1
+}
+stop() {
+    pass_on TERM
+}
+trap drain USR1
+trap stop TERM INT
 
 "${launch[@]}" python -m mpillm serve "${words[@]}" &
 step=$!

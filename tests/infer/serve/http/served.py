@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from mpi4py import MPI
 
 from mpillm.infer.chat_prompt import answer_ends
+from mpillm.infer.import_model import import_model
 from mpillm.infer.serve.http.audit_log import AuditLog
 from mpillm.infer.serve.http.bearer_tokens import BearerTokens
 from mpillm.infer.serve.http.gate import GateSettings
@@ -29,6 +31,7 @@ from mpillm.system.console import Console
 from mpillm.tokens.chat.chat_template import ChatTemplate
 from mpillm.tokens.tokenizer import Tokenizer, byte_tokenizer
 from tests.fixtures.held_engine import HeldEngine
+from tests.published import publish
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -125,3 +128,22 @@ def serving(
         signals.send(15)
         thread.join(30)
         assert not thread.is_alive()
+
+
+def publish_chat(folder: Path, context: int = 128) -> Path:
+    """Import a small published model that has the template, as a run; return its folder."""
+    spec = DecoderConfig(
+        layers=2,
+        width=32,
+        heads=4,
+        kv_heads=2,
+        hidden=64,
+        context=context,
+        vocab_size=260,
+        tied=False,
+    )
+    hub = publish(folder / "hub", spec)
+    (hub / "tokenizer.json").write_text(chat_tokenizer().to_json())
+    (hub / "chat_template.jinja").write_text(TEMPLATE)
+    import_model(hub, folder / "chat", MPI.COMM_SELF, Console(speaks=False))
+    return folder / "chat"
