@@ -86,7 +86,7 @@ def plain_loop(data: Path, seed: int, steps: int) -> float:
     model = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2)
     decayed = [each for each in model.parameters() if each.dim() > 1]
     others = [each for each in model.parameters() if each.dim() < 2]
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), weight_decay=DECAY)
 
     def rate(step: int) -> float:
@@ -151,7 +151,7 @@ def sentiment(folder: Path, options: argparse.Namespace) -> bool:
     for name, values in figures.items():
         print(f"{name:14} {statistics.mean(values):.3f} [{min(values):.3f}..{max(values):.3f}]")
     ours, theirs = (statistics.mean(figures[name]) for name in ("mpillm", "transformers"))
-    return ours >= LEAST_ACCURACY and ours >= theirs - 0.01
+    return bool(ours >= LEAST_ACCURACY and ours >= theirs - 0.01)
 
 
 def questions(data: Path) -> list[dict[str, Any]]:
@@ -184,7 +184,7 @@ def answers(folder: Path, options: argparse.Namespace) -> bool:
         print(f"seed {seed}: F1 {found[-1]:.1f}, exact {100 * made['exact_match']:.1f}", flush=True)
     sentence = sentence_baseline(held_out)
     print(f"mpillm {statistics.mean(found):.1f} F1, the sentence {sentence:.1f}")
-    return statistics.mean(found) >= sentence + LEAST_ABOVE
+    return bool(statistics.mean(found) >= sentence + LEAST_ABOVE)
 
 
 def sentence_baseline(held_out: list[dict[str, Any]]) -> float:
@@ -219,8 +219,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options, holds = arguments(), []
+    asked = options.steps
     for kind in options.only or KINDS:
-        options.steps = options.steps or STEPS[kind]
+        options.steps = asked or STEPS[kind]
         with tempfile.TemporaryDirectory() as name:
             print(f"{kind}: {options.steps} steps of {BATCH} at {options.ranks} ranks", flush=True)
             holds.append(KINDS[kind](Path(name), options))

@@ -76,4 +76,5 @@ if [ "$code" -eq 75 ] && [ -n "${MPILLM_SERVE_AGAIN:-}" ] && [ -n "${SLURM_JOB_I
     # It ends this shell.
     scontrol requeue "$SLURM_JOB_ID" && sleep 300
 fi
-exit "$code"
+# The script's own exit code.
+(exit "$code")

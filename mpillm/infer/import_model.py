@@ -73,7 +73,7 @@ def import_model(
     Every rank of `comm` calls it; each reads and writes a share of the weights. Raises
     CheckpointError where the model cannot be read, and UsageError where `out` holds anything.
     """
-    on_root(comm, lambda: _refuse_full(out))
+    on_root(comm, lambda: refuse_full(out))
     if on_root(comm, lambda: is_adapter(path)):
         saved = import_adapter(path, out, base, comm, console)
         return ImportedModel(saved, model_settings(saved))
@@ -111,7 +111,8 @@ def print_import(imported: ImportedModel, out: Path, console: Console) -> None:
         console.say(f'next: train.start_from = "{out}" in a recipe, or export it')
 
 
-def _refuse_full(out: Path) -> None:
+def refuse_full(out: Path) -> None:
+    """Raise UsageError where the folder `out` holds anything."""
     try:
         full = out.exists() and (not out.is_dir() or any(out.iterdir()))
     except OSError as failure:

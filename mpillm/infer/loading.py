@@ -13,8 +13,10 @@ import torch
 
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import CheckpointError, DataError, MismatchError
+from mpillm.infer.compress.stored_model import check_stored_model, load_stored
 from mpillm.infer.model_source import BASE, ModelSource, open_model
 from mpillm.models.adapt import tuned_shapes
+from mpillm.models.layers.stored.stored_codes import stored_format
 from mpillm.models.model_catalog import read_spec
 from mpillm.models.part_module import PartModule, weight_shapes
 from mpillm.models.spec import ModelSpec
@@ -118,7 +120,9 @@ def load_trained(path: Path, comm: "MPI.Intracomm", console: Console) -> Loaded:
     """
     checkpoint = find(path, comm, console, check_trained)
     model = read_spec(checkpoint.facts["recipe"]["model"]).build()
-    if BASE in checkpoint.facts:
+    if stored_format(checkpoint.facts) is not None:
+        model = load_stored(model, checkpoint)
+    elif BASE in checkpoint.facts:
         source = open_model(CheckpointSource(checkpoint), comm, console)
         on_all(comm, lambda: _take(model, source))
     else:
@@ -191,6 +195,8 @@ def _check_weights(checkpoint: Checkpoint, spec: ModelSpec, tuning: Tuning) -> S
 
     Of adapters the weights of the base are not stored.
     """
+    if stored_format(checkpoint.facts) is not None:
+        return check_stored_model(checkpoint, spec)
     if tuning.adapter.used:
         trained = tuned_shapes(spec, tuning).trained
         check_stored(checkpoint, {weight_name(name): wanted for name, wanted in trained.items()})

@@ -43,6 +43,8 @@ class LinearHead(NamedTuple):
     bias_V: Tensor | None = None
     soft_cap: float = 0.0
     shard: VocabularyShard | None = None
+    product: Callable[[Tensor], Tensor | None] | None = None
+    """What gives hidden · weightᵀ faster than the weight itself, of few positions; None of many."""
 
     @classmethod
     def of(cls, hidden_BTC: Tensor, linear: nn.Linear, soft_cap: float = 0.0) -> "LinearHead":
@@ -50,13 +52,18 @@ class LinearHead(NamedTuple):
         device = hidden_BTC.device.type
         if torch.is_autocast_enabled(device):
             hidden_BTC = hidden_BTC.to(torch.get_autocast_dtype(device))
-        return cls(hidden_BTC, linear.weight, linear.bias, soft_cap)
+        product = getattr(linear, "product", None)
+        return cls(hidden_BTC, linear.weight, linear.bias, soft_cap, product=product)
 
     def logits(self) -> Tensor:
         """Compute all logits, (B, T, V)."""
         dtype = self.hidden_BTC.dtype
         bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
-        logits_BTV = F.linear(self.hidden_BTC, self.weight_VC.to(dtype), bias_V)
+        made = None if self.product is None else self.product(self.hidden_BTC)
+        if made is None:
+            logits_BTV = F.linear(self.hidden_BTC, self.weight_VC.to(dtype), bias_V)
+        else:
+            logits_BTV = made if bias_V is None else made + bias_V
         if self.soft_cap:
             logits_BTV = self.soft_cap * (logits_BTV / self.soft_cap).tanh()
         return logits_BTV if self.shard is None else self.shard.join(logits_BTV)

@@ -22,6 +22,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "inspect": "mpillm.verbs.inspect:Inspect",
         "import": "mpillm.verbs.import_:Import",
         "export": "mpillm.verbs.export:Export",
+        "compress": "mpillm.verbs.compress:Compress",
         "bench": "mpillm.verbs.bench:Bench",
         "schedule": "mpillm.verbs.schedule:Schedule",
         "doctor": "mpillm.verbs.doctor:Doctor",

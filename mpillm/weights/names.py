@@ -3,6 +3,7 @@
     model/layers/0/attention/query/weight              a weight
     optimizer/exp_avg/layers/0/attention/query/weight  the optimizer's slot `exp_avg` of that weight
     projections/3/weight                               a weight of training that no model has
+    stored/layers/0/attention/query/weight/codes       a weight as whole numbers, with its scales
 
 A name never mentions a rank, a stage or a shard: a layout is only a way to cut the whole tensor.
 """
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mpillm.weights.slices import Held
+
+
+STORED = "stored/"
 
 
 def name_tensors(
@@ -55,3 +59,14 @@ def module_names(names: Iterable[str]) -> dict[str, str]:
 def state_name(slot: str, name: str) -> str:
     """Name the state `slot` of a weight of the module as a checkpoint does."""
     return f"optimizer/{slot}/{name.replace('.', '/')}"
+
+
+def stored_name(name: str, part: str) -> str:
+    """Name a tensor of a stored weight: `codes`, `scales` or `zeros` of a weight of the module."""
+    return f"{STORED}{name.replace('.', '/')}/{part}"
+
+
+def stored_names(names: Iterable[str]) -> list[str]:
+    """Return the stored weights among the names of a checkpoint, by the module's names."""
+    ends = (name for name in names if name.startswith(STORED) and name.endswith("/codes"))
+    return [name[len(STORED) : -len("/codes")].replace("/", ".") for name in ends]

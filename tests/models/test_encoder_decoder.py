@@ -286,3 +286,17 @@ def test_the_fewest_classes_of_distances_are_finite(causal: bool) -> None:
     buckets = bias.bucket_of(torch.arange(-20, 21))
     assert buckets.min() == 0
     assert buckets.max() == 3
+
+
+@each_kind
+def test_bfloat16_weights_with_float32_tables(kind: str) -> None:
+    """Training lowers weights alone: tables of positions keep float32."""
+    model = create(KINDS[kind].replace(dropout=0.0), seed=1)
+    given = fields()
+    [expected] = plain_outputs(model.forward_part(given, ()).outputs)
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16()
+    [found] = plain_outputs(model.forward_part(given, ()).outputs)
+    found.float().sum().backward()
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)

@@ -143,7 +143,7 @@ class EncoderDecoder(Transformer):
         if scaled and self.config.scaled_embedding:
             x_BTC = x_BTC * self.config.width**0.5
         if table_TC is not None:
-            x_BTC = x_BTC + table_TC[: x_BTC.shape[1]]
+            x_BTC = x_BTC + table_TC[: x_BTC.shape[1]].to(x_BTC.dtype)
         keys_B = self._keys(fields, EMBEDDING_LAYER + stack)
         return drop(x_BTC, self.config.embedding_dropout, keys_B, EMBEDDING)
 

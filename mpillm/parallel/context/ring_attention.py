@@ -9,7 +9,7 @@ Shapes: B sequences, T positions of a rank, S of the source of a block, H heads,
 values, D width of a head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,7 +27,7 @@ from mpillm.parallel.context.rank_attention import RankAttention
 from mpillm.parallel.context.ring_memory import RingMemory
 from mpillm.parallel.context.ring_pieces import make_pieces
 from mpillm.parallel.context.ring_steps import step_of
-from mpillm.parallel.context.ring_visits import GradientSums, visits
+from mpillm.parallel.context.ring_visits import FoundGradients, GradientSums, visits
 
 
 class Ring(RankAttention):
@@ -124,19 +124,60 @@ class _RingAttention(torch.autograd.Function):
         q_BTHD, k_BTKD, v_BTKD, out_BHTD, sums_BHT = ctx.saved_tensors
         ring, pattern, spans, length = ctx.given
         own = grad_BTHD.contiguous().transpose(1, 2), q_BTHD.transpose(1, 2), out_BHTD, sums_BHT
-        # In float32, as are the sums over ranks: many blocks are added.
-        dq_BHTD = torch.zeros(q_BTHD.shape, dtype=torch.float32).transpose(1, 2)
-        gradients = GradientSums(ring.memory, k_BTKD, length)
+        block = _BlockGradients(own, k_BTKD.shape[2], pattern.soft_cap)
+        sums = GradientSums(ring.memory, k_BTKD, length)
+        heads, late = _late_heads(k_BTKD.shape[2], len(ring.memory.nodes))
+        every = slice(0, k_BTKD.shape[2])
         for source, place, k_BKSD, v_BKSD in visits(ring.memory, k_BTKD, v_BTKD, length):
-            found = []
-            for piece in ring.pieces(source, pattern, spans, length):
-                rows, keys = piece.queries, piece.keys
-                grad, q, out, sums = (x[:, :, rows] for x in own)
-                given = grad, q, k_BKSD[:, :, keys], v_BKSD[:, :, keys], out, sums
-                dq, dk, dv = piece_gradients(*given, piece, pattern.soft_cap)
-                dq_BHTD[:, :, rows] += dq
-                found.append((keys, dk, dv))
-            gradients.add(source, place, found)
-        dk_BTKD, dv_BTKD = (each.to(k_BTKD.dtype) for each in gradients.brought_home())
-        dq_BTHD = dq_BHTD.transpose(1, 2).to(q_BTHD.dtype)
+            pieces = ring.pieces(source, pattern, spans, length)
+            now = heads if source == ring.rank else every
+            sums.add(source, place, block.of(k_BKSD, v_BKSD, pieces, now))
+        if late is not None:
+            k_BKTD, v_BKTD = k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
+            pieces = ring.pieces(ring.rank, pattern, spans, length)
+            sums.add_own(block.of(k_BKTD, v_BKTD, pieces, late))
+        dk_BTKD, dv_BTKD = (each.to(k_BTKD.dtype) for each in sums.brought_home())
+        dq_BTHD = block.dq_BHTD.transpose(1, 2).to(q_BTHD.dtype)
         return dq_BTHD, dk_BTKD, dv_BTKD, None, None, None, None
+
+
+def _late_heads(heads: int, nodes: int) -> tuple[slice, slice | None]:
+    """Return which heads of a rank's own keys a backward pass computes first, and which last.
+
+    The last ones are computed while sums of gradients pass home from the node before. None where
+    nothing passes, or a rank has one head.
+    """
+    late = heads // 2 if nodes > 1 else 0
+    return slice(0, heads - late), slice(heads - late, heads) if late else None
+
+
+class _BlockGradients:
+    """The gradients of one rank's queries, block of keys by block.
+
+    `own`: the gradient, the queries, the output (B, H, T, D) and the sums (B, H, T) of this rank.
+    """
+
+    def __init__(self, own: tuple[Tensor, ...], kv_heads: int, soft_cap: float) -> None:
+        self._own, self._soft_cap = own, soft_cap
+        _, q_BHTD, *_ = own
+        self._group = q_BHTD.shape[1] // kv_heads
+        # In float32, as are the sums over ranks: many blocks are added.
+        self.dq_BHTD = torch.zeros(q_BHTD.transpose(1, 2).shape).transpose(1, 2)
+
+    def of(
+        self, k_BKSD: Tensor, v_BKSD: Tensor, pieces: Sequence[Piece], heads: slice
+    ) -> list[FoundGradients]:
+        """Add to the gradient of queries; return those of a block's keys and values, by piece.
+
+        `heads`: which heads of keys and values, with the queries that share them.
+        """
+        queries = slice(heads.start * self._group, heads.stop * self._group)
+        found = []
+        for piece in pieces:
+            rows, keys = piece.queries, piece.keys
+            grad, q, out, sums = (x[:, queries, rows] for x in self._own)
+            given = grad, q, k_BKSD[:, heads, keys], v_BKSD[:, heads, keys], out, sums
+            dq, dk, dv = piece_gradients(*given, piece, self._soft_cap)
+            self.dq_BHTD[:, queries, rows] += dq
+            found.append(FoundGradients(heads, keys, dk, dv))
+        return found

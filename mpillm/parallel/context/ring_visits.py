@@ -5,6 +5,7 @@ D width of a head.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -51,6 +52,15 @@ def visits(
             memory.barrier()
 
 
+class FoundGradients(NamedTuple):
+    """Shares of the gradients of some keys and values, both (B, K, S, D)."""
+
+    heads: slice
+    keys: slice
+    dk_BKSD: Tensor
+    dv_BKSD: Tensor
+
+
 class GradientSums:
     """The gradients of keys and values: sums over all ranks that attended to them.
 
@@ -66,8 +76,8 @@ class GradientSums:
         self._home: Tensor | None = None
         self._passing: PersistentCollective | None = None
 
-    def add(self, source: int, place: int, found: Sequence[tuple[slice, Tensor, Tensor]]) -> None:
-        """Add this rank's shares of the gradients of `source`: (keys, dk, dv), both (B, K, S, D).
+    def add(self, source: int, place: int, found: Sequence[FoundGradients]) -> None:
+        """Add this rank's shares of the gradients of `source`.
 
         Every rank calls it once a visit, in the order of `visits`.
         """
@@ -80,14 +90,20 @@ class GradientSums:
         else:
             # The own row, which no other rank touches before the next barrier.
             sums_2BKSD.zero_()
-        for keys, dk_BKSD, dv_BKSD in found:
-            sums_2BKSD[0][:, :, keys] += dk_BKSD
-            sums_2BKSD[1][:, :, keys] += dv_BKSD
+        _add(found, sums_2BKSD)
         self._step += 1
         if self._step == len(memory.sources[self._visit]):
             memory.barrier()
             self._pass_on()
             self._visit, self._step = self._visit + 1, 0
+
+    def add_own(self, found: Sequence[FoundGradients]) -> None:
+        """Add to the gradients of this rank's own keys and values, after all visits.
+
+        Meanwhile sums pass home from the node before.
+        """
+        assert self._home is not None
+        _add(found, self._home.transpose(2, 3))
 
     def _pass_on(self) -> None:
         """Pass the sums of the visit that has ended to the next node: at last to their own."""
@@ -119,3 +135,9 @@ class GradientSums:
     def _shape(self, source: int) -> tuple[int, ...]:
         rows, heads = self._ends
         return 2, rows, own_length(source, self._memory.size, self._length), *heads
+
+
+def _add(found: Sequence[FoundGradients], sums_2BKSD: Tensor) -> None:
+    for heads, keys, dk_BKSD, dv_BKSD in found:
+        sums_2BKSD[0][:, heads, keys] += dk_BKSD
+        sums_2BKSD[1][:, heads, keys] += dv_BKSD
