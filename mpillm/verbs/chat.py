@@ -12,7 +12,7 @@ from mpillm.verbs.serve import ContextTokens, Pipeline, Tensor
 
 
 @dataclass(frozen=True)
-class Chat:
+class TerminalChat:
     """Talk to a chat model in the terminal: /reset forgets, /quit leaves, Ctrl-C stops an answer.
 
     Where the standard input is no terminal, each line is a turn.

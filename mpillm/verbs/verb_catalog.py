@@ -18,7 +18,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "memorisation": "mpillm.verbs.memorisation:MemorisationOptions",
         "generate": "mpillm.verbs.generate:Generate",
         "serve": "mpillm.verbs.serve:Serve",
-        "chat": "mpillm.verbs.chat:Chat",
+        "chat": "mpillm.verbs.chat:TerminalChat",
         "inspect": "mpillm.verbs.inspect:Inspect",
         "import": "mpillm.verbs.import_:Import",
         "export": "mpillm.verbs.export:Export",

@@ -92,8 +92,9 @@ def serve_model(
     opened: list[_Opened] = []
     on_root(comm, lambda: opened.append(_Opened.of(options, console.warn)))
     end: End = "interrupted"
+    # Outside of the block below: while weights load, a signal ends the ranks at once.
+    started = open_engine(options.trained, engine, comm, console)
     with signals.orderly():
-        started = open_engine(options.trained, engine, comm, console)
         if comm.rank == 0:
             end = _serve_here(started, options, opened[0], console, signals, job)
         else:
@@ -158,6 +159,8 @@ def greeting(model: ServedModel, url: str, listening: ListeningOptions, job: Job
     ]
     if not chats:
         lines.append("it has no chat template: /v1/chat/completions is refused")
+    if listening.tokens is None:
+        lines.append("every user of this host may ask it: --tokens FILE lets in who has a token")
     if job.in_batch:
         port = int(url.rpartition(":")[2])
         host = socket.gethostname()
