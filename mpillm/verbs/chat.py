@@ -1,12 +1,13 @@
 """`mpillm chat`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from mpillm.infer.sampling import Sampling
-from mpillm.system.command_line import Debug, Option
+from mpillm.system.command_line import Argument, Debug, Option
 from mpillm.system.extras import require_packages
-from mpillm.verbs.evaluate import Device, Trained
+from mpillm.verbs.evaluate import Device
 from mpillm.verbs.job import limit_torch_threads, open_job
 from mpillm.verbs.serve import ContextTokens, Pipeline, Tensor
 
@@ -20,7 +21,9 @@ class TerminalChat:
 
     example: ClassVar = "mpillm chat runs/chat --system 'You answer in one sentence.'"
 
-    trained: Trained
+    trained: Annotated[
+        Path, Argument("A run, a checkpoint, a Hugging Face folder or a GGUF file.", metavar="RUN")
+    ]
     system: Annotated[str, Option("A system message, ahead of all turns.")] = ""
     max_tokens: Annotated[int, Option("Of an answer: 1 to 1,000,000,000.")] = 1024
     temperature: Annotated[float, Option("As of `generate`; 0: always the likeliest token.")] = 0.8

@@ -34,7 +34,8 @@ class Serve:
     prints_its_result: ClassVar = False
 
     trained: Annotated[
-        Path | None, Argument("A run's folder, or one of its checkpoints.", metavar="RUN")
+        Path | None,
+        Argument("A run, a checkpoint, a Hugging Face folder or a GGUF file.", metavar="RUN"),
     ] = None
     tensor: Tensor = 1
     pipeline: Pipeline = 1

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.errors import UsageError
-from mpillm.infer.chat_prompt import template_of
-from mpillm.infer.loading import load_trained
+from mpillm.infer.serve.load_served import load_served
 from mpillm.infer.serve.plain_engine import PlainEngine
 from mpillm.infer.serve.requests import TextEngine
 from mpillm.machine.node_map import map_nodes
@@ -63,7 +62,7 @@ def open_engine(
             "rank 0 alone; leave both out"
         )
     place, _ = choose_device(options.device, comm, map_nodes(comm), share=True, option="--device")
-    loaded = load_trained(trained, comm, console)
+    loaded = load_served(trained, comm, console)
     spec = loaded.model.spec
     if options.context is not None and options.context > spec.context:
         raise UsageError(
@@ -76,4 +75,4 @@ def open_engine(
     if comm.rank == 0:
         model = loaded.model.to(place)
         engine = PlainEngine(model, options.queue, options.context or 0)
-    return OpenedEngine(engine, loaded.tokenizer, template_of(loaded), lambda: None)
+    return OpenedEngine(engine, loaded.tokenizer, loaded.template, lambda: None)

@@ -1,6 +1,7 @@
 """A server over a small model of the plain engine, in a thread of the test's own process."""
 
 import contextlib
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from mpillm.models.decoder import DecoderConfig
 from mpillm.models.part_module import create
 from mpillm.system.console import Console
 from mpillm.tokens.chat.chat_template import ChatTemplate
-from mpillm.tokens.tokenizer import Tokenizer, byte_tokenizer
+from mpillm.tokens.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from tests.fixtures.held_engine import HeldEngine
 from tests.published import publish
 
@@ -39,9 +40,9 @@ TEMPLATE = (
 )
 
 
-def chat_tokenizer() -> Tokenizer:
+def chat_tokenizer(plain: Tokenizer | None = None) -> Tokenizer:
     """Return bytes, the end of text, and the two tokens of the template."""
-    inner = tokenizers.Tokenizer.from_str(byte_tokenizer().to_json())
+    inner = tokenizers.Tokenizer.from_str((plain or byte_tokenizer()).to_json())
     inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     return Tokenizer.from_json(inner.to_str(), "bytes of a chat")
 
@@ -139,11 +140,15 @@ def publish_chat(folder: Path, context: int = 128) -> Path:
         kv_heads=2,
         hidden=64,
         context=context,
-        vocab_size=260,
+        vocab_size=280,
         tied=False,
     )
     hub = publish(folder / "hub", spec)
-    (hub / "tokenizer.json").write_text(chat_tokenizer().to_json())
+    # With merges, which llama.cpp's files have.
+    tokenizer = chat_tokenizer(train_bpe(["the cat sat on the mat "], 270))
+    (hub / "tokenizer.json").write_text(tokenizer.to_json())
+    config = json.loads((hub / "config.json").read_text())
+    (hub / "config.json").write_text(json.dumps({**config, "eos_token_id": tokenizer.eot_id}))
     (hub / "chat_template.jinja").write_text(TEMPLATE)
     import_model(hub, folder / "chat", MPI.COMM_SELF, Console(speaks=False))
     return folder / "chat"
