@@ -41,6 +41,12 @@ def press(browser: Browser, key: str, text: str = "", modifiers: int = 0) -> Non
     browser.ask("Input.dispatchKeyEvent", type="keyUp", **asked)
 
 
+def settle(browser: Browser, tokens: int) -> None:
+    """Ask for short answers that are always the same: one by chance may be empty."""
+    browser.evaluate(f"document.getElementById('most').value = {tokens}")
+    browser.evaluate("document.getElementById('temperature').value = 0")
+
+
 def words(browser: Browser, what: str) -> list[str]:
     found: list[str] = browser.evaluate(
         f"[...document.querySelectorAll({json.dumps(what)})].map(each => each.textContent)"
@@ -92,7 +98,7 @@ def test_a_conversation_by_keyboard(browser: Browser, dark: bool) -> None:
         assert browser.evaluate("document.activeElement.id") == "text"
         paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
         assert paper == ("rgb(22, 24, 27)" if dark else "rgb(255, 255, 255)")
-        browser.evaluate("document.getElementById('most').value = 20")
+        settle(browser, 20)
         browser.ask("Input.insertText", text=EVIL)
         press(browser, "Enter", "\r", modifiers=8)
         browser.ask("Input.insertText", text="second line")
@@ -133,7 +139,7 @@ def test_a_token_and_a_model_without_a_template(browser: Browser, tmp_path: Path
     token = new_token(file, "anna")
     with serving(tiny_model(chats=False), ListeningOptions(port=0, tokens=file)) as server:
         browser.open(server.url + "/")
-        browser.evaluate("document.getElementById('most').value = 5")
+        settle(browser, 5)
         browser.ask("Input.insertText", text="once upon")
         press(browser, "Enter", "\r")
         until(lambda: words(browser, ".fault"))

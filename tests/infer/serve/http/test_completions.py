@@ -118,6 +118,9 @@ def test_a_prompt_alone(client: openai.OpenAI) -> None:
     assert found.choices[0].finish_reason == "length"
     assert len(found.choices[0].logprobs.tokens) == 5
     assert found.usage.completion_tokens == 0
+    # A new document begins, without the name of the token that begins it.
+    empty = client.completions.create(model="tiny", prompt="", max_tokens=0, echo=True)
+    assert (empty.choices[0].text, empty.usage.prompt_tokens) == ("", 1)
 
 
 def test_stop_strings_bias_and_choices(server: Server, client: openai.OpenAI) -> None:

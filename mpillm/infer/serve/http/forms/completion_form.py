@@ -25,6 +25,8 @@ USUAL_TOKENS = 16
 MOST_LOGPROBS = 20
 MOST_TEXTS = 256
 """Prompts × `best_of` of a request: each waits in the engine's queue."""
+# Its ids, and its text where it was given as one.
+Prompt = tuple[tuple[int, ...], str | None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def read_completion(body: BodyFields, model: ServedModel) -> CompletionForm:
     lists_end = echo and logprobs is not None
     shown = logprobs if best_of == settings.n else logprobs or 0
     requests = []
-    for ids in prompts:
+    for ids, _ in prompts:
         most = room_for(len(ids), settings.max_tokens, USUAL_TOKENS, model.context, "max_tokens")
         # The prompt alone: the token that is drawn is not reported (completion_answers.py).
         plain = TextRequest(
@@ -75,7 +77,7 @@ def read_completion(body: BodyFields, model: ServedModel) -> CompletionForm:
             replace(plain, sampling=settings.sampling(max(1, most), choice))
             for choice in range(best_of)
         ]
-    texts = tuple(model.text_of(ids) for ids in prompts) if echo else ()
+    texts = tuple(model.text_of(ids) if text is None else text for ids, text in prompts)
     return CompletionForm(settings, tuple(requests), texts, echo, logprobs, best_of, lists_end)
 
 
@@ -94,24 +96,27 @@ def _check_counts(settings: AnswerSettings, best_of: int, prompts: int, echo: bo
         raise wrong_field("max_tokens", "is 0: no token is asked for; give 1, or echo: true")
 
 
-def _prompts(value: Any, model: ServedModel) -> list[tuple[int, ...]]:
+def _prompts(value: Any, model: ServedModel) -> list[Prompt]:
     """Return the ids of each prompt. Without any, a new document begins."""
-    if value is None or value == "":
-        return [model.encode("")]
-    if isinstance(value, str):
-        return [model.encode(check_text("prompt", value))]
+    if value is None or isinstance(value, str):
+        return [_text(value or "", model)]
     if not isinstance(value, list):
         raise wrong_type("prompt", "a text, a list of texts, or lists of tokens", value)
     if not value:
         raise wrong_field("prompt", "is an empty list; give a text or tokens")
     if isinstance(value[0], int):
-        return [_tokens(value, model)]
+        return [(_tokens(value, model), None)]
     if len(value) > MOST_TEXTS:
         raise wrong_field("prompt", f"has {len(value):,} texts, and at most {MOST_TEXTS} are taken")
     return [
-        _tokens(each, model) if isinstance(each, list) else model.encode(check_text("prompt", each))
+        (_tokens(each, model), None) if isinstance(each, list) else _text(each, model)
         for each in value
     ]
+
+
+def _text(value: Any, model: ServedModel) -> Prompt:
+    text = check_text("prompt", value)
+    return model.encode(text), text
 
 
 def _tokens(value: list[Any], model: ServedModel) -> tuple[int, ...]:
