@@ -14,7 +14,8 @@ signals = StopSignals()
 with signals.orderly() if sys.argv[2] == "orderly" else nullcontext():
     for number in sys.argv[1].split(","):
         os.kill(os.getpid(), int(number))
-print("went on with", signals.number)
+newest = [signals.newest] if signals.newest != signals.number else []
+print("went on with", signals.number, *newest)
 """
 
 
@@ -48,3 +49,9 @@ def test_the_first_signal_counts_and_a_second_ctrl_c_ends() -> None:
     )
     assert run("orderly", signal.SIGTERM, signal.SIGTERM).stdout == "went on with 15\n"
     assert "KeyboardInterrupt" in run("orderly", signal.SIGINT, signal.SIGINT).stderr
+
+
+@pytest.mark.usefixtures("processes")
+def test_the_last_signal_is_known_next_to_the_first() -> None:
+    first, last = signal.SIGUSR1, signal.SIGTERM
+    assert run("orderly", first, last).stdout == f"went on with {int(first)} {int(last)}\n"

@@ -2,8 +2,10 @@
 
 import http.client
 import json
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -106,6 +108,30 @@ def test_bodies_are_bounded() -> None:
         named = http.client.HTTPConnection(place, timeout=30)
         named.request("GET", "/v1/models", headers={"Host": "evil.example:8000"})
         assert named.getresponse().status == 403
+
+
+def test_curl_streams() -> None:
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("needs curl")
+    body = json.dumps({**ASKED, "max_tokens": 3, "stream": True})
+    with serving() as server:
+        place = f"{server.url}/v1/completions"
+        words = [curl, "-sS", "-N", "-H", "Content-Type: application/json", "-d", "@-", place]
+        done = subprocess.run(words, input=body, text=True, capture_output=True, check=True)
+        events = done.stdout.split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""]
+        texts = [json.loads(each[6:])["choices"][0]["text"] for each in events[:-2]]
+        assert len("".join(texts)) == 3
+        # curl asks before it sends a large body, and gets its answer at once.
+        large = subprocess.run(
+            [*words, "-o", "/dev/null", "-w", "%{http_code}"],
+            input="x" * (5 << 20),
+            text=True,
+            capture_output=True,
+            check=True,
+        )
+        assert large.stdout == "413"
 
 
 def test_an_answer_has_a_time_limit() -> None:
