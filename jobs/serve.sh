@@ -17,7 +17,7 @@
 #   sbatch --nodes 2 jobs/serve.sh runs/chat
 #   qsub -v MPILLM_SERVE='runs/chat --port 0' jobs/serve.sh
 #   bsub -n 2 jobs/serve.sh runs/chat
-# Options of the batch system on its command line go before those above. What may be set from outside:
+# What its command line says of nodes, time and output counts, and not the lines above. What may be set from outside:
 #   MPILLM_SERVE='runs/chat --port 0'  the words after `mpillm serve`, where the batch system passes none on
 #   MPILLM_LAUNCH='mpirun -n 2'        how ranks are started; else srun in a job of Slurm, and mpirun elsewhere
 #   MPILLM_SERVE_AGAIN=1               Slurm: queue the job again once it has drained

@@ -29,7 +29,7 @@ class Serve:
     --new-token NAME it adds a token to the file of --tokens, prints it once, and leaves.
     """
 
-    example: ClassVar = "mpirun -n 2 mpillm serve runs/quickstart --tensor 2 --port 8000"
+    example: ClassVar = "mpillm serve runs/quickstart --port 8000"
     # The answers are the result: a closed standard output ends no server.
     prints_its_result: ClassVar = False
 

@@ -61,6 +61,8 @@ def open_engine(
             f"--tensor {options.tensor} and --pipeline {options.pipeline}: the engine computes on "
             "rank 0 alone; leave both out"
         )
+    if comm.size > 1:
+        console.warn(f"the engine computes on rank 0 alone: {comm.size - 1} more wait; start one")
     place, _ = choose_device(options.device, comm, map_nodes(comm), share=True, option="--device")
     loaded = load_served(trained, comm, console)
     spec = loaded.model.spec

@@ -6,9 +6,9 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import uvicorn
 
@@ -45,6 +45,31 @@ class _Uvicorn(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave the signals to us."""
         yield
+
+
+class _SlowHeads:
+    """Close connections on which no request is open, nor begins in time.
+
+    uvicorn bounds the time between requests, and not that of a head which never ends.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._since: dict[Any, float] = {}
+
+    def close(self, connections: Iterable[Any]) -> None:
+        """Close those that have waited for `seconds`; called in turns."""
+        now, before = time.monotonic(), self._since
+        waiting = [each for each in connections if _is_waiting(each)]
+        self._since = {each: before.get(each, now) for each in waiting}
+        for each, since in self._since.items():
+            if now - since > self._seconds and each.transport is not None:
+                each.transport.close()
+
+
+def _is_waiting(connection: Any) -> bool:
+    cycle = getattr(connection, "cycle", None)
+    return cycle is None or bool(cycle.response_complete)
 
 
 class HttpServer:
@@ -93,7 +118,7 @@ class HttpServer:
             await asyncio.sleep(0.01)
         on_start()
         try:
-            return await self._watch(serving)
+            return await self._watch(server, serving)
         finally:
             # Whatever is still computed ends by an event that says so.
             await asyncio.to_thread(self._model.engine.close)
@@ -101,11 +126,12 @@ class HttpServer:
             server.should_exit = True
             await serving
 
-    async def _watch(self, serving: "asyncio.Future[None]") -> End:
+    async def _watch(self, server: _Uvicorn, serving: "asyncio.Future[None]") -> End:
         """Wait for the end, and let requests finish where there is time for them."""
-        limit = float("inf")
+        limit, slow = float("inf"), _SlowHeads(self._settings.limits.head_seconds)
         while True:
             await asyncio.sleep(POLL_SECONDS)
+            slow.close(server.server_state.connections)
             if self._signals.newest in ENDING:
                 return "interrupted"
             if self._model.engine.counts().failure:

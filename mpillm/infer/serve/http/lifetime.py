@@ -10,6 +10,8 @@ class HttpLimits:
     body_bytes: int = 4 << 20
     body_seconds: float = 30.0
     """For the body to arrive."""
+    head_seconds: float = 30.0
+    """For the head of a request: a client that never ends it would hold its connection."""
     answer_seconds: float = 600.0
     connections: int = 1024
 

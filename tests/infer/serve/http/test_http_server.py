@@ -110,6 +110,20 @@ def test_bodies_are_bounded() -> None:
         assert named.getresponse().status == 403
 
 
+def test_a_head_that_never_ends_is_closed() -> None:
+    with serving(limits=HttpLimits(head_seconds=0.3)) as server:
+        host, _, port = server.url.removeprefix("http://").rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=20) as slow:
+            slow.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+            assert slow.recv(100) == b""
+        # One whose answer takes longer is left alone.
+        server.engine.hold.clear()
+        connection = connect(server, {**ASKED, "max_tokens": 2})
+        time.sleep(0.6)
+        server.engine.hold.set()
+        assert connection.getresponse().status == 200
+
+
 def test_curl_streams() -> None:
     curl = shutil.which("curl")
     if curl is None:
