@@ -20,7 +20,8 @@ class AuditLog:
         `warn`: called once where a line cannot be written later, such as on a full disk.
         """
         self._path, self._warn = path, warn
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        # Without waiting: a pipe that nobody reads is refused.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         try:
             self._file = os.open(path, flags, 0o600)
         except OSError as failure:
