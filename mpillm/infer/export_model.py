@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import CheckpointError, RecipeError, UsageError
+from mpillm.infer.compress.export_packed import PackedPlan
 from mpillm.infer.export_gguf import GgufPlan, check_gguf_name, export_gguf
 from mpillm.infer.export_peft import check_adapter, write_adapter
 from mpillm.infer.generate import first_token
@@ -37,6 +38,7 @@ from mpillm.weights.checkpoint_source import CheckpointSource
 from mpillm.weights.finding import find
 from mpillm.weights.gguf_source import SUFFIX
 from mpillm.weights.index import ITEM_BYTES
+from mpillm.weights.packed.packed_format import CONFIG_KEY
 from mpillm.weights.published_model import their_tensors
 from mpillm.weights.safetensors_source import INDEX, SINGLE
 
@@ -56,6 +58,8 @@ class _Plan:
     shapes: Mapping[str, tuple[int, ...]]
     make: Callable[[str], Tensor]
     texts: Mapping[str, str]
+    sizes: Mapping[str, int]
+    """The bytes of each tensor."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ def export_model(
     """Write the model of a run or a checkpoint at `path` as `out`, a new folder or GGUF file.
 
     `kind`: `hf`, a folder that transformers loads, `safetensors`, our names, `gguf`, or `peft`, the
-    adapters of a run alone; the others have them merged with their base. `dtype`: of the tensors,
+    adapters of a run alone; the others have them merged with their base. `compressed-tensors`: a
+    folder with the codes of a compressed model. `dtype`: of the tensors,
     one of DTYPES or, of a GGUF file, of FILE_TYPES; `auto` is that of the model which was imported,
     else float32. Every rank of `comm` calls it and writes a share. Raises UsageError where `out`
     exists, RecipeError where no family is the model.
@@ -102,16 +107,18 @@ def export_model(
     if kind == "gguf":
         assert family is not None
         return _as_gguf(checkpoint, spec, family, out, dtype, comm, console)
-    source = open_model(CheckpointSource(checkpoint), comm, console)
-    plan = on_all(comm, lambda: _plan(checkpoint, source, family, dtype))
-    shards = _shards(plan.shapes, ITEM_BYTES[dtype])
+    if kind == "compressed-tensors":
+        assert family is not None
+        plan = on_all(comm, lambda: _packed_plan(checkpoint, family, spec))
+    else:
+        source = open_model(CheckpointSource(checkpoint), comm, console)
+        plan = on_all(comm, lambda: _plan(checkpoint, source, family, dtype))
+    shards = _shards(plan.sizes)
     total = sum(sum(sizes.values()) for sizes in shards)
     work = on_root(comm, lambda: _begin(out, plan.texts))
     try:
         with console.progress("write", total, "bytes") as progress:
-            on_all(
-                comm, lambda: _write(work, shards, plan.make, dtype, comm.rank, comm.size, progress)
-            )
+            on_all(comm, lambda: _write(work, shards, plan.make, comm.rank, comm.size, progress))
         on_root(comm, lambda: _finish(work, out, shards, total))
     except BaseException:
         if comm.rank == 0:
@@ -130,6 +137,8 @@ def _check(out: Path, kind: str, dtype: str) -> None:
     require_packages("mpillm export", "safetensors")
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"--dtype {dtype} is of GGUF files; take --to gguf, or another dtype")
+    if kind == "compressed-tensors" and dtype != "auto":
+        raise UsageError(f"--to {kind} writes codes and bfloat16; leave --dtype {dtype} out")
     if kind == "peft" and dtype not in ("auto", "float32"):
         raise UsageError(f"--to peft writes adapters in float32; leave --dtype {dtype} out")
     return None
@@ -201,9 +210,21 @@ def _plan(checkpoint: Checkpoint, source: ModelSource, family: Family | None, dt
 
     if family is None:
         texts = {"recipe.json": to_json(checkpoint.facts["recipe"], indent=1) + "\n"}
-        return _Plan(source.shapes, ours, texts)
-    texts = _texts(checkpoint, spec, family, dtype)
-    return _Plan(family.tensors(spec), their_tensors(family, spec, ours), texts)
+        return _Plan(source.shapes, ours, texts, _bytes_of(source.shapes, dtype))
+    texts, shapes = _texts(checkpoint, spec, family, dtype), family.tensors(spec)
+    return _Plan(shapes, their_tensors(family, spec, ours), texts, _bytes_of(shapes, dtype))
+
+
+def _packed_plan(checkpoint: Checkpoint, family: Family, spec: ModelSpec) -> _Plan:
+    packed = PackedPlan.of(CheckpointSource(checkpoint), family, spec)
+    texts = _texts(checkpoint, spec, family, "bfloat16")
+    config = from_json(texts[CONFIG]) | packed.config
+    texts[CONFIG] = to_json(config, indent=1) + "\n"
+    return _Plan(packed.shapes, packed.make, texts, packed.sizes)
+
+
+def _bytes_of(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, int]:
+    return {name: ITEM_BYTES[dtype] * math.prod(shape) for name, shape in shapes.items()}
 
 
 def _texts(checkpoint: Checkpoint, spec: ModelSpec, family: Family, dtype: str) -> dict[str, str]:
@@ -213,6 +234,8 @@ def _texts(checkpoint: Checkpoint, spec: ModelSpec, family: Family, dtype: str) 
     tokenizer = Tokenizer.from_json(text, facts["name"], facts["end_of_text"])
     kept = {name: checkpoint.text(name) for name in checkpoint.texts if name != TOKENIZER}
     config = from_json(kept.get(CONFIG, "{}"))
+    # Of a folder that was imported: its codes are plain values now.
+    config.pop(CONFIG_KEY, None)
     end = tokenizer.eot_id
     config = with_labels(config | {"eos_token_id": end}, family.config(spec), checkpoint.facts)
     if spec.source_field:
@@ -237,12 +260,11 @@ def _texts(checkpoint: Checkpoint, spec: ModelSpec, family: Family, dtype: str) 
     return {**texts, **kept, TOKENIZER: text, CONFIG: to_json(config, indent=1) + "\n"}
 
 
-def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> list[dict[str, int]]:
+def _shards(sizes: Mapping[str, int]) -> list[dict[str, int]]:
     """Share the tensors among files in their order: name → bytes of each."""
     shards: list[dict[str, int]] = [{}]
     filled = 0
-    for name, shape in shapes.items():
-        nbytes = itemsize * math.prod(shape)
+    for name, nbytes in sizes.items():
         if shards[-1] and filled + nbytes > SHARD_BYTES:
             shards.append({})
             filled = 0
@@ -270,7 +292,6 @@ def _write(
     work: Path,
     shards: Sequence[Mapping[str, int]],
     make: Callable[[str], Tensor],
-    dtype: str,
     rank: int,
     ranks: int,
     progress: Progress,
@@ -279,7 +300,7 @@ def _write(
     for number in range(rank, len(shards), ranks):
         tensors: dict[str, Tensor] = {}
         for name, nbytes in shards[number].items():
-            tensors[name] = make(name).to(getattr(torch, dtype)).contiguous()
+            tensors[name] = make(name).contiguous()
             progress.advance(nbytes)
         write_tensors(work / _file(number, len(shards)), tensors, next(work.glob("*.json")))
 

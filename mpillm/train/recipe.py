@@ -117,6 +117,10 @@ class TrainSettings:
     """Weights that stay as they are: so many of the first layers, with the embeddings ahead of
     them, or globs on names.
     """
+    keep_zeros: bool = False
+    """Let weights of linear layers that are 0 when the run begins stay 0: those of a pruned model
+    that `mpillm compress` made.
+    """
     noise_scale: Many = 0
     """Measure the gradient noise scale every so many steps; 0: never."""
     evaluate_every: Many = 0

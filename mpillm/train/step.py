@@ -31,6 +31,7 @@ from mpillm.tokens.order import dropout_keys
 from mpillm.tokens.pairs.pair_reader import PairReader
 from mpillm.tokens.samples import RowShape, SampleReader
 from mpillm.train.islands import Islands
+from mpillm.train.kept_zeros import KeptZeros
 from mpillm.train.loss_scale import LossScale
 from mpillm.train.lr_schedule import learning_rate
 from mpillm.train.optimizers.optimizer import (
@@ -147,6 +148,7 @@ class Trainer:
             )
         self.rollouts: Rollouts | None = None
         """Of a task whose model writes answers; set before the first step."""
+        self._kept: KeptZeros | None = None
         self.updates = recipe.task.updates if task.writes_answers else 1
         """How often a step updates the weights."""
         self._reading = _reading_thread(self.model.device)
@@ -283,12 +285,22 @@ class Trainer:
         reduced = time.perf_counter()
         rate = learning_rate(self.recipe.optimizer, step, self.recipe.train.steps)
         set_rate(self.optimizer, rate)
+        kept = self._kept_zeros()
         self.optimizer.step()
+        if kept is not None:
+            kept.restore()
         if islands is not None:
             islands.end_step(step + 1)
         self.model.gradients.updated()
         self.loss_scale.step_taken()
         return _Update(passes, stats, norm, scale, repeats, reduced, rate)
+
+    def _kept_zeros(self) -> KeptZeros | None:
+        """Return the zeros that stay, found ahead of the first update; None: none do."""
+        if self.recipe.train.keep_zeros and self._kept is None:
+            layers = tuned_shapes(self.recipe.model, self.plan.tuning).layers
+            self._kept = KeptZeros.of(self.stepped, layers)
+        return self._kept
 
     def _float16_remedy(self) -> str:
         if not self.loss_scale.dynamic:

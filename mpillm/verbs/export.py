@@ -21,10 +21,11 @@ class Export:
     trained: Trained
     out: Annotated[Path, Option("The new folder to write; of gguf, the new file *.gguf.")]
     to: Annotated[
-        Literal["hf", "safetensors", "gguf", "peft"],
+        Literal["hf", "safetensors", "gguf", "peft", "compressed-tensors"],
         Option(
             "hf: with the names and config.json of Hugging Face; safetensors: our names; gguf. "
-            "Adapters are merged with their base; peft: the adapters alone."
+            "Adapters are merged with their base; peft: the adapters alone; compressed-tensors: "
+            "the codes of a compressed model."
         ),
     ] = "hf"
     dtype: Annotated[

@@ -10,6 +10,8 @@ from mpillm.weights import gguf_source, safetensors_source
 from mpillm.weights.checkpoint_source import CheckpointSource
 from mpillm.weights.finding import find
 from mpillm.weights.gguf_source import GgufSource
+from mpillm.weights.packed.packed_format import read_packed_config
+from mpillm.weights.packed.packed_source import PackedSource
 from mpillm.weights.places import CHECKPOINTS, INDEX
 from mpillm.weights.safetensors_source import (
     SafetensorsSource,
@@ -31,7 +33,11 @@ def open_source(path: Path, comm: "MPI.Intracomm", console: Console) -> TensorSo
     kind = on_root(comm, lambda: _kind(path))
     if kind == CheckpointSource.kind:
         return CheckpointSource(find(path, comm, console))
-    return GgufSource(path) if kind == GgufSource.kind else SafetensorsSource(path)
+    if kind == GgufSource.kind:
+        return GgufSource(path)
+    source = SafetensorsSource(path)
+    layout = read_packed_config(source.facts)
+    return source if layout is None else PackedSource(source, layout)
 
 
 def _kind(path: Path) -> str:

@@ -5,7 +5,9 @@ product, and what differs, fails or is missing is not taken. Shapes: R rows of i
 inputs, G groups of a row.
 """
 
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -18,20 +20,19 @@ StoredKernel = Literal["packed", "integers", "copy"]
 """packed: reads the codes, inputs in bfloat16. integers: int8 inputs, a scale a row. copy: the
 decoded weight is kept in the inputs' dtype, and multiplied as any other.
 """
-# Measured on a Xeon with AMX, weights of 576 × 192 to 2048 × 5632, one thread (benchmarks/
-# compress.py): codes are read faster than a copy in bfloat16 up to 4 rows, which share the reading.
-MOST_PACKED_ROWS = 4
+# By bits: measured on a Xeon with AMX, passes of SmolLM2-135M, one thread (benchmarks/compress.py).
+# Codes are fewer bytes to read than a copy in bfloat16, and each row decodes them again.
+MOST_PACKED_ROWS: Mapping[int, int] = MappingProxyType({8: 5, 4: 8})
 # Rounding the inputs and scaling the outputs takes passes over them, which only a large weight
 # outweighs: 2048 × 5632 at 8 rows 0.98 ms and 1.47 of bfloat16, at 128 rows 3.6 and 3.0.
 MOST_INTEGER_ROWS, LEAST_INTEGER_WEIGHTS = 64, 4 << 20
-# Without units for bfloat16, codes win while the copy in float32 is what memory has to read.
-MOST_PACKED_ROWS_FLOAT32 = 8
 # Kernels read rows in vectors: what is no multiple has not been measured.
 ROW_MULTIPLE, OUTPUT_MULTIPLE = 32, 16
 # Of a probe, relative to the largest output: bfloat16 has 8 significant bits.
 TOLERANCE = 0.02
 
 
+@lru_cache(maxsize=1 << 16)
 def choose_kernel(
     rows: int, shape: tuple[int, int], layout: StoredFormat, device: torch.device
 ) -> StoredKernel:
@@ -41,8 +42,7 @@ def choose_kernel(
     # An expert may have no rows at all.
     if device.type != "cpu" or not rows:
         return "copy"
-    most = MOST_PACKED_ROWS if has_bfloat16_units() else MOST_PACKED_ROWS_FLOAT32
-    if rows <= most and packs(shape, layout):
+    if rows <= MOST_PACKED_ROWS[layout.bits] and packs(shape, layout):
         return "packed"
     large = shape[0] * shape[1] >= LEAST_INTEGER_WEIGHTS and rows <= MOST_INTEGER_ROWS
     if layout.activations and (large or not has_bfloat16_units()) and integers_work():

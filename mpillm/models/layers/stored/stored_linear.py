@@ -44,7 +44,7 @@ class StoredLinear(nn.Module):
         for name, (dtype, size) in layout.tensors_of(shape).items():
             self.register_buffer(name, torch.empty(size, dtype=getattr(torch, dtype)))
         self._packed: tuple[Tensor, Tensor] | None = None
-        self._copies: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._copy: Tensor | None = None
         self._scale_O: Tensor | None = None
 
     @property
@@ -62,17 +62,16 @@ class StoredLinear(nn.Module):
 
     def forget(self) -> None:
         """Drop what was made of the codes."""
-        self._packed, self._scale_O = None, None
-        self._copies.clear()
+        self._packed = self._scale_O = self._copy = None
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (O, I) in `dtype`; it is decoded once and kept."""
-        key = dtype, self.codes.device
-        if key not in self._copies:
+        copy = self._copy
+        if copy is None or copy.dtype != dtype or copy.device != self.codes.device:
             # A tensor of inference mode could not be used outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                self._copies = {key: self.stored.decoded(dtype)}
-        return self._copies[key]
+                copy = self._copy = self.stored.decoded(dtype)
+        return copy
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features

@@ -1,0 +1,1 @@
+"""Weights as whole numbers in files of others."""
