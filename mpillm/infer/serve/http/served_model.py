@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from mpillm.errors import DataError
 from mpillm.infer.serve.http.forms.api_error import ApiError, wrong_field
 from mpillm.infer.serve.http.forms.json_constraint import SchemaCompiler
@@ -86,7 +88,7 @@ class ServedModel:
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Decode ids, with the names of special tokens."""
-        return b"".join(map(self.tokenizer.bytes_of, ids)).decode("utf-8", "replace")
+        return self.tokenizer.decode_rendered(np.array(ids, np.int64))
 
     def chat_prompt(self, messages: Sequence[dict[str, Any]], answer: bool = True) -> list[int]:
         """Write messages by the template, with the beginning of an `answer`, as ids.
