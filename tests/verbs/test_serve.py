@@ -81,7 +81,7 @@ def test_a_job_of_two_ranks_serves_and_drains(tmp_path: Path) -> None:
 def test_a_port_in_use_is_one_message_ahead_of_the_weights(mpillm: Callable[..., Any]) -> None:
     with open_listener(ListeningOptions(port=0)) as taken:
         port = str(taken.getsockname()[1])
-        done = mpillm("serve", "no-such-run", "--port", port, ranks=2)
+        done = mpillm("serve", "no-such-run", "--port", port)
     assert done.returncode == 2
     assert done.stderr.count("Address already in use") == 1
     assert "take another --port" in done.stderr

@@ -37,9 +37,12 @@ def test_the_turns_are_the_prompt(session: ChatSession) -> None:
 
 
 def test_an_answer_that_is_stopped_is_kept(session: ChatSession) -> None:
+    session.sampling = Sampling(100, 0.0)
     pieces = session.ask("a", silent)
     begun = next(pieces)
+    session.engine.hold.clear()
     pieces.close()
+    session.engine.hold.set()
     assert session._turns[-1] == {"role": "assistant", "content": begun}
     # The engine computes it no longer.
     "".join(session.ask("b", silent))

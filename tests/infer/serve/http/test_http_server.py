@@ -86,7 +86,7 @@ def test_a_full_queue_says_when_to_come_again() -> None:
 
 
 def test_bodies_are_bounded() -> None:
-    with serving(limits=HttpLimits(body_bytes=1000, body_seconds=0.2)) as server:
+    with serving(limits=HttpLimits(body_bytes=1000, body_seconds=1.0)) as server:
         status, body = ask(server, b'{"prompt": "' + b"a" * 2000 + b'"}')
         assert (status, body["error"]["type"]) == (413, "invalid_request_error")
         place = server.url.removeprefix("http://")
@@ -111,7 +111,7 @@ def test_bodies_are_bounded() -> None:
 
 
 def test_a_head_that_never_ends_is_closed() -> None:
-    with serving(limits=HttpLimits(head_seconds=0.3)) as server:
+    with serving(limits=HttpLimits(head_seconds=0.5)) as server:
         host, _, port = server.url.removeprefix("http://").rpartition(":")
         with socket.create_connection((host, int(port)), timeout=20) as slow:
             slow.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
@@ -119,7 +119,7 @@ def test_a_head_that_never_ends_is_closed() -> None:
         # One whose answer takes longer is left alone.
         server.engine.hold.clear()
         connection = connect(server, {**ASKED, "max_tokens": 2})
-        time.sleep(0.6)
+        time.sleep(0.8)
         server.engine.hold.set()
         assert connection.getresponse().status == 200
 
