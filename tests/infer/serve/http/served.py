@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,13 @@ class Server:
     @property
     def engine(self) -> HeldEngine:
         return self.model.engine
+
+    def settle(self) -> None:
+        """Wait until every request is counted, which comes after its answer."""
+        end = time.monotonic() + 20
+        while self.settings.lifetime.open_requests:
+            assert time.monotonic() < end
+            time.sleep(0.01)
 
     def join(self) -> str:
         """Wait for the end, and return its reason."""
