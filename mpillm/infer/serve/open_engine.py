@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpillm.errors import UsageError
+from mpillm.infer.serve.engine.batch_engine import BatchEngine
+from mpillm.infer.serve.engine.page_pool import PagePool
+from mpillm.infer.serve.engine.step_runner import StepRunner, check_served, page_bytes
 from mpillm.infer.serve.load_served import load_served
 from mpillm.infer.serve.plain_engine import PlainEngine
 from mpillm.infer.serve.requests import TextEngine
+from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import map_nodes
+from mpillm.models.part_module import PartModule
+from mpillm.models.stacks.decoder_stack import Decoder
 from mpillm.parallel.devices import choose_device
 from mpillm.system.console import Console
 from mpillm.tokens.chat.chat_template import ChatTemplate
@@ -17,6 +23,9 @@ from mpillm.tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+# A page is a unit of what texts share: smaller ones share more, and larger ones gather faster.
+PAGE_TOKENS, MOST_CONTEXTS = 16, 8
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,8 @@ class EngineOptions:
     """Tokens of a prompt and its text together; None: the model's."""
     queue: int = 256
     """Texts that wait at once."""
+    cache_tokens: int | None = None
+    """Of all texts that run; None: those of eight contexts, or of a quarter of the free memory."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,22 @@ def open_engine(
         raise UsageError(f"{trained} reads a source; serve a decoder, or an encoder of texts")
     engine = None
     if comm.rank == 0:
-        model = loaded.model.to(place)
-        engine = PlainEngine(model, options.queue, options.context or 0)
+        engine = _start(loaded.model.to(place), options)
     return OpenedEngine(engine, loaded.tokenizer, loaded.template, lambda: None)
+
+
+def _start(model: PartModule, options: EngineOptions) -> TextEngine:
+    """Start the engine of a decoder, or of another model, whose texts are embedded one by one."""
+    if not isinstance(model, Decoder):
+        return PlainEngine(model, options.queue, options.context or 0)
+    spec = check_served(model.spec)
+    context = options.context or spec.context
+    nbytes = page_bytes(spec, PAGE_TOKENS, next(model.parameters()).element_size())
+    pages = -(-context // PAGE_TOKENS)
+    if options.cache_tokens is None:
+        free = read_memory().usable // 4 // nbytes
+        pages = max(pages, min(MOST_CONTEXTS * pages, free))
+    else:
+        pages = max(pages, -(-options.cache_tokens // PAGE_TOKENS))
+    pool, runner = PagePool(pages, PAGE_TOKENS), StepRunner(model, pages, PAGE_TOKENS)
+    return BatchEngine(runner, pool, context, spec.vocab_size, options.queue)
