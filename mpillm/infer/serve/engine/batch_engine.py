@@ -18,7 +18,7 @@ from mpillm.errors import MpillmError, UsageError
 from mpillm.infer.sampling import Sampling
 from mpillm.infer.serve.engine.draw_token import TokenDraw, draw_all, token_logprobs
 from mpillm.infer.serve.engine.page_pool import PagePool
-from mpillm.infer.serve.engine.row_plan import PlannedRow, StepPlan
+from mpillm.infer.serve.engine.row_plan import PlannedRow, RowPlan
 from mpillm.infer.serve.engine.scheduler import (
     RowPiece,
     Scheduler,
@@ -39,7 +39,7 @@ from mpillm.infer.serve.requests import (
     TokenLogprob,
 )
 
-# A text that ended tells how long the next ones wait; until then this is said.
+# Until the first text has ended, and the most that a client is asked to wait.
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 2.0, 60.0
 
 
@@ -241,7 +241,7 @@ class BatchEngine:
         pieces = self._scheduler.plan()
         if not pieces:
             return
-        plan = StepPlan.of(pieces, self._pool.page_tokens)
+        plan = RowPlan.of(pieces, self._pool.page_tokens)
         found = self._runner.run(plan.rows)
         self._scheduler.done(pieces)
         self._counts["steps"] += 1

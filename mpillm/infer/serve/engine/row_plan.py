@@ -38,14 +38,14 @@ class PlannedRow:
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class RowPlan:
     """The rows of a step: those of one token that decode first."""
 
     kind: PlanKind
     rows: tuple[PlannedRow, ...] = ()
 
     @classmethod
-    def of(cls, pieces: Sequence[RowPiece], page_tokens: int) -> "StepPlan":
+    def of(cls, pieces: Sequence[RowPiece], page_tokens: int) -> "RowPlan":
         """Return the plan of the pieces that the scheduler chose."""
         rows = []
         for piece in pieces:
@@ -65,7 +65,7 @@ class StepPlan:
         return np.array(numbers, np.int64)
 
     @classmethod
-    def decode(cls, numbers: Int64s) -> "StepPlan":
+    def decode(cls, numbers: Int64s) -> "RowPlan":
         """Read what `encode` wrote."""
         values = numbers.tolist()
         kind, count = values[:HEADER]

@@ -3,7 +3,7 @@
 import random
 
 from mpillm.infer.serve.engine.page_pool import PagePool
-from mpillm.infer.serve.engine.row_plan import StepPlan
+from mpillm.infer.serve.engine.row_plan import RowPlan
 from mpillm.infer.serve.engine.scheduler import (
     RowPiece,
     Scheduler,
@@ -129,9 +129,9 @@ def test_a_plan_is_read_as_it_was_written() -> None:
     made.add(row(1, [5, 6, 7, 8, 9]))
     step(made)
     made.add(row(2, [1, 2, 3]))
-    plan = StepPlan.of(made.plan(), 4)
+    plan = RowPlan.of(made.plan(), 4)
     assert [(each.first, each.tokens, len(each.pages)) for each in plan.rows] == [
         (5, (7,), 2),
         (0, (1, 2, 3), 1),
     ]
-    assert StepPlan.decode(plan.encode()) == plan
+    assert RowPlan.decode(plan.encode()) == plan
