@@ -2,12 +2,15 @@
 
     python benchmarks/compress.py loss [--methods A,B --rows 32 --held-out 16 --json FILE]
     python benchmarks/compress.py time [--formats int8,int4 --rounds 5 --json FILE]
+    mpirun -n 2 python benchmarks/compress.py ranks [--layers 4 --rows 32]
 
 loss: `mpillm compress` of the imported model, calibrated on the training split of Python's own
 library and scored on its validation split; each method's growth of the loss next to rounding to
 nearest, or to magnitude pruning. smoothquant is scored with int8 inputs in all layers, too, which
 the choice by rows takes only where it is fastest. time: CPU seconds of a pass over 1 to 256 rows,
-each one token of a text of its own, in turns with float32 and bfloat16. Needs the packages of
+each one token of a text of its own, in turns with float32 and bfloat16. ranks: CPU seconds of GPTQ
+on the busiest rank, next to one rank alone, and the share of equal codes, on layers of the same
+widths with random weights. Needs the packages of
 test-models.txt.
 """
 
@@ -27,10 +30,14 @@ import torch
 from mpi4py import MPI
 
 from mpillm.infer.compress.calibration_rows import measure_model, read_rows
+from mpillm.infer.compress.compress_blocks import compress_blocks
 from mpillm.infer.compress.compress_model import CompressionRequest, compress_model
 from mpillm.infer.compress.compression_method import CompressionOptions
+from mpillm.infer.compress.method_catalog import make_method
 from mpillm.infer.loading import load_data, load_trained
+from mpillm.models.decoder import SHAPES
 from mpillm.models.layers.stored.stored_linear import StoredHead, StoredLinear
+from mpillm.models.part_module import create
 from mpillm.system.console import Console
 
 ROOT = Path(__file__).parents[1]
@@ -177,21 +184,60 @@ def print_times(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def print_ranks(_: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Compress by GPTQ on all ranks, then on each alone; compare time and codes."""
+    comm = MPI.COMM_WORLD
+    spec = SHAPES["smollm2-135m"].replace(layers=options.layers)
+    chance = torch.Generator().manual_seed(1)
+    rows = [
+        torch.randint(spec.vocab_size, (4, 512), generator=chance) for _ in range(options.rows // 4)
+    ]
+    batches = [{"ids": ids} for ids in rows]
+
+    def run(ranks: MPI.Intracomm) -> tuple[float, dict[str, torch.Tensor]]:
+        model = create(spec, 1)
+        method = make_method("gptq-int4", CompressionOptions(options.group))
+        begun = time.process_time()
+        kept = compress_blocks(model, method, batches[ranks.rank :: ranks.size], ranks, QUIET)
+        seconds = time.process_time() - begun
+        return seconds, {name: each.plain_codes for name, each in kept.items()}
+
+    together, codes = run(comm)
+    together = max(comm.allgather(together))
+    if comm.rank:
+        return {}
+    alone, expected = run(ALONE)
+    equal = torch.cat([(codes[name] == expected[name]).flatten() for name in expected])
+    share = float(equal.double().mean())
+    print(
+        f"{comm.size} ranks: {together:.1f} s on the busiest, alone {alone:.1f} s, "
+        f"{alone / together:.2f} ×; {share:.6%} of {len(equal):,} codes are equal",
+        flush=True,
+    )
+    return {"ranks": comm.size, "speed": alone / together, "equal": share}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("loss", "time"))
+    parser.add_argument("what", choices=("loss", "time", "ranks"))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--formats", default="int8,int4")
     parser.add_argument("--pattern", default="")
-    for name, default in (("rows", 32), ("held-out", 16), ("group", 64), ("rounds", 5)):
+    for name, default in (
+        ("rows", 32),
+        ("held-out", 16),
+        ("group", 64),
+        ("rounds", 5),
+        ("layers", 4),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--folder", type=Path, help="keep the imported model and the data here")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mpillm-") as name:
-        work = print_losses if options.what == "loss" else print_times
-        found = work((options.folder or Path(name)).absolute(), options)
+        works = {"loss": print_losses, "time": print_times, "ranks": print_ranks}
+        found = works[options.what]((options.folder or Path(name)).absolute(), options)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 

@@ -25,8 +25,9 @@ ContextTokens = Annotated[
 class Serve:
     """Serve a model over HTTP with OpenAI's API, and a page to talk to it; rank 0 listens.
 
-    SIGUSR1, and the end of a batch job, let requests finish; it leaves with the exit code 75. With
-    --new-token NAME it adds a token to the file of --tokens, prints it once, and leaves.
+    SIGUSR1, and the end of a batch job, let requests finish; it leaves with the exit code 75.
+
+    `--new-token NAME` adds a token to the file of `--tokens`, prints it once, and leaves.
     """
 
     example: ClassVar = "mpillm serve runs/quickstart --port 8000"

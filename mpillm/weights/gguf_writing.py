@@ -26,6 +26,11 @@ FILE_TYPES: Mapping[str, tuple[str, int]] = MappingProxyType(
         "q4_0": ("Q4_0", 2),
     }
 )
+Array = np.ndarray[Any, np.dtype[Any]]
+# A block of Q4_1; how many are checked ahead of all others; how far from even steps values in
+# float32 may be, in steps.
+Q4_1_ELEMENTS, SAMPLED_BLOCKS, EVEN = 32, 64, 1e-3
+TINY = np.finfo(np.float32).tiny
 # Tensors of 2 dims that llama.cpp reads in float32 alone.
 ALWAYS_FLOAT32 = ("position_embd.weight",)
 
@@ -98,7 +103,39 @@ def _kind(name: str, shape: tuple[int, ...], dtype: str) -> str:
     return kind if shape[-1] % elements == 0 else "F16"
 
 
-def stored_values(name: str, values: Tensor, kind: str) -> "np.ndarray[Any, np.dtype[Any]]":
+def _kept_codes(values: Array) -> Array | None:
+    """Return values as blocks of Q4_1 where each block has at most 16 even steps; else None.
+
+    Those of a model that was compressed to int4 have. The library would take a 15th of each
+    block's range for the step, and round such values a second time.
+    """
+    blocks = values.reshape(-1, Q4_1_ELEMENTS)
+    if _steps(blocks[:SAMPLED_BLOCKS]) is None or (steps := _steps(blocks)) is None:
+        return None
+    low = blocks.min(1, keepdims=True)
+    step = (blocks.max(1, keepdims=True) - low) / steps
+    codes = ((blocks - low) / np.maximum(step, TINY)).round().clip(0, 15).astype(np.uint8)
+    halves = codes.reshape(-1, 2, Q4_1_ELEMENTS // 2)
+    ends = [each.astype(np.float16).view(np.uint8) for each in (step, low)]
+    packed = np.concatenate([*ends, halves[:, 0] | (halves[:, 1] << 4)], axis=1)
+    return packed.reshape(*values.shape[:-1], -1)
+
+
+def _steps(blocks: Array) -> Array | None:
+    """Return how many even steps each block has, (n, 1); None where one has none."""
+    low = blocks.min(1, keepdims=True)
+    span = np.maximum(blocks.max(1, keepdims=True) - low, TINY)
+    best, steps = np.full_like(low, np.inf), np.ones_like(low)
+    for count in range(1, 16):
+        places = (blocks - low) / (span / count)
+        error = np.abs(places - places.round()).max(1, keepdims=True)
+        # Of several even grids the first, of fewest steps.
+        better = error < best - EVEN
+        best, steps = np.where(better, error, best), np.where(better, count, steps)
+    return None if (best > EVEN).any() else steps
+
+
+def stored_values(name: str, values: Tensor, kind: str) -> Array:
     """Return the values as a file has them in the GGUF type `kind`.
 
     Raises CheckpointError where a value is too large for it.
@@ -116,7 +153,7 @@ def stored_values(name: str, values: Tensor, kind: str) -> "np.ndarray[Any, np.d
             )
         return half.contiguous().numpy()
     plain = values.to(torch.float32).contiguous().numpy()
-    found: np.ndarray[Any, np.dtype[Any]] = (
-        plain if kind == "F32" else quantize(plain, GGMLQuantizationType[kind])
-    )
+    if kind == "Q4_1" and (kept := _kept_codes(plain)) is not None:
+        return kept
+    found: Array = plain if kind == "F32" else quantize(plain, GGMLQuantizationType[kind])
     return found

@@ -80,7 +80,7 @@ def compress_model(
     method = make_method(request.method, request.options)
     on_root(comm, lambda: refuse_full(request.out))
     loaded = load_trained(request.trained, comm, console)
-    _check(loaded, method)
+    check_compressible(loaded, method)
     manifest = on_root(comm, lambda: _data(request, loaded, method))
     with torch_explained():
         given = loaded.task, loaded.model.spec
@@ -103,7 +103,8 @@ def compress_model(
     return CompressedModel(saved, before, after, stored, zeros, weights)
 
 
-def _check(loaded: Loaded, method: CompressionMethod) -> None:
+def check_compressible(loaded: Loaded, method: CompressionMethod) -> None:
+    """Raise MismatchError where a model is compressed already, or the method is not for it."""
     folder, spec = loaded.checkpoint.folder, loaded.model.spec
     fact = loaded.checkpoint.facts.get(COMPRESSED)
     if isinstance(fact, dict) and fact.get("format") is not None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,25 @@ from mpi4py import MPI
 
 from mpillm.comm.failure import on_root
 from mpillm.errors import CheckpointError, DataError, MismatchError, UsageError
+from mpillm.infer.compress.compress_blocks import compress_blocks, compressible
 from mpillm.infer.compress.compress_model import (
     CompressedModel,
     CompressionRequest,
+    check_compressible,
     compress_model,
 )
 from mpillm.infer.compress.compression_method import CompressionOptions
-from mpillm.infer.compress.method_catalog import METHODS
+from mpillm.infer.compress.method_catalog import METHODS, make_method
 from mpillm.infer.compress.print_compression import print_compression
 from mpillm.infer.export_model import export_model
 from mpillm.infer.generate import sample_tokens
 from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_trained
 from mpillm.infer.sampling import Sampling
+from mpillm.models.classifiers import MLPConfig
+from mpillm.models.encoder_decoder import EncoderDecoderConfig
 from mpillm.models.layers.stored.stored_linear import StoredLinear
+from mpillm.models.part_module import create
 from mpillm.system.console import Console
 from mpillm.weights.checkpoint_source import CheckpointSource
 from mpillm.weights.places import CHECKPOINTS
@@ -156,3 +162,17 @@ def test_weights_that_are_not_numbers_are_refused(
     save(folder / "run" / CHECKPOINTS, tensors, checkpoint.facts, texts, comm)
     with pytest.raises(CheckpointError, match=r"holds NaN|none of the 1 checkpoints"):
         compress(folder, folder / "out", "rtn-int8", comm)
+
+
+def test_two_streams_take_methods_without_data(small: Path, comm: MPI.Intracomm) -> None:
+    loaded = load_trained(small / "run", comm, QUIET)
+    sizes = {"layers": 1, "decoder_layers": 1, "width": 32, "heads": 4, "vocab_size": 50}
+    both = replace(loaded, model=create(EncoderDecoderConfig(**sizes), 1))
+    with pytest.raises(MismatchError, match="--method wanda follows one stream"):
+        check_compressible(both, make_method("wanda", BY_32))
+    check_compressible(both, make_method("rtn-int4", BY_32))
+    kept = compress_blocks(both.model, make_method("rtn-int4", BY_32), [], comm, QUIET)
+    assert set(kept) == set(compressible(both.model))
+    plain = replace(loaded, model=create(MLPConfig(vocab_size=50, width=16), 1))
+    with pytest.raises(MismatchError, match="without linear layers in blocks"):
+        check_compressible(plain, make_method("rtn-int8", BY_32))

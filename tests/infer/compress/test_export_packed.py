@@ -15,6 +15,7 @@ from mpillm.infer.import_model import import_model
 from mpillm.infer.loading import load_trained
 from mpillm.models.layers.stored.stored_codes import Grid, StoredFormat
 from mpillm.weights.checkpoint_source import CheckpointSource
+from mpillm.weights.gguf_writing import stored_values
 from mpillm.weights.packed.packed_format import (
     CODES,
     SCALE,
@@ -98,3 +99,25 @@ def test_other_formats_are_refused_by_name() -> None:
     for config in ({"quant_method": "gptq"}, {**packed_config(StoredFormat(8), []), "format": "x"}):
         with pytest.raises(CheckpointError, match="which is not read"):
             read_packed_config({"quantization_config": config})
+
+
+def test_codes_stay_in_a_gguf_file() -> None:
+    """In Q4_1 the values of int4 codes are not rounded again; others are by the library."""
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType.Q4_1
+    values_OI = torch.randn(24, 128, generator=torch.Generator().manual_seed(1)) + 0.2
+    values_OI[2] = 0
+    grid = Grid.of(values_OI, StoredFormat(4, 64))
+    codes_OI = grid.codes(values_OI)
+    # A block with a part of the 16 values.
+    codes_OI[5, :32] = codes_OI[5, :32].clamp(6, 9)
+    decoded = grid.values(codes_OI)
+    kept = torch.from_numpy(gguf.quants.dequantize(stored_values("x", decoded, "Q4_1"), kind))
+    library = torch.from_numpy(
+        gguf.quants.dequantize(gguf.quants.quantize(decoded.numpy(), kind), kind)
+    )
+    # Scales and lowest values in float16 have 11 significant bits.
+    assert (kept - decoded).abs().max() < 0.002
+    assert (library - decoded).abs().max() > 0.02
+    plain = stored_values("x", values_OI, "Q4_1")
+    assert (plain == gguf.quants.quantize(values_OI.numpy(), kind)).all()
