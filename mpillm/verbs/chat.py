@@ -30,7 +30,7 @@ class TerminalChat:
     top_k: Annotated[int, Option("As of `generate`; 0: from all.")] = 50
     top_p: Annotated[float, Option("As of `generate`.")] = 1.0
     seed: Annotated[int, Option("The same seed gives the same answers.")] = 0
-    tensor: Tensor = 1
+    tensor: Tensor = 0
     pipeline: Pipeline = 1
     context: ContextTokens = None
     device: Device = "auto"

@@ -4,7 +4,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from mpillm.errors import UsageError
 from mpillm.system.command_line import Argument, Debug, Option
@@ -13,8 +13,14 @@ from mpillm.verbs.evaluate import Device
 from mpillm.verbs.job import first_process, limit_torch_threads, open_job
 
 LONGEST_SECONDS = 30 * 86_400
-Tensor = Annotated[int, Option("Ranks that share each layer.", minimum=1, maximum=1 << 20)]
+Tensor = Annotated[
+    int,
+    Option(
+        "Ranks that share each layer; 0: all that --pipeline leaves.", minimum=0, maximum=1 << 20
+    ),
+]
 Pipeline = Annotated[int, Option("Ranks that have some layers each.", minimum=1, maximum=1 << 20)]
+DType = Annotated[Literal["float32", "bfloat16"], Option("Of weights, activations, and the cache.")]
 ContextTokens = Annotated[
     int | None,
     Option("Tokens of a prompt and its text together; else the model's.", minimum=2),
@@ -30,7 +36,7 @@ class Serve:
     `--new-token NAME` adds a token to the file of `--tokens`, prints it once, and leaves.
     """
 
-    example: ClassVar = "mpillm serve runs/quickstart --port 8000"
+    example: ClassVar = "mpirun -n 2 mpillm serve runs/quickstart --tensor 2 --port 8000"
     # The answers are the result: a closed standard output ends no server.
     prints_its_result: ClassVar = False
 
@@ -38,7 +44,7 @@ class Serve:
         Path | None,
         Argument("A run, a checkpoint, a Hugging Face folder or a GGUF file.", metavar="RUN"),
     ] = None
-    tensor: Tensor = 1
+    tensor: Tensor = 0
     pipeline: Pipeline = 1
     host: Annotated[
         str, Option("The address to listen at; others than this host's own need tokens and TLS.")
@@ -48,6 +54,11 @@ class Serve:
         tuple[str, ...], Option("The model's name; again for another. Else the folder's.")
     ] = ()
     context: ContextTokens = None
+    dtype: DType = "float32"
+    cache_tokens: Annotated[
+        int | None,
+        Option("Tokens of all texts that are kept at once; else of 8 contexts.", minimum=1),
+    ] = None
     tokens: Annotated[
         Path | None, Option("A file of bearer tokens, with the mode 0600; else none is asked for.")
     ] = None
@@ -131,6 +142,8 @@ class Serve:
                 pipeline=self.pipeline,
                 device=self.device,
                 context=self.context,
+                dtype=self.dtype,
+                cache_tokens=self.cache_tokens,
                 queue=self.queue,
             )
             serve_model(options, engine, job.comm, job.console, signals, facts)

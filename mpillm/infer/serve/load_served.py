@@ -1,6 +1,7 @@
 """Load what is to be served: a run, one of its checkpoints, a Hugging Face folder, a GGUF file."""
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,14 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from mpillm.comm.failure import on_all, on_root
-from mpillm.infer.chat_prompt import template_of
+from mpillm.infer.chat_prompt import template_at
 from mpillm.infer.import_model import as_published, texts_and_facts
-from mpillm.infer.loading import TOKENIZER, load_trained
-from mpillm.models.part_module import PartModule
+from mpillm.infer.loading import TOKENIZER, check_trained, load_trained
+from mpillm.infer.model_source import open_model
+from mpillm.models.part_module import PartModule, build_without_values
+from mpillm.models.spec import ModelSpec
 from mpillm.system.console import Console
 from mpillm.tokens.chat.chat_template import ChatTemplate, find_template
 from mpillm.tokens.tokenizer import Tokenizer
 from mpillm.weights.checkpoint_source import CheckpointSource
+from mpillm.weights.finding import find
 from mpillm.weights.open_source import open_source
 from mpillm.weights.published_model import PublishedModel
 from mpillm.weights.tensor_source import TensorSource
@@ -26,40 +30,59 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServedWeights:
-    """A whole model, and what texts and conversations become for it."""
+    """A model at rest, and what texts and conversations become for it."""
 
-    model: PartModule
+    spec: ModelSpec
+    read: Callable[[str], torch.Tensor]
+    """Return a weight of the whole model by its name. Raises CheckpointError."""
+    whole: Callable[[], PartModule]
+    """Load the whole model on this rank; every rank calls it."""
     tokenizer: Tokenizer
     template: ChatTemplate | None
 
 
 def load_served(path: Path, comm: "MPI.Intracomm", console: Console) -> ServedWeights:
-    """Load the model at `path`, for inference. Every rank calls it.
+    """Open the model at `path`, for inference. Every rank calls it.
 
     Raises CheckpointError or MismatchError where nothing there can be served.
     """
     source = open_source(path, comm, console)
-    if isinstance(source, CheckpointSource):
-        loaded = load_trained(path, comm, console)
-        return ServedWeights(loaded.model, loaded.tokenizer, template_of(loaded))
-    return _load_published(source, comm)
+    if not isinstance(source, CheckpointSource):
+        return _open_published(source, comm)
+    checkpoint = find(path, comm, console, check_trained)
+    model = open_model(CheckpointSource(checkpoint), comm, console)
+    named = checkpoint.facts["tokenizer"]
+    text = checkpoint.text(TOKENIZER)
+    tokenizer = Tokenizer.from_json(text, named["name"], named["end_of_text"])
+    return ServedWeights(
+        model.spec,
+        model.read,
+        lambda: load_trained(path, comm, console).model,
+        tokenizer,
+        template_at(checkpoint, tokenizer),
+    )
 
 
-def _load_published(source: TensorSource, comm: "MPI.Intracomm") -> ServedWeights:
+def _open_published(source: TensorSource, comm: "MPI.Intracomm") -> ServedWeights:
     published = on_all(comm, lambda: PublishedModel.open(as_published(source)))
     texts, facts = on_root(comm, lambda: texts_and_facts(source, published, None))
     named = facts["tokenizer"]
     tokenizer = Tokenizer.from_json(texts[TOKENIZER], named["name"], named["end_of_text"])
-    model = on_all(comm, lambda: _filled(published))
-    return ServedWeights(model.eval(), tokenizer, _template(texts, tokenizer))
+    return ServedWeights(
+        published.spec,
+        published.read,
+        lambda: on_all(comm, lambda: _filled(published)),
+        tokenizer,
+        _template(texts, tokenizer),
+    )
 
 
 @torch.no_grad()
 def _filled(published: PublishedModel) -> PartModule:
-    model = published.spec.build()
+    model = build_without_values(published.spec)
     for name, weight in model.named_weights():
         weight.copy_(published.read(name))
-    return model
+    return model.eval()
 
 
 def _template(texts: dict[str, str], tokenizer: Tokenizer) -> ChatTemplate | None:

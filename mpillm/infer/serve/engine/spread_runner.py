@@ -52,6 +52,7 @@ class SpreadRunner:
         sizes: tuple[int, int],
         pages: int,
         page_tokens: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """`sizes`: ranks of the pipeline, and of the tensor axis."""
         pipeline, tensor = sizes
@@ -73,7 +74,7 @@ class SpreadRunner:
             own = own_key_value_heads(spec.heads, heads, tensor, rank)
             heads = len(own) if heads % tensor else heads // tensor
         on_all(comm, lambda: _fill(model, read))
-        self._local = StepRunner(model.eval(), pages, page_tokens, heads)
+        self._local = StepRunner(model.to(dtype).eval(), pages, page_tokens, heads)
         self._width, self._dtype = spec.width, next(model.parameters()).dtype
         self._is_root, self._vocabulary = comm.rank == 0, spec.vocab_size
         last = (pipeline - 1) * tensor
