@@ -23,7 +23,7 @@ from mpillm.models.layers.window_attention import attend_window, band_mask
 from mpillm.models.part_module import GenerationCache
 
 # Rows that decode are padded to the longest one of their group. A group of its own costs four
-# kernels a layer, as much as 64 positions that are gathered in vain.
+# kernels a layer, as much as 64 positions that are gathered and masked.
 PADDED_POSITIONS = 64
 
 
@@ -48,7 +48,7 @@ class _Group(NamedTuple):
     """True where a row attends; None: everywhere."""
 
 
-class _Chunk(NamedTuple):
+class _RowChunk(NamedTuple):
     """Consecutive positions of one row, at places `start` to `stop` − 1 of the step."""
 
     start: int
@@ -61,7 +61,7 @@ class _Chunk(NamedTuple):
 
 class _Gathering(NamedTuple):
     groups: list[_Group]
-    chunks: list[_Chunk]
+    chunks: list[_RowChunk]
 
 
 class PagedStep:
@@ -120,16 +120,16 @@ class PagedStep:
             mask_ML = (places_L >= starts_M1) & (places_L < stops_M1)
         return _Group(first, last, self._index(pages), length, mask_ML)
 
-    def _chunks(self, window: int) -> list[_Chunk]:
+    def _chunks(self, window: int) -> list[_RowChunk]:
         chunks, start, size = [], self._decoding, self._size
         for row in self._rows[self._decoding :]:
             stop = start + row.count
             if not row.first:
-                chunks.append(_Chunk(start, stop, None, 0))
+                chunks.append(_RowChunk(start, stop, None, 0))
             else:
                 begin = max(0, row.first + 1 - window) // size if window else 0
                 pages = list(row.pages[begin : (row.first + row.count - 1) // size + 1])
-                chunks.append(_Chunk(start, stop, self._index(pages), row.first - begin * size))
+                chunks.append(_RowChunk(start, stop, self._index(pages), row.first - begin * size))
             start = stop
         return chunks
 
@@ -267,7 +267,7 @@ def _attend_chunk(
     k_N1KD: Tensor,
     v_N1KD: Tensor,
     layer: PagedLayer,
-    chunk: _Chunk,
+    chunk: _RowChunk,
     window: int,
     soft_cap: float,
 ) -> Tensor:

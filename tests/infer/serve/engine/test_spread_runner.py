@@ -38,7 +38,7 @@ def test_tokens_of_every_layout(kind: str, comm: MPI.Intracomm) -> None:
     spec = model_of(kind, comm)
     model = create(spec, 7).eval()
     read = dict(model.named_weights()).__getitem__
-    asked = prompts(10, longest=20)
+    asked = prompts(6, longest=20)
     for sizes in LAYOUTS[comm.size]:
         runner = SpreadRunner(spec, read, comm, sizes, 80, 4)
         if comm.rank:
