@@ -89,6 +89,8 @@ def measure_model(
     console: Console,
 ) -> ModelFigures:
     """Score this rank's batches and time a continuation. Every rank calls it."""
+    if not any(comm.allgather(len(batches))):
+        return ModelFigures(nbytes, None, 0, None, None)
     scorer = WholeModel(model, task, comm)
     begun = time.perf_counter()
     with console.progress("evaluate", len(batches), "batches") as progress:

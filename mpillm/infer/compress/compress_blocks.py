@@ -89,6 +89,14 @@ def compressible(model: PartModule) -> dict[str, nn.Linear]:
     return {name: each for name, each in layers if name.rpartition(".")[2] not in ROUTERS}
 
 
+def check_layers(model: PartModule, method: CompressionMethod) -> None:
+    """Raise UsageError and MismatchError where the model or a layer does not fit the method."""
+    method.check_model(model.spec)
+    for name, layer in compressible(model).items():
+        if method.reads(name):
+            method.check_layer(name, (layer.out_features, layer.in_features))
+
+
 @torch.no_grad()
 def compress_blocks(
     model: PartModule,
@@ -104,9 +112,7 @@ def compress_blocks(
     UsageError where a layer does not fit the method.
     """
     layers, kept = compressible(model), dict[str, StoredCodes]()
-    method.check_model(model.spec)
-    for name, layer in layers.items():
-        method.check_layer(name, (layer.out_features, layer.in_features))
+    check_layers(model, method)
     blocks = dict(model.numbered_blocks())
     inputs = on_all(comm, lambda: BlockInputs(model, batches)) if method.needs_data else None
     with console.progress(method.name, len(blocks), "blocks") as progress:

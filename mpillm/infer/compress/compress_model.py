@@ -12,7 +12,11 @@ from torch import Tensor
 from mpillm.comm.failure import on_all, on_root
 from mpillm.errors import DataError, MismatchError
 from mpillm.infer.compress.calibration_rows import ModelFigures, measure_model, read_rows
-from mpillm.infer.compress.compress_blocks import compress_blocks, compressible
+from mpillm.infer.compress.compress_blocks import (
+    check_layers,
+    compress_blocks,
+    compressible,
+)
 from mpillm.infer.compress.compression_method import CompressionMethod, CompressionOptions
 from mpillm.infer.compress.method_catalog import make_method
 from mpillm.infer.compress.stored_model import OTHERS
@@ -122,6 +126,7 @@ def check_compressible(loaded: Loaded, method: CompressionMethod) -> None:
             f"--method {method.name} follows one stream from block to block, and an encoder-"
             "decoder has two; take rtn-int8, rtn-int4 or magnitude, which read no data"
         )
+    check_layers(loaded.model, method)
 
 
 def _data(
