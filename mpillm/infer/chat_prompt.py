@@ -9,6 +9,7 @@ from mpillm.tokens.chat.answer_spans import end_of_turn
 from mpillm.tokens.chat.chat_template import TEMPLATE, ChatTemplate, find_template
 from mpillm.tokens.text.records import RecordError
 from mpillm.tokens.tokenizer import Tokenizer
+from mpillm.weights.checkpoint import Checkpoint
 
 
 class ChatPrompt(NamedTuple):
@@ -21,7 +22,11 @@ class ChatPrompt(NamedTuple):
 
 def template_of(loaded: Loaded) -> ChatTemplate | None:
     """Return the template of a model that was trained or imported; None without."""
-    checkpoint, tokenizer = loaded.checkpoint, loaded.tokenizer
+    return template_at(loaded.checkpoint, loaded.tokenizer)
+
+
+def template_at(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """Return the template that a checkpoint keeps; None without."""
     tokens = checkpoint.facts.get("special_tokens")
     if tokens is not None and TEMPLATE in checkpoint.texts:
         place = str(checkpoint.folder / TEMPLATE)

@@ -80,8 +80,8 @@ def import_model(
     if base is not None:
         raise UsageError(f"--base is of adapters, and {path} has no {ADAPTER}; leave --base out")
     source = open_source(path, comm, console)
-    model = on_all(comm, lambda: PublishedModel.open(_as_published(source)))
-    texts, facts = on_root(comm, lambda: _texts_and_facts(source, model, end_of_text))
+    model = on_all(comm, lambda: PublishedModel.open(as_published(source)))
+    texts, facts = on_root(comm, lambda: texts_and_facts(source, model, end_of_text))
     tokenizer = facts["tokenizer"]
     # A model of pictures has no vocabulary.
     if tokenizer["vocab_size"] > model.spec.vocab_size and model.spec.vocab_size:
@@ -121,7 +121,10 @@ def refuse_full(out: Path) -> None:
         raise UsageError(f"{out} is there already and not empty; name another --out")
 
 
-def _as_published(source: TensorSource) -> TensorSource:
+def as_published(source: TensorSource) -> TensorSource:
+    """Return a source with the names of a Hugging Face folder. Raises CheckpointError for a
+    checkpoint of ours.
+    """
     if isinstance(source, CheckpointSource):
         raise CheckpointError(
             f"{source.path} is a checkpoint of mpillm already; use it as it is, or begin a run "
@@ -130,7 +133,7 @@ def _as_published(source: TensorSource) -> TensorSource:
     return GgufModel(source) if isinstance(source, GgufSource) else source
 
 
-def _texts_and_facts(
+def texts_and_facts(
     source: TensorSource, model: PublishedModel, end_of_text: str | None
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Read the small files of a folder, or make them of a GGUF file's metadata, and collect the

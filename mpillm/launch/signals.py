@@ -25,6 +25,8 @@ class StopSignals:
     def __init__(self) -> None:
         self.number = 0
         """The first signal that came; 0 while none has."""
+        self.newest = 0
+        """The last one: a server that drains is ended by it."""
         self._orderly = False
         self._interrupts = 0
         for number in (*NOTED, *ENDING):
@@ -47,3 +49,4 @@ class StopSignals:
         if number in ENDING and (impatient or not self._orderly):
             raise KeyboardInterrupt
         self.number = self.number or number
+        self.newest = number

@@ -24,6 +24,10 @@ EXTRA_OF = {
     "sklearn": "baselines",
     "gensim": "baselines",
     "pyarrow": "tables",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "llguidance": "serve",
     "wandb": "wandb",
     "mlflow": "mlflow",
 }

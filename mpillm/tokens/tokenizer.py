@@ -297,6 +297,19 @@ class Tokenizer:
             return b"".join(map(self._token_bytes.__getitem__, shown)).decode("utf-8", "replace")
         return self._inner.decode(shown, skip_special_tokens=True)
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return the bytes that a token adds to a text; a special token spells its name.
+
+        Ids beyond the vocabulary have none.
+        """
+        if self._token_bytes is not None:
+            return self._token_bytes[token_id] if 0 <= token_id < self.vocab_size else b""
+        token = self._inner.id_to_token(token_id) or ""
+        if token_id in self._fallback_bytes:
+            return bytes([int(token[3:5], 16)])
+        # SentencePiece's sign of a space.
+        return (token if token_id in self._special else token.replace("▁", " ")).encode()
+
     def stream(self) -> "StreamDecoder":
         """Make a decoder that takes one id at a time and returns whole characters."""
         return StreamDecoder(self.decode, self._is_shown, self._fallback_bytes, self._token_bytes)

@@ -17,6 +17,8 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "contamination": "mpillm.verbs.contamination:ContaminationOptions",
         "memorisation": "mpillm.verbs.memorisation:MemorisationOptions",
         "generate": "mpillm.verbs.generate:Generate",
+        "serve": "mpillm.verbs.serve:Serve",
+        "chat": "mpillm.verbs.chat:TerminalChat",
         "inspect": "mpillm.verbs.inspect:Inspect",
         "import": "mpillm.verbs.import_:Import",
         "export": "mpillm.verbs.export:Export",

@@ -3,14 +3,8 @@
 import html.parser
 import json
 import math
-import os
 import random
 import re
-import select
-import shutil
-import signal
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -32,14 +26,11 @@ from mpillm.runs.state import read_run
 from mpillm.system.atomic import write_text
 from mpillm.system.console import Console
 from mpillm.tokens.prepare import PrepareOptions, prepare
+from tests.fixtures.browser import Browser, open_browser
 
 # A page knows nothing of ranks, and is too much work to be made on each of them.
 pytestmark = pytest.mark.usefixtures("processes")
 QUIET = Console(speaks=False)
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-PATIENCE_SECONDS = 120
 PLOTS = {
     "attempts",
     "loss",
@@ -76,101 +67,11 @@ LOOK = """
 """
 
 
-class Browser:
-    """Chromium without a window, over a pipe: `ask` calls a DevTools method, `events` are kept."""
-
-    def __init__(self, commands: int, answers: int) -> None:
-        self._commands, self._answers = commands, answers
-        self._read, self._count, self._session = b"", 0, ""
-        self.events: list[dict[str, Any]] = []
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)[
-            "sessionId"
-        ]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.ask(f"{domain}.enable")
-
-    def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
-        self._count += 1
-        message = {"id": self._count, "method": method, "params": parameters}
-        message |= {"sessionId": self._session} if self._session else {}
-        os.write(self._commands, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._next()
-            if answer.get("id") == self._count:
-                assert "error" not in answer, answer
-                result: dict[str, Any] = answer["result"]
-                return result
-            self.events.append(answer)
-
-    def open(self, path: Path) -> None:
-        # Events and the size of an earlier page don't belong to this one.
-        self.ask("Emulation.clearDeviceMetricsOverride")
-        self.events.clear()
-        self.ask("Page.navigate", url=path.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self._next())
-
-    def evaluate(self, expression: str) -> Any:
-        return self.ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"][
-            "value"
-        ]
-
-    def named(self, *methods: str) -> list[dict[str, Any]]:
-        return [event["params"] for event in self.events if event.get("method") in methods]
-
-    def _next(self) -> dict[str, Any]:
-        while b"\0" not in self._read:
-            assert select.select([self._answers], [], [], PATIENCE_SECONDS)[0], (
-                "the browser says nothing"
-            )
-            more = os.read(self._answers, 1 << 16)
-            assert more, "the browser went away"
-            self._read += more
-        message, _, self._read = self._read.partition(b"\0")
-        found: dict[str, Any] = json.loads(message)
-        return found
-
-
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    """Start one browser for all pages; it reads commands on descriptor 3 and answers on 4."""
-    if CHROMIUM is None:
-        pytest.skip("no chromium or google-chrome on PATH to open the page")
-    theirs_in, commands = os.pipe()
-    answers, theirs_out = os.pipe()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--disable-dev-shm-usage",
-            f"--user-data-dir={profile}",
-            "--remote-debugging-pipe",
-            "about:blank",
-        ]
-        join = 'exec "$@" 3<&"$IN" 4>&"$OUT" 2>/dev/null'
-        process = subprocess.Popen(
-            ["bash", "-c", join, "bash", *command],
-            pass_fds=(theirs_in, theirs_out),
-            start_new_session=True,
-            env=dict(os.environ) | {"IN": str(theirs_in), "OUT": str(theirs_out)},
-        )
-        os.close(theirs_in)
-        os.close(theirs_out)
-        try:
-            yield Browser(commands, answers)
-        finally:
-            os.close(commands)
-            os.close(answers)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    """Start one browser for all pages."""
+    with open_browser() as browser:
+        yield browser
 
 
 def a_run(
@@ -533,7 +434,7 @@ def test_a_browser_draws_every_plot_and_asks_no_network(
         "Emulation.setEmulatedMedia",
         features=[{"name": "prefers-color-scheme", "value": scheme}],
     )
-    chromium.open(path)
+    chromium.open(path.as_uri())
     plots = {plot["key"]: plot for plot in chromium.evaluate(LOOK)}
     paper = chromium.evaluate("getComputedStyle(document.body).backgroundColor")
     title = chromium.evaluate("document.title")

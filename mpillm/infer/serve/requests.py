@@ -28,7 +28,6 @@ class TextRequest:
 
     prompt: tuple[int, ...]
     sampling: Sampling
-    """`max_tokens` 0 reads the prompt alone."""
     end_ids: frozenset[int] = frozenset()
     """A token that ends the text with the reason `stop`; it is not reported."""
     bias: Mapping[int, float] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from mpillm.models.layers.dense_attention import attend_dense, biased_mask
 from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.models.layers.dropout import MaskKeys
 from mpillm.models.layers.norm import make_norm
+from mpillm.models.layers.paged.paged_attention import PagedLayer, attend_paged
 from mpillm.models.layers.relative_bias import RelativeBias
 from mpillm.models.layers.rotary import Rotation, rotate
 from mpillm.models.layers.span_attention import attend_spans
@@ -49,7 +50,7 @@ def attend(
     v_BSKD: Tensor,
     pattern: Pattern = CAUSAL,
     spans: DocumentSpans | None = None,
-    cache: LayerCache | None = None,
+    cache: LayerCache | PagedLayer | None = None,
     first: int = 0,
     keys_B: MaskKeys | None = None,
     bias: Tensor | None = None,
@@ -65,6 +66,9 @@ def attend(
     if cache is not None:
         assert spans is None, "a cache holds one document a row"
         assert causal, "positions to come are in no cache"
+        if isinstance(cache, PagedLayer):
+            assert bias is None, "biases of distances are not computed in pages"
+            return attend_paged(q_BTHD, k_BSKD, v_BSKD, cache, window, soft_cap)
         return attend_cached(q_BTHD, k_BSKD, v_BSKD, cache, first, window, soft_cap, bias)
     # Fused kernels give a bias no gradient.
     learns = bias is not None and bias.requires_grad
@@ -155,7 +159,7 @@ class Attention(Projections):
         x_BTC: Tensor,
         rotation: Rotation | None,
         spans: DocumentSpans | None,
-        cache: LayerCache | None,
+        cache: LayerCache | PagedLayer | None,
         first: int,
         keys_B: MaskKeys | None = None,
         bias: Tensor | None = None,

@@ -21,6 +21,7 @@ from mpillm.models.layers.dropout import (
 from mpillm.models.layers.feed_forward import FeedForward
 from mpillm.models.layers.mixture import Mixture
 from mpillm.models.layers.norm import make_norm
+from mpillm.models.layers.paged.paged_attention import PagedLayer
 from mpillm.models.layers.recompute import recomputed
 from mpillm.models.layers.rotary import Rotation
 
@@ -106,7 +107,7 @@ class Block(BlockLayers):
         x_BTC: Tensor,
         rotation: Rotation | None,
         spans: DocumentSpans | None,
-        cache: LayerCache | None,
+        cache: LayerCache | PagedLayer | None,
         first: int,
         keys_B: MaskKeys | None = None,
         bias: Tensor | None = None,

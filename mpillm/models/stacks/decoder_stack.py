@@ -12,6 +12,7 @@ from mpillm.models.layers.cached_attention import LayerCache, LayeredCache
 from mpillm.models.layers.document_spans import DocumentSpans
 from mpillm.models.layers.dropout import EMBEDDING, EMBEDDING_LAYER, drop
 from mpillm.models.layers.norm import make_norm
+from mpillm.models.layers.paged.paged_attention import PagedCache
 from mpillm.models.linear_head import LinearHead, plain_outputs
 from mpillm.models.part_module import (
     Fields,
@@ -54,7 +55,7 @@ class Decoder(LayerStack):
         self.tie()
 
     def forward_part(
-        self, fields: Fields, streams: Streams, cache: Cache | None = None
+        self, fields: Fields, streams: Streams, cache: "Cache | PagedCache | None" = None
     ) -> PartOutput:
         """Compute the part. Fields: `ids` (B, T) at the beginning; `documents` (B, T) and
         `dropout_keys` (B,), optional; `documents` best in host memory. `positions` (T,), optional:

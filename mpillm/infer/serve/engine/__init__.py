@@ -1,0 +1,1 @@
+"""Compute many texts at once: pages, scheduling, and the ranks' steps."""

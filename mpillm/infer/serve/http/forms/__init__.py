@@ -1,0 +1,1 @@
+"""OpenAI's forms: what a client asks for, checked field by field, and how it is answered."""
