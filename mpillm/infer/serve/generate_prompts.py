@@ -32,7 +32,7 @@ FORMS = 'a line is a prompt, or in a .jsonl file {"prompt": "…"} or {"messages
 
 
 @dataclass
-class _Written:
+class _TextInProgress:
     """The tokens of one text as they come."""
 
     tokens: list[int] = field(default_factory=list)
@@ -156,12 +156,12 @@ def _write(
     ends: frozenset[int],
 ) -> dict[int, tuple[list[int], str]]:
     """Write the texts of the prompts `numbers`; return tokens and reason of the end by number."""
-    found: dict[int, _Written] = {}
+    found: dict[int, _TextInProgress] = {}
     for number in numbers:
         ids = lines[number].ids
         most = min(sampling.max_tokens, engine.context - len(ids))
         seed = (sampling.seed + number) % (1 << 63)
-        found[number] = _Written()
+        found[number] = _TextInProgress()
         own = replace(sampling, max_tokens=most, seed=seed)
         engine.submit(TextRequest(ids, own, ends), found[number])
     for number, written in found.items():
