@@ -31,7 +31,7 @@ class TerminalChat:
     top_p: Annotated[float, Option("As of `generate`.")] = 1.0
     seed: Annotated[int, Option("The same seed gives the same answers.")] = 0
     tensor: Tensor = 0
-    pipeline: Pipeline = 1
+    pipeline: Pipeline = 0
     context: ContextTokens = None
     device: Device = "auto"
     debug: Debug = False

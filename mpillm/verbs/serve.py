@@ -19,7 +19,10 @@ Tensor = Annotated[
         "Ranks that share each layer; 0: all that --pipeline leaves.", minimum=0, maximum=1 << 20
     ),
 ]
-Pipeline = Annotated[int, Option("Ranks that have some layers each.", minimum=1, maximum=1 << 20)]
+Pipeline = Annotated[
+    int,
+    Option("Ranks that have some layers each; 0: the others.", minimum=0, maximum=1 << 20),
+]
 DType = Annotated[Literal["float32", "bfloat16"], Option("Of weights, activations, and the cache.")]
 ContextTokens = Annotated[
     int | None,
@@ -45,7 +48,7 @@ class Serve:
         Argument("A run, a checkpoint, a Hugging Face folder or a GGUF file.", metavar="RUN"),
     ] = None
     tensor: Tensor = 0
-    pipeline: Pipeline = 1
+    pipeline: Pipeline = 0
     host: Annotated[
         str, Option("The address to listen at; others than this host's own need tokens and TLS.")
     ] = "127.0.0.1"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mpillm.errors import LayoutError, UsageError
 from mpillm.infer.serve.engine.batch_engine import BatchEngine, Runner
 from mpillm.infer.serve.engine.page_pool import PagePool
-from mpillm.infer.serve.engine.spread_runner import SpreadRunner
+from mpillm.infer.serve.engine.spread_runner import ANY_BATCH, SpreadRunner
 from mpillm.infer.serve.engine.step_runner import StepRunner, check_served, page_bytes
 from mpillm.infer.serve.load_served import ServedWeights, load_served
 from mpillm.infer.serve.plain_engine import PlainEngine
@@ -17,9 +17,12 @@ from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import map_nodes
 from mpillm.models.decoder import DecoderConfig
 from mpillm.models.part_module import PartModule
+from mpillm.models.spec import ModelSpec
 from mpillm.models.stacks.decoder_stack import Decoder
 from mpillm.parallel.devices import choose_device
 from mpillm.parallel.precision import torch_dtype
+from mpillm.parallel.settings import ParallelSettings
+from mpillm.parallel.step_plan import mesh_order
 from mpillm.system.console import Console
 from mpillm.tokens.chat.chat_template import ChatTemplate
 from mpillm.tokens.tokenizer import Tokenizer
@@ -36,8 +39,9 @@ class EngineOptions:
     """How a model is spread over the ranks, and what it may hold."""
 
     tensor: int = 0
-    """Ranks that share each layer; 0: as many as the pipeline leaves."""
-    pipeline: int = 1
+    """Ranks that share each layer; 0: as many as can."""
+    pipeline: int = 0
+    """Ranks that have some layers each; 0: as many as the tensor axis leaves."""
     device: str = "auto"
     context: int | None = None
     """Tokens of a prompt and its text together; None: the model's."""
@@ -74,16 +78,8 @@ def open_engine(
     Raises UsageError and LayoutError on all ranks for a context or a layout that the model does not
     have.
     """
-    tensor = options.tensor or max(1, comm.size // options.pipeline)
-    ranks = tensor * options.pipeline
-    if ranks != comm.size:
-        raise LayoutError(
-            f"--tensor {tensor} × --pipeline {options.pipeline} needs {ranks} ranks, and the job "
-            f"has {comm.size}; start with -n {ranks}, or change them"
-        )
-    options = replace(options, tensor=tensor)
     place, _ = choose_device(options.device, comm, map_nodes(comm), share=True, option="--device")
-    if ranks > 1 and place != "cpu":
+    if comm.size > 1 and place != "cpu":
         raise LayoutError("ranks share a served model on CPUs alone; take --device cpu, or one GPU")
     served = load_served(trained, comm, console)
     spec = served.spec
@@ -94,12 +90,45 @@ def open_engine(
         )
     if spec.source_field:
         raise UsageError(f"{trained} reads a source; serve a decoder, or an encoder of texts")
+    options = _with_layout(options, spec, comm.size)
     follow: Callable[[], None] = _nothing
-    if ranks > 1:
+    if comm.size > 1:
         engine, follow = _spread(served, options, comm)
     else:
         engine = start_alone(served.whole().to(place), options)
     return OpenedEngine(engine, served.tokenizer, served.template, follow)
+
+
+def _with_layout(options: EngineOptions, spec: ModelSpec, ranks: int) -> EngineOptions:
+    """Return the options with both axes, the largest tensor axis that is legal. Raises LayoutError
+    where no layout has `ranks` ranks.
+    """
+    for tensor in [options.tensor] if options.tensor else range(ranks, 0, -1):
+        pipeline = options.pipeline or ranks // tensor
+        if tensor * pipeline == ranks and _is_legal(spec, tensor, pipeline):
+            return replace(options, tensor=tensor, pipeline=pipeline)
+    asked = f"--tensor {options.tensor or 'any'} × --pipeline {options.pipeline or 'any'}"
+    heads = f"{spec.heads} heads" if isinstance(spec, DecoderConfig) else "its heads"
+    raise LayoutError(
+        f"{asked} cannot be {ranks} ranks, those of the job, for this model: the tensor axis "
+        f"divides {heads}, and the pipeline has {spec.blocks} ranks at most; start with "
+        "another -n, or change them"
+    )
+
+
+def _is_legal(spec: ModelSpec, tensor: int, pipeline: int) -> bool:
+    if tensor * pipeline == 1:
+        return True
+    try:
+        mesh_order(
+            ParallelSettings(data=1, pipeline=pipeline, tensor=tensor),
+            tensor * pipeline,
+            spec,
+            ANY_BATCH,
+        )
+    except LayoutError:
+        return False
+    return pipeline <= spec.blocks
 
 
 def start_alone(model: PartModule, options: EngineOptions) -> TextEngine:
