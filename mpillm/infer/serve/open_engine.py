@@ -98,11 +98,11 @@ def open_engine(
     if ranks > 1:
         engine, follow = _spread(served, options, comm)
     else:
-        engine = _alone(served.whole().to(place), options)
+        engine = start_alone(served.whole().to(place), options)
     return OpenedEngine(engine, served.tokenizer, served.template, follow)
 
 
-def _alone(model: PartModule, options: EngineOptions) -> TextEngine:
+def start_alone(model: PartModule, options: EngineOptions) -> TextEngine:
     """Start the engine of a decoder, or of another model, whose texts are embedded one by one."""
     if not isinstance(model, Decoder):
         return PlainEngine(model, options.queue, options.context or 0)
