@@ -220,7 +220,10 @@ class BatchEngine:
         except BaseException as failure:
             self._failure = f"{type(failure).__name__}: {failure}"
         self._end_all()
-        self._runner.end()
+        # After a failure other ranks may wait within a step and never hear of an end: `close` would
+        # wait for them. The caller raises, and that ends all ranks.
+        if not self._failure:
+            self._runner.end()
 
     def _take_in(self) -> bool:
         """Wait until there is work; return False where the engine closes."""

@@ -130,8 +130,12 @@ class Scheduler:
                 break
             reading.append(RowPiece(row, row.computed, count))
             budget -= count
-        decoding.sort(key=lambda piece: -piece.first)
-        return [*decoding, *reading]
+        pieces = [*decoding, *reading]
+        # The last position that a step has room for may be a single one of a prompt: it is computed
+        # as those that decode.
+        single = [piece for piece in pieces if piece.count == 1 and piece.first]
+        single.sort(key=lambda piece: -piece.first)
+        return single + [piece for piece in pieces if piece not in single]
 
     def done(self, pieces: list[RowPiece]) -> None:
         """Note that a step was computed, ahead of the tokens that are drawn from it."""

@@ -46,6 +46,17 @@ def test_a_prompt_is_read_in_chunks_next_to_texts_that_decode() -> None:
     assert [(p.row.number, p.first, p.count) for p in step(made)] == [(2, 15, 5)]
 
 
+def test_a_single_position_of_a_prompt_is_among_those_that_decode() -> None:
+    made = scheduler(step_tokens=8, chunk_tokens=4)
+    made.add(row(1, list(range(11))))
+    step(made)
+    made.add(row(2, [*range(8), 20, 21, 22, 23]))
+    # Three positions are left of the first prompt, and pages hold the beginning of the second.
+    made.settings = SchedulerSettings(step_tokens=4)
+    pieces = made.plan()
+    assert [(p.row.number, p.first, p.count) for p in pieces] == [(2, 8, 1), (1, 8, 3)]
+
+
 def test_a_shared_prefix_is_computed_once_even_for_texts_that_come_together() -> None:
     made = scheduler()
     prompt = list(range(10))
