@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpillm.errors import MpillmError, UsageError
+from mpillm.errors import UsageError
 from mpillm.infer.sampling import Sampling
 from mpillm.infer.serve.engine.draw_token import TokenDraw, draw_all, token_logprobs
 from mpillm.infer.serve.engine.page_pool import PagePool
@@ -285,8 +285,9 @@ class BatchEngine:
         assert text.request.constraint is not None
         try:
             text.request.constraint.accept(token)
-        except MpillmError as failure:
-            self._end(text, "failed", str(failure))
+        except Exception as failure:
+            # Of this text alone: a constraint is made of what its client sent.
+            self._end(text, "failed", f"the constraint failed: {failure}")
 
     def _note(self, text: _Text, piece: RowPiece, wanted: Tensor | None) -> None:
         """Keep what was computed of the positions of a prompt."""

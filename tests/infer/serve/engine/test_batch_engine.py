@@ -211,6 +211,28 @@ def test_refusals(model: Decoder) -> None:
         ask(engine, (1,), GREEDY)
 
 
+class Choice:
+    """Allows two tokens, and fails at the third."""
+
+    def __init__(self) -> None:
+        self.left = 3
+
+    def allowed(self) -> bytes | None:
+        return bytes([0b0101_0000, 0])
+
+    def accept(self, token: int) -> None:
+        self.left -= 1
+        if not self.left:
+            raise ValueError("no more")
+
+
+def test_a_constraint_ends_its_text_alone(engine: BatchEngine) -> None:
+    other = ask(engine, [8, 9], GREEDY)
+    held = ask(engine, [3, 1, 4], GREEDY, constraint=Choice()).wait()
+    assert (set(held.tokens) <= {4, 6}, len(held.tokens), held.reason) == (True, 3, "failed")
+    assert other.wait().reason == "length"
+
+
 def test_a_fault_ends_every_text(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(model)
     monkeypatch.setattr(engine._runner, "run", lambda rows: 1 // 0)
