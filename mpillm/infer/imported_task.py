@@ -90,8 +90,9 @@ def with_labels(
     # Bare numbers are no names: so an import reads them, too.
     named = known != [str(number) for number in range(len(known))]
     if named and known:
-        more = [NO_NAME.format(number) for number in range(len(known), count)]
-        names = [*known, *more][:count]
+        more = (NO_NAME.format(number) for number in range(len(known), len(known) + 2 * count))
+        # A class of the data may have such a name already.
+        names = [*known, *(name for name in more if name not in known)][:count]
         own["id2label"] = {str(number): name for number, name in enumerate(names)}
         own["label2id"] = {name: number for number, name in enumerate(names)}
     if problem := task_catalog.problem_type_of(task):

@@ -55,12 +55,23 @@ def record_evaluation(run: Path, facts: Mapping[str, Any]) -> None:
     """Append an evaluation to the run's file. Raises OSError."""
     line = (to_json(facts) + "\n").encode()
     path = run / EVALUATIONS
+    if not _ends_a_line(path):
+        # The last record is torn, and costs itself alone.
+        line = b"\n" + line
     # One write: lines of two jobs do not mix on a local file system.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     try:
         os.write(descriptor, line)
     finally:
         os.close(descriptor)
+
+
+def _ends_a_line(path: Path) -> bool:
+    if not path.exists() or not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 def read_evaluations(run: Path) -> tuple[list[RecordedEvaluation], str]:

@@ -231,6 +231,13 @@ def test_labels_and_the_problem_are_written_and_read(
     assert family.class_names(made) == expected
 
 
+def test_a_class_with_a_name_of_transformers_has_one_number() -> None:
+    facts = {"recipe": {"task": {"name": "sequence-classification"}}, "classes": ["x", "LABEL_2"]}
+    made = with_labels({}, {"num_labels": 3}, facts)
+    assert made["id2label"] == {"0": "x", "1": "LABEL_2", "2": "LABEL_3"}
+    assert made["label2id"] == {"x": 0, "LABEL_2": 1, "LABEL_3": 2}
+
+
 def test_several_numbers_of_a_text_are_no_task_of_ours() -> None:
     texts = {"config.json": json.dumps({"problem_type": "regression"})}
     found, reason = imported_task(CLASSES, Vocabulary(300), texts)

@@ -131,3 +131,12 @@ def test_damage_never_fails(tmp_path_factory: pytest.TempPathFactory, facts: dic
     assert "1 line" in damage
     evaluation_tables(found)
     reliability_picture(found)
+
+
+def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:
+    (tmp_path / EVALUATIONS).write_bytes(b'{"step": 1}\n{"step": 2, "sco')
+    record_evaluation(tmp_path, {"step": 3})
+    record_evaluation(tmp_path, {"step": 4})
+    found, damage = read_evaluations(tmp_path)
+    assert [each.step for each in found] == [1, 3, 4]
+    assert "1 line" in damage

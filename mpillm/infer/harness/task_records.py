@@ -148,6 +148,8 @@ def _csv_records(path: Path, delimiter: str) -> list[Record]:
     except (csv.Error, ValueError, TypeError) as failure:
         raise DataError(f"{path} is no table with a head: {failure}; save it again") from failure
     rows = [row for row in rows if row]
+    if twice := [name for place, name in enumerate(head) if name in head[:place]]:
+        raise DataError(f"{path} has two columns named {twice[0]!r}; rename or remove one")
     if any(len(row) > len(head) for row in rows):
         raise DataError(
             f"{path} has a row of more cells than its head ({some_of(head)}); quote cells that "

@@ -6,6 +6,7 @@ compared with the text itself, token by token up to the first difference (Carlin
 continued, too: what it gets right there is predictable, and no memory.
 """
 
+from bisect import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -23,7 +24,7 @@ from mpillm.infer.scores.bootstrap import REPLICATES, Interval, draw_weights, pe
 from mpillm.models.part_module import PartModule
 from mpillm.models.spec import ModelSpec
 from mpillm.system.console import Console
-from mpillm.tokens.order import WindowOrder, permute
+from mpillm.tokens.order import permute
 from mpillm.tokens.pairs.pair_reader import PairReader
 from mpillm.tokens.reader import TokenReader
 from mpillm.tokens.windows import document_ends
@@ -36,6 +37,8 @@ Int64s = np.ndarray[Any, np.dtype[np.int64]]
 USUAL_TOKENS = 50
 # Windows whose document ends are searched at once.
 PLANNED = 4096
+# Windows that are searched at most: a split may have no document that is long enough.
+MOST_TRIED = 1 << 20
 # Of the normal distribution, for an interval of 95%.
 QUANTILE = 1.959964
 
@@ -92,9 +95,15 @@ class Memorisation:
         """Compute the figures of passages in the order of their numbers, one at least."""
         copied_N = np.array([each.copied for each in found], np.float64)
         whole = sum(each.whole for each in found)
-        weights_RN = draw_weights(np.arange(len(found)), REPLICATES)
+        sums_R2 = np.zeros((REPLICATES, 2))
+        for first in range(0, len(found), PLANNED):
+            weights_RB = draw_weights(
+                np.arange(first, min(first + PLANNED, len(found))), REPLICATES
+            )
+            copied_B = copied_N[first : first + PLANNED]
+            sums_R2 += np.stack((weights_RB @ copied_B, weights_RB.sum(1)), -1)
         with np.errstate(invalid="ignore"):
-            means_R = weights_RN @ copied_N / weights_RN.sum(1)
+            means_R = sums_R2[:, 0] / sums_R2[:, 1]
         return cls(
             len(found),
             whole / len(found),
@@ -156,8 +165,8 @@ def sample_passages(
             reader.read(place, row)
     if not places:
         raise DataError(
-            f"the {reader.name} split has no document of {whole:,} tokens or more; lower "
-            "--prompt-tokens or --tokens"
+            f"the {reader.name} split has no document of {whole:,} tokens or more, at least in "
+            f"{MOST_TRIED:,} places; lower --prompt-tokens or --tokens"
         )
     ids = [row.tolist() for row in rows]
     return cut_passages(zip(places, ids, strict=True), lengths)
@@ -206,17 +215,21 @@ def _continue(model: PartModule, batch: Sequence[Passage]) -> list[Reproduction]
 
 
 def _windows_in_documents(reader: TokenReader, whole: int, seed: int, count: int) -> list[int]:
-    """Draw places of `whole` tokens that no end of a document cuts."""
-    if reader.n_tokens < whole:
-        return []
-    # One more than a window's context is read of each, which is the last of the passage.
-    order = WindowOrder(reader.n_tokens, whole - 1, seed)
-    places: list[int] = []
-    for first in range(0, order.n_windows, PLANNED):
-        ids = np.arange(first, min(first + PLANNED, order.n_windows), dtype=np.int64)
-        starts = order.starts(ids)
+    """Draw places of `whole` tokens that no end of a document cuts, and that do not overlap.
+
+    Each such place has the same chance, so a long document has more of them than a short one.
+    """
+    every = max(0, reader.n_tokens - whole + 1)
+    tried, places, taken = min(every, MOST_TRIED), list[int](), list[int]()
+    for first in range(0, tried, PLANNED):
+        ids = np.arange(first, min(first + PLANNED, tried), dtype=np.int64)
+        starts = permute(ids, every, seed, np.zeros_like(ids))
         _, splits = document_ends(reader, starts, whole)
-        places += starts[np.diff(splits) == 0].tolist()
+        for start in starts[np.diff(splits) == 0].tolist():
+            after = bisect(taken, start)
+            if all(abs(start - near) >= whole for near in taken[max(0, after - 1) : after + 1]):
+                taken.insert(after, start)
+                places.append(start)
         if len(places) >= count:
             break
     return places[:count]

@@ -4,10 +4,13 @@ A program runs in a process of its own: see sandbox_child.py. What it may do is 
 kernel, and not by what it looks like.
 """
 
+import os
 import secrets
+import select
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ import numpy as np
 
 from mpillm.comm.failure import on_all
 from mpillm.errors import UsageError
+from mpillm.infer.programs.sandbox_child import READY
 from mpillm.infer.scores.score import Score
 from mpillm.infer.scores.score_texts import score_samples
 from mpillm.system.environment import library_paths
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 CHILD = Path(__file__).with_name("sandbox_child.py")
 # To start Python on a slow file system, beyond the program's own time.
 STARTING_SECONDS = 10.0
+LONGEST_REASON = 4096
 
 
 @dataclass(frozen=True)
@@ -49,32 +54,83 @@ def passes(program: str, limits: ProgramLimits = ProgramLimits()) -> bool:
     process that outlives it. Raises UsageError where the kernel gives no such sandbox.
     """
     word = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="mpillm-program-") as folder:
-        given = folder, str(limits.seconds), str(limits.memory_bytes)
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(CHILD), *given],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=folder,
-            env=library_paths(),
-            start_new_session=True,
-        )
+    with tempfile.TemporaryDirectory(
+        prefix="mpillm-program-", ignore_cleanup_errors=True
+    ) as folder:
+        place = Path(folder)
+        for name in ("root", "work"):
+            (place / name).mkdir()
+        (place / "input").write_bytes(f"{word}\n{program}".encode(errors="surrogatepass"))
         try:
-            text = f"{word}\n{program}".encode(errors="surrogatepass")
-            out, reason = child.communicate(text, STARTING_SECONDS + 2 * limits.seconds)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.communicate()
-            return False
+            out, reason = _outputs(place, limits, len(READY) + len(word) + 1)
+        finally:
+            _remove_all(place / "work")
     # Only what is ahead of the program writes there.
     if reason:
         raise UsageError(
             "programs of a model run in a sandbox alone, and this host gives none: "
-            f"{reason.decode(errors='replace').strip()}; score them on a host with Linux 5.13 or "
-            "newer that allows user namespaces"
+            f"{reason.decode(errors='replace').strip()}; score them on a host with Linux 5.12 or "
+            "newer that allows user namespaces, and mounts in them"
         )
-    return out == word.encode()
+    return out == READY + word.encode()
+
+
+def _outputs(place: Path, limits: ProgramLimits, most: int) -> tuple[bytes, bytes]:
+    """Run the program in `place`; return its report, of `most` bytes, and why it did not begin."""
+    given = str(place), str(limits.seconds), str(limits.memory_bytes)
+    with (place / "input").open("rb") as text:
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(CHILD), *given],
+            stdin=text,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=place / "work",
+            env=library_paths(),
+            start_new_session=True,
+        )
+    with child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        try:
+            out = _read(child.stdout.fileno(), len(READY), STARTING_SECONDS)
+            # Its clock begins when the sandbox is made.
+            out += (
+                _read(child.stdout.fileno(), most - len(READY), 2 * limits.seconds) if out else b""
+            )
+        finally:
+            # The processes of its namespace end with it.
+            child.kill()
+        return out, b"" if out else child.stderr.read(LONGEST_REASON)
+
+
+def _read(descriptor: int, most: int, seconds: float) -> bytes:
+    """Read `most` bytes, or what comes until the end or within the time."""
+    found, end = b"", time.monotonic() + seconds
+    while len(found) < most:
+        left = end - time.monotonic()
+        if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+            break
+        more = os.read(descriptor, most - len(found))
+        if not more:
+            break
+        found += more
+    return found
+
+
+def _remove_all(folder: Path) -> None:
+    """Remove what a program left in `folder`: deeper than a path can be, or locked."""
+    number = 0
+    while paths := list(folder.iterdir()):
+        for path in paths:
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+                continue
+            path.chmod(0o700)
+            for inner in path.iterdir():
+                number += 1
+                # Next to the others, under a name that no program made.
+                inner.rename(folder / f"{secrets.token_hex(8)}-{number}")
+            path.rmdir()
 
 
 def score_programs(

@@ -107,6 +107,10 @@ def _problems(queries_QC: Any, documents_DC: Any, relevant: Any) -> Iterator[str
             f"queries have {queries_QC.shape[1]:,} numbers each and documents "
             f"{documents_DC.shape[1]:,}; embed both with one model"
         )
+    for name, given in (("query", queries_QC), ("document", documents_DC)):
+        odd = np.flatnonzero(~np.isfinite(given).all(-1)) if len(given) else ()
+        if len(odd):
+            yield f"the embedding of {name} {odd[0]:,} is not finite; embed it again"
     if len(relevant) != queries:
         yield (
             f"there are {queries:,} queries, and relevant documents of {len(relevant):,}; give "

@@ -64,6 +64,7 @@ def test_parquet(tmp_path: Path) -> None:
         ("csv", "a,b\n", "file holds no record"),
         ("csv", "", "file is no table with a head"),
         ("csv", "a,b\n1,2,3\n", r"a row of more cells than its head \(a, b\)"),
+        ("csv", "a,b,a\n1,2,3\n", "two columns named 'a'"),
         ("json", '{"a": 1}\n{', "line 2 isn't JSON"),
         ("json", "[1]", "holds no list of JSON objects"),
         ("json", "[", "isn't JSON"),

@@ -28,7 +28,7 @@ def has_sandbox() -> bool:
 
 
 # Once: user namespaces are off on some hosts, and in some containers.
-needs_sandbox = pytest.mark.skipif(not has_sandbox(), reason="needs user namespaces and Landlock")
+needs_sandbox = pytest.mark.skipif(not has_sandbox(), reason="needs user namespaces with mounts")
 
 
 @needs_sandbox
@@ -87,7 +87,7 @@ def refused(work):
     return False
 assert refused(lambda: open({str(secret)!r}).read())
 assert refused(lambda: open({str(target)!r}, "w"))
-assert refused(lambda: os.listdir({str(Path.home())!r}))
+assert refused(lambda: os.listdir({str(tmp_path)!r}))
 assert refused(lambda: open("/proc/self/environ").read())
 assert refused(lambda: socket.create_connection(("127.0.0.1", {port}), 1))
 assert set(os.environ) <= {{"LD_LIBRARY_PATH", "LC_CTYPE"}}
@@ -96,6 +96,73 @@ assert open("own").read() == "x"
 """
         assert passes(program, ProgramLimits())
     assert not target.exists()
+
+
+@needs_sandbox
+@pytest.mark.usefixtures("processes")
+def test_nothing_outside_is_changed_or_reached(tmp_path: Path) -> None:
+    """Modes, owners and times, the host's sockets, and what could undo the sandbox."""
+    mine, path = tmp_path / "mine", str(tmp_path / "socket")
+    mine.write_text("kept")
+    before = mine.stat()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen(1)
+        program = f"""
+import ctypes, os, socket, sys
+def refused(work):
+    try:
+        work()
+    except OSError:
+        return True
+    return False
+for place in ({str(mine)!r}, os.__file__, sys.executable, "/usr"):
+    assert refused(lambda: os.chmod(place, 0))
+    assert refused(lambda: os.utime(place, (0, 0)))
+    assert refused(lambda: os.truncate(place, 0))
+    assert refused(lambda: os.chown(place, os.getuid(), -1))
+assert refused(lambda: open("/new", "w"))
+assert refused(lambda: socket.socket(socket.AF_UNIX).connect({path!r}))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.mount(b"tmpfs", b"/usr", b"tmpfs", 0, None)
+assert libc.umount2(b"/usr", 2)
+# Namespaces of its own give it no more: what is mounted is locked there.
+libc.unshare(0x10020000)
+assert libc.umount2(b"/usr", 2)
+assert libc.mount(None, b"/usr", None, ctypes.c_ulong(32 | 4096), None)
+assert refused(lambda: os.chmod("/usr", 0o700))
+"""
+        assert passes(program, ProgramLimits())
+    after = mine.stat()
+    assert (before.st_mode, before.st_mtime, before.st_size) == (
+        after.st_mode,
+        after.st_mtime,
+        after.st_size,
+    )
+
+
+@needs_sandbox
+@pytest.mark.usefixtures("processes")
+def test_what_a_program_leaves_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders deeper than a path can be, folders without rights, and a report without end."""
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+    deep = "import os\nfor _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')\n"
+    locked = "import os\nos.mkdir('a')\nopen('a/b', 'w').close()\nos.chmod('a', 0)\n"
+    assert passes(deep, ProgramLimits())
+    assert passes(locked, ProgramLimits())
+    flood = """
+import os, stat
+def is_pipe(n):
+    try:
+        return stat.S_ISFIFO(os.fstat(n).st_mode)
+    except OSError:
+        return False
+[report] = filter(is_pipe, range(3, 30))
+while True:
+    os.write(report, b"x" * (1 << 20))
+"""
+    assert not passes(flood, LIMITS)
+    assert not list(tmp_path.iterdir())
 
 
 @needs_sandbox
@@ -130,9 +197,9 @@ def test_a_host_without_a_sandbox_is_named(
     comm: MPI.Intracomm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = tmp_path / "child.py"
-    child.write_text("import os, sys; sys.stderr.write('Landlock: no')")
+    child.write_text("import os, sys; sys.stderr.write('mounts: no')")
     monkeypatch.setattr(module, "CHILD", child)
-    with pytest.raises(UsageError, match="this host gives none: Landlock: no; score them on"):
+    with pytest.raises(UsageError, match="this host gives none: mounts: no; score them on"):
         score_programs([["pass"], ["pass"]], ["pass@1"], comm, LIMITS)
 
 

@@ -102,6 +102,7 @@ def test_what_does_not_fit_is_refused(comm: MPI.Intracomm) -> None:
         (vectors, [*known[:2], {2: 0.0}], "query 2 has the relevance 0.0 of document 2"),
         (vectors, known[:2], "there are 3 queries, and relevant documents of 2"),
         (vectors[:, :2], known, "queries have 2 numbers each and documents 3"),
+        (vectors * np.nan, known, "the embedding of query 0 is not finite"),
         (vectors[:0], [], "there are 0 queries and 3 documents"),
     ):
         with pytest.raises(UsageError, match=message):
