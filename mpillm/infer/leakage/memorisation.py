@@ -164,9 +164,11 @@ def sample_passages(
         for place, row in zip(places, rows, strict=True):
             reader.read(place, row)
     if not places:
+        tokens = isinstance(reader, TokenReader) and reader.n_tokens
+        searched = f" at {MOST_TRIED:,} random places" if tokens > MOST_TRIED else ""
         raise DataError(
-            f"the {reader.name} split has no document of {whole:,} tokens or more, at least in "
-            f"{MOST_TRIED:,} places; lower --prompt-tokens or --tokens"
+            f"the {reader.name} split has no document of {whole:,} tokens or more"
+            f"{searched}; lower --prompt-tokens or --tokens"
         )
     ids = [row.tolist() for row in rows]
     return cut_passages(zip(places, ids, strict=True), lengths)

@@ -108,8 +108,8 @@ def _problems(queries_QC: Any, documents_DC: Any, relevant: Any) -> Iterator[str
             f"{documents_DC.shape[1]:,}; embed both with one model"
         )
     for name, given in (("query", queries_QC), ("document", documents_DC)):
-        odd = np.flatnonzero(~np.isfinite(given).all(-1)) if len(given) else ()
-        if len(odd):
+        odd = np.flatnonzero(~np.isfinite(given).all(-1)).tolist()
+        if odd:
             yield f"the embedding of {name} {odd[0]:,} is not finite; embed it again"
     if len(relevant) != queries:
         yield (
