@@ -9,6 +9,7 @@ tokens is read, over that without.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import threading
@@ -111,7 +112,8 @@ def smollm2() -> Path:
     return path
 
 
-def measure(engine: TextEngine, vocabulary: int, rounds: int) -> None:
+def measure(engine: TextEngine, vocabulary: int, rounds: int) -> dict[str, float]:
+    """Print the figures; return the medians of tokens a processor second."""
     kinds = Kinds(engine, vocabulary)
     kinds.texts(1)
     speeds: dict[str, list[tuple[float, float]]] = {}
@@ -133,6 +135,7 @@ def measure(engine: TextEngine, vocabulary: int, rounds: int) -> None:
         print(f"  {name:28} {statistics.median(values):7.1f} {spread} ×")
     counts = engine.counts()
     print(f"  pages in use at the end: {counts.pages_used} of {counts.pages}", flush=True)
+    return {name: statistics.median(each[0] for each in found) for name, found in speeds.items()}
 
 
 def main() -> None:
@@ -141,17 +144,20 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16", help="with commas")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="the medians as the last line")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    comm = MPI.COMM_WORLD
+    comm, medians = MPI.COMM_WORLD, {}
     for dtype in given.dtypes.split(","):
         options = EngineOptions(pipeline=given.pipeline, dtype=dtype, context=2048)
         opened = open_engine(given.model or smollm2(), options, comm, Console(speaks=False))
         opened.follow()
         if comm.rank == 0:
             print(f"{dtype}, {comm.size} ranks")
-            measure(opened.own, opened.tokenizer.vocab_size, given.rounds)
+            medians[dtype] = measure(opened.own, opened.tokenizer.vocab_size, given.rounds)
             opened.own.close()
+    if given.json and comm.rank == 0:
+        print(json.dumps(medians))
 
 
 if __name__ == "__main__":
