@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mpillm.errors import UsageError
 from mpillm.models.block_settings import BlockSettings
@@ -254,12 +253,11 @@ def _attend_group(q_N1HD: Tensor, layer: PagedLayer, group: _Group, soft_cap: fl
     mask = None if group.mask_ML is None else group.mask_ML[:, None, None]
     if soft_cap:
         return attend_unfused(q_M1HD, k_MLKD, v_MLKD, mask, soft_cap)
-    # The query heads of one head of keys are rows of a product: all attend to the same positions.
-    q_MKGD = q_M1HD.view(len(q_M1HD), k_MLKD.shape[2], -1, q_M1HD.shape[-1])
-    a_MKGD = F.scaled_dot_product_attention(
-        q_MKGD, k_MLKD.transpose(1, 2), v_MLKD.transpose(1, 2), attn_mask=mask
-    )
-    return a_MKGD.reshape(q_M1HD.shape)
+    # The query heads of one head of keys are positions: all attend to the same keys.
+    by_keys = (len(q_M1HD), k_MLKD.shape[2], -1, q_M1HD.shape[-1])
+    q_MGKD = q_M1HD.reshape(by_keys).transpose(1, 2)
+    a_MGKD = attend_dense(q_MGKD, k_MLKD, v_MLKD, mask, causal=False)
+    return a_MGKD.transpose(1, 2).reshape(q_M1HD.shape)
 
 
 def _attend_chunk(
