@@ -145,5 +145,10 @@ def test_one_file_calls_the_fused_kernel_and_few_enter_the_others():
     assert users(r"scaled_dot_product_attention\(") == {"dense_attention.py"}
     # Ranks that exchange heads enter as a whole model does, each with its own heads.
     assert users(r"(?<!def )\battend\(") == {"attention.py", "head_exchange.py"}
-    kernels = {"cached_attention.py", "span_attention.py", "window_attention.py"}
+    kernels = {
+        "cached_attention.py",
+        "paged_attention.py",
+        "span_attention.py",
+        "window_attention.py",
+    }
     assert users(r"import attend_\w+") == {"attention.py", *kernels}
