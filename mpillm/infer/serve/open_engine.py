@@ -16,6 +16,7 @@ from mpillm.infer.serve.requests import TextEngine
 from mpillm.machine.memory import read_memory
 from mpillm.machine.node_map import map_nodes
 from mpillm.models.decoder import DecoderConfig
+from mpillm.models.layers.stored.packed_linear import pack_linears
 from mpillm.models.part_module import PartModule
 from mpillm.models.spec import ModelSpec
 from mpillm.models.stacks.decoder_stack import Decoder
@@ -138,6 +139,7 @@ def start_alone(model: PartModule, options: EngineOptions) -> TextEngine:
     spec = check_served(model.spec)
     if options.dtype != "float32":
         model = model.to(torch_dtype(options.dtype))
+    pack_linears(model)
     pages = _pages(spec, options)
     return _engine(StepRunner(model, pages, PAGE_TOKENS), pages, spec, options)
 

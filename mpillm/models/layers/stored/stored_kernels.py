@@ -124,7 +124,7 @@ def packed_works(bits: int, group: int) -> bool:
         found_RO = packed_product(x_RI.bfloat16(), pack(stored), layout)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
-    return _near(found_RO, F.linear(x_RI.bfloat16().float(), stored.decoded()))
+    return near(found_RO, F.linear(x_RI.bfloat16().float(), stored.decoded()))
 
 
 @cache
@@ -136,7 +136,7 @@ def integers_work() -> bool:
         found_RO = integer_product(x_RI, stored.tensors["codes"], scale_O)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
-    return _near(found_RO, F.linear(x_RI, stored.decoded()))
+    return near(found_RO, F.linear(x_RI, stored.decoded()))
 
 
 def _example(layout: StoredFormat) -> tuple[StoredCodes, Tensor]:
@@ -150,6 +150,7 @@ def _example(layout: StoredFormat) -> tuple[StoredCodes, Tensor]:
     return grid.store(grid.codes(values_OI)), torch.randn(3, inputs, generator=chance)
 
 
-def _near(found_RO: Tensor, expected_RO: Tensor) -> bool:
+def near(found_RO: Tensor, expected_RO: Tensor) -> bool:
+    """Return whether a kernel's outputs are those expected, within the rounding of bfloat16."""
     error = (found_RO.float() - expected_RO).abs().max()
     return bool(error <= TOLERANCE * expected_RO.abs().max())

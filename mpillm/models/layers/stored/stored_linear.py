@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mpillm.models.layers.stored.packed_linear import (
+    MOST_HEAD_ROWS,
+    packed_linear,
+    packed_weight,
+    packing_works,
+)
 from mpillm.models.layers.stored.stored_codes import BYTES, StoredCodes, StoredFormat
 from mpillm.models.layers.stored.stored_kernels import (
     StoredKernel,
@@ -17,6 +23,11 @@ from mpillm.models.layers.stored.stored_kernels import (
     pack,
     packed_product,
 )
+
+
+def is_packed(x: Tensor) -> bool:
+    """Return whether products of `x` take weights in oneDNN's order."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and packing_works()
 
 
 class StoredLinear(nn.Module):
@@ -45,6 +56,7 @@ class StoredLinear(nn.Module):
             self.register_buffer(name, torch.empty(size, dtype=getattr(torch, dtype)))
         self._packed: tuple[Tensor, Tensor] | None = None
         self._copy: Tensor | None = None
+        self._ordered: Tensor | None = None
         self._scale_O: Tensor | None = None
 
     @property
@@ -62,7 +74,7 @@ class StoredLinear(nn.Module):
 
     def forget(self) -> None:
         """Drop what was made of the codes."""
-        self._packed = self._scale_O = self._copy = None
+        self._packed = self._scale_O = self._copy = self._ordered = None
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (O, I) in `dtype`; it is decoded once and kept."""
@@ -76,7 +88,10 @@ class StoredLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
         kernel = self.kernel or choose_kernel(rows, self.shape, self.format, x.device)
-        if kernel == "copy" or (x.requires_grad and torch.is_grad_enabled()):
+        learns = x.requires_grad and torch.is_grad_enabled()
+        if kernel == "copy" and not learns and is_packed(x):
+            return packed_linear(x, self._order(), self.bias)
+        if kernel == "copy" or learns:
             return F.linear(x, self.decoded(x.dtype), self.bias)
         x_RI = x.reshape(rows, self.in_features)
         if kernel == "packed":
@@ -87,6 +102,12 @@ class StoredLinear(nn.Module):
             y_RO = integer_product(x_RI, self.codes, self._scale_O)
         y = y_RO.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+    def _order(self) -> Tensor:
+        """Return the decoded weight in oneDNN's order, in place of a copy in ours."""
+        if self._ordered is None:
+            self._ordered = packed_weight(self.stored.decoded(torch.bfloat16))
+        return self._ordered
 
     def _pack(self) -> tuple[Tensor, Tensor]:
         if self._packed is None:
@@ -112,8 +133,10 @@ class StoredHead(nn.Linear):
     def product(self, x: Tensor) -> Tensor | None:
         """Return x · weightᵀ of few rows; None of many, and where a gradient is wanted."""
         rows = x.numel() // self.in_features
+        if rows > MOST_HEAD_ROWS or (x.requires_grad and torch.is_grad_enabled()):
+            return None
         few = choose_kernel(rows, self.few.shape, BYTES, x.device) == "packed"
-        if not few or (x.requires_grad and torch.is_grad_enabled()):
+        if not few and not is_packed(x):
             return None
         made: Tensor = self.few(x)
         return made
