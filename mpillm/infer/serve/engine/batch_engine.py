@@ -49,6 +49,9 @@ class Runner(Protocol):
     def run(self, rows: Sequence[PlannedRow]) -> list[Tensor | None]:
         """See StepRunner."""
 
+    def clear(self, pages: Sequence[int]) -> None:
+        """See StepRunner."""
+
     def end(self) -> None:
         """Let the other ranks end."""
 
@@ -258,7 +261,7 @@ class BatchEngine:
             if not text.row.most:
                 self._end(text, "length")
             elif wanted is None or not wanted[-1].isfinite().all():
-                self._end(text, "failed", "the model's outputs are not finite: the run diverged")
+                self._end_odd(text)
             else:
                 drawing.append((text, wanted[-1]))
         self._draw(drawing)
@@ -323,6 +326,12 @@ class BatchEngine:
                 self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
             self._lock.notify_all()
         text.listener(Finished(reason, message))
+
+    def _end_odd(self, text: _Text) -> None:
+        """End a text whose logits are not finite; no other text reads what it left in pages."""
+        pages = list(text.row.pages)
+        self._end(text, "failed", "the model's outputs are not finite: the run diverged")
+        self._runner.clear(self._pool.forget_unused(pages))
 
     def _end_all(self) -> None:
         with self._lock:

@@ -159,6 +159,10 @@ class PagedLayer:
         for pages_PSW, own in ((self._k_PSW, k_N1KD), (self._v_PSW, v_N1KD)):
             pages_PSW.flatten(0, 1).index_copy_(0, self.step.slots_N, own.flatten(1))
 
+    def clear(self, places: Tensor) -> None:
+        self._k_PSW[places] = 0
+        self._v_PSW[places] = 0
+
     def gather(self, pages: "Tensor | slice", rows: int, length: int) -> tuple[Tensor, Tensor]:
         """Return keys and values (M, L, K, D) of the first `length` positions of `rows`' pages."""
         k_MLKD, v_MLKD = (
@@ -213,6 +217,12 @@ class PagedCache(GenerationCache):
 
     def grow(self, positions: int) -> None:
         """Do nothing: rank 0 counts the positions of each row."""
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Set pages to zeros: a masked position is multiplied by 0, and must be finite."""
+        places = torch.tensor(pages, dtype=torch.int64, device=self.device)
+        for layer in self.layers.values():
+            layer.clear(places)
 
     @property
     def nbytes(self) -> int:

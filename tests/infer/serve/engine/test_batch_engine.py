@@ -233,6 +233,26 @@ def test_a_constraint_ends_its_text_alone(engine: BatchEngine) -> None:
     assert other.wait().reason == "length"
 
 
+def test_a_text_that_is_not_finite_leaves_nothing_behind() -> None:
+    """Its pages are read again by others, where they are masked."""
+    odd = create(CONFIG.replace(tied=False), 7).eval()
+    assert isinstance(odd, Decoder)
+    assert odd.embedding is not None
+    odd.embedding.weight.data[7] = torch.nan
+    engine = engine_of(odd, pages=12)
+    asked = [[3, 1, 4, 1, 5], [2, 7, 1, 8] * 5, [9, 2, 6, 5] * 4, [11] * 6]
+    for _ in range(2):
+        heard = [ask(engine, prompt, Sampling(6, temperature=0.0)) for prompt in asked]
+        reasons = [each.wait().reason for each in heard]
+        assert reasons == ["length", "failed", "length", "length"]
+        for prompt, each in zip(asked, heard, strict=True):
+            if each.reason == "length":
+                expected = sample_tokens(odd, prompt, Sampling(6, temperature=0.0))
+                assert each.tokens == list(expected)
+    assert engine.counts().pages_used == 0
+    engine.close()
+
+
 def test_a_fault_ends_every_text(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(model)
     monkeypatch.setattr(engine._runner, "run", lambda rows: 1 // 0)
