@@ -41,15 +41,13 @@ from mpillm.infer.serve.requests import (
 
 # Until the first text has ended, and the most that a client is asked to wait.
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 2.0, 60.0
+NOT_FINITE = "the model's outputs are not finite: the run diverged"
 
 
 class Runner(Protocol):
     """Computes a step on all ranks."""
 
     def run(self, rows: Sequence[PlannedRow]) -> list[Tensor | None]:
-        """See StepRunner."""
-
-    def clear(self, pages: Sequence[int]) -> None:
         """See StepRunner."""
 
     def end(self) -> None:
@@ -211,8 +209,13 @@ class BatchEngine:
             number = self._submit(TextRequest(prompt, Sampling(1)), hear, Wanted.STATES, 0)
             text = self._texts[number]
         ended.wait()
-        if text.states_C is None:
-            raise UsageError(f"the text was not embedded: {ends[0]}")
+        [end] = ends
+        assert isinstance(end, Finished)
+        # One that ended early has the sum of some of its states.
+        if end.reason != "length" or text.states_C is None:
+            raise UsageError(f"the text was not embedded: {end.message or end.reason}")
+        if not text.states_C.isfinite().all():
+            raise UsageError(f"the text was not embedded: {NOT_FINITE}")
         found: list[float] = F.normalize(text.states_C, dim=0).tolist()
         return found
 
@@ -261,7 +264,7 @@ class BatchEngine:
             if not text.row.most:
                 self._end(text, "length")
             elif wanted is None or not wanted[-1].isfinite().all():
-                self._end_odd(text)
+                self._end(text, "failed", NOT_FINITE)
             else:
                 drawing.append((text, wanted[-1]))
         self._draw(drawing)
@@ -296,6 +299,9 @@ class BatchEngine:
         """Keep what was computed of the positions of a prompt."""
         if wanted is None or text.was_read:
             return
+        if not piece.first:
+            # A text that was preempted while its prompt was read is read again.
+            text.states_C, text.logprobs = None, []
         if text.row.reads == Wanted.STATES:
             text.states_C = wanted if text.states_C is None else text.states_C + wanted
         elif text.open_logits and text.request.top_logprobs is not None:
@@ -326,12 +332,6 @@ class BatchEngine:
                 self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
             self._lock.notify_all()
         text.listener(Finished(reason, message))
-
-    def _end_odd(self, text: _Text) -> None:
-        """End a text whose logits are not finite; no other text reads what it left in pages."""
-        pages = list(text.row.pages)
-        self._end(text, "failed", "the model's outputs are not finite: the run diverged")
-        self._runner.clear(self._pool.forget_unused(pages))
 
     def _end_all(self) -> None:
         with self._lock:

@@ -102,16 +102,6 @@ class PagePool:
             else:
                 self._free[page] = None
 
-    def forget_unused(self, pages: Sequence[int]) -> list[int]:
-        """Forget the tokens of those pages that no text refers to; return these."""
-        unused = [page for page in pages if not self._references[page]]
-        for page in unused:
-            key = self._key_of.pop(page, None)
-            if key is not None:
-                del self._page_of[key], self._kept[page]
-                self._free[page] = None
-        return unused
-
     def forget(self) -> None:
         """Drop all known prefixes."""
         for page in self._kept:

@@ -18,8 +18,6 @@ class PlanKind(IntEnum):
 
     STEP = 1
     END = 2
-    CLEAR = 3
-    """Set the pages of the rows to zeros."""
 
 
 @dataclass(frozen=True)

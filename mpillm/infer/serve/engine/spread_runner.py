@@ -86,11 +86,6 @@ class SpreadRunner:
         found = self._compute(rows)
         return found if self._gives else self._receive(rows)
 
-    def clear(self, pages: Sequence[int]) -> None:
-        """Set pages to zeros on all ranks. Rank 0 calls it."""
-        self._tell(RowPlan(PlanKind.CLEAR, (PlannedRow(0, (), tuple(pages), Wanted.NOTHING),)))
-        self._local.clear(pages)
-
     def end(self) -> None:
         """Let the other ranks leave `follow`. Rank 0 calls it, once."""
         self._tell(RowPlan(PlanKind.END))
@@ -100,10 +95,7 @@ class SpreadRunner:
 
         A rank sleeps between two steps, up to 10 ms where nothing is asked.
         """
-        while (plan := self._hear()).kind != PlanKind.END:
-            if plan.kind == PlanKind.CLEAR:
-                self._local.clear(plan.rows[0].pages)
-                continue
+        while (plan := self._hear()).kind == PlanKind.STEP:
             found = self._compute(plan.rows)
             if self._gives:
                 self._send(found)

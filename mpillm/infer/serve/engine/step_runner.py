@@ -60,11 +60,6 @@ class StepRunner:
         assert isinstance(head, LinearHead)
         return self.found(rows, head)
 
-    @torch.inference_mode()
-    def clear(self, pages: Sequence[int]) -> None:
-        """Set pages to zeros, which hold numbers that are not finite."""
-        self._cache.clear(pages)
-
     def end(self) -> None:
         """Do nothing: no other rank computes."""
 

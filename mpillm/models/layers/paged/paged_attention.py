@@ -81,7 +81,15 @@ class PagedStep:
         ]
         self.positions_N1 = torch.tensor(positions, device=device)[:, None]
         self.slots_N = torch.tensor(slots, device=device)
+        begun = [page for row in rows for page in self._begun(row)]
+        self.begun = torch.tensor(begun, device=device) if begun else None
+        """The pages that the step begins and does not fill."""
         self._by_window: dict[int, _Gathering] = {}
+
+    def _begun(self, row: PagedRow) -> Sequence[int]:
+        last = (row.first + row.count) // self._size
+        is_begun = row.first <= last * self._size < row.first + row.count
+        return row.pages[last : last + 1] if is_begun else ()
 
     def gathering(self, window: int) -> _Gathering:
         """Return what layers with such a window gather (0: all positions)."""
@@ -157,11 +165,10 @@ class PagedLayer:
     def store(self, k_N1KD: Tensor, v_N1KD: Tensor) -> None:
         """Store the keys and values of the step's positions."""
         for pages_PSW, own in ((self._k_PSW, k_N1KD), (self._v_PSW, v_N1KD)):
+            if self.step.begun is not None:
+                # An earlier text may have left what is not finite, and 0 · NaN is not 0.
+                pages_PSW.index_fill_(0, self.step.begun, 0)
             pages_PSW.flatten(0, 1).index_copy_(0, self.step.slots_N, own.flatten(1))
-
-    def clear(self, places: Tensor) -> None:
-        self._k_PSW[places] = 0
-        self._v_PSW[places] = 0
 
     def gather(self, pages: "Tensor | slice", rows: int, length: int) -> tuple[Tensor, Tensor]:
         """Return keys and values (M, L, K, D) of the first `length` positions of `rows`' pages."""
@@ -217,12 +224,6 @@ class PagedCache(GenerationCache):
 
     def grow(self, positions: int) -> None:
         """Do nothing: rank 0 counts the positions of each row."""
-
-    def clear(self, pages: Sequence[int]) -> None:
-        """Set pages to zeros: a masked position is multiplied by 0, and must be finite."""
-        places = torch.tensor(pages, dtype=torch.int64, device=self.device)
-        for layer in self.layers.values():
-            layer.clear(places)
 
     @property
     def nbytes(self) -> int:

@@ -14,7 +14,7 @@ from mpillm.infer.generate import sample_tokens
 from mpillm.infer.sampling import Sampling
 from mpillm.infer.serve.engine.batch_engine import BatchEngine
 from mpillm.infer.serve.engine.page_pool import PagePool
-from mpillm.infer.serve.engine.scheduler import SchedulerSettings
+from mpillm.infer.serve.engine.scheduler import SchedulerSettings, Wanted
 from mpillm.infer.serve.engine.step_runner import StepRunner
 from mpillm.infer.serve.plain_engine import PlainEngine
 from mpillm.infer.serve.requests import (
@@ -143,6 +143,55 @@ def test_log_probabilities_are_those_of_the_plain_engine(
             assert [n for n, _ in mine.top] == [n for n, _ in theirs_.top]
 
 
+@pytest.mark.parametrize("reads", [Wanted.ALL_LOGITS, Wanted.STATES])
+def test_a_prompt_that_is_preempted_is_read_again(model: Decoder, reads: Wanted) -> None:
+    """Each position's log-probability is found once, and each state summed once."""
+    prompt, found = tuple(random.Random(3).choices(range(60), k=28)), []
+    for pages in (64, 13):
+        engine = engine_of(model, pages, chunk_tokens=2, step_tokens=2)
+        heard, request = Heard(), TextRequest(prompt, Sampling(1), top_logprobs=2)
+        # At once, so that the others need more pages while the prompt is read.
+        with engine._lock:
+            others = [ask(engine, (n, 2, 3), Sampling(40, temperature=0.0)) for n in range(3)]
+            text = engine._texts[engine._submit(request, heard, reads, 0)]
+        for each in (heard, *others):
+            each.wait()
+        assert (engine.counts().preempted > 0) == (pages < 64)
+        engine.close()
+        found.append((text.logprobs, text.states_C))
+    (logprobs, states_C), (again, states_again_C) = found
+    if reads == Wanted.ALL_LOGITS:
+        assert len(logprobs) == len(again) == len(prompt) - 1
+        expected = [each.logprob for each in logprobs]
+        assert [each.logprob for each in again] == pytest.approx(expected, abs=1e-5)
+    else:
+        torch.testing.assert_close(states_again_C, states_C)
+
+
+def test_an_embedding_that_ends_early_is_none(model: Decoder) -> None:
+    engine = engine_of(model, step_tokens=4)
+    run, read = engine._runner.run, threading.Event()
+
+    def slow(rows: Any) -> Any:
+        found = run(rows)
+        read.set()
+        assert closing.wait(WAIT_SECONDS)
+        return found
+
+    closing = threading.Event()
+    engine._runner.run = slow  # type: ignore[method-assign]
+    closer = threading.Thread(target=lambda: (read.wait(), closing_soon()))
+
+    def closing_soon() -> None:
+        threading.Timer(0.2, closing.set).start()
+        engine.close()
+
+    closer.start()
+    with pytest.raises(UsageError, match="cancelled"):
+        engine.embed([(1, 2, 3) * 8])
+    closer.join()
+
+
 def test_a_shared_prefix_is_computed_once(engine: BatchEngine) -> None:
     prefix = random.Random(8).choices(range(60), k=40)
     first = ask(engine, [*prefix, 1], GREEDY).wait()
@@ -242,6 +291,8 @@ def test_a_text_that_is_not_finite_leaves_nothing_behind() -> None:
     engine = engine_of(odd, pages=12)
     asked = [[3, 1, 4, 1, 5], [2, 7, 1, 8] * 5, [9, 2, 6, 5] * 4, [11] * 6]
     for _ in range(2):
+        with pytest.raises(UsageError, match="not finite"):
+            engine.embed([(7,) * 47])
         heard = [ask(engine, prompt, Sampling(6, temperature=0.0)) for prompt in asked]
         reasons = [each.wait().reason for each in heard]
         assert reasons == ["length", "failed", "length", "length"]
