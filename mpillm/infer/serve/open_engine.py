@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from mpillm.errors import LayoutError, UsageError
 from mpillm.infer.serve.engine.batch_engine import BatchEngine, Runner
 from mpillm.infer.serve.engine.page_pool import PagePool
@@ -140,7 +142,7 @@ def start_alone(model: PartModule, options: EngineOptions) -> TextEngine:
     if options.dtype != "float32":
         model = model.to(torch_dtype(options.dtype))
     pack_linears(model)
-    pages = _pages(spec, options)
+    pages = _pages(spec, options, next(model.parameters()).device)
     return _engine(StepRunner(model, pages, PAGE_TOKENS), pages, spec, options)
 
 
@@ -165,17 +167,17 @@ def _engine(runner: Runner, pages: int, spec: DecoderConfig, options: EngineOpti
     return BatchEngine(runner, pool, context, spec.vocab_size, options.queue)
 
 
-def _pages(spec: DecoderConfig, options: EngineOptions) -> int:
+def _pages(spec: DecoderConfig, options: EngineOptions, device: torch.device | None = None) -> int:
     """Return how many pages the texts of all clients have: those of one context at least."""
     least = -(-(options.context or spec.context) // PAGE_TOKENS)
     if options.cache_tokens is not None:
         return max(least, -(-options.cache_tokens // PAGE_TOKENS))
-    free = (
-        read_memory().usable
-        // 4
-        // page_bytes(spec, PAGE_TOKENS, torch_dtype(options.dtype).itemsize)
-    )
-    return max(least, min(MOST_CONTEXTS * least, free))
+    free_bytes = read_memory().usable
+    if device is not None and device.type == "cuda":
+        # The weights are there already.
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+    own_bytes = page_bytes(spec, PAGE_TOKENS, torch_dtype(options.dtype).itemsize)
+    return max(least, min(MOST_CONTEXTS * least, free_bytes // 4 // own_bytes))
 
 
 def _nothing() -> None:
