@@ -13,7 +13,14 @@ from mpillm.infer.chat_prompt import answer_ends
 from mpillm.infer.sampling import Sampling
 from mpillm.infer.serve.load_served import load_served
 from mpillm.infer.serve.open_engine import EngineOptions, start_alone
-from mpillm.infer.serve.requests import Finished, TextEngine, TextEvent, TextRequest, TokenDrawn
+from mpillm.infer.serve.requests import (
+    Finished,
+    QueueFull,
+    TextEngine,
+    TextEvent,
+    TextRequest,
+    TokenDrawn,
+)
 from mpillm.machine.node_map import map_nodes
 from mpillm.parallel.devices import choose_device
 from mpillm.system.console import Console
@@ -163,7 +170,11 @@ def _write(
         seed = (sampling.seed + number) % (1 << 63)
         found[number] = _TextInProgress()
         own = replace(sampling, max_tokens=most, seed=seed)
-        engine.submit(TextRequest(ids, own, ends), found[number])
+        try:
+            engine.submit(TextRequest(ids, own, ends), found[number])
+        except QueueFull as failure:
+            # The queue has room for all: an engine that has failed takes no more.
+            raise CheckpointError(f"prompt {number + 1}: {engine.counts().failure}") from failure
     for number, written in found.items():
         written.ended.wait()
         if written.finish == "failed":
