@@ -188,9 +188,16 @@ class BatchEngine:
                 f"the cache has room for {room:,} tokens, and prompt and text have {count:,}; "
                 "shorten one of them"
             )
-        odd = [token for token in request.prompt if not 0 <= token < self._vocabulary]
+        # Checked here, since a fault within a step ends the texts of all clients.
+        tokens = *request.prompt, *request.bias
+        odd = [token for token in tokens if not 0 <= token < self._vocabulary]
         if odd:
             raise UsageError(f"the token {odd[0]} is not in the vocabulary of {self._vocabulary:,}")
+        if (request.top_logprobs or 0) > self._vocabulary:
+            raise UsageError(
+                f"the vocabulary has {self._vocabulary:,} tokens, and the log-probabilities of "
+                f"{request.top_logprobs:,} are asked for; ask for fewer"
+            )
 
     def _retry_seconds(self, waiting: int) -> float:
         """Return about how long a text waits: others run side by side, some of them ahead."""

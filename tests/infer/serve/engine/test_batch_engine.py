@@ -250,6 +250,9 @@ def test_refusals(model: Decoder) -> None:
     ):
         with pytest.raises(UsageError, match=words):
             ask(engine, prompt, Sampling(most))
+    for more, words in (({"bias": {60: 1.0}}, "60 is not"), ({"top_logprobs": 61}, "61 are asked")):
+        with pytest.raises(UsageError, match=words):
+            ask(engine, (1,), GREEDY, **more)
     heard = [Heard() for _ in range(50)]
     with pytest.raises(QueueFull) as full:
         fill(engine, heard)
