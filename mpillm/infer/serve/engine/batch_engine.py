@@ -280,6 +280,10 @@ class BatchEngine:
         tokens = draw_all([text.draw for text, _ in drawing], [logits for _, logits in drawing])
         for (text, logits_V), token in zip(drawing, tokens, strict=True):
             request = text.request
+            if isinstance(token, Exception):
+                # Of this text alone: a constraint is made of what its client sent.
+                self._end(text, "failed", f"the constraint failed: {token}")
+                continue
             if token in request.end_ids:
                 self._end(text, "stop")
                 continue

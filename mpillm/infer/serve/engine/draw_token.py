@@ -43,21 +43,29 @@ class TokenDraw:
             masked_V = torch.ones(len(logits_V), dtype=torch.bool)
             known = min(len(bits), len(logits_V))
             masked_V[:known] = torch.from_numpy(bits[:known] == 0)
+            if masked_V.all():
+                raise ValueError("no token may come next")
             logits_V.masked_fill_(masked_V.to(logits_V.device), -torch.inf)
         return draw_tokens(logits_V[None], request.sampling, [self.generator])[0]
 
 
-def draw_all(draws: Sequence[TokenDraw], logits: Sequence[Tensor]) -> list[int]:
-    """Draw a token of each text from its logits (V,); those that are plain together."""
+def draw_all(draws: Sequence[TokenDraw], logits: Sequence[Tensor]) -> list[int | Exception]:
+    """Draw a token of each text from its logits (V,); those that are plain together.
+
+    Where a constraint fails or allows no token, its text has the exception.
+    """
     plain = [number for number, draw in enumerate(draws) if draw.is_plain]
-    found: dict[int, int] = {}
+    found: dict[int, int | Exception] = {}
     if plain:
         together_BV = torch.stack([logits[number] for number in plain])
         found = dict(zip(plain, together_BV.argmax(-1).tolist(), strict=True))
-    return [
-        found[number] if number in found else draw.draw(logits_V)
-        for number, (draw, logits_V) in enumerate(zip(draws, logits, strict=True))
-    ]
+    for number, (draw, logits_V) in enumerate(zip(draws, logits, strict=True)):
+        if number not in found:
+            try:
+                found[number] = draw.draw(logits_V)
+            except Exception as failure:
+                found[number] = failure
+    return [found[number] for number in range(len(draws))]
 
 
 def token_logprobs(

@@ -278,10 +278,19 @@ class Choice:
             raise ValueError("no more")
 
 
+class NoChoice(Choice):
+    """Allows no token."""
+
+    def allowed(self) -> bytes | None:
+        return bytes(8)
+
+
 def test_a_constraint_ends_its_text_alone(engine: BatchEngine) -> None:
     other = ask(engine, [8, 9], GREEDY)
     held = ask(engine, [3, 1, 4], GREEDY, constraint=Choice()).wait()
     assert (set(held.tokens) <= {4, 6}, len(held.tokens), held.reason) == (True, 3, "failed")
+    none = ask(engine, [3, 1, 4], GREEDY, constraint=NoChoice()).wait()
+    assert (none.tokens, none.reason) == ([], "failed")
     assert other.wait().reason == "length"
 
 
