@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mpillm.comm.failure import on_all
 from mpillm.errors import LayoutError, UsageError
 from mpillm.infer.serve.engine.batch_engine import BatchEngine, Runner
 from mpillm.infer.serve.engine.page_pool import PagePool
@@ -152,7 +153,8 @@ def _spread(
     """Share the model between the ranks; start the engine on rank 0."""
     spec = check_served(served.spec)
     # The same on all ranks: the scarcest decides.
-    pages: int = min(comm.allgather(_pages(spec, options)))
+    own = on_all(comm, lambda: _pages(spec, options, shared_by=comm.size))
+    pages: int = min(comm.allgather(own))
     sizes = options.pipeline, options.tensor
     dtype = torch_dtype(options.dtype)
     runner = SpreadRunner(spec, served.read, comm, sizes, pages, PAGE_TOKENS, dtype)
@@ -167,16 +169,33 @@ def _engine(runner: Runner, pages: int, spec: DecoderConfig, options: EngineOpti
     return BatchEngine(runner, pool, context, spec.vocab_size, options.queue)
 
 
-def _pages(spec: DecoderConfig, options: EngineOptions, device: torch.device | None = None) -> int:
-    """Return how many pages the texts of all clients have: those of one context at least."""
+def _pages(
+    spec: DecoderConfig,
+    options: EngineOptions,
+    device: torch.device | None = None,
+    shared_by: int = 1,
+) -> int:
+    """Return how many pages the texts of all clients have: those of one context at least.
+
+    `shared_by`: ranks that have some heads or layers of a page each. Raises UsageError where the
+    pages that were asked for are more than the memory.
+    """
     least = -(-(options.context or spec.context) // PAGE_TOKENS)
-    if options.cache_tokens is not None:
-        return max(least, -(-options.cache_tokens // PAGE_TOKENS))
     free_bytes = read_memory().usable
     if device is not None and device.type == "cuda":
         # The weights are there already.
         free_bytes, _ = torch.cuda.mem_get_info(device)
     own_bytes = page_bytes(spec, PAGE_TOKENS, torch_dtype(options.dtype).itemsize)
+    if options.cache_tokens is not None:
+        wanted = max(least, -(-options.cache_tokens // PAGE_TOKENS))
+        # 0: the host does not say.
+        if 0 < free_bytes < wanted * own_bytes // shared_by:
+            most = free_bytes * shared_by // own_bytes * PAGE_TOKENS
+            raise UsageError(
+                f"--cache-tokens {options.cache_tokens:,} needs {wanted * own_bytes:,} bytes, and "
+                f"there is memory for {most:,} tokens; lower it, or leave it out"
+            )
+        return wanted
     return max(least, min(MOST_CONTEXTS * least, free_bytes // 4 // own_bytes))
 
 

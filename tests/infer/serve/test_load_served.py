@@ -55,6 +55,8 @@ def test_what_cannot_be_served_is_refused_on_all_ranks(chat_run: Path, comm: MPI
         with pytest.raises(LayoutError, match="divides 4 heads"):
             open_engine(chat_run, EngineOptions(context=50), comm, QUIET)
         return
+    with pytest.raises(UsageError, match="--cache-tokens 1,000,000,000,000 needs"):
+        open_engine(chat_run, EngineOptions(cache_tokens=10**12), comm, QUIET)
     opened = open_engine(chat_run, EngineOptions(context=50), comm, QUIET)
     assert (opened.engine is None) == bool(comm.rank)
     if opened.engine is not None:
