@@ -96,11 +96,13 @@ def print_dry_run(recipe: Recipe, hosts: Hosts, console: Console, as_json: bool)
     sizes = mesh_order(recipe.parallel, hosts.node_map.size, model, settings.batch)
     plan, more = _with_teacher(recipe, task, plan_run(recipe, sizes), sizes)
     notes += more
-    if installed("torch") and task_class(recipe.task.name).writes_answers:
+    writes = installed("torch") and task_class(recipe.task.name).writes_answers
+    if writes:
         check_rollouts(recipe, sizes)
     precision, more = planned_precision(settings)
     plan, notes = replace(plan, precision=precision), [*notes, *more]
     memory = RunMemory(_as_read(recipe, plan), sizes, hosts.node_map)
+    memory = memory.with_reference(plan, writes)
     table = memory.table(plan)
     host = table.shortest(hosts.memory)
     if host is not None:
@@ -201,7 +203,8 @@ def _with_data(recipe: Recipe) -> tuple[Recipe, "Task | None", list[str]]:
     found = {"vocab_size": manifest.vocab_size, "classes": len(manifest.classes)}
     found = {name: count for name, count in found.items() if count and hasattr(model, name)}
     note = (
-        "torch is not installed here: tokens that the task adds to the vocabulary are not counted"
+        "torch is not installed here: tokens that the task adds to the vocabulary are not counted, "
+        "nor the reference of a task that writes answers"
     )
     return fill_model(recipe, found), None, [note]
 

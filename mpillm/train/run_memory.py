@@ -39,8 +39,14 @@ class RunMemory:
         process_bytes = max(mesh.comm.allgather(resident_bytes()))
         return cls(recipe, mesh.sizes, mesh.node_map, process_bytes, mesh.comm.rank)
 
-    def with_more(self, nbytes: int) -> "RunMemory":
-        """Return it for processes that hold so many bytes more."""
+    def with_reference(self, plan: StepPlan, writes_answers: bool) -> "RunMemory":
+        """Return it for ranks that hold the frozen copy of the weights which `task.kl` compares.
+
+        `writes_answers`: whether the task does so in training; others have no such copy.
+        """
+        if not (writes_answers and self.recipe.task.kl):
+            return self
+        nbytes = self.recipe.model.parameters * plan.precision.element_bytes
         return replace(self, process_bytes=self.process_bytes + nbytes)
 
     @cached_property

@@ -52,7 +52,7 @@ from mpillm.train.optimizers.optimizer import check_rules
 from mpillm.train.print_plan import print_plan
 from mpillm.train.recipe import Recipe
 from mpillm.train.resuming import find_start, say_changes
-from mpillm.train.rollouts.reference_model import REFERENCE, open_reference, reference_bytes
+from mpillm.train.rollouts.reference_model import REFERENCE, open_reference
 from mpillm.train.rollouts.rollout_checks import check_rollouts
 from mpillm.train.rollouts.rollouts import Rollouts
 from mpillm.train.run_memory import RunMemory
@@ -137,8 +137,8 @@ def train(
             constants = constants.of_recipe(recipe.to_dict())
             if checkpoint is not None:
                 say_changes(recipe, checkpoint, console)
-            more = reference_bytes(recipe, task)
-            memory = RunMemory.of(as_read(recipe, plan, reader), mesh).with_more(more)
+            memory = RunMemory.of(as_read(recipe, plan, reader), mesh)
+            memory = memory.with_reference(plan, task.writes_answers)
             estimate = memory.predict(plan)
             short = on_root(comm, partial(memory.check_hosts, plan, there, force))
             data_text = _describe_data(recipe, task, reader, row, comm, console)

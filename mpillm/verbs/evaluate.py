@@ -36,6 +36,13 @@ NOT_OF_HARNESS = (
     "generate",
     "metrics",
 )
+# What has no meaning next to a retrieval set, which has texts of its own.
+NOT_OF_RETRIEVAL = (
+    *(name for name in NOT_OF_HARNESS if name != "metrics"),
+    "harness",
+    "limit",
+)
+OF_RETRIEVAL = ("split", "pooling")
 
 Device = Annotated[
     Literal["auto", "cpu", "cuda"],
@@ -49,6 +56,7 @@ class Evaluate:
 
     With --generate: the texts that it writes for pairs, by BLEU, ROUGE, exact match and others.
     With --harness tasks/sums.yaml: the figures of lm-evaluation-harness for this task file.
+    With --retrieval beir/scifact: how well an encoder's embeddings find documents.
     """
 
     example: ClassVar = (
@@ -90,7 +98,7 @@ class Evaluate:
     seed: Annotated[int, Option("With --temperature: the same seed gives the same texts.")] = 0
     outputs: Annotated[
         Path | None,
-        Option("With --generate or --harness: a new file for all texts, in JSON lines."),
+        Option("A new file of JSON lines: all texts, or with --retrieval the documents found."),
     ] = None
     harness: Annotated[
         tuple[Path, ...],
@@ -102,12 +110,25 @@ class Evaluate:
     limit: Annotated[
         int | None, Option("With --harness: the first so many examples of a file.", minimum=1)
     ] = None
+    retrieval: Annotated[
+        Path | None,
+        Option("A folder of BEIR's layout: corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv."),
+    ] = None
+    split: Annotated[str, Option("With --retrieval: the relevances of qrels/ to take.")] = "test"
+    pooling: Annotated[
+        Literal["mean", "first", "last"],
+        Option("With --retrieval: the hidden states that make a text's embedding."),
+    ] = "mean"
     device: Device = "auto"
     as_json: Json = False
     debug: Debug = False
 
     def __post_init__(self) -> None:
         self._decoding()
+        if self.retrieval:
+            self._refuse(NOT_OF_RETRIEVAL, "not of --retrieval, which embeds the texts of a folder")
+            return
+        self._refuse(OF_RETRIEVAL, "of --retrieval", "name a folder of texts, or leave it out")
         if self.harness:
             self._refuse(NOT_OF_HARNESS, "of prepared data, and --harness of task files")
             return
@@ -123,12 +144,14 @@ class Evaluate:
                     "--generate, too, or leave it out"
                 )
 
-    def _refuse(self, names: Sequence[str], why: str) -> None:
+    def _refuse(
+        self, names: Sequence[str], why: str, remedy: str = "ask for one at a time"
+    ) -> None:
         """Raise UsageError for an option of `names` that was given."""
         for each in fields(self):
             if each.name in names and getattr(self, each.name) != each.default:
                 option = each.name.replace("_", "-")
-                raise UsageError(f"--{option} is {why}; ask for one at a time")
+                raise UsageError(f"--{option} is {why}; {remedy}")
 
     def _decoding(self) -> Decoding:
         most = 1 if self.max_tokens is None else self.max_tokens
@@ -139,6 +162,9 @@ class Evaluate:
         with open_job(self.debug) as job:
             require_packages("mpillm evaluate", "torch")
             limit_torch_threads(job.threads)
+            if self.retrieval:
+                self._print_retrieval(job, self.retrieval)
+                return
             if self.harness:
                 self._print_harness(job)
                 return
@@ -163,6 +189,13 @@ class Evaluate:
     @property
     def _models(self) -> list[Path]:
         return [self.trained, self.other] if self.other else [self.trained]
+
+    def _print_retrieval(self, job: Job, folder: Path) -> None:
+        from mpillm.infer.scores.print_retrieval import RetrievalOptions, print_retrieval
+
+        given = self.split, self.metrics, self.pooling, self.outputs, self.as_json
+        options = RetrievalOptions(*given)
+        print_retrieval(self._models, folder, options, job.comm, job.console, self.device)
 
     def _print_harness(self, job: Job) -> None:
         from mpillm.infer.harness.print_harness import HarnessOptions, print_harness

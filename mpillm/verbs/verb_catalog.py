@@ -14,6 +14,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "train": "mpillm.verbs.train:Train",
         "evaluate": "mpillm.verbs.evaluate:Evaluate",
         "lm-eval": "mpillm.verbs.lm_eval:LmEval",
+        "programs": "mpillm.verbs.programs:Programs",
         "contamination": "mpillm.verbs.contamination:ContaminationOptions",
         "memorisation": "mpillm.verbs.memorisation:MemorisationOptions",
         "generate": "mpillm.verbs.generate:Generate",

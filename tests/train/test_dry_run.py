@@ -168,3 +168,22 @@ def test_a_machine_that_nobody_named_is_named(tmp_path: Path) -> None:
         printed(made, replace(hosts, memory=(1 << 16,)))
     hosts = Hosts.of_job(["a", "b", "a"], NodeMap(((0, 2), (1,))), [3, 2, 3])
     assert hosts.memory == (3, 2)
+
+
+@pytest.mark.parametrize(("dtype", "element_bytes"), [("float32", 4), ("bfloat16", 2)])
+def test_the_reference_of_written_answers_is_counted(
+    tmp_path: Path, dtype: str, element_bytes: int
+) -> None:
+    def total(name: str, kl: float) -> tuple[int, int]:
+        task: dict[str, Any] = {"name": name}
+        if name == "grpo":
+            task |= {"rewards": ["number"], "kl": kl}
+        sections = {"model": {"vocab_size": 300}, "task": task}
+        train_settings = {"device": "cpu", "dtype": dtype, "start_from": "runs/chat"}
+        made = recipe(tmp_path / "none", tmp_path / "run", train=train_settings, **sections)
+        table = json.loads(printed(made, Hosts.numbered(1, 1), as_json=True))
+        return table["ranks"][0]["total_bytes"], table["model"]["parameters"]
+
+    compared, parameters = total("grpo", 0.04)
+    assert compared - total("grpo", 0.0)[0] == parameters * element_bytes
+    assert total("grpo", 0.0)[0] == total("chat", 0.0)[0]

@@ -16,7 +16,6 @@ from mpillm.models.part_module import PartModule, build_without_values
 from mpillm.models.spec import ModelSpec
 from mpillm.parallel.precision import torch_dtype
 from mpillm.system.console import Console, binary_bytes
-from mpillm.tasks.task import Task
 from mpillm.train.recipe import Recipe
 from mpillm.weights.checkpoint import Checkpoint
 from mpillm.weights.open_source import open_source
@@ -58,13 +57,6 @@ def open_reference(
         "needs none"
     )
     return model, fact
-
-
-def reference_bytes(recipe: Recipe, task: Task) -> int:
-    """Return the memory of a rank's reference; 0 where the task, or its loss, has none."""
-    if not (task.writes_answers and recipe.task.kl):
-        return 0
-    return recipe.model.parameters * torch_dtype(recipe.train.dtype).itemsize
 
 
 @torch.no_grad()
