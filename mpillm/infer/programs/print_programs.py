@@ -50,8 +50,8 @@ def print_programs(
     if not options.allowed:
         limits = f"{options.limits.seconds} s and {binary_bytes(options.limits.memory_bytes)}"
         raise UsageError(
-            f"{samples} has {counted(count, 'program')} that a model wrote, and scoring runs them on this "
-            "host; allow it with --run-programs: each runs in a sandbox of its own, of "
+            f"{samples} has {counted(count, 'program')} that a model wrote, and scoring runs them "
+            "on this host; allow it with --run-programs: each runs in a sandbox of its own, of "
             f"{limits}, without network and without your files"
         )
     score = score_programs(given.programs, names, comm, options.limits)

@@ -52,8 +52,8 @@ def print_retrieval(
 ) -> None:
     """Score the retrieval of a set's documents by the embeddings of a model, or of two.
 
-    Every rank calls it. Raises DataError for a faulty set. Raises UsageError for a metric that reads
-    no ranking, a model that embeds no text, and an outputs file that exists.
+    Every rank calls it. Raises DataError for a faulty set. Raises UsageError for a metric that
+    reads no ranking, a model that embeds no text, and an outputs file that exists.
     """
     place, _ = choose_device(device, comm, map_nodes(comm), option="--device")
     names = options.metrics or METRICS
