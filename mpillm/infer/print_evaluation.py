@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,11 +33,13 @@ from mpillm.models.part_module import torch_explained
 from mpillm.parallel.devices import choose_device
 from mpillm.parallel.step_plan import Precision
 from mpillm.plan.peak_memory import rows_at_once
+from mpillm.runs.report.class_plots import CONFUSION, RELIABILITY, draw_classes
+from mpillm.system.atomic import check_outputs
 from mpillm.system.console import Console
 from mpillm.system.json_text import to_json
 from mpillm.tasks.causal_lm import CausalLM
 from mpillm.tasks.masked_lm import MaskedLM
-from mpillm.tasks.metrics.metric import Metric
+from mpillm.tasks.metrics.metric import CLASSES, Metric
 from mpillm.tasks.metrics.metric_catalog import make_metrics
 from mpillm.tasks.sequence_classification import SequenceClassification
 from mpillm.tasks.task import Task
@@ -46,6 +48,14 @@ from mpillm.tokens.reader import TokenReader
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+
+@dataclass(frozen=True)
+class ClassifierOptions:
+    """What is asked of a classifier. `calibrated`: fit a temperature. `plot`: a file for plots."""
+
+    calibrated: bool = False
+    plot: Path | None = None
 
 
 def print_evaluation(
@@ -58,28 +68,33 @@ def print_evaluation(
     metrics: Sequence[str] = (),
     device: str = "auto",
     other: Path | None = None,
-    calibrated: bool = False,
+    more: "ClassifierOptions | None" = None,
 ) -> None:
     """Score a trained model on the validation split of `data` (None: of its own data) and print it.
 
     `baselines`: score simple models, too. `device`: cpu, cuda or auto. `other`: compare a second
-    model with it. `calibrated`: fit a temperature. Every rank calls it. Raises MismatchError when
-    the data was made with another tokenizer than the model's, or two models differ in their data.
+    model with it. `more`: what classifiers alone have. Every rank calls it. Raises MismatchError
+    when the data was made with another tokenizer than the model's, or two models differ in their
+    data.
     """
+    more = more or ClassifierOptions()
+    on_root(comm, lambda: check_outputs({"--plot": more.plot}))
     place, _ = choose_device(device, comm, map_nodes(comm), option="--device")
     places = [trained] if other is None else [trained, other]
     found = open_candidates(places, data, comm, console)
     if baselines:
         check_baselines(found[0].task)
-    if calibrated:
+    if more.calibrated:
         check_calibrates(found[0].task)
+    if more.plot:
+        metrics = _with_plotted(metrics, found[0].task)
     # One JSON object is all that --json prints: no warnings, no progress bar.
     quiet = Console(speaks=False) if as_json else console
     scores, fitted = {}, None
     with torch_explained():
         for name, each in zip(NAMES, found, strict=False):
             scores[name] = _score(each, Precision(place), metrics, comm, quiet)
-        if calibrated:
+        if more.calibrated:
             fitted = _calibrate(found[0], Precision(place), comm, quiet)
         of_task = (*found[0].task.metrics, *found[0].task.answer_metrics)
         made = make_metrics(metrics or of_task, found[0].task.classes)
@@ -95,6 +110,22 @@ def print_evaluation(
         if fitted is not None:
             console.say(fitted.describe())
     on_root(comm, lambda: record_scores(found, scores, quiet))
+    if more.plot:
+        plot, tables = more.plot, {name: each.tables for name, each in scores.items()}
+        on_root(comm, lambda: draw_classes(tables, found[0].task.classes, plot))
+
+
+def _with_plotted(metrics: Sequence[str], task: Task) -> list[str]:
+    """Return the metrics (none: the task's) with those of the plots.
+
+    Raises UsageError for a task without classes.
+    """
+    if task.output_kind not in CLASSES or not task.classes:
+        raise UsageError(
+            f"--plot draws the reliability and the confusions of classes, and the task {task.name} "
+            f"gives {'none' if task.output_kind in CLASSES else task.output_kind}; leave it out"
+        )
+    return list(dict.fromkeys((*(metrics or task.metrics), RELIABILITY, CONFUSION)))
 
 
 def _score(

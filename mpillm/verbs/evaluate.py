@@ -35,6 +35,7 @@ NOT_OF_HARNESS = (
     "data",
     "generate",
     "metrics",
+    "plot",
 )
 # What has no meaning next to a retrieval set, which has texts of its own.
 NOT_OF_RETRIEVAL = (
@@ -42,6 +43,7 @@ NOT_OF_RETRIEVAL = (
     "harness",
     "limit",
 )
+PICTURES = (".png", ".svg", ".pdf")
 OF_RETRIEVAL = ("split", "pooling")
 
 Device = Annotated[
@@ -82,6 +84,13 @@ class Evaluate:
         bool,
         Option("Fit a classifier's temperature on half of the rows; test it on the others."),
     ] = False
+    plot: Annotated[
+        Path | None,
+        Option(
+            "Draw a classifier's reliability and confusions: a file in .png, .svg or .pdf.",
+            metavar="FILE.png",
+        ),
+    ] = None
     generate: Annotated[
         bool, Option("Write the answer to each validation pair, and compare it with the reference.")
     ] = False
@@ -125,6 +134,7 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         self._decoding()
+        self._check_plot()
         if self.retrieval:
             self._refuse(NOT_OF_RETRIEVAL, "not of --retrieval, which embeds the texts of a folder")
             return
@@ -135,7 +145,7 @@ class Evaluate:
         if self.limit is not None:
             raise UsageError("--limit is of --harness; give a task file, or leave it out")
         if self.generate:
-            self._refuse(("baselines", "calibrate"), "of losses, and --generate of texts")
+            self._refuse(("baselines", "calibrate", "plot"), "of losses, and --generate of texts")
             return
         for each in fields(self):
             if each.name in WRITING and getattr(self, each.name) != each.default:
@@ -143,6 +153,13 @@ class Evaluate:
                     f"--{each.name.replace('_', '-')} is for texts that the model writes; give "
                     "--generate, too, or leave it out"
                 )
+
+    def _check_plot(self) -> None:
+        """Raise UsageError for a picture in an unknown format."""
+        if self.plot is not None and self.plot.suffix.lower() not in PICTURES:
+            raise UsageError(
+                f"--plot draws a PNG, SVG or PDF; end the name {self.plot} in {', '.join(PICTURES)}"
+            )
 
     def _refuse(
         self, names: Sequence[str], why: str, remedy: str = "ask for one at a time"
@@ -171,7 +188,9 @@ class Evaluate:
             if self.generate:
                 self._print_answers(job)
                 return
-            from mpillm.infer.print_evaluation import print_evaluation
+            if self.plot is not None:
+                require_packages("evaluate --plot", "matplotlib")
+            from mpillm.infer.print_evaluation import ClassifierOptions, print_evaluation
 
             print_evaluation(
                 self.trained,
@@ -183,7 +202,7 @@ class Evaluate:
                 self.metrics,
                 self.device,
                 self.other,
-                self.calibrate,
+                ClassifierOptions(self.calibrate, self.plot),
             )
 
     @property

@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from mpillm.errors import MismatchError, UsageError
 from mpillm.infer.loading import load_data, load_trained, open_of
-from mpillm.infer.print_evaluation import print_evaluation
+from mpillm.infer.print_evaluation import ClassifierOptions, print_evaluation
 from mpillm.infer.scores.bootstrap import SEED
 from mpillm.infer.scores.calibrate import fit_temperature
 from mpillm.models.linear_head import plain_outputs
@@ -27,6 +27,7 @@ from mpillm.tokens.prepare import PrepareOptions, prepare
 from mpillm.tokens.samples import RowShape
 from mpillm.train.recipe import parse_recipe
 from mpillm.train.setup import train
+from mpillm.verbs.evaluate import Evaluate
 
 QUIET = Console(speaks=False)
 GOOD, BAD = ("fine", "lovely", "bright", "warm"), ("poor", "dull", "cold", "grim")
@@ -126,8 +127,11 @@ def test_baselines_learn_the_training_texts(runs: tuple[Path, Path], comm: MPI.I
 def test_a_temperature_is_fitted_on_half_of_the_rows_and_tested_on_the_others(
     runs: tuple[Path, Path], comm: MPI.Intracomm
 ) -> None:
-    found = facts(comm, runs[0], calibrated=True)["calibration"]
-    assert found == facts(MPI.COMM_SELF, runs[0], calibrated=True)["calibration"]
+    found = facts(comm, runs[0], more=ClassifierOptions(calibrated=True))["calibration"]
+    assert (
+        found
+        == facts(MPI.COMM_SELF, runs[0], more=ClassifierOptions(calibrated=True))["calibration"]
+    )
     loaded = load_trained(runs[0], comm, QUIET)
     with open_of(load_data(loaded.checkpoint, None), "validation") as reader:
         assert isinstance(reader, PairReader)
@@ -145,7 +149,7 @@ def test_a_temperature_is_fitted_on_half_of_the_rows_and_tested_on_the_others(
         rows = CalibrationError().of_rows([logits[~fitted] / divisor], others)
         value = CalibrationError().value(rows.sum(0), Totals(0.0, 1.0, 0))
         assert found[key] == pytest.approx(value, abs=1e-4)
-    assert "the ECE is" in printed(comm, runs[0], False, calibrated=True)
+    assert "the ECE is" in printed(comm, runs[0], False, more=ClassifierOptions(calibrated=True))
 
 
 def test_what_cannot_be_compared_or_scored_is_refused(
@@ -170,4 +174,43 @@ def test_what_cannot_be_compared_or_scored_is_refused(
     with pytest.raises(MismatchError, match="the models have other data"):
         print_evaluation(short, None, False, False, comm, QUIET, other=runs[0])
     with pytest.raises(UsageError, match="--calibrate fits the probabilities of classes"):
-        print_evaluation(short, None, False, False, comm, QUIET, calibrated=True)
+        print_evaluation(
+            short, None, False, False, comm, QUIET, more=ClassifierOptions(calibrated=True)
+        )
+    plotted = ClassifierOptions(plot=folder / "plot.png")
+    with pytest.raises(
+        UsageError, match=r"--plot draws .* of classes, and the task causal-lm gives"
+    ):
+        print_evaluation(short, None, False, False, comm, QUIET, more=plotted)
+    assert not (folder / "plot.png").exists()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_classes_are_drawn(
+    runs: tuple[Path, Path], folder: Path, comm: MPI.Intracomm, suffix: str
+) -> None:
+    pictures = [folder / f"{name}{suffix}" for name in ("first", "again")]
+    for picture in pictures:
+        more = ClassifierOptions(plot=picture)
+        given = {"other": runs[1], "metrics": ["accuracy"], "more": more}
+        found = json.loads(printed(comm, runs[0], True, **given))
+    # What the plots show is in the figures, too.
+    assert {"accuracy", "reliability", "confusion_matrix"} <= found["other"].keys()
+    if comm.rank == 0:
+        first, again = (picture.read_bytes() for picture in pictures)
+        assert len(first) > 5000
+        # SVG draws ids of its own for the clips.
+        assert suffix == ".svg" or first == again
+    if comm.rank == 0 and suffix == ".svg":
+        assert b"<svg" in first
+
+
+def test_a_plot_without_classes_or_a_place_is_refused(
+    runs: tuple[Path, Path], folder: Path, comm: MPI.Intracomm
+) -> None:
+    with pytest.raises(UsageError, match=r"--plot .* is a folder"):
+        printed(comm, runs[0], False, more=ClassifierOptions(plot=folder))
+    with pytest.raises(UsageError, match=r"end the name plot\.txt in \.png"):
+        Evaluate(runs[0], plot=Path("plot.txt"))
+    with pytest.raises(UsageError, match="--plot is of losses, and --generate of texts"):
+        Evaluate(runs[0], plot=Path("plot.png"), generate=True)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mpillm.runs.history import Attempt
+from mpillm.runs.report.class_plots import fill_reliability
 from mpillm.runs.report.downsample import FEWEST_TO_SMOOTH, MOST_POINTS, Curve, smooth, thin
 
 # matplotlib draws in these placeholders; each becomes a variable of the page's style.
@@ -182,16 +183,7 @@ def draw_reliability(points: Sequence[tuple[float, float, float]]) -> Markup:
     """Draw bins of probabilities as one <svg>: (mean probability, share that is right, count)."""
 
     def fill(axes: Any) -> None:
-        largest = max(count for _, _, count in points)
-        axes.plot([0, 1], [0, 1], color=PLACEHOLDERS["ink"], linewidth=0.8, linestyle="--")
-        x, y, counts = (np.array(column) for column in zip(*points, strict=True))
-        axes.plot(x, y, color=PLACEHOLDERS["a"], linewidth=1.2)
-        # A bin of few targets stays visible.
-        areas = 6 + 90 * counts / largest
-        axes.scatter(x, y, s=areas, color=PLACEHOLDERS["a"], clip_on=False, zorder=5)
-        axes.set(xlabel="mean probability", ylabel="share that is right")
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1)
+        fill_reliability(axes, points, PLACEHOLDERS["ink"], PLACEHOLDERS["a"])
 
     return _svg("reliability", "Share that is right, by probability", (NARROW, HEIGHT), fill)
 

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 
 from mpillm.runs.evaluations import RecordedEvaluation, RecordedScore
+from mpillm.runs.report.class_plots import CONFUSION, RELIABILITY, reliability_points
 from mpillm.runs.report.drawing import draw_reliability
 from mpillm.runs.report.page import Picture, Table
 
 # The newest ones of a run that was evaluated in a loop.
 MOST_SHOWN = 20
-CONFUSION, RELIABILITY = "confusion-matrix", "reliability"
-# Of a row of the table: see tasks/metrics/calibration.py.
-RELIABILITY_COLUMNS = 4
 
 
 def evaluation_tables(evaluations: Sequence[RecordedEvaluation]) -> list[Table]:
@@ -47,9 +45,9 @@ def reliability_picture(evaluations: Sequence[RecordedEvaluation]) -> list[Pictu
     if not found:
         return []
     each, name, rows = found
-    if len(rows[0]) != RELIABILITY_COLUMNS or not sum(row[1] for row in rows) > 0:
+    points = reliability_points(rows)
+    if not points:
         return []
-    points = [(row[2], row[3], row[1]) for row in rows]
     total = sum(count for _, _, count in points)
     error = sum(count * abs(right - expected) for expected, right, count in points) / total
     caption = (
